@@ -1,0 +1,25 @@
+"""What every command shares: exit codes and the one line for bad input."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from flowray.config.errors import InputError
+
+GOOD, FINDINGS, BAD_INPUT, STOPPED = 0, 1, 2, 75  # 75: stopped by a signal with a checkpoint written (EX_TEMPFAIL)
+
+Main = Callable[[list[str]], int]
+
+
+def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
+    """Run a command's `main(argv)` and exit; bad input becomes one line on stderr and exit code 2."""
+    try:
+        code = main(sys.argv[1:] if argv is None else argv)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = BAD_INPUT
+    except BrokenPipeError:
+        code = GOOD
+    sys.exit(code)

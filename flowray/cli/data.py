@@ -1,0 +1,127 @@
+"""`flowray.data`: make, pack and check webdataset shards."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from flowray.cli.common import FINDINGS, GOOD
+from flowray.config.errors import InputError
+from flowray.data.check import ShardCheck, check_shards
+from flowray.data.make import DigitsSet, EmbeddedSet, ShapesSet, cache_dir, ensure_embedded, ensure_set, write_set
+from flowray.data.pack import pack_folder
+from flowray.data.shards import EMBEDDED
+
+SHOWN = 20  # problems in the table; --json has them all
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `python -m {self.prog} --help`")
+
+
+def main(argv: list[str]) -> int:
+    """Run one subcommand; 0 good, 1 problems found, InputError for bad input."""
+    parser = _Parser(prog="flowray.data", description="Make, pack and check webdataset shards (KEY.png, KEY.txt, KEY.json).")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for add in (_add_make, _add_pack, _add_check):
+        add(commands)
+    args = parser.parse_args(argv)
+    return int(args.run(args))
+
+
+def _add_make(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("make", help="write an embedded set: shapes (procedural scenes) or digits (real 8x8 scans)")
+    parser.add_argument("set", choices=EMBEDDED)
+    parser.add_argument("--out", type=Path, help="folder that gets train/, val/ (and unseen/); the cache when left out")
+    parser.add_argument("--samples", type=int, metavar="N", help="shapes: training samples, 16000; val gets N/16 and unseen N/32")
+    parser.add_argument("--two-share", type=float, metavar="X", help="shapes: share of two-object scenes in 0..1, 0.5")
+    parser.add_argument("--seed", type=int, help="shapes: another seed draws other scenes, 0")
+    parser.set_defaults(run=_make)
+
+
+def _make(args: argparse.Namespace) -> int:
+    what = _set(args)
+    if args.out is None:
+        folders = ensure_set(what, cache_dir(None))
+    else:
+        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+            raise InputError(f"--out {args.out}: exists already and is not an empty folder; remove it or choose another")
+        folders = write_set(what, args.out)
+    for split, folder in folders.items():
+        count = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["samples"]
+        print(f"{split:7s} {count:6d} samples  {folder}")
+    return GOOD
+
+
+def _set(args: argparse.Namespace) -> EmbeddedSet:
+    given = {name: value for name in ("samples", "two_share", "seed") if (value := getattr(args, name)) is not None}
+    if args.set == "digits":
+        if given:
+            raise InputError(f"--{next(iter(given)).replace('_', '-')} is for shapes; digits is one fixed set of 1797 scans")
+        return DigitsSet()
+    if (count := given.pop("samples", None)) is not None:
+        if count < 1:
+            raise InputError(f"--samples {count}: must be at least 1")
+        given |= {"train": count, "val": max(1, count // 16), "unseen": max(1, count // 32)}
+    what = ShapesSet(**given)
+    if not 0 <= what.two_share <= 1:
+        raise InputError(f"--two-share {what.two_share}: must lie in 0..1")
+    if what.seed < 0:
+        raise InputError(f"--seed {what.seed}: must be 0 or more")
+    return what
+
+
+def _add_pack(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("pack", help="pack a folder of pictures with .txt captions (or captions.jsonl) into shards")
+    parser.add_argument("images", type=Path, help="folder of pictures, each with a .txt of the same name, or one captions.jsonl")
+    parser.add_argument("out", type=Path, help="folder for the shards; must not exist or be empty")
+    parser.add_argument("--size", type=int, metavar="PX", help="centre-crop and resize to PX x PX; left as they are without it")
+    parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="samples in a shard, %(default)s")
+    parser.set_defaults(run=_pack)
+
+
+def _pack(args: argparse.Namespace) -> int:
+    count = pack_folder(args.images, args.out, args.size, args.per_shard)
+    print(f"{count} samples  {args.out}")
+    return GOOD
+
+
+def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("check", help="read every sample of a shard set and say what is wrong with it")
+    parser.add_argument("spec", metavar="SHARDS", help="a folder of .tar files, a glob or one .tar; or shapes, digits")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.set_defaults(run=_check)
+
+
+def _check(args: argparse.Namespace) -> int:
+    spec = args.spec
+    if spec in EMBEDDED:
+        folders = ensure_embedded(spec, cache_dir(None))
+        spec = str(folders["train"].parent / "*" / "*.tar")
+    result = check_shards(spec)
+    if args.json:
+        print(json.dumps(result.as_json()))
+    else:
+        _show(result)
+    return GOOD if result.good else FINDINGS
+
+
+def _show(result: ShardCheck) -> None:
+    console = Console(markup=False, emoji=False, highlight=False)
+    sizes = ", ".join(f"{size} ({count})" for size, count in list(result.sizes.items())[:3])
+    held = f"{result.samples} samples in {result.shards} shard(s), {result.bytes / 1e6:.1f} MB, {result.captions} captions"
+    console.print(f"{held}; sizes: {sizes or 'none'}", soft_wrap=True)
+    if result.problems:
+        table = Table("", "shard", "sample", "what", box=None)
+        for problem in result.problems[:SHOWN]:
+            table.add_row(problem.severity, problem.shard, problem.sample, problem.what)
+        console.print(table)
+    if len(result.problems) > SHOWN:
+        console.print(f"... and {len(result.problems) - SHOWN} more; --json lists them all")
+    console.print("shards are good" if result.good else "shards have problems")

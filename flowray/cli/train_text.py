@@ -1,0 +1,98 @@
+"""Pre-train the small causal LM that flowray ships, on the embedded captions, with its own tokenizer (`flowray assets text`)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from flowray.data import digits, shapes
+
+BATCH = 64
+VOCABULARY = 512
+
+
+def captions(split: shapes.Split, count: int, seed: int) -> list[str]:
+    """Captions of `count` scenes, with one templated digit label to every eight scenes."""
+    texts = [text for _, options, _ in shapes.samples(count, split, seed) for text in options]
+    labels = [text for label in range(10) for text in digits.captions(label)]
+    return texts + [labels[i % len(labels)] for i in range(count // 8)]
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, so that any prompt can be tokenised; ends every text with <eos>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="right")
+
+
+def _nll(net: Qwen3ForCausalLM, ids: Tensor) -> Tensor:
+    """Mean next-token loss in nats, padding (id 0) left out; the first token counts, predicted from <eos>."""
+    start = torch.full_like(ids[:, :1], 1)
+    mask = (ids != 0).long()
+    logits = net(input_ids=torch.cat([start, ids[:, :-1]], 1), attention_mask=torch.cat([torch.ones_like(start), mask[:, :-1]], 1)).logits
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=0)
+
+
+def _unigram_perplexity(train: Tensor, held_out: Tensor) -> float:
+    """Perplexity of held-out tokens under training frequencies, add-one smoothed."""
+    counts = Counter(train[train != 0].tolist())
+    total = sum(counts.values()) + VOCABULARY
+    tokens = held_out[held_out != 0].tolist()
+    return math.exp(-sum(math.log((counts[t] + 1) / total) for t in tokens) / len(tokens))
+
+
+def train(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
+    """Train tokenizer and model, save both to `out`; returns perplexities on held-out captions."""
+    torch.manual_seed(seed)
+    texts = captions("train", 20_000, seed)
+    tokenizer = train_tokenizer(texts)
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
+    held_out = tokenizer(captions("val", 1000, seed + 1), padding=True, return_tensors="pt")["input_ids"]
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=24,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    net = Qwen3ForCausalLM(config)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
+    began = time.monotonic()
+    batches = (encoded[torch.randint(len(encoded), (BATCH,))] for _ in iter(int, 1))
+    for step, ids in enumerate(islice(batches, steps)):
+        loss = _nll(net, ids[:, : int((ids != 0).sum(1).max())])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"step {step}/{steps}  perplexity {loss.detach().exp():.3f}  {time.monotonic() - began:.0f} s", flush=True)
+    net.eval()
+    with torch.no_grad():
+        perplexity = math.exp(float(_nll(net, held_out)))
+    net.model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return {"perplexity": perplexity, "perplexity_unigram": _unigram_perplexity(encoded, held_out)}

@@ -1,0 +1,19 @@
+"""The one exception for bad input: one line that says where, what was got, what is allowed and what to type."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """The user's input is wrong; the command line prints the message as one line and exits with 2."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+def did_you_mean(got: str, known: Iterable[str]) -> str:
+    """', did you mean X?' for the nearest known name, or '' where nothing is near."""
+    near = difflib.get_close_matches(got, list(known), n=1, cutoff=0.6)
+    return f", did you mean {near[0]}?" if near else ""

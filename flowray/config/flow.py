@@ -1,0 +1,121 @@
+"""The path, the training times, the solver and the guidance of sampling."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from flowray.config.base import Config
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PathConfig(Config):
+    """Noise-free linear path; rho = sigma_min / sigma_max is what remains of z0 at t = 1 (CrossFlow)."""
+
+    sigma_min: float = Field(1e-5, ge=0)
+    sigma_max: float = Field(1.0, gt=0)
+
+    @property
+    def rho(self) -> float:
+        return self.sigma_min / self.sigma_max
+
+
+class UniformTime(Config):
+    """t ~ U[0, 1]."""
+
+    kind: Literal["uniform"] = "uniform"
+    uniform_floor: Share = 0.0
+
+
+class LogitNormalTime(Config):
+    """t = sigmoid(N(mean, std)) (Stable Diffusion 3; CrossFlow uses mean 0, std 1)."""
+
+    kind: Literal["logit_normal"] = "logit_normal"
+    mean: float = 0.0
+    std: float = Field(1.0, gt=0)
+    uniform_floor: Share = 0.1
+
+
+class LogSNRTime(Config):
+    """lambda ~ U[low, high], t = sigmoid(lambda / 2): the logs' log-SNR in [-2, 6] is t in [0.27, 0.95]."""
+
+    kind: Literal["log_snr"] = "log_snr"
+    low: float = -2.0
+    high: float = 6.0
+    uniform_floor: Share = 0.2
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LogSNRTime:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} must lie below high {self.high}")
+        return self
+
+
+class AlphaTime(Config):
+    """t ~ U[low, high] inside [0, 1]: the logs' alpha in [0.6, 0.98]."""
+
+    kind: Literal["alpha"] = "alpha"
+    low: Share = 0.6
+    high: Share = 0.98
+    uniform_floor: Share = 0.2
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AlphaTime:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} must lie below high {self.high}")
+        return self
+
+
+TimeConfig = Annotated[UniformTime | LogitNormalTime | LogSNRTime | AlphaTime, Field(discriminator="kind")]
+
+
+class FlowConfig(Config):
+    """Path, training times and the share of null samples that classifier-free guidance needs."""
+
+    path: PathConfig = PathConfig()
+    time: TimeConfig = UniformTime()
+    null_probability: Share = 0.1
+
+
+class EulerSolver(Config):
+    """Euler steps; the velocity is read at each interval's midpoint (the logs), left edge, or CrossFlow's endpoint grid."""
+
+    kind: Literal["euler"] = "euler"
+    nodes: Literal["midpoint", "left", "endpoint"] = "midpoint"
+
+
+class HeunSolver(Config):
+    """Explicit trapezoid, order 2, two evaluations a step."""
+
+    kind: Literal["heun"] = "heun"
+
+
+class MidpointSolver(Config):
+    """Explicit midpoint, order 2, two evaluations a step."""
+
+    kind: Literal["midpoint"] = "midpoint"
+
+
+class Dopri5Solver(Config):
+    """Dormand-Prince 5(4) with its own step for every sample."""
+
+    kind: Literal["dopri5"] = "dopri5"
+    rtol: float = Field(1e-5, gt=0)
+    atol: float = Field(1e-5, gt=0)
+    max_steps: int = Field(1000, gt=0)
+
+
+SolverConfig = Annotated[EulerSolver | HeunSolver | MidpointSolver | Dopri5Solver, Field(discriminator="kind")]
+
+
+class SampleConfig(Config):
+    """How pictures are drawn: solver, time grid, guidance scale s (1 is off; the logs' w is s - 1)."""
+
+    solver: SolverConfig = EulerSolver()
+    steps: int = Field(20, gt=0)
+    grid: Literal["uniform", "logit_normal"] = "uniform"
+    guidance_scale: float = Field(1.0, ge=0)
+    weights: Literal["ema", "raw"] = "ema"
+    prompts: tuple[str, ...] = Field((), description="prompts of the sample grid; empty: some of the held-out captions")

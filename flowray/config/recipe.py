@@ -1,0 +1,62 @@
+"""The recipe: everything that decides a run."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from flowray.config.base import Config
+from flowray.config.flow import FlowConfig, SampleConfig
+from flowray.config.losses import LossConfig
+from flowray.config.model import ModelConfig
+from flowray.config.train import DataConfig, OptimConfig, ProbeConfig, ResourceConfig, TrainSection
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError("a name becomes a folder: letters, digits, '.', '_' and '-' only")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_folder_name)]
+
+
+class CardConfig(Config):
+    """The hand-written fields of the experiment card (log 0826); the rest of it is computed."""
+
+    title: str = ""
+    purpose: str = ""
+    dataset: str = ""
+    hardware: str = ""
+    tags: tuple[str, ...] = ()
+    notes: str = ""
+
+
+class Recipe(Config):
+    """A run, whole: `python -m flowray.train RECIPE` needs nothing else.
+
+    storage_path: the folder that holds run directories; the run writes `<storage_path>/<name>`.
+    """
+
+    name: Name = "run"
+    storage_path: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    card: CardConfig = CardConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    flow: FlowConfig = FlowConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainSection = TrainSection()
+    probes: ProbeConfig = ProbeConfig()
+    sample: SampleConfig = SampleConfig()
+    resources: ResourceConfig = ResourceConfig()
+
+    @model_validator(mode="after")
+    def _batch_splits(self) -> Recipe:
+        workers, batch = self.resources.num_workers, self.train.batch_size
+        if batch % workers:
+            raise ValueError(f"train.batch_size {batch} must be a multiple of resources.num_workers {workers}")
+        return self

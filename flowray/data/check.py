@@ -1,0 +1,189 @@
+"""Validates a shard set the way stock webdataset reads it: raw bytes only, nothing unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from flowray.config.errors import InputError
+from flowray.data.reader import scan_tar
+from flowray.data.shards import MANIFEST, find_shards, sha256
+
+IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")
+PICKLES = ("pkl", "pyd", "pickle", "pth", "pt")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding. `bad` must be mended; `info` is worth knowing. sample: "" where it concerns the whole shard."""
+
+    severity: Literal["info", "bad"]
+    shard: str
+    sample: str
+    what: str
+
+
+@dataclass
+class ShardCheck:
+    """What a shard set holds and what is wrong with it. sizes: "WxH" or the array's shape -> samples."""
+
+    shards: int = 0
+    samples: int = 0
+    bytes: int = 0
+    captions: int = 0
+    duplicates: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        return not any(problem.severity == "bad" for problem in self.problems)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"good": self.good, **asdict(self)}
+
+
+def check_shards(spec: str) -> ShardCheck:
+    """Read every sample of a shard set (folder, glob or tar); InputError only where there is nothing to read."""
+    checker = _Checker()
+    for path in find_shards(spec):
+        checker.shard(path)
+    return checker.finish()
+
+
+class _Checker:
+    """Sees shard after shard; keeps one hash per image, one key per sample."""
+
+    def __init__(self) -> None:
+        self.result = ShardCheck()
+        self.first_with: dict[bytes, str] = {}  # image hash -> "shard:key"
+        self.shard_of: dict[str, str] = {}
+        self.sizes: Counter[str] = Counter()
+        self.first_of_size: dict[str, tuple[str, str]] = {}
+        self.twin = ""
+
+    def bad(self, shard: str, sample: str, what: str) -> None:
+        self.result.problems.append(Problem("bad", shard, sample, what))
+
+    def shard(self, path: Path) -> None:
+        name, before = path.name, self.result.samples
+        self.result.shards += 1
+        self.result.bytes += path.stat().st_size
+        _compare_with_manifest(path, self)
+        try:
+            scan_tar(path)
+        except InputError as error:
+            self.bad(name, "", str(error).removeprefix(f"shard {path}: "))
+        try:
+            for sample in _stream(path):
+                self.result.samples += 1
+                self.sample(name, sample)
+        except Exception as error:  # webdataset passes on what tarfile and its own grouping raise
+            self.bad(name, "", f"webdataset stops after {self.result.samples - before} sample(s): {error.args[0] if error.args else error}")
+
+    def sample(self, shard: str, sample: dict[str, Any]) -> None:
+        key = sample["__key__"]
+        if self.shard_of.setdefault(key, shard) != shard:
+            self.bad(shard, key, f"the same key is in {self.shard_of[key]}")
+        unsafe = [extension for extension in sample if extension.rpartition(".")[2] in PICKLES]
+        if unsafe:
+            self.bad(shard, key, f".{unsafe[0]} is a pickle: other readers run code from it; keep arrays as .npy")
+        self._captions(shard, key, sample)
+        self._picture(shard, key, sample)
+
+    def _captions(self, shard: str, key: str, sample: dict[str, Any]) -> None:
+        captions: Any = None
+        try:
+            if "json" in sample:
+                row = json.loads(sample["json"])
+                captions = row.get("captions") if isinstance(row, dict) else None
+        except ValueError as error:
+            self.bad(shard, key, f".json does not parse: {error}")
+            return
+        try:
+            text = sample["txt"].decode("utf-8") if "txt" in sample else ""
+        except UnicodeDecodeError as error:
+            self.bad(shard, key, f".txt is not UTF-8: {error}")
+            return
+        captions = [text] if captions is None else captions
+        if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+            self.bad(shard, key, "no caption: a non-empty .txt, or .json with a list `captions` of non-empty strings, is needed")
+            return
+        self.result.captions += len(captions)
+
+    def _picture(self, shard: str, key: str, sample: dict[str, Any]) -> None:
+        extension = next((e for e in sample if e in IMAGES), None) or next((e for e in sample if e.endswith("npy")), None)
+        if extension is None:
+            self.bad(shard, key, f"no image ({', '.join('.' + e for e in IMAGES)}) and no .npy latents")
+            return
+        try:
+            size = _array_size(sample[extension]) if extension.endswith("npy") else _image_size(sample[extension])
+        except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
+            self.bad(shard, key, f".{extension} does not decode: {error}")
+            return
+        self.sizes[size] += 1
+        self.first_of_size.setdefault(size, (shard, key))
+        digest = hashlib.sha256(sample[extension]).digest()[:16]
+        first = self.first_with.setdefault(digest, f"{shard}:{key}")
+        if first != f"{shard}:{key}":
+            self.result.duplicates += 1
+            self.twin = self.twin or f"{first} = {shard}:{key}"
+
+    def finish(self) -> ShardCheck:
+        result, common = self.result, self.sizes.most_common()
+        result.sizes = dict(common)
+        for size, count in common[1:]:
+            shard, key = self.first_of_size[size]
+            self.bad(
+                shard, key, f"{count} sample(s) are {size}, the most ({common[0][1]}) are {common[0][0]}; all must be alike (pack --size)"
+            )
+        if result.duplicates:
+            what = f"{result.duplicates} of {result.samples} images are byte for byte those of an earlier sample, first {self.twin}"
+            result.problems.append(Problem("info", "", "", what))
+        return result
+
+
+def _stream(path: Path) -> Iterator[dict[str, Any]]:
+    import webdataset  # slow to import, and the other parts need none of it
+
+    # No .decode(): the values stay bytes, so no pickle is opened whatever the shard holds.
+    return iter(webdataset.WebDataset([str(path)], shardshuffle=False, empty_check=False))
+
+
+def _compare_with_manifest(path: Path, checker: _Checker) -> None:
+    manifest = path.parent / MANIFEST
+    if not manifest.is_file():
+        return
+    try:
+        rows = {row["name"]: row for row in json.loads(manifest.read_text(encoding="utf-8"))["shards"]}
+        row = rows.get(path.name)
+        if row is None:
+            checker.bad(path.name, "", f"not in {MANIFEST}")
+        elif row["bytes"] != path.stat().st_size:
+            checker.bad(path.name, "", f"{path.stat().st_size} bytes, but {MANIFEST} says {row['bytes']}")
+        elif row["sha256"] != sha256(path):
+            checker.bad(path.name, "", f"its bytes are not those {MANIFEST} was written for (sha256)")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        checker.bad(path.name, "", f"{MANIFEST} cannot be read: {error}")
+
+
+def _image_size(data: bytes) -> str:
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        return f"{image.width}x{image.height}"
+
+
+def _array_size(data: bytes) -> str:
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    if not np.isfinite(array).all():
+        raise ValueError("it holds NaN or infinity")
+    return f"{array.dtype}{list(array.shape)}"

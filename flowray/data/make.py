@@ -1,0 +1,129 @@
+"""The embedded sets as webdataset shards, made on first use and kept in a cache that cannot go stale."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from flowray.config.errors import InputError
+from flowray.data import digits, shapes
+from flowray.data.shards import MANIFEST, write_shards
+
+EmbeddedName = Literal["shapes", "digits"]
+
+
+@dataclass(frozen=True)
+class ShapesSet:
+    """How many shapes samples of each split, from which seed; two_share: share of two-object scenes, in [0, 1]."""
+
+    train: int = 16_000
+    val: int = 1_000
+    unseen: int = 500
+    two_share: float = 0.5
+    seed: int = 0
+
+    name = "shapes"
+    splits = ("train", "val", "unseen")
+
+    def samples(self, split: Any) -> Iterator[dict[str, Any]]:
+        drawn = shapes.samples(getattr(self, split), split, self.seed, self.two_share)
+        for i, (picture, captions, scene) in enumerate(drawn):
+            yield _sample(f"{split}-{i:06d}", picture, captions, {"scene": scene.as_json()})
+
+
+@dataclass(frozen=True)
+class DigitsSet:
+    """All 1797 scans; the split is fixed."""
+
+    name = "digits"
+    splits = ("train", "val")
+
+    def samples(self, split: str) -> Iterator[dict[str, Any]]:
+        for i, (picture, captions, label) in enumerate(digits.samples(split)):
+            yield _sample(f"{split}-{i:06d}", picture, captions, {"label": label})
+
+
+EmbeddedSet = ShapesSet | DigitsSet
+_DEFAULTS: dict[str, EmbeddedSet] = {"shapes": ShapesSet(), "digits": DigitsSet()}
+
+
+def png(picture: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) -> PNG bytes; lightly compressed, because tiny pictures gain nothing from more."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="png", compress_level=1)
+    return buffer.getvalue()
+
+
+def _sample(key: str, picture: np.ndarray, captions: list[str], extra: dict[str, Any]) -> dict[str, Any]:
+    row = json.dumps({"captions": captions, **extra})
+    return {"__key__": key, "png": png(picture), "txt": captions[0].encode(), "json": row.encode()}
+
+
+def write_set(what: EmbeddedSet, root: Path) -> dict[str, Path]:
+    """Write every split of a set as `root/<split>`, leaving those that are whole already; split -> folder."""
+    for split in what.splits:
+        if not (root / split / MANIFEST).is_file():
+            write_shards(root / split, what.samples(split), meta={"set": what.name, "split": split, **asdict(what)})
+    return {split: root / split for split in what.splits}
+
+
+def fingerprint(what: EmbeddedSet) -> str:
+    """A short hash of a set's arguments and of the source that draws and writes it."""
+    generator = shapes.__file__ if isinstance(what, ShapesSet) else digits.__file__
+    digest = hashlib.sha256(json.dumps(asdict(what)).encode())
+    for source in (generator, __file__):
+        digest.update(Path(str(source)).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def ensure_set(what: EmbeddedSet, cache: Path) -> dict[str, Path]:
+    """The split folders of a set under `cache`, written now if they are not there; several processes may ask at once.
+
+    The folder's name carries the fingerprint, so a change of arguments or of the generator can never meet old pictures.
+    """
+    root = cache / f"{what.name}-{fingerprint(what)}"
+    folders = {split: root / split for split in what.splits}
+    if all((folder / MANIFEST).is_file() for folder in folders.values()):
+        return folders
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with (root / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel when its holder dies
+            for left in root.glob(".*.????????????"):  # what a killed writer left; nobody else writes while we hold the lock
+                shutil.rmtree(left, ignore_errors=True)
+            return write_set(what, root)
+    except OSError as error:
+        raise InputError(f"{root}: cannot write there: {error.strerror}; set data.cache or FLOWRAY_CACHE to a writable folder") from error
+
+
+def ensure_embedded(name: EmbeddedName, cache: Path) -> dict[str, Path]:
+    """split -> shard folder of an embedded set in its standard size: shapes (train, val, unseen) or digits (train, val)."""
+    return ensure_set(_DEFAULTS[name], cache)
+
+
+def cache_dir(configured: str | None) -> Path:
+    """`configured` (data.cache), else FLOWRAY_CACHE, else ~/.cache/flowray; created. InputError where it cannot be written."""
+    from_env = os.environ.get("FLOWRAY_CACHE")
+    path = Path(configured or from_env or "~/.cache/flowray").expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        where = "data.cache" if configured else "FLOWRAY_CACHE" if from_env else "the default cache"
+        raise InputError(
+            f"{where} {path}: cannot be written: {error.strerror}; set data.cache or FLOWRAY_CACHE to a writable folder"
+        ) from error
+    return path

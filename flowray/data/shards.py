@@ -1,0 +1,121 @@
+"""Writing and finding shards: ordinary webdataset tars (`KEY.png`, `KEY.txt`, `KEY.json`) beside a `manifest.json`."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from flowray.config.errors import InputError, did_you_mean
+
+MANIFEST = "manifest.json"
+EMBEDDED = ("shapes", "digits")  # the names that stand for sets made on first use
+
+
+def write_shards(folder: Path, samples: Iterable[dict[str, Any]], *, per_shard: int = 1000, meta: dict[str, Any]) -> Path:
+    """Write `samples` as `folder/shard-000000.tar` ... and `folder/manifest.json`; returns `folder`.
+
+    samples: dicts of `__key__` (str, no dot after its last slash) and `extension: bytes`, the bytes already encoded.
+    meta: what made the samples; kept in the manifest, never read here.
+    The same samples give the same bytes. Everything goes to a hidden sibling folder that is renamed at the end, so the folder
+    is there whole or not at all. InputError where it exists already with something in it, cannot be written, or no sample came.
+    """
+    if per_shard < 1:
+        raise InputError(f"per_shard {per_shard}: a shard holds at least 1 sample")
+    with _whole_folder(folder) as partial:
+        rest, seen, shards = iter(samples), set[str](), list[dict[str, Any]]()
+        while (first := next(rest, None)) is not None:
+            name = f"shard-{len(shards):06d}.tar"
+            count = _write_tar(partial / name, chain([first], islice(rest, per_shard - 1)), seen)
+            size = (partial / name).stat().st_size
+            shards.append({"name": name, "samples": count, "bytes": size, "sha256": sha256(partial / name)})
+        if not shards:
+            raise InputError(f"{folder}: no samples to write")
+        manifest = {"meta": meta, "samples": len(seen), "shards": shards}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A hidden sibling to write in, renamed to `folder` on success and removed on any exception."""
+    occupied = InputError(f"{folder}: exists already and is not an empty folder; remove it or choose another")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise occupied
+    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, folder)
+    except OSError as error:
+        if folder.is_dir() and any(folder.iterdir()):  # another writer was first
+            raise occupied from error
+        raise InputError(f"{folder}: cannot write shards there: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tar(path: Path, samples: Iterable[dict[str, Any]], seen: set[str]) -> int:
+    """One tar; `seen` holds the keys of the shards before it and gets its own."""
+    from webdataset.writer import TarWriter  # slow to import, and reading needs none of it
+
+    count = 0
+    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        for sample in samples:
+            key = sample["__key__"]
+            if not key or "." in key.rpartition("/")[2]:
+                raise InputError(f"sample key {key!r}: webdataset ends a key at its first dot; use letters, digits, '_' and '-'")
+            if key in seen:
+                raise InputError(f"sample key {key!r} comes twice; keys must differ over all shards")
+            seen.add(key)
+            tar.write(sample)
+            count += 1
+    return count
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_shards(spec: str) -> tuple[Path, ...]:
+    """The tars of a folder, of a glob, or the one tar `spec` names, sorted by path.
+
+    InputError where nothing is found or the tars hold no sample at all.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        found, what = sorted(path.glob("*.tar")), "the folder holds no .tar file"
+        below = sorted({tar.parent.name for tar in path.glob("*/*.tar")})
+        if not found and below:
+            what += f", but these under it do: {', '.join(below[:5])}; did you mean {path / below[0]}?"
+    elif path.is_file():
+        if path.suffix != ".tar":
+            raise InputError(f"shards {spec!r}: not a .tar file; give a folder of .tar files, a glob or one uncompressed .tar")
+        found, what = [path], ""
+    elif glob.has_magic(spec):
+        found, what = sorted(Path(p) for p in glob.glob(str(path)) if p.endswith(".tar")), "no .tar file matches"
+    else:
+        found, what = [], f"no such file or folder{did_you_mean(spec, EMBEDDED)}"
+    if not found:
+        raise InputError(f"shards {spec!r}: {what}; give {', '.join(EMBEDDED)}, a folder of .tar files, a glob or one .tar")
+    if not any(_starts_with_a_member(tar) for tar in found):
+        raise InputError(f"shards {spec!r}: {len(found)} .tar file(s) but not one sample in them, first {found[0]}")
+    return tuple(found)
+
+
+def _starts_with_a_member(tar: Path) -> bool:
+    try:
+        with tar.open("rb") as file:
+            return any(file.read(512))
+    except OSError as error:
+        raise InputError(f"shard {tar}: cannot be read: {error.strerror}") from error

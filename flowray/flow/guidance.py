@@ -1,0 +1,35 @@
+"""Classifier-free guidance by a null indicator: v = v_u + s (v_c - v_u); s = 1 is off, the logs' w is s - 1."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flowray.flow.solver import VelocityFn
+
+
+class NullableVelocity(Protocol):
+    """A velocity that takes a null indicator: x (B, C, H, W), t (B,), null (B,) bool -> (B, C, H, W)."""
+
+    def __call__(self, x: Tensor, t: Tensor, null: Tensor) -> Tensor: ...
+
+
+def conditional(velocity: NullableVelocity) -> VelocityFn:
+    """velocity_fn(x, t) with no sample null."""
+    return lambda x, t: velocity(x, t, torch.zeros_like(t, dtype=torch.bool))
+
+
+def guided(velocity: NullableVelocity, scale: float) -> VelocityFn:
+    """velocity_fn(x, t) with guidance scale s; both halves see the same x, in one batch of 2B. s = 1 costs one pass."""
+    if scale == 1.0:
+        return conditional(velocity)
+
+    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+        null = torch.zeros(2 * len(t), dtype=torch.bool, device=t.device)
+        null[len(t) :] = True
+        v_c, v_u = velocity(torch.cat([x, x]), torch.cat([t, t]), null).float().chunk(2)
+        return v_u + scale * (v_c - v_u)
+
+    return velocity_fn

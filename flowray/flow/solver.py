@@ -1,0 +1,132 @@
+"""Solvers of dx/dt = v(x, t) from t = 0 to t = 1: pure functions of (velocity_fn, x, time grid), state in fp32.
+
+Fixed-step solvers walk `grid`, a list of increasing times from 0 to 1. A read-only `watch(k, t, x, v)` sees every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowray.config.flow import Dopri5Solver, EulerSolver, HeunSolver, MidpointSolver, SolverConfig
+from flowray.flow.path import expand
+
+VelocityFn = Callable[[Tensor, Tensor], Tensor]
+Watch = Callable[[int, float, Tensor, Tensor], None]
+
+
+def time_grid(kind: str, steps: int) -> list[float]:
+    """steps + 1 edges from 0 to 1. uniform: k / steps. logit_normal: sigmoid of equally spaced normal quantiles (log 0826).
+
+    The outermost quantiles are infinite, so the edges end exactly at 0 and 1 and the steps sum to 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    quantiles = torch.arange(steps + 1, dtype=torch.float64) / steps
+    if kind == "uniform":
+        edges = quantiles
+    elif kind == "logit_normal":
+        edges = torch.sigmoid(torch.special.ndtri(quantiles))
+    else:
+        raise ValueError(f"unknown time grid {kind!r}; known: uniform, logit_normal")
+    return edges.tolist()
+
+
+def _at(velocity_fn: VelocityFn, x: Tensor, t: float) -> Tensor:
+    return velocity_fn(x, torch.full((len(x),), t, dtype=torch.float32, device=x.device)).float()
+
+
+def _euler(config: EulerSolver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None) -> Tensor:
+    steps = len(grid) - 1
+    for k, (t, after) in enumerate(pairwise(grid)):
+        if config.nodes == "midpoint":
+            node = (t + after) / 2
+        elif config.nodes == "left":
+            node = t
+        else:  # CrossFlow: linspace(0, 1, N), the last step evaluated at the end point itself
+            node = k / max(steps - 1, 1)
+        v = _at(velocity_fn, x, node)
+        if watch:
+            watch(k, node, x, v)
+        x = x + (after - t) * v
+    return x
+
+
+def _heun(config: HeunSolver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None) -> Tensor:
+    for k, (t, after) in enumerate(pairwise(grid)):
+        v = _at(velocity_fn, x, t)
+        if watch:
+            watch(k, t, x, v)
+        ahead = _at(velocity_fn, x + (after - t) * v, after)
+        x = x + (after - t) * (v + ahead) / 2
+    return x
+
+
+def _midpoint(config: MidpointSolver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None) -> Tensor:
+    for k, (t, after) in enumerate(pairwise(grid)):
+        half = (after - t) / 2
+        v = _at(velocity_fn, x, t)
+        if watch:
+            watch(k, t, x, v)
+        x = x + (after - t) * _at(velocity_fn, x + half * v, t + half)
+    return x
+
+
+# Dormand and Prince 1980: nodes, stages, and the difference of the 5th and 4th order weights. The last stage's row is the
+# 5th order solution itself, so its velocity serves the next step (first same as last).
+_NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+_STAGES = (
+    (),
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+_ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def _dopri5(config: Dopri5Solver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None) -> Tensor:
+    """Every sample has its own time and step; a finished one stands still with a step of 0."""
+    t = torch.zeros(len(x), device=x.device)
+    h = torch.full_like(t, 1 / max(len(grid) - 1, 1))
+    first = velocity_fn(x, t).float()
+    for k in range(config.max_steps):
+        h = torch.minimum(h, 1 - t)
+        if watch:
+            watch(k, float(t.min()), x, first)
+        stages = [first]
+        for node, row in zip(_NODES[1:], _STAGES[1:], strict=True):
+            increment = torch.stack([a * v for a, v in zip(row, stages, strict=True)]).sum(0)
+            new = x + expand(h, x) * increment
+            stages.append(velocity_fn(new, t + node * h).float())
+        error = expand(h, x) * torch.stack([e * v for e, v in zip(_ERROR, stages, strict=True)]).sum(0)
+        tolerance = config.atol + config.rtol * torch.maximum(x.abs(), new.abs())
+        norm = (error / tolerance).flatten(1).square().mean(1).sqrt()
+        accept = norm <= 1
+        x = torch.where(expand(accept, x), new, x)
+        first = torch.where(expand(accept, x), stages[-1], first)
+        # Land on 1 exactly: t + h may round just below it and leave a step too small to advance t.
+        t = torch.where(accept, torch.where(h >= 1 - t, torch.ones_like(t), t + h), t)
+        if bool((t >= 1).all()):
+            return x
+        h = h * (0.9 * norm.clamp_min(1e-10).pow(-0.2)).clamp(0.2, 5.0)
+    raise RuntimeError(f"dopri5 did not reach t = 1 in {config.max_steps} steps (t = {float(t.min()):.3f}): stiff or non-finite field")
+
+
+_SOLVERS: dict[type, Callable[[Any, VelocityFn, Tensor, list[float], Watch | None], Tensor]] = {
+    EulerSolver: _euler,
+    HeunSolver: _heun,
+    MidpointSolver: _midpoint,
+    Dopri5Solver: _dopri5,
+}
+
+
+def integrate(config: SolverConfig, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None = None) -> Tensor:
+    """The state at t = 1, (B, C, H, W) fp32, from x (B, C, H, W) at t = 0."""
+    return _SOLVERS[type(config)](config, velocity_fn, x.float(), grid, watch)

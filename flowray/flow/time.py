@@ -1,0 +1,47 @@
+"""Training times: each sampler is the quantile function of its distribution, so that a draw is a function of a uniform number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowray.config.flow import AlphaTime, LogitNormalTime, LogSNRTime, TimeConfig, UniformTime
+
+
+def _uniform(config: UniformTime, u: Tensor) -> Tensor:
+    return u
+
+
+def _logit_normal(config: LogitNormalTime, u: Tensor) -> Tensor:
+    normal = torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))
+    return torch.sigmoid(config.mean + config.std * normal)
+
+
+def _log_snr(config: LogSNRTime, u: Tensor) -> Tensor:
+    return torch.sigmoid((config.low + (config.high - config.low) * u) / 2)
+
+
+def _alpha(config: AlphaTime, u: Tensor) -> Tensor:
+    return config.low + (config.high - config.low) * u
+
+
+_QUANTILES: dict[type, Callable[[Any, Tensor], Tensor]] = {
+    UniformTime: _uniform,
+    LogitNormalTime: _logit_normal,
+    LogSNRTime: _log_snr,
+    AlphaTime: _alpha,
+}
+
+
+def training_times(config: TimeConfig, u: Tensor) -> Tensor:
+    """Times t (B,) in [0, 1] from uniform numbers u (B,) in [0, 1).
+
+    The first `uniform_floor` of the unit interval is spent on t ~ U[0, 1], so that no part of [0, 1] that sampling passes
+    through stays untrained; the rest goes through the quantile function.
+    """
+    floor = config.uniform_floor
+    inside = _QUANTILES[type(config)](config, ((u - floor) / max(1 - floor, 1e-12)).clamp(0, 1))
+    return torch.where(u < floor, u / max(floor, 1e-12), inside).clamp(0, 1)

@@ -1,0 +1,106 @@
+"""The probes of a run on a fixed held-out batch with fixed noise: deterministic, read-only, the same for every trial."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowray.config.recipe import Recipe
+from flowray.flow.draws import Draws
+from flowray.flow.guidance import conditional
+from flowray.flow.path import sample_path, time_code
+from flowray.model.assemble import FlowModel
+from flowray.model.latent import Moments
+from flowray.probes.field import BINS, cosines, field_metrics
+from flowray.probes.latent import posterior_metrics, scale_metrics, text_metrics
+from flowray.probes.rollout import endpoint_metrics, shoot, shoot_metrics, teacher_metrics
+from flowray.store.latents import LatentSet
+
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """Held-out captions and latents with the noise that every probe uses; latents and noises (B, C, H, W).
+
+    times: (BINS, B), one stratified t per bin and sample. others: a derangement of the batch (B,) across different captions.
+    """
+
+    captions: list[str]
+    z1: Tensor
+    noise: Tensor
+    other_noise: Tensor
+    times: Tensor
+    others: Tensor
+    variance: float
+
+
+def derangement(captions: list[str]) -> Tensor:
+    """For every sample another one with a different caption: the smallest cyclic shift of the sorted batch that allows it."""
+    order = sorted(range(len(captions)), key=lambda i: captions[i])
+    shift = max((captions.count(text) for text in set(captions)), default=1)
+    if len(set(captions)) < 2:
+        raise ValueError("the probe batch needs at least two different captions")
+    others = torch.empty(len(captions), dtype=torch.long)
+    for place, index in enumerate(order):
+        others[index] = order[(place + shift) % len(order)]
+    return others
+
+
+def make_probe_batch(recipe: Recipe, held_out: LatentSet, device: torch.device) -> ProbeBatch:
+    """The first `probes.batch_size` held-out samples, fewer where there are fewer."""
+    size = min(recipe.probes.batch_size, len(held_out))
+    draws = Draws(recipe.probes.seed, 0, size, slice(None), device)
+    shape = recipe.model.latent.shape
+    captions = [held_out.captions(i)[0] for i in range(size)]
+    mean, logvar = held_out.moments(np.arange(size))
+    z1 = held_out.scale.sample(Moments(mean.to(device), logvar.to(device)), draws.normal("posterior", shape))
+    edges = torch.arange(BINS, device=device, dtype=torch.float32)[:, None]
+    times = torch.stack([draws.uniform(f"time{b}") for b in range(BINS)])
+    return ProbeBatch(
+        captions=captions,
+        z1=z1,
+        noise=draws.normal("source", shape),
+        other_noise=draws.normal("other source", shape),
+        times=(edges + times) / BINS,
+        others=derangement(captions).to(device),
+        variance=held_out.variance,
+    )
+
+
+@torch.no_grad()
+def run_probes(model: FlowModel, recipe: Recipe, batch: ProbeBatch, *, endpoints: bool) -> dict[str, float]:
+    """Every probe of the model's present weights; leaves weights, gradients, RNG and module modes as they were."""
+    was_training = model.training
+    model.eval()
+    try:
+        posterior, z0 = model.source(batch.captions, batch.noise)
+        rows = _field(model, recipe, batch, z0)
+        rows |= posterior_metrics(posterior, z0) | text_metrics(posterior, batch.noise, batch.other_noise)
+        velocity_fn = conditional(lambda x, t, null: model.velocity(x, time_code(t), null))
+        z_end = shoot(velocity_fn, z0, recipe.probes.shoot_steps)
+        rows |= shoot_metrics(z_end, z0, batch.z1, batch.others, batch.variance)
+        rows |= teacher_metrics(z0, batch.z1, recipe.flow.path.rho)
+        if endpoints:
+            rows |= endpoint_metrics(velocity_fn, z0, batch.z1)
+        return rows
+    finally:
+        model.train(was_training)
+
+
+def _field(model: FlowModel, recipe: Recipe, batch: ProbeBatch, z0: Tensor) -> dict[str, float]:
+    """flow/* and scale/* over every sample at one t in each bin, own and swapped sources."""
+    rho, t = recipe.flow.path.rho, batch.times.flatten()
+    null = torch.zeros(len(batch.z1), dtype=torch.bool, device=t.device)
+
+    def velocities(source: Tensor) -> tuple[Tensor, Tensor]:
+        paths = [sample_path(times, source, batch.z1, rho) for times in batch.times]
+        v_pred = torch.cat([model.velocity(p.xt, time_code(p.t), null).float() for p in paths])
+        return v_pred, torch.cat([p.v_target for p in paths])
+
+    v_pred, v_target = velocities(z0)
+    swapped = velocities(z0[batch.others])
+    gain = float(cosines(v_pred, v_target).mean() - cosines(*swapped).mean())
+    middle = sample_path(torch.full_like(batch.times[0], 0.5), z0, batch.z1, rho)
+    return field_metrics(v_pred, v_target, t) | {"flow/cond_gain_cos": gain, "trivial/flow/nmse": 1.0} | scale_metrics(middle)

@@ -1,0 +1,299 @@
+"""Reads a run or a sweep directory into plain records; the files alone are the interface.
+
+Whatever a killed or failed trial left behind is readable: a missing file is empty, a half-written last row is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from flowray.config.errors import InputError
+
+Row = Mapping[str, Any]
+Series = list[tuple[int, float]]  # (step, value), steps rising
+LOG_SPAN = 30.0
+Status = Literal["running", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One sample strip: the pictures of all prompts side by side, drawn at `step`."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training run wrote. header: the comment block on top of config.yaml; card: (heading, text) of card.md."""
+
+    path: Path
+    header: str
+    card: tuple[tuple[str, str], ...]
+    metrics: tuple[Row, ...]
+    probes: tuple[Row, ...]
+    strips: tuple[Strip, ...]
+    prompts: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def series(self, key: str) -> Series:
+        """A key's finite values over steps: from the probes where they have it, else from the training rows."""
+        return series(self.probes, key) or series(self.metrics, key)
+
+    def last(self, key: str) -> float | None:
+        """The key's value in the last row that has it, None where that is missing or not finite."""
+        for rows in (self.probes, self.metrics):
+            values = [row[key] for row in rows if key in row]
+            if values:
+                return finite(values[-1])
+        return None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a sweep optimises."""
+
+    name: str
+    goal: Literal["minimize", "maximize"]
+
+
+@dataclass(frozen=True, eq=False)  # told apart by identity: params and metrics are dicts
+class Trial:
+    """One row of trials.jsonl, with the run directory of that number."""
+
+    number: int
+    params: dict[str, Any]
+    status: Status
+    last_step: int
+    budget_steps: int
+    stopped_by: str
+    metrics: dict[str, Any]
+    seconds: float
+    error: str
+    run: Run
+
+    def value(self, key: str) -> float | None:
+        """The key's last value: the record's, else the run's; None where missing or not finite."""
+        return finite(self.metrics[key]) if key in self.metrics else self.run.last(key)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep. trials: best first by `metric`, those without a value after, failed ones last."""
+
+    path: Path
+    name: str
+    settings: dict[str, Any]
+    metric: Metric
+    trials: tuple[Trial, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def best(self) -> Trial | None:
+        """The best finished trial; before any has finished, the best so far; None without a single value."""
+        able = [trial for trial in self.trials if trial.status != "failed" and trial.value(self.metric.name) is not None]
+        return next((trial for trial in able if trial.status == "finished"), able[0] if able else None)
+
+    def by(self, *statuses: Status) -> list[Trial]:
+        return [trial for trial in self.trials if trial.status in statuses]
+
+    @property
+    def spent_steps(self) -> int:
+        """Steps trained by the finished and stopped trials."""
+        return sum(trial.last_step for trial in self.by("finished", "stopped"))
+
+    @property
+    def budget_steps(self) -> int:
+        """Steps that those trials would have trained without early stopping."""
+        return sum(trial.budget_steps for trial in self.by("finished", "stopped"))
+
+    @property
+    def saved(self) -> float:
+        """Share of the full budget that early stopping saved: 1 - spent_steps / budget_steps; 0 without a budget."""
+        return 1 - self.spent_steps / self.budget_steps if self.budget_steps else 0.0
+
+    def varied(self) -> list[str]:
+        """Keys of the parameters that differ between trials (all of them in a sweep of one trial), in order of appearance."""
+        keys = list(dict.fromkeys(key for trial in self.trials for key in trial.params))
+        if len(self.trials) < 2:
+            return keys
+        return [key for key in keys if len({json.dumps(trial.params.get(key)) for trial in self.trials}) > 1]
+
+
+def finite(value: Any) -> float | None:
+    """The value as a float, or None if it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def numeric(values: Iterable[Any]) -> bool:
+    """Whether every value is a finite number."""
+    return all(finite(value) is not None for value in values)
+
+
+def spans_decades(values: Sequence[float]) -> bool:
+    """Whether the values are positive and spread over so wide a ratio that a log axis shows them better."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) > LOG_SPAN
+
+
+def series(rows: Iterable[Row], key: str) -> Series:
+    """(step, value) of every row that has a finite value of the key."""
+    points = [(row.get("step"), finite(row.get(key))) for row in rows]
+    return sorted((step, value) for step, value in points if isinstance(step, int) and value is not None)
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """Rows of a JSON lines file, and a note for unreadable lines other than the last (a killed writer truncates that one)."""
+    try:
+        lines = path.read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return [], []
+    rows: list[Row] = []
+    bad: list[int] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif line.strip() and number < len(lines):
+            bad.append(number)
+    notes = [f"{path.parent.name}/{path.name}: skipped {len(bad)} unreadable line(s), the first is line {bad[0]}"] if bad else []
+    return rows, notes
+
+
+def is_sweep(path: Path) -> bool:
+    return (path / "sweep.yaml").is_file()
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file()
+
+
+def load_run(path: Path) -> Run:
+    """Read a run directory; whatever is missing is empty."""
+    metrics, notes = read_rows(path / "metrics.jsonl")
+    probes, more = read_rows(path / "probes.jsonl")
+    strips = [
+        Strip(int(found[1]), file)
+        for file in sorted((path / "samples").glob("step_*.png"))
+        if (found := re.fullmatch(r"step_(\d+)\.png", file.name))
+    ]
+    prompts = [line.strip() for line in _text(path / "samples" / "prompts.txt").splitlines()]
+    return Run(
+        path=path,
+        header=_comment_header(_text(path / "config.yaml")),
+        card=tuple(_sections(_text(path / "card.md"))),
+        metrics=tuple(metrics),
+        probes=tuple(probes),
+        strips=tuple(sorted(strips, key=lambda strip: strip.step)),
+        prompts=tuple(prompts),
+        notes=tuple(notes + more),
+    )
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read a sweep directory and its trials' run directories, best first.
+
+    Raises InputError when sweep.yaml cannot be read or names no metric.
+    """
+    settings = _sweep_yaml(path / "sweep.yaml")
+    metric = _metric(path / "sweep.yaml", settings.get("metric"))
+    rows, notes = read_rows(path / "trials.jsonl")
+    trials = [_trial(path, row) for row in rows if isinstance(row.get("trial"), int)]
+    name = settings.get("name") or path.resolve().name
+    more = [note for trial in trials for note in trial.run.notes]
+    return Sweep(path, str(name), settings, metric, tuple(ranked(trials, metric)), tuple(notes + more))
+
+
+def ranked(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
+    """Best first by the metric's last value; without a value after those, failed last; ties by number."""
+    sign = 1 if metric.goal == "minimize" else -1
+
+    def place(trial: Trial) -> tuple[bool, bool, float, int]:
+        value = trial.value(metric.name)
+        return trial.status == "failed", value is None, 0.0 if value is None else sign * value, trial.number
+
+    return sorted(trials, key=place)
+
+
+def _trial(sweep: Path, row: Row) -> Trial:
+    number, params, metrics = int(row["trial"]), row.get("params"), row.get("metrics")
+    return Trial(
+        number=number,
+        params=params if isinstance(params, dict) else {},
+        status=row.get("status") or "running",
+        last_step=int(row.get("last_step") or 0),
+        budget_steps=int(row.get("budget_steps") or 0),
+        stopped_by=str(row.get("stopped_by") or ""),
+        metrics=metrics if isinstance(metrics, dict) else {},
+        seconds=finite(row.get("seconds")) or 0.0,
+        error=str(row.get("error") or ""),
+        run=load_run(sweep / str(number)),
+    )
+
+
+def _sweep_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a folder that flowray.tune wrote") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML; restore the file that flowray.tune wrote") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: want a mapping with the key metric, got {type(settings).__name__}")
+    return settings
+
+
+def _metric(path: Path, value: Any) -> Metric:
+    """The first metric of a sweep: `{name, goal}` or a list of them."""
+    first = value[0] if isinstance(value, list) and value else value
+    if not isinstance(first, dict) or not isinstance(first.get("name"), str):
+        raise InputError(f"{path}: metric: got {first!r}, want {{name: ema/shoot/nmse, goal: minimize}}")
+    goal = first.get("goal", "minimize")
+    if goal not in ("minimize", "maximize"):
+        raise InputError(f"{path}: metric.goal: got {goal!r}, want minimize or maximize")
+    return Metric(first["name"], goal)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _comment_header(text: str) -> str:
+    """The leading comment lines of a YAML file, without their hash signs."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return "\n".join(lines).strip("\n")
+
+
+def _sections(markdown: str) -> Iterable[tuple[str, str]]:
+    """(heading, text) of each part of a markdown file; empty parts are left out."""
+    heading, body = "", list[str]()
+    for line in [*markdown.splitlines(), "# "]:
+        found = re.match(r"#+\s+(.*)|#+\s*$", line)
+        if not found:
+            body.append(line)
+            continue
+        text = "\n".join(body).strip()
+        if text:
+            yield heading, text
+        heading, body = (found[1] or "").strip(), []

@@ -1,0 +1,60 @@
+"""Pictures from prompts, exactly the way training defined the path: z0 ~ posterior, integrate from t = 0 to 1, decode x."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flowray.config.flow import SampleConfig
+from flowray.flow.draws import Draws
+from flowray.flow.guidance import guided
+from flowray.flow.path import time_code
+from flowray.flow.solver import integrate, time_grid
+from flowray.model.assemble import FlowModel
+from flowray.model.autoencoder import Autoencoder
+from flowray.store.latents import from_pictures
+
+BATCH = 64
+
+
+def source_noise(model: FlowModel, count: int, seed: int, device: torch.device) -> Tensor:
+    """Noise of `count` prompts (count, C, H, W); the noise of a prompt depends on the seed and its place alone."""
+    shape = model.config.latent.shape
+    return torch.cat([Draws(seed, place, 1, slice(None), device).normal("sample", shape) for place in range(count)])
+
+
+@torch.no_grad()
+def generate_latents(model: FlowModel, prompts: Sequence[str], config: SampleConfig, noise: Tensor) -> Tensor:
+    """Integrated latents (B, C, H, W) of the prompts; the model should be in eval mode."""
+    _, z0 = model.source(prompts, noise)
+    velocity_fn = guided(lambda x, t, null: model.velocity(x, time_code(t), null), config.guidance_scale)
+    return integrate(config.solver, velocity_fn, z0, time_grid(config.grid, config.steps))
+
+
+@torch.no_grad()
+def generate(model: FlowModel, autoencoder: Autoencoder, prompts: Sequence[str], config: SampleConfig, seed: int) -> np.ndarray:
+    """Pictures uint8 (B, H, W, 3) of the prompts, with the weights the model holds now."""
+    was_training = model.training
+    model.eval()
+    device = next(model.velocity.parameters()).device
+    noise = source_noise(model, len(prompts), seed, device)
+    pictures = []
+    try:
+        for start in range(0, len(prompts), BATCH):
+            part = slice(start, start + BATCH)
+            pictures.append(from_pictures(autoencoder.decode(generate_latents(model, prompts[part], config, noise[part]))))
+    finally:
+        model.train(was_training)
+    return np.concatenate(pictures)
+
+
+def save_strip(pictures: np.ndarray, path: Path) -> None:
+    """Pictures (B, H, W, 3) side by side in one PNG, written whole."""
+    partial = path.with_suffix(".partial")
+    Image.fromarray(np.concatenate(list(pictures), axis=1)).save(partial, format="png")
+    partial.replace(path)

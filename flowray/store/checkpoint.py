@@ -1,0 +1,91 @@
+"""Checkpoints: safetensors and JSON, no pickle, whole or absent.
+
+`checkpoints/step_000500/` holds `model.safetensors` (trainable weights; frozen ones are named by the recipe), `ema.safetensors`,
+`optim.safetensors` and `state.json` (step and seed, which are all of the data cursor and the RNG, since every draw is a function
+of them; and each file's size). The folder is renamed into place when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowray.config.errors import InputError
+
+Tensors = dict[str, Tensor]
+_NAME = re.compile(r"step_(\d+)")
+
+
+def save_checkpoint(folder: Path, step: int, groups: dict[str, Tensors], state: dict[str, Any], keep: int) -> Path:
+    """Write `folder/step_XXXXXX` atomically, then drop all but the newest `keep`. OSError leaves older checkpoints untouched."""
+    final, partial = folder / f"step_{step:06d}", folder / f".partial_{step:06d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, tensors in groups.items():
+            save_file({key: t.detach().contiguous() for key, t in tensors.items()}, partial / f"{name}.safetensors")
+        sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
+        (partial / "state.json").write_text(json.dumps({**state, "step": step, "sizes": sizes}))
+        for file in partial.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def is_valid(checkpoint: Path) -> bool:
+    """Whether every file is there at the size it was written with."""
+    try:
+        sizes = json.loads((checkpoint / "state.json").read_text())["sizes"]
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Valid checkpoints, oldest first."""
+    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in found if is_valid(path)), key=lambda path: int(path.name[5:]))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest valid checkpoint of a `checkpoints/` folder."""
+    valid = list_checkpoints(folder)
+    return valid[-1] if valid else None
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """Its `state.json`: step, seed."""
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def load_tensors(checkpoint: Path, group: str) -> Tensors:
+    """One group of tensors: `model`, `ema` or `optim`."""
+    try:
+        return load_file(checkpoint / f"{group}.safetensors")
+    except Exception as error:  # safetensors raises its own Rust errors
+        raise InputError(f"{checkpoint}: {group}.safetensors cannot be read: {error}") from error
+
+
+def copy_into(parameters: dict[str, Any], tensors: Tensors, where: Path) -> None:
+    """Copy loaded tensors into parameters of the same names and shapes; InputError says what differs."""
+    missing, surplus = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    if missing or surplus:
+        raise InputError(f"{where}: does not fit the recipe's model: lacks {missing[:3]}, has besides {surplus[:3]}")
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise InputError(f"{where}: {name} is {tuple(tensors[name].shape)}, the recipe's model has {tuple(parameter.shape)}")
+        parameter.data.copy_(tensors[name])

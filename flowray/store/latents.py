@@ -1,0 +1,157 @@
+"""Latents of a shard set, encoded once into shards of their own and keyed by what made them.
+
+A latent shard holds, for every sample, `moments.npy` (fp16, raw mean and log-variance stacked on channels, (2C, H, W)) and the
+sample's `json`/`txt`. The manifest keeps the scale, so training needs no autoencoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flowray.config.base import LatentSpec
+from flowray.config.errors import InputError
+from flowray.config.model import AutoencoderConfig
+from flowray.config.train import DataConfig
+from flowray.data.make import cache_dir, ensure_embedded
+from flowray.data.reader import ShardReader
+from flowray.data.shards import MANIFEST, find_shards, write_shards
+from flowray.model.assets import asset_path
+from flowray.model.latent import LatentScale, Moments
+
+ENCODE_BATCH = 32
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """A cached split: moments and captions by index, the latent scale, and the variance of z1 per dim over the whole set."""
+
+    reader: ShardReader
+    scale: LatentScale
+    variance: float
+    pictures: tuple[Path, ...]  # the image shards these latents were made from
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def moments(self, indices: np.ndarray) -> Moments:
+        """Raw moments (B, C, H, W) fp32 of the samples."""
+        mean, logvar = torch.from_numpy(self.reader.gather(indices, "moments.npy")).float().chunk(2, dim=1)
+        return Moments(mean, logvar)
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of one sample, at least one."""
+        return self.reader.captions(index)
+
+
+def to_pictures(images: list[np.ndarray]) -> Tensor:
+    """uint8 (H, W, 3) arrays -> float (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def from_pictures(pictures: Tensor) -> np.ndarray:
+    """float (B, 3, H, W) -> uint8 (B, H, W, 3)."""
+    clipped = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return clipped.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def decode_image(reader: ShardReader, index: int) -> np.ndarray:
+    """The picture of a sample, uint8 (H, W, 3); InputError names shard and sample where it does not decode."""
+    has = [e for e in ("png", "jpg", "jpeg", "webp") if e in reader.extensions(index)]
+    if not has:
+        raise InputError(f"sample {reader.keys[index]}: no picture (.png, .jpg, .jpeg or .webp)")
+    try:
+        return np.asarray(Image.open(io.BytesIO(reader.read(index, has[0]))).convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"sample {reader.keys[index]}: .{has[0]} does not decode: {error}") from error
+
+
+def split_shards(data: DataConfig) -> dict[str, tuple[Path, ...]]:
+    """Image shards of `train` and `val` (and `unseen` for shapes); the embedded sets are made on first use."""
+    if data.shards in ("shapes", "digits"):
+        folders = ensure_embedded(data.shards, cache_dir(data.cache))  # type: ignore[arg-type]
+        return {split: find_shards(str(folder)) for split, folder in folders.items()}
+    if data.val_shards is None:
+        raise InputError("data.val_shards: not given; probes need held-out shards beside data.shards")
+    return {"train": find_shards(data.shards), "val": find_shards(data.val_shards)}
+
+
+def autoencoder_fingerprint(config: AutoencoderConfig) -> str:
+    """Short hash of the config and, for a local folder, of its files' names, sizes and times; the hub name otherwise."""
+    folder = asset_path("autoencoder") if config.path == "embedded" else Path(config.path)
+    digest = hashlib.sha256(config.model_dump_json().encode())
+    for file in sorted(folder.glob("*")) if folder.is_dir() else []:
+        content = file.read_bytes() if file.stat().st_size < 2**25 else f"{file.stat().st_size} {file.stat().st_mtime_ns}".encode()
+        digest.update(file.name.encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def ensure_latents(data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSpec, progress: Progress = print) -> dict[str, Path]:
+    """split -> folder of latent shards, encoded now where they are not in the cache."""
+    folders = {}
+    for split, shards in split_shards(data).items():
+        reader = ShardReader(shards)
+        folder = cache_dir(data.cache) / f"latents-{autoencoder_fingerprint(autoencoder)}-{reader.fingerprint()}" / split
+        if not (folder / MANIFEST).is_file():
+            progress(f"encoding {len(reader)} {split} pictures into {folder}")
+            _encode(reader, folder, autoencoder, latent, progress)
+        folders[split] = folder
+    return folders
+
+
+def _encode(reader: ShardReader, folder: Path, config: AutoencoderConfig, latent: LatentSpec, progress: Progress) -> None:
+    from flowray.model.autoencoder import load_autoencoder  # diffusers takes seconds to import; a cached run never needs it
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autoencoder = load_autoencoder(config, latent).to(device)
+    scale = autoencoder.scale
+    # One shared dict: the writer puts it into the manifest after the last sample, when the statistics are known.
+    meta: dict[str, Any] = {"scale": scale.scale, "shift": scale.shift, "deterministic": scale.deterministic}
+    meta["pictures"] = [str(path.absolute()) for path in reader.paths]
+    total, squares, count = 0.0, 0.0, 0
+
+    def samples() -> Iterator[dict[str, Any]]:
+        nonlocal total, squares, count
+        for start in range(0, len(reader), ENCODE_BATCH):
+            indices = range(start, min(start + ENCODE_BATCH, len(reader)))
+            moments = autoencoder.encode_moments(to_pictures([decode_image(reader, i) for i in indices]).to(device))
+            variance = 0.0 if scale.deterministic else moments.logvar.exp()
+            z = scale.sample(moments, torch.zeros_like(moments.mean)).double()
+            total += float(z.sum())
+            squares += float((z.square() + variance * scale.scale**2).sum())
+            count += z.numel()
+            rows = torch.cat([moments.mean, moments.logvar], dim=1).half().cpu().numpy()
+            for i, row in zip(indices, rows, strict=True):
+                buffer = io.BytesIO()
+                np.save(buffer, row)
+                kept: dict[str, Any] = {e: reader.read(i, e) for e in ("json", "txt") if e in reader.extensions(i)}
+                yield {"__key__": reader.keys[i], "moments.npy": buffer.getvalue(), **kept}
+            if start // ENCODE_BATCH % 100 == 99:
+                progress(f"  encoded {indices[-1] + 1}/{len(reader)}")
+        meta["mean"] = total / count
+        meta["variance"] = squares / count - (total / count) ** 2
+
+    try:
+        write_shards(folder, samples(), meta=meta)
+    except InputError:
+        if not (folder / MANIFEST).is_file():  # else another process encoded the same split meanwhile
+            raise
+
+
+def load_latents(folder: Path, limit: int | None = None) -> LatentSet:
+    """Open a cached split."""
+    meta = json.loads((folder / MANIFEST).read_text())["meta"]
+    scale = LatentScale(meta["scale"], meta["shift"], meta["deterministic"])
+    pictures = tuple(Path(path) for path in meta["pictures"])
+    return LatentSet(ShardReader(find_shards(str(folder)), limit), scale, meta["variance"], pictures)

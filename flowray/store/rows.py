@@ -1,0 +1,47 @@
+"""JSON-lines files of metric rows: one row per logged step, flushed as written, no gap and no duplicate after a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Every whole row; a torn last line (a killed writer) is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class RowWriter:
+    """Appends rows with a `step`; opening keeps the rows up to `last_step` and drops the later ones, which will be written again."""
+
+    def __init__(self, path: Path, last_step: int):
+        kept = [row for row in read_rows(path) if row["step"] <= last_step]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row and flush it."""
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    # NaN is not JSON: a non-finite number is kept as null, which every reader treats as missing.
+    plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    return json.dumps(plain) + "\n"

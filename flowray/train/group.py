@@ -1,0 +1,60 @@
+"""The ranks that train together; alone by default, torch.distributed where it has been started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Group:
+    """rank of world, and the device this rank computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def current(cls, device: str = "auto") -> Group:
+        """From torch.distributed, if it is initialised."""
+        live = dist.is_available() and dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if live else (0, 1)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(rank, world, torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device))
+
+    @property
+    def lead(self) -> bool:
+        """Whether this rank writes the files."""
+        return self.rank == 0
+
+    def rows(self, batch: int) -> slice:
+        """This rank's slice of a global batch."""
+        share = batch // self.world
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """DistributedDataParallel where there are several ranks."""
+        if self.world == 1:
+            return module
+        return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over ranks."""
+        if self.world > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+            values /= self.world
+        return values
+
+    def agree(self, flag: bool) -> bool:
+        """The lead's flag, on every rank."""
+        if self.world == 1:
+            return flag
+        shared = torch.tensor(int(flag), device=self.device)
+        dist.broadcast(shared, 0)
+        return bool(shared.item())

@@ -1,0 +1,157 @@
+"""The training loop. It knows nothing of Ray: a caller gives it the ranks (`Group`) and gets a row at every probe (`report`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+from tensorboardX import SummaryWriter
+
+from flowray.config.load import dump_recipe
+from flowray.config.recipe import Recipe
+from flowray.model.autoencoder import Autoencoder, load_autoencoder
+from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
+from flowray.probes.vae import vae_metrics
+from flowray.sample.generate import generate, save_strip
+from flowray.store.checkpoint import load_state, newest_checkpoint
+from flowray.store.latents import LatentSet, ensure_latents, load_latents
+from flowray.store.rows import RowWriter
+from flowray.store.run import RunDirectory, RunLock
+from flowray.train.group import Group
+from flowray.train.state import TrainState, fresh_state, restore_state, save_state
+from flowray.train.step import BatchMaker, train_step
+
+Row = dict[str, float]
+Report = Callable[[Row], None]
+Outcome = Literal["finished", "stopped"]
+GRID_PROMPTS = 8
+
+
+def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Outcome:
+    """Train to `train.steps`, from the newest valid checkpoint of `run` if there is one.
+
+    Probes, samples and a checkpoint also come at the last step. `stopped`: `run.stop_request` appeared and a checkpoint was written.
+    Every rank calls `report`, with the lead's row, at every probe.
+    """
+    folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent) if group.lead else {}
+    group.agree(True)  # the others wait until the lead has encoded
+    folders = folders or ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
+    latents, held_out = load_latents(folders["train"], recipe.data.limit), load_latents(folders["val"])
+    if group.lead:
+        run.create()
+    with RunLock(run) if group.lead else nullcontext():
+        state = fresh_state(recipe, group.device)
+        restore_state(state, recipe, run)
+        objective = group.wrap(state.objective)
+        make_batch = BatchMaker(recipe, latents, group)
+        sinks = Sinks(recipe, run, held_out, state, group) if group.lead else None
+        cadence, last = recipe.train, recipe.train.steps
+        while state.step < last:
+            began = time.perf_counter()
+            batch = make_batch(state.step)
+            waited = time.perf_counter() - began
+            row = train_step(state, objective, batch, recipe, group)
+            step, logged = state.step, state.step % cadence.log_every == 0 or state.step == last
+            if logged:
+                losses = _scalars(row, group)
+                losses |= {"perf/data_wait_s": waited, "perf/step_s": time.perf_counter() - began}
+                if sinks:
+                    sinks.log(losses)
+            if step % cadence.probe_every == 0 or step == last:
+                probed = sinks.probe(losses if logged else {}, final=step == last) if sinks else {}
+                report(_share(probed, group))
+            if sinks and (step % cadence.sample_every == 0 or step == last):
+                sinks.sample()
+            stop = logged and group.agree(run.stop_request.exists() if group.lead else False)
+            if sinks and (step % cadence.checkpoint_every == 0 or step == last or stop):
+                save_state(state, recipe, run)
+            if stop and step < last:
+                return "stopped"
+        return "finished"
+
+
+def is_finished(recipe: Recipe, run: RunDirectory) -> bool:
+    """Whether the newest checkpoint has all the steps."""
+    checkpoint = newest_checkpoint(run.checkpoints)
+    return checkpoint is not None and load_state(checkpoint)["step"] >= recipe.train.steps
+
+
+def _scalars(row: dict[str, torch.Tensor], group: Group) -> Row:
+    """A step's tensors as numbers, averaged over ranks, in one transfer."""
+    stacked = group.mean(torch.stack([value.float().to(group.device) for value in row.values()]))
+    return dict(zip(row, stacked.tolist(), strict=True))
+
+
+def _share(row: Row, group: Group) -> Row:
+    """The lead's row on every rank."""
+    if group.world == 1:
+        return row
+    held = [row]
+    torch.distributed.broadcast_object_list(held, 0, device=group.device)
+    return held[0]
+
+
+class Sinks:
+    """What the lead writes: metric and probe rows, TensorBoard events, sample strips."""
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, held_out: LatentSet, state: TrainState, group: Group):
+        self.recipe, self.run, self.state, self.device = recipe, run, state, group.device
+        self.held_out = held_out
+        self.probe_batch: ProbeBatch = make_probe_batch(recipe, held_out, group.device)
+        self.prompts = list(recipe.sample.prompts) or _some_prompts(held_out)
+        self._metrics, self._probes = RowWriter(run.metrics, state.step), RowWriter(run.probes, state.step)
+        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step + 1, flush_secs=10)
+        self._autoencoder: Autoencoder | None = None
+        (run.samples / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
+        if not run.config.exists():
+            run.config.write_text(dump_recipe(recipe), encoding="utf-8")
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """Loaded when the first picture is wanted."""
+        if self._autoencoder is None:
+            self._autoencoder = load_autoencoder(self.recipe.model.autoencoder, self.recipe.model.latent).to(self.device)
+        return self._autoencoder
+
+    def log(self, row: Row) -> None:
+        """One metrics row, and the same numbers to TensorBoard."""
+        row["perf/images_per_s"] = self.recipe.train.batch_size / row["perf/step_s"]
+        self._metrics.write({"step": self.state.step, **row})
+        self._to_board(row)
+
+    def probe(self, losses: Row, *, final: bool) -> Row:
+        """Run the probes on the EMA weights (and the raw ones); returns the row for `report`."""
+        model = self.state.model
+        row: Row = {}
+        with self.state.ema.applied():
+            row |= {f"ema/{key}": value for key, value in run_probes(model, self.recipe, self.probe_batch, endpoints=final).items()}
+        if self.recipe.probes.raw:
+            row |= run_probes(model, self.recipe, self.probe_batch, endpoints=final)
+        row["ema/delta_rms"] = self.state.ema.delta_rms()
+        if final:
+            row |= vae_metrics(self.autoencoder, self.held_out, self.recipe.probes.batch_size, self.recipe.probes.seed)
+        self._probes.write({"step": self.state.step, **row})
+        self._to_board(row)
+        reported = {"step": self.state.step, "budget_steps": self.recipe.train.steps, **row}
+        return reported | {key: value for key, value in losses.items() if key.startswith("loss/")}
+
+    def sample(self) -> None:
+        """A strip of pictures of the fixed prompts with the weights that `sample.weights` names."""
+        config = self.recipe.sample
+        with self.state.ema.applied() if config.weights == "ema" else nullcontext():
+            pictures = generate(self.state.model, self.autoencoder, self.prompts, config, self.recipe.probes.seed)
+        save_strip(pictures, self.run.samples / f"step_{self.state.step:06d}.png")
+        self._board.add_images("samples", pictures, self.state.step, dataformats="NHWC")
+
+    def _to_board(self, row: Row) -> None:
+        for key, value in row.items():
+            self._board.add_scalar(key, value, self.state.step)
+
+
+def _some_prompts(held_out: LatentSet) -> list[str]:
+    """The first held-out captions that differ, for the sample strip."""
+    texts = [held_out.captions(i)[0] for i in range(min(len(held_out), 10 * GRID_PROMPTS))]
+    return list(dict.fromkeys(texts))[:GRID_PROMPTS]

@@ -1,0 +1,102 @@
+"""Parameter groups, the learning rate as a function of the step, and the EMA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowray.config.train import ConstantLR, CosineLR, LRScheduleConfig, OptimConfig, WarmRestarts
+
+
+def parameter_groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
+    """Three groups: `trunk` (matrices of the velocity network, decayed), `trunk_plain` (its norms and biases) and `heads`
+    (text queries, head, semantic tower; never decayed), each with its lr relative to `lr` as `scale`."""
+
+    def group_of(name: str) -> str:
+        if not name.startswith("velocity."):
+            return "heads"
+        return "trunk" if parameters[name].ndim >= 2 else "trunk_plain"
+
+    rules = {
+        "trunk": {"weight_decay": config.weight_decay, "scale": 1.0},
+        "trunk_plain": {"weight_decay": 0.0, "scale": 1.0},
+        "heads": {"weight_decay": 0.0, "scale": config.head_lr_scale},
+    }
+    groups = [{"name": g, "params": [p for n, p in parameters.items() if group_of(n) == g], **rule} for g, rule in rules.items()]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the groups; its lr is set at every step by `set_lr`."""
+    return torch.optim.AdamW(parameter_groups(parameters, config), lr=config.lr, betas=config.betas, fused=True)
+
+
+def _cosine(config: CosineLR, step: int, total: int, lr: float) -> float:
+    progress = min(step / max(total, 1), 1.0)
+    return config.floor + (1 - config.floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _restarts(config: WarmRestarts, step: int, total: int, lr: float) -> float:
+    period = config.t0
+    while step >= period:
+        step, period = step - period, period * config.t_mult
+    floor = min(config.eta_min / lr, 1.0)
+    return floor + (1 - floor) * (1 + math.cos(math.pi * step / period)) / 2
+
+
+_FACTORS: dict[type, Callable[[Any, int, int, float], float]] = {
+    ConstantLR: lambda config, step, total, lr: 1.0,
+    CosineLR: _cosine,
+    WarmRestarts: _restarts,
+}
+
+
+def lr_at(config: LRScheduleConfig, lr: float, step: int, total: int) -> float:
+    """The base learning rate of `step` (0-based) in a run of `total` steps: a function, so that a resume has nothing to restore."""
+    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    return lr * warm * _FACTORS[type(config)](config, step, total, lr)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:
+    """Set every group's lr to its share of `lr`; returns them by group name."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+class Ema:
+    """Exponential moving average of the trainable parameters, fp32; the decay warms up as (1 + step) / (10 + step)."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
+        self.decay = decay
+        self._parameters = parameters
+        self.average: dict[str, Tensor] = {name: p.detach().clone().float() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Average in the weights after step `step` (0-based)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        live = [self._parameters[name].detach().float() for name in self.average]
+        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the parameters hold the average; after it, exactly what they held before."""
+        held = {name: p.data for name, p in self._parameters.items()}
+        try:
+            for name, p in self._parameters.items():
+                p.data = self.average[name].to(p.dtype)
+            yield
+        finally:
+            for name, p in self._parameters.items():
+                p.data = held[name]
+
+    def delta_rms(self) -> float:
+        """Root mean square of average minus weights, over all parameters."""
+        squares = sum(float((self.average[n] - p.detach()).square().sum()) for n, p in self._parameters.items())
+        return math.sqrt(squares / sum(p.numel() for p in self._parameters.values()))

@@ -1,0 +1,70 @@
+"""The sweep's own account: trials.jsonl, one row per trial, rewritten atomically, and the verdict drawn from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from flowray.store.rows import read_rows
+
+Status = Literal["running", "finished", "stopped", "failed"]
+
+
+@dataclass
+class TrialRecord:
+    """One trial. `stopped_by` says in words why it was stopped, `error` why it failed; `seconds` is wall time over all sessions."""
+
+    trial: int
+    params: dict[str, Any]
+    status: Status = "running"
+    last_step: int = 0
+    budget_steps: int = 0
+    stopped_by: str | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: str | None = None
+
+    def see(self, row: Mapping[str, Any]) -> None:
+        """Take over the step and the metrics of a newer probe row."""
+        if int(row["step"]) >= self.last_step:
+            self.last_step = int(row["step"])
+            self.budget_steps = int(row.get("budget_steps", self.budget_steps))
+            self.metrics = metrics_of(row)
+
+
+def metrics_of(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """The `group/name` numbers of a row; what is not finite becomes None, as JSON has no word for it."""
+    numbers = {k: v for k, v in row.items() if "/" in k and isinstance(v, int | float) and not isinstance(v, bool)}
+    return {k: float(v) if math.isfinite(v) else None for k, v in numbers.items()}
+
+
+class Records:
+    """All trials of a sweep, by number, mirrored in `<sweep_dir>/trials.jsonl`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.trials: dict[int, TrialRecord] = {row["trial"]: TrialRecord(**row) for row in read_rows(path)}
+
+    def save(self) -> None:
+        """Rewrite the file in one step: a reader sees the old rows or the new ones, never half of them."""
+        part = self.path.with_name(self.path.name + ".part")
+        with part.open("w") as file:
+            for number in sorted(self.trials):
+                file.write(json.dumps(asdict(self.trials[number]), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.path)
+
+    def by(self, status: Status) -> list[TrialRecord]:
+        return [self.trials[n] for n in sorted(self.trials) if self.trials[n].status == status]
+
+    def saved(self) -> float:
+        """Share of the full-budget steps that early stopping saved, over finished and stopped trials."""
+        done = self.by("finished") + self.by("stopped")
+        budget = sum(t.budget_steps for t in done)
+        return 1 - sum(t.last_step for t in done) / budget if budget else 0.0

@@ -1,0 +1,275 @@
+"""Writing, finding and reading shards: stock webdataset and ShardReader must agree, and damage must be named."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+
+from flowray.config.errors import InputError
+from flowray.data.reader import ShardReader, scan_tar
+from flowray.data.shards import find_shards, write_shards
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def samples(count: int, start: int = 0) -> Iterator[dict[str, Any]]:
+    for i in range(start, start + count):
+        latent = np.random.default_rng(i).standard_normal((8, 4, 4)).astype(np.float16)
+        row = json.dumps({"captions": [f"caption {i}", f"other {i}"]}).encode()
+        yield {"__key__": f"{i:05d}", "txt": f"text {i}".encode(), "json": row, "moments.npy": npy(latent), "bin": b"x" * (i * 37 % 1500)}
+
+
+def latent(i: int) -> np.ndarray:
+    return np.random.default_rng(i).standard_normal((8, 4, 4)).astype(np.float16)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "set", samples(25), per_shard=10, meta={"made": "here"})
+
+
+def hand_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_stock_webdataset_and_reader_see_equal_bytes(folder: Path) -> None:
+    paths = find_shards(str(folder))
+    reader = ShardReader(paths)
+    stock = list(webdataset.WebDataset([str(p) for p in paths], shardshuffle=False))
+    assert [s["__key__"] for s in stock] == reader.keys == [f"{i:05d}" for i in range(25)]
+    for i, (sample, written) in enumerate(zip(stock, samples(25), strict=True)):
+        for extension in ("txt", "json", "moments.npy", "bin"):
+            assert sample[extension] == reader.read(i, extension) == written[extension]
+
+
+def test_manifest_counts_what_is_there(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["meta"] == {"made": "here"}
+    assert manifest["samples"] == 25
+    assert [row["samples"] for row in manifest["shards"]] == [10, 10, 5]
+    assert [row["bytes"] for row in manifest["shards"]] == [p.stat().st_size for p in find_shards(str(folder))]
+
+
+def test_same_samples_same_bytes(folder: Path, tmp_path: Path) -> None:
+    again = write_shards(tmp_path / "again", samples(25), per_shard=10, meta={"made": "here"})
+    for path in folder.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes()
+
+
+def test_gather_equals_the_arrays_across_shards_in_any_order(folder: Path) -> None:
+    indices = np.array([24, 0, 13, 13, 9, 10])
+    got = ShardReader(find_shards(str(folder))).gather(indices, "moments.npy")
+    assert got.dtype == np.float16
+    np.testing.assert_array_equal(got, np.stack([latent(i) for i in indices]))
+
+
+@pytest.mark.parametrize("odd", [np.ones((2, 3), np.float16).T.copy(order="F"), np.zeros((3, 2), np.float32), np.int16(4)])
+def test_gather_of_odd_arrays_is_right_or_refused(tmp_path: Path, odd: np.ndarray) -> None:
+    rows = [{"__key__": "a", "npy": npy(odd)}, {"__key__": "b", "npy": npy(odd * 2)}, {"__key__": "c", "npy": npy(np.ones((9, 9)))}]
+    reader = ShardReader(find_shards(str(write_shards(tmp_path / "odd", rows, meta={}))))
+    np.testing.assert_array_equal(reader.gather(np.array([1, 0]), "npy"), np.stack([odd * 2, odd]))
+    with pytest.raises(InputError, match=r"shard-000000.tar, sample 'c'.*float64 \(9, 9\)"):
+        reader.gather(np.array([0, 2]), "npy")
+
+
+def test_gather_refuses_equal_bytes_of_another_shape(tmp_path: Path) -> None:
+    wide, tall = npy(np.zeros((2, 3), np.float16)), npy(np.zeros((3, 2), np.float16))
+    assert len(wide) == len(tall)
+    rows = [{"__key__": "a", "npy": wide}, {"__key__": "b", "npy": tall}]
+    reader = ShardReader(find_shards(str(write_shards(tmp_path / "s", rows, meta={}))))
+    with pytest.raises(InputError, match=r"sample 'b': .npy is float16 \(3, 2\), others are float16 \(2, 3\)"):
+        reader.gather(np.array([0, 1]), "npy")
+
+
+def test_gather_never_unpickles(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    rows = [{"__key__": k, "npy": buffer.getvalue()} for k in "ab"]
+    reader = ShardReader(find_shards(str(write_shards(tmp_path / "o", rows, meta={}))))
+    with pytest.raises(InputError, match=r"sample 'a'.*not a plain .npy"):
+        reader.gather(np.array([0, 1]), "npy")
+
+
+def test_captions_come_from_json_else_txt(tmp_path: Path) -> None:
+    rows = [
+        {"__key__": "a", "txt": b"plain", "json": b'{"captions": ["one", "two "]}'},
+        {"__key__": "b", "txt": "gr\u00fcn\n".encode(), "json": b'{"label": 3}'},
+        {"__key__": "c", "txt": b" "},
+        {"__key__": "d", "txt": b"\xff"},
+        {"__key__": "e", "json": b"{"},
+        {"__key__": "f", "bin": b""},
+    ]
+    reader = ShardReader(find_shards(str(write_shards(tmp_path / "c", rows, meta={}))))
+    assert reader.captions(0) == ["one", "two"]
+    assert reader.captions(1) == ["gr\u00fcn"]
+    for i in (2, 3, 4, 5):
+        with pytest.raises(InputError, match=f"shard-000000.tar, sample '{reader.keys[i]}'"):
+            reader.captions(i)
+
+
+def test_limit_pickle_and_fingerprint(folder: Path) -> None:
+    paths = find_shards(str(folder))
+    whole, part = ShardReader(paths), ShardReader(paths, limit=12)
+    assert len(part) == 12
+    assert part.keys == whole.keys[:12]
+    copy = pickle.loads(pickle.dumps(part))
+    assert len(copy) == 12
+    assert copy.read(11, "txt") == b"text 11"
+    assert copy.fingerprint() == part.fingerprint() != whole.fingerprint()
+    with pytest.raises(IndexError):
+        part.read(12, "txt")
+
+
+def test_kept_index_is_used_and_made_anew_when_the_tar_changes(folder: Path) -> None:
+    tar = find_shards(str(folder))[0]
+    beside = tar.with_name(tar.name + ".index.json")
+    ShardReader([tar])
+    row = json.loads(beside.read_text())
+    row["keys"][0] = "renamed"
+    beside.write_text(json.dumps(row))
+    assert ShardReader([tar]).keys[0] == "renamed"  # so it is really read
+    for broken in ("", "{", "[]", json.dumps({**row, "members": {"txt": [[0, 10**12]] * 10}}), json.dumps({**row, "keys": []})):
+        beside.write_text(broken)
+        assert ShardReader([tar]).keys[0] == "00000"
+    hand_tar(tar, [("new.txt", b"hello")])
+    assert ShardReader([tar]).keys == ["new"]
+
+
+def test_missing_member_names_shard_and_sample(tmp_path: Path) -> None:
+    rows = [{"__key__": "a", "txt": b"1", "npy": npy(np.ones(2))}, {"__key__": "b", "txt": b"2"}]
+    reader = ShardReader(find_shards(str(write_shards(tmp_path / "m", rows, meta={}))))
+    for call in (lambda: reader.read(1, "npy"), lambda: reader.gather(np.array([0, 1]), "npy")):
+        with pytest.raises(InputError, match=r"shard-000000.tar, sample 'b': no .npy member; it has .txt"):
+            call()
+    with pytest.raises(InputError, match=r"sample 'a': no .gif"):
+        reader.gather(np.array([0]), "gif")
+
+
+def test_every_truncation_is_noticed(folder: Path, tmp_path: Path) -> None:
+    data = find_shards(str(folder))[2].read_bytes()
+    end = len(data.rstrip(b"\0"))
+    cut = tmp_path / "cut.tar"
+    for length in range(512, end, 512):  # at every block, so also exactly between two members
+        cut.write_bytes(data[:length])
+        with pytest.raises(InputError, match=r"cut.tar: truncated"):
+            scan_tar(cut)
+
+
+def test_a_broken_header_names_the_sample_before_it(folder: Path) -> None:
+    tar = find_shards(str(folder))[0]
+    data = bytearray(tar.read_bytes())
+    at = data.index(b"00004.json\0")
+    data[at : at + 5] = b"\xff" * 5
+    tar.write_bytes(data)
+    with pytest.raises(InputError, match=r"shard-000000.tar: .*corrupt.*'00004'"):
+        ShardReader([tar])
+
+
+def test_not_a_tar(tmp_path: Path) -> None:
+    path = tmp_path / "page.tar"
+    path.write_bytes(b"<html>not found</html>" * 100)
+    with pytest.raises(InputError, match=r"page.tar: truncated or not a plain tar"):
+        ShardReader([path])
+
+
+def test_duplicate_keys_within_and_across_shards(tmp_path: Path) -> None:
+    apart = hand_tar(tmp_path / "apart.tar", [("a.txt", b"1"), ("b.txt", b"2"), ("a.png", b"3")])
+    twice = hand_tar(tmp_path / "twice.tar", [("a.txt", b"1"), ("a.txt", b"2")])
+    for path in (apart, twice):
+        with pytest.raises(InputError, match=f"{path.name}: sample 'a' comes twice"):
+            ShardReader([path])
+    one, two = (hand_tar(tmp_path / f"{n}.tar", [("a.txt", b"1"), (f"{n}.txt", b"1")]) for n in ("one", "two"))
+    with pytest.raises(InputError, match=r"two.tar, sample 'a': the same key is in .*one.tar"):
+        ShardReader([one, two])
+
+
+def test_folders_long_names_and_meta_members_index_as_webdataset_does(tmp_path: Path) -> None:
+    long = "deep/" * 60 + "x"
+    members = [("__meta__/info.json", b"{}"), ("d.1/a.TXT", b"1"), ("d.1/a.seg.png", b"2"), (f"{long}.txt", b"3"), ("noext", b"")]
+    path = hand_tar(tmp_path / "h.tar", members)
+    stock = list(webdataset.WebDataset([str(path)], shardshuffle=False))
+    reader = ShardReader([path])
+    assert reader.keys == [s["__key__"] for s in stock] == ["d.1/a", long]
+    assert reader.read(0, "txt") == stock[0]["txt"] == b"1"
+    assert reader.extensions(0) == ["seg.png", "txt"]
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path: Path) -> None:
+    def fails() -> Iterator[dict[str, Any]]:
+        yield from samples(15)
+        raise RuntimeError("decoder died")
+
+    with pytest.raises(RuntimeError, match="decoder died"):
+        write_shards(tmp_path / "set", fails(), per_shard=10, meta={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_slower_of_two_writers_leaves_the_other_whole(tmp_path: Path) -> None:
+    def overtaken() -> Iterator[dict[str, Any]]:
+        yield from samples(5)
+        write_shards(tmp_path / "set", samples(3), meta={})
+
+    with pytest.raises(InputError, match="exists already"):
+        write_shards(tmp_path / "set", overtaken(), meta={})
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+    assert len(ShardReader(find_shards(str(tmp_path / "set")))) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"), [([], "no samples"), ([{"__key__": "a.b", "txt": b""}], "'a.b'"), ([{"__key__": "a"}] * 2, "twice")]
+)
+def test_writer_refuses(tmp_path: Path, rows: list[dict[str, Any]], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        write_shards(tmp_path / "set", rows, meta={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_never_overwrites(folder: Path) -> None:
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(InputError, match="exists already"):
+        write_shards(folder, samples(1), meta={})
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_find_shards(folder: Path, tmp_path: Path) -> None:
+    tars = tuple(sorted(folder.glob("*.tar")))
+    assert find_shards(str(folder)) == find_shards(str(folder / "*.tar")) == find_shards(str(folder / "shard*")) == tars
+    assert find_shards(str(tars[1])) == (tars[1],)
+    (tmp_path / "none").mkdir()
+    empty = hand_tar(tmp_path / "empty.tar", [])
+    zero = tmp_path / "zero.tar"
+    zero.touch()
+    for spec, says in [
+        (str(tmp_path / "none"), "holds no .tar file;"),
+        (str(tmp_path), "not one sample"),
+        (str(tmp_path / "*" / "*.txt"), "no .tar file matches"),
+        (str(folder / "manifest.json"), "not a .tar file"),
+        (str(empty), "not one sample"),
+        (str(zero), "not one sample"),
+        ("shpes", "did you mean shapes?"),
+    ]:
+        with pytest.raises(InputError, match=says.replace("?", r"\?")) as caught:
+            find_shards(spec)
+        assert "\n" not in str(caught.value)
+    empty.unlink()
+    zero.unlink()
+    with pytest.raises(InputError, match=r"under it do: set; did you mean .*set\?"):
+        find_shards(str(tmp_path))

@@ -1,0 +1,48 @@
+"""Stop rules: what fires, when, and in which words."""
+
+import math
+
+from flowray.config.sweep import StopRule
+from flowray.tune.stop import Watch
+
+COS = StopRule(metric="flow/cos", below=0.3, after=200, patience=2)
+
+
+def feed(watch, *rows):
+    return [watch.feed({"step": step, **metrics}) for step, metrics in rows]
+
+
+def test_patience_counts_probes_in_a_row_from_after_on():
+    watch = Watch([COS], "shoot/nmse")
+    low, high = {"flow/cos": 0.08}, {"flow/cos": 0.4}
+    said = feed(watch, (100, low), (150, low), (200, low), (250, high), (300, low), (350, low))
+    assert said[:5] == [None] * 5  # before `after`, one strike, a good probe in between, one strike again
+    assert said[5] == "flow/cos 0.08 stayed below 0.3 for 2 probes, to step 350"
+
+
+def test_above_and_patience_one():
+    watch = Watch([StopRule(metric="shoot/nmse", above=1.5)], "shoot/nmse")
+    assert feed(watch, (10, {"shoot/nmse": 1.5}), (20, {"shoot/nmse": 1.51})) == [None, "shoot/nmse 1.51 is above 1.5 at step 20"]
+
+
+def test_nan_of_a_watched_metric_stops_at_once_and_of_another_does_not():
+    assert Watch([], "shoot/nmse").feed({"step": 5, "shoot/nmse": math.nan}) == "shoot/nmse is nan at step 5"
+    assert Watch([COS], "shoot/nmse").feed({"step": 5, "flow/cos": math.inf}) == "flow/cos is inf at step 5"
+    assert Watch([COS], "shoot/nmse").feed({"step": 5, "text/cos": math.nan, "shoot/nmse": None}) is None
+
+
+def test_replay_leaves_the_same_state_and_rows_seen_before_count_once():
+    row = {"flow/cos": 0.1}
+    watch = Watch([COS], "shoot/nmse")
+    assert feed(watch, (200, row), (200, row), (150, row)) == [None] * 3
+    replayed = Watch([COS], "shoot/nmse")
+    feed(replayed, (200, row))
+    assert watch.feed({"step": 250, **row}) == replayed.feed({"step": 250, **row}) is not None
+
+
+def test_every_rule_counts_every_row():
+    rules = [StopRule(metric="a/x", above=1, patience=2), StopRule(metric="b/y", above=1, patience=2)]
+    watch = Watch(rules, "a/x")
+    bad = {"a/x": 2.0, "b/y": 2.0}
+    assert feed(watch, (1, bad), (2, bad))[1].startswith("a/x")
+    assert feed(watch, (3, {"a/x": 0.0, "b/y": 2.0}))[0].startswith("b/y")

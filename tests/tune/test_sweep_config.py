@@ -1,0 +1,162 @@
+"""The sweep file: what it accepts, what it refuses and where it points."""
+
+from pathlib import Path
+
+import pytest
+
+from flowray.cli.tune import main, plan
+from flowray.config.errors import InputError
+from flowray.config.load import load_recipe
+from flowray.config.recipe import Recipe
+from flowray.config.sweep import Categorical, IntUniform, LogUniform, QUniform, Uniform
+from flowray.config.sweepfile import base_recipe, check_trials, dump_sweep, load_sweep, packaged_sweeps, text_sweep
+
+GOOD = """\
+name: s
+base: base.yaml
+set:
+  train.steps: 300
+  flow: {time: {kind: log_snr}}
+metric: {name: ema/shoot/nmse}
+parameters:
+  optim.lr: {distribution: log_uniform_values, min: 1e-4, max: 1e-2}
+  loss.clip.weight: {min: 0, max: 2}
+  train.batch_size: {min: 8, max: 64}
+  model.head.kind: {values: [pooled, grid, conv]}
+  flow.time.low: {distribution: q_uniform, min: -8, max: -2, q: 2}
+early_terminate: {type: hyperband, min_iter: 50}
+stop:
+  - {metric: flow/cos, below: 0.3, after: 100, patience: 2}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    (tmp_path / "base.yaml").write_text("name: b\ntrain: {steps: 900, batch_size: 32}\n")
+
+    def to(text: str) -> str:
+        path = tmp_path / "s.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return to
+
+
+def test_a_good_sweep_with_values_of_the_recipes_types(write):
+    sweep = load_sweep(write(GOOD), ["run_cap=3", "metric.goal=maximize", "set.optim.weight_decay=1e-3", "parameters.optim.lr.max=2e-2"])
+    assert sweep.parameters == {
+        "optim.lr": LogUniform(min=1e-4, max=2e-2),  # PyYAML reads 1e-4 as text
+        "loss.clip.weight": Uniform(min=0, max=2),  # a float field, though both ends are whole
+        "train.batch_size": IntUniform(min=8, max=64),
+        "model.head.kind": Categorical(values=("pooled", "grid", "conv")),
+        "flow.time.low": QUniform(min=-8, max=-2, q=2),
+    }
+    assert sweep.set == {"train.steps": 300, "flow.time.kind": "log_snr", "optim.weight_decay": 1e-3}
+    assert (sweep.run_cap, sweep.minimise, sweep.startup_trials, sweep.early_terminate.eta) == (3, False, 4, 3.0)
+    recipe = base_recipe(sweep)
+    assert (recipe.train.steps, recipe.train.batch_size, recipe.flow.time.kind) == (300, 32, "log_snr")
+    check_trials(sweep, recipe)
+    assert text_sweep(dump_sweep(sweep), "again") == sweep
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("optim.lr:", "optim.lrr:", 8, "unknown key optim.lrr, did you mean optim.lr?"),
+        ("optim.lr:", "learning_rate:", 8, "did you mean optim.lr?"),
+        ("min: 1e-4", "min: abc", 8, "optim.lr: got 'abc', want a number > 0"),
+        ("max: 1e-2", "max: 1e-5", 8, "min 0.0001 must lie below max 1e-05"),
+        ("log_uniform_values", "inv_log_uniform_values", 8, "the nearest that can be drawn is log_uniform_values"),
+        ("log_uniform_values", "log_uniform_value", 8, "did you mean log_uniform_values?"),
+        ("{min: 0, max: 2}", "{min: 0}", 9, "loss.clip.weight: got min, want min and max, values or value"),
+        ("{min: 0, max: 2}", "{min: 0, max: 2, q: 1, distribution: uniform}", 9, "q has no meaning for uniform"),
+        ("{min: 0, max: 2}", "{min: 0, maxx: 2}", 9, "unknown key maxx, did you mean max?"),
+        ("[pooled, grid, conv]", "[pooled, gird]", 11, "model.head.kind: got 'gird', want one of pooled, grid, conv, did you mean grid?"),
+        ("[pooled, grid, conv]", "[]", 11, "want a list of at least one value"),
+        ("train.steps: 300", "train.steps: many", 4, "train.steps: got 'many', want a whole number > 0"),
+        ("train.steps: 300", "optim.lr: 1e-3", 4, "optim.lr is both set and searched"),
+        ("below: 0.3", "below: 0.3, above: 1", 14, "takes either below or above"),
+        ("below: 0.3", "under: 0.3", 14, "allowed: metric, below, above, after, patience"),
+        ("min_iter: 50", "min_iter: 0", 13, "min_iter: got 0"),
+        ("metric: {name: ema/shoot/nmse}", "metric: [a, b]", 6, "one metric can be optimised so far"),
+        ("ema/shoot/nmse", "ema/shoot/nsme", 6, "unknown metric ema/shoot/nsme, did you mean ema/shoot/nmse?"),
+        ("flow/cos, below", "flow/cosine, below", 14, "did you mean flow/cos?"),
+        ("name: s\n", "name: s\ntask: sample\n", 2, "only train can be swept so far"),
+        ("name: s\n", "name: s\nmethods: grid\n", 2, "unknown key methods, did you mean method?"),
+        ("name: s\n", "name: s\noptim.lr: 3\n", 2, "is a recipe key; for every trial type set.optim.lr="),
+        ("name: s\n", "name: s\nprogram: train.py\n", 2, "known to W&B only"),
+        ("name: s\n", "name: a/b\n", 1, "a name becomes a folder"),
+    ],
+)
+def test_bad_sweeps_name_the_line(write, old, new, line, words):
+    assert old in GOOD
+    path = write(GOOD.replace(old, new, 1))
+    with pytest.raises(InputError) as caught:
+        load_sweep(path)
+    assert str(caught.value).startswith(f"{path}:{line}: "), caught.value
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("run_capp=3", "unknown key run_capp, did you mean run_cap?"),
+        ("optim.lr=3", "set.optim.lr="),
+        ("run_cap", "want key=value"),
+        ("set.optim.lrr=3", "did you mean optim.lr?"),
+        ("run_cap=0", "run_cap: got 0"),
+        ("parameters.optim.lr.max=abc", "want a number > 0"),
+    ],
+)
+def test_bad_overrides(write, text, words):
+    with pytest.raises(InputError, match="(?s).") as caught:
+        load_sweep(write(GOOD), [text])
+    assert words in str(caught.value)
+
+
+def test_missing_keys_and_grid_over_a_continuous_range(write):
+    with pytest.raises(InputError, match="metric is missing, such as"):
+        load_sweep(write(GOOD.replace("metric: {name: ema/shoot/nmse}\n", "")))
+    with pytest.raises(InputError, match="method grid needs values for optim.lr"):
+        load_sweep(write(GOOD), ["method=grid"])
+
+
+def test_a_range_that_the_recipe_refuses_is_found_before_anything_runs(write):
+    sweep = load_sweep(write(GOOD), ["parameters.flow.time.low={min: 3, max: 9}"])
+    with pytest.raises(InputError, match=r"no recipe can be made with flow.time.low=9.0.*must lie below high"):
+        check_trials(sweep, base_recipe(sweep))
+
+
+def test_plan_counts_steps_and_starts_nothing(write, tmp_path, capsys):
+    sweep = load_sweep(write(GOOD), ["run_cap=9", f"storage_path={tmp_path}/out"])
+    facts = plan(sweep, base_recipe(sweep))
+    assert facts["rungs"] == [50, 150]
+    assert (facts["trials"], facts["steps_at_most"]) == (9, 2700)
+    assert facts["steps_expected"] == 9 * 50 + 3 * 100 + 1 * 150
+    assert main([write(GOOD), "--plan", "run_cap=9", f"storage_path={tmp_path}/out"]) == 0
+    assert "2700" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_files_and_packaged_sweeps(tmp_path, monkeypatch):
+    repo = Path(__file__).parents[2] / "sweeps"
+    assert packaged_sweeps() == sorted(path.name for path in repo.glob("*.yaml"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no such sweep file, did you mean head?"):
+        load_sweep("sweeps/heads.yaml")
+    for source in ("sweeps/head.yaml", "head"):  # as `ray job submit -- python -m flowray.tune sweeps/head.yaml` finds it
+        sweep = load_sweep(source)
+        assert sweep.name == "head"
+
+
+def test_head_sweep_fits_the_recipe():
+    sweep = load_sweep("head")
+    assert set(sweep.parameters["model.head.kind"].values) == {"pooled", "grid", "conv"}
+    base = load_recipe(sweep.base).recipe if sweep.base in recipe_files() else Recipe()
+    check_trials(sweep.model_copy(update={"set": {}}), base.model_validate({**base.model_dump(), "flow": {"time": {"kind": "log_snr"}}}))
+
+
+def recipe_files() -> set[str]:
+    import flowray.config.load as load
+
+    return set(load.recipe_names())

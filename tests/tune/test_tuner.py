@@ -1,0 +1,152 @@
+"""A real sweep under Ray Tune and Optuna with a tiny trial: what the study, the records and a resume hold afterwards."""
+
+import json
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+import ray
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from flowray.config.errors import InputError
+from flowray.config.load import load_recipe
+from flowray.config.recipe import Recipe
+from flowray.config.sweep import Hyperband, LogUniform, Sweep
+from flowray.rayrun.search import Rungs
+from flowray.rayrun.tuner import run_sweep, share_cluster
+
+METRIC = "ema/shoot/nmse"
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test file
+
+
+def make(folder: Path, **changes) -> Sweep:
+    plain = {
+        "name": "tiny",
+        "storage_path": str(folder),
+        "base": "unused",
+        "metric": {"name": METRIC},
+        "parameters": {"optim.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}},
+        "stop": [{"metric": "flow/cos", "below": 0.3, "after": 20}],
+        "early_terminate": {"type": "hyperband", "min_iter": 10, "eta": 2},
+        "method": "random",
+        "max_concurrent": 2,
+        "seed": 0,
+    }
+    return Sweep.model_validate({**plain, **changes})
+
+
+def trial(recipe: Recipe, run_dir: Path) -> None:
+    """nmse is 1000 * lr whatever the step; the direction is lost where lr is under 3e-4; lr above 8e-3 crashes."""
+    from ray import tune
+
+    run_dir.mkdir(exist_ok=True)
+    with (run_dir / "starts").open("a") as file:
+        file.write("started\n")
+    for step in range(10, recipe.train.steps + 1, 10):
+        row = {"step": step, "budget_steps": recipe.train.steps, METRIC: 1000 * recipe.optim.lr, "flow/cos": 0.9}
+        if recipe.optim.lr < 3e-4 and step > 10:
+            row["flow/cos"] = 0.1
+        if recipe.optim.lr > 8e-3:
+            raise ValueError("the learning rate exploded")
+        with (run_dir / "probes.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        tune.report(row)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+
+
+def study(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    return optuna.load_study(study_name="tiny", storage=storage).trials
+
+
+def test_sweep_stops_tells_and_resumes(tmp_path):
+    base = Recipe.model_validate({"train": {"steps": 40}})
+    try:
+        with (tmp_path / "log").open("w") as log:
+            result = run_sweep(make(tmp_path, run_cap=6), base, resume=False, trial_fn=trial, stream=log)
+            with pytest.raises(InputError, match="--resume"):
+                run_sweep(make(tmp_path, run_cap=6), base, resume=False, trial_fn=trial, stream=log)
+            with pytest.raises(InputError, match="seed differs"):
+                run_sweep(make(tmp_path, run_cap=6, seed=4), base, resume=True, trial_fn=trial, stream=log)
+            before = records(tmp_path / "tiny")
+            more = run_sweep(make(tmp_path, run_cap=8), base, resume=True, trial_fn=trial, stream=log)
+            again = run_sweep(make(tmp_path, run_cap=8), base, resume=True, trial_fn=trial, stream=log)
+    finally:
+        ray.shutdown()
+    folder = tmp_path / "tiny"
+    rows, told = records(folder), study(folder)
+    assert [row["trial"] for row in rows] == list(range(8)) == [trial.number for trial in told]
+    assert rows[:6] == before  # a resume adds, and touches nothing that has ended
+    assert [(folder / str(n) / "starts").read_text().count("started") for n in range(8)] == [1] * 8
+    assert not (result.interrupted or more.interrupted or again.interrupted)
+    assert len(again.trials) == 8
+
+    by = {status: [row for row in rows if row["status"] == status] for status in ("finished", "stopped", "failed")}
+    assert sum(map(len, by.values())) == 8
+    assert by["finished"]
+    assert by["stopped"]
+    for row in by["finished"]:
+        assert (told[row["trial"]].state, told[row["trial"]].value) == (TrialState.COMPLETE, row["metrics"][METRIC])
+        assert row["last_step"] == 40
+    for row in by["stopped"]:
+        trial_ = told[row["trial"]]
+        assert trial_.state == TrialState.PRUNED
+        assert trial_.last_step == row["last_step"] < row["budget_steps"] == 40
+        assert trial_.value == trial_.intermediate_values[row["last_step"]] == pytest.approx(1000 * row["params"]["optim.lr"])
+        assert trial_.user_attrs["flowray"] == row["stopped_by"]
+    for row in by["failed"]:
+        assert told[row["trial"]].state == TrialState.FAIL
+        assert row["error"] == f"ValueError: the learning rate exploded (traceback: {row['trial']}/error.txt)"
+        assert "Traceback" in (folder / str(row["trial"]) / "error.txt").read_text()
+    assert by["failed"] == [row for row in rows if row["params"]["optim.lr"] > 8e-3]
+
+    best = min(by["finished"], key=lambda row: row["metrics"][METRIC])
+    assert more.best is not None
+    assert more.best.trial == best["trial"]
+    recipe = load_recipe(str(folder / "best.yaml")).recipe
+    assert (recipe.name, recipe.optim.lr, recipe.train.steps) == ("tiny-best", best["params"]["optim.lr"], 40)
+
+
+def test_rungs_are_ashas_and_say_why():
+    sweep = make(Path("x"), early_terminate=Hyperband(min_iter=10, eta=2))
+    rungs = Rungs(sweep, 40)
+    assert rungs.judge(0, 10, 0.5) is None
+    assert rungs.judge(1, 10, 0.7) == "ema/shoot/nmse 0.7 at step 10 is outside the best 1/2 of 2 trials (cutoff 0.5)"
+    assert rungs.judge(2, 10, 0.4) is None
+    assert rungs.judge(0, 15, 9.0) is None  # between rungs
+    assert rungs.judge(2, 20, 0.4) is None  # the first at its rung
+    assert rungs.judge(0, 20, 0.6) is not None
+
+
+def test_maximise_keeps_the_high_values():
+    rungs = Rungs(make(Path("x"), metric={"name": METRIC, "goal": "maximize"}), 40)
+    assert rungs.judge(0, 10, 0.5) is None
+    assert rungs.judge(1, 10, 0.7) is None
+    assert "cutoff 0.6" in (rungs.judge(2, 10, 0.1) or "")
+
+
+@pytest.mark.parametrize(
+    ("resources", "concurrent", "cpus", "gpus", "takes", "at_once"),
+    [
+        ({}, 2, 8, 0, (1, 1, 0), 2),
+        ({}, "auto", 8, 0, (1, 1, 0), 8),
+        ({"cpus_per_worker": "auto"}, 2, 8, 0, (1, 4, 0), 2),
+        ({"gpus_per_worker": "auto"}, "auto", 32, 4, (1, 1, 1), 4),
+        ({"gpus_per_worker": "auto", "num_workers": "auto", "cpus_per_worker": "auto"}, 2, 32, 8, (4, 4, 1), 2),
+        ({}, "auto", 0, 0, (1, 1, 0), 1),  # an autoscaling head
+    ],
+)
+def test_auto_resources_follow_the_cluster(resources, concurrent, cpus, gpus, takes, at_once):
+    sweep = make(Path("x"), resources=resources, max_concurrent=concurrent)
+    keys = ("resources.num_workers", "resources.cpus_per_worker", "resources.gpus_per_worker")
+    assert share_cluster(sweep, Recipe(), cpus, gpus) == (dict(zip(keys, takes, strict=True)), at_once)
+
+
+def test_parameter_classes_are_the_schema():
+    assert make(Path("x")).parameters == {"optim.lr": LogUniform(min=1e-4, max=1e-2)}
