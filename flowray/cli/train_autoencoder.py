@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -17,20 +16,11 @@ from flowray.config.base import LatentSpec
 from flowray.data import digits, shapes
 from flowray.model.autoencoder import Autoencoder
 from flowray.model.latent import LatentScale
+from flowray.probes.vae import psnr
+from flowray.store.latents import to_pictures
 
 CHANNELS = (16, 32, 48, 64)
 BATCH = 8
-
-
-def to_pictures(images: list[np.ndarray]) -> Tensor:
-    """uint8 (H, W, 3) arrays -> float (B, 3, H, W) in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack(images))
-    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], from the mean squared error over all of them."""
-    return float(10 * torch.log10(4 / F.mse_loss(a.clamp(-1, 1), b.clamp(-1, 1))))
 
 
 class _Stream(IterableDataset):  # type: ignore[type-arg]
@@ -77,7 +67,10 @@ def train(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
         optimizer.step()
         schedule.step()
         if step % 250 == 0:
-            print(f"step {step}/{steps}  psnr {psnr(rebuilt.detach(), pictures):.2f} dB  kl {float(kl.detach()):.3f}  {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"step {step}/{steps}  psnr {psnr(rebuilt.detach(), pictures):.2f} dB  kl {float(kl.detach()):.3f}  {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
     return _finish(net.eval(), out)
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED
@@ -99,12 +100,13 @@ def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    table = Table(title=f"{facts['name']}: {facts['method']} search for {facts['metric']['goal']} {facts['metric']['name']}")
+    table = Table(title=f"{facts['name']}: {facts['method']} search, {facts['metric']['goal']} {facts['metric']['name']}")
     table.add_column("recipe key")
     table.add_column("drawn from")
     for key, spec in facts["parameters"].items():
-        ends = spec.get("values") or spec.get("value") or f"{spec.get('min'):g} .. {spec.get('max'):g}"
-        table.add_row(key, f"{spec['distribution']}  {ends}")
+        ends = f"{spec['min']:g} .. {spec['max']:g}" if "min" in spec else spec.get("values", spec.get("value"))
+        step = f" in steps of {spec['q']:g}" if "q" in spec else ""
+        table.add_row(key, escape(f"{spec['distribution']}  {ends}{step}"))
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     console.print(f"base {facts['base']}" + "".join(f"  {key}={value}" for key, value in facts["set"].items()), markup=False)

@@ -78,7 +78,8 @@ def suggest(key: str) -> str:
     same_ending = [known for known in keys if known.rpartition(".")[2] == last]
     if same_ending:
         return f", did you mean {difflib.get_close_matches(key, same_ending, n=1, cutoff=0)[0]}?"
-    return did_you_mean(key, [known for known in keys if not key.startswith(f"{known}.")])
+    # a shared section alone makes optim.zzz look like optim.lr: the last parts must be alike too
+    return did_you_mean(key, [known for known in keys if difflib.SequenceMatcher(None, last, known.rpartition(".")[2]).ratio() >= 0.5])
 
 
 def unknown_key(key: str) -> str:

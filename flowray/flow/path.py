@@ -1,7 +1,7 @@
 """The noise-free linear path from a text latent z0 (t = 0) to an image latent z1 (t = 1), CrossFlow (arXiv 2412.15213).
 
-    psi(t)    = (1 + t (rho - 1)) x0 + t x1        rho = sigma_min / sigma_max
-    Dt_psi(t) = (rho - 1) x0 + x1                   constant in t
+psi(t)    = (1 + t (rho - 1)) x0 + t x1        rho = sigma_min / sigma_max
+Dt_psi(t) = (rho - 1) x0 + x1                   constant in t
 """
 
 from __future__ import annotations

@@ -69,7 +69,9 @@ def run_sweep(sweep: Sweep, base: Recipe, *, resume: bool, trial_fn: TrialFn = t
     sweep_dir = open_directory(sweep, resume)
     records = Records(sweep_dir / "trials.jsonl")
     if len(records.trials) < trial_count(sweep) or records.by("running"):
-        with RunLock(RunDirectory(sweep_dir)) as lock, _environment(), session.started():
+        takes, at_once = share_cluster(sweep, base, os.cpu_count() or 1, 0)
+        needed = at_once * takes["resources.num_workers"] * takes["resources.cpus_per_worker"]  # a local Ray offers at least these
+        with RunLock(RunDirectory(sweep_dir)) as lock, _quiet(), session.started(num_cpus=needed), _sigterm_as_interrupt():
             cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
             resources, concurrent = share_cluster(sweep, base, cpus, gpus)
             _run(sweep, override_recipe(base, resources), sweep_dir, concurrent, trial_fn, stream, lock)
@@ -194,23 +196,32 @@ def _best_recipe(sweep: Sweep, base: Recipe, best: TrialRecord) -> str:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """Quiet Tune, and let SIGTERM end a sweep as Ctrl-C does: trials stay unfinished in the study, to be resumed."""
+def _quiet() -> Iterator[None]:
+    """Tune without its own output; set before Ray starts, so that the trials' processes inherit it."""
     logger = logging.getLogger("ray.tune")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # trials that stop or fail have their own lines
     old = {key: os.environ.get(key) for key in _QUIET}
     os.environ.update(_QUIET)
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT)) if main else None
     try:
         yield
     finally:
         logger.setLevel(level)
-        if main:
-            signal.signal(signal.SIGTERM, before)
         for key, value in old.items():
             if value is None:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a sweep as Ctrl-C does: trials stay unfinished in the study, to be resumed. Set after Ray's own handler."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

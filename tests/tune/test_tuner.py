@@ -84,7 +84,7 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
     assert [row["trial"] for row in rows] == list(range(8)) == [trial.number for trial in told]
     assert rows[:6] == before  # a resume adds, and touches nothing that has ended
     assert [(folder / str(n) / "starts").read_text().count("started") for n in range(8)] == [1] * 8
-    assert not (result.interrupted or more.interrupted or again.interrupted)
+    assert [r.interrupted for r in (result, more, again)] == [False] * 3
     assert len(again.trials) == 8
 
     by = {status: [row for row in rows if row["status"] == status] for status in ("finished", "stopped", "failed")}
@@ -103,7 +103,7 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
     for row in by["failed"]:
         assert told[row["trial"]].state == TrialState.FAIL
         assert row["error"] == f"ValueError: the learning rate exploded (traceback: {row['trial']}/error.txt)"
-        assert "Traceback" in (folder / str(row["trial"]) / "error.txt").read_text()
+        assert "raise ValueError" in (folder / str(row["trial"]) / "error.txt").read_text()
     assert by["failed"] == [row for row in rows if row["params"]["optim.lr"] > 8e-3]
 
     best = min(by["finished"], key=lambda row: row["metrics"][METRIC])

@@ -1,0 +1,45 @@
+"""`flowray assets {autoencoder,text}`: train the small models that flowray ships, and write their cards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from flowray.cli.common import GOOD
+from flowray.config.card import git_commit
+
+DEFAULT_STEPS = {"autoencoder": 5000, "text": 1000}
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="flowray assets", description="Train a model that flowray ships, from the embedded data alone.")
+    parser.add_argument("what", choices=sorted(DEFAULT_STEPS))
+    parser.add_argument("--out", type=Path, help="folder to write; default flowray/assets/<what>")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    import torch
+
+    from flowray.cli import train_autoencoder, train_text
+    from flowray.model.assets import asset_path
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    steps = args.steps or DEFAULT_STEPS[args.what]
+    out = args.out or asset_path(args.what)
+    began = time.monotonic()
+    figures = (train_autoencoder if args.what == "autoencoder" else train_text).train(out, steps, args.seed)
+    lines = [
+        f"# The {args.what} model shipped with flowray",
+        "",
+        f"- command: `flowray assets {args.what} --steps {steps} --seed {args.seed}`",
+        f"- data: {'embedded shapes (training split) and digits pictures' if args.what == 'autoencoder' else 'embedded captions'},"
+        " made by `flowray.data make`; nothing else",
+        f"- made: {git_commit() or 'outside a repository'}, {time.monotonic() - began:.0f} s on {os.cpu_count()} CPU cores",
+        *(f"- {name}: {value:.2f}" for name, value in figures.items()),
+    ]
+    (out / "CARD.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return GOOD

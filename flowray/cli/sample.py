@@ -1,0 +1,77 @@
+"""`flowray.sample RUN "prompt" ...`: pictures as PNG."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from flowray.cli.common import GOOD
+from flowray.config.errors import InputError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flowray.sample",
+        description="Draw pictures from a run, the way its training defined the path. Each prompt gives one row of `count` pictures.",
+        epilog='Example: python -m flowray.sample runs/quickstart "a small red circle left of a large blue square" --count 4',
+    )
+    parser.add_argument("run", type=Path, help="a run directory or one of its checkpoints/step_* folders")
+    parser.add_argument("prompts", nargs="*", metavar="prompt", help="captions; or --prompts FILE")
+    parser.add_argument("--prompts", dest="file", type=Path, help="a UTF-8 text file, one caption a line")
+    parser.add_argument("--out", type=Path, help="PNG to write; default <run>/samples/<first words>.png")
+    parser.add_argument("--count", type=int, default=1, help="pictures a prompt, each from its own noise")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=int, default=1, help="enlarge the pictures this many times, without smoothing")
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="recipe keys, e.g. sample.guidance_scale=3")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The captions of a prompt file, one a line; InputError names file and line."""
+    try:
+        lines = path.read_bytes().decode("utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; want a text file with one caption a line") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: not UTF-8 text; want one caption a line") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"{path}: no captions in it; want one caption a line")
+    return prompts
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    args = _parser().parse_intermixed_args(argv)
+    prompts = args.prompts + (read_prompts(args.file) if args.file else [])
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise InputError('no prompt; type one in quotes, e.g. "a large red circle on a white background", or --prompts FILE')
+    if args.count < 1 or args.scale < 1:
+        raise InputError(f"--count {args.count} --scale {args.scale}: both must be at least 1")
+    import torch
+
+    from flowray.model.autoencoder import load_autoencoder
+    from flowray.sample.generate import generate, save_strip
+    from flowray.sample.restore import open_run
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    opened = open_run(args.run, args.set, device)
+    autoencoder = load_autoencoder(opened.recipe.model.autoencoder, opened.recipe.model.latent).to(device)
+    repeated = [prompt for prompt in prompts for _ in range(args.count)]
+    pictures = generate(opened.model, autoencoder, repeated, opened.recipe.sample, args.seed)
+    rows = pictures.reshape(len(prompts), args.count, *pictures.shape[1:])
+    sheet = np.concatenate(list(rows), axis=1).repeat(args.scale, axis=1).repeat(args.scale, axis=2)
+    words = "_".join("".join(c if c.isalnum() else " " for c in prompts[0]).split()[:10]) or "prompt"
+    out = args.out or opened.path / "samples" / f"{words}.png"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_strip(sheet, out)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
+    print(json.dumps({"picture": str(out), "prompts": prompts, "step": opened.step}) if args.json else out)
+    return GOOD

@@ -1,0 +1,102 @@
+"""One run under Ray Train: the loop of flowray.train in every worker of a TorchTrainer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from flowray.config.errors import InputError
+from flowray.config.recipe import Recipe
+from flowray.store.run import RunDirectory
+from flowray.train.group import Group
+from flowray.train.loop import is_finished, train
+from flowray.train.step import NonFinite
+
+
+class RunFailed(RuntimeError):
+    """A run ended without finishing; the message is one line."""
+
+
+def _failure(run: RunDirectory) -> Path:
+    return run.path / ".failure"
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs. config: {"recipe": the recipe as JSON, "run_dir": str}.
+
+    A failure that would come again (bad input, a non-finite loss) is written down and not raised, so that Ray does not retry it.
+    """
+    recipe = Recipe.model_validate(config["recipe"])
+    run = RunDirectory(Path(config["run_dir"]))
+    torch.set_num_threads(recipe.resources.cpus_per_worker)
+    group = Group.current(recipe.train.device)
+    if _failure(run).exists():
+        return
+    try:
+        train(recipe, run, group, ray.train.report)
+    except (InputError, NonFinite) as error:
+        _failure(run).write_text(f"{type(error).__name__}: {error}")
+        if group.world > 1:
+            raise  # the other ranks wait in a collective; only tearing the group down frees them
+
+
+def fit(recipe: Recipe, run_dir: Path, *, callbacks: Sequence[Any] = (), name: str, ray_storage: Path) -> None:
+    """Train `recipe` in `run_dir` under a TorchTrainer; resumes from its newest valid checkpoint, returns at once if it has finished.
+
+    Needs Ray to be started. Checkpoints are the run directory's own; Ray's storage holds nothing worth keeping and is removed.
+    Raises InputError or RunFailed with one line.
+    """
+    run = RunDirectory(run_dir.absolute())
+    if is_finished(recipe, run):
+        return
+    run.create()
+    _failure(run).unlink(missing_ok=True)
+    run.stop_request.unlink(missing_ok=True)
+    resources = recipe.resources
+    per_worker = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "run_dir": str(run.path)},
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(ray_storage.absolute()),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            callbacks=list(callbacks),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        _raise_noted(run)
+        raise RunFailed(f"{run.path}: {_root_cause(error)}; --resume continues from the last checkpoint") from error
+    finally:
+        shutil.rmtree(ray_storage / name, ignore_errors=True)
+    _raise_noted(run)
+
+
+def _raise_noted(run: RunDirectory) -> None:
+    """Raise the failure that a worker wrote down, if one did."""
+    if not _failure(run).exists():
+        return
+    kind, _, message = _failure(run).read_text().partition(": ")
+    _failure(run).unlink()
+    if kind == InputError.__name__:
+        raise InputError(message)
+    raise RunFailed(f"{run.path}: {message}")
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last line of the first worker's traceback: what went wrong, without the way there."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    lines = [line.strip() for line in str(next(iter(failures.values()))).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,48 @@
+"""Opening a finished or running run: its recipe and its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowray.config.errors import InputError
+from flowray.config.load import load_recipe
+from flowray.config.recipe import Recipe
+from flowray.model.assemble import FlowModel, build_model
+from flowray.store.checkpoint import copy_into, is_valid, load_state, load_tensors, newest_checkpoint
+from flowray.store.run import RunDirectory
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run with the weights of one checkpoint in its model, in eval mode."""
+
+    path: Path
+    recipe: Recipe
+    model: FlowModel
+    step: int
+
+
+def open_run(path: Path, overrides: list[str], device: torch.device) -> OpenedRun:
+    """Open a run directory (its newest valid checkpoint) or one `checkpoints/step_*` folder; overrides apply to its recipe.
+
+    The weights are those that `sample.weights` names. InputError, one line, where there is no such thing.
+    """
+    given = path.absolute()
+    if (given / "state.json").is_file() and not is_valid(given):
+        raise InputError(f"{path}: an incomplete checkpoint; name another step or the run directory")
+    checkpoint = given if (given / "state.json").is_file() else newest_checkpoint(RunDirectory(given).checkpoints)
+    if checkpoint is None:
+        what = "no valid checkpoint in it yet" if given.is_dir() else "no such folder"
+        raise InputError(f"{path}: {what}; give a run directory such as runs/quickstart or one of its checkpoints/step_*")
+    run = RunDirectory(checkpoint.parent.parent)
+    if not run.config.is_file():
+        raise InputError(f"{run.path}: no config.yaml beside the checkpoints; a checkpoint is read with its recipe")
+    recipe = load_recipe(str(run.config), overrides).recipe
+    model = build_model(recipe.model, recipe.loss, recipe.seed)
+    parameters: dict[str, Any] = model.trainable()
+    copy_into(parameters, load_tensors(checkpoint, "ema" if recipe.sample.weights == "ema" else "model"), checkpoint)
+    return OpenedRun(run.path, recipe, model.to(device).eval(), load_state(checkpoint)["step"])
