@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -23,26 +26,27 @@ CHANNELS = (16, 32, 48, 64)
 BATCH = 8
 
 
-class _Stream(IterableDataset):  # type: ignore[type-arg]
+class _Stream(IterableDataset[Tensor]):
     """Endless batches: seven parts training shapes to one part training digits."""
 
     def __init__(self, seed: int):
         self.seed = seed
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Tensor]:
         rng = np.random.default_rng(self.seed)
         scans = [image for image, _, _ in digits.samples("train")]
         drawn = shapes.samples(10**9, "train", self.seed)
         while True:
             pictures = [image for image, _, _ in islice(drawn, BATCH * 7 // 8)]
             pictures += [scans[i] for i in rng.integers(len(scans), size=BATCH - len(pictures))]
+            # Half of them in false colours: six fixed hues alone would be learnt as categories, and confused.
+            for i in range(0, len(pictures), 2):
+                pictures[i] = pictures[i][..., rng.permutation(3)] ^ np.uint8(255 * rng.integers(2))
             yield to_pictures(pictures)
 
 
-def train(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
-    """Train, measure on held-out pictures, save to `out` with the latent scale and shift in the config; returns the figures."""
-    torch.manual_seed(seed)
-    net = AutoencoderKL(
+def _fresh() -> Any:
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=CHANNELS,
@@ -52,6 +56,15 @@ def train(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
         sample_size=64,
         mid_block_add_attention=False,
     )
+
+
+def train(out: Path, steps: int, seed: int = 0, start: Path | None = None) -> dict[str, float]:
+    """Train, measure on held-out pictures, save to `out` with the latent scale and shift in the config; returns the figures.
+
+    start: a folder to continue from, with a schedule of its own.
+    """
+    torch.manual_seed(seed)
+    net = _fresh() if start is None else AutoencoderKL.from_pretrained(start, low_cpu_mem_usage=False).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.05)
     began = time.monotonic()
@@ -67,15 +80,13 @@ def train(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
         optimizer.step()
         schedule.step()
         if step % 250 == 0:
-            print(
-                f"step {step}/{steps}  psnr {psnr(rebuilt.detach(), pictures):.2f} dB  kl {float(kl.detach()):.3f}  {time.monotonic() - began:.0f} s",
-                flush=True,
-            )
+            quality, seconds = psnr(rebuilt.detach(), pictures), time.monotonic() - began
+            print(f"step {step}/{steps}  psnr {quality:.2f} dB  kl {float(kl.detach()):.3f}  {seconds:.0f} s", flush=True)
     return _finish(net.eval(), out)
 
 
 @torch.no_grad()
-def _finish(net: AutoencoderKL, out: Path) -> dict[str, float]:
+def _finish(net: Any, out: Path) -> dict[str, float]:
     """Set scale and shift so that training latents have mean 0 and variance 1; save; measure."""
     train_pictures = to_pictures([image for image, _, _ in shapes.samples(512, "train", seed=1)])
     latents = net.encode(train_pictures).latent_dist.mean

@@ -81,7 +81,13 @@ def base_recipe(sweep: Sweep) -> Recipe:
 
 
 def check_trials(sweep: Sweep, base: Recipe) -> None:
-    """Make the recipes at the ends of the space, so that a range that the recipe refuses is found before anything runs."""
+    """Make the recipes at the ends of the space, so that a range that the recipe refuses is found before anything runs.
+
+    Also refuses metrics of the raw weights where the recipe probes the EMA only: they would never be seen.
+    """
+    for name in (sweep.metric.name, *(rule.metric for rule in sweep.stop)):
+        if not base.probes.raw and name.startswith(_PROBED):
+            raise InputError(f"sweep {sweep.name}: {name} is not probed, as probes.raw is false; type ema/{name}, or set probes.raw: true")
     ends = {key: _ends(parameter) for key, parameter in sweep.parameters.items()}
     cases = [{key: value} for key, values in ends.items() for value in values]
     cases += [{key: values[end] for key, values in ends.items()} for end in (0, -1)]
@@ -110,6 +116,7 @@ def packaged_sweeps() -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml")) if folder.is_dir() else []
 
 
+_PROBED = ("flow/", "shoot/", "text/", "mu/", "logvar/", "std/", "z_init/", "scale/", "teacher/")  # measured for raw and EMA weights
 _EXAMPLES = {
     "name": ", such as name: head",
     "base": ", such as base: sweep_proxy (a packaged recipe or a file)",

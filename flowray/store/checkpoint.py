@@ -2,7 +2,7 @@
 
 `checkpoints/step_000500/` holds `model.safetensors` (trainable weights; frozen ones are named by the recipe), `ema.safetensors`,
 `optim.safetensors` and `state.json` (step and seed, which are all of the data cursor and the RNG, since every draw is a function
-of them; and each file's size). The folder is renamed into place when complete.
+of them; and each file's size and CRC-32). The folder is renamed into place when complete.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import json
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,32 +28,62 @@ _NAME = re.compile(r"step_(\d+)")
 def save_checkpoint(folder: Path, step: int, groups: dict[str, Tensors], state: dict[str, Any], keep: int) -> Path:
     """Write `folder/step_XXXXXX` atomically, then drop all but the newest `keep`. OSError leaves older checkpoints untouched."""
     final, partial = folder / f"step_{step:06d}", folder / f".partial_{step:06d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    for left in folder.glob(".partial_*"):  # what a killed writer left; a run has one writer
+        shutil.rmtree(left, ignore_errors=True)
     try:
+        partial.mkdir(parents=True)
         for name, tensors in groups.items():
             save_file({key: t.detach().contiguous() for key, t in tensors.items()}, partial / f"{name}.safetensors")
-        sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
-        (partial / "state.json").write_text(json.dumps({**state, "step": step, "sizes": sizes}))
-        for file in partial.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        files = {file.name: {"size": file.stat().st_size, "crc32": _crc32(file)} for file in partial.iterdir()}
+        (partial / "state.json").write_text(json.dumps({**state, "step": step, "files": files}))
+        for file in (*partial.iterdir(), partial):
+            _sync(file)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-    except OSError:
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
         raise
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
 def is_valid(checkpoint: Path) -> bool:
     """Whether every file is there at the size it was written with."""
     try:
-        sizes = json.loads((checkpoint / "state.json").read_text())["sizes"]
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        files = json.loads((checkpoint / "state.json").read_text())["files"]
+        return all((checkpoint / name).stat().st_size == kept["size"] for name, kept in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def is_intact(checkpoint: Path) -> bool:
+    """Whether it is valid and every file's content is what was written; reads all of it."""
+    if not is_valid(checkpoint):
+        return False
+    try:
+        files = json.loads((checkpoint / "state.json").read_text())["files"]
+        return all(_crc32(checkpoint / name) == kept["crc32"] for name, kept in files.items())
+    except OSError:
         return False
 
 
@@ -62,9 +94,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest valid checkpoint of a `checkpoints/` folder."""
-    valid = list_checkpoints(folder)
-    return valid[-1] if valid else None
+    """The newest intact checkpoint of a `checkpoints/` folder."""
+    return next(filter(is_intact, reversed(list_checkpoints(folder))), None)
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flowray.config.base import LatentSpec
@@ -25,7 +25,7 @@ from flowray.config.model import AutoencoderConfig
 from flowray.config.train import DataConfig
 from flowray.data.make import cache_dir, ensure_embedded
 from flowray.data.reader import ShardReader
-from flowray.data.shards import MANIFEST, find_shards, write_shards
+from flowray.data.shards import MANIFEST, find_shards, sha256, write_shards
 from flowray.model.assets import asset_path
 from flowray.model.latent import LatentScale, Moments
 
@@ -70,11 +70,22 @@ def decode_image(reader: ShardReader, index: int) -> np.ndarray:
     """The picture of a sample, uint8 (H, W, 3); InputError names shard and sample where it does not decode."""
     has = [e for e in ("png", "jpg", "jpeg", "webp") if e in reader.extensions(index)]
     if not has:
-        raise InputError(f"sample {reader.keys[index]}: no picture (.png, .jpg, .jpeg or .webp)")
+        raise InputError(f"{reader.label(index)}: no picture (.png, .jpg, .jpeg or .webp)")
     try:
         return np.asarray(Image.open(io.BytesIO(reader.read(index, has[0]))).convert("RGB"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"sample {reader.keys[index]}: .{has[0]} does not decode: {error}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: pillow on a broken PNG chunk
+        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"{reader.label(index)}: .{has[0]} does not decode: {reason}") from error
+
+
+def _decode_batch(reader: ShardReader, indices: range) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] of one size; InputError names the first that differs."""
+    images = [decode_image(reader, i) for i in indices]
+    for i, image in zip(indices, images, strict=True):
+        if image.shape != images[0].shape:
+            got, want = (f"{a.shape[1]} x {a.shape[0]}" for a in (image, images[0]))
+            raise InputError(f"{reader.label(i)}: the picture is {got} px, others are {want}; `flowray.data pack` makes one size")
+    return to_pictures(images)
 
 
 def split_shards(data: DataConfig) -> dict[str, tuple[Path, ...]]:
@@ -85,6 +96,16 @@ def split_shards(data: DataConfig) -> dict[str, tuple[Path, ...]]:
     if data.val_shards is None:
         raise InputError("data.val_shards: not given; probes need held-out shards beside data.shards")
     return {"train": find_shards(data.shards), "val": find_shards(data.val_shards)}
+
+
+def pictures_fingerprint(reader: ShardReader) -> str:
+    """Short hash of the samples' keys, of where the shards lie, and of their content (small sets) or sizes and times."""
+    digest = hashlib.sha256(reader.fingerprint().encode())
+    small = sum(path.stat().st_size for path in reader.paths) < 2**28
+    for path in reader.paths:
+        # The manifest of the latents names the pictures by their place, so a set that has moved is another set.
+        digest.update(f"{path.absolute()} {sha256(path) if small else path.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:12]
 
 
 def autoencoder_fingerprint(config: AutoencoderConfig) -> str:
@@ -102,7 +123,7 @@ def ensure_latents(data: DataConfig, autoencoder: AutoencoderConfig, latent: Lat
     folders = {}
     for split, shards in split_shards(data).items():
         reader = ShardReader(shards)
-        folder = cache_dir(data.cache) / f"latents-{autoencoder_fingerprint(autoencoder)}-{reader.fingerprint()}" / split
+        folder = cache_dir(data.cache) / f"latents-{autoencoder_fingerprint(autoencoder)}-{pictures_fingerprint(reader)}" / split
         if not (folder / MANIFEST).is_file():
             progress(f"encoding {len(reader)} {split} pictures into {folder}")
             _encode(reader, folder, autoencoder, latent, progress)
@@ -125,7 +146,11 @@ def _encode(reader: ShardReader, folder: Path, config: AutoencoderConfig, latent
         nonlocal total, squares, count
         for start in range(0, len(reader), ENCODE_BATCH):
             indices = range(start, min(start + ENCODE_BATCH, len(reader)))
-            moments = autoencoder.encode_moments(to_pictures([decode_image(reader, i) for i in indices]).to(device))
+            pictures = _decode_batch(reader, indices).to(device)
+            try:
+                moments = autoencoder.encode_moments(pictures)
+            except ValueError as error:
+                raise InputError(f"model.latent: {error}, first {reader.label(start)}") from error
             variance = 0.0 if scale.deterministic else moments.logvar.exp()
             z = scale.sample(moments, torch.zeros_like(moments.mean)).double()
             total += float(z.sum())

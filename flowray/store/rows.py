@@ -13,8 +13,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Every whole row; a torn last line (a killed writer) is left out."""
     if not path.is_file():
         return []
+    return parse_rows(path.read_text(encoding="utf-8"))
+
+
+def parse_rows(text: str) -> list[dict[str, Any]]:
+    """The rows of whole lines."""
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in text.split("\n"):
         try:
             rows.append(json.loads(line))
         except ValueError:

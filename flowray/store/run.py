@@ -6,13 +6,17 @@ import json
 import os
 import socket
 import tempfile
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flowray.config.errors import InputError
 
-STALE_S = 120.0  # a lock of another host not renewed for this long has a dead owner
+RENEW_S = 10.0  # how often an owner renews its lock
+STALE_S = 40.0  # a lock of another host not renewed for this long has a dead owner
 
 
 @dataclass(frozen=True)
@@ -62,44 +66,73 @@ class RunDirectory:
 
 
 class RunLock:
-    """Keeps two processes from writing one run. A dead owner's lock (same host: no such process; elsewhere: stale) is taken over."""
+    """Keeps two processes from writing one run. A dead owner's lock (same host: no such process; elsewhere: stale) is taken over.
+
+    Whether the owner on another host lives takes up to RENEW_S to see, that it is dead up to STALE_S: a run that moves to another
+    host after a crash waits that long and goes on.
+    """
 
     def __init__(self, run: RunDirectory):
         self._file = run.path / ".lock"
         self._me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+        self._left = threading.Event()
 
     def __enter__(self) -> RunLock:
-        for _ in range(2):
-            try:
-                with self._file.open("x") as file:
-                    json.dump(self._me, file)
-                return self
-            except FileExistsError:
-                if self._alive():
-                    raise InputError(f"{self._file.parent}: in use by {self._owner()}; wait for it or choose another name") from None
-                self._file.unlink(missing_ok=True)
+        mine = self._file.with_name(f".lock.{self._me['host']}.{self._me['pid']}")
+        mine.write_text(json.dumps(self._me))
+        try:
+            for _ in range(2):
+                try:
+                    os.link(mine, self._file)  # appears with its content, or not at all
+                except FileExistsError:
+                    self.refuse_if_held()
+                    self._file.unlink(missing_ok=True)
+                else:
+                    threading.Thread(target=self._keep, name="lock", daemon=True).start()
+                    return self
+        finally:
+            mine.unlink(missing_ok=True)
         raise InputError(f"{self._file.parent}: another process took this run at the same moment")
 
     def __exit__(self, *_: object) -> None:
+        self._left.set()
         self._file.unlink(missing_ok=True)
 
     def renew(self) -> None:
-        """Tell other hosts that the owner lives."""
+        """Tell other hosts that the owner lives; done every RENEW_S while the lock is held."""
         os.utime(self._file)
 
-    def _owner(self) -> str:
-        owner = json.loads(self._file.read_text())
-        return f"process {owner['pid']} on {owner['host']}"
+    def refuse_if_held(self) -> None:
+        """InputError where another live process holds the run."""
+        owner = self._owner()
+        if owner is not None and self._alive(owner):
+            where = f"process {owner['pid']} on {owner['host']}"
+            raise InputError(f"{self._file.parent}: in use by {where}; wait for it or choose another name")
 
-    def _alive(self) -> bool:
+    def _keep(self) -> None:
+        while not self._left.wait(RENEW_S):
+            with suppress(OSError):
+                self.renew()
+
+    def _owner(self) -> dict[str, Any] | None:
         try:
             owner = json.loads(self._file.read_text())
-            age = time.time() - self._file.stat().st_mtime
         except (OSError, ValueError):
-            return False
-        if owner["host"] != self._me["host"]:
-            return age < STALE_S
-        return owner["pid"] != self._me["pid"] and _process_start(owner["pid"]) == owner["started"]
+            return None
+        return owner if isinstance(owner, dict) and owner.keys() >= self._me.keys() else None
+
+    def _alive(self, owner: dict[str, Any]) -> bool:
+        if owner["host"] == self._me["host"]:
+            return owner["pid"] != self._me["pid"] and _process_start(owner["pid"]) == owner["started"]
+        try:
+            seen = self._file.stat().st_mtime
+            while time.time() - seen < STALE_S:
+                time.sleep(0.5)
+                if self._file.stat().st_mtime != seen:
+                    return True
+        except FileNotFoundError:  # it has let go
+            pass
+        return False
 
 
 def _process_start(pid: int) -> str:

@@ -15,6 +15,7 @@ from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.recipe import Recipe
 from flowray.config.sweep import Hyperband, LogUniform, Sweep
+from flowray.rayrun import session
 from flowray.rayrun.search import Rungs
 from flowray.rayrun.tuner import run_sweep, share_cluster
 
@@ -68,7 +69,7 @@ def study(folder: Path) -> list[optuna.trial.FrozenTrial]:
 def test_sweep_stops_tells_and_resumes(tmp_path):
     base = Recipe.model_validate({"train": {"steps": 40}})
     try:
-        with (tmp_path / "log").open("w") as log:
+        with session.started(num_cpus=2), (tmp_path / "log").open("w") as log:
             result = run_sweep(make(tmp_path, run_cap=6), base, resume=False, trial_fn=trial, stream=log)
             with pytest.raises(InputError, match="--resume"):
                 run_sweep(make(tmp_path, run_cap=6), base, resume=False, trial_fn=trial, stream=log)

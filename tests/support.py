@@ -1,0 +1,174 @@
+"""What several parts' tests need: models and data sets so small that a run takes a second, in the real formats on disk."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from flowray.config.base import LatentSpec
+from flowray.config.load import override_recipe
+from flowray.config.recipe import Recipe
+from flowray.data.make import png
+from flowray.data.shapes import caption, single_scenes
+from flowray.data.shards import MANIFEST, write_shards
+
+SPEC = LatentSpec(channels=4, height=4, width=4)
+SCALE, SHIFT = 0.5, 0.25  # neither trivial, so that a scale applied twice or not at all shows
+PICTURE = 8  # px, twice the latent's side: what the tiny autoencoder takes
+
+
+def captions(count: int) -> list[str]:
+    """`count` captions of shapes scenes, the first 300 or so all different."""
+    scenes = single_scenes("train")
+    return [caption(scenes[(i * 37) % len(scenes)]) for i in range(count)]
+
+
+def word_tokenizer() -> Any:
+    """A word-level tokenizer that knows the words of `captions` and ends every text with <eos>."""
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word.strip(",") for text in captions(len(single_scenes("train"))) for word in text.split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", ",", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def tiny_text(path: Path, seed: int = 0) -> Path:
+    """A random causal LM (Qwen3, width 32, 2 layers) and its tokenizer, saved to a folder as transformers does."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    if (path / "config.json").is_file():
+        return path
+    tokenizer = word_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = Qwen3Model(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=16,
+                max_position_embeddings=128,
+                pad_token_id=0,
+                eos_token_id=1,
+            )
+        )
+    net.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def tiny_autoencoder(path: Path, spec: LatentSpec = SPEC, seed: int = 0) -> Path:
+    """A random AutoencoderKL, pictures of twice the latent's side, saved to a folder as diffusers does."""
+    from diffusers import AutoencoderKL
+
+    if (path / "config.json").is_file():
+        return path
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            latent_channels=spec.channels,
+            norm_num_groups=4,
+            scaling_factor=SCALE,
+            shift_factor=SHIFT,
+            mid_block_add_attention=False,
+        )
+    net.save_pretrained(path)
+    return path
+
+
+def tiny_pictures(folder: Path, n: int, start: int = 0) -> Path:
+    """Image shards of `n` random 8 px pictures (`KEY.png`, `.txt`, `.json` with two captions), keys from `start`; returns `folder`."""
+
+    def sample(i: int, text: str) -> dict[str, Any]:
+        picture = np.random.default_rng(i).integers(0, 256, (PICTURE, PICTURE, 3), dtype=np.uint8)
+        row = json.dumps({"captions": [text, f"{text} "]})
+        return {"__key__": f"s{i:05d}", "png": png(picture), "txt": text.encode(), "json": row.encode()}
+
+    if not (folder / MANIFEST).is_file():
+        texts = captions(start + n)[start:]
+        write_shards(folder, (sample(start + i, text) for i, text in enumerate(texts)), per_shard=16, meta={})
+    return folder
+
+
+def tiny_latents(folder: Path, n: int, spec: LatentSpec = SPEC) -> Path:
+    """Latent shards of `n` random moments as flowray/store/latents.py writes them; open with `load_latents(folder)`.
+
+    The picture shards they name lie in `folder`-pictures. Sample i's moments and caption depend on i alone.
+    """
+    meta: dict[str, Any] = {"scale": SCALE, "shift": SHIFT, "deterministic": False}
+    meta["pictures"] = [str(path) for path in sorted(tiny_pictures(folder.with_name(f"{folder.name}-pictures"), n).glob("*.tar"))]
+    rows = [_moments(i, spec) for i in range(n)]
+    mean, logvar = np.stack(rows).astype(np.float64).reshape(n, 2, -1).transpose(1, 0, 2)
+    z = (mean - SHIFT) * SCALE
+    meta["mean"] = float(z.mean())
+    meta["variance"] = float(z.var() + (np.exp(logvar) * SCALE**2).mean())
+
+    def sample(i: int, text: str) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        np.save(buffer, rows[i])
+        return {"__key__": f"s{i:05d}", "moments.npy": buffer.getvalue(), "json": json.dumps({"captions": [text]}).encode()}
+
+    return write_shards(folder, (sample(i, text) for i, text in enumerate(captions(n))), per_shard=16, meta=meta)
+
+
+def _moments(i: int, spec: LatentSpec) -> np.ndarray:
+    rng = np.random.default_rng([7, i])
+    mean = 2 * rng.standard_normal(spec.shape)
+    logvar = rng.uniform(-6, -3, spec.shape)
+    return np.concatenate([mean, logvar]).astype(np.float16)
+
+
+def tiny_recipe(tmp_path: Path, **overrides: Any) -> Recipe:
+    """A recipe that trains in a second: everything it names lies under `tmp_path`, made there on the first call.
+
+    64 + 16 pictures of 8 px, latents (4, 4, 4), a text model of width 32, 12 steps of batch 8. Overrides are dotted recipe keys:
+    `tiny_recipe(tmp_path, **{"loss.clip.weight": 1.0})`.
+    """
+    tiny = {
+        "name": "tiny",
+        "storage_path": str(tmp_path / "runs"),
+        "data.shards": str(tiny_pictures(tmp_path / "pictures" / "train", 64)),
+        "data.val_shards": str(tiny_pictures(tmp_path / "pictures" / "val", 16, start=64)),
+        "data.cache": str(tmp_path / "cache"),
+        "model.latent.channels": SPEC.channels,
+        "model.latent.height": SPEC.height,
+        "model.latent.width": SPEC.width,
+        "model.text.path": str(tiny_text(tmp_path / "text")),
+        "model.text.queries": 4,
+        "model.autoencoder.path": str(tiny_autoencoder(tmp_path / "autoencoder")),
+        "model.head.hidden": 16,
+        "model.head.heads": 2,
+        "model.head.layers": 1,
+        "model.velocity.width": 16,
+        "model.velocity.depth": 2,
+        "model.velocity.heads": 2,
+        "train.steps": 12,
+        "train.batch_size": 8,
+        "train.log_every": 2,
+        "train.probe_every": 4,
+        "train.sample_every": 6,
+        "train.checkpoint_every": 4,
+        "train.device": "cpu",
+        "optim.schedule.warmup": 2,
+        "probes.batch_size": 8,
+        "probes.shoot_steps": 5,
+        "sample.steps": 4,
+    }
+    recipe = override_recipe(Recipe(), tiny)
+    return override_recipe(recipe, overrides) if overrides else recipe
