@@ -20,6 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder to write; default flowray/assets/<what>")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--decoder-only", action="store_true", help="keep the encoder of --start, finish the decoder on true colours")
     parser.add_argument("--start", type=Path, help="continue from this folder's weights (autoencoder)")
     args = parser.parse_args(argv)
     import torch
@@ -33,14 +34,14 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     if args.what == "autoencoder":
         data = "embedded shapes (training split; half in false colours) and digits pictures"
-        figures = train_autoencoder.train(out, steps, args.seed, args.start)
+        figures = train_autoencoder.train(out, steps, args.seed, args.start, decoder_only=args.decoder_only)
     else:
         data = "embedded captions"
         figures = train_text.train(out, steps, args.seed)
     lines = [
         f"# The {args.what} model shipped with flowray",
         "",
-        f"- command: `flowray assets {args.what} --steps {steps} --seed {args.seed}{f' --start {args.start}' if args.start else ''}`",
+        f"- command: `flowray assets {' '.join(argv)}`",
         f"- data: {data}, made by `flowray.data make`; nothing else",
         f"- made: {git_commit() or 'outside a repository'}, {time.monotonic() - began:.0f} s on {os.cpu_count()} CPU cores",
         *(f"- {name}: {value:.2f}" for name, value in figures.items()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -12,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from flowray.cli.common import GOOD
+from flowray.cli.parser import Parser
+from flowray.cli.progress import quiet_libraries
 from flowray.config.errors import InputError
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="flowray.eval",
         description="Score a run on shapes with an exact checker: template matching, no learned judge. Also writes <run>/eval.json.",
     )
@@ -59,7 +60,8 @@ def evaluate(run: Path, overrides: list[str], seed: int) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
+    quiet_libraries()
     result = evaluate(args.run, args.set, args.seed)
     if args.json:
         print(json.dumps(result))

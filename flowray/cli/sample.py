@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 
 from flowray.cli.common import GOOD
+from flowray.cli.parser import Parser
+from flowray.cli.progress import quiet_libraries
 from flowray.config.errors import InputError
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="flowray.sample",
         description="Draw pictures from a run, the way its training defined the path. Each prompt gives one row of `count` pictures.",
         epilog='Example: python -m flowray.sample runs/quickstart "a small red circle left of a large blue square" --count 4',
@@ -33,13 +34,15 @@ def _parser() -> argparse.ArgumentParser:
 def read_prompts(path: Path) -> list[str]:
     """The captions of a prompt file, one a line; InputError names file and line."""
     try:
-        lines = path.read_bytes().decode("utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; want a text file with one caption a line") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8 text; want one caption a line") from error
     prompts = [line.strip() for line in lines if line.strip()]
+    if any("\0" in prompt for prompt in prompts):
+        raise InputError(f"{path}: a binary file; want a text file with one caption a line")
     if not prompts:
         raise InputError(f"{path}: no captions in it; want one caption a line")
     return prompts
@@ -53,6 +56,7 @@ def main(argv: list[str]) -> int:
         raise InputError('no prompt; type one in quotes, e.g. "a large red circle on a white background", or --prompts FILE')
     if args.count < 1 or args.scale < 1:
         raise InputError(f"--count {args.count} --scale {args.scale}: both must be at least 1")
+    quiet_libraries()
     import torch
 
     from flowray.model.autoencoder import load_autoencoder
@@ -66,7 +70,7 @@ def main(argv: list[str]) -> int:
     pictures = generate(opened.model, autoencoder, repeated, opened.recipe.sample, args.seed)
     rows = pictures.reshape(len(prompts), args.count, *pictures.shape[1:])
     sheet = np.concatenate(list(rows), axis=1).repeat(args.scale, axis=1).repeat(args.scale, axis=2)
-    words = "_".join("".join(c if c.isalnum() else " " for c in prompts[0]).split()[:10]) or "prompt"
+    words = "_".join("".join(c if c.isalnum() else " " for c in prompts[0]).split()[:10])[:60] or "prompt"
     out = args.out or opened.path / "samples" / f"{words}.png"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

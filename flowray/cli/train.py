@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED
-from flowray.cli.progress import RunProgress
+from flowray.cli.parser import Parser
+from flowray.cli.progress import RunProgress, quiet_libraries
 from flowray.config.card import git_commit, header, render_card
 from flowray.config.errors import InputError
-from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_names
+from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_diffs, recipe_names
 from flowray.config.recipe import Recipe
-from flowray.store.checkpoint import newest_checkpoint
+from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.rows import read_rows
-from flowray.store.run import RunDirectory
+from flowray.store.run import RunDirectory, RunLock
 
 _CARD_METRICS = ("ema/shoot/nmse", "ema/shoot/skill", "ema/flow/cos", "ema/flow/speed_ratio", "ema/std/mean", "ema/text/cos_mu", "vae/psnr")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="flowray.train",
         description="Train a text-to-image latent flow model under Ray Train. Writes <storage_path>/<name>/.",
         epilog=f"Packaged recipes: {', '.join(recipe_names())}. Example: python -m flowray.train quickstart optim.lr=2e-3 name=fast",
@@ -39,82 +42,127 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
+    quiet_libraries()
     loaded = load_recipe(args.recipe, args.overrides)
     if args.plan:
         return _plan(loaded.recipe, as_json=args.json)
-    run = RunDirectory((Path(loaded.recipe.storage_path) / loaded.recipe.name).absolute())
-    if newest_checkpoint(run.checkpoints) and not args.resume:
+    run = RunDirectory((Path(loaded.recipe.storage_path).expanduser() / loaded.recipe.name).absolute())
+    checkpoint = newest_checkpoint(run.checkpoints)
+    if checkpoint and not args.resume:
         raise InputError(f"{run.path} holds a run already; type --resume to continue it, or name=OTHER for a new one")
-    return _train(loaded, run, as_json=args.json)
+    RunLock(run).refuse_if_held()  # before anything in it is touched; the worker that trains takes the lock
+    return _train(loaded, run, load_state(checkpoint)["step"] if checkpoint else 0, as_json=args.json)
 
 
-def _train(loaded: Loaded, run: RunDirectory, *, as_json: bool) -> int:
+def _train(loaded: Loaded, run: RunDirectory, start: int, *, as_json: bool) -> int:
     from flowray.rayrun.session import started
     from flowray.rayrun.trainer import RunFailed, fit
     from flowray.store.latents import ensure_latents
     from flowray.train.loop import is_finished
 
     recipe = loaded.recipe
-    if is_finished(recipe, run):
-        print(f"{run.path} has finished its {recipe.train.steps} steps", file=sys.stderr)
+    if start >= recipe.train.steps:
+        _say(f"{run.path} has finished its {recipe.train.steps} steps; train.steps=N for more")
+        if as_json:
+            print(_summary(run, stopped=False, seconds=0.0, report=run.path / "report.html"))
         return GOOD
     run.create()
+    if start:
+        _say_changes(recipe, run, start)
+    _write_config(loaded, run)
     _write_card(loaded, run)
-    ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, lambda text: print(text, file=sys.stderr, flush=True))
+    ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, _say)
+    run.stop_request.unlink(missing_ok=True)
     failure: list[Exception] = []
 
     def work() -> None:
         try:
-            workers = recipe.resources
-            with started(num_cpus=workers.num_workers * workers.cpus_per_worker):
-                fit(recipe, run.path, name="train", ray_storage=run.path / ".ray")
+            fit(recipe, run.path, name="train", ray_storage=run.path / ".ray")
         except Exception as error:
             failure.append(error)
 
-    began = time.monotonic()
-    stop_asked = _run_with_signals(work, run, RunProgress(run, recipe.train.steps, sys.stderr))
-    stopped = stop_asked and not is_finished(recipe, run)
+    began, workers = time.monotonic(), recipe.resources
+    with _StopSignals(run) as signals, started(num_cpus=workers.num_workers * workers.cpus_per_worker):
+        signals.listen()  # Ray has put handlers of its own in their place
+        _watch(work, RunProgress(run, recipe.train.steps, start, sys.stderr))
+    stopped = signals.came and not is_finished(recipe, run)
     run.stop_request.unlink(missing_ok=True)
+    shutil.rmtree(run.path / ".ray", ignore_errors=True)
     if failure:
         if isinstance(failure[0], RunFailed):
-            print(f"error: {failure[0]}", file=sys.stderr)
+            _say(f"error: {failure[0]}")
             return FINDINGS
         raise failure[0]
     _finish(loaded, run, time.monotonic() - began, as_json=as_json, stopped=stopped)
     return STOPPED if stopped else GOOD
 
 
-def _run_with_signals(work: object, run: RunDirectory, progress: RunProgress) -> bool:
-    """Run `work` in a thread, showing progress; SIGTERM or SIGINT asks the loop for a checkpoint and a stop. Returns whether one came.
+class _StopSignals:
+    """Within the block SIGTERM and SIGINT ask the loop for a checkpoint and a stop; `came` says whether one did."""
 
-    The thread leaves the main thread free for signals; Ray Train would otherwise abort on SIGINT without a checkpoint.
-    """
-    asked = threading.Event()
+    def __init__(self, run: RunDirectory):
+        self._run, self.came = run, False
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def ask(*_: object) -> None:
-        if not asked.is_set():
-            print("stopping: a checkpoint is being written (this takes a few seconds)", file=sys.stderr, flush=True)
-        asked.set()
-        run.stop_request.touch()
+    def __enter__(self) -> _StopSignals:
+        self.listen()
+        return self
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        thread = threading.Thread(target=work, name="ray-train", daemon=True)  # type: ignore[arg-type]
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.5)
-            progress.show()
-        progress.show()
-    finally:
-        for number, handler in before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
-    return asked.is_set()
+
+    def listen(self) -> None:
+        """Take the signals, whoever had them."""
+        for number in self._before:
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        if not self.came:
+            _say("stopping: the next logged step writes a checkpoint and ends the run")
+        self.came = True
+        self._run.stop_request.touch()
+
+
+def _watch(work: Callable[[], None], progress: RunProgress) -> None:
+    """Run `work` in a thread and show progress; the main thread stays free for signals, which Ray Train would abort on."""
+    thread = threading.Thread(target=work, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+        progress.show()
+    progress.show(now=True)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _say_changes(recipe: Recipe, run: RunDirectory, start: int) -> None:
+    """Tell where a resumed run goes on, and which keys are not what they were: a forgotten override would change it silently."""
+    _say(f"continuing {run.path} from step {start}")
+    if run.config.is_file():
+        before = load_recipe(str(run.config)).recipe
+        for key, (old, new) in recipe_diffs(before, recipe).items():
+            _say(f"  changed: {key}={new} (was {old})")
+
+
+def _facts(recipe: Recipe) -> dict[str, str]:
+    return {"exp_id": recipe.name, "commit": git_commit(), "hardware": _hardware(recipe)}
 
 
 def _write_card(loaded: Loaded, run: RunDirectory) -> None:
-    recipe = loaded.recipe
-    head = header(recipe, loaded.diffs, exp_id=recipe.name, commit=git_commit(), hardware=_hardware(recipe))
+    """card.md with the newest probes and samples; what was written into it by hand stays."""
+    rows = read_rows(run.probes)
+    last = rows[-1] if rows else {}
+    shown = {key: last[key] for key in _CARD_METRICS if last.get(key) is not None}
+    strips = [f"samples/{path.name}" for path in sorted(run.samples.glob("step_*.png"))[-1:]]
+    render_card(run.card, loaded.recipe, loaded.diffs, **_facts(loaded.recipe), metrics=shown, step=last.get("step", 0), samples=strips)
+
+
+def _write_config(loaded: Loaded, run: RunDirectory) -> None:
+    head = header(loaded.recipe, loaded.diffs, **_facts(loaded.recipe))
     partial = run.config.with_suffix(".partial")
     partial.write_text(head + dump_recipe(loaded.recipe), encoding="utf-8")
     partial.replace(run.config)
@@ -129,26 +177,26 @@ def _hardware(recipe: Recipe) -> str:
 def _finish(loaded: Loaded, run: RunDirectory, seconds: float, *, as_json: bool, stopped: bool) -> None:
     from flowray.report.page import write_run_report
 
-    rows = read_rows(run.probes)
-    last = rows[-1] if rows else {}
-    recipe = loaded.recipe
-    strips = [f"samples/{path.name}" for path in sorted(run.samples.glob("step_*.png"))[-1:]]
-    shown = {key: last[key] for key in _CARD_METRICS if last.get(key) is not None}
-    step = last.get("step", 0)
-    facts = {"exp_id": recipe.name, "commit": git_commit(), "hardware": _hardware(recipe)}
-    render_card(run.card, recipe, loaded.diffs, **facts, metrics=shown, step=step, samples=strips)
+    _write_card(loaded, run)
     report = write_run_report(run.path)
     if as_json:
-        print(json.dumps({"run": str(run.path), "stopped": stopped, "seconds": round(seconds, 1), "report": str(report), "metrics": last}))
+        print(_summary(run, stopped=stopped, seconds=seconds, report=report))
         return
-    command = f"python -m flowray.sample {run.path} "
+    place, prompts = shlex.quote(str(run.path)), (run.samples / "prompts.txt").read_text(encoding="utf-8").splitlines()
     print(f"{'stopped' if stopped else 'finished'} after {seconds:.0f} s: {run.path}")
     print(f"  report       {report}")
-    print(f'  sample       {command}"a small red circle left of a large blue square"')
-    print(f"  evaluate     python -m flowray.eval {run.path}")
-    print(f"  TensorBoard  tensorboard --logdir {run.path / 'tensorboard'}")
+    print(f"  sample       python -m flowray.sample {place} {shlex.quote(prompts[0])}")
+    if loaded.recipe.data.shards == "shapes":
+        print(f"  evaluate     python -m flowray.eval {place}")
+    print(f"  TensorBoard  tensorboard --logdir {place}/tensorboard")
     if stopped:
         print("  continue     the same command with --resume")
+
+
+def _summary(run: RunDirectory, *, stopped: bool, seconds: float, report: Path) -> str:
+    rows = read_rows(run.probes)
+    facts = {"run": str(run.path), "stopped": stopped, "seconds": round(seconds, 1), "report": str(report)}
+    return json.dumps({**facts, "metrics": rows[-1] if rows else {}})
 
 
 def _plan(recipe: Recipe, *, as_json: bool) -> int:

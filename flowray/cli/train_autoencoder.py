@@ -29,8 +29,8 @@ BATCH = 8
 class _Stream(IterableDataset[Tensor]):
     """Endless batches: seven parts training shapes to one part training digits."""
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    def __init__(self, seed: int, *, false_colours: bool):
+        self.seed, self.false_colours = seed, false_colours
 
     def __iter__(self) -> Iterator[Tensor]:
         rng = np.random.default_rng(self.seed)
@@ -40,7 +40,7 @@ class _Stream(IterableDataset[Tensor]):
             pictures = [image for image, _, _ in islice(drawn, BATCH * 7 // 8)]
             pictures += [scans[i] for i in rng.integers(len(scans), size=BATCH - len(pictures))]
             # Half of them in false colours: six fixed hues alone would be learnt as categories, and confused.
-            for i in range(0, len(pictures), 2):
+            for i in range(0, len(pictures), 2) if self.false_colours else ():
                 pictures[i] = pictures[i][..., rng.permutation(3)] ^ np.uint8(255 * rng.integers(2))
             yield to_pictures(pictures)
 
@@ -58,17 +58,21 @@ def _fresh() -> Any:
     )
 
 
-def train(out: Path, steps: int, seed: int = 0, start: Path | None = None) -> dict[str, float]:
+def train(out: Path, steps: int, seed: int = 0, start: Path | None = None, *, decoder_only: bool = False) -> dict[str, float]:
     """Train, measure on held-out pictures, save to `out` with the latent scale and shift in the config; returns the figures.
 
-    start: a folder to continue from, with a schedule of its own.
+    start: a folder to continue from, with a schedule of its own. decoder_only: leave the latents as they are and finish the
+    decoder on true colours.
     """
     torch.manual_seed(seed)
     net = _fresh() if start is None else AutoencoderKL.from_pretrained(start, low_cpu_mem_usage=False).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    if decoder_only:
+        net.encoder.requires_grad_(False)
+        net.quant_conv.requires_grad_(False)
+    optimizer = torch.optim.AdamW((p for p in net.parameters() if p.requires_grad), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.05)
     began = time.monotonic()
-    for step, pictures in enumerate(islice(DataLoader(_Stream(seed), batch_size=None), steps)):
+    for step, pictures in enumerate(islice(DataLoader(_Stream(seed, false_colours=not decoder_only), batch_size=None), steps)):
         posterior = net.encode(pictures).latent_dist
         rebuilt = net.decode(posterior.sample()).sample
         mean, logvar = posterior.mean, posterior.logvar

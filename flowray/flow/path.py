@@ -47,6 +47,7 @@ def sample_path(t: Tensor, x0: Tensor, x1: Tensor, rho: float, source_grad: str 
     """
     if t.ndim != 1:
         raise ValueError(f"t must be 1-D (B,), got shape {tuple(t.shape)}")
+    x0, x1 = x0.float(), x1.float()
     if source_grad == "none":
         x0 = x0.detach()
     target_x0 = x0.detach() if source_grad == "path" else x0

@@ -45,7 +45,8 @@ def kl_per_dim(mu: Tensor, logvar: Tensor, form: str) -> Tensor:
 
 def info_nce(text: Tensor, image: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE of matched rows: the mean of the two cross-entropies; L2-normalised (B, dim)."""
-    logits = scale * text @ image.T
+    with torch.autocast(text.device.type, enabled=False):  # a bf16 product is off by 0.5 at scale 100
+        logits = scale.float() * text.float() @ image.float().T
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 

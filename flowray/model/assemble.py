@@ -51,8 +51,8 @@ class FlowModel(nn.Module):
 
 def build_model(config: ModelConfig, loss: LossConfig, seed: int) -> FlowModel:
     """A fresh model whose initial weights depend on the seed alone; the global RNG is left as it was."""
-    text = load_text(config.text)
     with torch.random.fork_rng(devices=[]):
+        text = load_text(config.text)
         torch.manual_seed(seed)
         text.reset()
         return FlowModel(config, loss, text)

@@ -67,12 +67,12 @@ def load_autoencoder(config: AutoencoderConfig, latent: LatentSpec) -> Autoencod
     path: str | Path = asset_path("autoencoder") if config.path == "embedded" else config.path
     try:
         if isinstance(config, DCAutoencoder):
-            dc = AutoencoderDC.from_pretrained(path)
+            dc = AutoencoderDC.from_pretrained(path, low_cpu_mem_usage=False)  # False: without accelerate it warns at length
             scale = config.scaling_factor or float(dc.config.scaling_factor)
             return Autoencoder(dc, latent, LatentScale(scale, 0.0, deterministic=True))
-        kl = AutoencoderKL.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.autoencoder.path: cannot load {str(path)!r}: {str(error).splitlines()[0]}") from error
+        kl = AutoencoderKL.from_pretrained(path, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the weights of another kind of autoencoder
+        raise InputError(f"model.autoencoder.path: cannot load {str(path)!r}: {str(error).partition(chr(10))[0]}") from error
     scale = config.scaling_factor or float(kl.config.scaling_factor)
     shift = config.shift_factor if config.shift_factor is not None else float(kl.config.shift_factor or 0.0)
     return Autoencoder(kl, latent, LatentScale(scale, shift, deterministic=False))

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, DynamicCache
+from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoTokenizer, DynamicCache
 
 from flowray.config.errors import InputError
 from flowray.config.model import CausalText, EncoderText, TextConfig
@@ -128,25 +129,30 @@ class EncoderTokens(TextModel):
         return TextTokens(out.last_hidden_state.float() * self.scale, prompts.mask)
 
 
-def _encoder_of(backbone: Any) -> Any:
-    """The text encoder inside a loaded model: CLIP's text model, T5's encoder, or the model itself."""
-    if hasattr(backbone, "text_model"):
-        return backbone.text_model
-    return backbone.get_encoder() if getattr(backbone.config, "is_encoder_decoder", False) else backbone
+def _load_lm(path: str | Path) -> Any:
+    return AutoModel.from_pretrained(path, dtype=torch.float32)
 
 
-_TEXT_MODELS: dict[type, Callable[[Any, Any, Any], TextModel]] = {
-    CausalText: CausalQueries,
-    EncoderText: lambda backbone, tokenizer, config: EncoderTokens(_encoder_of(backbone), tokenizer, config),
+def _load_encoder(path: str | Path) -> Any:
+    """The text encoder of a checkpoint: T5's encoder without its decoder, CLIP's text model, or the model itself."""
+    encoders: Any = MODEL_FOR_TEXT_ENCODING_MAPPING
+    config = AutoConfig.from_pretrained(path)
+    backbone = encoders[type(config)].from_pretrained(path, dtype=torch.float32) if type(config) in encoders else _load_lm(path)
+    return getattr(backbone, "text_model", backbone)
+
+
+_TEXT_MODELS: dict[type, tuple[Callable[[str | Path], Any], Callable[[Any, Any, Any], TextModel]]] = {
+    CausalText: (_load_lm, CausalQueries),
+    EncoderText: (_load_encoder, EncoderTokens),
 }
 
 
 def load_text(config: TextConfig) -> TextModel:
     """Load tokenizer and weights from a folder, a hub name, or the shipped model."""
     path: str | Path = asset_path("text") if config.path == "embedded" else config.path
+    load, wrap = _TEXT_MODELS[type(config)]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        backbone = AutoModel.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.text.path: cannot load {str(path)!r}: {str(error).splitlines()[0]}") from error
-    return _TEXT_MODELS[type(config)](backbone, tokenizer, config)
+        tokenizer, backbone = AutoTokenizer.from_pretrained(path), load(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: weights of other shapes
+        raise InputError(f"model.text.path: cannot load {str(path)!r}: {str(error).partition(chr(10))[0]}") from error
+    return wrap(backbone, tokenizer, config)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
 from flowray.flow.draws import Draws
 from flowray.flow.guidance import conditional
@@ -37,11 +38,15 @@ class ProbeBatch:
 
 
 def derangement(captions: list[str]) -> Tensor:
-    """For every sample another one with a different caption: the smallest cyclic shift of the sorted batch that allows it."""
+    """For every sample another one: the smallest cyclic shift of the sorted batch that gives each a different caption.
+
+    Where one caption fills more than half of the batch no order can; then some of its samples get each other. InputError where
+    all captions are the same.
+    """
     order = sorted(range(len(captions)), key=lambda i: captions[i])
     shift = max((captions.count(text) for text in set(captions)), default=1)
     if len(set(captions)) < 2:
-        raise ValueError("the probe batch needs at least two different captions")
+        raise InputError(f"data.val_shards: all of the first {len(captions)} captions are alike; probes need two that differ")
     others = torch.empty(len(captions), dtype=torch.long)
     for place, index in enumerate(order):
         others[index] = order[(place + shift) % len(order)]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -14,10 +15,11 @@ from ray.train.torch import TorchTrainer
 
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
+from flowray.rayrun.session import in_cluster
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import is_finished, train
-from flowray.train.step import NonFinite
+from flowray.train.state import Halted
 
 
 class RunFailed(RuntimeError):
@@ -31,7 +33,8 @@ def _failure(run: RunDirectory) -> Path:
 def train_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs. config: {"recipe": the recipe as JSON, "run_dir": str}.
 
-    A failure that would come again (bad input, a non-finite loss) is written down and not raised, so that Ray does not retry it.
+    A failure that would come again (bad input, a non-finite loss, a full disk) is written down and not raised, so that Ray does
+    not retry it.
     """
     recipe = Recipe.model_validate(config["recipe"])
     run = RunDirectory(Path(config["run_dir"]))
@@ -41,16 +44,25 @@ def train_worker(config: dict[str, Any]) -> None:
         return
     try:
         train(recipe, run, group, ray.train.report)
-    except (InputError, NonFinite) as error:
-        _failure(run).write_text(f"{type(error).__name__}: {error}")
+    except (InputError, Halted) as error:
+        _note(run, error)
         if group.world > 1:
             raise  # the other ranks wait in a collective; only tearing the group down frees them
+
+
+def _note(run: RunDirectory, error: Exception) -> None:
+    try:
+        _failure(run).write_text(f"{type(error).__name__}: {error}")
+    except OSError:  # no room even for that: then Ray hears of it
+        _failure(run).unlink(missing_ok=True)
+        raise error from None
 
 
 def fit(recipe: Recipe, run_dir: Path, *, callbacks: Sequence[Any] = (), name: str, ray_storage: Path) -> None:
     """Train `recipe` in `run_dir` under a TorchTrainer; resumes from its newest valid checkpoint, returns at once if it has finished.
 
-    Needs Ray to be started. Checkpoints are the run directory's own; Ray's storage holds nothing worth keeping and is removed.
+    Needs Ray to be started. `run.stop_request` ends it with a checkpoint, also when it is there before the start. Checkpoints are
+    the run directory's own; Ray's storage holds nothing worth keeping and is removed.
     Raises InputError or RunFailed with one line.
     """
     run = RunDirectory(run_dir.absolute())
@@ -58,8 +70,8 @@ def fit(recipe: Recipe, run_dir: Path, *, callbacks: Sequence[Any] = (), name: s
         return
     run.create()
     _failure(run).unlink(missing_ok=True)
-    run.stop_request.unlink(missing_ok=True)
     resources = recipe.resources
+    _check_gpus(recipe)
     per_worker = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
     trainer = TorchTrainer(
         train_worker,
@@ -82,6 +94,13 @@ def fit(recipe: Recipe, run_dir: Path, *, callbacks: Sequence[Any] = (), name: s
     finally:
         shutil.rmtree(ray_storage / name, ignore_errors=True)
     _raise_noted(run)
+
+
+def _check_gpus(recipe: Recipe) -> None:
+    """A machine grows no GPU: without this check Ray would wait for one. A cluster may grow."""
+    wanted, have = recipe.resources.num_workers * recipe.resources.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
+    if wanted > have and not in_cluster():
+        raise InputError(f"resources: {wanted:g} GPU(s) asked for, this machine has {have:g}; type resources.gpus_per_worker=0")
 
 
 def _raise_noted(run: RunDirectory) -> None:

@@ -1,7 +1,7 @@
 """Reads a shapes picture back into a scene by matching every possible template: no learned judge.
 
-The squared error of a template is sum(|p - background|^2) + sum over objects of mask * (|p - colour|^2 - |p - background|^2), so
-all combinations of background, colour, shape, size, place and jitter are one matrix product away.
+The squared error of a template is sum(|p - background|^2) + sum over objects of mask * (|p - colour|^2 - |p - background|^2), and
+the latter is linear in p, so all combinations of background, colour, shape, size, place and jitter are one matrix product away.
 """
 
 from __future__ import annotations
@@ -36,22 +36,25 @@ class ShapesChecker:
         self._jitters = len(shifts)
         covers = [mask(t.shape, SIZES[t.size], (t.place[0] + dx, t.place[1] + dy)) for t in self.templates for dx, dy in shifts]
         self._masks = np.stack(covers).reshape(len(covers), IMAGE_SIZE * IMAGE_SIZE).astype(np.float32)
+        self._areas = self._masks.sum(1)
         self._rows = {place: [i for i, t in enumerate(self.templates) if t.place == place] for place in places}
 
     def read(self, picture: np.ndarray) -> tuple[Scene, float]:
-        """(the best scene, its mean squared error) of a picture uint8 (64, 64, 3)."""
+        """(the best scene, its mean squared error) of a picture uint8 (64, 64, 3); the error is infinite where no object gains."""
         flat = picture.reshape(-1, 3).astype(np.float32)
-        of = {name: np.square(flat - np.array(RGB[name], np.float32)).sum(1) for name in (*COLOURS, *BACKGROUNDS)}
-        best: tuple[float, Scene] | None = None
-        differences = np.stack([of[colour] - of[background] for background in BACKGROUNDS for colour in COLOURS])
-        gains = (differences @ self._masks.T).reshape(len(BACKGROUNDS), len(COLOURS), len(self.templates), self._jitters).min(-1)
-        for background, gain in zip(BACKGROUNDS, gains, strict=True):
-            floor = float(of[background].sum())
-            for error, scene in self._scenes(background, floor, gain):
-                if best is None or error < best[0]:
-                    best = (error, scene)
-        assert best is not None
-        return best[1], best[0] / flat.size
+        covered = flat.T @ self._masks.T  # (3, templates * jitters): each channel summed under each mask
+        found: list[tuple[float, Scene]] = []
+        for background in BACKGROUNDS:
+            ground = np.array(RGB[background], np.float32)
+            floor = float(np.square(flat - ground).sum())
+            colours = np.array([RGB[colour] for colour in COLOURS], np.float32)
+            constant = np.square(colours).sum(1) - np.square(ground).sum()
+            gain = constant[:, None] * self._areas - 2 * (colours - ground) @ covered
+            found += self._scenes(background, floor, gain.reshape(len(COLOURS), len(self.templates), self._jitters).min(-1))
+        if not found:
+            return Scene(BACKGROUNDS[0], (Thing(COLOURS[0], SHAPES[0], next(iter(SIZES)), next(iter(POSITIONS))),)), float("inf")
+        error, scene = min(found, key=lambda pair: pair[0])
+        return scene, error / flat.size
 
     def _best_at(self, gain: np.ndarray, place: tuple[int, int]) -> tuple[float, Thing]:
         rows = self._rows[place]
@@ -60,13 +63,14 @@ class ShapesChecker:
         return float(gain[colour, rows[row]]), Thing(COLOURS[colour], template.shape, template.size)
 
     def _scenes(self, background: str, floor: float, gain: np.ndarray) -> list[tuple[float, Scene]]:
+        """(squared error, scene) of every layout whose objects each explain something: a template on empty ground never gains."""
         found = []
         for position, place in POSITIONS.items():
             error, thing = self._best_at(gain, place)
-            found.append((floor + error, Scene(background, (Thing(thing.colour, thing.shape, thing.size, position),))))
+            if error < 0:
+                found.append((floor + error, Scene(background, (Thing(thing.colour, thing.shape, thing.size, position),))))
         for relation, pair in RELATIONS.items():
             (first_error, first), (second_error, second) = (self._best_at(gain, place) for place in pair)
-            # A second object must explain something: a template on empty ground never gains.
             if first_error < 0 and second_error < 0:
                 found.append((floor + first_error + second_error, Scene(background, (first, second), relation)))
         return found

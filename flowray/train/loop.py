@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Literal
 
 import torch
@@ -28,6 +28,7 @@ Row = dict[str, float]
 Report = Callable[[Row], None]
 Outcome = Literal["finished", "stopped"]
 GRID_PROMPTS = 8
+PROBED_TOO = ("mu/abs_mean", "std/mean")  # metrics.jsonl has them of the training batch, probes.jsonl of the held-out one
 
 
 def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Outcome:
@@ -42,12 +43,16 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
     latents, held_out = load_latents(folders["train"], recipe.data.limit), load_latents(folders["val"])
     if group.lead:
         run.create()
-    with RunLock(run) if group.lead else nullcontext():
+    with ExitStack() as closing:
+        if group.lead:
+            closing.enter_context(RunLock(run))
         state = fresh_state(recipe, group.device)
         restore_state(state, recipe, run)
         objective = group.wrap(state.objective)
         make_batch = BatchMaker(recipe, latents, group)
         sinks = Sinks(recipe, run, held_out, state, group) if group.lead else None
+        if sinks:
+            closing.callback(sinks.close)
         cadence, last = recipe.train, recipe.train.steps
         while state.step < last:
             began = time.perf_counter()
@@ -60,14 +65,17 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
                 losses |= {"perf/data_wait_s": waited, "perf/step_s": time.perf_counter() - began}
                 if sinks:
                     sinks.log(losses)
-            if step % cadence.probe_every == 0 or step == last:
-                probed = sinks.probe(losses if logged else {}, final=step == last) if sinks else {}
-                report(_share(probed, group))
+            stop = logged and group.agree(run.stop_request.exists() if group.lead else False)
+            probing, probed = step % cadence.probe_every == 0 or step == last, {}
+            if sinks and probing:
+                probed = sinks.probe(losses if logged else {}, final=step == last)
             if sinks and (step % cadence.sample_every == 0 or step == last):
                 sinks.sample()
-            stop = logged and group.agree(run.stop_request.exists() if group.lead else False)
             if sinks and (step % cadence.checkpoint_every == 0 or step == last or stop):
                 save_state(state, recipe, run)
+                sinks.flush()
+            if probing:  # after all that belongs to the step is on disk: who hears it may end this process
+                report(_share(probed, group))
             if stop and step < last:
                 return "stopped"
         return "finished"
@@ -103,7 +111,9 @@ class Sinks:
         self.probe_batch: ProbeBatch = make_probe_batch(recipe, held_out, group.device)
         self.prompts = list(recipe.sample.prompts) or _some_prompts(held_out)
         self._metrics, self._probes = RowWriter(run.metrics, state.step), RowWriter(run.probes, state.step)
-        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step + 1, flush_secs=10)
+        # The suffix keeps two starts within one second apart: the writer names its file by the second.
+        place = {"logdir": str(run.path / "tensorboard"), "filename_suffix": f".{state.step}"}
+        self._board = SummaryWriter(**place, purge_step=state.step + 1, flush_secs=10)
         self._autoencoder: Autoencoder | None = None
         (run.samples / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
         if not run.config.exists():
@@ -120,7 +130,7 @@ class Sinks:
         """One metrics row, and the same numbers to TensorBoard."""
         row["perf/images_per_s"] = self.recipe.train.batch_size / row["perf/step_s"]
         self._metrics.write({"step": self.state.step, **row})
-        self._to_board(row)
+        self._to_board({f"train/{key}" if key in PROBED_TOO else key: value for key, value in row.items()})
 
     def probe(self, losses: Row, *, final: bool) -> Row:
         """Run the probes on the EMA weights (and the raw ones); returns the row for `report`."""
@@ -145,6 +155,16 @@ class Sinks:
             pictures = generate(self.state.model, self.autoencoder, self.prompts, config, self.recipe.probes.seed)
         save_strip(pictures, self.run.samples / f"step_{self.state.step:06d}.png")
         self._board.add_images("samples", pictures, self.state.step, dataformats="NHWC")
+
+    def flush(self) -> None:
+        """TensorBoard's events to disk; the rows are there already."""
+        self._board.flush()
+
+    def close(self) -> None:
+        """Write what is pending and let go of the files."""
+        self._board.close()
+        self._metrics.close()
+        self._probes.close()
 
     def _to_board(self, row: Row) -> None:
         for key, value in row.items():

@@ -17,6 +17,10 @@ from flowray.store.run import RunDirectory
 from flowray.train.optim import Ema, build_optimizer
 
 
+class Halted(RuntimeError):
+    """Training cannot go on and would fail again from the last checkpoint, which is good; one line, with the step."""
+
+
 @dataclass
 class TrainState:
     """`step` steps are done. The data cursor and all randomness follow from (recipe.seed, step)."""
@@ -43,10 +47,17 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
-    """Write a checkpoint of the state; OSError (a full disk, say) leaves the older ones."""
+    """Write a checkpoint of the state. Halted, with the older ones untouched: weights are not finite, or it cannot be written."""
     weights: dict[str, Tensor] = {name: p.detach() for name, p in state.parameters.items()}
+    for name, weight in weights.items():
+        if not bool(weight.isfinite().all()):
+            raise Halted(f"step {state.step}: {name} is not finite, so no checkpoint was written; try a lower optim.lr")
     groups = {"model": weights, "ema": state.ema.average, "optim": _optimizer_tensors(state)}
-    return save_checkpoint(run.checkpoints, state.step, groups, {"seed": recipe.seed}, recipe.train.keep_checkpoints)
+    try:
+        return save_checkpoint(run.checkpoints, state.step, groups, {"seed": recipe.seed}, recipe.train.keep_checkpoints)
+    except OSError as error:
+        why = error.strerror or error
+        raise Halted(f"step {state.step}: the checkpoint cannot be written: {why}; the ones before it are kept") from error
 
 
 def restore_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> None:
@@ -61,6 +72,5 @@ def restore_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> None:
     copy_into(state.ema.average, load_tensors(checkpoint, "ema"), checkpoint)
     for key, value in load_tensors(checkpoint, "optim").items():
         name, slot = key.rsplit("/", 1)
-        # Adam's step counter stays where torch keeps it; the moments follow their parameter.
-        state.optimizer.state[state.parameters[name]][slot] = value if slot == "step" else value.to(state.parameters[name].device)
+        state.optimizer.state[state.parameters[name]][slot] = value.to(state.parameters[name].device)  # fused: `step` too
     state.step = kept["step"]

@@ -20,11 +20,7 @@ from flowray.probes.field import nmse
 from flowray.store.latents import LatentSet
 from flowray.train.group import Group
 from flowray.train.optim import lr_at, set_lr
-from flowray.train.state import TrainState
-
-
-class NonFinite(RuntimeError):
-    """A loss or gradient stopped being finite; says which, at which step, over which samples."""
+from flowray.train.state import Halted, TrainState
 
 
 class BatchMaker:
@@ -74,7 +70,10 @@ def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[obj
 
 
 def train_step(state: TrainState, objective: nn.Module, batch: Batch, recipe: Recipe, group: Group) -> dict[str, torch.Tensor]:
-    """Forward, backward, clip, update, EMA; advances `state.step`. Returns this step's scalars as tensors (no sync)."""
+    """Forward, backward, clip, update, EMA; advances `state.step`. Returns this step's scalars as tensors.
+
+    A loss or gradient that is not finite raises Halted before it reaches the weights.
+    """
     weights = weights_at(recipe.loss, state.step, recipe.train.steps)
     rates = set_lr(state.optimizer, lr_at(recipe.optim.schedule, recipe.optim.lr, state.step, recipe.train.steps))
     state.optimizer.zero_grad(set_to_none=True)
@@ -84,7 +83,7 @@ def train_step(state: TrainState, objective: nn.Module, batch: Batch, recipe: Re
     total.backward()
     norm = nn.utils.clip_grad_norm_(list(state.parameters.values()), recipe.optim.clip_grad)
     if not math.isfinite(float(norm)):
-        raise NonFinite(_blame(losses, state.step, norm))
+        raise Halted(_blame(losses, state.step + 1, norm))
     state.optimizer.step()
     state.ema.update(state.step)
     state.step += 1
@@ -109,4 +108,4 @@ def _watch(forward: Forward) -> dict[str, torch.Tensor]:
 def _blame(losses: dict[str, torch.Tensor], step: int, norm: torch.Tensor) -> str:
     bad = [name for name, loss in losses.items() if not math.isfinite(float(loss.detach()))]
     what = f"loss/{bad[0]}" if bad else f"the gradient (norm {float(norm)}) with every loss finite"
-    return f"step {step}: {what} is not finite; the last checkpoint is good, try a lower optim.lr"
+    return f"step {step}: {what} is not finite; it did not reach the weights; try a lower optim.lr"

@@ -1,0 +1,137 @@
+"""Bad input: one line that says where and what to type, exit code 2, nothing started, nothing spoilt."""
+
+import io
+import subprocess
+import sys
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support import tiny_recipe
+
+from flowray.cli import eval, sample, train
+from flowray.cli.common import entry
+from flowray.config.load import dump_recipe
+from flowray.store.run import RunDirectory, RunLock
+from flowray.train.group import Group
+from flowray.train.loop import train as train_loop
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from flowray.store.run import RunDirectory, RunLock
+with RunLock(RunDirectory(Path(sys.argv[1]))):
+    print("held")
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with tiny.yaml and a finished run of it, `runs/tiny`."""
+    folder = tmp_path_factory.mktemp("cli")
+    recipe = tiny_recipe(folder, **{"train.steps": 2})
+    (folder / "tiny.yaml").write_text(dump_recipe(recipe))
+    train_loop(recipe, RunDirectory(folder / "runs" / "tiny"), Group.current("cpu"), lambda row: None)
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("not a folder")
+    Image.new("RGB", (8, 8)).save(folder / "picture.png")
+    (folder / "blank.txt").write_text("\n  \n")
+    (folder / "latin.txt").write_bytes("a red circle\nein gr\xfcner Kreis\n".encode("latin-1"))
+    (folder / "nul.txt").write_bytes(b"a red\0circle\n")
+    return folder
+
+
+def line_of(main, argv: list[str]) -> str:
+    """The one line that a command says on stderr before it exits with 2."""
+    stderr = io.StringIO()
+    with redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
+        entry(main, argv)
+    lines = stderr.getvalue().splitlines()
+    assert stop.value.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["quikstart"], "did you mean quickstart?"),
+        (["nosuch.yaml"], "nosuch.yaml"),
+        (["tiny.yaml", "loss.kl.wieght=1"], "did you mean loss.kl.weight?"),
+        (["tiny.yaml", "learning_rate=1"], "optim.lr"),
+        (["tiny.yaml", "optim.lr=fast"], "optim.lr"),
+        (["tiny.yaml", "name=new", "data.shards=nowhere"], "no such file or folder"),
+        (["tiny.yaml", "name=new", "data.shards=empty"], "the folder holds no .tar file"),
+        (["tiny.yaml", "name=new", "data.val_shards=empty"], "the folder holds no .tar file"),
+        (["tiny.yaml", "name=new", "storage_path=file"], "cannot be written"),
+        (["tiny.yaml", "name=new", "data.cache=file/cache"], "data.cache"),
+        (["tiny.yaml", "--resmue"], "unrecognized arguments: --resmue"),
+        (["tiny.yaml"], "type --resume to continue it, or name=OTHER"),
+    ],
+)
+def test_train(place, monkeypatch, argv, says):
+    monkeypatch.chdir(place)
+    assert says in line_of(train.main, argv)
+    config = place / "runs" / "tiny" / "config.yaml"
+    assert "name: tiny" in config.read_text()
+
+
+def test_a_run_in_use_is_not_touched(place, monkeypatch):
+    monkeypatch.chdir(place)
+    run = RunDirectory(place / "runs" / "busy")
+    run.create()
+    owner = subprocess.Popen([sys.executable, "-uc", HOLD, str(run.path)], stdout=subprocess.PIPE)
+    try:
+        owner.stdout.readline()
+        assert "in use by process" in line_of(train.main, ["tiny.yaml", "name=busy"])
+        assert not run.config.exists()
+    finally:
+        owner.kill()
+        owner.wait()
+    RunLock(run).refuse_if_held()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["runs/tiny", "--prompts", "picture.png"], "picture.png:1: not UTF-8 text"),
+        (["runs/tiny", "--prompts", "latin.txt"], "latin.txt:2: not UTF-8 text"),
+        (["runs/tiny", "--prompts", "nul.txt"], "nul.txt: a binary file"),
+        (["runs/tiny", "--prompts", "blank.txt"], "blank.txt: no captions in it"),
+        (["runs/tiny", "--prompts", "none.txt"], "none.txt: cannot be read"),
+        (["runs/tiny", "--prompts", "empty"], "empty: cannot be read"),
+        (["runs/tiny"], "no prompt; type one in quotes"),
+        (["runs/tiny", " "], "no prompt; type one in quotes"),
+        (["runs/none", "a red circle"], "runs/none: no such folder"),
+        (["empty", "a red circle"], "empty: no valid checkpoint in it yet"),
+        (["runs/tiny", "a red circle", "--set", "sample.stpes=3"], "did you mean sample.steps?"),
+        (["runs/tiny", "a red circle", "--count", "0"], "--count 0"),
+    ],
+)
+def test_sample(place, monkeypatch, argv, says):
+    monkeypatch.chdir(place)
+    assert says in line_of(sample.main, argv)
+
+
+def test_eval(place, monkeypatch):
+    monkeypatch.chdir(place)
+    assert "runs/none: no such folder" in line_of(eval.main, ["runs/none"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["train", "tiny.yaml", "train.stpes=3"], "did you mean train.steps?"),
+        (["sample", "runs/tiny", "--prompts", "picture.png"], "picture.png:1: not UTF-8 text"),
+        (["eval", "runs/tiny"], "the exact checker reads `shapes` pictures only"),
+    ],
+)
+def test_the_commands_as_users_start_them(place, argv, says):
+    done = subprocess.run([sys.executable, "-m", f"flowray.{argv[0]}", *argv[1:]], cwd=place, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert says in done.stderr

@@ -1,0 +1,61 @@
+"""Help on one screen for every verb; the plan as one JSON object."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from support import tiny_recipe
+
+from flowray.cli import data, eval, main, report, sample, train, tune
+from flowray.config.load import dump_recipe, load_recipe
+from flowray.model.assemble import build_model
+
+VERBS = {module.__name__.rpartition(".")[2]: module.main for module in (data, eval, report, sample, train, tune)}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fits_a_screen(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        VERBS[verb](["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0
+    assert 5 <= len(lines) <= 30
+    assert lines[0].startswith("usage: ")
+
+
+def test_flowray_lists_every_verb_and_loads_neither_torch_nor_ray():
+    code = "import sys; from flowray.cli.main import main\ntry: main()\nfinally: print(sorted({'torch', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "100"})
+    assert done.returncode == 0
+    assert done.stdout.endswith("[]\n")
+    assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
+
+
+def test_an_unknown_verb(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["flowray", "trian"])
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    assert stop.value.code == 2
+    assert "did you mean train?" in capsys.readouterr().err
+
+
+def test_plan_counts_disjoint_parts_and_starts_nothing(tmp_path, capsys):
+    recipe = tiny_recipe(tmp_path, **{"loss.clip.weight": 1.0, "resources.num_workers": 2})
+    file = tmp_path / "tiny.yaml"
+    file.write_text(dump_recipe(recipe))
+    assert train.main([str(file), "--plan", "--json", "train.steps=7"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    model = build_model(recipe.model, recipe.loss, 0)
+    assert sum(plan["parameters"].values()) == sum(p.numel() for p in model.parameters())
+    assert plan["parameters"]["text.queries"] == model.text.queries.numel()
+    assert sum(n for part, n in plan["parameters"].items() if part.startswith("velocity.")) == sum(
+        p.numel() for p in model.velocity.parameters()
+    )
+    assert (plan["steps"], plan["images"], plan["workers"]) == (7, 56, 2)
+    assert not (tmp_path / "runs").exists()
+    assert train.main(["quickstart", "--plan"]) == 0
+    table = capsys.readouterr().out
+    assert f"{load_recipe('quickstart').recipe.train.steps} steps" in table

@@ -1,0 +1,67 @@
+"""`flowray.sample` on a real run: which pictures it writes, and that they are those of the run's own sampler."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import PICTURE, tiny_recipe
+
+from flowray.cli.sample import main, read_prompts
+from flowray.store.run import RunDirectory
+from flowray.train.group import Group
+from flowray.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    recipe = tiny_recipe(folder, **{"train.steps": 4, "probes.seed": 5})
+    train(recipe, RunDirectory(folder / "runs" / "tiny"), Group.current("cpu"), lambda row: None)
+    return folder / "runs" / "tiny"
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_the_runs_own_strip_comes_out_again(run, tmp_path, capsys):
+    """The strip of the last step: same prompts, same seed, EMA weights."""
+    out = tmp_path / "sheet.png"
+    assert main([str(run), "--prompts", str(run / "samples" / "prompts.txt"), "--seed", "5", "--out", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["picture"], told["step"]) == (str(out), 4)
+    strip = pixels(run / "samples" / "step_000004.png")
+    rows = np.split(pixels(out), len(told["prompts"]))
+    assert np.array_equal(np.concatenate(rows, axis=1), strip)
+
+
+def test_count_scale_seed_and_checkpoint(run, tmp_path, capsys):
+    def sheet(*options: str, where: Path = run) -> np.ndarray:
+        assert main([str(where), "a red circle", *options, "--out", str(tmp_path / "x.png")]) == 0
+        return pixels(tmp_path / "x.png")
+
+    three = sheet("--count", "3")
+    assert three.shape == (PICTURE, 3 * PICTURE, 3)
+    assert np.array_equal(three, sheet("--count", "3"))
+    assert np.array_equal(three[:, :PICTURE], sheet())
+    assert not np.array_equal(three[:, :PICTURE], three[:, PICTURE : 2 * PICTURE])
+    assert not np.array_equal(sheet(), sheet("--seed", "1"))
+    assert np.array_equal(sheet("--scale", "2")[::2, ::2], sheet())
+    assert np.array_equal(sheet(where=run / "checkpoints" / "step_000004"), sheet())
+    assert not np.array_equal(sheet("--set", "sample.weights=raw"), sheet())
+
+
+def test_the_default_file_name_comes_from_the_prompt(run, capsys):
+    assert main([str(run), "a red/../circle"]) == 0
+    assert main([str(run), "红色的圆" * 40]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == str(run / "samples" / "a_red_circle.png")
+    assert Path(second).is_file()
+
+
+def test_a_prompt_file_may_begin_with_a_byte_order_mark(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\n  a blue square \n")
+    assert read_prompts(file) == ["a red circle", "a blue square"]

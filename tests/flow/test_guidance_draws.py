@@ -1,0 +1,107 @@
+"""Guidance by the null indicator, the pairing of null samples, and draws that depend on nothing but their place."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowray.flow.draws import Draws, null_partners
+from flowray.flow.guidance import conditional, guided
+
+CPU = torch.device("cpu")
+
+
+class Toy:
+    """v = x * (2 where null else 5) + t, and what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, null: Tensor) -> Tensor:
+        self.calls.append((x, t, null))
+        factor = torch.where(null, 2.0, 5.0).view(-1, 1, 1, 1)
+        return x * factor + t.view(-1, 1, 1, 1)
+
+
+X, T = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 0.9])
+
+
+def test_scale_1_is_off_and_costs_one_pass() -> None:
+    toy = Toy()
+    out = guided(toy, 1.0)(X, T)
+    assert torch.equal(out, conditional(Toy())(X, T))
+    assert torch.equal(out, 5 * X + T.view(-1, 1, 1, 1))
+    assert len(toy.calls) == 1
+    assert len(toy.calls[0][0]) == 3
+    assert not toy.calls[0][2].any()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 5.5])
+def test_formula(scale: float) -> None:
+    out = guided(Toy(), scale)(X, T)
+    assert torch.allclose(out, (2 + scale * (5 - 2)) * X + T.view(-1, 1, 1, 1), atol=1e-5)
+
+
+def test_both_halves_run_on_the_same_x_and_t() -> None:
+    toy = Toy()
+    guided(toy, 3.0)(X, T)
+    ((x, t, null),) = toy.calls
+    assert torch.equal(x[:3], X)
+    assert torch.equal(x[3:], X)
+    assert torch.equal(t[:3], t[3:])
+    assert null.dtype == torch.bool
+    assert null.tolist() == [False] * 3 + [True] * 3
+
+
+def test_draws_do_not_depend_on_the_ranks() -> None:
+    def rows(where: slice) -> tuple[Tensor, Tensor]:
+        draws = Draws(3, 17, 12, where, CPU)
+        return draws.normal("source", (2, 4, 4)), draws.uniform("time")
+
+    whole = rows(slice(None))
+    for world in (2, 3, 4):
+        share = 12 // world
+        parts = [rows(slice(r * share, (r + 1) * share)) for r in range(world)]
+        assert torch.equal(torch.cat([n for n, _ in parts]), whole[0])
+        assert torch.equal(torch.cat([u for _, u in parts]), whole[1])
+    assert torch.equal(Draws(3, 17, 12, slice(0, 4), CPU).uniform_batch("time"), whole[1])
+
+
+def test_draws_differ_by_seed_step_and_stream_and_leave_the_global_rng() -> None:
+    before = torch.get_rng_state()
+    made = [Draws(*place, 8, slice(None), CPU).normal(s, (3,)) for place in ((0, 0), (0, 1), (1, 0), (1, 1)) for s in ("a", "b")]
+    again = Draws(0, 1, 8, slice(None), CPU).normal("a", (3,))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(again, made[2])
+    assert len({tuple(x.flatten().tolist()) for x in made}) == len(made)
+
+
+def test_draws_are_what_they_say() -> None:
+    draws = Draws(0, 0, 40_000, slice(None), CPU)
+    normal, uniform = draws.normal("n", (1,)), draws.uniform("u")
+    assert abs(float(normal.mean())) < 0.02
+    assert float(normal.std()) == pytest.approx(1, abs=0.02)
+    assert float(uniform.min()) >= 0
+    assert float(uniform.max()) < 1
+    assert float(uniform.mean()) == pytest.approx(0.5, abs=0.01)
+    assert normal.dtype == uniform.dtype == torch.float32
+
+
+@pytest.mark.parametrize("batch", [2, 3, 8, 64])
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
+def test_null_samples_never_keep_their_own_target(batch: int, probability: float) -> None:
+    for seed in range(30):
+        u = torch.rand(batch, generator=torch.Generator().manual_seed(seed))
+        null, partner = null_partners(u, probability)
+        own = torch.arange(batch)
+        assert torch.equal(null, u < probability)
+        assert torch.equal(partner[~null], own[~null])
+        assert bool((partner[null] != own[null]).all())
+        if int(null.sum()) > 1:  # they exchange targets among themselves
+            assert sorted(partner[null].tolist()) == own[null].tolist()
+
+
+def test_a_lone_null_sample_borrows_the_next_ones_target() -> None:
+    null, partner = null_partners(torch.tensor([0.9, 0.9, 0.01, 0.9]), 0.1)
+    assert null.tolist() == [False, False, True, False]
+    assert partner.tolist() == [0, 1, 3, 3]
+    assert null_partners(torch.tensor([0.9, 0.01]), 0.1)[1].tolist() == [0, 0]

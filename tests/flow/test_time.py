@@ -1,0 +1,100 @@
+"""Every training-time sampler against its own analytic distribution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowray.config.flow import AlphaTime, LogitNormalTime, LogSNRTime, TimeConfig, UniformTime
+from flowray.config.schema import members
+from flowray.flow.draws import Draws
+from flowray.flow.time import training_times
+
+POINTS = 100_000
+KS_LIMIT = 1.95 / POINTS**0.5  # exceeded once in a thousand
+
+
+class TimeSamplerContract:
+    """What every member of TimeConfig must do; subclasses give `config` and `cdf`, the distribution without the floor."""
+
+    config: UniformTime | LogitNormalTime | LogSNRTime | AlphaTime
+
+    def cdf(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def floors(self) -> list[float]:
+        return sorted({self.config.uniform_floor, 0.0, 0.35, 1.0})
+
+    def with_floor(self, floor: float) -> UniformTime | LogitNormalTime | LogSNRTime | AlphaTime:
+        return self.config.model_copy(update={"uniform_floor": floor})
+
+    def test_inside_the_unit_interval_at_the_ends_of_u(self) -> None:
+        u = torch.tensor([0.0, 1e-12, 0.2, 0.35, 0.5, 0.999999, 1 - 2**-24])
+        for floor in self.floors():
+            t = training_times(self.with_floor(floor), u)
+            assert t.shape == u.shape
+            assert t.dtype == torch.float32
+            assert bool((t >= 0).all() and (t <= 1).all()), (floor, t)
+
+    def test_monotone_above_the_floor(self) -> None:
+        for floor in self.floors():
+            u = torch.linspace(floor, 1 - 2**-24, 4001)[1:]
+            t = training_times(self.with_floor(floor), u)
+            if floor < 1:
+                assert bool((t.diff() >= 0).all())
+                assert float(t[-1] - t[0]) > 0.1
+
+    def test_distribution(self) -> None:
+        u = Draws(0, 0, POINTS, slice(None), torch.device("cpu")).uniform("time")
+        for floor in self.floors():
+            t = training_times(self.with_floor(floor), u).double().sort().values
+            expected = floor * t + (1 - floor) * self.cdf(t)
+            ranks = torch.arange(POINTS + 1, dtype=torch.float64) / POINTS
+            distance = torch.maximum((expected - ranks[:-1]).abs().max(), (expected - ranks[1:]).abs().max())
+            assert float(distance) < KS_LIMIT, (floor, float(distance))
+
+    def test_the_floor_reaches_every_tenth(self) -> None:
+        """Sampling starts at t = 0, so no part of [0, 1] may stay untrained."""
+        u = torch.linspace(0, 1, POINTS + 1)[:-1]
+        t = training_times(self.with_floor(0.2), u)
+        share = torch.histc(t, bins=10, min=0, max=1) / POINTS
+        assert float(share.min()) >= 0.2 / 10 * 0.98
+        assert float((t < 0.01).float().mean()) >= 0.2 * 0.01 * 0.9
+
+
+class TestUniform(TimeSamplerContract):
+    config = UniformTime()
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return t
+
+
+class TestLogitNormal(TimeSamplerContract):
+    config = LogitNormalTime(mean=-0.4, std=1.3)
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return torch.special.ndtr((torch.logit(t) + 0.4) / 1.3)
+
+
+class TestLogSNR(TimeSamplerContract):
+    config = LogSNRTime()
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return ((2 * torch.logit(t) + 2) / 8).clamp(0, 1)
+
+    def test_the_logs_range(self) -> None:
+        """log-SNR in [-2, 6] is t in [0.27, 0.95]."""
+        t = training_times(self.with_floor(0.0), torch.tensor([0.0, 0.5, 1 - 2**-24]))
+        assert t.tolist() == pytest.approx([0.26894, 1 / (1 + torch.e**-1), 0.95257], abs=1e-4)
+
+
+class TestAlpha(TimeSamplerContract):
+    config = AlphaTime()
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return ((t - 0.6) / 0.38).clamp(0, 1)
+
+
+def test_every_member_has_its_contract_test() -> None:
+    assert {type(cls.config) for cls in TimeSamplerContract.__subclasses__()} == set(members(TimeConfig))

@@ -1,0 +1,185 @@
+"""`python -m flowray.train` as users run it: two Ray Train workers, a killed driver, a polite stop, and what a resume repeats."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import tiny_recipe
+
+from flowray.config.load import dump_recipe
+from flowray.store.checkpoint import list_checkpoints, newest_checkpoint
+from flowray.store.rows import read_rows
+from flowray.store.run import RunDirectory
+
+STEPS, EVERY = 200, 20
+TIMEOUT_S = 150
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with tiny.yaml: two workers; long enough to be killed on the way, short enough to end in seconds."""
+    folder = tmp_path_factory.mktemp("e2e")
+    cadence = {"train.log_every": 1, "train.probe_every": 100, "train.sample_every": 1000, "train.checkpoint_every": EVERY}
+    recipe = tiny_recipe(folder, **cadence, **{"train.steps": STEPS, "resources.num_workers": 2})
+    (folder / "tiny.yaml").write_text(dump_recipe(recipe))
+    return folder
+
+
+@pytest.fixture
+def started(place) -> Iterator:
+    """start(*arguments): the command as a process; whatever it started is gone after the test."""
+    processes: list[subprocess.Popen] = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        environment = {**os.environ, "FLOWRAY_E2E": str(place), "PYTHONFAULTHANDLER": "1"}
+        environment.pop("RAY_ADDRESS", None)
+        command = [sys.executable, "-m", "flowray.train", "tiny.yaml", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=place, env=environment, **pipes))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+    for pid in offspring(place):
+        os.kill(pid, signal.SIGKILL)
+
+
+def offspring(place: Path) -> list[int]:
+    """Live processes that carry this test's mark in their environment: the command, Ray's own and the workers."""
+    found, mark = [], f"FLOWRAY_E2E={place}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            dead = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if not dead and mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def until(condition, what: str, process: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        if process is not None and process.poll() is not None:
+            pytest.fail(f"the command ended before {what}: {process.communicate()}")
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.05)
+
+
+def finish(process: subprocess.Popen) -> str:
+    stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, stderr
+    return stdout
+
+
+def losses(run: RunDirectory) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss/total"]) for row in read_rows(run.metrics)]
+
+
+def run_of(place: Path, name: str) -> RunDirectory:
+    return RunDirectory(place / "runs" / name)
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> RunDirectory:
+    """The uninterrupted run of two workers."""
+    command = [sys.executable, "-m", "flowray.train", "tiny.yaml", "name=whole", "--json"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    run = run_of(place, "whole")
+    assert (told["run"], told["stopped"], told["metrics"]["step"]) == (str(run.path), False, STEPS)
+    assert Path(told["report"]).is_file()
+    assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
+    return run
+
+
+def test_two_workers_killed_and_resumed(place, whole, started):
+    run = run_of(place, "killed")
+    driver = started("name=killed")
+    until(lambda: newest_checkpoint(run.checkpoints), "the first checkpoint", driver)
+    driver.kill()
+    until(lambda: not offspring(place), "Ray's processes to go with their driver")
+    reached = losses(run)[-1][0]
+    assert EVERY <= reached < STEPS
+    assert not (run.path / "report.html").exists()
+
+    told = finish(started("name=killed", "--resume"))
+    assert str(run.path / "report.html") in told
+    assert losses(run) == losses(whole)  # every step once, the same number bit for bit
+    assert [row["ema/shoot/nmse"] for row in read_rows(run.probes)] == [row["ema/shoot/nmse"] for row in read_rows(whole.probes)]
+    assert (run.path / "card.md").is_file()
+    assert not list(run.path.glob(".*"))  # no lock, no stop request, nothing of Ray's
+
+
+@pytest.mark.faults
+def test_sigterm_leaves_a_checkpoint_and_says_75(place, whole, started):
+    run = run_of(place, "stopped")
+    driver = started("name=stopped")
+    until(lambda: len(losses(run)) > 20, "the first steps", driver)
+    driver.terminate()
+    stdout, _ = driver.communicate(timeout=TIMEOUT_S)
+    assert driver.returncode == 75
+    assert "--resume" in stdout
+    last = losses(run)[-1][0]
+    assert last < STEPS
+    assert newest_checkpoint(run.checkpoints).name == f"step_{last:06d}"
+    assert offspring(place) == []
+    finish(started("name=stopped", "--resume"))
+    assert losses(run) == losses(whole)
+
+
+@pytest.mark.faults
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(place, whole, started):
+    run = run_of(place, "maimed")
+    driver = started("name=maimed")
+    until(lambda: newest_checkpoint(run.checkpoints), "the first checkpoint", driver)
+    os.kill(json.loads((run.path / ".lock").read_text())["pid"], signal.SIGKILL)  # the worker that leads
+    finish(driver)
+    assert losses(run) == losses(whole)
+
+
+@pytest.mark.faults
+def test_a_stop_before_the_first_step_is_heard(place, started):
+    run = run_of(place, "early")
+    driver = started("name=early")
+    until(lambda: run.config.is_file(), "the run directory", driver)
+    time.sleep(3)  # Ray is starting
+    driver.send_signal(signal.SIGINT)
+    driver.communicate(timeout=TIMEOUT_S)
+    assert driver.returncode == 75
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_000001"]
+    assert offspring(place) == []
+
+
+@pytest.mark.faults
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(place, started):
+    run = run_of(place, "diverges")
+    driver = started("name=diverges", "optim.lr=1e30", "optim.schedule.warmup=0")
+    _, stderr = driver.communicate(timeout=TIMEOUT_S)
+    assert driver.returncode == 1
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "step 2: loss/flow is not finite" in errors[0]
+    assert "Traceback" not in stderr
+    assert losses(run)[0][0] == 1
+    assert offspring(place) == []
+
+
+@pytest.mark.faults
+def test_a_recipe_that_asks_for_gpus_that_are_not_there(place, started):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    driver = started("name=gpus", "resources.gpus_per_worker=1")
+    _, stderr = driver.communicate(timeout=TIMEOUT_S)
+    assert driver.returncode == 2
+    assert "error: resources: 2 GPU(s) asked for, this machine has 0" in stderr
