@@ -20,11 +20,20 @@ BATCH = 64
 VOCABULARY = 512
 
 
-def captions(split: shapes.Split, count: int, seed: int) -> list[str]:
-    """Captions of `count` scenes, with one templated digit label to every eight scenes."""
-    texts = [text for _, options, _ in shapes.samples(count, split, seed) for text in options]
-    labels = [text for label in range(10) for text in digits.captions(label)]
-    return texts + [labels[i % len(labels)] for i in range(count // 8)]
+def captions(split: shapes.Split, count: int, seed: int) -> list[list[str]]:
+    """Three captions of each of `count` scenes, with the templated captions of one digit to every eight scenes."""
+    texts = [options for _, options, _ in shapes.samples(count, split, seed)]
+    return texts + [digits.captions(i % 10) for i in range(count // 8)]
+
+
+def paraphrases(texts: list[list[str]], tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """Token ids (N, L) of `caption <eos> another caption of the same picture <eos>`.
+
+    To foretell the second caption the model must have read the first one whole, colours, sizes and places at their objects: this
+    is what meta queries after the caption will ask of it. On single captions alone it forgets what it need not say again.
+    """
+    rows = [f"{options[i]}{tokenizer.eos_token} {options[(i + k) % len(options)]}" for options in texts for i in range(3) for k in (1, 2)]
+    return tokenizer(rows, padding=True, return_tensors="pt")["input_ids"]
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -59,17 +68,16 @@ def train(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
     """Train tokenizer and model, save both to `out`; returns perplexities on held-out captions."""
     torch.manual_seed(seed)
     texts = captions("train", 20_000, seed)
-    tokenizer = train_tokenizer(texts)
-    encoded = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
-    held_out = tokenizer(captions("val", 1000, seed + 1), padding=True, return_tensors="pt")["input_ids"]
+    tokenizer = train_tokenizer([text for options in texts for text in options])
+    encoded, held_out = paraphrases(texts, tokenizer), paraphrases(captions("val", 500, seed + 1), tokenizer)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
-        hidden_size=96,
+        hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
-        head_dim=24,
+        head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -88,7 +96,7 @@ def train(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
+        if step % 50 == 0:
             print(f"step {step}/{steps}  perplexity {loss.detach().exp():.3f}  {time.monotonic() - began:.0f} s", flush=True)
     net.eval()
     with torch.no_grad():

@@ -79,3 +79,11 @@ class LossConfig(Config):
     flow: FlowLossConfig = FlowLossConfig()
     kl: KLLossConfig = KLLossConfig()
     clip: ClipLossConfig = ClipLossConfig()
+
+    @model_validator(mode="after")
+    def _everything_trains(self) -> LossConfig:
+        if self.flow.weight == 0:
+            raise ValueError("flow.weight 0 leaves the velocity network untrained; it must be above 0")
+        if self.flow.source_grad == "none" and self.kl.weight == 0 and self.clip.weight == 0:
+            raise ValueError("flow.source_grad none with kl.weight 0 and clip.weight 0 leaves the text side untrained; raise one of them")
+        return self

@@ -61,8 +61,8 @@ class GridHead(Config):
 
     @model_validator(mode="after")
     def _divides(self) -> GridHead:
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden {self.hidden} must be a multiple of heads {self.heads}")
+        if self.hidden % self.heads or self.hidden % 4:
+            raise ValueError(f"hidden {self.hidden} must be a multiple of heads {self.heads} and of 4")
         return self
 
 

@@ -25,8 +25,10 @@ class SemanticTower(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """Logit scale: exponentiated, capped."""
-        return self.log_scale.exp().clamp(max=self.max_scale)
+        """Logit scale: exponentiated, capped. The cap moves the parameter itself, so that its gradient never vanishes there."""
+        with torch.no_grad():
+            self.log_scale.clamp_(max=math.log(self.max_scale))
+        return self.log_scale.exp()
 
     def forward(self, z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
         """(text, image) embeddings."""

@@ -77,7 +77,7 @@ class CausalQueries(TextModel):
         nn.init.normal_(self.queries, std=self.width**-0.5)
 
     def tokenize(self, prompts: Sequence[str]) -> Prompts:
-        return super().tokenize([self.template.format(prompt=prompt) for prompt in prompts])
+        return super().tokenize([self.template.replace("{prompt}", prompt) for prompt in prompts])
 
     def _positions(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Mask over prompt + queries, and position ids that skip the padding."""

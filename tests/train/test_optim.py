@@ -72,7 +72,7 @@ def test_ema_formula_and_exact_restore():
         ema.update(step)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * weight.detach()
-    torch.testing.assert_close(ema.average["w"], expected)
+        torch.testing.assert_close(ema.average["w"], expected)  # at every step: the warm-up is forgotten in the end
     delta = (ema.average["w"] - weight.detach()).square().mean().sqrt()
     assert ema.delta_rms() == pytest.approx(float(delta), rel=1e-5)
 
