@@ -20,8 +20,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder to write; default flowray/assets/<what>")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--decoder-only", action="store_true", help="keep the encoder of --start, finish the decoder on true colours")
-    parser.add_argument("--start", type=Path, help="continue from this folder's weights (autoencoder)")
+    parser.add_argument(
+        "--false-colours", action="store_true", help="half of the pictures with permuted or inverted channels (autoencoder)"
+    )
+    parser.add_argument("--kl-weight", type=float, default=2e-3, help="autoencoder: weight of the mean KL per dim")
+    parser.add_argument("--start", type=Path, help="continue from this folder's weights")
     args = parser.parse_args(argv)
     import torch
 
@@ -34,10 +37,10 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     if args.what == "autoencoder":
         data = "embedded shapes (training split; half in false colours) and digits pictures"
-        figures = train_autoencoder.train(out, steps, args.seed, args.start, decoder_only=args.decoder_only)
+        figures = train_autoencoder.train(out, steps, args.seed, args.start, kl_weight=args.kl_weight, false_colours=args.false_colours)
     else:
         data = "embedded captions"
-        figures = train_text.train(out, steps, args.seed)
+        figures = train_text.train(out, steps, args.seed, args.start)
     lines = [
         f"# The {args.what} model shipped with flowray",
         "",

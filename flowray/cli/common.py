@@ -9,6 +9,7 @@ from typing import NoReturn
 from flowray.config.errors import InputError
 
 GOOD, FINDINGS, BAD_INPUT, STOPPED = 0, 1, 2, 75  # 75: stopped by a signal with a checkpoint written (EX_TEMPFAIL)
+INTERRUPTED = 130  # Ctrl-C before there was anything to keep
 
 Main = Callable[[list[str]], int]
 
@@ -22,4 +23,7 @@ def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
         code = BAD_INPUT
     except BrokenPipeError:
         code = GOOD
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
     sys.exit(code)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD
+from flowray.cli.parser import Parser
 from flowray.config.errors import InputError
 from flowray.data.check import ShardCheck, check_shards
 from flowray.data.make import DigitsSet, EmbeddedSet, ShapesSet, cache_dir, ensure_embedded, ensure_set, write_set
@@ -20,26 +20,21 @@ from flowray.data.shards import EMBEDDED
 SHOWN = 20  # problems in the table; --json has them all
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see `python -m {self.prog} --help`")
-
-
 def main(argv: list[str]) -> int:
     """Run one subcommand; 0 good, 1 problems found, InputError for bad input."""
-    parser = _Parser(prog="flowray.data", description="Make, pack and check webdataset shards (KEY.png, KEY.txt, KEY.json).")
+    parser = Parser(prog="flowray.data", description="Make, pack and check webdataset shards (KEY.png, KEY.txt, KEY.json).")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_make, _add_pack, _add_check):
+    for add in (_add_make, _add_pack, _add_check, _add_encode):
         add(commands)
     args = parser.parse_args(argv)
     return int(args.run(args))
 
 
-def _add_make(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_make(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("make", help="write an embedded set: shapes (procedural scenes) or digits (real 8x8 scans)")
     parser.add_argument("set", choices=EMBEDDED)
     parser.add_argument("--out", type=Path, help="folder that gets train/, val/ (and unseen/); the cache when left out")
-    parser.add_argument("--samples", type=int, metavar="N", help="shapes: training samples, 16000; val gets N/16 and unseen N/32")
+    parser.add_argument("--samples", type=int, metavar="N", help="shapes: training samples, 12000; val gets N/16 and unseen N/32")
     parser.add_argument("--two-share", type=float, metavar="X", help="shapes: share of two-object scenes in 0..1, 0.5")
     parser.add_argument("--seed", type=int, help="shapes: another seed draws other scenes, 0")
     parser.set_defaults(run=_make)
@@ -77,7 +72,7 @@ def _set(args: argparse.Namespace) -> EmbeddedSet:
     return what
 
 
-def _add_pack(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("pack", help="pack a folder of pictures with .txt captions (or captions.jsonl) into shards")
     parser.add_argument("images", type=Path, help="folder of pictures, each with a .txt of the same name, or one captions.jsonl")
     parser.add_argument("out", type=Path, help="folder for the shards; must not exist or be empty")
@@ -92,7 +87,7 @@ def _pack(args: argparse.Namespace) -> int:
     return GOOD
 
 
-def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("check", help="read every sample of a shard set and say what is wrong with it")
     parser.add_argument("spec", metavar="SHARDS", help="a folder of .tar files, a glob or one .tar; or shapes, digits")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -125,3 +120,20 @@ def _show(result: ShardCheck) -> None:
     if len(result.problems) > SHOWN:
         console.print(f"... and {len(result.problems) - SHOWN} more; --json lists them all")
     console.print("shards are good" if result.good else "shards have problems")
+
+
+def _add_encode(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser("encode", help="cache the latents that a recipe trains on; training does it by itself on first use")
+    parser.add_argument("recipe", help="a packaged recipe's name or the path of a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys")
+    parser.set_defaults(run=_encode)
+
+
+def _encode(args: argparse.Namespace) -> int:
+    from flowray.config.load import load_recipe
+    from flowray.store.latents import ensure_latents  # torch takes seconds to import
+
+    recipe = load_recipe(args.recipe, args.overrides).recipe
+    for split, folder in ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent).items():
+        print(f"{split:<8}{folder}")
+    return GOOD

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from flowray.data import digits, shapes
 
@@ -64,8 +64,11 @@ def _unigram_perplexity(train: Tensor, held_out: Tensor) -> float:
     return math.exp(-sum(math.log((counts[t] + 1) / total) for t in tokens) / len(tokens))
 
 
-def train(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
-    """Train tokenizer and model, save both to `out`; returns perplexities on held-out captions."""
+def train(out: Path, steps: int, seed: int = 0, start: Path | None = None) -> dict[str, float]:
+    """Train tokenizer and model, save both to `out`; returns perplexities on held-out captions.
+
+    start: a folder to continue from, with a schedule of its own; the tokenizer depends on the seed and is trained anew.
+    """
     torch.manual_seed(seed)
     texts = captions("train", 20_000, seed)
     tokenizer = train_tokenizer([text for options in texts for text in options])
@@ -85,6 +88,9 @@ def train(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
         eos_token_id=1,
     )
     net = Qwen3ForCausalLM(config)
+    if start is not None:
+        net.model = Qwen3Model.from_pretrained(start)
+        net.tie_weights()
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
     began = time.monotonic()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED
-from flowray.config.errors import InputError
+from flowray.cli.parser import Parser
 from flowray.config.recipe import Recipe
 from flowray.config.sweep import Sweep
 from flowray.config.sweepfile import base_recipe, check_trials, load_sweep, packaged_sweeps
@@ -23,14 +22,9 @@ if TYPE_CHECKING:
     from flowray.rayrun.tuner import SweepResult
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see `python -m flowray.tune --help`")
-
-
 def main(argv: list[str]) -> int:
     """Run a sweep. 0: a trial did not fail; 1: all failed; 75: stopped by a signal; InputError for bad input."""
-    parser = _Parser(
+    parser = Parser(
         prog="flowray.tune",
         description="Search a recipe's keys with Ray Tune and Optuna; trials without hope stop early, and a line says why.",
         epilog=f"Packaged sweeps: {', '.join(packaged_sweeps()) or 'none'}. Results: <storage_path>/<name>/report.html and best.yaml.",

@@ -28,10 +28,10 @@ EmbeddedName = Literal["shapes", "digits"]
 class ShapesSet:
     """How many shapes samples of each split, from which seed; two_share: share of two-object scenes, in [0, 1]."""
 
-    train: int = 16_000
+    train: int = 12_000
     val: int = 1_000
     unseen: int = 500
-    two_share: float = 0.5
+    two_share: float = 0.35
     seed: int = 0
 
     name = "shapes"

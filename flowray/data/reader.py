@@ -144,7 +144,7 @@ class ShardReader:
         for i, key in enumerate(self.keys):
             if key in seen:
                 raise InputError(
-                    f"{self._label(i)}: the same key is in {self.paths[self._shard[seen[key]]]}; keys must differ over all shards"
+                    f"{self.label(i)}: the same key is in {self.paths[self._shard[seen[key]]]}; keys must differ over all shards"
                 )
             seen[key] = i
 
@@ -154,7 +154,7 @@ class ShardReader:
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.paths, self.limit)
 
-    def _label(self, i: int) -> str:
+    def label(self, i: int) -> str:
         return f"shard {self.paths[self._shard[i]]}, sample {self.keys[i]!r}"
 
     def extensions(self, i: int) -> list[str]:
@@ -162,7 +162,7 @@ class ShardReader:
         return [extension for extension, table in self._members.items() if table[i, 0] >= 0]
 
     def _missing(self, i: int, extension: str) -> NoReturn:
-        raise InputError(f"{self._label(i)}: no .{extension} member; it has {', '.join('.' + e for e in self.extensions(i))}")
+        raise InputError(f"{self.label(i)}: no .{extension} member; it has {', '.join('.' + e for e in self.extensions(i))}")
 
     def _map(self, shard: int) -> np.ndarray:
         """One shard's bytes, uint8 (size,), read-only."""
@@ -198,10 +198,10 @@ class ShardReader:
             if given is None and "txt" in has:
                 given = [self.read(i, "txt").decode("utf-8")]
         except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-            raise InputError(f"{self._label(i)}: caption cannot be read: {error}") from error
+            raise InputError(f"{self.label(i)}: caption cannot be read: {error}") from error
         if not isinstance(given, list) or not given or not all(isinstance(caption, str) and caption.strip() for caption in given):
             raise InputError(
-                f"{self._label(i)}: no caption; it needs a non-empty .txt, or .json with a list `captions` of non-empty strings"
+                f"{self.label(i)}: no caption; it needs a non-empty .txt, or .json with a list `captions` of non-empty strings"
             )
         return [caption.strip() for caption in given]
 
@@ -240,10 +240,10 @@ class ShardReader:
             try:
                 arrays.append(np.load(io.BytesIO(self.read(i, extension)), allow_pickle=False))
             except (ValueError, EOFError) as error:
-                raise InputError(f"{self._label(i)}: .{extension} is not a plain .npy array: {error}") from error
+                raise InputError(f"{self.label(i)}: .{extension} is not a plain .npy array: {error}") from error
             if (arrays[-1].shape, arrays[-1].dtype) != (arrays[0].shape, arrays[0].dtype):
                 got, want = (f"{a.dtype} {a.shape}" for a in (arrays[-1], arrays[0]))
-                raise InputError(f"{self._label(i)}: .{extension} is {got}, others are {want}; all must be alike")
+                raise InputError(f"{self.label(i)}: .{extension} is {got}, others are {want}; all must be alike")
         return np.stack(arrays)
 
     def fingerprint(self) -> str:

@@ -70,12 +70,12 @@ def decode_image(reader: ShardReader, index: int) -> np.ndarray:
     """The picture of a sample, uint8 (H, W, 3); InputError names shard and sample where it does not decode."""
     has = [e for e in ("png", "jpg", "jpeg", "webp") if e in reader.extensions(index)]
     if not has:
-        raise InputError(f"{reader._label(index)}: no picture (.png, .jpg, .jpeg or .webp)")
+        raise InputError(f"{reader.label(index)}: no picture (.png, .jpg, .jpeg or .webp)")
     try:
         return np.asarray(Image.open(io.BytesIO(reader.read(index, has[0]))).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: pillow on a broken PNG chunk
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{reader._label(index)}: .{has[0]} does not decode: {reason}") from error
+        raise InputError(f"{reader.label(index)}: .{has[0]} does not decode: {reason}") from error
 
 
 def _decode_batch(reader: ShardReader, indices: range) -> Tensor:
@@ -84,7 +84,7 @@ def _decode_batch(reader: ShardReader, indices: range) -> Tensor:
     for i, image in zip(indices, images, strict=True):
         if image.shape != images[0].shape:
             got, want = (f"{a.shape[1]} x {a.shape[0]}" for a in (image, images[0]))
-            raise InputError(f"{reader._label(i)}: the picture is {got} px, others are {want}; `flowray.data pack` makes one size")
+            raise InputError(f"{reader.label(i)}: the picture is {got} px, others are {want}; `flowray.data pack` makes one size")
     return to_pictures(images)
 
 
@@ -150,7 +150,7 @@ def _encode(reader: ShardReader, folder: Path, config: AutoencoderConfig, latent
             try:
                 moments = autoencoder.encode_moments(pictures)
             except ValueError as error:
-                raise InputError(f"model.latent: {error}, first {reader._label(start)}") from error
+                raise InputError(f"model.latent: {error}, first {reader.label(start)}") from error
             variance = 0.0 if scale.deterministic else moments.logvar.exp()
             z = scale.sample(moments, torch.zeros_like(moments.mean)).double()
             total += float(z.sum())
