@@ -21,18 +21,18 @@ VOCABULARY = 512
 
 
 def captions(split: shapes.Split, count: int, seed: int) -> list[list[str]]:
-    """Three captions of each of `count` scenes, with the templated captions of one digit to every eight scenes."""
-    texts = [options for _, options, _ in shapes.samples(count, split, seed)]
+    """Of each of `count` scenes the plain caption and three others, and the captions of one digit to every eight scenes."""
+    texts = [[shapes.caption(scene), *options] for _, options, scene in shapes.samples(count, split, seed)]
     return texts + [digits.captions(i % 10) for i in range(count // 8)]
 
 
 def paraphrases(texts: list[list[str]], tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """Token ids (N, L) of `caption <eos> another caption of the same picture <eos>`.
+    """Token ids (N, L) of `a caption <eos> the plain caption of the same picture <eos>`.
 
-    To foretell the second caption the model must have read the first one whole, colours, sizes and places at their objects: this
+    To foretell the plain caption the model must have read the first one whole, colours, sizes and places at their objects: this
     is what meta queries after the caption will ask of it. On single captions alone it forgets what it need not say again.
     """
-    rows = [f"{options[i]}{tokenizer.eos_token} {options[(i + k) % len(options)]}" for options in texts for i in range(3) for k in (1, 2)]
+    rows = [f"{text}{tokenizer.eos_token} {plain}" for plain, *others in texts for text in others]
     return tokenizer(rows, padding=True, return_tensors="pt")["input_ids"]
 
 

@@ -155,7 +155,7 @@ def test_override_recipe_sets_python_values_in_any_order() -> None:
     [
         ({"optim.lr": "abc"}, "optim.lr: got 'abc', want a number > 0"),
         ({"optim.learning_rate": 1}, "unknown key optim.learning_rate, did you mean optim.lr?"),
-        ({"model.head.hidden": 63}, "model.head: hidden 63 must be a multiple of heads 4"),
+        ({"model.head.hidden": 63}, "model.head: hidden 63 must be a multiple of heads 4 and of 4"),
     ],
 )
 def test_override_recipe_names_the_key(values: dict[str, object], message: str) -> None:
@@ -220,7 +220,7 @@ def test_a_dump_reads_back_equal(write: Write) -> None:
             "set model.head.kind too, or drop the key",
         ),
         ("model:\n  text:\n    kind: encoder\n", "r.yaml:3: model.text.path: is missing (kind encoder needs it), want text"),
-        ("model:\n  head:\n    hidden: 63\n", "r.yaml:3: model.head: hidden 63 must be a multiple of heads 4"),
+        ("model:\n  head:\n    hidden: 63\n", "r.yaml:3: model.head: hidden 63 must be a multiple of heads 4 and of 4"),
         (
             "model:\n  latent:\n    height: 9\n  velocity:\n    patch: 2\n  head:\n    layers: 1\n",
             "r.yaml:5: model: velocity.patch 2 must divide the latent's 9 x 8",
