@@ -35,7 +35,7 @@ def test_shapes_hold_what_the_generator_drew(tmp_path: Path) -> None:
     assert {split: len(ShardReader(find_shards(str(folder)))) for split, folder in folders.items()} == {"train": 60, "val": 8, "unseen": 4}
     for split in SMALL.splits:
         reader = ShardReader(find_shards(str(folders[split])))
-        for i, (picture, captions, scene) in enumerate(shapes.samples(getattr(SMALL, split), split, 0)):
+        for i, (picture, captions, scene) in enumerate(shapes.samples(getattr(SMALL, split), split, 0, SMALL.two_share)):
             np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(reader.read(i, "png")))), picture)
             assert reader.captions(i) == captions
             assert reader.read(i, "txt").decode() == captions[0]
