@@ -27,12 +27,15 @@ def captions(split: shapes.Split, count: int, seed: int) -> list[list[str]]:
 
 
 def paraphrases(texts: list[list[str]], tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """Token ids (N, L) of `a caption <eos> the plain caption of the same picture <eos>`.
+    """Token ids (N, L) of `a caption <eos> another caption of the same picture <eos>`, every other time the plain one.
 
-    To foretell the plain caption the model must have read the first one whole, colours, sizes and places at their objects: this
-    is what meta queries after the caption will ask of it. On single captions alone it forgets what it need not say again.
+    To foretell the second caption the model must have read the first one whole, colours, sizes and places at their objects: this
+    is what meta queries after the caption will ask of it. On single captions alone it forgets what it need not say again; the
+    plain caption, always in the same order, is what teaches it sizes, the others, which may begin with it, the background.
     """
     rows = [f"{text}{tokenizer.eos_token} {plain}" for plain, *others in texts for text in others]
+    for _, *others in texts:
+        rows += [f"{text}{tokenizer.eos_token} {others[(i + 1) % len(others)]}" for i, text in enumerate(others)]
     return tokenizer(rows, padding=True, return_tensors="pt")["input_ids"]
 
 
