@@ -10,7 +10,7 @@ from pathlib import Path
 from flowray.cli.common import GOOD
 from flowray.config.card import git_commit
 
-DEFAULT_STEPS = {"autoencoder": 5000, "text": 1000}
+DEFAULT_STEPS = {"autoencoder": 7000, "text": 2000}
 
 
 def main(argv: list[str]) -> int:
@@ -20,11 +20,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder to write; default flowray/assets/<what>")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--false-colours", action="store_true", help="half of the pictures with permuted or inverted channels (autoencoder)"
-    )
-    parser.add_argument("--kl-weight", type=float, default=2e-3, help="autoencoder: weight of the mean KL per dim")
-    parser.add_argument("--start", type=Path, help="continue from this folder's weights")
     args = parser.parse_args(argv)
     import torch
 
@@ -36,11 +31,11 @@ def main(argv: list[str]) -> int:
     out = args.out or asset_path(args.what)
     began = time.monotonic()
     if args.what == "autoencoder":
-        data = "embedded shapes (training split; half in false colours) and digits pictures"
-        figures = train_autoencoder.train(out, steps, args.seed, args.start, kl_weight=args.kl_weight, false_colours=args.false_colours)
+        data = "embedded shapes (training split) and digits pictures, half of them in false colours"
+        figures = train_autoencoder.train(out, steps, args.seed)
     else:
         data = "embedded captions"
-        figures = train_text.train(out, steps, args.seed, args.start)
+        figures = train_text.train(out, steps, args.seed)
     lines = [
         f"# The {args.what} model shipped with flowray",
         "",

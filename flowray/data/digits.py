@@ -21,6 +21,11 @@ def captions(label: int) -> list[str]:
     return [template.format(NAMES[label]) for template in TEMPLATES]
 
 
+def facts(label: int) -> list[str]:
+    """What a digit says, as one word."""
+    return [f"digit{NAMES[label]}"]
+
+
 def samples(split: str) -> Iterator[tuple[np.ndarray, list[str], int]]:
     """(uint8 (64, 64, 3), captions, label) of a split; every tenth scan is `val`, the rest `train`."""
     scans = load_digits()

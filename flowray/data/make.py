@@ -31,7 +31,7 @@ class ShapesSet:
     train: int = 12_000
     val: int = 1_000
     unseen: int = 500
-    two_share: float = 0.35
+    two_share: float = 0.2
     seed: int = 0
 
     name = "shapes"

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 IMAGE_SIZE = 64
-JITTER = 2  # px, uniform in each direction
+JITTER = 1  # px, uniform in each direction
 
 RGB = {
     "red": (214, 48, 49),
@@ -45,6 +45,7 @@ ATTRIBUTES = ("colour", "shape", "size", "position", "background")
 Split = Literal["train", "val", "unseen"]
 
 _INVERSE = {"left of": "right of", "above": "below"}
+_SIDES = {"left of": ("left", "right"), "above": ("top", "bottom")}
 _SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 _PLACE_WORDS = {
     "center": ("in the center", "in the middle"),
@@ -146,11 +147,11 @@ def centres(scene: Scene) -> list[tuple[int, int]]:
     return [POSITIONS[scene.things[0].position]]
 
 
-def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
-    """The picture, uint8 (64, 64, 3); jittered when `rng` is given."""
+def render(scene: Scene, rng: np.random.Generator | None = None, jitter: int = JITTER) -> np.ndarray:
+    """The picture, uint8 (64, 64, 3); where `rng` is given, each object up to `jitter` px off its place."""
     canvas = np.broadcast_to(np.array(RGB[scene.background], np.float32), (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
     for thing, (cx, cy) in zip(scene.things, centres(scene), strict=True):
-        dx, dy = rng.integers(-JITTER, JITTER + 1, size=2) if rng is not None else (0, 0)
+        dx, dy = rng.integers(-jitter, jitter + 1, size=2) if rng is not None else (0, 0)
         cover = mask(thing.shape, SIZES[thing.size], (cx + dx, cy + dy))[..., None]
         canvas = canvas * (1 - cover) + np.array(RGB[thing.colour], np.float32) * cover
     return np.round(canvas).astype(np.uint8)
@@ -189,7 +190,19 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     return template.format(body=body, background=scene.background)
 
 
-def samples(count: int, split: Split, seed: int, two_share: float = 0.5) -> Iterator[tuple[np.ndarray, list[str], Scene]]:
+def facts(scene: Scene) -> list[str]:
+    """What a scene says, one word each: every object's colour, shape and size joined to its place ("leftred"), and the background.
+
+    Two objects' facts tell which is which, because each names the place it holds at.
+    """
+    places = [_SIDES[scene.relation][i] for i in range(2)] if scene.relation else [scene.things[0].position]
+    words = [place + word for place, thing in zip(places, scene.things, strict=True) for word in (thing.colour, thing.shape, thing.size)]
+    return [*words, f"on{scene.background}"]
+
+
+def samples(
+    count: int, split: Split, seed: int, two_share: float = 0.5, jitter: int = JITTER
+) -> Iterator[tuple[np.ndarray, list[str], Scene]]:
     """`count` (picture, three captions, scene) triples, a function of the arguments alone.
 
     two_share: share of two-object scenes, in [0, 1].
@@ -197,4 +210,4 @@ def samples(count: int, split: Split, seed: int, two_share: float = 0.5) -> Iter
     for index in range(count):
         rng = np.random.default_rng([seed, ("train", "val", "unseen").index(split), index])
         scene = draw_scene(rng, split, two_objects=bool(rng.random() < two_share))
-        yield render(scene, rng), [caption(scene, rng) for _ in range(3)], scene
+        yield render(scene, rng, jitter), [caption(scene, rng) for _ in range(3)], scene
