@@ -15,9 +15,10 @@ from flowray.flow.guidance import conditional
 from flowray.flow.path import sample_path, time_code
 from flowray.model.assemble import FlowModel
 from flowray.model.latent import Moments
+from flowray.model.posterior import Posterior
 from flowray.probes.field import BINS, cosines, field_metrics
 from flowray.probes.latent import posterior_metrics, scale_metrics, text_metrics
-from flowray.probes.rollout import endpoint_metrics, shoot, shoot_metrics, teacher_metrics
+from flowray.probes.rollout import TEACHER_STEPS, endpoint_metrics, per_sample_mse, shoot, shoot_metrics, teacher_metrics
 from flowray.store.latents import LatentSet
 
 
@@ -89,9 +90,27 @@ def run_probes(model: FlowModel, recipe: Recipe, batch: ProbeBatch, *, endpoints
         rows |= teacher_metrics(z0, batch.z1, recipe.flow.path.rho)
         if endpoints:
             rows |= endpoint_metrics(velocity_fn, z0, batch.z1)
-        return rows
+        trivial = trivial_metrics(posterior, z0, batch, recipe.flow.path.rho)
+        return rows | {f"trivial/{key}": value for key, value in trivial.items() if key in rows}
     finally:
         model.train(was_training)
+
+
+def trivial_metrics(posterior: Posterior, z0: Tensor, batch: ProbeBatch, rho: float) -> dict[str, float]:
+    """What the same formulas give for a field that stands still and a source that is blind to the caption.
+
+    The blind source is the batch's mean posterior, given to every prompt.
+    """
+    paths = [sample_path(times, z0, batch.z1, rho) for times in batch.times]
+    v_target = torch.cat([path.v_target for path in paths])
+    rows = field_metrics(torch.zeros_like(v_target), v_target, batch.times.flatten()) | {"flow/cond_gain_cos": 0.0}
+    rows |= shoot_metrics(z0, z0, batch.z1, batch.others, batch.variance)
+    rows |= endpoint_metrics(lambda x, t: torch.zeros_like(x), z0, batch.z1)
+    rows |= {f"teacher/mse@{n}": float(per_sample_mse(z0, batch.z1).mean()) for n in TEACHER_STEPS}
+    blind = Posterior(*(x.mean(0, keepdim=True).expand_as(x) for x in (posterior.mu, posterior.logvar)))
+    source = blind.sample(batch.noise)
+    middle = sample_path(torch.full_like(batch.times[0], 0.5), source, batch.z1, rho)
+    return rows | posterior_metrics(blind, source) | text_metrics(blind, batch.noise, batch.other_noise) | scale_metrics(middle)
 
 
 def _field(model: FlowModel, recipe: Recipe, batch: ProbeBatch, z0: Tensor) -> dict[str, float]:
@@ -108,4 +127,4 @@ def _field(model: FlowModel, recipe: Recipe, batch: ProbeBatch, z0: Tensor) -> d
     swapped = velocities(z0[batch.others])
     gain = float(cosines(v_pred, v_target).mean() - cosines(*swapped).mean())
     middle = sample_path(torch.full_like(batch.times[0], 0.5), z0, batch.z1, rho)
-    return field_metrics(v_pred, v_target, t) | {"flow/cond_gain_cos": gain, "trivial/flow/nmse": 1.0} | scale_metrics(middle)
+    return field_metrics(v_pred, v_target, t) | {"flow/cond_gain_cos": gain} | scale_metrics(middle)

@@ -37,7 +37,6 @@ def shoot_metrics(z_end: Tensor, z0: Tensor, z1: Tensor, others: Tensor, varianc
         "shoot/nmse": own / variance,
         "shoot/skill": 1 - own / nothing,
         "shoot/cond_gain": (swapped - own) / variance,
-        "trivial/shoot/nmse": nothing / variance,
     }
 
 

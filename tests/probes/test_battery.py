@@ -105,7 +105,22 @@ def test_every_key_is_declared_and_finite(model: FlowModel, recipe: Recipe, batc
     assert all(math.isfinite(value) for value in rows.values())
     assert [key for key in rows if not key.startswith("trivial/") and describe(key) is None] == []
     without = run_probes(model, recipe, batch, endpoints=False)
-    assert {key for key in rows if key not in without} == {f"flow/endpt_rmse@{k}" for k in (8, 16, 32, 64)}
+    ends = {f"flow/endpt_rmse@{k}" for k in (8, 16, 32, 64)}
+    assert {key for key in rows if key not in without} == ends | {f"trivial/{key}" for key in ends}
+
+
+@torch.no_grad()
+def test_every_probe_stands_beside_its_trivial_baseline(model: FlowModel, recipe: Recipe, batch: ProbeBatch) -> None:
+    rows = run_probes(model, recipe, batch, endpoints=True)
+    measured = {key for key in rows if not key.startswith("trivial/")}
+    assert {key.removeprefix("trivial/") for key in rows if key.startswith("trivial/")} == measured
+    blind = {key: rows[f"trivial/{key}"] for key in measured}
+    assert (blind["flow/nmse"], blind["flow/cos"], blind["flow/speed_ratio"], blind["shoot/skill"]) == (1.0, 0.0, 0.0, 0.0)
+    assert blind["text/cos_mu"] == pytest.approx(1.0, abs=1e-5)
+    assert blind["text/snr"] == pytest.approx(0.0, abs=1e-9)
+    _, z0 = model.source(batch.captions, batch.noise)
+    assert blind["shoot/nmse"] == pytest.approx(float((z0 - batch.z1).square().mean()) / batch.variance, rel=1e-5)
+    assert blind["flow/endpt_rmse@64"] == pytest.approx(float((z0 - batch.z1).square().mean().sqrt()), rel=1e-5)
 
 
 @torch.no_grad()
