@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -71,12 +72,43 @@ class AlphaTime(Config):
 TimeConfig = Annotated[UniformTime | LogitNormalTime | LogSNRTime | AlphaTime, Field(discriminator="kind")]
 
 
+class TimeStage(Config):
+    """The training times until a step or a fraction of the run; a range must leave a floor, since sampling starts at t = 0.
+
+    The logs' first 30k steps: `{steps: 30000, time: {kind: alpha, low: 0.8, high: 1.0}}`.
+    """
+
+    steps: int | None = Field(None, gt=0)
+    fraction: float | None = Field(None, gt=0, le=1)
+    time: TimeConfig
+
+    @model_validator(mode="after")
+    def _whole(self) -> TimeStage:
+        if (self.steps is None) == (self.fraction is None):
+            raise ValueError("a stage of flow.curriculum takes either steps or fraction, the end of the stage counted from step 0")
+        if self.time.kind != "uniform" and self.time.uniform_floor == 0:
+            raise ValueError(f"time {self.time.kind} in flow.curriculum leaves t = 0 untrained; its uniform_floor must be above 0")
+        return self
+
+
 class FlowConfig(Config):
-    """Path, training times and the share of null samples that classifier-free guidance needs."""
+    """Path, training times and the share of null samples that classifier-free guidance needs.
+
+    curriculum: stages of other training times before `time` takes over, in order, such as
+    `[{steps: 30000, time: {kind: alpha, low: 0.8, high: 1.0}}]`.
+    """
 
     path: PathConfig = PathConfig()
     time: TimeConfig = UniformTime()
+    curriculum: tuple[TimeStage, ...] = ()
     null_probability: Share = 0.1
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> FlowConfig:
+        for ends in ([stage.steps for stage in self.curriculum if stage.steps], [s.fraction for s in self.curriculum if s.fraction]):
+            if any(later <= earlier for earlier, later in pairwise(ends)):
+                raise ValueError(f"the stages of curriculum must end one after the other, got {ends}")
+        return self
 
 
 class EulerSolver(Config):

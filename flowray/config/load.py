@@ -81,6 +81,8 @@ def recipe_diffs(old: BaseModel, new: BaseModel, prefix: str = "") -> dict[str, 
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
     return value.model_dump() if isinstance(value, BaseModel) else value
 
 

@@ -102,21 +102,25 @@ def show(value: Any) -> str:
 
 def want(field: FieldInfo) -> str:
     """What a field accepts, in words: 'a number >= 0', 'one of full, path, none', 'a list of 2 numbers'."""
+    return f"{_type_in_words(field.annotation)} {_bounds(field)}".strip()
+
+
+def _bounds(field: FieldInfo) -> str:
     signs = ((limits.Ge, "ge", ">="), (limits.Gt, "gt", ">"), (limits.Le, "le", "<="), (limits.Lt, "lt", "<"))
-    bounds = [f"{sign} {getattr(m, name):g}" for m in field.metadata for cls, name, sign in signs if isinstance(m, cls)]
-    return " ".join([_type_in_words(field.annotation), " and ".join(bounds)]).strip()
+    return " and ".join(f"{sign} {getattr(m, name):g}" for m in field.metadata for cls, name, sign in signs if isinstance(m, cls))
 
 
 def _type_in_words(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type_in_words(args[0])
+        return " ".join([_type_in_words(args[0]), *(_bounds(extra) for extra in args[1:] if isinstance(extra, FieldInfo))]).strip()
     if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
+        return f"one of {', '.join(map(str, args))}" if len(args) > 1 else str(args[0])
     if origin in (Union, types.UnionType):  # null first, so that bounds follow the number they belong to
         return " or ".join(sorted(map(_type_in_words, args), key=lambda words: words != "null"))
     if origin in (tuple, list):
-        inner = _PLURALS.get(args[0], "values")
+        keys = [", ".join(section.model_fields) for section in members(args[0])]
+        inner = f"mappings of {' or '.join(keys)}" if keys else _PLURALS.get(args[0], "values")
         return f"a list of {inner}" if origin is list or Ellipsis in args else f"a list of {len(args)} {inner}"
     if members(annotation):
         return "a mapping"

@@ -111,9 +111,14 @@ class Hyperband(Config):
 
 
 class StopRule(Config):
-    """A trial whose metric is below (or above) a bound at `patience` probes in a row, from step `after` on, is stopped."""
+    """A trial whose metric is below (or above) a bound at `patience` probes in a row, from step `after` on, is stopped.
 
-    metric: str
+    finding, in place of a metric: the id of one of the doctor's findings, or a severity, which the worse ones meet too; its
+    patience counts examinations, and the base recipe must ask for them (`probes.doctor_every`).
+    """
+
+    metric: str | None = None
+    finding: str | None = None
     below: float | None = None
     above: float | None = None
     after: int = Field(0, ge=0)
@@ -121,7 +126,11 @@ class StopRule(Config):
 
     @model_validator(mode="after")
     def _one_bound(self) -> StopRule:
-        if (self.below is None) == (self.above is None):
+        if (self.metric is None) == (self.finding is None):
+            raise ValueError("a stop rule takes either metric or finding")
+        if self.finding is not None and (self.below is not None or self.above is not None):
+            raise ValueError("a stop rule on a finding takes neither below nor above")
+        if self.metric is not None and (self.below is None) == (self.above is None):
             raise ValueError("a stop rule takes either below or above")
         return self
 

@@ -85,7 +85,9 @@ def check_trials(sweep: Sweep, base: Recipe) -> None:
 
     Also refuses metrics of the raw weights where the recipe probes the EMA only: they would never be seen.
     """
-    for name in (sweep.metric.name, *(rule.metric for rule in sweep.stop)):
+    if base.probes.doctor_every == 0 and any(rule.finding for rule in sweep.stop):
+        raise InputError(f"sweep {sweep.name}: a stop rule waits for a finding, but no doctor comes; type set.probes.doctor_every=1")
+    for name in (sweep.metric.name, *(rule.metric for rule in sweep.stop if rule.metric)):
         if not base.probes.raw and name.startswith(_PROBED):
             raise InputError(f"sweep {sweep.name}: {name} is not probed, as probes.raw is false; type ema/{name}, or set probes.raw: true")
     ends = {key: _ends(parameter) for key, parameter in sweep.parameters.items()}
@@ -180,7 +182,7 @@ def _unknown(key: str) -> str:
 
 def _nearby(loc: tuple[int | str, ...]) -> str:
     models: dict[str, Any] = {name: field.annotation for name, field in Sweep.model_fields.items()}
-    kinds = {"metric": "name, goal", "early_terminate": "type, min_iter, eta", "stop": "metric, below, above, after, patience"}
+    kinds = {"metric": "name, goal", "early_terminate": "type, min_iter, eta", "stop": "metric, finding, below, above, after, patience"}
     kinds["resources"] = "num_workers, cpus_per_worker, gpus_per_worker"
     allowed = kinds.get(str(loc[0]), ", ".join(models))
     return f"{did_you_mean(str(loc[-1]), allowed.split(', '))}; allowed: {allowed}"

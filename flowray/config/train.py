@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from flowray.config.base import Config
 
 Step = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 class DataConfig(Config):
@@ -23,10 +25,20 @@ class DataConfig(Config):
     val_shards: str | None = None
     cache: str | None = None
     limit: int | None = Field(None, gt=0, description="use only the first `limit` samples")
+    shuffle_captions: bool = Field(
+        False, description="every training picture gets the captions of another one, drawn by `seed`: the control without a condition"
+    )
 
 
 class TrainSection(Config):
-    """Length, batch and cadence. batch_size is global, over all workers and accumulated micro-batches."""
+    """Length, batch and cadence. batch_size is global, over all workers and accumulated micro-batches.
+
+    accumulate: a rank's share goes through the model in this many micro-batches, one after the other. Losses that compare the
+    samples of a batch with each other (contrastive negatives) see one micro-batch at a time; all others give the same gradient.
+    grad_every: how often the norms and cosines of the single losses' gradients and the heads' update ratios are measured, which
+    costs a backward pass per loss; 0 is never.
+    precision: autocast's dtype; weights, path, losses and the optimiser stay fp32. fp16 also scales the loss.
+    """
 
     steps: Step = 1000
     batch_size: Annotated[int, Field(gt=1)] = 32
@@ -36,8 +48,20 @@ class TrainSection(Config):
     checkpoint_every: Step = 500
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     ema: float = Field(0.999, ge=0, lt=1, description="decay; warmed up as (1 + step) / (10 + step)")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    velocity_fp32: bool = Field(False, description="the velocity network in fp32 under bf16 or fp16")
+    loss_scale: float = Field(
+        65536.0, gt=0, description="fp16's loss scale at the start; halved on overflow, doubled after 2000 good steps"
+    )
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    grad_every: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _measured_is_logged(self) -> TrainSection:
+        if self.grad_every % self.log_every:
+            raise ValueError(f"grad_every {self.grad_every} must be a multiple of log_every {self.log_every}, or its rows would be lost")
+        return self
 
 
 class ConstantLR(Config):
@@ -56,26 +80,58 @@ class CosineLR(Config):
 
 
 class WarmRestarts(Config):
-    """CosineWarmRestarts; the logs take T0 = 20k, T_mult = 1, eta_min = 2.5e-7."""
+    """CosineWarmRestarts; the logs take T0 = 20k, T_mult = 1, eta_min = 2.5e-7.
+
+    start: the step at which the first cycle begins, lr being constant before it; `resume`: at the checkpoint from which the run
+    goes on when it first has this schedule (later resumes keep to it). eta_min: the lr at a cycle's end; `current`: the lr with
+    which that checkpoint was reached. The logs' cure for a plateau, at twice the lr: `--resume optim.lr=5e-6
+    'optim.schedule={kind: warm_restarts, start: resume, eta_min: current}'`.
+    """
 
     kind: Literal["warm_restarts"] = "warm_restarts"
     warmup: int = Field(0, ge=0, description="linear warm-up, steps")
     t0: int = Field(20_000, gt=0)
     t_mult: int = Field(1, ge=1)
-    eta_min: float = Field(2.5e-7, ge=0)
+    eta_min: NotNegative | Literal["current"] = 2.5e-7
+    start: Annotated[int, Field(ge=0)] | Literal["resume"] = 0
+
+    @model_validator(mode="after")
+    def _current_of_what(self) -> WarmRestarts:
+        if self.eta_min == "current" and self.start != "resume":
+            raise ValueError("eta_min current is the lr of a checkpoint; it needs start resume")
+        return self
 
 
 LRScheduleConfig = Annotated[ConstantLR | CosineLR | WarmRestarts, Field(discriminator="kind")]
 
 
+class GroupScales(Config):
+    """Each group's lr relative to `optim.lr`."""
+
+    text: Positive = Field(1.0, description="text queries, connector and semantic tower")
+    z_head: Positive = Field(1.0, description="the head, tokens to (mu, logvar)")
+    trunk: Positive = Field(1.0, description="the velocity network but for its last layer")
+    flow_head: Positive = Field(1.0, description="the velocity network's last layer")
+
+
+class GroupCaps(Config):
+    """The most that a group's lr may be, whatever `optim.lr` and its scale; null is no limit (the logs: text 2e-4, trunk 1e-4)."""
+
+    text: Positive | None = None
+    z_head: Positive | None = None
+    trunk: Positive | None = None
+    flow_head: Positive | None = None
+
+
 class OptimConfig(Config):
-    """AdamW. Heads, norms and biases take no decay; the multipliers set a group's lr relative to `lr`."""
+    """AdamW. The trunk's matrices decay; heads, norms and biases do not."""
 
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.01, ge=0)
     clip_grad: float = Field(1.0, gt=0)
-    head_lr_scale: float = Field(1.0, gt=0, description="text queries, head and semantic tower")
+    lr_scale: GroupScales = GroupScales()
+    lr_max: GroupCaps = GroupCaps()
     schedule: LRScheduleConfig = CosineLR(warmup=50)
 
 
@@ -86,6 +142,7 @@ class ProbeConfig(Config):
     shoot_steps: Annotated[int, Field(gt=0)] = 100
     raw: bool = Field(True, description="probe the raw weights beside the EMA")
     seed: int = 1234
+    doctor_every: int = Field(0, ge=0, description="run the doctor at every n-th probe; 0 is never")
 
 
 class ResourceConfig(Config):

@@ -10,26 +10,27 @@ from torch import Tensor, nn
 from flowray.config.losses import LossConfig
 from flowray.config.model import ModelConfig
 from flowray.model.heads import build_head
+from flowray.model.local import local_weights
 from flowray.model.posterior import Posterior, make_posterior
-from flowray.model.semantic import SemanticTower
-from flowray.model.text import Prompts, TextModel, load_text
+from flowray.model.semantic import Semantics
+from flowray.model.text import Prompts, TextModel, load_text, planned_text
 from flowray.model.velocity import build_velocity
 
 
 class FlowModel(nn.Module):
-    """Text side, head, velocity network and, where the contrastive loss is on, its tower.
+    """Text side, head, velocity network, and the networks of the semantic losses that are on.
 
     The autoencoder is not in here: it is frozen, has no part in a training step on cached latents, and is loaded where pictures
-    are made.
+    are made. Only semantic losses that look at pictures bring one, inside `semantic`.
     """
 
     def __init__(self, config: ModelConfig, loss: LossConfig, text: TextModel):
         super().__init__()
         self.config = config
         self.text = text
-        self.head = build_head(config.head, text.width, config.latent)
+        self.head = build_head(config.head, text.width, config.text.tokens, config.latent)
         self.velocity = build_velocity(config.velocity, config.latent)
-        self.semantic = SemanticTower(config.semantic, loss.clip, config.latent) if loss.clip.weight > 0 else None
+        self.semantic = Semantics(config, loss, self.velocity)
 
     def posterior(self, prompts: Prompts) -> Posterior:
         """q(z0 | caption) in fp32."""
@@ -58,11 +59,23 @@ def build_model(config: ModelConfig, loss: LossConfig, seed: int) -> FlowModel:
         return FlowModel(config, loss, text)
 
 
-def part_sizes(model: FlowModel) -> dict[str, int]:
-    """Parameters of every part, disjoint, no totals."""
+def planned_model(config: ModelConfig, loss: LossConfig) -> FlowModel:
+    """The model on the meta device: every shape, no memory, no weights read. A text model that is not on this machine is left out,
+    and the recipe must then say its `width`."""
+    folder = local_weights(config.text.path)
+    with torch.device("meta"):
+        text = planned_text(config.text) if folder is None else load_text(config.text.model_copy(update={"path": str(folder)}))
+        return FlowModel(config, loss, text)
+
+
+def part_sizes(model: FlowModel, *, trainable: bool | None = None) -> dict[str, int]:
+    """Parameters of every part, disjoint, no totals: `head`, and one level deeper `text.*`, `velocity.*`, `semantic.*`.
+
+    trainable: count only those that train, or only those that do not.
+    """
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        part = "velocity." + name.split(".")[1] if name.startswith("velocity.") else name.split(".")[0]
-        part = "text.queries" if name == "text.queries" else part
-        parts[part] = parts.get(part, 0) + parameter.numel()
+        top, inner, *_ = name.split(".")
+        part = top if top == "head" else f"{top}.{inner}"
+        parts[part] = parts.get(part, 0) + (parameter.numel() if trainable in (None, parameter.requires_grad) else 0)
     return parts

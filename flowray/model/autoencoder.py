@@ -10,22 +10,26 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
-from flowray.config.model import AutoencoderConfig, DCAutoencoder
+from flowray.config.model import AutoencoderConfig, DCAutoencoder, KLAutoencoder
 from flowray.model.assets import asset_path
-from flowray.model.latent import LatentScale, Moments
+from flowray.model.latent import LatentScale, Moments, PerChannel
+from flowray.model.local import local_weights
 
+SANA_FACTOR = 0.41407  # of DC-AE f32c32 for SANA (diffusers' conversion script, SANA's configs)
 DETERMINISTIC_LOGVAR = -30.0  # exp(0.5 * -30) = 3e-7: a point, in the form of a gaussian
+_NETS: dict[type[KLAutoencoder | DCAutoencoder], Any] = {KLAutoencoder: AutoencoderKL, DCAutoencoder: AutoencoderDC}
 
 
 class Autoencoder(nn.Module):
     """A frozen autoencoder with the scale inside. Pictures are float (B, 3, H, W) in [-1, 1].
 
-    It stays in eval mode and without gradients on its parameters, whatever module holds it; gradients may still flow through
-    `decode` into z.
+    It stays in eval mode and without gradients on its parameters, whatever module holds it; `decode_with_grad` lets gradients
+    flow into z.
     """
 
     def __init__(self, net: Any, latent: LatentSpec, scale: LatentScale):
@@ -57,22 +61,71 @@ class Autoencoder(nn.Module):
         """Scaled latent z1; see LatentScale.sample."""
         return self.scale.sample(moments, noise)
 
+    @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), about [-1, 1], from scaled latents (B, C, H, W)."""
+        """Pictures (B, 3, H, W), about [-1, 1], from scaled latents (B, C, H, W); never with a gradient."""
+        return self.decode_with_grad(z)
+
+    def decode_with_grad(self, z: Tensor) -> Tensor:
+        """The same pictures with the gradient kept into z, for losses on decoded latents; the weights never get one."""
         return self.net.decode(self.scale.unscale(z)).sample
 
 
 def load_autoencoder(config: AutoencoderConfig, latent: LatentSpec) -> Autoencoder:
-    """Load the weights and settle the scale: the recipe's, else the one in the model's own config."""
+    """Load the weights and settle the scale: the recipe's, else the one in the model's own config.
+
+    InputError, one line: nothing there, another kind of autoencoder, weights missing, or other channels than `latent` has.
+    """
+    net = _load(config)
+    if isinstance(config, DCAutoencoder):
+        scale = LatentScale(config.scaling_factor or _dc_factor(net), 0.0, deterministic=True)
+    else:
+        scale = _kl_scale(net, config)
+    channels = net.config.latent_channels
+    if channels != latent.channels:
+        raise InputError(f"model.latent.channels: got {latent.channels}, but the autoencoder in {config.path!r} makes {channels}")
+    return Autoencoder(net, latent, scale)
+
+
+def _load(config: AutoencoderConfig) -> Any:
+    model_class = _NETS[type(config)]
     path: str | Path = asset_path("autoencoder") if config.path == "embedded" else config.path
     try:
-        if isinstance(config, DCAutoencoder):
-            dc = AutoencoderDC.from_pretrained(path, low_cpu_mem_usage=False)  # False: without accelerate it warns at length
-            scale = config.scaling_factor or float(dc.config.scaling_factor)
-            return Autoencoder(dc, latent, LatentScale(scale, 0.0, deterministic=True))
-        kl = AutoencoderKL.from_pretrained(path, low_cpu_mem_usage=False)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the weights of another kind of autoencoder
+        kind = model_class.load_config(path).get("_class_name", model_class.__name__)
+        if kind != model_class.__name__:
+            others = (other.model_fields["kind"].default for other, net in _NETS.items() if net.__name__ == kind)
+            other = "".join(f"; type model.autoencoder.kind={name}" for name in others)
+            raise InputError(f"model.autoencoder.path: {str(path)!r} holds an {kind}, not an {model_class.__name__}{other}")
+        # low_cpu_mem_usage: without accelerate True warns at length
+        net, report = model_class.from_pretrained(path, low_cpu_mem_usage=False, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: weights of other shapes
         raise InputError(f"model.autoencoder.path: cannot load {str(path)!r}: {str(error).partition(chr(10))[0]}") from error
-    scale = config.scaling_factor or float(kl.config.scaling_factor)
-    shift = config.shift_factor if config.shift_factor is not None else float(kl.config.shift_factor or 0.0)
-    return Autoencoder(kl, latent, LatentScale(scale, shift, deterministic=False))
+    if lacking := sorted(report["missing_keys"]):
+        raise InputError(f"model.autoencoder.path: {str(path)!r} lacks {len(lacking)} weights, such as {lacking[0]}")
+    return net
+
+
+def _dc_factor(net: Any) -> float:
+    """The config's factor; SANA's where an f32c32 states none, for diffusers then reads 1.0, as SANA and OpenUni also do."""
+    factor = float(net.config.scaling_factor or 1.0)
+    sana = net.config.latent_channels == 32 and net.spatial_compression_ratio == 32
+    return SANA_FACTOR if factor == 1.0 and sana else factor
+
+
+def _kl_scale(net: Any, config: KLAutoencoder) -> LatentScale:
+    """(raw - mean) * factor / std with the config's statistics per channel where it has them, else (raw - shift) * factor."""
+    factor = config.scaling_factor or float(net.config.scaling_factor)
+    mean, std = net.config.latents_mean, net.config.latents_std
+    scale: PerChannel = tuple(factor / float(s) for s in std) if std else factor
+    shift: PerChannel = tuple(map(float, mean)) if mean else float(net.config.shift_factor or 0.0)
+    return LatentScale(scale, config.shift_factor if config.shift_factor is not None else shift, deterministic=False)
+
+
+def planned_autoencoder(config: AutoencoderConfig) -> int | None:
+    """Parameters of the autoencoder, from its own config where it is on this machine, else as the recipe says; None if neither knows."""
+    folder = local_weights(config.path, embedded="autoencoder")
+    if folder is None:
+        return config.parameters
+    model_class = _NETS[type(config)]
+    with torch.device("meta"):
+        return sum(p.numel() for p in model_class.from_config(model_class.load_config(folder)).parameters())

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowray.config.base import LatentSpec
-from flowray.config.model import ConvHead, GridHead, HeadConfig, PooledHead
-from flowray.model.layers import attention, positions_2d
+from flowray.config.model import ConvHead, GridHead, HeadConfig, PooledHead, TransEncoderHead
+from flowray.model.latent import LatentMap
+from flowray.model.layers import attention, positions_2d, small_init
 from flowray.model.text import TextTokens
+from flowray.model.transencoder import TransEncoder
 
 
 def pool(tokens: TextTokens) -> Tensor:
@@ -23,18 +25,10 @@ def pool(tokens: TextTokens) -> Tensor:
     return (tokens.values * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
-def small_init(layer: nn.Linear | nn.Conv2d, std: float = 0.02) -> nn.Linear | nn.Conv2d:
-    """Start near mu = 0, logvar = 0: the prior."""
-    nn.init.normal_(layer.weight, std=std)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
 class Pooled(nn.Module):
     """Pooled tokens through a 3-layer MLP (the logs' baseline)."""
 
-    def __init__(self, config: PooledHead, width: int, latent: LatentSpec):
+    def __init__(self, config: PooledHead, width: int, tokens: int, latent: LatentSpec):
         super().__init__()
         self.latent = latent
         sizes = [width] + [config.hidden] * (config.layers - 1)
@@ -67,7 +61,7 @@ class GridLayer(nn.Module):
 class Grid(nn.Module):
     """A learnable query per latent cell, so that z0 has a place for every part of the picture (log 0901, option A)."""
 
-    def __init__(self, config: GridHead, width: int, latent: LatentSpec):
+    def __init__(self, config: GridHead, width: int, tokens: int, latent: LatentSpec):
         super().__init__()
         self.latent = latent
         hidden = config.hidden
@@ -95,7 +89,7 @@ class Grid(nn.Module):
 class Conv(nn.Module):
     """Pooled tokens -> MLP -> (hidden, H, W) -> 3x3 convolutions with group norm (log 0901, option B)."""
 
-    def __init__(self, config: ConvHead, width: int, latent: LatentSpec):
+    def __init__(self, config: ConvHead, width: int, tokens: int, latent: LatentSpec):
         super().__init__()
         self.latent, self.hidden = latent, config.hidden
         cells = config.hidden * latent.height * latent.width
@@ -114,9 +108,27 @@ class Conv(nn.Module):
         return mu, logvar
 
 
-_HEADS: dict[type, Callable[[Any, int, LatentSpec], nn.Module]] = {PooledHead: Pooled, GridHead: Grid, ConvHead: Conv}
+class Mapped(nn.Module):
+    """A head whose own shape is not the latent's, and the map between them."""
+
+    def __init__(self, head: nn.Module, made: LatentSpec, latent: LatentSpec):
+        super().__init__()
+        self.head, self.map = head, LatentMap(made, latent)
+
+    def forward(self, tokens: TextTokens) -> tuple[Tensor, Tensor]:
+        return self.map(*self.head(tokens))
 
 
-def build_head(config: HeadConfig, width: int, latent: LatentSpec) -> nn.Module:
-    """The head of a config, reading tokens of `width`."""
-    return _HEADS[type(config)](config, width, latent)
+_HEADS: dict[type, Callable[[Any, int, int, LatentSpec], nn.Module]] = {
+    PooledHead: Pooled,
+    GridHead: Grid,
+    ConvHead: Conv,
+    TransEncoderHead: TransEncoder,
+}
+
+
+def build_head(config: HeadConfig, width: int, tokens: int, latent: LatentSpec) -> nn.Module:
+    """The head of a config, reading at most `tokens` tokens of `width`; it makes the latent's shape, whatever `config.shape`."""
+    made = config.shape or latent
+    head = _HEADS[type(config)](config, width, tokens, made)
+    return head if made == latent else Mapped(head, made, latent)

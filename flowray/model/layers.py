@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
-def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """Multi-head attention: query (B, N, D), key and value (B, M, D) -> (B, N, D); mask (B, M) bool, True = may be read."""
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (query, key, value))
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+    readable = None if mask is None else mask[:, None, None, :]
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=readable, dropout_p=dropout)
     return rearrange(attended, "b h n d -> b n (h d)")
 
 
@@ -28,3 +33,36 @@ def positions_2d(height: int, width: int, dim: int) -> Tensor:
     columns = sinusoid(torch.arange(width).float(), dim // 2)
     grid = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1)
     return grid.reshape(height * width, dim)
+
+
+def small_init(layer: Layer, std: float = 0.02) -> Layer:
+    """Small weights and no bias: outputs near 0, so that a head starts at the prior (mu = 0, logvar = 0)."""
+    nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ConvAdaptor(nn.Module):
+    """A flat vector (B, features) -> (B, C, H, W): two linear layers to `planes` images, then three convolutions (CrossFlow)."""
+
+    def __init__(self, features: int, hidden: int, shape: tuple[int, int, int], planes: int = 1):
+        super().__init__()
+        channels, height, width = shape
+        cells = planes * height * width
+        self.linear = nn.Sequential(
+            nn.Linear(features, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, cells), nn.LayerNorm(cells), nn.ReLU()
+        )
+        self.convs = nn.Sequential(
+            nn.Unflatten(1, (planes, height, width)),
+            nn.Conv2d(planes, 32, 3, padding=1),
+            nn.LayerNorm([32, height, width]),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.LayerNorm([64, height, width]),
+            nn.ReLU(),
+        )
+        self.last = nn.Conv2d(64, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.convs(self.linear(x)))

@@ -1,25 +1,89 @@
-"""The small trainable image tower of the contrastive loss, and the projection of z0 it is compared with."""
+"""The networks of the semantic losses: contrastive tower, DINO student and teacher, REPA projector, perceptual distance.
+
+Training runs on cached latents and has no pictures. A network that wants to see one gets the decoded latent: the frozen
+autoencoder is loaded beside it and run only where a loss that needs it is on. Nothing here has a part in making pictures.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowray.config.base import LatentSpec
-from flowray.config.losses import ClipLossConfig
-from flowray.config.model import TowerConfig
+from flowray.config.errors import InputError
+from flowray.config.losses import ClipLossConfig, DinoLossConfig, EmaTeacher, LossConfig, RepaLossConfig
+from flowray.config.model import ImageTower, ModelConfig, TowerConfig
+from flowray.model.autoencoder import load_autoencoder
+from flowray.model.images import ImageEncoder, load_image_encoder, planning
+from flowray.model.layers import ConvAdaptor
+from flowray.model.levels import VelocityNet
+from flowray.model.ranks import sum_over_ranks
+from flowray.model.vgg import Lpips
+
+
+def _trunk(latent: LatentSpec, hidden: int, out: int) -> nn.Sequential:
+    flat = hidden * math.ceil(latent.height / 2) * math.ceil(latent.width / 2)
+    return nn.Sequential(
+        nn.Conv2d(latent.channels, hidden, 3, padding=1),
+        nn.GELU(),
+        nn.Conv2d(hidden, hidden, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.LayerNorm(flat),
+        nn.Linear(flat, out),
+    )
+
+
+class SmallTower(nn.Module):
+    """Two trunks of one form, on the image latent z1 and the text latent z0."""
+
+    wants_pictures = False
+
+    def __init__(self, config: TowerConfig, latent: LatentSpec):
+        super().__init__()
+        self.image = _trunk(latent, config.hidden, config.dim)
+        self.text = _trunk(latent, config.hidden, config.dim)
+
+    def forward(self, z0: Tensor, z1: Tensor, pictures: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.text(z0), self.image(z1)
+
+
+class PictureTower(nn.Module):
+    """SigLIP's or CLIP's tower on the decoded z1, brought to the size of z0; the text side is z0 itself."""
+
+    wants_pictures = True
+
+    def __init__(self, config: ImageTower, latent: LatentSpec):
+        super().__init__()
+        self.encoder = load_image_encoder(config.net, "model.semantic.net", frozen=config.frozen)
+        width, hidden = self.encoder.width, config.hidden
+        self.out: nn.Module
+        if config.output == "adaptor":
+            self.out = nn.Sequential(ConvAdaptor(width, config.hidden, latent.shape), nn.Flatten())
+        else:
+            self.out = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, latent.dims))
+
+    def forward(self, z0: Tensor, z1: Tensor, pictures: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z0.flatten(1), self.out(self.encoder(_seen(pictures)).pooled)
+
+
+_TOWERS: dict[type, Callable[[Any, LatentSpec], SmallTower | PictureTower]] = {TowerConfig: SmallTower, ImageTower: PictureTower}
 
 
 class SemanticTower(nn.Module):
-    """Embeds image latents z1 and text latents z0 (B, C, H, W) into one space (B, dim), L2-normalised."""
+    """Embeds text latents z0 and their images into one space (B, dim), L2-normalised, and learns the logit scale."""
 
-    def __init__(self, config: TowerConfig, loss: ClipLossConfig, latent: LatentSpec):
+    def __init__(self, config: TowerConfig | ImageTower, loss: ClipLossConfig, latent: LatentSpec):
         super().__init__()
-        self.image = _trunk(latent, config)
-        self.text = _trunk(latent, config)
+        self.tower = _TOWERS[type(config)](config, latent)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / loss.temperature)))
         self.max_scale = loss.max_scale
 
@@ -30,19 +94,216 @@ class SemanticTower(nn.Module):
             self.log_scale.clamp_(max=math.log(self.max_scale))
         return self.log_scale.exp()
 
-    def forward(self, z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z0: Tensor, z1: Tensor, pictures: Tensor | None) -> tuple[Tensor, Tensor]:
         """(text, image) embeddings."""
-        return F.normalize(self.text(z0), dim=-1), F.normalize(self.image(z1), dim=-1)
+        text, image = self.tower(z0, z1, pictures)
+        return F.normalize(text, dim=-1), F.normalize(image, dim=-1)
 
 
-def _trunk(latent: LatentSpec, config: TowerConfig) -> nn.Sequential:
-    flat = config.hidden * math.ceil(latent.height / 2) * math.ceil(latent.width / 2)
-    return nn.Sequential(
-        nn.Conv2d(latent.channels, config.hidden, 3, padding=1),
-        nn.GELU(),
-        nn.Conv2d(config.hidden, config.hidden, 3, stride=2, padding=1),
-        nn.GELU(),
-        nn.Flatten(),
-        nn.LayerNorm(flat),
-        nn.Linear(flat, config.dim),
-    )
+class DinoHead(nn.Module):
+    """Latents (B, C, H, W) -> logits (B, K): cosines of a bottleneck with K learnt prototypes."""
+
+    def __init__(self, config: DinoLossConfig, latent: LatentSpec):
+        super().__init__()
+        self.trunk = _trunk(latent, config.hidden, config.bottleneck)
+        self.prototypes = nn.Parameter(torch.randn(config.prototypes, config.bottleneck))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return _cosines(self.trunk(z), self.prototypes)
+
+
+class AveragedTeacher(nn.Module):
+    """The student's moving average, on the image latent."""
+
+    wants_pictures = False
+
+    def __init__(self, config: EmaTeacher, student: DinoHead):
+        super().__init__()
+        self.momentum = config.momentum
+        self.head = copy.deepcopy(student).requires_grad_(False)
+
+    def forward(self, z1: Tensor, pictures: Tensor | None) -> Tensor:
+        return self.head(z1)
+
+    @torch.no_grad()
+    def follow(self, student: DinoHead) -> None:
+        torch._foreach_lerp_(list(self.head.parameters()), [p.detach() for p in student.parameters()], 1 - self.momentum)
+
+
+class EncoderTeacher(nn.Module):
+    """A frozen picture encoder: cosines of its pooled feature with fixed random directions, the same in every run."""
+
+    wants_pictures = True
+
+    def __init__(self, encoder: ImageEncoder, prototypes: int):
+        super().__init__()
+        self.encoder = encoder
+        fixed = torch.randn(prototypes, encoder.width, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        self.directions: Tensor
+        self.register_buffer("directions", fixed, persistent=False)
+
+    def forward(self, z1: Tensor, pictures: Tensor | None) -> Tensor:
+        return _cosines(self.encoder(_seen(pictures)).pooled, self.directions)
+
+    def follow(self, student: DinoHead) -> None:
+        """It is frozen."""
+
+
+class Dino(nn.Module):
+    """Student on z0, teacher on the image, and the running centre of the teacher's logits (arXiv 2104.14294).
+
+    Nothing moves in a forward pass: `advance`, once a step, moves the centre by the mean over all ranks and micro-batches since
+    the last, and the teacher after the student.
+    """
+
+    def __init__(self, config: DinoLossConfig, latent: LatentSpec):
+        super().__init__()
+        self.momentum = config.centre_momentum
+        self.student = DinoHead(config, latent)
+        self.teacher: AveragedTeacher | EncoderTeacher
+        if isinstance(config.teacher, EmaTeacher):
+            self.teacher = AveragedTeacher(config.teacher, self.student)
+        else:
+            encoder = load_image_encoder(config.teacher, "loss.dino.teacher", frozen=True)
+            self.teacher = EncoderTeacher(encoder, config.prototypes)
+        self.centre: Tensor
+        self.register_buffer("centre", torch.zeros(config.prototypes))
+        self._seen: list[Tensor] = []
+
+    def forward(self, z0: Tensor, z1: Tensor, pictures: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(student, centred teacher) logits, (B, K) fp32 each; no gradient into the teacher's."""
+        with torch.no_grad():
+            logits = self.teacher(z1, pictures)
+            if self.training:
+                self._seen.append(torch.cat([logits.sum(0), logits.new_tensor([len(logits)])]))
+            centred = logits - self.centre  # a new tensor: the buffer moves before the backward pass of another micro-batch
+        return self.student(z0), centred
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """After an optimiser step, on every rank."""
+        if self._seen:
+            *total, count = sum_over_ranks(torch.stack(self._seen).sum(0)).split([len(self.centre), 1])
+            self.centre.lerp_(total[0] / count, 1 - self.momentum)
+        self._seen.clear()
+        self.teacher.follow(self.student)
+
+    def moving(self) -> dict[str, Tensor]:
+        """What `advance` moves, by name."""
+        heads = self.teacher.head.named_parameters() if isinstance(self.teacher, AveragedTeacher) else ()
+        return {"centre": self.centre, **{f"teacher.{name}": p.detach() for name, p in heads}}
+
+
+class Repa(nn.Module):
+    """Projects hidden tokens of the velocity network onto a frozen encoder's patch features (arXiv 2410.06940)."""
+
+    def __init__(self, config: RepaLossConfig, velocity: VelocityNet, latent: LatentSpec):
+        super().__init__()
+        blocks, width, patch = velocity.token_blocks()
+        if config.depth > len(blocks):
+            raise InputError(f"loss.repa.depth: got {config.depth}, but model.velocity has {len(blocks)} blocks of tokens; lower it")
+        self.depth, self.grid = config.depth, (latent.height // patch, latent.width // patch)
+        self.encoder = load_image_encoder(config.teacher, "loss.repa.teacher", frozen=True)
+        hidden = config.hidden
+        self.projector = nn.Sequential(
+            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, self.encoder.width)
+        )
+
+    @contextmanager
+    def listen(self, velocity: VelocityNet) -> Iterator[list[Tensor]]:
+        """Within the block, the list receives the output of the chosen block, (B, N, width)."""
+        heard: list[Tensor] = []
+        hook = velocity.token_blocks().blocks[self.depth - 1].register_forward_hook(lambda module, inputs, output: heard.append(output))
+        try:
+            yield heard
+        finally:
+            hook.remove()
+
+    def forward(self, tokens: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """(projected tokens, features of the same places), (B, rows * columns, width of the encoder) each."""
+        rows, columns = self.grid
+        patches = self.encoder(pictures).patches.permute(0, 3, 1, 2)
+        if patches.shape[2:] != self.grid:
+            patches = F.interpolate(patches, self.grid, mode="bilinear", antialias=True)
+        return self.projector(tokens[:, -rows * columns :]), patches.flatten(2).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the semantic networks made of a forward pass; None where one is not built, or not wanted at this step."""
+
+    clip: tuple[Tensor, Tensor, Tensor] | None = None  # text and image embeddings (B, dim), logit scale
+    dino: tuple[Tensor, Tensor] | None = None  # student and centred teacher logits (B, K)
+    repa: tuple[Tensor, Tensor] | None = None  # projected tokens and features (B, N, width)
+    lpips: Tensor | None = None  # distances (B',)
+
+
+class Semantics(nn.Module):
+    """The networks of the losses that are on; empty where none is."""
+
+    def __init__(self, config: ModelConfig, loss: LossConfig, velocity: VelocityNet):
+        super().__init__()
+        latent = config.latent
+        self.clip = SemanticTower(config.semantic, loss.clip, latent) if loss.clip.weight > 0 else None
+        self.dino = Dino(loss.dino, latent) if loss.dino.weight > 0 else None
+        self.repa = Repa(loss.repa, velocity, latent) if loss.repa.weight > 0 else None
+        self.lpips = Lpips(loss.lpips) if loss.lpips.weight > 0 else None
+        self._clip_sees = self.clip is not None and self.clip.tower.wants_pictures
+        self._dino_sees = self.dino is not None and self.dino.teacher.wants_pictures
+        wanted = self._clip_sees or self._dino_sees or self.repa is not None or self.lpips is not None
+        self.autoencoder = load_autoencoder(config.autoencoder, latent) if wanted and not planning() else None
+
+    @contextmanager
+    def listen(self, velocity: VelocityNet) -> Iterator[list[Tensor]]:
+        """Within the block, the list receives the hidden tokens that REPA reads."""
+        if self.repa is None:
+            yield []
+            return
+        with self.repa.listen(velocity) as heard:
+            yield heard
+
+    def forward(self, z0: Tensor, z1: Tensor, target: Tensor, estimate: Tensor, tokens: list[Tensor], idle: frozenset[str]) -> Views:
+        """Views of latents (B, C, H, W).
+
+        z1 is each caption's own image, which z0 is compared with; target is where the velocity leads, another image where the
+        sample is null, and estimate what it makes of it. idle: losses of weight 0 at this step; of these, lpips is left out.
+        """
+        own = self._decode(z1) if self._clip_sees or self._dino_sees else None
+        return Views(
+            clip=None if self.clip is None else (*self.clip(z0, z1, own), self.clip.scale),
+            dino=None if self.dino is None else self.dino(z0, z1, own),
+            repa=None if self.repa is None else self.repa(tokens[-1], self._decode(target)),
+            lpips=None if self.lpips is None or "lpips" in idle else self._perceive(self.lpips, estimate, target),
+        )
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self._pictures_of(z.detach())
+
+    def _pictures_of(self, z: Tensor) -> Tensor:
+        if self.autoencoder is None:
+            raise RuntimeError("the autoencoder is left out of a model that is only planned")
+        return self.autoencoder.decode_with_grad(z) if z.requires_grad else self.autoencoder.decode(z)
+
+    def _perceive(self, lpips: Lpips, estimate: Tensor, target: Tensor) -> Tensor:
+        return lpips(self._pictures_of(estimate[: lpips.samples]), self._decode(target[: lpips.samples]))
+
+    def advance(self) -> None:
+        """After an optimiser step, on every rank: move what moves without a gradient."""
+        if self.dino is not None:
+            self.dino.advance()
+
+    def moving(self) -> dict[str, Tensor]:
+        """What `advance` moves, by name; a checkpoint keeps it beside the weights."""
+        return {} if self.dino is None else {f"dino.{name}": tensor for name, tensor in self.dino.moving().items()}
+
+
+def _seen(pictures: Tensor | None) -> Tensor:
+    if pictures is None:
+        raise RuntimeError("this network sees pictures, and none was decoded for it")
+    return pictures
+
+
+def _cosines(feature: Tensor, directions: Tensor) -> Tensor:
+    """(B, D), (K, D) -> (B, K) fp32: bf16 cosines over a temperature of 0.04 would be off by a tenth."""
+    with torch.autocast(feature.device.type, enabled=False):
+        return F.normalize(feature.float(), dim=-1) @ F.normalize(directions.float(), dim=-1).T

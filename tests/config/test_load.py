@@ -12,9 +12,10 @@ import pytest
 from flowray.config.aliases import ALIASES, HINTS
 from flowray.config.errors import InputError
 from flowray.config.load import Loaded, dump_recipe, load_recipe, override_recipe, recipe_names
-from flowray.config.model import ConvHead, GridHead, PooledHead
+from flowray.config.model import ConvHead, GridHead, PooledHead, TransEncoderHead
 from flowray.config.recipe import Recipe
 from flowray.config.schema import coerce, known_keys
+from flowray.config.train import DataConfig
 
 Write = Callable[..., str]
 
@@ -196,7 +197,7 @@ def test_a_dump_reads_back_equal(write: Write) -> None:
         ("optimizer:\n  lr: 1\n", "r.yaml:1: unknown key optimizer, did you mean optim?"),
         ("train:\n  epochs: 8\n", "r.yaml:2: unknown key train.epochs; length is counted in steps: use train.steps"),
         ("cfg_scale: 3\n", "r.yaml:1: unknown key cfg_scale; use sample.guidance_scale, which is the logs' w + 1 (1 is off)"),
-        ("data:\n  zzz: 8\n", "r.yaml:2: unknown key data.zzz; allowed under data: shards, val_shards, cache, limit"),
+        ("data:\n  zzz: 8\n", f"r.yaml:2: unknown key data.zzz; allowed under data: {', '.join(DataConfig.model_fields)}"),
         ("optim:\n  lr: abc\n", "r.yaml:2: optim.lr: got 'abc', want a number > 0"),
         ("optim:\n  lr: yes\n", "r.yaml:2: optim.lr: got true, want a number > 0"),
         ("optim:\n  lr: .nan\n", "r.yaml:2: optim.lr: got nan, want a number > 0"),
@@ -212,12 +213,12 @@ def test_a_dump_reads_back_equal(write: Write) -> None:
         ("model:\n  head: pooled\n", "r.yaml:2: model.head: got 'pooled', want a mapping; type model.head.kind=pooled"),
         (
             "model:\n  head:\n    kind: poled\n",
-            "r.yaml:3: model.head.kind: got 'poled', want one of pooled, grid, conv, did you mean pooled?",
+            "r.yaml:3: model.head.kind: got 'poled', want one of pooled, grid, conv, transencoder, did you mean pooled?",
         ),
         (
             "model:\n  head:\n    kind: pooled\n    heads: 8\n",
-            "r.yaml:4: model.head.heads belongs to kind grid, but model.head.kind is pooled (which takes hidden, layers); "
-            "set model.head.kind too, or drop the key",
+            "r.yaml:4: model.head.heads belongs to kind grid or transencoder, but model.head.kind is pooled "
+            "(which takes shape, linear_map, hidden, layers); set model.head.kind too, or drop the key",
         ),
         ("model:\n  text:\n    kind: encoder\n", "r.yaml:3: model.text.path: is missing (kind encoder needs it), want text"),
         ("model:\n  head:\n    hidden: 63\n", "r.yaml:3: model.head: hidden 63 must be a multiple of heads 4 and of 4"),
@@ -265,7 +266,7 @@ def test_a_bad_file_gets_one_line_with_its_place(write: Write, text: str, messag
         ("optimizer.lr=1", "unknown key optimizer.lr, did you mean optim.lr?"),
         ("wandb.project=x", "unknown key wandb.project; metrics go to metrics.jsonl"),
         ("optim.zzz=1", "unknown key optim.zzz; allowed under optim: lr, betas"),
-        ("model.head.kind=poled", "model.head.kind: got 'poled', want one of pooled, grid, conv, did you mean pooled?"),
+        ("model.head.kind=poled", "model.head.kind: got 'poled', want one of pooled, grid, conv, transencoder, did you mean pooled?"),
         ("model.velocity.kind=di", "model.velocity.kind: got 'di'"),
         ("foo", "got 'foo', want key=value, such as optim.lr=3e-4"),
         ("=3", "got '=3', want key=value"),
@@ -292,7 +293,7 @@ def test_a_source_that_is_no_recipe(tmp_path: Path, write: Write) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "folder.yaml").mkdir()
-    assert refusal("quickstat").startswith("unknown recipe 'quickstat', did you mean quickstart? (packaged: base, digits, quickstart")
+    assert refusal("quickstat").startswith("unknown recipe 'quickstat', did you mean quickstart? (packaged: base, crossflow_256, ")
     assert refusal(str(tmp_path / "rr.yaml")) == f"{tmp_path}/rr.yaml: no such file, did you mean r.yaml?"
     assert refusal("/nowhere/x.yaml") == "/nowhere/x.yaml: no such file; the folder /nowhere does not exist"
     assert f"want a recipe; its own is {tmp_path}/run/config.yaml" in refusal(str(tmp_path / "run"))
@@ -307,8 +308,8 @@ def test_a_source_that_is_no_recipe(tmp_path: Path, write: Write) -> None:
 def test_known_keys_cover_every_union_member() -> None:
     keys = known_keys()
     assert {"optim.lr", "model.head", "model.head.heads", "model.head.mlp", "loss.kl.schedule.floor", "flow.time.low"} <= set(keys)
-    assert {slot.owner for slot in keys["model.head.heads"]} == {GridHead}
-    assert len(keys["model.head.kind"]) == 3
+    assert {slot.owner for slot in keys["model.head.heads"]} == {GridHead, TransEncoderHead}
+    assert len(keys["model.head.kind"]) == 4
 
 
 def test_every_key_of_the_defaults_is_known() -> None:
@@ -344,7 +345,7 @@ def test_coerce_takes_any_union_member(key: str, given: object, value: object) -
     [
         ("optim.lr", True, "optim.lr: got true, want a number > 0"),
         ("train.steps", 2.5, "train.steps: got 2.5, want a whole number > 0"),
-        ("model.head.kind", "poled", "model.head.kind: got 'poled', want one of pooled, grid, conv, did you mean pooled?"),
+        ("model.head.kind", "poled", "model.head.kind: got 'poled', want one of pooled, grid, conv, transencoder, did you mean pooled?"),
         ("model.head", 1, "model.head is a section, not a value; set one of its keys: model.head.kind"),
         ("optim.lrr", 1, "unknown key optim.lrr, did you mean optim.lr?"),
     ],

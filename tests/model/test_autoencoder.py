@@ -87,7 +87,10 @@ def test_frozen_whatever_holds_it(kl: Autoencoder) -> None:
     assert not any(module.training for module in kl.modules())
     assert not any(p.requires_grad for p in kl.parameters())
     z = torch.zeros(2, *SPEC.shape, requires_grad=True)
-    kl.decode(z).sum().backward()  # a perceptual loss needs the gradient in z
+    assert not kl.decode(z).requires_grad
+    pictures = kl.decode_with_grad(z)  # a perceptual loss needs the gradient in z
+    assert torch.equal(pictures.detach(), kl.decode(z))
+    pictures.sum().backward()
     assert z.grad is not None
     assert bool(z.grad.any())
     assert all(p.grad is None for p in kl.parameters())

@@ -7,14 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from flowray.config.base import LatentSpec
-from flowray.config.model import ConvHead, GridHead, HeadConfig, PooledHead, PosteriorConfig
+from flowray.config.errors import InputError
+from flowray.config.model import ConvHead, GridHead, HeadConfig, ModelConfig, PooledHead, PosteriorConfig, TransEncoderHead
 from flowray.config.schema import members
-from flowray.model.heads import build_head
+from flowray.model.heads import Mapped, build_head
+from flowray.model.latent import LatentMap
 from flowray.model.posterior import make_posterior
 from flowray.model.text import TextTokens
+from flowray.model.transencoder import PostNormLayer, StdNorm
+from flowray.model.velocity import count_parameters
 
-WIDTH = 24
-SPECS = [LatentSpec(channels=4, height=8, width=8), LatentSpec(channels=3, height=4, width=6)]
+WIDTH, COUNT = 24, 6  # one token more than the prompts have: a head that flattens must fill up
+SPECS = [
+    LatentSpec(channels=4, height=8, width=8),
+    LatentSpec(channels=3, height=4, width=6),
+    LatentSpec(channels=4, height=32, width=32),
+    LatentSpec(channels=32, height=8, width=8),
+]
 
 
 def tokens(batch: int = 3, count: int = 5, seed: int = 0) -> TextTokens:
@@ -27,12 +36,12 @@ def tokens(batch: int = 3, count: int = 5, seed: int = 0) -> TextTokens:
 class HeadContract:
     """What every member of HeadConfig must do."""
 
-    config: PooledHead | GridHead | ConvHead
+    config: PooledHead | GridHead | ConvHead | TransEncoderHead
 
     def head(self, spec: LatentSpec = SPECS[0]) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return build_head(self.config, WIDTH, spec)
+            return build_head(self.config, WIDTH, COUNT, spec)
 
     @pytest.mark.parametrize("spec", SPECS, ids=str)
     def test_shape(self, spec: LatentSpec) -> None:
@@ -73,6 +82,13 @@ class HeadContract:
         alone = head(TextTokens(given.values[1:2, :3], given.mask[1:2, :3]))
         assert torch.allclose(alone[0], head(given)[0][1:2], atol=1e-5)
 
+    def test_bf16_autocast(self) -> None:
+        head = self.head()
+        exact = torch.stack(head(tokens()))
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = torch.stack(head(tokens()))
+        assert float(((rounded - exact).norm() / exact.norm()).detach()) < 0.1
+
     def test_starts_near_the_prior(self) -> None:
         with torch.no_grad():
             posterior = make_posterior(PosteriorConfig(), *self.head()(tokens(batch=16)))
@@ -107,6 +123,127 @@ class TestGridNoConv(HeadContract):
 
 class TestConv(HeadContract):
     config = ConvHead(hidden=8, mlp=32)
+
+
+class TestTransEncoder(HeadContract):
+    config = TransEncoderHead(layers=2, reductions=2, heads=4, ffn=32)
+
+    def test_more_tokens_than_it_was_built_for(self) -> None:
+        with pytest.raises(ValueError, match="built for 6 tokens, got 7"):
+            self.head()(tokens(count=7))
+
+    def test_it_tells_the_order_of_its_tokens(self) -> None:
+        """All tokens are flattened, so their order matters, unlike in a pooled head."""
+        head, given = self.head(), tokens()
+        turned = TextTokens(given.values.flip(1)[2:], given.mask[2:])
+        assert float((head(turned)[0] - head(given)[0][2:]).detach().abs().mean()) > 1e-3
+
+
+class TestTransEncoderConv(HeadContract):
+    config = TransEncoderHead(layers=1, reductions=1, heads=2, ffn=16, compress=8, adaptor="conv", hidden=32, planes=2)
+
+
+class TestTransEncoderPlain(HeadContract):
+    config = TransEncoderHead(layers=1, reductions=0, heads=2, ffn=16)
+
+
+class TestReshaped(HeadContract):
+    """A 4 x 4 grid for an 8 x 8 latent: as many values, so a reshape and no map."""
+
+    config = GridHead(hidden=16, heads=2, layers=1, shape=LatentSpec(channels=16, height=4, width=4))
+
+    @pytest.mark.parametrize("spec", SPECS[:1], ids=str)
+    def test_shape(self, spec: LatentSpec) -> None:
+        super().test_shape(spec)
+        head = self.head(spec)
+        assert isinstance(head, Mapped)
+        assert count_parameters(head) == count_parameters(head.head)
+        assert torch.equal(head(tokens())[0].flatten(), head.head(tokens())[0].flatten())
+
+
+def test_norm_divides_by_the_unbiased_std() -> None:
+    x = torch.tensor([[1.0, 2.0, 6.0]])
+    assert torch.allclose(StdNorm(3)(x), (x - 3) / (7**0.5 + 1e-5), atol=1e-7)  # ((-2)^2 + 1 + 9) / (3 - 1) = 7
+
+
+def test_layer_is_the_post_norm_transformer_layer() -> None:
+    """torch's own encoder layer with our norm in place of its LayerNorm, given the same weights and mask."""
+    ours = PostNormLayer(12, TransEncoderHead(heads=2, ffn=8), narrow=False)
+    theirs = nn.TransformerEncoderLayer(12, 2, 8, dropout=0.0, batch_first=True, norm_first=False)
+    theirs.norm1, theirs.norm2 = StdNorm(12), StdNorm(12)
+    theirs.self_attn.in_proj_weight.data, theirs.self_attn.in_proj_bias.data = ours.qkv.weight.data, ours.qkv.bias.data
+    theirs.self_attn.out_proj.load_state_dict(ours.out.state_dict())
+    theirs.linear1.load_state_dict(ours.mlp[0].state_dict())
+    theirs.linear2.load_state_dict(ours.mlp[3].state_dict())
+    x, mask = 5 + 3 * torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4, dtype=torch.bool)
+    mask[1, 2:] = False
+    assert torch.allclose(ours(x, mask)[mask], theirs(x, src_key_padding_mask=~mask)[mask], atol=1e-5)
+
+
+def test_absent_tokens_are_zero_where_the_tokens_are_flattened() -> None:
+    head = build_head(TransEncoderHead(layers=1, reductions=1, heads=2, ffn=16), WIDTH, COUNT, SPECS[0])
+    given = tokens()
+    head(TextTokens(given.values[1:2], given.mask[1:2]))[0].square().sum().backward()
+    grad = head.out[0].weight.grad.unflatten(1, (COUNT, WIDTH // 2)).abs().sum((0, 2))
+    assert (grad > 0).tolist() == [True] * 3 + [False] * 3
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    config = TransEncoderHead(layers=1, reductions=0, heads=2, ffn=64, dropout=0.5)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = build_head(config, WIDTH, COUNT, SPECS[0])
+        a, b = head(tokens())[0], head(tokens())[0]
+        assert not torch.equal(a, b)
+        head.eval()
+        assert torch.equal(head(tokens())[0], head(tokens())[0])
+
+
+def test_transencoder_refuses_widths_that_cannot_be_halved() -> None:
+    with pytest.raises(InputError, match="2 reductions halve the token width 24 to 6, and 5 heads must divide 12"):
+        build_head(TransEncoderHead(reductions=2, heads=5), 24, COUNT, SPECS[0])
+    with pytest.raises(InputError, match=r"halve the token width 20 to 2\.5"):
+        build_head(TransEncoderHead(reductions=3, heads=1), 20, COUNT, SPECS[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "width", "side", "millions"),
+    [
+        (TransEncoderHead(), 768, 32, 110.157),
+        (TransEncoderHead(adaptor="conv"), 768, 64, 97.482),
+        (TransEncoderHead(adaptor="conv", compress=1024), 4096, 64, 142.431),
+    ],
+    ids=["CLIP 256", "CLIP 512", "T5 512"],
+)
+def test_transencoder_has_the_published_parameters(config: TransEncoderHead, width: int, side: int, millions: float) -> None:
+    with torch.device("meta"):
+        head = build_head(config, width, 77, LatentSpec(channels=4, height=side, width=side))
+    assert count_parameters(head) / 1e6 == pytest.approx(millions, rel=0.001)
+
+
+def test_a_mismatch_names_both_shapes() -> None:
+    made = LatentSpec(channels=4, height=32, width=32)
+    latent = LatentSpec(channels=32, height=16, width=16)
+    with pytest.raises(ValueError, match=r"\(4, 32, 32\).*\(32, 16, 16\).*linear_map"):
+        ModelConfig(latent=latent, head=PooledHead(shape=made))
+    ModelConfig(latent=latent, head=PooledHead(shape=made, linear_map=True))
+    ModelConfig(latent=latent, head=PooledHead(shape=LatentSpec(channels=8, height=32, width=32)))
+
+
+def test_linear_map_warns_of_drift_and_maps() -> None:
+    made, latent = LatentSpec(channels=2, height=2, width=2), SPECS[1]
+    with pytest.warns(UserWarning, match="drift"):
+        head = build_head(PooledHead(hidden=16, shape=made, linear_map=True), WIDTH, COUNT, latent)
+    mu, logvar = head(tokens())
+    assert mu.shape == logvar.shape == (3, *latent.shape)
+    (mu.sum() + logvar.square().sum()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in head.map.parameters())
+
+
+def test_reshape_neither_warns_nor_learns(recwarn: pytest.WarningsRecorder) -> None:
+    layer = LatentMap(LatentSpec(channels=1, height=4, width=4), LatentSpec(channels=4, height=2, width=2))
+    assert not recwarn.list
+    assert not list(layer.parameters())
 
 
 def test_every_member_has_its_contract_test() -> None:

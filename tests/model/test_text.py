@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_text_cache import kept_for_backward
 from support import tiny_text, word_tokenizer
 from torch import nn
 
@@ -14,7 +15,7 @@ from flowray.config.errors import InputError
 from flowray.config.losses import LossConfig
 from flowray.config.model import CausalText, EncoderText, GridHead, ModelConfig
 from flowray.model.assemble import build_model, part_sizes
-from flowray.model.text import CausalQueries, load_text
+from flowray.model.text import CausalQueries, Prompts, load_text
 
 PROMPTS = ["a small red circle", "a large blue square on the left on a pink background", "circle", "unknownword , a cross"]
 
@@ -72,6 +73,13 @@ def test_queries_read_the_prompt_and_each_other(text: CausalQueries) -> None:
         text.queries[0] += 1
     after = text(text.tokenize(PROMPTS)).values
     assert float((after[:, 1:] - before[:, 1:]).abs().mean()) > 1e-3  # later queries see earlier ones
+
+
+def test_256_queries_by_default() -> None:
+    """The shipped model, without a word about queries."""
+    model = load_text(CausalText())
+    with torch.no_grad():
+        assert model(model.tokenize(PROMPTS[:1])).values.shape == (1, 256, model.width)
 
 
 def test_padding_changes_nothing(text: CausalQueries) -> None:
@@ -194,5 +202,14 @@ def test_parts_are_disjoint_and_complete(folder: Path) -> None:
     sizes = part_sizes(model)
     assert sum(sizes.values()) == sum(p.numel() for p in model.parameters())
     assert sizes["text.queries"] == 3 * 32
-    assert {"text", "head", "velocity.blocks"} <= sizes.keys()
+    assert {"text.backbone", "head", "velocity.blocks"} <= sizes.keys()
     assert not any(name.startswith(("text.backbone", "velocity.backbone")) for name in model.trainable())
+
+
+def test_the_prompt_keeps_nothing_for_the_backward(tmp_path: Path) -> None:
+    """With a prompt nine times as long as the queries the cached pass keeps well under half of what the plain one does."""
+    text = load_text(CausalText(path=str(tiny_text(tmp_path)), queries=5, max_tokens=50))
+    assert isinstance(text, CausalQueries)
+    prompts = Prompts(torch.randint(2, 20, (4, 45)), torch.ones(4, 45, dtype=torch.bool))
+    cached, plain = (kept_for_backward(text, forward, prompts)[0] for forward in (text.forward, text.forward_plain))
+    assert 0 < cached < 0.4 * plain

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flowray.config.base import LatentSpec
-from flowray.config.model import DiTVelocity, VelocityConfig
+from flowray.config.losses import FlowLossConfig
+from flowray.config.model import DiMRVelocity, DiTVelocity, TimeEmbeddingConfig, VelocityConfig
 from flowray.config.schema import members
+from flowray.flow.path import sample_path
+from flowray.losses.terms import Forward, box_sum, loss_term
+from flowray.model.dimr import ConvNeXtBlock, GatedMLP, NullToken, Stage, TDLayerNorm, TDRMSNorm, TimeVector
+from flowray.model.levels import TimeEmbedding, VelocityNet
+from flowray.model.posterior import Posterior
 from flowray.model.velocity import build_velocity, count_parameters
 
 SPEC = LatentSpec(channels=3, height=4, width=8)
 
 
-def perturbed(net: nn.Module, seed: int = 0) -> nn.Module:
+def perturbed(net: VelocityNet, seed: int = 0) -> VelocityNet:
     """Off the zero start, as training would leave it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -26,12 +35,12 @@ def perturbed(net: nn.Module, seed: int = 0) -> nn.Module:
 class VelocityContract:
     """What every member of VelocityConfig must do."""
 
-    config: DiTVelocity
+    config: DiTVelocity | DiMRVelocity
 
-    def net(self) -> nn.Module:
+    def net(self, spec: LatentSpec = SPEC) -> VelocityNet:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return build_velocity(self.config, SPEC)
+            return build_velocity(self.config, spec)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         x = torch.randn(3, *SPEC.shape, generator=torch.Generator().manual_seed(1))
@@ -64,8 +73,66 @@ class VelocityContract:
     def test_gradients_reach_every_parameter(self) -> None:
         net, (x, code, null) = perturbed(self.net()), self.inputs()
         w = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-        (net(x, code, null) * w).sum().backward()
+        sum((level * w[:, :, : level.shape[2], : level.shape[3]]).sum() for level in net.levels(x, code, null)).backward()
         assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+    @pytest.mark.parametrize("shape", [(4, 32, 32), (32, 8, 8)], ids=str)
+    def test_other_latents(self, shape: tuple[int, int, int]) -> None:
+        channels, height, width = shape
+        _, code, null = self.inputs()
+        x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+        levels = perturbed(self.net(LatentSpec(channels=channels, height=height, width=width))).levels(x, code, null)
+        assert levels[-1].shape == x.shape
+        assert all(bool(level.isfinite().all()) for level in levels)
+
+    def test_levels_rise_to_the_velocity(self) -> None:
+        net, (x, code, null) = perturbed(self.net()), self.inputs()
+        levels = net.levels(x, code, null)
+        assert torch.equal(levels[-1], net(x, code, null))
+        assert len(levels) == len(net.level_weights)
+        assert net.level_weights[-1] == 1
+        heights = [level.shape[2] for level in levels]
+        assert heights == [SPEC.height >> i for i in reversed(range(len(levels)))]
+
+    def test_bf16_autocast(self) -> None:
+        net, (x, code, null) = perturbed(self.net()), self.inputs()
+        exact = net(x, code, null)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = net(x, code, null)
+        assert not torch.equal(rounded.float(), exact)
+        assert float(((rounded - exact).norm() / exact.norm()).detach()) < 0.1
+
+    def test_checkpointing_changes_nothing(self) -> None:
+        """Same output and gradients, with fewer tensors kept for the backward pass."""
+        x, code, null = self.inputs()
+        found = []
+        for again in (False, True):
+            kept = 0
+
+            def keep(tensor: Tensor) -> Tensor:
+                nonlocal kept
+                kept += tensor.numel()
+                return tensor
+
+            config = self.config.model_copy(update={"gradient_checkpointing": again})
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                net = perturbed(build_velocity(config, SPEC))
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                out = net(x, code, null)
+            out.square().sum().backward()
+            grads = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+            found.append((out.detach(), grads, kept))
+        assert torch.equal(found[0][0], found[1][0])
+        assert torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-4)
+        assert found[1][2] < 0.6 * found[0][2]
+
+    def test_last_layers_name_every_output(self) -> None:
+        """The pattern by which the optimiser finds the velocity head: exactly the layers that are zero at the start."""
+        net = self.net()
+        named = {name for name, _ in net.named_modules() if re.fullmatch(net.last_layers, name)}
+        assert len(named) == len(net.level_weights)
+        assert not any(bool(p.any()) for name, p in net.named_parameters() if name.rpartition(".")[0] in named)
 
     @pytest.mark.parametrize("shape", [(3, 1), (3, 1, 1, 1), ()])
     def test_time_code_must_be_one_dimensional(self, shape: tuple[int, ...]) -> None:
@@ -92,6 +159,221 @@ class TestDiTPatch2(VelocityContract):
         assert bool(touched[:, 2:4, 4:6].all())
         touched[:, 2:4, 4:6] = False
         assert not touched.any()
+
+
+class TestDiTToken(VelocityContract):
+    config = DiTVelocity(width=16, depth=2, heads=2, indicator="token", time=TimeEmbeddingConfig(bound="small_init"))
+
+    def test_null_is_a_token_and_not_in_the_condition(self) -> None:
+        net = self.net()
+        seen: list[Tensor] = []
+        net.blocks[0].register_forward_pre_hook(lambda module, args: seen.extend(args))
+        net(*self.inputs())
+        assert seen[0].shape[1] == 1 + SPEC.height * SPEC.width
+        assert torch.equal(seen[0][:, 0], net.null.weight[[0, 1, 0]])
+        assert torch.equal(seen[1], F.silu(net.time(self.inputs()[1])))
+
+
+class TestDiTOnT(VelocityContract):
+    """CrossFlow's DiT: a sinusoid of t itself."""
+
+    config = DiTVelocity(width=16, depth=2, heads=2, patch=2, time=TimeEmbeddingConfig(of="t", frequencies=8))
+
+
+class TestDiMR(VelocityContract):
+    config = DiMRVelocity(widths=(16, 8), depths=(5, 3), heads=2)
+
+    def test_long_skips_and_states(self) -> None:
+        """depth // 2 skips a stage; the stage above reads the input and every block's output, upsampled by 4 values a cell."""
+        net = self.net()
+        lower, upper = net.transformer, net.convnext_1
+        assert isinstance(lower, Stage)
+        assert isinstance(upper, Stage)
+        assert [len(lower.skips), len(upper.skips)] == [2, 1]
+        assert [(s.in_features, s.out_features) for s in lower.skips] == [(32, 16)] * 2
+        assert upper.upsample is not None
+        assert (upper.upsample.linear.in_features, upper.upsample.linear.out_features) == (16 * 6, 8 * 4)
+
+    def test_every_lower_state_reaches_the_stage_above(self) -> None:
+        x, code, null = self.inputs()
+        net = perturbed(self.net())
+        _, states = net.transformer(x, code / 4, null, None)
+        given = [state.detach().requires_grad_(True) for state in states]
+        net.convnext_1(x, code / 4, null, given)[0].square().sum().backward()
+        assert len(given) == 6
+        assert all(state.grad is not None and bool(state.grad.any()) for state in given)
+
+    def test_skips_pair_the_first_block_with_the_last(self) -> None:
+        """With every block the identity, a skip that keeps its second half returns what the paired block was given."""
+        net = self.net().transformer
+        for block in net.blocks:
+            for p in block.parameters():
+                nn.init.zeros_(p)
+        for skip in net.skips:
+            skip.weight.data = torch.cat([torch.zeros(16, 16), torch.eye(16)], dim=1)
+            nn.init.zeros_(skip.bias)
+        for index in range(2):  # block i adds 10 ** i
+            nn.init.constant_(net.blocks[index].mlp.w2.bias, 10.0**index)
+        _, states = net(self.inputs()[0], self.inputs()[1] / 4, self.inputs()[2], None)
+        start, first, second, middle, third, last = states
+        assert torch.allclose(first - start, torch.ones(()), atol=1e-5)
+        assert torch.allclose(second - start, torch.tensor(11.0), atol=1e-5)
+        assert torch.equal(third, second)
+        assert torch.equal(middle, second)
+        assert torch.equal(last, first)
+
+    def test_null_enters_the_transformer_alone(self) -> None:
+        x, code, null = self.inputs()
+        net = perturbed(self.net())
+        below = net.transformer(x, code / 4, null, None)[1]
+        assert torch.equal(net.convnext_1(x, code / 4, null, below)[0], net.convnext_1(x, code / 4, ~null, below)[0])
+        assert [name for name, m in net.named_modules() if isinstance(m, NullToken)] == ["transformer.null"]
+        assert net.transformer.null(null)[:, 0, 0].tolist() == pytest.approx(net.transformer.null.value[[0, 1, 0]].tolist())
+
+
+class TestDiMRThreeStages(VelocityContract):
+    config = DiMRVelocity(widths=(16, 8, 4), depths=(3, 3, 1), level_weights=(0.25, 0.5, 1), heads=2, kernel=3)
+
+
+class TestDiMROneStage(VelocityContract):
+    config = DiMRVelocity(widths=(16,), depths=(3,), level_weights=(1,), heads=2)
+
+
+def test_tdrms_norm_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = TDRMSNorm(6)
+    x, tau = 3 * torch.randn(2, 4, 6, generator=generator), torch.tensor([-0.7, 0.4])
+    plain = F.rms_norm(x, (6,), eps=TDRMSNorm.EPS)
+    assert torch.allclose(norm(x, tau), plain, atol=1e-6)  # p0 = p1 = 1: no time at the start
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.copy_(torch.randn(6, generator=generator))
+    for i in range(2):
+        assert torch.allclose(norm(x, tau)[i], plain[i] * at(norm.scale, tau[i]), atol=1e-5)
+
+
+def at(vector: TimeVector, tau: Tensor) -> Tensor:
+    gate = 1 / (1 + torch.exp(-(vector.w * tau + vector.b)))
+    return gate * vector.p0 + (1 - gate) * vector.p1
+
+
+def test_td_layer_norm_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = TDLayerNorm(6)
+    x, tau = 2 + 3 * torch.randn(2, 3, 4, 6, generator=generator), torch.tensor([-0.7, 0.4])
+    plain = F.layer_norm(x, (6,))
+    assert torch.allclose(norm(x, tau), plain, atol=1e-6)
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.copy_(torch.randn(6, generator=generator))
+    for i in range(2):
+        assert torch.allclose(norm(x, tau)[i], plain[i] * at(norm.scale, tau[i]) + at(norm.shift, tau[i]), atol=1e-5)
+
+
+def test_gated_mlp_formula() -> None:
+    mlp, x = GatedMLP(4, 6), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    normed = F.rms_norm(x, (4,), eps=TDRMSNorm.EPS)
+    gated = F.gelu(F.linear(normed, mlp.w0.weight, mlp.w0.bias)) * F.linear(normed, mlp.w1.weight, mlp.w1.bias)
+    assert torch.allclose(mlp(x, torch.zeros(2)), F.linear(gated, mlp.w2.weight, mlp.w2.bias), atol=1e-6)
+
+
+def test_convnext_block_is_depthwise() -> None:
+    """With the MLP off, a channel depends on itself alone, within the kernel."""
+    block = ConvNeXtBlock(3, 6, 3)
+    for p in (block.mlp.w2.weight, block.mlp.w2.bias):
+        nn.init.zeros_(p)
+    x = torch.zeros(1, 7, 7, 3)
+    moved = x.clone()
+    moved[0, 3, 3, 1] = 1
+    change = (block(moved, torch.zeros(1)) - block(x, torch.zeros(1)))[0].abs() > 0
+    assert change.nonzero().tolist() == [[i, j, 1] for i in range(2, 5) for j in range(2, 5)]
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_box_sum_keeps_the_variance_of_white_noise(k: int) -> None:
+    noise = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    level = torch.zeros(64, 4, 16 // k, 16 // k)
+    target = box_sum(noise, level)
+    assert target.shape == level.shape
+    assert float(target.var()) == pytest.approx(1, abs=0.05)
+    assert torch.allclose(target[0, 0, 0, 0], noise[0, 0, :k, :k].sum() / k, atol=1e-5)
+
+
+def test_flow_loss_weighs_the_levels() -> None:
+    """loss/flow of a multi-resolution network is the sum of the levels' weighted errors; full and coarse targets agree on one field."""
+    generator = torch.Generator().manual_seed(0)
+    z0, z1 = (torch.randn(2, 3, 4, 8, generator=generator) for _ in range(2))
+    path = sample_path(torch.tensor([0.2, 0.7]), z0, z1, 1e-5, "full")
+    target = path.v_target
+    posterior = Posterior(z0, torch.zeros_like(z0))
+
+    def loss(last: Tensor, lower: Tensor) -> float:
+        forward = Forward(posterior, z0, z1, path, last, lower=((0.25, lower),))
+        return float(loss_term(FlowLossConfig(), forward))
+
+    coarse = box_sum(target, torch.zeros(2, 3, 2, 4))
+    assert loss(target, coarse) == pytest.approx(0, abs=1e-10)
+    assert loss(target + 2, coarse) == pytest.approx(4, rel=1e-5)
+    assert loss(target, coarse + 2) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("bound", ["layer_norm", "small_init"])
+def test_time_embedding_is_bounded(bound: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        embedding = TimeEmbedding(TimeEmbeddingConfig(bound=bound), 256)
+    with torch.no_grad():
+        out = embedding(torch.linspace(-4, 4, 101))
+    assert float(out.square().mean(1).sqrt().max()) <= 1.01
+    assert float(out.std(0).mean()) > 0
+
+
+def test_time_embedding_of_t_sees_t() -> None:
+    """The published DiT's sinusoid takes t in [0, 1] unscaled; the time code is 4 - 8t."""
+    embedding = TimeEmbedding(TimeEmbeddingConfig(of="t", frequencies=4), 8)
+    t = torch.tensor([0.0, 0.3, 1.0])
+    angles = t[:, None] * torch.tensor([1.0, 0.01])
+    expected = embedding.norm(embedding.mlp(torch.cat([angles.cos(), angles.sin()], dim=1)))
+    assert torch.allclose(embedding(4 - 8 * t), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "side", "published"),
+    [
+        (DiMRVelocity(widths=(1024, 512), depths=(65, 33), heads=16), 32, {"transformer": 749.972, "convnext_1": 200.806}),
+        (
+            DiMRVelocity(widths=(1024, 512, 256), depths=(65, 33, 33), heads=16, level_weights=(0.25, 0.5, 1)),
+            64,
+            {"transformer": 750.022, "convnext_1": 200.813, "convnext_2": 34.605},
+        ),
+        (
+            DiTVelocity(width=1280, depth=36, heads=20, patch=2, time=TimeEmbeddingConfig(of="t", frequencies=256, bound="small_init")),
+            64,
+            {"blocks": 1062.374, "patch_in": 0.022, "time": 1.969, "null": 0.003},
+        ),
+    ],
+    ids=["DiMR 256", "DiMR 512", "DiT-H/2"],
+)
+def test_trunks_have_the_published_parameters(config: VelocityConfig, side: int, published: dict[str, float]) -> None:
+    with torch.device("meta"):
+        net = build_velocity(config, LatentSpec(channels=4, height=side, width=side))
+    for part, millions in published.items():
+        assert count_parameters(net.get_submodule(part)) / 1e6 == pytest.approx(millions, abs=5.1e-4), part  # as many decimals as given
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depths": (4, 3)}, "must be odd"),
+        ({"depths": (3,)}, "must be as many"),
+        ({"level_weights": (0.25, 0.5)}, "end in 1"),
+        ({"kernel": 4}, "kernel 4 must be odd"),
+        ({"heads": 3}, "must be a multiple of heads 3"),
+    ],
+)
+def test_dimr_refuses(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiMRVelocity(**options)
 
 
 def test_every_member_has_its_contract_test() -> None:

@@ -1,0 +1,215 @@
+"""`flowray.train RECIPE --plan`: what a run is made of and what it takes, with nothing allocated, loaded or started.
+
+The model is built on the meta device. Frozen networks whose weights are not on this machine count as the recipe says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
+
+from flowray.config.losses import EmaTeacher
+from flowray.config.model import CausalText, ImageTower, ModelConfig
+from flowray.config.recipe import Recipe
+from flowray.losses.total import active_terms
+from flowray.model.assemble import FlowModel, part_sizes, planned_model
+from flowray.model.autoencoder import planned_autoencoder
+from flowray.model.images import ImageEncoder
+from flowray.model.local import local_weights
+from flowray.model.text import TextTokens
+
+FP32, GIB = 4, 2**30
+TEXT_BYTES = {"fp32": 4, "bf16": 2}
+
+
+def make_plan(recipe: Recipe) -> dict[str, Any]:
+    """The plan as plain data: disjoint `parameters` by part, the rest in bytes, tokens a sample, steps and images."""
+    model = planned_model(recipe.model, recipe.loss)
+    parameters = part_sizes(model)
+    frozen = {part: count for part, count in part_sizes(model, trainable=False).items() if count}
+    if "text.backbone" not in parameters and recipe.model.text.parameters:
+        parameters["text.backbone"] = frozen["text.backbone"] = recipe.model.text.parameters
+    if autoencoder := planned_autoencoder(recipe.model.autoencoder):
+        parameters["autoencoder"] = frozen["autoencoder"] = autoencoder
+    trained = sum(parameters.values()) - sum(frozen.values())
+    train, workers = recipe.train, recipe.resources.num_workers
+    return {
+        "parameters": parameters,
+        "trainable": trained,
+        "memory_per_gpu": _memory(recipe, model, trained, frozen),
+        "tokens": _tokens(recipe.model, model),
+        "steps": train.steps,
+        "images": train.steps * train.batch_size,
+        "workers": workers,
+        "batch_per_gpu": train.batch_size // workers // train.accumulate,
+        "checkpoint_bytes": 4 * FP32 * trained,
+        "checkpoints_kept": train.keep_checkpoints,
+        "weights": _weights(recipe),
+    }
+
+
+def _memory(recipe: Recipe, model: FlowModel, trained: int, frozen: dict[str, int]) -> dict[str, int]:
+    """Bytes on each GPU, by what they hold; activations are an estimate."""
+    text = frozen.get("text.backbone", 0)
+    batch = recipe.train.batch_size // recipe.resources.num_workers // recipe.train.accumulate
+    half = recipe.train.precision != "fp32"
+    half_text = half or recipe.model.text.dtype != "fp32"
+    apart = recipe.loss.balance.kind != "none" or recipe.train.grad_every > 0  # each loss's own gradient, all at once
+    memory = {
+        "weights": FP32 * trained + FP32 * (sum(frozen.values()) - text) + TEXT_BYTES[recipe.model.text.dtype] * text,
+        "gradients": FP32 * trained,
+        "adamw": 2 * FP32 * trained,
+        "ema": FP32 * trained,
+        "activations_estimate": batch * kept_per_sample(model) // (2 if half else 1),
+        "text_activations_estimate": batch * kept_behind_queries(model, text) // (2 if half_text else 1),
+        "loss_gradients": FP32 * trained * len(active_terms(recipe.loss)) if apart else 0,
+        "ddp_buckets": FP32 * trained if recipe.resources.num_workers > 1 else 0,
+    }
+    return {name: size for name, size in memory.items() if size}
+
+
+class _Fused(torch.autograd.Function):
+    """Attention as the fused kernels of CPU and GPU keep it, inputs and output; on the meta device its whole matrix would count."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+
+class _FusedAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        fused = func is F.scaled_dot_product_attention
+        return _Fused.apply(*args[:3]) if fused else func(*args, **(kwargs or {}))
+
+
+def kept_per_sample(model: FlowModel) -> int:
+    """Bytes that one sample's forward pass in fp32 keeps for the backward pass, counted on the meta device.
+
+    Connector, head, velocity network and trainable picture encoders; a frozen language model's part is `kept_behind_queries`.
+    """
+    text = model.config.text
+
+    def forward() -> object:
+        values = torch.zeros(1, text.tokens, model.text.lm_width, requires_grad=True)
+        mu, logvar = model.head(model.text.connect(TextTokens(values, torch.ones(1, text.tokens, dtype=torch.bool))))
+        velocities = model.velocity.levels(mu, torch.zeros(1), torch.zeros(1, dtype=torch.bool))
+        return logvar, velocities, [encoder(torch.zeros(1, 3, encoder.side, encoder.side)) for encoder in _trained_encoders(model)]
+
+    return _kept_bytes(model, forward)
+
+
+def kept_behind_queries(model: FlowModel, parameters: int) -> int:
+    """Bytes that a frozen language model in fp32 keeps for one sample's queries, on top of the prompt's cache.
+
+    Where only its number of `parameters` and its width are known, a value for each parameter / width and query: within a fifth
+    of the count for Qwen2 of 0.5, 1.5 and 7 G parameters.
+    """
+    text, width = model.config.text, model.text.lm_width
+    if not isinstance(text, CausalText):
+        return 0
+    net = model.text.backbone
+    if next(net.parameters(), None) is None:
+        return FP32 * text.queries * parameters // width
+    cache = DynamicCache(config=net.config)
+    with torch.device("meta"), torch.no_grad():
+        net(inputs_embeds=torch.zeros(1, text.max_tokens, width), past_key_values=cache, use_cache=True)
+
+    def forward() -> object:
+        queries = torch.zeros(1, text.queries, width, requires_grad=True)
+        return net(inputs_embeds=queries, past_key_values=cache, use_cache=True).last_hidden_state
+
+    return _kept_bytes(net, forward)
+
+
+def _kept_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes of what autograd saves in `forward` on the meta device, weights apart, each storage once."""
+    weights = {p.untyped_storage()._cdata for p in module.parameters()}
+    kept: dict[int, Any] = {}  # storages, held so that no later one gets the same address
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.device("meta"), _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held = forward()  # its graph is alive until all is counted
+        size = sum(storage.nbytes() for storage in kept.values())
+    del held
+    return size
+
+
+def _trained_encoders(model: nn.Module) -> list[ImageEncoder]:
+    return [module for module in model.modules() if isinstance(module, ImageEncoder) and not module.frozen]
+
+
+def _tokens(config: ModelConfig, model: FlowModel) -> dict[str, int]:
+    """Per sample: the longest prompt with its queries, what the head reads, what the velocity network's transformer attends over."""
+    text, latent, patch = config.text, config.latent, model.velocity.token_blocks().patch
+    queries = text.queries if isinstance(text, CausalText) else 0
+    return {
+        "text": text.max_tokens + queries,
+        "head": text.tokens,
+        "velocity": (latent.height // patch) * (latent.width // patch),
+    }
+
+
+def _weights(recipe: Recipe) -> list[dict[str, Any]]:
+    """Every set of weights that the run would read, and whether it is on this machine."""
+    model, loss = recipe.model, recipe.loss
+    named: dict[str, str | None] = {"model.text.path": model.text.path, "model.autoencoder.path": model.autoencoder.path}
+    if loss.clip.weight > 0 and isinstance(model.semantic, ImageTower):
+        named["model.semantic.net.path"] = model.semantic.net.path
+    if loss.dino.weight > 0 and not isinstance(loss.dino.teacher, EmaTeacher):
+        named["loss.dino.teacher.path"] = loss.dino.teacher.path
+    if loss.repa.weight > 0:
+        named["loss.repa.teacher.path"] = loss.repa.teacher.path
+    if loss.lpips.weight > 0:
+        named |= {"loss.lpips.vgg": loss.lpips.vgg, "loss.lpips.linear": loss.lpips.linear}
+    return [{"key": key, "path": path, "present": local_weights(path) is not None} for key, path in named.items() if path]
+
+
+def show_plan(recipe: Recipe, *, as_json: bool) -> None:
+    """Print the plan, as one JSON object or as tables."""
+    plan = make_plan(recipe)
+    if as_json:
+        print(json.dumps(plan))
+        return
+    console = Console(highlight=False)
+    console.print(_table("parameters", {part: f"{count:,}" for part, count in plan["parameters"].items()}))
+    memory = {name.replace("_", " "): _size(size) for name, size in plan["memory_per_gpu"].items()}
+    console.print(_table("memory per GPU", memory | {"together, about": _size(sum(plan["memory_per_gpu"].values()))}))
+    if "text.backbone" not in plan["parameters"]:
+        console.print("the text model is not here and the recipe has no model.text.parameters: it is left out of weights and memory")
+    console.print("activations are estimates of what a backward pass needs; decoders of losses that look at pictures come on top")
+    console.print(_table("weights it needs", {w["key"]: f"{w['path']}{'' if w['present'] else ' (not here)'}" for w in plan["weights"]}))
+    console.print(f"tokens a sample: {', '.join(f'{count} {where}' for where, count in plan['tokens'].items())}")
+    console.print(
+        f"{plan['steps']} steps of {recipe.train.batch_size} = {plan['images']:,} images on {plan['workers']} worker(s), "
+        f"{plan['batch_per_gpu']} at a time on each"
+    )
+    console.print(f"a checkpoint is {_size(plan['checkpoint_bytes'])}, {plan['checkpoints_kept']} are kept")
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
+
+
+def _table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,83 @@
+"""Diffusion transformer on latent patches."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from flowray.config.base import LatentSpec
+from flowray.config.model import DiTVelocity
+from flowray.model.layers import attention, positions_2d
+from flowray.model.levels import TimeEmbedding, TokenBlocks, VelocityNet, run_block
+
+
+class DiTBlock(nn.Module):
+    """Transformer block whose shifts, scales and gates come from the condition; the gates start at zero (adaLN-zero)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float):
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm_mlp = nn.LayerNorm(width, elementwise_affine=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        hidden = int(width * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.modulation = zero_init(nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
+        query, key, value = self.qkv(self.norm_attention(x) * (1 + scale_a) + shift_a).chunk(3, dim=-1)
+        x = x + gate_a * self.out(attention(query, key, value, self.heads))
+        return x + gate_m * self.mlp(self.norm_mlp(x) * (1 + scale_m) + shift_m)
+
+
+def zero_init(layer: nn.Linear) -> nn.Linear:
+    """Weights and bias at zero, so that the layer starts as nothing."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class DiT(VelocityNet):
+    """Diffusion transformer (arXiv 2212.09748), conditioned on the time code and the null indicator alone.
+
+    The caption is in x itself: x starts as the text latent.
+    """
+
+    last_layers = "patch_out"
+
+    def __init__(self, config: DiTVelocity, latent: LatentSpec):
+        super().__init__()
+        self.config, self.latent = config, latent
+        rows, columns = latent.height // config.patch, latent.width // config.patch
+        self.patch_in = nn.Linear(latent.channels * config.patch**2, config.width)
+        self.positions: Tensor
+        self.register_buffer("positions", positions_2d(rows, columns, config.width), persistent=False)
+        self.time = TimeEmbedding(config.time, config.width)
+        self.null = nn.Embedding(2, config.width)
+        nn.init.normal_(self.null.weight, std=0.02)
+        self.blocks = nn.ModuleList(DiTBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
+        self.modulation = zero_init(nn.Linear(config.width, 2 * config.width))
+        self.patch_out = zero_init(nn.Linear(config.width, latent.channels * config.patch**2))
+
+    def token_blocks(self) -> TokenBlocks:
+        return TokenBlocks(self.blocks, self.config.width, self.config.patch)
+
+    def levels(self, x: Tensor, time_code: Tensor, null: Tensor) -> tuple[Tensor, ...]:
+        """One velocity, of the latent's shape."""
+        p, rows = self.config.patch, self.latent.height // self.config.patch
+        tokens = self.patch_in(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)) + self.positions
+        condition, indicator = self.time(time_code), self.null(null.long())
+        if self.config.indicator == "token":
+            tokens = torch.cat([indicator[:, None].to(tokens.dtype), tokens], dim=1)
+        else:
+            condition = condition + indicator
+        condition = nn.functional.silu(condition)
+        for block in self.blocks:
+            tokens = run_block(block, tokens, condition, again=self.config.gradient_checkpointing)
+        tokens = tokens[:, 1:] if self.config.indicator == "token" else tokens
+        shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
+        patches = self.patch_out(self.norm(tokens) * (1 + scale) + shift)
+        return (rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p),)

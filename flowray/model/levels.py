@@ -1,0 +1,80 @@
+"""What every velocity network is: velocities of one or more resolutions, and the pieces that the networks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flowray.config.model import TimeEmbeddingConfig
+from flowray.model.layers import sinusoid, small_init
+
+
+class TokenBlocks(NamedTuple):
+    """A network's blocks on tokens (B, N, width), one per patch x patch cells and in their order, after any others."""
+
+    blocks: nn.ModuleList
+    width: int
+    patch: int
+
+
+class VelocityNet(nn.Module):
+    """u(x_t, time code, null). The last level has the latent's resolution and is the velocity; the ones before it only add losses.
+
+    level_weights: the loss weight of every level, lowest resolution first; the last is 1.
+    last_layers: a pattern of the names, inside the network, of the layers that make the velocities; they are its head.
+    """
+
+    level_weights: tuple[float, ...] = (1.0,)
+    last_layers: str
+
+    def levels(self, x: Tensor, time_code: Tensor, null: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, H, W), (B,) in [-4, 4], (B,) bool -> velocities (B, C, H/k, W/k), lowest resolution first."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, time_code: Tensor, null: Tensor) -> Tensor:
+        """The velocity, (B, C, H, W)."""
+        return self.levels(x, time_code, null)[-1]
+
+    def token_blocks(self) -> TokenBlocks:
+        """Where a loss on hidden tokens listens."""
+        raise NotImplementedError
+
+
+def checked(time_code: Tensor) -> Tensor:
+    """The time code as it is; ValueError unless it is one number per sample."""
+    if time_code.ndim != 1:
+        raise ValueError(f"the time code must be 1-D (B,), got shape {tuple(time_code.shape)}")
+    return time_code
+
+
+class TimeEmbedding(nn.Module):
+    """Bounded embedding of the 1-D time code: sinusoid, MLP, then LayerNorm or a small last layer (the logs warn of its amplitude)."""
+
+    def __init__(self, config: TimeEmbeddingConfig, width: int):
+        super().__init__()
+        self.config = config
+        self.mlp = nn.Sequential(nn.Linear(config.frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.norm = nn.LayerNorm(width) if config.bound == "layer_norm" else nn.Identity()
+        if config.bound == "small_init":
+            for layer in self.mlp:
+                if isinstance(layer, nn.Linear):
+                    small_init(layer)
+
+    def forward(self, time_code: Tensor) -> Tensor:
+        """(B,) in [-4, 4] -> (B, width)."""
+        code = checked(time_code)
+        # The sinusoid's frequencies lie in [1e-4, 1]: stretch [-4, 4] so that the fastest turns many times.
+        value = code * 25.0 if self.config.of == "time_code" else 0.5 - code / 8
+        return self.norm(self.mlp(sinusoid(value, self.config.frequencies)))
+
+
+def run_block(block: nn.Module, *inputs: Tensor, again: bool) -> Tensor:
+    """block(*inputs); with `again` its inner activations are computed anew in the backward pass instead of kept."""
+    call: Callable[..., Tensor] = block
+    if again and torch.is_grad_enabled():
+        return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)  # no block here draws random numbers
+    return call(*inputs)
