@@ -7,10 +7,18 @@ of workers or a resume.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
+
+
+def stream_seed(seed: int, step: int, stream: str) -> int:
+    """A generator's seed, below 2^63, for one named stream of one step."""
+    digest = hashlib.sha256(f"{seed}/{step}/{stream}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 @dataclass(frozen=True)
@@ -24,8 +32,7 @@ class Draws:
     device: torch.device
 
     def _generator(self, stream: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed}/{self.step}/{stream}".encode()).digest()
-        return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.Generator(self.device).manual_seed(stream_seed(self.seed, self.step, stream))
 
     def normal(self, stream: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers (rows, *shape), fp32."""
@@ -40,18 +47,20 @@ class Draws:
         return self.uniform_batch(stream)[self.rows]
 
 
-def null_partners(u: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+def null_partners(u: Tensor, probability: float, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Null samples of a global batch and whose target each sample gets.
 
-    u: uniform numbers (B,). Returns (null, partner): null (B,) bool; partner (B,) int64, the sample itself where it is not
-    null, the next null sample (cyclically) where it is. A lone null sample borrows the next sample's target; with B > 1 no
-    null sample keeps its own.
+    u: uniform numbers (B,); samples: which data set sample stands at each place. Returns (null, partner): null (B,) bool;
+    partner (B,) int64, the place itself where it is not null, the next null place (cyclically) where it is. A lone null place
+    borrows from the next place. A batch that straddles two epochs may hold a sample twice: a partner that is the same sample is
+    passed over for the next null place with another one, or the next place of any kind; only where the whole batch is one
+    sample does a null place keep its own target.
     """
     null = u < probability
-    partner = torch.arange(len(u), device=u.device)
-    chosen = partner[null]
-    if len(chosen) == 1:
-        partner[null] = (chosen + 1) % len(u)
-    elif len(chosen) > 1:
-        partner[null] = chosen.roll(-1)
-    return null, partner
+    places = range(len(u))
+    partner = list(places)
+    chosen = null.nonzero().flatten().tolist()
+    for rank, place in enumerate(chosen):
+        candidates = chain(chosen[rank + 1 :], chosen[:rank], places[place + 1 :], places[:place])
+        partner[place] = next((other for other in candidates if samples[other] != samples[place]), place)
+    return null, torch.tensor(partner, device=u.device)

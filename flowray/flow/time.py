@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowray.config.flow import AlphaTime, LogitNormalTime, LogSNRTime, TimeConfig, UniformTime
+from flowray.config.flow import AlphaTime, FlowConfig, LogitNormalTime, LogSNRTime, TimeConfig, UniformTime
 
 
 def _uniform(config: UniformTime, u: Tensor) -> Tensor:
@@ -34,6 +34,14 @@ _QUANTILES: dict[type, Callable[[Any, Tensor], Tensor]] = {
     LogSNRTime: _log_snr,
     AlphaTime: _alpha,
 }
+
+
+def time_config(config: FlowConfig, step: int, total: int) -> TimeConfig:
+    """The sampler in force at `step` (0-based) of a run of `total` steps: that of the first stage which has not ended, else `time`."""
+    for stage in config.curriculum:
+        if step < (stage.steps if stage.steps is not None else (stage.fraction or 0) * total):
+            return stage.time
+    return config.time
 
 
 def training_times(config: TimeConfig, u: Tensor) -> Tensor:

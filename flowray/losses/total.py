@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from flowray.config.flow import FlowConfig
-from flowray.config.losses import ClipLossConfig, FlowLossConfig, KLLossConfig, LossConfig
-from flowray.flow.path import sample_path, time_code
+from flowray.config.losses import LossConfig, TermConfig
+from flowray.flow.path import expand, sample_path, time_code
 from flowray.losses.schedule import weight_at
-from flowray.losses.terms import Forward, loss_term
+from flowray.losses.terms import Forward, loss_term, watch
 from flowray.model.assemble import FlowModel
 
 
@@ -30,10 +32,10 @@ class Batch:
     null: Tensor
 
 
-def active_terms(config: LossConfig) -> dict[str, FlowLossConfig | KLLossConfig | ClipLossConfig]:
+def active_terms(config: LossConfig) -> dict[str, TermConfig]:
     """Terms of weight above 0, by name."""
-    terms: dict[str, FlowLossConfig | KLLossConfig | ClipLossConfig] = {"flow": config.flow, "kl": config.kl, "clip": config.clip}
-    return {name: term for name, term in terms.items() if term.weight > 0}
+    terms = {name: getattr(config, name) for name in LossConfig.model_fields}
+    return {name: term for name, term in terms.items() if isinstance(term, TermConfig) and term.weight > 0}
 
 
 def weights_at(config: LossConfig, step: int, total: int) -> dict[str, float]:
@@ -42,25 +44,35 @@ def weights_at(config: LossConfig, step: int, total: int) -> dict[str, float]:
 
 
 class Objective(nn.Module):
-    """The model and its losses; what DistributedDataParallel wraps."""
+    """The model and its losses; what DistributedDataParallel wraps. velocity_fp32: the velocity network ignores autocast."""
 
-    def __init__(self, model: FlowModel, flow: FlowConfig, loss: LossConfig):
+    def __init__(self, model: FlowModel, flow: FlowConfig, loss: LossConfig, *, velocity_fp32: bool = False):
         super().__init__()
-        self.model, self.flow, self.loss = model, flow, loss
+        self.model, self.flow, self.loss, self.velocity_fp32 = model, flow, loss, velocity_fp32
 
-    def run(self, batch: Batch) -> Forward:
-        """The forward pass of a batch: text to z0, the path, the velocity."""
+    def run(self, batch: Batch, idle: frozenset[str] = frozenset()) -> Forward:
+        """The forward pass of a batch: text to z0, the path, the velocity, the semantic networks."""
+        semantic = self.model.semantic
         posterior, z0 = self.model.source(batch.captions, batch.noise)
         path = sample_path(batch.t, z0, batch.target, self.flow.path.rho, self.loss.flow.source_grad)
-        v_pred = self.model.velocity(path.xt, time_code(path.t), batch.null)
-        tower = self.model.semantic
-        embeddings = tower(z0, batch.z1) if tower is not None else None
-        return Forward(posterior, z0, batch.z1, path, v_pred, embeddings, tower.scale if tower is not None else None)
+        island = torch.autocast(path.xt.device.type, enabled=False) if self.velocity_fp32 else nullcontext()
+        with semantic.listen(self.model.velocity) as tokens, island:
+            *lower, v_pred = self.model.velocity.levels(path.xt, time_code(path.t), batch.null)
+        weighted = tuple(zip(self.model.velocity.level_weights, lower, strict=False))  # the last weight, 1, is the velocity's own
+        estimate = path.xt + (1 - expand(path.t, path.xt)) * v_pred.float()
+        views = semantic(z0, batch.z1, path.x1, estimate, tokens, idle)
+        forward = Forward(posterior, z0, batch.z1, path, v_pred, weighted, views)
+        return replace(forward, watched=watch(self.loss, forward))
 
-    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Forward]:
-        """(unweighted losses by name, the forward pass)."""
-        forward = self.run(batch)
-        return {name: loss_term(term, forward) for name, term in active_terms(self.loss).items()}, forward
+    def forward(self, batch: Batch, idle: frozenset[str] = frozenset()) -> tuple[dict[str, Tensor], Forward]:
+        """(unweighted losses by name, the forward pass). idle: terms of weight 0 at this step.
+
+        Of these lpips, which is dear and trains nothing of its own, is not computed; the others are, for their metrics and
+        because every rank must use every parameter.
+        """
+        forward = self.run(batch, idle)
+        terms = {name: term for name, term in active_terms(self.loss).items() if name != "lpips" or name not in idle}
+        return {name: loss_term(term, forward) for name, term in terms.items()}, forward
 
 
 def total_loss(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

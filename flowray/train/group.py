@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -43,13 +45,27 @@ class Group:
             return module
         return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over ranks."""
+    def unsynced(self, module: nn.Module) -> AbstractContextManager[object]:
+        """A block whose forward and backward passes leave the ranks' gradients apart."""
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """A block in which torch's own generators, those that dropout draws from, start from `seed`; after it they go on as before."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
+    def mean_(self, values: Tensor) -> Tensor:
+        """Mean over ranks, in place."""
         if self.world > 1:
-            values = values.clone()
             dist.all_reduce(values)
             values /= self.world
         return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over ranks."""
+        return self.mean_(values.clone()) if self.world > 1 else values
 
     def agree(self, flag: bool) -> bool:
         """The lead's flag, on every rank."""

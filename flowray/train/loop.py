@@ -17,12 +17,13 @@ from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
 from flowray.probes.vae import vae_metrics
 from flowray.sample.generate import generate, save_strip
 from flowray.store.checkpoint import load_state, newest_checkpoint
-from flowray.store.latents import LatentSet, ensure_latents, load_latents
+from flowray.store.latents import LatentSet, channel_metrics, ensure_latents, load_latents, load_training
 from flowray.store.rows import RowWriter
 from flowray.store.run import RunDirectory, RunLock
 from flowray.train.group import Group
 from flowray.train.state import TrainState, fresh_state, restore_state, save_state
 from flowray.train.step import BatchMaker, train_step
+from flowray.train.visits import Visits
 
 Row = dict[str, float]
 Report = Callable[[Row], None]
@@ -40,7 +41,7 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
     folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent) if group.lead else {}
     group.agree(True)  # the others wait until the lead has encoded
     folders = folders or ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
-    latents, held_out = load_latents(folders["train"], recipe.data.limit), load_latents(folders["val"])
+    latents, held_out = load_training(folders["train"], recipe), load_latents(folders["val"])
     if group.lead:
         run.create()
     with ExitStack() as closing:
@@ -53,6 +54,9 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
         sinks = Sinks(recipe, run, held_out, state, group) if group.lead else None
         if sinks:
             closing.callback(sinks.close)
+        doctor = Visits(recipe, run, latents, held_out, state) if group.lead and recipe.probes.doctor_every else None
+        if doctor:
+            closing.enter_context(doctor)
         cadence, last = recipe.train, recipe.train.steps
         while state.step < last:
             began = time.perf_counter()
@@ -74,6 +78,8 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
             if sinks and (step % cadence.checkpoint_every == 0 or step == last or stop):
                 save_state(state, recipe, run)
                 sinks.flush()
+            if doctor and (step % (cadence.probe_every * recipe.probes.doctor_every) == 0 or step == last):
+                doctor.visit()
             if probing:  # after all that belongs to the step is on disk: who hears it may end this process
                 report(_share(probed, group))
             if stop and step < last:
@@ -141,6 +147,8 @@ class Sinks:
         if self.recipe.probes.raw:
             row |= run_probes(model, self.recipe, self.probe_batch, endpoints=final)
         row["ema/delta_rms"] = self.state.ema.delta_rms()
+        if self.state.step == min(self.recipe.train.probe_every, self.recipe.train.steps):  # the first probe, resumed or not
+            row |= channel_metrics(self.held_out)
         if final:
             row |= vae_metrics(self.autoencoder, self.held_out, self.recipe.probes.batch_size, self.recipe.probes.seed)
         self._probes.write({"step": self.state.step, **row})
@@ -168,7 +176,8 @@ class Sinks:
 
     def _to_board(self, row: Row) -> None:
         for key, value in row.items():
-            self._board.add_scalar(key, value, self.state.step)
+            if "trivial/" not in key:
+                self._board.add_scalar(key, value, self.state.step)
 
 
 def _some_prompts(held_out: LatentSet) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,27 +14,35 @@ from torch import Tensor, nn
 from flowray.config.train import ConstantLR, CosineLR, LRScheduleConfig, OptimConfig, WarmRestarts
 
 
-def parameter_groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
-    """Three groups: `trunk` (matrices of the velocity network, decayed), `trunk_plain` (its norms and biases) and `heads`
-    (text queries, head, semantic tower; never decayed), each with its lr relative to `lr` as `scale`."""
+def parameter_groups(parameters: dict[str, nn.Parameter], config: OptimConfig, last_layers: str) -> list[dict[str, Any]]:
+    """Five groups: `trunk` (matrices of the velocity network, decayed), `trunk_plain` (its norms and biases), `flow_head` (its last
+    layers, which `last_layers` names), `z_head` (the head) and `text` (queries, connector, semantic tower and all else).
+
+    Only the trunk decays. Each has its lr relative to `lr` as `scale`, and the most it may be as `lr_max`.
+    """
+    last = re.compile(rf"velocity\.({last_layers})\.")
 
     def group_of(name: str) -> str:
-        if not name.startswith("velocity."):
-            return "heads"
-        return "trunk" if parameters[name].ndim >= 2 else "trunk_plain"
+        if last.match(name):
+            return "flow_head"
+        if name.startswith("velocity."):
+            return "trunk" if parameters[name].ndim >= 2 else "trunk_plain"
+        return "z_head" if name.startswith("head.") else "text"
 
-    rules = {
-        "trunk": {"weight_decay": config.weight_decay, "scale": 1.0},
-        "trunk_plain": {"weight_decay": 0.0, "scale": 1.0},
-        "heads": {"weight_decay": 0.0, "scale": config.head_lr_scale},
-    }
-    groups = [{"name": g, "params": [p for n, p in parameters.items() if group_of(n) == g], **rule} for g, rule in rules.items()]
+    def rule(group: str) -> dict[str, Any]:
+        part = "trunk" if group == "trunk_plain" else group
+        decay = config.weight_decay if group == "trunk" else 0.0
+        return {"weight_decay": decay, "scale": getattr(config.lr_scale, part), "lr_max": getattr(config.lr_max, part) or math.inf}
+
+    names = ("trunk", "trunk_plain", "flow_head", "z_head", "text")
+    groups = [{"name": group, "params": [p for n, p in parameters.items() if group_of(n) == group], **rule(group)} for group in names]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig, last_layers: str) -> torch.optim.AdamW:
     """AdamW over the groups; its lr is set at every step by `set_lr`."""
-    return torch.optim.AdamW(parameter_groups(parameters, config), lr=config.lr, betas=config.betas, fused=True)
+    groups = parameter_groups(parameters, config, last_layers)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def _cosine(config: CosineLR, step: int, total: int, lr: float) -> float:
@@ -42,10 +51,13 @@ def _cosine(config: CosineLR, step: int, total: int, lr: float) -> float:
 
 
 def _restarts(config: WarmRestarts, step: int, total: int, lr: float) -> float:
-    period = config.t0
+    start, eta_min = config.start, config.eta_min
+    if isinstance(start, str) or isinstance(eta_min, str):
+        raise ValueError("a schedule that starts at a resume has no learning rate until `resolve_schedule` has told it the checkpoint")
+    step, period = max(step - start, 0), config.t0
     while step >= period:
         step, period = step - period, period * config.t_mult
-    floor = min(config.eta_min / lr, 1.0)
+    floor = min(eta_min / lr, 1.0)
     return floor + (1 - floor) * (1 + math.cos(math.pi * step / period)) / 2
 
 
@@ -56,6 +68,13 @@ _FACTORS: dict[type, Callable[[Any, int, int, float], float]] = {
 }
 
 
+def resolve_schedule(config: LRScheduleConfig, step: int, lr: float) -> LRScheduleConfig:
+    """The schedule with `resume` and `current` replaced by a checkpoint's step and the lr with which it was reached."""
+    if not isinstance(config, WarmRestarts) or config.start != "resume":
+        return config
+    return config.model_copy(update={"start": step, "eta_min": lr if config.eta_min == "current" else config.eta_min})
+
+
 def lr_at(config: LRScheduleConfig, lr: float, step: int, total: int) -> float:
     """The base learning rate of `step` (0-based) in a run of `total` steps: a function, so that a resume has nothing to restore."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
@@ -63,9 +82,9 @@ def lr_at(config: LRScheduleConfig, lr: float, step: int, total: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:
-    """Set every group's lr to its share of `lr`; returns them by group name."""
+    """Set every group's lr to its share of `lr`, at most its `lr_max`; returns them by group name."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
+        group["lr"] = min(lr * group["scale"], group["lr_max"])
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 

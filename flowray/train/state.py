@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
+from flowray.config.train import LRScheduleConfig, WarmRestarts
+from flowray.losses.balance import Balancer
 from flowray.losses.total import Objective
 from flowray.model.assemble import FlowModel, build_model
 from flowray.store.checkpoint import copy_into, load_state, load_tensors, newest_checkpoint, save_checkpoint
 from flowray.store.run import RunDirectory
-from flowray.train.optim import Ema, build_optimizer
+from flowray.train.optim import Ema, build_optimizer, lr_at, resolve_schedule
 
 
 class Halted(RuntimeError):
@@ -23,7 +25,11 @@ class Halted(RuntimeError):
 
 @dataclass
 class TrainState:
-    """`step` steps are done. The data cursor and all randomness follow from (recipe.seed, step)."""
+    """`step` steps are done. The data cursor and all randomness follow from (recipe.seed, step).
+
+    schedule: the recipe's, with a restart at a checkpoint in numbers; restart: that checkpoint's step and the lr that led to it.
+    backoffs: how often fp16's loss scale has been cut.
+    """
 
     step: int
     model: FlowModel
@@ -31,14 +37,30 @@ class TrainState:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
     ema: Ema
+    balancer: Balancer
+    scaler: torch.amp.GradScaler
+    schedule: LRScheduleConfig
+    restart: tuple[int, float] = (0, 0.0)
+    backoffs: int = 0
 
 
 def fresh_state(recipe: Recipe, device: torch.device) -> TrainState:
     """A new model on `device` at step 0; its weights depend on the seed alone."""
     model = build_model(recipe.model, recipe.loss, recipe.seed).to(device)
     parameters = model.trainable()
-    objective = Objective(model, recipe.flow, recipe.loss)
-    return TrainState(0, model, objective, parameters, build_optimizer(parameters, recipe.optim), Ema(parameters, recipe.train.ema))
+    objective = Objective(model, recipe.flow, recipe.loss, velocity_fp32=recipe.train.velocity_fp32)
+    optimizer = build_optimizer(parameters, recipe.optim, model.velocity.last_layers)
+    return TrainState(
+        step=0,
+        model=model,
+        objective=objective,
+        parameters=parameters,
+        optimizer=optimizer,
+        ema=Ema(parameters, recipe.train.ema),
+        balancer=Balancer(recipe.loss.balance),
+        scaler=torch.amp.GradScaler(device.type, init_scale=recipe.train.loss_scale, enabled=recipe.train.precision == "fp16"),
+        schedule=resolve_schedule(recipe.optim.schedule, 0, 0.0),
+    )
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -52,9 +74,19 @@ def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
     for name, weight in weights.items():
         if not bool(weight.isfinite().all()):
             raise Halted(f"step {state.step}: {name} is not finite, so no checkpoint was written; try a lower optim.lr")
+    kept = {
+        "seed": recipe.seed,
+        "lr": lr_at(state.schedule, recipe.optim.lr, state.step - 1, recipe.train.steps),
+        "restart": state.restart if _restarts_here(recipe) else None,
+        "balance": state.balancer.kept(),
+        "scaler": state.scaler.state_dict(),
+        "backoffs": state.backoffs,
+    }
     groups = {"model": weights, "ema": state.ema.average, "optim": _optimizer_tensors(state)}
+    if moving := state.model.semantic.moving():
+        groups["moving"] = moving
     try:
-        return save_checkpoint(run.checkpoints, state.step, groups, {"seed": recipe.seed}, recipe.train.keep_checkpoints)
+        return save_checkpoint(run.checkpoints, state.step, groups, kept, recipe.train.keep_checkpoints)
     except OSError as error:
         why = error.strerror or error
         raise Halted(f"step {state.step}: the checkpoint cannot be written: {why}; the ones before it are kept") from error
@@ -70,7 +102,20 @@ def restore_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> None:
         raise InputError(f"seed: got {recipe.seed}, but {checkpoint} was trained with {kept['seed']}; a resume keeps the seed")
     copy_into(state.parameters, load_tensors(checkpoint, "model"), checkpoint)
     copy_into(state.ema.average, load_tensors(checkpoint, "ema"), checkpoint)
+    if moving := state.model.semantic.moving():
+        copy_into(moving, load_tensors(checkpoint, "moving"), checkpoint)
     for key, value in load_tensors(checkpoint, "optim").items():
         name, slot = key.rsplit("/", 1)
         state.optimizer.state[state.parameters[name]][slot] = value.to(state.parameters[name].device)  # fused: `step` too
     state.step = kept["step"]
+    step, lr = kept.get("restart") or (kept["step"], kept.get("lr", 0.0))
+    state.restart = (step, lr)
+    state.schedule = resolve_schedule(recipe.optim.schedule, step, lr)
+    state.balancer.restore(kept.get("balance", {}))
+    state.backoffs = kept.get("backoffs", 0)
+    if kept.get("scaler"):
+        state.scaler.load_state_dict(kept["scaler"])
+
+
+def _restarts_here(recipe: Recipe) -> bool:
+    return isinstance(recipe.optim.schedule, WarmRestarts) and recipe.optim.schedule.start == "resume"

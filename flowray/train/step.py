@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -11,16 +10,20 @@ from torch import nn
 
 from flowray.config.recipe import Recipe
 from flowray.data.order import EpochOrder
-from flowray.flow.draws import Draws, null_partners
-from flowray.flow.time import training_times
+from flowray.flow.draws import Draws, null_partners, stream_seed
+from flowray.flow.time import time_config, training_times
+from flowray.losses.balance import Measured, gradient_metrics
 from flowray.losses.terms import Forward
-from flowray.losses.total import Batch, total_loss, weights_at
+from flowray.losses.total import Batch, active_terms, total_loss, weights_at
 from flowray.model.latent import Moments
-from flowray.probes.field import nmse
+from flowray.probes.field import cosines, nmse
 from flowray.store.latents import LatentSet
+from flowray.train.gradients import assign_gradients, forward_passes, gramian, head_weights, loss_gradients, update_ratios
 from flowray.train.group import Group
 from flowray.train.optim import lr_at, set_lr
 from flowray.train.state import Halted, TrainState
+
+Scalars = dict[str, torch.Tensor]
 
 
 class BatchMaker:
@@ -40,8 +43,8 @@ class BatchMaker:
         rows = self.group.rows(size)
         draws = Draws(recipe.seed, step, size, rows, device)
         shape = recipe.model.latent.shape
-        null, partner = null_partners(draws.uniform_batch("null"), recipe.flow.null_probability)
         indices = self.indices(step)
+        null, partner = null_partners(draws.uniform_batch("null"), recipe.flow.null_probability, indices.tolist())
         z1 = self._latents(indices[rows], draws.normal("posterior", shape))
         # A null sample aims at another sample's latent, with that sample's own noise, wherever in the global batch it lies.
         noise = Draws(recipe.seed, step, size, slice(None), device).normal("posterior", shape)[partner[rows]]
@@ -51,7 +54,7 @@ class BatchMaker:
             z1=z1,
             target=target,
             noise=draws.normal("source", shape),
-            t=training_times(recipe.flow.time, draws.uniform("time")),
+            t=training_times(time_config(recipe.flow, step, recipe.train.steps), draws.uniform("time")),
             null=null[rows],
         )
 
@@ -64,42 +67,123 @@ class BatchMaker:
         return [texts[int(x * len(texts))] for texts, x in zip(options, u.tolist(), strict=True)]
 
 
-def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
-    """bf16 autocast where the recipe asks for it; the path, the losses and the solver state stay fp32."""
-    return torch.autocast(device.type, torch.bfloat16) if recipe.train.precision == "bf16" else nullcontext()
+def whole_batches(recipe: Recipe, latents: LatentSet, device: torch.device) -> BatchMaker:
+    """Global batches on one device, whatever the number of ranks: what an examination of the training path looks at."""
+    return BatchMaker(recipe, latents, Group(0, 1, device))
 
 
 def train_step(state: TrainState, objective: nn.Module, batch: Batch, recipe: Recipe, group: Group) -> dict[str, torch.Tensor]:
     """Forward, backward, clip, update, EMA; advances `state.step`. Returns this step's scalars as tensors.
 
-    A loss or gradient that is not finite raises Halted before it reaches the weights.
+    A loss or gradient that is not finite raises Halted before it reaches the weights; under fp16 it cuts the loss scale and the
+    weights stay as they are, until the scale is down to 1.
     """
     weights = weights_at(recipe.loss, state.step, recipe.train.steps)
-    rates = set_lr(state.optimizer, lr_at(recipe.optim.schedule, recipe.optim.lr, state.step, recipe.train.steps))
+    rates = set_lr(state.optimizer, lr_at(state.schedule, recipe.optim.lr, state.step, recipe.train.steps))
     state.optimizer.zero_grad(set_to_none=True)
-    with autocast(recipe, group.device):
-        losses, forward = objective(batch)
-    total = total_loss(losses, weights)
-    total.backward()
-    norm = nn.utils.clip_grad_norm_(list(state.parameters.values()), recipe.optim.clip_grad)
-    if not math.isfinite(float(norm)):
-        raise Halted(_blame(losses, state.step + 1, norm))
-    state.optimizer.step()
-    state.ema.update(state.step)
-    state.step += 1
-    row = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+    probing = recipe.train.grad_every > 0 and (state.step + 1) % recipe.train.grad_every == 0
+    with group.seeded(stream_seed(recipe.seed, state.step, f"dropout/{group.rank}")):
+        losses, watched, measured = _backward(state, objective, batch, recipe, group, weights, separate=probing)
+    before = head_weights(state.optimizer) if probing else {}
+    norm = _update(state, losses, recipe)
+    row = {f"loss/{name}": loss for name, loss in losses.items()}
     row |= {f"weight/{name}": torch.tensor(weight) for name, weight in weights.items()}
     row |= {f"lr/{name}": torch.tensor(rate) for name, rate in rates.items()}
-    row |= {"loss/total": total.detach(), "grad/total": norm.detach(), "grad/clip_frac": (norm > recipe.optim.clip_grad).float()}
-    return row | _watch(forward)
+    row |= {"loss/total": total_loss(losses, weights), "grad/total": norm, "grad/clip_frac": (norm > recipe.optim.clip_grad).float()}
+    if state.balancer.active:
+        row |= {f"balance/{name}": torch.tensor(state.balancer.multiplier(name)) for name in losses}
+    if state.scaler.is_enabled():
+        row |= {"amp/scale": torch.tensor(state.scaler.get_scale()), "amp/backoffs": torch.tensor(state.backoffs)}
+    return row | watched | measured | update_ratios(state.optimizer, before)
+
+
+def _backward(
+    state: TrainState,
+    objective: nn.Module,
+    batch: Batch,
+    recipe: Recipe,
+    group: Group,
+    weights: dict[str, float],
+    *,
+    separate: bool,
+) -> tuple[Scalars, Scalars, Scalars]:
+    """Leave the step's gradient, averaged over ranks, in the parameters. Returns (losses, what is watched, gradient metrics).
+
+    An ordinary backward pass of the weighted sum; or, where the balancer or a probe wants each loss's gradient (`separate`), one
+    pass per loss, whose gradients are averaged over ranks first and combined after, so that all ranks take the same direction.
+    """
+    separate = separate or state.balancer.due(state.step)
+    parameters = list(state.parameters.values())
+    losses: Scalars = {}
+    watched: Scalars = {}
+    gradients: torch.Tensor | None = None
+    idle = frozenset(name for name, weight in weights.items() if weight == 0)
+    for parts, forward in forward_passes(objective, batch, idle, recipe, group, alone=separate):
+        if separate:
+            rows = loss_gradients([state.scaler.scale(loss) for loss in parts.values()], parameters)
+            gradients = rows if gradients is None else gradients.add_(rows)
+        else:
+            state.scaler.scale(total_loss(parts, _factors(state, weights))).backward()
+        _add(losses, {name: loss.detach() for name, loss in parts.items()})
+        _add(watched, {name: value.detach() / recipe.train.accumulate for name, value in _watch(forward).items()})
+    return losses, watched, {} if gradients is None else _combine(state, gradients, losses, weights, recipe, group)
+
+
+def _combine(
+    state: TrainState, gradients: torch.Tensor, losses: Scalars, weights: dict[str, float], recipe: Recipe, group: Group
+) -> Scalars:
+    """Balance the losses' gradients (L, parameters) and write their weighted sum into the parameters; returns gradient metrics."""
+    group.mean_(gradients)
+    unscale = state.scaler.get_scale() ** -2
+    everything = gramian(gradients, state.parameters, "all") * unscale
+    if state.balancer.due(state.step):
+        means = group.mean(torch.stack(list(losses.values()))).tolist()
+        state.balancer.update(
+            Measured(
+                gramian=everything if state.balancer.over == "all" else gramian(gradients, state.parameters, "source") * unscale,
+                losses=dict(zip(losses, means, strict=True)),
+                weights=weights,
+                full={name: term.weight for name, term in active_terms(recipe.loss).items()},
+                seed=stream_seed(recipe.seed, state.step, "balance"),
+            )
+        )
+    factors = {name: _factors(state, weights)[name] for name in losses}
+    assign_gradients(torch.tensor(list(factors.values()), device=gradients.device) @ gradients, list(state.parameters.values()))
+    return {name: torch.tensor(value) for name, value in gradient_metrics(everything, factors).items()}
+
+
+def _factors(state: TrainState, weights: dict[str, float]) -> dict[str, float]:
+    return {name: weight * state.balancer.multiplier(name) for name, weight in weights.items()}
+
+
+def _update(state: TrainState, losses: Scalars, recipe: Recipe) -> torch.Tensor:
+    """Clip and apply the gradient, update the EMA, advance the step; returns the gradient's norm before clipping."""
+    state.scaler.unscale_(state.optimizer)
+    norm = nn.utils.clip_grad_norm_(list(state.parameters.values()), recipe.optim.clip_grad).detach()
+    scale = state.scaler.get_scale()
+    if not math.isfinite(float(norm)) and scale <= 1:
+        raise Halted(_blame(losses, state.step + 1, norm))
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.backoffs += state.scaler.get_scale() < scale
+    state.ema.update(state.step)
+    state.model.semantic.advance()
+    state.step += 1
+    return norm
+
+
+def _add(into: Scalars, values: Scalars) -> None:
+    for name, value in values.items():
+        into[name] = into[name] + value if name in into else value
 
 
 @torch.no_grad()
 def _watch(forward: Forward) -> dict[str, torch.Tensor]:
     posterior = forward.posterior
     return {
-        "loss/kl_raw": 0.5 * (posterior.mu.square() + posterior.logvar.exp() - 1 - posterior.logvar).flatten(1).sum(1).mean(),
+        **forward.watched,
         "train/nmse": nmse(forward.v_pred, forward.path.v_target),
+        "train/cos": cosines(forward.v_pred, forward.path.v_target).mean(),
         "mu/abs_mean": posterior.mu.abs().mean(),
         "std/mean": posterior.std.mean(),
     }

@@ -91,7 +91,7 @@ def test_draws_are_what_they_say() -> None:
 def test_null_samples_never_keep_their_own_target(batch: int, probability: float) -> None:
     for seed in range(30):
         u = torch.rand(batch, generator=torch.Generator().manual_seed(seed))
-        null, partner = null_partners(u, probability)
+        null, partner = null_partners(u, probability, range(batch))
         own = torch.arange(batch)
         assert torch.equal(null, u < probability)
         assert torch.equal(partner[~null], own[~null])
@@ -101,7 +101,22 @@ def test_null_samples_never_keep_their_own_target(batch: int, probability: float
 
 
 def test_a_lone_null_sample_borrows_the_next_ones_target() -> None:
-    null, partner = null_partners(torch.tensor([0.9, 0.9, 0.01, 0.9]), 0.1)
+    null, partner = null_partners(torch.tensor([0.9, 0.9, 0.01, 0.9]), 0.1, range(4))
     assert null.tolist() == [False, False, True, False]
     assert partner.tolist() == [0, 1, 3, 3]
-    assert null_partners(torch.tensor([0.9, 0.01]), 0.1)[1].tolist() == [0, 0]
+    assert null_partners(torch.tensor([0.9, 0.01]), 0.1, range(2))[1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("null", "samples", "partner"),
+    [
+        ((1, 0, 1, 0), (5, 6, 5, 7), [1, 1, 3, 3]),  # both null places hold sample 5: each takes the next place
+        ((1, 1, 1, 0), (5, 5, 6, 7), [2, 2, 0, 3]),  # the next null place holds the same sample, the one after it another
+        ((0, 0, 0, 1), (5, 6, 7, 5), [0, 1, 2, 1]),  # a lone null place, whose next place holds its own sample
+        ((0, 1, 0, 1), (5, 6, 7, 8), [0, 3, 2, 1]),  # nothing twice: they exchange
+        ((1, 1), (5, 5), [0, 1]),  # there is no other sample
+    ],
+)
+def test_a_sample_that_stands_twice_in_a_batch_is_no_partner_of_itself(null, samples, partner) -> None:
+    u = torch.tensor([0.0 if flag else 0.9 for flag in null])
+    assert null_partners(u, 0.5, samples)[1].tolist() == partner

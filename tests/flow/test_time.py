@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowray.config.flow import AlphaTime, LogitNormalTime, LogSNRTime, TimeConfig, UniformTime
+from flowray.config.flow import AlphaTime, FlowConfig, LogitNormalTime, LogSNRTime, TimeConfig, TimeStage, UniformTime
 from flowray.config.schema import members
 from flowray.flow.draws import Draws
-from flowray.flow.time import training_times
+from flowray.flow.time import time_config, training_times
 
 POINTS = 100_000
 KS_LIMIT = 1.95 / POINTS**0.5  # exceeded once in a thousand
@@ -62,6 +62,22 @@ class TimeSamplerContract:
         assert float(share.min()) >= 0.2 / 10 * 0.98
         assert float((t < 0.01).float().mean()) >= 0.2 * 0.01 * 0.9
 
+    def test_as_a_stage_of_a_curriculum(self) -> None:
+        """In force until its step, by number or by fraction of the run; then `time`."""
+        stage = self.with_floor(self.config.uniform_floor or 0.1)
+        after = UniformTime()
+        for end in ({"steps": 30}, {"fraction": 0.3}):
+            config = FlowConfig(curriculum=(TimeStage(time=stage, **end),), time=after)
+            assert [time_config(config, step, 100) for step in (0, 29)] == [stage, stage]
+            assert [time_config(config, step, 100) for step in (30, 99, 10**9)] == [after] * 3
+        assert time_config(FlowConfig(time=stage), 0, 100) == stage
+
+    def test_a_stage_covers_t_0(self) -> None:
+        if isinstance(self.config, UniformTime):
+            return
+        with pytest.raises(ValueError, match="uniform_floor must be above 0"):
+            TimeStage(steps=10, time=self.with_floor(0.0))
+
 
 class TestUniform(TimeSamplerContract):
     config = UniformTime()
@@ -94,6 +110,26 @@ class TestAlpha(TimeSamplerContract):
 
     def cdf(self, t: Tensor) -> Tensor:
         return ((t - 0.6) / 0.38).clamp(0, 1)
+
+
+def test_stages_follow_each_other() -> None:
+    narrow, wide = AlphaTime(low=0.8, high=1.0), AlphaTime(low=0.5, high=1.0)
+    config = FlowConfig(curriculum=(TimeStage(steps=10, time=narrow), TimeStage(fraction=0.5, time=wide)), time=LogSNRTime())
+    assert [time_config(config, step, 100) for step in (0, 9, 10, 49, 50)] == [narrow, narrow, wide, wide, LogSNRTime()]
+    with pytest.raises(ValueError, match="one after the other"):
+        FlowConfig(curriculum=(TimeStage(steps=10, time=narrow), TimeStage(steps=10, time=wide)))
+    with pytest.raises(ValueError, match="either steps or fraction"):
+        TimeStage(time=narrow)
+
+
+def test_the_logs_curriculum_is_biased_and_still_starts_at_0() -> None:
+    """First 30k steps biased to alpha > 0.8."""
+    config = FlowConfig(curriculum=(TimeStage(steps=30_000, time=AlphaTime(low=0.8, high=1.0)),))
+    u = torch.linspace(0, 1, POINTS + 1)[:-1]
+    early, late = (training_times(time_config(config, step, 100_000), u) for step in (29_999, 30_000))
+    assert float((early >= 0.8).float().mean()) == pytest.approx(0.84, abs=0.01)
+    assert float((late >= 0.8).float().mean()) == pytest.approx(0.2, abs=0.01)
+    assert float((early < 0.1).float().mean()) == pytest.approx(0.02, abs=0.002)
 
 
 def test_every_member_has_its_contract_test() -> None:

@@ -9,16 +9,32 @@ import pytest
 import torch
 from support import tiny_recipe
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Categorical, Normal, kl_divergence
+from torch.nn.functional import normalize
 
-from flowray.config.losses import ClipLossConfig, Cosine, FlowLossConfig, KLLossConfig, Linear, LossConfig, Until
+from flowray.config.losses import (
+    ClipLossConfig,
+    Cosine,
+    DinoLossConfig,
+    FlowLossConfig,
+    KLLossConfig,
+    Linear,
+    LossConfig,
+    LpipsLossConfig,
+    NormLossConfig,
+    RepaLossConfig,
+    TermConfig,
+    TVLossConfig,
+    Until,
+)
 from flowray.config.schema import members
 from flowray.flow.path import sample_path
 from flowray.losses.schedule import weight_at
-from flowray.losses.terms import Forward, flow_mse, info_nce, kl_per_dim, loss_term
+from flowray.losses.terms import Forward, flow_mse, info_nce, kl_per_dim, loss_term, soft_entropy, total_variation, watch
 from flowray.losses.total import Batch, Objective, active_terms, total_loss, weights_at
 from flowray.model.assemble import build_model
 from flowray.model.posterior import Posterior
+from flowray.model.semantic import Views
 
 SHAPE = (4, 2, 3, 3)
 
@@ -27,44 +43,62 @@ def noise(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def forward_pass(source_grad: str = "full") -> tuple[Forward, dict[str, Tensor]]:
-    """A forward pass made by hand, and the leaves that gradients may reach."""
+def make_leaves() -> dict[str, Tensor]:
     leaves = {"mu": noise(0), "logvar": 0.3 * noise(1), "v": noise(2), "image": noise(3, (4, 8)), "scale": torch.tensor(10.0)}
+    leaves |= {"head": noise(7, (18, 6)), "projector": noise(8, (9, 5))}
     for leaf in leaves.values():
         leaf.requires_grad_(True)
+    return leaves
+
+
+def forward_of(leaves: dict[str, Tensor], source_grad: str = "full") -> Forward:
+    """A forward pass made by hand: linear stand-ins for the networks, so that the terms alone decide where gradients go."""
     posterior = Posterior(leaves["mu"], leaves["logvar"])
     z0, z1 = posterior.sample(noise(4)), noise(5)
     path = sample_path(torch.rand(4, generator=torch.Generator().manual_seed(6)), z0, z1, 1e-5, source_grad)
-    text = torch.nn.functional.normalize(z0.flatten(1)[:, :8], dim=1)
-    embeddings = (text, torch.nn.functional.normalize(leaves["image"], dim=1))
-    return Forward(posterior, z0, z1, path, 0.5 * path.xt + leaves["v"], embeddings, leaves["scale"]), leaves
+    v_pred = 0.5 * path.xt + leaves["v"]
+    estimate = path.xt + (1 - path.t).view(-1, 1, 1, 1) * v_pred
+    views = Views(
+        clip=(normalize(z0.flatten(1)[:, :8], dim=1), normalize(leaves["image"], dim=1), leaves["scale"]),
+        dino=(z0.flatten(1) @ leaves["head"], noise(9, (4, 6))),
+        repa=((v_pred.flatten(2) @ leaves["projector"]), noise(10, (4, 2, 5))),
+        lpips=(estimate - z1).square().flatten(1).mean(1),
+    )
+    return Forward(posterior, z0, z1, path, v_pred, (), views)
+
+
+def forward_pass(source_grad: str = "full") -> tuple[Forward, dict[str, Tensor]]:
+    """A forward pass, and the leaves that gradients may reach."""
+    leaves = make_leaves()
+    return forward_of(leaves, source_grad), leaves
 
 
 class LossContract:
     """What every term must do; `reaches`: the leaves of `forward_pass` that its gradient must and may reach."""
 
-    config: FlowLossConfig | KLLossConfig | ClipLossConfig
+    config: TermConfig
     reaches: set[str]
+    lowest = 0.0
 
     def perfect(self, forward: Forward) -> Forward:
-        """The forward pass at which the term is 0."""
+        """The forward pass at which the term is at its lowest."""
         raise NotImplementedError
 
-    def test_finite_non_negative_scalar(self) -> None:
+    def test_finite_scalar_above_its_lowest(self) -> None:
         loss = loss_term(self.config, forward_pass()[0])
         assert loss.shape == ()
         assert loss.dtype == torch.float32
         assert bool(torch.isfinite(loss))
-        assert float(loss.detach()) > 0
+        assert float(loss.detach()) > self.lowest
 
     def test_gradient_reaches_exactly_what_it_should(self) -> None:
         forward, leaves = forward_pass()
         loss_term(self.config, forward).backward()
         assert {name for name, leaf in leaves.items() if leaf.grad is not None and bool(leaf.grad.any())} == self.reaches
 
-    def test_zero_at_its_ideal(self) -> None:
+    def test_lowest_at_its_ideal(self) -> None:
         ideal = self.perfect(forward_pass()[0])
-        assert float(loss_term(self.config, ideal).detach()) == pytest.approx(0, abs=1e-5)
+        assert float(loss_term(self.config, ideal).detach()) == pytest.approx(self.lowest, abs=1e-5)
 
     def test_falls_along_its_gradient(self) -> None:
         forward, leaves = forward_pass()
@@ -74,15 +108,15 @@ class LossContract:
             for leaf, grad in zip(leaves.values(), grads, strict=True):
                 if grad is not None:
                     leaf -= 1e-2 * grad
-        posterior = Posterior(leaves["mu"], leaves["logvar"])
-        z0 = posterior.sample(noise(4))
-        path = sample_path(forward.path.t, z0, forward.z1, 1e-5)
-        text = torch.nn.functional.normalize(z0.flatten(1)[:, :8], dim=1)
-        after = Forward(
-            posterior, z0, forward.z1, path, 0.5 * path.xt + leaves["v"],
-            (text, torch.nn.functional.normalize(leaves["image"], dim=1)), leaves["scale"],
-        )  # fmt: skip
-        assert float(loss_term(self.config, after).detach()) < float(loss.detach())
+        assert float(loss_term(self.config, forward_of(leaves)).detach()) < float(loss.detach())
+
+
+class NeedsItsNetwork(LossContract):
+    """A term on what a semantic network made."""
+
+    def test_without_its_network_it_says_so(self) -> None:
+        with pytest.raises(RuntimeError, match="semantic network"):
+            loss_term(self.config, replace(forward_pass()[0], views=Views()))
 
 
 class TestFlow(LossContract):
@@ -118,29 +152,136 @@ class TestKLGaussian(TestKLBox):
     config = KLLossConfig(form="gaussian")
 
 
-class TestClip(LossContract):
+class TestClip(NeedsItsNetwork):
     config = ClipLossConfig(weight=1.0)
     reaches = {"mu", "logvar", "image", "scale"}
 
     def perfect(self, forward: Forward) -> Forward:
         same = torch.eye(4)
-        return replace(forward, embeddings=(same, same), logit_scale=torch.tensor(50.0))
+        return replace(forward, views=Views(clip=(same, same, torch.tensor(50.0))))
 
-    def test_without_a_tower_it_says_so(self) -> None:
-        with pytest.raises(RuntimeError, match="tower"):
-            loss_term(self.config, replace(forward_pass()[0], embeddings=None))
+
+class TestDino(NeedsItsNetwork):
+    config = DinoLossConfig(weight=1.0)
+    reaches = {"mu", "logvar", "head"}
+
+    def perfect(self, forward: Forward) -> Forward:
+        sure = 20 * torch.eye(6)[:4]
+        return replace(forward, views=Views(dino=(sure, sure)))
+
+    def test_is_the_teachers_entropy_plus_the_divergence(self) -> None:
+        forward, _ = forward_pass()
+        student, teacher = forward.views.dino
+        config = DinoLossConfig(weight=1.0, student_temperature=0.5, teacher_temperature=0.25)
+        aim, guess = Categorical(logits=teacher / 0.25), Categorical(logits=student / 0.5)
+        expected = (aim.entropy() + kl_divergence(aim, guess)).mean().detach()
+        assert float(loss_term(config, forward).detach()) == pytest.approx(float(expected), rel=1e-5)
+        told = watch(LossConfig(dino=config), forward)
+        assert float(told["ent/teacher"]) == pytest.approx(float(aim.entropy().mean()), rel=1e-5)
+        assert float(told["ent/student"]) == pytest.approx(float(guess.entropy().mean().detach()), rel=1e-5)
+
+    def test_a_sharper_teacher_has_less_entropy(self) -> None:
+        logits = noise(0, (4, 6))
+        entropies = [float(soft_entropy(logits, temperature)) for temperature in (0.04, 0.2, 1.0, 100.0)]
+        assert entropies == sorted(entropies)
+        assert entropies[-1] == pytest.approx(float(torch.tensor(6.0).log()), abs=1e-3)
+
+
+class TestRepa(NeedsItsNetwork):
+    config = RepaLossConfig(weight=1.0)
+    reaches = {"mu", "logvar", "v", "projector"}
+    lowest = -1.0
+
+    def perfect(self, forward: Forward) -> Forward:
+        features = forward.views.repa[1]
+        return replace(forward, views=Views(repa=(3 * features, features)))
+
+    def test_is_minus_the_mean_cosine(self) -> None:
+        forward, _ = forward_pass()
+        ours, theirs = (x.detach().double().flatten(0, 1) for x in forward.views.repa)
+        cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in zip(ours, theirs, strict=True)]
+        assert float(loss_term(self.config, forward).detach()) == pytest.approx(-sum(cosines) / len(cosines), abs=1e-6)
+
+
+class TestLpips(NeedsItsNetwork):
+    config = LpipsLossConfig(weight=1.0, vgg="vgg16.safetensors")
+    reaches = {"mu", "logvar", "v"}
+
+    def perfect(self, forward: Forward) -> Forward:
+        return replace(forward, views=Views(lpips=torch.zeros(4)))
+
+
+class TestTV(LossContract):
+    config = TVLossConfig(weight=1.0)
+    reaches = {"mu", "logvar"}
+
+    def perfect(self, forward: Forward) -> Forward:
+        return replace(forward, z0=noise(0, (4, 2, 1, 1)).expand(SHAPE))
+
+    def test_is_the_mean_over_all_pairs_of_neighbours(self) -> None:
+        z = noise(0, (2, 3, 2, 4))
+        down = [float((z[b, c, i + 1, j] - z[b, c, i, j]).abs()) for b in range(2) for c in range(3) for i in range(1) for j in range(4)]
+        across = [float((z[b, c, i, j + 1] - z[b, c, i, j]).abs()) for b in range(2) for c in range(3) for i in range(2) for j in range(3)]
+        assert float(total_variation(z)) == pytest.approx(sum(down + across) / len(down + across), rel=1e-5)
+
+    def test_a_single_cell_varies_not_at_all(self) -> None:
+        assert float(total_variation(noise(0, (2, 3, 1, 1)))) == 0
+
+
+class TestNorm(LossContract):
+    config = NormLossConfig(weight=1.0)
+    reaches = {"mu", "logvar", "v"}
+
+    def perfect(self, forward: Forward) -> Forward:
+        return replace(forward, v_pred=-forward.path.v_target)  # the length alone counts
+
+    def test_is_the_squared_difference_of_lengths(self) -> None:
+        forward, _ = forward_pass()
+        pairs = zip(forward.v_pred.detach(), forward.path.v_target.detach(), strict=True)
+        expected = [(float(v.square().sum()) ** 0.5 - float(w.square().sum()) ** 0.5) ** 2 for v, w in pairs]
+        assert float(loss_term(self.config, forward).detach()) == pytest.approx(sum(expected) / 4, rel=1e-5)
+
+    def test_the_target_is_detached_and_a_silent_network_is_finite(self) -> None:
+        forward, leaves = forward_pass()
+        loss_term(self.config, replace(forward, v_pred=leaves["v"])).backward()
+        assert leaves["mu"].grad is None
+        still = torch.zeros(SHAPE, requires_grad=True)
+        loss_term(self.config, replace(forward, v_pred=still)).backward()
+        assert still.grad is not None
+        assert bool(still.grad.isfinite().all())
+
+
+def contracts(cls: type[LossContract] = LossContract) -> list[type[LossContract]]:
+    return [found for sub in cls.__subclasses__() for found in ([sub] if hasattr(sub, "config") else []) + contracts(sub)]
+
+
+def all_terms() -> set[type]:
+    found = {term for field in LossConfig.model_fields.values() for term in members(field.annotation)}
+    return {term for term in found if issubclass(term, TermConfig)}
 
 
 def test_every_term_has_its_contract_test() -> None:
-    terms = {term for field in LossConfig.model_fields.values() for term in members(field.annotation)}
-    assert {type(cls.config) for cls in LossContract.__subclasses__()} == terms
-    assert {type(term) for term in active_terms(LossConfig(clip=ClipLossConfig(weight=1.0))).values()} == terms
+    assert {type(cls.config) for cls in contracts()} == all_terms()
+    weighed = {name: {"weight": 1.0} for name in ("clip", "dino", "repa", "tv", "norm")} | {"lpips": {"weight": 1.0, "vgg": "vgg.pth"}}
+    assert {type(term) for term in active_terms(LossConfig.model_validate(weighed)).values()} == all_terms()
 
 
 def test_gaussian_kl_is_torch_distributions() -> None:
     mu, logvar = noise(0), noise(1)
     expected = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(torch.zeros(SHAPE), torch.ones(SHAPE)))
     assert torch.allclose(kl_per_dim(mu, logvar, "gaussian"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["box", "gaussian"])
+def test_kl_raw_is_the_sum_of_the_configured_form(form: str) -> None:
+    forward, _ = forward_pass()
+    config = LossConfig(kl=KLLossConfig(form=form))
+    mu, logvar = forward.posterior.mu.detach().double(), forward.posterior.logvar.detach().double()
+    square = (0.3 * mu) ** 6 if form == "box" else mu**2
+    expected = float((0.5 * (square + logvar.exp() - 1 - logvar)).flatten(1).sum(1).mean())
+    raw = float(watch(config, forward)["loss/kl_raw"])
+    assert raw == pytest.approx(expected, rel=1e-5)
+    assert raw == pytest.approx(18 * float(loss_term(config.kl, forward).detach()), rel=1e-6)
 
 
 def test_box_leaves_mu_free_within_2_and_holds_it_beyond_3() -> None:
@@ -156,17 +297,18 @@ def test_box_leaves_mu_free_within_2_and_holds_it_beyond_3() -> None:
 
 
 def test_info_nce_is_the_plain_formula() -> None:
-    text, image = (torch.nn.functional.normalize(noise(s, (6, 5)), dim=1) for s in (0, 1))
+    text, image = (normalize(noise(s, (6, 5)), dim=1) for s in (0, 1))
     scale = torch.tensor(7.0)
     logits = [[float(scale) * float(text[i] @ image[j]) for j in range(6)] for i in range(6)]
     table = torch.tensor(logits, dtype=torch.float64)
     rows = sum(float(torch.logsumexp(table[i], 0) - table[i, i]) for i in range(6)) / 6
     columns = sum(float(torch.logsumexp(table[:, i], 0) - table[i, i]) for i in range(6)) / 6
     assert float(info_nce(text, image, scale)) == pytest.approx((rows + columns) / 2, abs=1e-5)
+    assert float(info_nce(text, image, scale, gather=True)) == float(info_nce(text, image, scale))  # alone there is nobody to ask
 
 
 def test_info_nce_keeps_fp32_under_autocast() -> None:
-    text, image = (torch.nn.functional.normalize(noise(s, (16, 32)), dim=1) for s in (0, 1))
+    text, image = (normalize(noise(s, (16, 32)), dim=1) for s in (0, 1))
     exact = info_nce(text, image, torch.tensor(100.0))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(info_nce(text, image, torch.tensor(100.0)), exact, rtol=1e-6)
@@ -181,12 +323,31 @@ def test_schedules() -> None:
     assert weight_at(2.0, FlowLossConfig().schedule, 0, 100) == 2.0
 
 
+@pytest.mark.parametrize("term", sorted(all_terms(), key=lambda term: term.__name__))
+def test_every_terms_weight_takes_every_schedule(term: type[TermConfig]) -> None:
+    cases = [({"kind": "constant"}, 4, 1.0), ({"kind": "linear", "steps": 8}, 4, 0.5), ({"kind": "linear", "fraction": 0.1}, 4, 0.4)]
+    cases += [({"kind": "until", "steps": 4}, 4, 0.0), ({"kind": "cosine", "floor": 0.5}, 50, 0.75)]
+    for schedule, step, factor in cases:
+        made = term.model_validate({"schedule": schedule})
+        assert weight_at(3.0, made.schedule, step, 100) == pytest.approx(3.0 * factor)
+
+
 def test_active_terms_weights_and_total() -> None:
     config = LossConfig(kl=KLLossConfig(weight=3.0, schedule=Linear(steps=10)), clip=ClipLossConfig(weight=0.0))
     assert list(active_terms(config)) == ["flow", "kl"]
     assert weights_at(config, 5, 100) == {"flow": 1.0, "kl": 1.5}
     losses = {"flow": torch.tensor(0.5), "kl": torch.tensor(2.0)}
     assert float(total_loss(losses, weights_at(config, 5, 100))) == pytest.approx(3.5)
+
+
+def test_a_loss_without_the_weights_it_needs_is_refused() -> None:
+    dims = {"width": 8, "depth": 1, "heads": 2, "mlp": 16, "image": 8, "patch": 4}
+    with pytest.raises(ValueError, match="lpips needs vgg"):
+        LpipsLossConfig(weight=0.1)
+    with pytest.raises(ValueError, match="frozen teacher needs a path"):
+        RepaLossConfig.model_validate({"teacher": {"kind": "dinov2", "dims": dims}})
+    with pytest.raises(ValueError, match="frozen teacher needs a path"):
+        DinoLossConfig.model_validate({"teacher": {"kind": "dinov2", "dims": dims}})
 
 
 def test_objective_end_to_end(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from support import tiny_latents, tiny_recipe
 
+from flowray.config.load import override_recipe
 from flowray.flow.draws import Draws, null_partners
 from flowray.losses.total import Batch
 from flowray.store.latents import load_latents
@@ -61,8 +62,8 @@ def test_null_samples_aim_at_another_samples_latent_and_keep_their_own(recipe, l
         (batch,) = ranks(recipe, latents, 1, step)
         maker = BatchMaker(recipe, latents, Group(0, 1, torch.device("cpu")))
         draws = Draws(recipe.seed, step, SIZE, slice(None), torch.device("cpu"))
-        _, partner = null_partners(draws.uniform_batch("null"), recipe.flow.null_probability)
         indices = maker.indices(step)
+        _, partner = null_partners(draws.uniform_batch("null"), recipe.flow.null_probability, indices.tolist())
         own = latents.scale.sample(latents.moments(indices), draws.normal("posterior", recipe.model.latent.shape))
         assert torch.equal(batch.z1, own)  # captions, KL and semantic losses keep the true pair
         assert torch.equal(batch.target[~batch.null], own[~batch.null])
@@ -72,6 +73,33 @@ def test_null_samples_aim_at_another_samples_latent_and_keep_their_own(recipe, l
             assert matches != [i]
         nulls += int(batch.null.sum())
     assert 0.2 < nulls / (12 * SIZE) < 0.6
+
+
+def test_a_batch_that_straddles_two_epochs_pairs_no_sample_with_itself(latents, tmp_path):
+    """20 of 24 samples a step: some stand twice in most batches."""
+    recipe = tiny_recipe(tmp_path, **{"train.batch_size": 20, "flow.null_probability": 0.9})
+    twice = 0
+    for step in range(60):
+        maker = BatchMaker(recipe, latents, Group(0, 1, torch.device("cpu")))
+        indices, batch = maker.indices(step), maker(step)
+        draws = Draws(recipe.seed, step, 20, slice(None), torch.device("cpu"))
+        own = latents.scale.sample(latents.moments(indices), draws.normal("posterior", recipe.model.latent.shape))
+        for i in batch.null.nonzero().flatten().tolist():
+            (place,) = [j for j in range(20) if torch.equal(batch.target[i], own[j])]
+            assert indices[place] != indices[i], step
+        twice += len(set(indices.tolist())) < 20
+    assert twice > 20
+
+
+def test_a_curriculum_changes_the_times_of_a_run_and_of_nothing_else(latents, recipe):
+    stage = {"steps": 3, "time": {"kind": "alpha", "low": 0.8, "high": 1.0, "uniform_floor": 0.2}}
+    staged = override_recipe(recipe, {"flow.curriculum": [stage]})
+    for step in range(6):
+        (plain,), (biased,) = ranks(recipe, latents, 1, step), ranks(staged, latents, 1, step)
+        assert torch.equal(plain.target, biased.target)
+        assert torch.equal(plain.t, biased.t) == (step >= 3)
+    early = torch.cat([ranks(staged, latents, 1, step)[0].t for step in range(3)])
+    assert float((early >= 0.8).float().mean()) > 0.6
 
 
 def test_captions_and_noise_change_with_the_step_and_the_seed(recipe, latents):

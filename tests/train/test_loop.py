@@ -115,7 +115,7 @@ def test_an_interrupted_run_repeats_the_whole_one_bit_for_bit(base, whole, how):
     assert np.array_equal(*strips)
 
     events = EventAccumulator(str(run.path / "tensorboard")).Reload()
-    tags = {"loss/total": "loss/total", "lr/heads": "lr/heads", "train/std/mean": "std/mean"}
+    tags = {"loss/total": "loss/total", "lr/z_head": "lr/z_head", "train/std/mean": "std/mean"}
     for file, pairs in ((run.metrics, tags), (run.probes, {key: key for key in ("ema/shoot/nmse", "std/mean")})):
         for tag, key in pairs.items():
             shown = [(event.step, event.value) for event in events.Scalars(tag)]

@@ -1,15 +1,27 @@
 """Learning rates against torch's schedulers, parameter groups, the EMA."""
 
+import math
+
 import pytest
 import torch
+from pydantic import TypeAdapter
 from support import tiny_recipe
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts
 
-from flowray.config.train import ConstantLR, CosineLR, OptimConfig, WarmRestarts
-from flowray.train.optim import Ema, build_optimizer, lr_at, set_lr
+from flowray.config.base import LatentSpec
+from flowray.config.model import VelocityConfig
+from flowray.config.schema import kind_of
+from flowray.config.schema import members as schema_members
+from flowray.config.train import ConstantLR, CosineLR, GroupCaps, GroupScales, OptimConfig, WarmRestarts
+from flowray.model.velocity import build_velocity
+from flowray.train.optim import Ema, build_optimizer, lr_at, resolve_schedule, set_lr
 from flowray.train.state import fresh_state
 
 LR = 3e-3
+SMALL = {  # options that make each velocity network small
+    "dit": {"width": 16, "depth": 2, "heads": 2},
+    "dimr": {},
+}
 
 
 def torch_rates(make, steps: int) -> list[float]:
@@ -48,19 +60,67 @@ def state(tmp_path_factory):
     return fresh_state(recipe, torch.device("cpu"))
 
 
-def test_only_the_trunks_matrices_decay(state):
-    optimizer = build_optimizer(state.parameters, OptimConfig(weight_decay=0.3, head_lr_scale=0.5))
+def members(optimizer: torch.optim.Optimizer, state) -> dict[str, set[str]]:
     names = {id(p): name for name, p in state.parameters.items()}
-    groups = {group["name"]: group for group in optimizer.param_groups}
-    assert {name: group["weight_decay"] for name, group in groups.items()} == {"trunk": 0.3, "trunk_plain": 0.0, "heads": 0.0}
-    members = {name: {names[id(p)] for p in group["params"]} for name, group in groups.items()}
-    assert sum(map(len, members.values())) == len(state.parameters)
-    assert set().union(*members.values()) == state.parameters.keys()
-    assert all(name.startswith("velocity.") and state.parameters[name].ndim >= 2 for name in members["trunk"])
-    assert all(name.startswith("velocity.") and state.parameters[name].ndim < 2 for name in members["trunk_plain"])
-    assert {name.split(".")[0] for name in members["heads"]} == {"text", "head", "semantic"}
-    assert set_lr(optimizer, 0.2) == {"trunk": 0.2, "trunk_plain": 0.2, "heads": 0.1}
-    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.2, 0.1]
+    return {group["name"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+
+
+def test_only_the_trunks_matrices_decay(state):
+    scales = GroupScales(text=0.5, z_head=2.0, trunk=0.25, flow_head=3.0)
+    config = OptimConfig(weight_decay=0.3, lr_scale=scales, lr_max=GroupCaps(z_head=0.3))
+    optimizer = build_optimizer(state.parameters, config, state.model.velocity.last_layers)
+    groups, parts = {group["name"]: group for group in optimizer.param_groups}, members(optimizer, state)
+    decays = {"trunk": 0.3, "trunk_plain": 0.0, "flow_head": 0.0, "z_head": 0.0, "text": 0.0}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == decays
+    assert sum(map(len, parts.values())) == len(state.parameters)
+    assert set().union(*parts.values()) == state.parameters.keys()
+    assert all(name.startswith("velocity.") and state.parameters[name].ndim >= 2 for name in parts["trunk"])
+    assert all(name.startswith("velocity.") and state.parameters[name].ndim < 2 for name in parts["trunk_plain"])
+    assert parts["flow_head"] == {"velocity.patch_out.weight", "velocity.patch_out.bias"}
+    assert {name.split(".")[0] for name in parts["z_head"]} == {"head"}
+    assert {name.split(".")[0] for name in parts["text"]} == {"text", "semantic"}
+    rates = {"trunk": 0.05, "trunk_plain": 0.05, "flow_head": 0.6, "z_head": 0.3, "text": 0.1}
+    assert set_lr(optimizer, 0.2) == pytest.approx(rates)  # 0.2 x 2 is above z_head's limit
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("kind", [kind_of(cls) for cls in schema_members(VelocityConfig)])
+def test_every_velocity_network_has_a_last_layer_that_makes_the_velocity(tmp_path, kind):
+    """With it at zero the velocity is zero, whatever the rest holds."""
+    # by the schema's defaults alone: the network's own dimensions are not what is tested
+    config = TypeAdapter(VelocityConfig).validate_python({"kind": kind, **SMALL[kind]})
+    net = build_velocity(config, LatentSpec(channels=4, height=8, width=8))
+    parameters = {f"velocity.{name}": p for name, p in net.named_parameters()}
+    groups = {g["name"]: g["params"] for g in build_optimizer(parameters, OptimConfig(), net.last_layers).param_groups}
+    x, t, null = torch.randn(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.bool)
+    with torch.no_grad():
+        for p in parameters.values():
+            p.add_(0.1)
+        assert all(bool(level.any()) for level in net.levels(x, t, null))
+        for p in groups["flow_head"]:
+            p.zero_()
+    assert not any(bool(level.any()) for level in net.levels(x, t, null))
+    assert len(groups["flow_head"]) == 2 * len(net.level_weights)
+
+
+def test_a_restart_takes_over_at_its_step():
+    config = WarmRestarts(t0=7, eta_min=1e-5, start=10)
+    assert [lr_at(config, LR, step, 1) for step in range(10)] == [LR] * 10
+    plain = WarmRestarts(t0=7, eta_min=1e-5)
+    assert [lr_at(config, LR, step, 1) for step in range(10, 40)] == [lr_at(plain, LR, step, 1) for step in range(30)]
+
+
+def test_a_restart_from_a_checkpoint_has_its_lr_as_floor():
+    config = WarmRestarts(t0=4, start="resume", eta_min="current")
+    resolved = resolve_schedule(config, step=100, lr=1e-6)
+    rates = [lr_at(resolved, 2e-6, step, 1) for step in range(100, 108)]
+    assert rates[0] == rates[4] == 2e-6  # the base lr, at each cycle's begin
+    assert rates[3] == pytest.approx(1e-6 + (2e-6 - 1e-6) * (1 + math.cos(math.pi * 3 / 4)) / 2)
+    assert min(rates) > 1e-6
+    with pytest.raises(ValueError, match="needs start resume"):
+        WarmRestarts(eta_min="current")
+    with pytest.raises(ValueError, match="resolve_schedule"):
+        lr_at(config, LR, 0, 1)
 
 
 def test_ema_formula_and_exact_restore():

@@ -1,0 +1,170 @@
+"""Gradient balancing: multipliers of the loss weights from the Gramian of the losses' gradients.
+
+All that the methods need to know of the gradients g_i is G_ij = <g_i, g_j>: norms, cosines and, in PCGrad, every projection. So a
+method is a function from (G, losses, weights) to one multiplier per loss, and the step's direction is sum_i m_i w_i g_i. Ranks that
+agree on G agree on the direction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowray.config.balance import BalanceConfig, GradNormBalance, NoBalance, PCGradBalance, SharesBalance
+from flowray.config.errors import InputError
+
+Values = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One step's gradients. gramian (L, L) fp64 on the CPU, of the unweighted losses, in the order of `losses`.
+
+    losses: means over the global batch; weights: those of this step; full: the weights before their schedules; seed: what a
+    method may draw random numbers from, the same on every rank.
+    """
+
+    gramian: Tensor
+    losses: Values
+    weights: Values
+    full: Values
+    seed: int
+
+    @property
+    def norms(self) -> Values:
+        """Norm of each loss's unweighted gradient."""
+        return dict(zip(self.losses, self.gramian.diagonal().sqrt().tolist(), strict=True))
+
+    def pulling(self) -> Values:
+        """Gradient norms under the full weights, of the losses that count at this step."""
+        norms = self.norms
+        return {name: self.full[name] * norms[name] for name in self.losses if self.weights[name] > 0 and norms[name] > 0}
+
+
+@dataclass
+class BalanceState:
+    """What a method remembers: the multipliers, and GradNorm's losses when they first counted. Plain numbers, kept in JSON."""
+
+    multipliers: Values = field(default_factory=dict)
+    initial: Values = field(default_factory=dict)
+
+
+def _shares(config: SharesBalance, state: BalanceState, measured: Measured) -> Values:
+    pull, moved = measured.pulling(), dict(state.multipliers)
+    for name, norm in pull.items():
+        band = getattr(config.targets, name, None)
+        if band is None or "flow" not in pull:
+            continue
+        old = moved.get(name, 1.0)
+        share = old * norm / pull["flow"]
+        wanted = old * min(max(share, band[0]), band[1]) / share
+        new = math.exp(config.smoothing * math.log(old) + (1 - config.smoothing) * math.log(wanted))
+        moved[name] = min(max(new, 1 / config.limit), config.limit)
+    return moved
+
+
+def _gradnorm(config: GradNormBalance, state: BalanceState, measured: Measured) -> Values:
+    """One step down sum_i |m_i n_i - mean(m n) r_i^alpha|, its gradient relative to the mean; then the m_i sum to their number again.
+
+    r_i: the loss relative to its first value, over the mean of that. A loss that is not above 0 has no such rate; its r is 1.
+    """
+    pull, moved = measured.pulling(), dict(state.multipliers)
+    for name in pull:
+        state.initial.setdefault(name, measured.losses[name])
+    rates = {n: measured.losses[n] / state.initial[n] for n in pull if state.initial[n] > 0 and measured.losses[n] > 0}
+    if not pull or not rates:
+        return moved
+    mean_rate = sum(rates.values()) / len(rates)
+    norms = {name: moved.get(name, 1.0) * norm for name, norm in pull.items()}
+    mean_norm = sum(norms.values()) / len(norms)
+    for name, norm in norms.items():
+        target = mean_norm * (rates.get(name, mean_rate) / mean_rate) ** config.alpha
+        slope = math.copysign(pull[name] / mean_norm, norm - target) if norm != target else 0.0
+        moved[name] = max(moved.get(name, 1.0) - config.lr * slope, 1e-3)
+    scale = len(pull) / sum(moved[name] for name in pull)
+    return moved | {name: moved[name] * scale for name in pull}
+
+
+def _pcgrad(config: PCGradBalance, state: BalanceState, measured: Measured) -> Values:
+    """torchjd's weighting of the weighted gradients, summed as in the paper; its random order is drawn from `measured.seed`."""
+    weighting = _torchjd_pcgrad()
+    weights = torch.tensor([measured.weights[name] for name in measured.losses], dtype=torch.float64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(measured.seed)
+        multipliers = weighting(weights[:, None] * measured.gramian * weights)
+    return dict(zip(measured.losses, multipliers.tolist(), strict=True))
+
+
+def _torchjd_pcgrad() -> Callable[[Tensor], Tensor]:
+    try:
+        from torchjd.aggregation import PCGradWeighting
+    except ImportError:
+        raise InputError("loss.balance.kind: got pcgrad, which needs torchjd; type pip install 'flowray[pcgrad]'") from None
+    return PCGradWeighting()
+
+
+_METHODS: dict[type, Callable[[Any, BalanceState, Measured], Values]] = {
+    NoBalance: lambda config, state, measured: {},
+    SharesBalance: _shares,
+    GradNormBalance: _gradnorm,
+    PCGradBalance: _pcgrad,
+}
+
+
+class Balancer:
+    """The multipliers of a run, and when they move. `over` says which parameters' gradients the method sees."""
+
+    def __init__(self, config: BalanceConfig):
+        self.config = config
+        self.state = BalanceState()
+        self.over = "all" if isinstance(config, NoBalance) else config.over
+        if isinstance(config, PCGradBalance):
+            _torchjd_pcgrad()  # an install that lacks it says so before the first step
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to balance."""
+        return not isinstance(self.config, NoBalance)
+
+    def due(self, step: int) -> bool:
+        """Whether the gradients are to be measured at `step` (0-based)."""
+        if isinstance(self.config, NoBalance):
+            return False
+        return isinstance(self.config, PCGradBalance) or step % self.config.every == 0
+
+    def multiplier(self, name: str) -> float:
+        """A loss's present multiplier; 1 until it has been measured."""
+        return self.state.multipliers.get(name, 1.0)
+
+    def update(self, measured: Measured) -> None:
+        """Move the multipliers. Gradients that overflowed (fp16) leave them as they were."""
+        if bool(measured.gramian.isfinite().all()):
+            self.state.multipliers = _METHODS[type(self.config)](self.config, self.state, measured)
+
+    def kept(self) -> dict[str, Values]:
+        """The state as JSON takes it."""
+        return {"multipliers": self.state.multipliers, "initial": self.state.initial}
+
+    def restore(self, kept: Mapping[str, Values]) -> None:
+        """Take over what `kept` gave."""
+        self.state = BalanceState(dict(kept.get("multipliers", {})), dict(kept.get("initial", {})))
+
+
+def gradient_metrics(gramian: Tensor, factors: Values) -> Values:
+    """grad/<loss>, grad/<loss>_weighted and grad/cos_<a>_<b> of a Gramian (L, L) of unweighted gradients.
+
+    factors: by loss, in the Gramian's order, its weight at this step times its multiplier. A cosine with a vanished gradient is 0.
+    """
+    names, norms = list(factors), gramian.diagonal().sqrt().tolist()
+    row = {f"grad/{name}": norm for name, norm in zip(names, norms, strict=True)}
+    row |= {f"grad/{name}_weighted": factors[name] * norm for name, norm in zip(names, norms, strict=True)}
+    for i, a in enumerate(names):
+        for j in range(i + 1, len(names)):
+            scale = norms[i] * norms[j]
+            row[f"grad/cos_{a}_{names[j]}"] = float(gramian[i, j]) / scale if scale > 0 else 0.0
+    return row

@@ -1,0 +1,55 @@
+"""The doctor's visits to a run that trains: every now and then a row of findings.jsonl; it reads the state and leaves it as it was."""
+
+from __future__ import annotations
+
+from contextlib import closing, suppress
+from dataclasses import asdict
+
+from flowray.config.recipe import Recipe
+from flowray.doctor.examine import examine_live
+from flowray.doctor.subject import merged_history
+from flowray.findings.diagnose import diagnose
+from flowray.model.autoencoder import load_autoencoder
+from flowray.store.latents import LatentSet
+from flowray.store.rows import RowWriter
+from flowray.store.run import RunDirectory
+from flowray.train.state import Halted, TrainState
+from flowray.train.step import whole_batches
+
+
+class Visits:
+    """Writes findings.jsonl, rows {step, findings}, the most likely cause first; stop rules and the live progress read it.
+
+    A context manager around training: where that halts, the doctor comes once more, for the state is as it was before the step
+    and its next batch is the one that failed.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, latents: LatentSet, held_out: LatentSet, state: TrainState):
+        self.recipe, self.run, self.state = recipe, run, state
+        self.latents, self.held_out = latents, held_out
+        device = next(state.model.velocity.parameters()).device
+        self.autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)
+        self._rows = RowWriter(run.findings, state.step)
+
+    def visit(self) -> None:
+        """Examine the run as it is now."""
+        seen = examine_live(
+            self.state,
+            self.recipe,
+            latents=self.latents,
+            held_out=self.held_out,
+            autoencoder=self.autoencoder,
+            history=merged_history(self.run),
+            batch=self.recipe.probes.batch_size,
+            batches=whole_batches,
+        )
+        findings = diagnose(seen.metrics, seen.facts, seen.history)
+        self._rows.write({"step": self.state.step, "findings": [asdict(finding) for finding in findings]})
+
+    def __enter__(self) -> Visits:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with closing(self._rows), suppress(OSError):  # a full disk may be why it halted
+            if kind is not None and issubclass(kind, Halted):
+                self.visit()
