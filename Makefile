@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup sweep test lint types tests test-slow test-faults test-cluster test-gpu clean
+.PHONY: help setup sweep test lint types tests test-slow test-faults test-doctor test-cluster test-gpu doctor-matrix clean
 help:
-	@echo "make sweep | test | test-slow | test-faults | test-cluster | test-gpu | clean"
+	@echo "make sweep | test | test-slow | test-faults | test-doctor | test-cluster | test-gpu | doctor-matrix | clean"
 
 setup: $(READY)
 
@@ -31,10 +31,14 @@ types: setup
 
 # Threads are pinned: two test workers with a pool of threads each would fight over two cores.
 tests: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults and not cluster" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults and not doctor and not cluster" $(ARGS)
 
-test-slow test-faults test-cluster test-gpu: test-%: setup
+test-slow test-faults test-doctor test-cluster test-gpu: test-%: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $* --timeout 1800 $(ARGS)
+
+# docs/benchmarks/doctor.md: what the doctor makes of every planted fault; about a minute a fault.
+doctor-matrix: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/doctor_matrix.py $(ARGS)
 
 clean:
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache

@@ -131,9 +131,10 @@ def _add_encode(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _encode(args: argparse.Namespace) -> int:
     from flowray.config.load import load_recipe
-    from flowray.store.latents import ensure_latents  # torch takes seconds to import
+    from flowray.store.latents import channel_metrics, ensure_latents, load_latents  # torch takes seconds to import
 
     recipe = load_recipe(args.recipe, args.overrides).recipe
     for split, folder in ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent).items():
-        print(f"{split:<8}{folder}")
+        mean, least, most = channel_metrics(load_latents(folder)).values()
+        print(f"{split:<8}{folder}  channels: mean within {mean:.2f} of 0, std {least:.2f} to {most:.2f}")
     return GOOD

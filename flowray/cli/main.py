@@ -3,75 +3,53 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import NoReturn
 
 from flowray.cli.common import Main, entry
 from flowray.config.errors import InputError, did_you_mean
 
-
-def _assets() -> Main:
-    from flowray.cli.assets import main
-
-    return main
-
-
-def _data() -> Main:
-    from flowray.cli.data import main
-
-    return main
-
-
-def _eval() -> Main:
-    from flowray.cli.eval import main
-
-    return main
-
-
-def _report() -> Main:
-    from flowray.cli.report import main
-
-    return main
-
-
-def _sample() -> Main:
-    from flowray.cli.sample import main
-
-    return main
-
-
-def _train() -> Main:
-    from flowray.cli.train import main
-
-    return main
-
-
-def _tune() -> Main:
-    from flowray.cli.tune import main
-
-    return main
-
-
-# Each verb imports its own command, so that `flowray --help` loads neither torch nor ray.
-_VERBS: dict[str, tuple[Callable[[], Main], str]] = {
-    "train": (_train, "train one recipe"),
-    "tune": (_tune, "sweep a recipe's keys, stop hopeless trials early"),
-    "sample": (_sample, "pictures from a run"),
-    "eval": (_eval, "score a run's pictures"),
-    "report": (_report, "write report.html of a run or a sweep"),
-    "data": (_data, "make, pack and check webdataset shards"),
-    "assets": (_assets, "train the small models that flowray ships"),
+_VERBS: dict[str, str] = {
+    "train": "train one recipe",
+    "tune": "sweep a recipe's keys, stop hopeless trials early",
+    "sample": "pictures from a run",
+    "eval": "score a run's pictures",
+    "doctor": "say why a run paints textures",
+    "report": "write report.html of a run or a sweep",
+    "data": "make, pack and check webdataset shards",
+    "assets": "train the small models that flowray ships",
 }
+
+
+def _command(verb: str) -> Main:
+    """A verb's command, imported only now: `flowray --help` loads neither torch nor ray."""
+    match verb:
+        case "train":
+            from flowray.cli.train import main
+        case "tune":
+            from flowray.cli.tune import main
+        case "sample":
+            from flowray.cli.sample import main
+        case "eval":
+            from flowray.cli.eval import main
+        case "report":
+            from flowray.cli.report import main
+        case "doctor":
+            from flowray.cli.doctor import main
+        case "data":
+            from flowray.cli.data import main
+        case "assets":
+            from flowray.cli.assets import main
+        case _:
+            raise InputError(f"unknown verb {verb!r}{did_you_mean(verb, _VERBS)} known: {', '.join(_VERBS)}")
+    return main
 
 
 def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: flowray <verb> ...   (flowray <verb> --help for each)\n")
-        print("\n".join(f"  {verb:<8} {help_text}" for verb, (_, help_text) in _VERBS.items()))
+        print("\n".join(f"  {verb:<8} {help_text}" for verb, help_text in _VERBS.items()))
         return 0
-    if argv[0] not in _VERBS:
-        raise InputError(f"unknown verb {argv[0]!r}{did_you_mean(argv[0], _VERBS)} known: {', '.join(_VERBS)}")
-    return _VERBS[argv[0]][0]()(argv[1:])
+    return _command(argv[0])(argv[1:])
 
 
 def main() -> NoReturn:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from flowray.store.rows import parse_rows
+from flowray.config.rows import parse_rows
 from flowray.store.run import RunDirectory
 
 BEAT_S = 5.0
@@ -45,17 +47,18 @@ class RowTail:
         except OSError:  # not there yet
             return []
         self._offset += len(text) + len(end)
-        rows = [row for row in parse_rows(text.decode()) if row["step"] > self.step]
+        rows = [row for row in parse_rows(text.decode())[0] if row["step"] > self.step]
         self.step = rows[-1]["step"] if rows else self.step
         return rows
 
 
 class RunProgress:
-    """Prints a line for every probe and, in between, one with the loss and speed every few seconds."""
+    """Prints a line for every probe and every new finding and, in between, one with the loss and speed every few seconds."""
 
     def __init__(self, run: RunDirectory, steps: int, start: int, stream: TextIO):
         self._steps, self._stream = steps, stream
-        self._metrics, self._probes = RowTail(run.metrics, start), RowTail(run.probes, start)
+        self._metrics, self._probes, self._visits = (RowTail(path, start) for path in (run.metrics, run.probes, run.findings))
+        self._found: set[str] = set()
         self._started = False
         self._last = self._began = time.monotonic()
 
@@ -64,11 +67,13 @@ class RunProgress:
         if not now and time.monotonic() - self._last < BEAT_S:
             return
         self._last = time.monotonic()
-        rows, probes = self._metrics.new(), self._probes.new()
+        rows, probes, visits = self._metrics.new(), self._probes.new(), self._visits.new()
         for row in probes:
             keys = ("ema/shoot/nmse", "ema/flow/cos", "ema/std/mean", "vae/psnr")
             shown = [f"{key} {row[key]:.3f}" for key in keys if row.get(key) is not None]
             self._say(f"probe {row['step']}/{self._steps}  {'  '.join(shown)}")
+        for visit in visits:
+            self._show_findings(visit)
         if rows:
             self._started = True
             flow, speed = rows[-1].get("loss/flow"), rows[-1].get("perf/images_per_s")
@@ -76,8 +81,25 @@ class RunProgress:
         elif not self._started and not now:
             self._say("starting workers")
 
+    def _show_findings(self, visit: dict[str, Any]) -> None:
+        """A line for each finding that the visit before did not have."""
+        for finding in visit["findings"]:
+            if finding["id"] not in self._found:
+                self._say(f"doctor {visit['step']}/{self._steps}  {finding['severity']}: {finding['id']}: {finding['evidence']}")
+        self._found = {finding["id"] for finding in visit["findings"]}
+
     def _say(self, text: str) -> None:
         print(f"[{time.monotonic() - self._began:5.0f} s] {text}", file=self._stream, flush=True)
+
+
+def watch(work: Callable[[], None], progress: RunProgress) -> None:
+    """Run `work` in a thread and show progress; the main thread stays free for signals, which Ray Train would abort on."""
+    thread = threading.Thread(target=work, name="training", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+        progress.show()
+    progress.show(now=True)
 
 
 def _show(value: float | None, digits: int = 3) -> str:

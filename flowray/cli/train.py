@@ -7,14 +7,12 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED
 from flowray.cli.parser import Parser
-from flowray.cli.progress import RunProgress, quiet_libraries
+from flowray.cli.progress import RunProgress, quiet_libraries, watch
 from flowray.config.card import git_commit, header, render_card
 from flowray.config.errors import InputError
 from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_diffs, recipe_names
@@ -46,7 +44,10 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     loaded = load_recipe(args.recipe, args.overrides)
     if args.plan:
-        return _plan(loaded.recipe, as_json=args.json)
+        from flowray.cli.plan import show_plan
+
+        show_plan(loaded.recipe, as_json=args.json)
+        return GOOD
     run = RunDirectory((Path(loaded.recipe.storage_path).expanduser() / loaded.recipe.name).absolute())
     checkpoint = newest_checkpoint(run.checkpoints)
     if checkpoint and not args.resume:
@@ -85,7 +86,7 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, *, as_json: bool) -> i
     began, workers = time.monotonic(), recipe.resources
     with _StopSignals(run) as signals, started(num_cpus=workers.num_workers * workers.cpus_per_worker):
         signals.listen()  # Ray has put handlers of its own in their place
-        _watch(work, RunProgress(run, recipe.train.steps, start, sys.stderr))
+        watch(work, RunProgress(run, recipe.train.steps, start, sys.stderr))
     stopped = signals.came and not is_finished(recipe, run)
     run.stop_request.unlink(missing_ok=True)
     shutil.rmtree(run.path / ".ray", ignore_errors=True)
@@ -123,16 +124,6 @@ class _StopSignals:
             _say("stopping: the next logged step writes a checkpoint and ends the run")
         self.came = True
         self._run.stop_request.touch()
-
-
-def _watch(work: Callable[[], None], progress: RunProgress) -> None:
-    """Run `work` in a thread and show progress; the main thread stays free for signals, which Ray Train would abort on."""
-    thread = threading.Thread(target=work, name="ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.5)
-        progress.show()
-    progress.show(now=True)
 
 
 def _say(text: str) -> None:
@@ -197,18 +188,3 @@ def _summary(run: RunDirectory, *, stopped: bool, seconds: float, report: Path) 
     rows = read_rows(run.probes)
     facts = {"run": str(run.path), "stopped": stopped, "seconds": round(seconds, 1), "report": str(report)}
     return json.dumps({**facts, "metrics": rows[-1] if rows else {}})
-
-
-def _plan(recipe: Recipe, *, as_json: bool) -> int:
-    from flowray.model.assemble import build_model, part_sizes
-
-    parameters = part_sizes(build_model(recipe.model, recipe.loss, recipe.seed))
-    images = recipe.train.steps * recipe.train.batch_size
-    plan = {"parameters": parameters, "steps": recipe.train.steps, "images": images, "workers": recipe.resources.num_workers}
-    if as_json:
-        print(json.dumps(plan))
-        return GOOD
-    for part, count in parameters.items():
-        print(f"{part:<28}{count:>14,}")
-    print(f"{recipe.train.steps} steps of {recipe.train.batch_size} = {images:,} images on {recipe.resources.num_workers} worker(s)")
-    return GOOD

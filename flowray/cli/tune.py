@@ -17,6 +17,8 @@ from flowray.cli.parser import Parser
 from flowray.config.recipe import Recipe
 from flowray.config.sweep import Sweep
 from flowray.config.sweepfile import base_recipe, check_trials, load_sweep, packaged_sweeps
+from flowray.findings.rules import RULES
+from flowray.tune.stop import check_findings
 
 if TYPE_CHECKING:
     from flowray.rayrun.tuner import SweepResult
@@ -42,6 +44,7 @@ def main(argv: list[str]) -> int:
     sweep = load_sweep(args.sweep, args.overrides)
     base = base_recipe(sweep)
     check_trials(sweep, base)
+    check_findings(sweep.stop, [rule.id for rule in RULES])
     if args.plan:
         _print_plan(plan(sweep, base), args.json)
         return GOOD
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> int:
 
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         result = run_sweep(sweep, base, resume=args.resume, stream=sys.stderr if args.json else sys.stdout)
-        report = _report(sweep, result)
+        report = _report(result)
     if args.json:
         print(json.dumps(_summary(result)))
     else:
@@ -106,7 +109,8 @@ def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
     console.print(f"base {facts['base']}" + "".join(f"  {key}={value}" for key, value in facts["set"].items()), markup=False)
     for rule in facts["stop"]:
         side = "below" if "below" in rule else "above"
-        console.print(f"stop: {rule['metric']} {side} {rule[side]:g} from step {rule['after']}, {rule['patience']} probes in a row")
+        what = f"finding {rule['finding']}" if "finding" in rule else f"{rule['metric']} {side} {rule[side]:g}"
+        console.print(f"stop: {what} from step {rule['after']}, {rule['patience']} probes in a row", markup=False)
     if facts["rungs"]:
         console.print(f"halving at steps {', '.join(map(str, facts['rungs']))}")
     console.print(
@@ -115,31 +119,19 @@ def _print_plan(facts: dict[str, Any], as_json: bool) -> None:
     )
 
 
-def _report(sweep: Sweep, result: SweepResult) -> list[str]:
+def _report(result: SweepResult) -> list[str]:
     """Write report.html; the lines that end the sweep: verdict, stopped trials, what to type next."""
     from flowray.report.load import load_sweep as load_results
-    from flowray.report.page import sweep_commands, write_sweep_report
+    from flowray.report.page import sweep_commands, sweep_verdict, write_sweep_report
 
-    verdict, commands = verdict_line(sweep, result), sweep_commands(load_results(result.sweep_dir))
-    page = write_sweep_report(result.sweep_dir, commands=commands, verdict=verdict)
+    found, page = load_results(result.sweep_dir), write_sweep_report(result.sweep_dir)
+    commands = sweep_commands(found)
     early = [
         f"  trial {t.trial} {t.status} at {t.last_step}/{t.budget_steps}: {t.stopped_by or t.error}"
         for t in result.trials
         if t.stopped_by or t.error
     ]
-    return ["", verdict, *early, "", *(f"{label}:\n  {command}" for label, command in commands.items()), f"Report:\n  {page}"]
-
-
-def verdict_line(sweep: Sweep, result: SweepResult) -> str:
-    """One sentence: the best trial, how many ended how, the share of full-budget steps saved."""
-    count = {status: sum(t.status == status for t in result.trials) for status in ("finished", "stopped", "failed", "running")}
-    ended = ", ".join(f"{n} {status}" for status, n in count.items() if n)
-    spent = f"{len(result.trials)} trials ({ended}); early stopping saved {result.saved:.0%} of the full-budget steps"
-    if result.best is None:
-        return f"{sweep.name}: no trial has a value of {sweep.metric.name}; {spent}"
-    params = ", ".join(f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in result.best.params.items())
-    value = result.best.metrics.get(sweep.metric.name)
-    return f"{sweep.name}: best is trial {result.best.trial}, {sweep.metric.name} {value:.3g}, with {params}. {spent}"
+    return ["", sweep_verdict(found), *early, "", *(f"{label}:\n  {command}" for label, command in commands.items()), f"Report:\n  {page}"]
 
 
 def _summary(result: SweepResult) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class SweepConsole:
         self._sweep, self._dir, self._total = sweep, sweep_dir, total
         self._names = short_names(list(sweep.parameters))
         cosine = "ema/flow/cos" if sweep.metric.name.startswith("ema/") else "flow/cos"
-        self._shown = list(dict.fromkeys([sweep.metric.name, *(r.metric for r in sweep.stop), cosine, "loss/flow"]))[:5]
+        self._shown = list(dict.fromkeys([sweep.metric.name, *(r.metric for r in sweep.stop if r.metric), cosine, "loss/flow"]))[:5]
         self._trials: dict[int, TrialRecord] = {}
         self._begin = self._last = time.monotonic()
         self._console = Console(file=stream, highlight=False, soft_wrap=True)

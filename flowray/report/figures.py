@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
+from flowray.findings.baselines import Baseline, baseline
 from flowray.report.load import Series, Trial, finite, numeric, spans_decades
 
 BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+Points = Sequence[tuple[float, float]]
 INK, MUTED, GRID = "#334155", "#94a3b8", "#e5e9f0"
 CYCLE = (BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY, INK)
 DASHES = ("-", "--", "-.", ":")
@@ -52,33 +53,6 @@ STYLE: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """What a trivial predictor scores, or the logs' threshold, in words."""
-
-    value: float
-    words: str
-
-
-BASELINES: Mapping[str, Baseline] = {
-    "shoot/nmse": Baseline(1.0, "predicting the mean"),
-    "shoot/skill": Baseline(0.0, "doing nothing"),
-    "flow/nmse": Baseline(1.0, "predicting zero"),
-    "flow/cos": Baseline(0.0, "unrelated"),
-    "flow/speed_ratio": Baseline(1.0, "right speed"),
-    "std/mean": Baseline(1.0, "the prior's width"),
-    "text/cos_mu": Baseline(0.9, "prompts too alike above"),
-    "vae/psnr": Baseline(29.0, "autoencoder in order above"),
-    "shoot/cond_gain": Baseline(0.0, "caption ignored"),
-    "flow/cond_gain_cos": Baseline(0.0, "caption ignored"),
-}
-
-
-def baseline(key: str) -> Baseline | None:
-    """The baseline of a key, measured on raw or EMA weights alike."""
-    return BASELINES.get(key.removeprefix("ema/"))
-
-
 def value_text(value: Any) -> str:
     """A parameter value in few characters."""
     if value is None:
@@ -90,20 +64,28 @@ def value_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def lines(title: str, curves: Mapping[str, Series], *, log: bool = False, base: Baseline | None = None) -> bytes:
-    """One panel of named curves over steps; `log` for a log y axis, on which values <= 0 are left out."""
+def lines(
+    title: str, curves: Mapping[str, Points], *, log: bool = False, base: Baseline | None = None, xlabel: str = "step", marks: int = 12
+) -> bytes:
+    """One panel of named curves over steps or, with an `xlabel`, over anything; `log` for a log y axis, without values <= 0.
+
+    marks: curves of fewer points get markers.
+    """
 
     def draw(ax: Axes) -> None:
         for index, (name, points) in enumerate(curves.items()):
             steps, values = zip(*points, strict=True)
             style = DASHES[index % len(DASHES)]
-            marker = "o" if len(points) < 12 else ""
+            marker = "o" if len(points) < marks else ""
             ax.plot(steps, values, style, marker=marker, markersize=3, color=CYCLE[index % len(CYCLE)], label=name)
         if log:
             _log(ax, "y")
         if base:
             _baseline(ax, base)
-        _step_axis(ax)
+        if xlabel == "step":
+            _step_axis(ax)
+        else:
+            ax.set_xlabel(xlabel)
         if len(curves) > 1:
             ax.legend(ncols=2 if len(curves) > 3 else 1)
 
@@ -215,10 +197,11 @@ def tiles(strip: Path) -> list[bytes]:
     except (OSError, ValueError, SyntaxError):  # Pillow reports a broken PNG as any of these
         return []
     side = image.height
-    return [_png(image.crop((left, 0, left + side, side))) for left in range(0, image.width - side + 1, side)]
+    return [png(image.crop((left, 0, left + side, side))) for left in range(0, image.width - side + 1, side)]
 
 
-def _png(picture: Image.Image) -> bytes:
+def png(picture: Image.Image) -> bytes:
+    """A picture as PNG bytes, at most TILE wide."""
     if picture.width > TILE:
         picture = picture.resize((TILE, TILE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,8 @@ from typing import Any, Literal
 import yaml
 
 from flowray.config.errors import InputError
+from flowray.config.rows import Row, parse_rows
 
-Row = Mapping[str, Any]
 Series = list[tuple[int, float]]  # (step, value), steps rising
 LOG_SPAN = 30.0
 Status = Literal["running", "finished", "stopped", "failed"]
@@ -151,23 +151,9 @@ def series(rows: Iterable[Row], key: str) -> Series:
     return sorted((step, value) for step, value in points if isinstance(step, int) and value is not None)
 
 
-def read_rows(path: Path) -> tuple[list[Row], list[str]]:
+def _rows(path: Path) -> tuple[list[Row], list[str]]:
     """Rows of a JSON lines file, and a note for unreadable lines other than the last (a killed writer truncates that one)."""
-    try:
-        lines = path.read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        return [], []
-    rows: list[Row] = []
-    bad: list[int] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif line.strip() and number < len(lines):
-            bad.append(number)
+    rows, bad = parse_rows(_text(path))
     notes = [f"{path.parent.name}/{path.name}: skipped {len(bad)} unreadable line(s), the first is line {bad[0]}"] if bad else []
     return rows, notes
 
@@ -182,8 +168,8 @@ def is_run(path: Path) -> bool:
 
 def load_run(path: Path) -> Run:
     """Read a run directory; whatever is missing is empty."""
-    metrics, notes = read_rows(path / "metrics.jsonl")
-    probes, more = read_rows(path / "probes.jsonl")
+    metrics, notes = _rows(path / "metrics.jsonl")
+    probes, more = _rows(path / "probes.jsonl")
     strips = [
         Strip(int(found[1]), file)
         for file in sorted((path / "samples").glob("step_*.png"))
@@ -209,7 +195,7 @@ def load_sweep(path: Path) -> Sweep:
     """
     settings = _sweep_yaml(path / "sweep.yaml")
     metric = _metric(path / "sweep.yaml", settings.get("metric"))
-    rows, notes = read_rows(path / "trials.jsonl")
+    rows, notes = _rows(path / "trials.jsonl")
     trials = [_trial(path, row) for row in rows if isinstance(row.get("trial"), int)]
     name = settings.get("name") or path.resolve().name
     more = [note for trial in trials for note in trial.run.notes]

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markdown_it import MarkdownIt
+from markupsafe import Markup, escape
 
 from flowray.config.errors import InputError
 from flowray.config.keys import MetricKey, describe
+from flowray.findings.baselines import Baseline, baseline
 from flowray.report import figures
-from flowray.report.figures import Baseline, baseline, value_text
+from flowray.report.figures import value_text
 from flowray.report.importance import FEW_TRIALS, importances
 from flowray.report.load import Run, Status, Strip, Sweep, Trial, finite, load_run, load_sweep, series
 
@@ -70,20 +72,14 @@ class Number:
     outside: bool
 
 
-def write_sweep_report(sweep_dir: Path, *, commands: Mapping[str, str] | None = None, verdict: str = "") -> Path:
-    """Write `<sweep_dir>/report.html` and return its path.
-
-    commands: what to type next, by label (`sweep_commands` if not given); verdict: a sentence shown under the best trial.
-    Raises InputError when sweep.yaml cannot be read or the page cannot be written.
-    """
-    sweep = load_sweep(sweep_dir)
-    shown = commands if commands is not None else sweep_commands(sweep)
-    return _write(sweep_dir / "report.html", "sweep.html.j2", _sweep_context(sweep) | {"commands": shown, "verdict": verdict})
+def write_sweep_report(sweep_dir: Path) -> Path:
+    """Write `<sweep_dir>/report.html` and return its path; InputError when sweep.yaml cannot be read or the page cannot be written."""
+    return write_page(sweep_dir / "report.html", "sweep.html.j2", _sweep_context(load_sweep(sweep_dir)))
 
 
 def write_run_report(run_dir: Path) -> Path:
     """Write `<run_dir>/report.html` and return its path; raises InputError when it cannot be written."""
-    return _write(run_dir / "report.html", "run.html.j2", _run_context(load_run(run_dir)))
+    return write_page(run_dir / "report.html", "run.html.j2", _run_context(load_run(run_dir)))
 
 
 def sweep_commands(sweep: Sweep) -> dict[str, str]:
@@ -99,6 +95,17 @@ def sweep_commands(sweep: Sweep) -> dict[str, str]:
     commands["Sample from the best trial"] = f"python -m flowray.sample {shlex.quote(str(best.run.path))} {shlex.quote(prompt)}"
     commands["Open TensorBoard"] = f"tensorboard --logdir {shlex.quote(str(sweep.path))}"
     return commands
+
+
+def sweep_verdict(sweep: Sweep) -> str:
+    """One sentence: the best trial, how many ended how, the share of full-budget steps saved."""
+    ended = ", ".join(f"{count} {status}" for status in STATUSES if (count := len(sweep.by(status))))
+    spent = f"{len(sweep.trials)} trials ({ended}); early stopping saved {sweep.saved:.0%} of the full-budget steps"
+    if sweep.best is None:
+        return f"{sweep.name}: no trial has a value of {sweep.metric.name}; {spent}"
+    params = ", ".join(f"{key}={value_text(value)}" for key, value in sweep.best.params.items())
+    score = sweep.best.value(sweep.metric.name)
+    return f"{sweep.name}: best is trial {sweep.best.number}, {sweep.metric.name} {score:.3g}, with {params}. {spent}"
 
 
 def number_text(value: float | None) -> str:
@@ -130,6 +137,8 @@ def _sweep_context(sweep: Sweep) -> dict[str, Any]:
         "card": card,
         "purpose": card.get("purpose") or sweep.settings.get("description"),
         "best": best,
+        "verdict": sweep_verdict(sweep),
+        "commands": sweep_commands(sweep),
         "best_value": number_text(best.value(key)) if best else "",
         "baseline": baseline(key),
         "varied": varied,
@@ -137,7 +146,7 @@ def _sweep_context(sweep: Sweep) -> dict[str, Any]:
         "columns": list(dict.fromkeys(table)),
         "counts": {status: len(sweep.by(status)) for status in STATUSES},
         "seconds": sum(trial.seconds for trial in sweep.trials),
-        "curves": _plot(
+        "curves": make_plot(
             figures.sweep_curves(f"{key} over steps", sweep.trials, best, key), f"{key} over steps of {len(scored)} trials", wide=True
         )
         if scored
@@ -146,11 +155,11 @@ def _sweep_context(sweep: Sweep) -> dict[str, Any]:
         "grid_rows": rows,
         "grid_aside": aside,
         "slices": [
-            _plot(figures.slice_panel(name, scored, best, key), f"{key} over {name}")
+            make_plot(figures.slice_panel(name, scored, best, key), f"{key} over {name}")
             for name in varied
             if any(name in t.params for t in scored)
         ],
-        "importance": _plot(figures.shares(important), "importance: " + ", ".join(f"{k} {v:.0%}" for k, v in important.items()))
+        "importance": make_plot(figures.shares(important), "importance: " + ", ".join(f"{k} {v:.0%}" for k, v in important.items()))
         if important
         else None,
         "few_trials": FEW_TRIALS if len(scored) < FEW_TRIALS else 0,
@@ -227,7 +236,7 @@ def _training_plots(run: Run) -> list[Plot]:
         curves = {name.removeprefix(prefix): points for name in names if (points := series(run.metrics, name) or series(run.probes, name))}
         if curves:
             positive = any(value > 0 for points in curves.values() for _, value in points)
-            plots.append(_plot(figures.lines(title, curves, log=log and positive), f"{title} over steps: {', '.join(curves)}"))
+            plots.append(make_plot(figures.lines(title, curves, log=log and positive), f"{title} over steps: {', '.join(curves)}"))
     return plots
 
 
@@ -239,7 +248,7 @@ def _probe_plots(run: Run) -> list[Plot]:
             continue
         base = baseline(key)
         against = f" against {base.value:g} ({base.words})" if base else ""
-        plots.append(_plot(figures.lines(key, curves, base=base), f"{key} over steps{against}"))
+        plots.append(make_plot(figures.lines(key, curves, base=base), f"{key} over steps{against}"))
     return plots
 
 
@@ -252,7 +261,9 @@ def _bin_plots(run: Run) -> list[Plot]:
         groups = {name: values for name, values in found.items() if any(value is not None for value in values)}
         if groups:
             plots.append(
-                _plot(figures.bars(f"{key} by time", groups, labels, baseline(key), "t, lower edge of the bin"), f"{key} in ten bins of t")
+                make_plot(
+                    figures.bars(f"{key} by time", groups, labels, baseline(key), "t, lower edge of the bin"), f"{key} in ten bins of t"
+                )
             )
     return plots
 
@@ -290,14 +301,16 @@ def _spread(strips: Sequence[Strip], count: int) -> list[Strip]:
 
 
 def _pictures(strip: Strip) -> list[str]:
-    return [_data_uri("image/png", tile) for tile in figures.tiles(strip.path)]
+    return [data_uri("image/png", tile) for tile in figures.tiles(strip.path)]
 
 
-def _plot(svg: bytes, alt: str, *, wide: bool = False) -> Plot:
-    return Plot(_data_uri("image/svg+xml", svg), alt, wide)
+def make_plot(svg: bytes, alt: str, *, wide: bool = False) -> Plot:
+    """A figure for the page, with its words."""
+    return Plot(data_uri("image/svg+xml", svg), alt, wide)
 
 
-def _data_uri(kind: str, content: bytes) -> str:
+def data_uri(kind: str, content: bytes) -> str:
+    """The bytes as a URI that needs no other file; kind: its media type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
@@ -306,16 +319,24 @@ def _breakable(key: str) -> Markup:
     return Markup("<wbr>").join(part for part in re.split(r"(?<=[./_])", key) if part)
 
 
+def _markdown(text: str) -> Markup:
+    """Markdown as HTML. Tags in it are escaped; of a picture the name stays, for the page is whole without other files."""
+    reader = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table")
+    reader.add_render_rule("image", lambda self, tokens, index, options, env: str(escape(tokens[index].content)))
+    return Markup(reader.render(text))
+
+
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _write(path: Path, template: str, context: Mapping[str, Any]) -> Path:
+def write_page(path: Path, template: str, context: Mapping[str, Any]) -> Path:
     """Render and replace the file in one step, so that a reader never sees half a page."""
     pages = Environment(
         loader=PackageLoader("flowray", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     pages.filters |= {"number": number_text, "value": value_text, "duration": duration_text, "good": good_text, "breakable": _breakable}
+    pages.filters["markdown"] = _markdown
     html = pages.get_template(template).render(**context)
     try:
         handle, name = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=path.parent)

@@ -118,12 +118,19 @@ class Referee:
         step, value = record.last_step, row.get(self.sweep.metric.name)
         if value is not None:
             self._study.report(record.trial, step, value)
-        why = watch.feed(row)
+        why = watch.feed(self._with_findings(record.trial, row))
         if step >= record.budget_steps:
             return None
         if self._halving and value is not None:
             why = why or self._halving.judge(record.trial, step, value)
         return why
+
+    def _with_findings(self, number: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The probe row with what the doctor found at its step, where a rule asks for it and the doctor came."""
+        if not any(rule.finding for rule in self.sweep.stop):
+            return row
+        visits = read_rows(self.sweep_dir / str(number) / "findings.jsonl")
+        return next(({**row, "findings": visit["findings"]} for visit in visits if visit["step"] == row["step"]), row)
 
     def _replay(self) -> None:
         """Bring the records in line with the study, and the rungs, watches and intermediate values with the probe rows."""

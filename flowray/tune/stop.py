@@ -1,4 +1,4 @@
-"""Stop rules of a trial: a pure state machine over its probe rows, so that a resumed sweep replays it from probes.jsonl."""
+"""Stop rules of a trial: a pure state machine over its rows, so that a resumed sweep replays it from probes.jsonl and findings.jsonl."""
 
 from __future__ import annotations
 
@@ -6,7 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flowray.config.errors import InputError, did_you_mean
 from flowray.config.sweep import StopRule
+from flowray.findings.finding import ORDER
+
+_WORST_FIRST: tuple[str, ...] = tuple(ORDER)
+
+
+def check_findings(rules: Sequence[StopRule], ids: Sequence[str]) -> None:
+    """InputError where a rule waits for a finding that is neither one of `ids` nor a severity: it would never stop a trial."""
+    known = [*ids, *ORDER]
+    for rule in rules:
+        if rule.finding is not None and rule.finding not in known:
+            raise InputError(
+                f"stop: unknown finding {rule.finding}{did_you_mean(rule.finding, known)}; "
+                f"type a severity ({', '.join(ORDER)}) or one of {', '.join(ids)}"
+            )
 
 
 class Watch:
@@ -14,12 +29,12 @@ class Watch:
 
     def __init__(self, rules: Sequence[StopRule], metric: str):
         self._rules = tuple(rules)
-        self._watched = dict.fromkeys([metric, *(rule.metric for rule in rules)])  # an ordered set
+        self._watched = dict.fromkeys([metric, *(rule.metric for rule in rules if rule.metric)])  # an ordered set
         self._strikes = [0] * len(self._rules)
         self.last_step = -1
 
     def feed(self, row: Mapping[str, Any]) -> str | None:
-        """Why the trial should stop after this row (`step` and metrics), in words, or None."""
+        """Why the trial should stop after this row (`step`, metrics, `findings` where the doctor came), in words, or None."""
         step = int(row["step"])
         if step <= self.last_step:
             return None
@@ -32,15 +47,40 @@ class Watch:
         return next((text for text in words if text), None)
 
     def _judge(self, i: int, row: Mapping[str, Any], step: int) -> str | None:
-        rule, value = self._rules[i], row.get(self._rules[i].metric)
-        if value is None or step < rule.after:
+        rule = self._rules[i]
+        if step < rule.after:
+            return None
+        if rule.finding is not None:
+            return self._judge_findings(i, row, step)
+        value = row.get(rule.metric or "")
+        if value is None:
             return None
         side, bound = ("below", rule.below) if rule.below is not None else ("above", rule.above)
         assert bound is not None
-        self._strikes[i] = self._strikes[i] + 1 if (value < bound if side == "below" else value > bound) else 0
-        if self._strikes[i] < rule.patience:
+        if not self._strike(i, value < bound if side == "below" else value > bound):
             return None
         what = f"{rule.metric} {value:.3g}"
         if rule.patience == 1:
             return f"{what} is {side} {bound:g} at step {step}"
         return f"{what} stayed {side} {bound:g} for {rule.patience} probes, to step {step}"
+
+    def _judge_findings(self, i: int, row: Mapping[str, Any], step: int) -> str | None:
+        findings, rule = row.get("findings"), self._rules[i]
+        if findings is None:  # the doctor did not come
+            return None
+        found = next((finding for finding in findings if _meets(finding, rule.finding or "")), None)
+        if not self._strike(i, found is not None) or found is None:
+            return None
+        again = f", {rule.patience} times in a row" if rule.patience > 1 else ""
+        return f"the doctor at step {step}{again}: {found['id']}: {found['evidence']}"
+
+    def _strike(self, i: int, met: bool) -> bool:
+        """Count a row that meets rule i, or start again; whether its patience is at an end."""
+        self._strikes[i] = self._strikes[i] + 1 if met else 0
+        return self._strikes[i] >= self._rules[i].patience
+
+
+def _meets(finding: Mapping[str, Any], wanted: str) -> bool:
+    """Its id, or its severity or a milder one."""
+    bad_enough = _WORST_FIRST[: _WORST_FIRST.index(wanted) + 1] if wanted in _WORST_FIRST else ()
+    return finding["id"] == wanted or finding["severity"] in bad_enough

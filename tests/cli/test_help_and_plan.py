@@ -11,6 +11,7 @@ from support import tiny_recipe
 from flowray.cli import data, eval, main, report, sample, train, tune
 from flowray.config.load import dump_recipe, load_recipe
 from flowray.model.assemble import build_model
+from flowray.model.autoencoder import load_autoencoder
 
 VERBS = {module.__name__.rpartition(".")[2]: module.main for module in (data, eval, report, sample, train, tune)}
 
@@ -34,6 +35,11 @@ def test_flowray_lists_every_verb_and_loads_neither_torch_nor_ray():
     assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
 
 
+@pytest.mark.parametrize("verb", main._VERBS)
+def test_every_listed_verb_has_its_own_command(verb):
+    assert main._command(verb).__module__ == f"flowray.cli.{verb}"
+
+
 def test_an_unknown_verb(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["flowray", "trian"])
     with pytest.raises(SystemExit) as stop:
@@ -49,6 +55,8 @@ def test_plan_counts_disjoint_parts_and_starts_nothing(tmp_path, capsys):
     assert train.main([str(file), "--plan", "--json", "train.steps=7"]) == 0
     plan = json.loads(capsys.readouterr().out)
     model = build_model(recipe.model, recipe.loss, 0)
+    autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
+    assert plan["parameters"].pop("autoencoder") == sum(p.numel() for p in autoencoder.parameters())
     assert sum(plan["parameters"].values()) == sum(p.numel() for p in model.parameters())
     assert plan["parameters"]["text.queries"] == model.text.queries.numel()
     assert sum(n for part, n in plan["parameters"].items() if part.startswith("velocity.")) == sum(

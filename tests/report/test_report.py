@@ -18,7 +18,7 @@ from flowray.config.errors import InputError
 from flowray.config.keys import describe
 from flowray.report import figures
 from flowray.report.importance import importances
-from flowray.report.load import Metric, load_run, load_sweep, read_rows
+from flowray.report.load import Metric, load_run, load_sweep
 from flowray.report.page import good_text, number_text, write_run_report, write_sweep_report
 
 PROMPTS = ["a small red circle", "<b>bold</b> & a $5 square"]
@@ -86,13 +86,13 @@ def pictures(page: str) -> list[str]:
 
 
 def test_sweep_is_ranked_with_values_and_steps_saved(sweep: Path) -> None:
-    path = write_sweep_report(sweep, commands={"Train longer": "python -m flowray.train best.yaml train.steps=9"}, verdict="Grid & lr win.")
+    path = write_sweep_report(sweep)
     page = path.read_text()
     assert path == sweep / "report.html"
     assert trial_order(page) == [2, 0, 1, 3]
     assert f"Trial 2: {METRIC} 0.312" in page
-    assert "python -m flowray.train best.yaml train.steps=9" in page
-    assert "Grid &amp; lr win." in page
+    assert f"head: best is trial 2, {METRIC} 0.312, with model.head.kind=conv, optim.lr=0.0016, flow.time.kind=log_snr." in page
+    assert "4 trials (2 finished, 1 stopped, 1 failed); early stopping saved 17% of the full-budget steps" in page
     assert "<b>17 %</b><span>of the full budget saved" in page  # 1 - 1000 / 1200, the failed trial apart
     assert "1,000</b><span>steps trained of 1,200" in page
     assert "not in it: 1 failed after 0 steps." in page
@@ -255,6 +255,20 @@ def test_run_page_shows_card_numbers_and_samples(tmp_path: Path) -> None:
     assert "Last row at step 300." in page
 
 
+def test_the_card_is_rendered_and_nothing_in_it_is_live(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", [1.0])
+    table = "| metric | value |\n|---|---|\n| `flow/cos` | 0.7 |\n"
+    words = "- **keep** it\n- <script>alert(1)</script>\n- [x](javascript:alert(2)) &amp; <img src=x onerror=y>\n\n![strip](samples/s.png)"
+    (tmp_path / "run" / "card.md").write_text(f"# Card\n\n## Metrics\n\n{table}\n## Conclusion\n\n{words}\n")
+    page = write_run_report(tmp_path / "run").read_text()
+    assert "<td><code>flow/cos</code></td>" in page
+    assert "<strong>keep</strong> it" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "&lt;img src=x onerror=y&gt;" in page
+    assert not re.search(r'<script|<img src=x|href="javascript|src="(?!data:)', page)
+    assert "<p>strip</p>" in page
+
+
 def test_last_numbers_say_what_is_normal(tmp_path: Path) -> None:
     key = describe("flow/cos")
     assert key is not None
@@ -293,12 +307,13 @@ def test_run_with_nothing_but_a_config(tmp_path: Path) -> None:
 def test_truncated_last_line_is_dropped_and_a_bad_middle_line_noted(tmp_path: Path) -> None:
     path = tmp_path / "7" / "metrics.jsonl"
     jsonl(path, [{"step": 1}, {"step": 2}], tail='{"step": 3, "lo')
-    assert read_rows(path) == ([{"step": 1}, {"step": 2}], [])
+    run = load_run(path.parent)
+    assert (run.metrics, run.notes) == (({"step": 1}, {"step": 2}), ())
     path.write_bytes(b'{"step": 1}\n\xff\xfe{"st\n{"step": 2}\n')
-    rows, notes = read_rows(path)
-    assert [r["step"] for r in rows] == [1, 2]
-    assert notes == ["7/metrics.jsonl: skipped 1 unreadable line(s), the first is line 2"]
-    assert notes[0] in write_run_report(path.parent).read_text()
+    run = load_run(path.parent)
+    assert [r["step"] for r in run.metrics] == [1, 2]
+    assert list(run.notes) == ["7/metrics.jsonl: skipped 1 unreadable line(s), the first is line 2"]
+    assert run.notes[0] in write_run_report(path.parent).read_text()
     assert load_run(tmp_path / "absent").metrics == ()
 
 

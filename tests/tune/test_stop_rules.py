@@ -2,8 +2,11 @@
 
 import math
 
+import pytest
+
+from flowray.config.errors import InputError
 from flowray.config.sweep import StopRule
-from flowray.tune.stop import Watch
+from flowray.tune.stop import Watch, check_findings
 
 COS = StopRule(metric="flow/cos", below=0.3, after=200, patience=2)
 
@@ -46,3 +49,28 @@ def test_every_rule_counts_every_row():
     bad = {"a/x": 2.0, "b/y": 2.0}
     assert feed(watch, (1, bad), (2, bad))[1].startswith("a/x")
     assert feed(watch, (3, {"a/x": 0.0, "b/y": 2.0}))[0].startswith("b/y")
+
+
+def found(**severities):
+    """Row values of an examination: findings by id and severity."""
+    return {"findings": [{"id": name, "severity": severity, "evidence": f"{name} it is"} for name, severity in severities.items()]}
+
+
+def test_a_finding_stops_in_the_doctors_words_and_patience_counts_examinations():
+    watch = Watch([StopRule(finding="source_collapsed", after=20, patience=2)], "shoot/nmse")
+    ill = found(lr_too_low="warn", source_collapsed="bad")
+    said = feed(watch, (10, ill), (20, ill), (30, {"shoot/nmse": 1.0}), (40, ill))
+    assert said == [None, None, None, "the doctor at step 40, 2 times in a row: source_collapsed: source_collapsed it is"]
+    assert feed(watch, (50, found(lr_too_low="bad")), (60, ill)) == [None, None]  # a visit without it starts again
+
+
+def test_a_severity_is_met_by_itself_and_by_worse():
+    rows = [(1, found(undertrained="info")), (2, found(clip_weak="warn")), (3, found(scale_twice="bad"))]
+    met = {s: [w is not None for w in feed(Watch([StopRule(finding=s)], "a/x"), *rows)] for s in ("info", "warn", "bad")}
+    assert met == {"info": [True, True, True], "warn": [False, True, True], "bad": [False, False, True]}
+
+
+def test_a_finding_that_does_not_exist_is_refused():
+    check_findings([StopRule(finding="bad"), StopRule(finding="lr_too_low"), COS], ["lr_too_low"])
+    with pytest.raises(InputError, match="unknown finding lr_to_low, did you mean lr_too_low"):
+        check_findings([StopRule(finding="lr_to_low")], ["lr_too_low"])

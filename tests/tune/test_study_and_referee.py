@@ -81,6 +81,27 @@ def test_finished_stopped_and_failed_trials_in_the_study_and_the_records(tmp_pat
     assert judge.records.saved() == pytest.approx(20 / 80)  # a failed trial saves nothing
 
 
+def test_a_trial_is_stopped_by_a_finding_also_after_a_replay(tmp_path):
+    sweep = make(stop=[StopRule(finding="scale_twice", patience=2)])
+    judge = referee(tmp_path, sweep)
+    judge.next()
+
+    def visit(step, *ids):
+        row = {"step": step, "findings": [{"id": i, "severity": "bad", "evidence": "0.55 of 1"} for i in ids]}
+        with (tmp_path / "0" / "findings.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    (tmp_path / "0").mkdir()
+    visit(10, "scale_twice")
+    assert not judge.see(0, probe(tmp_path, 0, 10, 1.0))
+    again = referee(tmp_path, sweep)  # a killed session: the first strike is replayed from the files
+    assert again.next()[0] == 0
+    visit(20, "lr_too_low", "scale_twice")
+    assert again.see(0, probe(tmp_path, 0, 20, 1.0))
+    again.ended(0)
+    assert rows_of(tmp_path)[0]["stopped_by"] == "the doctor at step 20, 2 times in a row: scale_twice: 0.55 of 1"
+
+
 def test_a_trial_is_not_stopped_at_its_last_step(tmp_path):
     judge = referee(tmp_path)
     judge.next()

@@ -69,12 +69,14 @@ def test_a_good_sweep_with_values_of_the_recipes_types(write):
         ("{min: 0, max: 2}", "{min: 0}", 9, "loss.clip.weight: got min, want min and max, values or value"),
         ("{min: 0, max: 2}", "{min: 0, max: 2, q: 1, distribution: uniform}", 9, "q has no meaning for uniform"),
         ("{min: 0, max: 2}", "{min: 0, maxx: 2}", 9, "unknown key maxx, did you mean max?"),
-        ("[pooled, grid, conv]", "[pooled, gird]", 11, "model.head.kind: got 'gird', want one of pooled, grid, conv, did you mean grid?"),
+        ("[pooled, grid, conv]", "[pooled, gird]", 11, "want one of pooled, grid, conv, transencoder, did you mean grid?"),
         ("[pooled, grid, conv]", "[]", 11, "want a list of at least one value"),
         ("train.steps: 300", "train.steps: many", 4, "train.steps: got 'many', want a whole number > 0"),
         ("train.steps: 300", "optim.lr: 1e-3", 4, "optim.lr is both set and searched"),
         ("below: 0.3", "below: 0.3, above: 1", 14, "takes either below or above"),
-        ("below: 0.3", "under: 0.3", 14, "allowed: metric, below, above, after, patience"),
+        ("below: 0.3", "under: 0.3", 14, "allowed: metric, finding, below, above, after, patience"),
+        ("flow/cos, below: 0.3", "flow/cos, finding: bad, below: 0.3", 14, "takes either metric or finding"),
+        ("metric: flow/cos, below", "finding: source_collapsed, below", 14, "takes neither below nor above"),
         ("min_iter: 50", "min_iter: 0", 13, "min_iter: got 0"),
         ("metric: {name: ema/shoot/nmse}", "metric: [a, b]", 6, "one metric can be optimised so far"),
         ("ema/shoot/nmse", "ema/shoot/nsme", 6, "unknown metric ema/shoot/nsme, did you mean ema/shoot/nmse?"),
@@ -159,3 +161,12 @@ def test_head_sweep_fits_its_recipe():
     check_trials(sweep, base)
     assert set(sweep.parameters["model.head.kind"].values) == {"pooled", "grid", "conv"}
     assert plan(sweep, base)["steps_expected"] <= 0.6 * plan(sweep, base)["steps_at_most"]  # at least 40 % of the steps saved
+
+
+def test_a_rule_on_a_finding_needs_a_doctor_who_comes(write):
+    sweep = load_sweep(write(GOOD.replace("metric: flow/cos, below: 0.3", "finding: source_collapsed")))
+    assert (sweep.stop[0].finding, sweep.stop[0].patience) == ("source_collapsed", 2)
+    with pytest.raises(InputError, match="no doctor comes"):
+        check_trials(sweep, base_recipe(sweep))
+    visited = load_sweep(write(GOOD.replace("metric: flow/cos, below: 0.3", "finding: bad")), ["set.probes.doctor_every=1"])
+    check_trials(visited, base_recipe(visited))

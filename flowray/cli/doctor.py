@@ -1,0 +1,124 @@
+"""`flowray.doctor RUN`: why a run paints textures, most likely cause first, with evidence and what to type."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flowray.cli.common import FINDINGS, GOOD
+from flowray.cli.parser import Parser
+from flowray.cli.progress import quiet_libraries
+from flowray.config.errors import InputError
+from flowray.findings.diagnose import diagnose
+from flowray.findings.finding import Finding, Severity, as_json, healthy
+
+if TYPE_CHECKING:
+    from flowray.doctor.examine import Examination
+
+STYLES: dict[Severity, str] = {"bad": "bold red", "warn": "yellow", "info": "cyan"}
+SHOWN = 6  # causes on the first screen
+PROG = "flowray.doctor"
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog=PROG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Say why a run paints textures instead of pictures: numbers against thresholds and trivial baselines, the most likely\n"
+        "cause first, and the recipe override to type. Writes RUN/doctor.html with plots and pictures.",
+        epilog=f"Health checks that train for a minute: {PROG} overfit RECIPE, {PROG} ablations RECIPE (see their --help).\n"
+        "Exit code: 0 healthy, 1 a finding is warn or bad, 2 bad input.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints/step_* folders")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to examine it with, e.g. sample.guidance_scale=3")
+    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="this checkpoint instead of the newest")
+    parser.add_argument("--batch", type=int, default=64, help="samples of the probes (default 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the page goes (default RUN/doctor.html)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser
+
+
+def examine_run(args: argparse.Namespace) -> Examination:
+    """The examination that the command line asks for."""
+    import torch
+
+    from flowray.doctor.examine import examine
+    from flowray.train.step import whole_batches
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return examine(
+        args.run,
+        checkpoint=args.checkpoint,
+        batch=args.batch,
+        seed=args.seed,
+        device=device,
+        overrides=args.overrides,
+        batches=whole_batches,
+    )
+
+
+def write_page(found: Examination, findings: Sequence[Finding], out: Path) -> Path:
+    """Write the examination's page."""
+    from flowray.report.doctor_page import DoctorData, write_doctor_page
+
+    data = DoctorData(found.where, found.step, findings, found.metrics, found.facts, found.history, found.pictures, found.curves)
+    return write_doctor_page(out, data)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    from flowray.cli import health
+
+    if argv and argv[0] in health.CHECKS and not Path(argv[0]).is_dir():
+        return health.main(argv)
+    args = _parser().parse_intermixed_args(argv)
+    if args.batch < 8:
+        raise InputError(f"--batch: got {args.batch}, want 8 or more; fewer samples tell nothing")
+    quiet_libraries()
+    found = examine_run(args)
+    findings = diagnose(found.metrics, found.facts, found.history)
+    page = write_page(found, findings, args.out or _run_of(args.checkpoint or args.run) / "doctor.html")
+    if args.json:
+        print(json.dumps({"run": found.where, "step": found.step, "page": str(page), **as_json(findings)}))
+    else:
+        show(Console(highlight=False), found, findings, page)
+    return GOOD if healthy(findings) else FINDINGS
+
+
+def show(console: Console, found: Any, findings: Sequence[Finding], page: Path) -> None:
+    """The findings on one screen: the causes, each with its evidence, cause and fix; what they explain in one line each."""
+    causes = [finding for finding in findings if not finding.explained_by]
+    verdict = "healthy" if healthy(findings) else "most likely cause first"
+    table = Table(title=f"{found.where} at step {found.step}: {verdict}", show_lines=True, title_justify="left", expand=True)
+    table.add_column("finding", ratio=2, overflow="fold")
+    table.add_column("evidence and likely cause", ratio=5, overflow="fold")
+    table.add_column("what to type", ratio=3, overflow="fold")
+    for finding in causes[:SHOWN]:
+        name = Text(f"{finding.id}\n").append(finding.severity, style=STYLES[finding.severity])
+        words = Text(f"{finding.evidence}\n").append(finding.cause, style="italic")
+        follows = [other.id for other in findings if other.explained_by == finding.id]
+        if follows:
+            words.append(f"\nexplains: {', '.join(follows)}", style="dim")
+        table.add_row(name, words, Text(finding.fix))
+    if causes:
+        console.print(table)
+    else:
+        console.print(f"{found.where} at step {found.step}: healthy, nothing to say")
+    if len(causes) > SHOWN:
+        console.print(f"also: {', '.join(finding.id for finding in causes[SHOWN:])}")
+    for note in found.facts.get("notes") or []:
+        console.print(f"not measured: {note}", style="dim", markup=False)
+    console.print(f"plots and pictures: {page}", markup=False, soft_wrap=True)
+
+
+def _run_of(path: Path) -> Path:
+    """The run directory of a run directory or of one of its checkpoints."""
+    return path.parent.parent if (path / "state.json").is_file() else path

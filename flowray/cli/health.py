@@ -1,0 +1,164 @@
+"""`flowray.doctor overfit RECIPE` and `flowray.doctor ablations RECIPE`: the field notes' health checks, which train for a minute."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flowray.cli.common import FINDINGS, GOOD
+from flowray.cli.parser import Parser
+from flowray.cli.progress import RunProgress, quiet_libraries, watch
+from flowray.cli.verdicts import Arm, Verdict, ablation_verdicts, overfit_verdicts
+from flowray.config.errors import InputError
+from flowray.config.load import load_recipe, override_recipe, recipe_diffs
+from flowray.config.losses import LossConfig, TermConfig
+from flowray.config.recipe import Recipe
+from flowray.store.checkpoint import newest_checkpoint
+from flowray.store.rows import read_rows
+from flowray.store.run import RunDirectory
+
+CHECKS = ("overfit", "ablations")
+_ABOUT = {
+    "overfit": "Pass or fail: can this recipe learn a few samples by heart? loss/flow down by more than 20 %, cosine up, KL steady. "
+    "A recipe that cannot has a bug in its data or code, not a lack of steps.",
+    "ablations": "Four short runs from the same start: the recipe, flow loss only, KL off, captions shuffled; each arrow that the "
+    "field notes expect is checked.",
+}
+_STEPS = {"overfit": 500, "ablations": 200}
+
+
+def _parser(check: str) -> Parser:
+    parser = Parser(
+        prog=f"flowray.doctor {check}",
+        description=_ABOUT[check],
+        epilog="The recipe as it is, but for a constant lr after a short warm-up, KL from the first step and one worker; key=value "
+        "has the last word. Exit code: 0 nothing failed, 1 a check failed, 2 bad input.",
+    )
+    parser.add_argument("recipe", help="a packaged recipe's name or the path of a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys, e.g. optim.lr=1e-3")
+    if check == "overfit":
+        parser.add_argument(
+            "--samples", type=int, metavar="N", default=128, help="how many samples to learn by heart; the notes take 128 or 512"
+        )
+    parser.add_argument("--steps", type=int, metavar="N", default=_STEPS[check], help=f"steps of each run (default {_STEPS[check]})")
+    parser.add_argument("--dir", type=Path, help="keep the run directories here; a temporary folder otherwise")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the check that argv[0] names; returns the exit code."""
+    check = argv[0]
+    args = _parser(check).parse_intermixed_args(argv[1:])
+    if args.steps < 20:
+        raise InputError(f"--steps: got {args.steps}, want 20 or more; fewer tell nothing")
+    quiet_libraries()
+    samples = getattr(args, "samples", None)
+    recipe = _short(args.recipe, args.overrides, args.steps, samples)
+    with _folder(args.dir) as folder:
+        verdicts = _overfit(recipe, folder) if check == "overfit" else _ablations(recipe, folder)
+    passed = all(verdict.verdict != "fail" for verdict in verdicts)
+    if args.json:
+        print(json.dumps({"check": check, "passed": passed, "recipe": args.recipe, "checks": [asdict(v) for v in verdicts]}))
+    else:
+        _show(check, verdicts)
+    return GOOD if passed else FINDINGS
+
+
+def _short(source: str, overrides: Sequence[str], steps: int, samples: int | None) -> Recipe:
+    """The recipe cut to a short run of one process; what the user typed comes last."""
+    short = [
+        "optim.schedule.kind=constant",
+        f"optim.schedule.warmup={min(20, steps // 10)}",
+        "loss.kl.schedule.kind=constant",
+        "resources.num_workers=1",
+        "probes.raw=true",
+        "probes.doctor_every=0",
+        "train.grad_every=0",
+        f"train.steps={steps}",
+        f"train.log_every={max(1, steps // 50)}",
+        f"train.probe_every={max(1, steps // 4)}",
+        *(f"train.{what}_every={steps}" for what in ("sample", "checkpoint")),
+        *([f"data.limit={samples}"] if samples is not None else []),
+    ]
+    return load_recipe(source, [*short, *overrides]).recipe
+
+
+@contextmanager
+def _folder(wanted: Path | None) -> Iterator[Path]:
+    if wanted is not None:
+        yield wanted.expanduser().absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="flowray-health-") as folder:
+        yield Path(folder)
+
+
+def _overfit(recipe: Recipe, folder: Path) -> list[Verdict]:
+    return overfit_verdicts(_train(recipe, folder, "overfit", {}))
+
+
+def _ablations(recipe: Recipe, folder: Path) -> list[Verdict]:
+    others = [name for name in LossConfig.model_fields if name != "flow" and isinstance(getattr(recipe.loss, name), TermConfig)]
+    plans: dict[str, dict[str, Any]] = {
+        "whole": {},
+        "flow_only": {f"loss.{name}.weight": 0.0 for name in others},
+        "no_kl": {"loss.kl.weight": 0.0},
+        "shuffled": {"data.shuffle_captions": True},
+    }
+    if recipe.loss.kl.weight == 0:
+        _say("loss.kl.weight is 0 in this recipe: KL off is the recipe itself")
+    return ablation_verdicts(**{name: _train(recipe, folder, name, changes) for name, changes in plans.items()})
+
+
+def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any]) -> Arm:
+    """One short run of the recipe with some keys changed; a recipe that is refused or training that halts is told, not raised."""
+    from flowray.store.latents import ensure_latents
+    from flowray.train.group import Group
+    from flowray.train.loop import train
+    from flowray.train.state import Halted
+
+    try:
+        varied = override_recipe(recipe, {**changes, "name": name, "storage_path": str(folder)})
+    except InputError as error:
+        return Arm(refused=f"the recipe does not allow it: {error}")
+    run = RunDirectory(folder / name)
+    if newest_checkpoint(run.checkpoints) is not None:
+        raise InputError(f"{run.path} holds a run already; give another --dir")
+    changed = recipe_diffs(recipe, varied).keys() - {"name", "storage_path"}
+    _say(f"{name}: {recipe.train.steps} steps" + (f", {', '.join(sorted(changed))} changed" if changed else ""))
+    ensure_latents(varied.data, varied.model.autoencoder, varied.model.latent, _say)
+    failure: list[Exception] = []
+
+    def work() -> None:
+        try:
+            train(varied, run, Group.current(varied.train.device), lambda row: None)
+        except Exception as error:
+            failure.append(error)
+
+    watch(work, RunProgress(run, varied.train.steps, 0, sys.stderr))
+    if failure and not isinstance(failure[0], Halted):
+        raise failure[0]
+    refused = f"training halted: {failure[0]}" if failure else ""
+    return Arm(read_rows(run.metrics), read_rows(run.probes), recipe.model.latent.dims, refused)
+
+
+def _show(check: str, verdicts: Sequence[Verdict]) -> None:
+    table = Table(title=f"{check}: {'passed' if all(v.verdict != 'fail' for v in verdicts) else 'FAILED'}")
+    for column in ("run", "expected", "measured", "verdict", "expected by"):
+        table.add_column(column)
+    for verdict in verdicts:
+        table.add_row(verdict.arm, verdict.expected, verdict.measured, verdict.verdict, verdict.source)
+    Console(highlight=False).print(table)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

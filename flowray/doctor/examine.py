@@ -1,0 +1,178 @@
+"""The doctor's examination: a run directory, a checkpoint or a live state becomes numbers, facts, pictures and curves.
+
+It judges nothing; flowray.findings reads what is here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flowray.config.recipe import Recipe
+from flowray.doctor.battery import PARTS, Measured, run_battery
+from flowray.doctor.subject import BatchesOf, Live, Row, Subject, live_subject, open_subject
+from flowray.model.autoencoder import Autoencoder
+from flowray.probes.interface import scale_number
+from flowray.probes.rollout import ENDPOINT_STEPS, TEACHER_STEPS
+from flowray.store.latents import LatentSet
+
+CPU = torch.device("cpu")
+Curves = dict[str, dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class Examination:
+    """metrics: flat, by key; raw weights, or `ema/KEY`, or the sampler's weights where flowray/config/keys.py says so.
+
+    history: rows of metrics.jsonl and probes.jsonl by step. facts: what the recipe and the files say. pictures: uint8
+    (N, H, W, 3). curves: series by name, `x` the axis. What could not be measured is absent, and `facts["notes"]` says why.
+    """
+
+    where: str
+    step: int
+    metrics: dict[str, float]
+    history: list[Row]
+    facts: dict[str, Any]
+    pictures: dict[str, np.ndarray]
+    curves: Curves
+
+
+def examine(
+    run: Path,
+    *,
+    checkpoint: Path | None = None,
+    batch: int = 64,
+    seed: int = 0,
+    device: torch.device = CPU,
+    overrides: Sequence[str] = (),
+    batches: BatchesOf | None = None,
+    parts: Collection[str] = PARTS,
+) -> Examination:
+    """Examine a run directory at its newest valid checkpoint, or one checkpoint; InputError in one line where there is none.
+
+    batches: the training path's own batches (flowray.train.step.BatchMaker); without it they are made as the recipe says.
+    """
+    return _examined(open_subject(checkpoint or run, overrides, device, batches), batch, seed, parts)
+
+
+def examine_live(
+    live: Live,
+    recipe: Recipe,
+    *,
+    latents: LatentSet,
+    held_out: LatentSet,
+    autoencoder: Autoencoder,
+    history: list[Row],
+    batch: int = 64,
+    seed: int = 0,
+    batches: BatchesOf | None = None,
+    parts: Collection[str] = PARTS,
+) -> Examination:
+    """Examine a state between two training steps; weights, gradients, optimiser, RNG and modes are the same after it.
+
+    parts: of battery.PARTS; without `standard`, which the loop's own probes measure, and `field` it takes seconds.
+    """
+    return _examined(live_subject(live, recipe, latents, held_out, autoencoder, history, batches), batch, seed, parts)
+
+
+def _examined(subject: Subject, batch: int, seed: int, parts: Collection[str]) -> Examination:
+    began = time.perf_counter()
+    made = run_battery(subject, batch, seed, parts)
+    made.metrics |= {f"lr/{group}": rate for group, rate in subject.rates(subject.lr).items()}
+    facts = _facts(subject) | _data_facts(subject, made) | made.facts
+    facts |= {"notes": made.notes, "seconds": time.perf_counter() - began}
+    return Examination(subject.where, subject.step, made.metrics, subject.history, facts, made.pictures, _curves(made, subject))
+
+
+def _facts(subject: Subject) -> dict[str, Any]:
+    """What the recipe says, flat."""
+    recipe, schedule, time_at = subject.recipe, subject.recipe.optim.schedule, subject.recipe.flow.time
+    terms = {name: getattr(recipe.loss, name) for name in type(recipe.loss).model_fields}
+    weights = {name: term.weight for name, term in terms.items() if hasattr(term, "weight") and term.weight > 0}
+    return {
+        "step": subject.step,
+        "steps": recipe.train.steps,
+        "batch_size": recipe.train.batch_size,
+        "run": subject.where,
+        "recipe_name": recipe.name,
+        "seed": recipe.seed,
+        "weights_sampled": recipe.sample.weights,
+        "head": recipe.model.head.kind,
+        "velocity": recipe.model.velocity.kind,
+        "autoencoder": recipe.model.autoencoder.kind,
+        "autoencoder_path": recipe.model.autoencoder.path,
+        "latent": list(recipe.model.latent.shape),
+        "precision": recipe.train.precision,
+        "velocity_fp32": recipe.train.velocity_fp32,
+        "text_dtype": recipe.model.text.dtype,
+        "null_probability": recipe.flow.null_probability,
+        "guidance_scale": recipe.sample.guidance_scale,
+        "sample_steps": recipe.sample.steps,
+        "sample_grid": recipe.sample.grid,
+        "sample_solver": recipe.sample.solver.kind,
+        "lr": subject.lr,
+        "lr_peak": recipe.optim.lr,
+        "lr_schedule": schedule.kind,
+        "warmup": schedule.warmup,
+        "warmup_over": subject.step >= schedule.warmup,
+        "ema_decay": recipe.train.ema,
+        "clip_grad": recipe.optim.clip_grad,
+        "loss_weights": weights,
+        "kl_form": recipe.loss.kl.form,
+        "kl_weight": recipe.loss.kl.weight,
+        "source_grad": recipe.loss.flow.source_grad,
+        "balance": recipe.loss.balance.kind,
+        "source_capped": recipe.model.posterior.logvar_max < 0,
+        "logvar_range": [recipe.model.posterior.logvar_min, recipe.model.posterior.logvar_max],
+        "time_kind": time_at.kind,
+        "time_low": getattr(time_at, "low", None),
+        "time_high": getattr(time_at, "high", None),
+        "uniform_floor": time_at.uniform_floor,
+        "curriculum": bool(recipe.flow.curriculum),
+        "shards": recipe.data.shards,
+        "parameters": sum(p.numel() for p in subject.parameters.values()),
+    }
+
+
+def _data_facts(subject: Subject, made: Measured) -> dict[str, Any]:
+    """What the files say: sizes, the latent scale in use, in the cache and in the autoencoder's own config."""
+    scale, own = subject.autoencoder.scale, subject.autoencoder.net.config
+    samples, duplicates = len(subject.latents), made.metrics.get("data/duplicate_share", 0.0)
+    return {
+        "samples": samples,
+        "val_samples": len(subject.held_out),
+        "duplicates": round(duplicates * samples),
+        "epochs": made.metrics.get("data/epochs", 0.0),
+        "scale": scale_number(scale),
+        "scale_cached": scale_number(subject.latents.scale),
+        "scale_own": getattr(own, "scaling_factor", None),
+        "shift": float(np.mean(scale.shift)),
+        "deterministic": scale.deterministic,
+    }
+
+
+def _curves(made: Measured, subject: Subject) -> Curves:
+    """The series that a report draws, from the rows."""
+    rows, curves = made.metrics, dict(made.curves)
+
+    def series(pattern: str, values: Sequence[int]) -> list[float]:
+        return [rows.get(pattern.format(value), math.nan) for value in values]
+
+    bins, ks, ns = tuple(range(10)), ENDPOINT_STEPS, TEACHER_STEPS
+    over_t = {"nmse": "flow/nmse_t{}", "cos": "flow/cos_t{}", "gain_ls": "gain/ls_t{}", "gain_median": "gain/median_t{}"}
+    over_t |= {"ema_nmse": "ema/flow/nmse_t{}", "ema_cos": "ema/flow/cos_t{}"}
+    curves["t"] = curves.get("t", {}) | {"x": [0.05 + 0.1 * b for b in bins]} | {name: series(key, bins) for name, key in over_t.items()}
+    euler = "ema/flow/endpt_rmse@{}" if subject.recipe.sample.weights == "ema" else "flow/endpt_rmse@{}"
+    ends = {"euler": euler, "heun": "flow/endpt_rmse_heun@{}", "standing_still": "trivial/flow/endpt_rmse@{}"}
+    curves["endpoint"] = {"x": [float(k) for k in ks]} | {name: series(key, ks) for name, key in ends.items()}
+    teacher = {"fp32": "teacher/mse@{}", "native": "teacher_native/mse@{}"}
+    curves["teacher"] = {"x": [float(n) for n in ns]} | {name: series(key, ns) for name, key in teacher.items()}
+    curves["dt_scale"] = {"x": [1.0, 2.0, 3.0], "nmse": series("shoot/nmse_dt{}", (1, 2, 3))}
+    return curves

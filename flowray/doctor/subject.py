@@ -1,0 +1,205 @@
+"""What the doctor looks at: a checkpoint or a live training state, with its data and its autoencoder, in one form."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowray.config.recipe import Recipe
+from flowray.config.train import GroupScales
+from flowray.data.order import EpochOrder
+from flowray.flow.draws import Draws
+from flowray.flow.time import time_config, training_times
+from flowray.losses.balance import Balancer
+from flowray.losses.total import Batch, Objective
+from flowray.model.assemble import FlowModel, build_model
+from flowray.model.autoencoder import Autoencoder, load_autoencoder
+from flowray.model.latent import Moments
+from flowray.probes.untouched import holding
+from flowray.sample.restore import find_checkpoint
+from flowray.store.checkpoint import copy_into, load_state, load_tensors
+from flowray.store.latents import LatentSet, ensure_latents, load_latents, load_training
+from flowray.store.rows import read_rows
+from flowray.store.run import RunDirectory
+
+Tensors = dict[str, Tensor]
+Row = dict[str, Any]
+BatchOf = Callable[[int], Batch]  # the global batch of a step
+BatchesOf = Callable[[Recipe, LatentSet, torch.device], BatchOf]
+
+
+class Average(Protocol):
+    """The EMA of a training state."""
+
+    average: Tensors
+
+
+class Live(Protocol):
+    """What the doctor reads of a run that trains; flowray.train's state is one."""
+
+    step: int
+    model: FlowModel
+    objective: Objective
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+    balancer: Balancer
+
+    @property
+    def ema(self) -> Average: ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """step steps are done. slots: the optimiser's state by parameter. lr: base rate of the last step. initial: weights at step 0.
+
+    multipliers: what gradient balancing multiplies the loss weights by. strip: the samples written at this step, if any.
+    """
+
+    where: str
+    recipe: Recipe
+    step: int
+    model: FlowModel
+    objective: Objective
+    parameters: dict[str, nn.Parameter]
+    ema: Tensors
+    slots: Mapping[str, Mapping[str, Tensor]]
+    lr: float
+    multipliers: Mapping[str, float]
+    initial: Tensors | None
+    latents: LatentSet
+    held_out: LatentSet
+    autoencoder: Autoencoder
+    batches: BatchOf
+    history: list[Row]
+    strip: Path | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the velocity network lies."""
+        return next(self.model.velocity.parameters()).device
+
+    @contextmanager
+    def weights(self, kind: str) -> Iterator[None]:
+        """Within the block the model holds the `ema` or the `raw` weights."""
+        if kind != "ema":
+            yield
+            return
+        with holding(self.parameters, self.ema):
+            yield
+
+    def rate(self, group: str, base: float) -> float:
+        """The group's own rate where the base rate is `base`."""
+        part = {"trunk_plain": "trunk"}.get(group, group)
+        cap = getattr(self.recipe.optim.lr_max, part)
+        scaled = base * getattr(self.recipe.optim.lr_scale, part)
+        return scaled if cap is None else min(scaled, cap)
+
+    def rates(self, base: float) -> dict[str, float]:
+        """Every group's rate."""
+        return {group: self.rate(group, base) for group in GroupScales.model_fields}
+
+
+def own_batches(recipe: Recipe, latents: LatentSet, device: torch.device) -> BatchOf:
+    """Batches of a step as the recipe describes them, without null samples: what the doctor uses where training brings none."""
+    size, shape = recipe.train.batch_size, recipe.model.latent.shape
+    order = EpochOrder(len(latents), recipe.seed)
+
+    def batch(step: int) -> Batch:
+        draws = Draws(recipe.seed, step, size, slice(None), device)
+        indices = order(np.arange(step * size, (step + 1) * size))
+        mean, logvar = latents.moments(indices)
+        z1 = latents.scale.sample(Moments(mean.to(device), logvar.to(device)), draws.normal("posterior", shape))
+        t = training_times(time_config(recipe.flow, step, recipe.train.steps), draws.uniform("time"))
+        captions = [latents.captions(int(i))[0] for i in indices]
+        return Batch(captions, z1, z1, draws.normal("source", shape), t, torch.zeros_like(t, dtype=torch.bool))
+
+    return batch
+
+
+def merged_history(run: RunDirectory) -> list[Row]:
+    """Rows of metrics.jsonl and probes.jsonl, one per step, in order; what is not finite is None."""
+    rows: dict[int, Row] = {}
+    for row in (*read_rows(run.metrics), *read_rows(run.probes)):
+        rows.setdefault(int(row["step"]), {}).update(row)
+    return [rows[step] for step in sorted(rows)]
+
+
+def open_subject(path: Path, overrides: Sequence[str], device: torch.device, batches: BatchesOf | None) -> Subject:
+    """A run directory or a checkpoint with all that training kept; InputError where there is none."""
+    checkpoint, run, recipe = find_checkpoint(path, list(overrides))
+    folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, lambda line: print(line, file=sys.stderr))
+    latents, held_out = load_training(folders["train"], recipe), load_latents(folders["val"])
+    model = build_model(recipe.model, recipe.loss, recipe.seed)
+    parameters = model.trainable()
+    initial = {name: p.detach().clone() for name, p in parameters.items()}
+    copy_into(parameters, load_tensors(checkpoint, "model"), checkpoint)
+    if moving := model.semantic.moving():
+        copy_into(moving, load_tensors(checkpoint, "moving"), checkpoint)
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_tensors(checkpoint, "optim").items():
+        name, slot = key.rsplit("/", 1)
+        slots.setdefault(name, {})[slot] = value
+    kept, step = load_state(checkpoint), load_state(checkpoint)["step"]
+    strip = run.samples / f"step_{step:06d}.png"
+    model = model.to(device).eval()
+    return Subject(
+        where=str(path),
+        recipe=recipe,
+        step=step,
+        model=model,
+        objective=Objective(model, recipe.flow, recipe.loss, velocity_fp32=recipe.train.velocity_fp32),
+        parameters=model.trainable(),
+        ema=load_tensors(checkpoint, "ema"),
+        slots=slots,
+        lr=float(kept.get("lr") or recipe.optim.lr),
+        multipliers=(kept.get("balance") or {}).get("multipliers", {}),
+        initial=initial,
+        latents=latents,
+        held_out=held_out,
+        autoencoder=load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device),
+        batches=(batches or own_batches)(recipe, latents, device),
+        history=[row for row in merged_history(run) if row["step"] <= step],
+        strip=strip if strip.is_file() else None,
+    )
+
+
+def live_subject(
+    live: Live,
+    recipe: Recipe,
+    latents: LatentSet,
+    held_out: LatentSet,
+    autoencoder: Autoencoder,
+    history: list[Row],
+    batches: BatchesOf | None,
+) -> Subject:
+    """A training state as it is, between two steps."""
+    groups = live.optimizer.param_groups
+    names = {id(p): name for name, p in live.parameters.items()}
+    device = next(live.model.velocity.parameters()).device
+    return Subject(
+        where=f"{recipe.name}, step {live.step}",
+        recipe=recipe,
+        step=live.step,
+        model=live.model,
+        objective=live.objective,
+        parameters=live.parameters,
+        ema=live.ema.average,
+        slots={names[id(p)]: state for p, state in live.optimizer.state.items()},
+        lr=max((float(g["lr"]) / float(g.get("scale", 1.0)) for g in groups), default=recipe.optim.lr),
+        multipliers=live.balancer.state.multipliers,
+        initial=None,
+        latents=latents,
+        held_out=held_out,
+        autoencoder=autoencoder,
+        batches=(batches or own_batches)(recipe, latents, device),
+        history=history,
+        strip=None,
+    )

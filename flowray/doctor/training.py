@@ -1,0 +1,169 @@
+"""The training path on one of its own batches: gradients, updates, and whether evaluation agrees with it on the very same batch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowray.config.errors import InputError
+from flowray.config.recipe import Recipe
+from flowray.doctor.subject import Subject
+from flowray.flow.path import psi, velocity_target
+from flowray.losses.terms import Forward, box_sum, flow_mse, info_nce
+from flowray.losses.total import Batch, active_terms, total_loss, weights_at
+from flowray.model.assemble import FlowModel
+from flowray.probes.battery import derangement
+from flowray.probes.calibrate import code_gap
+from flowray.probes.grads import Gradients, gradient_rows, gradients_of, update_ratio, weighted_sum
+from flowray.probes.untouched import hearing_codes, untouched
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Rows = dict[str, float]
+
+
+def first_rows(batch: Batch, count: int) -> Batch:
+    """The first `count` samples of a batch."""
+    return replace(batch, **{part.name: getattr(batch, part.name)[:count] for part in fields(batch)})
+
+
+def without_null(batch: Batch) -> Batch:
+    """The same batch with every sample aimed at its own image."""
+    return replace(batch, target=batch.z1, null=torch.zeros_like(batch.null))
+
+
+def _autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
+    dtype = _DTYPES.get(recipe.train.precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def training_mode(subject: Subject) -> Iterator[None]:
+    """The modes and the precision of a training step; the semantic networks, which count their batches in that mode, stay in eval."""
+    with untouched(subject.model), _autocast(subject.recipe, subject.device):
+        subject.model.train()
+        subject.model.semantic.eval()
+        yield
+
+
+@contextmanager
+def first_bad_module(model: nn.Module) -> Iterator[list[str]]:
+    """Within the block, the list receives the names of modules whose output is not finite, in the order in which they ran."""
+    bad: list[str] = []
+
+    def listen(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+                bad.append(name)
+
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
+    hooks = [module.register_forward_hook(listen(name)) for name, module in leaves]
+    try:
+        yield bad
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]:
+    """loss/*, weight/*, grad/*, share/*, step/*, clip/*, dino/*, ent/*, time/train_gap of one training batch; and what was not finite."""
+    recipe, model = subject.recipe, subject.model
+    weights = weights_at(recipe.loss, subject.step, recipe.train.steps)
+    factors = {name: weight * subject.multipliers.get(name, 1.0) for name, weight in weights.items()}
+    idle = frozenset(name for name, weight in weights.items() if weight == 0)
+    with training_mode(subject), hearing_codes(model) as heard, first_bad_module(model) as bad:
+        losses, forward = subject.objective(batch, idle)
+        gradients = gradients_of(losses, subject.parameters)
+        rows = {f"loss/{name}": float(loss.detach()) for name, loss in losses.items()}
+        rows["loss/total"] = float(total_loss(losses, factors).detach())
+        rows |= {name: float(value) for name, value in forward.watched.items()}
+        rows |= _semantic_rows(recipe, batch, forward, losses)
+    rows |= {f"weight/{name}": weight for name, weight in weights.items()} | gradient_rows(gradients, factors)
+    rows |= update_rows(subject, gradients, factors) | {"time/train_gap": code_gap(heard, [batch.t])}
+    found: dict[str, Any] = {"module": bad[0]} if bad else {}
+    whole = [x.detach().flatten(1).isfinite().all(dim=1) for x in (forward.z0, batch.z1, batch.target, forward.v_pred)]
+    broken_rows = (~torch.stack(whole).all(dim=0)).nonzero().flatten().tolist()
+    if 0 < len(broken_rows) < len(batch.t):  # where all are, no sample is to blame
+        found["rows"] = broken_rows
+    if wrong := [name for name, loss in losses.items() if not math.isfinite(float(loss.detach()))]:
+        found["loss"] = wrong[0]
+    broken = [name for row in gradients.values() for name, g in row.items() if not bool(g.isfinite().all())]
+    rows["finite/forward"] = float(not bad)
+    rows["finite/gradients"] = 1 - len(set(broken)) / len(subject.parameters)
+    if broken:
+        found["gradient"] = broken[0]
+    return rows, found
+
+
+def head_patterns(model: FlowModel) -> dict[str, re.Pattern[str]]:
+    """Which parameters the two heads are, by the names of their optimiser groups."""
+    return {"z_head": re.compile(r"head\."), "flow_head": re.compile(rf"velocity\.({model.velocity.last_layers})\.")}
+
+
+def update_rows(subject: Subject, gradients: Gradients, factors: Mapping[str, float]) -> Rows:
+    """step/*_update_ratio of the update that AdamW would make next, at the last step's rate and at the peak rate."""
+    optim = subject.recipe.optim
+    step = weighted_sum(gradients, factors, optim.clip_grad)
+    rows = {}
+    for group, pattern in head_patterns(subject.model).items():
+        held = {name: p for name, p in subject.parameters.items() if pattern.match(name)}
+        for suffix, base in {"": subject.lr, "_peak": optim.lr}.items():
+            ratio = update_ratio(held, step, subject.slots, lr=subject.rate(group, base), betas=optim.betas)
+            if ratio is not None:
+                rows[f"step/{group}_update_ratio{suffix}"] = ratio
+    return rows
+
+
+def _semantic_rows(recipe: Recipe, batch: Batch, forward: Forward, losses: Mapping[str, Tensor]) -> Rows:
+    """The semantic losses with captions deranged minus with their own, and what chance would score."""
+    rows: Rows = {}
+    views = forward.views
+    try:
+        others = derangement(list(batch.captions)).to(batch.t.device)
+    except InputError:  # all captions alike
+        return rows
+    if views.clip is not None:
+        text, image, scale = (x.detach() for x in views.clip)
+        own, swapped = info_nce(text, image, scale), info_nce(text[others], image, scale)
+        rows |= {"clip/cond_gain": float(swapped - own), "clip/chance": math.log(len(text)), "clip/scale": float(scale)}
+    if views.dino is not None:
+        student, teacher = (x.detach().float() for x in views.dino)
+        config = recipe.loss.dino
+        targets = F.softmax(teacher / config.teacher_temperature, dim=-1)
+        swapped = -(targets * F.log_softmax(student[others] / config.student_temperature, dim=-1)).sum(-1).mean()
+        rows |= {"dino/cond_gain": float(swapped - losses["dino"].detach()), "ent/chance": math.log(student.shape[1])}
+    return rows
+
+
+@torch.no_grad()
+def same_batch_rows(subject: Subject, batch: Batch) -> Rows:
+    """same_batch/*: the flow loss as training computes it against the probes' way, raw weights, no null samples; and kl/*."""
+    plain, rho = without_null(batch), subject.recipe.flow.path.rho
+    terms = active_terms(subject.recipe.loss)
+    with training_mode(subject):
+        losses, forward = subject.objective(plain, frozenset(terms) - {"flow", "kl"})
+        lower = [weight * flow_mse(level, box_sum(forward.path.v_target, level)) for weight, level in forward.lower]
+        trained = float(losses["flow"] - sum(lower, start=torch.zeros(())))
+    with untouched(subject.model):
+        subject.model.eval()
+        posterior, z0 = subject.model.source(plain.captions, plain.noise)
+        v = subject.model.velocity(psi(plain.t, z0, plain.z1, rho), 4.0 - 8.0 * plain.t, plain.null).float()
+    target = velocity_target(z0, plain.z1, rho)
+    evaluated, energy = float((v - target).square().mean()), float(target.square().mean())
+    rows = {"same_batch/train_loss": trained, "same_batch/eval_loss": evaluated}
+    rows["same_batch/ratio"] = evaluated / max(trained, 1e-12)
+    rows |= {"same_batch/train_nmse": trained / energy, "same_batch/eval_nmse": evaluated / energy}
+    square = (0.3 * posterior.mu) ** 6 if subject.recipe.loss.kl.form == "box" else posterior.mu.square()
+    rows["kl/closed_form"] = float((0.5 * (square + posterior.logvar.exp() - 1 - posterior.logvar)).mean())
+    if "kl" in losses:
+        rows["kl/ratio"] = float(losses["kl"]) / max(rows["kl/closed_form"], 1e-12)
+    return rows

@@ -1,0 +1,34 @@
+"""What trivial predictors score, and the logs' thresholds, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a trivial predictor scores, or the logs' threshold, in words."""
+
+    value: float
+    words: str
+
+
+BASELINES: Mapping[str, Baseline] = {
+    "shoot/nmse": Baseline(1.0, "predicting the mean"),
+    "shoot/skill": Baseline(0.0, "doing nothing"),
+    "flow/nmse": Baseline(1.0, "predicting zero"),
+    "train/nmse": Baseline(1.0, "predicting zero"),
+    "flow/cos": Baseline(0.0, "unrelated"),
+    "flow/speed_ratio": Baseline(1.0, "right speed"),
+    "std/mean": Baseline(1.0, "the prior's width"),
+    "text/cos_mu": Baseline(0.9, "prompts too alike above"),
+    "vae/psnr": Baseline(29.0, "autoencoder in order above"),
+    "shoot/cond_gain": Baseline(0.0, "caption ignored"),
+    "flow/cond_gain_cos": Baseline(0.0, "caption ignored"),
+}
+
+
+def baseline(key: str) -> Baseline | None:
+    """The baseline of a key, measured on raw or EMA weights alike."""
+    return BASELINES.get(key.removeprefix("ema/"))

@@ -1,0 +1,134 @@
+"""Numbers that follow from others, by key: for runs of which only some were written down, and for what rules compare."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+
+from flowray.findings.reading import Absent, Reading
+
+BINS = range(10)
+ENDS = (5, 10, 20, 50, 100)
+
+
+def _dims(r: Reading) -> int:
+    return math.prod(r.fact("latent"))
+
+
+def _nothing(r: Reading) -> float:
+    """mean (z0 - z1)^2: measured, or Var(z1) + Var(z0) of independent latents, each 1 where it is not known."""
+    if math.isfinite(measured := r.get("trivial/shoot/mse", math.nan)):
+        return measured
+    return r.get("latent/var", 1.0) + r.get("z_init/var", 1.0)
+
+
+def _growth(curve: str) -> Callable[[Reading], float]:
+    """Error at the most steps over that at the fewest."""
+
+    def grow(r: Reading) -> float:
+        known = [value for n in ENDS if math.isfinite(value := r.get(f"{curve}/mse@{n}", math.nan))]
+        if len(known) < 2:
+            raise Absent(curve)
+        return known[-1] / max(known[0], 1e-12)
+
+    return grow
+
+
+def _power(r: Reading) -> float:
+    """k where std(z1) = scale^k: 0 where the scale is applied once, 1 twice, -1 never, if one application makes unit variance."""
+    return 0.5 * math.log(r["latent/var"]) / _log_scale(r)
+
+
+def _log_scale(r: Reading) -> float:
+    s = math.log(float(r.fact("scale")))
+    if abs(s) < 0.2:
+        raise Absent("scale")  # too near 1 to tell once from twice
+    return s
+
+
+def _bins(r: Reading) -> list[float]:
+    found = [value for b in BINS if math.isfinite(value := r.get(f"flow/nmse_t{b}", math.nan))]
+    if len(found) < 5:
+        raise Absent("flow/nmse_t*")
+    return found
+
+
+def _sampled(key: str) -> Callable[[Reading], float]:
+    """The metric of the weights that sampling uses."""
+    return lambda r: r[f"ema/{key}"] if r.facts.get("weights_sampled") == "ema" and f"ema/{key}" in r.metrics else r[key]
+
+
+def _late(r: Reading) -> tuple[list[float], list[float]]:
+    """The third and the last quarter of the flow loss's curve."""
+    values = [value for _, value in r.points("loss/flow", least=8)]
+    return values[len(values) // 2 : 3 * len(values) // 4], values[3 * len(values) // 4 :]
+
+
+def _fall(r: Reading) -> float:
+    before, last = _late(r)
+    return 1 - statistics.median(last) / statistics.median(before)
+
+
+def _rise(r: Reading) -> float:
+    """Median of the last tenth over the least median of any tenth."""
+    values = [value for _, value in r.points("loss/flow", least=20)]
+    size = max(len(values) // 10, 2)
+    tenths = [statistics.median(values[i : i + size]) for i in range(0, len(values) - size + 1, size)]
+    return statistics.median(values[-size:]) / min(tenths)
+
+
+def _train_nmse(r: Reading) -> float:
+    if math.isfinite(v := r.get("scale/v_norm", math.nan)):
+        return r["loss/flow"] * _dims(r) / v**2
+    return r["loss/flow"] * _dims(r) / (r["scale/z0_norm"] ** 2 + r["scale/z1_norm"] ** 2)  # independent latents
+
+
+def _most(r: Reading) -> float:
+    found = [value for part in ("head", "velocity") if math.isfinite(value := r.get(f"moved/{part}", math.nan))]
+    if not found:
+        raise Absent("moved/*")
+    return max(found)
+
+
+DERIVED: Mapping[str, Callable[[Reading], float]] = {
+    # of the field: per sample nmse = 1 + k^2 - 2 k c
+    "flow/cos": lambda r: statistics.fmean(_known(r, "flow/cos_t")),
+    "flow/nmse": lambda r: 1 + r["flow/speed_ratio"] ** 2 - 2 * r["flow/speed_ratio"] * r["flow/cos"],
+    "gain/best": lambda r: r["flow/cos"] / r["flow/speed_ratio"],
+    "gain/median": lambda r: 1 / r["flow/speed_ratio"],
+    "gain/nmse_ls": lambda r: 1 - r["flow/cos"] ** 2,
+    "gain/nmse_median": lambda r: 2 - 2 * r["flow/cos"],
+    "gain/nmse_none": lambda r: r["flow/nmse"],
+    "sampled/cos": _sampled("flow/cos"),
+    "flow/bin_worst": lambda r: max(_bins(r)),
+    "flow/bin_middle": lambda r: statistics.median(_bins(r)),
+    "field/x0_share": lambda r: abs(r["field/fit_x0"]) / abs(r["field/fit_x1"]),
+    "field/x1_share": lambda r: abs(r["field/fit_x1"]) / abs(r["field/fit_x0"]),
+    # of the whole path
+    "shoot/nothing": _nothing,
+    "shoot/nmse": lambda r: r["shoot/mse"] / r["latent/var"],
+    "shoot/skill": lambda r: 1 - r["shoot/mse"] / r["shoot/nothing"],
+    "teacher/growth": _growth("teacher"),
+    "teacher_native/growth": _growth("teacher_native"),
+    "data/gap": lambda r: r["shoot/nmse"] - r["train_set/shoot_nmse"],
+    # of the latents and the text
+    "latent/power": _power,
+    "latent/rms": lambda r: math.sqrt(r["latent/var"]),
+    "scale/ratio": lambda r: r["scale/z1_norm"] / r["scale/z0_norm"],
+    "text/nats": lambda r: 0.5 * _dims(r) * math.log1p(r["text/snr"]),
+    "kl/deviation": lambda r: abs(math.log(r["kl/ratio"])),
+    # of training
+    "history/fall": _fall,
+    "history/rise": _rise,
+    "train/nmse": _train_nmse,
+    "moved/most": _most,
+    "same_batch/gap": lambda r: abs(math.log(r["same_batch/ratio"])),
+}
+
+
+def _known(r: Reading, prefix: str) -> list[float]:
+    found = [value for b in BINS if math.isfinite(value := r.get(f"{prefix}{b}", math.nan))]
+    if not found:
+        raise Absent(prefix)
+    return found

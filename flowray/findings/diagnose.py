@@ -1,0 +1,85 @@
+"""From numbers to findings, the most likely cause first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from flowray.findings.checks import Check
+from flowray.findings.derived import DERIVED
+from flowray.findings.finding import ORDER, Finding, healthy
+from flowray.findings.reading import Absent, Reading, Row
+from flowray.findings.rule import Rule, Words
+from flowray.findings.rules import RULES
+
+
+def diagnose(metrics: Row, facts: Mapping[str, Any], history: Sequence[Row] = (), rules: Sequence[Rule] = RULES) -> list[Finding]:
+    """Every finding: causes first (bad before warn before info, upstream before downstream), then what they explain.
+
+    metrics: one row of probe values, facts: what is known of the run, history: rows with `step`. A rule whose numbers are absent
+    is silent.
+    """
+    r = Reading(metrics, facts, history, DERIVED)
+    found = [(rule, finding) for rule in rules if (finding := _apply(rule, r)) is not None]
+    if not healthy([finding for _, finding in found]):
+        found = [pair for pair in found if not pair[0].last]
+    found.sort(key=lambda pair: ORDER[pair[1].severity])  # stable: the table goes from cause to consequence
+    return _settle(found, r)
+
+
+def _apply(rule: Rule, r: Reading) -> Finding | None:
+    try:
+        evidence = rule.when(r)
+    except Absent:
+        return None
+    return None if evidence is None else Finding(rule.id, rule.severity, evidence, _words(rule.cause, r), _words(rule.fix, r))
+
+
+def _settle(found: list[tuple[Rule, Finding]], r: Reading) -> list[Finding]:
+    """Causes by the worst that follows from them, then the findings that a cause explains, which name the first that does."""
+    reach = {rule.id: _explained(rule, [other for other, _ in found], r) for rule, _ in found}
+    place = {rule.id: index for index, (rule, _) in enumerate(found)}
+
+    def follows(id: str, other: str) -> bool:
+        return id in reach[other] and not (other in reach[id] and place[id] < place[other])  # of two that explain each other: the first
+
+    severity = {finding.id: ORDER[finding.severity] for _, finding in found}
+    roots = [finding for _, finding in found if not any(follows(finding.id, other) for other in reach)]
+    roots.sort(key=lambda root: min(severity[id] for id in {root.id, *reach[root.id]}))
+    ids = [root.id for root in roots]
+    rest = [finding for _, finding in found if finding.id not in ids]
+    return roots + [replace(finding, explained_by=next(id for id in ids if finding.id in reach[id])) for finding in rest]
+
+
+def _explained(rule: Rule, others: Sequence[Rule], r: Reading) -> set[str]:
+    """Ids among the found that follow from this rule, directly or through another."""
+    by_id = {other.id: other for other in others}
+    reached: set[str] = set()
+    waiting = [rule]
+    while waiting:
+        for name in _direct(waiting.pop(), by_id, r):
+            if name not in reached and name != rule.id:
+                reached.add(name)
+                waiting.append(by_id[name])
+    return reached
+
+
+def _direct(rule: Rule, found: Mapping[str, Rule], r: Reading) -> set[str]:
+    names = set()
+    for entry in rule.explains:
+        name, check = entry if isinstance(entry, tuple) else (entry, None)
+        if name in found and (check is None or _holds(check, r)):
+            names.add(name)
+    return names
+
+
+def _holds(check: Check, r: Reading) -> bool:
+    try:
+        return check(r) is not None
+    except Absent:
+        return False
+
+
+def _words(words: Words, r: Reading) -> str:
+    return words(r) if callable(words) else words

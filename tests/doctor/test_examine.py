@@ -1,0 +1,337 @@
+"""The examination of a real tiny run: complete, read-only, the same live as from disk, and its numbers move with planted faults."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_recipe
+from torch import Tensor
+
+from flowray.config.errors import InputError
+from flowray.config.keys import describe
+from flowray.config.recipe import Recipe
+from flowray.doctor.examine import Examination, examine, examine_live
+from flowray.doctor.subject import merged_history, own_batches
+from flowray.losses import terms
+from flowray.losses.total import Batch
+from flowray.model.autoencoder import load_autoencoder
+from flowray.model.latent import LatentScale, Moments
+from flowray.sample import generate
+from flowray.store.latents import LatentSet, ensure_latents, load_latents
+from flowray.store.run import RunDirectory
+from flowray.train.group import Group
+from flowray.train.loop import train
+from flowray.train.optim import Ema
+from flowray.train.state import TrainState, fresh_state, restore_state
+from flowray.train.step import BatchMaker, train_step
+
+CPU = torch.device("cpu")
+GROUP = Group(0, 1, CPU)
+
+
+def batches(recipe: Recipe, latents: LatentSet, device: torch.device) -> BatchMaker:
+    return BatchMaker(recipe, latents, Group(0, 1, device))
+
+
+def trained(home: Path, name: str) -> tuple[Recipe, RunDirectory]:
+    losses = {"loss.clip.weight": 0.3, "loss.dino.weight": 0.1, "loss.dino.prototypes": 16}
+    recipe = tiny_recipe(home, name=name, **losses, **{"optim.schedule": {"kind": "constant"}, "train.grad_every": 4})
+    run = RunDirectory(Path(recipe.storage_path) / name)
+    train(recipe, run, GROUP, lambda row: None)
+    return recipe, run
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("examine")
+
+
+@pytest.fixture(scope="module")
+def ran(home: Path) -> tuple[Recipe, RunDirectory]:
+    return trained(home, "healthy")
+
+
+@pytest.fixture(scope="module")
+def healthy(ran: tuple[Recipe, RunDirectory]) -> Examination:
+    return examine(ran[1].path, batch=8, batches=batches)
+
+
+def again(ran: tuple[Recipe, RunDirectory], *parts: str) -> dict[str, float]:
+    """The metrics of some parts of the battery, on the run of `ran`."""
+    return examine(ran[1].path, batch=8, batches=batches, parts=parts).metrics
+
+
+def sets(recipe: Recipe) -> dict[str, Any]:
+    folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
+    autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
+    return {"latents": load_latents(folders["train"]), "held_out": load_latents(folders["val"]), "autoencoder": autoencoder}
+
+
+def test_everything_is_measured_declared_and_finite(healthy: Examination) -> None:
+    assert healthy.facts["notes"] == []
+    assert healthy.step == 12
+    assert {key: value for key, value in healthy.metrics.items() if not math.isfinite(value)} == {}
+    assert [key for key in healthy.metrics if not key.startswith("trivial/") and describe(key) is None] == []
+    assert len(healthy.metrics) > 250
+    assert json.loads(json.dumps(healthy.facts))["head"] == "grid"
+    assert [row["step"] for row in healthy.history] == [2, 4, 6, 8, 10, 12]
+    assert "grad/flow" in healthy.history[1]
+    assert "ema/shoot/nmse" in healthy.history[1]
+    shown = {"orig", "recon_wrap", "recon_direct", "recon_twice", "trace_init", "trace_end", "samples"}
+    assert {name: pictures.shape for name, pictures in healthy.pictures.items()} == dict.fromkeys(shown, (8, 8, 8, 3))
+    for curve in healthy.curves.values():
+        assert len({len(values) for values in curve.values()}) <= 1 or "x" not in curve
+
+
+def test_a_healthy_run_agrees_with_itself(healthy: Examination) -> None:
+    rows = healthy.metrics
+    same = ("same_batch/ratio", "kl/ratio", "latent/fit_slope", "finite/parameters", "finite/gradients", "finite/forward")
+    assert {key: rows[key] for key in same} == pytest.approx(dict.fromkeys(same, 1.0), abs=1e-4)
+    zero = (
+        "sampler/gap",
+        "time/train_gap",
+        "time/sample_gap",
+        "vae/repeat_error",
+        "vae/training",
+        "latent/fit_power",
+        "latent/fit_residual",
+    )
+    assert {key: rows[key] for key in zero} == pytest.approx(dict.fromkeys(zero, 0.0), abs=1e-3)
+    assert rows["sampler/psnr"] == rows["sampler/strip_psnr_ema"] == 99.0
+    assert rows["sampler/strip_psnr_raw"] < 99.0
+    assert rows["latent/noise_ratio"] == pytest.approx(1.0, abs=0.2)
+    assert rows["latent/noise_ratio_train"] == pytest.approx(1.0, abs=0.2)
+    assert rows["sampler/bits"] == 24
+    assert max(value for key, value in rows.items() if key.startswith("teacher")) < 1e-9
+    last = healthy.history[-1]
+    assert rows["ema/flow/nmse"] == pytest.approx(last["ema/flow/nmse"], rel=1e-5)  # the probes of training, on the same batch
+    assert rows["ema/flow/endpt_rmse@64"] == pytest.approx(last["ema/flow/endpt_rmse@64"], rel=1e-5)
+
+
+def test_a_checkpoint_and_what_is_not_there(ran: tuple[Recipe, RunDirectory], tmp_path: Path) -> None:
+    older = examine(ran[1].path, checkpoint=ran[1].checkpoints / "step_000008", batch=8, parts=["weights", "field"])
+    assert older.step == 8
+    assert older.history[-1]["step"] == 8
+    assert "endpoint/falls_heun" in older.metrics
+    assert "shoot/nmse" not in older.metrics  # of a part that was not asked for
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(InputError) as caught:
+            examine(path)
+        assert "\n" not in str(caught.value)
+
+
+def snapshot(state: TrainState) -> list[Any]:
+    """Everything that an examination could change, as copies."""
+    model = state.model
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    slots = {name: state.optimizer.state[p] for name, p in state.parameters.items()}
+    return [
+        {name: x.detach().clone() for name, x in tensors.items()},
+        {name: p.grad.clone() for name, p in state.parameters.items() if p.grad is not None},
+        {f"{name}/{slot}": x.clone() for name, kept in slots.items() for slot, x in kept.items()},
+        {name: x.clone() for name, x in state.ema.average.items()},
+        {"rng": torch.get_rng_state()},
+        {"modes": torch.tensor([module.training for module in model.modules()])},
+        {"hooks": torch.tensor([len(module._forward_hooks) for module in model.modules()])},
+        {"lr": torch.tensor([group["lr"] for group in state.optimizer.param_groups])},
+    ]
+
+
+def test_a_live_state_is_left_as_it_was_and_reads_like_its_checkpoint(ran: tuple[Recipe, RunDirectory], healthy: Examination) -> None:
+    recipe, run = ran
+    state, data = fresh_state(recipe, CPU), sets(recipe)
+    restore_state(state, recipe, run)
+    state.model.train()
+    for group in state.optimizer.param_groups:
+        group["lr"] = recipe.optim.lr
+    sum(p.square().sum() for p in state.parameters.values()).backward()
+    before = snapshot(state)
+    live = examine_live(state, recipe, history=merged_history(run), batch=8, batches=batches, **data)
+    for old, new in zip(before, snapshot(state), strict=True):
+        assert old.keys() == new.keys()
+        assert [name for name in old if not torch.equal(old[name], new[name])] == []
+    assert "levels" not in vars(state.model.velocity)
+    assert state.model.semantic.dino is not None
+    assert state.model.semantic.dino._seen == []
+    assert torch.is_grad_enabled()
+    assert live.facts["notes"] == []
+    only_files_know = {"ema/moved"} | {key for key in healthy.metrics if key.startswith(("moved/", "sampler/strip"))}
+    assert healthy.metrics.keys() - live.metrics.keys() == only_files_know
+    assert live.metrics == pytest.approx({key: healthy.metrics[key] for key in live.metrics}, rel=1e-4, abs=1e-6)
+
+
+def test_a_capped_logit_scale_stays_above_its_cap(ran: tuple[Recipe, RunDirectory]) -> None:
+    recipe, run = ran
+    state = fresh_state(recipe, CPU)
+    restore_state(state, recipe, run)
+    assert state.model.semantic.clip is not None
+    with torch.no_grad():
+        state.model.semantic.clip.log_scale.fill_(9.0)  # training caps it in place in its next forward pass
+    examine_live(state, recipe, history=[], batch=8, batches=batches, parts=["training"], **sets(recipe))
+    assert float(state.model.semantic.clip.log_scale.detach()) == 9.0
+
+
+def test_gradients_and_updates_are_those_of_the_next_step(ran: tuple[Recipe, RunDirectory], healthy: Examination) -> None:
+    recipe, run = ran
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"grad_every": 1})})
+    state, data = fresh_state(recipe, CPU), sets(recipe)
+    restore_state(state, recipe, run)
+    row = train_step(state, state.objective, BatchMaker(recipe, data["latents"], GROUP)(12), recipe, GROUP)
+    keys = [key for key in row if key.startswith(("grad/", "step/", "loss/", "ent/")) and key != "grad/clip_frac"]
+    assert len(keys) > 20
+    assert {key: float(row[key]) for key in keys} == pytest.approx({key: healthy.metrics[key] for key in keys}, rel=2e-3, abs=1e-6)
+
+
+def test_a_weight_that_is_not_finite_is_named(ran: tuple[Recipe, RunDirectory]) -> None:
+    recipe, run = ran
+    state = fresh_state(recipe, CPU)
+    restore_state(state, recipe, run)
+    with torch.no_grad():
+        state.parameters["velocity.blocks.1.qkv.weight"][0, 0] = torch.nan
+    live = examine_live(state, recipe, history=[], batch=8, batches=batches, **sets(recipe))
+    assert live.metrics["finite/parameters"] < 1
+    assert live.metrics["finite/ema"] == 1
+    assert live.metrics["finite/forward"] == 0
+    assert live.metrics["finite/gradients"] < 1
+    assert live.facts["nonfinite"]["parameter"] == "velocity.blocks.1.qkv.weight"
+    assert live.facts["nonfinite"]["module"] == "velocity.blocks.1.qkv"
+    assert live.facts["nonfinite"]["loss"] == "flow"
+
+
+def test_a_sample_that_is_not_finite_is_named(ran: tuple[Recipe, RunDirectory]) -> None:
+    recipe, run = ran
+
+    def poisoned(recipe: Recipe, latents: LatentSet, device: torch.device) -> Any:
+        true = batches(recipe, latents, device)
+
+        def batch(step: int) -> Batch:
+            made = true(step)
+            made.z1[2, 0, 0, 0] = torch.nan
+            return made
+
+        return batch
+
+    found = examine(run.path, batch=8, batches=poisoned, parts=["training"])
+    latents = sets(recipe)["latents"]
+    assert found.facts["nonfinite"]["keys"] == [latents.reader.keys[BatchMaker(recipe, latents, GROUP).indices(12)[2]]]
+    assert found.facts["nonfinite"]["loss"] in ("flow", "clip", "dino")
+    assert found.metrics["finite/gradients"] < 1
+
+
+def test_an_ema_that_never_moves(home: Path, monkeypatch: pytest.MonkeyPatch, healthy: Examination) -> None:
+    monkeypatch.setattr(Ema, "update", lambda self, step: None)
+    _, run = trained(home, "stale")
+    assert examine(run.path, batch=8, parts=["weights"]).metrics["ema/moved"] == pytest.approx(0.0, abs=1e-6)
+    assert healthy.metrics["ema/moved"] > 0.1
+
+
+def test_a_sampler_with_another_time_code(ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "time_code", lambda t: 8 * t - 4)
+    rows = again(ran, "sampler", "training")
+    assert rows["time/sample_gap"] == pytest.approx(6.0, abs=1e-4)  # four midpoint steps: the first is at 1/8
+    assert rows["time/train_gap"] == 0
+    assert rows["sampler/gap"] > 0
+
+
+def test_training_with_another_time_code(ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowray.losses.total.time_code", lambda t: t)
+    rows = again(ran, "sampler", "training")
+    assert rows["time/train_gap"] > 2
+    assert rows["time/sample_gap"] == 0
+
+
+def test_a_bf16_solver_state(ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_bf16(config: Any, velocity_fn: Any, x: Tensor, grid: list[float], watch: Any = None) -> Tensor:
+        x = x.bfloat16()
+        for t, after in pairwise(grid):
+            v = velocity_fn(x.float(), torch.full((len(x),), (t + after) / 2)).bfloat16()
+            x = x + (after - t) * v
+        return x.float()
+
+    monkeypatch.setattr(generate, "integrate", in_bf16)
+    rows = again(ran, "sampler", "standard")
+    assert rows["sampler/bits"] == 8
+    assert rows["teacher_native/mse@100"] > rows["teacher_native/mse@5"] > 1e-7
+    assert rows["teacher/mse@100"] < 1e-9
+
+
+def test_sample_applied_to_an_integrated_latent(ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
+    true, scale = generate.generate_latents, sets(ran[0])["autoencoder"].scale
+
+    def resampled(*args: Any) -> Tensor:
+        z = true(*args)
+        return scale.sample(Moments(z, torch.full_like(z, -30.0)), torch.zeros_like(z))
+
+    monkeypatch.setattr(generate, "generate_latents", resampled)
+    rows = again(ran, "sampler")
+    assert rows["sampler/psnr"] < 60
+    assert rows["sampler/psnr_resampled"] == 99
+
+
+def test_a_posterior_that_is_not_sampled(ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
+    true = LatentScale.sample
+    monkeypatch.setattr(LatentScale, "sample", lambda self, moments, noise: true(self, moments, torch.zeros_like(noise)))
+    rows = again(ran, "data", "autoencoder")
+    assert rows["latent/noise_ratio"] == pytest.approx(0.0, abs=1e-5)
+    assert rows["latent/noise_ratio_train"] == pytest.approx(0.0, abs=1e-5)
+    monkeypatch.setattr(LatentScale, "sample", lambda self, moments, noise: moments.mean.float())  # neither drawn nor scaled
+    rows = again(ran, "data", "autoencoder")
+    assert rows["latent/fit_power"] == pytest.approx(-1.0, abs=1e-3)
+    assert rows["latent/batch_slope"] == pytest.approx(2.0, abs=1e-4)
+
+
+def test_a_kl_on_scaled_moments(ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
+    true = terms.kl_per_dim
+    monkeypatch.setattr(terms, "kl_per_dim", lambda mu, logvar, form: true(0.5 * mu, logvar + 2 * math.log(0.5), form))
+    assert again(ran, "training")["kl/ratio"] > 1.5
+
+
+def test_a_flipped_field(ran: tuple[Recipe, RunDirectory], healthy: Examination) -> None:
+    recipe, run = ran
+    state = fresh_state(recipe, CPU)
+    restore_state(state, recipe, run)
+    with torch.no_grad():
+        for name, p in state.parameters.items():
+            if name.startswith("velocity.patch_out."):
+                p.neg_()
+                state.ema.average[name].neg_()
+    flipped = examine_live(state, recipe, history=[], batch=8, batches=batches, **sets(recipe)).metrics
+    for key in ("flow/cos", "field/fit_x1", "field/fit_x0"):
+        assert flipped[key] == pytest.approx(-healthy.metrics[key], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.velocity": {"kind": "dimr", "widths": [16, 8], "depths": [3, 1], "heads": 2, "kernel": 3}, "sample.guidance_scale": 3.0},
+        {"train.precision": "bf16", "sample.solver": {"kind": "dopri5", "max_steps": 50}, "model.head": {"kind": "pooled", "hidden": 8}},
+        {"sample.weights": "raw", "sample.grid": "logit_normal", "loss.kl.weight": 0.0, "sample.solver": {"kind": "heun"}},
+    ],
+    ids=["dimr, guidance", "bf16, dopri5", "raw, heun, no KL"],
+)
+def test_every_kind_of_recipe_is_examined(home: Path, overrides: dict[str, Any]) -> None:
+    recipe = tiny_recipe(home, **overrides)
+    state = fresh_state(recipe, CPU)
+    live = examine_live(state, recipe, history=[], batch=8, batches=batches, **sets(recipe))
+    assert live.facts["notes"] == []
+    assert [key for key, x in live.metrics.items() if not math.isfinite(x) or not (describe(key) or key.startswith("trivial/"))] == []
+    assert live.metrics["sampler/gap"] == pytest.approx(0.0, abs=1e-9)
+    assert live.metrics["same_batch/ratio"] == pytest.approx(1.0, abs=0.02)
+    assert live.metrics["sampler/psnr"] == 99
+
+
+def test_the_default_batches_are_the_training_paths_own_samples(ran: tuple[Recipe, RunDirectory]) -> None:
+    """Same order, posterior noise, source noise and times as training's; first captions, and no null samples."""
+    recipe, _ = ran
+    latents = sets(recipe)["latents"]
+    ours, theirs = own_batches(recipe, latents, CPU)(3), BatchMaker(recipe, latents, GROUP)(3)
+    assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("z1", "noise", "t"))
+    assert [text.strip() for text in ours.captions] == [text.strip() for text in theirs.captions]
+    assert torch.equal(ours.target, ours.z1)
+    assert not ours.null.any()

@@ -1,0 +1,58 @@
+"""Planted faults: the doctor names each first or second, and has nothing against a healthy run.
+
+A few in the normal suite, on runs of a second; all of them, at full length, by `make test-doctor`.
+"""
+
+import pytest
+from faults import FAULTS, HEALTHY, HEALTHY_RUNS, judge, look, plant, rank
+
+from flowray.findings.finding import healthy
+
+BY_NAME = {fault.name: fault for fault in FAULTS}
+QUICK = {"sign_flipped": 20, "lr_too_low": 20}  # steps
+HEALTHY_STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("doctor")
+
+
+def told(findings):
+    return [(finding.id, finding.severity, finding.evidence) for finding in findings]
+
+
+def found(fault, home, steps=None, batch=32):
+    return judge(look(fault, plant(fault, home, steps), batch))
+
+
+def test_a_healthy_run_has_nothing_above_info(home):
+    findings = found(HEALTHY, home, HEALTHY_STEPS, batch=16)
+    assert healthy(findings), told(findings)
+    assert findings, "40 steps are too few to be good, and the doctor should say so"
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_doctor_names_a_planted_fault(name, home):
+    fault = BY_NAME[name]
+    findings = found(fault, home, QUICK[name], batch=16)
+    assert rank(findings, fault.named_by) in (1, 2), told(findings)
+
+
+def test_every_fault_of_the_list_is_planted_once():
+    assert len(BY_NAME) == len(FAULTS) >= 35
+    assert QUICK.keys() <= BY_NAME.keys()
+
+
+@pytest.mark.doctor
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_the_doctor_names_it_first_or_second(fault, tmp_path_factory):
+    findings = found(fault, tmp_path_factory.getbasetemp() / "planted")
+    assert rank(findings, fault.named_by) in (1, 2), told(findings)
+
+
+@pytest.mark.doctor
+@pytest.mark.parametrize("run", HEALTHY_RUNS, ids=lambda run: run.name)
+def test_healthy_runs_of_every_head_raise_nothing_above_info(run, tmp_path_factory):
+    findings = found(run, tmp_path_factory.getbasetemp() / "planted")
+    assert healthy(findings), told(findings)

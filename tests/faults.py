@@ -1,0 +1,341 @@
+"""Faults planted in an otherwise healthy small run, by config or by a bug in the code, and what the doctor makes of them.
+
+The doctor is told nothing: it gets the run directory. A bug in the code is there while training and, unless `mended`, while the
+doctor looks, because whoever runs the doctor runs the same code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowray.config.load import load_recipe, override_recipe
+from flowray.config.losses import ClipLossConfig
+from flowray.config.recipe import Recipe
+from flowray.data.make import ShapesSet, write_set
+from flowray.data.reader import ShardReader
+from flowray.data.shards import MANIFEST, find_shards, write_shards
+from flowray.doctor.examine import Examination, examine
+from flowray.findings.diagnose import diagnose
+from flowray.findings.finding import Finding
+from flowray.flow import path as flow_path
+from flowray.losses import terms, total
+from flowray.model import autoencoder as autoencoder_module
+from flowray.model.assemble import FlowModel
+from flowray.model.assets import asset_path
+from flowray.model.autoencoder import Autoencoder
+from flowray.model.dit import DiT
+from flowray.model.latent import LatentScale, Moments, over_channels
+from flowray.sample import generate as generate_module
+from flowray.store.checkpoint import newest_checkpoint
+from flowray.store.latents import LatentSet, ensure_latents
+from flowray.store.run import RunDirectory
+from flowray.train.group import Group
+from flowray.train.loop import train
+from flowray.train.optim import Ema
+from flowray.train.state import Halted
+from flowray.train.step import BatchMaker, whole_batches
+
+Bug = AbstractContextManager[Any]
+SETS = {"train": 768, "val": 64, "unseen": 1}
+SHIPPED = json.loads((asset_path("autoencoder") / "config.json").read_text())
+SCALE, SHIFT = tuple(1 / std for std in SHIPPED["latents_std"]), tuple(SHIPPED["latents_mean"])  # per channel
+
+SMALL = {  # on top of the packaged quickstart
+    "model.posterior.logvar_max": 6.0,
+    "loss.kl.weight": 2.0,
+    "loss.clip.weight": 0.3,
+    "flow.time": {"kind": "uniform"},
+    "resources.num_workers": 1,
+    "model.velocity.width": 64,
+    "model.velocity.depth": 2,
+    "optim.schedule.warmup": 20,
+    "train.steps": 150,
+    "train.batch_size": 32,
+    "train.log_every": 5,
+    "train.probe_every": 75,
+    "train.sample_every": 10_000,
+    "train.checkpoint_every": 10_000,
+    "train.ema": 0.98,
+    "train.device": "cpu",
+    "probes.raw": True,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a run and by which findings the doctor names it.
+
+    keys: recipe keys; bug: a fault of the code; mended: the code is right again when the doctor comes; late: the code of sampling,
+    which training does not use, so the doctor looks at the healthy run; data: makes the training shards, in a folder given, from
+    the healthy ones.
+    """
+
+    name: str
+    named_by: tuple[str, ...]
+    keys: dict[str, Any] = field(default_factory=dict)
+    bug: Callable[[], Bug] = nullcontext
+    mended: bool = False
+    late: bool = False
+    data: Callable[[Path, Path], Path] | None = None
+
+
+def make_sets(home: Path) -> dict[str, Path]:
+    """The healthy pictures: one-object scenes of shapes, (train, val)."""
+    return write_set(ShapesSet(two_share=0.0, **SETS), home / "pictures")
+
+
+def small_recipe(home: Path, name: str, **keys: Any) -> Recipe:
+    """The healthy run's recipe."""
+    sets = make_sets(home)
+    places = {"data.shards": str(sets["train"]), "data.val_shards": str(sets["val"]), "data.cache": str(home / "cache")}
+    base = override_recipe(load_recipe("quickstart").recipe, {**SMALL, **places, "storage_path": str(home / "runs"), "name": name})
+    return override_recipe(base, keys) if keys else base
+
+
+def train_quietly(recipe: Recipe) -> RunDirectory:
+    """Train without Ray; training that halts is left as it halted."""
+    run = RunDirectory(Path(recipe.storage_path) / recipe.name)
+    with suppress(Halted):
+        train(recipe, run, Group(0, 1, torch.device("cpu")), lambda row: None)
+    return run
+
+
+def plant(fault: Fault, home: Path, steps: int | None = None) -> RunDirectory:
+    """Train the run with the fault in it, unless it lies in `home` already."""
+    if fault.late:
+        return plant(HEALTHY, home, steps)
+    keys = dict(fault.keys)
+    if steps is not None:
+        keys = {"train.steps": steps, "train.probe_every": steps, **keys}
+    if fault.data is not None:
+        keys["data.shards"] = str(fault.data(make_sets(home)["train"], home / f"pictures-{fault.name}"))
+    recipe = small_recipe(home, fault.name, **keys)
+    run = RunDirectory(Path(recipe.storage_path) / recipe.name)
+    if newest_checkpoint(run.checkpoints) is None:
+        ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)  # the cache is made by code without the bug
+        with fault.bug():
+            train_quietly(recipe)
+    return run
+
+
+def look(fault: Fault, run: RunDirectory, batch: int = 32) -> Examination:
+    """The doctor's examination of the run, the bug still there unless it was mended."""
+    with nullcontext() if fault.mended else fault.bug():
+        return examine(run.path, batch=batch, batches=whole_batches)
+
+
+def judge(seen: Examination) -> list[Finding]:
+    """What the numbers mean."""
+    return diagnose(seen.metrics, seen.facts, seen.history)
+
+
+def rank(findings: list[Finding], named_by: tuple[str, ...]) -> int | None:
+    """The place, from 1, of the first finding that names the fault."""
+    return next((place for place, finding in enumerate(findings, 1) if finding.id in named_by), None)
+
+
+# ---- bugs in the code
+
+
+def replacing(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], Bug]:
+    """A bug that puts make(original) in the place of owner.name."""
+    return lambda: patch.object(owner, name, make(getattr(owner, name)))
+
+
+def training_latents(spoil: Callable[[Moments, Tensor], Tensor]) -> Callable[[], Bug]:
+    """z1 of the training batches as `spoil(moments, noise)` makes it."""
+
+    def spoilt(self: BatchMaker, indices: np.ndarray, noise: Tensor) -> Tensor:
+        return spoil(self.latents.moments(indices), noise)
+
+    return replacing(BatchMaker, "_latents", lambda _: spoilt)
+
+
+def _healthy_latent(moments: Moments, noise: Tensor) -> Tensor:
+    return LatentScale(SCALE, SHIFT, False).sample(moments, noise)
+
+
+def _unscaled(moments: Moments, noise: Tensor) -> Tensor:
+    return LatentScale(SCALE, SHIFT, False).unscale(_healthy_latent(moments, noise))
+
+
+def target(make: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Bug]:
+    """The velocity that the loss asks for, of (x0, x1)."""
+    return replacing(flow_path, "velocity_target", lambda _: lambda x0, x1, rho: make(x0.float(), x1.float()))
+
+
+def _inverted_unscale(original: Any) -> Any:
+    return lambda self, z: z * over_channels(self.scale, z) + over_channels(self.shift, z)
+
+
+def _resampled(original: Any) -> Any:
+    def generate_latents(*args: Any) -> Tensor:
+        z = original(*args)
+        return LatentScale(SCALE, SHIFT, True).sample(Moments(z, torch.zeros_like(z)), z)
+
+    return generate_latents
+
+
+def _bf16_integrate(original: Any) -> Any:
+    def integrate(config: Any, velocity_fn: Any, x: Tensor, grid: list[float], *rest: Any) -> Tensor:
+        x = x.bfloat16()
+        for before, after in pairwise(grid):
+            t = torch.full((len(x),), (before + after) / 2)
+            x = x + (after - before) * velocity_fn(x.float(), t).bfloat16()
+        return x.float()
+
+    return integrate
+
+
+def _scaled_kl(original: Any) -> Any:
+    return lambda mu, logvar, form: original(mu * 0.18215, logvar + 2 * np.log(0.18215), form)
+
+
+def _one_text(original: Any) -> Any:
+    def posterior(self: FlowModel, prompts: Any) -> Any:
+        made = original(self, prompts)
+        return type(made)(*(x.mean(0, keepdim=True).expand_as(x) for x in (made.mu, made.logvar)))
+
+    return posterior
+
+
+def _worse_in_eval(original: Any) -> Any:
+    def levels(self: DiT, x: Tensor, time_code: Tensor, null: Tensor) -> tuple[Tensor, ...]:
+        return original(self, x if self.training else x.flip(-1), time_code, null)
+
+    return levels
+
+
+def _corrupt_sample(original: Any) -> Any:
+    def moments(self: LatentSet, indices: np.ndarray) -> Moments:
+        made = original(self, indices)
+        if len(self) == SETS["train"]:
+            made.mean[torch.from_numpy(np.asarray(indices) == 700)] = torch.nan
+        return made
+
+    return moments
+
+
+def _other_weights(original: Any) -> Any:
+    """Another autoencoder under the same name: every weight a little off."""
+
+    def load(config: Any) -> Any:
+        net = original(config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter += 0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator) if parameter.numel() > 1 else 0.0
+        return net
+
+    return load
+
+
+def _train_mode_everywhere() -> Bug:
+    original = Autoencoder.__init__
+
+    def start(self: Autoencoder, *args: Any) -> None:
+        original(self, *args)
+        self.net.train()
+
+    @contextmanager
+    def planted() -> Iterator[None]:
+        with patch.object(Autoencoder, "__init__", start), patch.object(Autoencoder, "train", lambda self, mode=True: self):
+            yield
+
+    return planted()
+
+
+def _against_the_flow() -> Bug:
+    def contrary(config: Any, forward: Any) -> Tensor:
+        return -0.7 * terms.flow_mse(forward.v_pred, forward.path.v_target)
+
+    return patch.dict(terms._TERMS, {ClipLossConfig: contrary})
+
+
+# ---- faults of the data
+
+
+def few_pictures_many_times(healthy: Path, folder: Path) -> Path:
+    """As many samples as before, but only eight different ones."""
+    reader = ShardReader(find_shards(str(healthy)))
+
+    def sample(i: int) -> dict[str, Any]:
+        return {"__key__": f"copy-{i:05d}", **{extension: reader.read(i % 8, extension) for extension in ("png", "txt", "json")}}
+
+    if not (folder / MANIFEST).is_file():
+        write_shards(folder, (sample(i) for i in range(512)), meta={})
+    return folder
+
+
+HEALTHY = Fault("healthy", ())
+HEALTHY_RUNS = tuple(
+    Fault(f"healthy_{head['kind']}_{seed}", (), {"model.head": head, "seed": seed})
+    for head in ({"kind": "pooled"}, {"kind": "grid"}, {"kind": "conv"}, {"kind": "transencoder", "layers": 2, "ffn": 256})
+    for seed in (0, 1, 2)
+)
+FAULTS: tuple[Fault, ...] = (
+    # the latent's scale and the autoencoder
+    Fault("scale_twice", ("scale_twice",), bug=training_latents(lambda m, noise: _healthy_latent(m, noise) * over_channels(SCALE, noise))),
+    Fault(
+        "scale_never",
+        ("scale_never",),
+        bug=training_latents(_unscaled),
+    ),
+    Fault(
+        "scale_inverted_at_decode", ("decode_scale", "scale_inverted"), bug=replacing(LatentScale, "unscale", _inverted_unscale), late=True
+    ),
+    Fault("moments_as_latent", ("moments_as_latents",), bug=training_latents(lambda m, noise: m.mean)),
+    Fault("sample_on_latent", ("sample_on_latent",), bug=replacing(generate_module, "generate_latents", _resampled), late=True),
+    Fault("autoencoder_train_mode", ("autoencoder_in_train_mode",), bug=_train_mode_everywhere, late=True),
+    Fault("autoencoder_wrong", ("wrong_autoencoder",), bug=replacing(autoencoder_module, "_load", _other_weights), late=True),
+    # the target
+    Fault("sign_flipped", ("velocity_sign",), bug=target(lambda x0, x1: x0 - x1)),
+    Fault("target_x1", ("x1_target",), bug=target(lambda x0, x1: x1)),
+    Fault("target_epsilon", ("epsilon_target",), bug=target(lambda x0, x1: x0)),
+    Fault("velocity_small", ("velocity_too_small",), bug=target(lambda x0, x1: 0.3 * (x1 - x0)), mended=True),
+    # the source
+    Fault("source_collapsed", ("source_collapsed",), {"loss.kl.weight": 0.003}),
+    Fault("source_inflated", ("source_inflated",), {"loss.kl.weight": 0.003, "loss.flow.source_grad": "path"}),
+    Fault("logvar_saturated", ("logvar_saturated",), {"model.posterior.logvar_max": -2.0}),
+    Fault("kl_on_scaled", ("kl_on_scaled",), bug=replacing(terms, "kl_per_dim", _scaled_kl)),
+    Fault("kl_drowned", ("kl_drowned", "source_collapsed"), {"loss.kl.weight": 1e-5}),
+    Fault("kl_crushing", ("kl_crushing",), {"loss.kl.weight": 300.0, "loss.kl.form": "gaussian"}),
+    Fault("condition_ignored", ("condition_ignored",), bug=replacing(FlowModel, "posterior", _one_text)),
+    Fault("captions_shuffled", ("captions_shuffled",), {"data.shuffle_captions": True}),
+    # optimisation
+    Fault("lr_too_low", ("lr_too_low",), {"optim.lr": 2.5e-7}),
+    Fault("lr_too_high", ("lr_too_high",), {"optim.lr": 0.1, "train.checkpoint_every": 25}),
+    Fault("dead_head", ("dead_head",), {"optim.lr_scale.z_head": 1e-8}),
+    Fault("ema_never_updated", ("ema_never_updated",), bug=replacing(Ema, "update", lambda _: lambda self, step: None)),
+    Fault("raw_sampled", ("raw_sampled",), {"sample.weights": "raw"}),
+    Fault("losses_opposed", ("losses_opposed",), {"loss.clip.weight": 1.0, "train.grad_every": 50}, bug=_against_the_flow),
+    Fault("contrastive_weak", ("clip_weak",), {"loss.clip.weight": 1e-4}),
+    Fault("dino_saturated", ("dino_saturated",), {"loss.dino.weight": 1.0, "loss.dino.teacher_temperature": 1e-4}),
+    Fault(
+        "non_finite",
+        ("non_finite",),
+        {"train.checkpoint_every": 5, "train.log_every": 1},
+        bug=replacing(LatentSet, "moments", _corrupt_sample),
+    ),
+    # time and the sampler
+    Fault("time_code_mismatch", ("time_code_mismatch",), bug=replacing(total, "time_code", lambda _: lambda t: 8 * t - 4)),
+    Fault("time_untrained", ("time_untrained",), {"flow.time": {"kind": "alpha", "low": 0.6, "high": 0.98, "uniform_floor": 0.0}}),
+    Fault("solver_bf16", ("half_precision_solver",), bug=replacing(generate_module, "integrate", _bf16_integrate), late=True),
+    Fault("guidance_without_null", ("guidance_without_null",), {"flow.null_probability": 0.0, "sample.guidance_scale": 4.0}),
+    Fault("eval_differs", ("same_batch_mismatch",), bug=replacing(DiT, "levels", _worse_in_eval)),
+    # the data
+    Fault("dataset_small", ("dataset_too_small",), {"data.limit": 8}),
+    Fault("dataset_duplicated", ("dataset_duplicated",), data=few_pictures_many_times),
+    Fault("undertrained", ("undertrained",), {"train.steps": 40, "train.probe_every": 40}),
+)
