@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -52,6 +53,16 @@ def test_is_declared() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     declared = {re.split(r"[\[<>=!~ ]", line)[0].lower() for line in listed}
     assert {name.lower() for name in PACKAGES.values()} <= declared
+
+
+def test_every_import_is_declared(used: set[str]) -> None:
+    """What comes only because another package happens to need it may be gone with the next release."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
+    declared = {re.split(r"[\[<>=!~ ]", line)[0].lower().replace("-", "_") for line in lines}
+    others = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit_learn", "markdown_it": "markdown_it_py"}
+    needed = used - sys.stdlib_module_names - {"flowray"}
+    assert {others.get(name, name).lower() for name in needed} <= declared
 
 
 def test_no_torchvision(used: set[str]) -> None:

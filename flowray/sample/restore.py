@@ -10,6 +10,7 @@ import torch
 
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
+from flowray.config.losses import LossConfig
 from flowray.config.recipe import Recipe
 from flowray.model.assemble import FlowModel, build_model
 from flowray.store.checkpoint import copy_into, is_valid, load_state, load_tensors, newest_checkpoint
@@ -26,10 +27,10 @@ class OpenedRun:
     step: int
 
 
-def open_run(path: Path, overrides: list[str], device: torch.device) -> OpenedRun:
-    """Open a run directory (its newest valid checkpoint) or one `checkpoints/step_*` folder; overrides apply to its recipe.
+def find_checkpoint(path: Path, overrides: list[str]) -> tuple[Path, RunDirectory, Recipe]:
+    """(checkpoint, its run, its recipe) of a run directory, whose newest valid checkpoint it is, or of one `checkpoints/step_*` folder.
 
-    The weights are those that `sample.weights` names. InputError, one line, where there is no such thing.
+    Overrides apply to the recipe. InputError, one line, where there is no such thing.
     """
     given = path.absolute()
     if (given / "state.json").is_file() and not is_valid(given):
@@ -41,8 +42,14 @@ def open_run(path: Path, overrides: list[str], device: torch.device) -> OpenedRu
     run = RunDirectory(checkpoint.parent.parent)
     if not run.config.is_file():
         raise InputError(f"{run.path}: no config.yaml beside the checkpoints; a checkpoint is read with its recipe")
-    recipe = load_recipe(str(run.config), overrides).recipe
-    model = build_model(recipe.model, recipe.loss, recipe.seed)
+    return checkpoint, run, load_recipe(str(run.config), overrides).recipe
+
+
+def open_run(path: Path, overrides: list[str], device: torch.device) -> OpenedRun:
+    """Open what `find_checkpoint` finds. The weights are those that `sample.weights` names."""
+    checkpoint, run, recipe = find_checkpoint(path, overrides)
+    model = build_model(recipe.model, LossConfig(), recipe.seed)  # pictures need none of the semantic networks, nor their files
     parameters: dict[str, Any] = model.trainable()
-    copy_into(parameters, load_tensors(checkpoint, "ema" if recipe.sample.weights == "ema" else "model"), checkpoint)
+    tensors = load_tensors(checkpoint, "ema" if recipe.sample.weights == "ema" else "model")
+    copy_into(parameters, {name: x for name, x in tensors.items() if not name.startswith("semantic.")}, checkpoint)
     return OpenedRun(run.path, recipe, model.to(device).eval(), load_state(checkpoint)["step"])

@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and JSON, no pickle, whole or absent.
 
 `checkpoints/step_000500/` holds `model.safetensors` (trainable weights; frozen ones are named by the recipe), `ema.safetensors`,
-`optim.safetensors` and `state.json` (step and seed, which are all of the data cursor and the RNG, since every draw is a function
-of them; and each file's size and CRC-32). The folder is renamed into place when complete.
+`optim.safetensors`, `moving.safetensors` where a loss keeps a running state, and `state.json` (step and seed, which are all of the
+data cursor and the RNG, since every draw is a function of them; and each file's size and CRC-32). The folder is renamed into place
+when complete.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_tensors(checkpoint: Path, group: str) -> Tensors:
-    """One group of tensors: `model`, `ema` or `optim`."""
+    """One group of tensors: `model`, `ema`, `optim` or `moving`."""
     try:
         return load_file(checkpoint / f"{group}.safetensors")
     except Exception as error:  # safetensors raises its own Rust errors

@@ -21,15 +21,18 @@ from torch import Tensor
 
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
+from flowray.config.keys import INF, describe
 from flowray.config.model import AutoencoderConfig
+from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig
 from flowray.data.make import cache_dir, ensure_embedded
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards, sha256, write_shards
 from flowray.model.assets import asset_path
-from flowray.model.latent import LatentScale, Moments
+from flowray.model.latent import LatentScale, Moments, over_channels
 
 ENCODE_BATCH = 32
+STATISTICS = 4096  # samples that channel_statistics reads at most
 Progress = Callable[[str], None]
 
 
@@ -41,6 +44,7 @@ class LatentSet:
     scale: LatentScale
     variance: float
     pictures: tuple[Path, ...]  # the image shards these latents were made from
+    captioned_by: np.ndarray | None = None  # (len,) whose captions each sample has; None: its own
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -52,7 +56,7 @@ class LatentSet:
 
     def captions(self, index: int) -> list[str]:
         """All captions of one sample, at least one."""
-        return self.reader.captions(index)
+        return self.reader.captions(index if self.captioned_by is None else int(self.captioned_by[index]))
 
 
 def to_pictures(images: list[np.ndarray]) -> Tensor:
@@ -127,6 +131,8 @@ def ensure_latents(data: DataConfig, autoencoder: AutoencoderConfig, latent: Lat
         if not (folder / MANIFEST).is_file():
             progress(f"encoding {len(reader)} {split} pictures into {folder}")
             _encode(reader, folder, autoencoder, latent, progress)
+            if warning := channel_warning(channel_metrics(load_latents(folder))):
+                progress(warning)
         folders[split] = folder
     return folders
 
@@ -151,10 +157,9 @@ def _encode(reader: ShardReader, folder: Path, config: AutoencoderConfig, latent
                 moments = autoencoder.encode_moments(pictures)
             except ValueError as error:
                 raise InputError(f"model.latent: {error}, first {reader.label(start)}") from error
-            variance = 0.0 if scale.deterministic else moments.logvar.exp()
             z = scale.sample(moments, torch.zeros_like(moments.mean)).double()
             total += float(z.sum())
-            squares += float((z.square() + variance * scale.scale**2).sum())
+            squares += float((z.square() + _posterior_variance(moments, scale)).sum())
             count += z.numel()
             rows = torch.cat([moments.mean, moments.logvar], dim=1).half().cpu().numpy()
             for i, row in zip(indices, rows, strict=True):
@@ -174,9 +179,68 @@ def _encode(reader: ShardReader, folder: Path, config: AutoencoderConfig, latent
             raise
 
 
-def load_latents(folder: Path, limit: int | None = None) -> LatentSet:
-    """Open a cached split."""
+def load_latents(folder: Path, limit: int | None = None, *, shuffle: int | None = None) -> LatentSet:
+    """Open a cached split. shuffle: a seed, by which every sample gets the captions of another one."""
     meta = json.loads((folder / MANIFEST).read_text())["meta"]
-    scale = LatentScale(meta["scale"], meta["shift"], meta["deterministic"])
+    scale, shift = (tuple(value) if isinstance(value, list) else value for value in (meta["scale"], meta["shift"]))
     pictures = tuple(Path(path) for path in meta["pictures"])
-    return LatentSet(ShardReader(find_shards(str(folder)), limit), scale, meta["variance"], pictures)
+    reader = ShardReader(find_shards(str(folder)), limit)
+    captioned_by = None if shuffle is None else others(len(reader), shuffle)
+    return LatentSet(reader, LatentScale(scale, shift, meta["deterministic"]), meta["variance"], pictures, captioned_by)
+
+
+def load_training(folder: Path, recipe: Recipe) -> LatentSet:
+    """The split as a recipe trains on it: `data.limit` and `data.shuffle_captions` applied."""
+    return load_latents(folder, recipe.data.limit, shuffle=recipe.seed if recipe.data.shuffle_captions else None)
+
+
+def others(count: int, seed: int) -> np.ndarray:
+    """For every sample another one, (count,) int64: one random cycle through all of them. A lone sample has but itself."""
+    cycle = np.random.default_rng(seed).permutation(count)
+    partner = np.empty(count, dtype=np.int64)
+    partner[cycle] = np.roll(cycle, 1)
+    return partner
+
+
+def _posterior_variance(moments: Moments, scale: LatentScale) -> float | Tensor:
+    """Variance of a drawn z1 about its mean, fp32, 0 for a deterministic autoencoder."""
+    return 0.0 if scale.deterministic else moments.logvar.exp() * over_channels(scale.scale, moments.logvar) ** 2
+
+
+def channel_statistics(latents: LatentSet) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of z1, posterior noise included, in fp64; each channel should be about N(0, 1).
+
+    Over at most STATISTICS samples, spread evenly over the set.
+    """
+    chosen = np.linspace(0, len(latents) - 1, min(len(latents), STATISTICS)).round().astype(np.int64)
+    sums = []
+    for indices in np.array_split(chosen, -(-len(chosen) // ENCODE_BATCH)):
+        moments = latents.moments(indices)
+        z = latents.scale.sample(moments, torch.zeros_like(moments.mean)).double()
+        squares = z.square() + _posterior_variance(moments, latents.scale)
+        sums.append(torch.stack([z.mean((2, 3)).sum(0), squares.mean((2, 3)).sum(0)]))
+    mean, square = torch.stack(sums).sum(0) / len(chosen)
+    return mean, (square - mean.square()).clamp_min(0).sqrt()
+
+
+def channel_metrics(latents: LatentSet) -> dict[str, float]:
+    """latent/channel_*: how far the channels of z1 are from N(0, 1)."""
+    mean, std = channel_statistics(latents)
+    return {
+        "latent/channel_mean_max": float(mean.abs().max()),
+        "latent/channel_std_min": float(std.min()),
+        "latent/channel_std_max": float(std.max()),
+    }
+
+
+def channel_warning(metrics: dict[str, float]) -> str | None:
+    """One line where a channel statistic leaves the range its key calls good."""
+    for name, value in metrics.items():
+        key = describe(name)
+        low, high = key.good if key and key.good else (-INF, INF)
+        if not low <= value <= high:
+            return (
+                f"warning: {name} is {value:.3g}, good is {low:g} to {high:g}: channels of z1 are far from N(0, 1); "
+                "check model.autoencoder.scaling_factor and shift_factor"
+            )
+    return None

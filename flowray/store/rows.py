@@ -8,23 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flowray.config.rows import read_rows
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Every whole row; a torn last line (a killed writer) is left out."""
-    if not path.is_file():
-        return []
-    return parse_rows(path.read_text(encoding="utf-8"))
-
-
-def parse_rows(text: str) -> list[dict[str, Any]]:
-    """The rows of whole lines."""
-    rows = []
-    for line in text.split("\n"):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+__all__ = ["RowWriter", "read_rows"]
 
 
 class RowWriter:

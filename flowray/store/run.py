@@ -42,6 +42,11 @@ class RunDirectory:
         return self.path / "probes.jsonl"
 
     @property
+    def findings(self) -> Path:
+        """What the doctor found while the run trained: rows {step, findings}."""
+        return self.path / "findings.jsonl"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

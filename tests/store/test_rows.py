@@ -2,6 +2,7 @@
 
 import json
 
+from flowray.config.rows import parse_rows
 from flowray.store.rows import RowWriter, read_rows
 
 
@@ -45,3 +46,7 @@ def test_non_finite_numbers_become_null(tmp_path):
 
 def test_no_file_has_no_rows(tmp_path):
     assert read_rows(tmp_path / "none.jsonl") == []
+
+
+def test_lines_that_hold_no_row_are_numbered_but_for_a_torn_last_one():
+    assert parse_rows('{"a": 1}\n[2]\nx\n\n{"b": 2}\n{"c') == ([{"a": 1}, {"b": 2}], [2, 3])
