@@ -52,7 +52,6 @@ SHIPPED = json.loads((asset_path("autoencoder") / "config.json").read_text())
 SCALE, SHIFT = tuple(1 / std for std in SHIPPED["latents_std"]), tuple(SHIPPED["latents_mean"])  # per channel
 
 SMALL = {  # on top of the packaged quickstart
-    "model.posterior.logvar_max": 6.0,
     "loss.kl.weight": 2.0,
     "loss.clip.weight": 0.3,
     "flow.time": {"kind": "uniform"},
