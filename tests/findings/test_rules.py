@@ -13,7 +13,7 @@ from flowray.config.keys import describe
 from flowray.config.load import load_recipe
 from flowray.findings.derived import DERIVED
 from flowray.findings.diagnose import diagnose
-from flowray.findings.finding import as_json, healthy
+from flowray.findings.finding import Finding, as_json, healthy
 from flowray.findings.rules import RULES
 
 # Of a run on shapes that paints what it is told; its weights move little at the end of the cosine.
@@ -250,18 +250,21 @@ def test_the_fault_is_named_first_or_second(case: Case) -> None:
     assert healthy(found) == (named.severity == "info")
 
 
-def test_a_missing_number_crashes_nothing() -> None:
+def test_a_missing_number_crashes_nothing_and_is_never_evidence() -> None:
     everything: dict[str, float] = {}
+    looked: list[Finding] = []
     for case in CASES:
         everything |= case.metrics
         for key in case.metrics:
             left = {name: value for name, value in {**HEALTHY, **case.metrics}.items() if name != key}
-            diagnose(left, {**FACTS, **case.facts})
+            looked += diagnose(left, {**FACTS, **case.facts})
     metrics = {**HEALTHY, **everything}
     for key in metrics:
-        diagnose({name: value for name, value in metrics.items() if name != key}, FACTS)
+        looked += diagnose({name: value for name, value in metrics.items() if name != key}, FACTS)
     for name in FACTS:
-        diagnose(metrics, {key: value for key, value in FACTS.items() if key != name}, FLAT)
+        looked += diagnose(metrics, {key: value for key, value in FACTS.items() if key != name}, FLAT)
+    assert looked
+    assert [finding.evidence for finding in looked if re.search(r"\bnan\b", finding.evidence)] == []
 
 
 def test_nothing_measured_is_nothing_found() -> None:
