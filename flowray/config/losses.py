@@ -149,6 +149,14 @@ class NormLossConfig(TermConfig):
     """Mean (||v|| - ||v*||)^2 over samples, the target detached (log 0919)."""
 
 
+class AnchorLossConfig(TermConfig):
+    """Mean (mu - z1)^2: the source starts at the caption's mean picture (a data-dependent prior, arXiv 2106.06406, 2310.03725).
+
+    The flow loss alone lets mu write down what a caption says in any code, however faint; the velocity network must then learn to
+    read it. Anchored, whatever moves z1 moves mu as far and in the same direction, and the flow only adds what the caption leaves open.
+    """
+
+
 def _wants_weights(teacher: Config) -> None:
     if getattr(teacher, "path", "") is None:
         raise ValueError("a frozen teacher needs a path; random weights teach nothing")
@@ -165,14 +173,15 @@ class LossConfig(Config):
     lpips: LpipsLossConfig = LpipsLossConfig()
     tv: TVLossConfig = TVLossConfig()
     norm: NormLossConfig = NormLossConfig()
+    anchor: AnchorLossConfig = AnchorLossConfig()
     balance: BalanceConfig = NoBalance()
 
     @model_validator(mode="after")
     def _everything_trains(self) -> LossConfig:
         if self.flow.weight == 0:
             raise ValueError("flow.weight 0 leaves the velocity network untrained; it must be above 0")
-        if self.flow.source_grad == "none" and self.kl.weight == self.clip.weight == self.dino.weight == 0:
+        if self.flow.source_grad == "none" and self.kl.weight == self.clip.weight == self.dino.weight == self.anchor.weight == 0:
             raise ValueError(
-                "flow.source_grad none with kl.weight 0, clip.weight 0 and dino.weight 0 leaves the text side untrained; raise one of them"
+                "flow.source_grad none with the weights of kl, clip, dino and anchor at 0 leaves the text side untrained; raise one of them"
             )
         return self

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowray.config.losses import (
+    AnchorLossConfig,
     ClipLossConfig,
     DinoLossConfig,
     FlowLossConfig,
@@ -136,6 +137,10 @@ def _norm(config: NormLossConfig, forward: Forward) -> Tensor:
     return (predicted - target).square().mean()
 
 
+def _anchor(config: AnchorLossConfig, forward: Forward) -> Tensor:
+    return F.mse_loss(forward.posterior.mu, forward.z1)
+
+
 _TERMS: dict[type, Callable[[Any, Forward], Tensor]] = {
     FlowLossConfig: _flow,
     KLLossConfig: _kl,
@@ -145,6 +150,7 @@ _TERMS: dict[type, Callable[[Any, Forward], Tensor]] = {
     LpipsLossConfig: _lpips,
     TVLossConfig: _tv,
     NormLossConfig: _norm,
+    AnchorLossConfig: _anchor,
 }
 
 

@@ -60,6 +60,7 @@ def losses(folder: Path) -> dict[str, dict[str, Any]]:
         "lpips": {"loss.lpips": {"weight": 0.1, "vgg": str(folder / "vgg16.safetensors"), "size": 16, "schedule": {"kind": "constant"}}},
         "tv": {"loss.tv.weight": 1e-2},
         "norm": {"loss.norm.weight": 1e-2},
+        "anchor": {"loss.anchor.weight": 1.0},
         "clip": {"loss.clip.weight": 0.5},
         "clip_siglip": {"loss.clip.weight": 0.5, "model.semantic": {"kind": "image", "net": siglip(folder), "hidden": 16}},
         "clip_frozen": {"loss.clip.weight": 0.5, "model.semantic": {"kind": "image", "net": siglip(folder), "hidden": 16, "frozen": True}},
@@ -126,7 +127,7 @@ def test_a_loss_builds_what_it_needs_and_reaches_what_it_should(kind: str, folde
     assert still == []
     frozen = {key: p for key, p in model.semantic.named_parameters() if not p.requires_grad}
     assert all(p.grad is None for p in frozen.values())
-    assert bool(frozen) == (kind not in ("clip", "tv", "norm"))
+    assert bool(frozen) == (kind not in ("clip", "tv", "norm", "anchor"))
     for part in ("autoencoder", "lpips", "clip.tower.encoder", "dino.teacher.encoder", "repa.encoder"):
         if any(key.startswith(f"{part}.") for key in frozen) and kind != "clip_siglip":
             assert not model.semantic.get_submodule(part).training or part == "lpips"
@@ -151,7 +152,7 @@ def test_three_steps_of_training(kind: str, folder: Path) -> None:
 
 
 def test_all_together_resume_bit_for_bit_with_the_centre_and_the_teacher(folder: Path) -> None:
-    kinds = ("dino", "repa", "lpips", "tv", "norm", "clip_frozen")
+    kinds = ("dino", "repa", "lpips", "tv", "norm", "anchor", "clip_frozen")
     base = recipe_of(folder, *kinds, **{"loss.lpips.schedule": {"kind": "until", "steps": 3}, "train.checkpoint_every": 2})
 
     def go(name: str, *stops: int) -> RunDirectory:

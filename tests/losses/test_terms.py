@@ -13,6 +13,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from torch.nn.functional import normalize
 
 from flowray.config.losses import (
+    AnchorLossConfig,
     ClipLossConfig,
     Cosine,
     DinoLossConfig,
@@ -228,6 +229,23 @@ class TestTV(LossContract):
         assert float(total_variation(noise(0, (2, 3, 1, 1)))) == 0
 
 
+class TestAnchor(LossContract):
+    config = AnchorLossConfig(weight=1.0)
+    reaches = {"mu"}
+
+    def perfect(self, forward: Forward) -> Forward:
+        return replace(forward, z1=forward.posterior.mu.detach())
+
+    def test_one_caption_with_many_pictures_is_drawn_to_their_mean(self) -> None:
+        forward, _ = forward_pass()
+        mu = torch.zeros_like(forward.z1[:1], requires_grad=True)
+        shared = Posterior(mu.expand_as(forward.z1), forward.posterior.logvar)
+        loss = loss_term(self.config, replace(forward, posterior=shared))
+        loss.backward()
+        assert mu.grad is not None
+        torch.testing.assert_close(-mu.grad, 2 * forward.z1.mean(0, keepdim=True) / mu.numel())
+
+
 class TestNorm(LossContract):
     config = NormLossConfig(weight=1.0)
     reaches = {"mu", "logvar", "v"}
@@ -262,7 +280,7 @@ def all_terms() -> set[type]:
 
 def test_every_term_has_its_contract_test() -> None:
     assert {type(cls.config) for cls in contracts()} == all_terms()
-    weighed = {name: {"weight": 1.0} for name in ("clip", "dino", "repa", "tv", "norm")} | {"lpips": {"weight": 1.0, "vgg": "vgg.pth"}}
+    weighed = {name: {"weight": 1.0} for name in ("clip", "dino", "repa", "tv", "norm", "anchor")} | {"lpips": {"weight": 1.0, "vgg": "vgg.pth"}}
     assert {type(term) for term in active_terms(LossConfig.model_validate(weighed)).values()} == all_terms()
 
 
