@@ -72,6 +72,12 @@ class AlphaTime(Config):
 TimeConfig = Annotated[UniformTime | LogitNormalTime | LogSNRTime | AlphaTime, Field(discriminator="kind")]
 
 
+def _must_cover_0(time: UniformTime | LogitNormalTime | LogSNRTime | AlphaTime, where: str) -> None:
+    covered = time.kind == "uniform" or (time.kind == "alpha" and time.low == 0)
+    if not covered and time.uniform_floor == 0:
+        raise ValueError(f"time {time.kind} {where} leaves t = 0 untrained; its uniform_floor must be above 0")
+
+
 class TimeStage(Config):
     """The training times until a step or a fraction of the run; a range must leave a floor, since sampling starts at t = 0.
 
@@ -86,8 +92,7 @@ class TimeStage(Config):
     def _whole(self) -> TimeStage:
         if (self.steps is None) == (self.fraction is None):
             raise ValueError("a stage of flow.curriculum takes either steps or fraction, the end of the stage counted from step 0")
-        if self.time.kind != "uniform" and self.time.uniform_floor == 0:
-            raise ValueError(f"time {self.time.kind} in flow.curriculum leaves t = 0 untrained; its uniform_floor must be above 0")
+        _must_cover_0(self.time, "in flow.curriculum")
         return self
 
 
@@ -95,7 +100,7 @@ class FlowConfig(Config):
     """Path, training times and the share of null samples that classifier-free guidance needs.
 
     curriculum: stages of other training times before `time` takes over, in order, such as
-    `[{steps: 30000, time: {kind: alpha, low: 0.8, high: 1.0}}]`.
+    `[{steps: 30000, time: {kind: alpha, low: 0.8, high: 1.0}}]`. With one, every stage and `time` must cover t = 0.
     """
 
     path: PathConfig = PathConfig()
@@ -108,6 +113,8 @@ class FlowConfig(Config):
         for ends in ([stage.steps for stage in self.curriculum if stage.steps], [s.fraction for s in self.curriculum if s.fraction]):
             if any(later <= earlier for earlier, later in pairwise(ends)):
                 raise ValueError(f"the stages of curriculum must end one after the other, got {ends}")
+        if self.curriculum:
+            _must_cover_0(self.time, "after flow.curriculum")
         return self
 
 

@@ -73,10 +73,15 @@ class TimeSamplerContract:
         assert time_config(FlowConfig(time=stage), 0, 100) == stage
 
     def test_a_stage_covers_t_0(self) -> None:
+        """A stage, and the times after the last one."""
         if isinstance(self.config, UniformTime):
             return
-        with pytest.raises(ValueError, match="uniform_floor must be above 0"):
-            TimeStage(steps=10, time=self.with_floor(0.0))
+        bare, first = self.with_floor(0.0), TimeStage(steps=10, time=UniformTime())
+        with pytest.raises(ValueError, match=r"in flow\.curriculum leaves t = 0 untrained; its uniform_floor must be above 0"):
+            TimeStage(steps=10, time=bare)
+        with pytest.raises(ValueError, match=r"after flow\.curriculum leaves t = 0 untrained; its uniform_floor must be above 0"):
+            FlowConfig(curriculum=(first,), time=bare)
+        FlowConfig(curriculum=(first,), time=self.with_floor(0.1))
 
 
 class TestUniform(TimeSamplerContract):
@@ -110,6 +115,10 @@ class TestAlpha(TimeSamplerContract):
 
     def cdf(self, t: Tensor) -> Tensor:
         return ((t - 0.6) / 0.38).clamp(0, 1)
+
+    def test_a_range_from_0_needs_no_floor(self) -> None:
+        whole = AlphaTime(low=0.0, high=0.5, uniform_floor=0.0)
+        assert FlowConfig(curriculum=(TimeStage(steps=10, time=whole),), time=whole).curriculum[0].time == whole
 
 
 def test_stages_follow_each_other() -> None:

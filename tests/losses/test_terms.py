@@ -280,7 +280,9 @@ def all_terms() -> set[type]:
 
 def test_every_term_has_its_contract_test() -> None:
     assert {type(cls.config) for cls in contracts()} == all_terms()
-    weighed = {name: {"weight": 1.0} for name in ("clip", "dino", "repa", "tv", "norm", "anchor")} | {"lpips": {"weight": 1.0, "vgg": "vgg.pth"}}
+    weighed = {name: {"weight": 1.0} for name in ("clip", "dino", "repa", "tv", "norm", "anchor")} | {
+        "lpips": {"weight": 1.0, "vgg": "vgg.pth"}
+    }
     assert {type(term) for term in active_terms(LossConfig.model_validate(weighed)).values()} == all_terms()
 
 

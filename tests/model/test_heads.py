@@ -112,9 +112,18 @@ class TestGrid(HeadContract):
     config = GridHead(hidden=32, heads=4)
 
     def test_cells_differ(self) -> None:
-        """A grid without positions would give every cell the same latent."""
-        mu, _ = self.head()(tokens())
-        assert float(mu.detach().flatten(2).std(dim=2).mean()) > 1e-3
+        """By what they learnt, or by their places; without both all would be alike. No convolution here: at the edges it differs."""
+
+        def spread(*forgotten: str) -> float:
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(0)
+                head = build_head(self.config.model_copy(update={"convs": 0}), WIDTH, COUNT, SPECS[0])
+                for name in forgotten:
+                    getattr(head, name).zero_()
+                return float(head(tokens())[0].flatten(2).std(dim=2).mean())
+
+        assert min(spread(), spread("cells"), spread("positions")) > 1e-3
+        assert spread("cells", "positions") < 1e-6
 
 
 class TestGridNoConv(HeadContract):
@@ -123,6 +132,31 @@ class TestGridNoConv(HeadContract):
 
 class TestConv(HeadContract):
     config = ConvHead(hidden=8, mlp=32)
+
+    def test_three_by_three_convolutions_bring_locality(self) -> None:
+        """A cell of the pooled image moves its neighbours: one ring for each of two layers and the last convolution."""
+        head = self.head()
+        for conv in head.convs:
+            conv[0] = nn.Identity()  # the group norm sees the whole image
+        bump = torch.zeros(3, 8, 8, 8)
+        bump[:, :, 4, 4] = 1.0
+        outputs = []
+        for add in (0.0, 1.0):
+            hook = head.mlp.register_forward_hook(lambda module, inputs, out, add=add: out + add * bump.flatten(1))
+            outputs.append(head(tokens())[0].detach())
+            hook.remove()
+        moved = (outputs[1] - outputs[0]).abs().amax((0, 1)) > 1e-7
+        expected = torch.zeros(8, 8, dtype=torch.bool)
+        expected[1:, 1:] = True
+        assert torch.equal(moved, expected)
+
+
+@pytest.mark.parametrize("config", [TestPooled.config, TestConv.config])
+def test_pooled_heads_read_the_mean_of_the_tokens_alone(config: HeadConfig) -> None:
+    head, given = build_head(config, WIDTH, COUNT, SPECS[0]), tokens()
+    means = torch.stack([values[mask].mean(0) for values, mask in zip(given.values, given.mask, strict=True)])
+    pooled = head(TextTokens(means[:, None], torch.ones(3, 1, dtype=torch.bool)))
+    torch.testing.assert_close(head(given), pooled, rtol=1e-4, atol=1e-5)
 
 
 class TestTransEncoder(HeadContract):
@@ -199,6 +233,21 @@ def test_dropout_acts_in_training_alone() -> None:
         assert torch.equal(head(tokens())[0], head(tokens())[0])
 
 
+@pytest.mark.parametrize("silent", ["attention", "mlp"])
+def test_dropout_acts_in_attention_and_in_the_mlp(silent: str) -> None:
+    """Either alone still draws when the other's output is at zero; with both at zero nothing does."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = PostNormLayer(12, TransEncoderHead(heads=2, ffn=32, dropout=0.5), narrow=False)
+        x, mask = torch.randn(2, 4, 12), torch.ones(2, 4, dtype=torch.bool)
+        last = {"attention": layer.out, "mlp": layer.mlp[-1]}
+        with torch.no_grad():
+            last.pop(silent).weight.zero_()
+            assert not torch.equal(layer(x, mask), layer(x, mask))
+            next(iter(last.values())).weight.zero_()
+            assert torch.equal(layer(x, mask), layer(x, mask))
+
+
 def test_transencoder_refuses_widths_that_cannot_be_halved() -> None:
     with pytest.raises(InputError, match="2 reductions halve the token width 24 to 6, and 5 heads must divide 12"):
         build_head(TransEncoderHead(reductions=2, heads=5), 24, COUNT, SPECS[0])
@@ -218,7 +267,7 @@ def test_transencoder_refuses_widths_that_cannot_be_halved() -> None:
 def test_transencoder_has_the_published_parameters(config: TransEncoderHead, width: int, side: int, millions: float) -> None:
     with torch.device("meta"):
         head = build_head(config, width, 77, LatentSpec(channels=4, height=side, width=side))
-    assert count_parameters(head) / 1e6 == pytest.approx(millions, rel=0.001)
+    assert count_parameters(head) / 1e6 == pytest.approx(millions, abs=5.1e-4)  # as many decimals as given
 
 
 def test_a_mismatch_names_both_shapes() -> None:

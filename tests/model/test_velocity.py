@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from support import tiny_recipe
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +17,10 @@ from flowray.config.model import DiMRVelocity, DiTVelocity, TimeEmbeddingConfig,
 from flowray.config.schema import members
 from flowray.flow.path import sample_path
 from flowray.losses.terms import Forward, box_sum, loss_term
+from flowray.losses.total import Batch, Objective
+from flowray.model.assemble import build_model
 from flowray.model.dimr import ConvNeXtBlock, GatedMLP, NullToken, Stage, TDLayerNorm, TDRMSNorm, TimeVector
+from flowray.model.dit import DiTBlock
 from flowray.model.levels import TimeEmbedding, VelocityNet
 from flowray.model.posterior import Posterior
 from flowray.model.velocity import build_velocity, count_parameters
@@ -145,6 +150,37 @@ class TestDiT(VelocityContract):
     config = DiTVelocity(width=16, depth=2, heads=2)
 
 
+@torch.no_grad()
+def test_dit_block_is_ada_ln_zero() -> None:
+    """Nothing at the start; then x + gate * f((1 + scale) * norm(x) + shift) for attention and MLP, all six from the condition."""
+    draw = torch.Generator().manual_seed(0)
+    block, x, condition = DiTBlock(8, 2, 2.0), torch.randn(2, 5, 8, generator=draw), torch.randn(2, 8, generator=draw)
+    assert torch.equal(block(x, condition), x)
+    for p in block.parameters():
+        p.copy_(0.5 * torch.randn(p.shape, generator=draw))
+    reference = nn.MultiheadAttention(8, 2, batch_first=True)
+    reference.in_proj_weight.copy_(block.qkv.weight)
+    reference.in_proj_bias.copy_(block.qkv.bias)
+    reference.out_proj.load_state_dict(block.out.state_dict())
+    shift, scale, gate, shift_m, scale_m, gate_m = (part[:, None] for part in block.modulation(condition).chunk(6, dim=1))
+    read = (1 + scale) * F.layer_norm(x, (8,)) + shift
+    wanted = x + gate * reference(read, read, read)[0]
+    wanted = wanted + gate_m * block.mlp((1 + scale_m) * F.layer_norm(wanted, (8,)) + shift_m)
+    torch.testing.assert_close(block(x, condition), wanted)
+
+
+@torch.no_grad()
+def test_dit_tells_places_apart() -> None:
+    """The same content everywhere: its positions alone make the patches' velocities differ."""
+    net, one = perturbed(build_velocity(TestDiT.config, SPEC)), torch.ones(1, *SPEC.shape)
+    spread = []
+    for _ in range(2):
+        spread.append(float(net(one, torch.zeros(1), torch.zeros(1, dtype=torch.bool)).flatten(2).std(dim=2).mean()))
+        net.positions.zero_()
+    assert spread[0] > 1e-2
+    assert spread[1] < 1e-5
+
+
 class TestDiTPatch2(VelocityContract):
     config = DiTVelocity(width=16, depth=2, heads=2, patch=2)
 
@@ -194,6 +230,14 @@ class TestDiMR(VelocityContract):
         assert upper.upsample is not None
         assert (upper.upsample.linear.in_features, upper.upsample.linear.out_features) == (16 * 6, 8 * 4)
 
+    def test_tau_is_the_time_code_over_4_in_every_stage(self) -> None:
+        net, taus = self.net(), []
+        for stage in net.children():
+            stage.register_forward_pre_hook(lambda module, args: taus.append(args[1]))
+        x, code, null = self.inputs()
+        net(x, code, null)
+        assert [tau.tolist() for tau in taus] == [[1.0, 0.125, -1.0]] * 2
+
     def test_every_lower_state_reaches_the_stage_above(self) -> None:
         x, code, null = self.inputs()
         net = perturbed(self.net())
@@ -228,7 +272,9 @@ class TestDiMR(VelocityContract):
         below = net.transformer(x, code / 4, null, None)[1]
         assert torch.equal(net.convnext_1(x, code / 4, null, below)[0], net.convnext_1(x, code / 4, ~null, below)[0])
         assert [name for name, m in net.named_modules() if isinstance(m, NullToken)] == ["transformer.null"]
-        assert net.transformer.null(null)[:, 0, 0].tolist() == pytest.approx(net.transformer.null.value[[0, 1, 0]].tolist())
+        fresh = self.net().transformer.null(null)
+        assert fresh.shape == (3, 1, 16)
+        assert fresh[:, 0].tolist() == [[value] * 16 for value in (1.0, -1.0, 1.0)]  # the published start: -1 where null
 
 
 class TestDiMRThreeStages(VelocityContract):
@@ -317,15 +363,41 @@ def test_flow_loss_weighs_the_levels() -> None:
     assert loss(target, coarse + 2) == pytest.approx(1, rel=1e-5)
 
 
-@pytest.mark.parametrize("bound", ["layer_norm", "small_init"])
-def test_time_embedding_is_bounded(bound: str) -> None:
+def test_a_multi_resolution_network_trains_on_all_its_levels(tmp_path: Path) -> None:
+    """loss/flow of a recipe with dimr: each level's error against its box sum, under its own weight, lowest resolution first."""
+    options = {"model.velocity": {"kind": "dimr", "widths": [8, 8, 8], "depths": [1, 1, 1], "heads": 2, "level_weights": [0.25, 0.5, 1]}}
+    recipe = tiny_recipe(tmp_path, **options)
+    model = build_model(recipe.model, recipe.loss, 0)
+    perturbed(model.velocity)
+    z1, noise = torch.randn(2, 2, *recipe.model.latent.shape, generator=torch.Generator().manual_seed(1))
+    batch = Batch(["a red circle", "cross"], z1, z1, noise, torch.tensor([0.2, 0.7]), torch.tensor([False, True]))
+    losses, forward = Objective(model, recipe.flow, recipe.loss)(batch)
+    levels = model.velocity.levels(forward.path.xt, 4 - 8 * batch.t, batch.null)
+    target, expected = forward.path.v_target, 0.0
+    for weight, level, k in zip((0.25, 0.5, 1.0), levels, (4, 2, 1), strict=True):
+        box = target.unflatten(3, (-1, k)).unflatten(2, (-1, k)).sum((3, 5)) / k
+        expected += weight * float((level - box).square().mean().detach())
+    assert float(losses["flow"].detach()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("bound", "at_first", "later"), [("layer_norm", 1.01, 1.01), ("small_init", 0.05, None)])
+def test_time_embedding_is_bounded(bound: str, at_first: float, later: float | None) -> None:
+    """A LayerNorm holds its root mean square at 1 whatever is learnt before it; small weights start it far below an MLP's 0.15."""
+
+    def amplitude(embedding: TimeEmbedding) -> float:
+        with torch.no_grad():
+            out = embedding(torch.linspace(-4, 4, 101))
+        assert float(out.std(0).mean()) > 1e-3  # it still tells the times apart
+        return float(out.square().mean(1).sqrt().max())
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         embedding = TimeEmbedding(TimeEmbeddingConfig(bound=bound), 256)
+    assert amplitude(embedding) <= at_first
     with torch.no_grad():
-        out = embedding(torch.linspace(-4, 4, 101))
-    assert float(out.square().mean(1).sqrt().max()) <= 1.01
-    assert float(out.std(0).mean()) > 0
+        embedding.mlp[-1].weight.mul_(100)
+    if later is not None:
+        assert amplitude(embedding) <= later
 
 
 def test_time_embedding_of_t_sees_t() -> None:

@@ -53,9 +53,9 @@ def test_overfits(head: str, velocity: str, pictures: Path, tmp_path: Path) -> N
     run = RunDirectory(tmp_path / recipe.name)
     train(recipe, run, Group(0, 1, torch.device("cpu")), lambda row: None)
     rows, probes = read_rows(run.metrics), read_rows(run.probes)
-    flow, kl = ([row[key] for row in rows] for key in ("loss/flow", "loss/kl"))
-    cos = [row["ema/flow/cos"] for row in probes]
+    flow, kl, cos = ([row[key] for row in rows] for key in ("loss/flow", "loss/kl", "train/cos"))
+    probed = [row["ema/flow/cos"] for row in probes]
     assert mean(flow[-10:]) < 0.8 * mean(flow[:10])
-    assert cos == sorted(cos)
-    assert cos[-1] > max(0.5, cos[0] + 0.05)
+    assert mean(cos[-10:]) > mean(cos[:10]) + 0.1
+    assert probed[-1] > max(0.5, probed[0])
     assert mean(kl[-10:]) == pytest.approx(mean(kl[-20:-10]), rel=0.25)
