@@ -26,6 +26,7 @@ from flowray.data.make import ShapesSet, write_set
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards, write_shards
 from flowray.doctor.examine import Examination, examine
+from flowray.doctor.subject import open_subject
 from flowray.findings.diagnose import diagnose
 from flowray.findings.finding import Finding
 from flowray.flow import path as flow_path
@@ -131,7 +132,7 @@ def plant(fault: Fault, home: Path, steps: int | None = None) -> RunDirectory:
 def look(fault: Fault, run: RunDirectory, batch: int = 32) -> Examination:
     """The doctor's examination of the run, the bug still there unless it was mended."""
     with nullcontext() if fault.mended else fault.bug():
-        return examine(run.path, batch=batch, batches=whole_batches)
+        return examine(open_subject(run.path, whole_batches), batch=batch)
 
 
 def judge(seen: Examination) -> list[Finding]:
@@ -320,6 +321,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("raw_sampled", ("raw_sampled",), {"sample.weights": "raw"}),
     Fault("losses_opposed", ("losses_opposed",), {"loss.clip.weight": 1.0, "train.grad_every": 50}, bug=_against_the_flow),
     Fault("contrastive_weak", ("clip_weak",), {"loss.clip.weight": 1e-4}),
+    Fault("contrastive_saturated", ("clip_saturated",), {"loss.clip.temperature": 0.01, "loss.clip.weight": 3.0}),
+    Fault("dino_weak", ("dino_weak",), {"loss.dino.weight": 1e-3}),
     Fault("dino_saturated", ("dino_saturated",), {"loss.dino.weight": 1.0, "loss.dino.teacher_temperature": 1e-4}),
     Fault(
         "non_finite",

@@ -39,7 +39,7 @@ def _parser() -> Parser:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints/step_* folders")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to examine it with, e.g. sample.guidance_scale=3")
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="this checkpoint instead of the newest")
-    parser.add_argument("--batch", type=int, default=64, help="samples of the probes (default 64)")
+    parser.add_argument("--batch", type=int, help="samples of the probes (default: probes.batch_size)")
     parser.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the page goes (default RUN/doctor.html)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
@@ -51,18 +51,12 @@ def examine_run(args: argparse.Namespace) -> Examination:
     import torch
 
     from flowray.doctor.examine import examine
+    from flowray.doctor.subject import open_subject
     from flowray.train.step import whole_batches
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return examine(
-        args.run,
-        checkpoint=args.checkpoint,
-        batch=args.batch,
-        seed=args.seed,
-        device=device,
-        overrides=args.overrides,
-        batches=whole_batches,
-    )
+    subject = open_subject(args.checkpoint or args.run, whole_batches, overrides=args.overrides, device=device)
+    return examine(subject, batch=args.batch, seed=args.seed)
 
 
 def write_page(found: Examination, findings: Sequence[Finding], out: Path) -> Path:
@@ -80,7 +74,7 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in health.CHECKS and not Path(argv[0]).is_dir():
         return health.main(argv)
     args = _parser().parse_intermixed_args(argv)
-    if args.batch < 8:
+    if args.batch is not None and args.batch < 8:
         raise InputError(f"--batch: got {args.batch}, want 8 or more; fewer samples tell nothing")
     quiet_libraries()
     found = examine_run(args)
@@ -98,16 +92,15 @@ def show(console: Console, found: Any, findings: Sequence[Finding], page: Path) 
     causes = [finding for finding in findings if not finding.explained_by]
     verdict = "healthy" if healthy(findings) else "most likely cause first"
     table = Table(title=f"{found.where} at step {found.step}: {verdict}", show_lines=True, title_justify="left", expand=True)
-    table.add_column("finding", ratio=2, overflow="fold")
-    table.add_column("evidence and likely cause", ratio=5, overflow="fold")
+    table.add_column("", width=4)
+    table.add_column("finding, evidence, likely cause", ratio=5, overflow="fold")
     table.add_column("what to type", ratio=3, overflow="fold")
     for finding in causes[:SHOWN]:
-        name = Text(f"{finding.id}\n").append(finding.severity, style=STYLES[finding.severity])
-        words = Text(f"{finding.evidence}\n").append(finding.cause, style="italic")
+        words = Text.assemble((finding.id, "bold"), f"\n{finding.evidence}\n", (finding.cause, "italic"))
         follows = [other.id for other in findings if other.explained_by == finding.id]
         if follows:
             words.append(f"\nexplains: {', '.join(follows)}", style="dim")
-        table.add_row(name, words, Text(finding.fix))
+        table.add_row(Text(finding.severity, style=STYLES[finding.severity]), words, Text(finding.fix))
     if causes:
         console.print(table)
     else:

@@ -86,8 +86,7 @@ def _short(source: str, overrides: Sequence[str], steps: int, samples: int | Non
         "train.grad_every=0",
         f"train.steps={steps}",
         f"train.log_every={max(1, steps // 50)}",
-        f"train.probe_every={max(1, steps // 4)}",
-        *(f"train.{what}_every={steps}" for what in ("sample", "checkpoint")),
+        *(f"train.{what}_every={steps}" for what in ("probe", "sample", "checkpoint")),  # the last probe alone is judged
         *([f"data.limit={samples}"] if samples is not None else []),
     ]
     return load_recipe(source, [*short, *overrides]).recipe

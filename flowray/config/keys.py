@@ -54,6 +54,7 @@ KEYS: tuple[MetricKey, ...] = (
     _key("loss/lpips", "distance", "lower", "perceptual distance of decoded x1 estimate and picture", LOG_0901),
     _key("loss/tv", "latent per step", "lower", "mean |difference of neighbouring latent cells| of z0", LOG_0901),
     _key("loss/norm", "latent^2", "lower", "mean (||v|| - ||v*||)^2", LOG_0919),
+    _key("loss/anchor", "latent^2", "lower", "mean (mu - z1)^2; at best what the caption leaves open of z1", "arXiv 2106.06406"),
     _key("loss/total", "-", "lower", "sum of weight/<loss> * loss/<loss>"),
     _key("weight/<loss>", "-", "none", "the loss's weight at this step, after its schedule"),
     # optimisation
@@ -62,8 +63,16 @@ KEYS: tuple[MetricKey, ...] = (
     _key("amp/backoffs", "count", "lower", "times the loss scale was cut so far", LOG_0901),
     _key("grad/clip_frac", "share", "none", "share of steps whose gradient norm was above optim.clip_grad", LOG_0901),
     _key("grad/total", "norm", "none", "norm of the gradient of the weighted sum, before clipping", LOSSES),
-    _key("grad/{flow,kl,clip,dino,repa,lpips,tv,norm}", "norm", "none", "norm of the gradient of this loss alone, unweighted", LOSSES),
-    _key("grad/{flow,kl,clip,dino,repa,lpips,tv,norm}_weighted", "norm", "none", "grad/<loss> * weight/<loss> * balance/<loss>", LOSSES),
+    _key(
+        "grad/{flow,kl,clip,dino,repa,lpips,tv,norm,anchor}", "norm", "none", "norm of the gradient of this loss alone, unweighted", LOSSES
+    ),
+    _key(
+        "grad/{flow,kl,clip,dino,repa,lpips,tv,norm,anchor}_weighted",
+        "norm",
+        "none",
+        "grad/<loss> * weight/<loss> * balance/<loss>",
+        LOSSES,
+    ),
     _key("grad/cos_<a>_<b>", "cosine", "none", "cosine of the gradients of two losses; below 0 they conflict", LOSSES),
     _key("balance/<loss>", "-", "none", "what gradient balancing multiplies weight/<loss> by; for pcgrad, of this step alone", LOSSES),
     _key("step/{z_head,flow_head}_update_ratio", "-", "none", "mean of ||update|| / ||parameter|| per tensor", LOSSES, (1e-5, INF)),
@@ -188,7 +197,16 @@ KEYS: tuple[MetricKey, ...] = (
         (0.95, 1.05),
     ),
     _key("latent/fit_residual", "share", "lower", "what that fit leaves; another autoencoder or other pictures", FLOWRAY, (0.0, 0.05)),
-    _key("latent/fit_power", "-", "none", "k with slope = scale^k: 0 right, 1 twice, -1 never, -2 inverted", FLOWRAY, (-0.1, 0.1)),
+    _key(
+        "latent/{fit,batch}_power",
+        "-",
+        "none",
+        "k with each channel's slope = its scale^k: 0 right, 1 twice, -1 never, -2 inverted",
+        FLOWRAY,
+        (-0.1, 0.1),
+    ),
+    _key("latent/{fit,batch}_away", "|ln|", "none", "how far a channel's slope is from scale^k at most; far: another factor", FLOWRAY),
+    _key("latent/std_power", "-", "none", "k with each channel's std of z1 = its scale^k; 0: the scale suits the data", FLOWRAY),
     _key(
         "latent/noise_ratio",
         "-",

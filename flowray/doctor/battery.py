@@ -44,7 +44,7 @@ from flowray.probes.interface import (
     mode_metrics,
     noise_ratio,
     round_trips,
-    scale_number,
+    scale_power,
     scaled,
 )
 from flowray.probes.latent import pairwise_cosine
@@ -111,11 +111,11 @@ def _probe_batch(subject: Subject, count: int, seed: int, *, training: bool = Fa
 
 
 def _standard(subject: Subject, made: Measured, batch: ProbeBatch, count: int) -> None:
-    """The probes of training on raw and EMA weights, and on training samples."""
+    """The probes of training on raw and EMA weights, and on training samples; end points of the weights that sampling uses."""
     for kind, prefix in {"ema": "ema/", "raw": ""}.items():
         with subject.weights(kind):
-            rows = run_probes(subject.model, subject.recipe, batch, endpoints=True)
-        made.metrics |= {f"{prefix}{key}": value for key, value in rows.items() if not (prefix and key.startswith("trivial/"))}
+            rows = run_probes(subject.model, subject.recipe, batch, endpoints=kind == subject.recipe.sample.weights)
+        made.metrics |= {key if key.startswith("trivial/") else f"{prefix}{key}": value for key, value in rows.items()}
     ours = _probe_batch(subject, count, 0, training=True)
     with subject.weights(subject.recipe.sample.weights):
         fitted = run_probes(subject.model, subject.recipe, ours, endpoints=False)
@@ -143,8 +143,8 @@ def _field(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
         own, other = (model.velocity(middle.xt, time_code(middle.t), flag).float() for flag in (~null, null))
         rows |= null_metrics(own, other, middle.v_target)
         rows |= heun_metrics(velocity_fn, z0, batch.z1) | shot_metrics(velocity_fn, z0, batch.z1, variance, QUICK_STEPS)
-        gains = {"none": 1.0, "ls": float(best_gain(view.v_pred, view.v_target)), "median": rows["gain/median"]}
-        rows |= gain_shots(velocity_fn, z0, batch.z1, variance, QUICK_STEPS, gains)
+        gains = {"ls": float(best_gain(view.v_pred, view.v_target)), "median": rows["gain/median"]}
+        rows |= {"gain/shoot_nmse_none": rows["shoot/nmse_dt1"]} | gain_shots(velocity_fn, z0, batch.z1, variance, QUICK_STEPS, gains)
         straight = aligned(velocity_fn, z0, batch.z1, rho)
         rows["variant/aligned_shoot_nmse"] = float(per_sample_mse(shoot(straight, z0, QUICK_STEPS), batch.z1).mean()) / variance
         rows |= _text(subject, made, posterior.logvar, posterior.mu, posterior.std) | _time_embedding(subject, batch.times[:, 0])
@@ -277,6 +277,8 @@ def _data(subject: Subject, made: Measured, count: int) -> None:
     mean, std = channel_statistics(latents)
     rows["latent/mean"] = float(mean.mean())
     rows["latent/var"] = float((std.square() + mean.square()).mean() - mean.mean().square())
+    if (power := scale_power(std, subject.autoencoder.scale)) is not None:
+        rows["latent/std_power"] = power[0]
     rows |= channel_metrics(subject.held_out)
     shares = time_shares(recipe.flow, subject.step, recipe.train.steps)
     made.metrics |= rows | coverage_metrics(shares)
@@ -314,8 +316,8 @@ def _batch_latents(subject: Subject, batch: Batch, count: int) -> Rows:
         rows["latent/noise_ratio_train"] = ratio
     if (ratio := line_noise_ratio(z1, moments, scale)) is not None:
         rows["latent/batch_noise_ratio"] = ratio
-    fit = latent_fit(z1, scaled(scale, moments.mean), scale_number(scale))
-    rows["latent/batch_slope"] = fit["latent/fit_slope"]
+    fit = latent_fit(z1, scaled(scale, moments.mean), scale)
+    rows |= {key.replace("fit", "batch"): fit[key] for key in ("latent/fit_slope", "latent/fit_power", "latent/fit_away") if key in fit}
     rows["latent/batch_norm_ratio"] = float(z1.flatten(1).square().sum(1).mean().sqrt()) / max(expected_norm(moments, scale), 1e-12)
     return rows
 
@@ -328,14 +330,15 @@ def _autoencoder(subject: Subject, made: Measured) -> None:
     indices = np.arange(min(PICTURES, len(reader), len(held_out)))
     images = [decode_image(reader, int(i)) for i in indices]
     pictures = to_pictures(images).to(subject.device)
-    made.metrics |= mode_metrics(autoencoder, pictures[:SHOWN]) | cache_metrics(autoencoder, held_out, pictures, indices)
+    fresh = autoencoder.encode_moments(pictures)
+    made.metrics |= mode_metrics(autoencoder, pictures[:SHOWN]) | cache_metrics(autoencoder.scale, held_out, fresh, indices)
     noise = Draws(subject.recipe.probes.seed, 0, len(indices), slice(None), subject.device).normal(
         "posterior", subject.recipe.model.latent.shape
     )
-    rows, drawn = round_trips(autoencoder, pictures, noise)
+    rows, drawn = round_trips(autoencoder, pictures, fresh, noise, SHOWN)
     made.metrics |= rows | {"trace/real_pixel_std": float(((pictures[:SHOWN] + 1) / 2).std())}
     moments = held_out.moments(indices)
     z1 = held_out.scale.sample(moments, noise.cpu())
     if (ratio := noise_ratio(z1, moments, autoencoder.scale)) is not None:
         made.metrics["latent/noise_ratio"] = ratio
-    made.pictures |= {"orig": np.stack(images[:SHOWN])} | {name: from_pictures(x[:SHOWN]) for name, x in drawn.items()}
+    made.pictures |= {"orig": np.stack(images[:SHOWN])} | {name: from_pictures(x) for name, x in drawn.items()}

@@ -1,4 +1,4 @@
-"""The doctor's examination: a run directory, a checkpoint or a live state becomes numbers, facts, pictures and curves.
+"""The doctor's examination: a subject (a run directory, a checkpoint, a live state) becomes numbers, facts, pictures and curves.
 
 It judges nothing; flowray.findings reads what is here.
 """
@@ -9,21 +9,14 @@ import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from flowray.config.recipe import Recipe
 from flowray.doctor.battery import PARTS, Measured, run_battery
-from flowray.doctor.subject import BatchesOf, Live, Row, Subject, live_subject, open_subject
-from flowray.model.autoencoder import Autoencoder
-from flowray.probes.interface import scale_number
+from flowray.doctor.subject import Row, Subject
 from flowray.probes.rollout import ENDPOINT_STEPS, TEACHER_STEPS
-from flowray.store.latents import LatentSet
 
-CPU = torch.device("cpu")
 Curves = dict[str, dict[str, list[float]]]
 
 
@@ -44,47 +37,15 @@ class Examination:
     curves: Curves
 
 
-def examine(
-    run: Path,
-    *,
-    checkpoint: Path | None = None,
-    batch: int = 64,
-    seed: int = 0,
-    device: torch.device = CPU,
-    overrides: Sequence[str] = (),
-    batches: BatchesOf | None = None,
-    parts: Collection[str] = PARTS,
-) -> Examination:
-    """Examine a run directory at its newest valid checkpoint, or one checkpoint; InputError in one line where there is none.
+def examine(subject: Subject, *, batch: int | None = None, seed: int = 0, parts: Collection[str] = PARTS) -> Examination:
+    """Examine an opened run or a live state (flowray.doctor.subject); it is the same after it as before.
 
-    batches: the training path's own batches (flowray.train.step.BatchMaker); without it they are made as the recipe says.
+    batch: samples, as many as the recipe's own probes have unless given; with seed 0 the very same ones. parts: of battery.PARTS;
+    without `standard`, which training's own probes measure, and `field` it takes seconds. A live state's weights, gradients,
+    optimiser, RNG and module modes are not changed.
     """
-    return _examined(open_subject(checkpoint or run, overrides, device, batches), batch, seed, parts)
-
-
-def examine_live(
-    live: Live,
-    recipe: Recipe,
-    *,
-    latents: LatentSet,
-    held_out: LatentSet,
-    autoencoder: Autoencoder,
-    history: list[Row],
-    batch: int = 64,
-    seed: int = 0,
-    batches: BatchesOf | None = None,
-    parts: Collection[str] = PARTS,
-) -> Examination:
-    """Examine a state between two training steps; weights, gradients, optimiser, RNG and modes are the same after it.
-
-    parts: of battery.PARTS; without `standard`, which the loop's own probes measure, and `field` it takes seconds.
-    """
-    return _examined(live_subject(live, recipe, latents, held_out, autoencoder, history, batches), batch, seed, parts)
-
-
-def _examined(subject: Subject, batch: int, seed: int, parts: Collection[str]) -> Examination:
     began = time.perf_counter()
-    made = run_battery(subject, batch, seed, parts)
+    made = run_battery(subject, batch or subject.recipe.probes.batch_size, seed, parts)
     made.metrics |= {f"lr/{group}": rate for group, rate in subject.rates(subject.lr).items()}
     facts = _facts(subject) | _data_facts(subject, made) | made.facts
     facts |= {"notes": made.notes, "seconds": time.perf_counter() - began}
@@ -150,8 +111,8 @@ def _data_facts(subject: Subject, made: Measured) -> dict[str, Any]:
         "val_samples": len(subject.held_out),
         "duplicates": round(duplicates * samples),
         "epochs": made.metrics.get("data/epochs", 0.0),
-        "scale": scale_number(scale),
-        "scale_cached": scale_number(subject.latents.scale),
+        "scale": scale.scale,
+        "scale_cached": subject.latents.scale.scale,
         "scale_own": getattr(own, "scaling_factor", None),
         "shift": float(np.mean(scale.shift)),
         "deterministic": scale.deterministic,

@@ -9,20 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flowray.config.recipe import Recipe
 from flowray.config.train import GroupScales
-from flowray.data.order import EpochOrder
-from flowray.flow.draws import Draws
-from flowray.flow.time import time_config, training_times
 from flowray.losses.balance import Balancer
 from flowray.losses.total import Batch, Objective
 from flowray.model.assemble import FlowModel, build_model
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
-from flowray.model.latent import Moments
 from flowray.probes.untouched import holding
 from flowray.sample.restore import find_checkpoint
 from flowray.store.checkpoint import copy_into, load_state, load_tensors
@@ -33,7 +28,8 @@ from flowray.store.run import RunDirectory
 Tensors = dict[str, Tensor]
 Row = dict[str, Any]
 BatchOf = Callable[[int], Batch]  # the global batch of a step
-BatchesOf = Callable[[Recipe, LatentSet, torch.device], BatchOf]
+BatchesOf = Callable[[Recipe, LatentSet, torch.device], BatchOf]  # the training path's own: flowray.train.step.whole_batches
+CPU = torch.device("cpu")
 
 
 class Average(Protocol):
@@ -107,23 +103,6 @@ class Subject:
         return {group: self.rate(group, base) for group in GroupScales.model_fields}
 
 
-def own_batches(recipe: Recipe, latents: LatentSet, device: torch.device) -> BatchOf:
-    """Batches of a step as the recipe describes them, without null samples: what the doctor uses where training brings none."""
-    size, shape = recipe.train.batch_size, recipe.model.latent.shape
-    order = EpochOrder(len(latents), recipe.seed)
-
-    def batch(step: int) -> Batch:
-        draws = Draws(recipe.seed, step, size, slice(None), device)
-        indices = order(np.arange(step * size, (step + 1) * size))
-        mean, logvar = latents.moments(indices)
-        z1 = latents.scale.sample(Moments(mean.to(device), logvar.to(device)), draws.normal("posterior", shape))
-        t = training_times(time_config(recipe.flow, step, recipe.train.steps), draws.uniform("time"))
-        captions = [latents.captions(int(i))[0] for i in indices]
-        return Batch(captions, z1, z1, draws.normal("source", shape), t, torch.zeros_like(t, dtype=torch.bool))
-
-    return batch
-
-
 def merged_history(run: RunDirectory) -> list[Row]:
     """Rows of metrics.jsonl and probes.jsonl, one per step, in order; what is not finite is None."""
     rows: dict[int, Row] = {}
@@ -132,8 +111,8 @@ def merged_history(run: RunDirectory) -> list[Row]:
     return [rows[step] for step in sorted(rows)]
 
 
-def open_subject(path: Path, overrides: Sequence[str], device: torch.device, batches: BatchesOf | None) -> Subject:
-    """A run directory or a checkpoint with all that training kept; InputError where there is none."""
+def open_subject(path: Path, batches: BatchesOf, *, overrides: Sequence[str] = (), device: torch.device = CPU) -> Subject:
+    """A run directory at its newest valid checkpoint, or one checkpoint, with all that training kept; InputError where there is none."""
     checkpoint, run, recipe = find_checkpoint(path, list(overrides))
     folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, lambda line: print(line, file=sys.stderr))
     latents, held_out = load_training(folders["train"], recipe), load_latents(folders["val"])
@@ -165,7 +144,7 @@ def open_subject(path: Path, overrides: Sequence[str], device: torch.device, bat
         latents=latents,
         held_out=held_out,
         autoencoder=load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device),
-        batches=(batches or own_batches)(recipe, latents, device),
+        batches=batches(recipe, latents, device),
         history=[row for row in merged_history(run) if row["step"] <= step],
         strip=strip if strip.is_file() else None,
     )
@@ -174,11 +153,12 @@ def open_subject(path: Path, overrides: Sequence[str], device: torch.device, bat
 def live_subject(
     live: Live,
     recipe: Recipe,
+    batches: BatchesOf,
+    *,
     latents: LatentSet,
     held_out: LatentSet,
     autoencoder: Autoencoder,
     history: list[Row],
-    batches: BatchesOf | None,
 ) -> Subject:
     """A training state as it is, between two steps."""
     groups = live.optimizer.param_groups
@@ -199,7 +179,7 @@ def live_subject(
         latents=latents,
         held_out=held_out,
         autoencoder=autoencoder,
-        batches=(batches or own_batches)(recipe, latents, device),
+        batches=batches(recipe, latents, device),
         history=history,
         strip=None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -17,15 +17,15 @@ from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
 from flowray.doctor.subject import Subject
 from flowray.flow.path import psi, velocity_target
+from flowray.losses.gradients import autocast, blocks, loss_gradients
 from flowray.losses.terms import Forward, box_sum, flow_mse, info_nce
 from flowray.losses.total import Batch, active_terms, total_loss, weights_at
 from flowray.model.assemble import FlowModel
 from flowray.probes.battery import derangement
 from flowray.probes.calibrate import code_gap
-from flowray.probes.grads import Gradients, gradient_rows, gradients_of, update_ratio, weighted_sum
+from flowray.probes.grads import gradient_rows, next_update_ratio, step_gradient
 from flowray.probes.untouched import hearing_codes, untouched
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Rows = dict[str, float]
 
 
@@ -39,15 +39,10 @@ def without_null(batch: Batch) -> Batch:
     return replace(batch, target=batch.z1, null=torch.zeros_like(batch.null))
 
 
-def _autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
-    dtype = _DTYPES.get(recipe.train.precision)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
 @contextmanager
 def training_mode(subject: Subject) -> Iterator[None]:
     """The modes and the precision of a training step; the semantic networks, which count their batches in that mode, stay in eval."""
-    with untouched(subject.model), _autocast(subject.recipe, subject.device):
+    with untouched(subject.model), autocast(subject.recipe, subject.device):
         subject.model.train()
         subject.model.semantic.eval()
         yield
@@ -82,13 +77,15 @@ def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]
     idle = frozenset(name for name, weight in weights.items() if weight == 0)
     with training_mode(subject), hearing_codes(model) as heard, first_bad_module(model) as bad:
         losses, forward = subject.objective(batch, idle)
-        gradients = gradients_of(losses, subject.parameters)
+        gradients = loss_gradients(list(losses.values()), list(subject.parameters.values()))
         rows = {f"loss/{name}": float(loss.detach()) for name, loss in losses.items()}
         rows["loss/total"] = float(total_loss(losses, factors).detach())
         rows |= {name: float(value) for name, value in forward.watched.items()}
         rows |= _semantic_rows(recipe, batch, forward, losses)
-    rows |= {f"weight/{name}": weight for name, weight in weights.items()} | gradient_rows(gradients, factors)
-    rows |= update_rows(subject, gradients, factors) | {"time/train_gap": code_gap(heard, [batch.t])}
+    factors = {name: factors[name] for name in losses}
+    rows |= {f"weight/{name}": weight for name, weight in weights.items()} | gradient_rows(gradients, subject.parameters, factors)
+    rows |= update_rows(subject, step_gradient(gradients, subject.parameters, factors, recipe.optim.clip_grad))
+    rows["time/train_gap"] = code_gap(heard, [batch.t])
     found: dict[str, Any] = {"module": bad[0]} if bad else {}
     whole = [x.detach().flatten(1).isfinite().all(dim=1) for x in (forward.z0, batch.z1, batch.target, forward.v_pred)]
     broken_rows = (~torch.stack(whole).all(dim=0)).nonzero().flatten().tolist()
@@ -96,9 +93,9 @@ def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]
         found["rows"] = broken_rows
     if wrong := [name for name, loss in losses.items() if not math.isfinite(float(loss.detach()))]:
         found["loss"] = wrong[0]
-    broken = [name for row in gradients.values() for name, g in row.items() if not bool(g.isfinite().all())]
+    broken = [name for name, block in blocks(gradients, subject.parameters).items() if not bool(block.isfinite().all())]
     rows["finite/forward"] = float(not bad)
-    rows["finite/gradients"] = 1 - len(set(broken)) / len(subject.parameters)
+    rows["finite/gradients"] = 1 - len(broken) / len(subject.parameters)
     if broken:
         found["gradient"] = broken[0]
     return rows, found
@@ -109,15 +106,14 @@ def head_patterns(model: FlowModel) -> dict[str, re.Pattern[str]]:
     return {"z_head": re.compile(r"head\."), "flow_head": re.compile(rf"velocity\.({model.velocity.last_layers})\.")}
 
 
-def update_rows(subject: Subject, gradients: Gradients, factors: Mapping[str, float]) -> Rows:
-    """step/*_update_ratio of the update that AdamW would make next, at the last step's rate and at the peak rate."""
+def update_rows(subject: Subject, gradient: Mapping[str, Tensor]) -> Rows:
+    """step/*_update_ratio of the update that AdamW would make of `gradient` next, at the last step's rate and at the peak rate."""
     optim = subject.recipe.optim
-    step = weighted_sum(gradients, factors, optim.clip_grad)
     rows = {}
     for group, pattern in head_patterns(subject.model).items():
         held = {name: p for name, p in subject.parameters.items() if pattern.match(name)}
         for suffix, base in {"": subject.lr, "_peak": optim.lr}.items():
-            ratio = update_ratio(held, step, subject.slots, lr=subject.rate(group, base), betas=optim.betas)
+            ratio = next_update_ratio(held, gradient, subject.slots, lr=subject.rate(group, base), betas=optim.betas)
             if ratio is not None:
                 rows[f"step/{group}_update_ratio{suffix}"] = ratio
     return rows

@@ -30,13 +30,12 @@ def below(key: str, limit: Limit, words: str = "", *, share: bool = False) -> Ch
     return _compare(key, limit, "below", words, share)
 
 
-def near(key: str, limit: Limit, factor: float, words: str = "") -> Check:
-    """The metric is within `factor` of the limit, both above 0."""
+def near(key: str, want: float, within: float, words: str = "") -> Check:
+    """The metric differs from `want` by `within` at most."""
 
     def check(r: Reading) -> str | None:
-        value, want = r[key], _limit(r, limit)
-        close = value > 0 and want > 0 and max(value / want, want / value) <= factor
-        return f"{words or key} {text(value)}, about {text(want)}" if close else None
+        value = r[key]
+        return f"{words or key} {text(value)}, about {text(want)}" if abs(value - want) <= within else None
 
     return check
 

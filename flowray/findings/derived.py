@@ -35,18 +35,6 @@ def _growth(curve: str) -> Callable[[Reading], float]:
     return grow
 
 
-def _power(r: Reading) -> float:
-    """k where std(z1) = scale^k: 0 where the scale is applied once, 1 twice, -1 never, if one application makes unit variance."""
-    return 0.5 * math.log(r["latent/var"]) / _log_scale(r)
-
-
-def _log_scale(r: Reading) -> float:
-    s = math.log(float(r.fact("scale")))
-    if abs(s) < 0.2:
-        raise Absent("scale")  # too near 1 to tell once from twice
-    return s
-
-
 def _bins(r: Reading) -> list[float]:
     found = [value for b in BINS if math.isfinite(value := r.get(f"flow/nmse_t{b}", math.nan))]
     if len(found) < 5:
@@ -113,7 +101,6 @@ DERIVED: Mapping[str, Callable[[Reading], float]] = {
     "teacher_native/growth": _growth("teacher_native"),
     "data/gap": lambda r: r["shoot/nmse"] - r["train_set/shoot_nmse"],
     # of the latents and the text
-    "latent/power": _power,
     "latent/rms": lambda r: math.sqrt(r["latent/var"]),
     "scale/ratio": lambda r: r["scale/z1_norm"] / r["scale/z0_norm"],
     "text/nats": lambda r: 0.5 * _dims(r) * math.log1p(r["text/snr"]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from flowray.findings.checks import above, absent, also, below, every, fact, near, quietly, say, some, text, unless
+from flowray.findings.checks import Check, above, absent, also, below, every, fact, near, quietly, say, some, text, unless
 from flowray.findings.reading import Absent, Reading
 from flowray.findings.rule import Rule
 
@@ -30,12 +30,19 @@ REGULARISERS = {"kl", "tv"}  # at rest they hold the others' gradient, so they p
 WEAK_KL = below("kl_weight", 0.1)
 
 
-def _scale(r: Reading) -> float:
-    """The autoencoder's scale factor; Absent where it is too near 1 to tell once from twice."""
-    scale = float(r.fact("scale"))
-    if scale <= 0 or abs(math.log(scale)) < 0.2:
-        raise Absent("scale")
-    return scale
+def _handled(power: float) -> Check:
+    """Every channel of z1, cached or in a training batch, is what it should be times its own scale to this power."""
+    sides = {"fit": "cached z1 over freshly encoded z1", "batch": "the training batch's z1 over the cached latents"}
+    return some(
+        *(
+            every(
+                near(f"latent/{name}_power", power, 0.25, f"{words}: each channel's scale to the power"),
+                quietly(some(below(f"latent/{name}_away", 0.15), absent(f"latent/{name}_away"))),
+                also(f"latent/{name}_slope"),
+            )
+            for name, words in sides.items()
+        )
+    )
 
 
 def _lr_fix(r: Reading) -> str:
@@ -147,10 +154,9 @@ RULES: tuple[Rule, ...] = (
         "scale_twice",
         "bad",
         some(
-            near("latent/fit_slope", _scale, 1.15, "cached z1 over freshly encoded z1: slope"),
-            near("latent/batch_slope", _scale, 1.15, "the training batch's z1 over the cached latents: slope"),
+            _handled(1),
             every(
-                above("latent/power", 0.6, "std(z1) is the autoencoder's scale to the power"),
+                above("latent/std_power", 0.6, "std(z1) is the autoencoder's scale to the power"),
                 below("vae/scale_power", -0.5, "pictures are best when decoded after multiplying by scale to the power"),
             ),
         ),
@@ -174,7 +180,7 @@ RULES: tuple[Rule, ...] = (
                 above("scale/ratio", 3.0, "||z1|| / ||z0||"),
                 also("scale/z1_norm", "scale/z0_norm"),
                 unless(below("latent/rms", 2.0)),
-                unless(every(below("latent/power", -0.6), above("latent/noise_ratio", 0.3))),
+                unless(every(below("latent/std_power", -0.6), above("latent/noise_ratio", 0.3))),
                 unless(above("latent/noise_ratio_train", 0.3)),
             ),
         ),
@@ -187,7 +193,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "scale_inverted",
         "bad",
-        near("latent/fit_slope", lambda r: _scale(r) ** -2, 1.15, "cached z1 over freshly encoded z1: slope"),
+        _handled(-2),
         "the latent scale is inverted: encoding divides where it should multiply",
         SF_FIX,
         (*BAD_FIELD, "scale_never", "latent_scale_off"),
@@ -196,10 +202,9 @@ RULES: tuple[Rule, ...] = (
         "scale_never",
         "bad",
         some(
-            near("latent/fit_slope", lambda r: 1 / _scale(r), 1.15, "cached z1 over freshly encoded z1: slope"),
-            near("latent/batch_slope", lambda r: 1 / _scale(r), 1.15, "the training batch's z1 over the cached latents: slope"),
+            _handled(-1),
             every(
-                below("latent/power", -0.6, "std(z1) is the autoencoder's scale to the power"),
+                below("latent/std_power", -0.6, "std(z1) is the autoencoder's scale to the power"),
                 above("vae/scale_power", 0.5, "pictures are best when decoded after multiplying by scale to the power"),
             ),
         ),
@@ -213,8 +218,8 @@ RULES: tuple[Rule, ...] = (
         every(
             some(above("vae/scale_power", 0.5), below("vae/scale_power", -0.5)),
             also("vae/psnr", "vae/psnr_raw", "vae/psnr_sf-2", "vae/psnr_sf-1", "vae/psnr_sf1", "vae/psnr_sf2"),
-            unless(above("latent/power", 0.6)),
-            unless(below("latent/power", -0.6)),
+            unless(above("latent/std_power", 0.6)),
+            unless(below("latent/std_power", -0.6)),
         ),
         "latents are made with the right scale but decoded with a wrong one: decode must divide by the scale exactly once "
         "(power 0 is right, -1: it does not divide, -2: it multiplies, 1: it divides twice)",

@@ -19,7 +19,7 @@ from flowray.store.latents import LatentSet
 
 POWERS = (-2, -1, 1, 2)
 CLEARLY = 1.0  # dB by which another power of the scale must decode better
-FLAT_SCALE = 0.05  # |ln scale| below which applying the scale twice cannot be told from once
+FLAT_SCALE = 0.1  # root mean square of ln scale below which applying the scale twice cannot be told from once
 
 
 def scaled(scale: LatentScale, raw: Tensor) -> Tensor:
@@ -27,24 +27,49 @@ def scaled(scale: LatentScale, raw: Tensor) -> Tensor:
     return (raw - over_channels(scale.shift, raw)) * over_channels(scale.scale, raw)
 
 
-def scale_number(scale: LatentScale) -> float:
-    """The scale as one number, the geometric mean over channels."""
-    values = scale.scale if isinstance(scale.scale, tuple) else (scale.scale,)
-    return math.exp(sum(math.log(value) for value in values) / len(values))
+def _logs(scale: LatentScale, channels: int) -> Tensor:
+    """ln of every channel's scale, (C,) fp64."""
+    values = scale.scale if isinstance(scale.scale, tuple) else (scale.scale,) * channels
+    return torch.tensor(values, dtype=torch.float64).log()
 
 
-def latent_fit(cached: Tensor, fresh: Tensor, scale: float) -> dict[str, float]:
+def _tells(logs: Tensor) -> bool:
+    return float(logs.square().mean().sqrt()) > FLAT_SCALE
+
+
+def scale_power(factors: Tensor, scale: LatentScale) -> tuple[float, float] | None:
+    """(k, away): factors (C,) come closest to each channel's own scale to the power k, and are off it by |ln| `away` at most.
+
+    A scale for each channel tells a scale applied again (away 0) from any other factor. None where the scales are too near 1, or a
+    factor is not above 0.
+    """
+    logs = _logs(scale, len(factors))
+    if not (_tells(logs) and bool((factors > 0).all())):
+        return None
+    own = factors.double().cpu().log()
+    power = float(own @ logs / logs.square().sum())
+    return power, float((own - power * logs).abs().max())
+
+
+def _line(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(slope of every channel (C,), what is left of the centred a) of the least-squares line a ~ slope * b + intercept per channel."""
+    a, b = (x.double() - x.double().mean(dim=(0, 2, 3), keepdim=True) for x in (a, b))
+    slopes = (a * b).sum(dim=(0, 2, 3)) / b.square().sum(dim=(0, 2, 3)).clamp_min(1e-30)
+    return slopes, a - slopes[:, None, None] * b
+
+
+def latent_fit(cached: Tensor, fresh: Tensor, scale: LatentScale) -> dict[str, float]:
     """latent/fit_*: least squares cached ~ slope * fresh + intercept per channel, both (B, C, H, W).
 
-    slope 1 and no residual where the cache holds what the autoencoder makes; with s the scale, s: applied twice, 1/s: never,
-    1/s^2: inverted. power k is the slope as s^k. A residual: another autoencoder, or other pictures.
+    slope (mean over channels) 1 and no residual where the cache holds what the autoencoder makes. power, away: the slopes as
+    powers of the channels' scales, 1 where the scale is applied twice, -1 never, -2 inverted. A residual: another autoencoder, or
+    other pictures.
     """
-    a, b = (x.double() - x.double().mean(dim=(0, 2, 3), keepdim=True) for x in (cached, fresh))
-    slope = float((a * b).sum() / b.square().sum().clamp_min(1e-30))
-    residual = float((a - slope * b).square().sum() / a.square().sum().clamp_min(1e-30))
-    rows = {"latent/fit_slope": slope, "latent/fit_residual": residual}
-    if slope > 0 and abs(math.log(scale)) > FLAT_SCALE:
-        rows["latent/fit_power"] = math.log(slope) / math.log(scale)
+    slopes, rest = _line(cached, fresh)
+    spread = cached.double().var(dim=(0, 2, 3), unbiased=False).mean().clamp_min(1e-30)
+    rows = {"latent/fit_slope": float(slopes.mean()), "latent/fit_residual": float(rest.square().mean() / spread)}
+    if (power := scale_power(slopes, scale)) is not None:
+        rows["latent/fit_power"], rows["latent/fit_away"] = power
     return rows
 
 
@@ -67,42 +92,40 @@ def line_noise_ratio(z1: Tensor, moments: Moments, scale: LatentScale) -> float 
     """noise_ratio about the line that z1 follows on the scaled mean, so that a wrong scale does not hide a bare mean."""
     if scale.deterministic:
         return None
-    fit = latent_fit(z1, scaled(scale, moments.mean.float()), scale_number(scale))
-    spread = torch.exp(0.5 * moments.logvar.float()) * over_channels(scale.scale, moments.logvar)
-    rest = fit["latent/fit_residual"] * float((z1 - z1.mean(dim=(0, 2, 3), keepdim=True)).square().mean())
-    return math.sqrt(rest) / max(abs(fit["latent/fit_slope"]) * float(spread.square().mean().sqrt()), 1e-30)
+    slopes, rest = _line(z1, scaled(scale, moments.mean.float()))
+    spread = torch.exp(0.5 * moments.logvar.double()) * over_channels(scale.scale, moments.logvar) * slopes[:, None, None]
+    return math.sqrt(float(rest.square().mean() / spread.square().mean().clamp_min(1e-30)))
 
 
-@torch.no_grad()
-def cache_metrics(autoencoder: Autoencoder, cached: LatentSet, pictures: Tensor, indices: np.ndarray) -> dict[str, float]:
-    """Cached z1 (posterior mean, scaled as training scales it) against a fresh encoding of the same pictures (B, 3, H, W)."""
+def cache_metrics(scale: LatentScale, cached: LatentSet, fresh: Moments, indices: np.ndarray) -> dict[str, float]:
+    """Cached z1 (posterior mean, scaled as training scales it) against the moments of a fresh encoding of the same pictures."""
     mean, logvar = cached.moments(indices)
     z = cached.scale.sample(Moments(mean, logvar), torch.zeros_like(mean))
-    fresh = scaled(autoencoder.scale, autoencoder.encode_moments(pictures).mean.float()).cpu()
-    return latent_fit(z, fresh, scale_number(autoencoder.scale))
+    return latent_fit(z, scaled(scale, fresh.mean.float()).cpu(), scale)
 
 
 @torch.no_grad()
-def round_trips(autoencoder: Autoencoder, pictures: Tensor, noise: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """vae/*: PSNR of the round trip through the wrapper and of the same latent decoded with the scale mishandled.
+def round_trips(
+    autoencoder: Autoencoder, pictures: Tensor, moments: Moments, noise: Tensor, few: int
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """vae/*: PSNR of the round trip of pictures (B, 3, H, W), and of the first `few` latents decoded with the scale mishandled.
 
-    Returns (rows, pictures by name): recon_wrap the wrapper's, recon_direct without unscaling, recon_twice unscaled twice.
+    Returns (rows, `few` pictures by name): recon_wrap the wrapper's, recon_direct without unscaling, recon_twice unscaled twice.
     """
-    moments = autoencoder.encode_moments(pictures)
     z, factor = autoencoder.sample(moments, noise), over_channels(autoencoder.scale.scale, moments.mean)
+    whole, flat = autoencoder.decode(z), pictures.mean(dim=(2, 3), keepdim=True).expand_as(pictures)
+    rows = {"vae/psnr": psnr(whole, pictures), "trivial/vae/psnr": psnr(flat, pictures)}
+    pictures, z, raw = pictures[:few], z[:few], moments.mean[:few]
     made = {
-        "recon_wrap": autoencoder.decode(z),
+        "recon_wrap": whole[:few],
         "recon_direct": autoencoder.net.decode(z).sample,
         "recon_twice": autoencoder.decode(autoencoder.scale.unscale(z)),
     }
-    rows = {"vae/psnr": psnr(made["recon_wrap"], pictures), "vae/psnr_direct": psnr(made["recon_direct"], pictures)}
-    rows["vae/psnr_twice"] = psnr(made["recon_twice"], pictures)
-    rows["vae/psnr_raw"] = psnr(autoencoder.net.decode(moments.mean).sample, pictures)
-    flat = pictures.mean(dim=(2, 3), keepdim=True).expand_as(pictures)
-    rows["trivial/vae/psnr"] = psnr(flat, pictures)
-    by_power = {0: rows["vae/psnr"]} | {k: psnr(autoencoder.decode(z * factor**k), pictures) for k in POWERS}
+    rows |= {f"vae/psnr_{name}": psnr(made[f"recon_{name}"], pictures) for name in ("direct", "twice")}
+    rows["vae/psnr_raw"] = psnr(autoencoder.net.decode(raw).sample, pictures)
+    by_power = {0: psnr(made["recon_wrap"], pictures)} | {k: psnr(autoencoder.decode(z * factor**k), pictures) for k in POWERS}
     rows |= {f"vae/psnr_sf{k}": by_power[k] for k in POWERS}
-    if abs(math.log(scale_number(autoencoder.scale))) > FLAT_SCALE:
+    if _tells(_logs(autoencoder.scale, z.shape[1])):
         best = max(by_power, key=lambda k: by_power[k])
         rows["vae/scale_power"] = float(best if by_power[best] > by_power[0] + CLEARLY else 0)
     return rows, made

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowray.config.train import ConstantLR, CosineLR, LRScheduleConfig, OptimConfig, WarmRestarts
+from flowray.probes.untouched import holding
 
 
 def parameter_groups(parameters: dict[str, nn.Parameter], config: OptimConfig, last_layers: str) -> list[dict[str, Any]]:
@@ -103,17 +104,9 @@ class Ema:
         live = [self._parameters[name].detach().float() for name in self.average]
         torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """Within the block the parameters hold the average; after it, exactly what they held before."""
-        held = {name: p.data for name, p in self._parameters.items()}
-        try:
-            for name, p in self._parameters.items():
-                p.data = self.average[name].to(p.dtype)
-            yield
-        finally:
-            for name, p in self._parameters.items():
-                p.data = held[name]
+        return holding(self._parameters, self.average)
 
     def delta_rms(self) -> float:
         """Root mean square of average minus weights, over all parameters."""

@@ -13,12 +13,13 @@ from flowray.data.order import EpochOrder
 from flowray.flow.draws import Draws, null_partners, stream_seed
 from flowray.flow.time import time_config, training_times
 from flowray.losses.balance import Measured, gradient_metrics
+from flowray.losses.gradients import gramian, loss_gradients
 from flowray.losses.terms import Forward
 from flowray.losses.total import Batch, active_terms, total_loss, weights_at
 from flowray.model.latent import Moments
 from flowray.probes.field import cosines, nmse
 from flowray.store.latents import LatentSet
-from flowray.train.gradients import assign_gradients, forward_passes, gramian, head_weights, loss_gradients, update_ratios
+from flowray.train.gradients import assign_gradients, forward_passes, head_weights, update_ratios
 from flowray.train.group import Group
 from flowray.train.optim import lr_at, set_lr
 from flowray.train.state import Halted, TrainState
@@ -148,7 +149,7 @@ def _combine(
             )
         )
     factors = {name: _factors(state, weights)[name] for name in losses}
-    assign_gradients(torch.tensor(list(factors.values()), device=gradients.device) @ gradients, list(state.parameters.values()))
+    assign_gradients(torch.tensor(list(factors.values()), device=gradients.device) @ gradients, state.parameters)
     return {name: torch.tensor(value) for name, value in gradient_metrics(everything, factors).items()}
 
 

@@ -6,8 +6,8 @@ from contextlib import closing, suppress
 from dataclasses import asdict
 
 from flowray.config.recipe import Recipe
-from flowray.doctor.examine import examine_live
-from flowray.doctor.subject import merged_history
+from flowray.doctor.examine import examine
+from flowray.doctor.subject import live_subject, merged_history
 from flowray.findings.diagnose import diagnose
 from flowray.model.autoencoder import load_autoencoder
 from flowray.store.latents import LatentSet
@@ -33,16 +33,16 @@ class Visits:
 
     def visit(self) -> None:
         """Examine the run as it is now."""
-        seen = examine_live(
+        subject = live_subject(
             self.state,
             self.recipe,
+            whole_batches,
             latents=self.latents,
             held_out=self.held_out,
             autoencoder=self.autoencoder,
             history=merged_history(self.run),
-            batch=self.recipe.probes.batch_size,
-            batches=whole_batches,
         )
+        seen = examine(subject)
         findings = diagnose(seen.metrics, seen.facts, seen.history)
         self._rows.write({"step": self.state.step, "findings": [asdict(finding) for finding in findings]})
 

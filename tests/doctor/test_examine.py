@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor
 from flowray.config.errors import InputError
 from flowray.config.keys import describe
 from flowray.config.recipe import Recipe
-from flowray.doctor.examine import Examination, examine, examine_live
-from flowray.doctor.subject import merged_history, own_batches
+from flowray.doctor.battery import PARTS
+from flowray.doctor.examine import Examination, examine
+from flowray.doctor.subject import BatchesOf, live_subject, merged_history, open_subject
 from flowray.losses import terms
 from flowray.losses.total import Batch
 from flowray.model.autoencoder import load_autoencoder
@@ -29,14 +31,18 @@ from flowray.train.group import Group
 from flowray.train.loop import train
 from flowray.train.optim import Ema
 from flowray.train.state import TrainState, fresh_state, restore_state
-from flowray.train.step import BatchMaker, train_step
+from flowray.train.step import BatchMaker, train_step, whole_batches
 
 CPU = torch.device("cpu")
 GROUP = Group(0, 1, CPU)
 
 
-def batches(recipe: Recipe, latents: LatentSet, device: torch.device) -> BatchMaker:
-    return BatchMaker(recipe, latents, Group(0, 1, device))
+def opened(path: Path, batches: BatchesOf = whole_batches, parts: Collection[str] = PARTS) -> Examination:
+    return examine(open_subject(path, batches), batch=8, parts=parts)
+
+
+def living(state: TrainState, recipe: Recipe, history: list[Any], parts: Collection[str] = PARTS) -> Examination:
+    return examine(live_subject(state, recipe, whole_batches, history=history, **sets(recipe)), batch=8, parts=parts)
 
 
 def trained(home: Path, name: str) -> tuple[Recipe, RunDirectory]:
@@ -59,12 +65,12 @@ def ran(home: Path) -> tuple[Recipe, RunDirectory]:
 
 @pytest.fixture(scope="module")
 def healthy(ran: tuple[Recipe, RunDirectory]) -> Examination:
-    return examine(ran[1].path, batch=8, batches=batches)
+    return opened(ran[1].path)
 
 
 def again(ran: tuple[Recipe, RunDirectory], *parts: str) -> dict[str, float]:
     """The metrics of some parts of the battery, on the run of `ran`."""
-    return examine(ran[1].path, batch=8, batches=batches, parts=parts).metrics
+    return opened(ran[1].path, parts=parts).metrics
 
 
 def sets(recipe: Recipe) -> dict[str, Any]:
@@ -77,6 +83,7 @@ def test_everything_is_measured_declared_and_finite(healthy: Examination) -> Non
     assert healthy.facts["notes"] == []
     assert healthy.step == 12
     assert {key: value for key, value in healthy.metrics.items() if not math.isfinite(value)} == {}
+    assert {f"trivial/flow/{key}" for key in ("nmse", "endpt_rmse@8")} <= healthy.metrics.keys()
     assert [key for key in healthy.metrics if not key.startswith("trivial/") and describe(key) is None] == []
     assert len(healthy.metrics) > 250
     assert json.loads(json.dumps(healthy.facts))["head"] == "grid"
@@ -115,14 +122,14 @@ def test_a_healthy_run_agrees_with_itself(healthy: Examination) -> None:
 
 
 def test_a_checkpoint_and_what_is_not_there(ran: tuple[Recipe, RunDirectory], tmp_path: Path) -> None:
-    older = examine(ran[1].path, checkpoint=ran[1].checkpoints / "step_000008", batch=8, parts=["weights", "field"])
+    older = opened(ran[1].checkpoints / "step_000008", parts=["weights", "field"])
     assert older.step == 8
     assert older.history[-1]["step"] == 8
     assert "endpoint/falls_heun" in older.metrics
     assert "shoot/nmse" not in older.metrics  # of a part that was not asked for
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(InputError) as caught:
-            examine(path)
+            open_subject(path, whole_batches)
         assert "\n" not in str(caught.value)
 
 
@@ -145,14 +152,14 @@ def snapshot(state: TrainState) -> list[Any]:
 
 def test_a_live_state_is_left_as_it_was_and_reads_like_its_checkpoint(ran: tuple[Recipe, RunDirectory], healthy: Examination) -> None:
     recipe, run = ran
-    state, data = fresh_state(recipe, CPU), sets(recipe)
+    state = fresh_state(recipe, CPU)
     restore_state(state, recipe, run)
     state.model.train()
     for group in state.optimizer.param_groups:
         group["lr"] = recipe.optim.lr
     sum(p.square().sum() for p in state.parameters.values()).backward()
     before = snapshot(state)
-    live = examine_live(state, recipe, history=merged_history(run), batch=8, batches=batches, **data)
+    live = living(state, recipe, merged_history(run))
     for old, new in zip(before, snapshot(state), strict=True):
         assert old.keys() == new.keys()
         assert [name for name in old if not torch.equal(old[name], new[name])] == []
@@ -173,7 +180,7 @@ def test_a_capped_logit_scale_stays_above_its_cap(ran: tuple[Recipe, RunDirector
     assert state.model.semantic.clip is not None
     with torch.no_grad():
         state.model.semantic.clip.log_scale.fill_(9.0)  # training caps it in place in its next forward pass
-    examine_live(state, recipe, history=[], batch=8, batches=batches, parts=["training"], **sets(recipe))
+    living(state, recipe, [], parts=["training"])
     assert float(state.model.semantic.clip.log_scale.detach()) == 9.0
 
 
@@ -194,7 +201,7 @@ def test_a_weight_that_is_not_finite_is_named(ran: tuple[Recipe, RunDirectory]) 
     restore_state(state, recipe, run)
     with torch.no_grad():
         state.parameters["velocity.blocks.1.qkv.weight"][0, 0] = torch.nan
-    live = examine_live(state, recipe, history=[], batch=8, batches=batches, **sets(recipe))
+    live = living(state, recipe, [])
     assert live.metrics["finite/parameters"] < 1
     assert live.metrics["finite/ema"] == 1
     assert live.metrics["finite/forward"] == 0
@@ -208,7 +215,7 @@ def test_a_sample_that_is_not_finite_is_named(ran: tuple[Recipe, RunDirectory]) 
     recipe, run = ran
 
     def poisoned(recipe: Recipe, latents: LatentSet, device: torch.device) -> Any:
-        true = batches(recipe, latents, device)
+        true = whole_batches(recipe, latents, device)
 
         def batch(step: int) -> Batch:
             made = true(step)
@@ -217,7 +224,7 @@ def test_a_sample_that_is_not_finite_is_named(ran: tuple[Recipe, RunDirectory]) 
 
         return batch
 
-    found = examine(run.path, batch=8, batches=poisoned, parts=["training"])
+    found = opened(run.path, poisoned, parts=["training"])
     latents = sets(recipe)["latents"]
     assert found.facts["nonfinite"]["keys"] == [latents.reader.keys[BatchMaker(recipe, latents, GROUP).indices(12)[2]]]
     assert found.facts["nonfinite"]["loss"] in ("flow", "clip", "dino")
@@ -227,7 +234,7 @@ def test_a_sample_that_is_not_finite_is_named(ran: tuple[Recipe, RunDirectory]) 
 def test_an_ema_that_never_moves(home: Path, monkeypatch: pytest.MonkeyPatch, healthy: Examination) -> None:
     monkeypatch.setattr(Ema, "update", lambda self, step: None)
     _, run = trained(home, "stale")
-    assert examine(run.path, batch=8, parts=["weights"]).metrics["ema/moved"] == pytest.approx(0.0, abs=1e-6)
+    assert opened(run.path, parts=["weights"]).metrics["ema/moved"] == pytest.approx(0.0, abs=1e-6)
     assert healthy.metrics["ema/moved"] > 0.1
 
 
@@ -301,7 +308,7 @@ def test_a_flipped_field(ran: tuple[Recipe, RunDirectory], healthy: Examination)
             if name.startswith("velocity.patch_out."):
                 p.neg_()
                 state.ema.average[name].neg_()
-    flipped = examine_live(state, recipe, history=[], batch=8, batches=batches, **sets(recipe)).metrics
+    flipped = living(state, recipe, []).metrics
     for key in ("flow/cos", "field/fit_x1", "field/fit_x0"):
         assert flipped[key] == pytest.approx(-healthy.metrics[key], rel=1e-3)
 
@@ -318,20 +325,9 @@ def test_a_flipped_field(ran: tuple[Recipe, RunDirectory], healthy: Examination)
 def test_every_kind_of_recipe_is_examined(home: Path, overrides: dict[str, Any]) -> None:
     recipe = tiny_recipe(home, **overrides)
     state = fresh_state(recipe, CPU)
-    live = examine_live(state, recipe, history=[], batch=8, batches=batches, **sets(recipe))
+    live = living(state, recipe, [])
     assert live.facts["notes"] == []
     assert [key for key, x in live.metrics.items() if not math.isfinite(x) or not (describe(key) or key.startswith("trivial/"))] == []
     assert live.metrics["sampler/gap"] == pytest.approx(0.0, abs=1e-9)
     assert live.metrics["same_batch/ratio"] == pytest.approx(1.0, abs=0.02)
     assert live.metrics["sampler/psnr"] == 99
-
-
-def test_the_default_batches_are_the_training_paths_own_samples(ran: tuple[Recipe, RunDirectory]) -> None:
-    """Same order, posterior noise, source noise and times as training's; first captions, and no null samples."""
-    recipe, _ = ran
-    latents = sets(recipe)["latents"]
-    ours, theirs = own_batches(recipe, latents, CPU)(3), BatchMaker(recipe, latents, GROUP)(3)
-    assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("z1", "noise", "t"))
-    assert [text.strip() for text in ours.captions] == [text.strip() for text in theirs.captions]
-    assert torch.equal(ours.target, ours.z1)
-    assert not ours.null.any()

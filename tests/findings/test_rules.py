@@ -33,7 +33,8 @@ HEALTHY: dict[str, float] = {
     "latent/var": 1.01,
     "latent/fit_slope": 1.0,
     "latent/fit_residual": 0.001,
-    "latent/batch_slope": 1.0,
+    **{f"latent/{side}_{name}": 0.0 for side in ("fit", "batch") for name in ("power", "away")},
+    "latent/std_power": 0.02,
     "latent/noise_ratio": 1.0,
     "latent/noise_ratio_train": 1.0,
     "latent/batch_noise_ratio": 1.0,
@@ -113,7 +114,6 @@ FACTS: dict[str, Any] = {
     "step": 3400,
     "steps": 3400,
     "latent": [4, 8, 8],
-    "scale": 0.55,
     "deterministic": False,
     "head": "pooled",
     "lr": 1e-8,
@@ -149,19 +149,19 @@ class Case(NamedTuple):
 FLAT = falling(0.93, 0.925)
 CASES = (
     Case("non_finite", {"loss/flow": math.nan, "finite/parameters": 0.5}, {"nonfinite": {"module": "velocity.blocks.1", "step": 41}}),
-    Case("scale_twice", {"latent/fit_slope": 0.55}),
-    Case("scale_twice", {"latent/batch_slope": 0.55, "latent/noise_ratio_train": 4.0, "flow/cos": 0.7}),
-    Case("scale_twice", {"latent/var": 0.3, "vae/scale_power": -1, "vae/psnr": 22.0}),
-    Case("scale_never", {"latent/fit_slope": 1 / 0.55, "latent/var": 3.3}),
-    Case("scale_never", {"latent/var": 3.3, "vae/scale_power": 1, "vae/psnr": 20.0}),
-    Case("scale_inverted", {"latent/fit_slope": 0.55**-2, "latent/var": 11.0}),
+    Case("scale_twice", {"latent/fit_power": 1.0}),
+    Case("scale_twice", {"latent/batch_power": 1.02, "latent/noise_ratio_train": 4.0, "flow/cos": 0.7}),
+    Case("scale_twice", {"latent/std_power": 1.0, "latent/var": 0.3, "vae/scale_power": -1, "vae/psnr": 22.0}),
+    Case("scale_never", {"latent/fit_power": -1.0, "latent/var": 3.3}),
+    Case("scale_never", {"latent/std_power": -1.0, "latent/var": 3.3, "vae/scale_power": 1, "vae/psnr": 20.0}),
+    Case("scale_inverted", {"latent/fit_power": -2.0, "latent/var": 11.0}),
     Case("moments_as_latents", {"latent/noise_ratio_train": 0.0, "latent/batch_noise_ratio": 0.0}),
-    Case("moments_as_latents", {"latent/batch_slope": 1 / 0.55, "latent/noise_ratio_train": 9.0, "latent/batch_noise_ratio": 0.0}),
+    Case("moments_as_latents", {"latent/batch_power": -1.0, "latent/noise_ratio_train": 9.0, "latent/batch_noise_ratio": 0.0}),
     Case("decode_scale", {"vae/scale_power": -2, "vae/psnr": 15.0}),
     Case("autoencoder_in_train_mode", {"vae/training": 1}),
     Case("autoencoder_in_train_mode", {"vae/repeat_error": 0.1, "latent/fit_residual": 0.2}),
     Case("wrong_autoencoder", {"latent/fit_residual": 0.6, "vae/psnr": 21.0}),
-    Case("latent_scale_off", {"latent/var": 6.0}, {"scale": 1.0}),
+    Case("latent_scale_off", {"latent/var": 6.0}),
     Case("vae_poor", {"vae/psnr": 17.0}),
     Case("captions_shuffled", {"data/agreement_z": 0.3, "data/agreement": -0.1, "text/snr": 0.0}),
     Case("dataset_duplicated", {"data/duplicate_share": 0.9, "data/samples": 512}),
@@ -313,7 +313,7 @@ def test_explanations_name_rules_and_never_lose_a_finding() -> None:
 
 
 def test_a_root_cause_has_its_consequences_under_it() -> None:
-    found = diagnose({**HEALTHY, "latent/fit_slope": 0.55, "flow/nmse": 1.1, "shoot/skill": -1.0, "same_batch/ratio": 2.0}, FACTS)
+    found = diagnose({**HEALTHY, "latent/fit_power": 1.0, "flow/nmse": 1.1, "shoot/skill": -1.0, "same_batch/ratio": 2.0}, FACTS)
     assert [(finding.id, finding.explained_by) for finding in found] == [
         ("scale_twice", None),
         ("same_batch_mismatch", "scale_twice"),

@@ -17,10 +17,10 @@ from flowray.config.flow import AlphaTime, EulerSolver, FlowConfig, LogSNRTime
 from flowray.flow.path import sample_path
 from flowray.flow.solver import time_grid
 from flowray.model.autoencoder import Autoencoder
-from flowray.model.latent import LatentScale, Moments
+from flowray.model.latent import LatentScale, Moments, over_channels
 from flowray.probes.agreement import agreement_metrics, coverage_metrics, duplicate_share, time_shares
 from flowray.probes.calibrate import aligned, code_gap, code_metrics, fit_metrics, gain_metrics, null_metrics, variant_metrics, view_field
-from flowray.probes.interface import expected_norm, histogram, latent_fit, noise_ratio, round_trips, same_pictures, scaled
+from flowray.probes.interface import expected_norm, histogram, latent_fit, line_noise_ratio, noise_ratio, round_trips, same_pictures, scaled
 from flowray.probes.shots import (
     falling,
     gain_shots,
@@ -171,17 +171,36 @@ SCALE = LatentScale(0.5, 0.25, deterministic=False)
 MOMENTS = Moments(noise(3), torch.full((16, 4, 4, 4), -2.0))
 
 
-@pytest.mark.parametrize(("factor", "power"), [(1.0, 0), (0.5, 1), (2.0, -1), (4.0, -2)], ids=["right", "twice", "never", "inverted"])
-def test_a_scale_mishandled_shows_as_its_power(factor: float, power: int) -> None:
-    rows = latent_fit(factor * scaled(SCALE, MOMENTS.mean) + 0.7, scaled(SCALE, MOMENTS.mean), 0.5)
-    assert rows["latent/fit_slope"] == pytest.approx(factor)
-    assert rows["latent/fit_power"] == pytest.approx(power, abs=1e-6)
+CHANNELS = LatentScale((1.5, 1.9, 1.8, 0.7), (0.1, 0.0, 0.0, 0.5), deterministic=False)
+
+
+@pytest.mark.parametrize("scale", [SCALE, CHANNELS], ids=["one", "per channel"])
+@pytest.mark.parametrize("power", [0, 1, -1, -2], ids=["right", "twice", "never", "inverted"])
+def test_a_scale_mishandled_shows_as_its_power(scale: LatentScale, power: int) -> None:
+    wrong = scaled(scale, MOMENTS.mean) * over_channels(scale.scale, MOMENTS.mean) ** power + 0.7
+    rows = latent_fit(wrong, scaled(scale, MOMENTS.mean), scale)
+    assert (rows["latent/fit_power"], rows["latent/fit_away"]) == pytest.approx((power, 0.0), abs=1e-5)
     assert rows["latent/fit_residual"] < 1e-9
+    if power == 0 or scale is SCALE:
+        assert rows["latent/fit_slope"] == pytest.approx(0.5**power)
+
+
+def test_another_factor_is_no_power_of_the_channels_scales() -> None:
+    rows = latent_fit(0.18 * scaled(CHANNELS, MOMENTS.mean), scaled(CHANNELS, MOMENTS.mean), CHANNELS)
+    assert rows["latent/fit_power"] == pytest.approx(-2, abs=0.2)
+    assert rows["latent/fit_away"] > 1
 
 
 def test_other_latents_leave_a_residual() -> None:
-    assert latent_fit(noise(7), noise(8), 0.5)["latent/fit_residual"] > 0.9
-    assert "latent/fit_power" not in latent_fit(noise(7), noise(7), 1.0)
+    assert latent_fit(noise(7), noise(8), SCALE)["latent/fit_residual"] > 0.9
+    assert "latent/fit_power" not in latent_fit(noise(7), noise(7), LatentScale(1.0, 0.0, deterministic=False))
+
+
+@pytest.mark.parametrize("power", [0, 1, -1])
+def test_a_wrong_scale_does_not_hide_whether_the_posterior_is_drawn(power: int) -> None:
+    factor = over_channels(CHANNELS.scale, MOMENTS.mean) ** power
+    assert line_noise_ratio(CHANNELS.sample(MOMENTS, noise(4)) * factor, MOMENTS, CHANNELS) == pytest.approx(1.0, abs=0.1)
+    assert line_noise_ratio(scaled(CHANNELS, MOMENTS.mean) * factor, MOMENTS, CHANNELS) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_noise_ratio_tells_a_drawn_latent_from_a_bare_mean() -> None:
@@ -215,12 +234,12 @@ def test_a_decoder_that_mishandles_the_scale_shows_as_its_power(power: int, foun
     autoencoder = Autoencoder(Identity(), LatentSpec(channels=3, height=4, width=4), LatentScale(0.5, 0.0, deterministic=False))
     monkeypatch.setattr(LatentScale, "unscale", lambda self, z: z * 0.5**power)
     pictures = noise(6, 4)[:, :3].clamp(-1, 1)
-    rows, made = round_trips(autoencoder, pictures, torch.zeros_like(pictures))
+    rows, made = round_trips(autoencoder, pictures, autoencoder.encode_moments(pictures), torch.zeros_like(pictures), 2)
     assert rows["vae/scale_power"] == found
     assert rows["vae/psnr_raw"] > 100
     assert (rows["vae/psnr"] > 100) == (found == 0)
-    assert torch.allclose(made["recon_direct"], 0.5 * pictures)
-    assert rows["vae/psnr_direct"] == pytest.approx(psnr(0.5 * pictures, pictures), abs=1e-3)
+    assert torch.allclose(made["recon_direct"], 0.5 * pictures[:2])
+    assert rows["vae/psnr_direct"] == pytest.approx(psnr(0.5 * pictures[:2], pictures[:2]), abs=1e-3)
     assert rows["trivial/vae/psnr"] == pytest.approx(psnr(pictures.mean((2, 3), keepdim=True).expand_as(pictures), pictures))
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowray.probes.grads import adamw_update, gradient_rows, gradients_of, update_ratio, weighted_sum
+from flowray.losses.gradients import loss_gradients
+from flowray.probes.grads import adamw_update, gradient_rows, next_update_ratio, step_gradient
 
 
 class Toy(nn.Module):
@@ -30,7 +31,7 @@ FACTORS = {"flow": 1.0, "kl": 0.25}
 def test_norms_and_shares_are_those_of_backward() -> None:
     model = Toy()
     parameters = dict(model.named_parameters())
-    rows = gradient_rows(gradients_of(model.losses(), parameters), FACTORS)
+    rows = gradient_rows(loss_gradients(list(model.losses().values()), list(parameters.values())), parameters, FACTORS)
     assert all(p.grad is None for p in parameters.values())
     norms, head = {}, {}
     for name in FACTORS:
@@ -71,13 +72,13 @@ def test_update_ratio_leaves_out_zero_tensors() -> None:
     weights = {"a": torch.full((4,), 2.0), "b": torch.zeros(3)}
     gradient = {"a": torch.tensor([1.0, -1.0, 3.0, -7.0]), "b": torch.ones(3)}
     # a first AdamW step moves every number by lr: ||update|| / ||weight|| = lr / 2
-    assert update_ratio(weights, gradient, {}, lr=1e-3, betas=(0.9, 0.95)) == pytest.approx(5e-4, rel=1e-5)
-    assert update_ratio({"b": weights["b"]}, gradient, {}, lr=1e-3, betas=(0.9, 0.95)) is None
+    assert next_update_ratio(weights, gradient, {}, lr=1e-3, betas=(0.9, 0.95)) == pytest.approx(5e-4, rel=1e-5)
+    assert next_update_ratio({"b": weights["b"]}, gradient, {}, lr=1e-3, betas=(0.9, 0.95)) is None
 
 
 def test_weighted_sum_is_clipped_as_a_whole() -> None:
-    gradients = {"flow": {"a": torch.tensor([3.0]), "b": torch.tensor([0.0])}, "kl": {"a": torch.tensor([0.0]), "b": torch.tensor([8.0])}}
-    plain = weighted_sum(gradients, {"flow": 1.0, "kl": 0.5}, clip=100.0)
+    gradients, parameters = torch.tensor([[3.0, 0.0], [0.0, 8.0]]), {name: nn.Parameter(torch.zeros(1)) for name in "ab"}
+    plain = step_gradient(gradients, parameters, {"flow": 1.0, "kl": 0.5}, clip=100.0)
     assert [float(x) for x in plain.values()] == [3.0, 4.0]
-    clipped = weighted_sum(gradients, {"flow": 1.0, "kl": 0.5}, clip=1.0)
+    clipped = step_gradient(gradients, parameters, {"flow": 1.0, "kl": 0.5}, clip=1.0)
     assert [float(x) for x in clipped.values()] == pytest.approx([0.6, 0.8], rel=1e-5)

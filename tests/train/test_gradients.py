@@ -15,12 +15,13 @@ from flowray.config.errors import InputError
 from flowray.config.keys import describe
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
+from flowray.losses.gradients import autocast
 from flowray.losses.total import Batch
 from flowray.store.checkpoint import newest_checkpoint
 from flowray.store.latents import ensure_latents, load_latents
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
-from flowray.train.gradients import autocast, micro_batches
+from flowray.train.gradients import micro_batches
 from flowray.train.group import Group
 from flowray.train.loop import train
 from flowray.train.state import Halted, TrainState, fresh_state

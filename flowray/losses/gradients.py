@@ -1,0 +1,45 @@
+"""Each loss's own gradient of one forward pass, their Gramian, and the precision of that pass: what training and its probes share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from flowray.config.recipe import Recipe
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SOURCE = ("text.", "head.")  # what lies before z0 and every loss reaches, by the start of a parameter's name
+Parameters = Mapping[str, nn.Parameter]
+
+
+def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
+    """bf16 or fp16 autocast where the recipe asks for it; the weights, the path, the losses and the solver state stay fp32."""
+    dtype = _DTYPES.get(recipe.train.precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def loss_gradients(losses: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Each loss's gradient as a row, (losses, numbers) fp32; zeros where a loss does not reach a parameter. `.grad` is not touched.
+
+    It takes that many times the memory of the gradient itself.
+    """
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True) for loss in losses]
+    return torch.stack([torch.cat([piece.flatten() for piece in row]) for row in rows])
+
+
+def blocks(gradients: Tensor, parameters: Parameters) -> dict[str, Tensor]:
+    """The columns (..., numbers) of every parameter, by its name."""
+    return dict(zip(parameters, gradients.split([p.numel() for p in parameters.values()], dim=-1), strict=True))
+
+
+def gramian(gradients: Tensor, parameters: Parameters, over: Literal["all", "source"]) -> Tensor:
+    """Inner products of the rows of `gradients`, (L, L) fp64 on the CPU, over all parameters or those of the `source` side."""
+    total = gradients.new_zeros(len(gradients), len(gradients), dtype=torch.float64)
+    for name, block in blocks(gradients, parameters).items():
+        if over == "all" or name.startswith(SOURCE):
+            total += (block @ block.T).double()
+    return total.cpu()
