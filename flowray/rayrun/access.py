@@ -1,0 +1,53 @@
+"""Who may use a Ray that flowray starts: only who has the token. Ray's own services listen on every interface, whatever address it is
+given (measured with 2.60: the GCS of a head on 127.0.0.1 is on [::]), so that an address alone protects nothing."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowray.config.errors import InputError
+
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"  # Ray's own variables
+LOOPBACK = "127.0.0.1"
+
+
+def require_token() -> Path | None:
+    """Make the token that Ray looks for, ~/.ray/auth_token, where there is none; its path, None where a variable holds the token.
+
+    Ray would make it readable for everybody on the machine; here it is the owner's alone (0600).
+    InputError where token authentication is switched off: no Ray is started without it.
+    """
+    mode = os.environ.get(MODE, "token")
+    if mode.lower() != "token":
+        raise InputError(f"{MODE}={mode}: a Ray without a token runs the code of anybody who reaches this machine; type `unset {MODE}`")
+    if os.environ.get(TOKEN):
+        return None
+    if given := os.environ.get(TOKEN_PATH):
+        return Path(given)
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise InputError(f"{path}: the token cannot be written: {error.strerror}; set {TOKEN_PATH}=FILE with a token in it") from error
+    return path
+
+
+def head_command(host: str, port: int, options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The `ray start` command of a head that other nodes find at `host:port`, and its environment: token on, dashboard on loopback.
+
+    options: further ones of `ray start`, which may override those. InputError where authentication is switched off.
+    """
+    require_token()
+    ray = shutil.which("ray", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])) or "ray"
+    fixed = ["--head", f"--node-ip-address={host}", f"--port={port}", f"--dashboard-host={LOOPBACK}", "--disable-usage-stats"]
+    tracking = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}  # training runs show in the dashboard
+    return [ray, "start", *fixed, *options], {**tracking, **os.environ, MODE: "token"}

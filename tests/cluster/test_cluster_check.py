@@ -1,0 +1,252 @@
+"""What a cluster check makes of its facts, who may use a Ray that flowray starts, and what counts as one folder on all nodes."""
+
+from __future__ import annotations
+
+import io
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from flowray.cli.cluster import table
+from flowray.config.errors import InputError
+from flowray.config.train import DataConfig
+from flowray.rayrun import access, session, storage
+from flowray.rayrun.cluster_check import Prober, skew
+from flowray.rayrun.cluster_verdict import PAYLOAD_BYTES, ClusterFacts, NodeFacts, healthy, judge
+from flowray.store.run import storage_folder
+
+VERSIONS = {"python": "3.11.9", "torch": "2.13.0", "ray": "2.60.0", "flowray": "0.1.0"}
+
+
+def node(name: str, **changes) -> NodeFacts:
+    good = {"versions": VERSIONS, "gpus": ("A10G",), "ray_gpus": 1.0, "torch_cuda": True, "storage_mb_s": 300.0, "shards": 4}
+    return NodeFacts(name, **{**good, **changes})
+
+
+def cluster(*nodes: NodeFacts, **changes) -> ClusterFacts:
+    good = {"storage": Path("/mnt/x"), "wanted_shards": 4, "links": [("a", "b", 900.0), ("b", "a", 900.0)], "allreduce": (2, 0.1, "")}
+    return ClusterFacts(list(nodes), **{**good, **changes})
+
+
+def test_a_sound_cluster_has_a_row_for_every_check_of_every_node():
+    rows = judge(cluster(node("a"), node("b", versions=VERSIONS | {"torch": "2.13.0+cpu"}, gpus=(), ray_gpus=0.0)))
+    assert healthy(rows)
+    for check in ("python", "torch", "ray", "flowray", "gpus", "storage", "data", "clock"):
+        assert [row.node for row in rows if row.check == check] == ["a", "b"]
+    assert [row.check for row in rows][-3:] == ["network", "network", "all-reduce"]
+    assert not [row for row in rows if row.fix]
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "severity", "words"),
+    [
+        ({"versions": VERSIONS | {"ray": "2.59.0"}}, "ray", "bad", "ray==2.60.0"),
+        ({"versions": VERSIONS | {"flowray": ""}}, "flowray", "bad", "pip install flowray==0.1.0"),
+        ({"versions": VERSIONS | {"python": "3.12.1"}}, "python", "bad", "one Python"),
+        ({"torch_cuda": False}, "gpus", "bad", "CUDA build"),
+        ({"ray_gpus": 0.0}, "gpus", "warn", "--num-gpus=1"),
+        ({"storage_problem": "there is no such folder there"}, "storage", "bad", "/mnt/x"),
+        ({"storage_mb_s": 3.0}, "storage", "warn", "faster"),
+        ({"shards": 3}, "data", "bad", "same path"),
+        ({"skew_s": -31.0, "skew_error_s": 0.01}, "clock", "warn", "ntpd"),
+    ],
+)
+def test_a_fault_is_found_on_its_node_with_its_fix(changes, check, severity, words):
+    rows = judge(cluster(node("a"), node("b", **changes), node("c")))
+    (wrong,) = [row for row in rows if row.severity not in ("ok", "info")]
+    assert (wrong.check, wrong.node, wrong.severity) == (check, "b", severity)
+    assert words in wrong.fix
+    assert not healthy(rows)
+
+
+def test_faults_between_nodes_and_of_silent_ones():
+    rows = judge(cluster(node("a"), node("b", error="No module named 'flowray'"), links=[("a", "b", 0.0)], allreduce=(2, 0.0, "timed out")))
+    wrong = {row.check: row for row in rows if row.severity == "bad"}
+    assert set(wrong) == {"answer", "network", "all-reduce"}
+    assert "flowray" in wrong["answer"].found
+    assert all(row.fix for row in wrong.values())
+    assert not [row for row in rows if row.node == "b" and row.check != "answer"]  # nothing is made up for it
+    slow = judge(cluster(node("a"), node("b"), links=[("a", "b", 12.0)]))
+    assert [row.severity for row in slow if row.check == "network"] == ["warn"]
+
+
+def test_the_table_has_the_fix_beside_the_fault():
+    rows = judge(cluster(node("a"), node("b", storage_problem="it cannot be written there: [Errno 30]")))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(rows, 2))
+    text = console.export_text()
+    assert "2 node(s): 1 finding(s)" in text
+    (line,) = [line for line in text.splitlines() if "Errno 30" in line]
+    assert "bad" in line
+    assert "mount one shared" in line
+    console.print(table(judge(cluster(node("a"), node("b"))), 2))
+    assert "fit for training" in console.export_text()
+
+
+def test_a_clock_that_is_off_by_less_than_the_round_trip_is_not_blamed():
+    assert healthy(judge(cluster(node("a", skew_s=2.5, skew_error_s=1.0))))
+
+
+def test_skew_is_measured_as_ntp_does():
+    """The remote clock is 5 s ahead and the way there and back takes 20 ms: off by no more than half of that."""
+
+    def clock() -> float:
+        time.sleep(0.01)
+        told = time.time() + 5.0
+        time.sleep(0.01)
+        return told
+
+    off, error = skew(clock)
+    assert error >= 0.01
+    assert abs(off - 5.0) <= error
+
+
+def test_the_prober_measures_this_machine(tmp_path):
+    """The very methods that run on every node, here without one; tests/cluster/test_job_submit.py has them on two."""
+    prober = Prober()
+    (tmp_path / "mark").touch()
+    assert set(prober.versions()) == set(VERSIONS)
+    problem, speed = prober.storage(tmp_path, "mark")
+    assert (problem, speed > 0) == ("", True)
+    assert [path.name for path in tmp_path.iterdir()] == ["mark"]
+    assert prober.shards([tmp_path / "mark", tmp_path / "gone"]) == 1
+    assert prober.give().nbytes == PAYLOAD_BYTES
+    assert isinstance(prober.gpus()[1], bool)
+    before = time.time()
+    assert before <= prober.clock() <= time.time()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert prober.all_reduce("127.0.0.1", port, 0, 1) > 0
+
+
+# --- one folder on all nodes
+
+
+def test_a_folder_is_shared_when_it_holds_the_mark(tmp_path):
+    other = tmp_path / "other"
+    with storage.marked(tmp_path / "storage") as mark:
+        assert storage.problem_here(tmp_path / "storage", mark) == ""
+        assert "no such folder" in storage.problem_here(other, mark)
+        other.mkdir()
+        assert "another one" in storage.problem_here(other, mark)
+    assert list((tmp_path / "storage").iterdir()) == []
+
+
+def test_marks_of_a_killed_owner_go_with_the_next(tmp_path):
+    (tmp_path / f"{storage.MARK}old").touch()
+    with storage.marked(tmp_path, alone=True) as mark:
+        assert [path.name for path in tmp_path.iterdir()] == [mark]
+
+
+def test_storage_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(InputError, match=r"storage_path: .*file.* cannot be written: Not a directory"),
+        storage.marked(tmp_path / "file" / "x"),
+    ):
+        pass
+
+
+def test_storage_in_the_job_folder_is_refused_on_a_cluster_only(tmp_path, monkeypatch):
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_x" / "runs"
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    storage.refuse_unshared(folder, DataConfig())
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(InputError, match=r"removed with the job.*FLOWRAY_STORAGE"):
+        storage.refuse_unshared(folder, DataConfig())
+    assert not folder.exists()
+
+
+def test_relative_storage_lies_in_flowray_storage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FLOWRAY_STORAGE", raising=False)
+    assert storage_folder("runs") == tmp_path / "runs"
+    monkeypatch.setenv("FLOWRAY_STORAGE", "/mnt/shared")
+    assert storage_folder("runs") == Path("/mnt/shared/runs")
+    assert storage_folder("/elsewhere") == Path("/elsewhere")
+    assert storage_folder("~/runs") == Path.home() / "runs"
+    with pytest.raises(InputError, match="got s3://bucket/runs, want a folder"):
+        storage_folder("s3://bucket/runs")
+
+
+# --- who may use it
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    for name in (access.MODE, access.TOKEN, access.TOKEN_PATH, "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_the_token_is_made_once_and_for_its_owner_alone(home):
+    path = access.require_token()
+    assert path == home / ".ray" / "auth_token"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    token = path.read_text()
+    assert len(token) == 64
+    assert access.require_token() == path
+    assert path.read_text() == token
+
+
+def test_a_given_token_is_taken(home, monkeypatch):
+    monkeypatch.setenv(access.TOKEN_PATH, "/run/secrets/token")
+    assert access.require_token() == Path("/run/secrets/token")
+    monkeypatch.setenv(access.TOKEN, "x")
+    assert access.require_token() is None
+    assert not (home / ".ray").exists()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "10.0.0.10"])
+def test_no_head_without_a_token(host, home, monkeypatch):
+    monkeypatch.setenv(access.MODE, "disabled")
+    with pytest.raises(InputError, match=r"RAY_AUTH_MODE=disabled.*type `unset RAY_AUTH_MODE`"):
+        access.head_command(host, 6379, [])
+
+
+def test_no_local_ray_without_a_token(home, monkeypatch):
+    import ray
+
+    if ray.is_initialized():
+        pytest.skip("a Ray of another test is up")
+    monkeypatch.setenv(access.MODE, "disabled")
+    with pytest.raises(InputError, match="RAY_AUTH_MODE=disabled"), session.started():
+        pass
+    assert not ray.is_initialized()
+
+
+def test_a_head_takes_a_token_and_keeps_its_dashboard_to_itself(home, monkeypatch):
+    command, environment = access.head_command("10.0.0.10", 6400, ["--num-cpus=0"])
+    assert command[1:3] == ["start", "--head"]
+    assert {"--node-ip-address=10.0.0.10", "--port=6400", "--dashboard-host=127.0.0.1", "--num-cpus=0"} <= set(command)
+    assert environment[access.MODE] == "token"
+    token = (home / ".ray" / "auth_token").read_text()
+    assert not [text for text in (*command, *environment.values()) if token in text]  # neither `ps` nor /proc shows it
+
+
+def test_the_command_refuses_with_one_line_and_exit_code_2(home, monkeypatch):
+    monkeypatch.setenv(access.MODE, "disabled")
+    done = subprocess.run([sys.executable, "-m", "flowray.cluster", "head", "--host", "0.0.0.0"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: RAY_AUTH_MODE=disabled")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_is_one_screen(capsys):
+    from flowray.cli.cluster import main
+
+    for argv in (["--help"], ["check", "--help"], ["head", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            main(argv)
+        assert ended.value.code == 0
+        assert len(capsys.readouterr().out.splitlines()) <= 24
+    with pytest.raises(InputError, match="nonsense"):
+        main(["nonsense"])
