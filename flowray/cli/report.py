@@ -8,20 +8,22 @@ from pathlib import Path
 from flowray.cli.common import GOOD
 from flowray.config.errors import InputError, did_you_mean
 from flowray.report.load import is_run, is_sweep
-from flowray.report.page import write_run_report, write_sweep_report
+from flowray.report.page import write_run_report
+from flowray.report.sweep_page import write_sweep_report
 
 
 def main(argv: list[str]) -> int:
-    """Write `DIR/report.html`, print its path."""
+    """Write `DIR/report.html`, and of a sweep `DIR/report.md`; print their paths."""
     parser = argparse.ArgumentParser(
         prog="flowray.report",
         description="Write DIR/report.html, one self-contained page: of a sweep (the best trial, curves, sample grid, what each "
-        "parameter did) or of a single run (losses, probes against trivial baselines, samples over time).",
+        "parameter did; also report.md, which keeps the conclusion that you write into it) or of a single run (losses, probes "
+        "against trivial baselines, samples over time).",
     )
     parser.add_argument("dir", metavar="DIR", type=Path, help="a folder that flowray.tune or flowray.train wrote")
     folder: Path = parser.parse_args(argv).dir
     if is_sweep(folder):
-        print(write_sweep_report(folder))
+        print(page := write_sweep_report(folder), page.with_suffix(".md"), sep="\n")
     elif is_run(folder):
         print(write_run_report(folder))
     else:

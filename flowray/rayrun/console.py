@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a line per event, a sign of life in between, on a terminal also a live table."""
+"""What a sweep shows while it runs: a line per event, a sign of life in between, on a terminal also a live table; at the end the table."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from flowray.config.sweep import Sweep
+from flowray.config.sweep import Constant, Sweep
 from flowray.tune.records import TrialRecord
 
 BEAT_S = 10.0  # a quiet sweep says at least this often where it is
 GENERIC = {"kind", "weight", "low", "high"}  # last parts of a key that say nothing alone
+METRICS = 4
+ROWS = 16  # of the live table; the report has them all
+WIDE = 150  # columns, where the output is a file
+REASON = 28  # columns of a reason beside the trial
+NARROW_REASONS = 6  # of trials that ended, below the table of a narrow terminal
+STATES = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
 
 
 class SweepConsole:
@@ -24,13 +32,17 @@ class SweepConsole:
 
     def __init__(self, sweep: Sweep, sweep_dir: Path, total: int, stream: TextIO):
         self._sweep, self._dir, self._total = sweep, sweep_dir, total
-        self._names = short_names(list(sweep.parameters))
-        cosine = "ema/flow/cos" if sweep.metric.name.startswith("ema/") else "flow/cos"
-        self._shown = list(dict.fromkeys([sweep.metric.name, *(r.metric for r in sweep.stop if r.metric), cosine, "loss/flow"]))[:5]
+        self._names = short_names([key for key, parameter in sweep.parameters.items() if not isinstance(parameter, Constant)])
+        prefix = "ema/" if sweep.metric.name.startswith("ema/") else ""
+        rules = [rule.metric for rule in sweep.stop if rule.metric]
+        objectives = [metric.name for metric in sweep.objectives]
+        self._shown = list(dict.fromkeys([*objectives, *rules, f"{prefix}flow/cos", f"{prefix}std/mean", "loss/flow"]))[:METRICS]
         self._trials: dict[int, TrialRecord] = {}
         self._begin = self._last = time.monotonic()
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
-        self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=1, transient=True)
+        if not self._console.is_terminal:
+            self._console.width = WIDE
+        self._live = Live(get_renderable=self._view, console=self._console, refresh_per_second=1, transient=True)
 
     def __enter__(self) -> SweepConsole:
         if self._console.is_terminal:
@@ -40,24 +52,113 @@ class SweepConsole:
     def __exit__(self, *exc: object) -> None:
         if self._console.is_terminal:
             self._live.stop()
+        if self._trials:
+            self._console.print(self.table(len(self._trials)), soft_wrap=False)
 
     def started(self, trial: TrialRecord) -> None:
         how = f"resumed at step {trial.last_step}" if trial.last_step else "started"
-        self._say(trial, f"{how:<10} {self._params(trial)}")
+        params = "  ".join(f"{self._names[key]}={_brief(value)}" for key, value in trial.params.items() if key in self._names)
+        self._say(trial, f"{how:<10} {params}")
 
     def probed(self, trial: TrialRecord) -> None:
         self._say(trial, f"{trial.last_step}/{trial.budget_steps}".ljust(10) + f" {self._metrics(trial)}")
 
     def ended(self, trial: TrialRecord) -> None:
-        words = trial.stopped_by or trial.error or self._metrics(trial)
-        self._say(trial, f"{trial.status.upper():<10} {words}  ({trial.last_step} of {trial.budget_steps} steps, {trial.seconds:.0f} s)")
+        words = _why(trial) or self._metrics(trial)
+        status = "paused" if trial.status == "running" else trial.status  # out of time: a later session goes on
+        self._say(trial, f"{status.upper():<10} {words}  ({trial.last_step} of {trial.budget_steps} steps, {trial.seconds:.0f} s)")
 
     def beat(self) -> None:
         """Called often; prints a line when nothing was printed for a while."""
         if not self._console.is_terminal and time.monotonic() - self._last >= BEAT_S:
             running = [f"{t.trial} at {self._progress(t)}" for t in self._trials.values() if t.status == "running"]
-            done = sum(t.status != "running" for t in self._trials.values())
-            self._print(f"{done} of {self._total} done; running: {', '.join(running) or 'none yet'}")
+            self._print(f"{self._done()} of {self._total} done; running: {', '.join(running) or 'none yet'}")
+
+    def table(self, rows: int, *, brief: bool = False) -> Group:
+        """At most `rows` trials: those that run, then best first, with changed parameters, metrics and why they ended, `brief` on a line.
+
+        Where the terminal is narrow the reasons go below the table, then the last parameters are left out; a trial's line has them all.
+        """
+        trials = self._ranked()[:rows]
+        changed = [key for key in self._names if any(key in trial.params for trial in trials)]
+        plain = self._grid(trials, changed, why=0)
+        room = self._console.width - self._wide(plain) - 2
+        if room >= REASON:
+            return Group(self._grid(trials, changed, why=room, brief=brief))
+        while changed and self._wide(plain) > self._console.width:
+            changed.pop()
+            plain = self._grid(trials, changed, why=0)
+        ended = [trial for trial in trials if _why(trial)][:NARROW_REASONS]
+        below = [Text(f"trial {trial.trial} {trial.status}: {_why(trial)}") for trial in ended]
+        for line in below if brief else ():
+            line.truncate(self._console.width, overflow="ellipsis")
+        return Group(plain, *below)
+
+    def _wide(self, table: Table) -> int:
+        """Columns that the table takes uncut."""
+        return self._console.measure(table, options=self._console.options.update(width=10_000)).maximum
+
+    def _grid(self, trials: Sequence[TrialRecord], changed: Sequence[str], *, why: int, brief: bool = False) -> Table:
+        """why: columns for the reasons, 0 for none."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, expand=False)
+        table.add_column("trial", no_wrap=True)
+        table.add_column("state", no_wrap=True)
+        for name in ("step", *self._shown, *(self._names[key] for key in changed)):
+            table.add_column(_stacked(name.removeprefix("ema/")), justify="right", no_wrap=True)
+        if why:
+            table.add_column("why it ended", width=why)
+        best = self._best()
+        for trial in trials:
+            step = self._progress(trial, brief=True) if trial.status == "running" else f"{trial.last_step}/{trial.budget_steps}"
+            values = [_brief(trial.metrics[name]) if trial.metrics.get(name) is not None else "" for name in self._shown]
+            params = [_brief(trial.params[key], 2) if key in trial.params else "" for key in changed]
+            row: list[str | Text] = [f"{trial.trial}*" if trial is best else str(trial.trial)]
+            row += [Text(trial.status, style=STATES[trial.status]), step]
+            reason = Text(_why(trial))
+            if brief:
+                reason.truncate(why, overflow="ellipsis")
+            table.add_row(*row, *values, *params, *([reason] if why else []), style="bold" if trial is best else "")
+        return table
+
+    def _view(self) -> Group:
+        rows = max(3, min(ROWS, self._console.height - 8 - NARROW_REASONS))
+        hidden = len(self._trials) - rows
+        more = [Text(f"and {hidden} more; all of them: python -m flowray.report {self._dir}", style="dim")] if hidden > 0 else []
+        return Group(Text(self._headline(), style="bold"), self.table(rows, brief=True), *more)
+
+    def _headline(self) -> str:
+        """Where the sweep is: trials done, the best, steps spent and when it should end at this pace."""
+        trials, seconds = self._trials.values(), time.monotonic() - self._begin
+        steps = sum(t.last_step for t in trials)
+        full = sum(t.budget_steps for t in trials if t.status in ("finished", "stopped"))
+        saved = full - sum(t.last_step for t in trials if t.status in ("finished", "stopped"))
+        best = self._best()
+        parts = [f"{self._sweep.name}: {self._done()} of {self._total} trials done", f"{steps:,} steps"]
+        if best is not None:
+            parts.append(f"best {_brief(best.metrics[self._sweep.metric.name])} (trial {best.trial})")
+        if full:
+            parts.append(f"{saved / full:.0%} of the steps saved")
+        if 0 < self._done() < self._total:
+            parts.append(f"about {_clock(seconds / self._done() * (self._total - self._done()))} left")
+        return ", ".join([*parts, _clock(seconds)])
+
+    def _done(self) -> int:
+        return sum(t.status != "running" for t in self._trials.values())
+
+    def _value(self, trial: TrialRecord) -> float | None:
+        return None if trial.status == "failed" else trial.metrics.get(self._sweep.metric.name)
+
+    def _best(self) -> TrialRecord | None:
+        """The best finished trial, before there is one the best so far."""
+        scored = [trial for trial in self._trials.values() if self._value(trial) is not None]
+        return min(scored, key=lambda t: (t.status != "finished", self._place(t)), default=None)
+
+    def _place(self, trial: TrialRecord) -> float:
+        value = self._value(trial)
+        return float("inf") if value is None else value if self._sweep.minimise else -value
+
+    def _ranked(self) -> list[TrialRecord]:
+        return sorted(self._trials.values(), key=lambda t: (t.status != "running", t.status == "failed", self._place(t), t.trial))
 
     def _say(self, trial: TrialRecord, words: str) -> None:
         self._trials[trial.trial] = trial
@@ -67,29 +168,16 @@ class SweepConsole:
         self._last = time.monotonic()
         self._console.print(f"{self._last - self._begin:5.0f} s  {words}", markup=False)
 
-    def _params(self, trial: TrialRecord) -> str:
-        return "  ".join(f"{self._names.get(key, key)}={_brief(value)}" for key, value in trial.params.items())
-
     def _metrics(self, trial: TrialRecord) -> str:
         known = [(name, trial.metrics[name]) for name in self._shown if name in trial.metrics]
         return "  ".join(f"{name} {_brief(value)}" for name, value in known)
 
-    def _progress(self, trial: TrialRecord) -> str:
+    def _progress(self, trial: TrialRecord, *, brief: bool = False) -> str:
         row = last_row(self._dir / str(trial.trial) / "metrics.jsonl")
         if row is None:
             return "start-up"
-        loss = f" (loss/flow {_brief(row['loss/flow'])})" if "loss/flow" in row else ""
+        loss = f" (loss/flow {_brief(row['loss/flow'])})" if "loss/flow" in row and not brief else ""
         return f"{row.get('step', 0)}/{trial.budget_steps}{loss}"
-
-    def _table(self) -> Table:
-        table = Table(title=f"{self._sweep.name}: {sum(t.status != 'running' for t in self._trials.values())} of {self._total} trials done")
-        for column in ["trial", "state", "step", *self._shown, "parameters"]:
-            table.add_column(column)
-        for trial in sorted(self._trials.values(), key=lambda t: (t.status != "running", t.trial)):
-            step = self._progress(trial) if trial.status == "running" else f"{trial.last_step}/{trial.budget_steps}"
-            values = [_brief(trial.metrics[name]) if name in trial.metrics else "" for name in self._shown]
-            table.add_row(str(trial.trial), trial.status, step, *values, self._params(trial))
-        return table
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -115,5 +203,20 @@ def last_row(path: Path) -> dict[str, Any] | None:
     return row
 
 
-def _brief(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _brief(value: Any, digits: int = 3) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def _stacked(name: str) -> str:
+    """A key over as many lines as it has parts: a column is as narrow as its numbers."""
+    return name.replace("/", "/\n").replace(".", ".\n")
+
+
+def _why(trial: TrialRecord) -> str:
+    """Why it ended early, '' where it did not."""
+    return "" if trial.status == "running" else (trial.error if trial.status == "failed" else trial.stopped_by) or ""
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

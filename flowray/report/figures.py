@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +88,9 @@ def lines(
             _step_axis(ax)
         else:
             ax.set_xlabel(xlabel)
-        if len(curves) > 1:
-            ax.legend(ncols=2 if len(curves) > 3 else 1)
+        if len(curves) > 1 and ax.figure is not None:  # below the axes: inside, it would lie on the curves
+            long = max(map(len, curves)) > 14
+            ax.figure.legend(loc="outside lower center", ncols=min(len(curves), 2 if long else 4), columnspacing=1.2, handlelength=1.8)
 
     return _svg(title, SMALL, draw)
 
@@ -120,8 +123,8 @@ def sweep_curves(title: str, trials: Sequence[Trial], best: Trial | None, key: s
     return _svg(title, WIDE, draw)
 
 
-def slice_panel(param: str, trials: Sequence[Trial], best: Trial | None, key: str) -> bytes:
-    """The metric's last value over one parameter: an axis for numbers (log where they span much), a strip for the rest."""
+def slice_panel(param: str, trials: Sequence[Trial], best: Trial | None, key: str, *, log: bool = False) -> bytes:
+    """The metric's last value over one parameter: an axis for numbers, logarithmic if `log`, a strip for the rest."""
     points = [(trial, trial.params[param], value) for trial in trials if param in trial.params and (value := trial.value(key)) is not None]
     raw = [value for _, value, _ in points]
     continuous = numeric(raw)
@@ -143,10 +146,111 @@ def slice_panel(param: str, trials: Sequence[Trial], best: Trial | None, key: st
         if not continuous:
             ax.set_xticks(range(len(names)), [name if len(name) < 15 else name[:13] + "…" for name in names])
             ax.set_xlim(-0.6, len(names) - 0.4)
-        elif spans_decades(raw):
+        elif log:
             _log(ax, "x")
         ax.set_xlabel(param)
         ax.set_ylabel(key)
+
+    return _svg("", SMALL, draw)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of parallel coordinates: its values for each trial, None where a trial has none; log: spaced by the logarithm."""
+
+    name: str
+    values: Mapping[Trial, Any]
+    log: bool = False
+    upside_down: bool = False
+
+    def places(self) -> tuple[dict[Trial, float], list[tuple[float, str]]]:
+        """Where each trial crosses, 0 to 1, and the ticks (place, text)."""
+        known = {trial: value for trial, value in self.values.items() if value is not None}
+        if not numeric(known.values()):
+            names = sorted({value_text(value) for value in known.values()})
+            gap = max(len(names) - 1, 1)
+            at = {name: 0.5 if len(names) == 1 else index / gap for index, name in enumerate(names)}
+            return {trial: at[value_text(value)] for trial, value in known.items()}, [(place, name) for name, place in at.items()]
+        numbers = {trial: math.log(value) if self.log else float(value) for trial, value in known.items()}
+        low, high = min(numbers.values()), max(numbers.values())
+        span = (high - low) or 1.0
+
+        def place(number: float) -> float:
+            return (high - number if self.upside_down else number - low) / span if high > low else 0.5
+
+        marks = sorted({low + span * share for share in (0, 0.25, 0.5, 0.75, 1)}) if high > low else [low]
+        ticks = [(place(mark), f"{math.exp(mark) if self.log else mark:.2g}") for mark in marks]
+        return {trial: place(number) for trial, number in numbers.items()}, ticks
+
+
+def parallel(axes: Sequence[Axis], order: Sequence[Trial], best: Trial | None) -> bytes:
+    """Parallel coordinates: a line for each trial (`order`: best first) through all axes, the last one the metric, its best end on top.
+
+    The best and the next four in colour, thin and dashed where a trial was stopped; a trial without a value on an axis crosses below it.
+    """
+    ranked = sorted(order, key=lambda trial: trial is not best)
+
+    def draw(ax: Axes) -> None:
+        crossings = []
+        for x, axis in enumerate(axes):
+            places, ticks = axis.places()
+            crossings.append(places)
+            ax.plot([x, x], [0, 1], color=INK, linewidth=1, zorder=2)
+            for y, text in ticks:
+                ax.plot([x - 0.015, x + 0.015], [y, y], color=INK, linewidth=1, zorder=2)
+                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.4}
+                text = text if len(text) < 13 else text[:11] + "…"
+                ax.annotate(text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8, bbox=box, zorder=5)
+        for rank, trial in reversed(list(enumerate(ranked))):
+            ys = [places.get(trial, -0.1) for places in crossings]
+            colour = CYCLE[rank] if rank < 5 else MUTED
+            style = "-" if trial.status in ("finished", "running") else (0, (3, 2))
+            ax.plot(
+                range(len(axes)), ys, linestyle=style, color=colour, linewidth=2.4 if trial is best else 1.2 if rank < 5 else 0.8, zorder=4
+            )
+        height = 2.0
+        for rank, trial in sorted(enumerate(ranked[:5]), key=lambda item: -crossings[-1][item[1]]):
+            height = min(crossings[-1][trial], height - 0.045)  # from the top down, none on another
+            where: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8.5, "fontweight": "bold"}
+            ax.annotate(f"{trial.number}", (len(axes) - 1, height), (34, 0), color=CYCLE[rank], **where)
+        ax.set_xticks(range(len(axes)), [_two_lines(axis.name) for axis in axes], fontsize=8.5)
+        ax.set_yticks([])
+        ax.set_xlim(-0.15, len(axes) - 0.5)
+        ax.set_ylim(-0.15 if any(len(places) < len(ranked) for places in crossings) else -0.05, 1.05)
+        ax.grid(visible=False)
+        for side in ("left", "bottom"):
+            ax.spines[side].set_visible(False)
+        ax.tick_params(length=0)
+
+    return _svg("", (max(WIDE[0], 1.25 * len(axes)), 4.0), draw)
+
+
+def _two_lines(key: str) -> str:
+    """A long dotted key broken before its last part."""
+    if len(key) < 12:
+        return key
+    cut = max(key.rfind("."), key.rfind("/")) + 1
+    return f"{key[:cut]}\n{key[cut:]}" if cut else key
+
+
+def pareto(trials: Sequence[Trial], front: Sequence[Trial], x: str, y: str) -> bytes:
+    """Two metrics of all trials against each other; the front joined, each of its trials with its number."""
+
+    def draw(ax: Axes) -> None:
+        points = {trial: (trial.value(x), trial.value(y)) for trial in trials}
+        known = {trial: (a, b) for trial, (a, b) in points.items() if a is not None and b is not None}
+        for trial, (a, b) in known.items():
+            whole = trial.status == "finished"
+            colour = BLUE if trial in front else MUTED
+            ax.scatter(a, b, s=34, c=colour, marker="o" if whole else "x", linewidths=0.5 if whole else 1.4, zorder=3)
+        edge = sorted(known[trial] for trial in front if trial in known)
+        if edge:
+            ax.plot(*zip(*edge, strict=True), color=BLUE, linewidth=1.2, zorder=2)
+        for trial in front:
+            ax.annotate(str(trial.number), known[trial], (5, 5), textcoords="offset points", fontsize=8.5, fontweight="bold", color=BLUE)
+        ax.set_xlabel(x)
+        ax.set_ylabel(y)
+        ax.margins(0.1)
 
     return _svg("", SMALL, draw)
 

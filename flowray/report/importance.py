@@ -15,8 +15,9 @@ def importances(sweep: Sweep) -> dict[str, float]:
 
     Trials count at their last value, early-stopped ones too: it says what separates the good region from the rest.
     """
-    keys, metric = sweep.varied(), sweep.metric
-    trials = [t for t in sweep.trials if t.value(metric.name) is not None and t.status != "failed" and all(k in t.params for k in keys)]
+    metric = sweep.metric
+    trials = [t for t in sweep.trials if t.value(metric.name) is not None and t.status != "failed"]
+    keys = [key for key in sweep.varied() if key != "seed" and all(key in t.params for t in trials)]  # a conditional one has no share
     if not keys or len(trials) < MIN_TRIALS:
         return {}
     import optuna  # slow to import and needed by long sweeps only

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from flowray.config.rows import Row, parse_rows
 Series = list[tuple[int, float]]  # (step, value), steps rising
 LOG_SPAN = 30.0
 Status = Literal["running", "finished", "stopped", "failed"]
+SCALE = ("model.autoencoder.", "model.latent.", "data.val_shards", "data.shards")  # recipe keys that set the scale of every value
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it was built: a sweep has a config a trial
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,20 @@ class Strip:
 
 @dataclass(frozen=True)
 class Run:
-    """What one training run wrote. header: the comment block on top of config.yaml; card: (heading, text) of card.md."""
+    """What one training run wrote. header: the comment block on top of config.yaml; card: (heading, text) of card.md.
+
+    config: the resolved recipe, dotted keys; findings: the doctor's at its last visit, None where it never came.
+    """
 
     path: Path
     header: str
+    config: Mapping[str, Any]
     card: tuple[tuple[str, str], ...]
     metrics: tuple[Row, ...]
     probes: tuple[Row, ...]
     strips: tuple[Strip, ...]
     prompts: tuple[str, ...]
+    findings: tuple[Mapping[str, Any], ...] | None
     notes: tuple[str, ...]
 
     def series(self, key: str) -> Series:
@@ -67,7 +75,7 @@ class Metric:
 
 @dataclass(frozen=True, eq=False)  # told apart by identity: params and metrics are dicts
 class Trial:
-    """One row of trials.jsonl, with the run directory of that number."""
+    """One row of trials.jsonl, with the run directory of that number. repeats: the metrics of each seed, where it has several."""
 
     number: int
     params: dict[str, Any]
@@ -78,29 +86,88 @@ class Trial:
     metrics: dict[str, Any]
     seconds: float
     error: str
+    repeats: tuple[Mapping[str, Any], ...]
     run: Run
+
+    def values(self, key: str) -> tuple[float, ...]:
+        """The key's last value of each seed, of a trial with one seed that one; without those that are missing or not finite."""
+        found = [finite(row.get(key)) for row in self.repeats] if len(self.repeats) > 1 else [self.value(key)]
+        return tuple(value for value in found if value is not None)
 
     def value(self, key: str) -> float | None:
         """The key's last value: the record's, else the run's; None where missing or not finite."""
         return finite(self.metrics[key]) if key in self.metrics else self.run.last(key)
 
+    def either(self, key: str) -> float | None:
+        """The EMA's value, which is what gets sampled, else the raw one."""
+        ema = self.value(f"ema/{key}")
+        return self.value(key) if ema is None else ema
+
+    @property
+    def setting(self) -> str:
+        """The parameters as text, without the seed: trials of one setting are repeats of each other."""
+        return json.dumps({key: value for key, value in self.params.items() if key != "seed"}, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting of the parameters: its finished trials, which differ in the seed alone, best first, and the value of each seed."""
+
+    trials: tuple[Trial, ...]
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep. trials: best first by `metric`, those without a value after, failed ones last."""
+    """A sweep. metrics: what it optimises, the one that ranks first. trials: best first by it, those without a value after, failed last.
+
+    scales: trial numbers by the scale that their values are measured on (autoencoder, latent, held-out pictures), as changed keys in
+    words; with more than one, values do not compare and there is no best trial (the logs' rule).
+    """
 
     path: Path
     name: str
     settings: dict[str, Any]
-    metric: Metric
+    metrics: tuple[Metric, ...]
     trials: tuple[Trial, ...]
+    scales: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...]
 
     @property
+    def metric(self) -> Metric:
+        return self.metrics[0]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the trials may be ranked against each other."""
+        return len(self.scales) < 2
+
+    @property
     def best(self) -> Trial | None:
-        """The best finished trial; before any has finished, the best so far; None without a single value."""
-        able = [trial for trial in self.trials if trial.status != "failed" and trial.value(self.metric.name) is not None]
-        return next((trial for trial in able if trial.status == "finished"), able[0] if able else None)
+        """The best trial: of the finished settings the one with the best mean over its seeds, of this the best trial.
+
+        Before any has finished, the best so far; None without a single value, and where trials do not compare.
+        """
+        if not self.comparable:
+            return None
+        arms = self.arms()
+        if arms:
+            return arms[0].trials[0]
+        return next((trial for trial in self.trials if trial.status != "failed" and trial.value(self.metric.name) is not None), None)
+
+    def arms(self) -> list[Arm]:
+        """The settings with a finished trial, best mean first."""
+        found: dict[str, list[Trial]] = {}
+        for trial in self.by("finished"):
+            if trial.values(self.metric.name):
+                found.setdefault(trial.setting, []).append(trial)
+        sign = 1 if self.metric.goal == "minimize" else -1
+        arms = [Arm(tuple(trials), tuple(value for t in trials for value in t.values(self.metric.name))) for trials in found.values()]
+        return sorted(arms, key=lambda arm: (sign * arm.mean, arm.trials[0].number))
 
     def by(self, *statuses: Status) -> list[Trial]:
         return [trial for trial in self.trials if trial.status in statuses]
@@ -176,14 +243,18 @@ def load_run(path: Path) -> Run:
         if (found := re.fullmatch(r"step_(\d+)\.png", file.name))
     ]
     prompts = [line.strip() for line in _text(path / "samples" / "prompts.txt").splitlines()]
+    visits, _ = _rows(path / "findings.jsonl")
+    config = _text(path / "config.yaml")
     return Run(
         path=path,
-        header=_comment_header(_text(path / "config.yaml")),
+        header=_comment_header(config),
+        config=_config(config),
         card=tuple(_sections(_text(path / "card.md"))),
         metrics=tuple(metrics),
         probes=tuple(probes),
         strips=tuple(sorted(strips, key=lambda strip: strip.step)),
         prompts=tuple(prompts),
+        findings=tuple(visits[-1].get("findings") or ()) if visits else None,
         notes=tuple(notes + more),
     )
 
@@ -194,12 +265,17 @@ def load_sweep(path: Path) -> Sweep:
     Raises InputError when sweep.yaml cannot be read or names no metric.
     """
     settings = _sweep_yaml(path / "sweep.yaml")
-    metric = _metric(path / "sweep.yaml", settings.get("metric"))
+    metrics = _metrics(path / "sweep.yaml", settings)
     rows, notes = _rows(path / "trials.jsonl")
     trials = [_trial(path, row) for row in rows if isinstance(row.get("trial"), int)]
     name = settings.get("name") or path.resolve().name
     more = [note for trial in trials for note in trial.run.notes]
-    return Sweep(path, str(name), settings, metric, tuple(ranked(trials, metric)), tuple(notes + more))
+    scales = _scales(trials)
+    ordered = ranked(trials, metrics[0])
+    if len(scales) > 1:  # by scale, then as they were drawn
+        place = {number: index for index, numbers in enumerate(scales.values()) for number in numbers}
+        ordered = sorted(trials, key=lambda trial: (place.get(trial.number, len(scales)), trial.number))
+    return Sweep(path, str(name), settings, metrics, tuple(ordered), scales, tuple(notes + more))
 
 
 def ranked(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
@@ -225,13 +301,14 @@ def _trial(sweep: Path, row: Row) -> Trial:
         metrics=metrics if isinstance(metrics, dict) else {},
         seconds=finite(row.get("seconds")) or 0.0,
         error=str(row.get("error") or ""),
+        repeats=tuple(repeat for repeat in row.get("repeats") or () if isinstance(repeat, dict)),
         run=load_run(sweep / str(number)),
     )
 
 
 def _sweep_yaml(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text("utf-8"))
+        settings = yaml.load(path.read_text("utf-8"), Loader=_Loader)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a folder that flowray.tune wrote") from error
     except yaml.YAMLError as error:
@@ -243,15 +320,52 @@ def _sweep_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
+def _metrics(path: Path, settings: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """The metrics of a sweep, `{name, goal}` or a list of them, and those under more_metrics."""
+    first = settings.get("metric")
+    found = [*(first if isinstance(first, list) and first else [first]), *(settings.get("more_metrics") or [])]
+    return tuple(_metric(path, value) for value in found)
+
+
 def _metric(path: Path, value: Any) -> Metric:
-    """The first metric of a sweep: `{name, goal}` or a list of them."""
-    first = value[0] if isinstance(value, list) and value else value
-    if not isinstance(first, dict) or not isinstance(first.get("name"), str):
-        raise InputError(f"{path}: metric: got {first!r}, want {{name: ema/shoot/nmse, goal: minimize}}")
-    goal = first.get("goal", "minimize")
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise InputError(f"{path}: metric: got {value!r}, want {{name: ema/shoot/nmse, goal: minimize}}")
+    goal = value.get("goal", "minimize")
     if goal not in ("minimize", "maximize"):
         raise InputError(f"{path}: metric.goal: got {goal!r}, want minimize or maximize")
-    return Metric(first["name"], goal)
+    return Metric(value["name"], goal)
+
+
+def _scales(trials: Sequence[Trial]) -> dict[str, tuple[int, ...]]:
+    """Trial numbers by the keys of SCALE in which the trials differ; trials that never wrote a config are not asked."""
+    known = {trial.number: trial.run.config for trial in trials if trial.run.config}
+    if not known:
+        return {}
+    keys = sorted({key for config in known.values() for key in config if key.startswith(SCALE) and key != "model.autoencoder.parameters"})
+    if all("data.val_shards" in config and config["data.val_shards"] for config in known.values()):
+        keys = [key for key in keys if key != "data.shards"]  # judged on pictures of their own
+    differ = [key for key in keys if len({json.dumps(config.get(key)) for config in known.values()}) > 1]
+    found: dict[str, tuple[int, ...]] = {}
+    for number, config in sorted(known.items()):
+        words = ", ".join(f"{key}={json.dumps(config.get(key))}" for key in differ) or "all alike"
+        found[words] = (*found.get(words, ()), number)
+    return found
+
+
+def _config(text: str) -> dict[str, Any]:
+    """A recipe in YAML as dotted keys; {} where it cannot be read."""
+    try:
+        return flat(yaml.load(text, Loader=_Loader))
+    except yaml.YAMLError:
+        return {}
+
+
+def flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; {} for anything else at the top."""
+    out: dict[str, Any] = {}
+    for key, value in section.items() if isinstance(section, dict) else ():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
 
 
 def _text(path: Path) -> str:

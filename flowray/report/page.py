@@ -1,13 +1,13 @@
-"""Self-contained HTML pages: `report.html` of a sweep and of a run, readable offline and on a phone."""
+"""Self-contained HTML pages, readable offline and on a phone: how they are written, and `report.html` of a run."""
 
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
-import shlex
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,12 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 
 from flowray.config.errors import InputError
-from flowray.config.keys import MetricKey, describe
+from flowray.config.keys import KEYS, MetricKey, describe
 from flowray.findings.baselines import Baseline, baseline
 from flowray.report import figures
 from flowray.report.figures import value_text
-from flowray.report.importance import FEW_TRIALS, importances
-from flowray.report.load import Run, Status, Strip, Sweep, Trial, finite, load_run, load_sweep, series
+from flowray.report.load import Run, Series, Strip, finite, load_run, series
 
-TABLE_METRICS = ("shoot/nmse", "flow/cos", "std/mean", "loss/flow")
 PROBE_PANELS = (
     "shoot/nmse",
     "shoot/skill",
@@ -37,7 +35,7 @@ PROBE_PANELS = (
     "vae/psnr",
 )
 T_BINS = range(10)
-STATUSES: tuple[Status, ...] = ("finished", "stopped", "running", "failed")
+NO_NORM = ("grad/clip_frac", "grad/cos_")  # under grad/, but a share and cosines
 MAX_ROWS = 24  # of pictures on a page
 
 
@@ -72,40 +70,9 @@ class Number:
     outside: bool
 
 
-def write_sweep_report(sweep_dir: Path) -> Path:
-    """Write `<sweep_dir>/report.html` and return its path; InputError when sweep.yaml cannot be read or the page cannot be written."""
-    return write_page(sweep_dir / "report.html", "sweep.html.j2", _sweep_context(load_sweep(sweep_dir)))
-
-
 def write_run_report(run_dir: Path) -> Path:
     """Write `<run_dir>/report.html` and return its path; raises InputError when it cannot be written."""
     return write_page(run_dir / "report.html", "run.html.j2", _run_context(load_run(run_dir)))
-
-
-def sweep_commands(sweep: Sweep) -> dict[str, str]:
-    """The commands that follow a sweep, by label, for the best trial; {} before there is one."""
-    if sweep.best is None:
-        return {}
-    best = sweep.best
-    commands = {}
-    if (sweep.path / "best.yaml").is_file():
-        longer = f"python -m flowray.train {shlex.quote(str(sweep.path / 'best.yaml'))} train.steps={4 * best.budget_steps}"
-        commands["Train the best recipe longer"] = longer
-    prompt = best.run.prompts[0] if best.run.prompts else "a small red circle on a white background"
-    commands["Sample from the best trial"] = f"python -m flowray.sample {shlex.quote(str(best.run.path))} {shlex.quote(prompt)}"
-    commands["Open TensorBoard"] = f"tensorboard --logdir {shlex.quote(str(sweep.path))}"
-    return commands
-
-
-def sweep_verdict(sweep: Sweep) -> str:
-    """One sentence: the best trial, how many ended how, the share of full-budget steps saved."""
-    ended = ", ".join(f"{count} {status}" for status in STATUSES if (count := len(sweep.by(status))))
-    spent = f"{len(sweep.trials)} trials ({ended}); early stopping saved {sweep.saved:.0%} of the full-budget steps"
-    if sweep.best is None:
-        return f"{sweep.name}: no trial has a value of {sweep.metric.name}; {spent}"
-    params = ", ".join(f"{key}={value_text(value)}" for key, value in sweep.best.params.items())
-    score = sweep.best.value(sweep.metric.name)
-    return f"{sweep.name}: best is trial {sweep.best.number}, {sweep.metric.name} {score:.3g}, with {params}. {spent}"
 
 
 def number_text(value: float | None) -> str:
@@ -125,77 +92,10 @@ def duration_text(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _sweep_context(sweep: Sweep) -> dict[str, Any]:
-    key, best, varied = sweep.metric.name, sweep.best, sweep.varied()
-    table = [name for name in (key, *TABLE_METRICS, *_evaluations(sweep.trials)) if any(t.value(name) is not None for t in sweep.trials)]
-    card = _mapping(sweep.settings.get("card"))
-    rows, aside = _trial_pictures(sweep)
-    important = importances(sweep)
-    scored = [trial for trial in sweep.trials if trial.value(key) is not None]
-    return {
-        "sweep": sweep,
-        "card": card,
-        "purpose": card.get("purpose") or sweep.settings.get("description"),
-        "best": best,
-        "verdict": sweep_verdict(sweep),
-        "commands": sweep_commands(sweep),
-        "best_value": number_text(best.value(key)) if best else "",
-        "baseline": baseline(key),
-        "varied": varied,
-        "fixed": {name: value for name, value in (sweep.trials[0].params if sweep.trials else {}).items() if name not in varied},
-        "columns": list(dict.fromkeys(table)),
-        "counts": {status: len(sweep.by(status)) for status in STATUSES},
-        "seconds": sum(trial.seconds for trial in sweep.trials),
-        "curves": make_plot(
-            figures.sweep_curves(f"{key} over steps", sweep.trials, best, key), f"{key} over steps of {len(scored)} trials", wide=True
-        )
-        if scored
-        else None,
-        "prompts": next((t.run.prompts for t in sweep.trials if t.run.prompts), ()),
-        "grid_rows": rows,
-        "grid_aside": aside,
-        "slices": [
-            make_plot(figures.slice_panel(name, scored, best, key), f"{key} over {name}")
-            for name in varied
-            if any(name in t.params for t in scored)
-        ],
-        "importance": make_plot(figures.shares(important), "importance: " + ", ".join(f"{k} {v:.0%}" for k, v in important.items()))
-        if important
-        else None,
-        "few_trials": FEW_TRIALS if len(scored) < FEW_TRIALS else 0,
-        "failed": sweep.by("failed"),
-    }
-
-
-def _evaluations(trials: Iterable[Trial]) -> list[str]:
-    """Keys of picture-level scores, where trials have them."""
-    return sorted({key for trial in trials for key in trial.metrics if key.startswith("eval/")})
-
-
-def _trial_pictures(sweep: Sweep) -> tuple[list[GridRow], list[str]]:
-    """Rows trials x prompts, best first, and what is not shown and why. Only equal prompts are comparable."""
-    prompts = next((t.run.prompts for t in sweep.trials if t.run.prompts), ())
-    rows: list[GridRow] = []
-    missing, other, beyond = list[str](), list[str](), list[str]()
-    for trial in sweep.trials:
-        strip = trial.run.strips[-1] if trial.run.strips else None
-        if strip is not None and trial.run.prompts not in ((), prompts):
-            other.append(str(trial.number))
-        elif len(rows) == MAX_ROWS:
-            beyond.append(str(trial.number))
-        elif strip is not None and (pictures := _pictures(strip)):
-            value = number_text(trial.value(sweep.metric.name))
-            rows.append(GridRow(f"trial {trial.number}", f"{value} at step {strip.step:,}", pictures, trial is sweep.best))
-        else:
-            missing.append(str(trial.number))
-    said = (("no pictures", missing), ("other prompts, so not comparable", other), (f"beyond the best {MAX_ROWS}", beyond))
-    return rows, [f"Not shown ({why}): trial {', '.join(numbers)}." for why, numbers in said if numbers]
-
-
 def _run_context(run: Run) -> dict[str, Any]:
     place = run.path.resolve()
     chosen = _spread(run.strips, MAX_ROWS)
-    rows = [GridRow(f"step {strip.step:,}", "", pictures) for strip in chosen if (pictures := _pictures(strip))]
+    rows = [GridRow(f"step {strip.step:,}", "", pictures) for strip in chosen if (pictures := pictures_of(strip))]
     numbers = _numbers(run)
     steps = [row["step"] for row in (*run.metrics, *run.probes) if isinstance(row.get("step"), int)]
     headline = [key for key in ("shoot/nmse", "shoot/skill", "flow/cos", "std/mean") if _either(run, key) is not None]
@@ -204,6 +104,8 @@ def _run_context(run: Run) -> dict[str, Any]:
         "name": "/".join(place.parts[-2:]) if place.name.isdigit() else place.name,  # a trial is named by its number
         "last_step": max(steps, default=0),
         "headline": [(key, number_text(_either(run, key)), baseline(key)) for key in headline],
+        "scores": _scores(run),
+        "header": "\n".join(line for line in run.header.splitlines() if line.strip("=- ")),
         "training": _training_plots(run),
         "probes": _probe_plots(run),
         "bins": _bin_plots(run),
@@ -213,6 +115,19 @@ def _run_context(run: Run) -> dict[str, Any]:
         "numbers": [number for number in numbers if not re.search(r"_t\d$", number.name)],
         "bin_numbers": [number for number in numbers if re.search(r"_t\d$", number.name)],
     }
+
+
+def _scores(run: Run) -> list[tuple[str, str]]:
+    """Picture-level scores that flowray.eval wrote beside the run: (value, words)."""
+    try:
+        shapes = json.loads((run.path / "eval.json").read_text("utf-8"))["shapes"]
+        found = [
+            (finite(shapes["all_correct"]), "pictures with every attribute right"),
+            (finite(shapes["mean_attribute_accuracy"]), "attributes right"),
+        ]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [(f"{100 * value:.0f} %", f"{words}, held-out prompts (flowray.eval)") for value, words in found if value is not None]
 
 
 def _either(run: Run, key: str) -> float | None:
@@ -233,11 +148,23 @@ def _training_plots(run: Run) -> list[Plot]:
     plots = []
     for prefix, title, log in groups:
         names = ["perf/step_s", "perf/data_wait_s"] if prefix == "perf/" else [key for key in keys if key.startswith(prefix)]
-        curves = {name.removeprefix(prefix): points for name in names if (points := series(run.metrics, name) or series(run.probes, name))}
+        known = {name: points for name in names if (points := series(run.metrics, name) or series(run.probes, name))}
+        curves = _merged({name.removeprefix(prefix): points for name, points in known.items() if not name.startswith(NO_NORM)})
+        visible = {name: points for name, points in curves.items() if any(value > 0 for _, value in points)}
         if curves:
-            positive = any(value > 0 for points in curves.values() for _, value in points)
-            plots.append(make_plot(figures.lines(title, curves, log=log and positive), f"{title} over steps: {', '.join(curves)}"))
+            shown = visible if log and visible else curves
+            plots.append(make_plot(figures.lines(title, shown, log=log and bool(visible)), f"{title} over steps: {', '.join(shown)}"))
     return plots
+
+
+def _merged(curves: Mapping[str, Series]) -> dict[str, Series]:
+    """Equal curves as one, named after all: drawn over each other only the last would be seen."""
+    names: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for name, points in curves.items():
+        names.setdefault(tuple(points), []).append(name)
+    return {
+        ", ".join(found) if len(found) < 3 else f"{found[0]} and {len(found) - 1} more": list(points) for points, found in names.items()
+    }
 
 
 def _probe_plots(run: Run) -> list[Plot]:
@@ -272,7 +199,13 @@ def _numbers(run: Run) -> list[Number]:
     """The last value of every key, raw and EMA on one line, with what it means."""
     rows = (*run.metrics, *run.probes)
     keys = {key for row in rows for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
-    return [_number(run, name) for name in sorted({key.removeprefix("ema/") for key in keys})]
+    own = {key.name for key in KEYS}  # ema/delta_rms is a key, not delta_rms of the EMA
+    return [_number(run, name) for name in sorted({key if key in own else key.removeprefix("ema/") for key in keys}, key=_by_number)]
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts mse@5 before mse@10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _number(run: Run, name: str) -> Number:
@@ -290,7 +223,7 @@ def good_text(key: MetricKey | None) -> str:
     low, high = (finite(edge) for edge in key.good)
     if low is None or high is None:
         return f"≤ {high:g}" if high is not None else f"≥ {low:g}" if low is not None else ""
-    return f"{low:g} to {high:g}"
+    return f"{low:.3g} to {high:.3g}"
 
 
 def _spread(strips: Sequence[Strip], count: int) -> list[Strip]:
@@ -300,7 +233,8 @@ def _spread(strips: Sequence[Strip], count: int) -> list[Strip]:
     return [strips[round(index * (len(strips) - 1) / (count - 1))] for index in range(count)]
 
 
-def _pictures(strip: Strip) -> list[str]:
+def pictures_of(strip: Strip) -> list[str]:
+    """The pictures of a strip as data URIs, left to right; [] where it cannot be read."""
     return [data_uri("image/png", tile) for tile in figures.tiles(strip.path)]
 
 
@@ -326,26 +260,43 @@ def _markdown(text: str) -> Markup:
     return Markup(reader.render(text))
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def write_page(path: Path, template: str, context: Mapping[str, Any]) -> Path:
-    """Render and replace the file in one step, so that a reader never sees half a page."""
+    """Render an HTML template and replace the file in one step; InputError where it cannot be written."""
+    pages = _environment(autoescape=True)
+    pages.filters |= {"breakable": _breakable, "markdown": _markdown}
+    return write_text(path, pages.get_template(template).render(**context))
+
+
+def write_markdown(path: Path, template: str, context: Mapping[str, Any]) -> Path:
+    """Render a markdown template and replace the file in one step; InputError where it cannot be written."""
+    pages = _environment(autoescape=False)
+    pages.filters |= {"cell": _cell}
+    return write_text(path, re.sub(r"\n{3,}", "\n\n", pages.get_template(template).render(**context)))
+
+
+def _environment(*, autoescape: bool) -> Environment:
     pages = Environment(
-        loader=PackageLoader("flowray", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("flowray", "report"), autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    pages.filters |= {"number": number_text, "value": value_text, "duration": duration_text, "good": good_text, "breakable": _breakable}
-    pages.filters["markdown"] = _markdown
-    html = pages.get_template(template).render(**context)
+    pages.filters |= {"number": number_text, "value": value_text, "duration": duration_text, "good": good_text}
+    return pages
+
+
+def _cell(text: Any) -> str:
+    """Text for a cell of a markdown table."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Replace the file in one step, so that a reader never sees half a page."""
     try:
-        handle, name = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=".report-", suffix=path.suffix, dir=path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); make the folder writable") from error
     temporary = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(html)
+            file.write(text)
         temporary.chmod(0o644)
         os.replace(temporary, path)
     except OSError as error:

@@ -17,9 +17,11 @@ from flowray.cli.report import main
 from flowray.config.errors import InputError
 from flowray.config.keys import describe
 from flowray.report import figures
+from flowray.report.analysis import log_scale
 from flowray.report.importance import importances
 from flowray.report.load import Metric, load_run, load_sweep
-from flowray.report.page import good_text, number_text, write_run_report, write_sweep_report
+from flowray.report.page import good_text, number_text, write_run_report
+from flowray.report.sweep_page import write_sweep_report
 
 PROMPTS = ["a small red circle", "<b>bold</b> & a $5 square"]
 METRIC = "ema/shoot/nmse"
@@ -183,7 +185,7 @@ def test_default_commands_name_the_best_trial(sweep: Path) -> None:
     page = write_sweep_report(sweep).read_text()
     assert f"python -m flowray.train {sweep}/best.yaml train.steps=1600" in page
     assert f"python -m flowray.sample {sweep}/2 &#39;a small red circle&#39;" in page
-    assert f"tensorboard --logdir {sweep}" in page
+    assert f"python -m flowray.dashboard {sweep}" in page
 
 
 def test_curves_mark_early_stops_only(sweep: Path) -> None:
@@ -202,11 +204,16 @@ def test_slices_use_a_log_axis_for_wide_values_and_a_strip_for_names(sweep: Path
     assert "<!-- pooled -->" in figures.slice_panel("model.head.kind", scored, loaded.best, METRIC).decode()
     for trial, lr in zip(scored, (1e-4, 1e-3, 1e-2), strict=True):
         trial.params["optim.lr"] = lr
-    wide = figures.slice_panel("optim.lr", scored, loaded.best, METRIC).decode()
+    loaded.trials[3].params["optim.lr"] = 1e-3
+    assert log_scale(loaded, "optim.lr")
+    wide = figures.slice_panel("optim.lr", scored, loaded.best, METRIC, log=True).decode()
     assert "<!-- 0.01 -->" in wide
     assert "<!-- 0.006 -->" not in wide
     scored[0].params["optim.lr"] = 5e-3
+    assert not log_scale(loaded, "optim.lr")
     assert "<!-- 0.006 -->" in figures.slice_panel("optim.lr", scored, loaded.best, METRIC).decode()
+    loaded.settings["parameters"] = {"optim.lr": {"distribution": "log_uniform_values", "min": 1e-3, "max": 1e-2}}
+    assert log_scale(loaded, "optim.lr")  # as it was drawn, however narrow
 
 
 def test_figures_take_any_text_and_repeat_byte_for_byte(sweep: Path) -> None:
@@ -336,7 +343,7 @@ def test_numbers_read_well(value: float | None, text: str) -> None:
 def test_command_tells_sweep_from_run(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(sweep)]) == 0
     assert main([str(sweep / "0")]) == 0
-    assert capsys.readouterr().out.split() == [str(sweep / "report.html"), str(sweep / "0" / "report.html")]
+    assert capsys.readouterr().out.split() == [str(sweep / "report.html"), str(sweep / "report.md"), str(sweep / "0" / "report.html")]
     assert "Sweep report" in (sweep / "report.html").read_text()
     assert "<h1>head/0</h1>" in (sweep / "0" / "report.html").read_text()
 

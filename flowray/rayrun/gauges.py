@@ -1,0 +1,124 @@
+"""Gauges for Prometheus and Grafana: every name that flowray exports stands here, so that a dashboard's file can be checked against it.
+
+Ray's metrics agent adds `ray_` and serves them on each node; `ray_flowray_shoot_nmse{run="head/3"}` is what a query asks for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ray._private.worker import get_dashboard_url
+from ray.util.metrics import Gauge
+
+from flowray.config.keys import describe
+from flowray.config.sweep import Sweep
+from flowray.tune.records import TrialRecord
+
+EXPORTED = "ray_"  # what Ray puts before every name
+
+
+@dataclass(frozen=True)
+class GaugeSpec:
+    """One gauge: its name without Ray's prefix, the metric key or the fact that it shows, its words and its labels."""
+
+    name: str
+    shows: str
+    words: str
+    labels: tuple[str, ...]
+
+
+def _probe(key: str) -> GaugeSpec:
+    found = describe(key)
+    assert found is not None, key
+    return GaugeSpec(
+        "flowray_" + key.replace("/", "_"), key, f"{key} at the last probe, EMA where it is measured: {found.formula}", ("run",)
+    )
+
+
+RUN_GAUGES: tuple[GaugeSpec, ...] = (
+    GaugeSpec("flowray_step", "step", "steps trained at the last probe", ("run",)),
+    GaugeSpec("flowray_budget_steps", "budget_steps", "steps that the run is to train", ("run",)),
+    *map(
+        _probe,
+        ("shoot/nmse", "shoot/skill", "shoot/cond_gain", "flow/cos", "flow/nmse", "std/mean", "text/cos_mu", "loss/flow", "loss/total"),
+    ),
+)
+TRIALS = GaugeSpec("flowray_trials", "trials", "trials of the sweep by state", ("sweep", "state"))
+BEST = GaugeSpec("flowray_best", "best", "the sweep's metric of its best trial so far", ("sweep", "metric"))
+GAUGES: tuple[GaugeSpec, ...] = (*RUN_GAUGES, TRIALS, BEST)
+
+
+def exported_names() -> frozenset[str]:
+    """The names as Prometheus knows them."""
+    return frozenset(EXPORTED + spec.name for spec in GAUGES)
+
+
+@cache
+def _open(spec: GaugeSpec) -> Gauge:
+    """One object a name and process: a process may train one trial after the other."""
+    return Gauge(spec.name, description=spec.words, tag_keys=spec.labels)
+
+
+def run_label(run_dir: Path) -> str:
+    """The name of a run; of a trial, whose name is a number, with its sweep: head/3, of its further seeds head/3/seeds/1."""
+    parts = run_dir.absolute().parts
+    further = len(parts) > 3 and parts[-2] == "seeds"
+    return "/".join(parts[-4:] if further else parts[-2:] if parts[-1].isdigit() else parts[-1:])
+
+
+def leave_link(sweep_dir: Path) -> None:
+    """Write down where Ray's own dashboard is, for `flowray.dashboard`, in `<sweep_dir>/.ray/dashboard`."""
+    if url := get_dashboard_url():
+        (sweep_dir / ".ray").mkdir(exist_ok=True)
+        (sweep_dir / ".ray" / "dashboard").write_text(f"http://{url}\n")
+
+
+class RunGauges:
+    """The last probe of one run. Lives in the process that trains, so the gauges end with it."""
+
+    def __init__(self, run_dir: Path):
+        self._labels = {"run": run_label(run_dir)}
+        self._gauges = {spec.shows: _open(spec) for spec in RUN_GAUGES}
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Set the gauges to a reported row; what it lacks stays as it was."""
+        for key, gauge in self._gauges.items():
+            value = row.get(f"ema/{key}", row.get(key))
+            if isinstance(value, int | float):
+                gauge.set(float(value), tags=self._labels)
+
+
+class SweepGauges:
+    """The sweep as a whole: an audience of the referee."""
+
+    def __init__(self, sweep: Sweep):
+        self._sweep, self._name, self._minimise = sweep.name, sweep.metric.name, sweep.minimise
+        self._trials, self._best = _open(TRIALS), _open(BEST)
+        self._states: dict[int, str] = {}
+        self._values: dict[int, float] = {}
+
+    def started(self, trial: TrialRecord) -> None:
+        self._show(trial)
+
+    def probed(self, trial: TrialRecord) -> None:
+        self._show(trial)
+
+    def ended(self, trial: TrialRecord) -> None:
+        self._show(trial)
+
+    def _show(self, trial: TrialRecord) -> None:
+        self._states[trial.trial] = trial.status
+        counts = Counter(self._states.values())
+        for state in ("running", "finished", "stopped", "failed"):
+            self._trials.set(counts[state], tags={"sweep": self._sweep, "state": state})
+        value = trial.metrics.get(self._name)
+        if value is not None and trial.status != "failed":
+            self._values[trial.trial] = value
+        if self._values:
+            best = (min if self._minimise else max)(self._values.values())
+            self._best.set(best, tags={"sweep": self._sweep, "metric": self._name})

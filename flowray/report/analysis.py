@@ -1,0 +1,289 @@
+"""What a sweep's records say: runner-up and noise, edges of the ranges, the Pareto front, hours, the best recipe against its base."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flowray.config.errors import InputError
+from flowray.config.keys import describe
+from flowray.config.load import load_recipe, override_recipe, recipe_diffs
+from flowray.findings.diagnose import diagnose
+from flowray.findings.finding import ORDER
+from flowray.report.load import Arm, Sweep, Trial, finite, flat, numeric, spans_decades
+
+EDGE = 0.05  # a best value within this share of the range from its end is at the edge
+CLEAR = 2.0  # gaps of this many standard errors are more than noise
+HEAT_KEYS = (
+    "shoot/nmse",
+    "shoot/skill",
+    "shoot/cond_gain",
+    "flow/cos",
+    "flow/nmse",
+    "flow/speed_ratio",
+    "std/mean",
+    "mu/rms",
+    "text/cos_mu",
+    "text/snr",
+    "scale/ratio",
+)
+# what the doctor's rules ask of a recipe -> its key; the rules that need more stay silent
+FACTS: Mapping[str, str] = {
+    "steps": "train.steps",
+    "batch_size": "train.batch_size",
+    "weights_sampled": "sample.weights",
+    "head": "model.head.kind",
+    "velocity": "model.velocity.kind",
+    "kl_weight": "loss.kl.weight",
+    "kl_form": "loss.kl.form",
+    "source_grad": "loss.flow.source_grad",
+    "balance": "loss.balance.kind",
+    "uniform_floor": "flow.time.uniform_floor",
+    "null_probability": "flow.null_probability",
+    "guidance_scale": "sample.guidance_scale",
+}
+Colour = Literal["bad", "warn", "info", "good", ""]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A parameter whose best value lies at the end of what was searched, and the override that widens the range."""
+
+    key: str
+    words: str
+    widen: str
+
+
+@dataclass(frozen=True)
+class Hours:
+    """Device hours of all trials. unit: GPU-hours, or core-hours where no trial had a GPU; saved: what the early stops would have cost."""
+
+    unit: str
+    spent: float
+    saved: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A probe value of a trial, in the colour of the worst finding that names it; good where it lies in the healthy range."""
+
+    value: float | None
+    colour: Colour
+    words: str
+
+
+def runner_up(sweep: Sweep) -> Arm | None:
+    """The second best setting that has finished."""
+    arms = sweep.arms()
+    return arms[1] if sweep.comparable and len(arms) > 1 else None
+
+
+def noise(arms: Sequence[Arm]) -> float | None:
+    """Standard deviation between seeds, pooled over the settings that were trained more than once; None where none was."""
+    repeated = [arm for arm in arms if len(arm.values) > 1]
+    if not repeated:
+        return None
+    return math.sqrt(
+        sum(statistics.variance(arm.values) * (len(arm.values) - 1) for arm in repeated) / sum(len(arm.values) - 1 for arm in repeated)
+    )
+
+
+def runner_up_words(sweep: Sweep) -> str:
+    """The runner-up, and whether the gap to it is more than the noise between seeds; '' without one."""
+    second = runner_up(sweep)
+    if second is None:
+        return ""
+    first, spread, key = sweep.arms()[0], noise(sweep.arms()), sweep.metric.name
+    gap = abs(second.mean - first.mean)
+    words = f"Runner-up: trial {second.trials[0].number}, {key} {second.mean:.3g}, behind by {gap:.2g}. "
+    if spread is None:
+        return words + (
+            "Every setting was trained with one seed, so whether that is more than noise is not known: "
+            "train both again with another seed, or every setting by seeds: 3 in the sweep."
+        )
+    error = spread * math.sqrt(1 / len(first.values) + 1 / len(second.values))
+    seeds = f"noise between seeds {spread:.2g} ({len(first.values)} and {len(second.values)} seeds)"
+    if gap > CLEAR * error:
+        return words + f"More than the {seeds}: a clear win."
+    return words + f"Within the {seeds}: a tie; take the cheaper one, or train both with more seeds."
+
+
+def incomparable_words(sweep: Sweep) -> str:
+    """Why the trials are not ranked; '' where they may be."""
+    if sweep.comparable:
+        return ""
+    groups = "; ".join(f"{words} (trial {', '.join(map(str, numbers))})" for words, numbers in sweep.scales.items())
+    return (
+        "Not ranked: the trials differ in what sets the scale of every value (autoencoder, resolution, latent size or scale), "
+        f"so their values do not compare: {groups}. Make a sweep of each."
+    )
+
+
+def edges(sweep: Sweep) -> list[Edge]:
+    """Parameters whose best value is at the end of their range, or the least or greatest of at least three numbers."""
+    best, space = sweep.best, sweep.settings.get("parameters")
+    if best is None or not isinstance(space, dict):
+        return []
+    found = [_edge(key, spec, finite(best.params.get(key))) for key, spec in space.items() if isinstance(spec, dict)]
+    return [edge for edge in found if edge is not None]
+
+
+def _edge(key: str, spec: Mapping[str, Any], value: float | None) -> Edge | None:
+    if value is None:
+        return None
+    if isinstance(values := spec.get("values"), list) and numeric(values) and len(set(values)) > 2:
+        ordered = sorted(set(values))
+        if value not in (ordered[0], ordered[-1]) or (value == 0 == ordered[0]):  # 0 is off, not an edge
+            return None
+        side, beyond = ("least", 2 * ordered[0] - ordered[1]) if value == ordered[0] else ("greatest", 2 * ordered[-1] - ordered[-2])
+        words = f"{key}: the best value {value:g} is the {side} of {', '.join(f'{v:g}' for v in ordered)}: widen it"
+        if side == "least" and beyond <= 0 < ordered[0]:
+            beyond = ordered[0] / 2
+        return Edge(key, words, f"parameters.{key}.values=[{','.join(f'{v:g}' for v in sorted([*ordered, beyond]))}]")
+    low, high = finite(spec.get("min")), finite(spec.get("max"))
+    if low is None or high is None or low >= high:
+        return None
+    log = "log" in str(spec.get("distribution", "")) and low > 0 and value > 0
+    place = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
+    if EDGE <= place <= 1 - EDGE or (place < EDGE and low == 0):
+        return None
+    side = "lower" if place < EDGE else "upper"
+    reach = (low / 3, high * 3) if log else (low - (high - low) / 2, high + (high - low) / 2)
+    bound, end = ("min", reach[0]) if side == "lower" else ("max", reach[1])
+    end = round(end) if spec.get("distribution") == "int_uniform" else float(f"{end:.2g}")
+    words = f"{key}: the best value {value:.3g} is at the {side} edge of the range {low:g} to {high:g}: widen it"
+    return Edge(key, words, f"parameters.{key}.{bound}={end:g}")
+
+
+def log_scale(sweep: Sweep, key: str) -> bool:
+    """Whether a parameter belongs on a log axis: it was drawn so, or its values spread over decades."""
+    values = [trial.params[key] for trial in sweep.trials if key in trial.params]
+    if not numeric(values) or not values or min(values) <= 0:
+        return False
+    space = sweep.settings.get("parameters")
+    spec = space.get(key) if isinstance(space, dict) else None
+    return "log" in str(spec.get("distribution")) if isinstance(spec, dict) and "min" in spec else spans_decades(values)
+
+
+def front(sweep: Sweep) -> list[Trial]:
+    """The finished trials that no other beats in every metric; [] with one metric, or where trials do not compare."""
+    if len(sweep.metrics) < 2 or not sweep.comparable:
+        return []
+    signs = [1 if metric.goal == "minimize" else -1 for metric in sweep.metrics]
+    points = {}
+    for trial in sweep.by("finished"):
+        values = [trial.value(metric.name) for metric in sweep.metrics]
+        if all(value is not None for value in values):
+            points[trial] = tuple(sign * value for sign, value in zip(signs, values, strict=True) if value is not None)
+
+    def beaten(point: tuple[float, ...]) -> bool:
+        return any(other != point and all(a <= b for a, b in zip(other, point, strict=True)) for other in points.values())
+
+    return [trial for trial, point in points.items() if not beaten(point)]
+
+
+def hours(sweep: Sweep) -> Hours:
+    """What the trials took, and what those stopped early would have taken on to their budget, at their own pace."""
+    spent, saved, gpus = 0.0, 0.0, False
+    rows = []
+    for trial in sweep.trials:
+        config, workers = trial.run.config, finite(trial.run.config.get("resources.num_workers")) or 1.0
+        gpu, cpu = finite(config.get("resources.gpus_per_worker")) or 0.0, finite(config.get("resources.cpus_per_worker")) or 1.0
+        gpus = gpus or gpu > 0
+        rows.append((trial, workers * gpu, workers * cpu))
+    for trial, gpu, cpu in rows:
+        cost = trial.seconds / 3600 * (gpu if gpus else cpu)
+        spent += cost
+        if trial.status == "stopped" and trial.last_step:
+            saved += cost * max(0, trial.budget_steps - trial.last_step) / trial.last_step
+    return Hours("GPU-hours" if gpus else "core-hours", spent, saved)
+
+
+def best_diff(sweep: Sweep) -> str:
+    """The best trial as a recipe: `base` and what differs from it, with the base's values as comments; '' without a best trial.
+
+    The base of a sweep over the pictures of a run is the run's own recipe.
+    """
+    if sweep.best is None:
+        return ""
+    base = str(sweep.settings.get("base") or "")
+    if (config := Path(base) / "config.yaml").is_file():
+        base = str(config)
+    changes = {**flat(sweep.settings.get("set")), **sweep.best.params}
+    old: dict[str, Any] = {}
+    try:
+        recipe = load_recipe(base).recipe
+        diffs = recipe_diffs(recipe, override_recipe(recipe, changes))
+        old = {key: before for key, (before, _) in diffs.items() if key in changes}
+        changes = {key: value for key, value in changes.items() if key in diffs}
+    except InputError:  # a base that is no longer here: what was set is still known
+        pass
+    tree: dict[str, Any] = {}
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        inner = tree
+        for name in sections:
+            inner = inner.setdefault(name, {})
+        inner[last] = (key, value)
+    return "\n".join([f"base: {base}", *_yaml_lines(tree, old, "")])
+
+
+def _yaml_lines(tree: Mapping[str, Any], old: Mapping[str, Any], indent: str) -> list[str]:
+    lines = []
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", *_yaml_lines(value, old, indent + "  ")]
+        else:
+            was = f"  # {json.dumps(old[value[0]])} in the base" if value[0] in old else ""
+            lines.append(f"{indent}{name}: {yaml_value(value[1])}{was}")
+    return lines
+
+
+def yaml_value(value: Any) -> str:
+    """A value on one line, as YAML and as the right side of an override read it back. PyYAML wants a point in 1.0e-05."""
+    if isinstance(value, float):
+        text = f"{value:.6g}"
+        return re.sub(r"^(-?\d+)e", r"\1.0e", text)
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value not in ("true", "false", "null", "yes", "no")
+    return str(value) if plain else json.dumps(value)
+
+
+def heat_map(trials: Sequence[Trial]) -> tuple[list[str], list[tuple[Trial, list[Cell]]]]:
+    """The probes that the trials have, and for each trial a cell for each of them, coloured by what the doctor's rules say of it."""
+    keys = [key for key in HEAT_KEYS if any(trial.either(key) is not None for trial in trials)]
+    return keys, [(trial, _cells(trial, keys)) for trial in trials if any(trial.either(key) is not None for key in keys)]
+
+
+def _cells(trial: Trial, keys: Sequence[str]) -> list[Cell]:
+    findings = trial.run.findings
+    if findings is None:  # the doctor never came: its rules over what was measured
+        config, row = trial.run.config, {key: value for key, value in trial.metrics.items() if finite(value) is not None}
+        facts = {fact: config[key] for fact, key in FACTS.items() if key in config}
+        history = [*trial.run.metrics, *trial.run.probes]
+        findings = tuple(vars(found) for found in diagnose(row, {**facts, "step": trial.last_step}, history))
+    return [_cell(key, trial.either(key), findings) for key in keys]
+
+
+def _cell(key: str, value: float | None, findings: Sequence[Mapping[str, Any]]) -> Cell:
+    named = [finding for finding in findings if _judges(str(finding.get("evidence")), key)]
+    named.sort(key=lambda found: ORDER.get(found.get("severity", "info"), 2))
+    if value is not None and named and named[0].get("severity") != "info":
+        return Cell(value, named[0]["severity"], f"{named[0]['id']}: {named[0]['evidence']}")
+    known = describe(key)
+    if value is None or known is None or known.good is None:
+        return Cell(value, "", key)
+    low, high = known.good
+    inside = low <= value <= high
+    return Cell(value, "good" if inside else "warn", f"healthy: {low:g} to {high:g}")
+
+
+def _judges(evidence: str, key: str) -> bool:
+    """Whether the evidence holds this number against a bound; the numbers that it merely adds are named without one."""
+    name = re.compile(rf"(?<![\w/]){re.escape(key)}(?![\w/])")
+    return any(name.search(clause) and re.search(r"\b(above|below|near|not finite|nan|inf)\b", clause) for clause in evidence.split("; "))

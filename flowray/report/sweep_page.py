@@ -1,0 +1,298 @@
+"""`report.html` and `report.md` of a sweep: what it found, how sure that is, what each trial did, what to type next."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowray.findings.baselines import baseline
+from flowray.report import figures
+from flowray.report.analysis import (
+    Edge,
+    best_diff,
+    edges,
+    front,
+    heat_map,
+    hours,
+    incomparable_words,
+    log_scale,
+    noise,
+    runner_up_words,
+    yaml_value,
+)
+from flowray.report.figures import Axis, value_text
+from flowray.report.importance import FEW_TRIALS, importances
+from flowray.report.load import Run, Status, Sweep, Trial, flat, load_sweep
+from flowray.report.page import MAX_ROWS, GridRow, Plot, make_plot, number_text, pictures_of, write_markdown, write_page
+
+TABLE_METRICS = ("shoot/nmse", "flow/cos", "std/mean", "loss/flow")
+EVALUATIONS = ("eval/all_correct", "eval/mean_attribute_accuracy", "perf/images_per_s")
+STATUSES: tuple[Status, ...] = ("finished", "stopped", "running", "failed")
+MAX_TRIALS = 30  # in the table that stands open, and in the heat map
+MAX_AXES = 8  # of parallel coordinates, the metric's apart
+CONCLUSION, NEXT = "Conclusion", "Next step"  # the sections of report.md that belong to the reader
+BLANK = {CONCLUSION: "- keep / reject / re-verify: not judged yet", NEXT: "- not written yet"}
+
+
+def write_sweep_report(sweep_dir: Path) -> Path:
+    """Write `<sweep_dir>/report.html`, and `report.md` beside it; returns the first's path.
+
+    What a person wrote under Conclusion, Next step and headings of their own in report.md stays, and shows in both.
+    InputError when sweep.yaml cannot be read or a page cannot be written.
+    """
+    sweep = load_sweep(sweep_dir)
+    kept = hand_written(sweep_dir / "report.md")
+    context = {**_context(sweep), "kept": kept}
+    write_markdown(sweep_dir / "report.md", "sweep.md.j2", context)
+    return write_page(sweep_dir / "report.html", "sweep.html.j2", context)
+
+
+def hand_written(report: Path) -> dict[str, str]:
+    """The sections of a report.md from Conclusion on, by heading: they are the reader's. Conclusion and Next step as new where missing."""
+    try:
+        text = report.read_text("utf-8", errors="replace")
+    except OSError:
+        return dict(BLANK)
+    start = re.search(rf"(?m)^## +({CONCLUSION}|{NEXT}) *$", text)
+    parts = re.split(r"(?m)^## +(.+?) *$", text[start.start() :] if start else "")
+    sections = {heading: body.strip() for heading, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return {**BLANK, **{heading: body or BLANK.get(heading, "") for heading, body in sections.items()}}
+
+
+def sweep_commands(sweep: Sweep) -> dict[str, str]:
+    """The commands that follow a sweep, by label, for the best trial; {} before there is one."""
+    if sweep.best is None:
+        return {}
+    best, place = sweep.best, shlex.quote(str(sweep.path))
+    prompt = best.run.prompts[0] if best.run.prompts else "a small red circle on a white background"
+    commands = {}
+    if sweep.settings.get("task") == "sample":
+        keys = {**flat(sweep.settings.get("set")), **best.params}
+        values = " ".join(f"--set {shlex.quote(f'{key}={yaml_value(value)}')}" for key, value in keys.items())
+        source = shlex.quote(str(sweep.settings.get("base")))
+        return {"Sample with the best setting": f"python -m flowray.sample {source} {shlex.quote(prompt)} {values}"}
+    if (sweep.path / "best.yaml").is_file():
+        longer = f"python -m flowray.train {shlex.quote(str(sweep.path / 'best.yaml'))} train.steps={4 * best.budget_steps}"
+        commands["Train the best recipe longer"] = longer
+    if base := sweep.settings.get("base"):
+        keys = {**flat(sweep.settings.get("set")), **best.params, "name": f"{sweep.name}-best"}
+        values = " ".join(shlex.quote(f"{key}={yaml_value(value)}") for key, value in keys.items())
+        commands["The same recipe from its base"] = f"python -m flowray.train {shlex.quote(str(base))} {values}"
+    commands["Sample from the best trial"] = f"python -m flowray.sample {shlex.quote(str(best.run.path))} {shlex.quote(prompt)}"
+    commands["Look at all trials (TensorBoard, optuna-dashboard)"] = f"python -m flowray.dashboard {place}"
+    return commands
+
+
+def sweep_verdict(sweep: Sweep) -> str:
+    """One sentence: the best trial, how many ended how, the share of full-budget steps saved."""
+    ended = ", ".join(f"{count} {status}" for status in STATUSES if (count := len(sweep.by(status))))
+    spent = f"{len(sweep.trials)} trials ({ended}); early stopping saved {sweep.saved:.0%} of the full-budget steps"
+    if not sweep.comparable:
+        return f"{sweep.name}: {incomparable_words(sweep)} {spent}"
+    if sweep.best is None:
+        return f"{sweep.name}: no trial has a value of {sweep.metric.name}; {spent}"
+    params = ", ".join(f"{key}={value_text(value)}" for key, value in sweep.best.params.items())
+    score = sweep.best.value(sweep.metric.name)
+    arm = next((arm for arm in sweep.arms() if sweep.best in arm.trials and len(arm.values) > 1), None)
+    mean = f" (mean {arm.mean:.3g} over {len(arm.values)} seeds)" if arm else ""
+    return f"{sweep.name}: best is trial {sweep.best.number}, {sweep.metric.name} {score:.3g}{mean}, with {params}. {spent}"
+
+
+def sweep_advice(sweep: Sweep) -> list[str]:
+    """How sure the verdict is and where to search next, a sentence each."""
+    runner = runner_up_words(sweep)
+    return [*([runner] if runner else []), *(f"{edge.words} ({edge.widen})" for edge in edges(sweep))]
+
+
+def _context(sweep: Sweep) -> dict[str, Any]:
+    key, best, varied = sweep.metric.name, sweep.best, sweep.varied()
+    table = [key, *(metric.name for metric in sweep.metrics), *map(_as_probed(sweep), TABLE_METRICS), *_evaluations(sweep.trials)]
+    card = _mapping(sweep.settings.get("card"))
+    scored = [trial for trial in sweep.trials if trial.value(key) is not None] if sweep.comparable else []
+    heat_keys, heat_rows = heat_map(sweep.trials[:MAX_TRIALS])
+    rows, aside = _trial_pictures(sweep)
+    edge = edges(sweep)
+    return {
+        "sweep": sweep,
+        "card": card,
+        "facts": _card_facts(sweep, card),
+        "purpose": card.get("purpose") or sweep.settings.get("description"),
+        "best": best,
+        "verdict": sweep_verdict(sweep),
+        "refused": incomparable_words(sweep),
+        "runner_up": runner_up_words(sweep),
+        "noise": noise(sweep.arms()),
+        "edges": edge,
+        "diff": best_diff(sweep),
+        "commands": sweep_commands(sweep),
+        "best_value": number_text(best.value(key)) if best else "",
+        "baseline": baseline(key),
+        "varied": varied,
+        "fixed": {name: value for name, value in (sweep.trials[0].params if sweep.trials else {}).items() if name not in varied},
+        "columns": list(dict.fromkeys(name for name in table if any(t.value(name) is not None for t in sweep.trials))),
+        "shown": sweep.trials[:MAX_TRIALS],
+        "folded": sweep.trials[MAX_TRIALS:],
+        "counts": {status: len(sweep.by(status)) for status in STATUSES},
+        "seconds": sum(trial.seconds for trial in sweep.trials),
+        "hours": hours(sweep),
+        "prompts": next((t.run.prompts for t in sweep.trials if t.run.prompts), ()),
+        "grid_rows": rows,
+        "grid_aside": aside,
+        "heat_keys": heat_keys,
+        "heat_rows": heat_rows,
+        "few_trials": FEW_TRIALS if len(scored) < FEW_TRIALS else 0,
+        "failed": sweep.by("failed"),
+        **_plots(sweep, scored, varied, edge),
+    }
+
+
+def _plots(sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], edge: Sequence[Edge]) -> dict[str, Any]:
+    """The figures: curves, Pareto front, slices, parallel coordinates, importance; None or [] where there is nothing to draw."""
+    key, best = sweep.metric.name, sweep.best
+    important = importances(sweep) if sweep.comparable else {}
+    best_front = front(sweep)
+    found: dict[str, Any] = {"curves": None, "pareto": None, "front": best_front, "slices": [], "parallel": None, "importance": None}
+    if important:
+        said = "importance: " + ", ".join(f"{name} {share:.0%}" for name, share in important.items())
+        found["importance"] = make_plot(figures.shares(important), said)
+    found["shares"] = important
+    if not scored:
+        return found
+    found["curves"] = make_plot(
+        figures.sweep_curves(f"{key} over steps", scored, best, key), f"{key} over steps of {len(scored)} trials", wide=True
+    )
+    if best_front:
+        x, y = (metric.name for metric in sweep.metrics[:2])
+        found["pareto"] = make_plot(figures.pareto(scored, best_front, x, y), f"{y} over {x}, the front joined")
+    at_edge = {item.key for item in edge}
+    for name in varied:
+        if any(name in trial.params for trial in scored):
+            said = f"{key} over {name}" + (": best at the edge" if name in at_edge else "")
+            svg = figures.slice_panel(name, scored, best, key, log=log_scale(sweep, name))
+            found["slices"].append(make_plot(svg, said))
+    found["parallel"] = _parallel(sweep, scored, varied, important)
+    return found
+
+
+def _parallel(sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], important: dict[str, float]) -> Plot | None:
+    """All parameters and the metric at once; of many parameters the most important."""
+    names = list(varied)
+    if len(names) > MAX_AXES:
+        names = [name for name in important if name in names][:MAX_AXES] or names[:MAX_AXES]
+    if len(names) < 2 or len(scored) < 2:
+        return None
+    axes = [Axis(name, {t: t.params.get(name) for t in scored}, log_scale(sweep, name)) for name in names]
+    values = {trial: trial.value(sweep.metric.name) for trial in scored}
+    metric = Axis(sweep.metric.name, values, upside_down=sweep.metric.goal == "minimize")
+    return make_plot(figures.parallel([*axes, metric], scored, sweep.best), f"parallel coordinates of {', '.join(names)}", wide=True)
+
+
+def _as_probed(sweep: Sweep) -> Any:
+    """Keys as this sweep has them: measured on the EMA weights where they were."""
+    have = {key for trial in sweep.trials for key in trial.metrics}
+    return lambda key: f"ema/{key}" if f"ema/{key}" in have else key
+
+
+def _card_facts(sweep: Sweep, card: dict[str, Any]) -> dict[str, str]:
+    """The experiment card of the sweep (log 0826): what is fixed, what is searched, what it runs on."""
+    settings, config = sweep.settings, next((t.run.config for t in sweep.trials if t.run.config), {})
+    fixed = {**flat(settings.get("set"))}
+    space = {key: _range_text(spec) for key, spec in _mapping(settings.get("parameters")).items() if isinstance(spec, dict)}
+    workers, gpus = config.get("resources.num_workers", 1), config.get("resources.gpus_per_worker", 0)
+    device = f"{gpus:g} GPU" if gpus else f"{config.get('resources.cpus_per_worker', 1)} core(s)"
+    facts = {
+        "EXP_ID": sweep.name,
+        "TITLE": card.get("title"),
+        "BASE": settings.get("base"),
+        "KEY_DIFFS": ", ".join(f"{key}={value_text(value)}" for key, value in fixed.items()),
+        "SEARCHED": "; ".join(f"{key} {text}" for key, text in space.items()),
+        "METRIC": ", ".join(f"{metric.goal} {metric.name}" for metric in sweep.metrics),
+        "METHOD": ", ".join(_method(settings)),
+        "STOPS": "; ".join(_stop_texts(settings)),
+        "DATASET": card.get("dataset") or config.get("card.dataset") or config.get("data.shards"),
+        "HARDWARE": card.get("hardware") or (f"{workers} worker(s) of {device} a trial" if config else ""),
+        "CORE PARAMS": _core(config),
+        "TAGS": ", ".join(map(str, card.get("tags") or [])),
+        "NOTES": card.get("notes"),
+    }
+    known = {"title", "purpose", "dataset", "hardware", "tags", "notes"}
+    facts |= {name.upper(): value_text(value) for name, value in card.items() if name not in known}
+    return {name: str(text) for name, text in facts.items() if text}
+
+
+def _method(settings: dict[str, Any]) -> list[str]:
+    search = _mapping(settings.get("search")).get("kind")
+    words = [f"{settings.get('method', 'bayes')}{f' ({search})' if search else ''}", f"seed {settings.get('seed', 0)}"]
+    return [*words, f"{settings['seeds']} seeds a setting"] if (settings.get("seeds") or 1) > 1 else words
+
+
+def _core(config: dict[str, Any] | Any) -> str:
+    named = {"head": "model.head.kind", "velocity": "model.velocity.kind", "batch": "train.batch_size", "steps": "train.steps"}
+    return ", ".join(f"{name} {config[key]}" for name, key in named.items() if key in config)
+
+
+def _stop_texts(settings: dict[str, Any]) -> list[str]:
+    """Halving and the stop rules, in words."""
+    texts = []
+    if early := _mapping(settings.get("early_terminate")):
+        eta = f", the best 1/{early['eta']:g} go on" if "eta" in early else ""
+        texts.append(f"{early.get('type')} from step {early.get('min_iter')}{eta}")
+    for rule in settings.get("stop") or []:
+        what = rule.get("finding") or rule.get("metric")
+        bound = next((f" {name.replace('_', ' ')} {rule[name]:g}" for name in ("below", "above", "gains_less_than") if name in rule), "")
+        texts.append(f"{what}{bound} at {rule.get('patience', 1)} probes from step {rule.get('after', 0)}")
+    return texts
+
+
+def _range_text(spec: dict[str, Any]) -> str:
+    if "values" in spec:
+        return "{" + ", ".join(value_text(value) for value in spec["values"]) + "}"
+    if "value" in spec:
+        return value_text(spec["value"])
+    log = " log" if "log" in str(spec.get("distribution")) else ""
+    return f"{value_text(spec.get('min'))} .. {value_text(spec.get('max'))}{log}"
+
+
+def _evaluations(trials: Iterable[Trial]) -> list[str]:
+    """Keys of picture-level scores, where trials have them; with them the speed of drawing."""
+    have = {key for trial in trials for key in trial.metrics}
+    return [key for key in EVALUATIONS if key in have]
+
+
+def _trial_pictures(sweep: Sweep) -> tuple[list[GridRow], list[str]]:
+    """Rows trials x prompts, best first, and what is not shown and why. Only equal prompts and seeds are comparable."""
+    first = next((t.run for t in sweep.trials if t.run.prompts), None)
+    rows: list[GridRow] = []
+    missing, other, seeds, beyond = list[str](), list[str](), list[str](), list[str]()
+    for trial in sweep.trials:
+        strip = trial.run.strips[-1] if trial.run.strips else None
+        if strip is not None and first is not None and trial.run.prompts not in ((), first.prompts):
+            other.append(str(trial.number))
+        elif strip is not None and first is not None and _drawn_by(trial.run) != _drawn_by(first):
+            seeds.append(str(trial.number))
+        elif len(rows) == MAX_ROWS:
+            beyond.append(str(trial.number))
+        elif strip is not None and (pictures := pictures_of(strip)):
+            value = number_text(trial.value(sweep.metric.name))
+            rows.append(GridRow(f"trial {trial.number}", f"{value} at step {strip.step:,}", pictures, trial is sweep.best))
+        else:
+            missing.append(str(trial.number))
+    said = (
+        ("no pictures", missing),
+        ("other prompts, so not comparable", other),
+        ("another seed of the pictures, so not comparable", seeds),
+        (f"beyond the best {MAX_ROWS}", beyond),
+    )
+    return rows, [f"Not shown ({why}): trial {', '.join(numbers)}." for why, numbers in said if numbers]
+
+
+def _drawn_by(run: Run) -> Any:
+    """The seed of a run's pictures, where it is known."""
+    return run.config.get("probes.seed")
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

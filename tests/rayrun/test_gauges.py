@@ -1,0 +1,56 @@
+"""The gauges as Prometheus would read them: scraped from a live Ray's metrics port."""
+
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import ray
+
+from flowray.config.sweep import Sweep
+from flowray.rayrun import session
+from flowray.rayrun.gauges import RunGauges, SweepGauges, exported_names, leave_link
+from flowray.tune.records import TrialRecord
+
+LINE = re.compile(r"(?m)^(ray_flowray_\w+)\{(.*)\} (\S+)$")
+
+
+def scrape() -> dict[tuple[str, str], float]:
+    """(name, the label that tells runs or states apart) -> value, of everything that flowray exports."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30).read().decode()
+    found = {}
+    for name, labels, value in LINE.findall(text):
+        mark = re.search(r'(?:run|state|metric)="([^"]*)"', labels)
+        found[name, mark[1] if mark else ""] = float(value)
+    return found
+
+
+@pytest.mark.slow
+def test_rays_metrics_port_serves_the_declared_names(tmp_path: Path) -> None:
+    space = {"optim.lr": {"distribution": "uniform", "min": 0.0, "max": 1.0}}
+    sweep = Sweep.model_validate({"name": "s", "base": "unused", "metric": {"name": "ema/shoot/nmse"}, "parameters": space})
+    with session.started():
+        whole = SweepGauges(sweep)
+        whole.started(TrialRecord(0, {}))
+        whole.probed(TrialRecord(1, {}, metrics={"ema/shoot/nmse": 0.5}))
+        whole.ended(TrialRecord(1, {}, "finished", metrics={"ema/shoot/nmse": 0.25}))
+        whole.ended(TrialRecord(2, {}, "failed", metrics={"ema/shoot/nmse": 0.1}))
+        row = {"step": 10, "budget_steps": 20, "shoot/nmse": 0.9, "ema/shoot/nmse": 0.5, "loss/flow": 0.3, "loss/total": None}
+        RunGauges(tmp_path / "s" / "0").show(row)
+        RunGauges(tmp_path / "s" / "1").show(row | {"ema/shoot/nmse": 0.25})
+        leave_link(tmp_path)
+        until, found = time.monotonic() + 120, {}
+        while ("ray_flowray_shoot_nmse", "s/1") not in found and time.monotonic() < until:
+            time.sleep(1)
+            found = scrape()
+    assert {name for name, _ in found} <= exported_names()
+    assert found["ray_flowray_shoot_nmse", "s/0"] == 0.5  # of the EMA weights
+    assert found["ray_flowray_shoot_nmse", "s/1"] == 0.25
+    assert found["ray_flowray_step", "s/0"] == 10
+    assert ("ray_flowray_loss_total", "s/0") not in found
+    states = {state: found["ray_flowray_trials", state] for state in ("running", "finished", "stopped", "failed")}
+    assert states == {"running": 1, "finished": 1, "stopped": 0, "failed": 1}
+    assert found["ray_flowray_best", "ema/shoot/nmse"] == 0.25
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+\n", (tmp_path / ".ray" / "dashboard").read_text())

@@ -1,0 +1,332 @@
+"""What a sweep's report concludes: runner-up and noise, edges, front, hours, the best recipe as YAML, refusals, what a person wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from flowray.config.load import dump_recipe, load_recipe, override_recipe
+from flowray.report import analysis, figures
+from flowray.report.load import Sweep, load_sweep
+from flowray.report.sweep_page import hand_written, sweep_advice, sweep_commands, sweep_verdict, write_sweep_report
+
+METRIC = "ema/shoot/nmse"
+LR = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
+
+
+def make(folder: Path, trials: list[dict[str, Any]], **settings: Any) -> Path:
+    """A sweep of these records; a `config` among a record's keys becomes the trial's config.yaml."""
+    folder.mkdir(exist_ok=True)
+    plain = {"name": "s", "base": "sweep_proxy", "metric": {"name": METRIC, "goal": "minimize"}}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({**plain, **settings}))
+    rows = []
+    for number, trial in enumerate(trials):
+        config = trial.pop("config", None)
+        if config is not None:
+            (folder / str(number)).mkdir(exist_ok=True)
+            (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(config))
+        row = {"trial": number, "params": {}, "status": "finished", "last_step": 400, "budget_steps": 400, "metrics": {}, "seconds": 0.0}
+        rows.append(row | {"stopped_by": None, "error": None} | trial)
+    (folder / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def seeded(lr: float, values: list[float]) -> dict[str, Any]:
+    repeats = [{METRIC: value} for value in values]
+    return {"params": {"optim.lr": lr}, "metrics": {METRIC: statistics.fmean(values)}, "repeats": repeats}
+
+
+@pytest.mark.parametrize(("second", "words"), [([0.62, 0.66, 0.64], "a clear win"), ([0.36, 0.52, 0.44], "a tie")])
+def test_runner_up_is_held_against_the_noise_between_seeds(tmp_path: Path, second: list[float], words: str) -> None:
+    first = [0.40, 0.44, 0.36]
+    sweep = load_sweep(make(tmp_path / "s", [seeded(1e-3, second), seeded(2e-3, first), seeded(3e-3, [0.9])]))
+    assert sweep.best is not None
+    assert sweep.best.number == 1
+    pooled = math.sqrt((statistics.variance(first) + statistics.variance(second)) / 2)
+    assert analysis.noise(sweep.arms()) == pytest.approx(pooled)
+    gap, error = statistics.fmean(second) - statistics.fmean(first), pooled * math.sqrt(2 / 3)
+    assert (gap > 2 * error) is (words == "a clear win")
+    said = analysis.runner_up_words(sweep)
+    assert said.startswith(f"Runner-up: trial 0, {METRIC} {statistics.fmean(second):.3g}, behind by {gap:.2g}. ")
+    assert words in said
+    assert "(mean 0.4 over 3 seeds)" in sweep_verdict(sweep)
+
+
+def test_trials_that_differ_in_the_seed_are_one_setting(tmp_path: Path) -> None:
+    """A lucky seed does not win: the setting with the better mean does."""
+    values = [(1e-3, 0, 0.30), (1e-3, 1, 0.70), (2e-3, 0, 0.40), (2e-3, 1, 0.44)]
+    trials = [{"params": {"optim.lr": lr, "seed": seed}, "metrics": {METRIC: value}} for lr, seed, value in values]
+    sweep = load_sweep(make(tmp_path / "s", trials))
+    assert [arm.values for arm in sweep.arms()] == [(0.40, 0.44), (0.30, 0.70)]
+    assert sweep.best is not None
+    assert sweep.best.number == 2
+
+
+def test_without_repeats_the_noise_is_not_known(tmp_path: Path) -> None:
+    sweep = load_sweep(make(tmp_path / "s", [seeded(1e-3, [0.5]), seeded(2e-3, [0.4])]))
+    assert analysis.noise(sweep.arms()) is None
+    assert "is not known" in sweep_advice(sweep)[0]
+    alone = load_sweep(make(tmp_path / "s", [seeded(1e-3, [0.5])]))
+    assert analysis.runner_up_words(alone) == ""
+
+
+@pytest.mark.parametrize(
+    ("spec", "value", "widen"),
+    [
+        (LR, 9e-3, "parameters.k.max=0.03"),
+        (LR, 1.1e-4, "parameters.k.min=3.3e-05"),
+        (LR, 1e-3, None),
+        ({"distribution": "uniform", "min": -2.0, "max": 6.0}, 5.9, "parameters.k.max=10"),
+        ({"distribution": "uniform", "min": -2.0, "max": 6.0}, -1.9, "parameters.k.min=-6"),
+        ({"distribution": "uniform", "min": 0.0, "max": 1.0}, 0.01, None),  # 0 is where such a range ends
+        ({"distribution": "int_uniform", "min": 2, "max": 8}, 8, "parameters.k.max=11"),
+        ({"distribution": "categorical", "values": [0.3, 1, 2]}, 2, "parameters.k.values=[0.3,1,2,3]"),
+        ({"distribution": "categorical", "values": [0.3, 1, 2]}, 0.3, "parameters.k.values=[0.15,0.3,1,2]"),
+        ({"distribution": "categorical", "values": [0, 1, 2]}, 0, None),
+        ({"distribution": "categorical", "values": [1, 2]}, 2, None),
+        ({"distribution": "categorical", "values": ["a", "b", "c"]}, "c", None),
+    ],
+)
+def test_the_edge_of_a_range_is_named_with_what_widens_it(tmp_path: Path, spec: dict, value: Any, widen: str | None) -> None:
+    trials = [{"params": {"k": value}, "metrics": {METRIC: 0.4}}]
+    found = analysis.edges(load_sweep(make(tmp_path / "s", trials, parameters={"k": spec})))
+    assert [edge.widen for edge in found] == ([] if widen is None else [widen])
+    if found and widen and not widen.endswith("]"):
+        bound = float(widen.partition("=")[2])
+        assert not float(spec["min"]) <= bound <= float(spec["max"])
+
+
+def two_metrics(tmp_path: Path, points: np.ndarray) -> Sweep:
+    trials = [{"params": {"k": float(i)}, "metrics": {METRIC: float(a), "eval/all_correct": float(b)}} for i, (a, b) in enumerate(points)]
+    metrics = [{"name": METRIC, "goal": "minimize"}, {"name": "eval/all_correct", "goal": "maximize"}]
+    return load_sweep(make(tmp_path / "s", trials, metric=metrics[0], more_metrics=metrics[1:]))
+
+
+def test_front_is_what_no_other_trial_beats(tmp_path: Path) -> None:
+    points = np.random.default_rng(1).normal(size=(40, 2))
+    sweep = two_metrics(tmp_path, points)
+    beaten = [any((a <= x and b >= y) and (a, b) != (x, y) for a, b in points) for x, y in points]
+    wanted = {number for number, is_beaten in enumerate(beaten) if not is_beaten}
+    assert {trial.number for trial in analysis.front(sweep)} == wanted
+    assert 1 < len(wanted) < 40
+    page = write_sweep_report(sweep.path).read_text()
+    assert "<h2>Pareto front</h2>" in page
+    assert f"eval/all_correct over {METRIC}, the front joined" in page
+    assert len(re.findall(r'<th scope="row">\d+ (?:best|front)</th>', page)) >= len(wanted)
+
+
+def test_one_metric_has_no_front(tmp_path: Path) -> None:
+    assert analysis.front(load_sweep(make(tmp_path / "s", [seeded(1e-3, [0.5])]))) == []
+
+
+def test_hours_count_devices_and_what_early_stops_saved(tmp_path: Path) -> None:
+    resources = {"resources": {"num_workers": 2, "cpus_per_worker": 4, "gpus_per_worker": 0.5}}
+    trials = [
+        {"seconds": 3600.0, "metrics": {METRIC: 0.5}, "config": resources},
+        {"seconds": 1800.0, "status": "stopped", "last_step": 100, "metrics": {METRIC: 0.9}, "config": resources},
+    ]
+    assert analysis.hours(load_sweep(make(tmp_path / "s", trials))) == analysis.Hours("GPU-hours", 1.5, 0.5 * 3)
+    for trial in trials:
+        trial["config"] = {"resources": {"num_workers": 2, "cpus_per_worker": 4, "gpus_per_worker": 0}}
+    assert analysis.hours(load_sweep(make(tmp_path / "t", trials))) == analysis.Hours("core-hours", 12.0, 4.0 * 3)
+
+
+def test_best_recipe_as_yaml_and_as_a_command_is_the_best_trial(tmp_path: Path) -> None:
+    """Both are read back by the recipe loader and make the recipe that the trial had."""
+    fixed = {"flow.time.kind": "log_snr"}
+    params = {"optim.lr": 1e-05, "model.head.kind": "conv", "flow.time.low": -7.25, "train.ema": 0.99, "data.limit": 128}
+    sweep = load_sweep(make(tmp_path / "s", [{"params": params, "metrics": {METRIC: 0.4}}], set=fixed))
+    base = load_recipe("sweep_proxy").recipe
+    wanted = override_recipe(base, {**fixed, **params})
+    text = analysis.best_diff(sweep)
+    (tmp_path / "best.yaml").write_text(text)
+    assert load_recipe(str(tmp_path / "best.yaml")).recipe == wanted
+    assert f"lr: 1.0e-05  # {base.optim.lr} in the base" in text
+    program, module, verb, source, *overrides = shlex.split(sweep_commands(sweep)["The same recipe from its base"])
+    assert (program, module, verb) == ("python", "-m", "flowray.train")
+    assert load_recipe(source, overrides).recipe == override_recipe(wanted, {"name": "s-best"})
+
+
+def test_a_sweep_over_pictures_ends_with_the_way_to_draw_them(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    base = load_recipe("sweep_proxy").recipe
+    (run / "config.yaml").write_text(dump_recipe(base))
+    trials = [{"params": {"sample.guidance_scale": s}, "metrics": {"eval/all_correct": 0.1 * s, "eval/size": 1.0}} for s in (1.0, 3.0)]
+    metric = {"name": "eval/all_correct", "goal": "maximize"}
+    sweep = load_sweep(make(tmp_path / "s", trials, task="sample", base=str(run), metric=metric))
+    command = "python -m flowray.sample {} 'a small red circle on a white background' --set sample.guidance_scale=3"
+    assert sweep_commands(sweep) == {"Sample with the best setting": command.format(run)}
+    assert f"guidance_scale: 3  # {base.sample.guidance_scale} in the base" in analysis.best_diff(sweep)
+
+
+def scaled(value: float, **autoencoder: Any) -> dict[str, Any]:
+    config = {"model": {"autoencoder": {"kind": "kl", "path": "embedded", "scaling_factor": None} | autoencoder, "latent": {"height": 8}}}
+    return {"params": {"k": value}, "metrics": {METRIC: value}, "config": config}
+
+
+def test_trials_on_another_scale_are_not_ranked(tmp_path: Path) -> None:
+    folder = make(tmp_path / "s", [scaled(0.5), scaled(0.3), scaled(0.1, scaling_factor=0.2)])
+    sweep = load_sweep(folder)
+    assert sweep.best is None
+    assert sweep.scales == {"model.autoencoder.scaling_factor=null": (0, 1), "model.autoencoder.scaling_factor=0.2": (2,)}
+    assert sweep_commands(sweep) == {}
+    assert analysis.edges(sweep) == []
+    page = write_sweep_report(folder).read_text()
+    assert '<p class="big">Not ranked</p>' in page
+    assert "Trials (not ranked)" in page
+    assert 'class="best"' not in page
+    assert re.findall(r'<tr id="trial-(\d+)"', page) == ["0", "1", "2"]
+    assert "do not compare" in (folder / "report.md").read_text()
+    assert "<h2>Progress</h2>" not in page
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "comparable"),
+    [
+        ("model.latent.height", 16, False),
+        ("model.autoencoder.path", "elsewhere", False),
+        ("data.shards", "digits", False),
+        ("model.autoencoder.parameters", 7, True),
+        ("model.head.kind", "grid", True),
+    ],
+)
+def test_what_sets_the_scale(tmp_path: Path, key: str, other: Any, comparable: bool) -> None:
+    trials = []
+    for value in (None, other):
+        config: dict[str, Any] = {"data": {"shards": "shapes"}, "model": {"latent": {"height": 8}, "autoencoder": {"path": "embedded"}}}
+        *sections, last = key.split(".")
+        inner = config
+        for name in sections:
+            inner = inner.setdefault(name, {})
+        inner[last] = value if value is not None else inner.get(last)
+        trials.append({"metrics": {METRIC: 0.5}, "config": config})
+    assert load_sweep(make(tmp_path / "s", trials)).comparable is comparable
+
+
+def test_held_out_shards_of_their_own_make_training_shards_comparable(tmp_path: Path) -> None:
+    configs = [{"data": {"shards": shards, "val_shards": "held"}} for shards in ("a", "b")]
+    assert load_sweep(make(tmp_path / "s", [{"metrics": {METRIC: 0.5}, "config": c} for c in configs])).comparable
+
+
+def test_what_a_person_wrote_stays_and_shows(tmp_path: Path) -> None:
+    folder = make(tmp_path / "s", [seeded(1e-3, [0.5])])
+    page = write_sweep_report(folder).read_text()
+    report = folder / "report.md"
+    assert "keep / reject / re-verify: not judged yet" in page
+    assert list(hand_written(report)) == ["Conclusion", "Next step"]
+    text = report.read_text().replace("- keep / reject / re-verify: not judged yet", "**keep** <script>x</script>")
+    report.write_text(text + "\n## Doubts\n\n- only one seed\n")
+    make(folder, [seeded(1e-3, [0.5]), seeded(2e-3, [0.25])])
+    page = write_sweep_report(folder).read_text()
+    assert "Trial 1: ema/shoot/nmse 0.250" in page  # the rest is new
+    assert "<strong>keep</strong> &lt;script&gt;" in page
+    assert "<h3>Doubts</h3>" in page
+    assert "only one seed" in page
+    again = report.read_text()
+    assert hand_written(report) == {
+        "Conclusion": "**keep** <script>x</script>",
+        "Next step": "- not written yet",
+        "Doubts": "- only one seed",
+    }
+    write_sweep_report(folder)
+    assert report.read_text() == again
+
+
+def test_markdown_has_a_row_for_every_trial(tmp_path: Path) -> None:
+    trials = [seeded(1e-3, [0.5]), seeded(2e-3, [0.25]), {"status": "failed", "error": "ValueError: a|b", "params": {"optim.lr": 1.0}}]
+    write_sweep_report(make(tmp_path / "s", trials))
+    text = (tmp_path / "s" / "report.md").read_text()
+    rows = re.findall(r"(?m)^\| (\d+)( \*\*best\*\*)? \|.*$", text)
+    assert rows == [("1", " **best**"), ("0", ""), ("2", "")]
+    assert "ValueError: a\\|b |" in text
+    assert "- trial 2 at step 400: ValueError: a|b" in text
+    head, rule = re.findall(r"(?m)^\|(?: trial |---).*$", text)
+    assert head.count("|") == rule.count("|")
+
+
+def test_heat_map_takes_the_colours_of_the_findings(tmp_path: Path) -> None:
+    healthy = {METRIC: 0.4, "ema/flow/cos": 0.8, "ema/std/mean": 0.9, "ema/mu/rms": 0.5}
+    collapsed = {METRIC: 1.4, "ema/flow/cos": 0.99, "ema/std/mean": 0.05, "ema/mu/rms": 0.01}
+    folder = make(tmp_path / "s", [{"metrics": healthy}, {"metrics": collapsed}, {"metrics": healthy, "config": {}}])
+    visit = {"id": "plateau", "severity": "warn", "evidence": "flow/cos 0.8, below 0.9; std/mean 0.9"}
+    (folder / "2" / "findings.jsonl").write_text(json.dumps({"step": 400, "findings": [visit]}) + "\n")
+    keys, rows = analysis.heat_map(load_sweep(folder).trials)
+    cells = {trial.number: dict(zip(keys, row, strict=True)) for trial, row in rows}
+    assert keys == ["shoot/nmse", "flow/cos", "std/mean", "mu/rms"]
+    assert [cells[0][key].colour for key in keys] == ["good", "good", "good", ""]
+    assert cells[1]["std/mean"].colour == "bad"
+    assert cells[1]["std/mean"].words.startswith("source_collapsed: std/mean 0.05, below 0.3")
+    assert cells[1]["shoot/nmse"].colour in ("bad", "warn")
+    assert cells[2]["flow/cos"].colour == "warn"  # as the doctor said; and it judged nothing else
+    assert cells[2]["std/mean"].colour == "good"
+    page = write_sweep_report(folder).read_text()
+    assert re.search(r'<td class="num heat bad" title="source_collapsed[^"]*">0\.050</td>', page)
+
+
+def test_parallel_axes_space_numbers_as_they_were_drawn(tmp_path: Path) -> None:
+    trials = [{"params": {"lr": lr, "head": head}, "metrics": {METRIC: lr}} for lr, head in ((1e-4, "a"), (1e-3, "b"), (1e-2, "a"))]
+    trials.append({"params": {"lr": 1e-3}, "metrics": {METRIC: 0.5}})
+    sweep = load_sweep(make(tmp_path / "s", trials))
+    by_number = {trial.number: trial for trial in sweep.trials}
+    places, ticks = figures.Axis("lr", {t: t.params["lr"] for t in sweep.trials}, log=True).places()
+    assert [places[by_number[n]] for n in range(3)] == pytest.approx([0, 0.5, 1])
+    assert [text for _, text in ticks] == ["0.0001", "0.00032", "0.001", "0.0032", "0.01"]
+    places, ticks = figures.Axis("head", {t: t.params.get("head") for t in sweep.trials}).places()
+    assert by_number[3] not in places
+    assert ticks == [(0.0, "a"), (1.0, "b")]
+    upside_down = figures.Axis(METRIC, {t: t.value(METRIC) for t in sweep.trials}, upside_down=True).places()[0]
+    assert upside_down[by_number[0]] == 1  # the best is on top
+    page = write_sweep_report(sweep.path).read_text()
+    assert "parallel coordinates of lr, head" in page
+
+
+def test_pictures_of_another_seed_are_not_compared(tmp_path: Path) -> None:
+    seeds = (1234, 1234, 7)
+    folder = make(tmp_path / "s", [{"metrics": {METRIC: 0.5 + s}, "config": {"probes": {"seed": s}}} for s in seeds])
+    for number in range(3):
+        (folder / str(number) / "samples").mkdir()
+        Image.fromarray(np.zeros((8, 16, 3), np.uint8)).save(folder / str(number) / "samples" / "step_000400.png")
+        (folder / str(number) / "samples" / "prompts.txt").write_text("a\nb\n")
+    page = write_sweep_report(folder).read_text()
+    shown = re.findall(r'<th scope="row">trial (\d+)<span>', page)
+    assert shown == ["2"]  # the best one's seed counts
+    assert "Not shown (another seed of the pictures, so not comparable): trial 0, 1." in page
+
+
+def test_long_sweeps_fold_the_rest_of_the_table(tmp_path: Path) -> None:
+    trials = [{"params": {"k": float(n)}, "metrics": {METRIC: 0.1 + n}} for n in range(45)]
+    page = write_sweep_report(make(tmp_path / "s", trials)).read_text()
+    assert "<summary>15 more trials</summary>" in page
+    assert len(re.findall(r'<tr id="trial-', page)) == 45
+
+
+def test_the_card_says_what_was_searched(tmp_path: Path) -> None:
+    config = {"data": {"shards": "shapes"}, "model": {"head": {"kind": "conv"}}, "train": {"batch_size": 32, "steps": 400}}
+    card = {"title": "Heads", "purpose": "which head", "tags": ["a", "b"], "notes": "read shoot/nmse", "expects": "pooled wins"}
+    stop = [{"metric": "ema/flow/cos", "below": 0.3, "after": 150, "patience": 2}]
+    more = {"early_terminate": {"type": "hyperband", "min_iter": 100, "eta": 3.0}, "stop": stop, "seeds": 3, "card": card}
+    trials = [{"metrics": {METRIC: 0.5}, "config": config}]
+    text = (write_sweep_report(make(tmp_path / "s", trials, parameters={"optim.lr": LR}, **more)).parent / "report.md").read_text()
+    for line in (
+        "# Heads",
+        "- SEARCHED: optim.lr 0.0001 .. 0.01 log",
+        "- METHOD: bayes, seed 0, 3 seeds a setting",
+        "- STOPS: hyperband from step 100, the best 1/3 go on; ema/flow/cos below 0.3 at 2 probes from step 150",
+        "- DATASET: shapes",
+        "- CORE PARAMS: head conv, batch 32, steps 400",
+        "- TAGS: a, b",
+        "- NOTES: read shoot/nmse",
+        "- EXPECTS: pooled wins",
+    ):
+        assert f"{line}\n" in text
