@@ -15,7 +15,10 @@ _VERBS: dict[str, str] = {
     "eval": "score a run's pictures",
     "doctor": "say why a run paints textures",
     "report": "write report.html of a run or a sweep",
+    "dashboard": "TensorBoard and optuna-dashboard of a sweep on loopback",
     "data": "make, pack and check webdataset shards",
+    "cluster": "check the nodes of a Ray cluster, start a head with a token",
+    "bench": "measurements that end in a ratio",
     "assets": "train the small models that flowray ships",
 }
 
@@ -33,10 +36,16 @@ def _command(verb: str) -> Main:
             from flowray.cli.eval import main
         case "report":
             from flowray.cli.report import main
+        case "dashboard":
+            from flowray.cli.dashboard import main
         case "doctor":
             from flowray.cli.doctor import main
         case "data":
             from flowray.cli.data import main
+        case "cluster":
+            from flowray.cli.cluster import main
+        case "bench":
+            from flowray.cli.bench import main
         case "assets":
             from flowray.cli.assets import main
         case _:
@@ -47,7 +56,7 @@ def _command(verb: str) -> Main:
 def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: flowray <verb> ...   (flowray <verb> --help for each)\n")
-        print("\n".join(f"  {verb:<8} {help_text}" for verb, help_text in _VERBS.items()))
+        print("\n".join(f"  {verb:<9} {help_text}" for verb, help_text in _VERBS.items()))
         return 0
     return _command(argv[0])(argv[1:])
 

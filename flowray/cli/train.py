@@ -19,7 +19,7 @@ from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_diffs, 
 from flowray.config.recipe import Recipe
 from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.rows import read_rows
-from flowray.store.run import RunDirectory, RunLock
+from flowray.store.run import RunDirectory, RunLock, storage_folder
 
 _CARD_METRICS = ("ema/shoot/nmse", "ema/shoot/skill", "ema/flow/cos", "ema/flow/speed_ratio", "ema/std/mean", "ema/text/cos_mu", "vae/psnr")
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 
         show_plan(loaded.recipe, as_json=args.json)
         return GOOD
-    run = RunDirectory((Path(loaded.recipe.storage_path).expanduser() / loaded.recipe.name).absolute())
+    run = RunDirectory(storage_folder(loaded.recipe.storage_path) / loaded.recipe.name)
     checkpoint = newest_checkpoint(run.checkpoints)
     if checkpoint and not args.resume:
         raise InputError(f"{run.path} holds a run already; type --resume to continue it, or name=OTHER for a new one")
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
 
 def _train(loaded: Loaded, run: RunDirectory, start: int, *, as_json: bool) -> int:
     from flowray.rayrun.session import started
+    from flowray.rayrun.storage import refuse_unshared
     from flowray.rayrun.trainer import RunFailed, fit
     from flowray.store.latents import ensure_latents
     from flowray.train.loop import is_finished
@@ -68,6 +69,7 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, *, as_json: bool) -> i
         if as_json:
             print(_summary(run, stopped=False, seconds=0.0, report=run.path / "report.html"))
         return GOOD
+    refuse_unshared(run.path.parent, recipe.data)
     run.create()
     if start:
         _say_changes(recipe, run, start)

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from flowray.config.base import Config
 from flowray.config.recipe import Name
+from flowray.config.search import CmaEsSearch, GridSearch, LearningSearch, RandomSearch, SearchConfig, TpeSearch
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(gt=0)]
 
 
-class _Range(Config):
+class Prior(Config):
+    """A guess of the best value, which the first trials follow. sigma: its standard deviation, in decades on a log range."""
+
+    value: Any
+    sigma: float | None = Field(None, gt=0)
+
+
+class _Parameter(Config):
+    """when: parameter -> the values of it with which this one is drawn; else the trial has the base recipe's value, or none."""
+
+    when: dict[str, tuple[Any, ...]] = {}
+    prior: Prior | None = None
+
+
+class _Range(_Parameter):
     min: float
     max: float
 
@@ -22,6 +38,11 @@ class _Range(Config):
     def _ordered(self) -> _Range:
         if self.min >= self.max:
             raise ValueError(f"min {self.min:g} must lie below max {self.max:g}")
+        if self.prior is not None:
+            if not self.min <= self.prior.value <= self.max:
+                raise ValueError(f"prior.value {self.prior.value:g} must lie between min {self.min:g} and max {self.max:g}")
+            if self.prior.sigma is None:
+                raise ValueError("a prior on a range needs sigma, its standard deviation (in decades on a log range)")
         return self
 
 
@@ -63,36 +84,32 @@ class IntUniform(_Range):
     max: int
 
 
-class Categorical(Config):
+class Categorical(_Parameter):
     """One of the values."""
 
     distribution: Literal["categorical"] = "categorical"
     values: tuple[Any, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _prior_is_a_value(self) -> Categorical:
+        if self.prior is not None and self.prior.value not in self.values:
+            raise ValueError(f"prior.value {self.prior.value} must be one of the values")
+        if self.prior is not None and self.prior.sigma is not None:
+            raise ValueError("a prior on values has no sigma; the first trial takes its value")
+        return self
 
-class Constant(Config):
+
+class Constant(_Parameter):
     """Always the value."""
 
     distribution: Literal["constant"] = "constant"
     value: Any
+    prior: None = None
 
 
 Parameter = Annotated[
     Uniform | LogUniform | QUniform | QLogUniform | IntUniform | Categorical | Constant, Field(discriminator="distribution")
 ]
-
-NEAREST = {  # W&B distributions that Optuna does not draw from, and the nearest that it does
-    "inv_log_uniform": "log_uniform_values",
-    "inv_log_uniform_values": "log_uniform_values",
-    "log_uniform": "log_uniform_values (its min and max are values, not exponents)",
-    "q_log_uniform": "q_log_uniform_values (its min and max are values, not exponents)",
-    "normal": "uniform over mean -+ 2 standard deviations",
-    "q_normal": "q_uniform over mean -+ 2 standard deviations",
-    "log_normal": "log_uniform_values",
-    "q_log_normal": "q_log_uniform_values",
-    "beta": "uniform",
-    "q_beta": "q_uniform",
-}
 
 
 class Metric(Config):
@@ -110,10 +127,22 @@ class Hyperband(Config):
     eta: float = Field(3.0, gt=1)
 
 
+class Median(Config):
+    """From min_iter on, a trial whose best value so far is worse than the median of the others' means up to the same step is stopped.
+
+    min_trials: how many others must have come that far before anyone is judged (the rule of Google's Vizier).
+    """
+
+    type: Literal["median"] = "median"
+    min_iter: Count
+    min_trials: Count = 3
+
+
 class StopRule(Config):
     """A trial whose metric is below (or above) a bound at `patience` probes in a row, from step `after` on, is stopped.
 
-    finding, in place of a metric: the id of one of the doctor's findings, or a severity, which the worse ones meet too; its
+    gains_less_than, in place of a bound: so is one whose best value of the metric improved by less than this over the last `patience`
+    probes. finding, in place of a metric: the id of one of the doctor's findings, or a severity, which the worse ones meet too; its
     patience counts examinations, and the base recipe must ask for them (`probes.doctor_every`).
     """
 
@@ -121,6 +150,7 @@ class StopRule(Config):
     finding: str | None = None
     below: float | None = None
     above: float | None = None
+    gains_less_than: float | None = Field(None, gt=0)
     after: int = Field(0, ge=0)
     patience: Count = 1
 
@@ -128,10 +158,11 @@ class StopRule(Config):
     def _one_bound(self) -> StopRule:
         if (self.metric is None) == (self.finding is None):
             raise ValueError("a stop rule takes either metric or finding")
-        if self.finding is not None and (self.below is not None or self.above is not None):
-            raise ValueError("a stop rule on a finding takes neither below nor above")
-        if self.metric is not None and (self.below is None) == (self.above is None):
-            raise ValueError("a stop rule takes either below or above")
+        bounds = sum(bound is not None for bound in (self.below, self.above, self.gains_less_than))
+        if self.finding is not None and bounds:
+            raise ValueError("a stop rule on a finding takes neither below nor above nor gains_less_than")
+        if self.metric is not None and bounds != 1:
+            raise ValueError("a stop rule takes either below or above or gains_less_than")
         return self
 
 
@@ -143,13 +174,31 @@ class SweepResources(Config):
     gpus_per_worker: Annotated[float, Field(ge=0)] | Auto | None = None
 
 
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _seconds(value: Any) -> Any:
+    """'1h30m' and '90' as seconds."""
+    if not isinstance(value, str):
+        return value
+    parts = re.fullmatch(r"((?:\d+(?:\.\d+)?[smhd])+)", value.replace(" ", ""))
+    if parts is None:
+        raise ValueError(f"got {value!r}, want a time such as 90s, 45m, 8h, 1h30m or 2d")
+    return sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd])", parts[1]))
+
+
 class Sweep(Config):
     """A sweep, whole: `python -m flowray.tune SWEEP` needs nothing else. It writes `<storage_path>/<name>`.
 
     base: the recipe that every trial starts from; set: dotted recipe keys that differ from it in every trial.
-    parameters: dotted recipe key -> what it is drawn from. run_cap: the number of trials,
-    those of earlier sessions included; unset: the whole grid, or 12.
-    startup_trials: trials drawn at random before the sampler learns from the results.
+    task: `train`, or `sample`: `base` is a trained run, `sample.*` is searched, and the run's pictures are scored as flowray.eval does.
+    metric: one, or a list, which gives a front of best trials; stops and halving then look at the first.
+    parameters: dotted recipe key -> what it is drawn from. points: known good values, tried first.
+    search: how method bayes learns, TPE if left out. startup_trials: trials drawn at random before it does.
+    warm_start: earlier sweeps whose trials it learns from, as far as their recipes differ in searched keys only.
+    run_cap: the number of trials, those of earlier sessions included; unset: the whole grid, or 12.
+    seeds: how often each configuration is trained, each time with the next seed; the mean counts. Stops look at the first seed.
+    time_budget: after so many seconds (or `8h`, `1h30m`) no trial begins, and the running ones pause at their next probe.
     """
 
     name: Name
@@ -157,17 +206,31 @@ class Sweep(Config):
     storage_path: str = "runs"
     base: str
     set: dict[str, Any] = {}
-    task: Literal["train"] = "train"
+    task: Literal["train", "sample"] = "train"
     method: Literal["bayes", "random", "grid"] = "bayes"
+    search: LearningSearch | None = None
     metric: Metric
+    more_metrics: tuple[Metric, ...] = ()
     parameters: dict[str, Parameter] = Field(min_length=1)
-    early_terminate: Hyperband | None = None
+    points: tuple[dict[str, Any], ...] = ()
+    warm_start: tuple[str, ...] = ()
+    early_terminate: Annotated[Hyperband | Median, Field(discriminator="type")] | None = None
     stop: tuple[StopRule, ...] = ()
     run_cap: Count | None = None
+    seeds: Count = 1
+    time_budget: Annotated[float, Field(gt=0), BeforeValidator(_seconds)] | None = None
     max_concurrent: Count | Auto = "auto"
     resources: SweepResources = SweepResources()
     seed: Annotated[int, Field(ge=0)] = 0
     startup_trials: Annotated[int, Field(ge=0)] = 4
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_metrics(cls, data: Any) -> Any:
+        """`metric: [a, b]` as the first and the others."""
+        if isinstance(data, Mapping) and isinstance(data.get("metric"), list | tuple) and data["metric"]:
+            return {**data, "metric": data["metric"][0], "more_metrics": tuple(data["metric"][1:])}
+        return data
 
     @model_validator(mode="after")
     def _grid_is_countable(self) -> Sweep:
@@ -177,11 +240,51 @@ class Sweep(Config):
                     raise ValueError(
                         f"method grid needs values for {key}, got {parameter.distribution}; give values or take method: random"
                     )
+            if self.points or self.warm_start:
+                raise ValueError("method grid has every point once; points and warm_start belong to method: bayes or random")
+        return self
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> Sweep:
+        if self.search is not None and self.method != "bayes":
+            raise ValueError(f"search belongs to method: bayes, got method: {self.method}; leave search out")
+        if isinstance(self.search, CmaEsSearch) and self.more_metrics:
+            raise ValueError("search.kind cmaes has one metric; for several take nsga2 or tpe")
+        if self.run_cap is not None and len(self.points) > self.run_cap:
+            raise ValueError(f"run_cap {self.run_cap} is less than the {len(self.points)} points, each of which is a trial; raise it")
+        if self.seeds > 1 and "seed" in {*self.parameters, *self.set}:
+            raise ValueError("seeds repeats every configuration with the next seed; leave seed out of set and parameters")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_only(self) -> Sweep:
+        if self.task == "train":
+            return self
+        other = [key for key in (*self.parameters, *self.set) if not key.startswith("sample.")]
+        if other:
+            raise ValueError(f"task sample draws pictures of a trained run, got {other[0]}; only sample.* keys can differ")
+        wrong = [metric.name for metric in self.objectives if not metric.name.startswith(("eval/", "perf/images_per_s"))]
+        if wrong:
+            raise ValueError(f"task sample scores pictures, got metric {wrong[0]}; type eval/all_correct or another eval/... score")
+        if self.early_terminate or self.stop or self.warm_start:
+            raise ValueError("task sample trains nothing; leave early_terminate, stop and warm_start out")
         return self
 
     @property
     def minimise(self) -> bool:
         return self.metric.goal == "minimize"
+
+    @property
+    def objectives(self) -> tuple[Metric, ...]:
+        """Every metric, the one that stops look at first."""
+        return self.metric, *self.more_metrics
+
+    @property
+    def sampler(self) -> SearchConfig:
+        """What draws the trials."""
+        if self.method == "bayes":
+            return self.search or TpeSearch()
+        return RandomSearch() if self.method == "random" else GridSearch()
 
 
 def infer_distribution(spec: Mapping[str, Any], whole: bool) -> str | None:
@@ -193,3 +296,37 @@ def infer_distribution(spec: Mapping[str, Any], whole: bool) -> str | None:
     if "min" in spec and "max" in spec:
         return "int_uniform" if whole else "uniform"
     return None
+
+
+def drawn(parameter: Parameter, params: Mapping[str, Any]) -> bool:
+    """Whether a trial with `params`, its parents' among them, draws the parameter."""
+    return all(parent in params and params[parent] in values for parent, values in parameter.when.items())
+
+
+def in_order(parameters: Mapping[str, Parameter]) -> list[str]:
+    """The parameters, every one after those that its condition names, else as they stand."""
+    out: list[str] = []
+
+    def take(key: str) -> None:
+        for parent in parameters[key].when:
+            if parent not in out:
+                take(parent)
+        if key not in out:
+            out.append(key)
+
+    for key in parameters:
+        take(key)
+    return out
+
+
+def inside(parameter: Parameter, value: Any) -> bool:
+    """Whether the parameter can have the value."""
+    match parameter:
+        case Categorical(values=values):
+            return value in values
+        case Constant(value=only):
+            return bool(value == only)
+        case QUniform(min=low, max=high, q=q):
+            return low <= value <= high and abs((value - low) / q - round((value - low) / q)) < 1e-6
+        case _:
+            return bool(parameter.min <= value <= parameter.max)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from flowray.config.errors import InputError, did_you_mean
 from flowray.config.keys import KEYS, alternatives, describe
 from flowray.config.load import load_recipe, override_recipe
+from flowray.config.parameters import FIELDS, checked, ends, flat, flat_parameters, read_parameters
 from flowray.config.recipe import Recipe
-from flowray.config.schema import coerce, known_keys, show, unknown_key
-from flowray.config.sweep import NEAREST, Categorical, Constant, Parameter, Sweep, infer_distribution
+from flowray.config.schema import kind_of, known_keys, members, show
+from flowray.config.search import LearningSearch
+from flowray.config.sweep import Parameter, Sweep, drawn, in_order, inside
 from flowray.config.yamlfile import YamlFile, parse_value, parse_yaml, read_yaml
 
-_PARAMETER: TypeAdapter[Parameter] = TypeAdapter(Parameter)
-_DISTRIBUTIONS = ("uniform", "log_uniform_values", "q_uniform", "int_uniform", "q_log_uniform_values", "categorical", "constant")
-_FIELDS = ("distribution", "min", "max", "q", "values", "value")
 _WANDB_ONLY = ("program", "command", "project", "entity", "description_file", "job", "image_uri")
 
 
@@ -32,12 +32,14 @@ def load_sweep(source: str, overrides: Sequence[str] = ()) -> Sweep:
     """
     path = _find(source)
     file = read_yaml(path)
-    data = {**file.data, "set": _flat(file.data.get("set") or {}, "")}
+    data = _plain(file)
     for text in overrides:
         _override(data, text)
     sweep = build_sweep(data, file)
     beside = path.parent / sweep.base  # a path is relative to the sweep file, as a recipe's base is to the recipe
-    return sweep.model_copy(update={"base": str(beside.resolve())}) if beside.is_file() else sweep
+    if sweep.task == "sample" and not beside.is_dir():  # a run is as other commands take it
+        beside = Path(sweep.base).absolute()
+    return sweep.model_copy(update={"base": str(beside.resolve())}) if beside.is_file() or sweep.task == "sample" else sweep
 
 
 def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
@@ -45,24 +47,19 @@ def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
     for key in data:
         if key not in Sweep.model_fields:
             raise InputError(f"{file.where(key)}: {_unknown(key)}")
-    if data.get("task", "train") != "train":
-        raise InputError(f"{file.where('task')}: task: got {show(data['task'])}, only train can be swept so far; leave the key out")
-    if isinstance(data.get("metric"), list):
-        raise InputError(
-            f"{file.where('metric')}: metric: got a list, one metric can be optimised so far; type metric: {{name: ema/shoot/nmse}}"
-        )
     if not isinstance(data.get("parameters"), Mapping) or not data["parameters"]:
         raise InputError(
             f"{file.where('parameters')}: parameters: want a mapping of recipe keys, such as optim.lr: {{min: 1e-4, max: 1e-2}}"
         )
     _check_metrics(data, file)
-    made = {key: _parameter(key, spec, file) for key, spec in data["parameters"].items()}
+    made = read_parameters(data["parameters"], file)
     both = [key for key in made if key in data.get("set", {})]
     if both:
         raise InputError(f"{file.where('set.' + both[0])}: {both[0]} is both set and searched; leave one out")
-    fixed = {key: _checked(f"set.{key}", key, value, file) for key, value in data.get("set", {}).items()}
+    fixed = {key: checked(f"set.{key}", key, value, file) for key, value in data.get("set", {}).items()}
+    points = [_point(point, made, file) for point in data.get("points") or ()]
     try:
-        return Sweep.model_validate({**data, "parameters": made, "set": fixed})
+        return Sweep.model_validate({**data, "parameters": made, "set": fixed, "points": points})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -71,13 +68,20 @@ def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
         if first["type"] == "extra_forbidden":
             raise InputError(f"{file.where(key)}: unknown key {key}{_nearby(first['loc'])}") from None
         cause = first.get("ctx", {}).get("error")
+        if cause and not key and (about := re.match(r"[a-z_]+", str(cause))):  # a rule over several keys begins with the one to blame
+            raise InputError(f"{file.where(about[0])}: {cause}") from None
         words = str(cause) if cause else f"got {show(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
         raise InputError(f"{file.where(key)}: {key}: {words}" if key else f"{file.label}: {words}") from None
 
 
 def base_recipe(sweep: Sweep) -> Recipe:
-    """The recipe that every trial starts from: `base` with `set` applied."""
-    return override_recipe(load_recipe(sweep.base).recipe, sweep.set)
+    """The recipe that every trial starts from: `base`, for task sample that of the run `base`, with `set` applied."""
+    if sweep.task == "train":
+        return override_recipe(load_recipe(sweep.base).recipe, sweep.set)
+    config = Path(sweep.base) / "config.yaml"
+    if not config.is_file():
+        raise InputError(f"sweep {sweep.name}: base {sweep.base} is no trained run; type base=runs/NAME (flowray.train makes one)")
+    return override_recipe(load_recipe(str(config)).recipe, sweep.set)
 
 
 def check_trials(sweep: Sweep, base: Recipe) -> None:
@@ -87,29 +91,73 @@ def check_trials(sweep: Sweep, base: Recipe) -> None:
     """
     if base.probes.doctor_every == 0 and any(rule.finding for rule in sweep.stop):
         raise InputError(f"sweep {sweep.name}: a stop rule waits for a finding, but no doctor comes; type set.probes.doctor_every=1")
-    for name in (sweep.metric.name, *(rule.metric for rule in sweep.stop if rule.metric)):
+    if sweep.task == "sample" and base.data.shards != "shapes":
+        shards = base.data.shards
+        raise InputError(f"sweep {sweep.name}: {sweep.base} has data.shards {shards}; only pictures of shapes have an exact score")
+    for name in (*(metric.name for metric in sweep.objectives), *(rule.metric for rule in sweep.stop if rule.metric)):
         if not base.probes.raw and name.startswith(_PROBED):
             raise InputError(f"sweep {sweep.name}: {name} is not probed, as probes.raw is false; type ema/{name}, or set probes.raw: true")
-    ends = {key: _ends(parameter) for key, parameter in sweep.parameters.items()}
-    cases = [{key: value} for key, values in ends.items() for value in values]
-    cases += [{key: values[end] for key, values in ends.items()} for end in (0, -1)]
-    for case in cases:
+        if sweep.task == "train" and name.startswith("eval/"):
+            raise InputError(f"sweep {sweep.name}: {name} is no probe of a training run; take ema/shoot/nmse, or task: sample")
+    for case in _cases(sweep):
         try:
             override_recipe(base, case)
         except InputError as error:
             words = ", ".join(f"{key}={show(value)}" for key, value in case.items())
-            raise InputError(f"sweep {sweep.name}: no recipe can be made with {words}: {error}") from None
+            raise InputError(
+                f"sweep {sweep.name}: no recipe can be made with {words}: {error}{_condition_hint(sweep, str(error))}"
+            ) from None
+
+
+def _cases(sweep: Sweep) -> list[dict[str, Any]]:
+    """Points at the ends of the space: every parameter alone, with what its condition asks for; all at one end, for every kind."""
+    parameters = sweep.parameters
+
+    def corner(fixed: Mapping[str, Any], end: int) -> dict[str, Any]:
+        point: dict[str, Any] = {}
+        for key in in_order(parameters):
+            if drawn(parameters[key], point):
+                point[key] = fixed.get(key, ends(parameters[key])[end])
+        return point
+
+    def needed(key: str) -> dict[str, Any]:
+        wanted = {parent: values[0] for parent, values in parameters[key].when.items()}
+        return {**{k: v for parent in wanted for k, v in needed(parent).items()}, **wanted}
+
+    cases = [{**needed(key), key: value} for key, parameter in parameters.items() for value in ends(parameter)]
+    kinds = {key: ends(parameters[key]) for key in parameters if key.endswith(".kind")}
+    cases += [corner({**needed(key), key: kind}, end) for key, values in kinds.items() for kind in values for end in (0, -1)]
+    cases += [corner({}, end) for end in (0, -1)]
+    return cases + [dict(point) for point in sweep.points]
+
+
+def _condition_hint(sweep: Sweep, error: str) -> str:
+    """What to type where an option of one kind is searched together with another kind."""
+    found = re.search(r"(\S+)\.\w+ belongs to kind (.+?), but", error)
+    if found is None or f"{found[1]}.kind" not in sweep.parameters:
+        return ""
+    return f"; to search it with that kind only, type when: {{{found[1]}.kind: [{found[2].replace(' or ', ', ')}]}}"
 
 
 def dump_sweep(sweep: Sweep) -> str:
     """The sweep as YAML, defaults included; `load_sweep` reads it back."""
-    return yaml.safe_dump(sweep.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    plain = sweep.model_dump(mode="json", exclude_none=True)
+    if more := plain.pop("more_metrics"):
+        plain["metric"] = [plain["metric"], *more]
+    plain["parameters"] = {key: plain_parameter(parameter) for key, parameter in sweep.parameters.items()}
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def plain_parameter(parameter: Parameter) -> dict[str, Any]:
+    """A parameter as the sweep file would have it, without what is not said of it."""
+    plain = parameter.model_dump(mode="json")
+    return {field: value for field, value in plain.items() if field == "value" or value not in (None, {})}
 
 
 def text_sweep(text: str, label: str) -> Sweep:
     """`load_sweep` for YAML already in memory."""
     file = parse_yaml(text, label)
-    return build_sweep({**file.data, "set": _flat(file.data.get("set") or {}, "")}, file)
+    return build_sweep(_plain(file), file)
 
 
 def packaged_sweeps() -> list[str]:
@@ -126,6 +174,28 @@ _EXAMPLES = {
 }
 
 
+def _plain(file: YamlFile) -> dict[str, Any]:
+    """The file's data with dotted keys in `set` and `parameters`."""
+    data = {**file.data, "set": flat(file.data.get("set") or {})}
+    if isinstance(data.get("parameters"), Mapping):
+        data["parameters"] = flat_parameters(data["parameters"])
+    return data
+
+
+def _point(point: Any, parameters: Mapping[str, Parameter], file: YamlFile) -> dict[str, Any]:
+    """A known good point, as dotted keys with values of the recipe's types, each one that could be drawn."""
+    made: dict[str, Any] = {}
+    for key, value in flat(point, "points").items():
+        if key not in parameters:
+            raise InputError(f"{file.where('points')}: points: {key} is not searched{did_you_mean(key, parameters)}")
+        made[key] = checked("points", key, value, file)
+        if not inside(parameters[key], made[key]):
+            low, *_, high = (*ends(parameters[key]), None) if len(ends(parameters[key])) == 1 else ends(parameters[key])
+            allowed = f"{show(low)} to {show(high)}" if hasattr(parameters[key], "min") else ", ".join(map(show, ends(parameters[key])))
+            raise InputError(f"{file.where('points')}: points: {key}: got {show(value)}, want {allowed}")
+    return made
+
+
 def _find(source: str) -> Path:
     path = Path(source)
     if path.exists():
@@ -136,17 +206,6 @@ def _find(source: str) -> Path:
         return Path(str(resources.files("flowray") / "sweeps" / f"{stem}.yaml"))
     near = did_you_mean(stem, [name.removesuffix(".yaml") for name in packaged])
     raise InputError(f"{source}: no such sweep file{near or '; packaged sweeps: ' + (', '.join(packaged) or 'none')}")
-
-
-def _flat(section: Any, prefix: str) -> dict[str, Any]:
-    """Nested or dotted recipe keys as dotted ones."""
-    if not isinstance(section, Mapping):
-        raise InputError(f"set: got {show(section)}, want a mapping of recipe keys, such as train.steps: 200")
-    out: dict[str, Any] = {}
-    for key, value in section.items():
-        nested = isinstance(value, Mapping)
-        out |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return out
 
 
 def _override(data: dict[str, Any], text: str) -> None:
@@ -160,7 +219,7 @@ def _override(data: dict[str, Any], text: str) -> None:
         data["set"] = {**data["set"], rest: value}
     elif head == "parameters" and rest:
         name, _, field = rest.rpartition(".")
-        whole = field not in _FIELDS  # parameters.KEY={...} replaces, parameters.KEY.max=... changes
+        whole = field not in FIELDS  # parameters.KEY={...} replaces, parameters.KEY.max=... changes
         old = data.get("parameters") or {}
         data["parameters"] = {**old, rest: value} if whole else {**old, name: {**(old.get(name) or {}), field: value}}
     elif rest:
@@ -182,77 +241,27 @@ def _unknown(key: str) -> str:
 
 def _nearby(loc: tuple[int | str, ...]) -> str:
     models: dict[str, Any] = {name: field.annotation for name, field in Sweep.model_fields.items()}
-    kinds = {"metric": "name, goal", "early_terminate": "type, min_iter, eta", "stop": "metric, finding, below, above, after, patience"}
+    kinds = {
+        "metric": "name, goal",
+        "early_terminate": "type, min_iter, eta",
+        "stop": "metric, finding, below, above, gains_less_than, after, patience",
+    }
     kinds["resources"] = "num_workers, cpus_per_worker, gpus_per_worker"
+    if loc[0] == "search":
+        kinds["search"] = ", ".join(next((cls.model_fields for cls in members(LearningSearch) if kind_of(cls) in loc), ["kind"]))
+    if loc[0] == "early_terminate" and "median" in loc:
+        kinds["early_terminate"] = "type, min_iter, min_trials"
     allowed = kinds.get(str(loc[0]), ", ".join(models))
     return f"{did_you_mean(str(loc[-1]), allowed.split(', '))}; allowed: {allowed}"
-
-
-def _checked(at: str, key: str, value: Any, file: YamlFile) -> Any:
-    """The value through the recipe field's type; errors point at the line of `at`."""
-    if key not in known_keys():
-        raise InputError(f"{file.where(at)}: {unknown_key(key)}")
-    try:
-        return coerce(key, value)
-    except InputError as error:
-        raise InputError(f"{file.where(at)}: {error}") from None
 
 
 def _check_metrics(data: Mapping[str, Any], file: YamlFile) -> None:
     """A misspelt metric would never stop a trial, and end the sweep without a value."""
     metric, rules = data.get("metric"), data.get("stop") or []
-    named = [("metric.name", metric.get("name") if isinstance(metric, Mapping) else None)]
+    metrics = metric if isinstance(metric, list) else [metric]
+    named = [("metric.name", one.get("name") if isinstance(one, Mapping) else None) for one in metrics]
     named += [("stop", rule.get("metric") if isinstance(rule, Mapping) else None) for rule in (rules if isinstance(rules, list) else [])]
     known = [name for key in KEYS for name in alternatives(key.name)]
     for at, name in named:
         if isinstance(name, str) and describe(name) is None:
             raise InputError(f"{file.where(at)}: unknown metric {name}{did_you_mean(name, [*known, *(f'ema/{k}' for k in known)])}")
-
-
-def _parameter(key: str, spec: Any, file: YamlFile) -> Parameter:
-    at = f"parameters.{key}"
-    where = file.where(at)
-    if key not in known_keys():
-        raise InputError(f"{where}: parameters: {unknown_key(key)}")
-    if not isinstance(spec, Mapping):
-        raise InputError(f"{where}: {key}: got {show(spec)}, want {{distribution, min, max}}, {{values: [...]}} or {{value: ...}}")
-    for field in spec:
-        if field not in _FIELDS:
-            raise InputError(
-                f"{file.where(f'{at}.{field}')}: {key}: unknown key {field}{did_you_mean(field, _FIELDS)}; allowed: {', '.join(_FIELDS)}"
-            )
-    given = {
-        field: _checked(f"{at}.{field}", key, value, file) if field in ("min", "max", "value") else value for field, value in spec.items()
-    }
-    if "values" in given:
-        if not isinstance(given["values"], list) or not given["values"]:
-            raise InputError(f"{file.where(at + '.values')}: {key}.values: got {show(given['values'])}, want a list of at least one value")
-        given["values"] = [_checked(f"{at}.values", key, value, file) for value in given["values"]]
-    ends = [given[field] for field in ("min", "max") if field in given]
-    name = given.get("distribution") or infer_distribution(given, all(isinstance(end, int) for end in ends))
-    if name is None:
-        raise InputError(f"{where}: {key}: got {', '.join(spec) or 'nothing'}, want min and max, values or value")
-    if name not in _DISTRIBUTIONS:
-        near = f"; the nearest that can be drawn is {NEAREST[name]}" if name in NEAREST else did_you_mean(str(name), _DISTRIBUTIONS)
-        raise InputError(
-            f"{file.where(at + '.distribution')}: {key}: got distribution {show(name)}, allowed: {', '.join(_DISTRIBUTIONS)}{near}"
-        )
-    try:
-        return _PARAMETER.validate_python({**given, "distribution": name})
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][-1]) if len(first["loc"]) > 1 else ""
-        cause = first.get("ctx", {}).get("error")
-        words = {"missing": f"{field} is missing", "extra_forbidden": f"{field} has no meaning for {name}"}.get(first["type"])
-        words = words or (str(cause) if cause else f"{field}: got {show(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}")
-        raise InputError(f"{file.where(f'{at}.{field}'.rstrip('.'))}: {key}: {words}") from None
-
-
-def _ends(parameter: Parameter) -> tuple[Any, ...]:
-    match parameter:
-        case Categorical(values=values):
-            return values
-        case Constant(value=value):
-            return (value,)
-        case _:
-            return (parameter.min, parameter.max)

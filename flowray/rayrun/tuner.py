@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import ray
+import torch
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -25,13 +28,21 @@ from flowray.config.sweep import Sweep
 from flowray.config.sweepfile import dump_sweep, text_sweep
 from flowray.rayrun import session
 from flowray.rayrun.console import SweepConsole
-from flowray.rayrun.search import ProbeScheduler, Rungs, StudySearch, Unpickled
-from flowray.rayrun.trainer import fit
+from flowray.rayrun.gauges import SweepGauges, leave_link
+from flowray.rayrun.live import Everyone, Gallery, TrialBoard
+from flowray.rayrun.search import FAILED, ProbeScheduler, StudySearch, Unpickled, make_halving
+from flowray.rayrun.storage import check_here, marked, refuse_unshared
+from flowray.rayrun.trainer import RunFailed, fit
 from flowray.report.load import load_sweep as load_report
-from flowray.store.run import RunDirectory, RunLock
+from flowray.store.run import RunDirectory, RunLock, storage_folder
+from flowray.tune.plan import longest, share_cluster
 from flowray.tune.records import Records, TrialRecord
-from flowray.tune.referee import Referee
+from flowray.tune.referee import Referee, repeat_dir, repeat_of
+from flowray.tune.sampling import score_pictures
 from flowray.tune.space import trial_count
+from flowray.tune.warm import earlier_trials
+
+_THE_SWEEP = ("base", "set", "task", "method", "search", "metric", "more_metrics", "parameters", "points", "warm_start", "seeds", "seed")
 
 TrialFn = Callable[[Recipe, Path], None]  # trains one recipe in one run directory, inside a Tune session
 
@@ -40,53 +51,117 @@ _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # metrics.jsonl and TensorBoard are the run directory's
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own state is never read again
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a stopped trial closes its files before the next one takes its process
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in recipes keep their meaning
 }
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep came to. best: the best trial's record, None without a value; interrupted: a signal ended it early."""
+    """What a sweep came to. best: the best trial's record, None without a value.
+
+    interrupted: trials are left to be continued, because of a signal, or where it is out_of_time, because the time budget ran out.
+    """
 
     sweep_dir: Path
     trials: tuple[TrialRecord, ...]
     best: TrialRecord | None
     saved: float
     interrupted: bool
+    out_of_time: bool = False
+
+
+class _SeedReport(TuneReportCallback):
+    """Probe rows on their way to Tune, with the place of their seed among the trial's."""
+
+    def __init__(self, repeat: int):
+        super().__init__()
+        self._repeat = repeat
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        super().after_report(run_context, [{**metrics[0], "repeat": self._repeat}], checkpoint)
 
 
 def train_trial(recipe: Recipe, run_dir: Path) -> None:
     """Train one trial with Ray Train; its probe rows go to Tune."""
-    fit(recipe, run_dir, callbacks=[TuneReportCallback()], name=f"trial-{run_dir.name}", ray_storage=run_dir.parent / ".ray" / "train")
+    repeat = repeat_of(run_dir)
+    first = run_dir.parent.parent if repeat else run_dir
+    name = f"trial-{first.name}" + (f"-{repeat}" if repeat else "")
+    to_tune: dict[str, Any] = {"callbacks": [_SeedReport(repeat)]}
+    if recipe.resources.num_workers == 1:
+        to_tune = {"here": lambda row: tune.report({**row, "repeat": repeat})}
+    fit(recipe, run_dir, name=name, ray_storage=first.parent / ".ray" / "train", **to_tune)
 
 
-def run_sweep(sweep: Sweep, base: Recipe, *, resume: bool, trial_fn: TrialFn = train_trial, stream: TextIO = sys.stderr) -> SweepResult:
+def sample_trial(source: Path) -> TrialFn:
+    """Score pictures of the trained run `source` in the trial's own process."""
+
+    def trial(recipe: Recipe, run_dir: Path) -> None:
+        torch.set_num_threads(recipe.resources.cpus_per_worker)
+        tune.report({**score_pictures(recipe, source, run_dir), "repeat": repeat_of(run_dir)})
+
+    return trial
+
+
+def run_sweep(
+    sweep: Sweep,
+    base: Recipe,
+    *,
+    resume: bool,
+    finish: Sequence[int] = (),
+    trial_fn: TrialFn | None = None,
+    stream: TextIO = sys.stderr,
+) -> SweepResult:
     """Run the trials that are still missing and write sweep.yaml, trials.jsonl, study.journal, best.yaml and the run directories.
 
-    A sweep that has all its trials returns at once, without starting Ray. InputError: the directory holds a sweep already and `resume`
-    is false, or it holds another sweep than this one.
+    finish: stopped trials to train to their last step, and nothing else. A sweep that has all its trials returns at once, without
+    starting Ray, unless it is on a cluster, which is asked for the storage first. InputError: the nodes do not share the storage; the
+    directory holds a sweep already and `resume` is false, or it holds another sweep than this one.
     """
-    sweep_dir = open_directory(sweep, resume)
+    refuse_unshared(storage_folder(sweep.storage_path), base.data)
+    deadline = math.inf if sweep.time_budget is None else time.monotonic() + sweep.time_budget
+    trial_fn = trial_fn or (train_trial if sweep.task == "train" else sample_trial(Path(sweep.base)))
+    earlier = earlier_trials(sweep, base) if sweep.warm_start else None
+    if earlier:
+        print(earlier, file=stream)
+    sweep_dir, out_of_time = open_directory(sweep, resume), False
     records = Records(sweep_dir / "trials.jsonl")
-    if len(records.trials) < trial_count(sweep) or records.by("running"):
+    if len(records.trials) < trial_count(sweep) or records.by("running") or finish:
         takes, at_once = share_cluster(sweep, base, os.cpu_count() or 1, 0)
         needed = at_once * takes["resources.num_workers"] * takes["resources.cpus_per_worker"]  # a local Ray offers at least these
         with RunLock(RunDirectory(sweep_dir)) as lock, _quiet(), session.started(num_cpus=needed), _sigterm_as_interrupt():
             cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
             resources, concurrent = share_cluster(sweep, base, cpus, gpus)
-            _run(sweep, override_recipe(base, resources), sweep_dir, concurrent, trial_fn, stream, lock)
+            base_here = override_recipe(base, resources)
+            leave_link(sweep_dir)
+            with SweepConsole(sweep, sweep_dir, trial_count(sweep), stream) as console:
+                budget = longest(sweep, base)
+                referee = Referee(
+                    sweep,
+                    sweep_dir,
+                    budget,
+                    make_halving(sweep, budget),
+                    Everyone(console, TrialBoard(sweep, sweep_dir), Gallery(sweep_dir, sweep.name), SweepGauges(sweep)),
+                    concurrent=concurrent,
+                    deadline=deadline,
+                    finish=finish,
+                    earlier=earlier.trials if earlier else (),
+                )
+                if referee.remaining():
+                    _run(referee, base_here, concurrent, trial_fn, _Events(referee, console, lock))
+                out_of_time = referee.out_of_time
     records = Records(sweep_dir / "trials.jsonl")
     best = load_report(sweep_dir).best
     record = records.trials[best.number] if best else None
     if record:
         (sweep_dir / "best.yaml").write_text(_best_recipe(sweep, base, record))
     trials = tuple(records.trials[n] for n in sorted(records.trials))
-    return SweepResult(sweep_dir, trials, record, records.saved(), interrupted=bool(records.by("running")))
+    return SweepResult(sweep_dir, trials, record, records.saved(), interrupted=bool(records.by("running")), out_of_time=out_of_time)
 
 
 def open_directory(sweep: Sweep, resume: bool) -> Path:
-    """Make `<storage_path>/<name>`, or check that the sweep there is this one; run_cap, max_concurrent and resources may differ."""
-    sweep_dir = Path(sweep.storage_path).resolve() / sweep.name
+    """Make `<storage_path>/<name>`, or check that the sweep there is this one; caps, budgets, stops and resources may differ."""
+    sweep_dir = storage_folder(sweep.storage_path).resolve() / sweep.name
     kept = sweep_dir / "sweep.yaml"
     if kept.exists():
         done = len([t for t in Records(sweep_dir / "trials.jsonl").trials.values() if t.status != "running"])
@@ -96,7 +171,7 @@ def open_directory(sweep: Sweep, resume: bool) -> Path:
                 "type --resume to continue it (run_cap=N for more trials), or name=OTHER for a new one"
             )
         old = text_sweep(kept.read_text(), str(kept))
-        for field in ("base", "set", "method", "metric", "parameters", "seed"):
+        for field in _THE_SWEEP:
             if getattr(old, field) != getattr(sweep, field):
                 raise InputError(f"{kept}: {field} differs from the sweep to resume; take it back, or type name=OTHER for a new sweep")
     try:
@@ -107,51 +182,44 @@ def open_directory(sweep: Sweep, resume: bool) -> Path:
     return sweep_dir
 
 
-def share_cluster(sweep: Sweep, base: Recipe, cpus: int, gpus: int) -> tuple[dict[str, Any], int]:
-    """What each trial takes, as recipe overrides, and how many run at once; `auto` parts follow from the cluster's CPUs and GPUs.
+def _run(referee: Referee, base: Recipe, concurrent: int, trial_fn: TrialFn, events: _Events) -> None:
+    """Tune over all that the referee hands out. A trial of one worker is that worker; one of several takes no CPU, it waits for them."""
+    sweep, sweep_dir = referee.sweep, referee.sweep_dir
+    seeds = sweep.seeds
 
-    auto: a GPU for each worker where there are any; as many workers as the GPUs allow, else one; the CPUs in equal parts; as many trials
-    as then fit. At least one of each, for a cluster that grows when it is asked.
-    """
+    def trial(config: dict[str, Any]) -> None:
+        for repeat in range(seeds):
+            run_dir = repeat_dir(sweep_dir / str(config["number"]), repeat)
+            place: dict[str, Any] = {"name": run_dir.name, "storage_path": str(run_dir.parent)}
+            if repeat:
+                place["seed"] = base.seed + repeat
+            try:
+                check_here(sweep_dir, mark)
+                trial_fn(override_recipe(base, {**config["params"], **place}), run_dir)
+            except (InputError, RunFailed) as error:  # it would come again, so it is told and not raised: Tune tries again what raises
+                tune.report({FAILED: f"{type(error).__name__}: {error}"})
+                return
 
-    def pick(name: str, auto: float) -> Any:
-        value = getattr(sweep.resources, name)
-        return auto if value == "auto" else getattr(base.resources, name) if value is None else value
-
-    slots = None if sweep.max_concurrent == "auto" else sweep.max_concurrent
-    per_gpu = pick("gpus_per_worker", 1 if gpus else 0)
-    workers = pick("num_workers", max(1, gpus // (slots or gpus)) if gpus and per_gpu else 1)
-    per_cpu = pick("cpus_per_worker", max(1, cpus // (workers * (slots or max(1, gpus)))))
-    fits = min(cpus // (workers * per_cpu), gpus // (workers * per_gpu) if per_gpu else cpus)
-    chosen = {"resources.num_workers": workers, "resources.cpus_per_worker": per_cpu, "resources.gpus_per_worker": per_gpu}
-    return chosen, min(slots or max(1, int(fits)), trial_count(sweep))
-
-
-def _run(sweep: Sweep, base: Recipe, sweep_dir: Path, concurrent: int, trial_fn: TrialFn, stream: TextIO, lock: RunLock) -> None:
-    budget = _longest(sweep, base)
-    with SweepConsole(sweep, sweep_dir, trial_count(sweep), stream) as console:
-        rungs = Rungs(sweep, budget) if sweep.early_terminate else None
-        referee = Referee(sweep, sweep_dir, budget, rungs, console, concurrent=concurrent)
-        if not referee.remaining():
-            return
-
-        def trial(config: dict[str, Any]) -> None:
-            place = {"name": str(config["number"]), "storage_path": str(sweep_dir)}
-            trial_fn(override_recipe(base, {**config["params"], **place}), sweep_dir / str(config["number"]))
-
+    takes, retries = {"node:__internal_head__": 0.001}, 0
+    if sweep.task == "sample" or base.resources.num_workers == 1:  # the trial's own process does the work
+        takes = {"CPU": float(base.resources.cpus_per_worker), "GPU": float(base.resources.gpus_per_worker)}
+        retries = base.resources.max_failures
+    with marked(sweep_dir, alone=True) as mark:
         tune.Tuner(
-            tune.with_resources(trial, {"node:__internal_head__": 0.001}),  # no CPU: the driver only waits for its workers
+            tune.with_resources(trial, takes),
             tune_config=tune.TuneConfig(
                 search_alg=StudySearch(referee),
                 scheduler=ProbeScheduler(referee),
                 num_samples=referee.remaining(),
                 max_concurrent_trials=concurrent,
                 trial_dirname_creator=lambda t: str(t.config["number"]),
+                reuse_actors=True,  # a process starts and imports once, not once a trial
             ),
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(sweep_dir / ".ray"),
-                callbacks=[_Events(referee, console, lock)],
+                failure_config=tune.FailureConfig(max_failures=retries),
+                callbacks=[events],
                 verbose=0,
             ),
         ).fit()
@@ -179,15 +247,6 @@ def _error_line(path: Path) -> str:
     """The last line of a trial's error file, and where the rest is."""
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
     return f"{lines[-1][:300] if lines else 'no message'} (traceback: {path.parent.name}/{path.name})"
-
-
-def _longest(sweep: Sweep, base: Recipe) -> int:
-    """The largest step budget of any trial."""
-    parameter = sweep.parameters.get("train.steps")
-    if parameter is None:
-        return base.train.steps
-    spec = parameter.model_dump()
-    return int(max(spec.get("values") or [spec.get("max", spec.get("value"))]))
 
 
 def _best_recipe(sweep: Sweep, base: Recipe, best: TrialRecord) -> str:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 from flowray.store.rows import read_rows
@@ -17,7 +18,11 @@ Status = Literal["running", "finished", "stopped", "failed"]
 
 @dataclass
 class TrialRecord:
-    """One trial. `stopped_by` says in words why it was stopped, `error` why it failed; `seconds` is wall time over all sessions."""
+    """One trial. `stopped_by` says in words why it was stopped, `error` why it failed; `seconds` is wall time over all sessions.
+
+    Steps are counted over all seeds. repeats: the last probe's metrics of each seed, where a trial has several; `metrics` is then the
+    mean over the seeds that are through (the first alone until then), `noise` the standard deviation over them.
+    """
 
     trial: int
     params: dict[str, Any]
@@ -28,13 +33,27 @@ class TrialRecord:
     metrics: dict[str, float | None] = field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
+    repeats: list[dict[str, float | None]] = field(default_factory=list)
+    noise: dict[str, float] = field(default_factory=dict)
 
-    def see(self, row: Mapping[str, Any]) -> None:
-        """Take over the step and the metrics of a newer probe row."""
-        if int(row["step"]) >= self.last_step:
-            self.last_step = int(row["step"])
-            self.budget_steps = int(row.get("budget_steps", self.budget_steps))
+    def see(self, row: Mapping[str, Any], seeds: int = 1) -> None:
+        """Take over the step and the metrics of a newer probe row; `repeat` in it says which of the `seeds` it is from."""
+        repeat, step = int(row.get("repeat", 0)), int(row["step"])
+        budget = int(row.get("budget_steps", self.budget_steps // seeds))
+        place = repeat * budget + step
+        if place < self.last_step:
+            return
+        self.last_step, self.budget_steps = place, budget * seeds
+        if seeds == 1:
             self.metrics = metrics_of(row)
+            return
+        self.repeats[repeat:] = [metrics_of(row)]
+        through = self.repeats[: max(1, repeat + (step >= budget))]
+        columns = {name: [metrics.get(name) for metrics in through] for name in through[0]}
+        whole = {name: [x for x in held if x is not None] for name, held in columns.items()}
+        whole = {name: held for name, held in whole.items() if len(held) == len(through)}  # a mean over fewer seeds would not compare
+        self.metrics = {name: fmean(whole[name]) if name in whole else None for name in columns}
+        self.noise = {name: stdev(held) for name, held in whole.items()} if len(through) > 1 else {}
 
 
 def metrics_of(row: Mapping[str, Any]) -> dict[str, float | None]:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from optuna.trial import Trial
+import numpy as np
+from optuna.trial import BaseTrial
 
-from flowray.config.sweep import Categorical, Constant, IntUniform, LogUniform, Parameter, QLogUniform, QUniform, Sweep, Uniform
+from flowray.config.sweep import (
+    Categorical,
+    Constant,
+    IntUniform,
+    LogUniform,
+    Parameter,
+    QLogUniform,
+    QUniform,
+    Sweep,
+    Uniform,
+    drawn,
+    in_order,
+)
 
 Params = dict[str, Any]
 
@@ -30,12 +42,16 @@ def choices(parameter: Parameter) -> tuple[Any, ...]:
             return ()
 
 
-def suggest(trial: Trial, parameters: Mapping[str, Parameter]) -> Params:
-    """Ask the trial for every parameter. Values that it has already (a resumed or an enqueued trial) come back as they are."""
-    return {key: _ask(trial, key, parameter) for key, parameter in parameters.items()}
+def suggest(trial: BaseTrial, parameters: Mapping[str, Parameter]) -> Params:
+    """Ask the trial for every parameter whose condition holds; a value that it has (it is resumed or enqueued) comes back as it is."""
+    params: Params = {}
+    for key in in_order(parameters):
+        if drawn(parameters[key], params):
+            params[key] = _ask(trial, key, parameters[key])
+    return {key: params[key] for key in parameters if key in params}
 
 
-def _ask(trial: Trial, key: str, parameter: Parameter) -> Any:
+def _ask(trial: BaseTrial, key: str, parameter: Parameter) -> Any:
     match parameter:
         case Uniform(min=low, max=high):
             return trial.suggest_float(key, low, high)
@@ -55,18 +71,66 @@ def _ask(trial: Trial, key: str, parameter: Parameter) -> Any:
             return values[names.index(trial.suggest_categorical(key, names))]
 
 
+def as_categories(parameters: Mapping[str, Parameter], point: Params) -> Params:
+    """A point as the study holds it, to be enqueued."""
+    plain = Categorical | Constant
+    return {key: _category(value) if isinstance(parameters[key], plain) else value for key, value in point.items()}
+
+
 def grid(parameters: Mapping[str, Parameter]) -> list[Params]:
-    """Every combination, the last parameter fastest, as values that can be enqueued."""
-    columns = [[_category(value) for value in choices(parameter)] for parameter in parameters.values()]
-    return [dict(zip(parameters, row, strict=True)) for row in itertools.product(*columns)]
+    """Every combination that the conditions allow, the last parameter fastest, as values that can be enqueued."""
+    points: list[Params] = [{}]
+    for key in in_order(parameters):
+        parameter = parameters[key]
+        points = [
+            {**point, **({key: value} if drawn(parameter, point) else {})}
+            for point in points
+            for value in (choices(parameter) if drawn(parameter, point) else (None,))
+        ]
+    return [as_categories(parameters, point) for point in points]
 
 
 def trial_count(sweep: Sweep) -> int:
     """How many trials the sweep has, all sessions together: run_cap, and for a grid never more than it has points."""
     if sweep.method != "grid":
-        return sweep.run_cap or 12
-    points = math.prod(len(choices(parameter)) for parameter in sweep.parameters.values())
+        return sweep.run_cap or max(12, len(sweep.points))
+    conditional = any(parameter.when for parameter in sweep.parameters.values())
+    every = math.prod(len(choices(parameter)) for parameter in sweep.parameters.values())
+    points = len(grid(sweep.parameters)) if conditional else every
     return min(points, sweep.run_cap or points)
+
+
+def from_priors(parameters: Mapping[str, Parameter], rng: np.random.Generator | None) -> Params:
+    """Values for the parameters that have a prior: its own value without an rng, else a draw from the normal around it, cut at the ends.
+
+    Choices are left out of draws.
+    """
+    point: Params = {}
+    for key, parameter in parameters.items():
+        prior = parameter.prior
+        if prior is None or isinstance(parameter, Constant):
+            continue
+        if rng is None:
+            point[key] = prior.value
+        elif not isinstance(parameter, Categorical):
+            assert prior.sigma is not None
+            point[key] = _near(parameter, float(prior.value), prior.sigma, rng)
+    return as_categories(parameters, point)
+
+
+def _near(
+    parameter: Uniform | LogUniform | QUniform | QLogUniform | IntUniform, value: float, sigma: float, rng: np.random.Generator
+) -> float:
+    """A draw from the normal around a prior's value, cut at the ends of the range; in decades on a log range."""
+    logarithmic = isinstance(parameter, LogUniform | QLogUniform)
+    low, high, middle = (math.log10(x) if logarithmic else float(x) for x in (parameter.min, parameter.max, value))
+    inside = [x for x in rng.normal(middle, sigma, 64) if low <= x <= high] or [middle]
+    found = 10 ** inside[0] if logarithmic else inside[0]
+    if isinstance(parameter, IntUniform):
+        return round(found)
+    if isinstance(parameter, QUniform):
+        return min(choices(parameter), key=lambda x: abs(x - found))
+    return float(found)
 
 
 def _category(value: Any) -> bool | int | float | str | None:

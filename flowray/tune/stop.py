@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flowray.config.errors import InputError, did_you_mean
+from flowray.config.keys import describe
 from flowray.config.sweep import StopRule
 from flowray.findings.finding import ORDER
 
@@ -14,14 +15,24 @@ _WORST_FIRST: tuple[str, ...] = tuple(ORDER)
 
 
 def check_findings(rules: Sequence[StopRule], ids: Sequence[str]) -> None:
-    """InputError where a rule waits for a finding that is neither one of `ids` nor a severity: it would never stop a trial."""
+    """InputError where a rule waits for a finding that is neither one of `ids` nor a severity, or for gains of what has no better side."""
     known = [*ids, *ORDER]
     for rule in rules:
+        if rule.metric is not None and rule.gains_less_than is not None:
+            better(rule.metric)
         if rule.finding is not None and rule.finding not in known:
             raise InputError(
                 f"stop: unknown finding {rule.finding}{did_you_mean(rule.finding, known)}; "
                 f"type a severity ({', '.join(ORDER)}) or one of {', '.join(ids)}"
             )
+
+
+def better(metric: str) -> str:
+    """Which way a metric is better, `higher` or `lower`. InputError for one that has no such way."""
+    key = describe(metric)
+    if key is None or key.direction == "none":
+        raise InputError(f"stop: {metric} is neither better high nor low, so it cannot gain; take below or above")
+    return key.direction
 
 
 class Watch:
@@ -31,6 +42,7 @@ class Watch:
         self._rules = tuple(rules)
         self._watched = dict.fromkeys([metric, *(rule.metric for rule in rules if rule.metric)])  # an ordered set
         self._strikes = [0] * len(self._rules)
+        self._best: list[list[float]] = [[] for _ in self._rules]  # of a rule on gains: the best value up to each probe
         self.last_step = -1
 
     def feed(self, row: Mapping[str, Any]) -> str | None:
@@ -55,6 +67,8 @@ class Watch:
         value = row.get(rule.metric or "")
         if value is None:
             return None
+        if rule.gains_less_than is not None:
+            return self._judge_gain(i, value, step)
         side, bound = ("below", rule.below) if rule.below is not None else ("above", rule.above)
         assert bound is not None
         if not self._strike(i, value < bound if side == "below" else value > bound):
@@ -63,6 +77,19 @@ class Watch:
         if rule.patience == 1:
             return f"{what} is {side} {bound:g} at step {step}"
         return f"{what} stayed {side} {bound:g} for {rule.patience} probes, to step {step}"
+
+    def _judge_gain(self, i: int, value: float, step: int) -> str | None:
+        rule, best = self._rules[i], self._best[i]
+        assert rule.metric is not None
+        assert rule.gains_less_than is not None
+        sign = -1.0 if better(rule.metric) == "lower" else 1.0
+        best.append(max(sign * value, *best[-1:]) if best else sign * value)
+        if len(best) <= rule.patience:
+            return None
+        gain = best[-1] - best[-1 - rule.patience]
+        if gain >= rule.gains_less_than:
+            return None
+        return f"{rule.metric} {value:.3g} gained {gain:.3g} in {rule.patience} probes, less than {rule.gains_less_than:g}, to step {step}"
 
     def _judge_findings(self, i: int, row: Mapping[str, Any], step: int) -> str | None:
         findings, rule = row.get("findings"), self._rules[i]

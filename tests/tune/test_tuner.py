@@ -1,6 +1,9 @@
 """A real sweep under Ray Tune and Optuna with a tiny trial: what the study, the records and a resume hold afterwards."""
 
 import json
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -12,12 +15,15 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from flowray.config.errors import InputError
-from flowray.config.load import load_recipe
+from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
 from flowray.config.sweep import Hyperband, LogUniform, Sweep
 from flowray.rayrun import session
 from flowray.rayrun.search import Rungs
-from flowray.rayrun.tuner import run_sweep, share_cluster
+from flowray.rayrun.trainer import RunFailed
+from flowray.rayrun.tuner import run_sweep
+from flowray.tune.plan import share_cluster
+from flowray.tune.referee import repeat_of
 
 METRIC = "ema/shoot/nmse"
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test file
@@ -40,14 +46,15 @@ def make(folder: Path, **changes) -> Sweep:
 
 
 def trial(recipe: Recipe, run_dir: Path) -> None:
-    """nmse is 1000 * lr whatever the step; the direction is lost where lr is under 3e-4; lr above 8e-3 crashes."""
+    """nmse is 1000 * lr + seed whatever the step; the direction is lost where lr is under 3e-4; lr above 8e-3 crashes."""
     from ray import tune
 
-    run_dir.mkdir(exist_ok=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / "starts").open("a") as file:
         file.write("started\n")
     for step in range(10, recipe.train.steps + 1, 10):
-        row = {"step": step, "budget_steps": recipe.train.steps, METRIC: 1000 * recipe.optim.lr, "flow/cos": 0.9}
+        value = 1000 * recipe.optim.lr + recipe.seed
+        row = {"step": step, "budget_steps": recipe.train.steps, "repeat": repeat_of(run_dir), METRIC: value, "flow/cos": 0.9}
         if recipe.optim.lr < 3e-4 and step > 10:
             row["flow/cos"] = 0.1
         if recipe.optim.lr > 8e-3:
@@ -55,6 +62,17 @@ def trial(recipe: Recipe, run_dir: Path) -> None:
         with (run_dir / "probes.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         tune.report(row)
+
+
+def dying(recipe: Recipe, run_dir: Path) -> None:
+    """Trial 0 is killed at its first start, as by the kernel; trial 1 says that it cannot go on."""
+    if run_dir.name == "1":
+        raise RunFailed("loss/flow is nan at step 7")
+    if not (run_dir / "starts").exists():
+        run_dir.mkdir(exist_ok=True)
+        (run_dir / "starts").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    trial(recipe, run_dir)
 
 
 def records(folder: Path) -> list[dict]:
@@ -67,7 +85,7 @@ def study(folder: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def test_sweep_stops_tells_and_resumes(tmp_path):
-    base = Recipe.model_validate({"train": {"steps": 40}})
+    base = Recipe.model_validate({"train": {"steps": 40}, "resources": {"max_failures": 0}})
     try:
         with session.started(num_cpus=2), (tmp_path / "log").open("w") as log:
             result = run_sweep(make(tmp_path, run_cap=6), base, resume=False, trial_fn=trial, stream=log)
@@ -78,10 +96,30 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
             before = records(tmp_path / "tiny")
             more = run_sweep(make(tmp_path, run_cap=8), base, resume=True, trial_fn=trial, stream=log)
             again = run_sweep(make(tmp_path, run_cap=8), base, resume=True, trial_fn=trial, stream=log)
+            mortal = override_recipe(base, {"resources.max_failures": 1})
+            run_sweep(make(tmp_path, name="mortal", run_cap=2, stop=[]), mortal, resume=False, trial_fn=dying, stream=log)
+            kept = records(tmp_path / "tiny"), study(tmp_path / "tiny")
+            late = next(row["trial"] for row in kept[0] if row["status"] == "stopped")
+            shutil.copytree(tmp_path / "tiny", tmp_path / "copy")
+            done = run_sweep(make(tmp_path, run_cap=8), base, resume=True, finish=(late,), trial_fn=trial, stream=log)
+            seeds = run_sweep(make(tmp_path, name="seeds", seeds=2, run_cap=1), base, resume=False, trial_fn=trial, stream=log)
     finally:
         ray.shutdown()
-    folder = tmp_path / "tiny"
-    rows, told = records(folder), study(folder)
+    finished = done.trials[late]
+    assert (finished.status, finished.last_step, finished.metrics[METRIC]) == (
+        "finished",
+        40,
+        pytest.approx(1000 * finished.params["optim.lr"]),
+    )
+    assert [t.status for t in done.trials if t.trial != late] == [row["status"] for row in kept[0] if row["trial"] != late]
+    assert (tmp_path / "tiny" / str(late) / "starts").read_text().count("started") == 2
+    (one,) = seeds.trials
+    assert (one.last_step, one.budget_steps, one.noise[METRIC]) == (80, 80, pytest.approx(0.5**0.5))
+    assert one.metrics[METRIC] == pytest.approx(1000 * one.params["optim.lr"] + 0.5)
+    assert (tmp_path / "seeds" / "0" / "seeds" / "1" / "probes.jsonl").is_file()
+
+    folder = tmp_path / "copy"
+    rows, told = kept
     assert [row["trial"] for row in rows] == list(range(8)) == [trial.number for trial in told]
     assert rows[:6] == before  # a resume adds, and touches nothing that has ended
     assert [(folder / str(n) / "starts").read_text().count("started") for n in range(8)] == [1] * 8
@@ -106,6 +144,10 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
         assert row["error"] == f"ValueError: the learning rate exploded (traceback: {row['trial']}/error.txt)"
         assert "raise ValueError" in (folder / str(row["trial"]) / "error.txt").read_text()
     assert by["failed"] == [row for row in rows if row["params"]["optim.lr"] > 8e-3]
+
+    survivor, halted = records(tmp_path / "mortal")
+    assert (survivor["status"], survivor["last_step"]) == ("finished", 40)
+    assert (halted["status"], halted["error"]) == ("failed", "RunFailed: loss/flow is nan at step 7")  # nothing that a retry would cure
 
     best = min(by["finished"], key=lambda row: row["metrics"][METRIC])
     assert more.best is not None

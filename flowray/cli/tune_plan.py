@@ -1,0 +1,109 @@
+"""`flowray.tune --plan`: the sweep's plan on the machines that there are, in a table. Nothing is started."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flowray.config.recipe import Recipe
+from flowray.config.sweep import Sweep
+
+FP32, GIB = 4, 2**30
+
+
+def plan(sweep: Sweep, base: Recipe) -> dict[str, Any]:
+    """`make_plan` for the present cluster: the one that RAY_ADDRESS names, which is asked, else this machine."""
+    from flowray.model.assemble import part_sizes, planned_model  # torch takes seconds to import: not for --help
+    from flowray.tune.plan import make_plan
+
+    cpus, gpus = _present_cluster()
+    model = planned_model(base.model, base.loss)
+    trained = sum(part_sizes(model).values()) - sum(part_sizes(model, trainable=False).values())
+    return make_plan(sweep, base, cpus=cpus, gpus=gpus, checkpoint_bytes=4 * FP32 * trained)
+
+
+def _present_cluster() -> tuple[int, int]:
+    """(CPUs, GPUs)."""
+    if "RAY_ADDRESS" not in os.environ:
+        import torch
+
+        return os.cpu_count() or 1, torch.cuda.device_count()
+    from flowray.rayrun.session import cluster_size
+
+    return cluster_size()
+
+
+def print_plan(facts: dict[str, Any]) -> None:
+    """The plan for people."""
+    console = Console(soft_wrap=True, highlight=False)
+    goals = ", ".join(f"{metric['goal']} {metric['name']}" for metric in [facts["metric"], *facts["more_metrics"]])
+    how = facts["search"]["kind"] if facts["method"] == "bayes" else facts["method"]
+    table = Table(title=f"{facts['name']}: {how} search, {goals}")
+    table.add_column("recipe key")
+    table.add_column("drawn from")
+    for key, spec in facts["parameters"].items():
+        table.add_row(key, escape(_space(spec)))
+    console.print(table)
+    lines = [f"base {facts['base']}" + "".join(f"  {key}={value}" for key, value in facts["set"].items())]
+    lines += [f"first: {'  '.join(f'{key}={value}' for key, value in point.items())}" for point in facts["points"]]
+    lines += [facts["warm_start"]] if facts["warm_start"] else []
+    lines += [_stop(rule) for rule in facts["stop"]]
+    if facts["rungs"]:
+        lines.append(f"halving at steps {', '.join(map(str, facts['rungs']))}")
+    elif facts["early_terminate"]:
+        lines.append(f"median rule from step {facts['early_terminate']['min_iter']}")
+    if facts["task"] == "train":
+        seeds = f" with {facts['seeds']} seeds each" if facts["seeds"] > 1 else ""
+        expected = f", about {facts['steps_expected']} with halving" if facts["rungs"] else ""
+        lines.append(f"{facts['trials']} trials of {facts['budget_steps']} steps{seeds}: at most {facts['steps_at_most']} steps{expected}")
+    else:
+        lines.append(f"{facts['trials']} trials, each one evaluation of the run's pictures")
+    lines += [_resources(facts), _hours(facts), _storage(facts)]
+    for line in lines:
+        console.print(line, markup=False)
+
+
+def _space(spec: dict[str, Any]) -> str:
+    ends = f"{spec['min']:g} .. {spec['max']:g}" if "min" in spec else spec.get("values", spec.get("value"))
+    step = f" in steps of {spec['q']:g}" if "q" in spec else ""
+    prior = spec.get("prior")
+    near = f"  prior {prior['value']}" + (f" -+ {prior['sigma']:g}" if prior.get("sigma") else "") if prior else ""
+    when = "".join(f"  when {key} is {' or '.join(map(str, values))}" for key, values in spec.get("when", {}).items())
+    return f"{spec['distribution']}  {ends}{step}{near}{when}"
+
+
+def _stop(rule: dict[str, Any]) -> str:
+    if "finding" in rule:
+        what = f"finding {rule['finding']}"
+    elif "gains_less_than" in rule:
+        return f"stop: {rule['metric']} gains less than {rule['gains_less_than']:g} in {rule['patience']} probes, from step {rule['after']}"
+    else:
+        side = "below" if "below" in rule else "above"
+        what = f"{rule['metric']} {side} {rule[side]:g}"
+    return f"stop: {what} from step {rule['after']}, {rule['patience']} probes in a row"
+
+
+def _resources(facts: dict[str, Any]) -> str:
+    takes, have = facts["takes"], facts["cluster"]
+    workers, cpus, gpus = (takes[f"resources.{name}"] for name in ("num_workers", "cpus_per_worker", "gpus_per_worker"))
+    each = f"{workers} worker{'s' if workers > 1 else ''} x {cpus} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+    return f"{facts['concurrent']} at once, {each} each; here are {have['cpus']} CPUs and {have['gpus']} GPUs"
+
+
+def _hours(facts: dict[str, Any]) -> str:
+    bound = facts["hours_at_most"]
+    if bound["cpu"] is None:
+        return f"hours at most: not known ({bound['from']})"
+    return f"at most {bound['gpu']:.3g} GPU-hours, {bound['cpu']:.3g} CPU-hours ({bound['from']})"
+
+
+def _storage(facts: dict[str, Any]) -> str:
+    storage = facts["storage"]
+    state = (
+        storage["problem"] or f"{storage['needed_bytes'] / GIB:.3g} GiB of checkpoints at most, {storage['free_bytes'] / GIB:.3g} GiB free"
+    )
+    return f"results in {facts['sweep_dir']}: {state}"

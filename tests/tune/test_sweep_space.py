@@ -1,0 +1,324 @@
+"""What a sweep file can say of its parameters, and what is then drawn: spellings, conditions, priors, points, earlier trials."""
+
+import json
+import math
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import optuna
+import pytest
+import yaml
+
+from flowray.cli.tune import main
+from flowray.config.errors import InputError
+from flowray.config.load import dump_recipe, override_recipe
+from flowray.config.recipe import Recipe
+from flowray.config.sweep import Categorical, Constant, IntUniform, LogUniform, Prior, QLogUniform, QUniform, Sweep, Uniform
+from flowray.config.sweepfile import base_recipe, check_trials, dump_sweep, packaged_sweeps, text_sweep
+from flowray.config.sweepschema import sweep_schema
+from flowray.tune.records import Records, TrialRecord
+from flowray.tune.space import from_priors, grid, trial_count
+from flowray.tune.study import SweepStudy
+from flowray.tune.warm import earlier_trials
+
+HEAD = """\
+name: s
+base: base
+metric: {name: ema/shoot/nmse}
+run_cap: 6
+"""
+
+
+def sweep_of(parameters: str, more: str = "") -> Sweep:
+    return text_sweep(f"{HEAD}{more}\nparameters:\n{parameters}", "s.yaml")
+
+
+def one(spec: str, key: str = "optim.lr"):
+    return sweep_of(f"  {key}: {spec}").parameters[key]
+
+
+def refused(parameters: str, more: str = "", cap: int = 6) -> str:
+    with pytest.raises(InputError) as caught:
+        text_sweep(f"{HEAD.replace('6', str(cap))}{more}\nparameters:\n{parameters}", "s.yaml")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "key", "made"),
+    [
+        ("{distribution: loguniform, lower: 1e-4, upper: 1e-2}", "optim.lr", LogUniform(min=1e-4, max=1e-2)),
+        ("{distribution: uniform, lower: 0, upper: 2}", "loss.clip.weight", Uniform(min=0, max=2)),
+        ("{distribution: quniform, lower: 0, upper: 2, q: 0.5}", "loss.clip.weight", QUniform(min=0, max=2, q=0.5)),
+        ("{distribution: qloguniform, lower: 8, upper: 64, q: 8}", "train.batch_size", QLogUniform(min=8, max=64, q=8)),
+        ("{distribution: randint, lower: 1, upper: 5}", "model.head.layers", IntUniform(min=1, max=4)),  # upper is not drawn
+        ("{distribution: qrandint, lower: 8, upper: 64, q: 8}", "train.batch_size", QUniform(min=8, max=64, q=8)),
+        ("{distribution: lograndint, lower: 8, upper: 65}", "train.batch_size", QLogUniform(min=8, max=64, q=1)),
+        ("{distribution: choice, categories: [grid, conv]}", "model.head.kind", Categorical(values=("grid", "conv"))),
+        ("{value: null}", "data.limit", Constant(value=None)),
+    ],
+)
+def test_rays_and_wandbs_spellings(spec, key, made):
+    assert one(spec, key) == made
+
+
+def test_exponents_are_values_of_e_and_a_likely_slip_is_refused():
+    made = one("{distribution: log_uniform, min: -9.21, max: -4.6}")
+    assert (made.min, made.max) == (pytest.approx(math.exp(-9.21)), pytest.approx(math.exp(-4.6)))
+    assert "so this is 1 to 1.01; for values type distribution: log_uniform_values" in refused(
+        "  optim.lr: {distribution: log_uniform, min: 1e-4, max: 1e-2}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("{distribution: normal, mu: 0, sigma: 1}", "unknown key mu"),
+        ("{distribution: normal}", "with prior: {value: mean, sigma: standard deviation}"),
+        ("{distribution: randint, min: 1, max: 4}", "randint takes lower and upper"),
+        ("{distribution: log_uniform_values, lower: 1, upper: 2}", "unknown key lower"),
+        ("{min: 1e-4, max: 1e-2, prior: 1e-3}", "want {value: ..., sigma: ...}"),
+        ("{min: 1e-4, max: 1e-2, prior: {value: 1e-1, sigma: 1}}", "prior.value 0.1 must lie between"),
+        ("{min: 1e-4, max: 1e-2, prior: {value: 1e-3}}", "needs sigma"),
+        ("{values: [1e-4, 1e-3], prior: {value: 1e-2}}", "prior.value 0.01 must be one of the values"),
+        ("{value: 1e-4, prior: {value: 1e-4}}", "prior"),
+        ("{min: 1e-4, max: 1e-2, when: grid}", "want another parameter and its values"),
+        ("{min: 1e-4, max: 1e-2, when: {model.head.kind: grid}}", "model.head.kind is not searched"),
+        ("{min: 1e-4, max: 1e-2, when: {optim.lr: 1e-3}}", "lead back to optim.lr itself"),
+    ],
+)
+def test_bad_parameters_in_one_line(spec, words):
+    text = refused(f"  optim.lr: {spec}")
+    assert text.startswith("s.yaml:7: ")
+    assert words in text
+
+
+def test_a_prior_of_the_field_notes():
+    assert one("{min: 0.1, max: 5, prior: field_notes}", "loss.clip.weight").prior == Prior(value=2.0, sigma=0.3)
+    assert "the field notes say nothing of train.batch_size; they do of optim.lr" in refused(
+        "  train.batch_size: {min: 8, max: 64, prior: field_notes}"
+    )
+
+
+NESTED = """\
+  model:
+    head:
+      kind: {values: [pooled, grid]}
+      convs: {values: [0, 1], when: {model: {head: {kind: grid}}}}
+  optim: {parameters: {lr: {distribution: log_uniform_values, min: 1e-4, max: 1e-2}}}
+  loss.kl.weight: {value: 2}
+"""
+
+
+def test_nested_keys_are_dotted_keys_and_survive_the_dump():
+    sweep = sweep_of(NESTED)
+    assert list(sweep.parameters) == ["model.head.kind", "model.head.convs", "optim.lr", "loss.kl.weight"]
+    assert sweep.parameters["model.head.convs"].when == {"model.head.kind": ("grid",)}
+    assert text_sweep(dump_sweep(sweep), "again") == sweep
+    with pytest.raises(InputError, match=r"^s\.yaml:10: parameters: unknown key model\.head\.convz, did you mean model\.head\.convs"):
+        sweep_of(NESTED.replace("convs", "convz"))
+
+
+CONDITIONAL = """\
+  model.head.convs: {values: [0, 1, 2], when: {model.head.kind: grid}}
+  model.head.kind: {values: [pooled, grid, conv]}
+  model.head.mlp: {values: [64, 128], when: {model.head.kind: [conv]}}
+  optim.lr: {distribution: log_uniform_values, min: 1e-4, max: 1e-2}
+"""
+
+
+def test_a_heads_own_options_are_drawn_with_that_head_alone_and_every_recipe_stands(tmp_path):
+    sweep = sweep_of(CONDITIONAL, "startup_trials: 4")
+    base = base_recipe(sweep)
+    check_trials(sweep, base)
+    study, seen = SweepStudy(sweep, tmp_path / "j"), set()
+    for i in range(12):
+        number, params = study.ask()
+        kind = params["model.head.kind"]
+        assert ("model.head.convs" in params, "model.head.mlp" in params) == (kind == "grid", kind == "conv")
+        assert list(params)[-1] == "optim.lr"  # in the file's order
+        override_recipe(base, params)
+        seen.add(kind)
+        study.finish(number, float(i)) if i % 2 else study.stop(number, "worse")
+    assert seen == {"pooled", "grid", "conv"}
+    again = SweepStudy(sweep, tmp_path / "j")
+    assert again.trials()[0].params.keys() == study.trials()[0].params.keys()
+
+
+def test_a_condition_that_is_missing_is_found_before_anything_runs_and_typed_out():
+    sweep = sweep_of(CONDITIONAL.replace(", when: {model.head.kind: grid}", ""))
+    with pytest.raises(InputError, match=r"belongs to kind grid.*type when: \{model\.head\.kind: \[grid\]\}"):
+        check_trials(sweep, base_recipe(sweep))
+    assert "want one of pooled, grid, conv, transencoder, did" in refused(CONDITIONAL.replace("kind: grid}}", "kind: gridd}}"))
+    assert "model.head.kind is never 'transencoder'" in refused(CONDITIONAL.replace("kind: grid}}", "kind: transencoder}}"))
+
+
+def test_a_grid_has_no_point_twice_for_options_that_do_not_apply(tmp_path):
+    discrete = "".join(line + "\n" for line in CONDITIONAL.splitlines() if "optim.lr" not in line)
+    sweep = sweep_of(discrete, "method: grid").model_copy(update={"run_cap": None})
+    points = grid(sweep.parameters)
+    assert len(points) == 1 + 3 + 2 == trial_count(sweep)
+    assert len({json.dumps(point, sort_keys=True) for point in points}) == 6
+    study = SweepStudy(sweep, tmp_path / "j")
+    drawn = [study.ask()[1] for _ in range(6)]
+    assert sorted(map(len, drawn)) == [1, 2, 2, 2, 2, 2]
+
+
+PRIORS = """\
+  optim.lr: {distribution: log_uniform_values, min: 1e-5, max: 1, prior: {value: 1e-3, sigma: 0.1}}
+  loss.clip.weight: {min: 0, max: 100}
+  train.batch_size: {min: 8, max: 1024, prior: {value: 32, sigma: 4}}
+  model.head.kind: {values: [pooled, grid], prior: {value: grid}}
+"""
+
+
+def test_the_first_trial_is_at_the_priors_the_rest_of_the_start_near_them_and_then_the_sampler_is_free(tmp_path):
+    sweep = sweep_of(PRIORS, "startup_trials: 6\nmethod: random")
+    study = SweepStudy(sweep, tmp_path / "j")
+    drawn = [study.ask()[1] for _ in range(12)]
+    first = drawn[0]
+    assert (first["optim.lr"], first["train.batch_size"], first["model.head.kind"]) == (1e-3, 32, "grid")
+    near = np.log10([params["optim.lr"] for params in drawn[1:6]])
+    assert np.abs(near + 3).max() < 0.5  # of a range of 5 decades
+    assert len(set(near)) == 5
+    assert all(abs(params["train.batch_size"] - 32) < 20 for params in drawn[1:6])
+    assert np.abs(np.log10([params["optim.lr"] for params in drawn[6:]]) + 3).max() > 0.5
+    assert {params["loss.clip.weight"] > 50 for params in drawn[:6]} == {True, False}
+
+
+def test_draws_from_a_prior_stay_inside_the_range():
+    at_the_edge = {"optim.lr": LogUniform(min=1e-3, max=1e-2, prior=Prior(value=1e-3, sigma=1.0))}
+    rng = np.random.default_rng(0)
+    drawn = [from_priors(at_the_edge, rng)["optim.lr"] for _ in range(50)]
+    assert 1e-3 <= min(drawn) < 2e-3 < max(drawn) <= 1e-2
+
+
+def test_points_come_first_as_given_and_are_checked(tmp_path):
+    points = "points:\n  - {optim.lr: 5e-3, model.head.kind: conv}\n  - {model: {head: {kind: grid}}}"
+    sweep = sweep_of(CONDITIONAL, points)
+    study = SweepStudy(sweep, tmp_path / "j")
+    first = study.ask()[1]
+    assert (first["optim.lr"], first["model.head.kind"], "model.head.mlp" in first) == (5e-3, "conv", True)
+    second = SweepStudy(sweep, tmp_path / "j").ask()[1]  # a new session goes on where the first was
+    assert second["model.head.kind"] == "grid"
+    assert "got 5.0, want 0.0001 to 0.01" in refused(CONDITIONAL, "points: [{optim.lr: 5.0}]")
+    assert "optim.weight_decay is not searched" in refused(CONDITIONAL, "points: [{optim.weight_decay: 0.1}]")
+    assert "run_cap 1 is less than the 2 points" in refused(CONDITIONAL, points + "\nstartup_trials: 1", cap=1)
+
+
+def earlier(folder: Path, base: Recipe, *trials) -> Path:
+    """A sweep directory as a sweep leaves it: (overrides, status, values at steps 20, 40)."""
+    records = None
+    for number, (overrides, status, values) in enumerate(trials):
+        run = folder / str(number)
+        run.mkdir(parents=True)
+        place = {"name": str(number), "storage_path": str(folder)}
+        (run / "config.yaml").write_text(dump_recipe(override_recipe(base, {**overrides, **place})))
+        rows = [{"step": 20 * (i + 1), "ema/shoot/nmse": value} for i, value in enumerate(values)]
+        (run / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        records = records or Records(folder / "trials.jsonl")
+        records.trials[number] = TrialRecord(number, {}, status, 20 * len(values), 40, metrics={"ema/shoot/nmse": values[-1]})
+    records.save()
+    return folder
+
+
+def test_a_warm_start_takes_what_compares_and_says_what_it_leaves_out(tmp_path):
+    plain = "  optim.lr: {distribution: log_uniform_values, min: 1e-4, max: 1e-2}\n  model.head.kind: {values: [pooled, grid]}"
+    base = base_recipe(sweep_of(plain))
+    old = earlier(
+        tmp_path / "old",
+        base,
+        ({"optim.lr": 1e-3, "model.head.kind": "pooled", "train.log_every": 5, "seed": 3}, "finished", [2.0, 0.5]),
+        ({"optim.lr": 2e-3}, "stopped", [3.0]),
+        ({"optim.lr": 1e-1}, "finished", [3.0, 1.0]),  # out of range
+        ({"loss.kl.form": "gaussian"}, "finished", [0.1, 0.1]),  # another objective
+        ({"model.latent.channels": 8}, "finished", [0.1, 0.1]),  # another latent
+        ({"optim.lr": 3e-3}, "failed", [0.1, 0.1]),
+    )
+    sweep = sweep_of(plain, f"warm_start: [{old}]\nstartup_trials: 2")
+    found = earlier_trials(sweep, base)
+    left_out = ("optim.lr out of range", "loss.kl.form differs", "model.latent.channels differs")
+    assert str(found) == f"warm start with 2 trials ({'; '.join(f'1 left out: {why}' for why in left_out)})"
+    study = SweepStudy(sweep, tmp_path / "j", earlier=found.trials)
+    assert study.trials() == []  # they are not the sweep's own
+    assert study.ask()[0] == 2
+    resumed = SweepStudy(sweep, tmp_path / "j", earlier=found.trials)
+    told = resumed._all()
+    assert [(t.state.name, t.value, t.intermediate_values) for t in told[:2]] == [
+        ("COMPLETE", 0.5, {20: 2.0, 40: 0.5}),
+        ("PRUNED", 3.0, {20: 3.0}),
+    ]
+    assert len(told) == 3  # not added twice
+    assert told[0].params == {"optim.lr": 1e-3, "model.head.kind": "pooled"}
+    with pytest.raises(InputError, match="holds no sweep"):
+        earlier_trials(sweep_of(plain, "warm_start: [nowhere]"), base)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("search: {kind: gp}\nmethod: random", "s.yaml:5: search belongs to method: bayes"),
+        ("search: {kind: gpp}", "search"),
+        ("search: {kind: tpe, population: 3}", "allowed: kind, candidates"),
+        ("search: {kind: cmaes}\nmore_metrics: [{name: flow/cos}]", "search.kind cmaes has one metric"),
+        ("time_budget: soon", "s.yaml:5: time_budget: got 'soon', want a time such as 90s"),
+        ("seeds: 3\nset: {seed: 4}", "leave seed out of set and parameters"),
+        ("seeds: 0", "seeds: got 0"),
+        ("early_terminate: {type: median}", "early_terminate.median.min_iter is missing"),
+        ("early_terminate: {type: median, min_iter: 5, eta: 3}", "allowed: type, min_iter, min_trials"),
+        ("stop: [{metric: flow/cos, gains_less_than: 0.1, below: 3}]", "either below or above or gains_less_than"),
+    ],
+)
+def test_bad_settings_in_one_line(more, words):
+    assert words in refused("  optim.lr: {min: 1e-4, max: 1e-2}", more)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1h30m", 5400), ("2d", 172800)])
+def test_time_budgets(text, seconds):
+    assert sweep_of("  optim.lr: {min: 1e-4, max: 1e-2}", f"time_budget: {text}").time_budget == seconds
+
+
+def test_several_metrics_survive_the_dump():
+    text = HEAD.replace("metric: {name: ema/shoot/nmse}", "metric: [{name: ema/shoot/nmse}, {name: ema/text/snr, goal: maximize}]")
+    sweep = text_sweep(f"{text}parameters:\n  optim.lr: {{min: 1e-4, max: 1e-2}}", "s.yaml")
+    assert [metric.goal for metric in sweep.objectives] == ["minimize", "maximize"]
+    assert isinstance(yaml.safe_load(dump_sweep(sweep))["metric"], list)
+    assert text_sweep(dump_sweep(sweep), "again") == sweep
+
+
+def test_the_schema_takes_every_packaged_sweep_and_refuses_slips(capsys):
+    assert main(["--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema == json.loads(json.dumps(sweep_schema()))
+    check = jsonschema.Draft202012Validator(schema)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    folder = Path(__file__).parents[2] / "sweeps"
+    for name in packaged_sweeps():
+        assert [error.message for error in check.iter_errors(yaml.safe_load((folder / name).read_text()))] == []
+    good = {"name": "s", "base": "b", "metric": {"name": "ema/shoot/nmse"}, "parameters": {"optim.lr": {"min": "1e-4", "max": 0.1}}}
+    assert check.is_valid(good)
+    for slip in (
+        {"methods": "grid"},
+        {"metric": {"name": "ema/shoot/nsme"}},
+        {"parameters": {"optim.lrr": {"min": 0, "max": 1}}},
+        {"parameters": {"optim.lr": {"min": 0, "maxx": 1}}},
+        {"parameters": {"optim.lr": {"distribution": "log_unform", "min": 1, "max": 2}}},
+        {"set": {"train.stepz": 3}},
+        {"search": {"kind": "tpee"}},
+        {"time_budget": "soon"},
+    ):
+        assert not check.is_valid({**good, **slip}), slip
+
+
+def test_which_sweep_is_asked_in_one_line():
+    with pytest.raises(InputError, match=r"which sweep\? type a file, or one of"):
+        main(["--plan"])
+
+
+def test_optuna_holds_what_conditions_allow(tmp_path):
+    """Another reader of the study sees the parameters of a trial, and no others."""
+    sweep = sweep_of(CONDITIONAL, "method: random")
+    study = SweepStudy(sweep, tmp_path / "j")
+    drawn = dict(study.ask() for _ in range(5))
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "j")))
+    assert {t.number: t.params for t in optuna.load_study(study_name="s", storage=storage).trials} == drawn
