@@ -31,7 +31,8 @@ types: setup
 
 # Threads are pinned: two test workers with a pool of threads each would fight over two cores.
 tests: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults and not doctor and not cluster" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		-m "not slow and not gpu and not faults and not doctor and not cluster" $(ARGS)
 
 test-slow test-faults test-doctor test-cluster test-gpu: test-%: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $* --timeout 1800 $(ARGS)

@@ -42,6 +42,7 @@ class ShareTargets(Config):
     lpips: Band | None = None
     tv: Band | None = None
     norm: Band | None = None
+    anchor: Band | None = None
 
 
 class SharesBalance(Config):

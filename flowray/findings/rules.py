@@ -26,7 +26,7 @@ BAD_FIELD = (
 NO_TEXT = ("condition_ignored", "text_unproven", "clip_weak", "dino_weak", "captions_shuffled")
 
 SF_FIX = "model.autoencoder.scaling_factor=null uses the autoencoder's own factor; then encode again: python -m flowray.data encode RECIPE"
-REGULARISERS = {"kl", "tv"}  # at rest they hold the others' gradient, so they point against it
+REGULARISERS = {"kl", "tv", "anchor"}  # at rest they hold the others' gradient, so they point against it
 WEAK_KL = below("kl_weight", 0.1)
 
 
@@ -663,6 +663,7 @@ RULES: tuple[Rule, ...] = (
         every(
             below("flow/speed_ratio", 0.5),
             above("flow/cos", lambda r: 1.4 * r["flow/speed_ratio"], "with flow/cos"),
+            quietly(below("gain/nmse_ls", lambda r: 0.9 * r["gain/nmse_none"])),  # else the size is not what is wrong
             say(_gain_words),
         ),
         "the velocity points the right way but is too small: something scales it down (half precision, an output gain, a wrong target "

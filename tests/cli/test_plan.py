@@ -51,7 +51,7 @@ def test_every_packaged_recipe_plans(name: str) -> None:
     assert plan["checkpoint_bytes"] == 16 * plan["trainable"]
 
 
-@pytest.mark.parametrize("name", set(recipe_names()) - {"base"})
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"base"}))
 def test_every_packaged_recipe_says_what_it_is(name: str) -> None:
     text = (files("flowray") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     head = [line for line in text.splitlines() if line.startswith("#")]

@@ -250,6 +250,13 @@ def test_the_fault_is_named_first_or_second(case: Case) -> None:
     assert healthy(found) == (named.severity == "info")
 
 
+def test_a_small_velocity_that_no_gain_would_mend_is_not_called_too_small() -> None:
+    """What remains of an anchored source's path after 150 steps: mostly noise, which least squares rightly shrinks."""
+    field = {"flow/cos": 0.32, "flow/speed_ratio": 0.0942, "flow/nmse": 0.967}
+    gains = {"gain/nmse_none": 0.967, "gain/nmse_ls": 0.949, "gain/nmse_median": 1.6, "gain/best": 2.46, "gain/median": 11.2}
+    assert "velocity_too_small" not in [finding.id for finding in diagnose({**HEALTHY, **field, **gains}, FACTS)]
+
+
 def test_a_missing_number_crashes_nothing_and_is_never_evidence() -> None:
     everything: dict[str, float] = {}
     looked: list[Finding] = []
