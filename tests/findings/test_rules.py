@@ -257,6 +257,15 @@ def test_a_small_velocity_that_no_gain_would_mend_is_not_called_too_small() -> N
     assert "velocity_too_small" not in [finding.id for finding in diagnose({**HEALTHY, **field, **gains}, FACTS)]
 
 
+def test_an_anchored_source_may_be_narrow_but_not_a_point() -> None:
+    narrow = {**HEALTHY, "std/mean": 0.147, "logvar/clamped_share": 0.3, "shoot/skill": -0.4, "share/kl": 0.001}
+    facts = {**FACTS, "kl_weight": 0.03, "loss_weights": {"flow": 1.0, "kl": 0.03, "anchor": 4.0}}
+    assert healthy(diagnose(narrow, facts))
+    assert not healthy(diagnose(narrow, {**facts, "loss_weights": {"flow": 1.0, "kl": 0.03}}))
+    point = diagnose({**narrow, "std/mean": 0.03}, facts)
+    assert point[0].id == "source_collapsed"
+
+
 def test_a_missing_number_crashes_nothing_and_is_never_evidence() -> None:
     everything: dict[str, float] = {}
     looked: list[Finding] = []
