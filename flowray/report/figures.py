@@ -118,7 +118,7 @@ def sweep_curves(title: str, trials: Sequence[Trial], best: Trial | None, key: s
         _end_labels(ax, {trial: curves[trial][-1] for trial in order}, colours)
         if any(trial.status in ("stopped", "failed") for trial in order):
             ax.plot([], [], "x", color=INK, markersize=7, markeredgewidth=1.8, label="ended early")
-            ax.legend(loc="upper right")
+            ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)  # above the frame: inside it lie levels and curves
 
     return _svg(title, WIDE, draw)
 
