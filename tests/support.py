@@ -17,6 +17,7 @@ from flowray.config.recipe import Recipe
 from flowray.data.make import png
 from flowray.data.shapes import caption, single_scenes
 from flowray.data.shards import MANIFEST, write_shards
+from flowray.model.assemble import FlowModel, build_model
 
 SPEC = LatentSpec(channels=4, height=4, width=4)
 SCALE, SHIFT = 0.5, 0.25  # neither trivial, so that a scale applied twice or not at all shows
@@ -27,6 +28,15 @@ def captions(count: int) -> list[str]:
     """`count` captions of shapes scenes, the first 300 or so all different."""
     scenes = single_scenes("train")
     return [caption(scenes[(i * 37) % len(scenes)]) for i in range(count)]
+
+
+def answering_model(recipe: Recipe) -> FlowModel:
+    """The recipe's model with a velocity network that already answers: it starts at zero."""
+    model = build_model(recipe.model, recipe.loss, 0)
+    with torch.no_grad():
+        for p in model.velocity.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    return model
 
 
 def word_tokenizer() -> Any:

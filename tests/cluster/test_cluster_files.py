@@ -151,7 +151,7 @@ def kuberay() -> jsonschema.Draft202012Validator:
 
 @pytest.mark.parametrize("name", KUBERAY)
 def test_kuberay_manifests_fit_the_schema(name, kuberay):
-    kuberay.validate(load(name))
+    assert not list(kuberay.iter_errors(load(name)))
 
 
 @pytest.mark.parametrize(

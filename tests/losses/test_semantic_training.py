@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import SPEC, tiny_recipe
+from support import SPEC, answering_model, tiny_recipe
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
@@ -18,7 +18,7 @@ from flowray.config.losses import ClipLossConfig, LossConfig
 from flowray.config.model import TowerConfig
 from flowray.config.recipe import Recipe
 from flowray.losses.total import Batch, Objective
-from flowray.model.assemble import FlowModel, build_model
+from flowray.model.assemble import build_model
 from flowray.model.autoencoder import load_autoencoder
 from flowray.model.images import load_image_encoder
 from flowray.model.semantic import Semantics, SemanticTower
@@ -90,15 +90,6 @@ def batch_of(recipe: Recipe, count: int = 3) -> Batch:
     return Batch(["a red circle", "a blue square", "cross"], z1, z1[[0, 2, 2]], noise, torch.tensor([0.1, 0.5, 0.8]), null)
 
 
-def model_of(recipe: Recipe) -> FlowModel:
-    """With a velocity network that already answers: it starts at zero."""
-    model = build_model(recipe.model, recipe.loss, 0)
-    with torch.no_grad():
-        for p in model.velocity.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-    return model
-
-
 def name_of(kind: str) -> str:
     return kind.partition("_")[0]
 
@@ -114,7 +105,7 @@ def test_nothing_is_built_for_weight_0(folder: Path) -> None:
 def test_a_loss_builds_what_it_needs_and_reaches_what_it_should(kind: str, folder: Path) -> None:
     """z0's maker from every loss (lpips and repa through x_t); the velocity from those on it; own networks; nothing frozen."""
     recipe = recipe_of(folder, kind)
-    model = model_of(recipe)
+    model = answering_model(recipe)
     assert (model.semantic.autoencoder is not None) == (kind in SEES)
     values, _ = Objective(model, recipe.flow, recipe.loss).train()(batch_of(recipe))
     name = name_of(kind)
@@ -204,7 +195,7 @@ def test_the_scale_is_learnt_exponentiated_and_capped() -> None:
 def test_what_the_teachers_see(folder: Path) -> None:
     """DINO's teacher sees the caption's own picture; REPA and LPIPS the one the velocity leads to, another's where null."""
     recipe = recipe_of(folder, "dino_frozen", "repa", "lpips")
-    model, batch = model_of(recipe), batch_of(recipe)
+    model, batch = answering_model(recipe), batch_of(recipe)
     heard: list[Tensor] = []
     block = model.velocity.token_blocks().blocks[0]
     hook = block.register_forward_hook(lambda module, inputs, output: heard.append(output))
@@ -227,7 +218,7 @@ def test_what_the_teachers_see(folder: Path) -> None:
 
 def test_the_first_samples_alone_are_decoded_where_lpips_says_so(folder: Path) -> None:
     recipe = recipe_of(folder, "lpips", **{"loss.lpips.samples": 2})
-    _, forward = Objective(model_of(recipe), recipe.flow, recipe.loss)(batch_of(recipe))
+    _, forward = Objective(answering_model(recipe), recipe.flow, recipe.loss)(batch_of(recipe))
     assert forward.views.lpips.shape == (2,)
 
 

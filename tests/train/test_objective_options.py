@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import tiny_recipe
+from support import answering_model, tiny_recipe
 from torch import Tensor
 
 from flowray.config.load import override_recipe
 from flowray.config.losses import KLLossConfig, Linear, LossConfig
 from flowray.config.recipe import Recipe
 from flowray.losses.total import Batch, Objective, weights_at
-from flowray.model.assemble import FlowModel, build_model
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +23,9 @@ def batch_of(recipe: Recipe, *, null: bool = False) -> Batch:
     return Batch(["a red circle", "cross"], z1, z1, noise, torch.tensor([0.2, 0.7]), torch.full((2,), null))
 
 
-def model_of(recipe: Recipe) -> FlowModel:
-    """With a velocity network that already answers: it starts at zero."""
-    model = build_model(recipe.model, recipe.loss, 0)
-    with torch.no_grad():
-        for p in model.velocity.parameters():
-            p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-    return model
-
-
 def test_source_grad_decides_how_the_flow_loss_reaches_the_head(recipe: Recipe) -> None:
     """full = path + the target's own part, which is -dv*/dz0 of the residual; none: nothing."""
-    model, batch = model_of(recipe), batch_of(recipe)
+    model, batch = answering_model(recipe), batch_of(recipe)
     found: dict[str, Tensor | None] = {}
     for mode in ("full", "path", "none"):
         loss = override_recipe(recipe, {"loss.flow.source_grad": mode}).loss
@@ -51,7 +41,7 @@ def test_source_grad_decides_how_the_flow_loss_reaches_the_head(recipe: Recipe) 
 
 
 def test_the_null_indicator_reaches_the_velocity(recipe: Recipe) -> None:
-    model = model_of(recipe)
+    model = answering_model(recipe)
     with torch.no_grad():
         own, null = (Objective(model, recipe.flow, recipe.loss)(batch_of(recipe, null=null))[1] for null in (False, True))
     assert torch.equal(own.path.xt, null.path.xt)
