@@ -29,7 +29,6 @@ VELOCITIES: dict[str, dict[str, Any]] = {
     "dit": {"patch": 2, "width": 64, "depth": 2, "heads": 4},
     "dimr": {"widths": [64, 32], "depths": [3, 1], "heads": 4, "level_weights": [0.25, 1.0]},
 }
-QUICK = {("pooled", "dit"), ("transencoder", "dimr")}
 SMALL = {"train.steps": 80, "train.batch_size": 16, "optim.lr": 3e-3, "probes.batch_size": 16, "probes.shoot_steps": 10}
 OFTEN = {"train.log_every": 1, "train.probe_every": 20, "train.sample_every": 1000, "train.checkpoint_every": 1000}
 
@@ -40,12 +39,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_set(ShapesSet(train=128, val=1, unseen=1), root / "shapes")["train"]
 
 
-def cases() -> list[Any]:
-    pairs = [(head, velocity) for head in HEADS for velocity in VELOCITIES]
-    return [pytest.param(*pair, marks=[] if pair in QUICK else [pytest.mark.slow], id="-".join(pair)) for pair in pairs]
-
-
-@pytest.mark.parametrize(("head", "velocity"), cases())
+@pytest.mark.parametrize("velocity", VELOCITIES)
+@pytest.mark.parametrize("head", HEADS)
 def test_overfits(head: str, velocity: str, pictures: Path, tmp_path: Path) -> None:
     data = {"data.shards": str(pictures), "data.val_shards": str(pictures), "data.cache": str(pictures.parent.parent / "cache")}
     parts = {"model.head": {"kind": head, **HEADS[head]}, "model.velocity": {"kind": velocity, **VELOCITIES[velocity]}}
@@ -57,5 +52,6 @@ def test_overfits(head: str, velocity: str, pictures: Path, tmp_path: Path) -> N
     probed = [row["ema/flow/cos"] for row in probes]
     assert mean(flow[-10:]) < 0.8 * mean(flow[:10])
     assert mean(cos[-10:]) > mean(cos[:10]) + 0.1
-    assert probed[-1] > max(0.5, probed[0])
+    assert probed == sorted(probed)
+    assert probed[-1] > max(0.5, probed[0] + 0.05)
     assert mean(kl[-10:]) == pytest.approx(mean(kl[-20:-10]), rel=0.25)
