@@ -265,6 +265,11 @@ def _against_the_flow() -> Bug:
     return patch.dict(terms._TERMS, {ClipLossConfig: contrary})
 
 
+def _of_its_own(info_nce: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The text contrasted with itself: every pair is found at once, and nothing is learnt from it."""
+    return lambda text, image, scale, gather: info_nce(text, text, scale, gather=gather)
+
+
 # ---- faults of the data
 
 
@@ -309,7 +314,7 @@ FAULTS: tuple[Fault, ...] = (
     # the source
     Fault("source_collapsed", ("source_collapsed",), {"loss.kl.weight": 0.003}),
     Fault("source_inflated", ("source_inflated",), {"loss.kl.weight": 0.003, "loss.flow.source_grad": "path"}),
-    Fault("logvar_saturated", ("logvar_saturated",), {"model.posterior.logvar_max": -2.0}),
+    Fault("logvar_saturated", ("logvar_saturated",), {"model.posterior.logvar_min": -0.3}),
     Fault("kl_on_scaled", ("kl_on_scaled",), bug=replacing(terms, "kl_per_dim", _scaled_kl)),
     Fault("kl_drowned", ("kl_drowned", "source_collapsed"), {"loss.kl.weight": 1e-5}),
     Fault("kl_crushing", ("kl_crushing",), {"loss.kl.weight": 300.0, "loss.kl.form": "gaussian"}),
@@ -323,7 +328,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("raw_sampled", ("raw_sampled",), {"sample.weights": "raw"}),
     Fault("losses_opposed", ("losses_opposed",), {"loss.clip.weight": 1.0, "train.grad_every": 50}, bug=_against_the_flow),
     Fault("contrastive_weak", ("clip_weak",), {"loss.clip.weight": 1e-4}),
-    Fault("contrastive_saturated", ("clip_saturated",), {"loss.clip.temperature": 0.01, "loss.clip.weight": 3.0}),
+    Fault("contrastive_saturated", ("clip_saturated",), {"loss.clip.weight": 3.0}, bug=replacing(terms, "info_nce", _of_its_own)),
     Fault("dino_weak", ("dino_weak",), {"loss.dino.weight": 1e-3}),
     Fault("dino_saturated", ("dino_saturated",), {"loss.dino.weight": 1.0, "loss.dino.teacher_temperature": 1e-4}),
     Fault(

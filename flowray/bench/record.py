@@ -41,7 +41,7 @@ from flowray.tune.space import Params
 from flowray.tune.study import SweepStudy
 
 Score = Callable[[Path], Mapping[str, float]]  # a trained run directory -> its picture scores; a module's function: it goes to processes
-PROBES = 20  # of a full budget; the sweep's own cadence should be a multiple of this one
+PROBES = 10  # of a full budget; the sweep's own cadence should be a multiple of this one
 LOGS = 5
 
 

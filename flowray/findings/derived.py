@@ -59,8 +59,14 @@ def _fall(r: Reading) -> float:
 
 
 def _rise(r: Reading) -> float:
-    """Median of the last tenth over the least median of any tenth."""
-    values = [value for _, value in r.points("loss/flow", least=20)]
+    """Median of the last tenth over the least median of any tenth: of the training nmse, since a source that grows raises the flow loss
+    and nothing else; of the flow loss where the nmse was not logged.
+    """
+    try:
+        points = r.points("train/nmse", least=20)
+    except Absent:
+        points = r.points("loss/flow", least=20)
+    values = [value for _, value in points]
     size = max(len(values) // 10, 2)
     tenths = [statistics.median(values[i : i + size]) for i in range(0, len(values) - size + 1, size)]
     return statistics.median(values[-size:]) / min(tenths)
@@ -91,8 +97,8 @@ DERIVED: Mapping[str, Callable[[Reading], float]] = {
     "sampled/cos": _sampled("flow/cos"),
     "flow/bin_worst": lambda r: max(_bins(r)),
     "flow/bin_middle": lambda r: statistics.median(_bins(r)),
-    "field/x0_share": lambda r: abs(r["field/fit_x0"]) / abs(r["field/fit_x1"]),
-    "field/x1_share": lambda r: abs(r["field/fit_x1"]) / abs(r["field/fit_x0"]),
+    "field/x0_share": lambda r: -r["field/fit_x0"] / r["field/fit_x1"],  # 1 for a velocity, whatever its length
+    "field/x1_share": lambda r: -r["field/fit_x1"] / r["field/fit_x0"],
     # of the whole path
     "shoot/nothing": _nothing,
     "shoot/nmse": lambda r: r["shoot/mse"] / r["latent/var"],

@@ -181,6 +181,7 @@ CASES = (
     Case("lr_too_low", {"train/nmse": 0.6}, {"lr": 2.5e-7, "lr_peak": 1e-4, "lr_schedule": "warm_restarts"}, FLAT),
     Case("lr_too_high", {"step/z_head_update_ratio_peak": 2.0, "flow/nmse": 4.0, "shoot/skill": -3.0}),
     Case("lr_too_high", {}, {}, [*falling(1.5, 0.3), *({"step": 3000 + 50 * i, "loss/flow": 1.2} for i in range(1, 9))]),
+    Case("lr_too_high", {"moved/head": 12.0, "text/snr": 0.0, "shoot/skill": -0.2}, {"step": 150}),
     Case("dead_head", {"step/z_head_update_ratio_peak": 1e-9, "text/snr": 0.0}),
     Case("dead_head", {"moved/head": 0.0, "text/snr": 0.0}),
     Case("dead_head", {"grad/flow_head": 0.0}),
@@ -196,6 +197,7 @@ CASES = (
     Case("guidance_without_null", {}, {"guidance_scale": 4.0, "null_probability": 0.0}),
     Case("clip_weak", {"loss/clip": 4.1, "clip/cond_gain": 0.05}),
     Case("clip_weak", {"grad/clip_of_total": 0.001, "loss/clip": 2.0}),
+    Case("clip_weak", {"grad/clip_of_total": 4e-4, "loss/clip": 0.7, "clip/cond_gain": 10.0}, {}, falling(1.5, 0.27, 20)),
     Case("clip_saturated", {"loss/clip": 1e-4, "clip/scale": 100.0}),
     Case("dino_weak", {"grad/dino_of_total": 0.02}, {"loss_weights": {"flow": 1.0, "dino": 0.5}}),
     Case("dino_weak", {"ent/teacher": 6.93, "ent/chance": math.log(1024), "ent/student": 6.9}),
@@ -264,6 +266,31 @@ def test_an_anchored_source_may_be_narrow_but_not_a_point() -> None:
     assert not healthy(diagnose(narrow, {**facts, "loss_weights": {"flow": 1.0, "kl": 0.03}}))
     point = diagnose({**narrow, "std/mean": 0.03}, facts)
     assert point[0].id == "source_collapsed"
+
+
+def test_a_loss_that_grows_with_the_source_is_no_high_learning_rate() -> None:
+    """The flow loss of a source that grows rises with v*; the nmse falls all the same."""
+    grown = [{"step": 5 * i, "loss/flow": 2.0 + 0.3 * i, "train/nmse": 1 / i} for i in range(1, 31)]
+    found = diagnose({**HEALTHY, "std/mean": 2.4, "mu/rms": 5.2}, {**FACTS, "kl_weight": 0.003, "step": 150}, grown)
+    assert found[0].id == "source_inflated"
+    assert "lr_too_high" not in [finding.id for finding in found]
+    undone = [{**row, "train/nmse": row["loss/flow"]} for row in grown]
+    assert "lr_too_high" in [finding.id for finding in diagnose(HEALTHY, FACTS, undone)]
+
+
+def test_a_velocity_from_a_narrow_source_is_no_x1_prediction() -> None:
+    fitted = {**HEALTHY, "field/fit_x1": 0.665}
+    assert "x1_target" not in [finding.id for finding in diagnose({**fitted, "field/fit_x0": -0.231}, FACTS)]
+    assert diagnose({**fitted, "field/fit_x0": 0.14}, FACTS)[0].id == "x1_target"
+
+
+@pytest.mark.parametrize("data", [{"data/duplicate_share": 0.98}, {"data/samples": 8}])
+def test_a_wild_source_on_unseen_prompts_follows_from_too_little_data(data: dict[str, float]) -> None:
+    first, second = diagnose({**HEALTHY, **data, "std/mean": 1.76}, FACTS)[:2]
+    assert (first.id, second.id, second.explained_by) == (first.id, "source_inflated", first.id)
+    assert first.id.startswith("dataset_")
+    loose = diagnose({**HEALTHY, **data, "std/mean": 1.76}, {**FACTS, "kl_weight": 0.01})
+    assert next(finding for finding in loose if finding.id == "source_inflated").explained_by is None
 
 
 def test_a_missing_number_crashes_nothing_and_is_never_evidence() -> None:
