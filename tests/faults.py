@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,8 @@ class Fault:
     """What is wrong with a run and by which findings the doctor names it.
 
     keys: recipe keys; bug: a fault of the code; mended: the code is right again when the doctor comes; late: the code of sampling,
-    which training does not use, so the doctor looks at the healthy run; data: makes the training shards, in a folder given, from
-    the healthy ones.
+    which training does not use, so the doctor looks at the run `healthy`, which is without it; data: makes the training shards, in a
+    folder given, from the healthy ones.
     """
 
     name: str
@@ -89,6 +89,7 @@ class Fault:
     bug: Callable[[], Bug] = nullcontext
     mended: bool = False
     late: bool = False
+    healthy: str = "healthy"
     data: Callable[[Path, Path], Path] | None = None
 
 
@@ -116,7 +117,7 @@ def train_quietly(recipe: Recipe) -> RunDirectory:
 def plant(fault: Fault, home: Path, steps: int | None = None) -> RunDirectory:
     """Train the run with the fault in it, unless it lies in `home` already."""
     if fault.late:
-        return plant(HEALTHY, home, steps)
+        return plant(replace(fault, name=fault.healthy, bug=nullcontext, late=False), home, steps)
     keys = dict(fault.keys)
     if steps is not None:
         keys = {"train.steps": steps, "train.probe_every": steps, **keys}
@@ -286,11 +287,13 @@ def few_pictures_many_times(healthy: Path, folder: Path) -> Path:
 
 
 HEALTHY = Fault("healthy", ())
+# Quickstart's own source: mu drawn to the mean picture, sigma narrow.
+ANCHORED = {"loss.anchor.weight": 4.0, "loss.kl.weight": 0.03, "optim.lr_scale.z_head": 0.4}
 HEALTHY_RUNS = tuple(
     Fault(f"healthy_{head['kind']}_{seed}", (), {"model.head": head, "seed": seed})
     for head in ({"kind": "pooled"}, {"kind": "grid"}, {"kind": "conv"}, {"kind": "transencoder", "layers": 2, "ffn": 256})
     for seed in (0, 1, 2)
-)
+) + tuple(Fault(f"healthy_anchored_{seed}", (), {**ANCHORED, "seed": seed}) for seed in (0, 1, 2))
 FAULTS: tuple[Fault, ...] = (
     # the latent's scale and the autoencoder
     Fault("scale_twice", ("scale_twice",), bug=training_latents(lambda m, noise: _healthy_latent(m, noise) * over_channels(SCALE, noise))),
@@ -308,6 +311,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("autoencoder_wrong", ("wrong_autoencoder",), bug=replacing(autoencoder_module, "_load", _other_weights), late=True),
     # the target
     Fault("sign_flipped", ("velocity_sign",), bug=target(lambda x0, x1: x0 - x1)),
+    Fault("sign_flipped_anchored", ("velocity_sign",), ANCHORED, bug=target(lambda x0, x1: x0 - x1)),
     Fault("target_x1", ("x1_target",), bug=target(lambda x0, x1: x1)),
     Fault("target_epsilon", ("epsilon_target",), bug=target(lambda x0, x1: x0)),
     Fault("velocity_small", ("velocity_too_small",), bug=target(lambda x0, x1: 0.3 * (x1 - x0)), mended=True),
@@ -324,6 +328,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("lr_too_low", ("lr_too_low",), {"optim.lr": 2.5e-7}),
     Fault("lr_too_high", ("lr_too_high",), {"optim.lr": 0.1, "train.checkpoint_every": 25}),
     Fault("dead_head", ("dead_head",), {"optim.lr_scale.z_head": 1e-8}),
+    Fault("dead_flow_head", ("dead_head",), {"optim.lr_scale.flow_head": 1e-8}),
     Fault("ema_never_updated", ("ema_never_updated",), bug=replacing(Ema, "update", lambda _: lambda self, step: None)),
     Fault("raw_sampled", ("raw_sampled",), {"sample.weights": "raw"}),
     Fault("losses_opposed", ("losses_opposed",), {"loss.clip.weight": 1.0, "train.grad_every": 50}, bug=_against_the_flow),
@@ -334,11 +339,14 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "non_finite",
         ("non_finite",),
-        {"train.checkpoint_every": 5, "train.log_every": 1},
+        {"train.checkpoint_every": 1, "train.log_every": 1},
         bug=replacing(LatentSet, "moments", _corrupt_sample),
     ),
     # time and the sampler
     Fault("time_code_mismatch", ("time_code_mismatch",), bug=replacing(total, "time_code", lambda _: lambda t: 8 * t - 4)),
+    Fault(
+        "time_code_sampling", ("time_code_mismatch",), bug=replacing(generate_module, "time_code", lambda _: lambda t: 8 * t - 4), late=True
+    ),
     Fault("time_untrained", ("time_untrained",), {"flow.time": {"kind": "alpha", "low": 0.6, "high": 0.98, "uniform_floor": 0.0}}),
     Fault("solver_bf16", ("half_precision_solver",), bug=replacing(generate_module, "integrate", _bf16_integrate), late=True),
     Fault("guidance_without_null", ("guidance_without_null",), {"flow.null_probability": 0.0, "sample.guidance_scale": 4.0}),
@@ -347,4 +355,11 @@ FAULTS: tuple[Fault, ...] = (
     Fault("dataset_small", ("dataset_too_small",), {"data.limit": 8}),
     Fault("dataset_duplicated", ("dataset_duplicated",), data=few_pictures_many_times),
     Fault("undertrained", ("undertrained",), {"train.steps": 40, "train.probe_every": 40}),
+)
+
+# The rules' thresholds were chosen with the runs above in sight, so the same faults are planted in a recipe that was not looked at.
+ELSEWHERE = {"model.head.kind": "conv", "seed": 7, "flow.time": {"kind": "log_snr"}, "train.batch_size": 48, "optim.lr": 2e-3}
+HELD_OUT = tuple(
+    replace(fault, name=f"{fault.name}_elsewhere", healthy="healthy_elsewhere", keys={**ELSEWHERE, **fault.keys})
+    for fault in (*FAULTS, HEALTHY)
 )

@@ -65,7 +65,8 @@ def _lines(bench: Bench, facts: dict[str, Any], picture: str) -> list[str]:
         f"One rung: {ROUND} at random to step {rung.min_iter if rung else '-'}, the best {KEPT} of them in full, again with the next",
         f"{ROUND}; it ranks by {sweep.metric.name} too. The loss: {bench.loss}, its mean over the steps since the probe before. The last",
         "search is told the final score at every probe: what a perfect probe would give with the same rungs. A search that stops all of",
-        "the best finishes what it stopped, in its own order.",
+        "the best finishes what it stopped, in its own order; what waited at a rung when the pool was empty counts as lost.",
+        _limit(facts),
         "",
         f"The default: {sweep.metric.goal} {sweep.metric.name}, early_terminate {rung.model_dump() if rung else 'off'}, stop rules:",
         *(rules or ["- none"]),
@@ -79,6 +80,17 @@ def _lines(bench: Bench, facts: dict[str, Any], picture: str) -> list[str]:
         "|---|---|---|---|",
         *(f"| {name} | " + " | ".join(_rho(bench.correlations[name][share]) for share in (*EARLY, 1.0)) + " |" for name in _shown(bench)),
     ]
+
+
+def _limit(facts: dict[str, Any]) -> str:
+    """What keeps the default from being faster, as far as the search that is told the end can say."""
+    ours, told = (facts["arms"][name]["mean_budgets"] for name in ("default", "oracle"))
+    if told < 0.9 * ours:
+        return f"With a perfect probe the default would take {told:.1f} full budgets in place of {ours:.1f}: the probes are what limits it."
+    return (
+        f"A perfect probe would not make the default faster ({told:.1f} full budgets against {ours:.1f}): what limits it is how soon the"
+        " sampler draws one of the best, and what it trains in full before."
+    )
 
 
 def _recorded(facts: dict[str, Any]) -> str:

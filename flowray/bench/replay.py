@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from flowray.bench.pool import Entry, Pool, Space
 from flowray.config.sweep import Metric, Sweep
-from flowray.rayrun.search import make_halving
+from flowray.tune.halving import make_halving
 from flowray.tune.records import TrialRecord
 from flowray.tune.referee import Referee
 
@@ -130,12 +130,16 @@ def sweep_search(pool: Pool, goal: frozenset[int], seed: int, sweep: Sweep, ever
     with _scratch() as folder:
         referee = Referee(sweep, folder, pool.budget_steps, make_halving(sweep, pool.budget_steps), Silent())
         correct = Correction(folder / "study.journal", sweep)
-        while left and (chosen := referee.next()):
+        trained: dict[int, Entry] = {}
+        while (left or referee.records.waiting()) and (chosen := referee.next()):
             number, point = chosen
-            entry = left.pop(space.nearest(point, left.values()).number)
-            correct(number, entry)
+            start = referee.records.trials[number].last_step
+            if number not in trained:
+                trained[number] = left.pop(space.nearest(point, left.values()).number)
+                correct(number, trained[number])
+            entry = trained[number]
             stopped = _run(referee, number, entry, pool.budget_steps, every)
-            ledger.train(entry, 0, stopped.step if stopped else end_of(pool, entry))
+            ledger.train(entry, start, stopped.step if stopped else end_of(pool, entry))
             if stopped:
                 ledger.stopped[entry.number] = stopped
             referee.ended(number, error=None if stopped else entry.error)
@@ -150,7 +154,7 @@ def _run(referee: Referee, number: int, entry: Entry, budget: int, every: int) -
     watched = {sweep.metric.name, *(rule.metric for rule in sweep.stop if rule.metric)}
     for row in entry.rows:
         step = int(row["step"])
-        if step % every and step < budget:
+        if (step % every and step < budget) or step <= referee.records.trials[number].last_step:
             continue
         shown = {key: math.nan if row[key] is None else row[key] for key in watched & row.keys()}  # null was a nan when it was reported
         if referee.see(number, {"step": step, "budget_steps": budget, **shown}):

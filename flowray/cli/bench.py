@@ -17,6 +17,7 @@ from rich.table import Table
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import quiet_libraries
+from flowray.config.errors import InputError
 from flowray.config.sweepfile import load_sweep
 
 SHOWN = 8  # metrics in the table; --page has more, --json all
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     """Run one subcommand. 0: all guards hold; 1: one does not, or a record is not complete; InputError for bad input."""
     parser = Parser(prog="flowray.bench", description="Measurements that end in a ratio, stated so that higher is better.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_sweep, _add_record, _add_overhead):
+    for add in (_add_sweep, _add_record, _add_overhead, _add_startup):
         add(commands)
     args, more = parser.parse_known_args(argv)  # argparse gives up on key=value after an option
     if wrong := [text for text in more if text.startswith("-") or "=" not in text or "overrides" not in args]:
@@ -71,6 +72,16 @@ def _add_overhead(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds, the sides one after the other in each; default 3")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
     parser.set_defaults(run=_overhead)
+
+
+def _add_startup(commands: argparse._SubParsersAction[Parser]) -> None:
+    about = "seconds from a trial being asked for to its training loop and to its first row, against stock Ray Tune with a TorchTrainer"
+    parser = commands.add_parser("trial-startup", help=about, description=f"What a trial costs before it trains: {about}.")
+    parser.add_argument("--trials", type=int, default=5, help="trials of a round on each side, one after the other; default 5, at least 2")
+    parser.add_argument("--workers", type=int, default=1, help="workers of a trial, default 1; with more, flowray has them started as well")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, the sides one after the other in each; default 3")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
+    parser.set_defaults(run=_startup)
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -124,6 +135,26 @@ def _overhead(args: argparse.Namespace) -> int:
 
     with contextlib.redirect_stdout(sys.stderr):  # Tune has a word to say at every start
         facts = run(args.trials, args.rows, args.rounds, _say)
+    if not args.json:
+        table = Table("side", "seconds a trial", "rows a second", title=f"{args.trials} trials that only report")
+        for name, seconds in facts["seconds_per_trial"].items():
+            table.add_row(name, f"{seconds:.3f}", f"{facts['rows_per_second'][name]:.1f}")
+        Console(highlight=False).print(table)
+    return _end(facts, args.json)
+
+
+def _startup(args: argparse.Namespace) -> int:
+    from flowray.bench.startup import run
+
+    if args.trials < 2:
+        raise InputError(f"--trials: got {args.trials}, want at least 2, as the first is told apart; type --trials 2")
+    with contextlib.redirect_stdout(sys.stderr):
+        facts = run(args.trials, args.rounds, args.workers, _say)
+    if not args.json:
+        table = Table("side", "to the loop", "to the first row", "first trial: loop", "row", title="Seconds from being asked for")
+        for name, seconds in facts["seconds"].items():
+            table.add_row(name, *(f"{seconds[key]:.2f}" for key in ("loop", "row", "first_loop", "first_row")))
+        Console(highlight=False).print(table)
     return _end(facts, args.json)
 
 

@@ -25,7 +25,7 @@ from flowray.report.load import is_run, is_sweep
 HOST = "127.0.0.1"  # neither server asks who is there: nobody else on the network may
 START_S = 60.0  # until a server answers
 RAY_LINK = Path(".ray") / "dashboard"  # where a sweep under way leaves the address of Ray's own dashboard
-INSTALL = "optuna-dashboard is not installed; to see the study and the trials' pictures: pip install optuna-dashboard"
+INSTALL = "optuna-dashboard is not installed; to see the study and the trials' pictures: pip install 'flowray[dashboard]'"
 
 
 @dataclass(frozen=True)

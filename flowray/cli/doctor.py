@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +44,7 @@ def _parser() -> Parser:
     parser.add_argument("--batch", type=int, help="samples of the probes (default: probes.batch_size)")
     parser.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the page goes (default RUN/doctor.html)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout: the findings and every number measured")
     return parser
 
 
@@ -76,12 +78,17 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     if args.batch is not None and args.batch < 8:
         raise InputError(f"--batch: got {args.batch}, want 8 or more; fewer samples tell nothing")
+    out = args.out or _run_of(args.checkpoint or args.run) / "doctor.html"
+    if args.out is not None and not os.access(out.absolute().parent, os.W_OK):  # before the minute that the probes take
+        raise InputError(f"--out: {out.absolute().parent} is no folder that can be written; make it first")
     quiet_libraries()
     found = examine_run(args)
     findings = diagnose(found.metrics, found.facts, found.history)
-    page = write_page(found, findings, args.out or _run_of(args.checkpoint or args.run) / "doctor.html")
+    page = write_page(found, findings, out)
     if args.json:
-        print(json.dumps({"run": found.where, "step": found.step, "page": str(page), **as_json(findings)}))
+        metrics = {key: value if math.isfinite(value) else None for key, value in sorted(found.metrics.items())}
+        measured = {"metrics": metrics, "not_measured": found.facts["notes"]}
+        print(json.dumps({"run": found.where, "step": found.step, "page": str(page), **as_json(findings), **measured}))
     else:
         show(Console(highlight=False), found, findings, page)
     return GOOD if healthy(findings) else FINDINGS

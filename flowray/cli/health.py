@@ -17,7 +17,7 @@ from rich.table import Table
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import RunProgress, quiet_libraries, watch
-from flowray.cli.verdicts import Arm, Verdict, ablation_verdicts, overfit_verdicts
+from flowray.cli.verdicts import Arm, Verdict, ablation_verdicts, free_mu, overfit_verdicts
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.config.losses import LossConfig, TermConfig
@@ -41,7 +41,7 @@ def _parser(check: str) -> Parser:
         prog=f"flowray.doctor {check}",
         description=_ABOUT[check],
         epilog="The recipe as it is, but for a constant lr after a short warm-up, KL from the first step and one worker; key=value "
-        "has the last word. Exit code: 0 nothing failed, 1 a check failed, 2 bad input.",
+        "has the last word. Each arrow is pass, fail, unclear or not judged. Exit code: 0 nothing failed, 1 a check failed, 2 bad input.",
     )
     parser.add_argument("recipe", help="a packaged recipe's name or the path of a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys, e.g. optim.lr=1e-3")
@@ -113,14 +113,17 @@ def _ablations(recipe: Recipe, folder: Path) -> list[Verdict]:
         "no_kl": {"loss.kl.weight": 0.0},
         "shuffled": {"data.shuffle_captions": True},
     }
+    arms = {}
     if recipe.loss.kl.weight == 0:
-        _say("loss.kl.weight is 0 in this recipe: KL off is the recipe itself")
-    return ablation_verdicts(**{name: _train(recipe, folder, name, changes) for name, changes in plans.items()})
+        del plans["no_kl"]
+        arms["no_kl"] = Arm(refused="loss.kl.weight is 0 in this recipe: there is no KL to switch off")
+    arms |= {name: _train(recipe, folder, name, changes) for name, changes in plans.items()}
+    return ablation_verdicts(**arms, mu_is_free=free_mu(recipe.loss.kl, recipe.loss.anchor.weight))
 
 
 def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any]) -> Arm:
     """One short run of the recipe with some keys changed; a recipe that is refused or training that halts is told, not raised."""
-    from flowray.store.latents import ensure_latents
+    from flowray.store.latents import ensure_latents, load_training
     from flowray.train.group import Group
     from flowray.train.loop import train
     from flowray.train.state import Halted
@@ -134,7 +137,9 @@ def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any]) -> 
         raise InputError(f"{run.path} holds a run already; give another --dir")
     changed = recipe_diffs(recipe, varied).keys() - {"name", "storage_path"}
     _say(f"{name}: {recipe.train.steps} steps" + (f", {', '.join(sorted(changed))} changed" if changed else ""))
-    ensure_latents(varied.data, varied.model.autoencoder, varied.model.latent, _say)
+    folders = ensure_latents(varied.data, varied.model.autoencoder, varied.model.latent, _say)
+    if varied.data.limit is not None and (there := len(load_training(folders["train"], varied))) < varied.data.limit:
+        _say(f"data.shards holds {there} samples, not {varied.data.limit}: those are taken")
     failure: list[Exception] = []
 
     def work() -> None:
@@ -147,15 +152,23 @@ def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any]) -> 
     if failure and not isinstance(failure[0], Halted):
         raise failure[0]
     refused = f"training halted: {failure[0]}" if failure else ""
-    return Arm(read_rows(run.metrics), read_rows(run.probes), recipe.model.latent.dims, refused)
+    prefix = "ema/" if varied.sample.weights == "ema" else ""
+    return Arm(read_rows(run.metrics), read_rows(run.probes), recipe.model.latent.dims, refused, prefix)
 
 
 def _show(check: str, verdicts: Sequence[Verdict]) -> None:
-    table = Table(title=f"{check}: {'passed' if all(v.verdict != 'fail' for v in verdicts) else 'FAILED'}")
-    for column in ("run", "expected", "measured", "verdict", "expected by"):
-        table.add_column(column)
-    for verdict in verdicts:
-        table.add_row(verdict.arm, verdict.expected, verdict.measured, verdict.verdict, verdict.source)
+    said = "FAILED" if any(v.verdict == "fail" for v in verdicts) else "passed"
+    unclear = sum(v.verdict == "unclear" for v in verdicts)
+    sources = "; ".join(dict.fromkeys(verdict.source for verdict in verdicts))
+    title = f"{check}: {said}" + (f", {unclear} of {len(verdicts)} unclear" if unclear else "")
+    table = Table(title=title, caption=f"expected by: {sources}", title_justify="left", caption_justify="left", show_lines=True)
+    table.add_column("run", no_wrap=True)
+    table.add_column("expected", ratio=1, overflow="fold")
+    table.add_column("measured", ratio=1, overflow="fold")
+    table.add_column("verdict", no_wrap=True)
+    for before, verdict in zip((None, *verdicts), verdicts, strict=False):
+        arm = verdict.arm if before is None or before.arm != verdict.arm else ""
+        table.add_row(arm, verdict.expected, verdict.measured, verdict.verdict)
     Console(highlight=False).print(table)
 
 

@@ -13,6 +13,7 @@ from flowray.config.rows import parse_rows
 from flowray.store.run import RunDirectory
 
 BEAT_S = 5.0
+SILENT_S = 60.0  # after that long without a row a line says so, and again after twice, four times as long
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 
 
@@ -60,7 +61,8 @@ class RunProgress:
         self._metrics, self._probes, self._visits = (RowTail(path, start) for path in (run.metrics, run.probes, run.findings))
         self._found: set[str] = set()
         self._started = False
-        self._last = self._began = time.monotonic()
+        self._last = self._began = self._news = time.monotonic()
+        self._silence = SILENT_S
 
     def show(self, *, now: bool = False) -> None:
         """Print what is new every BEAT_S, or `now`; cheap when nothing is."""
@@ -74,12 +76,17 @@ class RunProgress:
             self._say(f"probe {row['step']}/{self._steps}  {'  '.join(shown)}")
         for visit in visits:
             self._show_findings(visit)
+        if rows or probes:
+            self._news, self._silence = self._last, SILENT_S
         if rows:
             self._started = True
             flow, speed = rows[-1].get("loss/flow"), rows[-1].get("perf/images_per_s")
             self._say(f"step  {rows[-1]['step']}/{self._steps}  loss/flow {_show(flow)}  {_show(speed, 0)} images/s")
         elif not self._started and not now:
             self._say("starting workers")
+        elif not now and (silent := self._last - self._news) > self._silence:
+            self._silence *= 2
+            self._say(f"no step for {silent:.0f} s: a slow probe, or lost workers, which start again from the last checkpoint")
 
     def _show_findings(self, visit: dict[str, Any]) -> None:
         """A line for each finding that the visit before did not have."""

@@ -16,6 +16,7 @@ from flowray.config.errors import InputError
 from flowray.config.sweepfile import base_recipe, check_trials, load_sweep, packaged_sweeps
 from flowray.config.sweepschema import sweep_schema
 from flowray.findings.rules import RULES
+from flowray.store.run import storage_folder
 from flowray.tune.stop import check_findings
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
         "overrides", nargs="*", metavar="key=value", help="sweep keys (run_cap=4), recipe keys under set. (set.train.steps=50)"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="continue <storage_path>/<name>: unfinished trials first, then the missing ones"
+        "--resume", action="store_true", help="continue <storage_path>/<name> also where caps, budgets, stops or resources have changed"
     )
     parser.add_argument("--finish", metavar="N", type=int, action="append", help="train the stopped trial N to the end, nothing else")
     parser.add_argument("--plan", action="store_true", help="print space, trials, resources, hours and storage; start nothing")
@@ -54,20 +55,26 @@ def main(argv: list[str]) -> int:
         facts = plan(sweep, base)
         print(json.dumps(facts)) if args.json else print_plan(facts)
         return FINDINGS if facts["storage"]["problem"] else GOOD
-    from flowray.rayrun.tuner import run_sweep  # Ray takes seconds to import: not for --help and --plan
+    from flowray.rayrun.search import no_room  # Ray takes seconds to import: not for --help and --plan
+    from flowray.rayrun.tuner import run_sweep
 
-    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        finish = args.finish or ()
-        result = run_sweep(sweep, base, resume=args.resume or bool(finish), finish=finish, stream=sys.stderr if args.json else sys.stdout)
-        report = _report(result)
+    finish, stream = args.finish or (), sys.stderr if args.json else sys.stdout
+    try:
+        with contextlib.redirect_stdout(stream):
+            result = run_sweep(sweep, base, resume=args.resume or bool(finish), finish=finish, stream=stream)
+            report = _report(result)
+    except OSError as error:
+        if no_room(error) is None:
+            raise
+        folder = storage_folder(sweep.storage_path) / sweep.name
+        raise InputError(f"{folder}: {error.strerror}; make room and type the same command again: what is done is kept") from error
     if args.json:
         print(json.dumps(_summary(result)))
     else:
         print("\n".join(report))
     if result.interrupted:
         why = "the time budget ran out" if result.out_of_time else "stopped by a signal"
-        again = argv if "--resume" in argv else [*argv, "--resume"]
-        print(f"{why}; to continue: python -m flowray.tune {shlex.join(again)}", file=sys.stderr)
+        print(f"{why}; to continue: python -m flowray.tune {shlex.join(argv)}", file=sys.stderr)
     if result.interrupted and not result.out_of_time:
         return STOPPED
     return GOOD if any(t.status != "failed" for t in result.trials) else FINDINGS

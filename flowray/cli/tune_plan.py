@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,29 +12,32 @@ from rich.table import Table
 from flowray.config.recipe import Recipe
 from flowray.config.sweep import Sweep
 
+if TYPE_CHECKING:
+    from flowray.tune.plan import Cluster
+
 FP32, GIB = 4, 2**30
 
 
 def plan(sweep: Sweep, base: Recipe) -> dict[str, Any]:
-    """`make_plan` for the present cluster: the one that RAY_ADDRESS names, which is asked, else this machine."""
+    """`make_plan` for the cluster that RAY_ADDRESS names, as far as it can grow, else for this machine."""
     from flowray.model.assemble import part_sizes, planned_model  # torch takes seconds to import: not for --help
     from flowray.tune.plan import make_plan
 
-    cpus, gpus = _present_cluster()
     model = planned_model(base.model, base.loss)
     trained = sum(part_sizes(model).values()) - sum(part_sizes(model, trainable=False).values())
-    return make_plan(sweep, base, cpus=cpus, gpus=gpus, checkpoint_bytes=4 * FP32 * trained)
+    return make_plan(sweep, base, _cluster(), checkpoint_bytes=4 * FP32 * trained)
 
 
-def _present_cluster() -> tuple[int, int]:
-    """(CPUs, GPUs)."""
+def _cluster() -> Cluster:
+    from flowray.tune.plan import Cluster
+
     if "RAY_ADDRESS" not in os.environ:
         import torch
 
-        return os.cpu_count() or 1, torch.cuda.device_count()
-    from flowray.rayrun.session import cluster_size
+        return Cluster(((os.cpu_count() or 1, torch.cuda.device_count()),))
+    from flowray.rayrun.capacity import cluster_of_address
 
-    return cluster_size()
+    return cluster_of_address()
 
 
 def print_plan(facts: dict[str, Any]) -> None:
@@ -91,7 +94,8 @@ def _resources(facts: dict[str, Any]) -> str:
     takes, have = facts["takes"], facts["cluster"]
     workers, cpus, gpus = (takes[f"resources.{name}"] for name in ("num_workers", "cpus_per_worker", "gpus_per_worker"))
     each = f"{workers} worker{'s' if workers > 1 else ''} x {cpus} CPU" + (f" + {gpus:g} GPU" if gpus else "")
-    return f"{facts['concurrent']} at once, {each} each; here are {have['cpus']} CPUs and {have['gpus']} GPUs"
+    nodes = f" on {have['nodes']} nodes" if have["nodes"] > 1 else ""
+    return f"{facts['concurrent']} at once, {each} each; of {have['cpus']} CPUs and {have['gpus']} GPUs{nodes}"
 
 
 def _hours(facts: dict[str, Any]) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flowray.config.losses import KLLossConfig
+
 Row = dict[str, Any]
-Word = Literal["pass", "fail", "unclear"]
+Word = Literal["pass", "fail", "unclear", "not judged"]
 
 FALL = 0.2  # log 0901: the flow loss of a few samples must fall by more than this
 LEARNT_COS = 0.5  # the logs' healthy flow cosine
@@ -23,7 +25,10 @@ QUICK = "loss debugging notes, quick ablations"
 
 @dataclass(frozen=True)
 class Verdict:
-    """One arrow: in which run (`arm`), what was expected, what was measured, and which note expects it."""
+    """One arrow: in which run (`arm`), what was expected, what was measured, and which note expects it.
+
+    unclear: too little changed to say; not judged: the recipe gives the arrow no ground, `measured` says why.
+    """
 
     arm: str
     expected: str
@@ -34,16 +39,21 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Arm:
-    """The rows of one short run; refused: why it could not run or did not finish, in words."""
+    """The rows of one short run; refused: why it could not run or did not finish, in words.
+
+    prefix: `ema/` where pictures are drawn from the EMA: a few hundred steps at a constant rate leave the raw weights noisy.
+    """
 
     rows: Sequence[Row] = ()
     probes: Sequence[Row] = ()
     dims: int = 1
     refused: str = ""
+    prefix: str = ""
 
     def last(self, key: str) -> float:
         """A number of the last probe, nan where there is none."""
-        value = self.probes[-1].get(key) if self.probes else None
+        row = self.probes[-1] if self.probes else {}
+        value = row.get(key if key.startswith("trivial/") else f"{self.prefix}{key}")
         return math.nan if value is None else float(value)
 
     def series(self, key: str) -> list[float]:
@@ -52,16 +62,39 @@ class Arm:
 
 
 def overfit_verdicts(arm: Arm) -> list[Verdict]:
-    """A few samples learnt by heart: flow loss down by more than FALL, cosine up to LEARNT_COS, KL steady."""
+    """A few samples learnt by heart: flow loss down by more than FALL, cosine up to LEARNT_COS, KL steady.
+
+    With loss.anchor the source starts as noise, whose flow is easy to predict, and narrows onto the pictures: the cosine falls
+    from about 0.5 before it rises, for hundreds of steps, in a sound run. There mu must come nearer to the pictures and the
+    velocity explain CLEAR of its target.
+    """
     name = "overfit"
     if arm.refused or len(arm.rows) < 8:
         why = arm.refused or f"only {len(arm.rows)} logged steps; take more --steps"
         return [Verdict(name, "it trains", "fail" if arm.refused else "unclear", why, CHECKLIST)]
-    flow, cos = arm.series("loss/flow"), arm.series("train/cos")
+    flow, cos, anchor = arm.series("loss/flow"), arm.series("train/cos"), arm.series("loss/anchor")
     kl = [value / arm.dims for value in arm.series("loss/kl_raw")]
     fall, quarter = 1 - _end(flow) / flow[0], max(1, len(kl) // 4)
     late, before = _mean(kl[-quarter:]), _mean(kl[-2 * quarter : -quarter])
-    steady = late <= max(KL_GROWTH * before, before + KL_FLOOR)
+    steady = _word(late <= max(KL_GROWTH * before, before + KL_FLOOR)) if kl else "not judged"
+    risen = f"{cos[0]:.3f} -> {_end(cos):.3f}"
+    learnt = [Verdict(name, f"train/cos rises, to {LEARNT_COS} or more", _word(_end(cos) > max(cos[0], LEARNT_COS)), risen, CHECKLIST)]
+    if anchor:
+        nmse, held = _end(arm.series("train/nmse")), 1 - _end(anchor) / anchor[0]
+        size = _change(1 - nmse)
+        if size == "fail" and _end(cos) > NONE and abs(1 - nmse) > 1e-3:
+            size = "unclear"  # it points the right way; a dead velocity is 0, or next to it whatever its direction
+        learnt = [
+            Verdict(name, "train/cos rises", "not judged", f"{risen}; loss.anchor narrows the source, and with it what is left", CHECKLIST),
+            Verdict(name, f"train/nmse down from 1, by {CLEAR:.0%} or more", size, f"{nmse:.3f}", CHECKLIST),
+            Verdict(
+                name,
+                f"loss/anchor falls by more than {FALL:.0%}",
+                _word(held > FALL),
+                f"{anchor[0]:.3f} -> {_end(anchor):.3f} ({-held:+.0%})",
+                CHECKLIST,
+            ),
+        ]
     return [
         Verdict(
             name,
@@ -70,26 +103,33 @@ def overfit_verdicts(arm: Arm) -> list[Verdict]:
             f"{flow[0]:.3f} -> {_end(flow):.3f} ({-fall:+.0%})",
             LOG_0901,
         ),
-        Verdict(
-            name,
-            f"train/cos rises, to {LEARNT_COS} or more",
-            _word(_end(cos) > cos[0] and _end(cos) >= LEARNT_COS),
-            f"{cos[0]:.3f} -> {_end(cos):.3f}",
-            CHECKLIST,
-        ),
+        *learnt,
         Verdict(
             name,
             f"KL steady: the last quarter at most {KL_GROWTH}x the one before",
-            _word(steady),
-            f"{before:.3f} -> {late:.3f} per dim",
+            steady,
+            f"{before:.3f} -> {late:.3f} per dim" if kl else "loss.kl.weight is 0 in this recipe",
             CHECKLIST,
         ),
     ]
 
 
-def ablation_verdicts(whole: Arm, flow_only: Arm, no_kl: Arm, shuffled: Arm) -> list[Verdict]:
-    """The notes' arrows, one by one. whole: the recipe as it is; the others: see flowray/cli/health.py."""
-    return [*_flow_only(flow_only), *_kl_off(whole, no_kl), *_shuffled(whole, shuffled)]
+def free_mu(kl: KLLossConfig, anchor: float) -> str:
+    """Why the KL does not pull mu towards 0 by a share that would show, in words; empty where it does.
+
+    The notes' arrow is about the gaussian form, whose pull is the weight times mu. With loss.anchor, a (mu - z1)^2, the two
+    settle at mu = E[z1] / (1 + kl / 2a) where nothing else acts.
+    """
+    if kl.form == "box":
+        return "the box form leaves mu free within about 3"
+    if anchor > 0 and (shrunk := kl.weight / (2 * anchor)) < MARGIN:
+        return f"loss.anchor holds mu at the mean picture; the KL shortens it by {100 * shrunk:.1g} %"
+    return ""
+
+
+def ablation_verdicts(whole: Arm, flow_only: Arm, no_kl: Arm, shuffled: Arm, mu_is_free: str = "") -> list[Verdict]:
+    """The notes' arrows, one by one. whole: the recipe as it is; the others: see flowray/cli/health.py; mu_is_free: see `free_mu`."""
+    return [*_flow_only(flow_only), *_kl_off(whole, no_kl, mu_is_free), *_shuffled(whole, shuffled)]
 
 
 def _flow_only(arm: Arm) -> list[Verdict]:
@@ -98,29 +138,36 @@ def _flow_only(arm: Arm) -> list[Verdict]:
         return [Verdict(name, "the flow is learnt", "unclear", arm.refused, QUICK)]
     cos, nmse = arm.last("flow/cos"), arm.last("flow/nmse")
     rmse, still = arm.last("flow/endpt_rmse@32"), arm.last("trivial/flow/endpt_rmse@32")
+    # Before step 1 the velocity is 0 and mu about 0: the distance of a source of the first width from the pictures.
+    start = math.sqrt(arm.last("shoot/mse") / arm.last("shoot/nmse") + (arm.series("std/mean") or [1.0])[0] ** 2)
+    nearer = _change(1 - rmse / start) if rmse < (1 - NONE) * still else "fail"
     return [
         Verdict(name, f"flow/cos up from 0, by {CLEAR} or more", _change(cos), f"{cos:.3f}", QUICK),
         Verdict(name, f"flow/nmse down from 1, by {CLEAR:.0%} or more", _change(1 - nmse), f"{nmse:.3f}", QUICK),
         Verdict(
             name,
-            f"flow/endpt_rmse@32 down from standing still, by {CLEAR:.0%} or more",
-            _change(1 - rmse / still),
-            f"{rmse:.3f}, standing still {still:.3f}",
+            f"flow/endpt_rmse@32 down from the start, by {CLEAR:.0%} or more, and below standing still",
+            nearer,
+            f"{rmse:.3f}, at the start {start:.3f}, standing still {still:.3f}",
             QUICK,
         ),
     ]
 
 
-def _kl_off(whole: Arm, off: Arm) -> list[Verdict]:
+def _kl_off(whole: Arm, off: Arm, mu_is_free: str) -> list[Verdict]:
     name, source = "KL off", QUICK
     if refused := whole.refused or off.refused:
         return [Verdict(name, "the KL is seen to work", "unclear", refused, source)]
-    mu = whole.last("mu/rms"), off.last("mu/rms")
-    width = abs(whole.last("std/mean") - 1), abs(off.last("std/mean") - 1)
-    off_by = f"off by {width[0]:.3f} with, {width[1]:.3f} without"
+    mu, std = (tuple(arm.last(key) for arm in (whole, off)) for key in ("mu/rms", "std/mean"))
+    # |ln std|: a width of 0.1 is as far from 1 as one of 10, and |std - 1| cannot tell a narrow source from a collapsed one
+    width = (abs(math.log(max(value, 1e-12))) for value in std)
+    pulled = "mu/rms no longer pulled to 0: larger"
+    both = f"{mu[0]:.3f} with, {mu[1]:.3f} without"
     return [
-        Verdict(name, "mu/rms no longer pulled to 0: larger", _larger(*mu), f"{mu[0]:.3f} with, {mu[1]:.3f} without", source),
-        Verdict(name, "std/mean no longer pulled to 1: further off", _larger(*width), off_by, source),
+        Verdict(name, pulled, "not judged", f"{both}; {mu_is_free}", source)
+        if mu_is_free
+        else Verdict(name, pulled, _larger(*mu), both, source),
+        Verdict(name, "std/mean no longer pulled to 1: further off", _larger(*width), f"{std[0]:.3f} with, {std[1]:.3f} without", source),
     ]
 
 
@@ -139,7 +186,7 @@ def _shuffled(whole: Arm, shuffled: Arm) -> list[Verdict]:
         else:
             word = "unclear"
         verdicts.append(Verdict(name, f"{key} clearly down", word, f"{with_text:.3f} with, {without:.3f} shuffled", QUICK))
-    for key in ("loss/clip", "loss/dino"):
+    for key in ("loss/clip", "loss/dino", "loss/anchor"):
         pair = [_end(arm.series(key)) for arm in (whole, shuffled) if arm.series(key)]
         if len(pair) == 2:
             verdicts.append(Verdict(name, f"{key} worse", _larger(*pair), f"{pair[0]:.3f} with, {pair[1]:.3f} shuffled", QUICK))
@@ -164,7 +211,9 @@ def _change(gained: float) -> Word:
 
 
 def _larger(before: float, after: float) -> Word:
-    """Whether `after` is larger by MARGIN; smaller by as much fails."""
+    """Whether `after` is larger by MARGIN; smaller by as much fails; of two next to nothing neither is."""
+    if max(before, after) < NONE:
+        return "unclear"
     if after > before * (1 + MARGIN):
         return "pass"
     return "fail" if after < before * (1 - MARGIN) else "unclear"

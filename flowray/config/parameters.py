@@ -11,14 +11,19 @@ from pydantic import TypeAdapter, ValidationError
 from flowray.config.errors import InputError, did_you_mean
 from flowray.config.priors import FIELD_NOTES
 from flowray.config.schema import coerce, known_keys, show, unknown_key
-from flowray.config.sweep import Categorical, Constant, Parameter, infer_distribution
+from flowray.config.sweep import Categorical, Constant, LogUniform, Parameter, QLogUniform, QUniform, Uniform, infer_distribution, inside
 from flowray.config.yamlfile import YamlFile
 
 _PARAMETER: TypeAdapter[Parameter] = TypeAdapter(Parameter)
 DISTRIBUTIONS = ("uniform", "log_uniform_values", "q_uniform", "int_uniform", "q_log_uniform_values", "categorical", "constant")
 FIELDS = ("distribution", "min", "max", "q", "values", "value", "when", "prior")
 
-_EXPONENTS = {"log_uniform": "log_uniform_values", "q_log_uniform": "q_log_uniform_values"}  # W&B: min and max are exponents of e
+_EXPONENTS = {  # W&B: min and max are exponents of e, of the inverse in the last
+    "log_uniform": "log_uniform_values",
+    "q_log_uniform": "q_log_uniform_values",
+    "inv_log_uniform": "log_uniform_values",
+}
+_INVERSE = "inv_log_uniform_values"  # log(1/x) drawn evenly is log(x) drawn evenly
 _RAY = {
     "choice": "categorical",
     "loguniform": "log_uniform_values",
@@ -31,24 +36,56 @@ _RAY = {
 }
 _UPPER_EXCLUDED = ("randint", "lograndint")
 _RAY_FIELDS = {"lower": "min", "upper": "max", "categories": "values"}
-_NEAREST = {  # distributions that Optuna does not draw from, and the nearest that it does
-    "inv_log_uniform": "log_uniform_values",
-    "inv_log_uniform_values": "log_uniform_values",
-    "normal": "uniform over mean -+ 2 standard deviations, with prior: {value: mean, sigma: standard deviation}",
-    "q_normal": "q_uniform over mean -+ 2 standard deviations, with prior: {value: mean, sigma: standard deviation}",
-    "randn": "uniform over mean -+ 2 standard deviations, with prior: {value: mean, sigma: standard deviation}",
-    "qrandn": "q_uniform over mean -+ 2 standard deviations, with prior: {value: mean, sigma: standard deviation}",
-    "log_normal": "log_uniform_values, with prior: {value: median, sigma: in decades}",
-    "q_log_normal": "q_log_uniform_values, with prior: {value: median, sigma: in decades}",
+# distributions that Optuna does not draw from, and the nearest that it does
+_BELLS = {
+    "normal": "uniform",
+    "q_normal": "q_uniform",
+    "randn": "uniform",
+    "qrandn": "q_uniform",
+    "log_normal": "log_uniform_values",
+    "q_log_normal": "q_log_uniform_values",
+}
+_NEAREST = {
     "beta": "uniform",
     "q_beta": "q_uniform",
-    "categorical_w_probabilities": "categorical, with prior: {value: the likeliest}",
+    "sample_from": "a range or values, with when: {other.key: its value} for what depends on another key",
 }
+_BELL_FIELDS = {"mu", "sigma", "mean", "sd"}  # W&B's and Ray's
 
 
 def accepted_distributions() -> list[str]:
     """Every spelling that a file may have."""
-    return [*DISTRIBUTIONS, *_EXPONENTS, *_RAY]
+    return [*DISTRIBUTIONS, *_EXPONENTS, _INVERSE, *_RAY]
+
+
+def wanted(error: Mapping[str, Any]) -> str:
+    """What pydantic found wrong, in the words of this package: 'want a whole number'."""
+    about, kind = error.get("ctx", {}), error["type"]
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        field, tags = about["discriminator"].strip("'"), about.get("expected_tags")
+        return f"want {{{field}: ...}}" + (f" with {field} one of {tags.replace(chr(39), '')}" if tags else "")
+    if kind == "literal_error":
+        return f"want {about['expected'].replace(chr(39), '')}"
+    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        (name, bound), sign = next(iter(about.items())), {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+        return f"want a number {sign[name]} {bound:g}"
+    for ending, words in _WANTED.items():
+        if kind.startswith(ending):
+            return f"want {words}"
+    message = str(error["msg"])
+    return f"{message[0].lower()}{message[1:]}"
+
+
+_WANTED = {  # beginnings of pydantic's error types
+    "int_": "a whole number",
+    "float_": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "tuple_type": "a list, in [ ]",
+    "none_required": "nothing here; leave it out",
+    "model_": "a mapping, in { }",
+    "dict_type": "a mapping, in { }",
+}
 
 
 def flat(section: Any, what: str = "set", prefix: str = "") -> dict[str, Any]:
@@ -58,20 +95,27 @@ def flat(section: Any, what: str = "set", prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in section.items():
         nested = isinstance(value, Mapping)
-        out |= flat(value, what, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        _add(out, flat(value, what, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}, what)
     return out
 
 
-def flat_parameters(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _add(out: dict[str, Any], more: Mapping[str, Any], what: str) -> None:
+    """Dotted and nested keys may name the same one, of which the later would silently win."""
+    if twice := [key for key in more if key in out]:
+        raise InputError(f"{what}: {twice[0]} is given twice, dotted and nested; keep one")
+    out.update(more)
+
+
+def flat_parameters(section: Mapping[str, Any], what: str = "parameters", prefix: str = "") -> dict[str, Any]:
     """Nested sections as dotted keys, with or without W&B's inner `parameters:`; what is drawn stays a mapping."""
     out: dict[str, Any] = {}
     for key, spec in section.items():
         name = f"{prefix}{key}"
         if isinstance(spec, Mapping) and _is_section(name) and not set(spec) & set(FIELDS):
             inner = spec["parameters"] if set(spec) == {"parameters"} and isinstance(spec["parameters"], Mapping) else spec
-            out |= flat_parameters(inner, f"{name}.")
+            _add(out, flat_parameters(inner, what, f"{name}."), what)
         else:
-            out[name] = spec
+            _add(out, {name: spec}, what)
     return out
 
 
@@ -94,10 +138,11 @@ def read_parameters(section: Mapping[str, Any], file: YamlFile) -> dict[str, Par
             if parent not in made:
                 raise InputError(f"{where}: {parent} is not searched{did_you_mean(parent, made)}; search it, or leave the condition out")
             known = made[parent]
+            if isinstance(known, Uniform | LogUniform | QLogUniform):
+                raise InputError(f"{where}: {parent} is drawn from a range, which hits no single value; search values: [...] of it")
             for value in values:
-                if isinstance(known, Categorical) and value not in known.values:
-                    drawn = ", ".join(map(show, known.values))
-                    raise InputError(f"{where}: {parent} is never {show(value)}, it is one of {drawn}")
+                if not inside(known, value):
+                    raise InputError(f"{where}: {parent} is never {show(value)}, it is {_drawn_words(known)}")
         if _waits_for(key, key, made, set()):
             raise InputError(f"{file.where(f'parameters.{key}.when')}: {key}.when: the conditions lead back to {key} itself")
     return made
@@ -122,6 +167,8 @@ def _parameter(key: str, spec: Any, file: YamlFile) -> Parameter:
         raise InputError(f"{where}: parameters: {unknown_key(key)}")
     if not isinstance(spec, Mapping):
         raise InputError(f"{where}: {key}: got {show(spec)}, want {{distribution, min, max}}, {{values: [...]}} or {{value: ...}}")
+    if instead := _undrawable(spec):
+        raise InputError(f"{file.where(at + '.distribution')}: {key}: {instead}")
     given = _wandb(key, spec, at, file)
     for field in given:
         if field not in FIELDS:
@@ -141,10 +188,12 @@ def _parameter(key: str, spec: Any, file: YamlFile) -> Parameter:
     if name is None:
         raise InputError(f"{where}: {key}: got {', '.join(spec) or 'nothing'}, want min and max, values or value")
     if name not in DISTRIBUTIONS:
-        near = f"; the nearest that can be drawn is {_NEAREST[name]}" if name in _NEAREST else did_you_mean(str(name), DISTRIBUTIONS)
+        near = did_you_mean(str(name), accepted_distributions())
         raise InputError(
             f"{file.where(at + '.distribution')}: {key}: got distribution {show(name)}, allowed: {', '.join(DISTRIBUTIONS)}{near}"
         )
+    if len(ends) == 2 and all(isinstance(end, int) for end in ends):
+        _check_whole(key, name, given.get("q", 1.0), where)
     return _made(key, name, {field: value for field, value in given.items() if value is not None or field == "value"}, at, file)
 
 
@@ -156,8 +205,66 @@ def _made(key: str, name: str, given: Mapping[str, Any], at: str, file: YamlFile
         field = str(first["loc"][-1]) if len(first["loc"]) > 1 else ""
         cause = first.get("ctx", {}).get("error")
         words = {"missing": f"{field} is missing", "extra_forbidden": f"{field} has no meaning for {name}"}.get(first["type"])
-        words = words or (str(cause) if cause else f"{field}: got {show(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}")
+        words = words or (str(cause) if cause else f"{field}: got {show(first['input'])}, {wanted(first)}")
         raise InputError(f"{file.where(f'{at}.{field}'.rstrip('.'))}: {key}: {words}") from None
+
+
+def _check_whole(key: str, name: str, q: Any, where: str) -> None:
+    """Refuse what draws broken numbers for a field of whole ones: every such trial would fail."""
+    if name in ("uniform", "log_uniform_values"):
+        whole = "int_uniform" if name == "uniform" else "q_log_uniform_values with q: 1"
+        raise InputError(f"{where}: {key}: takes whole numbers, of which {name} draws none; type distribution: {whole}")
+    if name.startswith("q_") and isinstance(q, int | float) and q != round(q):
+        raise InputError(f"{where}: {key}: takes whole numbers, got q {q:g}; type a whole q")
+
+
+def _drawn_words(parameter: Parameter) -> str:
+    """What a parameter can be."""
+    match parameter:
+        case Categorical(values=values):
+            return f"one of {', '.join(map(show, values))}"
+        case Constant(value=value):
+            return show(value)
+        case QUniform(min=low, max=high, q=q):
+            return f"{low:g} to {high:g} in steps of {q:g}"
+        case _:
+            return f"{parameter.min:g} to {parameter.max:g}"
+
+
+def _undrawable(spec: Mapping[str, Any]) -> str:
+    """What of a W&B or Ray spec Optuna does not draw, and what to type in its place; '' where there is nothing such."""
+    name = spec.get("distribution")
+    if "grid_search" in spec:
+        return f"grid_search is Ray's; type values: {show(spec['grid_search'])} and, above, method: grid"
+    if "probabilities" in spec or name == "categorical_w_probabilities":
+        values, weights = spec.get("values"), spec.get("probabilities")
+        try:
+            likeliest = show(max(zip(weights, values, strict=True), key=lambda pair: float(pair[0]))[1])  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            likeliest = "the likeliest"
+        return f"values are drawn evenly, not with probabilities; leave them out, and to begin with one type prior: {{value: {likeliest}}}"
+    if name is None and _BELL_FIELDS & set(spec):
+        name = "normal"
+    if name not in (*_BELLS, *_NEAREST):
+        return ""
+    return f"got distribution {show(name)}; the nearest that can be drawn is {_NEAREST.get(name) or _bell(name, spec)}"
+
+
+def _bell(name: str, spec: Mapping[str, Any]) -> str:
+    """The range of two standard deviations to each side of a (log-)normal, with the prior that begins near its middle."""
+    drawn = _BELLS[name]
+    log = "log" in drawn
+    try:
+        middle, sigma = float(spec.get("mu", spec.get("mean", 0))), float(spec.get("sigma", spec.get("sd", 1)))
+        low, value, high = (math.exp(x) if log else x for x in (middle - 2 * sigma, middle, middle + 2 * sigma))
+    except (TypeError, ValueError, OverflowError):
+        low = high = 0.0
+    if not low < high or not _BELL_FIELDS & set(spec):
+        words = "median, sigma: in decades" if log else "mean, sigma: standard deviation"
+        return f"{drawn} over 2 standard deviations to each side, with prior: {{value: {words}}}"
+    step = f", q: {spec['q']}" if "q" in spec else ""
+    near = f"prior: {{value: {value:.4g}, sigma: {sigma / math.log(10) if log else sigma:.3g}}}"
+    return f"{{distribution: {drawn}, min: {low:.4g}, max: {high:.4g}{step}, {near}}}"
 
 
 def _wandb(key: str, spec: Mapping[str, Any], at: str, file: YamlFile) -> dict[str, Any]:
@@ -174,6 +281,8 @@ def _wandb(key: str, spec: Mapping[str, Any], at: str, file: YamlFile) -> dict[s
         given["max"] = checked(f"{at}.upper", key, spec["upper"], file) - 1
     if name == "lograndint":
         given["q"] = 1
+    if name == _INVERSE:
+        given["distribution"] = "log_uniform_values"
     if name in _EXPONENTS:
         given |= _from_exponents(key, spec, at, file) | {"distribution": _EXPONENTS[name]}
     return given
@@ -191,7 +300,14 @@ def _from_exponents(key: str, spec: Mapping[str, Any], at: str, file: YamlFile) 
             f"{file.where(at)}: {key}: {spec['distribution']} takes exponents of e, so this is {took}; "
             f"for values type distribution: {_EXPONENTS[spec['distribution']]}"
         )
-    return {field: math.exp(end) for field, end in ends.items()}
+    if spec["distribution"] == "inv_log_uniform":
+        ends = {{"min": "max", "max": "min"}[field]: -end for field, end in ends.items()}
+    try:
+        values = {field: math.exp(end) for field, end in ends.items()}
+        step = float(spec.get("q", 1)) if spec["distribution"] == "q_log_uniform" else 0.0
+    except (OverflowError, TypeError, ValueError):
+        raise InputError(f"{file.where(at)}: {key}: {spec['distribution']} takes exponents of e and a number q; got {show(spec)}") from None
+    return {field: max(step, round(value / step) * step) if step > 0 else value for field, value in values.items()}
 
 
 def _condition(key: str, when: Any, at: str, file: YamlFile) -> dict[str, tuple[Any, ...]]:
@@ -200,7 +316,8 @@ def _condition(key: str, when: Any, at: str, file: YamlFile) -> dict[str, tuple[
             f"{file.where(at + '.when')}: {key}.when: got {show(when)}, want another parameter and its values, such as "
             "when: {model.head.kind: grid}"
         )
-    asked = {parent: values if isinstance(values, list) else [values] for parent, values in flat(when, f"{key}.when").items()}
+    plain = flat(when, f"{file.where(at + '.when')}: {key}.when")
+    asked = {parent: values if isinstance(values, list) else [values] for parent, values in plain.items()}
     return {parent: tuple(checked(f"{at}.when", parent, value, file) for value in values) for parent, values in asked.items()}
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from flowray.config.base import Config
-from flowray.config.recipe import Name
+from flowray.config.keys import describe
+from flowray.config.recipe import CardConfig, Name
 from flowray.config.search import CmaEsSearch, GridSearch, LearningSearch, RandomSearch, SearchConfig, TpeSearch
 
 Auto = Literal["auto"]
@@ -68,12 +69,27 @@ class QUniform(_Range):
     distribution: Literal["q_uniform"] = "q_uniform"
     q: float = Field(1.0, gt=0)
 
+    @model_validator(mode="after")
+    def _fits(self) -> QUniform:
+        _check_step(self.q, self.min, self.max)
+        return self
+
 
 class QLogUniform(_LogRange):
     """log_uniform_values, rounded to multiples of q."""
 
     distribution: Literal["q_log_uniform_values"] = "q_log_uniform_values"
     q: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> QLogUniform:
+        _check_step(self.q, self.min, self.max)
+        return self
+
+
+def _check_step(q: float, low: float, high: float) -> None:
+    if q > (high - low) * (1 + 1e-9):
+        raise ValueError(f"q {q:g} is wider than the range {low:g} to {high:g}, which leaves one value; take a smaller q")
 
 
 class IntUniform(_Range):
@@ -98,6 +114,13 @@ class Categorical(_Parameter):
             raise ValueError("a prior on values has no sigma; the first trial takes its value")
         return self
 
+    @model_validator(mode="after")
+    def _each_once(self) -> Categorical:
+        texts = [repr(value) for value in self.values]
+        if twice := [text for text in texts if texts.count(text) > 1]:
+            raise ValueError(f"values has {twice[0]} twice; a value is drawn as often as any other, seeds: 2 trains every setting twice")
+        return self
+
 
 class Constant(_Parameter):
     """Always the value."""
@@ -113,14 +136,21 @@ Parameter = Annotated[
 
 
 class Metric(Config):
-    """What a trial is judged by: a probe metric, its value at the trial's last probe."""
+    """What a trial is judged by: a probe metric, its value at the trial's last probe. goal: unless given, the metric's own better side."""
 
     name: str
     goal: Literal["minimize", "maximize"] = "minimize"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _better_side(cls, data: Any) -> Any:
+        """W&B takes minimize; of a cosine or an accuracy nobody means that."""
+        known = describe(str(data["name"])) if isinstance(data, Mapping) and "name" in data and "goal" not in data else None
+        return {**data, "goal": "maximize"} if known is not None and known.direction == "higher" else data
+
 
 class Hyperband(Config):
-    """Asynchronous successive halving: at min_iter * eta^k steps a trial outside the best 1/eta so far is stopped."""
+    """Asynchronous successive halving: at min_iter * eta^k steps a trial waits until it is among the best 1/eta that came so far."""
 
     type: Literal["hyperband"] = "hyperband"
     min_iter: Count
@@ -174,6 +204,17 @@ class SweepResources(Config):
     gpus_per_worker: Annotated[float, Field(ge=0)] | Auto | None = None
 
 
+class SweepCard(CardConfig):
+    """The hand-written fields of the experiment card (log 0826); the comment block on top of the file fills what `card:` leaves out.
+
+    expects: the reading that is expected, to be held against what comes out.
+    """
+
+    key_diffs: str = ""
+    core_params: str = ""
+    expects: str = ""
+
+
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -203,6 +244,7 @@ class Sweep(Config):
 
     name: Name
     description: str = ""
+    card: SweepCard = SweepCard()
     storage_path: str = "runs"
     base: str
     set: dict[str, Any] = {}
@@ -250,6 +292,9 @@ class Sweep(Config):
             raise ValueError(f"search belongs to method: bayes, got method: {self.method}; leave search out")
         if isinstance(self.search, CmaEsSearch) and self.more_metrics:
             raise ValueError("search.kind cmaes has one metric; for several take nsga2 or tpe")
+        names = [metric.name for metric in self.objectives]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"metric {twice[0]} is named twice; leave one out")
         if self.run_cap is not None and len(self.points) > self.run_cap:
             raise ValueError(f"run_cap {self.run_cap} is less than the {len(self.points)} points, each of which is a trial; raise it")
         if self.seeds > 1 and "seed" in {*self.parameters, *self.set}:

@@ -14,14 +14,26 @@ from pydantic import ValidationError
 from flowray.config.errors import InputError, did_you_mean
 from flowray.config.keys import KEYS, alternatives, describe
 from flowray.config.load import load_recipe, override_recipe
-from flowray.config.parameters import FIELDS, checked, ends, flat, flat_parameters, read_parameters
+from flowray.config.parameters import FIELDS, checked, ends, flat, flat_parameters, read_parameters, wanted
 from flowray.config.recipe import Recipe
 from flowray.config.schema import kind_of, known_keys, members, show
 from flowray.config.search import LearningSearch
-from flowray.config.sweep import Parameter, Sweep, drawn, in_order, inside
+from flowray.config.sweep import Parameter, Sweep, SweepCard, drawn, in_order, inside
 from flowray.config.yamlfile import YamlFile, parse_value, parse_yaml, read_yaml
 
-_WANDB_ONLY = ("program", "command", "project", "entity", "description_file", "job", "image_uri")
+_WANDB_ONLY = ("program", "command", "project", "entity", "description_file", "job", "image_uri", "controller", "enable")
+_INSTEAD = {  # W&B's and Ray's words for what a sweep has under another name
+    "prior_runs": "warm_start: [runs/OLD]",
+    "num_samples": "run_cap",
+    "count": "run_cap",
+    "mode": "metric: {name: ..., goal: minimize}",
+    "search_alg": "search: {kind: tpe}",
+    "scheduler": "early_terminate: {type: hyperband, min_iter: 100}",
+    "time_budget_s": "time_budget",
+    "max_concurrent_trials": "max_concurrent",
+    "param_space": "parameters",
+    "resources_per_trial": "resources",
+}
 
 
 def load_sweep(source: str, overrides: Sequence[str] = ()) -> Sweep:
@@ -33,6 +45,7 @@ def load_sweep(source: str, overrides: Sequence[str] = ()) -> Sweep:
     path = _find(source)
     file = read_yaml(path)
     data = _plain(file)
+    data.setdefault("card", head_card(path.read_text(encoding="utf-8")))
     for text in overrides:
         _override(data, text)
     sweep = build_sweep(data, file)
@@ -40,6 +53,31 @@ def load_sweep(source: str, overrides: Sequence[str] = ()) -> Sweep:
     if sweep.task == "sample" and not beside.is_dir():  # a run is as other commands take it
         beside = Path(sweep.base).absolute()
     return sweep.model_copy(update={"base": str(beside.resolve())}) if beside.is_file() or sweep.task == "sample" else sweep
+
+
+_FIELD = re.compile(r"# +(TITLE|PURPOSE|KEY_DIFFS|DATASET|HARDWARE|CORE PARAMS|TAGS|NOTES) *: *(.*)")
+_EXPECTS = re.compile(r"# +Expect(?:ed reading)? *: *(.*)")
+
+
+def head_card(text: str) -> dict[str, Any]:
+    """The experiment card in the comment block on top of a file: `# PURPOSE : ...`, `# Expected reading: ...`, up to a gap."""
+    found: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        if field := _FIELD.match(line):
+            current = found.setdefault(field[1].lower().replace(" ", "_"), [field[2]])
+        elif expects := _EXPECTS.match(line):
+            current = found.setdefault("expects", [expects[1]])
+        elif words := line.lstrip("# "):
+            current.append(words)
+        else:
+            current = []
+    card: dict[str, Any] = {name: " ".join(lines) for name, lines in found.items()}
+    if "tags" in card:
+        card["tags"] = [tag.strip() for tag in card["tags"].strip("[] ").split(",") if tag.strip()]
+    return card
 
 
 def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
@@ -52,17 +90,24 @@ def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
             f"{file.where('parameters')}: parameters: want a mapping of recipe keys, such as optim.lr: {{min: 1e-4, max: 1e-2}}"
         )
     _check_metrics(data, file)
+    _check_halving(data.get("early_terminate"), file)
     made = read_parameters(data["parameters"], file)
     both = [key for key in made if key in data.get("set", {})]
     if both:
         raise InputError(f"{file.where('set.' + both[0])}: {both[0]} is both set and searched; leave one out")
     fixed = {key: checked(f"set.{key}", key, value, file) for key, value in data.get("set", {}).items()}
-    points = [_point(point, made, file) for point in data.get("points") or ()]
+    for section, keys in (("parameters", made), ("set", fixed)):
+        for key in keys:
+            if key in ("name", "storage_path") or (section == "parameters" and key.startswith("resources.")):
+                raise InputError(
+                    f"{file.where(f'{section}.{key}')}: {key} belongs to the whole sweep, of which each trial gets its part; {_OWN}"
+                )
+    points = _points(data.get("points"), made, file)
     try:
         return Sweep.model_validate({**data, "parameters": made, "set": fixed, "points": points})
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(part for part in map(str, first["loc"]) if not re.match(_UNION_PART, part))
         if first["type"] == "missing":
             raise InputError(f"{file.where(key)}: {key} is missing{_EXAMPLES.get(key, '')}") from None
         if first["type"] == "extra_forbidden":
@@ -70,7 +115,8 @@ def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
         cause = first.get("ctx", {}).get("error")
         if cause and not key and (about := re.match(r"[a-z_]+", str(cause))):  # a rule over several keys begins with the one to blame
             raise InputError(f"{file.where(about[0])}: {cause}") from None
-        words = str(cause) if cause else f"got {show(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        auto = " or auto" if any(str(each["loc"][-1]).startswith("literal['auto'") for each in error.errors()) else ""
+        words = str(cause) if cause else f"got {show(first['input'])}, {wanted(first)}{auto}{_EXAMPLES.get(key, '')}"
         raise InputError(f"{file.where(key)}: {key}: {words}" if key else f"{file.label}: {words}") from None
 
 
@@ -95,6 +141,12 @@ def check_trials(sweep: Sweep, base: Recipe) -> None:
         shards = base.data.shards
         raise InputError(f"sweep {sweep.name}: {sweep.base} has data.shards {shards}; only pictures of shapes have an exact score")
     for name in (*(metric.name for metric in sweep.objectives), *(rule.metric for rule in sweep.stop if rule.metric)):
+        if sweep.task == "train" and name.startswith(_NOT_REPORTED):
+            raise InputError(
+                f"sweep {sweep.name}: {name} is in the training log only; trials are judged by their probes: ema/shoot/nmse, loss/flow, ..."
+            )
+        if name.startswith(_NO_EMA):
+            raise InputError(f"sweep {sweep.name}: {name} is not measured on the EMA weights; type {name.removeprefix('ema/')}")
         if not base.probes.raw and name.startswith(_PROBED):
             raise InputError(f"sweep {sweep.name}: {name} is not probed, as probes.raw is false; type ema/{name}, or set probes.raw: true")
         if sweep.task == "train" and name.startswith("eval/"):
@@ -142,6 +194,7 @@ def _condition_hint(sweep: Sweep, error: str) -> str:
 def dump_sweep(sweep: Sweep) -> str:
     """The sweep as YAML, defaults included; `load_sweep` reads it back."""
     plain = sweep.model_dump(mode="json", exclude_none=True)
+    plain["card"] = {field: value for field, value in plain["card"].items() if value}
     if more := plain.pop("more_metrics"):
         plain["metric"] = [plain["metric"], *more]
     plain["parameters"] = {key: plain_parameter(parameter) for key, parameter in sweep.parameters.items()}
@@ -167,25 +220,47 @@ def packaged_sweeps() -> list[str]:
 
 
 _PROBED = ("flow/", "shoot/", "text/", "mu/", "logvar/", "std/", "z_init/", "scale/", "teacher/")  # measured for raw and EMA weights
+_NO_EMA = ("ema/loss/", "ema/vae/", "ema/latent/")
+_NOT_REPORTED = tuple(f"{ema}{group}/" for ema in ("", "ema/") for group in ("grad", "lr", "perf", "amp", "weight", "step", "ent"))
+_OWN = "name, storage_path and resources stand at the top of the file"
+_UNION_PART = r"constrained-|literal\[|function-"  # pydantic's words for a member of a union
 _EXAMPLES = {
     "name": ", such as name: head",
     "base": ", such as base: sweep_proxy (a packaged recipe or a file)",
     "metric": ", such as metric: {name: ema/shoot/nmse, goal: minimize}",
+    "search": ", such as search: {kind: tpe}",
+    "stop": ", such as stop: [{metric: ema/std/mean, below: 0.1, after: 150}]",
+    "warm_start": ", such as warm_start: [runs/head]",
+    "early_terminate": ", such as early_terminate: {type: hyperband, min_iter: 100, eta: 3}",
+    "resources": ", such as resources: {cpus_per_worker: auto}",
 }
 
 
 def _plain(file: YamlFile) -> dict[str, Any]:
     """The file's data with dotted keys in `set` and `parameters`."""
-    data = {**file.data, "set": flat(file.data.get("set") or {})}
+    data = {**file.data, "set": flat(file.data.get("set") or {}, f"{file.where('set')}: set")}
     if isinstance(data.get("parameters"), Mapping):
-        data["parameters"] = flat_parameters(data["parameters"])
+        data["parameters"] = flat_parameters(data["parameters"], f"{file.where('parameters')}: parameters")
     return data
+
+
+def _points(points: Any, parameters: Mapping[str, Parameter], file: YamlFile) -> list[dict[str, Any]]:
+    """The known good points; one that leaves nothing to be drawn is there once."""
+    if not isinstance(points, list | None):
+        raise InputError(f"{file.where('points')}: points: got {show(points)}, want a list of mappings, such as [{{optim.lr: 1e-3}}]")
+    made = [_point(point, parameters, file) for point in points or ()]
+    for index, point in enumerate(made):
+        if point in made[:index] and all(key in point for key in parameters if drawn(parameters[key], point)):
+            raise InputError(
+                f"{file.where('points')}: points: {index + 1} is {made.index(point) + 1} again; seeds: 2 trains every setting twice"
+            )
+    return made
 
 
 def _point(point: Any, parameters: Mapping[str, Parameter], file: YamlFile) -> dict[str, Any]:
     """A known good point, as dotted keys with values of the recipe's types, each one that could be drawn."""
     made: dict[str, Any] = {}
-    for key, value in flat(point, "points").items():
+    for key, value in flat(point, f"{file.where('points')}: points").items():
         if key not in parameters:
             raise InputError(f"{file.where('points')}: points: {key} is not searched{did_you_mean(key, parameters)}")
         made[key] = checked("points", key, value, file)
@@ -234,6 +309,8 @@ def _override(data: dict[str, Any], text: str) -> None:
 def _unknown(key: str) -> str:
     if key in known_keys():
         return f"{key} is a recipe key; for every trial type set.{key}=..., to search it put it under parameters"
+    if key in _INSTEAD:
+        return f"{key} is called otherwise here; type {_INSTEAD[key]}"
     if key in _WANDB_ONLY:
         return f"{key} is known to W&B only; leave it out (base names the recipe that is trained)"
     return f"unknown key {key}{did_you_mean(key, Sweep.model_fields)}; allowed: {', '.join(Sweep.model_fields)}"
@@ -246,6 +323,7 @@ def _nearby(loc: tuple[int | str, ...]) -> str:
         "early_terminate": "type, min_iter, eta",
         "stop": "metric, finding, below, above, gains_less_than, after, patience",
     }
+    kinds["card"] = ", ".join(SweepCard.model_fields)
     kinds["resources"] = "num_workers, cpus_per_worker, gpus_per_worker"
     if loc[0] == "search":
         kinds["search"] = ", ".join(next((cls.model_fields for cls in members(LearningSearch) if kind_of(cls) in loc), ["kind"]))
@@ -264,4 +342,21 @@ def _check_metrics(data: Mapping[str, Any], file: YamlFile) -> None:
     known = [name for key in KEYS for name in alternatives(key.name)]
     for at, name in named:
         if isinstance(name, str) and describe(name) is None:
-            raise InputError(f"{file.where(at)}: unknown metric {name}{did_you_mean(name, [*known, *(f'ema/{k}' for k in known)])}")
+            near = did_you_mean(name, [*known, *(f"ema/{k}" for k in known)]) or "; trials are judged by a probe, such as ema/shoot/nmse"
+            raise InputError(f"{file.where(at)}: unknown metric {name}{near}")
+        if isinstance(one := metric, Mapping) and "target" in one:
+            raise InputError(f"{file.where('metric.target')}: metric.target: a sweep has no target; it ends with run_cap or time_budget")
+
+
+def _check_halving(early: Any, file: YamlFile) -> None:
+    """W&B also gives the rungs from the top down: max_iter / eta, max_iter / eta^2, ..., s of them."""
+    if not isinstance(early, Mapping) or "max_iter" not in early or "min_iter" in early:
+        return
+    try:
+        least = f"; yours is min_iter: {max(1, round(float(early['max_iter']) / float(early.get('eta', 3)) ** float(early.get('s', 1))))}"
+    except (TypeError, ValueError, ArithmeticError):
+        least = ""
+    raise InputError(
+        f"{file.where('early_terminate.max_iter')}: early_terminate: max_iter and s are W&B's; type min_iter, the first rung in steps, "
+        f"max_iter / eta^s{least}"
+    )

@@ -111,14 +111,19 @@ def merged_history(run: RunDirectory) -> list[Row]:
     return [rows[step] for step in sorted(rows)]
 
 
+def untrained(recipe: Recipe) -> tuple[FlowModel, Tensors]:
+    """The recipe's model as it is before step 1, and a copy of its trainable weights."""
+    model = build_model(recipe.model, recipe.loss, recipe.seed)
+    return model, {name: p.detach().clone() for name, p in model.trainable().items()}
+
+
 def open_subject(path: Path, batches: BatchesOf, *, overrides: Sequence[str] = (), device: torch.device = CPU) -> Subject:
     """A run directory at its newest valid checkpoint, or one checkpoint, with all that training kept; InputError where there is none."""
     checkpoint, run, recipe = find_checkpoint(path, list(overrides))
     folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, lambda line: print(line, file=sys.stderr))
     latents, held_out = load_training(folders["train"], recipe), load_latents(folders["val"])
-    model = build_model(recipe.model, recipe.loss, recipe.seed)
+    model, initial = untrained(recipe)
     parameters = model.trainable()
-    initial = {name: p.detach().clone() for name, p in parameters.items()}
     copy_into(parameters, load_tensors(checkpoint, "model"), checkpoint)
     if moving := model.semantic.moving():
         copy_into(moving, load_tensors(checkpoint, "moving"), checkpoint)
@@ -159,8 +164,10 @@ def live_subject(
     held_out: LatentSet,
     autoencoder: Autoencoder,
     history: list[Row],
+    initial: Tensors | None = None,
+    strip: Path | None = None,
 ) -> Subject:
-    """A training state as it is, between two steps."""
+    """A training state as it is, between two steps. initial, strip: see Subject; without them what needs them is not measured."""
     groups = live.optimizer.param_groups
     names = {id(p): name for name, p in live.parameters.items()}
     device = next(live.model.velocity.parameters()).device
@@ -175,11 +182,11 @@ def live_subject(
         slots={names[id(p)]: state for p, state in live.optimizer.state.items()},
         lr=max((float(g["lr"]) / float(g.get("scale", 1.0)) for g in groups), default=recipe.optim.lr),
         multipliers=live.balancer.state.multipliers,
-        initial=None,
+        initial=initial,
         latents=latents,
         held_out=held_out,
         autoencoder=autoencoder,
         batches=batches(recipe, latents, device),
         history=history,
-        strip=None,
+        strip=strip,
     )

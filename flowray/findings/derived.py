@@ -59,17 +59,21 @@ def _fall(r: Reading) -> float:
 
 
 def _rise(r: Reading) -> float:
-    """Median of the last tenth over the least median of any tenth: of the training nmse, since a source that grows raises the flow loss
-    and nothing else; of the flow loss where the nmse was not logged.
+    """Median of the last tenth over the least median of any tenth: of the flow loss, and of the training nmse where it was logged; the
+    smaller counts. A source that grows raises the loss and not the nmse, one that narrows on an anchor the nmse and not the loss.
     """
-    try:
-        points = r.points("train/nmse", least=20)
-    except Absent:
-        points = r.points("loss/flow", least=20)
-    values = [value for _, value in points]
-    size = max(len(values) // 10, 2)
-    tenths = [statistics.median(values[i : i + size]) for i in range(0, len(values) - size + 1, size)]
-    return statistics.median(values[-size:]) / min(tenths)
+    rises = []
+    for curve in ("loss/flow", "train/nmse"):
+        try:
+            values = [value for _, value in r.points(curve, least=20)]
+        except Absent:
+            continue
+        size = max(len(values) // 10, 2)
+        tenths = [statistics.median(values[i : i + size]) for i in range(0, len(values) - size + 1, size)]
+        rises.append(statistics.median(values[-size:]) / min(tenths))
+    if not rises:
+        raise Absent("loss/flow")
+    return min(rises)
 
 
 def _train_nmse(r: Reading) -> float:

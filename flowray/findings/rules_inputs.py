@@ -47,7 +47,7 @@ INPUTS: tuple[Rule, ...] = (
         lambda r: (
             f"{too_high_fix(r)}; train.precision=bf16 in place of fp16; python -m flowray.data check SHARDS where one sample is named"
         ),
-        (*BAD_FIELD, "sampler_mismatch", "ema_never_updated", "condition_ignored", "dead_head"),
+        (*BAD_FIELD, "lr_too_low", "lr_too_high", "sampler_mismatch", "ema_never_updated", "condition_ignored", "dead_head"),
     ),
     # the latents and the autoencoder
     Rule(

@@ -176,7 +176,7 @@ TRAINING: tuple[Rule, ...] = (
         some(
             above("step/z_head_update_ratio_peak", 0.3),
             above("moved/most", _far, "weights have moved, in multiples of their initial norm,"),
-            every(above("history/rise", 1.5, "last training nmse (loss/flow where it was not logged) over its best:")),
+            every(above("history/rise", 1.5, "last flow loss, and training nmse, over its best:")),
         ),
         "the learning rate is too high: a step undoes what the last ones learnt",
         too_high_fix,
@@ -209,6 +209,11 @@ TRAINING: tuple[Rule, ...] = (
                 for one, other in (("z_head", "flow_head"), ("flow_head", "z_head"))
             ),
             every(below("moved/head", 1e-4, "the head's weights have moved by the share"), unless(below("moved/velocity", 0.01))),
+            every(  # it starts at zero, so its update ratio says nothing of it
+                below("flow/speed_ratio", 1e-3, "the velocity is still what it was before step 1:"),
+                unless(below("moved/head", 0.01)),
+                unless(below("step", 100)),
+            ),
             every(below("grad/flow_head", 1e-9, "gradient of the flow loss in head and text"), unless(fact("source_grad", "none"))),
         ),
         "a head does not learn: frozen, detached, outside the optimiser or with an lr of nothing",

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flowray.data.shards import find_shards
 from flowray.rayrun.cluster_verdict import MEGABYTE, PACKAGES, PAYLOAD_BYTES, ClusterFacts, NodeFacts
+from flowray.rayrun.network import bind_gloo
 from flowray.rayrun.storage import marked, problem_here
 
 PATIENCE_S = 120.0  # for an answer
@@ -102,6 +103,7 @@ class Prober:
         import torch
         import torch.distributed as dist
 
+        bind_gloo()  # as training does
         where = f"tcp://{host}:{port}"
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=60))
         try:

@@ -16,8 +16,9 @@ from rich.text import Text
 
 from flowray.config.sweep import Constant, Sweep
 from flowray.tune.records import TrialRecord
+from flowray.tune.referee import repeat_dir
 
-BEAT_S = 10.0  # a quiet sweep says at least this often where it is
+BEAT_S, QUIET_S = 10.0, 300.0  # a quiet sweep says where it is after BEAT_S, then after twice as long, at last every QUIET_S
 GENERIC = {"kind", "weight", "low", "high"}  # last parts of a key that say nothing alone
 METRICS = 4
 ROWS = 16  # of the live table; the report has them all
@@ -39,6 +40,7 @@ class SweepConsole:
         self._shown = list(dict.fromkeys([*objectives, *rules, f"{prefix}flow/cos", f"{prefix}std/mean", "loss/flow"]))[:METRICS]
         self._trials: dict[int, TrialRecord] = {}
         self._begin = self._last = time.monotonic()
+        self._pause = BEAT_S
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         if not self._console.is_terminal:
             self._console.width = WIDE
@@ -65,12 +67,13 @@ class SweepConsole:
 
     def ended(self, trial: TrialRecord) -> None:
         words = _why(trial) or self._metrics(trial)
-        status = "paused" if trial.status == "running" else trial.status  # out of time: a later session goes on
+        status = "paused" if trial.status == "running" else "waits" if trial.waits else trial.status  # out of time: a later session goes on
         self._say(trial, f"{status.upper():<10} {words}  ({trial.last_step} of {trial.budget_steps} steps, {trial.seconds:.0f} s)")
 
     def beat(self) -> None:
-        """Called often; prints a line when nothing was printed for a while."""
-        if not self._console.is_terminal and time.monotonic() - self._last >= BEAT_S:
+        """Called often; prints a line when nothing was printed for a while, ever longer while nothing happens."""
+        if not self._console.is_terminal and time.monotonic() - self._last >= self._pause:
+            self._pause = min(2 * self._pause, QUIET_S)
             running = [f"{t.trial} at {self._progress(t)}" for t in self._trials.values() if t.status == "running"]
             self._print(f"{self._done()} of {self._total} done; running: {', '.join(running) or 'none yet'}")
 
@@ -110,7 +113,7 @@ class SweepConsole:
         best = self._best()
         for trial in trials:
             step = self._progress(trial, brief=True) if trial.status == "running" else f"{trial.last_step}/{trial.budget_steps}"
-            values = [_brief(trial.metrics[name]) if trial.metrics.get(name) is not None else "" for name in self._shown]
+            values = [_with_noise(trial, name) if trial.metrics.get(name) is not None else "" for name in self._shown]
             params = [_brief(trial.params[key], 2) if key in trial.params else "" for key in changed]
             row: list[str | Text] = [f"{trial.trial}*" if trial is best else str(trial.trial)]
             row += [Text(trial.status, style=STATES[trial.status]), step]
@@ -161,7 +164,7 @@ class SweepConsole:
         return sorted(self._trials.values(), key=lambda t: (t.status != "running", t.status == "failed", self._place(t), t.trial))
 
     def _say(self, trial: TrialRecord, words: str) -> None:
-        self._trials[trial.trial] = trial
+        self._trials[trial.trial], self._pause = trial, BEAT_S
         self._print(f"trial {trial.trial:<3} {words}")
 
     def _print(self, words: str) -> None:
@@ -169,15 +172,17 @@ class SweepConsole:
         self._console.print(f"{self._last - self._begin:5.0f} s  {words}", markup=False)
 
     def _metrics(self, trial: TrialRecord) -> str:
-        known = [(name, trial.metrics[name]) for name in self._shown if name in trial.metrics]
-        return "  ".join(f"{name} {_brief(value)}" for name, value in known)
+        return "  ".join(f"{name} {_with_noise(trial, name)}" for name in self._shown if name in trial.metrics)
 
     def _progress(self, trial: TrialRecord, *, brief: bool = False) -> str:
-        row = last_row(self._dir / str(trial.trial) / "metrics.jsonl")
+        seeds, row, before = self._sweep.seeds, None, 0
+        for repeat in range(seeds):  # one after the other
+            found = last_row(repeat_dir(self._dir / str(trial.trial), repeat) / "metrics.jsonl")
+            row, before = (found, repeat * trial.budget_steps // seeds) if found else (row, before)
         if row is None:
             return "start-up"
         loss = f" (loss/flow {_brief(row['loss/flow'])})" if "loss/flow" in row and not brief else ""
-        return f"{row.get('step', 0)}/{trial.budget_steps}{loss}"
+        return f"{before + row.get('step', 0)}/{trial.budget_steps}{loss}"
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -205,6 +210,12 @@ def last_row(path: Path) -> dict[str, Any] | None:
 
 def _brief(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def _with_noise(trial: TrialRecord, name: str) -> str:
+    """A metric, with its standard deviation over seeds where there are several."""
+    noise = trial.noise.get(name)
+    return _brief(trial.metrics[name]) + (f" ±{noise:.2g}" if noise is not None else "")
 
 
 def _stacked(name: str) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -22,6 +24,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from flowray.config.sweep import Categorical, Constant, IntUniform, LogUniform, Parameter, QLogUniform, QUniform, Sweep, Uniform
 from flowray.tune.records import TrialRecord
 from flowray.tune.referee import Audience
+from flowray.tune.study import Journal
 
 ARTIFACTS = "artifacts"  # the folder of a sweep that holds its trials' pictures for optuna-dashboard
 HPARAMS = ".hparams"  # ends the name of an event file that holds no scalars
@@ -119,16 +122,18 @@ def _scalar(value: Any) -> bool | float | str:
 class Gallery:
     """Attaches each new sample strip to its trial in the study, through Optuna's artifacts: optuna-dashboard shows them there.
 
-    A trial that was told to the study takes no more; the last strip is there before, as the loop draws before it reports.
+    A trial that was told to the study takes no more; the last strip is there before, as the loop draws before it reports. The study's
+    values get the names of the sweep's metrics, which optuna-dashboard would call Objective 0.
     """
 
-    def __init__(self, sweep_dir: Path, study_name: str):
-        self._dir, self._study = sweep_dir, study_name
+    def __init__(self, sweep_dir: Path, sweep: Sweep):
+        self._dir, self._study = sweep_dir, sweep.name
+        self._metrics, self._named = [metric.name for metric in sweep.objectives], False
 
     @cached_property
     def _storage(self) -> BaseStorage:
         """The study's journal, which is there when the first trial is."""
-        return JournalStorage(JournalFileBackend(str(self._dir / "study.journal")))
+        return JournalStorage(Journal(self._dir / "study.journal"))
 
     @cached_property
     def _store(self) -> FileSystemArtifactStore:
@@ -136,7 +141,15 @@ class Gallery:
         return FileSystemArtifactStore(str(self._dir / ARTIFACTS))
 
     def started(self, trial: TrialRecord) -> None:
-        """No pictures yet."""
+        """No pictures yet; with the first trial the study is there to be given its names."""
+        if self._named:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # the names; they are as in the Optuna that is pinned
+            study = optuna.load_study(study_name=self._study, storage=self._storage)
+            if study.metric_names != self._metrics:
+                study.set_metric_names(self._metrics)
+        self._named = True
 
     def probed(self, trial: TrialRecord) -> None:
         strips = sorted((self._dir / str(trial.trial) / "samples").glob("step_*.png"))

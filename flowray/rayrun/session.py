@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
-from flowray.config.errors import InputError
 from flowray.rayrun.access import LOOPBACK, require_token
 
+FOLDERS = "fr-"  # begins the names of local Rays' folders; short: Ray's socket paths must stay under 107 bytes
+LOCK = "flowray.lock"  # in each of them, locked for as long as its driver lives
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: data is read from shards
 
 _QUIET = {
@@ -33,6 +36,12 @@ def in_cluster() -> bool:
     return "RAY_ADDRESS" in os.environ
 
 
+def set_defaults() -> None:
+    """Ray's variables, and the model libraries', where the user has set none. Ray Train hands its own on to controller and workers."""
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+
+
 @contextmanager
 def started(num_cpus: int | None = None) -> Iterator[None]:
     """Ray for the block: an initialised one as it is, the cluster named by RAY_ADDRESS, else a private local one, shut down after.
@@ -44,9 +53,9 @@ def started(num_cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for key, value in _QUIET.items():
-        os.environ.setdefault(key, value)
+    set_defaults()
     if in_cluster():
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # training runs show in the cluster's dashboard
         _use_token()
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
         try:
@@ -55,33 +64,50 @@ def started(num_cpus: int | None = None) -> Iterator[None]:
             ray.shutdown()
         return
     require_token()
-    folder = tempfile.mkdtemp(prefix="fr-")  # short: Ray's socket paths must stay under 107 bytes
+    with local_folder() as folder:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, num_cpus or 1),
+                include_dashboard=True,  # Tune frees the placement groups of stopped trials through its State API
+                dashboard_host=LOOPBACK,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                _temp_dir=str(folder),
+            )
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def local_folder() -> Iterator[Path]:
+    """A new folder for this process's Ray, removed after. Those that killed drivers left behind go first."""
+    _remove_left(Path(tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix=FOLDERS))
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, num_cpus or 1),
-            include_dashboard=True,  # Tune frees the placement groups of stopped trials through its State API
-            dashboard_host=LOOPBACK,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            _temp_dir=folder,
-        )
-        yield
+        with (folder / f"{LOCK}.new").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.replace(file.name, folder / LOCK)  # appears locked, or not at all
+            yield folder
     finally:
-        ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def cluster_size() -> tuple[int, int]:
-    """(CPUs, GPUs) of the cluster that RAY_ADDRESS names. InputError where none answers."""
-    try:
-        with started():
-            have = ray.cluster_resources()
-    except (ConnectionError, RuntimeError) as error:
-        address = os.environ["RAY_ADDRESS"]
-        raise InputError(f"RAY_ADDRESS={address}: no cluster answers ({error}); unset it to plan for this machine") from None
-    return int(have.get("CPU", 0)), int(have.get("GPU", 0))
+def _remove_left(parent: Path) -> None:
+    """Remove the folders of local Rays under `parent` whose drivers are gone: nobody holds their locks."""
+    for lock in parent.glob(f"{FOLDERS}*/{LOCK}"):
+        try:
+            with lock.open() as file:
+                if os.fstat(file.fileno()).st_uid != os.getuid():
+                    continue
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for session in lock.parent.glob("session_2*"):  # the lock goes last, so that what is cut off here is found again
+                    shutil.rmtree(session, ignore_errors=True)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        except OSError:  # its driver lives, or another start removes it
+            continue
 
 
 def _use_token() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from flowray.data.shards import EMBEDDED, find_shards
 from flowray.rayrun.session import in_cluster, started
 
 MARK = ".shared-"  # begins the name of the file that nodes look for
-PATIENCE_S = 60.0  # for a node to answer
+PATIENCE_S = 60.0  # for a node to answer, or to have mounted its folders
 JOB_FOLDER = "runtime_resources"  # a part of the path of a job's working directory, which Ray removes
 
 
@@ -63,8 +64,21 @@ def this_node() -> str:
 
 def check_here(folder: Path, mark: str) -> None:
     """InputError, naming folder and node, where this worker's node does not share `folder` with the driver."""
-    if problem := problem_here(folder, mark):
-        raise InputError(_unshared(folder, this_node(), problem))
+    if refusal := refusal_here(folder, mark):
+        raise InputError(refusal)
+
+
+def refusal_here(folder: Path, mark: str, patience_s: float = PATIENCE_S) -> str:
+    """What to tell where this worker's node does not share `folder` with the driver, '' where it does.
+
+    A node that has only just started may still be mounting it: that long it is given.
+    """
+    deadline = time.monotonic() + patience_s
+    while problem := problem_here(folder, mark):
+        if time.monotonic() > deadline:
+            return _unshared(folder, this_node(), problem)
+        time.sleep(1.0)
+    return ""
 
 
 def refuse_unshared(storage: Path, data: DataConfig) -> None:

@@ -65,8 +65,11 @@ def through_flowray(folder: Path, trials: int, rows: int) -> Cost:
     return Cost(time.perf_counter() - began, len(result.trials), sum(trial.last_step for trial in result.trials))
 
 
-def through_stock(folder: Path, trials: int, rows: int) -> Cost:
-    """The same sweep by Ray Tune's own means: OptunaSearch (TPE), ASHA, a function that reports. Needs Ray to be started."""
+def through_stock(folder: Path, trials: int, rows: int, *, reuse: bool = False) -> Cost:
+    """The same sweep by Ray Tune's own means: OptunaSearch (TPE), ASHA, a function that reports. Needs Ray to be started.
+
+    reuse: Tune's `reuse_actors`, off where nobody asks for it: one process trains one trial after the other, as flowray's do.
+    """
 
     def trial(config: dict[str, Any]) -> None:
         for step in range(1, rows + 1):
@@ -83,6 +86,7 @@ def through_stock(folder: Path, trials: int, rows: int) -> Cost:
             scheduler=AsyncHyperBandScheduler(time_attr="step", max_t=rows, grace_period=grace(rows), reduction_factor=ETA),
             num_samples=trials,
             max_concurrent_trials=os.cpu_count() or 1,
+            reuse_actors=reuse,
         ),
         run_config=tune.RunConfig(name="stock", storage_path=str(folder), verbose=0),
     )

@@ -13,12 +13,15 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
+from flowray.rayrun.capacity import reach
 from flowray.rayrun.gauges import RunGauges
-from flowray.rayrun.session import in_cluster
-from flowray.rayrun.storage import check_here, marked
+from flowray.rayrun.network import NodeNetwork
+from flowray.rayrun.session import in_cluster, set_defaults
+from flowray.rayrun.storage import marked, refusal_here
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import is_finished, train
@@ -44,10 +47,9 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
     """
     recipe = Recipe.model_validate(config["recipe"])
     run = RunDirectory(Path(config["run_dir"]))
-    check_here(run.path, config["mark"])
     torch.set_num_threads(recipe.resources.cpus_per_worker)
     group = Group.current(recipe.train.device)
-    if _failure(run).exists():
+    if _refused(run, config["mark"], group) or _failure(run).exists():
         return
     try:
         train(recipe, run, group, _with_gauges(run, report) if group.lead else report)
@@ -55,6 +57,21 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
         _note(run, error)
         if group.world > 1:
             raise  # the other ranks wait in a collective; only tearing the group down frees them
+
+
+def _refused(run: RunDirectory, mark: str, group: Group) -> bool:
+    """Whether a rank's node has another storage. Those that share it write that down, as that node cannot; InputError where none does."""
+    refusal = refusal_here(run.path, mark)
+    heard = [refusal]
+    if group.world > 1:
+        heard = [""] * group.world
+        torch.distributed.all_gather_object(heard, refusal)
+    refusals = [told for told in heard if told]
+    if len(refusals) == group.world:
+        raise InputError(refusals[0])
+    if refusals and not refusal:
+        _note(run, InputError(refusals[0]))
+    return bool(refusals)
 
 
 def _with_gauges(run: RunDirectory, report: Report) -> Report:
@@ -76,11 +93,21 @@ def _note(run: RunDirectory, error: Exception) -> None:
         raise error from None
 
 
-def fit(recipe: Recipe, run_dir: Path, *, callbacks: Sequence[Any] = (), name: str, ray_storage: Path, here: Report | None = None) -> None:
+def fit(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    callbacks: Sequence[Any] = (),
+    name: str,
+    ray_storage: Path,
+    here: Report | None = None,
+    worker: Callable[..., None] = train_worker,
+) -> None:
     """Train `recipe` in `run_dir` under a TorchTrainer; resumes from its newest valid checkpoint, returns at once if it has finished.
 
     here: train in this very process (Ray Train's local mode, one worker), and give it the rows: no controller and no worker to
     start. The caller holds the worker's resources and retries where the process dies.
+    worker: what each worker runs, `train_worker` with something around it.
     Needs Ray to be started. `run.stop_request` ends it with a checkpoint, also when it is there before the start. Checkpoints are
     the run directory's own; Ray's storage holds nothing worth keeping and is removed.
     Raises InputError or RunFailed with one line.
@@ -90,22 +117,26 @@ def fit(recipe: Recipe, run_dir: Path, *, callbacks: Sequence[Any] = (), name: s
         return
     run.create()
     _failure(run).unlink(missing_ok=True)
+    set_defaults()  # on a cluster a trial that drives workers has none of its sweep's
     resources = recipe.resources
     _check_gpus(recipe)
     per_worker = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
     config = {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run.path)}  # Ray's dashboard shows all of it
     workers = resources.num_workers if here is None else 0  # 0: the local mode
     scaling = ScalingConfig(num_workers=workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker)
-    work = train_worker if here is None else partial(train_worker, report=here)
+    work = worker if here is None else partial(worker, report=here)
+    limits: dict[str, Any] = dict.fromkeys(("max_failures", "controller_failure_limit"), resources.max_failures)  # see `_found_room`
     kept = RunConfig(
         name=name,
         storage_path=str(ray_storage.absolute()),
-        failure_config=FailureConfig(max_failures=resources.max_failures),
+        failure_config=FailureConfig(**limits),
         callbacks=list(callbacks),
     )
+    trainer = partial(TorchTrainer, work, scaling_config=scaling, torch_config=NodeNetwork(), run_config=kept)
     try:
         with marked(run.path, alone=True) as mark:
-            TorchTrainer(work, train_loop_config={**config, "mark": mark}, scaling_config=scaling, run_config=kept).fit()
+            while not _found_room(trainer(train_loop_config={**config, "mark": mark})) and not run.stop_request.exists():
+                _check_room(recipe, run)
     except ray.train.TrainingFailedError as error:
         _raise_noted(run)
         cause = _root_cause(error)
@@ -115,6 +146,38 @@ def fit(recipe: Recipe, run_dir: Path, *, callbacks: Sequence[Any] = (), name: s
     finally:
         shutil.rmtree(ray_storage / name, ignore_errors=True)
     _raise_noted(run)
+
+
+def _found_room(trainer: TorchTrainer) -> bool:
+    """Train; False where there was no room for the workers, now or again after some were lost.
+
+    Ray Train has waited for it then: 1 + max_failures times RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, 20 minutes by default.
+    """
+    try:
+        trainer.fit()
+    except ray.train.ControllerError as error:
+        if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            return False
+        raise
+    return True
+
+
+def _check_room(recipe: Recipe, run: RunDirectory) -> None:
+    """RunFailed where the cluster has become too small for the run and no autoscaler brings it back, so that nobody waits for ever.
+
+    Where others use it, or a node has yet to come, waiting is right.
+    """
+    each, nodes = recipe.resources, reach().nodes
+    fits = [min(cpus // each.cpus_per_worker, gpus / each.gpus_per_worker if each.gpus_per_worker else cpus) for cpus, gpus in nodes]
+    if sum(map(int, fits)) >= each.num_workers:
+        return
+    gpus = f" and {each.gpus_per_worker:g} GPU" if each.gpus_per_worker else ""
+    asked = f"{each.num_workers} worker(s) of {each.cpus_per_worker} CPU{gpus}"
+    have = f"{sum(cpus for cpus, _ in nodes)} CPU(s) and {sum(gpus for _, gpus in nodes)} GPU(s) on {len(nodes)} node(s) are left"
+    raise RunFailed(
+        f"{run.path}: no room for {asked}: {have}; bring lost hosts back, or type resources.num_workers=N; "
+        "--resume continues from the last checkpoint"
+    )
 
 
 def _check_gpus(recipe: Recipe) -> None:

@@ -16,33 +16,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import ray
 import torch
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from flowray.config.errors import InputError
-from flowray.config.load import dump_recipe, override_recipe
+from flowray.config.load import dump_recipe, load_recipe, override_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.sweep import Sweep
 from flowray.config.sweepfile import dump_sweep, text_sweep
 from flowray.rayrun import session
+from flowray.rayrun.capacity import reach
 from flowray.rayrun.console import SweepConsole
 from flowray.rayrun.gauges import SweepGauges, leave_link
 from flowray.rayrun.live import Everyone, Gallery, TrialBoard
-from flowray.rayrun.search import FAILED, ProbeScheduler, StudySearch, Unpickled, make_halving
+from flowray.rayrun.search import FAILED, ProbeScheduler, StudySearch, Unpickled, no_room
 from flowray.rayrun.storage import check_here, marked, refuse_unshared
-from flowray.rayrun.trainer import RunFailed, fit
+from flowray.rayrun.trainer import RunFailed, fit, train_worker
 from flowray.report.load import load_sweep as load_report
 from flowray.store.run import RunDirectory, RunLock, storage_folder
-from flowray.tune.plan import longest, share_cluster
+from flowray.tune.halving import make_halving
+from flowray.tune.plan import Cluster, longest, share_cluster
 from flowray.tune.records import Records, TrialRecord
 from flowray.tune.referee import Referee, repeat_dir, repeat_of
 from flowray.tune.sampling import score_pictures
 from flowray.tune.space import trial_count
 from flowray.tune.warm import earlier_trials
 
-_THE_SWEEP = ("base", "set", "task", "method", "search", "metric", "more_metrics", "parameters", "points", "warm_start", "seeds", "seed")
+_THE_SWEEP = ("task", "method", "search", "metric", "more_metrics", "parameters", "points", "warm_start", "seeds", "seed")
+_PLACES = ("name", "storage_path", "description", "card", "base", "set")  # what base and set come to stands in base.yaml
+_OF_THE_RECIPE = ("name", "storage_path", "card", "resources", "data.cache", "train.device")  # may differ: places, and where it trains
 
 TrialFn = Callable[[Recipe, Path], None]  # trains one recipe in one run directory, inside a Tune session
 
@@ -82,15 +85,15 @@ class _SeedReport(TuneReportCallback):
         super().after_report(run_context, [{**metrics[0], "repeat": self._repeat}], checkpoint)
 
 
-def train_trial(recipe: Recipe, run_dir: Path) -> None:
-    """Train one trial with Ray Train; its probe rows go to Tune."""
+def train_trial(recipe: Recipe, run_dir: Path, worker: Callable[..., None] = train_worker) -> None:
+    """Train one trial with Ray Train; its probe rows go to Tune. worker: as `fit` takes it."""
     repeat = repeat_of(run_dir)
     first = run_dir.parent.parent if repeat else run_dir
     name = f"trial-{first.name}" + (f"-{repeat}" if repeat else "")
     to_tune: dict[str, Any] = {"callbacks": [_SeedReport(repeat)]}
     if recipe.resources.num_workers == 1:
         to_tune = {"here": lambda row: tune.report({**row, "repeat": repeat})}
-    fit(recipe, run_dir, name=name, ray_storage=first.parent / ".ray" / "train", **to_tune)
+    fit(recipe, run_dir, name=name, ray_storage=first.parent / ".ray" / "train", worker=worker, **to_tune)
 
 
 def sample_trial(source: Path) -> TrialFn:
@@ -116,7 +119,7 @@ def run_sweep(
 
     finish: stopped trials to train to their last step, and nothing else. A sweep that has all its trials returns at once, without
     starting Ray, unless it is on a cluster, which is asked for the storage first. InputError: the nodes do not share the storage; the
-    directory holds a sweep already and `resume` is false, or it holds another sweep than this one.
+    directory holds another sweep (see `open_directory`). OSError: a full disk; the trials that it cut off go on in the next session.
     """
     refuse_unshared(storage_folder(sweep.storage_path), base.data)
     deadline = math.inf if sweep.time_budget is None else time.monotonic() + sweep.time_budget
@@ -124,14 +127,13 @@ def run_sweep(
     earlier = earlier_trials(sweep, base) if sweep.warm_start else None
     if earlier:
         print(earlier, file=stream)
-    sweep_dir, out_of_time = open_directory(sweep, resume), False
+    sweep_dir, out_of_time = open_directory(sweep, base, resume), False
     records = Records(sweep_dir / "trials.jsonl")
-    if len(records.trials) < trial_count(sweep) or records.by("running") or finish:
-        takes, at_once = share_cluster(sweep, base, os.cpu_count() or 1, 0)
+    if len(records.trials) < trial_count(sweep) or records.by("running") or records.waiting() or finish:
+        takes, at_once = share_cluster(sweep, base, Cluster(((os.cpu_count() or 1, 0),)))
         needed = at_once * takes["resources.num_workers"] * takes["resources.cpus_per_worker"]  # a local Ray offers at least these
         with RunLock(RunDirectory(sweep_dir)) as lock, _quiet(), session.started(num_cpus=needed), _sigterm_as_interrupt():
-            cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-            resources, concurrent = share_cluster(sweep, base, cpus, gpus)
+            resources, concurrent = share_cluster(sweep, base, reach())
             base_here = override_recipe(base, resources)
             leave_link(sweep_dir)
             with SweepConsole(sweep, sweep_dir, trial_count(sweep), stream) as console:
@@ -141,7 +143,7 @@ def run_sweep(
                     sweep_dir,
                     budget,
                     make_halving(sweep, budget),
-                    Everyone(console, TrialBoard(sweep, sweep_dir), Gallery(sweep_dir, sweep.name), SweepGauges(sweep)),
+                    Everyone(console, TrialBoard(sweep, sweep_dir), Gallery(sweep_dir, sweep), SweepGauges(sweep)),
                     concurrent=concurrent,
                     deadline=deadline,
                     finish=finish,
@@ -149,6 +151,8 @@ def run_sweep(
                 )
                 if referee.remaining():
                     _run(referee, base_here, concurrent, trial_fn, _Events(referee, console, lock))
+                if referee.held:
+                    raise referee.held
                 out_of_time = referee.out_of_time
     records = Records(sweep_dir / "trials.jsonl")
     best = load_report(sweep_dir).best
@@ -156,30 +160,50 @@ def run_sweep(
     if record:
         (sweep_dir / "best.yaml").write_text(_best_recipe(sweep, base, record))
     trials = tuple(records.trials[n] for n in sorted(records.trials))
-    return SweepResult(sweep_dir, trials, record, records.saved(), interrupted=bool(records.by("running")), out_of_time=out_of_time)
+    return SweepResult(
+        sweep_dir, trials, record, records.saved(), interrupted=bool(records.by("running") or records.waiting()), out_of_time=out_of_time
+    )
 
 
-def open_directory(sweep: Sweep, resume: bool) -> Path:
-    """Make `<storage_path>/<name>`, or check that the sweep there is this one; caps, budgets, stops and resources may differ."""
+def open_directory(sweep: Sweep, base: Recipe, resume: bool) -> Path:
+    """Make `<storage_path>/<name>`, or check that the sweep there is this one, to go on with it.
+
+    With `resume` caps, budgets, stops and resources may differ, without it only places may. InputError says what differs, or that
+    another process runs the sweep, before anything is written.
+    """
     sweep_dir = storage_folder(sweep.storage_path).resolve() / sweep.name
-    kept = sweep_dir / "sweep.yaml"
-    if kept.exists():
-        done = len([t for t in Records(sweep_dir / "trials.jsonl").trials.values() if t.status != "running"])
-        if not resume:
-            raise InputError(
-                f"{sweep_dir} holds a sweep with {done} of {trial_count(sweep)} trials done; "
-                "type --resume to continue it (run_cap=N for more trials), or name=OTHER for a new one"
-            )
-        old = text_sweep(kept.read_text(), str(kept))
-        for field in _THE_SWEEP:
-            if getattr(old, field) != getattr(sweep, field):
-                raise InputError(f"{kept}: {field} differs from the sweep to resume; take it back, or type name=OTHER for a new sweep")
+    kept, recipe = sweep_dir / "sweep.yaml", sweep_dir / "base.yaml"
     try:
+        if kept.exists():
+            RunLock(RunDirectory(sweep_dir)).refuse_if_held()
+            _refuse_other(sweep, base, kept, recipe, resume)
         sweep_dir.mkdir(parents=True, exist_ok=True)
-        kept.write_text(dump_sweep(sweep))
+        for path, text in ((recipe, dump_recipe(base)), (kept, dump_sweep(sweep))):
+            part = path.with_name(f"{path.name}.part")
+            part.write_text(text)
+            part.replace(path)
     except OSError as error:
         raise InputError(f"{sweep_dir}: cannot be written: {error.strerror}; type storage_path=FOLDER") from None
     return sweep_dir
+
+
+def _refuse_other(sweep: Sweep, base: Recipe, kept: Path, recipe: Path, resume: bool) -> None:
+    """InputError where `kept` and `recipe`, the files of the sweep that is there, are not those of this one."""
+    old = text_sweep(kept.read_text(), str(kept))
+    changed = [field for field in Sweep.model_fields if getattr(old, field) != getattr(sweep, field)]
+    other = [field for field in changed if field in _THE_SWEEP]
+    if recipe.exists():
+        keys = recipe_diffs(load_recipe(str(recipe)).recipe, base)
+        other += [key for key in keys if not any(f"{key}.".startswith(f"{free}.") for free in _OF_THE_RECIPE)]
+    if other:
+        raise InputError(f"{kept}: {other[0]} differs from the sweep to resume; take it back, or type name=OTHER for a new sweep")
+    minor = [field for field in changed if field not in _PLACES]
+    if minor and not resume:
+        done = [t for t in Records(kept.with_name("trials.jsonl")).trials.values() if t.status != "running"]
+        raise InputError(
+            f"{kept}: {minor[0]} differs from the sweep that is there, of which {len(done)} trials are done; "
+            "type --resume to continue it so, or name=OTHER for a new one"
+        )
 
 
 def _run(referee: Referee, base: Recipe, concurrent: int, trial_fn: TrialFn, events: _Events) -> None:
@@ -196,33 +220,47 @@ def _run(referee: Referee, base: Recipe, concurrent: int, trial_fn: TrialFn, eve
             try:
                 check_here(sweep_dir, mark)
                 trial_fn(override_recipe(base, {**config["params"], **place}), run_dir)
-            except (InputError, RunFailed) as error:  # it would come again, so it is told and not raised: Tune tries again what raises
+            except Exception as error:
+                if not isinstance(error, InputError | RunFailed) and no_room(error) is None:
+                    raise
+                # it would come again, so it is told and not raised: Tune tries again what raises
                 tune.report({FAILED: f"{type(error).__name__}: {error}"})
                 return
 
-    takes, retries = {"node:__internal_head__": 0.001}, 0
+    takes = {"node:__internal_head__": 0.001}
     if sweep.task == "sample" or base.resources.num_workers == 1:  # the trial's own process does the work
         takes = {"CPU": float(base.resources.cpus_per_worker), "GPU": float(base.resources.gpus_per_worker)}
-        retries = base.resources.max_failures
-    with marked(sweep_dir, alone=True) as mark:
+    with marked(sweep_dir, alone=True) as mark, _holding(referee):
         tune.Tuner(
             tune.with_resources(trial, takes),
             tune_config=tune.TuneConfig(
                 search_alg=StudySearch(referee),
                 scheduler=ProbeScheduler(referee),
-                num_samples=referee.remaining(),
+                num_samples=-1,  # the searcher says when there are no more
                 max_concurrent_trials=concurrent,
-                trial_dirname_creator=lambda t: str(t.config["number"]),
+                trial_dirname_creator=lambda t: f"{t.config['number']}-{t.trial_id}",  # from its rung on it is another one
                 reuse_actors=True,  # a process starts and imports once, not once a trial
             ),
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(sweep_dir / ".ray"),
-                failure_config=tune.FailureConfig(max_failures=retries),
+                failure_config=tune.FailureConfig(max_failures=base.resources.max_failures),
                 callbacks=[events],
                 verbose=0,
             ),
         ).fit()
+
+
+@contextlib.contextmanager
+def _holding(referee: Referee) -> Iterator[None]:
+    """A full disk within the block, be it Tune's own file that cannot be written, holds the sweep."""
+    try:
+        yield
+    except Exception as error:
+        full = no_room(error)
+        if full is None:
+            raise
+        referee.hold(full)
 
 
 class _Events(Unpickled, tune.Callback):
@@ -238,9 +276,13 @@ class _Events(Unpickled, tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number, theirs = trial.config["number"], Path(trial.error_file)
         mine = self._referee.sweep_dir / str(number) / "error.txt"  # Tune's own goes with its temporary folder
-        mine.parent.mkdir(exist_ok=True)
-        shutil.copyfile(theirs, mine)
-        self._referee.ended(number, error=_error_line(mine))
+        with _holding(self._referee):
+            mine.parent.mkdir(exist_ok=True)
+            shutil.copyfile(theirs, mine)
+            line = _error_line(mine)
+            if full := no_room(line):
+                raise full
+            self._referee.ended(number, error=line)
 
 
 def _error_line(path: Path) -> str:

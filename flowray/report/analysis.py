@@ -16,7 +16,7 @@ from flowray.config.keys import describe
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.findings.diagnose import diagnose
 from flowray.findings.finding import ORDER
-from flowray.report.load import Arm, Sweep, Trial, finite, flat, numeric, spans_decades
+from flowray.report.load import Arm, Sweep, Trial, finite, flat, numeric, ranked, spans_decades
 
 EDGE = 0.05  # a best value within this share of the range from its end is at the edge
 CLEAR = 2.0  # gaps of this many standard errors are more than noise
@@ -76,6 +76,28 @@ class Cell:
     value: float | None
     colour: Colour
     words: str
+
+
+@dataclass(frozen=True)
+class ScaleGroup:
+    """Trials whose values compare with each other, but not with those of another group. words: what they have in common."""
+
+    label: str
+    words: str
+    numbers: tuple[int, ...]
+    best: Trial | None
+
+
+def scale_groups(sweep: Sweep) -> list[ScaleGroup]:
+    """The groups of a sweep whose trials do not all compare, each with its best trial; [] where they do."""
+    if sweep.comparable:
+        return []
+    groups = []
+    for index, (words, numbers) in enumerate(sweep.scales.items()):
+        mine = ranked([trial for trial in sweep.trials if trial.number in numbers], sweep.metric)
+        whole = [trial for trial in mine if trial.status == "finished" and trial.value(sweep.metric.name) is not None]
+        groups.append(ScaleGroup(f"{chr(65 + index)}" if index < 26 else f"{index}", words, numbers, whole[0] if whole else None))
+    return groups
 
 
 def runner_up(sweep: Sweep) -> Arm | None:

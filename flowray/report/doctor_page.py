@@ -81,7 +81,7 @@ def write_doctor_page(path: Path, data: DoctorData) -> Path:
         "consequences": consequences,
         "tiles": [(key, number_text(value), words) for key, words in TILES.items() if (value := _value(data.metrics, key)) is not None],
         "plots_shown": doctor_plots(data),
-        "rows": _rows(data.pictures),
+        "rows": _rows(data),
         "numbers": _numbers(data.metrics),
         "facts": {name: value for name, value in data.facts.items() if name not in ("notes", "nonfinite") and value is not None},
         "notes": data.facts.get("notes") or [],
@@ -169,12 +169,15 @@ def _training(data: DoctorData) -> list[Plot]:
     return plots
 
 
-def _rows(pictures: Mapping[str, np.ndarray]) -> list[GridRow]:
-    """Every kind of picture there is, known kinds first, under the logs' names."""
+def _rows(data: DoctorData) -> list[GridRow]:
+    """Every kind of picture there is, known kinds first, under the logs' names; the logs' [B], a number, stands under [C]."""
+    pictures = data.pictures
     names = [*(name for name in PICTURES if name in pictures), *(name for name in pictures if name not in PICTURES)]
     rows = []
     for name in names:
         head, sub = PICTURES.get(name, (name, ""))
+        if name == "trace_end" and (first := finite(data.metrics.get("trace/first_dz_rms"))) is not None:
+            sub = f"{sub}; [B] first |dz| rms {first:.2g}"
         shown = [data_uri("image/png", figures.png(Image.fromarray(np.asarray(picture, dtype=np.uint8)))) for picture in pictures[name]]
         if shown:
             rows.append(GridRow(head, sub, shown))

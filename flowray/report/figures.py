@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from PIL import Image
 
 from flowray.findings.baselines import Baseline, baseline
-from flowray.report.load import Series, Trial, finite, numeric, spans_decades
+from flowray.report.load import Metric, Series, Trial, finite, numeric, spans_decades
 
 BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 Points = Sequence[tuple[float, float]]
@@ -53,6 +53,9 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a `$` in a parameter value is a dollar
     "svg.hashsalt": "flowray",  # equal rows give equal bytes
 }
+
+
+_BETTER = {"minimize": "lower is better", "maximize": "higher is better"}
 
 
 def value_text(value: Any) -> str:
@@ -233,26 +236,30 @@ def _two_lines(key: str) -> str:
     return f"{key[:cut]}\n{key[cut:]}" if cut else key
 
 
-def pareto(trials: Sequence[Trial], front: Sequence[Trial], x: str, y: str) -> bytes:
-    """Two metrics of all trials against each other; the front joined, each of its trials with its number."""
+def pareto(trials: Sequence[Trial], front: Sequence[Trial], x: Metric, y: Metric, *, joined: bool = True) -> bytes:
+    """Two metrics of all trials against each other, each of the front's with its number; `joined`: the edge of what was reached."""
 
     def draw(ax: Axes) -> None:
-        points = {trial: (trial.value(x), trial.value(y)) for trial in trials}
+        points = {trial: (trial.value(x.name), trial.value(y.name)) for trial in trials}
         known = {trial: (a, b) for trial, (a, b) in points.items() if a is not None and b is not None}
         for trial, (a, b) in known.items():
             whole = trial.status == "finished"
             colour = BLUE if trial in front else MUTED
             ax.scatter(a, b, s=34, c=colour, marker="o" if whole else "x", linewidths=0.5 if whole else 1.4, zorder=3)
         edge = sorted(known[trial] for trial in front if trial in known)
-        if edge:
-            ax.plot(*zip(*edge, strict=True), color=BLUE, linewidth=1.2, zorder=2)
+        if edge and joined:  # a stair: no trial was seen to reach what a straight line would promise
+            steps = "steps-post" if x.goal == "minimize" else "steps-pre"
+            ax.plot(*zip(*edge, strict=True), color=BLUE, linewidth=1.2, zorder=2, drawstyle=steps)
+        left, down = x.goal == "minimize", y.goal == "minimize"  # the better side has neither stair nor points
+        where: dict[str, Any] = {"textcoords": "offset points", "ha": "right" if left else "left", "va": "top" if down else "bottom"}
         for trial in front:
-            ax.annotate(str(trial.number), known[trial], (5, 5), textcoords="offset points", fontsize=8.5, fontweight="bold", color=BLUE)
-        ax.set_xlabel(x)
-        ax.set_ylabel(y)
+            offset = (-3 if left else 3, -2 if down else 2)
+            ax.annotate(str(trial.number), known[trial], offset, fontsize=8.5, fontweight="bold", color=BLUE, **where)
+        ax.set_xlabel(f"{x.name}, {_BETTER[x.goal]}")
+        ax.set_ylabel(f"{y.name}, {_BETTER[y.goal]}")
         ax.margins(0.1)
 
-    return _svg("", SMALL, draw)
+    return _svg("", (5.2, 3.4), draw)
 
 
 def bars(title: str, groups: Mapping[str, Sequence[float | None]], labels: Sequence[str], base: Baseline | None, xlabel: str) -> bytes:

@@ -98,6 +98,11 @@ class Trial:
         """The key's last value: the record's, else the run's; None where missing or not finite."""
         return finite(self.metrics[key]) if key in self.metrics else self.run.last(key)
 
+    def spread(self, key: str) -> float | None:
+        """The key's standard deviation over the seeds of a finished trial, None where it had one."""
+        values = self.values(key)
+        return statistics.stdev(values) if self.status == "finished" and len(values) > 1 else None
+
     def either(self, key: str) -> float | None:
         """The EMA's value, which is what gets sampled, else the raw one."""
         ema = self.value(f"ema/{key}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from flowray.report.analysis import (
     hours,
     incomparable_words,
     log_scale,
-    noise,
     runner_up_words,
+    scale_groups,
     yaml_value,
 )
 from flowray.report.figures import Axis, value_text
@@ -75,7 +77,8 @@ def sweep_commands(sweep: Sweep) -> dict[str, str]:
         source = shlex.quote(str(sweep.settings.get("base")))
         return {"Sample with the best setting": f"python -m flowray.sample {source} {shlex.quote(prompt)} {values}"}
     if (sweep.path / "best.yaml").is_file():
-        longer = f"python -m flowray.train {shlex.quote(str(sweep.path / 'best.yaml'))} train.steps={4 * best.budget_steps}"
+        steps = 4 * best.budget_steps // (sweep.settings.get("seeds") or 1)  # a budget counts all seeds
+        longer = f"python -m flowray.train {shlex.quote(str(sweep.path / 'best.yaml'))} train.steps={steps}"
         commands["Train the best recipe longer"] = longer
     if base := sweep.settings.get("base"):
         keys = {**flat(sweep.settings.get("set")), **best.params, "name": f"{sweep.name}-best"}
@@ -97,8 +100,22 @@ def sweep_verdict(sweep: Sweep) -> str:
     params = ", ".join(f"{key}={value_text(value)}" for key, value in sweep.best.params.items())
     score = sweep.best.value(sweep.metric.name)
     arm = next((arm for arm in sweep.arms() if sweep.best in arm.trials and len(arm.values) > 1), None)
-    mean = f" (mean {arm.mean:.3g} over {len(arm.values)} seeds)" if arm else ""
-    return f"{sweep.name}: best is trial {sweep.best.number}, {sweep.metric.name} {score:.3g}{mean}, with {params}. {spent}"
+    mean = ""
+    if arm:
+        spread = f"± {statistics.stdev(arm.values):.2g} over {len(arm.values)} seeds"
+        mean = f" {spread}" if len(arm.trials) == 1 else f" (mean {arm.mean:.3g} {spread})"
+    best = f"best is trial {sweep.best.number}, {sweep.metric.name} {score:.3g}{mean}" + (f", with {params}" if params else "")
+    return f"{sweep.name}: {best}. {_front_words(sweep)}{spent}"
+
+
+def _front_words(sweep: Sweep) -> str:
+    """Of several metrics: that the best is so by the first, and which other trials are as good in their way; '' of one."""
+    if len(sweep.metrics) < 2 or sweep.best is None:
+        return ""
+    others = [str(trial.number) for trial in front(sweep) if trial is not sweep.best]
+    names = ", ".join(metric.name for metric in sweep.metrics[1:])
+    beside = f"trial {', '.join(others)} trade it for {names} (the front)" if others else f"no other finished trial is better in {names}"
+    return f"That is by the first metric; {beside}. "
 
 
 def sweep_advice(sweep: Sweep) -> list[str]:
@@ -119,12 +136,13 @@ def _context(sweep: Sweep) -> dict[str, Any]:
         "sweep": sweep,
         "card": card,
         "facts": _card_facts(sweep, card),
-        "purpose": card.get("purpose") or sweep.settings.get("description"),
+        "purpose": sweep.settings.get("description") or card.get("purpose"),
         "best": best,
         "verdict": sweep_verdict(sweep),
-        "refused": incomparable_words(sweep),
+        "groups": scale_groups(sweep),
+        "scale_of": {number: group.label for group in scale_groups(sweep) for number in group.numbers},
+        "objectives": [metric.name for metric in sweep.metrics],
         "runner_up": runner_up_words(sweep),
-        "noise": noise(sweep.arms()),
         "edges": edge,
         "diff": best_diff(sweep),
         "commands": sweep_commands(sweep),
@@ -154,7 +172,7 @@ def _plots(sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], edge: S
     key, best = sweep.metric.name, sweep.best
     important = importances(sweep) if sweep.comparable else {}
     best_front = front(sweep)
-    found: dict[str, Any] = {"curves": None, "pareto": None, "front": best_front, "slices": [], "parallel": None, "importance": None}
+    found: dict[str, Any] = {"curves": None, "pareto": [], "front": best_front, "slices": [], "parallel": None, "importance": None}
     if important:
         said = "importance: " + ", ".join(f"{name} {share:.0%}" for name, share in important.items())
         found["importance"] = make_plot(figures.shares(important), said)
@@ -165,8 +183,10 @@ def _plots(sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], edge: S
         figures.sweep_curves(f"{key} over steps", scored, best, key), f"{key} over steps of {len(scored)} trials", wide=True
     )
     if best_front:
-        x, y = (metric.name for metric in sweep.metrics[:2])
-        found["pareto"] = make_plot(figures.pareto(scored, best_front, x, y), f"{y} over {x}, the front joined")
+        alone = len(sweep.metrics) == 2
+        for x, y in itertools.combinations(sweep.metrics, 2):
+            svg = figures.pareto(scored, best_front, x, y, joined=alone)
+            found["pareto"].append(make_plot(svg, f"{y.name} over {x.name}" + (", the front joined" if alone else "")))
     at_edge = {item.key for item in edge}
     for name in varied:
         if any(name in trial.params for trial in scored):
@@ -185,9 +205,11 @@ def _parallel(sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], impo
     if len(names) < 2 or len(scored) < 2:
         return None
     axes = [Axis(name, {t: t.params.get(name) for t in scored}, log_scale(sweep, name)) for name in names]
-    values = {trial: trial.value(sweep.metric.name) for trial in scored}
-    metric = Axis(sweep.metric.name, values, upside_down=sweep.metric.goal == "minimize")
-    return make_plot(figures.parallel([*axes, metric], scored, sweep.best), f"parallel coordinates of {', '.join(names)}", wide=True)
+    metrics = [
+        Axis(metric.name, {trial: trial.value(metric.name) for trial in scored}, upside_down=metric.goal == "minimize")
+        for metric in reversed(sweep.metrics)
+    ]
+    return make_plot(figures.parallel([*axes, *metrics], scored, sweep.best), f"parallel coordinates of {', '.join(names)}", wide=True)
 
 
 def _as_probed(sweep: Sweep) -> Any:
@@ -203,22 +225,25 @@ def _card_facts(sweep: Sweep, card: dict[str, Any]) -> dict[str, str]:
     space = {key: _range_text(spec) for key, spec in _mapping(settings.get("parameters")).items() if isinstance(spec, dict)}
     workers, gpus = config.get("resources.num_workers", 1), config.get("resources.gpus_per_worker", 0)
     device = f"{gpus:g} GPU" if gpus else f"{config.get('resources.cpus_per_worker', 1)} core(s)"
+    given = ", ".join(f"{key}={value_text(value)}" for key, value in fixed.items())
     facts = {
         "EXP_ID": sweep.name,
         "TITLE": card.get("title"),
+        "PURPOSE": card.get("purpose") if settings.get("description") else "",
         "BASE": settings.get("base"),
-        "KEY_DIFFS": ", ".join(f"{key}={value_text(value)}" for key, value in fixed.items()),
+        "KEY_DIFFS": card.get("key_diffs") or given,
+        "SET": given if card.get("key_diffs") else "",
         "SEARCHED": "; ".join(f"{key} {text}" for key, text in space.items()),
         "METRIC": ", ".join(f"{metric.goal} {metric.name}" for metric in sweep.metrics),
         "METHOD": ", ".join(_method(settings)),
         "STOPS": "; ".join(_stop_texts(settings)),
         "DATASET": card.get("dataset") or config.get("card.dataset") or config.get("data.shards"),
         "HARDWARE": card.get("hardware") or (f"{workers} worker(s) of {device} a trial" if config else ""),
-        "CORE PARAMS": _core(config),
+        "CORE PARAMS": card.get("core_params") or _core(config),
         "TAGS": ", ".join(map(str, card.get("tags") or [])),
         "NOTES": card.get("notes"),
     }
-    known = {"title", "purpose", "dataset", "hardware", "tags", "notes"}
+    known = {"title", "purpose", "key_diffs", "dataset", "hardware", "core_params", "tags", "notes"}
     facts |= {name.upper(): value_text(value) for name, value in card.items() if name not in known}
     return {name: str(text) for name, text in facts.items() if text}
 
@@ -248,12 +273,13 @@ def _stop_texts(settings: dict[str, Any]) -> list[str]:
 
 
 def _range_text(spec: dict[str, Any]) -> str:
+    when = "".join(f" when {key} is {' or '.join(map(value_text, values))}" for key, values in _mapping(spec.get("when")).items())
     if "values" in spec:
-        return "{" + ", ".join(value_text(value) for value in spec["values"]) + "}"
+        return "{" + ", ".join(value_text(value) for value in spec["values"]) + "}" + when
     if "value" in spec:
-        return value_text(spec["value"])
+        return value_text(spec["value"]) + when
     log = " log" if "log" in str(spec.get("distribution")) else ""
-    return f"{value_text(spec.get('min'))} .. {value_text(spec.get('max'))}{log}"
+    return f"{value_text(spec.get('min'))} .. {value_text(spec.get('max'))}{log}{when}"
 
 
 def _evaluations(trials: Iterable[Trial]) -> list[str]:

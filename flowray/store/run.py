@@ -83,11 +83,11 @@ class RunLock:
     """Keeps two processes from writing one run. A dead owner's lock (same host: no such process; elsewhere: stale) is taken over.
 
     Whether the owner on another host lives takes up to RENEW_S to see, that it is dead up to STALE_S: a run that moves to another
-    host after a crash waits that long and goes on.
+    host after a crash waits that long and goes on. patience_s: how long to wait for a live owner to let go.
     """
 
-    def __init__(self, run: RunDirectory):
-        self._file = run.path / ".lock"
+    def __init__(self, run: RunDirectory, patience_s: float = 0.0):
+        self._file, self._patience_s = run.path / ".lock", patience_s
         self._me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
         self._left = threading.Event()
 
@@ -118,10 +118,12 @@ class RunLock:
 
     def refuse_if_held(self) -> None:
         """InputError where another live process holds the run."""
-        owner = self._owner()
-        if owner is not None and self._alive(owner):
-            where = f"process {owner['pid']} on {owner['host']}"
-            raise InputError(f"{self._file.parent}: in use by {where}; wait for it or choose another name")
+        deadline = time.monotonic() + self._patience_s
+        while (owner := self._owner()) is not None and self._alive(owner):
+            if time.monotonic() >= deadline:
+                where = f"process {owner['pid']} on {owner['host']}"
+                raise InputError(f"{self._file.parent}: in use by {where}; wait for it or choose another name")
+            time.sleep(0.2)
 
     def _keep(self) -> None:
         while not self._left.wait(RENEW_S):

@@ -29,6 +29,7 @@ Row = dict[str, float]
 Report = Callable[[Row], None]
 Outcome = Literal["finished", "stopped"]
 GRID_PROMPTS = 8
+ORPHANED_S = 90.0  # a worker that was cut off from a dead head trains on for up to a minute before Ray ends it; its successor waits
 PROBED_TOO = ("mu/abs_mean", "std/mean")  # metrics.jsonl has them of the training batch, probes.jsonl of the held-out one
 
 
@@ -46,7 +47,7 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
         run.create()
     with ExitStack() as closing:
         if group.lead:
-            closing.enter_context(RunLock(run))
+            closing.enter_context(RunLock(run, ORPHANED_S))
         state = fresh_state(recipe, group.device)
         restore_state(state, recipe, run)
         objective = group.wrap(state.objective)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from flowray.config.recipe import Recipe
 from flowray.doctor.examine import examine
-from flowray.doctor.subject import live_subject, merged_history
+from flowray.doctor.subject import live_subject, merged_history, untrained
 from flowray.findings.diagnose import diagnose
 from flowray.model.autoencoder import load_autoencoder
 from flowray.store.latents import LatentSet
@@ -20,6 +20,8 @@ from flowray.train.step import whole_batches
 class Visits:
     """Writes findings.jsonl, rows {step, findings}, the most likely cause first; stop rules and the live progress read it.
 
+    They are the findings that `flowray.doctor` has on a checkpoint of that step.
+
     A context manager around training: where that halts, the doctor comes once more, for the state is as it was before the step
     and its next batch is the one that failed.
     """
@@ -29,10 +31,14 @@ class Visits:
         self.latents, self.held_out = latents, held_out
         device = next(state.model.velocity.parameters()).device
         self.autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)
+        # A start from nothing still holds the weights of step 0; a resumed run makes them again.
+        initial = {name: p.detach() for name, p in state.parameters.items()} if state.step == 0 else untrained(recipe)[1]
+        self._initial = {name: x.to("cpu", copy=True) for name, x in initial.items()}
         self._rows = RowWriter(run.findings, state.step)
 
     def visit(self) -> None:
         """Examine the run as it is now."""
+        strip = self.run.samples / f"step_{self.state.step:06d}.png"
         subject = live_subject(
             self.state,
             self.recipe,
@@ -41,6 +47,8 @@ class Visits:
             held_out=self.held_out,
             autoencoder=self.autoencoder,
             history=merged_history(self.run),
+            initial=self._initial,
+            strip=strip if strip.is_file() else None,
         )
         seen = examine(subject)
         findings = diagnose(seen.metrics, seen.facts, seen.history)

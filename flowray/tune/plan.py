@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,32 @@ from flowray.config.recipe import Recipe
 from flowray.config.sweep import Hyperband, Sweep
 from flowray.config.sweepfile import plain_parameter
 from flowray.store.run import storage_folder
+from flowray.tune.halving import milestones
 from flowray.tune.records import Records
 from flowray.tune.space import trial_count
 from flowray.tune.warm import earlier_trials
 
 GIB = 2**30
+Node = tuple[int, int]  # CPUs, GPUs
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines that a sweep may use: of each its CPUs and GPUs.
+
+    drivers: how many trials of several workers may run at once, as each has a driver on the head; None: no bound.
+    """
+
+    nodes: tuple[Node, ...]
+    drivers: int | None = None
+
+    @property
+    def cpus(self) -> int:
+        return sum(cpus for cpus, _ in self.nodes)
+
+    @property
+    def gpus(self) -> int:
+        return sum(gpus for _, gpus in self.nodes)
 
 
 def longest(sweep: Sweep, base: Recipe) -> int:
@@ -31,11 +53,12 @@ def longest(sweep: Sweep, base: Recipe) -> int:
     return int(max(spec.get("values") or [spec.get("max", spec.get("value"))]))
 
 
-def share_cluster(sweep: Sweep, base: Recipe, cpus: int, gpus: int) -> tuple[dict[str, Any], int]:
-    """What each trial takes, as recipe overrides, and how many run at once; `auto` parts follow from the cluster's CPUs and GPUs.
+def share_cluster(sweep: Sweep, base: Recipe, cluster: Cluster) -> tuple[dict[str, Any], int]:
+    """What each trial takes, as recipe overrides, and how many run at once; `auto` parts follow from the cluster's nodes.
 
-    auto: a GPU for each worker where there are any; as many workers as the GPUs allow, else one; the CPUs in equal parts; as many trials
-    as then fit. At least one of each, for a cluster that grows when it is asked. Pictures of a trained run have one worker.
+    auto: a GPU for each worker where there are any; as many workers as the GPUs allow, else one; the CPUs in equal parts, none larger
+    than a node holds; as many trials as then fit. At least one of each, for a cluster that grows when it is asked, and never more trials
+    than there are, nor more drivers than the head has memory for. Pictures of a trained run have one worker.
     """
 
     def pick(name: str, auto: float) -> Any:
@@ -43,35 +66,44 @@ def share_cluster(sweep: Sweep, base: Recipe, cpus: int, gpus: int) -> tuple[dic
         return auto if value == "auto" else getattr(base.resources, name) if value is None else value
 
     slots = None if sweep.max_concurrent == "auto" else sweep.max_concurrent
-    per_gpu = pick("gpus_per_worker", 1 if gpus else 0)
-    workers = pick("num_workers", max(1, gpus // (slots or gpus)) if gpus and per_gpu else 1)
+    per_gpu = pick("gpus_per_worker", 1 if cluster.gpus else 0)
+    places = int(cluster.gpus // per_gpu) if per_gpu else 0
+    workers = pick("num_workers", max(1, places // (slots or places)) if places else 1)
     workers = 1 if sweep.task == "sample" else workers
-    per_cpu = pick("cpus_per_worker", max(1, cpus // (workers * (slots or max(1, gpus)))))
-    fits = min(cpus // (workers * per_cpu), gpus // (workers * per_gpu) if per_gpu else cpus)
+    share = cluster.cpus // (workers * (slots or max(1, places)))
+    per_cpu = pick("cpus_per_worker", max(1, min(share, _room(cluster, per_gpu))))
+    fits = sum(int(min(cpus // per_cpu, gpus // per_gpu if per_gpu else cpus)) for cpus, gpus in cluster.nodes) // workers
+    fits = slots or max(1, fits)
+    if workers > 1 and cluster.drivers is not None:
+        fits = min(fits, cluster.drivers)
     chosen = {"resources.num_workers": workers, "resources.cpus_per_worker": per_cpu, "resources.gpus_per_worker": per_gpu}
-    return chosen, min(slots or max(1, int(fits)), trial_count(sweep))
+    return chosen, min(fits, trial_count(sweep))
+
+
+def _room(cluster: Cluster, per_gpu: float) -> int:
+    """CPUs that a worker can have on one node: beside its GPUs on every node that has them, without GPUs on the largest."""
+    if not per_gpu:
+        return max((cpus for cpus, _ in cluster.nodes), default=0)
+    return min((int(cpus // (gpus // per_gpu)) for cpus, gpus in cluster.nodes if gpus >= per_gpu), default=cluster.cpus)
 
 
 def rungs_and_steps(sweep: Sweep, trials: int, steps: int) -> tuple[list[int], int]:
     """(rungs of halving, steps that it lets the first seeds train if every rung keeps its best 1/eta and the other seeds follow)."""
-    halving, rungs = sweep.early_terminate, []
+    halving = sweep.early_terminate
     if not isinstance(halving, Hyperband):
         return [], trials * steps * sweep.seeds
-    rung = float(halving.min_iter)
-    while rung < steps:
-        rungs.append(int(rung))
-        rung *= halving.eta
+    rungs = milestones(halving, steps)
     ends = [*rungs, steps]
     parts = [trials * halving.eta**-i * (end - start) for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
     left = trials * halving.eta ** -len(rungs)
     return rungs, round(sum(parts) + left * steps * (sweep.seeds - 1))
 
 
-def make_plan(sweep: Sweep, base: Recipe, *, cpus: int, gpus: int, checkpoint_bytes: int = 0) -> dict[str, Any]:
+def make_plan(sweep: Sweep, base: Recipe, cluster: Cluster, *, checkpoint_bytes: int = 0) -> dict[str, Any]:
     """The plan: space, trials, halving, resources, hours at most and storage. checkpoint_bytes: of one checkpoint of a trial."""
     trials, steps = trial_count(sweep), longest(sweep, base)
     rungs, expected = rungs_and_steps(sweep, trials, steps)
-    takes, concurrent = share_cluster(sweep, base, cpus, gpus)
+    takes, concurrent = share_cluster(sweep, base, cluster)
     at_most = trials * steps * sweep.seeds
     kept = trials * sweep.seeds * base.train.keep_checkpoints * checkpoint_bytes if sweep.task == "train" else 0
     return {
@@ -95,7 +127,7 @@ def make_plan(sweep: Sweep, base: Recipe, *, cpus: int, gpus: int, checkpoint_by
         "budget_steps": steps,
         "steps_at_most": at_most,
         "steps_expected": expected,
-        "cluster": {"cpus": cpus, "gpus": gpus},
+        "cluster": {"cpus": cluster.cpus, "gpus": cluster.gpus, "nodes": len(cluster.nodes)},
         "takes": takes,
         "concurrent": concurrent,
         "time_budget_s": sweep.time_budget,

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -21,7 +21,8 @@ class TrialRecord:
     """One trial. `stopped_by` says in words why it was stopped, `error` why it failed; `seconds` is wall time over all sessions.
 
     Steps are counted over all seeds. repeats: the last probe's metrics of each seed, where a trial has several; `metrics` is then the
-    mean over the seeds that are through (the first alone until then), `noise` the standard deviation over them.
+    mean over the seeds that are through (the first alone until then), `noise` the standard deviation over them. waits: a rung stopped
+    it, and it goes on from there once it is among the best.
     """
 
     trial: int
@@ -35,6 +36,7 @@ class TrialRecord:
     error: str | None = None
     repeats: list[dict[str, float | None]] = field(default_factory=list)
     noise: dict[str, float] = field(default_factory=dict)
+    waits: bool = False
 
     def see(self, row: Mapping[str, Any], seeds: int = 1) -> None:
         """Take over the step and the metrics of a newer probe row; `repeat` in it says which of the `seeds` it is from."""
@@ -68,19 +70,28 @@ class Records:
     def __init__(self, path: Path):
         self.path = path
         self.trials: dict[int, TrialRecord] = {row["trial"]: TrialRecord(**row) for row in read_rows(path)}
+        self._lines: dict[int, str] = {}  # the trials as they were last written: most of hundreds have ended and change no more
 
-    def save(self) -> None:
-        """Rewrite the file in one step: a reader sees the old rows or the new ones, never half of them."""
+    def save(self, *changed: int) -> None:
+        """Rewrite the file in one step: a reader, or a session after a crash, sees the old rows or the new ones, never half of them.
+
+        changed: the trials that differ from the last save, where the caller knows; without them all are taken to.
+        """
+        for number in [*(changed or self.trials), *(self.trials.keys() - self._lines.keys())]:
+            self._lines[number] = json.dumps(vars(self.trials[number]), allow_nan=False) + "\n"
         part = self.path.with_name(self.path.name + ".part")
         with part.open("w") as file:
-            for number in sorted(self.trials):
-                file.write(json.dumps(asdict(self.trials[number]), allow_nan=False) + "\n")
+            file.writelines(self._lines[number] for number in sorted(self.trials))
             file.flush()
             os.fsync(file.fileno())
         part.replace(self.path)
 
     def by(self, status: Status) -> list[TrialRecord]:
         return [self.trials[n] for n in sorted(self.trials) if self.trials[n].status == status]
+
+    def waiting(self) -> list[int]:
+        """The trials that wait at a rung."""
+        return [trial.trial for trial in self.by("stopped") if trial.waits]
 
     def saved(self) -> float:
         """Share of the full-budget steps that early stopping saved, over finished and stopped trials."""

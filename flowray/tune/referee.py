@@ -10,13 +10,15 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from optuna.trial import FrozenTrial, TrialState
 
 from flowray.config.errors import InputError
 from flowray.config.sweep import Sweep
 from flowray.store.rows import read_rows
+from flowray.store.run import RunDirectory
+from flowray.tune.halving import Halving
 from flowray.tune.records import Records, Status, TrialRecord
 from flowray.tune.space import Params, trial_count
 from flowray.tune.stop import Watch
@@ -24,13 +26,6 @@ from flowray.tune.study import REASON, SweepStudy
 
 GIVE_UP = 3  # where the first trials of a session have all failed, the rest would too
 _FINAL: dict[TrialState, Status] = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
-
-
-class Halving(Protocol):
-    """Successive halving over trial numbers."""
-
-    def judge(self, number: int, step: int, value: float) -> str | None:
-        """Record the value at its rung; why the trial should stop there, in words, or None."""
 
 
 class Audience(Protocol):
@@ -41,6 +36,13 @@ class Audience(Protocol):
     def probed(self, trial: TrialRecord) -> None: ...
 
     def ended(self, trial: TrialRecord) -> None: ...
+
+
+class Stop(NamedTuple):
+    """Why a trial stops, and whether it only waits at its rung."""
+
+    why: str
+    waits: bool
 
 
 class Referee:
@@ -72,8 +74,15 @@ class Referee:
         self._clock: dict[int, float] = {}
         self._ended = self._failed = 0  # in this session
         self._paused: set[int] = set()
+        self.held: OSError | None = None
+        named = (*(metric.name for metric in sweep.objectives), *(rule.metric or "" for rule in sweep.stop))
+        self._on_losses = any(name.startswith("loss/") for name in named)
+        for record in self.records.trials.values():
+            if record.waits:  # before a trial that was left without its parameters is given them
+                self._study.wait(record.trial)
         self._queue: deque[tuple[int, Params]] = deque(self._study.unfinished())
         self._finishing: dict[int, TrialRecord] = {}
+        self._told: set[int] = set()  # trials to finish of which the study has heard that they were stopped
         self._replay()
         if self.records.trials:
             self.records.save()
@@ -85,61 +94,112 @@ class Referee:
     def out_of_time(self) -> bool:
         return time.monotonic() >= self._deadline
 
+    def hold(self, error: OSError) -> None:
+        """Nothing can be written: no trial begins from now on and running ones pause, to be continued by a later session."""
+        self.held = self.held or error
+
+    @property
+    def _no_more(self) -> bool:
+        """Whether this session hands out nothing more, whatever is left."""
+        return self._failed == self._ended >= GIVE_UP or self.out_of_time or self.held is not None
+
     def remaining(self) -> int:
-        """How many trials are still to be handed out."""
+        """How many trials are still to begin, or to be continued from an earlier session."""
         return len(self._queue) + (0 if self._finishing else max(0, trial_count(self.sweep) - len(self.records.trials)))
 
     def next(self) -> tuple[int, Params] | None:
-        """The next trial's number and parameters: those left unfinished first; None when there are no more."""
-        if self._failed == self._ended >= GIVE_UP or self.out_of_time or not self.remaining():
+        """The next trial's number and parameters: those left unfinished first, then those that go on from their rung, then new ones;
+        None where there is none now (see `may_promote`).
+        """
+        if self._no_more:
             return None
-        number, params = self._queue.popleft() if self._queue else self._study.ask()
-        budget = self.budget_steps * self.sweep.seeds
-        record = self.records.trials.setdefault(number, TrialRecord(number, params, budget_steps=budget))
+        if self._queue:
+            number, params = self._queue.popleft()
+        elif (again := self._promoted()) is not None:
+            number, params = again, self.records.trials[again].params
+            self._go_on(self.records.trials[again])
+        elif self.remaining():
+            number, params = self._study.ask()
+        else:
+            self._settle()
+            return None
+        record = self._record(number, params)
         record.status = "running"
         self._watches.setdefault(number, self._watch())
         self._clock[number] = time.monotonic() - record.seconds
-        self.records.save()
+        self.records.save(number)
         self._audience.started(record)
         return number, params
+
+    def may_promote(self) -> bool:
+        """Whether a trial that waits at a rung may go on once one that runs has got further."""
+        return self._halving is not None and not (self._no_more or self._finishing) and bool(self.records.by("running"))
+
+    def _promoted(self) -> int | None:
+        """The trial that belongs on from the rung it waits at. Where no trial came through, the most promising one does in the end."""
+        waiting = self.records.waiting()
+        if self._halving is None or self._finishing or not waiting:
+            return None
+        last = not (self.remaining() or self.records.by("running") or self.records.by("finished"))
+        return self._halving.promote(waiting, last=last)
+
+    def _go_on(self, record: TrialRecord) -> None:
+        record.stopped_by, record.waits = None, False
+        self._study.go_on(record.trial)
+
+    def _settle(self) -> None:
+        """Tell the study of the trials that wait, where none of them goes on any more."""
+        if self._finishing or self.records.by("running"):
+            return
+        for number in self.records.waiting():
+            record = self.records.trials[number]
+            self._study.stop(number, record.stopped_by or "")
+            record.waits = False
+            self.records.save(number)
 
     def see(self, number: int, row: Mapping[str, Any]) -> bool:
         """A probe row (`step`, `budget_steps`, metrics; `repeat`, which seed) of a running trial; True when the trial is to be stopped."""
         record = self.records.trials[number]
-        if "step" in row and self._place(record, row) > record.last_step:
-            why = self._judge(record, self._watches[number], row)
-            record.stopped_by = None if number in self._finishing else why
+        if "step" in row and (place := self._place(record, row)) > record.last_step:
+            for new in (*self._unheard(record, place), row):
+                stop = self._judge(record, self._watches[number], new)
+                if stop and number not in self._finishing:
+                    record.stopped_by, record.waits = stop
+                    break
             record.seconds = time.monotonic() - self._clock[number]
-            self.records.save()
+            self.records.save(number)
             self._audience.probed(record)
-        if record.stopped_by is None and record.last_step < record.budget_steps and self.out_of_time:
+        if record.stopped_by is None and record.last_step < record.budget_steps and (self.out_of_time or self.held):
             self._paused.add(number)
         return record.stopped_by is not None or number in self._paused
 
     def ended(self, number: int, error: str | None = None) -> None:
         """The trial runs no more: finished, stopped by `see` (also to pause), or failed with `error` (one line)."""
         record = self.records.trials[number]
-        if number in self._paused and error is None:
-            self.records.save()
-            self._audience.ended(record)
-            return
+        if error is None and record.stopped_by is None:
+            if number not in self._paused:
+                for row in self._unheard(record):
+                    self._judge(record, self._watches[number], row)
+            if number in self._paused or (self.held and record.last_step < record.budget_steps):
+                self.records.save(number)
+                self._audience.ended(record)
+                return
         values = [record.metrics.get(metric.name) for metric in self.sweep.objectives]
         if error is None and record.stopped_by is None:
             error = self._unfinished(record, values)
         if record.stopped_by is not None:
-            record.status = "stopped"
-            self._study.stop(number, record.stopped_by)
+            self._stopped(record)
         elif error is not None:
             record.status, record.error = "failed", error
-            if number not in self._finishing:
+            if number not in self._told:
                 self._study.fail(number, error)
         else:
             record.status, told = "finished", [value for value in values if value is not None]
-            (self._study.finish_later if number in self._finishing else self._study.finish)(number, *told)
+            (self._study.finish_later if number in self._told else self._study.finish)(number, *told)
         self._ended += 1
         self._failed += record.status == "failed"
         record.seconds = time.monotonic() - self._clock[number]
-        self.records.save()
+        self.records.save(number)
         self._audience.ended(record)
 
     def _unfinished(self, record: TrialRecord, values: Sequence[float | None]) -> str | None:
@@ -155,6 +215,10 @@ class Referee:
             stopped = [str(trial.trial) for trial in self.records.by("stopped")]
             what = f"its state is {record.status}" if record else "there is no such trial"
             raise InputError(f"--finish {number}: {what}; stopped trials: {', '.join(stopped) or 'none'}")
+        if record.waits:
+            self._go_on(record)
+        else:
+            self._told.add(number)
         record.stopped_by = None
         self._watches[number] = Watch((), self.sweep.metric.name)
         return record
@@ -167,20 +231,57 @@ class Referee:
         budget = int(row.get("budget_steps", record.budget_steps // self.sweep.seeds))
         return int(row.get("repeat", 0)) * budget + int(row["step"])
 
-    def _judge(self, record: TrialRecord, watch: Watch, row: Mapping[str, Any]) -> str | None:
+    def _stopped(self, record: TrialRecord) -> None:
+        record.status = "stopped"
+        if record.waits:
+            self._study.wait(record.trial)
+        else:
+            self._study.stop(record.trial, record.stopped_by or "")
+
+    def _judge(self, record: TrialRecord, watch: Watch, row: Mapping[str, Any]) -> Stop | None:
         """Take the row over everywhere; why to stop, or None. At the last step, and after the first seed, there is nothing to judge."""
-        record.see(row, self.sweep.seeds)
+        if self._place(record, row) > record.last_step:
+            record.see(row, self.sweep.seeds)
         step, value = int(row["step"]), row.get(self.sweep.metric.name)
         if row.get("repeat", 0):
             return None
-        if value is not None and record.trial not in self._finishing:
+        if value is not None and record.trial not in self._told:
             self._study.report(record.trial, step, value)
-        why = watch.feed(self._with_findings(record.trial, row))
+        why, rung = watch.feed(self._with_findings(record.trial, row)), self._compare(record, row)
         if step >= record.budget_steps // self.sweep.seeds:
             return None
-        if self._halving and value is not None:
-            why = why or self._halving.judge(record.trial, step, value)
-        return why
+        return Stop(why, False) if why else Stop(rung, True) if rung else None
+
+    def _compare(self, record: TrialRecord, row: Mapping[str, Any]) -> str | None:
+        """Why to stop by what compares trials with each other. It sees every row of a first seed, also of one that a rule stops."""
+        value, step = row.get(self.sweep.metric.name), int(row["step"])
+        over = row.get("repeat", 0) or step >= record.budget_steps // self.sweep.seeds
+        if self._halving is None or over or value is None or not math.isfinite(value):
+            return None
+        return self._halving.judge(record.trial, step, value)
+
+    def _record(self, number: int, params: Params) -> TrialRecord:
+        budget = int(params.get("train.steps", self.budget_steps)) * self.sweep.seeds
+        return self.records.trials.setdefault(number, TrialRecord(number, params, budget_steps=budget))
+
+    def _rows(self, record: TrialRecord) -> list[dict[str, Any]]:
+        """The trial's probe rows on disk, of all seeds."""
+        runs = [repeat_dir(self.sweep_dir / str(record.trial), repeat) for repeat in range(self.sweep.seeds)]
+        return [{**row, "repeat": repeat} for repeat, run in enumerate(runs) for row in read_rows(RunDirectory(run).probes)]
+
+    def _unheard(self, record: TrialRecord, before: float = math.inf) -> list[dict[str, Any]]:
+        """Rows that the trial wrote and could not report, up to the place `before`, as its process was killed in between."""
+        return self._as_reported(record, [row for row in self._rows(record) if record.last_step < self._place(record, row) < before])
+
+    def _as_reported(self, record: TrialRecord, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows from the disk as the trial reports them: the losses of a step stand in metrics.jsonl, and NaN is kept as null."""
+        losses: dict[tuple[int, int], dict[str, Any]] = {}
+        for repeat in {row["repeat"] for row in rows}:
+            run = RunDirectory(repeat_dir(self.sweep_dir / str(record.trial), repeat))
+            for row in read_rows(run.metrics):
+                losses[repeat, row["step"]] = {key: value for key, value in row.items() if key.startswith("loss/")}
+        whole = [{**row, **losses.get((row["repeat"], row["step"]), {})} for row in rows]
+        return [{key: math.nan if value is None else value for key, value in row.items()} for row in whole]
 
     def _with_findings(self, number: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The probe row with what the doctor found at its step, where a rule asks for it and the doctor came."""
@@ -190,33 +291,61 @@ class Referee:
         return next(({**row, "findings": visit["findings"]} for visit in visits if visit["step"] == row["step"]), row)
 
     def _replay(self) -> None:
-        """Bring the records in line with the study, and the rungs, watches and intermediate values with the probe rows."""
-        running = dict(self._queue)
-        finished = self._study.finished_later()
-        for frozen in self._study.trials():
+        """Bring the records in line with the study, and the rungs, watches and intermediate values with the probe rows.
+
+        What the earlier sessions judged comes first, for all trials, and no decision of theirs is taken again: so the rungs stand as they
+        stood. Then comes what was written and not heard, as if it were reported now; it may stop a trial that was left running.
+        """
+        running, finished, states = dict(self._queue), self._study.finished_later(), self._study.trials()
+        if lost := sorted(self.records.trials.keys() - {frozen.number for frozen in states}):
+            what = f"lacks trial {lost[0]}, which {self.records.path.name} has"
+            raise InputError(f"{self._study.path}: {what}; put back a copy of it, or type name=OTHER for a new sweep")
+        for frozen in states:
             if frozen.state == TrialState.WAITING:
                 continue
-            params = running.get(frozen.number, frozen.params)
-            budget = self.budget_steps * self.sweep.seeds
-            record = self.records.trials.setdefault(frozen.number, TrialRecord(frozen.number, params, budget_steps=budget))
-            rows = read_rows(repeat_dir(self.sweep_dir / str(frozen.number), 0) / "probes.jsonl")
+            known = frozen.number in self.records.trials
+            record = self.records.trials.get(frozen.number)
+            record = record or self._record(frozen.number, running.get(frozen.number) or self._study.params(frozen))
             if frozen.number in running:
-                watch = self._watches[frozen.number] = self._watch()
-                record.last_step = 0
-                for row in rows:
-                    self._judge(record, watch, row)
-                for repeat in range(1, self.sweep.seeds):
-                    for row in read_rows(repeat_dir(self.sweep_dir / str(frozen.number), repeat) / "probes.jsonl"):
-                        self._judge(record, watch, {**row, "repeat": repeat})
-                record.status, record.stopped_by = "running", None  # only a stop that the study was told of counts
-                continue
-            record.status = "finished" if frozen.number in finished else _FINAL[frozen.state]
-            record.stopped_by = frozen.user_attrs.get(REASON) if record.status == "stopped" else None
-            if self._halving:
-                for row in rows:
-                    value = row.get(self.sweep.metric.name)
-                    if value is not None and row["step"] < record.budget_steps // self.sweep.seeds:
-                        self._halving.judge(frozen.number, row["step"], value)
+                waits = known and record.status == "stopped" and record.waits
+                record.status = "stopped" if waits else "running"
+                heard: float = record.last_step
+                self._watches[frozen.number] = self._watch()
+            else:
+                record.status, record.waits = "finished" if frozen.number in finished else _FINAL[frozen.state], False
+                record.stopped_by = frozen.user_attrs.get(REASON) if record.status == "stopped" else None
+                if record.status == "failed":
+                    record.error = record.error or frozen.user_attrs.get(REASON)
+                heard = self._last_heard(record, frozen, known=known)
+            rows = [row for row in self._rows(record) if self._place(record, row) <= heard]
+            late = any(self._place(record, row) > record.last_step for row in rows)  # the account is behind the study
+            for row in self._as_reported(record, rows) if late or self._on_losses else rows:
+                if frozen.number in running:
+                    self._judge(record, self._watches[frozen.number], row)
+                    continue
+                if self._place(record, row) > record.last_step:
+                    record.see(row, self.sweep.seeds)
+                self._compare(record, row)
+        for number in running:
+            if self.records.trials[number].status == "running":
+                self._catch_up(self.records.trials[number])
+        self._queue = deque((number, params) for number, params in self._queue if self.records.trials[number].status == "running")
+
+    def _last_heard(self, record: TrialRecord, frozen: FrozenTrial, *, known: bool) -> float:
+        """Up to which place the rows of a trial that has ended were judged; a stopped one may have gone on a little."""
+        told = frozen.last_step or 0
+        if record.status == "finished" or not (known or told):
+            return math.inf
+        return max(told, record.last_step)
+
+    def _catch_up(self, record: TrialRecord) -> None:
+        """Judge what an unfinished trial wrote and nobody heard; stop it where that, or what was heard last, says so."""
+        for row in self._unheard(record):
+            if record.stopped_by is None and (stop := self._judge(record, self._watches[record.trial], row)):
+                record.stopped_by, record.waits = stop
+        if record.stopped_by is not None:
+            self._stopped(record)
+            self._audience.ended(record)
 
 
 def repeat_dir(run_dir: Path, repeat: int) -> Path:

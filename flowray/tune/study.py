@@ -6,17 +6,22 @@ repeats the draws of the first session nor depends on where that one ended.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import json
+import time
+from collections.abc import Container, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.study import Study, StudyDirection
+from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
+from flowray.config.errors import InputError
 from flowray.config.sweep import Sweep
 from flowray.tune.samplers import Setting, make_sampler
 from flowray.tune.space import Params, as_categories, from_priors, grid, suggest
@@ -24,27 +29,63 @@ from flowray.tune.space import Params, as_categories, from_priors, grid, suggest
 REASON = "flowray"  # the user attribute that holds why a trial ended as it did
 FROM = "flowray:from"  # that of a trial of an earlier sweep: which one
 FINISHES = "flowray:finishes"  # that of the value of a stopped trial that was finished later: its number
+LOCK_S = 2.0  # a lock of the journal lasts milliseconds; one that stays so long belonged to a killed process
+
+
+class Journal(JournalFileBackend):
+    """Optuna's journal file, where an entry that a full disk cut off does not stay: the next one would join it and spoil the file."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path))
+        self._path = path
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        try:
+            super().append_logs(logs)
+        except OSError:
+            drop_torn_line(self._path)
+            raise
+
+
+class _Told(Study):
+    """A study whose sampler learns from the trials that wait at a rung as if they had been pruned there."""
+
+    waiting: frozenset[int] = frozenset()
+
+    def _get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False) -> list[FrozenTrial]:
+        trials = super()._get_trials(deepcopy, None, use_cache)
+        seen = [_as_pruned(trial) if trial.number in self.waiting else trial for trial in trials]
+        return seen if states is None else [trial for trial in seen if trial.state in states]
+
+
+def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
+    pruned = copy.copy(trial)
+    pruned.state = TrialState.PRUNED
+    if trial.last_step is not None:
+        pruned.values = [trial.intermediate_values[trial.last_step]]
+    return pruned
 
 
 class SweepStudy:
-    """The study of one sweep; `path` is the journal file, made if it is not there.
+    """The study of one sweep; `path` is the journal file, made if it is not there. What a killed writer left in its way is removed.
 
     earlier: trials of earlier sweeps that the sampler learns from. They have numbers in the study, but are not trials of the sweep.
+    InputError where the journal is spoilt.
     """
 
     def __init__(self, sweep: Sweep, path: Path, *, concurrent: int = 1, earlier: Sequence[FrozenTrial] = ()):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        _drop_torn_line(path)
-        self._sweep, self._concurrent = sweep, concurrent
+        drop_torn_line(path)
+        _free_lock(path)
+        self.path, self._sweep, self._concurrent = path, sweep, concurrent
         directions = [StudyDirection.MINIMIZE if m.goal == "minimize" else StudyDirection.MAXIMIZE for m in sweep.objectives]
-        self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(path))),
-            study_name=sweep.name,
-            directions=directions,
-            sampler=self._sampler(0),
-            pruner=optuna.pruners.NopPruner(),
-            load_if_exists=True,
-        )
+        sampler, pruner = self._sampler(0), optuna.pruners.NopPruner()
+        try:
+            storage = JournalStorage(Journal(path))
+            optuna.create_study(storage=storage, study_name=sweep.name, directions=directions, load_if_exists=True)
+            self._study = _Told(sweep.name, storage, sampler=sampler, pruner=pruner)
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{path}: cannot be read: {error}; put back a copy of it, or type name=OTHER for a new sweep") from error
         self._live: dict[int, Trial] = {}
         if not self.trials():
             there = {t.user_attrs.get(FROM) for t in self._all()}  # some, where a session was killed just here
@@ -53,7 +94,7 @@ class SweepStudy:
                     self._study.add_trial(trial)
 
     def _all(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
+        return Study._get_trials(self._study, deepcopy=False)  # as they stand, also those that wait
 
     def trials(self) -> list[FrozenTrial]:
         """Every trial of the sweep as it stands in the journal."""
@@ -82,6 +123,10 @@ class SweepStudy:
             self._live[frozen.number] = Trial(self._study, frozen._trial_id)
         return [(t.number, suggest(self._live[t.number], self._sweep.parameters)) for t in left]
 
+    def params(self, trial: FrozenTrial) -> Params:
+        """What a trial that has ended was given, as the recipe takes it."""
+        return suggest(FixedTrial(trial.params), self._sweep.parameters)
+
     def report(self, number: int, step: int, value: float) -> None:
         """An intermediate value; a step that has one keeps it. With several metrics a study has none."""
         if self._sweep.more_metrics:
@@ -104,8 +149,17 @@ class SweepStudy:
 
     def stop(self, number: int, why: str) -> None:
         """PRUNED: Optuna takes the last reported value as the trial's, at its step, and ranks it below trials that went further."""
+        self.go_on(number)
         self._live[number].set_user_attr(REASON, why)
         self._study.tell(number, state=TrialState.PRUNED)
+
+    def wait(self, number: int) -> None:
+        """The trial waits at a rung: running for the journal, and pruned there for the sampler."""
+        self._study.waiting |= {number}
+
+    def go_on(self, number: int) -> None:
+        """The trial waits no more."""
+        self._study.waiting -= {number}
 
     def fail(self, number: int, why: str) -> None:
         self._live[number].set_user_attr(REASON, why)
@@ -132,12 +186,26 @@ class SweepStudy:
         return make_sampler(self._sweep.sampler, Setting(seed, self._sweep.startup_trials, self._concurrent))
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut an incomplete last line off the journal: the next append would join it and make the file unreadable."""
+def drop_torn_line(path: Path) -> None:
+    """Cut what is not a whole entry off the end of the journal: the next one would join it and make the file unreadable."""
     if not path.exists():
         return
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
+    last = data.rfind(b"\n", 0, max(0, whole - 1)) + 1
+    try:
+        json.loads(data[last:whole] or b"0")
+    except ValueError:
+        whole = last
     if whole < len(data):
         with path.open("r+b") as file:
             file.truncate(whole)
+
+
+def _free_lock(path: Path) -> None:
+    """Remove the lock that a killed writer left: Optuna would wait for half a minute, and for ever once the folder was moved."""
+    lock = path.with_name(f"{path.name}.lock")
+    deadline = time.monotonic() + LOCK_S
+    while lock.is_symlink() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    lock.unlink(missing_ok=True)

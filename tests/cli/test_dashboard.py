@@ -66,7 +66,7 @@ def test_a_missing_optuna_dashboard_is_one_line_with_what_to_install(sweep: Path
     assert main([str(sweep), "--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "pip install" in line] == [
-        "optuna-dashboard is not installed; to see the study and the trials' pictures: pip install optuna-dashboard"
+        "optuna-dashboard is not installed; to see the study and the trials' pictures: pip install 'flowray[dashboard]'"
     ]
     assert any(line.startswith("TensorBoard ") for line in lines)
 

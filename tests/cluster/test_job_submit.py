@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from heads import BIN, Head, agent_ports, running_head
 from support import tiny_recipe
 
 from flowray.config.load import dump_recipe
@@ -27,129 +21,13 @@ from flowray.config.load import dump_recipe
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-JOB_S = 900  # a job, on a slow machine
-SHORT = ["run_cap=2", "max_concurrent=1"]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-@dataclass
-class Head:
-    """A running head. folder holds: shared/ (FLOWRAY_STORAGE and where Ray was started), home/.ray/auth_token."""
-
-    folder: Path
-    port: int
-    dashboard: int
-    metrics: int
-    environment: dict[str, str]
-    files: Path  # Ray's own
-
-    @property
-    def shared(self) -> Path:
-        return self.folder / "shared"
-
-    @property
-    def token(self) -> str:
-        return Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-
-    def ray(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        command = [str(BIN / "ray"), *arguments]
-        return subprocess.run(command, cwd=self.folder, env=self.environment | environment, capture_output=True, text=True, timeout=JOB_S)
-
-    def submit(self, name: str, *command: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-        address = f"http://127.0.0.1:{self.dashboard}"
-        return self.ray("job", "submit", "--address", address, "--submission-id", name, *options, "--", *command)
-
-    def command(self, module: str, *arguments: str) -> subprocess.CompletedProcess:
-        """`python -m module`, on the head's machine, pointed at the cluster."""
-        there = self.environment | {"RAY_ADDRESS": f"{own_address()}:{self.port}"}
-        command = [sys.executable, "-m", module, *arguments]
-        return subprocess.run(command, cwd=self.folder, env=there, capture_output=True, text=True, timeout=JOB_S)
-
-    def get(self, path: str, token: str | None) -> tuple[int, str]:
-        """(status, body) of the dashboard's answer."""
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        request = urllib.request.Request(f"http://127.0.0.1:{self.dashboard}{path}", headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-
-def offspring(mark: str) -> list[int]:
-    """Live processes whose environment holds `mark`."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
+SHORT = ["run_cap=2", "points=[]", "max_concurrent=1"]
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> Iterator[Head]:
-    """`python -m flowray.cluster head`, in a folder of its own, gone with all that it started after the module."""
-    folder = tmp_path_factory.mktemp("cluster")
-    files = Path(tempfile.mkdtemp(prefix="frc-"))  # Ray's; short, for its sockets
-    port, dashboard, metrics, agent = free_ports(4)
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "FLOWRAY_"))}
-    token = folder / "home" / ".ray" / "auth_token"
-    environment = kept | {
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "HOME": str(folder / "home"),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_agent_register_timeout_ms": "120000",
-        "FLOWRAY_STORAGE": str(folder / "shared"),
-        "FLOWRAY_CACHE": str(folder / "shared" / ".cache"),
-        "FLOWRAY_CLUSTER_TEST": str(folder),
-    }
-    (folder / "shared").mkdir()
-    unset = {key: value for key, value in environment.items() if key not in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
-    options = [f"--temp-dir={files}", f"--dashboard-port={dashboard}", f"--metrics-export-port={metrics}", "--num-cpus=2"]
-    options += [f"--dashboard-agent-listen-port={agent}", "--object-store-memory=200000000"]
-    command = [sys.executable, "-m", "flowray.cluster", "head", "--port", str(port), "--host", own_address(), "--", *options]
-    log = folder / "head.log"
-    try:
-        for _ in range(4):  # on a busy machine Ray gives up after 30 s that it lets nobody change
-            with log.open("w") as out:  # a file: the daemons keep what they inherit, and a pipe would never end
-                code = subprocess.run(command, cwd=folder / "shared", env=unset, stdout=out, stderr=out, timeout=600).returncode
-            if code == 0 or "timed out during startup" not in log.read_text():
-                break
-            kill_all(folder)
-        assert code == 0, log.read_text()[-3000:]
-        yield Head(folder, port, dashboard, metrics, environment, files)
-    finally:
-        kill_all(folder)
-        shutil.rmtree(files, ignore_errors=True)
-
-
-def kill_all(folder: Path) -> None:
-    for pid in offspring(f"FLOWRAY_CLUSTER_TEST={folder}"):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def own_address() -> str:
-    """This machine's address on its network, without sending anything."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-            return probe.getsockname()[0]
-        except OSError:
-            return "127.0.0.1"
+    with running_head(tmp_path_factory.mktemp("cluster")) as head:
+        yield head
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +65,7 @@ def test_without_the_token_nothing_is_to_be_had(head):
     connect = "import ray; ray.init(address='auto', logging_level='ERROR'); print(ray.nodes())"
     joined = subprocess.run(
         [sys.executable, "-c", connect],
-        env=head.environment | {"RAY_ADDRESS": f"{own_address()}:{head.port}", "RAY_AUTH_TOKEN_PATH": str(wrong)},
+        env=head.as_driver | {"RAY_AUTH_TOKEN_PATH": str(wrong)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -254,7 +132,7 @@ def test_prometheus_can_read_the_metrics(head):
     deadline = time.monotonic() + 120
     text = ""
     while "ray_node_cpu_utilization" not in text and time.monotonic() < deadline:
-        with urllib.request.urlopen(f"http://{own_address()}:{head.metrics}/metrics", timeout=60) as answer:
+        with urllib.request.urlopen(f"http://{head.host}:{head.metrics}/metrics", timeout=60) as answer:
             text = answer.read().decode()
         time.sleep(2)
     assert "ray_node_cpu_utilization" in text
@@ -283,12 +161,11 @@ def test_the_check_finds_this_cluster_sound(head):
 @pytest.fixture
 def second_node(head) -> Iterator[None]:
     """A node in a mount namespace of its own, where another file system lies over the shared folder."""
-    (agent,) = free_ports(1)
     mount = f"mount -t tmpfs none {head.shared}"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this machine lets no process have its own mounts (unshare -m)")
-    start = f"{BIN}/ray start --address={own_address()}:{head.port} --num-cpus=1 --object-store-memory=100000000"
-    script = f"{mount} && exec {start} --dashboard-agent-listen-port={agent} --disable-usage-stats --block"
+    start = f"{BIN}/ray start --address={head.host}:{head.port} --num-cpus=1 --object-store-memory=100000000"
+    script = f"{mount} && exec {start} {' '.join(agent_ports())} --disable-usage-stats --block"
     with (head.folder / "second.log").open("w") as log:
         node = subprocess.Popen(["unshare", "-m", "sh", "-c", script], env=head.environment, stdout=log, stderr=log, cwd=head.folder)
     try:
@@ -297,7 +174,7 @@ def second_node(head) -> Iterator[None]:
         while time.monotonic() < deadline:
             asked = subprocess.run(
                 [sys.executable, "-c", nodes],
-                env=head.environment | {"RAY_ADDRESS": f"{own_address()}:{head.port}"},
+                env=head.as_driver,
                 capture_output=True,
                 text=True,
             )
@@ -319,7 +196,7 @@ def test_unshared_storage_is_refused_by_path_and_node(head, tiny, second_node):
         assert done.returncode == 2
         line = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
         assert f"storage_path: {head.shared / 'runs'} is not shared with node" in line
-        assert own_address() in line
+        assert head.host in line
     assert not (head.shared / "runs" / "unshared").exists()
     check = head.command("flowray.cluster", "check", "--json")
     assert check.returncode == 1

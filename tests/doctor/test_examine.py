@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import math
-from collections.abc import Collection
+import pkgutil
+import random
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import tiny_recipe
 from torch import Tensor
 
+import flowray.probes
+from flowray.cli.doctor import main as command
 from flowray.config.errors import InputError
 from flowray.config.keys import describe
 from flowray.config.recipe import Recipe
+from flowray.doctor import battery
 from flowray.doctor.battery import PARTS
 from flowray.doctor.examine import Examination, examine
 from flowray.doctor.subject import BatchesOf, live_subject, merged_history, open_subject
+from flowray.findings.diagnose import diagnose
 from flowray.losses import terms
 from flowray.losses.total import Batch
-from flowray.model.autoencoder import load_autoencoder
+from flowray.model.assemble import FlowModel
+from flowray.model.autoencoder import Autoencoder, load_autoencoder
 from flowray.model.latent import LatentScale, Moments
+from flowray.probes.untouched import untouched
+from flowray.probes.vae import vae_metrics
 from flowray.sample import generate
 from flowray.store.latents import LatentSet, ensure_latents, load_latents
+from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import train
@@ -47,7 +64,8 @@ def living(state: TrainState, recipe: Recipe, history: list[Any], parts: Collect
 
 def trained(home: Path, name: str) -> tuple[Recipe, RunDirectory]:
     losses = {"loss.clip.weight": 0.3, "loss.dino.weight": 0.1, "loss.dino.prototypes": 16}
-    recipe = tiny_recipe(home, name=name, **losses, **{"optim.schedule": {"kind": "constant"}, "train.grad_every": 4})
+    visited = {"probes.doctor_every": 3}  # at step 12
+    recipe = tiny_recipe(home, name=name, **losses, **visited, **{"optim.schedule": {"kind": "constant"}, "train.grad_every": 4})
     run = RunDirectory(Path(recipe.storage_path) / name)
     train(recipe, run, GROUP, lambda row: None)
     return recipe, run
@@ -133,24 +151,71 @@ def test_a_checkpoint_and_what_is_not_there(ran: tuple[Recipe, RunDirectory], tm
         assert "\n" not in str(caught.value)
 
 
-def snapshot(state: TrainState) -> list[Any]:
-    """Everything that an examination could change, as copies."""
-    model = state.model
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def test_training_heard_from_its_doctor_what_the_checkpoint_tells(ran: tuple[Recipe, RunDirectory], healthy: Examination) -> None:
+    (visit,) = read_rows(ran[1].findings)
+    assert visit["step"] == healthy.step == 12
+    assert visit["findings"] == [asdict(finding) for finding in diagnose(healthy.metrics, healthy.facts, healthy.history)]
+    assert visit["findings"], "12 steps on 64 pictures"
+
+
+def snapshot(state: TrainState, autoencoder: Autoencoder) -> dict[str, Tensor]:
+    """Everything that a probe could change, as copies."""
+    model, nets = state.model, (state.model, autoencoder.net)
+    tensors = {f"{i} {name}": x for i, net in enumerate(nets) for name, x in (*net.named_parameters(), *net.named_buffers())}
+    modules = [module for net in nets for module in net.modules()]
     slots = {name: state.optimizer.state[p] for name, p in state.parameters.items()}
-    return [
-        {name: x.detach().clone() for name, x in tensors.items()},
-        {name: p.grad.clone() for name, p in state.parameters.items() if p.grad is not None},
-        {f"{name}/{slot}": x.clone() for name, kept in slots.items() for slot, x in kept.items()},
-        {name: x.clone() for name, x in state.ema.average.items()},
-        {"rng": torch.get_rng_state()},
-        {"modes": torch.tensor([module.training for module in model.modules()])},
-        {"hooks": torch.tensor([len(module._forward_hooks) for module in model.modules()])},
-        {"lr": torch.tensor([group["lr"] for group in state.optimizer.param_groups])},
-    ]
+    kept = {
+        **{f"tensor {name}": x.detach() for name, x in tensors.items()},
+        **{f"grad {name}": p.grad for name, p in state.parameters.items() if p.grad is not None},
+        **{f"optimiser {name}/{slot}": x for name, held in slots.items() for slot, x in held.items()},
+        **{f"EMA {name}": x for name, x in state.ema.average.items()},
+        "requires_grad": torch.tensor([x.requires_grad for x in tensors.values()]),
+        "modes": torch.tensor([module.training for module in modules]),
+        "hooks": torch.tensor([len(module._forward_hooks) for module in modules]),
+        "lr": torch.tensor([group["lr"] for group in state.optimizer.param_groups]),
+        "grad enabled": torch.tensor(torch.is_grad_enabled()),
+        "torch RNG": torch.get_rng_state(),
+        "numpy RNG": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # type: ignore[index]
+        "python RNG": torch.tensor(random.getstate()[1]),
+    }
+    assert model.semantic.dino is not None
+    assert model.semantic.dino._seen == []
+    assert "levels" not in vars(model.velocity)
+    return {name: x.clone() for name, x in kept.items()}
 
 
-def test_a_live_state_is_left_as_it_was_and_reads_like_its_checkpoint(ran: tuple[Recipe, RunDirectory], healthy: Examination) -> None:
+def public_probes() -> dict[str, CodeType]:
+    """Every public function of flowray.probes by name."""
+    found = {}
+    for info in pkgutil.iter_modules(flowray.probes.__path__):
+        module = importlib.import_module(f"flowray.probes.{info.name}")
+        for name, value in vars(module).items():
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
+                found[f"{info.name}.{name}"] = inspect.unwrap(value).__code__
+    return found
+
+
+@contextmanager
+def recorded() -> Iterator[set[CodeType]]:
+    """Within the block, the set receives the code of every Python function that runs."""
+    ran: set[CodeType] = set()
+
+    def note(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call":
+            ran.add(frame.f_code)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield ran
+    finally:
+        sys.setprofile(before)
+
+
+def test_every_probe_leaves_a_live_state_as_it_was_and_reads_like_its_checkpoint(
+    ran: tuple[Recipe, RunDirectory], healthy: Examination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part by part of the battery; a probe that none of them runs fails this test too."""
     recipe, run = ran
     state = fresh_state(recipe, CPU)
     restore_state(state, recipe, run)
@@ -158,19 +223,44 @@ def test_a_live_state_is_left_as_it_was_and_reads_like_its_checkpoint(ran: tuple
     for group in state.optimizer.param_groups:
         group["lr"] = recipe.optim.lr
     sum(p.square().sum() for p in state.parameters.values()).backward()
-    before = snapshot(state)
-    live = living(state, recipe, merged_history(run))
-    for old, new in zip(before, snapshot(state), strict=True):
-        assert old.keys() == new.keys()
-        assert [name for name in old if not torch.equal(old[name], new[name])] == []
-    assert "levels" not in vars(state.model.velocity)
-    assert state.model.semantic.dino is not None
-    assert state.model.semantic.dino._seen == []
-    assert torch.is_grad_enabled()
+    data, changed = sets(recipe), []
+    before = snapshot(state, data["autoencoder"])
+
+    @contextmanager
+    def watched(model: FlowModel) -> Iterator[None]:
+        with untouched(model):
+            yield
+        after = snapshot(state, data["autoencoder"])
+        assert after.keys() == before.keys()
+        changed.append([name for name in before if not torch.equal(before[name], after[name])])
+
+    monkeypatch.setattr(battery, "untouched", watched)
+    with recorded() as code:
+        live = examine(live_subject(state, recipe, whole_batches, history=merged_history(run), **data), batch=8)
+        vae_metrics(data["autoencoder"], data["held_out"], 4, 0)  # training's own
+    assert dict(zip(PARTS, changed, strict=True)) == {part: [] for part in PARTS}
     assert live.facts["notes"] == []
+    assert [name for name, made in public_probes().items() if made not in code] == []
+    after = snapshot(state, data["autoencoder"])
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
     only_files_know = {"ema/moved"} | {key for key in healthy.metrics if key.startswith(("moved/", "sampler/strip"))}
     assert healthy.metrics.keys() - live.metrics.keys() == only_files_know
     assert live.metrics == pytest.approx({key: healthy.metrics[key] for key in live.metrics}, rel=1e-4, abs=1e-6)
+
+
+def test_the_command_says_every_number_and_looks_first_whether_it_can_write(
+    ran: tuple[Recipe, RunDirectory], healthy: Examination, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(ran[1].path)
+    with pytest.raises(InputError, match=r"--out: .*nowhere is no folder that can be written"):
+        command([path, "--out", str(tmp_path / "nowhere" / "page.html")])
+    code = command([path, "--json", "--batch", "8", "--out", str(tmp_path / "page.html")])
+    said = json.loads(capsys.readouterr().out)
+    assert code == (0 if said["healthy"] else 1)
+    assert {"run", "step", "page", "healthy", "findings", "explained_by", "metrics", "not_measured"} == said.keys()
+    assert said["metrics"] == pytest.approx(healthy.metrics, rel=1e-6)
+    assert said["not_measured"] == []
+    assert (tmp_path / "page.html").is_file()
 
 
 def test_a_capped_logit_scale_stays_above_its_cap(ran: tuple[Recipe, RunDirectory]) -> None:

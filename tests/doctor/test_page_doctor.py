@@ -21,6 +21,7 @@ from flowray.report.doctor_page import DoctorData, doctor_plots, write_doctor_pa
 CAUSE = Finding("scale_twice", "bad", "slope 0.55, about 0.55", "the scale is applied <twice>", "model.autoencoder.scaling_factor=null")
 EFFECT = Finding("worse_than_nothing", "bad", "shoot/skill -1, below -0.05", "further than standing still", "none", "scale_twice")
 OTHER = Finding("clip_weak", "warn", "loss/clip 4.1, above 3.7", "teaches nothing", "loss.clip.weight=2")
+TRACE = {"trace/first_dz_rms": 0.0026}
 TENTHS = [0.05 + 0.1 * i for i in range(10)]
 
 
@@ -30,7 +31,7 @@ def data(**changes: object) -> DoctorData:
         "where": "runs/quickstart",
         "step": 3400,
         "findings": [CAUSE, OTHER, EFFECT],
-        "metrics": {"flow/cos": 0.93, "ema/flow/cos": 0.94, "trivial/flow/cos": 0.0, "shoot/nmse": math.nan, "vae/psnr": 12.0},
+        "metrics": {"flow/cos": 0.93, "ema/flow/cos": 0.94, "trivial/flow/cos": 0.0, "shoot/nmse": math.nan, "vae/psnr": 12.0} | TRACE,
         "facts": {"head": "pooled", "notes": ["vae: no pictures"], "nonfinite": {}},
         "history": [{"step": i, "loss/flow": 1 / (i + 1), "lr/trunk": 1e-3} for i in range(20)],
         "pictures": {
@@ -58,6 +59,7 @@ def test_the_page_needs_no_other_file_and_keeps_the_order(tmp_path: Path) -> Non
     assert "the scale is applied &lt;twice&gt;" in html
     assert "vae: no pictures" in html
     assert "[C] decode(z_end)" in html
+    assert "[B] first |dz| rms 0.0026" in html
     assert html.count("</html>") == 1
 
 

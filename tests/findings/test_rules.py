@@ -185,6 +185,7 @@ CASES = (
     Case("dead_head", {"step/z_head_update_ratio_peak": 1e-9, "text/snr": 0.0}),
     Case("dead_head", {"moved/head": 0.0, "text/snr": 0.0}),
     Case("dead_head", {"grad/flow_head": 0.0}),
+    Case("dead_head", {"flow/speed_ratio": 5e-8, "flow/nmse": 1.0, "flow/cos": 0.11}),
     Case("logvar_saturated", {"logvar/clamped_share": 0.9, "std/mean": 0.05}),
     Case("source_collapsed", {"std/mean": 0.08, "shoot/nmse": 1.6, "shoot/skill": -0.3}, {"kl_weight": 0.01}),
     Case("source_collapsed", {"std/mean": 0.05, "logvar/clamped_share": 0.9}, {"kl_weight": 0.01}),
@@ -274,8 +275,17 @@ def test_a_loss_that_grows_with_the_source_is_no_high_learning_rate() -> None:
     found = diagnose({**HEALTHY, "std/mean": 2.4, "mu/rms": 5.2}, {**FACTS, "kl_weight": 0.003, "step": 150}, grown)
     assert found[0].id == "source_inflated"
     assert "lr_too_high" not in [finding.id for finding in found]
+    narrowed = [{"step": 5 * i, "loss/flow": 2 / i, "train/nmse": 0.3 + 0.02 * i} for i in range(1, 31)]
+    assert "lr_too_high" not in [finding.id for finding in diagnose(HEALTHY, FACTS, narrowed)]
     undone = [{**row, "train/nmse": row["loss/flow"]} for row in grown]
     assert "lr_too_high" in [finding.id for finding in diagnose(HEALTHY, FACTS, undone)]
+
+
+def test_a_run_that_halts_at_once_is_not_said_to_learn_too_slowly() -> None:
+    seen = {**HEALTHY, "moved/head": 1e-4, "moved/velocity": 1e-4, "flow/nmse": 1.0, "train/nmse": 1.0, "finite/forward": 0.5}
+    found = diagnose(seen, {**FACTS, "nonfinite": {"step": 3}})
+    assert found[0].id == "non_finite"
+    assert next(finding for finding in found if finding.id == "lr_too_low").explained_by == "non_finite"
 
 
 def test_a_velocity_from_a_narrow_source_is_no_x1_prediction() -> None:

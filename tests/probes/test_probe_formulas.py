@@ -10,10 +10,15 @@ from flowray.config.errors import InputError
 from flowray.flow.path import sample_path, velocity_target
 from flowray.model.posterior import Posterior
 from flowray.probes.battery import derangement
-from flowray.probes.field import best_gain, cosines, field_metrics, nmse, sample_nmse, speed_ratios, time_bins
+from flowray.probes.field import best_gain, cosines, field_metrics, nmse, speed_ratios, time_bins
 from flowray.probes.latent import pairwise_cosine, posterior_metrics, scale_metrics, text_metrics
 from flowray.probes.rollout import endpoint_metrics, per_sample_mse, shoot, shoot_metrics, teacher_metrics
 from flowray.probes.vae import psnr
+
+
+def sample_nmse(v_pred: Tensor, v_target: Tensor) -> Tensor:
+    """||v_pred - v_target||^2 / ||v_target||^2 of every sample, (B,)."""
+    return (v_pred - v_target).flatten(1).square().sum(1) / v_target.flatten(1).square().sum(1)
 
 
 def noise(seed: int, batch: int = 32) -> Tensor:

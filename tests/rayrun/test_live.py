@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def test_tensorboard_has_one_row_for_every_trial(tmp_path: Path) -> None:
 def test_pictures_are_attached_to_their_trial_once(tmp_path: Path) -> None:
     sweep = make()
     study = SweepStudy(sweep, tmp_path / "study.journal")
-    gallery = Gallery(tmp_path, sweep.name)
+    gallery = Gallery(tmp_path, sweep)
     for number in range(2):
         assert study.ask()[0] == number
         gallery.started(record(number))
@@ -111,7 +112,9 @@ def test_pictures_are_attached_to_their_trial_once(tmp_path: Path) -> None:
     (samples / "step_000300.png").write_bytes(b"later")
     gallery.probed(record(1, last_step=300))  # the study takes no more: no error either
     storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.journal")))  # as optuna-dashboard opens it
-    trials = optuna.load_study(study_name="s", storage=storage).trials
+    stored = optuna.load_study(study_name="s", storage=storage)
+    assert stored.metric_names == [METRIC]
+    trials = stored.trials
     found = {meta.filename: meta for meta in get_all_artifact_meta(study_or_trial=trials[1], storage=storage)}
     assert sorted(found) == ["step_000100.png", "step_000200.png"]
     assert {meta.mimetype for meta in found.values()} == {"image/png"}
@@ -188,6 +191,45 @@ def test_console_table_is_compact(tmp_path: Path) -> None:
     assert "outside the best 1/3 of 3 trials" in " ".join(lines[3])
     assert "ValueError: [bold]x" in text
     assert lines[0][1:3] == ["running", "start-up"]
+
+
+def test_a_quiet_sweep_shows_signs_of_life_ever_more_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock, log = Clock(), io.StringIO()
+    monkeypatch.setattr("flowray.rayrun.console.time", clock)
+    console = SweepConsole(make(), tmp_path, 8, log)
+
+    def beats(until: float) -> list[int]:
+        log.truncate(log.seek(0))
+        while clock.now < until:
+            clock.now += 1
+            console.beat()
+        return [int(seconds) for seconds in re.findall(r"(?m)^ *(\d+) s  0 of 8 done", log.getvalue())]
+
+    assert beats(1000) == [10, 30, 70, 150, 310, 610, 910]
+    console.started(record(0))
+    assert beats(1040) == [1010, 1030]
+
+
+def test_progress_counts_the_steps_of_all_seeds(tmp_path: Path) -> None:
+    console, trial = SweepConsole(make(seeds=2), tmp_path, 8, io.StringIO()), record(0, budget_steps=800)
+    said = []
+    for folder, step in (("0", 400), ("0/seeds/1", 50)):
+        said.append(console._progress(trial, brief=True))
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
+    assert [*said, console._progress(trial, brief=True)] == ["start-up", "400/800", "450/800"]
+
+
+def test_console_table_shows_the_noise_over_seeds(tmp_path: Path) -> None:
+    trials = some_trials()
+    trials[2].noise = {METRIC: 0.0312}
+    assert "0.25 ±0.031" in shown(tmp_path, 140, trials)
 
 
 def test_console_table_fits_a_narrow_terminal(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -16,6 +17,8 @@ import yaml
 from PIL import Image
 
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
+from flowray.config.sweepfile import dump_sweep
+from flowray.config.sweepfile import load_sweep as load_file
 from flowray.report import analysis, figures
 from flowray.report.load import Sweep, load_sweep
 from flowray.report.sweep_page import hand_written, sweep_advice, sweep_commands, sweep_verdict, write_sweep_report
@@ -59,7 +62,7 @@ def test_runner_up_is_held_against_the_noise_between_seeds(tmp_path: Path, secon
     said = analysis.runner_up_words(sweep)
     assert said.startswith(f"Runner-up: trial 0, {METRIC} {statistics.fmean(second):.3g}, behind by {gap:.2g}. ")
     assert words in said
-    assert "(mean 0.4 over 3 seeds)" in sweep_verdict(sweep)
+    assert f"{METRIC} 0.4 ± 0.04 over 3 seeds, with" in sweep_verdict(sweep)
 
 
 def test_trials_that_differ_in_the_seed_are_one_setting(tmp_path: Path) -> None:
@@ -68,6 +71,7 @@ def test_trials_that_differ_in_the_seed_are_one_setting(tmp_path: Path) -> None:
     trials = [{"params": {"optim.lr": lr, "seed": seed}, "metrics": {METRIC: value}} for lr, seed, value in values]
     sweep = load_sweep(make(tmp_path / "s", trials))
     assert [arm.values for arm in sweep.arms()] == [(0.40, 0.44), (0.30, 0.70)]
+    assert "(mean 0.42 ± 0.028 over 2 seeds)" in sweep_verdict(sweep)
     assert sweep.best is not None
     assert sweep.best.number == 2
 
@@ -123,6 +127,57 @@ def test_front_is_what_no_other_trial_beats(tmp_path: Path) -> None:
     assert "<h2>Pareto front</h2>" in page
     assert f"eval/all_correct over {METRIC}, the front joined" in page
     assert len(re.findall(r'<th scope="row">\d+ (?:best|front)</th>', page)) >= len(wanted)
+
+
+def test_the_verdict_of_several_metrics_says_which_it_is_by(tmp_path: Path) -> None:
+    points = np.array([[0.5, 0.9], [0.4, 0.8], [0.6, 0.7], [0.45, 0.85]])
+    sweep = two_metrics(tmp_path, points)
+    assert "best is trial 1" in sweep_verdict(sweep)
+    assert "That is by the first metric; trial 3, 0 trade it for eval/all_correct (the front). " in sweep_verdict(sweep)
+    alone = two_metrics(tmp_path, points[1:3])
+    assert "no other finished trial is better in eval/all_correct. " in sweep_verdict(alone)
+
+
+def test_three_metrics_are_drawn_in_pairs(tmp_path: Path) -> None:
+    names = (METRIC, "ema/flow/cos", "ema/std/mean")
+    trials = [{"metrics": dict(zip(names, values, strict=True))} for values in ((0.5, 0.9, 0.8), (0.4, 0.8, 0.7), (0.6, 0.7, 0.9))]
+    metrics = [{"name": name, "goal": goal} for name, goal in zip(names, ("minimize", "maximize", "maximize"), strict=True)]
+    page = write_sweep_report(make(tmp_path / "s", trials, metric=metrics)).read_text()
+    assert [f"{y} over {x}" in page for x, y in itertools.combinations(names, 2)] == [True] * 3
+    assert "the front joined" not in page  # of three metrics a pair shows no edge
+
+
+def test_the_table_and_the_next_command_know_of_seeds(tmp_path: Path) -> None:
+    folder = make(tmp_path / "s", [seeded(1e-3, [0.40, 0.44, 0.36]) | {"budget_steps": 1200, "last_step": 1200}], seeds=3)
+    (folder / "best.yaml").write_text("base: sweep_proxy\n")
+    page = write_sweep_report(folder).read_text()
+    assert '0.400 <span class="soft">± 0.04</span>' in page
+    assert "| 0.400 ± 0.04 |" in (folder / "report.md").read_text()
+    assert "train.steps=1600" in page  # four times the 400 steps of one seed
+
+
+def test_where_all_trials_failed_the_first_error_is_the_verdict(tmp_path: Path) -> None:
+    folder = make(tmp_path / "s", [{"status": "failed", "last_step": 7, "error": "ValueError: latent is (4, 8, 8)"}])
+    page = write_sweep_report(folder).read_text()
+    verdict = page.partition("<h2>Verdict</h2>")[2].partition("<h2>Trials")[0]
+    assert "No trial has a value of ema/shoot/nmse</p>" in verdict
+    assert "Trial 0 failed at step 7: ValueError: latent is (4, 8, 8)" in verdict
+    assert "best trial first" not in page
+
+
+def test_what_was_expected_stands_beside_what_came_out(tmp_path: Path) -> None:
+    """From the comment block on top of a sweep file to the verdict of its report."""
+    sweep = load_file("kl")
+    expects = "a flat best region between 0.1 and 4, worse on both sides."
+    assert sweep.card.expects.startswith(expects)
+    assert sweep.card.tags == ("ablation", "kl")
+    folder = make(tmp_path / "s", [seeded(1e-3, [0.5])])
+    (folder / "sweep.yaml").write_text(dump_sweep(sweep))
+    page = write_sweep_report(folder).read_text()
+    assert f"Expected beforehand: {expects}" in page.partition("<h2>Verdict</h2>")[2].partition("<h2>Trials")[0]
+    text = (folder / "report.md").read_text()
+    assert "- KEY_DIFFS: loss.kl.weight 0 to 40 (mean over latent dims), loss.kl.form box or gaussian\n" in text
+    assert "- PURPOSE: the weight and the form of the KL on the source" in text
 
 
 def test_one_metric_has_no_front(tmp_path: Path) -> None:
@@ -184,6 +239,9 @@ def test_trials_on_another_scale_are_not_ranked(tmp_path: Path) -> None:
     assert analysis.edges(sweep) == []
     page = write_sweep_report(folder).read_text()
     assert '<p class="big">Not ranked</p>' in page
+    assert [(group.label, group.best.number if group.best else None) for group in analysis.scale_groups(sweep)] == [("A", 1), ("B", 2)]
+    assert "Trial 0, 1; best of these: trial 1, ema/shoot/nmse 0.300" in page
+    assert re.findall(r"</th><td>([AB])</td>", page) == ["A", "A", "B"]
     assert "Trials (not ranked)" in page
     assert 'class="best"' not in page
     assert re.findall(r'<tr id="trial-(\d+)"', page) == ["0", "1", "2"]
@@ -317,10 +375,11 @@ def test_the_card_says_what_was_searched(tmp_path: Path) -> None:
     stop = [{"metric": "ema/flow/cos", "below": 0.3, "after": 150, "patience": 2}]
     more = {"early_terminate": {"type": "hyperband", "min_iter": 100, "eta": 3.0}, "stop": stop, "seeds": 3, "card": card}
     trials = [{"metrics": {METRIC: 0.5}, "config": config}]
-    text = (write_sweep_report(make(tmp_path / "s", trials, parameters={"optim.lr": LR}, **more)).parent / "report.md").read_text()
+    space = {"optim.lr": LR, "model.head.convs": {"values": [0, 1], "when": {"model.head.kind": ["grid", "conv"]}}}
+    text = (write_sweep_report(make(tmp_path / "s", trials, parameters=space, **more)).parent / "report.md").read_text()
     for line in (
         "# Heads",
-        "- SEARCHED: optim.lr 0.0001 .. 0.01 log",
+        "- SEARCHED: model.head.convs {0, 1} when model.head.kind is grid or conv; optim.lr 0.0001 .. 0.01 log",
         "- METHOD: bayes, seed 0, 3 seeds a setting",
         "- STOPS: hyperband from step 100, the best 1/3 go on; ema/flow/cos below 0.3 at 2 probes from step 150",
         "- DATASET: shapes",

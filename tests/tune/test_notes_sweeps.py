@@ -11,7 +11,7 @@ from flowray.cli.tune import main
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe
 from flowray.config.sweepfile import base_recipe, check_trials, load_sweep, packaged_sweeps
-from flowray.tune.plan import check_storage, make_plan, share_cluster
+from flowray.tune.plan import Cluster, check_storage, make_plan, share_cluster
 from flowray.tune.records import Records, TrialRecord
 
 FOLDER = Path(__file__).parents[2] / "sweeps"
@@ -111,18 +111,18 @@ def test_hours_are_bounded_by_measured_steps_and_by_the_time_budget(tmp_path):
     sweep = load_sweep("head", [f"storage_path={tmp_path}", "run_cap=4", "seeds=2"])
     base = base_recipe(sweep)
     steps = 4 * 2 * base.train.steps
-    unknown = make_plan(sweep, base, cpus=8, gpus=0)["hours_at_most"]
+    unknown = make_plan(sweep, base, Cluster(((8, 0),)))["hours_at_most"]
     assert (unknown["cpu"], unknown["gpu"]) == (None, None)
     assert "set time_budget, or run one (run_cap=1)" in unknown["from"]
     (tmp_path / "head").mkdir()
     records = Records(tmp_path / "head" / "trials.jsonl")
     records.trials = {0: TrialRecord(0, {}, "finished", 500, 500, seconds=100.0), 1: TrialRecord(1, {}, "stopped", 100, 500, seconds=20.0)}
     records.save()
-    measured = make_plan(sweep, base, cpus=8, gpus=0)
+    measured = make_plan(sweep, base, Cluster(((8, 0),)))
     assert measured["steps_at_most"] == steps
     assert measured["hours_at_most"]["cpu"] == pytest.approx(steps * 0.2 / 3600)
     on_gpus = load_sweep("head", [f"storage_path={tmp_path}", "time_budget=1m", "resources.gpus_per_worker=auto", "max_concurrent=auto"])
-    bound = make_plan(on_gpus, base, cpus=16, gpus=4)
+    bound = make_plan(on_gpus, base, Cluster(((16, 4),)))
     assert (bound["concurrent"], bound["takes"]["resources.gpus_per_worker"]) == (4, 1)
     assert bound["hours_at_most"]["gpu"] == pytest.approx(4 / 60)
 
@@ -138,4 +138,4 @@ def test_pictures_of_a_run_have_one_worker_whatever_it_was_trained_with(trained)
     sweep = load_sweep("cfg", [f"base={trained}"])
     base = base_recipe(sweep)
     assert base.resources.num_workers == 2
-    assert share_cluster(sweep, base, 8, 0)[0]["resources.num_workers"] == 1
+    assert share_cluster(sweep, base, Cluster(((8, 0),)))[0]["resources.num_workers"] == 1

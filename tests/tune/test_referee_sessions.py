@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from flowray.config.errors import InputError
 from flowray.config.sweep import Hyperband, LogUniform, Median, StopRule, Sweep
-from flowray.rayrun.search import HALVING, Rungs, make_halving
+from flowray.tune.halving import HALVING, Rungs, make_halving
 from flowray.tune.median import MedianRule
 from flowray.tune.records import Records
 from flowray.tune.referee import Referee, repeat_dir, repeat_of
@@ -205,12 +205,14 @@ class HalvingContract:
         return [(number, step, sign * (1 + number) * (1 - step / 200)) for step in (10, 20, 40) for number in range(5)]
 
     @pytest.mark.parametrize(("goal", "sign"), [("minimize", 1.0), ("maximize", -1.0)])
-    def test_the_worst_is_stopped_in_words_and_the_best_never(self, goal, sign):
+    def test_the_worst_is_stopped_in_words_and_the_best_goes_on(self, goal, sign):
         rule, stopped = self.build(goal), {}
         for number, step, value in self.rows(sign):
             if number not in stopped and (why := rule.judge(number, step, value)):
                 stopped[number] = why
-        assert 0 not in stopped
+                again = rule.promote(stopped, last=False)
+                stopped.pop(again, None)
+        assert 0 not in stopped or rule.promote(stopped, last=True) == 0
         assert 4 in stopped
         assert all(METRIC in why and "step" in why for why in stopped.values())
 
@@ -221,9 +223,11 @@ class HalvingContract:
             first.judge(*row), second.judge(*row)
         assert [first.judge(*row) for row in rows[12:]] == [second.judge(*row) for row in rows[12:]]
 
-    def test_alone_nobody_is_stopped(self):
+    def test_alone_nobody_is_stopped_for_good(self):
         rule = self.build()
-        assert [rule.judge(0, step, float(step)) for step in (10, 20, 40)] == [None] * 3
+        for step in (10, 20, 40):
+            if rule.judge(0, step, float(step)):
+                assert rule.promote([0], last=True) == 0
 
 
 class TestRungs(HalvingContract):
@@ -242,10 +246,10 @@ def test_rungs_compare_at_their_very_step():
     """Trial 0 probes at 10, 20, ...; trial 1 at 8, 16, 24: at the rung of 20 its value is halfway between those at 16 and 24."""
     rungs = Rungs(make(early_terminate=Hyperband(min_iter=20, eta=2)), 80)
     rungs.judge(0, 10, 1.0)
-    assert rungs.judge(0, 20, 0.5) is None
+    rungs.judge(0, 20, 0.5)
     rungs.judge(1, 8, 2.0)
     rungs.judge(1, 16, 1.0)
-    assert rungs.judge(1, 24, 0.2) == f"{METRIC} 0.6 at step 20 is outside the best 1/2 of 2 trials (cutoff 0.5)"
+    assert rungs.judge(1, 24, 0.2) == f"{METRIC} 0.6 at step 20 is number 2 of 2 so far; the best 1/2 go on"
     rungs.judge(2, 16, 0.6)
     assert rungs.judge(2, 24, 0.2) is None  # 0.4 at step 20
 

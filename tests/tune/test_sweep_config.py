@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from flowray.cli.common import entry
 from flowray.cli.tune import main, plan
 from flowray.config.errors import InputError
 from flowray.config.sweep import Categorical, IntUniform, LogUniform, QUniform, Uniform
@@ -64,7 +65,21 @@ def test_a_good_sweep_with_values_of_the_recipes_types(write):
         ("optim.lr:", "learning_rate:", 8, "did you mean optim.lr?"),
         ("min: 1e-4", "min: abc", 8, "optim.lr: got 'abc', want a number > 0"),
         ("max: 1e-2", "max: 1e-5", 8, "min 0.0001 must lie below max 1e-05"),
-        ("log_uniform_values", "inv_log_uniform_values", 8, "the nearest that can be drawn is log_uniform_values"),
+        ("log_uniform_values", "beta", 8, "the nearest that can be drawn is uniform"),
+        (
+            "{min: 8, max: 64}",
+            "{distribution: uniform, min: 8, max: 64}",
+            10,
+            "of which uniform draws none; type distribution: int_uniform",
+        ),
+        ("{min: 8, max: 64}", "{distribution: q_uniform, min: 8, max: 64, q: 0.5}", 10, "got q 0.5; type a whole q"),
+        ("q: 2}", "q: 9}", 12, "q 9 is wider than the range -8 to -2"),
+        ("[pooled, grid, conv]", "[pooled, grid, pooled]", 11, "values has 'pooled' twice"),
+        ("optim.lr: {dist", "optim: {lr: {value: 1}}\n  optim.lr: {dist", 7, "optim.lr is given twice, dotted and nested"),
+        ("min_iter: 50}", "max_iter: 27, s: 2}", 13, "type min_iter, the first rung in steps, max_iter / eta^s; yours is min_iter: 3"),
+        ("{type: hyperband", "{type: asha", 13, "with type one of hyperband, median"),
+        ("train.steps: 300", "storage_path: there", 4, "stand at the top of the file"),
+        ("optim.lr:", "resources.num_workers: {values: [1, 2]}\n  optim.lr:", 8, "resources.num_workers belongs to the whole sweep"),
         ("log_uniform_values", "log_uniform_value", 8, "did you mean log_uniform_values?"),
         ("{min: 0, max: 2}", "{min: 0}", 9, "loss.clip.weight: got min, want min and max, values or value"),
         ("{min: 0, max: 2}", "{min: 0, max: 2, q: 1, distribution: uniform}", 9, "q has no meaning for uniform"),
@@ -79,6 +94,13 @@ def test_a_good_sweep_with_values_of_the_recipes_types(write):
         ("metric: flow/cos, below", "finding: source_collapsed, below", 14, "takes neither below nor above"),
         ("min_iter: 50", "min_iter: 0", 13, "min_iter: got 0"),
         ("metric: {name: ema/shoot/nmse}", "metric: []", 6, "metric: got []"),
+        ("metric: {name: ema/shoot/nmse}", "metric: ema/shoot/nmse", 6, "such as metric: {name: ema/shoot/nmse, goal: minimize}"),
+        ("metric: {name: ema/shoot/nmse}", "metric: {name: val_loss}", 6, "trials are judged by a probe, such as ema/shoot/nmse"),
+        ("metric: {name: ema/shoot/nmse}", "metric: [{name: loss/flow}, {name: loss/flow}]", 6, "loss/flow is named twice"),
+        ("metric: {name: ema/shoot/nmse}", "metric: {name: loss/flow, target: 1}", 6, "ends with run_cap or time_budget"),
+        ("name: s\n", "name: s\nnum_samples: 3\n", 2, "is called otherwise here; type run_cap"),
+        ("name: s\n", "name: s\nmax_concurrent: 0\n", 2, "want a number > 0 or auto"),
+        ("name: s\n", "name: s\npoints: [{optim: {lr: 1e-3}}, 3]\n", 2, "points: got 3, want a mapping"),
         ("metric: {name: ema/shoot/nmse}", "metric: [{name: a/b}, {name: flow/cos}]", 6, "unknown metric a/b"),
         ("ema/shoot/nmse", "ema/shoot/nsme", 6, "unknown metric ema/shoot/nsme, did you mean ema/shoot/nmse?"),
         ("flow/cos, below", "flow/cosine, below", 14, "did you mean flow/cos?"),
@@ -126,6 +148,27 @@ def test_a_range_that_the_recipe_refuses_is_found_before_anything_runs(write):
     sweep = load_sweep(write(GOOD), ["parameters.flow.time.low={min: 3, max: 9}"])
     with pytest.raises(InputError, match=r"no recipe can be made with flow.time.low=9.0.*must lie below high"):
         check_trials(sweep, base_recipe(sweep))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("grad/total", "in the training log only"), ("ema/loss/flow", "not measured on the EMA weights; type loss/flow")]
+)
+def test_a_metric_that_no_probe_reports_is_refused(write, name, words):
+    sweep = load_sweep(write(GOOD), [f"metric.name={name}"])
+    with pytest.raises(InputError, match=words):
+        check_trials(sweep, base_recipe(sweep))
+
+
+def test_bad_input_ends_with_2_and_writes_nothing(write, tmp_path, capsys):
+    before = sorted(tmp_path.iterdir())
+    for text in ("name: s\n", GOOD.replace("base.yaml", "ring.yaml"), GOOD.replace("min: 1e-4", "min: 0")):
+        (tmp_path / "ring.yaml").write_text("base: ring.yaml\n")
+        with pytest.raises(SystemExit) as ended:
+            entry(main, [write(text), f"storage_path={tmp_path}/out"])
+        said = capsys.readouterr()
+        assert (ended.value.code, said.out, said.err.count("\n")) == (2, "", 1)
+        assert said.err.startswith("error: ")
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in before} | {"s.yaml", "ring.yaml"}
 
 
 def test_a_raw_metric_is_refused_where_only_the_ema_is_probed(write):

@@ -14,8 +14,8 @@ from flowray.cli.tune import main
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import Categorical, Constant, IntUniform, LogUniform, Prior, QLogUniform, QUniform, Sweep, Uniform
-from flowray.config.sweepfile import base_recipe, check_trials, dump_sweep, packaged_sweeps, text_sweep
+from flowray.config.sweep import Categorical, Constant, IntUniform, LogUniform, Metric, Prior, QLogUniform, QUniform, Sweep, Uniform
+from flowray.config.sweepfile import base_recipe, check_trials, dump_sweep, load_sweep, packaged_sweeps, text_sweep
 from flowray.config.sweepschema import sweep_schema
 from flowray.tune.records import Records, TrialRecord
 from flowray.tune.space import from_priors, grid, trial_count
@@ -56,6 +56,8 @@ def refused(parameters: str, more: str = "", cap: int = 6) -> str:
         ("{distribution: lograndint, lower: 8, upper: 65}", "train.batch_size", QLogUniform(min=8, max=64, q=1)),
         ("{distribution: choice, categories: [grid, conv]}", "model.head.kind", Categorical(values=("grid", "conv"))),
         ("{value: null}", "data.limit", Constant(value=None)),
+        ("{distribution: inv_log_uniform_values, min: 1e-4, max: 1e-2}", "optim.lr", LogUniform(min=1e-4, max=1e-2)),
+        ("{distribution: q_log_uniform, min: 2, max: 4, q: 8}", "train.batch_size", QLogUniform(min=8, max=56, q=8)),  # e^2 to e^4
     ],
 )
 def test_rays_and_wandbs_spellings(spec, key, made):
@@ -65,6 +67,8 @@ def test_rays_and_wandbs_spellings(spec, key, made):
 def test_exponents_are_values_of_e_and_a_likely_slip_is_refused():
     made = one("{distribution: log_uniform, min: -9.21, max: -4.6}")
     assert (made.min, made.max) == (pytest.approx(math.exp(-9.21)), pytest.approx(math.exp(-4.6)))
+    inverse = one("{distribution: inv_log_uniform, min: 4.6, max: 9.21}")  # log(1/x) from 4.6 to 9.21
+    assert (inverse.min, inverse.max) == (made.min, made.max)
     assert "so this is 1 to 1.01; for values type distribution: log_uniform_values" in refused(
         "  optim.lr: {distribution: log_uniform, min: 1e-4, max: 1e-2}"
     )
@@ -73,7 +77,16 @@ def test_exponents_are_values_of_e_and_a_likely_slip_is_refused():
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("{distribution: normal, mu: 0, sigma: 1}", "unknown key mu"),
+        ("{distribution: normal, mu: 3, sigma: 0.5}", "is {distribution: uniform, min: 2, max: 4, prior: {value: 3, sigma: 0.5}}"),
+        ("{mu: 3, sigma: 0.5}", "is {distribution: uniform, min: 2, max: 4, prior: {value: 3, sigma: 0.5}}"),
+        (
+            "{distribution: qrandn, mean: 3, sd: 0.5, q: 1}",
+            "is {distribution: q_uniform, min: 2, max: 4, q: 1, prior: {value: 3, sigma: 0.5}}",
+        ),
+        ("{distribution: log_normal, mu: -7, sigma: 1}", "min: 0.0001234, max: 0.006738, prior: {value: 0.0009119, sigma: 0.434}}"),
+        ("{values: [1e-4, 1e-3], probabilities: [0.1, 0.9]}", "leave them out, and to begin with one type prior: {value: '1e-3'}"),
+        ("{grid_search: [1e-4, 1e-3]}", "type values: ['1e-4', '1e-3'] and, above, method: grid"),
+        ("{distribution: sample_from}", "with when: {other.key: its value}"),
         ("{distribution: normal}", "with prior: {value: mean, sigma: standard deviation}"),
         ("{distribution: randint, min: 1, max: 4}", "randint takes lower and upper"),
         ("{distribution: log_uniform_values, lower: 1, upper: 2}", "unknown key lower"),
@@ -84,7 +97,8 @@ def test_exponents_are_values_of_e_and_a_likely_slip_is_refused():
         ("{value: 1e-4, prior: {value: 1e-4}}", "prior"),
         ("{min: 1e-4, max: 1e-2, when: grid}", "want another parameter and its values"),
         ("{min: 1e-4, max: 1e-2, when: {model.head.kind: grid}}", "model.head.kind is not searched"),
-        ("{min: 1e-4, max: 1e-2, when: {optim.lr: 1e-3}}", "lead back to optim.lr itself"),
+        ("{values: [1e-4, 1e-3], when: {optim.lr: 1e-3}}", "lead back to optim.lr itself"),
+        ("{min: 1e-4, max: 1e-2, when: {optim.lr: 1e-3}}", "optim.lr is drawn from a range, which hits no single value"),
     ],
 )
 def test_bad_parameters_in_one_line(spec, words):
@@ -203,6 +217,9 @@ def test_points_come_first_as_given_and_are_checked(tmp_path):
     assert second["model.head.kind"] == "grid"
     assert "got 5.0, want 0.0001 to 0.01" in refused(CONDITIONAL, "points: [{optim.lr: 5.0}]")
     assert "optim.weight_decay is not searched" in refused(CONDITIONAL, "points: [{optim.weight_decay: 0.1}]")
+    assert "points: 3 is 1 again; seeds: 2 trains every setting twice" in refused(
+        "  optim.lr: {min: 1e-4, max: 1e-2}", "points: [{optim.lr: 1e-3}, {}, {optim.lr: 1e-3}, {}]"
+    )
     assert "run_cap 1 is less than the 2 points" in refused(CONDITIONAL, points + "\nstartup_trials: 1", cap=1)
 
 
@@ -276,6 +293,21 @@ def test_bad_settings_in_one_line(more, words):
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1h30m", 5400), ("2d", 172800)])
 def test_time_budgets(text, seconds):
     assert sweep_of("  optim.lr: {min: 1e-4, max: 1e-2}", f"time_budget: {text}").time_budget == seconds
+
+
+@pytest.mark.parametrize("name", ["lr_restart", "logsnr", "structure", "kl", "source_grad"])
+def test_the_notes_sweeps_ask_about_a_free_source(name):
+    """Their expected readings are of the notes' text latent, which no anchor holds at the pictures."""
+    loss = base_recipe(load_sweep(name)).loss
+    assert (loss.anchor.weight, loss.clip.weight, loss.kl.weight) == (0, 0.3, 0.5)
+
+
+def test_a_metric_without_a_goal_has_its_own_better_side():
+    found = {
+        name: Metric(name=name).goal for name in ("ema/shoot/nmse", "ema/flow/cos", "loss/flow", "eval/all_correct", "perf/images_per_s")
+    }
+    assert found == dict(zip(found, ("minimize", "maximize", "minimize", "maximize", "maximize"), strict=True))
+    assert Metric(name="ema/flow/cos", goal="minimize").goal == "minimize"
 
 
 def test_several_metrics_survive_the_dump():

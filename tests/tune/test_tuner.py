@@ -17,12 +17,12 @@ from optuna.trial import TrialState
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import Hyperband, LogUniform, Sweep
+from flowray.config.sweep import LogUniform, Sweep
 from flowray.rayrun import session
-from flowray.rayrun.search import Rungs
 from flowray.rayrun.trainer import RunFailed
 from flowray.rayrun.tuner import run_sweep
-from flowray.tune.plan import share_cluster
+from flowray.store.rows import read_rows
+from flowray.tune.plan import Cluster, share_cluster
 from flowray.tune.referee import repeat_of
 
 METRIC = "ema/shoot/nmse"
@@ -46,13 +46,15 @@ def make(folder: Path, **changes) -> Sweep:
 
 
 def trial(recipe: Recipe, run_dir: Path) -> None:
-    """nmse is 1000 * lr + seed whatever the step; the direction is lost where lr is under 3e-4; lr above 8e-3 crashes."""
+    """nmse is 1000 * lr + seed whatever the step; the direction is lost where lr is under 3e-4; lr above 8e-3 crashes. It goes on from
+    its last row.
+    """
     from ray import tune
 
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / "starts").open("a") as file:
         file.write("started\n")
-    for step in range(10, recipe.train.steps + 1, 10):
+    for step in range(10 * len(read_rows(run_dir / "probes.jsonl")) + 10, recipe.train.steps + 1, 10):
         value = 1000 * recipe.optim.lr + recipe.seed
         row = {"step": step, "budget_steps": recipe.train.steps, "repeat": repeat_of(run_dir), METRIC: value, "flow/cos": 0.9}
         if recipe.optim.lr < 3e-4 and step > 10:
@@ -89,8 +91,11 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
     try:
         with session.started(num_cpus=2), (tmp_path / "log").open("w") as log:
             result = run_sweep(make(tmp_path, run_cap=6), base, resume=False, trial_fn=trial, stream=log)
-            with pytest.raises(InputError, match="--resume"):
-                run_sweep(make(tmp_path, run_cap=6), base, resume=False, trial_fn=trial, stream=log)
+            same = run_sweep(make(tmp_path, run_cap=6), base, resume=False, trial_fn=trial, stream=log)
+            with pytest.raises(InputError, match=r"run_cap differs .* 6 trials are done; type --resume"):
+                run_sweep(make(tmp_path, run_cap=8), base, resume=False, trial_fn=trial, stream=log)
+            with pytest.raises(InputError, match=r"train.steps differs"):
+                run_sweep(make(tmp_path, run_cap=6), override_recipe(base, {"train.steps": 50}), resume=True, trial_fn=trial, stream=log)
             with pytest.raises(InputError, match="seed differs"):
                 run_sweep(make(tmp_path, run_cap=6, seed=4), base, resume=True, trial_fn=trial, stream=log)
             before = records(tmp_path / "tiny")
@@ -112,7 +117,7 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
         pytest.approx(1000 * finished.params["optim.lr"]),
     )
     assert [t.status for t in done.trials if t.trial != late] == [row["status"] for row in kept[0] if row["trial"] != late]
-    assert (tmp_path / "tiny" / str(late) / "starts").read_text().count("started") == 2
+    assert [row["step"] for row in read_rows(tmp_path / "tiny" / str(late) / "probes.jsonl")] == [10, 20, 30, 40]
     (one,) = seeds.trials
     assert (one.last_step, one.budget_steps, one.noise[METRIC]) == (80, 80, pytest.approx(0.5**0.5))
     assert one.metrics[METRIC] == pytest.approx(1000 * one.params["optim.lr"] + 0.5)
@@ -122,8 +127,15 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
     rows, told = kept
     assert [row["trial"] for row in rows] == list(range(8)) == [trial.number for trial in told]
     assert rows[:6] == before  # a resume adds, and touches nothing that has ended
-    assert [(folder / str(n) / "starts").read_text().count("started") for n in range(8)] == [1] * 8
+    for row in rows:  # a trial that waited at a rung went on from there
+        steps = [probe["step"] for probe in read_rows(folder / str(row["trial"]) / "probes.jsonl")]
+        assert steps == list(range(10, 10 * len(steps) + 1, 10))
+        assert len(steps) >= row["last_step"] // 10
+    starts = [(folder / str(n) / "starts").read_text().count("started") for n in range(8)]
+    assert min(starts) == 1 < max(starts)
+    assert all(starts[row["trial"]] == 1 for row in rows if row["last_step"] <= 10)
     assert [r.interrupted for r in (result, more, again)] == [False] * 3
+    assert same.trials == result.trials
     assert len(again.trials) == 8
 
     by = {status: [row for row in rows if row["status"] == status] for status in ("finished", "stopped", "failed")}
@@ -156,24 +168,6 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
     assert (recipe.name, recipe.optim.lr, recipe.train.steps) == ("tiny-best", best["params"]["optim.lr"], 40)
 
 
-def test_rungs_are_ashas_and_say_why():
-    sweep = make(Path("x"), early_terminate=Hyperband(min_iter=10, eta=2))
-    rungs = Rungs(sweep, 40)
-    assert rungs.judge(0, 10, 0.5) is None
-    assert rungs.judge(1, 10, 0.7) == "ema/shoot/nmse 0.7 at step 10 is outside the best 1/2 of 2 trials (cutoff 0.5)"
-    assert rungs.judge(2, 10, 0.4) is None
-    assert rungs.judge(0, 15, 9.0) is None  # between rungs
-    assert rungs.judge(2, 20, 0.4) is None  # the first at its rung
-    assert rungs.judge(0, 20, 0.6) is not None
-
-
-def test_maximise_keeps_the_high_values():
-    rungs = Rungs(make(Path("x"), metric={"name": METRIC, "goal": "maximize"}), 40)
-    assert rungs.judge(0, 10, 0.5) is None
-    assert rungs.judge(1, 10, 0.7) is None
-    assert "cutoff 0.6" in (rungs.judge(2, 10, 0.1) or "")
-
-
 @pytest.mark.parametrize(
     ("resources", "concurrent", "cpus", "gpus", "takes", "at_once"),
     [
@@ -188,7 +182,7 @@ def test_maximise_keeps_the_high_values():
 def test_auto_resources_follow_the_cluster(resources, concurrent, cpus, gpus, takes, at_once):
     sweep = make(Path("x"), resources=resources, max_concurrent=concurrent)
     keys = ("resources.num_workers", "resources.cpus_per_worker", "resources.gpus_per_worker")
-    assert share_cluster(sweep, Recipe(), cpus, gpus) == (dict(zip(keys, takes, strict=True)), at_once)
+    assert share_cluster(sweep, Recipe(), Cluster(((cpus, gpus),))) == (dict(zip(keys, takes, strict=True)), at_once)
 
 
 def test_parameter_classes_are_the_schema():

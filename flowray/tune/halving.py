@@ -1,0 +1,99 @@
+"""What compares the trials of a sweep with each other: asynchronous successive halving, or the median rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+from flowray.config.base import Config
+from flowray.config.sweep import Hyperband, Median, Sweep
+from flowray.tune.median import MedianRule
+
+
+class Halving(Protocol):
+    """Compares trials by number. A replay of the same values leaves the same state."""
+
+    def judge(self, number: int, step: int, value: float) -> str | None:
+        """Record the value at its step; why the trial should stop there, in words, or None."""
+
+    def promote(self, stopped: Collection[int], *, last: bool) -> int | None:
+        """Which of the trials that it stopped belongs on by now; None where none does. last: of all that it stopped the most promising."""
+
+
+def milestones(halving: Hyperband, budget_steps: int) -> list[int]:
+    """The rungs: min_iter * eta^k up to half the budget, since stopping later saves next to nothing; the first one always."""
+    rungs: list[int] = []
+    rung = float(halving.min_iter)
+    while rung < budget_steps and (not rungs or rung <= budget_steps / 2):
+        rungs.append(round(rung))
+        rung *= halving.eta
+    return rungs
+
+
+class Rungs:
+    """ASHA as published (Li et al. 2020, arXiv 1810.05934): a trial goes on from a rung while it is among the best 1/eta of all that came
+    that far. One that is not stops there, and is taken up again when it is: with more trials the best 1/eta are more.
+
+    Ray's AsyncHyperBandScheduler never comes back to a trial, so it lets the first ones go on whatever they are worth; on the recorded
+    pool that took half as much compute again to find one of the best. Every rung compares values at its very step: between two probes on
+    either side of it the value is interpolated.
+    """
+
+    def __init__(self, sweep: Sweep, budget_steps: int):
+        halving = sweep.early_terminate
+        assert isinstance(halving, Hyperband)
+        self._metric, self._eta = sweep.metric.name, halving.eta
+        self._sign = 1.0 if sweep.minimise else -1.0  # lower is better from here on
+        self._rungs: dict[int, dict[int, float]] = {at: {} for at in milestones(halving, budget_steps)}  # the lowest first
+        self._last: dict[int, tuple[int, float]] = {}
+
+    def judge(self, number: int, step: int, value: float) -> str | None:
+        """Record the value at the rungs that the trial has reached since its last probe; why it should stop at one, or None."""
+        before, old = self._last.get(number, (0, value))
+        self._last[number] = (step, value)
+        reasons: list[str] = []
+        for rung, values in self._rungs.items():
+            if before < rung <= step:
+                there = value if before == 0 else old + (value - old) * (rung - before) / (step - before)
+                values[number] = self._sign * there
+                reasons += filter(None, [self._place(number, rung)])
+        return reasons[0] if reasons else None  # all rungs have their values, whatever one says: so a replay leaves the same state
+
+    def promote(self, stopped: Collection[int], *, last: bool) -> int | None:
+        """The best of the trials that wait among the best 1/eta of their rung, at the highest rung that has one."""
+        further: set[int] = set()
+        for rung, values in reversed(self._rungs.items()):
+            waiting = [
+                number for number in (self._ranked(rung) if last else self._best(rung)) if number in stopped and number not in further
+            ]
+            if waiting:
+                return waiting[0]
+            further |= values.keys()
+        return None
+
+    def _ranked(self, rung: int) -> list[int]:
+        """The trials that came to this rung, best first; of equals the earlier."""
+        values = self._rungs[rung]
+        return sorted(values, key=lambda number: (values[number], number))
+
+    def _best(self, rung: int) -> list[int]:
+        return self._ranked(rung)[: int(len(self._rungs[rung]) / self._eta)]
+
+    def _place(self, number: int, rung: int) -> str | None:
+        """Why the trial waits at this rung, None where it goes on."""
+        values = self._rungs[rung]
+        if number in self._best(rung):
+            return None
+        place = 1 + sum(value < values[number] for value in values.values())
+        share = f"1/{self._eta:g}" if self._eta == int(self._eta) else f"{1 / self._eta:.0%}"
+        value = self._sign * values[number]
+        return f"{self._metric} {value:.3g} at step {rung} is number {place} of {len(values)} so far; the best {share} go on"
+
+
+HALVING: Mapping[type[Config], Callable[[Sweep, int], Halving]] = MappingProxyType({Hyperband: Rungs, Median: MedianRule})
+
+
+def make_halving(sweep: Sweep, budget_steps: int) -> Halving | None:
+    """What compares the trials of the sweep with each other, None where nothing does."""
+    return HALVING[type(sweep.early_terminate)](sweep, budget_steps) if sweep.early_terminate else None

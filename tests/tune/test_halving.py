@@ -1,0 +1,128 @@
+"""Successive halving by promotion: who goes on from a rung and when, and what study and account hold of those that wait."""
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from flowray.config.parameters import LogUniform
+from flowray.config.sweep import Hyperband, Sweep
+from flowray.tune.halving import Rungs, make_halving, milestones
+from flowray.tune.referee import Referee
+
+METRIC, STEPS = "ema/shoot/nmse", 80
+
+
+class Silent:
+    def started(self, trial): ...
+
+    def probed(self, trial): ...
+
+    def ended(self, trial): ...
+
+
+def make(**changes) -> Sweep:
+    plain = {
+        "name": "s",
+        "base": "b",
+        "metric": {"name": METRIC},
+        "parameters": {"optim.lr": LogUniform(min=1e-4, max=1e-2)},
+        "early_terminate": Hyperband(min_iter=10, eta=2),
+        "run_cap": 6,
+        "startup_trials": 3,
+    }
+    return Sweep(**{**plain, **changes})
+
+
+def session(sweep: Sweep, folder, *, most: int = 1000) -> tuple[Referee, list[tuple[int, int, int]]]:
+    """One after the other, at most `most` runs; the worth of a trial is its number's place in a fixed order. (trial, from, to) each."""
+    judge, runs = Referee(sweep, folder, STEPS, make_halving(sweep, STEPS), Silent()), []
+    while len(runs) < most and (chosen := judge.next()):
+        number, start = chosen[0], judge.records.trials[chosen[0]].last_step
+        for step in range(start + 10, STEPS + 1, 10):
+            if judge.see(number, {"step": step, "budget_steps": STEPS, METRIC: worth(number) + 10 / step}):
+                break
+        judge.ended(number)
+        runs.append((number, start, step))
+    return judge, runs
+
+
+def worth(number: int) -> float:
+    return float([3, 1, 4, 2, 0, 5][number % 6])
+
+
+def told(folder) -> list[optuna.trial.FrozenTrial]:
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    return optuna.load_study(study_name="s", storage=storage).trials
+
+
+@pytest.mark.parametrize(
+    ("min_iter", "eta", "budget", "rungs"),
+    [(10, 2, 80, [10, 20, 40]), (50, 3, 500, [50, 150]), (50, 4, 500, [50, 200]), (300, 3, 500, [300]), (500, 3, 500, [])],
+)
+def test_rungs_end_at_half_the_budget_but_for_the_first(min_iter, eta, budget, rungs):
+    assert milestones(Hyperband(min_iter=min_iter, eta=eta), budget) == rungs
+
+
+@pytest.mark.parametrize(("goal", "sign"), [("minimize", 1.0), ("maximize", -1.0)])
+def test_the_best_of_a_rung_goes_on_once_enough_came_to_it(goal, sign):
+    rungs = Rungs(make(metric={"name": METRIC, "goal": goal}), STEPS)
+    assert rungs.judge(0, 10, sign * 0.5) == f"{METRIC} {sign * 0.5:.3g} at step 10 is number 1 of 1 so far; the best 1/2 go on"
+    assert rungs.promote([0], last=False) is None
+    assert rungs.judge(1, 10, sign * 0.7) is not None
+    assert rungs.promote([0, 1], last=False) == 0  # the best of two
+    assert rungs.judge(2, 10, sign * 0.4) is None  # the best of three, and one may go
+    assert rungs.promote([1], last=False) is None
+    assert rungs.judge(2, 20, sign * 0.3) is not None
+    assert rungs.promote([1, 2], last=False) is None
+    assert rungs.promote([1, 2], last=True) == 2  # the one that is furthest
+
+
+def test_a_whole_sweep_trains_few_to_the_end_and_its_best_among_them(tmp_path):
+    judge, runs = session(make(), tmp_path)
+    records = judge.records.trials
+    assert records[4].status == "finished"  # the best of all
+    assert sum(to - start for _, start, to in runs) < 6 * STEPS / 2
+    assert {number for number, start, _ in runs if start == 0} == set(range(6))
+    assert any(start for _, start, _ in runs)
+    for at, (number, start, _) in enumerate(runs):
+        assert start == max([to for n, _, to in runs[:at] if n == number], default=0)  # from where it waited
+    states = {t.number: t.state for t in told(tmp_path)}
+    assert sorted(states) == list(range(6))
+    for number, record in records.items():
+        assert states[number] == (TrialState.COMPLETE if record.status == "finished" else TrialState.PRUNED)
+        assert told(tmp_path)[number].last_step == record.last_step
+        assert not record.waits
+    assert judge.next() is None
+
+
+def test_few_trials_still_bring_one_to_the_end(tmp_path):
+    judge, _ = session(make(run_cap=2, early_terminate=Hyperband(min_iter=10, eta=4)), tmp_path)
+    assert [judge.records.trials[n].status for n in (0, 1)] == ["stopped", "finished"]
+    assert told(tmp_path)[0].user_attrs["flowray"].endswith("is number 1 of 1 so far; the best 1/4 go on")
+
+
+def test_the_sampler_learns_from_those_that_wait_and_the_journal_keeps_them_open(tmp_path):
+    judge, _ = session(make(early_terminate=Hyperband(min_iter=10, eta=4)), tmp_path, most=3)
+    assert judge.records.waiting() == [0, 1, 2]
+    assert [t.state for t in told(tmp_path)] == [TrialState.RUNNING] * 3
+    seen = judge._study._study.get_trials(deepcopy=False)
+    assert [(t.state, t.value, t.last_step) for t in seen] == [(TrialState.PRUNED, worth(n) + 1, 10) for n in range(3)]
+    again, _ = session(make(early_terminate=Hyperband(min_iter=10, eta=4)), tmp_path, most=0)
+    assert again.records.waiting() == [0, 1, 2]
+    assert [t.state for t in again._study._study.get_trials(deepcopy=False)] == [TrialState.PRUNED] * 3
+    assert (again.remaining(), again.next()[0]) == (3, 3)
+
+
+def test_a_waiting_trial_can_be_finished_by_number(tmp_path):
+    session(make(early_terminate=Hyperband(min_iter=10, eta=4)), tmp_path, most=3)
+    sweep = make(early_terminate=Hyperband(min_iter=10, eta=4))
+    judge = Referee(sweep, tmp_path, STEPS, make_halving(sweep, STEPS), Silent(), finish=[2])
+    assert judge.next()[0] == 2
+    for step in range(20, STEPS + 1, 10):
+        assert not judge.see(2, {"step": step, "budget_steps": STEPS, METRIC: 9.0})
+    judge.ended(2)
+    assert judge.next() is None
+    assert [t.state for t in told(tmp_path)] == [TrialState.RUNNING, TrialState.RUNNING, TrialState.COMPLETE]
+    assert judge.records.waiting() == [0, 1]

@@ -1,0 +1,186 @@
+"""The same command typed again, without Ray: which sweep goes on, which is refused, and what becomes of trials that were cut off."""
+
+import json
+import multiprocessing
+import time
+from types import SimpleNamespace
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from flowray.config.errors import InputError
+from flowray.config.load import load_recipe, override_recipe
+from flowray.config.recipe import Recipe
+from flowray.config.sweep import Hyperband, LogUniform, StopRule, Sweep
+from flowray.config.sweepfile import load_sweep
+from flowray.rayrun.search import FAILED, ProbeScheduler, StudySearch, no_room
+from flowray.rayrun.tuner import open_directory
+from flowray.store.run import RunDirectory, RunLock
+from flowray.tune.halving import make_halving
+from flowray.tune.referee import Referee
+
+METRIC = "ema/shoot/nmse"
+FORK = multiprocessing.get_context("fork")
+
+
+def make(folder, **changes) -> Sweep:
+    plain = {
+        "name": "s",
+        "storage_path": str(folder),
+        "base": "b.yaml",
+        "metric": {"name": METRIC},
+        "parameters": {"optim.lr": LogUniform(min=1e-4, max=1e-2)},
+        "early_terminate": Hyperband(min_iter=20, eta=2),
+        "method": "random",
+        "run_cap": 3,
+    }
+    return Sweep(**{**plain, **changes})
+
+
+@pytest.fixture
+def there(tmp_path):
+    """A sweep's directory as its first session left it."""
+    open_directory(make(tmp_path), Recipe(), resume=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_same_sweep_goes_on_also_where_only_places_differ(there, resume):
+    before = load_sweep(str(there / "s" / "sweep.yaml"))
+    assert open_directory(make(there), Recipe(), resume) == there / "s"
+    moved = make(there, base="/another/working/dir/b.yaml", description="typed again")
+    other = override_recipe(Recipe(), {"resources.num_workers": 2, "data.cache": "/elsewhere", "name": "x"})
+    open_directory(moved, other, resume)
+    assert load_recipe(str(there / "s" / "base.yaml")).recipe == other
+    assert load_sweep(str(there / "s" / "sweep.yaml")).parameters == before.parameters
+    assert not list((there / "s").glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys", "resume", "words"),
+    [
+        ({"seed": 4}, {}, True, "seed differs from the sweep to resume; take it back, or type name=OTHER"),
+        ({"parameters": {"optim.lr": LogUniform(min=1e-5, max=1e-2)}}, {}, True, "parameters differs"),
+        ({}, {"train.steps": 7}, True, "train.steps differs from the sweep to resume"),
+        ({"set": {"loss.kl.weight": 2.0}}, {"loss.kl.weight": 2.0}, True, "loss.kl.weight differs"),
+        ({"run_cap": 5}, {}, False, "run_cap differs from the sweep that is there, of which 0 trials are done; type --resume"),
+        ({"stop": (StopRule(metric=METRIC, above=5),)}, {}, False, "stop differs from the sweep that is there"),
+    ],
+)
+def test_another_sweep_is_refused_in_one_line_and_nothing_is_written(there, changes, keys, resume, words):
+    before = {path.name: path.read_text() for path in (there / "s").iterdir()}
+    with pytest.raises(InputError, match=words):
+        open_directory(make(there, **changes), override_recipe(Recipe(), keys), resume)
+    assert {path.name: path.read_text() for path in (there / "s").iterdir()} == before
+
+
+def test_caps_and_stops_may_differ_where_that_is_said(there):
+    open_directory(make(there, run_cap=5, stop=(StopRule(metric=METRIC, above=5),)), Recipe(), resume=True)
+    kept = load_sweep(str(there / "s" / "sweep.yaml"))
+    assert (kept.run_cap, kept.stop[0].above) == (5, 5)
+
+
+def hold(folder, pipe) -> None:
+    with RunLock(RunDirectory(folder)):
+        pipe.send("held")
+        time.sleep(300)
+
+
+def test_a_sweep_that_another_process_runs_is_not_touched_until_that_is_killed(there):
+    here, pipe = multiprocessing.Pipe()
+    owner = FORK.Process(target=hold, args=(there / "s", pipe))
+    owner.start()
+    try:
+        assert here.poll(60)
+        with pytest.raises(InputError, match=f"in use by process {owner.pid}"):
+            open_directory(make(there, run_cap=5), Recipe(), resume=True)
+        assert load_sweep(str(there / "s" / "sweep.yaml")).run_cap == 3
+        began = time.monotonic()
+        with pytest.raises(InputError, match="in use"), RunLock(RunDirectory(there / "s"), patience_s=0.5):
+            pass
+        assert time.monotonic() - began >= 0.5
+    finally:
+        owner.kill()
+        owner.join()
+    open_directory(make(there, run_cap=5), Recipe(), resume=True)
+
+
+# trials that were cut off
+
+
+class Silent:
+    def started(self, trial): ...
+
+    def probed(self, trial): ...
+
+    def ended(self, trial): ...
+
+
+def referee(folder, **changes) -> Referee:
+    sweep = make(folder, **changes)
+    return Referee(sweep, folder, 80, make_halving(sweep, 80), Silent())
+
+
+def write(folder, number, *values, start=10) -> list[dict]:
+    """Probe rows on the disk, every 10 steps; as the run would report them."""
+    (folder / str(number)).mkdir(exist_ok=True)
+    rows = [{"step": start + 10 * i, METRIC: value} for i, value in enumerate(values)]
+    with (folder / str(number) / "probes.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return [{**row, "budget_steps": 80} for row in rows]
+
+
+def test_rows_that_a_killed_process_wrote_and_could_not_report_are_judged_with_the_next(tmp_path):
+    judge = referee(tmp_path)
+    for value in (1.0, 2.0):
+        number, _ = judge.next()
+        rows = write(tmp_path, number, value, value, value)
+        assert judge.see(number, rows[0]) is False
+        assert judge.see(number, rows[2])  # the one at step 20, a rung, comes from the disk
+        judge.ended(number)
+    assert judge.records.trials[1].last_step == 20
+    assert judge.records.trials[1].stopped_by.endswith("at step 20 is number 2 of 2 so far; the best 1/2 go on")
+    assert judge.next()[0] == 0
+
+
+def test_a_trial_that_was_killed_after_its_last_checkpoint_has_finished(tmp_path):
+    """Started again it has nothing to do, and reports nothing."""
+    judge = referee(tmp_path)
+    judge.next()
+    judge.see(0, write(tmp_path, 0, 3.0)[0])
+    write(tmp_path, 0, *[2.0] * 6, 0.5, start=20)
+    with (tmp_path / "0" / "metrics.jsonl").open("w") as file:
+        file.write(json.dumps({"step": 80, "loss/flow": 0.25, "perf/step_s": 1.0}) + "\n")
+    judge.ended(0)
+    record = judge.records.trials[0]
+    assert (record.status, record.last_step, record.metrics) == ("finished", 80, {METRIC: 0.5, "loss/flow": 0.25})
+
+
+def test_a_stop_that_the_killed_driver_had_not_told_is_told_by_the_next_session(tmp_path):
+    judge = referee(tmp_path)
+    for value in (1.0, 2.0):
+        number, _ = judge.next()
+        rows = write(tmp_path, number, value, value)
+        assert [judge.see(number, row) for row in rows] == [False, True]  # and killed, before `ended`
+    again = referee(tmp_path)
+    assert [again.records.trials[number].status for number in (0, 1)] == ["stopped", "stopped"]
+    assert again.next()[0] == 0
+    assert again.next()[0] == 2
+
+
+def test_a_full_disk_fails_no_trial(tmp_path):
+    judge = referee(tmp_path)
+    search, scheduler = StudySearch(judge), ProbeScheduler(judge)
+    trial = SimpleNamespace(config=search.suggest("a"))
+    scheduler.on_trial_result(None, trial, write(tmp_path, 0, 1.0)[0])
+    words = "RunFailed: s/0: step 14: the checkpoint cannot be written: No space left on device; the ones before it are kept"
+    assert no_room("RunFailed: s/0: loss/flow is not finite") is None
+    assert scheduler.on_trial_result(None, trial, {FAILED: words}) == TrialScheduler.STOP
+    search.on_trial_complete("a")
+    assert search.suggest("b") == Searcher.FINISHED
+    assert judge.held.strerror == words
+    again = referee(tmp_path)
+    assert (again.records.trials[0].status, again.next()[0]) == ("running", 0)
+    assert scheduler.on_trial_result(None, trial, {FAILED: "RunFailed: s/0: loss/flow is not finite"}) == TrialScheduler.STOP
+    assert judge.records.trials[0].status == "failed"
