@@ -95,20 +95,22 @@ def test_drivers_of_trials_with_several_workers_fit_in_the_heads_memory():
 
 def test_the_configuration_is_read_where_the_autoscaler_of_this_cluster_reads_it(tmp_path):
     """Two processes with an autoscaler's arguments, of two clusters; none of a third, outside Kubernetes."""
-    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    sleeper = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"]
     started = []
     try:
         for port, most in ((6379, 3), (6380, 5)):
             (tmp_path / f"{port}.yaml").write_text(yaml.safe_dump({"max_workers": most}))
             words = [f"--gcs-address=10.0.0.1:{port}", f"--autoscaling-config={port}.yaml"]
-            started.append(subprocess.Popen([*sleeper, *words], cwd=tmp_path))
+            started.append(subprocess.Popen([*sleeper, *words], cwd=tmp_path, stdout=subprocess.PIPE))
+        for process in started:  # its words show a moment after it was started
+            assert process.stdout.readline() == b"here\n"
         assert read_config("10.0.0.1:6380") == {"max_workers": 5}
         assert read_config("10.0.0.1:6379") == {"max_workers": 3}
         assert read_config("10.0.0.1:6381") is None
     finally:
         for process in started:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def test_kuberays_cluster_is_read_from_the_kubernetes_api(tmp_path):

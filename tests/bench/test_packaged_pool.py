@@ -1,0 +1,40 @@
+"""The record that comes with flowray, and that the default sweep is worth its stops on it."""
+
+import numpy as np
+import pytest
+
+from flowray.bench.pool import packaged_pool, read_pool
+from flowray.bench.replay import sweep_search
+from flowray.bench.sweep import correlations
+from flowray.config.sweepfile import load_sweep
+
+POOL = read_pool(packaged_pool())
+
+
+def test_it_is_whole():
+    assert [entry.number for entry in POOL.entries] == list(range(60))
+    for entry in POOL.entries:
+        assert entry.error is None
+        assert [row["step"] for row in entry.rows] == list(range(50, 501, 50))
+        assert entry.params.keys() == POOL.sweep.parameters.keys()
+    assert len(POOL.best(3)) == 3
+
+
+def test_the_metric_of_the_default_sweep_knows_the_pictures_early():
+    rho = correlations(POOL)
+    name = load_sweep("head").metric.name
+    assert rho[name][0.33] < -0.85
+    assert abs(rho[name][0.33]) > abs(rho["loss/flow"][0.33]) + 0.2
+
+
+def test_the_default_sweep_finds_one_of_the_best_for_less_than_half_of_a_random_search():
+    hits = [sweep_search(POOL, POOL.best(3), seed, load_sweep("head"), 50).hit for seed in range(4)]
+    drawn = (60 + 1) / (3 + 1)  # full trainings until the first of 3 among 60, on average
+    assert np.mean(hits) / POOL.budget_steps < drawn / 2
+    assert hits == [sweep_search(POOL, POOL.best(3), seed, load_sweep("head"), 50).hit for seed in range(4)]
+
+
+@pytest.mark.parametrize("name", ["flow/cos", "std/mean"])
+def test_what_the_logs_warn_of_does_not_rank(name):
+    """A cosine or a width is a floor: neither orders configurations by their pictures at a third of the budget."""
+    assert abs(correlations(POOL)[f"ema/{name}"][0.33]) < 0.5
