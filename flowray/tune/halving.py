@@ -17,9 +17,6 @@ class Halving(Protocol):
     def judge(self, number: int, step: int, value: float) -> str | None:
         """Record the value at its step; why the trial should stop there, in words, or None."""
 
-    def promote(self, stopped: Collection[int], *, last: bool) -> int | None:
-        """Which of the trials that it stopped belongs on by now; None where none does. last: of all that it stopped the most promising."""
-
 
 def milestones(halving: Hyperband, budget_steps: int) -> list[int]:
     """The rungs: min_iter * eta^k up to half the budget, since stopping later saves next to nothing; the first one always."""
@@ -36,7 +33,7 @@ class Rungs:
     that far. One that is not stops there, and is taken up again when it is: with more trials the best 1/eta are more.
 
     Ray's AsyncHyperBandScheduler never comes back to a trial, so it lets the first ones go on whatever they are worth; on the recorded
-    pool that took half as much compute again to find one of the best. Every rung compares values at its very step: between two probes on
+    pool that took two fifths more compute to find one of the best. Every rung compares values at its very step: between two probes on
     either side of it the value is interpolated.
     """
 
@@ -57,11 +54,14 @@ class Rungs:
             if before < rung <= step:
                 there = value if before == 0 else old + (value - old) * (rung - before) / (step - before)
                 values[number] = self._sign * there
-                reasons += filter(None, [self._place(number, rung)])
+                if number not in self._best(rung):
+                    reasons.append(self._place(number, rung, " so far; {} go on"))
         return reasons[0] if reasons else None  # all rungs have their values, whatever one says: so a replay leaves the same state
 
     def promote(self, stopped: Collection[int], *, last: bool) -> int | None:
-        """The best of the trials that wait among the best 1/eta of their rung, at the highest rung that has one."""
+        """Which of the trials that it stopped goes on by now: the best of those among the best 1/eta of their rung, at the highest rung
+        that has one; None where none does. last: of all that it stopped the best at the highest rung.
+        """
         further: set[int] = set()
         for rung, values in reversed(self._rungs.items()):
             waiting = [
@@ -72,6 +72,10 @@ class Rungs:
             further |= values.keys()
         return None
 
+    def why(self, number: int) -> str:
+        """Its place at the highest rung that it came to, among all that came there by now."""
+        return self._place(number, max(rung for rung, values in self._rungs.items() if number in values), "; {} went on")
+
     def _ranked(self, rung: int) -> list[int]:
         """The trials that came to this rung, best first; of equals the earlier."""
         values = self._rungs[rung]
@@ -80,15 +84,12 @@ class Rungs:
     def _best(self, rung: int) -> list[int]:
         return self._ranked(rung)[: int(len(self._rungs[rung]) / self._eta)]
 
-    def _place(self, number: int, rung: int) -> str | None:
-        """Why the trial waits at this rung, None where it goes on."""
+    def _place(self, number: int, rung: int, rest: str) -> str:
         values = self._rungs[rung]
-        if number in self._best(rung):
-            return None
         place = 1 + sum(value < values[number] for value in values.values())
         share = f"1/{self._eta:g}" if self._eta == int(self._eta) else f"{1 / self._eta:.0%}"
         value = self._sign * values[number]
-        return f"{self._metric} {value:.3g} at step {rung} is number {place} of {len(values)} so far; the best {share} go on"
+        return f"{self._metric} {value:.3g} at step {rung} is number {place} of {len(values)}" + rest.format(f"the best {share}")
 
 
 HALVING: Mapping[type[Config], Callable[[Sweep, int], Halving]] = MappingProxyType({Hyperband: Rungs, Median: MedianRule})

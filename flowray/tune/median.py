@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from statistics import fmean, median
 
 from flowray.config.sweep import Median, Sweep
@@ -30,7 +29,3 @@ class MedianRule:
             return None
         middle = self._sign * median(means)
         return f"{self._metric} at best {self._sign * best:.3g} by step {step} is worse than the median {middle:.3g} of {len(means)} trials"
-
-    def promote(self, stopped: Collection[int], *, last: bool) -> int | None:
-        """A trial that was stopped stays so."""
-        return None

@@ -18,7 +18,7 @@ from flowray.config.errors import InputError
 from flowray.config.sweep import Sweep
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
-from flowray.tune.halving import Halving
+from flowray.tune.halving import Halving, Rungs
 from flowray.tune.records import Records, Status, TrialRecord
 from flowray.tune.space import Params, trial_count
 from flowray.tune.stop import Watch
@@ -70,6 +70,7 @@ class Referee:
         self.records = Records(sweep_dir / "trials.jsonl")
         self._study = SweepStudy(sweep, sweep_dir / "study.journal", concurrent=concurrent, earlier=earlier)
         self._halving, self._audience, self._deadline = halving, audience, deadline
+        self._rungs = halving if isinstance(halving, Rungs) else None  # at which trials wait
         self._watches: dict[int, Watch] = {}
         self._clock: dict[int, float] = {}
         self._ended = self._failed = 0  # in this session
@@ -133,15 +134,15 @@ class Referee:
 
     def may_promote(self) -> bool:
         """Whether a trial that waits at a rung may go on once one that runs has got further."""
-        return self._halving is not None and not (self._no_more or self._finishing) and bool(self.records.by("running"))
+        return self._rungs is not None and not (self._no_more or self._finishing) and bool(self.records.by("running"))
 
     def _promoted(self) -> int | None:
         """The trial that belongs on from the rung it waits at. Where no trial came through, the most promising one does in the end."""
         waiting = self.records.waiting()
-        if self._halving is None or self._finishing or not waiting:
+        if self._rungs is None or self._finishing or not waiting:
             return None
         last = not (self.remaining() or self.records.by("running") or self.records.by("finished"))
-        return self._halving.promote(waiting, last=last)
+        return self._rungs.promote(waiting, last=last)
 
     def _go_on(self, record: TrialRecord) -> None:
         record.stopped_by, record.waits = None, False
@@ -149,12 +150,12 @@ class Referee:
 
     def _settle(self) -> None:
         """Tell the study of the trials that wait, where none of them goes on any more."""
-        if self._finishing or self.records.by("running"):
+        if self._rungs is None or self._finishing or self.records.by("running"):
             return
         for number in self.records.waiting():
             record = self.records.trials[number]
-            self._study.stop(number, record.stopped_by or "")
-            record.waits = False
+            record.stopped_by, record.waits = self._rungs.why(number), False
+            self._study.stop(number, record.stopped_by)
             self.records.save(number)
 
     def see(self, number: int, row: Mapping[str, Any]) -> bool:
@@ -250,7 +251,7 @@ class Referee:
         why, rung = watch.feed(self._with_findings(record.trial, row)), self._compare(record, row)
         if step >= record.budget_steps // self.sweep.seeds:
             return None
-        return Stop(why, False) if why else Stop(rung, True) if rung else None
+        return Stop(why, False) if why else Stop(rung, self._rungs is not None) if rung else None
 
     def _compare(self, record: TrialRecord, row: Mapping[str, Any]) -> str | None:
         """Why to stop by what compares trials with each other. It sees every row of a first seed, also of one that a rule stops."""

@@ -7,7 +7,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from flowray.config.parameters import LogUniform
-from flowray.config.sweep import Hyperband, Sweep
+from flowray.config.sweep import Hyperband, Median, Sweep
 from flowray.tune.halving import Rungs, make_halving, milestones
 from flowray.tune.referee import Referee
 
@@ -100,7 +100,7 @@ def test_a_whole_sweep_trains_few_to_the_end_and_its_best_among_them(tmp_path):
 def test_few_trials_still_bring_one_to_the_end(tmp_path):
     judge, _ = session(make(run_cap=2, early_terminate=Hyperband(min_iter=10, eta=4)), tmp_path)
     assert [judge.records.trials[n].status for n in (0, 1)] == ["stopped", "finished"]
-    assert told(tmp_path)[0].user_attrs["flowray"].endswith("is number 1 of 1 so far; the best 1/4 go on")
+    assert told(tmp_path)[0].user_attrs["flowray"].endswith("is number 2 of 2; the best 1/4 went on")
 
 
 def test_the_sampler_learns_from_those_that_wait_and_the_journal_keeps_them_open(tmp_path):
@@ -126,3 +126,12 @@ def test_a_waiting_trial_can_be_finished_by_number(tmp_path):
     assert judge.next() is None
     assert [t.state for t in told(tmp_path)] == [TrialState.RUNNING, TrialState.RUNNING, TrialState.COMPLETE]
     assert judge.records.waiting() == [0, 1]
+
+
+def test_by_the_median_a_stop_is_for_good(tmp_path):
+    judge, runs = session(make(early_terminate=Median(min_iter=10, min_trials=2)), tmp_path)
+    assert len(runs) == 6
+    stopped = judge.records.by("stopped")
+    assert stopped
+    assert judge.records.waiting() == []
+    assert all(told(tmp_path)[record.trial].state == TrialState.PRUNED for record in stopped)

@@ -210,8 +210,8 @@ class HalvingContract:
         for number, step, value in self.rows(sign):
             if number not in stopped and (why := rule.judge(number, step, value)):
                 stopped[number] = why
-                again = rule.promote(stopped, last=False)
-                stopped.pop(again, None)
+                if isinstance(rule, Rungs):
+                    stopped.pop(rule.promote(stopped, last=False), None)
         assert 0 not in stopped or rule.promote(stopped, last=True) == 0
         assert 4 in stopped
         assert all(METRIC in why and "step" in why for why in stopped.values())
@@ -227,6 +227,7 @@ class HalvingContract:
         rule = self.build()
         for step in (10, 20, 40):
             if rule.judge(0, step, float(step)):
+                assert isinstance(rule, Rungs)
                 assert rule.promote([0], last=True) == 0
 
 
