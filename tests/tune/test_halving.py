@@ -6,20 +6,13 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from flowray.bench.replay import Silent
 from flowray.config.parameters import LogUniform
 from flowray.config.sweep import Hyperband, Median, Sweep
 from flowray.tune.halving import Rungs, make_halving, milestones
 from flowray.tune.referee import Referee
 
 METRIC, STEPS = "ema/shoot/nmse", 80
-
-
-class Silent:
-    def started(self, trial): ...
-
-    def probed(self, trial): ...
-
-    def ended(self, trial): ...
 
 
 def make(**changes) -> Sweep:

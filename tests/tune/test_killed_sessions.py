@@ -19,6 +19,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from flowray.bench.replay import Silent
 from flowray.config.errors import InputError
 from flowray.config.sweep import Hyperband, LogUniform, StopRule, Sweep
 from flowray.rayrun import session
@@ -29,14 +30,6 @@ from flowray.tune.referee import Referee
 
 METRIC, STEPS, EVERY, TRIALS = "ema/shoot/nmse", 80, 20, 6
 FORK = multiprocessing.get_context("fork")  # a killed process a few milliseconds old
-
-
-class Silent:
-    def started(self, trial): ...
-
-    def probed(self, trial): ...
-
-    def ended(self, trial): ...
 
 
 def make(**changes) -> Sweep:

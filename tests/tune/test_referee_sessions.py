@@ -11,6 +11,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from flowray.bench.replay import Silent
 from flowray.config.errors import InputError
 from flowray.config.sweep import Hyperband, LogUniform, Median, StopRule, Sweep
 from flowray.tune.halving import HALVING, Rungs, make_halving
@@ -20,14 +21,6 @@ from flowray.tune.referee import Referee, repeat_dir, repeat_of
 from flowray.tune.stop import Watch, check_findings
 
 METRIC = "shoot/nmse"
-
-
-class Silent:
-    def started(self, trial): ...
-
-    def probed(self, trial): ...
-
-    def ended(self, trial): ...
 
 
 def make(**changes) -> Sweep:

@@ -9,6 +9,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from flowray.bench.replay import Silent
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
@@ -107,14 +108,6 @@ def test_a_sweep_that_another_process_runs_is_not_touched_until_that_is_killed(t
 
 
 # trials that were cut off
-
-
-class Silent:
-    def started(self, trial): ...
-
-    def probed(self, trial): ...
-
-    def ended(self, trial): ...
 
 
 def referee(folder, **changes) -> Referee:
