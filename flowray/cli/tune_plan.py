@@ -74,7 +74,7 @@ def _space(spec: dict[str, Any]) -> str:
     ends = f"{spec['min']:g} .. {spec['max']:g}" if "min" in spec else spec.get("values", spec.get("value"))
     step = f" in steps of {spec['q']:g}" if "q" in spec else ""
     prior = spec.get("prior")
-    near = f"  prior {prior['value']}" + (f" -+ {prior['sigma']:g}" if prior.get("sigma") else "") if prior else ""
+    near = f"  prior {prior['value']}" + (f" ± {prior['sigma']:g}" if prior.get("sigma") else "") if prior else ""
     when = "".join(f"  when {key} is {' or '.join(map(str, values))}" for key, values in spec.get("when", {}).items())
     return f"{spec['distribution']}  {ends}{step}{near}{when}"
 

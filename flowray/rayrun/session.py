@@ -13,6 +13,7 @@ from pathlib import Path
 
 import ray
 
+from flowray.config.errors import InputError
 from flowray.rayrun.access import LOOPBACK, require_token
 
 FOLDERS = "fr-"  # begins the names of local Rays' folders; short: Ray's socket paths must stay under 107 bytes
@@ -48,7 +49,7 @@ def started(num_cpus: int | None = None) -> Iterator[None]:
 
     num_cpus: CPUs the local Ray offers, at least those of the machine. A bare `ray.init()` would join any Ray on the host, so
     the local one is asked for by name and keeps its files in a folder of its own. It takes a token, always: InputError where that is
-    switched off.
+    switched off, and where Ray does not come up.
     """
     if ray.is_initialized():
         yield
@@ -66,19 +67,31 @@ def started(num_cpus: int | None = None) -> Iterator[None]:
     require_token()
     with local_folder() as folder:
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, num_cpus or 1),
-                include_dashboard=True,  # Tune frees the placement groups of stopped trials through its State API
-                dashboard_host=LOOPBACK,
-                object_store_memory=OBJECT_STORE_BYTES,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                _temp_dir=str(folder),
-            )
+            _init_local(folder, max(os.cpu_count() or 1, num_cpus or 1))
             yield
         finally:
             ray.shutdown()
+
+
+def _init_local(folder: Path, num_cpus: int) -> None:
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=True,  # Tune frees the placement groups of stopped trials through its State API
+            dashboard_host=LOOPBACK,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            _temp_dir=str(folder),
+        )
+    except Exception as error:  # Ray raises no narrower class
+        if "timed out during startup" not in str(error):
+            raise
+        raise InputError(
+            f"Ray did not start within the 30 s that it gives itself: load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, "
+            f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free in {folder.parent}; end other work, then type the command again"
+        ) from None
 
 
 @contextmanager
