@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from flowray.bench.pool import SCORE
 from flowray.bench.replay import KEPT, ROUND
-from flowray.bench.sweep import ARMS, EARLY, Bench, ranked, summary
+from flowray.bench.sweep import ARMS, BEST, EARLY, Bench, first_rung, ranked, summary
 from flowray.report.figures import BLUE, GREEN, INK, MUTED, STYLE, VERMILLION
 
 COLOURS = {"random": MUTED, "one_rung": GREEN, "loss": VERMILLION, "default": BLUE, "oracle": INK}
@@ -32,7 +32,7 @@ def write_page(bench: Bench, page: Path) -> None:
 
 
 def _lines(bench: Bench, facts: dict[str, Any], picture: str) -> list[str]:
-    pool, sweep, rung = bench.pool, bench.sweep, bench.sweep.early_terminate
+    pool, sweep, halving = bench.pool, bench.sweep, bench.sweep.early_terminate
     seeds = len(bench.arms["default"])
     rules = [f"- {rule.metric or rule.finding}: {rule.model_dump(exclude_none=True, exclude={'metric', 'finding'})}" for rule in sweep.stop]
     return [
@@ -62,13 +62,16 @@ def _lines(bench: Bench, facts: dict[str, Any], picture: str) -> list[str]:
             for name, r in facts["ratios"].items()
         ),
         "",
-        f"One rung: {ROUND} at random to step {rung.min_iter if rung else '-'}, the best {KEPT} of them in full, again with the next",
+        f"One rung: {ROUND} at random to step {first_rung(sweep, pool.budget_steps)}, the best {KEPT} of them in full, again with the next",
         f"{ROUND}; it ranks by {sweep.metric.name} too. The loss: {bench.loss}, its mean over the steps since the probe before. The last",
         "search is told the final score at every probe: what a perfect probe would give with the same rungs. A search that stops all of",
         "the best finishes what it stopped, in its own order; what waited at a rung when the pool was empty counts as lost.",
         _limit(facts),
         "",
-        f"The default: {sweep.metric.goal} {sweep.metric.name}, early_terminate {rung.model_dump() if rung else 'off'}, stop rules:",
+        "The default's rungs and sampler were chosen with this pool in sight. On a random half of it for each seed, with the best",
+        f"{BEST} of that half, random search takes {_ratio(facts['halves'])} times the default's compute.",
+        "",
+        f"The default: {sweep.metric.goal} {sweep.metric.name}, early_terminate {halving.model_dump() if halving else 'off'}, stop rules:",
         *(rules or ["- none"]),
         "",
         *_why(facts),
@@ -107,6 +110,10 @@ def _scores(bench: Bench) -> str:
 def _why(facts: dict[str, Any]) -> list[str]:
     lost = list(facts["arms"]["default"]["lost_because"].items())[:WORDS]
     return ["The best that the default stopped, most often:", *(f"- {count}x {words}" for words, count in lost), ""] if lost else []
+
+
+def _ratio(found: dict[str, Any]) -> str:
+    return f"{found['of_means']:.2f} ({_interval(found['of_means_interval'])}; median over seeds {found['median']:.2f})"
 
 
 def _interval(ends: list[float]) -> str:

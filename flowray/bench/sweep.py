@@ -14,7 +14,7 @@ from flowray.bench.pool import SCORE, Pool, spearman, value_at
 from flowray.bench.record import machine
 from flowray.bench.replay import Replay, one_rung, random_search, sweep_search
 from flowray.config.errors import InputError
-from flowray.config.sweep import Metric, Sweep
+from flowray.config.sweep import Metric, SuccessiveHalving, Sweep, milestones
 from flowray.config.sweepfile import base_recipe
 
 BEST = 3  # any one of so many will do
@@ -35,7 +35,7 @@ WANTED = {"seeds_30": 30, "configurations_60": 60, "minutes_20": 20}
 @dataclass(frozen=True)
 class Bench:
     """What the replay gave. arms: per search its replays, one per seed; correlations: metric -> share of the budget -> Spearman's rho
-    with the final picture score, and at 1.0 that of its last value.
+    with the final picture score, and at 1.0 that of its last value. halves: random and the default on a random half of the pool per seed.
     """
 
     pool: Pool
@@ -44,6 +44,7 @@ class Bench:
     goal: frozenset[int]
     arms: Mapping[str, Sequence[Replay]]
     correlations: Mapping[str, Mapping[float, float]]
+    halves: Mapping[str, Sequence[Replay]]
     seconds: float
 
 
@@ -54,7 +55,7 @@ def run(pool: Pool, sweep: Sweep, *, seeds: int, loss: str, say: Callable[[str],
     began = time.monotonic()
     every = _check(pool, sweep, loss)
     goal, on_loss = pool.best(BEST), Metric(name=loss)
-    rung = sweep.early_terminate.min_iter if sweep.early_terminate else pool.budget_steps // 3
+    rung = first_rung(sweep, pool.budget_steps)
     by_loss = sweep.model_copy(update={"metric": on_loss, "stop": ()})
     by_oracle = sweep.model_copy(update={"metric": Metric(name=ORACLE, goal="maximize"), "stop": ()})
     told = foretold(pool)
@@ -69,7 +70,25 @@ def run(pool: Pool, sweep: Sweep, *, seeds: int, loss: str, say: Callable[[str],
     for name, search in searches.items():
         arms[name] = [search(seed) for seed in range(seeds)]
         say(f"{ARMS[name]}: {np.mean([r.hit for r in arms[name]]) / pool.budget_steps:.1f} full budgets on average")
-    return Bench(pool, sweep, loss, goal, arms, correlations(pool), time.monotonic() - began)
+    parts = [half(pool, seed) for seed in range(seeds)]
+    halves = {
+        "random": [random_search(part, part.best(BEST), seed) for seed, part in enumerate(parts)],
+        "default": [sweep_search(part, part.best(BEST), seed, sweep, every) for seed, part in enumerate(parts)],
+    }
+    return Bench(pool, sweep, loss, goal, arms, correlations(pool), halves, time.monotonic() - began)
+
+
+def half(pool: Pool, seed: int) -> Pool:
+    """A random half of the pool's configurations, with another best: for what was chosen with the whole pool in sight."""
+    count = len(pool.entries)
+    kept = sorted(np.random.default_rng([seed, count]).permutation(count)[: (count + 1) // 2])
+    return replace(pool, entries=tuple(pool.entries[i] for i in kept))
+
+
+def first_rung(sweep: Sweep, budget_steps: int) -> int:
+    """The sweep's own, or a third of the budget."""
+    rungs = milestones(sweep.early_terminate, budget_steps) if isinstance(sweep.early_terminate, SuccessiveHalving) else {}
+    return next(iter(rungs), budget_steps // 3)
 
 
 def foretold(pool: Pool) -> Pool:
@@ -135,6 +154,7 @@ def summary(bench: Bench) -> dict[str, Any]:
         "guards": {name: count >= WANTED[name] for name, count in have.items()} | {"minutes_20": bench.seconds < 60 * WANTED["minutes_20"]},
         "seconds": round(bench.seconds, 1),
         "pool": {"configurations": len(pool.entries), "budget_steps": pool.budget_steps, "best": sorted(bench.goal), **pool.facts},
+        "halves": ratio(bench.halves["random"], bench.halves["default"], rng),
         "loss": bench.loss,
         "arms": {name: _arm(bench, replays) for name, replays in bench.arms.items()},
         "correlations": {name: {f"{share:g}": rho for share, rho in row.items()} for name, row in bench.correlations.items()},

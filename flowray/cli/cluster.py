@@ -36,6 +36,7 @@ def _parser() -> Parser:
     )
     check.add_argument("--storage", metavar="FOLDER", default="runs", help="the storage_path to test (default: runs, from FLOWRAY_STORAGE)")
     check.add_argument("--data", metavar="SHARDS", help="a data.shards folder or glob that every node must see")
+    check.add_argument("--workers", type=int, default=0, metavar="N", help="have the autoscaler bring up N workers first (takes minutes)")
     check.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     head = verbs.add_parser(
         "head",
@@ -56,17 +57,17 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.verb == "head":
         return _head(args.host, args.port, [option for option in args.options if option != "--"])
-    return _check(storage_folder(args.storage), args.data, as_json=args.json)
+    return _check(storage_folder(args.storage), args.data, args.workers, as_json=args.json)
 
 
-def _check(storage: Path, data: str | None, *, as_json: bool) -> int:
+def _check(storage: Path, data: str | None, workers: int, *, as_json: bool) -> int:
     from flowray.rayrun.cluster_check import gather
     from flowray.rayrun.session import in_cluster, started
 
     if not in_cluster():
         _say("RAY_ADDRESS is not set: this machine alone")
     with started():
-        facts = gather(storage, data, _say)
+        facts = gather(storage, data, _say, workers)
     rows = judge(facts)
     good = healthy(rows)
     if as_json:
@@ -79,7 +80,8 @@ def _check(storage: Path, data: str | None, *, as_json: bool) -> int:
 def table(rows: Sequence[Row], nodes: int) -> Table:
     """The rows for people: what was checked, where, what was found, and the fix beside what is wrong."""
     wrong = sum(row.severity in ("warn", "bad") for row in rows)
-    shown = Table(title=f"{nodes} node(s): {f'{wrong} finding(s)' if wrong else 'fit for training'}")
+    sound = "fit for training" + (", the others not seen" if any(row.check == "nodes" for row in rows) else "")
+    shown = Table(title=f"{nodes} node(s): {f'{wrong} finding(s)' if wrong else sound}")
     for column in ("check", "node", "", "found", "fix"):
         shown.add_column(column, overflow="fold")
     for row in rows:

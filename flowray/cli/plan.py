@@ -53,7 +53,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         "batch_per_gpu": train.batch_size // workers // train.accumulate,
         "checkpoint_bytes": 4 * FP32 * trained,
         "checkpoints_kept": train.keep_checkpoints,
-        "weights": _weights(recipe),
+        "weights": weights(recipe),
     }
 
 
@@ -165,7 +165,7 @@ def _tokens(config: ModelConfig, model: FlowModel) -> dict[str, int]:
     }
 
 
-def _weights(recipe: Recipe) -> list[dict[str, Any]]:
+def weights(recipe: Recipe) -> list[dict[str, Any]]:
     """Every set of weights that the run would read, and whether it is on this machine."""
     model, loss = recipe.model, recipe.loss
     named: dict[str, str | None] = {"model.text.path": model.text.path, "model.autoencoder.path": model.autoencoder.path}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Run a sweep. 0: a trial did not fail; 1: all failed; 75: stopped by a signal; InputError for bad input."""
+    """Run a sweep, or finish trials of one. 0: a trial did not fail; 1: all failed; 75: stopped by a signal; InputError for bad input."""
     parser = Parser(
         prog="flowray.tune",
         description="Search a recipe's keys with Ray Tune and Optuna; trials without hope stop early, and a line says why.",
@@ -75,6 +75,10 @@ def main(argv: list[str]) -> int:
     if result.interrupted:
         why = "the time budget ran out" if result.out_of_time else "stopped by a signal"
         print(f"{why}; to continue: python -m flowray.tune {shlex.join(argv)}", file=sys.stderr)
+    elif result.left:
+        resume = ["--resume"] if args.resume else []
+        rest = shlex.join([args.sweep, *args.overrides, *resume])
+        print(f"{result.left} trials of the sweep are left; to go on: python -m flowray.tune {rest}", file=sys.stderr)
     if result.interrupted and not result.out_of_time:
         return STOPPED
     return GOOD if any(t.status != "failed" for t in result.trials) else FINDINGS

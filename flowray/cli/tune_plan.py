@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flowray.config.load import override_recipe
+from flowray.config.parameters import ends
 from flowray.config.recipe import Recipe
+from flowray.config.rows import read_rows
 from flowray.config.sweep import Sweep
 
 if TYPE_CHECKING:
+    from flowray.tune.pace import Pace
     from flowray.tune.plan import Cluster
 
 FP32, GIB = 4, 2**30
@@ -20,12 +25,35 @@ FP32, GIB = 4, 2**30
 
 def plan(sweep: Sweep, base: Recipe) -> dict[str, Any]:
     """`make_plan` for the cluster that RAY_ADDRESS names, as far as it can grow, else for this machine."""
-    from flowray.model.assemble import part_sizes, planned_model  # torch takes seconds to import: not for --help
+    from flowray.cli.plan import weights  # torch takes seconds to import: not for --help
+    from flowray.model.assemble import part_sizes, planned_model
     from flowray.tune.plan import make_plan
 
     model = planned_model(base.model, base.loss)
     trained = sum(part_sizes(model).values()) - sum(part_sizes(model, trainable=False).values())
-    return make_plan(sweep, base, _cluster(), checkpoint_bytes=4 * FP32 * trained)
+    facts = make_plan(sweep, base, _cluster(), checkpoint_bytes=4 * FP32 * trained, recorded=_recorded(base))
+    alone = {key: parameter for key, parameter in sweep.parameters.items() if not parameter.when}
+    recipes = [base, *(override_recipe(base, {key: value}) for key, parameter in alone.items() for value in ends(parameter))]
+    needed = {(each["key"], each["path"]): each for recipe in recipes for each in weights(recipe)}
+    return {**facts, "weights": list(needed.values())}
+
+
+def _recorded(base: Recipe) -> Pace | None:
+    """The pace of the trials that `flowray.bench sweep` replays, where the sweep's are like them."""
+    from flowray.bench.pool import packaged_pool
+    from flowray.tune.pace import Pace, same_cost
+
+    head, *trials = read_rows(packaged_pool())
+    facts, steps = head["pool"]["facts"], head["pool"]["budget_steps"]
+    try:
+        like = same_cost(Recipe.model_validate(facts["recipe"]), base)
+    except ValidationError:  # recorded before the recipe changed
+        return None
+    if not like:
+        return None
+    step_s = sum(trial["seconds"] for trial in trials) / (len(trials) * steps)
+    words = f"{step_s:.2g} s a step, all included, as in {len(trials)} trials of {facts['recipe']['name']} recorded on {facts['machine']}"
+    return Pace(step_s, words, rough=True)
 
 
 def _cluster() -> Cluster:
@@ -58,16 +86,28 @@ def print_plan(facts: dict[str, Any]) -> None:
     if facts["rungs"]:
         lines.append(f"halving at steps {', '.join(map(str, facts['rungs']))}")
     elif facts["early_terminate"]:
-        lines.append(f"median rule from step {facts['early_terminate']['min_iter']}")
+        lines.append(_without_rungs(facts["early_terminate"], facts["budget_steps"]))
     if facts["task"] == "train":
         seeds = f" with {facts['seeds']} seeds each" if facts["seeds"] > 1 else ""
         expected = f", about {facts['steps_expected']} with halving" if facts["rungs"] else ""
-        lines.append(f"{facts['trials']} trials of {facts['budget_steps']} steps{seeds}: at most {facts['steps_at_most']} steps{expected}")
+        at_most = f"at most {facts['steps_at_most']} steps ({facts['image_steps_at_most']:,} image-steps)"
+        lines.append(f"{facts['trials']} trials of {facts['budget_steps']} steps{seeds}: {at_most}{expected}")
     else:
         lines.append(f"{facts['trials']} trials, each one evaluation of the run's pictures")
     lines += [_resources(facts), _hours(facts), _storage(facts)]
+    missing = [each for each in facts["weights"] if not each["present"]]
+    lines += [f"{each['key']}: {each['path']} is not here; trials that need it fail; type set.{each['key']}=FILE" for each in missing]
     for line in lines:
         console.print(line, markup=False)
+
+
+def _without_rungs(early: dict[str, Any], steps: int) -> str:
+    if early["type"] == "median":
+        return f"median rule from step {early['min_iter']}"
+    if early["type"] == "asha":
+        return f"asha stops nothing: its first rung, {early['rungs'][0]}, is not below the {steps} steps of a trial"
+    first = f"its first rung, min_iter {early['min_iter']}, is not below the {steps} steps of a trial"
+    return f"hyperband stops nothing: {first}; type early_terminate.min_iter={max(1, round(steps / early['eta'] ** 2))}"
 
 
 def _space(spec: dict[str, Any]) -> str:
@@ -102,6 +142,8 @@ def _hours(facts: dict[str, Any]) -> str:
     bound = facts["hours_at_most"]
     if bound["cpu"] is None:
         return f"hours at most: not known ({bound['from']})"
+    if bound["rough"]:
+        return f"about {bound['gpu']:.3g} GPU-hours, {bound['cpu']:.3g} CPU-hours if none stops early (rough: {bound['from']})"
     return f"at most {bound['gpu']:.3g} GPU-hours, {bound['cpu']:.3g} CPU-hours ({bound['from']})"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from flowray.config.errors import InputError, did_you_mean
-from flowray.config.priors import FIELD_NOTES
+from flowray.config.priors import FIELD_NOTES, field_notes_prior
 from flowray.config.schema import coerce, known_keys, show, unknown_key
 from flowray.config.sweep import Categorical, Constant, LogUniform, Parameter, QLogUniform, QUniform, Uniform, infer_distribution, inside
 from flowray.config.yamlfile import YamlFile
@@ -36,6 +36,7 @@ _RAY = {
 }
 _UPPER_EXCLUDED = ("randint", "lograndint")
 _RAY_FIELDS = {"lower": "min", "upper": "max", "categories": "values"}
+RAY_FIELDS_WITH = (None, "uniform", *_RAY)  # the distributions, or none, beside which Ray's fields stand
 # distributions that Optuna does not draw from, and the nearest that it does
 _BELLS = {
     "normal": "uniform",
@@ -172,7 +173,7 @@ def _parameter(key: str, spec: Any, file: YamlFile) -> Parameter:
     given = _wandb(key, spec, at, file)
     for field in given:
         if field not in FIELDS:
-            near = did_you_mean(field, (*FIELDS, *_RAY_FIELDS))
+            near = f", did you mean {_RAY_FIELDS[field]}?" if field in _RAY_FIELDS else did_you_mean(field, FIELDS)
             raise InputError(f"{file.where(f'{at}.{field}')}: {key}: unknown key {field}{near}; allowed: {', '.join(FIELDS)}")
     given |= {field: checked(f"{at}.{field}", key, given[field], file) for field in ("min", "max", "value") if field in given}
     if "values" in given:
@@ -181,8 +182,6 @@ def _parameter(key: str, spec: Any, file: YamlFile) -> Parameter:
         given["values"] = [checked(f"{at}.values", key, value, file) for value in given["values"]]
     if given.get("when") is not None:
         given["when"] = _condition(key, given["when"], at, file)
-    if given.get("prior") is not None:
-        given["prior"] = _prior(key, given["prior"], at, file)
     ends = [given[field] for field in ("min", "max") if field in given]
     name = given.get("distribution") or infer_distribution(given, all(isinstance(end, int) for end in ends))
     if name is None:
@@ -192,6 +191,8 @@ def _parameter(key: str, spec: Any, file: YamlFile) -> Parameter:
         raise InputError(
             f"{file.where(at + '.distribution')}: {key}: got distribution {show(name)}, allowed: {', '.join(DISTRIBUTIONS)}{near}"
         )
+    if given.get("prior") is not None:
+        given["prior"] = _prior(key, name, given["prior"], at, file)
     if len(ends) == 2 and all(isinstance(end, int) for end in ends):
         _check_whole(key, name, given.get("q", 1.0), where)
     return _made(key, name, {field: value for field, value in given.items() if value is not None or field == "value"}, at, file)
@@ -270,9 +271,13 @@ def _bell(name: str, spec: Mapping[str, Any]) -> str:
 def _wandb(key: str, spec: Mapping[str, Any], at: str, file: YamlFile) -> dict[str, Any]:
     """The spec in W&B's words: Ray's names and fields, and ranges given by their exponents, translated."""
     name, given = spec.get("distribution"), dict(spec)
-    if name in _RAY or name == "uniform":
+    if name in RAY_FIELDS_WITH:
+        for field in _RAY_FIELDS.keys() & spec.keys():
+            if (ours := _RAY_FIELDS[field]) in spec:
+                raise InputError(f"{file.where(f'{at}.{field}')}: {key}: {field} is Ray's word for {ours}; leave one of them out")
         given = {_RAY_FIELDS.get(field, field): value for field, value in spec.items()}
-        given["distribution"] = _RAY.get(name, name)
+    if name in _RAY:
+        given["distribution"] = _RAY[name]
     if name in _UPPER_EXCLUDED:
         if "upper" not in spec:
             raise InputError(
@@ -321,12 +326,12 @@ def _condition(key: str, when: Any, at: str, file: YamlFile) -> dict[str, tuple[
     return {parent: tuple(checked(f"{at}.when", parent, value, file) for value in values) for parent, values in asked.items()}
 
 
-def _prior(key: str, prior: Any, at: str, file: YamlFile) -> dict[str, Any]:
+def _prior(key: str, distribution: str, prior: Any, at: str, file: YamlFile) -> dict[str, Any]:
     where = f"{file.where(at + '.prior')}: {key}.prior"
     if prior == "field_notes":
         if key not in FIELD_NOTES:
             raise InputError(f"{where}: the field notes say nothing of {key}; they do of {', '.join(FIELD_NOTES)}")
-        return FIELD_NOTES[key].model_dump(exclude_none=True)
+        return field_notes_prior(key, distribution).model_dump(exclude_none=True)
     if not isinstance(prior, Mapping) or "value" not in prior or not set(prior) <= {"value", "sigma"}:
         raise InputError(f"{where}: got {show(prior)}, want {{value: ..., sigma: ...}} (sigma in decades on a log range), or field_notes")
     return {**prior, "value": checked(f"{at}.prior", key, prior["value"], file)}

@@ -1,11 +1,12 @@
 """What the users' field notes advise, as priors that a sweep can take with `prior: field_notes`.
 
 Values of losses are in this package's units: means over latent dims, where the notes' sums are marked. sigma says how far the
-notes' own advice spreads, in decades for what is searched on a log range.
+notes' own advice spreads: in decades, for LINEAR keys in their own units. `field_notes_prior` makes it what the searched range takes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from flowray.config.sweep import Prior
@@ -24,3 +25,20 @@ FIELD_NOTES: Mapping[str, Prior] = {
     "train.ema": Prior(value=0.999, sigma=0.001),
     "sample.guidance_scale": Prior(value=4.0, sigma=1.5),  # s = 1 + w, the middle of their grid w = 0, 2, 3, 4.5, 6
 }
+LINEAR = frozenset({"flow.time.low", "flow.time.high", "train.ema", "sample.guidance_scale"})
+
+
+def field_notes_prior(key: str, distribution: str) -> Prior:
+    """The notes' prior of a key as a parameter of that distribution takes it: sigma in decades on a log range, in the key's own units
+    on an even one, none on values. A spread of s decades around v is v sinh(s ln 10) to each side, the mean of v 10^s - v and v - v / 10^s.
+    """
+    known = FIELD_NOTES[key]
+    assert known.sigma is not None
+    if distribution in ("categorical", "constant"):
+        return Prior(value=known.value)
+    decades, value = math.log(10), abs(known.value)
+    if key in LINEAR and "log" in distribution:
+        return Prior(value=known.value, sigma=math.asinh(known.sigma / value) / decades)
+    if key not in LINEAR and "log" not in distribution:
+        return Prior(value=known.value, sigma=value * math.sinh(known.sigma * decades))
+    return known

@@ -10,13 +10,15 @@ from flowray.config.base import Config
 
 
 class TpeSearch(Config):
-    """Tree-structured Parzen estimator (arXiv 2304.11127), joint over the parameters; those of one condition form a group of their own.
+    """Tree-structured Parzen estimator (arXiv 2304.11127). candidates: draws of which the most promising is tried.
 
-    candidates: draws of which the most promising is tried.
+    multivariate: joint over the parameters, those of one condition in a group of their own, where the good values of one hang on another's.
+    With tens of trials one parameter at a time finds good ones sooner (docs/benchmarks/sweep-bench.md): few good ones say little of pairs.
     """
 
     kind: Literal["tpe"] = "tpe"
     candidates: int = Field(24, gt=0)
+    multivariate: bool = False
 
 
 class GpSearch(Config):

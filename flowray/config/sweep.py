@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -157,6 +158,25 @@ class Hyperband(Config):
     eta: float = Field(3.0, gt=1)
 
 
+class Asha(Config):
+    """The same with rungs of one's own: at rungs[k] steps a trial waits until it is among the best 1/eta[k] that came so far."""
+
+    type: Literal["asha"] = "asha"
+    rungs: tuple[Count, ...] = Field(min_length=1)
+    eta: tuple[Annotated[float, Field(gt=1)], ...]
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Asha:
+        if len(self.eta) != len(self.rungs):
+            raise ValueError(f"eta has {len(self.eta)} values for {len(self.rungs)} rungs; it takes one for each")
+        if sorted(set(self.rungs)) != list(self.rungs):
+            raise ValueError(f"rungs {list(self.rungs)} must rise")
+        return self
+
+
+SuccessiveHalving = Hyperband | Asha
+
+
 class Median(Config):
     """From min_iter on, a trial whose best value so far is worse than the median of the others' means up to the same step is stopped.
 
@@ -256,7 +276,7 @@ class Sweep(Config):
     parameters: dict[str, Parameter] = Field(min_length=1)
     points: tuple[dict[str, Any], ...] = ()
     warm_start: tuple[str, ...] = ()
-    early_terminate: Annotated[Hyperband | Median, Field(discriminator="type")] | None = None
+    early_terminate: Annotated[Hyperband | Asha | Median, Field(discriminator="type")] | None = None
     stop: tuple[StopRule, ...] = ()
     run_cap: Count | None = None
     seeds: Count = 1
@@ -343,9 +363,29 @@ def infer_distribution(spec: Mapping[str, Any], whole: bool) -> str | None:
     return None
 
 
+def milestones(halving: SuccessiveHalving, budget_steps: int) -> dict[int, float]:
+    """{rung: eta}, the lowest first. Of hyperband: min_iter * eta^k up to half the budget, since stopping later saves next to nothing; the
+    first one always.
+    """
+    if isinstance(halving, Asha):
+        return {rung: eta for rung, eta in zip(halving.rungs, halving.eta, strict=True) if rung < budget_steps}
+    rungs: dict[int, float] = {}
+    rung = float(halving.min_iter)
+    while rung < budget_steps and (not rungs or rung <= budget_steps / 2):
+        rungs[round(rung)] = halving.eta
+        rung *= halving.eta
+    return rungs
+
+
 def drawn(parameter: Parameter, params: Mapping[str, Any]) -> bool:
     """Whether a trial with `params`, its parents' among them, draws the parameter."""
-    return all(parent in params and params[parent] in values for parent, values in parameter.when.items())
+    return all(parent in params and any(_equal(params[parent], value) for value in values) for parent, values in parameter.when.items())
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    """Steps of a range are sums: 0.1 + 2 x 0.1 is the 0.3 that a file asks for."""
+    numbers = isinstance(value, float) and isinstance(wanted, int | float)
+    return math.isclose(value, wanted, rel_tol=1e-9, abs_tol=1e-12) if numbers else bool(value == wanted)
 
 
 def in_order(parameters: Mapping[str, Parameter]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -16,9 +17,22 @@ from flowray.config.keys import KEYS, alternatives, describe
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.parameters import FIELDS, checked, ends, flat, flat_parameters, read_parameters, wanted
 from flowray.config.recipe import Recipe
+from flowray.config.scale import scale_keys
 from flowray.config.schema import kind_of, known_keys, members, show
 from flowray.config.search import LearningSearch
-from flowray.config.sweep import Parameter, Sweep, SweepCard, drawn, in_order, inside
+from flowray.config.sweep import (
+    Asha,
+    Hyperband,
+    Median,
+    Parameter,
+    SuccessiveHalving,
+    Sweep,
+    SweepCard,
+    drawn,
+    in_order,
+    inside,
+    milestones,
+)
 from flowray.config.yamlfile import YamlFile, parse_value, parse_yaml, read_yaml
 
 _WANDB_ONLY = ("program", "command", "project", "entity", "description_file", "job", "image_uri", "controller", "enable")
@@ -133,7 +147,8 @@ def base_recipe(sweep: Sweep) -> Recipe:
 def check_trials(sweep: Sweep, base: Recipe) -> None:
     """Make the recipes at the ends of the space, so that a range that the recipe refuses is found before anything runs.
 
-    Also refuses metrics of the raw weights where the recipe probes the EMA only: they would never be seen.
+    Also refuses metrics of the raw weights where the recipe probes the EMA only, as they would never be seen; a ranking of what does not
+    compare; rungs without a checkpoint.
     """
     if base.probes.doctor_every == 0 and any(rule.finding for rule in sweep.stop):
         raise InputError(f"sweep {sweep.name}: a stop rule waits for a finding, but no doctor comes; type set.probes.doctor_every=1")
@@ -151,14 +166,44 @@ def check_trials(sweep: Sweep, base: Recipe) -> None:
             raise InputError(f"sweep {sweep.name}: {name} is not probed, as probes.raw is false; type ema/{name}, or set probes.raw: true")
         if sweep.task == "train" and name.startswith("eval/"):
             raise InputError(f"sweep {sweep.name}: {name} is no probe of a training run; take ema/shoot/nmse, or task: sample")
+    _check_scale(sweep, base)
     for case in _cases(sweep):
         try:
-            override_recipe(base, case)
+            trial = override_recipe(base, case)
         except InputError as error:
             words = ", ".join(f"{key}={show(value)}" for key, value in case.items())
             raise InputError(
                 f"sweep {sweep.name}: no recipe can be made with {words}: {error}{_condition_hint(sweep, str(error))}"
             ) from None
+        _check_rungs(sweep, base, trial)
+
+
+def _check_scale(sweep: Sweep, base: Recipe) -> None:
+    """InputError where trials of another scale would be ranked with each other, as halving and a learning sampler do with all there are."""
+    searched = [key for key, parameter in sweep.parameters.items() if len(ends(parameter)) > 1]
+    mixed = scale_keys(searched, own_pictures=bool(base.data.val_shards) and "data.val_shards" not in searched)
+    instead = {"early_terminate": "early_terminate=null"} if sweep.early_terminate else {}
+    instead |= {"method bayes": "method=random search=null" if sweep.search else "method=random"} if sweep.method == "bayes" else {}
+    if mixed and instead:
+        raise InputError(
+            f"sweep {sweep.name}: {mixed[0]} sets the scale of every value, and {' and '.join(instead)} would rank across it; "
+            f"type {' '.join(instead.values())}, or make a sweep for each value of it"
+        )
+
+
+def _check_rungs(sweep: Sweep, base: Recipe, trial: Recipe) -> None:
+    """InputError where a trial that waits at a rung would have no checkpoint there and train a part of its steps again."""
+    if not isinstance(sweep.early_terminate, SuccessiveHalving):
+        return
+    longest = max(ends(sweep.parameters["train.steps"])) if "train.steps" in sweep.parameters else base.train.steps
+    rungs, every, cadence = milestones(sweep.early_terminate, longest), trial.train.probe_every, trial.train.checkpoint_every
+    waits = sorted({math.ceil(rung / every) * every for rung in rungs if math.ceil(rung / every) * every < trial.train.steps})
+    if any(step % cadence for step in waits):
+        at = ", ".join(map(str, waits))
+        raise InputError(
+            f"sweep {sweep.name}: train.checkpoint_every is {cadence}, but trials wait at step {at} (the first probe from a rung on) and "
+            f"go on from a checkpoint there; type set.train.checkpoint_every={math.gcd(*waits)}"
+        )
 
 
 def _cases(sweep: Sweep) -> list[dict[str, Any]]:
@@ -320,15 +365,15 @@ def _nearby(loc: tuple[int | str, ...]) -> str:
     models: dict[str, Any] = {name: field.annotation for name, field in Sweep.model_fields.items()}
     kinds = {
         "metric": "name, goal",
-        "early_terminate": "type, min_iter, eta",
         "stop": "metric, finding, below, above, gains_less_than, after, patience",
     }
     kinds["card"] = ", ".join(SweepCard.model_fields)
     kinds["resources"] = "num_workers, cpus_per_worker, gpus_per_worker"
     if loc[0] == "search":
         kinds["search"] = ", ".join(next((cls.model_fields for cls in members(LearningSearch) if kind_of(cls) in loc), ["kind"]))
-    if loc[0] == "early_terminate" and "median" in loc:
-        kinds["early_terminate"] = "type, min_iter, min_trials"
+    if loc[0] == "early_terminate":
+        named = next((cls for cls in (Asha, Median) if cls.__name__.lower() in loc), Hyperband)
+        kinds["early_terminate"] = ", ".join(named.model_fields)
     allowed = kinds.get(str(loc[0]), ", ".join(models))
     return f"{did_you_mean(str(loc[-1]), allowed.split(', '))}; allowed: {allowed}"
 

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from flowray.config.keys import KEYS, alternatives
-from flowray.config.parameters import accepted_distributions
+from flowray.config.parameters import RAY_FIELDS_WITH, accepted_distributions
 from flowray.config.priors import FIELD_NOTES
 from flowray.config.schema import known_keys, want
 from flowray.config.sweep import Sweep
@@ -51,12 +51,15 @@ def _drawn() -> dict[str, Any]:
         "prior": {"anyOf": [{"const": "field_notes", "description": f"shipped for {', '.join(FIELD_NOTES)}"}, prior]},
     }
     fields |= dict.fromkeys(("min", "max", "q", "lower", "upper"), _NUMBER)
+    wandb_only = [name for name in accepted_distributions() if name not in RAY_FIELDS_WITH]
     one_of = [["min", "max"], ["lower", "upper"], ["values"], ["categories"], ["value"]]
     return {
         "type": "object",
         "properties": fields,
         "additionalProperties": False,
         "anyOf": [{"required": names} for names in one_of],
+        "if": {"properties": {"distribution": {"enum": wandb_only}}, "required": ["distribution"]},
+        "then": {"properties": dict.fromkeys(("lower", "upper", "categories"), False)},
     }
 
 

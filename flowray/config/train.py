@@ -146,7 +146,7 @@ class ProbeConfig(Config):
 
 
 class ResourceConfig(Config):
-    """What a run takes from the cluster. threads: torch threads of each worker; `auto` is cpus_per_worker."""
+    """What a run takes from the cluster. max_failures: deaths in a row, without a new checkpoint between them, that are put up with."""
 
     num_workers: Annotated[int, Field(ge=1)] = 1
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1

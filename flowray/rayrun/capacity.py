@@ -22,6 +22,7 @@ from flowray.tune.plan import Cluster, Node
 DRIVER_BYTES = 400 * 2**20  # a trial's driver, measured at 360 MB
 PATIENCE_S = 60.0  # for the head to answer
 HEAD = "node:__internal_head__"  # Ray's own resource of the head
+POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # Kubernetes puts it into every pod with an account
 
 
 def reach() -> Cluster:
@@ -105,6 +106,8 @@ def _autoscaler_file(gcs_address: str) -> Path | None:
 def _ray_cluster() -> dict[str, Any] | None:
     """The RayCluster of this pod, as KubeRay's autoscaler reads it: the head's service account may. None outside Kubernetes."""
     name, namespace = os.environ.get("RAY_CLUSTER_NAME"), os.environ.get("RAY_CLUSTER_NAMESPACE")
+    if name and not namespace and POD_NAMESPACE.exists():  # not every KubeRay sets that variable in Ray's own container
+        namespace = POD_NAMESPACE.read_text().strip()
     if not name or not namespace:
         return None
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as derive

@@ -9,23 +9,27 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flowray.data.shards import find_shards
+from flowray.rayrun.capacity import HEAD, reach
 from flowray.rayrun.cluster_verdict import MEGABYTE, PACKAGES, PAYLOAD_BYTES, ClusterFacts, NodeFacts
+from flowray.rayrun.gpus import last_line, reduced, seeing_gpus
 from flowray.rayrun.network import bind_gloo
 from flowray.rayrun.storage import marked, problem_here
+from flowray.tune.plan import Node
 
 PATIENCE_S = 120.0  # for an answer
+WORKERS_S = 1200.0  # for nodes that were asked for: a machine starts, and pulls an image of several GB
 STORED_BYTES = 8 * MEGABYTE
 CLOCK_ROUNDS = 5
 
@@ -43,15 +47,14 @@ class Prober:
                 found[name] = ""
         return found
 
-    def gpus(self) -> tuple[tuple[str, ...], bool]:
-        """(their names, whether this torch can use CUDA). The actor holds no GPU, so CUDA itself would show none."""
-        import torch
-
+    def gpus(self, promised: float) -> tuple[tuple[str, ...], str]:
+        """(their names, as `NodeFacts.cuda_problem`). promised: how many Ray hands out here."""
         try:
             listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
         except (OSError, subprocess.SubprocessError):
             listed = ""
-        return tuple(re.findall(r"^GPU \d+: (.+?) \(UUID", listed, re.M)), torch.version.cuda is not None
+        names = tuple(re.findall(r"^GPU \d+: (.+?) \(UUID", listed, re.M))
+        return names, seeing_gpus("cuda_problem()") if names or promised else ""
 
     def clock(self) -> float:
         """Seconds since the epoch."""
@@ -98,26 +101,12 @@ class Prober:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def all_reduce(self, host: str, port: int, rank: int, world: int) -> float:
-        """Seconds of a gloo all-reduce of PAYLOAD_BYTES, the second of two. RuntimeError where the sum is wrong."""
-        import torch
-        import torch.distributed as dist
-
-        bind_gloo()  # as training does
-        where = f"tcp://{host}:{port}"
-        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-        try:
-            for _ in range(2):
-                tensor = torch.full((PAYLOAD_BYTES // 4,), float(rank + 1))
-                began = time.perf_counter()
-                dist.all_reduce(tensor)
-                seconds = time.perf_counter() - began
-            want = world * (world + 1) / 2
-            if not bool((tensor == want).all()):
-                raise RuntimeError(f"the sum over {world} ranks is {tensor[0].item():g}, not {want:g}")
-            return seconds
-        finally:
-            dist.destroy_process_group()
+    def all_reduce(self, backend: str, host: str, port: int, rank: int, world: int) -> float:
+        """`reduced` on this node: gloo in this process, whose network it shares with training; NCCL in one that sees the GPUs."""
+        if backend == "gloo":
+            bind_gloo()  # as training does
+            return reduced(backend, host, port, rank, world)
+        return float(seeing_gpus(f"reduced({backend!r}, {host!r}, {port}, {rank}, {world})"))
 
 
 @dataclass(frozen=True)
@@ -125,6 +114,7 @@ class _Place:
     """A node and the actor on it. gpus: what Ray hands out there."""
 
     name: str
+    host: str
     gpus: float
     actor: Any
 
@@ -132,20 +122,61 @@ class _Place:
         return ray.get(getattr(self.actor, method).remote(*arguments), timeout=PATIENCE_S)
 
 
-def gather(storage: Path, data: str | None, say: Callable[[str], None]) -> ClusterFacts:
+def gather(storage: Path, data: str | None, say: Callable[[str], None], workers: int = 0) -> ClusterFacts:
     """Ask every live node; Ray is started. data: as in `data.shards`, None for no data set; say: takes lines on what is going on.
 
-    A node that fails to answer costs its own facts. InputError where this process cannot write `storage` or sees no shards.
+    workers: how many the autoscaler shall bring up before that. A node that fails to answer costs its own facts. InputError where this
+    process cannot write `storage` or sees no shards.
     """
     shards = [path.absolute() for path in find_shards(data)] if data else None
-    with _places() as places:
+    with _brought_up(workers, say) as missing, _places() as places:
         say(f"{len(places)} node(s): versions, GPUs, clock, storage{', data' if shards else ''}")
         with marked(storage) as mark:
             facts = [_node_facts(place, storage, mark, shards) for place in places]
         sound = [place for place, node in zip(places, facts, strict=True) if not node.error]
         say("network between the nodes, all-reduce")
-        links = list(_links(sound))
-        return ClusterFacts(facts, storage, None if shards is None else len(shards), links, _all_reduce(sound))
+        links, reduces = list(_links(sound)), [_all_reduce("gloo", sound)]
+        able = {place.host for place, node in zip(places, facts, strict=True) if (node.gpus or node.ray_gpus) and not node.cuda_problem}
+        if training := list({place.host: place for place in sound if place.host in able}.values()):  # one rank a host, on its first GPU
+            reduces.append(_all_reduce("nccl", training))
+        may_come = max(0, len(reach().nodes) - len(places))
+        return ClusterFacts(facts, storage, None if shards is None else len(shards), links, reduces, may_come, missing)
+
+
+@contextmanager
+def _brought_up(workers: int, say: Callable[[str], None]) -> Iterator[str]:
+    """Have the autoscaler bring up nodes until this many workers are there; after the block they may go. Yields why not all came, or ''."""
+    sizes = reach().nodes[1:] if workers else ()  # the first is the head's
+    if len(sizes) < workers:
+        yield f"{workers} worker(s) asked for; the cluster has or may have {len(sizes)}"
+        return
+    if not workers:
+        yield ""
+        return
+    say(f"waiting for {workers} worker(s), up to {WORKERS_S / 60:.0f} minutes")
+    request_resources(bundles=bundles(sizes[:workers]))
+    try:
+        there = wait_for(_workers_up, workers, WORKERS_S)
+        yield "" if there >= workers else f"{workers} worker(s) asked for, {there} came in {WORKERS_S / 60:.0f} minutes"
+    finally:
+        request_resources(bundles=[])
+
+
+def _workers_up() -> int:
+    return sum(node["Alive"] and HEAD not in node["Resources"] for node in ray.nodes())
+
+
+def bundles(sizes: Sequence[Node]) -> list[dict[str, float]]:
+    """What to ask Ray's autoscaler for, so that a node of each of these sizes is up: all of it."""
+    return [{name: float(count) for name, count in (("CPU", cpus), ("GPU", gpus)) if count} for cpus, gpus in sizes]
+
+
+def wait_for(count: Callable[[], int], wanted: int, patience_s: float, pause_s: float = 2.0) -> int:
+    """The count once it is what is wanted, or when patience ends."""
+    until = time.monotonic() + patience_s
+    while (there := count()) < wanted and time.monotonic() < until:
+        time.sleep(pause_s)
+    return there
 
 
 @contextmanager
@@ -159,7 +190,8 @@ def _places() -> Iterator[list[_Place]]:
                 taken = sum(place.name.startswith(name) for place in found)  # several nodes on one host
                 where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 prober = actor.options(num_cpus=0, scheduling_strategy=where).remote()
-                found.append(_Place(f"{name} #{taken + 1}" if taken else name, node["Resources"].get("GPU", 0.0), prober))
+                name = f"{name} #{taken + 1}" if taken else name
+                found.append(_Place(name, node["NodeManagerHostname"], node["Resources"].get("GPU", 0.0), prober))
         yield found
     finally:
         for place in found:
@@ -170,12 +202,12 @@ def _node_facts(place: _Place, storage: Path, mark: str, shards: list[Path] | No
     facts = NodeFacts(place.name, ray_gpus=place.gpus)
     try:
         facts.versions = place.ask("versions")
-        facts.gpus, facts.torch_cuda = place.ask("gpus")
+        facts.gpus, facts.cuda_problem = place.ask("gpus", place.gpus)
         facts.skew_s, facts.skew_error_s = skew(lambda: place.ask("clock"))
         facts.storage_problem, facts.storage_mb_s = place.ask("storage", storage, mark)
         facts.shards = None if shards is None else place.ask("shards", shards)
     except Exception as error:  # whatever it was, it is this node's finding
-        facts.error = _last_line(error)
+        facts.error = last_line(str(error)) or type(error).__name__
     return facts
 
 
@@ -202,19 +234,13 @@ def _links(places: list[_Place]) -> Iterator[tuple[str, str, float]]:
         yield giver.name, taker.name, speed
 
 
-def _all_reduce(places: list[_Place]) -> tuple[int, float, str]:
-    """(ranks, seconds, error) with one rank on every node."""
+def _all_reduce(backend: str, places: list[_Place]) -> tuple[str, int, float, str]:
+    """(backend, ranks, seconds, error) with one rank on every place."""
     try:
         host, port = places[0].ask("address")
-        runs = [place.actor.all_reduce.remote(host, port, rank, len(places)) for rank, place in enumerate(places)]
-        return len(places), max(ray.get(runs, timeout=PATIENCE_S)), ""
+        runs = [place.actor.all_reduce.remote(backend, host, port, rank, len(places)) for rank, place in enumerate(places)]
+        return backend, len(places), max(ray.get(runs, timeout=PATIENCE_S)), ""
     except IndexError:
-        return 0, 0.0, "no node answered"
+        return backend, 0, 0.0, "no node answered"
     except Exception as error:
-        return len(places), 0.0, _last_line(error)
-
-
-def _last_line(error: Exception) -> str:
-    """What went wrong, without the way there."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__
+        return backend, len(places), 0.0, last_line(str(error)) or type(error).__name__

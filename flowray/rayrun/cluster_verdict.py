@@ -10,6 +10,7 @@ from typing import Literal
 
 Severity = Literal["ok", "info", "warn", "bad"]
 PACKAGES = ("torch", "ray", "flowray")
+NO_CUDA = "it is built without CUDA"
 MEGABYTE = 2**20
 PAYLOAD_BYTES = 32 * MEGABYTE  # sent from node to node, and all-reduced
 SKEW_S = 2.0  # clocks further apart make locks look stale (40 s) and logs hard to read
@@ -30,13 +31,16 @@ class Row:
 
 @dataclass
 class NodeFacts:
-    """What one node says of itself. versions: '' for a package that is not there; skew_s: its clock minus the driver's."""
+    """What one node says of itself. versions: '' for a package that is not there; skew_s: its clock minus the driver's.
+
+    cuda_problem: why torch cannot compute on a GPU there; '' where it can, and where there is none and Ray hands out none.
+    """
 
     node: str
     versions: dict[str, str] = field(default_factory=dict)
     gpus: tuple[str, ...] = ()
     ray_gpus: float = 0.0  # what Ray hands out there
-    torch_cuda: bool = False
+    cuda_problem: str = ""
     skew_s: float = 0.0
     skew_error_s: float = 0.0
     storage_problem: str = ""
@@ -47,13 +51,18 @@ class NodeFacts:
 
 @dataclass
 class ClusterFacts:
-    """Facts of all nodes. links: (from, to, MB/s); allreduce: (ranks, seconds, error)."""
+    """Facts of all nodes. links: (from, to, MB/s); allreduces: (backend, ranks, seconds, error).
+
+    may_come: nodes that an autoscaler may still add, of which nothing is known; missing: why workers that were asked for are not there.
+    """
 
     nodes: list[NodeFacts]
     storage: Path
     wanted_shards: int | None = None
     links: list[tuple[str, str, float]] = field(default_factory=list)
-    allreduce: tuple[int, float, str] = (0, 0.0, "")
+    allreduces: list[tuple[str, int, float, str]] = field(default_factory=list)
+    may_come: int = 0
+    missing: str = ""
 
 
 def judge(facts: ClusterFacts) -> list[Row]:
@@ -69,7 +78,17 @@ def judge(facts: ClusterFacts) -> list[Row]:
     rows += [row for node in nodes if (row := _data_row(node, facts.wanted_shards))]
     rows += [_clock_row(node) for node in nodes]
     rows += [_link_row(*link) for link in facts.links]
-    return [*silent, *rows, _allreduce_row(*facts.allreduce)]
+    return [*_nodes_rows(facts), *silent, *rows, *(_allreduce_row(*found) for found in facts.allreduces)]
+
+
+def _nodes_rows(facts: ClusterFacts) -> Iterator[Row]:
+    """What is not there: a check of those that are says nothing about it."""
+    if facts.missing:
+        fix = "`ray status`, and monitor.* in /tmp/ray/session_latest/logs on the head, say why; on Kubernetes kubectl describe pod"
+        yield Row("nodes", "all", "bad", facts.missing, fix)
+    if facts.may_come:
+        found = f"{len(facts.nodes)} up; up to {facts.may_come} more may come, and are not checked"
+        yield Row("nodes", "all", "info", found, "--workers 1 has one brought up first, and checks it too")
 
 
 def _versions(nodes: list[NodeFacts]) -> Iterator[Row]:
@@ -93,10 +112,14 @@ def _versions(nodes: list[NodeFacts]) -> Iterator[Row]:
 
 def _gpu_row(node: NodeFacts) -> Row:
     names = ", ".join(f"{count} x {name}" for name, count in Counter(node.gpus).items())
-    if not node.gpus:
+    if not node.gpus and not node.ray_gpus:
         return Row("gpus", node.node, "info", "none")
-    if not node.torch_cuda:
-        return Row("gpus", node.node, "bad", f"{names}, but torch is built without CUDA", "install the CUDA build of torch there")
+    if node.cuda_problem:
+        found = f"{names or 'none to be seen'}, Ray hands out {node.ray_gpus:g}, but torch cannot use them: {node.cuda_problem}"
+        driver = "an NVIDIA driver that is new enough, and the GPUs in the container (docker run --gpus all, NVIDIA_VISIBLE_DEVICES=all)"
+        return Row("gpus", node.node, "bad", found, "install the CUDA build of torch there" if node.cuda_problem == NO_CUDA else driver)
+    if not node.gpus:
+        return Row("gpus", node.node, "ok", f"{node.ray_gpus:g}, without an nvidia-smi there to name them")
     if node.ray_gpus != len(node.gpus):
         found = f"{names}, Ray hands out {node.ray_gpus:g}"
         return Row("gpus", node.node, "warn", found, f"start Ray there with --num-gpus={len(node.gpus)}, or see CUDA_VISIBLE_DEVICES")
@@ -133,11 +156,12 @@ def _link_row(giver: str, taker: str, mb_s: float) -> Row:
     return _unless(mb_s < SLOW_NETWORK_MB_S, "network", place, f"{mb_s:.0f} MB/s", "keep a run on one node: resources.num_workers=1")
 
 
-def _allreduce_row(ranks: int, seconds: float, error: str) -> Row:
+def _allreduce_row(backend: str, ranks: int, seconds: float, error: str) -> Row:
+    where = "nodes with GPUs" if backend == "nccl" else "all"
     if error:
-        fix = "open all TCP ports between the nodes; where they have several interfaces, set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME)"
-        return Row("all-reduce", "all", "bad", error, fix)
-    return Row("all-reduce", "all", "ok", f"{ranks} rank(s), gloo, {PAYLOAD_BYTES // MEGABYTE} MB in {1000 * seconds:.0f} ms")
+        fix = f"open all TCP ports between the nodes; where they have several interfaces, set {backend.upper()}_SOCKET_IFNAME"
+        return Row("all-reduce", where, "bad", f"{backend}: {error}", fix)
+    return Row("all-reduce", where, "ok", f"{ranks} rank(s), {backend}, {PAYLOAD_BYTES // MEGABYTE} MB in {1000 * seconds:.0f} ms")
 
 
 def _unless(wrong: bool, check: str, node: str, found: str, fix: str) -> Row:

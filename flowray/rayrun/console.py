@@ -25,7 +25,7 @@ ROWS = 16  # of the live table; the report has them all
 WIDE = 150  # columns, where the output is a file
 REASON = 28  # columns of a reason beside the trial
 NARROW_REASONS = 6  # of trials that ended, below the table of a narrow terminal
-STATES = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
+STATES = {"running": "cyan", "paused": "blue", "finished": "green", "stopped": "yellow", "failed": "red"}
 
 
 class SweepConsole:
@@ -39,6 +39,8 @@ class SweepConsole:
         objectives = [metric.name for metric in sweep.objectives]
         self._shown = list(dict.fromkeys([*objectives, *rules, f"{prefix}flow/cos", f"{prefix}std/mean", "loss/flow"]))[:METRICS]
         self._trials: dict[int, TrialRecord] = {}
+        self._paused: set[int] = set()  # trials to be continued, in this session or by a later one
+        self._before = 0  # trials that were done when this session began
         self._begin = self._last = time.monotonic()
         self._pause = BEAT_S
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
@@ -57,7 +59,13 @@ class SweepConsole:
         if self._trials:
             self._console.print(self.table(len(self._trials)), soft_wrap=False)
 
+    def known(self, trial: TrialRecord) -> None:
+        self._trials[trial.trial] = trial
+        self._paused.add(trial.trial)
+        self._before = self._done()
+
     def started(self, trial: TrialRecord) -> None:
+        self._paused.discard(trial.trial)
         how = f"resumed at step {trial.last_step}" if trial.last_step else "started"
         params = "  ".join(f"{self._names[key]}={_brief(value)}" for key, value in trial.params.items() if key in self._names)
         self._say(trial, f"{how:<10} {params}")
@@ -66,15 +74,16 @@ class SweepConsole:
         self._say(trial, f"{trial.last_step}/{trial.budget_steps}".ljust(10) + f" {self._metrics(trial)}")
 
     def ended(self, trial: TrialRecord) -> None:
+        self._paused.add(trial.trial)
         words = _why(trial) or self._metrics(trial)
-        status = "paused" if trial.status == "running" else "waits" if trial.waits else trial.status  # out of time: a later session goes on
+        status = "waits" if trial.waits else self._state(trial)
         self._say(trial, f"{status.upper():<10} {words}  ({trial.last_step} of {trial.budget_steps} steps, {trial.seconds:.0f} s)")
 
     def beat(self) -> None:
         """Called often; prints a line when nothing was printed for a while, ever longer while nothing happens."""
         if not self._console.is_terminal and time.monotonic() - self._last >= self._pause:
             self._pause = min(2 * self._pause, QUIET_S)
-            running = [f"{t.trial} at {self._progress(t)}" for t in self._trials.values() if t.status == "running"]
+            running = [f"{t.trial} at {self._progress(t)}" for t in self._trials.values() if self._state(t) == "running"]
             self._print(f"{self._done()} of {self._total} done; running: {', '.join(running) or 'none yet'}")
 
     def table(self, rows: int, *, brief: bool = False) -> Group:
@@ -112,11 +121,11 @@ class SweepConsole:
             table.add_column("why it ended", width=why)
         best = self._best()
         for trial in trials:
-            step = self._progress(trial, brief=True) if trial.status == "running" else f"{trial.last_step}/{trial.budget_steps}"
+            step = self._progress(trial, brief=True) if self._state(trial) == "running" else f"{trial.last_step}/{trial.budget_steps}"
             values = [_with_noise(trial, name) if trial.metrics.get(name) is not None else "" for name in self._shown]
             params = [_brief(trial.params[key], 2) if key in trial.params else "" for key in changed]
             row: list[str | Text] = [f"{trial.trial}*" if trial is best else str(trial.trial)]
-            row += [Text(trial.status, style=STATES[trial.status]), step]
+            row += [Text(self._state(trial), style=STATES[self._state(trial)]), step]
             reason = Text(_why(trial))
             if brief:
                 reason.truncate(why, overflow="ellipsis")
@@ -141,9 +150,13 @@ class SweepConsole:
             parts.append(f"best {_brief(best.metrics[self._sweep.metric.name])} (trial {best.trial})")
         if full:
             parts.append(f"{saved / full:.0%} of the steps saved")
-        if 0 < self._done() < self._total:
-            parts.append(f"about {_clock(seconds / self._done() * (self._total - self._done()))} left")
+        done = self._done() - self._before
+        if done > 0 and self._done() < self._total:
+            parts.append(f"about {_clock(seconds / done * (self._total - self._done()))} left")
         return ", ".join([*parts, _clock(seconds)])
+
+    def _state(self, trial: TrialRecord) -> str:
+        return "paused" if trial.status == "running" and trial.trial in self._paused else trial.status
 
     def _done(self) -> int:
         return sum(t.status != "running" for t in self._trials.values())

@@ -16,10 +16,14 @@ from ray._private.worker import get_dashboard_url
 from ray.util.metrics import Gauge
 
 from flowray.config.keys import describe
+from flowray.config.rows import parse_rows
 from flowray.config.sweep import Sweep
+from flowray.store.run import RunDirectory
 from flowray.tune.records import TrialRecord
 
 EXPORTED = "ray_"  # what Ray puts before every name
+SPEED = "perf/images_per_s"
+LAST_BYTES = 2**16  # of metrics.jsonl, for its last row
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ def _probe(key: str) -> GaugeSpec:
 RUN_GAUGES: tuple[GaugeSpec, ...] = (
     GaugeSpec("flowray_step", "step", "steps trained at the last probe", ("run",)),
     GaugeSpec("flowray_budget_steps", "budget_steps", "steps that the run is to train", ("run",)),
+    GaugeSpec("flowray_images_per_s", SPEED, "training images per second at the last step that was logged, probes left out", ("run",)),
     *map(
         _probe,
         ("shoot/nmse", "shoot/skill", "shoot/cond_gain", "flow/cos", "flow/nmse", "std/mean", "text/cos_mu", "loss/flow", "loss/total"),
@@ -79,28 +84,45 @@ def leave_link(sweep_dir: Path) -> None:
 
 
 class RunGauges:
-    """The last probe of one run. Lives in the process that trains, so the gauges end with it."""
+    """The last probe of one run.
+
+    A process that trains one trial after the other goes on exporting the last values of the earlier ones until it ends.
+    """
 
     def __init__(self, run_dir: Path):
-        self._labels = {"run": run_label(run_dir)}
+        self._run, self._labels = RunDirectory(run_dir), {"run": run_label(run_dir)}
         self._gauges = {spec.shows: _open(spec) for spec in RUN_GAUGES}
 
     def show(self, row: Mapping[str, Any]) -> None:
-        """Set the gauges to a reported row; what it lacks stays as it was."""
+        """Set the gauges to a reported row; what it lacks stays as it was. Speed is from the run's metrics: rows of training have none."""
+        speed = {SPEED: self._speed()} if SPEED not in row else {}
         for key, gauge in self._gauges.items():
-            value = row.get(f"ema/{key}", row.get(key))
+            value = row.get(f"ema/{key}", row.get(key, speed.get(key)))
             if isinstance(value, int | float):
                 gauge.set(float(value), tags=self._labels)
 
+    def _speed(self) -> float | None:
+        """Of the last whole row of metrics.jsonl, of which no more is read than its end."""
+        try:
+            with self._run.metrics.open("rb") as file:
+                file.seek(max(0, self._run.metrics.stat().st_size - LAST_BYTES))
+                rows, _ = parse_rows(file.read().decode(errors="replace"))
+        except OSError:
+            return None
+        return rows[-1].get(SPEED) if rows else None
+
 
 class SweepGauges:
-    """The sweep as a whole: an audience of the referee."""
+    """The sweep as a whole, the trials of earlier sessions too: an audience of the referee."""
 
     def __init__(self, sweep: Sweep):
         self._sweep, self._name, self._minimise = sweep.name, sweep.metric.name, sweep.minimise
         self._trials, self._best = _open(TRIALS), _open(BEST)
         self._states: dict[int, str] = {}
         self._values: dict[int, float] = {}
+
+    def known(self, trial: TrialRecord) -> None:
+        self._show(trial)
 
     def started(self, trial: TrialRecord) -> None:
         self._show(trial)

@@ -37,6 +37,9 @@ class Everyone:
     def __init__(self, *audiences: Audience):
         self._audiences = list(audiences)
 
+    def known(self, trial: TrialRecord) -> None:
+        self._tell(lambda audience: audience.known(trial))
+
     def started(self, trial: TrialRecord) -> None:
         self._tell(lambda audience: audience.started(trial))
 
@@ -67,6 +70,9 @@ class TrialBoard:
         rules = [rule.metric for rule in sweep.stop if rule.metric]
         metrics = [Metric(name) for name in dict.fromkeys([*(metric.name for metric in sweep.objectives), *SHOWN, *rules])]
         self._space = hparams_config_pb(space, metrics)
+
+    def known(self, trial: TrialRecord) -> None:
+        """It has its row."""
 
     def started(self, trial: TrialRecord) -> None:
         folder = self._folder(trial)
@@ -139,6 +145,9 @@ class Gallery:
     def _store(self) -> FileSystemArtifactStore:
         (self._dir / ARTIFACTS).mkdir(exist_ok=True)
         return FileSystemArtifactStore(str(self._dir / ARTIFACTS))
+
+    def known(self, trial: TrialRecord) -> None:
+        """It has its pictures."""
 
     def started(self, trial: TrialRecord) -> None:
         """No pictures yet; with the first trial the study is there to be given its names."""

@@ -11,9 +11,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from flowray.config.errors import InputError
 from flowray.tune.referee import Referee
 
 FAILED = "failed"  # key of a row that says, in one line, why its trial ended
+LACKS = "lacks"  # key of a row that says, in one line, which node lacks the storage: the trial has not failed
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -73,6 +75,10 @@ class ProbeScheduler(Unpickled, FIFOScheduler):
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
         number, failure = trial.config["number"], str(result.get(FAILED, ""))
+        if LACKS in result:  # every trial that lands there would fail; where it is right they all go on
+            words = "the sweep waits: when the node has it, or is gone, type the same command again"
+            self._referee.hold(InputError(f"{result[LACKS]}; {words}"))
+            return TrialScheduler.STOP
         row = {key: value for key, value in result.items() if not key.startswith("config/")}
         try:
             if full := no_room(failure):

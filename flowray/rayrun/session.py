@@ -96,7 +96,9 @@ def _init_local(folder: Path, num_cpus: int) -> None:
 
 @contextmanager
 def local_folder() -> Iterator[Path]:
-    """A new folder for this process's Ray, removed after. Those that killed drivers left behind go first."""
+    """A new folder for this process's Ray, removed after. Those that killed drivers left behind go first, or at the end: a Ray whose
+    driver was killed this very moment still writes.
+    """
     _remove_left(Path(tempfile.gettempdir()))
     folder = Path(tempfile.mkdtemp(prefix=FOLDERS))
     try:
@@ -106,6 +108,7 @@ def local_folder() -> Iterator[Path]:
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _remove_left(folder.parent)
 
 
 def _remove_left(parent: Path) -> None:
@@ -116,10 +119,11 @@ def _remove_left(parent: Path) -> None:
                 if os.fstat(file.fileno()).st_uid != os.getuid():
                     continue
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for session in lock.parent.glob("session_2*"):  # the lock goes last, so that what is cut off here is found again
-                    shutil.rmtree(session, ignore_errors=True)
-                shutil.rmtree(lock.parent, ignore_errors=True)
-        except OSError:  # its driver lives, or another start removes it
+                for path in lock.parent.iterdir():  # the lock goes last, so that what is cut off here is found again
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                shutil.rmtree(lock.parent)
+        except OSError:  # its driver lives, its Ray still writes, or another start removes it
             continue
 
 

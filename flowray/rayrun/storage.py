@@ -24,6 +24,10 @@ PATIENCE_S = 60.0  # for a node to answer, or to have mounted its folders
 JOB_FOLDER = "runtime_resources"  # a part of the path of a job's working directory, which Ray removes
 
 
+class Unshared(InputError):
+    """A node does not have the storage; the message names both."""
+
+
 @contextmanager
 def marked(folder: Path, *, alone: bool = False) -> Iterator[str]:
     """A file in `folder` for the block, with a name that never was before; yields the name. alone: marks of a killed owner go.
@@ -63,9 +67,9 @@ def this_node() -> str:
 
 
 def check_here(folder: Path, mark: str) -> None:
-    """InputError, naming folder and node, where this worker's node does not share `folder` with the driver."""
+    """Unshared, naming folder and node, where this worker's node does not share `folder` with the driver."""
     if refusal := refusal_here(folder, mark):
-        raise InputError(refusal)
+        raise Unshared(refusal)
 
 
 def refusal_here(folder: Path, mark: str, patience_s: float = PATIENCE_S) -> str:

@@ -20,8 +20,9 @@ from flowray.config.recipe import Recipe
 from flowray.rayrun.capacity import reach
 from flowray.rayrun.gauges import RunGauges
 from flowray.rayrun.network import NodeNetwork
+from flowray.rayrun.retries import goes_on, newest_step
 from flowray.rayrun.session import in_cluster, set_defaults
-from flowray.rayrun.storage import marked, refusal_here
+from flowray.rayrun.storage import Unshared, marked, refusal_here
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import is_finished, train
@@ -60,7 +61,7 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
 
 
 def _refused(run: RunDirectory, mark: str, group: Group) -> bool:
-    """Whether a rank's node has another storage. Those that share it write that down, as that node cannot; InputError where none does."""
+    """Whether a rank's node has another storage. Those that share it write that down, as that node cannot; Unshared where none does."""
     refusal = refusal_here(run.path, mark)
     heard = [refusal]
     if group.world > 1:
@@ -68,9 +69,9 @@ def _refused(run: RunDirectory, mark: str, group: Group) -> bool:
         torch.distributed.all_gather_object(heard, refusal)
     refusals = [told for told in heard if told]
     if len(refusals) == group.world:
-        raise InputError(refusals[0])
+        raise Unshared(refusals[0])
     if refusals and not refusal:
-        _note(run, InputError(refusals[0]))
+        _note(run, Unshared(refusals[0]))
     return bool(refusals)
 
 
@@ -110,7 +111,8 @@ def fit(
     worker: what each worker runs, `train_worker` with something around it.
     Needs Ray to be started. `run.stop_request` ends it with a checkpoint, also when it is there before the start. Checkpoints are
     the run directory's own; Ray's storage holds nothing worth keeping and is removed.
-    Raises InputError or RunFailed with one line.
+    Workers lost with their nodes do not count against max_failures where a checkpoint came since the start before.
+    Raises InputError (Unshared, where a node lacks the storage) or RunFailed with one line.
     """
     run = RunDirectory(run_dir.absolute())
     if is_finished(recipe, run):
@@ -125,7 +127,7 @@ def fit(
     workers = resources.num_workers if here is None else 0  # 0: the local mode
     scaling = ScalingConfig(num_workers=workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker)
     work = worker if here is None else partial(worker, report=here)
-    limits: dict[str, Any] = dict.fromkeys(("max_failures", "controller_failure_limit"), resources.max_failures)  # see `_found_room`
+    limits: dict[str, Any] = dict.fromkeys(("max_failures", "controller_failure_limit"), resources.max_failures)  # see `_trained`
     kept = RunConfig(
         name=name,
         storage_path=str(ray_storage.absolute()),
@@ -135,26 +137,33 @@ def fit(
     trainer = partial(TorchTrainer, work, scaling_config=scaling, torch_config=NodeNetwork(), run_config=kept)
     try:
         with marked(run.path, alone=True) as mark:
-            while not _found_room(trainer(train_loop_config={**config, "mark": mark})) and not run.stop_request.exists():
+            while not _trained(trainer(train_loop_config={**config, "mark": mark}), run) and not run.stop_request.exists():
                 _check_room(recipe, run)
     except ray.train.TrainingFailedError as error:
         _raise_noted(run)
         cause = _root_cause(error)
-        if cause.startswith(bad := f"{InputError.__module__}.{InputError.__name__}: "):  # of a node that cannot write it down
-            raise InputError(cause.removeprefix(bad)) from error
+        for kind in (InputError, Unshared):
+            if cause.startswith(bad := f"{kind.__module__}.{kind.__name__}: "):  # of a node that cannot write it down
+                raise kind(cause.removeprefix(bad)) from error
         raise RunFailed(f"{run.path}: {cause}; --resume continues from the last checkpoint") from error
     finally:
         shutil.rmtree(ray_storage / name, ignore_errors=True)
     _raise_noted(run)
 
 
-def _found_room(trainer: TorchTrainer) -> bool:
-    """Train; False where there was no room for the workers, now or again after some were lost.
+def _trained(trainer: TorchTrainer, run: RunDirectory) -> bool:
+    """Train; False where it is to be tried again.
 
-    Ray Train has waited for it then: 1 + max_failures times RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, 20 minutes by default.
+    There was no room for the workers, now or again after some were lost: Ray Train has waited for it then, 1 + max_failures times
+    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, 20 minutes by default. Or workers were lost too often for Ray, but see `goes_on`.
     """
+    before = newest_step(run)
     try:
         trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        if _failure(run).exists() or not goes_on(error, before, newest_step(run)):
+            raise
+        return False
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             return False
@@ -193,8 +202,9 @@ def _raise_noted(run: RunDirectory) -> None:
         return
     kind, _, message = _failure(run).read_text().partition(": ")
     _failure(run).unlink()
-    if kind == InputError.__name__:
-        raise InputError(message)
+    for known in (InputError, Unshared):
+        if kind == known.__name__:
+            raise known(message)
     raise RunFailed(f"{run.path}: {message}")
 
 

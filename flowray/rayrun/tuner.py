@@ -30,8 +30,9 @@ from flowray.rayrun.capacity import reach
 from flowray.rayrun.console import SweepConsole
 from flowray.rayrun.gauges import SweepGauges, leave_link
 from flowray.rayrun.live import Everyone, Gallery, TrialBoard
-from flowray.rayrun.search import FAILED, ProbeScheduler, StudySearch, Unpickled, no_room
-from flowray.rayrun.storage import check_here, marked, refuse_unshared
+from flowray.rayrun.retries import Pardons, newest_step
+from flowray.rayrun.search import FAILED, LACKS, ProbeScheduler, StudySearch, Unpickled, no_room
+from flowray.rayrun.storage import Unshared, check_here, marked, refuse_unshared
 from flowray.rayrun.trainer import RunFailed, fit, train_worker
 from flowray.report.load import load_sweep as load_report
 from flowray.store.run import RunDirectory, RunLock, storage_folder
@@ -45,7 +46,8 @@ from flowray.tune.warm import earlier_trials
 
 _THE_SWEEP = ("task", "method", "search", "metric", "more_metrics", "parameters", "points", "warm_start", "seeds", "seed")
 _PLACES = ("name", "storage_path", "description", "card", "base", "set")  # what base and set come to stands in base.yaml
-_OF_THE_RECIPE = ("name", "storage_path", "card", "resources", "data.cache", "train.device")  # may differ: places, and where it trains
+# may differ: places, where it trains, and checkpoints, of which another halving may need more
+_OF_THE_RECIPE = ("name", "storage_path", "card", "resources", "data.cache", "train.device", "train.checkpoint_every")
 
 TrialFn = Callable[[Recipe, Path], None]  # trains one recipe in one run directory, inside a Tune session
 
@@ -63,7 +65,8 @@ _QUIET = {
 class SweepResult:
     """What a sweep came to. best: the best trial's record, None without a value.
 
-    interrupted: trials are left to be continued, because of a signal, or where it is out_of_time, because the time budget ran out.
+    interrupted: trials that this session was to train are left to be continued, because of a signal, or where it is out_of_time, because
+    the time budget ran out. left: all that the sweep has still to begin or to continue.
     """
 
     sweep_dir: Path
@@ -72,6 +75,7 @@ class SweepResult:
     saved: float
     interrupted: bool
     out_of_time: bool = False
+    left: int = 0
 
 
 class _SeedReport(TuneReportCallback):
@@ -119,7 +123,8 @@ def run_sweep(
 
     finish: stopped trials to train to their last step, and nothing else. A sweep that has all its trials returns at once, without
     starting Ray, unless it is on a cluster, which is asked for the storage first. InputError: the nodes do not share the storage; the
-    directory holds another sweep (see `open_directory`). OSError: a full disk; the trials that it cut off go on in the next session.
+    directory holds another sweep (see `open_directory`). OSError: a full disk; the trials that it cut off go on in the next session,
+    as they do where a node came that lacks the storage, an InputError.
     """
     refuse_unshared(storage_folder(sweep.storage_path), base.data)
     deadline = math.inf if sweep.time_budget is None else time.monotonic() + sweep.time_budget
@@ -149,7 +154,7 @@ def run_sweep(
                     finish=finish,
                     earlier=earlier.trials if earlier else (),
                 )
-                if referee.remaining():
+                if referee.due():
                     _run(referee, base_here, concurrent, trial_fn, _Events(referee, console, lock))
                 if referee.held:
                     raise referee.held
@@ -159,9 +164,21 @@ def run_sweep(
     record = records.trials[best.number] if best else None
     if record:
         (sweep_dir / "best.yaml").write_text(_best_recipe(sweep, base, record))
+    return _result(sweep, records, record, finish, out_of_time)
+
+
+def _result(sweep: Sweep, records: Records, best: TrialRecord | None, finish: Sequence[int], out_of_time: bool) -> SweepResult:
+    """What the records come to. A session that finishes single trials is through with them, whatever the rest of the sweep waits for."""
     trials = tuple(records.trials[n] for n in sorted(records.trials))
+    unfinished = {trial.trial for trial in trials if trial.status == "running" or trial.waits}
     return SweepResult(
-        sweep_dir, trials, record, records.saved(), interrupted=bool(records.by("running") or records.waiting()), out_of_time=out_of_time
+        records.path.parent,
+        trials,
+        best,
+        records.saved(),
+        interrupted=bool(unfinished & set(finish) if finish else unfinished),
+        out_of_time=out_of_time,
+        left=len(unfinished) + max(0, trial_count(sweep) - len(trials)),
     )
 
 
@@ -220,6 +237,9 @@ def _run(referee: Referee, base: Recipe, concurrent: int, trial_fn: TrialFn, eve
             try:
                 check_here(sweep_dir, mark)
                 trial_fn(override_recipe(base, {**config["params"], **place}), run_dir)
+            except Unshared as error:
+                tune.report({LACKS: str(error)})
+                return
             except Exception as error:
                 if not isinstance(error, InputError | RunFailed) and no_room(error) is None:
                     raise
@@ -264,14 +284,24 @@ def _holding(referee: Referee) -> Iterator[None]:
 
 
 class _Events(Unpickled, tune.Callback):
-    """Errors to the referee, a pulse to the console and the lock."""
+    """Errors to the referee, a pulse to the console and the lock, and to what pardons failures."""
 
     def __init__(self, referee: Referee, console: SweepConsole, lock: RunLock):
         self._referee, self._console, self._lock = referee, console, lock
+        self._pardons = Pardons(self._come)
+
+    def _come(self, number: int) -> int:
+        """Checkpointed steps of a trial, of all its seeds."""
+        run_dir, seeds = self._referee.sweep_dir / str(number), self._referee.sweep.seeds
+        return sum(newest_step(RunDirectory(repeat_dir(run_dir, repeat))) for repeat in range(seeds))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._console.beat()
         self._lock.renew()
+        self._pardons.look(trials)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._pardons.failed(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number, theirs = trial.config["number"], Path(trial.error_file)

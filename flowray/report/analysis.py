@@ -1,4 +1,4 @@
-"""What a sweep's records say: runner-up and noise, edges of the ranges, the Pareto front, hours, the best recipe against its base."""
+"""What a sweep's records say: runner-up and noise, the Pareto front, hours, the best recipe against its base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from flowray.findings.diagnose import diagnose
 from flowray.findings.finding import ORDER
 from flowray.report.load import Arm, Sweep, Trial, finite, flat, numeric, ranked, spans_decades
 
-EDGE = 0.05  # a best value within this share of the range from its end is at the edge
 CLEAR = 2.0  # gaps of this many standard errors are more than noise
 HEAT_KEYS = (
     "shoot/nmse",
@@ -49,15 +48,6 @@ FACTS: Mapping[str, str] = {
     "guidance_scale": "sample.guidance_scale",
 }
 Colour = Literal["bad", "warn", "info", "good", ""]
-
-
-@dataclass(frozen=True)
-class Edge:
-    """A parameter whose best value lies at the end of what was searched, and the override that widens the range."""
-
-    key: str
-    words: str
-    widen: str
 
 
 @dataclass(frozen=True)
@@ -145,42 +135,6 @@ def incomparable_words(sweep: Sweep) -> str:
         "Not ranked: the trials differ in what sets the scale of every value (autoencoder, resolution, latent size or scale), "
         f"so their values do not compare: {groups}. Make a sweep of each."
     )
-
-
-def edges(sweep: Sweep) -> list[Edge]:
-    """Parameters whose best value is at the end of their range, or the least or greatest of at least three numbers."""
-    best, space = sweep.best, sweep.settings.get("parameters")
-    if best is None or not isinstance(space, dict):
-        return []
-    found = [_edge(key, spec, finite(best.params.get(key))) for key, spec in space.items() if isinstance(spec, dict)]
-    return [edge for edge in found if edge is not None]
-
-
-def _edge(key: str, spec: Mapping[str, Any], value: float | None) -> Edge | None:
-    if value is None:
-        return None
-    if isinstance(values := spec.get("values"), list) and numeric(values) and len(set(values)) > 2:
-        ordered = sorted(set(values))
-        if value not in (ordered[0], ordered[-1]) or (value == 0 == ordered[0]):  # 0 is off, not an edge
-            return None
-        side, beyond = ("least", 2 * ordered[0] - ordered[1]) if value == ordered[0] else ("greatest", 2 * ordered[-1] - ordered[-2])
-        words = f"{key}: the best value {value:g} is the {side} of {', '.join(f'{v:g}' for v in ordered)}: widen it"
-        if side == "least" and beyond <= 0 < ordered[0]:
-            beyond = ordered[0] / 2
-        return Edge(key, words, f"parameters.{key}.values=[{','.join(f'{v:g}' for v in sorted([*ordered, beyond]))}]")
-    low, high = finite(spec.get("min")), finite(spec.get("max"))
-    if low is None or high is None or low >= high:
-        return None
-    log = "log" in str(spec.get("distribution", "")) and low > 0 and value > 0
-    place = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
-    if EDGE <= place <= 1 - EDGE or (place < EDGE and low == 0):
-        return None
-    side = "lower" if place < EDGE else "upper"
-    reach = (low / 3, high * 3) if log else (low - (high - low) / 2, high + (high - low) / 2)
-    bound, end = ("min", reach[0]) if side == "lower" else ("max", reach[1])
-    end = round(end) if spec.get("distribution") == "int_uniform" else float(f"{end:.2g}")
-    words = f"{key}: the best value {value:.3g} is at the {side} edge of the range {low:g} to {high:g}: widen it"
-    return Edge(key, words, f"parameters.{key}.{bound}={end:g}")
 
 
 def log_scale(sweep: Sweep, key: str) -> bool:

@@ -143,7 +143,8 @@ def slice_panel(param: str, trials: Sequence[Trial], best: Trial | None, key: st
             whole = trial.status in ("finished", "running")
             colour = VERMILLION if trial is best else BLUE if whole else MUTED
             size, marker = (90, "*") if trial is best else (34, "o" if whole else "x")
-            ax.scatter(place(value, index), score, s=size, c=colour, marker=marker, linewidths=1.6 if marker == "x" else 0.5, zorder=3)
+            edge, above = 1.6 if marker == "x" else 0.5, 4 if trial is best else 3
+            ax.scatter(place(value, index), score, s=size, c=colour, marker=marker, linewidths=edge, zorder=above)
         if spans_decades([score for *_, score in points]):
             _log(ax, "y")
         if not continuous:
@@ -159,7 +160,7 @@ def slice_panel(param: str, trials: Sequence[Trial], best: Trial | None, key: st
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of parallel coordinates: its values for each trial, None where a trial has none; log: spaced by the logarithm."""
+    """One axis of parallel coordinates: its values for the trials that have one, of which null is one; log: spaced by the logarithm."""
 
     name: str
     values: Mapping[Trial, Any]
@@ -168,8 +169,8 @@ class Axis:
 
     def places(self) -> tuple[dict[Trial, float], list[tuple[float, str]]]:
         """Where each trial crosses, 0 to 1, and the ticks (place, text)."""
-        known = {trial: value for trial, value in self.values.items() if value is not None}
-        if not numeric(known.values()):
+        known = self.values
+        if not numeric(known.values()) or not known:
             names = sorted({value_text(value) for value in known.values()})
             gap = max(len(names) - 1, 1)
             at = {name: 0.5 if len(names) == 1 else index / gap for index, name in enumerate(names)}
@@ -256,10 +257,10 @@ def pareto(trials: Sequence[Trial], front: Sequence[Trial], x: Metric, y: Metric
             offset = (-3 if left else 3, -2 if down else 2)
             ax.annotate(str(trial.number), known[trial], offset, fontsize=8.5, fontweight="bold", color=BLUE, **where)
         ax.set_xlabel(f"{x.name}, {_BETTER[x.goal]}")
-        ax.set_ylabel(f"{y.name}, {_BETTER[y.goal]}")
+        ax.set_ylabel(f"{y.name}\n{_BETTER[y.goal]}")
         ax.margins(0.1)
 
-    return _svg("", (5.2, 3.4), draw)
+    return _svg("", (SMALL[0], 3.2), draw)  # as wide as its neighbours: a wider one's text would come out smaller
 
 
 def bars(title: str, groups: Mapping[str, Sequence[float | None]], labels: Sequence[str], base: Baseline | None, xlabel: str) -> bytes:

@@ -22,22 +22,28 @@ def importances(sweep: Sweep) -> dict[str, float]:
         return {}
     import optuna  # slow to import and needed by long sweeps only
 
-    spaces = {key: _space([trial.params[key] for trial in trials]) for key in keys}
+    columns = {key: _column([trial.params[key] for trial in trials]) for key in keys}
+    spaces = {key: _space(column) for key, column in columns.items()}
     talk = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # no line about this throw-away study
     study = optuna.study.create_study(direction=metric.goal)
     optuna.logging.set_verbosity(talk)
-    for trial in trials:
-        params = {key: trial.params[key] if numeric([trial.params[key]]) else json.dumps(trial.params[key]) for key in keys}
+    for row, trial in enumerate(trials):
+        params = {key: column[row] for key, column in columns.items()}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=trial.value(metric.name)))
     found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
     return {} if sum(found.values()) == 0 else dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
+def _column(values: list[Any]) -> list[Any]:
+    """The values as numbers where all are, else all as text: null beside numbers is one choice among others."""
+    return values if numeric(values) else [json.dumps(value) for value in values]
+
+
 def _space(values: list[Any]) -> Any:
-    """The narrowest Optuna distribution that holds all values."""
+    """The narrowest Optuna distribution that holds a whole column."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if numeric(values):
         return FloatDistribution(min(values), max(values), log=spans_decades(values))
-    return CategoricalDistribution(sorted({json.dumps(value) for value in values}))
+    return CategoricalDistribution(sorted(set(values)))

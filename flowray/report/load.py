@@ -18,11 +18,11 @@ import yaml
 
 from flowray.config.errors import InputError
 from flowray.config.rows import Row, parse_rows
+from flowray.config.scale import scale_keys
 
 Series = list[tuple[int, float]]  # (step, value), steps rising
 LOG_SPAN = 30.0
 Status = Literal["running", "finished", "stopped", "failed"]
-SCALE = ("model.autoencoder.", "model.latent.", "data.val_shards", "data.shards")  # recipe keys that set the scale of every value
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it was built: a sweep has a config a trial
 
 
@@ -342,13 +342,12 @@ def _metric(path: Path, value: Any) -> Metric:
 
 
 def _scales(trials: Sequence[Trial]) -> dict[str, tuple[int, ...]]:
-    """Trial numbers by the keys of SCALE in which the trials differ; trials that never wrote a config are not asked."""
+    """Trial numbers by the keys of the scale in which the trials differ; trials that never wrote a config are not asked."""
     known = {trial.number: trial.run.config for trial in trials if trial.run.config}
     if not known:
         return {}
-    keys = sorted({key for config in known.values() for key in config if key.startswith(SCALE) and key != "model.autoencoder.parameters"})
-    if all("data.val_shards" in config and config["data.val_shards"] for config in known.values()):
-        keys = [key for key in keys if key != "data.shards"]  # judged on pictures of their own
+    own_pictures = all(config.get("data.val_shards") for config in known.values())
+    keys = sorted(scale_keys({key for config in known.values() for key in config}, own_pictures=own_pictures))
     differ = [key for key in keys if len({json.dumps(config.get(key)) for config in known.values()}) > 1]
     found: dict[str, tuple[int, ...]] = {}
     for number, config in sorted(known.items()):

@@ -13,9 +13,7 @@ from typing import Any
 from flowray.findings.baselines import baseline
 from flowray.report import figures
 from flowray.report.analysis import (
-    Edge,
     best_diff,
-    edges,
     front,
     heat_map,
     hours,
@@ -25,6 +23,7 @@ from flowray.report.analysis import (
     scale_groups,
     yaml_value,
 )
+from flowray.report.edges import Edge, edges, wider_command
 from flowray.report.figures import Axis, value_text
 from flowray.report.importance import FEW_TRIALS, importances
 from flowray.report.load import Run, Status, Sweep, Trial, flat, load_sweep
@@ -64,13 +63,15 @@ def hand_written(report: Path) -> dict[str, str]:
     return {**BLANK, **{heading: body or BLANK.get(heading, "") for heading, body in sections.items()}}
 
 
-def sweep_commands(sweep: Sweep) -> dict[str, str]:
-    """The commands that follow a sweep, by label, for the best trial; {} before there is one."""
+def sweep_commands(sweep: Sweep, found: Sequence[Edge] | None = None) -> dict[str, str]:
+    """The commands that follow a sweep, by label, for the best trial; {} before there is one. found: its edges, where they are known."""
     if sweep.best is None:
         return {}
     best, place = sweep.best, shlex.quote(str(sweep.path))
     prompt = best.run.prompts[0] if best.run.prompts else "a small red circle on a white background"
     commands = {}
+    if wider := wider_command(sweep, edges(sweep) if found is None else found):
+        commands["Search on beyond the edges"] = wider
     if sweep.settings.get("task") == "sample":
         keys = {**flat(sweep.settings.get("set")), **best.params}
         values = " ".join(f"--set {shlex.quote(f'{key}={yaml_value(value)}')}" for key, value in keys.items())
@@ -121,7 +122,7 @@ def _front_words(sweep: Sweep) -> str:
 def sweep_advice(sweep: Sweep) -> list[str]:
     """How sure the verdict is and where to search next, a sentence each."""
     runner = runner_up_words(sweep)
-    return [*([runner] if runner else []), *(f"{edge.words} ({edge.widen})" for edge in edges(sweep))]
+    return [*([runner] if runner else []), *(f"{edge.words} ({edge.typed})" for edge in edges(sweep))]
 
 
 def _context(sweep: Sweep) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def _context(sweep: Sweep) -> dict[str, Any]:
         "runner_up": runner_up_words(sweep),
         "edges": edge,
         "diff": best_diff(sweep),
-        "commands": sweep_commands(sweep),
+        "commands": sweep_commands(sweep, edge),
         "best_value": number_text(best.value(key)) if best else "",
         "baseline": baseline(key),
         "varied": varied,
@@ -199,16 +200,16 @@ def _plots(sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], edge: S
 
 def _parallel(sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], important: dict[str, float]) -> Plot | None:
     """All parameters and the metric at once; of many parameters the most important."""
-    names = list(varied)
+    names = [name for name in varied if any(name in trial.params for trial in scored)]
     if len(names) > MAX_AXES:
         names = [name for name in important if name in names][:MAX_AXES] or names[:MAX_AXES]
     if len(names) < 2 or len(scored) < 2:
         return None
-    axes = [Axis(name, {t: t.params.get(name) for t in scored}, log_scale(sweep, name)) for name in names]
-    metrics = [
-        Axis(metric.name, {trial: trial.value(metric.name) for trial in scored}, upside_down=metric.goal == "minimize")
-        for metric in reversed(sweep.metrics)
-    ]
+    axes = [Axis(name, {t: t.params[name] for t in scored if name in t.params}, log_scale(sweep, name)) for name in names]
+    metrics = []
+    for metric in reversed(sweep.metrics):
+        values = {trial: value for trial in scored if (value := trial.value(metric.name)) is not None}
+        metrics.append(Axis(metric.name, values, upside_down=metric.goal == "minimize"))
     return make_plot(figures.parallel([*axes, *metrics], scored, sweep.best), f"parallel coordinates of {', '.join(names)}", wide=True)
 
 
@@ -263,8 +264,12 @@ def _stop_texts(settings: dict[str, Any]) -> list[str]:
     """Halving and the stop rules, in words."""
     texts = []
     if early := _mapping(settings.get("early_terminate")):
-        eta = f", the best 1/{early['eta']:g} go on" if "eta" in early else ""
-        texts.append(f"{early.get('type')} from step {early.get('min_iter')}{eta}")
+        if early.get("type") == "asha":
+            places = [f"at step {rung} the best 1/{eta:g} go on" for rung, eta in zip(early["rungs"], early["eta"], strict=True)]
+            texts.append(f"asha: {', '.join(places)}")
+        else:
+            eta = f", the best 1/{early['eta']:g} go on" if "eta" in early else ""
+            texts.append(f"{early.get('type')} from step {early.get('min_iter')}{eta}")
     for rule in settings.get("stop") or []:
         what = rule.get("finding") or rule.get("metric")
         bound = next((f" {name.replace('_', ' ')} {rule[name]:g}" for name in ("below", "above", "gains_less_than") if name in rule), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from flowray.config.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,14 @@ class Group:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(rank, world, torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device))
+
+    def require_gpus(self, wanted: float, device: str) -> None:
+        """InputError where this rank was given `wanted` GPUs and torch can use none: `auto` would leave it on the CPU without a word."""
+        if wanted and device == "auto" and self.device.type == "cpu":
+            raise InputError(
+                f"resources.gpus_per_worker={wanted:g}: torch {torch.__version__} can use no GPU on {socket.gethostname()}; install its "
+                "CUDA build, or mend the driver or the container's GPU access there, or type train.device=cpu to train on the CPU"
+            )
 
     @property
     def lead(self) -> bool:

@@ -37,8 +37,9 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
     """Train to `train.steps`, from the newest valid checkpoint of `run` if there is one.
 
     Probes, samples and a checkpoint also come at the last step. `stopped`: `run.stop_request` appeared and a checkpoint was written.
-    Every rank calls `report`, with the lead's row, at every probe.
+    Every rank calls `report`, with the lead's row, at every probe. InputError where a rank cannot use the GPU that it was given.
     """
+    group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent) if group.lead else {}
     group.agree(True)  # the others wait until the lead has encoded
     folders = folders or ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)

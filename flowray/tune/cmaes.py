@@ -74,18 +74,20 @@ class CmaEsSampler(BaseSampler):
         self._sigma, self._population = sigma, population
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        space = intersection_search_space(study.get_trials(deepcopy=False))
+        space = intersection_search_space(study.get_trials(deepcopy=False), include_pruned=True)
         return {key: d for key, d in space.items() if not isinstance(d, CategoricalDistribution) and not d.single()}
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        settled = GENERATION in trial.system_attrs or "fixed_params" in trial.system_attrs  # it is resumed, or was enqueued
-        if settled or not search_space:
+        if "fixed_params" in trial.system_attrs or not search_space:  # it was enqueued
             return {}
+        if GENERATION in trial.system_attrs:  # it is resumed, maybe from before it was given all that was drawn
+            drawn = trial.system_attrs[DRAW]
+            return {key: _from_unit(d, drawn[key]) for key, d in search_space.items() if key in drawn}
         strategy = self._replayed(study, list(search_space))
         point = strategy.draw(self._rng)
         storage = study._storage
-        storage.set_trial_system_attr(trial._trial_id, GENERATION, strategy.generation)
         storage.set_trial_system_attr(trial._trial_id, DRAW, dict(zip(search_space, point.tolist(), strict=True)))
+        storage.set_trial_system_attr(trial._trial_id, GENERATION, strategy.generation)  # after it: what has one has both
         return {key: _from_unit(d, float(x)) for (key, d), x in zip(search_space.items(), point, strict=True)}
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from flowray.config.base import Config
-from flowray.config.sweep import Hyperband, Median, Sweep
+from flowray.config.sweep import Asha, Hyperband, Median, SuccessiveHalving, Sweep, milestones
 from flowray.tune.median import MedianRule
 
 
@@ -16,16 +16,6 @@ class Halving(Protocol):
 
     def judge(self, number: int, step: int, value: float) -> str | None:
         """Record the value at its step; why the trial should stop there, in words, or None."""
-
-
-def milestones(halving: Hyperband, budget_steps: int) -> list[int]:
-    """The rungs: min_iter * eta^k up to half the budget, since stopping later saves next to nothing; the first one always."""
-    rungs: list[int] = []
-    rung = float(halving.min_iter)
-    while rung < budget_steps and (not rungs or rung <= budget_steps / 2):
-        rungs.append(round(rung))
-        rung *= halving.eta
-    return rungs
 
 
 class Rungs:
@@ -39,10 +29,10 @@ class Rungs:
 
     def __init__(self, sweep: Sweep, budget_steps: int):
         halving = sweep.early_terminate
-        assert isinstance(halving, Hyperband)
-        self._metric, self._eta = sweep.metric.name, halving.eta
+        assert isinstance(halving, SuccessiveHalving)
+        self._metric, self._eta = sweep.metric.name, milestones(halving, budget_steps)
         self._sign = 1.0 if sweep.minimise else -1.0  # lower is better from here on
-        self._rungs: dict[int, dict[int, float]] = {at: {} for at in milestones(halving, budget_steps)}  # the lowest first
+        self._rungs: dict[int, dict[int, float]] = {at: {} for at in self._eta}  # the lowest first
         self._last: dict[int, tuple[int, float]] = {}
 
     def judge(self, number: int, step: int, value: float) -> str | None:
@@ -72,6 +62,10 @@ class Rungs:
             further |= values.keys()
         return None
 
+    def met(self, number: int) -> bool:
+        """Whether the trial has come to a rung."""
+        return any(number in values for values in self._rungs.values())
+
     def why(self, number: int) -> str:
         """Its place at the highest rung that it came to, among all that came there by now."""
         return self._place(number, max(rung for rung, values in self._rungs.items() if number in values), "; {} went on")
@@ -82,17 +76,17 @@ class Rungs:
         return sorted(values, key=lambda number: (values[number], number))
 
     def _best(self, rung: int) -> list[int]:
-        return self._ranked(rung)[: int(len(self._rungs[rung]) / self._eta)]
+        return self._ranked(rung)[: int(len(self._rungs[rung]) / self._eta[rung])]
 
     def _place(self, number: int, rung: int, rest: str) -> str:
-        values = self._rungs[rung]
+        values, eta = self._rungs[rung], self._eta[rung]
         place = 1 + sum(value < values[number] for value in values.values())
-        share = f"1/{self._eta:g}" if self._eta == int(self._eta) else f"{1 / self._eta:.0%}"
+        share = f"1/{eta:g}" if eta == int(eta) else f"{1 / eta:.0%}"
         value = self._sign * values[number]
         return f"{self._metric} {value:.3g} at step {rung} is number {place} of {len(values)}" + rest.format(f"the best {share}")
 
 
-HALVING: Mapping[type[Config], Callable[[Sweep, int], Halving]] = MappingProxyType({Hyperband: Rungs, Median: MedianRule})
+HALVING: Mapping[type[Config], Callable[[Sweep, int], Halving]] = MappingProxyType({Hyperband: Rungs, Asha: Rungs, Median: MedianRule})
 
 
 def make_halving(sweep: Sweep, budget_steps: int) -> Halving | None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import Hyperband, Sweep
+from flowray.config.sweep import SuccessiveHalving, Sweep, milestones
 from flowray.config.sweepfile import plain_parameter
 from flowray.store.run import storage_folder
-from flowray.tune.halving import milestones
-from flowray.tune.records import Records
+from flowray.tune.pace import Pace, own_pace, pace_of_runs
 from flowray.tune.space import trial_count
 from flowray.tune.warm import earlier_trials
 
@@ -41,14 +39,28 @@ class Cluster:
     def gpus(self) -> int:
         return sum(gpus for _, gpus in self.nodes)
 
+    def places(self, per_gpu: float) -> int:
+        """How many workers its GPUs hold; several share one, a part of which lies on one GPU."""
+        return sum(_places(gpus, per_gpu) for _, gpus in self.nodes)
+
+
+def _places(gpus: int, per_gpu: float) -> int:
+    """Workers that so many GPUs of a node hold. 1 / 0.1 is ten."""
+    return gpus * int(1 / per_gpu + 1e-9) if per_gpu < 1 else int(gpus // per_gpu)
+
 
 def longest(sweep: Sweep, base: Recipe) -> int:
     """The largest step budget of a run of any trial; scoring pictures is one step."""
     if sweep.task == "sample":
         return 1
-    parameter = sweep.parameters.get("train.steps")
+    return _most(sweep, "train.steps", base.train.steps)
+
+
+def _most(sweep: Sweep, key: str, given: int) -> int:
+    """The largest value of a key of whole numbers in any trial."""
+    parameter = sweep.parameters.get(key)
     if parameter is None:
-        return base.train.steps
+        return given
     spec = parameter.model_dump()
     return int(max(spec.get("values") or [spec.get("max", spec.get("value"))]))
 
@@ -67,12 +79,12 @@ def share_cluster(sweep: Sweep, base: Recipe, cluster: Cluster) -> tuple[dict[st
 
     slots = None if sweep.max_concurrent == "auto" else sweep.max_concurrent
     per_gpu = pick("gpus_per_worker", 1 if cluster.gpus else 0)
-    places = int(cluster.gpus // per_gpu) if per_gpu else 0
+    places = cluster.places(per_gpu) if per_gpu else 0
     workers = pick("num_workers", max(1, places // (slots or places)) if places else 1)
     workers = 1 if sweep.task == "sample" else workers
     share = cluster.cpus // (workers * (slots or max(1, places)))
     per_cpu = pick("cpus_per_worker", max(1, min(share, _room(cluster, per_gpu))))
-    fits = sum(int(min(cpus // per_cpu, gpus // per_gpu if per_gpu else cpus)) for cpus, gpus in cluster.nodes) // workers
+    fits = sum(min(cpus // per_cpu, _places(gpus, per_gpu) if per_gpu else cpus) for cpus, gpus in cluster.nodes) // workers
     fits = slots or max(1, fits)
     if workers > 1 and cluster.drivers is not None:
         fits = min(fits, cluster.drivers)
@@ -84,23 +96,27 @@ def _room(cluster: Cluster, per_gpu: float) -> int:
     """CPUs that a worker can have on one node: beside its GPUs on every node that has them, without GPUs on the largest."""
     if not per_gpu:
         return max((cpus for cpus, _ in cluster.nodes), default=0)
-    return min((int(cpus // (gpus // per_gpu)) for cpus, gpus in cluster.nodes if gpus >= per_gpu), default=cluster.cpus)
+    return min((cpus // _places(gpus, per_gpu) for cpus, gpus in cluster.nodes if gpus >= per_gpu), default=cluster.cpus)
 
 
 def rungs_and_steps(sweep: Sweep, trials: int, steps: int) -> tuple[list[int], int]:
     """(rungs of halving, steps that it lets the first seeds train if every rung keeps its best 1/eta and the other seeds follow)."""
     halving = sweep.early_terminate
-    if not isinstance(halving, Hyperband):
+    if not isinstance(halving, SuccessiveHalving):
         return [], trials * steps * sweep.seeds
+    left, start, expected = float(trials), 0, 0.0
     rungs = milestones(halving, steps)
-    ends = [*rungs, steps]
-    parts = [trials * halving.eta**-i * (end - start) for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
-    left = trials * halving.eta ** -len(rungs)
-    return rungs, round(sum(parts) + left * steps * (sweep.seeds - 1))
+    for rung, eta in rungs.items():
+        expected += left * (rung - start)
+        left, start = left / eta, rung
+    return list(rungs), round(expected + left * (steps - start) + left * steps * (sweep.seeds - 1))
 
 
-def make_plan(sweep: Sweep, base: Recipe, cluster: Cluster, *, checkpoint_bytes: int = 0) -> dict[str, Any]:
-    """The plan: space, trials, halving, resources, hours at most and storage. checkpoint_bytes: of one checkpoint of a trial."""
+def make_plan(sweep: Sweep, base: Recipe, cluster: Cluster, *, checkpoint_bytes: int = 0, recorded: Pace | None = None) -> dict[str, Any]:
+    """The plan: space, trials, halving, resources, hours at most and storage.
+
+    checkpoint_bytes: of one checkpoint of a trial. recorded: the pace of such trials elsewhere, for where there is none of this place.
+    """
     trials, steps = trial_count(sweep), longest(sweep, base)
     rungs, expected = rungs_and_steps(sweep, trials, steps)
     takes, concurrent = share_cluster(sweep, base, cluster)
@@ -127,39 +143,42 @@ def make_plan(sweep: Sweep, base: Recipe, cluster: Cluster, *, checkpoint_bytes:
         "budget_steps": steps,
         "steps_at_most": at_most,
         "steps_expected": expected,
+        "image_steps_at_most": at_most * _most(sweep, "train.batch_size", base.train.batch_size) if sweep.task == "train" else None,
         "cluster": {"cpus": cluster.cpus, "gpus": cluster.gpus, "nodes": len(cluster.nodes)},
         "takes": takes,
         "concurrent": concurrent,
         "time_budget_s": sweep.time_budget,
-        "hours_at_most": _hours(sweep, takes, concurrent, at_most),
+        "hours_at_most": _hours(sweep, base, takes, concurrent, at_most, recorded),
         "storage": check_storage(storage_folder(sweep.storage_path), kept),
     }
 
 
-def _hours(sweep: Sweep, takes: dict[str, Any], concurrent: int, steps: int) -> dict[str, Any]:
-    """GPU-hours and CPU-hours at most, None where nothing bounds them, and what the bound comes from."""
-    folders = [storage_folder(sweep.storage_path) / sweep.name, *map(storage_folder, sweep.warm_start)]
-    step_s = seconds_per_step(folders)
+def _hours(sweep: Sweep, base: Recipe, takes: dict[str, Any], concurrent: int, steps: int, recorded: Pace | None) -> dict[str, Any]:
+    """GPU-hours and CPU-hours at most, None where nothing bounds them, and what the bound comes from.
+
+    rough: no trial of the sweep was timed, so it is no bound, but about what all steps would take.
+    """
+    workers, per_gpu = takes["resources.num_workers"], takes["resources.gpus_per_worker"]
+    pace = own_pace(sweep)
     bounds = {}  # hours of one trial's resources
-    if step_s is not None:
-        bounds[f"{step_s:.3g} s a step, as in the trials so far"] = steps * step_s / 3600
+    if pace is not None:
+        bounds[pace.words] = steps * pace.seconds / 3600
     if sweep.time_budget is not None:
         bounds["time_budget x trials at once"] = concurrent * sweep.time_budget / 3600
+    if not bounds and sweep.task == "train":
+        pace = pace_of_runs(sweep, base, workers=workers, on_gpu=per_gpu > 0) or recorded
+        if pace is not None and pace.on_gpu == (per_gpu > 0):
+            bounds[pace.words] = steps * pace.seconds / 3600
     if not bounds:
-        return {"gpu": None, "cpu": None, "from": "no trial has been timed yet; set time_budget, or run one (run_cap=1) and plan again"}
+        unknown = "nothing like it has been timed here yet; set time_budget, or run one (run_cap=1) and plan again"
+        return {"gpu": None, "cpu": None, "rough": False, "from": unknown}
     why = min(bounds, key=lambda name: bounds[name])
-    workers = takes["resources.num_workers"]
     return {
-        "gpu": bounds[why] * workers * takes["resources.gpus_per_worker"],
+        "gpu": bounds[why] * workers * per_gpu,
         "cpu": bounds[why] * workers * takes["resources.cpus_per_worker"],
+        "rough": pace is not None and pace.rough,
         "from": why,
     }
-
-
-def seconds_per_step(sweep_dirs: Sequence[Path]) -> float | None:
-    """Mean wall time of a step, start-up included, over the trials that the sweep directories have; None without any."""
-    done = [t for folder in sweep_dirs for t in Records(folder / "trials.jsonl").trials.values() if t.last_step and t.seconds]
-    return sum(t.seconds for t in done) / sum(t.last_step for t in done) if done else None
 
 
 def check_storage(folder: Path, needed: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from flowray.tune.halving import Halving, Rungs
 from flowray.tune.records import Records, Status, TrialRecord
 from flowray.tune.space import Params, trial_count
 from flowray.tune.stop import Watch
-from flowray.tune.study import REASON, SweepStudy
+from flowray.tune.study import REASON, Come, SweepStudy
 
 GIVE_UP = 3  # where the first trials of a session have all failed, the rest would too
 _FINAL: dict[TrialState, Status] = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
@@ -30,6 +30,9 @@ _FINAL: dict[TrialState, Status] = {TrialState.COMPLETE: "finished", TrialState.
 
 class Audience(Protocol):
     """Whoever shows the sweep as it goes."""
+
+    def known(self, trial: TrialRecord) -> None:
+        """A trial that an earlier session left, as this one begins."""
 
     def started(self, trial: TrialRecord) -> None: ...
 
@@ -68,19 +71,16 @@ class Referee:
     ):
         self.sweep, self.sweep_dir, self.budget_steps = sweep, sweep_dir, budget_steps
         self.records = Records(sweep_dir / "trials.jsonl")
-        self._study = SweepStudy(sweep, sweep_dir / "study.journal", concurrent=concurrent, earlier=earlier)
         self._halving, self._audience, self._deadline = halving, audience, deadline
         self._rungs = halving if isinstance(halving, Rungs) else None  # at which trials wait
+        self._study = SweepStudy(sweep, sweep_dir / "study.journal", concurrent=concurrent, earlier=earlier, come=self._come)
         self._watches: dict[int, Watch] = {}
         self._clock: dict[int, float] = {}
         self._ended = self._failed = 0  # in this session
         self._paused: set[int] = set()
-        self.held: OSError | None = None
+        self.held: OSError | InputError | None = None
         named = (*(metric.name for metric in sweep.objectives), *(rule.metric or "" for rule in sweep.stop))
         self._on_losses = any(name.startswith("loss/") for name in named)
-        for record in self.records.trials.values():
-            if record.waits:  # before a trial that was left without its parameters is given them
-                self._study.wait(record.trial)
         self._queue: deque[tuple[int, Params]] = deque(self._study.unfinished())
         self._finishing: dict[int, TrialRecord] = {}
         self._told: set[int] = set()  # trials to finish of which the study has heard that they were stopped
@@ -90,13 +90,15 @@ class Referee:
         if finish:
             self._finishing = {number: self._to_finish(number) for number in finish}
             self._queue = deque((number, record.params) for number, record in self._finishing.items())
+        for number in sorted(self.records.trials):
+            audience.known(self.records.trials[number])
 
     @property
     def out_of_time(self) -> bool:
         return time.monotonic() >= self._deadline
 
-    def hold(self, error: OSError) -> None:
-        """Nothing can be written: no trial begins from now on and running ones pause, to be continued by a later session."""
+    def hold(self, error: OSError | InputError) -> None:
+        """Nothing can be written, here or on a node: no trial begins from now on, running ones pause, and a later session goes on."""
         self.held = self.held or error
 
     @property
@@ -107,6 +109,13 @@ class Referee:
     def remaining(self) -> int:
         """How many trials are still to begin, or to be continued from an earlier session."""
         return len(self._queue) + (0 if self._finishing else max(0, trial_count(self.sweep) - len(self.records.trials)))
+
+    def due(self) -> bool:
+        """Whether a trial is to begin or to go on. Where all that is left waits and none of it goes on, the study is told so instead."""
+        if self._queue or self.remaining() or self._promoted() is not None:
+            return True
+        self._settle()
+        return False
 
     def next(self) -> tuple[int, Params] | None:
         """The next trial's number and parameters: those left unfinished first, then those that go on from their rung, then new ones;
@@ -146,7 +155,17 @@ class Referee:
 
     def _go_on(self, record: TrialRecord) -> None:
         record.stopped_by, record.waits = None, False
-        self._study.go_on(record.trial)
+
+    def _come(self, number: int) -> Come | None:
+        """What a sampler may learn from a trial that has not finished: it was stopped, or has come to a rung."""
+        record = self.records.trials.get(number)
+        if record is None or not (record.status == "stopped" or (record.status == "running" and self._met_a_rung(number))):
+            return None
+        values = [value for metric in self.sweep.objectives if (value := record.metrics.get(metric.name)) is not None]
+        return Come(record.last_step, values) if len(values) == len(self.sweep.objectives) else None
+
+    def _met_a_rung(self, number: int) -> bool:
+        return self._rungs is not None and self._rungs.met(number)
 
     def _settle(self) -> None:
         """Tell the study of the trials that wait, where none of them goes on any more."""
@@ -212,15 +231,14 @@ class Referee:
 
     def _to_finish(self, number: int) -> TrialRecord:
         record = self.records.trials.get(number)
-        if record is None or record.status != "stopped":
+        left = {waiting for waiting, _ in self._queue}  # a session that was to finish it, or to train it, was cut off
+        if record is None or not (record.status == "stopped" or number in left):
             stopped = [str(trial.trial) for trial in self.records.by("stopped")]
             what = f"its state is {record.status}" if record else "there is no such trial"
             raise InputError(f"--finish {number}: {what}; stopped trials: {', '.join(stopped) or 'none'}")
-        if record.waits:
-            self._go_on(record)
-        else:
+        if record.status == "stopped" and not record.waits:
             self._told.add(number)
-        record.stopped_by = None
+        self._go_on(record)
         self._watches[number] = Watch((), self.sweep.metric.name)
         return record
 
@@ -234,9 +252,7 @@ class Referee:
 
     def _stopped(self, record: TrialRecord) -> None:
         record.status = "stopped"
-        if record.waits:
-            self._study.wait(record.trial)
-        else:
+        if not record.waits:
             self._study.stop(record.trial, record.stopped_by or "")
 
     def _judge(self, record: TrialRecord, watch: Watch, row: Mapping[str, Any]) -> Stop | None:
@@ -295,7 +311,8 @@ class Referee:
         """Bring the records in line with the study, and the rungs, watches and intermediate values with the probe rows.
 
         What the earlier sessions judged comes first, for all trials, and no decision of theirs is taken again: so the rungs stand as they
-        stood. Then comes what was written and not heard, as if it were reported now; it may stop a trial that was left running.
+        stood. Then comes what was written and not heard, as if it were reported now; it may stop a trial that was left running. A trial
+        that waited at a rung which there is no more, as the halving was changed, goes on: it is judged where the new one has its say.
         """
         running, finished, states = dict(self._queue), self._study.finished_later(), self._study.trials()
         if lost := sorted(self.records.trials.keys() - {frozen.number for frozen in states}):
@@ -328,8 +345,12 @@ class Referee:
                     record.see(row, self.sweep.seeds)
                 self._compare(record, row)
         for number in running:
-            if self.records.trials[number].status == "running":
-                self._catch_up(self.records.trials[number])
+            record = self.records.trials[number]
+            if record.waits and not self._met_a_rung(number):
+                self._go_on(record)
+                record.status = "running"
+            if record.status == "running":
+                self._catch_up(record)
         self._queue = deque((number, params) for number, params in self._queue if self.records.trials[number].status == "running")
 
     def _last_heard(self, record: TrialRecord, frozen: FrozenTrial, *, known: bool) -> float:

@@ -9,11 +9,12 @@ from types import MappingProxyType
 from typing import Any
 
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 from flowray.config.base import Config
 from flowray.config.search import CmaEsSearch, GpSearch, GridSearch, Nsga2Search, RandomSearch, SearchConfig, TpeSearch
 from flowray.tune.cmaes import CmaEsSampler
+from flowray.tune.nsga import RungNsga
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Setting:
 def _tpe(search: TpeSearch, at: Setting) -> BaseSampler:
     return TPESampler(
         seed=at.seed,
-        multivariate=True,
-        group=True,
+        multivariate=search.multivariate,
+        group=search.multivariate,
         n_startup_trials=at.startup_trials,
         n_ei_candidates=search.candidates,
         constant_liar=at.concurrent > 1,
@@ -50,7 +51,7 @@ def _cmaes(search: CmaEsSearch, at: Setting) -> BaseSampler:
 
 
 def _nsga2(search: Nsga2Search, at: Setting) -> BaseSampler:
-    return NSGAIISampler(seed=at.seed, population_size=search.population, crossover_prob=search.crossover)
+    return RungNsga(seed=at.seed, population_size=search.population, crossover_prob=search.crossover)
 
 
 def _random(search: RandomSearch | GridSearch, at: Setting) -> BaseSampler:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -23,6 +23,7 @@ from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
 from flowray.config.errors import InputError
 from flowray.config.sweep import Sweep
+from flowray.tune.nsga import STEP
 from flowray.tune.samplers import Setting, make_sampler
 from flowray.tune.space import Params, as_categories, from_priors, grid, suggest
 
@@ -47,33 +48,50 @@ class Journal(JournalFileBackend):
             raise
 
 
-class _Told(Study):
-    """A study whose sampler learns from the trials that wait at a rung as if they had been pruned there."""
+class Come(NamedTuple):
+    """How far a trial has come, and the metrics there."""
 
-    waiting: frozenset[int] = frozenset()
+    step: int
+    values: list[float]
+
+
+class _Told(Study):
+    """A study whose sampler learns from the trials that have come to a rung, waiting or running, as if they had been pruned there."""
+
+    come: Callable[[int], Come | None]
 
     def _get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False) -> list[FrozenTrial]:
         trials = super()._get_trials(deepcopy, None, use_cache)
-        seen = [_as_pruned(trial) if trial.number in self.waiting else trial for trial in trials]
+        seen = [self._seen(trial) for trial in trials]
         return seen if states is None else [trial for trial in seen if trial.state in states]
 
-
-def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
-    pruned = copy.copy(trial)
-    pruned.state = TrialState.PRUNED
-    if trial.last_step is not None:
-        pruned.values = [trial.intermediate_values[trial.last_step]]
-    return pruned
+    def _seen(self, trial: FrozenTrial) -> FrozenTrial:
+        """The trial, pruned with its last values where the journal does not have them: it still runs, or has several metrics."""
+        if trial.state not in (TrialState.RUNNING, TrialState.PRUNED) or trial.values is not None or not (come := self.come(trial.number)):
+            return trial
+        pruned = copy.copy(trial)
+        pruned.state, pruned.values = TrialState.PRUNED, come.values
+        pruned.system_attrs = {**trial.system_attrs, STEP: come.step}
+        return pruned
 
 
 class SweepStudy:
     """The study of one sweep; `path` is the journal file, made if it is not there. What a killed writer left in its way is removed.
 
     earlier: trials of earlier sweeps that the sampler learns from. They have numbers in the study, but are not trials of the sweep.
+    come: how far a trial of this number has come that has not finished; None where a sampler has nothing to learn from it yet.
     InputError where the journal is spoilt.
     """
 
-    def __init__(self, sweep: Sweep, path: Path, *, concurrent: int = 1, earlier: Sequence[FrozenTrial] = ()):
+    def __init__(
+        self,
+        sweep: Sweep,
+        path: Path,
+        *,
+        concurrent: int = 1,
+        earlier: Sequence[FrozenTrial] = (),
+        come: Callable[[int], Come | None] = lambda number: None,
+    ):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         drop_torn_line(path)
         _free_lock(path)
@@ -84,6 +102,7 @@ class SweepStudy:
             storage = JournalStorage(Journal(path))
             optuna.create_study(storage=storage, study_name=sweep.name, directions=directions, load_if_exists=True)
             self._study = _Told(sweep.name, storage, sampler=sampler, pruner=pruner)
+            self._study.come = come
         except (ValueError, KeyError) as error:
             raise InputError(f"{path}: cannot be read: {error}; put back a copy of it, or type name=OTHER for a new sweep") from error
         self._live: dict[int, Trial] = {}
@@ -149,17 +168,8 @@ class SweepStudy:
 
     def stop(self, number: int, why: str) -> None:
         """PRUNED: Optuna takes the last reported value as the trial's, at its step, and ranks it below trials that went further."""
-        self.go_on(number)
         self._live[number].set_user_attr(REASON, why)
         self._study.tell(number, state=TrialState.PRUNED)
-
-    def wait(self, number: int) -> None:
-        """The trial waits at a rung: running for the journal, and pruned there for the sampler."""
-        self._study.waiting |= {number}
-
-    def go_on(self, number: int) -> None:
-        """The trial waits no more."""
-        self._study.waiting -= {number}
 
     def fail(self, number: int, why: str) -> None:
         self._live[number].set_user_attr(REASON, why)

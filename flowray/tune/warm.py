@@ -13,7 +13,7 @@ from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
-from flowray.config.sweep import Sweep, drawn, in_order, inside
+from flowray.config.sweep import Categorical, Constant, Sweep, drawn, in_order, inside
 from flowray.store.run import storage_folder
 from flowray.tune.records import Records, TrialRecord
 from flowray.tune.space import Params, as_categories, suggest
@@ -22,6 +22,7 @@ from flowray.tune.study import FROM
 # what may differ between trials that compare: places, cadence, and what only shows
 _CADENCE = ("log_every", "probe_every", "sample_every", "checkpoint_every", "keep_checkpoints", "grad_every", "device")
 _PLACES = ("name", "storage_path", "seed", "card", "resources", "sample", "data.cache", "probes.raw", "probes.doctor_every")
+_ABSENT = object()  # null is a value
 _FREE = (*_PLACES, *(f"train.{key}" for key in _CADENCE))
 
 
@@ -106,8 +107,9 @@ def _params(sweep: Sweep, recipe: Recipe) -> Params | str:
             continue
         value: Any = recipe
         for name in key.split("."):
-            value = getattr(value, name, None)
-        if value is None or not inside(parameter, value):
+            value = getattr(value, name, _ABSENT)
+        ranged = not isinstance(parameter, Categorical | Constant)
+        if value is _ABSENT or (value is None and ranged) or not inside(parameter, value):
             return f"{key} out of range"
         params[key] = value
     return params

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from flowray.bench.pool import Entry, Space, read_pool, spearman, value_at
 from flowray.bench.replay import Correction, Silent, one_rung, random_search, sweep_search
-from flowray.bench.sweep import ORACLE, correlations, foretold, ratio
+from flowray.bench.sweep import ORACLE, correlations, foretold, half, ratio
 from flowray.cli.bench import main
 from flowray.config.errors import InputError
 from flowray.config.sweep import Metric
@@ -215,3 +215,14 @@ def test_what_the_pool_lacks_is_said_in_one_line(on_disk, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(InputError, match=r"rows.jsonl:1: not a record"):
         read_pool(tmp_path / "rows.jsonl")
+
+
+def test_halves_of_a_pool_differ_by_seed_and_have_their_own_best():
+    halves = [half(POOL, seed) for seed in range(20)]
+    assert {len(part.entries) for part in halves} == {30}
+    assert half(POOL, 3) == halves[3]
+    assert len({part.best(3) for part in halves}) > 10
+    known = {entry.number: entry for entry in POOL.entries}
+    assert all(entry == known[entry.number] for part in halves for entry in part.entries)
+    times_drawn = np.bincount([entry.number for part in halves for entry in part.entries], minlength=60)
+    assert times_drawn.min() > 0

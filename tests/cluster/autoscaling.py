@@ -181,7 +181,8 @@ def _look(head: Head, folder: Path, seconds: float) -> Moment:
     out = [row["trial"] for row in rows if row["status"] == "running"]
     training = sum(_owner(folder / str(trial)) is not None for trial in out)
     commands = [_command(pid) for pid in offspring(f"FLOWRAY_CLUSTER_TEST={head.folder}")]
-    raylets = sum(command.split(b"\0")[0].endswith(b"/raylet") for command in commands)
+    # A raylet's command names its own socket. What it starts bears the same command until it has become a worker.
+    raylets = len({command for command in commands if command.split(b"\0")[0].endswith(b"/raylet")})
     processes = sum(b"ray::ImplicitFunc" in command for command in commands)
     return Moment(seconds, raylets - 1, processes, training, len(out) - training, len(rows) - len(out))  # one is the head's
 

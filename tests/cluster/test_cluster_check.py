@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import socket
 import stat
 import subprocess
@@ -11,26 +12,32 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from flowray.cli.cluster import table
 from flowray.config.errors import InputError
 from flowray.config.train import DataConfig
 from flowray.rayrun import access, session, storage
-from flowray.rayrun.cluster_check import Prober, skew
-from flowray.rayrun.cluster_verdict import PAYLOAD_BYTES, ClusterFacts, NodeFacts, healthy, judge
+from flowray.rayrun.cluster_check import Prober, bundles, skew, wait_for
+from flowray.rayrun.cluster_verdict import NO_CUDA, PAYLOAD_BYTES, ClusterFacts, NodeFacts, healthy, judge
 from flowray.store.run import storage_folder
 
 VERSIONS = {"python": "3.11.9", "torch": "2.13.0", "ray": "2.60.0", "flowray": "0.1.0"}
 
 
 def node(name: str, **changes) -> NodeFacts:
-    good = {"versions": VERSIONS, "gpus": ("A10G",), "ray_gpus": 1.0, "torch_cuda": True, "storage_mb_s": 300.0, "shards": 4}
+    good = {"versions": VERSIONS, "gpus": ("A10G",), "ray_gpus": 1.0, "storage_mb_s": 300.0, "shards": 4}
     return NodeFacts(name, **{**good, **changes})
 
 
 def cluster(*nodes: NodeFacts, **changes) -> ClusterFacts:
-    good = {"storage": Path("/mnt/x"), "wanted_shards": 4, "links": [("a", "b", 900.0), ("b", "a", 900.0)], "allreduce": (2, 0.1, "")}
+    good = {
+        "storage": Path("/mnt/x"),
+        "wanted_shards": 4,
+        "links": [("a", "b", 900.0), ("b", "a", 900.0)],
+        "allreduces": [("gloo", 2, 0.1, "")],
+    }
     return ClusterFacts(list(nodes), **{**good, **changes})
 
 
@@ -49,7 +56,9 @@ def test_a_sound_cluster_has_a_row_for_every_check_of_every_node():
         ({"versions": VERSIONS | {"ray": "2.59.0"}}, "ray", "bad", "ray==2.60.0"),
         ({"versions": VERSIONS | {"flowray": ""}}, "flowray", "bad", "pip install flowray==0.1.0"),
         ({"versions": VERSIONS | {"python": "3.12.1"}}, "python", "bad", "one Python"),
-        ({"torch_cuda": False}, "gpus", "bad", "CUDA build"),
+        ({"cuda_problem": NO_CUDA}, "gpus", "bad", "CUDA build"),
+        ({"cuda_problem": "The NVIDIA driver on your system is too old"}, "gpus", "bad", "driver"),
+        ({"gpus": (), "cuda_problem": "Found no NVIDIA driver on your system."}, "gpus", "bad", "--gpus all"),  # a container without them
         ({"ray_gpus": 0.0}, "gpus", "warn", "--num-gpus=1"),
         ({"storage_problem": "there is no such folder there"}, "storage", "bad", "/mnt/x"),
         ({"storage_mb_s": 3.0}, "storage", "warn", "faster"),
@@ -65,8 +74,60 @@ def test_a_fault_is_found_on_its_node_with_its_fix(changes, check, severity, wor
     assert not healthy(rows)
 
 
+def test_a_node_without_nvidia_smi_whose_gpus_work_is_sound():
+    assert healthy(judge(cluster(node("a", gpus=(), ray_gpus=2.0))))
+
+
+def test_nodes_that_may_still_come_are_told_and_those_that_did_not_come_are_a_fault():
+    """A head without workers is no sound cluster, only one of which nothing is known."""
+    head = node("head", gpus=(), ray_gpus=0.0)
+    rows = judge(cluster(head, may_come=8))
+    (told,) = [row for row in rows if row.check == "nodes"]
+    assert healthy(rows)
+    assert (told.severity, "1 up; up to 8 more" in told.found, "--workers" in told.fix) == ("info", True, True)
+    assert "the others not seen" in str(table(rows, 1).title)
+    asked = judge(cluster(head, may_come=8, missing="1 worker(s) asked for, 0 came in 20 minutes"))
+    assert not healthy(asked)
+    assert [row.severity for row in asked if row.check == "nodes"] == ["bad", "info"]
+
+
+def test_workers_are_asked_for_whole_and_waited_for():
+    assert bundles([(8, 1), (4, 0)]) == [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 4.0}]
+    came = iter(range(10))
+    assert wait_for(lambda: next(came), 3, patience_s=30, pause_s=0.01) == 3
+    began = time.monotonic()
+    assert wait_for(lambda: 1, 2, patience_s=0.1, pause_s=0.01) == 1
+    assert 0.1 <= time.monotonic() - began < 10
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1800)
+def test_a_worker_that_is_asked_for_comes_and_is_checked(tmp_path):
+    """Ray's own autoscaler, with real nodes on this machine; of three that it may add, one is asked for."""
+    from autoscaling import NODES, autoscaling_head
+
+    with autoscaling_head(tmp_path) as head:
+        alone = json.loads(head.command("flowray.cluster", "check", "--json").stdout)
+        asked = head.command("flowray.cluster", "check", "--workers", "1", "--json")
+    assert len(alone["nodes"]) == 1
+    told = json.loads(asked.stdout)
+    assert len(told["nodes"]) == 2, asked.stderr
+    for found, more in ((alone, NODES), (told, NODES - 1)):
+        (row,) = [row for row in found["rows"] if row["check"] == "nodes"]
+        assert (row["severity"], f"up to {more} more" in row["found"]) == ("info", True)
+        assert not [row for row in found["rows"] if row["severity"] == "bad"]
+
+
+def test_gloo_and_nccl_have_a_row_each():
+    rows = judge(cluster(node("a"), allreduces=[("gloo", 3, 0.1, ""), ("nccl", 2, 0.0, "ncclSystemError: Socket timed out")]))
+    plain, gpus = [row for row in rows if row.check == "all-reduce"]
+    assert (plain.severity, plain.node, "3 rank(s), gloo" in plain.found) == ("ok", "all", True)
+    assert (gpus.severity, gpus.node, "NCCL_SOCKET_IFNAME" in gpus.fix) == ("bad", "nodes with GPUs", True)
+
+
 def test_faults_between_nodes_and_of_silent_ones():
-    rows = judge(cluster(node("a"), node("b", error="No module named 'flowray'"), links=[("a", "b", 0.0)], allreduce=(2, 0.0, "timed out")))
+    silent, cut = node("b", error="No module named 'flowray'"), [("gloo", 2, 0.0, "timed out")]
+    rows = judge(cluster(node("a"), silent, links=[("a", "b", 0.0)], allreduces=cut))
     wrong = {row.check: row for row in rows if row.severity == "bad"}
     assert set(wrong) == {"answer", "network", "all-reduce"}
     assert "flowray" in wrong["answer"].found
@@ -117,13 +178,24 @@ def test_the_prober_measures_this_machine(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mark"]
     assert prober.shards([tmp_path / "mark", tmp_path / "gone"]) == 1
     assert prober.give().nbytes == PAYLOAD_BYTES
-    assert isinstance(prober.gpus()[1], bool)
+    names, problem = prober.gpus(1.0)  # as if Ray handed one out: torch tries to compute on it, in a process of its own
+    if not torch.cuda.is_available():
+        assert problem == (NO_CUDA if torch.version.cuda is None else problem) != ""
+        assert names or prober.gpus(0.0) == ((), "")  # nobody asked
     before = time.time()
     assert before <= prober.clock() <= time.time()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    assert prober.all_reduce("127.0.0.1", port, 0, 1) > 0
+    assert prober.all_reduce("gloo", "127.0.0.1", port, 0, 1) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NCCL works here")
+def test_nccl_without_a_gpu_says_why():
+    with pytest.raises(RuntimeError) as told:
+        Prober().all_reduce("nccl", "127.0.0.1", 1, 0, 1)
+    assert "CUDA" in str(told.value)
+    assert len(str(told.value).splitlines()) == 1
 
 
 # --- one folder on all nodes

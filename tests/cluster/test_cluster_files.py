@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import re
-import shutil
+import signal
 import stat
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
+BIN = Path(sys.executable).parent  # shellcheck and hadolint come with the dev extra
 LAUNCHERS = ["aws.yaml", "gcp.yaml", "onprem.yaml"]
 CLOUDS = LAUNCHERS[:2]
 KUBERAY = ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml"]
@@ -72,6 +76,117 @@ def test_ray_takes_the_launcher_file(name):
     assert config["docker"]["container_name"] == "flowray"
     with pytest.raises(jsonschema.ValidationError):
         validate_config(config | {"idle_timeout": 5})  # a typing error is found
+
+
+def header(name: str) -> str:
+    return "\n".join(line for line in (CLUSTER / name).read_text().splitlines()[:24] if line.startswith("#"))
+
+
+class Shell:
+    """In place of ssh, for Ray's code: answers as a fresh host does, and keeps the commands."""
+
+    def __init__(self):
+        self.commands: list[str] = []
+
+    def check_call(self, command: list[str], **_: Any) -> int:
+        self.commands.append(" ".join(command))
+        return 0
+
+    def check_output(self, command: list[str], **_: Any) -> bytes:
+        self.commands.append(" ".join(command))
+        return b'["HOME=/home/ray"]' if "inspect -f" in self.commands[-1] and "Config.Env" in self.commands[-1] else b""
+
+
+def image_started(docker: dict[str, Any], *, as_head: bool) -> str:
+    """The image in the `docker run` that Ray would type on a node, given the docker section for it."""
+    from ray.autoscaler._private.command_runner import DockerCommandRunner
+
+    class Hosts:
+        def internal_ip(self, node_id: str) -> str:
+            return "10.0.0.11"
+
+    shell = Shell()
+    node = {"log_prefix": "", "node_id": "node", "provider": Hosts(), "auth_config": {"ssh_user": "ubuntu"}, "cluster_name": "flowray"}
+    runner = DockerCommandRunner(docker, **node, process_runner=shell, use_internal_ip=True)
+    runner.ssh_command_runner.ssh_control_path = None  # nothing is left in /tmp
+    runner.run_init(as_head=as_head, file_mounts={}, sync_run_yet=True)
+    (run,) = [command for command in shell.commands if "docker run" in command]
+    (image,) = re.findall(r"registry\.example\.com/flowray:\S+-(cpu|cuda)", run)
+    return image
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_every_node_of_a_cloud_gets_its_image(name):
+    """As autoscaler v2, which `ray up` starts there, and `ray up` itself for the head choose it."""
+    from ray.autoscaler._private.util import prepare_config
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+
+    plain = prepare_config(load(name))
+    config = AutoscalingConfig(copy.deepcopy(plain), skip_content_hash=True)
+    for node_type in plain["available_node_types"]:
+        head = node_type == plain["head_node_type"]
+        assert image_started(config.get_docker_config(node_type), as_head=head) == ("cpu" if head else "cuda")
+    assert image_started(plain["docker"], as_head=True) == "cpu"
+    assert "RAY_UP_enable_autoscaler_v2" not in header(name)
+
+
+def test_own_hosts_get_their_image_from_autoscaler_v1():
+    """v2 takes every host for a head, as there is but one type; so the header switches it off, by the name that Ray's `ray up` reads."""
+    from ray.autoscaler._private import commands
+    from ray.autoscaler._private.util import prepare_config
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+
+    plain = prepare_config(load("onprem.yaml"))
+    (node_type,) = plain["available_node_types"]
+    assert image_started(plain["docker"], as_head=True) == "cpu"
+    assert image_started(plain["docker"], as_head=False) == "cuda"
+    v2 = AutoscalingConfig(copy.deepcopy(plain), skip_content_hash=True).get_docker_config(node_type)
+    assert image_started(v2, as_head=False) == "cpu"
+    lines = [line.lstrip("# ") for line in header("onprem.yaml").splitlines()]
+    (switch,) = [i for i, line in enumerate(lines) if line.startswith("export RAY_UP_enable_autoscaler_v2=0")]
+    assert switch < lines.index("ray up cluster/onprem.yaml")
+    assert 'os.getenv("RAY_UP_enable_autoscaler_v2", "1") == "1"' in inspect.getsource(commands.get_or_create_head_node)
+
+
+def test_gpus_reach_the_containers_and_the_driver_is_new_enough():
+    """NVIDIA's runtime shows a container the GPUs that NVIDIA_VISIBLE_DEVICES names. Drivers from 580 on run CUDA 12 and 13."""
+    stages = re.split(r"^FROM ", (CLUSTER / "Dockerfile").read_text(), flags=re.M)
+    (cuda,) = [stage for stage in stages if " AS torch-cuda" in stage.partition("\n")[0]]
+    assert re.search(r"^ENV NVIDIA_VISIBLE_DEVICES=all \\\n +NVIDIA_DRIVER_CAPABILITIES=compute,utility$", cuda, re.M)
+    (default,) = re.findall(r"^ARG CUDA=cu(\d+)$", cuda, re.M)
+    assert "https://download.pytorch.org/whl/${CUDA}" in cuda
+    drivers = {"12": 525, "13": 580}
+    assert f"driver >= {drivers[default[:2]]}" in header("Dockerfile")
+    for name in ("onprem.yaml", *KUBERAY):
+        assert f"driver >= {drivers[default[:2]]}" in " ".join(header(name).replace("#", " ").split())
+    nodes = [t["node_config"] for t in load("gcp.yaml")["available_node_types"].values()]
+    assert {int(node["disks"][0]["initializeParams"]["sourceImage"].rpartition("-")[2]) >= 580 for node in nodes} == {True}
+    for node in load("aws.yaml")["available_node_types"].values():
+        assert re.fullmatch(r"ami-[0-9a-f]{17}", node["node_config"]["ImageId"])  # `latest_dlami` is one of 2022 in Ray's code
+    assert "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id" in header("aws.yaml")
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("uid", [1000, 1001])
+def test_another_ssh_user_than_the_images_is_refused(name, uid, tmp_path):
+    """Its token would be readable for nobody in the container."""
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {uid}\n")
+    (tmp_path / "id").chmod(0o755)
+    (line,) = [command for command in load(name)["initialization_commands"] if "id -u" in command]
+    done = subprocess.run(["bash", "-c", line], env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True)
+    assert done.returncode == (uid != 1000)
+    assert ("ssh_user must have uid 1000" in done.stderr) == (uid != 1000)
+    assert f"--uid {1000} " in (CLUSTER / "Dockerfile").read_text()
+
+
+def test_the_token_is_made_for_its_owner_alone(tmp_path):
+    """The headers' own command, in a home of its own."""
+    commands = {re.search(r"Before: +(\(.*get-auth-token.*?\))", header(name))[1] for name in LAUNCHERS}
+    (command,) = commands
+    assert command in (CLUSTER / "README.md").read_text()
+    environment = {"HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", f"umask 022; {command}"], env=environment, check=True)
+    assert stat.S_IMODE((tmp_path / ".ray" / "auth_token").stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("name", CLOUDS)
@@ -197,6 +312,9 @@ def test_kuberay_clusters_scale_hold_a_token_and_share_storage(name):
         (container,) = pod["containers"]
         assert {"name": "FLOWRAY_STORAGE", "value": "/mnt/flowray"} in container["env"]
         assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    tainted = {t["key"] for t in workers["template"]["spec"]["tolerations"]}  # so the spot pools of GKE and AKS keep others away
+    assert tainted == {"nvidia.com/gpu", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"}
+    assert f"LocalQueue named {manifest['metadata']['labels']['kueue.x-k8s.io/queue-name']}" in header(name)
     gpus = workers["template"]["spec"]["containers"][0]["resources"]
     assert gpus["requests"]["nvidia.com/gpu"] == gpus["limits"]["nvidia.com/gpu"] == "1"
 
@@ -243,10 +361,10 @@ def slurm(tmp_path) -> dict[str, str]:
     """An environment as Slurm's, with srun and scontrol that write down what they were given."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "scontrol").write_text('#!/bin/sh\nprintf "node1\\nnode2\\n"\n')
+    (tools / "scontrol").write_text('#!/bin/sh\necho "$@" >> "$OUT/scontrol"\ntest "$1" = requeue || printf "node1\\nnode2\\n"\n')
     (tools / "srun").write_text(
         '#!/bin/sh\nprintf "%s\\n" "$@" > "$OUT/args"\ncp -p "$RAY_AUTH_TOKEN_PATH" "$OUT/token"\n'
-        'env > "$OUT/env"\nexit "${SRUN_EXIT:-0}"\n'
+        'env > "$OUT/env"\nif [ -n "$SRUN_WAITS" ]; then until [ -e "$OUT/go" ]; do sleep 0.05; done; fi\nexit "${SRUN_EXIT:-0}"\n'
     )
     for tool in tools.iterdir():
         tool.chmod(0o755)
@@ -267,6 +385,7 @@ def test_slurm_starts_one_node_each_and_the_sweep_on_the_head(slurm, tmp_path):
     ray = start[start.index("ray") :]
     address = ray[ray.index("--address") + 1]
     assert ray[1] == "symmetric-run"
+    assert {"--nodes=2", "--ntasks=2", "--cpus-per-task=8"} <= set(start)  # srun takes no --cpus-per-task from its job
     assert re.fullmatch(r"node1:2\d{4}|node1:3\d{4}", address)
     assert ray[ray.index("--min-nodes") + 1] == "2"
     from ray.scripts.symmetric_run import curate_and_validate_ray_start_args  # Ray's own reading of what it hands to `ray start`
@@ -287,6 +406,35 @@ def test_slurm_passes_a_command_and_its_exit_code_on(slurm, tmp_path):
     assert (tmp_path / "args").read_text().splitlines()[-1] == "card.title=two words"
 
 
+def test_slurm_puts_a_job_back_into_the_queue_before_its_time_is_up(slurm, tmp_path):
+    """Slurm signals the batch shell alone, minutes before the limit; what runs is left to end by itself, as it is told to."""
+    script = CLUSTER / "slurm" / "sweep.sbatch"
+    (asked,) = re.findall(r"^#SBATCH --signal=B:(\w+)@(\d+)$", script.read_text(), re.M)
+    assert (asked[0], int(asked[1]) >= 120) == ("USR1", True)
+    waits = slurm | {"SRUN_WAITS": "1", "SRUN_EXIT": "75"}
+    job = subprocess.Popen(["bash", script], env=waits, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: (tmp_path / "env").exists())
+        job.send_signal(signal.SIGUSR1)
+        wait_until(lambda: "requeue 123456" in (tmp_path / "scontrol").read_text().splitlines())
+        time.sleep(0.2)
+        assert job.poll() is None
+        assert list((tmp_path / "storage").glob(".ray-token-*"))  # still in use
+        (tmp_path / "go").touch()
+        assert job.wait(timeout=30) == 75
+    finally:
+        job.kill()
+        job.communicate()
+    assert not list((tmp_path / "storage").glob(".ray-token-*"))
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize(("change", "words"), [({"RAY_AUTH_MODE": "disabled"}, "without a token"), ({"FLOWRAY_STORAGE": ""}, "every node")])
 def test_slurm_refuses_what_is_not_safe(change, words, slurm, tmp_path):
     done = sbatch(slurm | change)
@@ -302,10 +450,19 @@ def scripts() -> list[Path]:
 @pytest.mark.parametrize("script", scripts(), ids=lambda p: p.name)
 def test_shell_scripts_are_clean(script):
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed here; bash -n passed")
-    done = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    done = subprocess.run([BIN / "shellcheck", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_launchers_commands_are_clean(name, tmp_path):
+    """Each as Ray types it over ssh, in a bash of its own."""
+    config = load(name)
+    for kind in ("initialization_commands", "head_start_ray_commands", "worker_start_ray_commands"):
+        for number, command in enumerate(config[kind]):
+            (tmp_path / f"{kind}{number}.sh").write_text(f"#!/bin/bash\n{command}\n")
+    found = subprocess.run([BIN / "shellcheck", "--severity=warning", *tmp_path.glob("*.sh")], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
 
 
 # --- the image
@@ -328,9 +485,7 @@ def test_the_dockerfile_copies_what_there_is_and_builds_both():
 
 
 def test_the_dockerfile_is_linted():
-    if not shutil.which("hadolint"):
-        pytest.skip("hadolint is not installed here")
-    done = subprocess.run(["hadolint", CLUSTER / "Dockerfile"], capture_output=True, text=True)
+    done = subprocess.run([BIN / "hadolint", CLUSTER / "Dockerfile"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -372,7 +527,9 @@ def test_the_dashboard_shows_what_it_should(board):
     rows = [panel["title"] for panel in board["panels"] if panel["type"] == "row"]
     assert rows == ["Sweep progress", "Probes by trial", "Throughput and goodput", "Machines"]
     panels = [panel for panel in board["panels"] if panel["type"] != "row"]
-    assert {"Steps per second", "Goodput", "GPU use", "shoot/nmse", "Trials by state"} <= {panel["title"] for panel in panels}
+    assert {"Steps per second", "Images per second", "Goodput", "GPU use", "shoot/nmse", "Trials by state"} <= {
+        panel["title"] for panel in panels
+    }
     assert all(panel["description"] and panel["targets"] for panel in panels)
     ids = [panel["id"] for panel in board["panels"]]
     assert len(set(ids)) == len(ids)
@@ -404,6 +561,37 @@ def test_prometheus_reads_the_list_that_ray_writes():
 
     (job,) = load("monitoring/prometheus.yml")["scrape_configs"]
     assert job["file_sd_configs"][0]["files"] == [f"/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_prometheus_follows_rays_link_to_the_list(elsewhere, tmp_path):
+    """Ray's own writer leaves the list in its session's folder and an absolute link to it above; both must exist in the container."""
+    from ray._private.metrics_agent import PrometheusServiceDiscoveryWriter as Writer
+
+    class OneNode(Writer):
+        def get_file_discovery_content(self) -> str:
+            return '[{"labels": {"job": "ray"}, "targets": ["10.0.0.10:8080"]}]'
+
+    folder = tmp_path / "other" if elsewhere else tmp_path / "tmp" / "ray"
+    session = folder / "session_1"
+    session.mkdir(parents=True)
+    writer = OneNode.__new__(OneNode)  # without the GCS that it would ask for the nodes
+    vars(writer).update(temp_dir=str(folder), session_dir=str(session), _symlink_created=False, _use_fallback_copy=False)
+    writer.write()
+    (job,) = load("monitoring/prometheus.yml")["scrape_configs"]
+    mounts = {}  # folder in the container -> on the host
+    for mount in load("monitoring/compose.yaml")["services"]["prometheus"]["volumes"]:
+        host, inside = mount.replace("${RAY_TMP:-/tmp/ray}", str(folder)).split(":")[:2]
+        mounts[inside] = host
+
+    def seen(path: str) -> Path:
+        """On the host, of a path in the container; links lead on within the container."""
+        inside = next((m for m in sorted(mounts, key=len, reverse=True) if path.startswith(f"{m}/")), None)
+        assert inside, f"{path} is in no mount"
+        there = Path(mounts[inside] + path.removeprefix(inside))
+        return seen(os.readlink(there)) if there.is_symlink() else there
+
+    assert "10.0.0.10:8080" in seen(job["file_sd_configs"][0]["files"][0]).read_text()
 
 
 # --- what `ray job submit --working-dir .` sends

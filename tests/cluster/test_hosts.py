@@ -7,13 +7,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import heads
 import pytest
-from heads import BIN, Head, agent_ports, kill_all, running_head
+from heads import Head, Node, running_head
 from support import tiny_recipe
 
 from flowray.config.load import dump_recipe, load_recipe
@@ -108,22 +110,11 @@ def wait_for(what: Callable[[], bool], seconds: float, told: Callable[[], str] =
 
 
 @contextlib.contextmanager
-def joined(head: Head, host: Host, *mounts: str) -> Iterator[subprocess.Popen]:
-    """A node on `host` with one CPU, and a disk of its own for what Ray keeps; it is gone after the block."""
-    mark = f"{head.folder}/{time.monotonic_ns()}"
-    own, log = Path(f"{mark}-files"), Path(f"{mark}.log")
-    own.mkdir()
-    command = [*host.inside(f"mount --bind {own} {head.files}", *mounts), str(BIN / "ray"), "start", f"--address={head.host}:{head.port}"]
-    command += [f"--node-ip-address={host.address}", "--num-cpus=1", "--object-store-memory=100000000"]
-    command += [*agent_ports(), "--disable-usage-stats", "--block"]
-    environment = head.environment | {"FLOWRAY_CLUSTER_TEST": mark}
-    with log.open("w") as out:
-        node = subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=head.folder)
-    try:
+def joined(head: Head, host: Host) -> Iterator[Node]:
+    """A node on `host` with a disk of its own for what Ray keeps; it is gone after the block."""
+    own = Path(tempfile.mkdtemp(dir=head.folder))
+    with heads.joined(head, host.address, host.inside(f"mount --bind {own} {head.files}")) as node:
         yield node
-    finally:
-        kill_all(Path(mark))
-        node.wait(60)
 
 
 def rows_of(head: Head, name: str) -> list[dict]:
@@ -198,7 +189,7 @@ def test_a_host_that_is_cut_off_and_comes_back(head, hosts, tiny):
                 wait_for(lambda: alive(head) == {head.host}, SLOW_S)
             finally:
                 hosts[1].cable("up")
-            node.wait(SLOW_S)  # it sees that it was given up, and ends
+            node.process.wait(SLOW_S)  # it sees that it was given up, and ends
             assert run.poll() is None, told(head, "cut")
             with joined(head, hosts[1]):
                 assert run.wait(SLOW_S) == 0, told(head, "cut")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from heads import BIN, Head, agent_ports, running_head
+from heads import Head, joined, running_head
 from support import tiny_recipe
 
 from flowray.config.load import dump_recipe
@@ -164,28 +164,16 @@ def second_node(head) -> Iterator[None]:
     mount = f"mount -t tmpfs none {head.shared}"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this machine lets no process have its own mounts (unshare -m)")
-    start = f"{BIN}/ray start --address={head.host}:{head.port} --num-cpus=1 --object-store-memory=100000000"
-    script = f"{mount} && exec {start} {' '.join(agent_ports())} --disable-usage-stats --block"
-    with (head.folder / "second.log").open("w") as log:
-        node = subprocess.Popen(["unshare", "-m", "sh", "-c", script], env=head.environment, stdout=log, stderr=log, cwd=head.folder)
-    try:
+    with joined(head, inside=("unshare", "-m", "sh", "-c", f'{mount} && exec "$0" "$@"')) as node:
         nodes = "import ray; ray.init(logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
-            asked = subprocess.run(
-                [sys.executable, "-c", nodes],
-                env=head.as_driver,
-                capture_output=True,
-                text=True,
-            )
+            asked = subprocess.run([sys.executable, "-c", nodes], env=head.as_driver, capture_output=True, text=True)
             if asked.stdout.strip().endswith("2"):
                 break
         else:
-            pytest.fail((head.folder / "second.log").read_text())
+            pytest.fail(node.log.read_text())
         yield
-    finally:
-        node.terminate()
-        node.wait(60)
 
 
 def test_unshared_storage_is_refused_by_path_and_node(head, tiny, second_node):

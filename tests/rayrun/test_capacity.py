@@ -147,15 +147,23 @@ def test_kuberays_cluster_is_read_from_the_kubernetes_api(tmp_path):
         "RAY_CLUSTER_NAMESPACE": "research",
         "NO_PROXY": "localhost",
     }
-    ask = """if True:
+    (tmp_path / "namespace").write_text("research")  # as Kubernetes puts it into pods
+    ask = f"""if True:
         import os
-        from flowray.rayrun.capacity import read_config, workers_at_most
-        for os.environ["RAY_CLUSTER_NAME"] in ("flowray", "another"):
-            print(workers_at_most(read_config("10.0.0.1:6379") or {}))
+        from pathlib import Path
+        from flowray.rayrun import capacity
+        def told():
+            return capacity.workers_at_most(capacity.read_config("10.0.0.1:6379") or {{}})
+        for os.environ["RAY_CLUSTER_NAME"] in ("another", "flowray"):
+            print(told())
+        del os.environ["RAY_CLUSTER_NAMESPACE"]
+        for capacity.POD_NAMESPACE in (Path({str(tmp_path)!r}, "namespace"), Path({str(tmp_path)!r}, "none")):
+            print(told())
     """
     try:
         asked = subprocess.run([sys.executable, "-c", ask], env={**os.environ, **pod}, capture_output=True, text=True, timeout=240)
-        assert asked.stdout.splitlines() == [str([(8, 1)] * 8), "[]"], asked.stderr[-2000:]
+        grown = str([(8, 1)] * 8)
+        assert asked.stdout.splitlines() == ["[]", grown, grown, "[]"], asked.stderr[-2000:]
     finally:
         server.shutdown()
         server.server_close()

@@ -1,5 +1,6 @@
 """The gauges as Prometheus would read them: scraped from a live Ray's metrics port."""
 
+import json
 import re
 import time
 import urllib.request
@@ -9,8 +10,9 @@ import pytest
 import ray
 
 from flowray.config.sweep import Sweep
-from flowray.rayrun import session
+from flowray.rayrun import gauges, session
 from flowray.rayrun.gauges import RunGauges, SweepGauges, exported_names, leave_link
+from flowray.store.run import RunDirectory
 from flowray.tune.records import TrialRecord
 
 LINE = re.compile(r"(?m)^(ray_flowray_\w+)\{(.*)\} (\S+)$")
@@ -25,6 +27,58 @@ def scrape() -> dict[tuple[str, str], float]:
         mark = re.search(r'(?:run|state|metric)="([^"]*)"', labels)
         found[name, mark[1] if mark else ""] = float(value)
     return found
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
+    """Stands in for Ray's agent: (name, labels in their order) -> value."""
+    found: dict[tuple[str, ...], float] = {}
+
+    class Kept:
+        def __init__(self, spec: gauges.GaugeSpec):
+            self.spec = spec
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            found[(self.spec.name, *(tags[label] for label in self.spec.labels))] = value
+
+    monkeypatch.setattr(gauges, "_open", Kept)
+    return found
+
+
+def test_a_resumed_sweep_begins_with_its_earlier_trials(seen: dict[tuple[str, ...], float]) -> None:
+    space = {"optim.lr": {"distribution": "uniform", "min": 0.0, "max": 1.0}}
+    whole = SweepGauges(Sweep.model_validate({"name": "s", "base": "unused", "metric": {"name": "ema/shoot/nmse"}, "parameters": space}))
+    for trial in (
+        TrialRecord(0, {}, "finished", metrics={"ema/shoot/nmse": 0.25}),
+        TrialRecord(1, {}, "stopped", metrics={"ema/shoot/nmse": 0.75}),
+        TrialRecord(2, {}, "failed", metrics={"ema/shoot/nmse": 0.1}),
+    ):
+        whole.known(trial)
+    states = {"finished": 1, "stopped": 1, "failed": 1}
+    assert seen == {("flowray_trials", "s", state): states.get(state, 0) for state in ("running", *states)} | {
+        ("flowray_best", "s", "ema/shoot/nmse"): 0.25
+    }
+    whole.started(TrialRecord(3, {}))
+    assert (seen["flowray_trials", "s", "running"], seen["flowray_trials", "s", "finished"]) == (1, 1)
+    whole.probed(TrialRecord(3, {}, metrics={"ema/shoot/nmse": 0.2}))
+    assert seen["flowray_best", "s", "ema/shoot/nmse"] == 0.2
+
+
+def test_speed_is_of_the_last_step_logged(tmp_path: Path, seen: dict[tuple[str, ...], float]) -> None:
+    run = RunDirectory(tmp_path / "s" / "4")
+    run.create()
+    shown = RunGauges(run.path)
+    shown.show({"step": 1})
+    assert ("flowray_images_per_s", "s/4") not in seen  # nothing is logged yet
+    with run.metrics.open("w") as file:
+        for step in range(2000):
+            file.write(json.dumps({"step": step, "perf/images_per_s": 1000.0 + step, "loss/total": 0.5}) + "\n")
+        file.write('{"step": 2000, "perf/im')  # is being written
+    assert run.metrics.stat().st_size > gauges.LAST_BYTES
+    shown.show({"step": 2000})
+    assert seen["flowray_images_per_s", "s/4"] == 2999.0
+    shown.show({"step": 1, "perf/images_per_s": 7.0})  # of a sweep over samplers
+    assert seen["flowray_images_per_s", "s/4"] == 7.0
 
 
 @pytest.mark.slow

@@ -137,6 +137,9 @@ class Diary:
             raise OSError(28, "No space left on device")
         self.heard.append((what, trial.trial))
 
+    def known(self, trial: TrialRecord) -> None:
+        self._note("known", trial)
+
     def started(self, trial: TrialRecord) -> None:
         self._note("started", trial)
 
@@ -156,6 +159,42 @@ def test_a_full_disk_costs_one_view_only() -> None:
         both.ended(record(number))
     assert first.heard == [("started", 0), ("probed", 0), ("ended", 0)]
     assert second.heard == [(what, number) for number in range(2) for what in ("started", "probed", "ended")]
+
+
+def test_a_resumed_sweep_shows_the_trials_that_there_were(tmp_path: Path) -> None:
+    """Counted, ranked and in the last table; none of them runs before it is started, and the pace is this session's."""
+    out = io.StringIO()
+    console = SweepConsole(make(), tmp_path, 6, out)
+    both = Everyone(console, TrialBoard(make(), tmp_path))
+    for number, (status, nmse) in enumerate([("finished", 0.4), ("stopped", 0.9), ("running", 0.6)]):
+        both.known(record(number, status=status, last_step=100, budget_steps=400, metrics={METRIC: nmse}))
+    assert out.getvalue() == ""
+    assert not list(tmp_path.iterdir())
+    assert "2 of 6 trials done" in console._headline()
+    assert "best 0.4 (trial 0)" in console._headline()
+    assert "left" not in console._headline()  # nothing was done in this session yet
+    again, new = record(2, last_step=100, budget_steps=400, metrics={METRIC: 0.6}), record(3, budget_steps=400)
+
+    def states() -> list[tuple[str, str]]:
+        return re.findall(r"(?m)^ *(\d\*?) *(paused|running|finished|stopped)", drawn(console, 6))
+
+    assert states() == [("2", "paused"), ("0*", "finished"), ("1", "stopped")]
+    both.started(again)
+    both.started(new)
+    assert states() == [("2", "running"), ("3", "running"), ("0*", "finished"), ("1", "stopped")]
+    both.ended(again)  # out of time
+    assert states()[0] == ("2", "paused")
+    new.status, new.metrics = "finished", {METRIC: 0.3}
+    both.ended(new)
+    assert "3 of 6 trials done" in console._headline()
+    assert "best 0.3 (trial 3)" in console._headline()
+    assert "left" in console._headline()
+
+
+def drawn(console: SweepConsole, rows: int) -> str:
+    out = io.StringIO()
+    Console(file=out, width=200).print(console.table(rows))
+    return out.getvalue()
 
 
 def shown(tmp_path: Path, width: int, trials: list[TrialRecord], *, brief: bool = False) -> str:

@@ -17,9 +17,11 @@ import yaml
 from PIL import Image
 
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
-from flowray.config.sweepfile import dump_sweep
+from flowray.config.sweepfile import base_recipe, check_trials, dump_sweep, text_sweep
 from flowray.config.sweepfile import load_sweep as load_file
 from flowray.report import analysis, figures
+from flowray.report.edges import edges
+from flowray.report.importance import importances
 from flowray.report.load import Sweep, load_sweep
 from flowray.report.sweep_page import hand_written, sweep_advice, sweep_commands, sweep_verdict, write_sweep_report
 
@@ -103,11 +105,107 @@ def test_without_repeats_the_noise_is_not_known(tmp_path: Path) -> None:
 )
 def test_the_edge_of_a_range_is_named_with_what_widens_it(tmp_path: Path, spec: dict, value: Any, widen: str | None) -> None:
     trials = [{"params": {"k": value}, "metrics": {METRIC: 0.4}}]
-    found = analysis.edges(load_sweep(make(tmp_path / "s", trials, parameters={"k": spec})))
+    found = edges(load_sweep(make(tmp_path / "s", trials, parameters={"k": spec})))
     assert [edge.widen for edge in found] == ([] if widen is None else [widen])
     if found and widen and not widen.endswith("]"):
         bound = float(widen.partition("=")[2])
         assert not float(spec["min"]) <= bound <= float(spec["max"])
+
+
+def uniform(low: float, high: float, kind: str = "uniform", **more: float) -> dict[str, Any]:
+    return {"distribution": kind, "min": low, "max": high, **more}
+
+
+@pytest.mark.parametrize(
+    ("key", "spec", "value", "widen"),
+    [
+        ("optim.lr", LR, 9e-3, "max=0.03"),
+        ("optim.lr", uniform(1e-4, 1e-2), 2e-4, "min=5e-05"),  # half the range below lies below 0
+        ("loss.clip.weight", uniform(0.1, 2.0), 0.12, "min=0.05"),
+        ("flow.time.uniform_floor", uniform(0.05, 0.8), 0.79, "max=0.99"),  # a share
+        ("flow.time.uniform_floor", uniform(0.05, 1.0), 1.0, None),  # nothing lies beyond
+        ("train.ema", {"values": [0.9, 0.99, 0.999]}, 0.999, "values=[0.9,0.99,0.999,0.999563]"),
+        ("model.velocity.depth", uniform(1, 8, "int_uniform"), 1, None),
+        ("model.velocity.depth", uniform(2, 8, "int_uniform"), 2, "min=1"),
+        ("train.batch_size", uniform(32, 256, "q_uniform", q=32), 32.0, None),
+        ("train.batch_size", uniform(32, 250, "q_uniform", q=32), 224.0, "max=320"),  # 224 is the last that is drawn
+        ("train.batch_size", uniform(2**20, 2**21, "int_uniform"), 2**21, "max=2621440"),  # whole, not 2.62144e+06
+        ("train.steps", {"values": [1000000, 1000001, 1000002]}, 1000002, "values=[1000000,1000001,1000002,1000003]"),
+        ("flow.time.low", uniform(-10, -3), -3, "max=0.5"),
+        ("flow.time.low", uniform(-10, -3), -3.1, "max=0.5"),
+    ],
+)
+def test_flowray_tune_takes_what_widens_a_range(tmp_path: Path, key: str, spec: dict, value: Any, widen: str | None) -> None:
+    """The sweep loads with the override, and recipes can be made at the ends of its space."""
+    plain = {"name": "s", "base": "sweep_proxy", "metric": {"name": METRIC}, "set": {"flow.time.kind": "log_snr"}, "method": "random"}
+    text = yaml.safe_dump({**plain, "parameters": {key: spec}})
+    trials = [{"params": {key: value}, "metrics": {METRIC: 0.4}}]
+    folder = make(tmp_path / "s", trials, **yaml.safe_load(dump_sweep(text_sweep(text, "s"))))
+    found = edges(load_sweep(folder))
+    assert [edge.widen for edge in found] == ([] if widen is None else [f"parameters.{key}.{widen}"])
+    for edge in found:
+        wider = load_file(str(folder / "sweep.yaml"), shlex.split(edge.typed))
+        check_trials(wider, base_recipe(wider))
+        assert str(wider.parameters[key].model_dump()) != str(load_file(str(folder / "sweep.yaml")).parameters[key].model_dump())
+
+
+def test_the_command_beyond_all_edges_is_a_sweep_of_its_own_that_starts_from_this_one(tmp_path: Path) -> None:
+    params = {"optim.lr": LR, "train.ema": {"values": [0.9, 0.99, 0.999]}}
+    text = {"name": "s", "base": "sweep_proxy", "metric": {"name": METRIC}, "parameters": params, "points": [{"optim.lr": 1e-3}]}
+    trials = [{"params": {"optim.lr": 9e-3, "train.ema": 0.999}, "metrics": {METRIC: 0.4}}]
+    folder = make(tmp_path / "a sweep", trials, **yaml.safe_load(dump_sweep(text_sweep(yaml.safe_dump(text), "s"))))
+    typed = shlex.split(sweep_commands(load_sweep(folder))["Search on beyond the edges"])
+    assert typed[:4] == ["python", "-m", "flowray.tune", str(folder / "sweep.yaml")]
+    wider = load_file(typed[3], typed[4:])
+    check_trials(wider, base_recipe(wider))
+    assert (wider.name, wider.warm_start, wider.points) == ("s-wider", (str(folder),), ())
+    assert (wider.parameters["optim.lr"].max, wider.parameters["train.ema"].values[-1]) == (0.03, 0.999563)
+    inside = make(tmp_path / "b", [{"params": {"optim.lr": 1e-3}, "metrics": {METRIC: 0.4}}], parameters={"optim.lr": LR})
+    assert "Search on beyond the edges" not in sweep_commands(load_sweep(inside))
+
+
+def test_null_is_a_value_beside_numbers(tmp_path: Path) -> None:
+    """Of importance, which then takes the whole column as choices, and of parallel coordinates, where it has a place."""
+    trials = [
+        {"params": {"data.limit": (None, 500)[i % 2], "optim.lr": 1e-3 * (i + 1)}, "metrics": {METRIC: 0.3 + i % 2}} for i in range(12)
+    ]
+    space = {"data.limit": {"values": [None, 500]}, "optim.lr": LR}
+    sweep = load_sweep(make(tmp_path / "s", trials, parameters=space))
+    shares = importances(sweep)
+    assert next(iter(shares)) == "data.limit"
+    assert sum(shares.values()) == pytest.approx(1)
+    axis = figures.Axis("data.limit", {trial: trial.params["data.limit"] for trial in sweep.trials})
+    assert len(axis.places()[0]) == len(trials)
+    page = write_sweep_report(sweep.path).read_text()
+    assert "importance: data.limit" in page
+    assert "parallel coordinates of data.limit, optim.lr" in page
+
+
+def test_a_parameter_of_trials_without_a_value_alone_has_no_axis(tmp_path: Path) -> None:
+    """A head's own option, searched with a head whose trials have all failed."""
+    trials = [{"params": {"kind": "pooled", "lr": 1e-3 * (i + 1)}, "metrics": {METRIC: 0.3 + 0.01 * i}} for i in range(3)]
+    trials += [{"params": {"kind": "grid", "convs": n, "lr": 1e-3}, "status": "failed", "error": "OOM"} for n in (1, 2)]
+    page = write_sweep_report(make(tmp_path / "s", trials)).read_text()
+    assert "parallel coordinates of kind, lr" in page
+    assert "OOM" in page
+
+
+def test_the_best_trials_star_lies_on_top(tmp_path: Path) -> None:
+    """Where many trials share a value it was under their dots."""
+    trials = [{"params": {"w": 0.3}, "metrics": {METRIC: 0.4 + 0.001 * i}} for i in range(5)]
+    sweep = load_sweep(make(tmp_path / "s", trials))
+    svg = figures.slice_panel("w", sweep.trials, sweep.best, METRIC).decode().lower()
+    assert svg.index(figures.VERMILLION.lower()) > svg.rindex(f"fill: {figures.BLUE.lower()}")
+
+
+def test_a_long_error_is_short_in_the_table_and_whole_among_the_failures(tmp_path: Path) -> None:
+    """In the table a long one made its row as high as a page, with the error itself off a phone's screen."""
+    error = "OutOfMemoryError: " + "no memory " * 60
+    trials = [{"params": {"w": 1}, "metrics": {METRIC: 0.4}}, {"params": {"w": 2}, "status": "failed", "error": error}]
+    page = write_sweep_report(make(tmp_path / "s", trials)).read_text()
+    assert page.count(f'<td class="words"><span title="{error}">') == 1
+    assert f'<td class="error">{error}</td>' in page
+    assert re.search(r"td\.words span \{[^}]*-webkit-line-clamp: 3", page)
 
 
 def two_metrics(tmp_path: Path, points: np.ndarray) -> Sweep:
@@ -236,7 +334,7 @@ def test_trials_on_another_scale_are_not_ranked(tmp_path: Path) -> None:
     assert sweep.best is None
     assert sweep.scales == {"model.autoencoder.scaling_factor=null": (0, 1), "model.autoencoder.scaling_factor=0.2": (2,)}
     assert sweep_commands(sweep) == {}
-    assert analysis.edges(sweep) == []
+    assert edges(sweep) == []
     page = write_sweep_report(folder).read_text()
     assert '<p class="big">Not ranked</p>' in page
     assert [(group.label, group.best.number if group.best else None) for group in analysis.scale_groups(sweep)] == [("A", 1), ("B", 2)]
@@ -340,7 +438,7 @@ def test_parallel_axes_space_numbers_as_they_were_drawn(tmp_path: Path) -> None:
     places, ticks = figures.Axis("lr", {t: t.params["lr"] for t in sweep.trials}, log=True).places()
     assert [places[by_number[n]] for n in range(3)] == pytest.approx([0, 0.5, 1])
     assert [text for _, text in ticks] == ["0.0001", "0.00032", "0.001", "0.0032", "0.01"]
-    places, ticks = figures.Axis("head", {t: t.params.get("head") for t in sweep.trials}).places()
+    places, ticks = figures.Axis("head", {t: t.params["head"] for t in sweep.trials if "head" in t.params}).places()
     assert by_number[3] not in places
     assert ticks == [(0.0, "a"), (1.0, "b")]
     upside_down = figures.Axis(METRIC, {t: t.value(METRIC) for t in sweep.trials}, upside_down=True).places()[0]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from support import tiny_recipe
 
+from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
 from flowray.store.rows import read_rows
@@ -34,6 +35,17 @@ def go(recipe: Recipe, world: int, rank: int = 0, port: int = 0) -> None:
 def worker(rank: int, plain: dict, port: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     go(Recipe.model_validate(plain), 2, rank, port)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can be used here")
+def test_a_rank_that_cannot_use_its_gpu_does_not_train_on_the_cpu(tmp_path):
+    recipe, run = override_recipe(Recipe(), {"resources.gpus_per_worker": 1}), RunDirectory(tmp_path / "run")
+    with pytest.raises(InputError, match=r"resources.gpus_per_worker=1: torch .* can use no GPU on .* train.device=cpu") as told:
+        train(recipe, run, Group.current(), lambda row: None)
+    assert "\n" not in str(told.value)
+    assert not run.path.exists()
+    Group.current("cpu").require_gpus(1, "cpu")  # as told
+    Group.current().require_gpus(0, "auto")  # none was given
 
 
 def test_two_ranks_equal_one(tmp_path):

@@ -21,6 +21,7 @@ from typing import Any
 import optuna
 import pytest
 import yaml
+from heads import joined, running_head
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -266,30 +267,17 @@ def test_of_a_trial_of_two_workers_a_worker_and_the_trial_itself_are_killed(plac
         assert min(again) > 0
 
 
-def test_trials_of_a_lost_node_go_on_on_another(place, monkeypatch):
-    from ray.cluster_utils import Cluster
-
-    files = Path(tempfile.mkdtemp(prefix="frn-"))
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-    ours = {"RAY_TMPDIR": str(files), "FLOWRAY_CHAOS": str(place.folder)}  # with its address file, which other Rays would read
-    for key, value in {**token, **ours, "RAY_agent_register_timeout_ms": "120000"}.items():
-        monkeypatch.setenv(key, value)
-    folder, cluster = place.sweep("node"), Cluster()
-    try:
-        for cpus in (0, 1, 1):
-            cluster.add_node(num_cpus=cpus, **({} if cpus else {"include_dashboard": True}))
-        driver = place.live("node", lambda: lead(folder), "max_concurrent=2", RAY_ADDRESS=cluster.address, **token)
+def test_trials_of_a_lost_node_go_on_on_another(place, tmp_path):
+    folder = place.sweep("node")
+    with running_head(tmp_path, "--num-cpus=0") as head, joined(head) as one, joined(head) as other:
+        pointed = {key: value for key, value in head.as_driver.items() if key.startswith("RAY_")}
+        driver = place.live("node", lambda: lead(folder), "max_concurrent=2", **pointed)
         assert driver.poll() is None, place.log("node")[-3000:]
         victim = lead(folder)
-        (lost,) = [node for node in cluster.list_all_nodes() if victim in below(node.all_processes["raylet"][0].process.pid)]
+        (lost,) = [node for node in (one, other) if victim in node.pids]
         number = next(lock.parent.name for lock in folder.glob("[0-9]*/.lock") if json.loads(lock.read_text())["pid"] == victim)
-        cluster.remove_node(lost, allow_graceful=False)
+        lost.kill()
         assert driver.wait(TIMEOUT_S) == 0, place.log("node")[-3000:]
-    finally:
-        for process in place.processes:
-            process.kill()
-        cluster.shutdown()
-        shutil.rmtree(files, ignore_errors=True)
     sound(folder)
     assert len(account(folder)) == TRIALS
     first, *again = starts(folder, int(number))

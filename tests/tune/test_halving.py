@@ -1,5 +1,7 @@
 """Successive halving by promotion: who goes on from a rung and when, and what study and account hold of those that wait."""
 
+import json
+
 import optuna
 import pytest
 from optuna.storages import JournalStorage
@@ -8,8 +10,9 @@ from optuna.trial import TrialState
 
 from flowray.bench.replay import Silent
 from flowray.config.parameters import LogUniform
-from flowray.config.sweep import Hyperband, Median, Sweep
-from flowray.tune.halving import Rungs, make_halving, milestones
+from flowray.config.sweep import Asha, Hyperband, Median, Sweep, milestones
+from flowray.store.rows import read_rows
+from flowray.tune.halving import Rungs, make_halving
 from flowray.tune.referee import Referee
 
 METRIC, STEPS = "ema/shoot/nmse", 80
@@ -34,11 +37,20 @@ def session(sweep: Sweep, folder, *, most: int = 1000) -> tuple[Referee, list[tu
     while len(runs) < most and (chosen := judge.next()):
         number, start = chosen[0], judge.records.trials[chosen[0]].last_step
         for step in range(start + 10, STEPS + 1, 10):
-            if judge.see(number, {"step": step, "budget_steps": STEPS, METRIC: worth(number) + 10 / step}):
+            if judge.see(number, probe(folder, number, step, worth(number) + 10 / step)):
                 break
         judge.ended(number)
         runs.append((number, start, step))
     return judge, runs
+
+
+def probe(folder, number: int, step: int, value: float) -> dict:
+    """A probe row as a run writes it, and as its trial reports it."""
+    (folder / str(number)).mkdir(exist_ok=True)
+    row = {"step": step, METRIC: value}
+    with (folder / str(number) / "probes.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    return {**row, "budget_steps": STEPS}
 
 
 def worth(number: int) -> float:
@@ -55,7 +67,28 @@ def told(folder) -> list[optuna.trial.FrozenTrial]:
     [(10, 2, 80, [10, 20, 40]), (50, 3, 500, [50, 150]), (50, 4, 500, [50, 200]), (300, 3, 500, [300]), (500, 3, 500, [])],
 )
 def test_rungs_end_at_half_the_budget_but_for_the_first(min_iter, eta, budget, rungs):
-    assert milestones(Hyperband(min_iter=min_iter, eta=eta), budget) == rungs
+    assert milestones(Hyperband(min_iter=min_iter, eta=eta), budget) == dict.fromkeys(rungs, eta)
+
+
+def test_rungs_of_ones_own_each_keep_their_share():
+    halving = Asha(rungs=(10, 20), eta=(4, 2))
+    assert milestones(halving, 80) == {10: 4, 20: 2}
+    assert milestones(halving, 20) == {10: 4}  # the last step is no rung
+    rungs = Rungs(make(early_terminate={"type": "asha", "rungs": [10, 20], "eta": [4, 2]}), STEPS)
+    for number in range(8):
+        rungs.judge(number, 10, float(number))
+    first = [rungs.promote(set(range(8)), last=False)]
+    first.append(rungs.promote(set(range(8)) - set(first), last=False))
+    assert first == [0, 1]  # 8 / 4
+    assert rungs.promote(set(range(2, 8)), last=False) is None
+    assert rungs.judge(1, 20, 1.0) is not None  # one of one: of two one goes on
+    assert rungs.judge(0, 20, 0.0) is None
+
+
+@pytest.mark.parametrize(("rungs", "eta"), [([10, 20], [2]), ([20, 10], [2, 2]), ([10, 10], [2, 2]), ([], []), ([10], [1])])
+def test_rungs_that_make_no_sense_are_refused(rungs, eta):
+    with pytest.raises(ValueError, match="early_terminate"):
+        make(early_terminate={"type": "asha", "rungs": rungs, "eta": eta})
 
 
 @pytest.mark.parametrize(("goal", "sign"), [("minimize", 1.0), ("maximize", -1.0)])
@@ -119,6 +152,87 @@ def test_a_waiting_trial_can_be_finished_by_number(tmp_path):
     assert judge.next() is None
     assert [t.state for t in told(tmp_path)] == [TrialState.RUNNING, TrialState.RUNNING, TrialState.COMPLETE]
     assert judge.records.waiting() == [0, 1]
+
+
+def test_a_trial_to_finish_whose_session_was_cut_off_is_finished_by_the_same_command(tmp_path):
+    sweep = make(early_terminate=Hyperband(min_iter=10, eta=4))
+    session(sweep, tmp_path, most=3)
+    for until in (30, STEPS):  # the first session is killed
+        judge = Referee(sweep, tmp_path, STEPS, make_halving(sweep, STEPS), Silent(), finish=[1])
+        assert judge.next()[0] == 1
+        for step in range(judge.records.trials[1].last_step + 10, until + 1, 10):
+            assert not judge.see(1, probe(tmp_path, 1, step, 9.0))
+    judge.ended(1)
+    assert judge.next() is None
+    assert [judge.records.trials[n].status for n in range(3)] == ["stopped", "finished", "stopped"]
+    assert [row["step"] for row in read_rows(tmp_path / "1" / "probes.jsonl")] == list(range(10, STEPS + 1, 10))
+
+
+# what a session leaves, and what the next makes of it
+
+
+def story(folder) -> list[tuple]:
+    """All that account and study hold, times left out."""
+    account = [{key: value for key, value in row.items() if key != "seconds"} for row in read_rows(folder / "trials.jsonl")]
+    return [(row, t.params, t.state, t.value, t.intermediate_values, t.user_attrs) for row, t in zip(account, told(folder), strict=True)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_where_only_waiting_trials_are_left_the_next_session_goes_on(tmp_path, count):
+    """The time budget ran out as the last of them came to its rung."""
+    sweep = make(run_cap=count, early_terminate=Hyperband(min_iter=10, eta=8))
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    session(sweep, tmp_path / "whole")
+    judge, _ = session(sweep, tmp_path / "cut", most=count)
+    assert judge.records.waiting() == list(range(count))
+    again = Referee(sweep, tmp_path / "cut", STEPS, make_halving(sweep, STEPS), Silent())
+    assert (again.remaining(), again.due()) == (0, True)
+    judge, more = session(sweep, tmp_path / "cut")
+    assert len(more) == 1
+    assert not judge.due()
+    assert judge.records.waiting() == []
+    assert story(tmp_path / "cut") == story(tmp_path / "whole")
+
+
+def test_a_session_that_was_killed_before_it_told_how_the_waiting_ended_is_made_up_for(tmp_path):
+    """Nothing is left to train, so no `next` comes: that there is nothing due tells the study."""
+    sweep = make(run_cap=3, early_terminate=Hyperband(min_iter=10, eta=8))
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    session(sweep, tmp_path / "whole")
+    session(sweep, tmp_path / "cut", most=4)
+    assert [t.state for t in told(tmp_path / "cut")].count(TrialState.RUNNING) == 2
+    assert not Referee(sweep, tmp_path / "cut", STEPS, make_halving(sweep, STEPS), Silent()).due()
+    assert story(tmp_path / "cut") == story(tmp_path / "whole")
+
+
+OTHERS = {
+    "later rungs": Hyperband(min_iter=30, eta=2),
+    "between": Hyperband(min_iter=5, eta=3),
+    "no rungs": Hyperband(min_iter=STEPS, eta=2),
+    "median": Median(min_iter=10, min_trials=2),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_sweep_resumed_with_another_halving_brings_every_trial_to_an_end(tmp_path, other):
+    """Three trials wait at step 10. None is lost, and none begins anew."""
+    session(make(early_terminate=Hyperband(min_iter=10, eta=8)), tmp_path, most=3)
+    judge, runs = session(make(early_terminate=other, run_cap=4), tmp_path)
+    assert not judge.due()
+    assert judge.records.waiting() == []
+    assert {t.state for t in told(tmp_path)} <= {TrialState.COMPLETE, TrialState.PRUNED}
+    assert all(start == 10 for number, start, _ in runs[:2] if number < 3)
+    for number, record in judge.records.trials.items():
+        steps = [row["step"] for row in read_rows(tmp_path / str(number) / "probes.jsonl")]
+        assert steps == list(range(10, record.last_step + 1, 10))
+    statuses = [judge.records.trials[number].status for number in range(4)]
+    assert set(statuses) <= {"finished", "stopped"}
+    assert "finished" in statuses
+    if other in (OTHERS["none"], OTHERS["no rungs"]):
+        assert statuses == ["finished"] * 4
 
 
 def test_by_the_median_a_stop_is_for_good(tmp_path):

@@ -21,6 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from flowray.bench.replay import Silent
 from flowray.config.errors import InputError
+from flowray.config.search import CmaEsSearch, Nsga2Search
 from flowray.config.sweep import Hyperband, LogUniform, StopRule, Sweep
 from flowray.rayrun import session
 from flowray.store.rows import RowWriter, read_rows
@@ -133,8 +134,13 @@ def _short_locks(monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": "bayes"}, {"method": "random", "metric": {"name": "loss/flow"}}],
-    ids=["tpe", "by a loss"],
+    [
+        {"method": "bayes"},
+        {"method": "random", "metric": {"name": "loss/flow"}},
+        {"search": CmaEsSearch(population=4)},
+        {"search": Nsga2Search(population=2)},
+    ],
+    ids=["tpe", "by a loss", "cmaes", "nsga2"],
 )
 def test_a_sweep_killed_at_any_file_operation_ends_as_if_it_had_not_been(tmp_path, changes):
     sweep = make(**changes)

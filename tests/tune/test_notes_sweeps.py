@@ -1,16 +1,20 @@
 """The field notes' experiments as sweeps: each plans, carries its card, and holds the values that the notes give."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from flowray.bench.pool import packaged_pool
 from flowray.cli.tune import main
 from flowray.config.errors import InputError
-from flowray.config.load import dump_recipe, load_recipe
+from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.sweepfile import base_recipe, check_trials, load_sweep, packaged_sweeps
+from flowray.tune.pace import Pace
 from flowray.tune.plan import Cluster, check_storage, make_plan, share_cluster
 from flowray.tune.records import Records, TrialRecord
 
@@ -63,6 +67,7 @@ def test_a_restarts_at_the_notes_scale():
     """The overrides of the card, on the notes' own recipe."""
     notes = ["set.data.shards=TRAIN", "set.data.val_shards=VAL", "parameters.optim.lr={values: [2.5e-6, 5e-6, 1e-5]}", "points=[]"]
     notes += ["parameters.optim.schedule.t0.values=[20000]", "parameters.optim.schedule.eta_min.min=2.5e-7", "set.train.steps=100000"]
+    notes += ["early_terminate.min_iter=30000"]
     sweep = load_sweep("lr_restart", ["base=fieldnotes_256", *notes])
     base = base_recipe(sweep)
     check_trials(sweep, base)
@@ -73,21 +78,46 @@ def test_a_restarts_at_the_notes_scale():
 
 
 def test_b_tries_the_notes_ranges_first():
+    notes = ["base=fieldnotes_256", "set.data.shards=TRAIN", "set.data.val_shards=VAL", "early_terminate.min_iter=10000"]
+    full = load_sweep("logsnr", notes)
+    check_trials(full, base_recipe(full))
     sweep = load_sweep("logsnr")
     assert [point.get("flow.time.low") for point in sweep.points] == [None, -2, 0.81]
     assert (sweep.points[1]["flow.time.high"], sweep.parameters["flow.time.low"].prior.value) == (6, -2)
 
 
-def test_c_doubles_the_contrastive_weight_and_takes_a_perceptual_loss_where_there_are_weights():
+def test_c_searches_the_contrastive_and_the_perceptual_weight_and_dino():
     sweep = load_sweep("structure")
     own = base_recipe(sweep).loss.clip.weight
     assert {0, own, 2 * own} < set(sweep.parameters["loss.clip.weight"].values)
-    perceptual = "parameters.loss.lpips.weight={values: [0, 0.1, 0.2]}"
-    with_vgg = load_sweep("structure", ["set.loss.lpips.vgg=vgg16.safetensors", perceptual])
-    check_trials(with_vgg, base_recipe(with_vgg))
-    without = load_sweep("structure", [perceptual])
+    assert set(sweep.parameters["loss.lpips.weight"].values) == {0, 0.1, 0.2}
+    assert "loss.dino.weight" in sweep.parameters
+    check_trials(sweep, base_recipe(sweep))
+    without = load_sweep("structure", ["set.loss.lpips.vgg=null"])
     with pytest.raises(InputError, match="lpips needs vgg"):
         check_trials(without, base_recipe(without))
+
+
+def test_a_plan_names_the_weights_that_are_not_here(tmp_path, capsys):
+    """And with them, or without the loss that reads them, it does not."""
+    out = f"storage_path={tmp_path / 'out'}"
+    assert main(["structure", "--plan", out]) == 0
+    assert (
+        "loss.lpips.vgg: vgg16.safetensors is not here; trials that need it fail; type set.loss.lpips.vgg=FILE" in capsys.readouterr().out
+    )
+    (tmp_path / "vgg16.safetensors").write_bytes(b"")
+    for words in (f"set.loss.lpips.vgg={tmp_path / 'vgg16.safetensors'}", "parameters.loss.lpips.weight={value: 0}"):
+        facts = plan_of(capsys, "structure", words, out)
+        assert all(each["present"] for each in facts["weights"]), words
+
+
+def test_c_at_the_notes_scale():
+    """The overrides of the card, on the notes' own recipe."""
+    notes = ["set.data.shards=TRAIN", "set.data.val_shards=VAL", "parameters.loss.clip.weight={values: [1.0, 2.0]}", "points=[]"]
+    notes += ["set.loss.lpips.schedule.steps=50000", "set.loss.lpips.samples=null", "early_terminate.min_iter=10000"]
+    sweep = load_sweep("structure", ["base=fieldnotes_256", *notes])
+    check_trials(sweep, base_recipe(sweep))
+    assert base_recipe(sweep).loss.lpips.schedule.steps == 50_000
 
 
 def test_cfg_has_the_notes_grid_as_s_and_refuses_what_is_no_run(trained, tmp_path):
@@ -112,7 +142,7 @@ def test_hours_are_bounded_by_measured_steps_and_by_the_time_budget(tmp_path):
     base = base_recipe(sweep)
     steps = 4 * 2 * base.train.steps
     unknown = make_plan(sweep, base, Cluster(((8, 0),)))["hours_at_most"]
-    assert (unknown["cpu"], unknown["gpu"]) == (None, None)
+    assert (unknown["cpu"], unknown["gpu"], unknown["rough"]) == (None, None, False)
     assert "set time_budget, or run one (run_cap=1)" in unknown["from"]
     (tmp_path / "head").mkdir()
     records = Records(tmp_path / "head" / "trials.jsonl")
@@ -125,6 +155,88 @@ def test_hours_are_bounded_by_measured_steps_and_by_the_time_budget(tmp_path):
     bound = make_plan(on_gpus, base, Cluster(((16, 4),)))
     assert (bound["concurrent"], bound["takes"]["resources.gpus_per_worker"]) == (4, 1)
     assert bound["hours_at_most"]["gpu"] == pytest.approx(4 / 60)
+
+
+def test_a_sweep_that_was_never_timed_says_roughly_from_what_it_takes_its_hours(tmp_path):
+    """From the latest run of the same model and batch on the same kind of device; from nothing else of this place."""
+    sweep = load_sweep("head", [f"storage_path={tmp_path}", "run_cap=4"])
+    base = base_recipe(sweep)
+    steps = 4 * base.train.steps
+    kinds = {
+        "other": ({"train.batch_size": 8}, 9.0),
+        "gpu": ({"resources.gpus_per_worker": 1}, 9.0),
+        "like": ({"loss.kl.weight": 3, "resources.num_workers": 2}, 0.25),
+        "broken": ({}, 9.0),
+    }
+    for age, (name, (changes, step_s)) in enumerate(kinds.items()):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_text(dump_recipe(override_recipe(base, changes)) if name != "broken" else "model: 3")
+        rows = [{"step": step, "perf/step_s": step_s * slow} for step, slow in ((10, 40), (20, 1), (30, 1))]  # the first step is slow
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.utime(run / "metrics.jsonl", (age, age))
+    hours = make_plan(sweep, base, Cluster(((8, 0),)))["hours_at_most"]
+    assert hours["cpu"] == pytest.approx(steps * 2 * 0.25 / 3600)  # two workers' work on one
+    assert (hours["rough"], hours["gpu"], str(tmp_path / "like") in hours["from"]) == (True, 0, True)
+    recorded = Pace(0.1, "elsewhere", rough=True)
+    empty = sweep.model_copy(update={"storage_path": str(tmp_path / "none")})
+    assert make_plan(empty, base, Cluster(((8, 0),)), recorded=recorded)["hours_at_most"]["cpu"] == pytest.approx(steps * 0.1 / 3600)
+    on_gpus = load_sweep("head", [f"storage_path={tmp_path / 'none'}", "resources.gpus_per_worker=1"])
+    assert make_plan(on_gpus, base, Cluster(((8, 1),)), recorded=recorded)["hours_at_most"]["gpu"] is None  # a CPU's pace
+    limited = empty.model_copy(update={"time_budget": 60.0})
+    assert make_plan(limited, base, Cluster(((8, 0),)), recorded=recorded)["hours_at_most"]["rough"] is False  # a bound is better
+
+
+def test_the_packaged_record_gives_hours_for_what_is_like_it_alone(tmp_path, capsys):
+    """The sweeps of the proxy are; one with another batch, or one whose losses look at pictures, is not."""
+    out = f"storage_path={tmp_path / 'out'}"
+    seconds = [json.loads(line)["seconds"] for line in packaged_pool().read_text().splitlines()[1:]]
+    facts = plan_of(capsys, "kl", out)
+    assert facts["hours_at_most"]["cpu"] == pytest.approx(facts["steps_at_most"] * sum(seconds) / (len(seconds) * 500) / 3600)
+    assert "60 trials of sweep_proxy recorded on 2 CPU cores" in facts["hours_at_most"]["from"]
+    for words in (["kl", "set.train.batch_size=16"], ["structure"]):
+        assert plan_of(capsys, *words, out)["hours_at_most"]["cpu"] is None
+    assert facts["image_steps_at_most"] == 32 * facts["steps_at_most"]
+    assert main(["kl", "--plan", out]) == 0
+    assert "CPU-hours if none stops early (rough: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("early", "words"),
+    [
+        (
+            "{type: hyperband, min_iter: 800}",
+            "hyperband stops nothing: its first rung, min_iter 800, is not below the 500 steps of a trial",
+        ),
+        ("{type: median, min_iter: 100}", "median rule from step 100"),
+        ("{type: hyperband, min_iter: 100}", "halving at steps 100\n"),
+    ],
+)
+def test_a_plan_says_what_stops_trials(early, words, tmp_path, capsys):
+    assert main(["head", "--plan", f"early_terminate={early}", f"storage_path={tmp_path / 'out'}"]) == 0
+    out = capsys.readouterr().out
+    assert words in out
+    assert ("median rule" in out) == ("median" in early)
+    if "stops nothing" in out:
+        typed = re.search(r"type (early_terminate\.min_iter=\d+)", out)[1]
+        assert plan_of(capsys, "head", f"early_terminate={early}", typed, f"storage_path={tmp_path / 'out'}")["rungs"]
+
+
+@pytest.mark.parametrize(
+    ("per_gpu", "nodes", "at_once"),
+    [
+        (0.2, ((64, 1),), 5),  # 1 // 0.2 is 4 in floats
+        (0.1, ((64, 1),), 10),
+        (0.1, ((64, 4),), 40),
+        (0.3, ((64, 4),), 12),  # 4 / 0.3 is 13, but no worker lies on two GPUs
+        (0.5, ((3, 2), (64, 1)), 5),
+        (2, ((64, 1), (64, 5)), 2),
+    ],
+)
+def test_workers_share_a_gpu_as_ray_places_them(per_gpu, nodes, at_once):
+    sweep = load_sweep("head", [f"resources.gpus_per_worker={per_gpu}", "max_concurrent=auto", "run_cap=99"])
+    takes, concurrent = share_cluster(sweep, base_recipe(sweep), Cluster(nodes))
+    assert (takes["resources.gpus_per_worker"], concurrent) == (per_gpu, at_once)
 
 
 def test_storage_that_is_full_closed_or_a_file_is_a_problem_in_words(tmp_path, monkeypatch):

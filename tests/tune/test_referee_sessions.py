@@ -54,6 +54,33 @@ def probe(folder, number, step, value, repeat=0, **more):
     return {**row, "budget_steps": 40, "repeat": repeat}
 
 
+class Diary(Silent):
+    def __init__(self):
+        self.heard = []
+
+    def known(self, trial):
+        self.heard.append(("known", trial.trial, trial.status))
+
+    def started(self, trial):
+        self.heard.append(("started", trial.trial, trial.status))
+
+
+def test_who_looks_on_hears_first_of_the_trials_that_there_were(tmp_path):
+    """As the session finds them: the account is rebuilt from the study where it is lost."""
+    judge = referee(tmp_path, make())
+    for number in range(2):
+        judge.next()
+        judge.see(number, probe(tmp_path, number, 40 - 20 * number, 1.0))
+    judge.ended(0)
+    for lost in (False, True):
+        if lost:
+            (tmp_path / "trials.jsonl").unlink()
+        diary = Diary()
+        again = Referee(make(), tmp_path, 40, None, diary)
+        assert again.next()[0] == 1
+        assert diary.heard == [("known", 0, "finished"), ("known", 1, "running"), ("started", 1, "running")]
+
+
 def test_a_configuration_is_judged_by_its_mean_over_seeds_and_the_noise_is_kept(tmp_path):
     sweep = make(seeds=3)
     judge = referee(tmp_path, sweep)
@@ -233,7 +260,7 @@ class TestMedian(HalvingContract):
 
 
 def test_every_rule_between_trials_has_one_entry():
-    assert {Hyperband: Rungs, Median: MedianRule} == HALVING
+    assert {Hyperband: Rungs, Asha: Rungs, Median: MedianRule} == HALVING
 
 
 def test_rungs_compare_at_their_very_step():

@@ -10,15 +10,20 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from flowray.bench.replay import Silent
+from flowray.cli.tune import main
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
 from flowray.config.sweep import Hyperband, LogUniform, StopRule, Sweep
 from flowray.config.sweepfile import load_sweep
-from flowray.rayrun.search import FAILED, ProbeScheduler, StudySearch, no_room
-from flowray.rayrun.tuner import open_directory
+from flowray.rayrun.search import FAILED, LACKS, ProbeScheduler, StudySearch, no_room
+from flowray.rayrun.storage import Unshared
+from flowray.rayrun.trainer import RunFailed, _note, _raise_noted
+from flowray.rayrun.tuner import SweepResult, _result, open_directory
 from flowray.store.run import RunDirectory, RunLock
+from flowray.train.state import Halted
 from flowray.tune.halving import make_halving
+from flowray.tune.records import Records, TrialRecord
 from flowray.tune.referee import Referee
 
 METRIC = "ema/shoot/nmse"
@@ -51,7 +56,7 @@ def test_the_same_sweep_goes_on_also_where_only_places_differ(there, resume):
     before = load_sweep(str(there / "s" / "sweep.yaml"))
     assert open_directory(make(there), Recipe(), resume) == there / "s"
     moved = make(there, base="/another/working/dir/b.yaml", description="typed again")
-    other = override_recipe(Recipe(), {"resources.num_workers": 2, "data.cache": "/elsewhere", "name": "x"})
+    other = override_recipe(Recipe(), {"resources.num_workers": 2, "data.cache": "/elsewhere", "name": "x", "train.checkpoint_every": 7})
     open_directory(moved, other, resume)
     assert load_recipe(str(there / "s" / "base.yaml")).recipe == other
     assert load_sweep(str(there / "s" / "sweep.yaml")).parameters == before.parameters
@@ -160,6 +165,62 @@ def test_a_stop_that_the_killed_driver_had_not_told_is_told_by_the_next_session(
     assert [again.records.trials[number].status for number in (0, 1)] == ["stopped", "stopped"]
     assert again.next()[0] == 0
     assert again.next()[0] == 2
+
+
+def test_a_node_that_lacks_the_storage_fails_no_trial(tmp_path):
+    """It may come late, on a growing cluster: the sweep waits, with a line that names path and node, and goes on where it is right."""
+    judge = referee(tmp_path)
+    search, scheduler = StudySearch(judge), ProbeScheduler(judge)
+    there, here = SimpleNamespace(config=search.suggest("a")), SimpleNamespace(config=search.suggest("b"))
+    words = f"storage_path: {tmp_path} is not shared with node late (10.0.0.9): there is no such folder there"
+    assert scheduler.on_trial_result(None, there, {LACKS: words}) == TrialScheduler.STOP
+    search.on_trial_complete("a")
+    assert search.suggest("c") == Searcher.FINISHED
+    assert scheduler.on_trial_result(None, here, write(tmp_path, 1, 1.0)[0]) == TrialScheduler.STOP  # it pauses
+    search.on_trial_complete("b")
+    assert isinstance(judge.held, InputError)
+    assert str(judge.held) == f"{words}; the sweep waits: when the node has it, or is gone, type the same command again"
+    again = referee(tmp_path)
+    assert [again.next()[0] for _ in range(3)] == [0, 1, 2]
+    assert [(t.status, t.last_step) for t in again.records.trials.values()] == [("running", 0), ("running", 10), ("running", 0)]
+
+
+def test_what_a_worker_wrote_down_of_a_node_without_the_storage_is_told_as_that(tmp_path):
+    """From the file by which workers tell the process that drives them."""
+    run = RunDirectory(tmp_path)
+    for wrote, kind in ((Unshared("storage_path: /x"), Unshared), (InputError("optim.lr"), InputError), (Halted("nan"), RunFailed)):
+        _note(run, wrote)
+        with pytest.raises((InputError, RunFailed), match=str(wrote)) as caught:
+            _raise_noted(run)
+        assert type(caught.value) is kind
+    _raise_noted(run)
+
+
+# finished by hand
+
+
+@pytest.mark.parametrize(("finish", "interrupted"), [((), True), ((0,), False), ((1,), True)])
+def test_a_session_that_finished_its_trials_was_not_interrupted_whatever_the_sweep_has_left(tmp_path, finish, interrupted):
+    records = Records(tmp_path / "trials.jsonl")
+    for number, state in enumerate(("finished", "running", "stopped", "stopped")):
+        records.trials[number] = TrialRecord(number, {}, state, 20, 80, waits=number == 3)
+    result = _result(make(tmp_path, run_cap=6), records, None, finish, False)
+    assert (result.interrupted, result.left) == (interrupted, 4)
+
+
+@pytest.mark.parametrize(("out_of_time", "interrupted", "code"), [(False, False, 0), (True, True, 0), (False, True, 75)])
+def test_what_is_left_is_said_with_the_command_that_goes_on(there, monkeypatch, capsys, out_of_time, interrupted, code):
+    """A session that finished trial 1 does not call the rest of the sweep interrupted, nor does its command finish 1 again."""
+    result = SweepResult(there / "s", (TrialRecord(1, {}, "finished", 80, 80),), None, 0.0, interrupted, out_of_time, left=4)
+    monkeypatch.setattr("flowray.rayrun.tuner.run_sweep", lambda *args, **options: result)
+    monkeypatch.setattr("flowray.cli.tune._report", lambda found: [])
+    assert main(["lr_restart", "run_cap=5", "--finish", "1", f"storage_path={there}"]) == code
+    said = capsys.readouterr().err
+    rest = f"python -m flowray.tune lr_restart run_cap=5 storage_path={there}\n"
+    if interrupted:
+        assert f"to continue: python -m flowray.tune lr_restart run_cap=5 --finish 1 storage_path={there}" in said
+    else:
+        assert said == f"4 trials of the sweep are left; to go on: {rest}"
 
 
 def test_a_full_disk_fails_no_trial(tmp_path):

@@ -31,7 +31,7 @@ stop:
 
 @pytest.fixture
 def write(tmp_path):
-    (tmp_path / "base.yaml").write_text("name: b\ntrain: {steps: 900, batch_size: 32}\n")
+    (tmp_path / "base.yaml").write_text("name: b\ntrain: {steps: 900, batch_size: 32, probe_every: 50, checkpoint_every: 50}\n")
 
     def to(text: str) -> str:
         path = tmp_path / "s.yaml"
@@ -77,7 +77,7 @@ def test_a_good_sweep_with_values_of_the_recipes_types(write):
         ("[pooled, grid, conv]", "[pooled, grid, pooled]", 11, "values has 'pooled' twice"),
         ("optim.lr: {dist", "optim: {lr: {value: 1}}\n  optim.lr: {dist", 7, "optim.lr is given twice, dotted and nested"),
         ("min_iter: 50}", "max_iter: 27, s: 2}", 13, "type min_iter, the first rung in steps, max_iter / eta^s; yours is min_iter: 3"),
-        ("{type: hyperband", "{type: asha", 13, "with type one of hyperband, median"),
+        ("{type: hyperband", "{type: bohb", 13, "with type one of hyperband, asha, median"),
         ("train.steps: 300", "storage_path: there", 4, "stand at the top of the file"),
         ("optim.lr:", "resources.num_workers: {values: [1, 2]}\n  optim.lr:", 8, "resources.num_workers belongs to the whole sweep"),
         ("log_uniform_values", "log_uniform_value", 8, "did you mean log_uniform_values?"),
@@ -205,6 +205,64 @@ def test_head_sweep_fits_its_recipe():
     check_trials(sweep, base)
     assert set(sweep.parameters["model.head.kind"].values) == {"pooled", "grid", "conv"}
     assert plan(sweep, base)["steps_expected"] <= 0.6 * plan(sweep, base)["steps_at_most"]  # at least 40 % of the steps saved
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["set.train.checkpoint_every=100"], "wait at step 50, 150 "),
+        (["set.train.probe_every=60", "set.train.checkpoint_every=120"], "wait at step 60, 180 "),
+        (["set.train.probe_every=100", "set.train.checkpoint_every=500"], "wait at step 100, 200 "),
+        (["parameters.train.probe_every={values: [10, 25]}", "set.train.checkpoint_every=20"], "wait at step 50, 150 "),
+        (["parameters.train.steps={values: [300, 1200]}", "set.train.checkpoint_every=100"], "wait at step 50, 150, 450 "),
+    ],
+)
+def test_without_a_checkpoint_where_a_trial_waits_a_sweep_is_refused_with_what_cures_it(write, overrides, words):
+    path = write(GOOD.replace("  train.steps: 300\n", "") if "train.steps" in overrides[0] else GOOD)
+    sweep = load_sweep(path, overrides)
+    with pytest.raises(InputError) as caught:
+        check_trials(sweep, base_recipe(sweep))
+    assert str(caught.value).startswith("sweep s: train.checkpoint_every is ")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    cure = str(caught.value).rpartition("type ")[2]
+    assert cure.startswith("set.train.checkpoint_every=")
+    cured = load_sweep(path, [*overrides, cure])
+    check_trials(cured, base_recipe(cured))
+
+
+@pytest.mark.parametrize("words", ["early_terminate={type: median, min_iter: 50}", "early_terminate=null", "set.train.probe_every=300"])
+def test_where_no_trial_waits_checkpoints_may_lie_anywhere(write, words):
+    sweep = load_sweep(write(GOOD), ["set.train.checkpoint_every=77", words])
+    check_trials(sweep, base_recipe(sweep))
+
+
+@pytest.mark.parametrize(
+    ("searched", "settings", "cure"),
+    [
+        ("data.shards={values: [shapes, digits]}", [], "early_terminate=null method=random"),
+        ("data.shards={values: [shapes, digits]}", ["search={kind: gp}"], "early_terminate=null method=random search=null"),
+        ("data.val_shards={values: [null, digits]}", ["early_terminate=null"], "method=random"),
+        ("model.autoencoder.path={values: [embedded, elsewhere]}", ["method=random"], "early_terminate=null"),
+        ("model.latent.height={values: [8, 16]}", ["method=random"], "early_terminate=null"),
+    ],
+)
+def test_what_does_not_compare_is_not_ranked(write, searched, settings, cure):
+    path = write(GOOD)
+    sweep = load_sweep(path, [f"parameters.{searched}", *settings])
+    with pytest.raises(InputError) as caught:
+        check_trials(sweep, base_recipe(sweep))
+    assert str(caught.value).startswith(f"sweep s: {searched.partition('=')[0]} sets the scale of every value, and ")
+    assert f"would rank across it; type {cure}, or make a sweep for each value of it" in str(caught.value)
+    cured = load_sweep(path, [f"parameters.{searched}", *settings, *cure.split()])
+    check_trials(cured, base_recipe(cured))
+
+
+def test_sets_that_are_judged_on_the_same_pictures_compare(write):
+    searched = ["parameters.data.shards={values: [shapes, digits]}"]
+    for words in ("set.data.val_shards=digits", "parameters.data.shards={value: digits}"):
+        sweep = load_sweep(write(GOOD), [*searched, words])
+        check_trials(sweep, base_recipe(sweep))
 
 
 def test_a_rule_on_a_finding_needs_a_doctor_who_comes(write):

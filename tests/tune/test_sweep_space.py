@@ -64,6 +64,29 @@ def test_rays_and_wandbs_spellings(spec, key, made):
     assert one(spec, key) == made
 
 
+@pytest.mark.parametrize(
+    ("spec", "key", "made"),
+    [
+        ("{lower: 1e-4, upper: 1e-2}", "optim.lr", Uniform(min=1e-4, max=1e-2)),
+        ("{lower: 1, upper: 4}", "model.head.layers", IntUniform(min=1, max=4)),  # it is Ray's randint that leaves the upper end out
+        ("{categories: [grid, conv]}", "model.head.kind", Categorical(values=("grid", "conv"))),
+    ],
+)
+def test_rays_fields_say_as_much_without_a_distribution(spec, key, made):
+    assert one(spec, key) == made
+    check = jsonschema.Draft202012Validator(sweep_schema())
+    whole = {"name": "s", "base": "b", "metric": {"name": "ema/shoot/nmse"}}
+    assert check.is_valid({**whole, "parameters": {key: yaml.safe_load(spec)}})
+
+
+def test_rays_fields_beside_wandbs_names_are_refused_by_the_file_and_by_the_schema():
+    assert "unknown key lower, did you mean min?" in refused("  optim.lr: {distribution: log_uniform_values, lower: 1, upper: 2}")
+    assert "lower is Ray's word for min; leave one of them out" in refused("  optim.lr: {lower: 1, min: 1, max: 2}")
+    check = jsonschema.Draft202012Validator(sweep_schema())
+    wandb = {"optim.lr": {"distribution": "log_uniform_values", "lower": 1, "upper": 2}}
+    assert not check.is_valid({"name": "s", "base": "b", "metric": {"name": "ema/shoot/nmse"}, "parameters": wandb})
+
+
 def test_exponents_are_values_of_e_and_a_likely_slip_is_refused():
     made = one("{distribution: log_uniform, min: -9.21, max: -4.6}")
     assert (made.min, made.max) == (pytest.approx(math.exp(-9.21)), pytest.approx(math.exp(-4.6)))
@@ -108,10 +131,53 @@ def test_bad_parameters_in_one_line(spec, words):
 
 
 def test_a_prior_of_the_field_notes():
-    assert one("{min: 0.1, max: 5, prior: field_notes}", "loss.clip.weight").prior == Prior(value=2.0, sigma=0.3)
+    log = "{distribution: log_uniform_values, min: 0.1, max: 5, prior: field_notes}"
+    assert one(log, "loss.clip.weight").prior == Prior(value=2.0, sigma=0.3)
     assert "the field notes say nothing of train.batch_size; they do of optim.lr" in refused(
         "  train.batch_size: {min: 8, max: 64, prior: field_notes}"
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "spec", "spread"),
+    [
+        ("optim.schedule.t0", "{min: 1000, max: 80000, prior: field_notes}", 0.3),
+        ("optim.lr", "{min: 1e-7, max: 1e-4, prior: field_notes}", 0.3),
+        ("loss.tv.weight", "{min: 0, max: 1e-5, prior: field_notes}", 0.35),
+    ],
+)
+def test_the_notes_decades_are_a_spread_of_the_value_on_an_even_range(key, spec, spread):
+    """Half of the way from 10^-s to 10^s times the value: not s itself, beside which 20000 is one value and 2e-6 any."""
+    parameter = one(spec, key)
+    value, sigma = parameter.prior.value, parameter.prior.sigma
+    assert sigma == pytest.approx(value * (10**spread - 10**-spread) / 2)
+    drawn = [from_priors({key: parameter}, np.random.default_rng(seed))[key] for seed in range(200)]
+    assert 0.5 * sigma < np.std(drawn) < 1.1 * sigma  # cut at the ends of the range
+
+
+def test_the_notes_own_units_are_decades_on_a_log_range_and_values_take_the_value_alone():
+    even = one("{min: 1, max: 9, prior: field_notes}", "sample.guidance_scale").prior
+    log = one("{distribution: log_uniform_values, min: 1, max: 9, prior: field_notes}", "sample.guidance_scale").prior
+    assert even == Prior(value=4.0, sigma=1.5)
+    assert 4 * (10**log.sigma - 10**-log.sigma) / 2 == pytest.approx(1.5)
+    assert one("{values: [0, 1, 2], prior: field_notes}", "loss.clip.weight").prior == Prior(value=2.0)
+
+
+STEPPED = """\
+  loss.kl.weight: {distribution: q_uniform, min: 0.1, max: 0.5, q: 0.1}
+  optim.lr: {min: 1e-4, max: 1e-3, when: {loss.kl.weight: 0.3}}
+"""
+
+
+def test_a_condition_on_a_step_of_a_range_holds_at_that_step(tmp_path):
+    """The steps are sums, and 0.1 + 2 x 0.1 is not the float 0.3."""
+    study = SweepStudy(sweep_of(STEPPED, "method: random"), tmp_path / "j")
+    drawn = [study.ask()[1] for _ in range(40)]
+    for params in drawn:
+        assert ("optim.lr" in params) == (round(params["loss.kl.weight"], 3) == 0.3)
+    assert any("optim.lr" in params for params in drawn)
+    fixed = sweep_of(STEPPED.replace("min: 1e-4, max: 1e-3", "values: [1e-4, 1e-3]")).parameters
+    assert [len(point) for point in grid(fixed)].count(2) == 2
 
 
 NESTED = """\
@@ -316,6 +382,17 @@ def test_several_metrics_survive_the_dump():
     assert [metric.goal for metric in sweep.objectives] == ["minimize", "maximize"]
     assert isinstance(yaml.safe_load(dump_sweep(sweep))["metric"], list)
     assert text_sweep(dump_sweep(sweep), "again") == sweep
+
+
+def test_a_warm_start_keeps_the_trials_whose_value_is_null(tmp_path):
+    plain = "  data.limit: {values: [null, 500]}\n  optim.lr: {distribution: log_uniform_values, min: 1e-4, max: 1e-2}"
+    base = base_recipe(sweep_of(plain))
+    trials = [({"data.limit": limit, "optim.lr": 1e-3}, "finished", [2.0, 0.5]) for limit in (None, 500, 9)]
+    found = earlier_trials(sweep_of(plain, f"warm_start: [{earlier(tmp_path / 'old', base, *trials)}]"), base)
+    assert [trial.params["data.limit"] for trial in found.trials] == [None, 500]
+    assert found.left_out == {"data.limit out of range": 1}
+    ranged = sweep_of("  data.limit: {min: 10, max: 500}", f"warm_start: [{tmp_path / 'old'}]")
+    assert "data.limit out of range" in earlier_trials(ranged, base).left_out  # null lies in no range
 
 
 def test_the_schema_takes_every_packaged_sweep_and_refuses_slips(capsys):

@@ -14,6 +14,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from flowray.bench.replay import Silent
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
@@ -22,8 +23,9 @@ from flowray.rayrun import session
 from flowray.rayrun.trainer import RunFailed
 from flowray.rayrun.tuner import run_sweep
 from flowray.store.rows import read_rows
+from flowray.tune.halving import make_halving
 from flowray.tune.plan import Cluster, share_cluster
-from flowray.tune.referee import repeat_of
+from flowray.tune.referee import Referee, repeat_of
 
 METRIC = "ema/shoot/nmse"
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test file
@@ -77,6 +79,20 @@ def dying(recipe: Recipe, run_dir: Path) -> None:
     trial(recipe, run_dir)
 
 
+def leave_waiting(sweep: Sweep, folder: Path) -> None:
+    """What a session leaves whose time budget ran out as the second of two trials came to its rung."""
+    folder.mkdir()
+    judge = Referee(sweep, folder, 40, make_halving(sweep, 40), Silent())
+    for _ in range(2):
+        number, params = judge.next()
+        row = {"step": 10, "budget_steps": 40, METRIC: 1000 * params["optim.lr"], "flow/cos": 0.9}
+        (folder / str(number)).mkdir()
+        (folder / str(number) / "probes.jsonl").write_text(json.dumps(row) + "\n")
+        assert judge.see(number, row)
+        judge.ended(number)
+    assert judge.records.waiting() == [0, 1]
+
+
 def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
 
@@ -106,10 +122,16 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
             kept = records(tmp_path / "tiny"), study(tmp_path / "tiny")
             late = next(row["trial"] for row in kept[0] if row["status"] == "stopped")
             shutil.copytree(tmp_path / "tiny", tmp_path / "copy")
-            done = run_sweep(make(tmp_path, run_cap=8), base, resume=True, finish=(late,), trial_fn=trial, stream=log)
+            done = run_sweep(make(tmp_path, run_cap=9), base, resume=True, finish=(late,), trial_fn=trial, stream=log)
+            two = make(tmp_path, name="two", run_cap=2, early_terminate={"type": "hyperband", "min_iter": 10, "eta": 4}, stop=[])
+            leave_waiting(two, tmp_path / "two")
+            went_on = run_sweep(two, base, resume=False, trial_fn=trial, stream=log)
             seeds = run_sweep(make(tmp_path, name="seeds", seeds=2, run_cap=1), base, resume=False, trial_fn=trial, stream=log)
     finally:
         ray.shutdown()
+    assert (done.interrupted, done.left) == (False, 1)  # of the nine
+    assert sorted((t.status, t.last_step) for t in went_on.trials) == [("finished", 40), ("stopped", 10)]
+    assert (went_on.interrupted, went_on.left, went_on.best.status) == (False, 0, "finished")
     finished = done.trials[late]
     assert (finished.status, finished.last_step, finished.metrics[METRIC]) == (
         "finished",

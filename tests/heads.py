@@ -1,4 +1,4 @@
-"""A real Ray head with a token for the tests of clusters: started as users start one, ended with all that it started."""
+"""A real Ray head with a token, and nodes that join it: started as users start them, ended with all that they started."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,47 @@ def running_head(
     finally:
         kill_all(folder)
         shutil.rmtree(files, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that joined a head; `mark` is what `kill_all` knows its processes by."""
+
+    process: subprocess.Popen
+    mark: Path
+    log: Path
+
+    @property
+    def pids(self) -> list[int]:
+        return offspring(f"FLOWRAY_CLUSTER_TEST={self.mark}")
+
+    def kill(self) -> None:
+        """At once and whole, with the workers on it."""
+        kill_all(self.mark)
+        self.process.wait(60)
+
+
+@contextlib.contextmanager
+def joined(head: Head, address: str | None = None, inside: tuple[str, ...] = ()) -> Iterator[Node]:
+    """A further node of one CPU, gone after the block. inside: goes before its command; address: its own, for the head's host None.
+
+    It is up when the block begins: of two that start at once on one host, each may take a port that the other was to have.
+    """
+    mark = head.folder / str(time.monotonic_ns())
+    log = mark.with_suffix(".log")
+    command = [*inside, str(BIN / "ray"), "start", f"--address={head.host}:{head.port}", f"--node-ip-address={address or head.host}"]
+    command += ["--num-cpus=1", "--object-store-memory=100000000", *agent_ports(), "--disable-usage-stats", "--block"]
+    with log.open("w") as out:
+        environment = head.environment | {"FLOWRAY_CLUSTER_TEST": str(mark)}
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=head.folder)
+    node = Node(process, mark, log)
+    try:
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.1)
+        yield node
+    finally:
+        node.kill()
 
 
 def offspring(mark: str) -> list[int]:
