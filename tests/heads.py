@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -100,6 +101,12 @@ class Head:
         answer = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=JOB_S, check=True).stdout
         status, _, body = answer.partition("\n")
         return int(status), body
+
+    def alive(self) -> list[str]:
+        """Addresses of the nodes that the head believes in, its own among them."""
+        status, body = self.get("/api/v0/nodes", self.token)
+        nodes = json.loads(body)["data"]["result"]["result"] if status == 200 else []
+        return [node["node_ip"] for node in nodes if node["state"] == "ALIVE"]
 
 
 @contextlib.contextmanager

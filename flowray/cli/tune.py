@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED
 from flowray.cli.parser import Parser
-from flowray.cli.tune_plan import plan, print_plan
+from flowray.cli.tune_plan import plan, print_plan, refuse_missing_files
 from flowray.config.errors import InputError
 from flowray.config.sweepfile import base_recipe, check_trials, load_sweep, packaged_sweeps
 from flowray.config.sweepschema import sweep_schema
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
         facts = plan(sweep, base)
         print(json.dumps(facts)) if args.json else print_plan(facts)
         return FINDINGS if facts["storage"]["problem"] else GOOD
+    refuse_missing_files(sweep, base)
     from flowray.rayrun.search import no_room  # Ray takes seconds to import: not for --help and --plan
     from flowray.rayrun.tuner import run_sweep
 

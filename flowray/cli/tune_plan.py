@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
 from flowray.config.parameters import ends
 from flowray.config.recipe import Recipe
@@ -25,17 +27,35 @@ FP32, GIB = 4, 2**30
 
 def plan(sweep: Sweep, base: Recipe) -> dict[str, Any]:
     """`make_plan` for the cluster that RAY_ADDRESS names, as far as it can grow, else for this machine."""
-    from flowray.cli.plan import weights  # torch takes seconds to import: not for --help
-    from flowray.model.assemble import part_sizes, planned_model
+    from flowray.model.assemble import part_sizes, planned_model  # torch takes seconds to import: not for --help
     from flowray.tune.plan import make_plan
 
     model = planned_model(base.model, base.loss)
     trained = sum(part_sizes(model).values()) - sum(part_sizes(model, trainable=False).values())
     facts = make_plan(sweep, base, _cluster(), checkpoint_bytes=4 * FP32 * trained, recorded=_recorded(base))
+    return {**facts, "weights": needed_weights(sweep, base)}
+
+
+def needed_weights(sweep: Sweep, base: Recipe) -> list[dict[str, Any]]:
+    """Every set of weights that a trial may read, and whether it is on this machine."""
+    from flowray.cli.plan import weights
+
     alone = {key: parameter for key, parameter in sweep.parameters.items() if not parameter.when}
     recipes = [base, *(override_recipe(base, {key: value}) for key, parameter in alone.items() for value in ends(parameter))]
     needed = {(each["key"], each["path"]): each for recipe in recipes for each in weights(recipe)}
-    return {**facts, "weights": list(needed.values())}
+    return list(needed.values())
+
+
+def refuse_missing_files(sweep: Sweep, base: Recipe) -> None:
+    """InputError where this machine is to train and lacks a file of weights. Names of a hub may be downloaded; nodes have their own."""
+    if "RAY_ADDRESS" in os.environ or sweep.task == "sample":
+        return
+    for each in needed_weights(sweep, base):
+        if not each["present"] and Path(each["path"]).suffix:
+            raise InputError(
+                f"sweep {sweep.name}: {each['key']}: {each['path']} is not here, and some trials need it; type set.{each['key']}=FILE, "
+                "or leave out the values that need it"
+            )
 
 
 def _recorded(base: Recipe) -> Pace | None:

@@ -114,12 +114,21 @@ def require_shared(storage: Path, shards: Sequence[Path] = ()) -> None:
         answers = [_look_on(node).remote(storage, mark, shards) for node in nodes]
         for node, answer in zip(nodes, answers, strict=True):
             name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-            problem, unseen = _heard(answer, name)
+            try:
+                problem, unseen = _heard(answer, name)
+            except InputError:
+                if _alive(node):
+                    raise
+                continue  # it has gone meanwhile, as spot nodes do
             if problem:
                 raise InputError(_unshared(storage, name, problem))
             if unseen:
                 more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
                 raise InputError(f"data.shards: node {name} does not see {unseen[0]}{more}; put the shards where every node reads them")
+
+
+def _alive(node: dict[str, Any]) -> bool:
+    return any(known["Alive"] for known in ray.nodes() if known["NodeID"] == node["NodeID"])
 
 
 def _look(storage: Path, mark: str, shards: Sequence[Path]) -> tuple[str, list[Path]]:

@@ -181,10 +181,12 @@ def _look(head: Head, folder: Path, seconds: float) -> Moment:
     out = [row["trial"] for row in rows if row["status"] == "running"]
     training = sum(_owner(folder / str(trial)) is not None for trial in out)
     commands = [_command(pid) for pid in offspring(f"FLOWRAY_CLUSTER_TEST={head.folder}")]
-    # A raylet's command names its own socket. What it starts bears the same command until it has become a worker.
+    # A raylet's command names its own socket. What it starts bears the same command until it has become a worker; one that does not get
+    # its ports ends unknown to Ray, and one that was killed is known for a while.
     raylets = len({command for command in commands if command.split(b"\0")[0].endswith(b"/raylet")})
+    nodes = min(raylets, len(head.alive())) - 1  # one is the head's
     processes = sum(b"ray::ImplicitFunc" in command for command in commands)
-    return Moment(seconds, raylets - 1, processes, training, len(out) - training, len(rows) - len(out))  # one is the head's
+    return Moment(seconds, nodes, processes, training, len(out) - training, len(rows) - len(out))
 
 
 def _owner(run: Path) -> int | None:

@@ -97,9 +97,7 @@ def tiny(head) -> Path:
 def alive(head: Head) -> set[str]:
     """Addresses of the nodes that the head believes in; not to be asked all the time."""
     time.sleep(1)
-    status, body = head.get("/api/v0/nodes", head.token)
-    nodes = json.loads(body)["data"]["result"]["result"] if status == 200 else []
-    return {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
+    return set(head.alive())
 
 
 def wait_for(what: Callable[[], bool], seconds: float, told: Callable[[], str] = lambda: "") -> None:
@@ -110,11 +108,12 @@ def wait_for(what: Callable[[], bool], seconds: float, told: Callable[[], str] =
 
 
 @contextlib.contextmanager
-def joined(head: Head, host: Host) -> Iterator[Node]:
-    """A node on `host` with a disk of its own for what Ray keeps; it is gone after the block."""
+def joined(head: Head, host: Host, *mounts: str) -> Iterator[Node]:
+    """A node on `host` with a disk of its own for what Ray keeps; it is gone after the block. mounts: shell lines, seen there alone."""
     own = Path(tempfile.mkdtemp(dir=head.folder))
-    with heads.joined(head, host.address, host.inside(f"mount --bind {own} {head.files}")) as node:
+    with heads.joined(head, host.address, host.inside(f"mount --bind {own} {head.files}", *mounts)) as node:
         yield node
+    wait_for(lambda: alive(head) == {head.host}, SLOW_S)  # the next test is to see its own
 
 
 def rows_of(head: Head, name: str) -> list[dict]:
@@ -218,3 +217,52 @@ def test_a_host_that_does_not_come_back(head, hosts, tiny):
     after = rows_of(head, "lost")
     assert [row["step"] for row in after] == list(range(1, 601))
     assert after[:50] == before[:50]
+
+
+def test_a_host_with_another_disk_that_comes_late_is_refused(head, hosts, tiny):
+    """It was not there when the nodes were asked. The refusal names path and node, and the run is started where the disk is right."""
+    run = start_run(head, tiny, "late")
+    with ended(run):
+        wait_for(lambda: (head.shared / "runs" / "late").is_dir() or run.poll() is not None, SLOW_S, lambda: told(head, "late"))
+        with joined(head, hosts[1], f"mount -t tmpfs none {head.shared}"):
+            assert run.wait(SLOW_S) == 2, told(head, "late")
+    path = head.shared / "runs" / "late"
+    line = told(head, "late").splitlines()[-1]
+    assert line.startswith(f"error: storage_path: {path} is not shared with node {hosts[1].name} ({hosts[1].address})")
+    with joined(head, hosts[1]):
+        assert start_run(head, tiny, "late").wait(SLOW_S) == 0, told(head, "late")
+    assert [row["step"] for row in rows_of(head, "late")] == list(range(1, 13))
+
+
+def test_a_sweep_stands_still_where_a_host_without_the_storage_comes_and_goes_on_without_it(head, hosts, tiny):
+    """The head's one CPU trains a trial; the other lands on the bad host, and its trial waits for the same command."""
+    sweep = [
+        "sweeps/head.yaml",
+        f"base={tiny}",
+        "name=bad-host",
+        "points=[]",
+        "run_cap=4",
+        "max_concurrent=2",
+        "early_terminate=null",
+        "stop=[]",
+    ]
+    sweep += ["set.train.steps=200"]
+    command = [*head.inside, sys.executable, "-m", "flowray.tune", *sweep]
+    with (head.folder / "bad-host.log").open("w") as out:
+        tune = subprocess.Popen(command, env=head.as_driver, stdout=out, stderr=out, cwd=head.folder)
+    with ended(tune):
+        wait_for(
+            lambda: (head.shared / "runs" / "bad-host" / "0").is_dir() or tune.poll() is not None, SLOW_S, lambda: told(head, "bad-host")
+        )
+        with joined(head, hosts[1], f"mount -t tmpfs none {head.shared}"):
+            assert tune.wait(SLOW_S) == 2, told(head, "bad-host")
+    told_lines = [line for line in told(head, "bad-host").splitlines() if line.startswith("error: ")]
+    assert len(told_lines) == 1
+    assert f"is not shared with node {hosts[1].name}" in told_lines[0]
+    rows = read_rows(head.shared / "runs" / "bad-host" / "trials.jsonl")
+    assert not [row for row in rows if row["status"] == "failed"]
+    again = head.command("flowray.tune", *sweep)
+    assert again.returncode == 0, again.stderr[-3000:]
+    rows = read_rows(head.shared / "runs" / "bad-host" / "trials.jsonl")
+    assert [row["trial"] for row in rows] == [0, 1, 2, 3]
+    assert {row["status"] for row in rows} == {"finished"}

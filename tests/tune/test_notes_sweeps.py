@@ -109,6 +109,9 @@ def test_a_plan_names_the_weights_that_are_not_here(tmp_path, capsys):
     for words in (f"set.loss.lpips.vgg={tmp_path / 'vgg16.safetensors'}", "parameters.loss.lpips.weight={value: 0}"):
         facts = plan_of(capsys, "structure", words, out)
         assert all(each["present"] for each in facts["weights"]), words
+    with pytest.raises(InputError, match=r"vgg16\.safetensors is not here, and some trials need it; type set\.loss\.lpips\.vgg="):
+        main(["structure", out])
+    assert not (tmp_path / "out").exists()
 
 
 def test_c_at_the_notes_scale():

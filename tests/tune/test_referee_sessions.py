@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from flowray.bench.replay import Silent
 from flowray.config.errors import InputError
-from flowray.config.sweep import Hyperband, LogUniform, Median, StopRule, Sweep
+from flowray.config.sweep import Asha, Hyperband, LogUniform, Median, StopRule, Sweep
 from flowray.tune.halving import HALVING, Rungs, make_halving
 from flowray.tune.median import MedianRule
 from flowray.tune.records import Records
