@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
@@ -119,12 +119,24 @@ def _remove_left(parent: Path) -> None:
                 if os.fstat(file.fileno()).st_uid != os.getuid():
                     continue
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _in_use(lock.parent):
+                    continue
                 for path in lock.parent.iterdir():  # the lock goes last, so that what is cut off here is found again
                     if path.is_dir() and not path.is_symlink():
                         shutil.rmtree(path)
                 shutil.rmtree(lock.parent)
-        except OSError:  # its driver lives, its Ray still writes, or another start removes it
+        except OSError:  # its driver lives, or another start removes it
             continue
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a process of the Ray that keeps its files there is left: it would make anew what is removed, without the lock."""
+    name = os.fsencode(folder.name)
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if name in command.read_bytes():
+                return True
+    return False
 
 
 def _use_token() -> None:
