@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from flowray.rayrun.access import LOOPBACK, require_token
 
 FOLDERS = "fr-"  # begins the names of local Rays' folders; short: Ray's socket paths must stay under 107 bytes
 LOCK = "flowray.lock"  # in each of them, locked for as long as its driver lives
+ENDING_S = 5.0  # for a Ray that was shut down to have ended its processes
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: data is read from shards
 
 _QUIET = {
@@ -107,8 +109,20 @@ def local_folder() -> Iterator[Path]:
             os.replace(file.name, folder / LOCK)  # appears locked, or not at all
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        deadline = time.monotonic() + ENDING_S
+        while _in_use(folder) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with suppress(OSError):
+            _clear(folder)
         _remove_left(folder.parent)
+
+
+def _clear(folder: Path) -> None:
+    """Remove it, its lock last: so what is cut off here is found again."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+    shutil.rmtree(folder)
 
 
 def _remove_left(parent: Path) -> None:
@@ -119,12 +133,8 @@ def _remove_left(parent: Path) -> None:
                 if os.fstat(file.fileno()).st_uid != os.getuid():
                     continue
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _in_use(lock.parent):
-                    continue
-                for path in lock.parent.iterdir():  # the lock goes last, so that what is cut off here is found again
-                    if path.is_dir() and not path.is_symlink():
-                        shutil.rmtree(path)
-                shutil.rmtree(lock.parent)
+                if not _in_use(lock.parent):
+                    _clear(lock.parent)
         except OSError:  # its driver lives, or another start removes it
             continue
 
