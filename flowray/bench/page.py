@@ -69,7 +69,7 @@ def _lines(bench: Bench, facts: dict[str, Any], picture: str) -> list[str]:
         _limit(facts),
         "",
         "The default's rungs and sampler were chosen with this pool in sight. On a random half of it for each seed, with the best",
-        f"{BEST} of that half, random search takes {_ratio(facts['halves'])} times the default's compute.",
+        f"{BEST} of that half, which a random search meets twice as soon, it takes {_ratio(facts['halves'])} times the default's compute.",
         "",
         f"The default: {sweep.metric.goal} {sweep.metric.name}, early_terminate {halving.model_dump() if halving else 'off'}, stop rules:",
         *(rules or ["- none"]),

@@ -19,7 +19,7 @@ from flowray.rayrun.access import LOOPBACK, require_token
 
 FOLDERS = "fr-"  # begins the names of local Rays' folders; short: Ray's socket paths must stay under 107 bytes
 LOCK = "flowray.lock"  # in each of them, locked for as long as its driver lives
-ENDING_S = 5.0  # for a Ray that was shut down to have ended its processes
+ENDING_S = 10.0  # for a Ray that was shut down to have ended its processes
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: data is read from shards
 
 _QUIET = {
