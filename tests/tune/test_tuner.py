@@ -102,6 +102,29 @@ def study(folder: Path) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name="tiny", storage=storage).trials
 
 
+def check_states(rows: list[dict], told: list, folder: Path) -> dict[str, list[dict]]:
+    """The account and the study agree on every trial; the account by status."""
+    by = {status: [row for row in rows if row["status"] == status] for status in ("finished", "stopped", "failed")}
+    assert sum(map(len, by.values())) == 8
+    assert by["finished"]
+    assert by["stopped"]
+    for row in by["finished"]:
+        assert (told[row["trial"]].state, told[row["trial"]].value) == (TrialState.COMPLETE, row["metrics"][METRIC])
+        assert row["last_step"] == 40
+    for row in by["stopped"]:
+        trial_ = told[row["trial"]]
+        assert trial_.state == TrialState.PRUNED
+        assert trial_.last_step == row["last_step"] < row["budget_steps"] == 40
+        assert trial_.value == trial_.intermediate_values[row["last_step"]] == pytest.approx(1000 * row["params"]["optim.lr"])
+        assert trial_.user_attrs["flowray"] == row["stopped_by"]
+    for row in by["failed"]:
+        assert told[row["trial"]].state == TrialState.FAIL
+        assert row["error"] == f"ValueError: the learning rate exploded (traceback: {row['trial']}/error.txt)"
+        assert "raise ValueError" in (folder / str(row["trial"]) / "error.txt").read_text()
+    assert by["failed"] == [row for row in rows if row["params"]["optim.lr"] > 8e-3]
+    return by
+
+
 def test_sweep_stops_tells_and_resumes(tmp_path):
     base = Recipe.model_validate({"train": {"steps": 40}, "resources": {"max_failures": 0}})
     try:
@@ -160,24 +183,7 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
     assert same.trials == result.trials
     assert len(again.trials) == 8
 
-    by = {status: [row for row in rows if row["status"] == status] for status in ("finished", "stopped", "failed")}
-    assert sum(map(len, by.values())) == 8
-    assert by["finished"]
-    assert by["stopped"]
-    for row in by["finished"]:
-        assert (told[row["trial"]].state, told[row["trial"]].value) == (TrialState.COMPLETE, row["metrics"][METRIC])
-        assert row["last_step"] == 40
-    for row in by["stopped"]:
-        trial_ = told[row["trial"]]
-        assert trial_.state == TrialState.PRUNED
-        assert trial_.last_step == row["last_step"] < row["budget_steps"] == 40
-        assert trial_.value == trial_.intermediate_values[row["last_step"]] == pytest.approx(1000 * row["params"]["optim.lr"])
-        assert trial_.user_attrs["flowray"] == row["stopped_by"]
-    for row in by["failed"]:
-        assert told[row["trial"]].state == TrialState.FAIL
-        assert row["error"] == f"ValueError: the learning rate exploded (traceback: {row['trial']}/error.txt)"
-        assert "raise ValueError" in (folder / str(row["trial"]) / "error.txt").read_text()
-    assert by["failed"] == [row for row in rows if row["params"]["optim.lr"] > 8e-3]
+    by = check_states(rows, told, folder)
 
     survivor, halted = records(tmp_path / "mortal")
     assert (survivor["status"], survivor["last_step"]) == ("finished", 40)
