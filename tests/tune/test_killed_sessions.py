@@ -279,8 +279,10 @@ def test_the_folder_of_a_killed_driver_is_removed_by_the_next_and_that_of_a_live
         for driver in drivers:
             driver.kill()
             driver.join()
-    waits = [sys.executable, "-c", "input()", str(alive)]  # a process of its Ray that still writes
-    with subprocess.Popen(waits, stdin=subprocess.PIPE) as left, session.local_folder() as mine:
+    waits = [sys.executable, "-c", "print(flush=True); input()", str(alive)]  # a process of its Ray that still writes
+    left = subprocess.Popen(waits, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert left.stdout.readline()  # it is there under its own command
+    with left, session.local_folder() as mine:
         assert sorted(tmp_path.iterdir()) == sorted([alive, mine, tmp_path / "fr-foreign"])
         left.communicate(b"\n")
     assert list(tmp_path.iterdir()) == [tmp_path / "fr-foreign"]  # gone with that session
