@@ -1,0 +1,155 @@
+"""Paths of a recipe or a sweep: which keys hold one, what it is relative to, and what is said where nothing is there.
+
+A key that holds a path says so in its annotation (`PathField`). Loading makes every such value absolute, once: Ray's workers run
+in folders of their own, so a relative path would mean something else there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Annotated, Any, TypeVar
+
+from pydantic.fields import FieldInfo
+
+from flowray.config.errors import InputError
+
+STORAGE = "FLOWRAY_STORAGE"  # where set, the folder that all nodes share, and the root of relative storage paths
+
+# huggingface_hub's rule for a repository id: `name` or `org/name`
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_STARTS = ("/", "~", "$", "./", "../")
+_FILES = (".bin", ".ckpt", ".gguf", ".json", ".pt", ".pth", ".safetensors", ".tar", ".yaml", ".yml")
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class PathField:
+    """Annotation of a config field whose text (or texts) are paths.
+
+    names: what is a name and no path, such as `embedded`. hub: `org/name` may be a model of the Hugging Face hub.
+    pattern: may hold the wildcards of `glob`. root: an environment variable that, where set, holds the folder of relative paths.
+    """
+
+    names: tuple[str, ...] = ()
+    hub: bool = False
+    pattern: bool = False
+    root: str = ""
+
+
+PathText = Annotated[str, PathField()]
+OptionalPath = Annotated[str | None, PathField()]
+ShardsPath = Annotated[str, PathField(names=("shapes", "digits"), pattern=True)]
+OptionalShards = Annotated[str | None, PathField(pattern=True)]
+StoragePath = Annotated[str, PathField(root=STORAGE)]
+ModelPath = Annotated[str, PathField(names=("embedded",), hub=True)]
+OptionalModel = Annotated[str | None, PathField(hub=True)]
+
+
+def path_field(field: FieldInfo) -> PathField | None:
+    """How a config field holds paths, None where it holds none."""
+    return next((extra for extra in field.metadata if isinstance(extra, PathField)), None)
+
+
+def is_hub_name(text: str, folder: Path | None = None) -> bool:
+    """Whether `text` names a model of the hub, `org/name` or `name`; what looks like a path never does.
+
+    A path starts with `/`, `./`, `../`, `~` or `$`, ends with `/`, has more than one slash, a drive or the ending of a file of
+    weights, or begins with something that exists in `folder` (the working directory unless given).
+    """
+    if text.startswith(_STARTS) or text.lower().endswith(_FILES) or not _HUB_NAME.fullmatch(text):
+        return False
+    return not (folder or Path.cwd()).joinpath(text.partition("/")[0]).exists()
+
+
+def expand(text: str) -> str:
+    """`~`, `$NAME` and `${NAME}` replaced, `$$` being a plain `$`. InputError where a variable or a home is not there."""
+    try:
+        text = Template(text).substitute(os.environ)
+    except KeyError as error:
+        raise InputError(f"got {text!r}, but the environment variable {error.args[0]} is not set") from None
+    except ValueError:
+        raise InputError(f"got {text!r}; a `$` that begins no variable is written `$$`") from None
+    whole = os.path.expanduser(text)
+    if whole.startswith("~"):
+        raise InputError(f"got {text!r}, but no such user is known; `./~...` is a file of that name")
+    return whole
+
+
+def absolute(text: str, field: PathField, folder: Path) -> str:
+    """A path as it stands in a file of `folder`, absolute and without `..`; names and hub names as they are.
+
+    InputError, without the place: a variable is not set, an address (`s3://...`).
+    """
+    if text in field.names:
+        return text
+    if "://" in text:
+        instead = "the hub's name (org/name) or a folder" if field.hub else "a folder; mount it on every node and type its path"
+        raise InputError(f"got {text!r}, want {instead}")
+    if field.hub and is_hub_name(text, folder):
+        return text
+    if not text:
+        raise InputError("got '', want a path")
+    path = expand(text)
+    if os.path.isabs(path):
+        return _tidy(path)
+    root = Path(os.environ.get(field.root) or folder).absolute() if field.root else folder.absolute()
+    literal = not field.pattern or not glob.has_magic(path) or (root / path).exists()
+    return _tidy(str(root / path)) if literal else os.path.join(glob.escape(_tidy(str(root))), path)
+
+
+def _tidy(path: str) -> str:
+    """Without `.`, `..` and a slash at the end, where that is the same place: `link/..` need not be."""
+    plain = os.path.normpath(path)
+    return plain if os.path.realpath(plain) == os.path.realpath(path) else path
+
+
+def map_paths(value: Value, change: Callable[[str], str]) -> Value:
+    """`value` with every text in it changed: a path field holds one path, a list of them or null."""
+    made: Any = value
+    if isinstance(value, str):
+        made = change(value)
+    elif isinstance(value, list | tuple):
+        made = type(value)(change(item) if isinstance(item, str) else item for item in value)
+    return made
+
+
+def written(text: str) -> str:
+    """A resolved path as a file has it, so that reading gives it back."""
+    return text.replace("$", "$$")
+
+
+def argument(text: str) -> Path:
+    """A path from the command line. The shell leaves `~` and variables inside quotes, and in `--option=~/x`, as they are."""
+    return Path(expand(text))
+
+
+def no_such(path: str | Path) -> str:
+    """'no such folder, did you mean NEAREST?' (or file) for a path at which nothing is, whichever part of it is misspelt."""
+    path = Path(path)
+    what = "file" if path.name.lower().endswith(_FILES) else "folder"
+    there = path.absolute()
+    found = Path(there.anchor)
+    for part in there.parts[1:]:
+        inside = found / part
+        if not inside.exists():
+            near = difflib.get_close_matches(part, _names(found), n=1)
+            if not near:
+                return f"no such {what}" + ("" if found == there.parent else f"; {found} has no {part}")
+            inside = found / near[0]
+        found = inside
+    return f"no such {what}, did you mean {found}?"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
