@@ -91,8 +91,12 @@ class Trial:
 
     def values(self, key: str) -> tuple[float, ...]:
         """The key's last value of each seed, of a trial with one seed that one; without those that are missing or not finite."""
+        return tuple(self.by_seed(key).values())
+
+    def by_seed(self, key: str) -> dict[tuple[Any, int], float]:
+        """The same by what tells the seeds apart: the searched `seed`, where there is one, and the place among the trial's own."""
         found = [finite(row.get(key)) for row in self.repeats] if len(self.repeats) > 1 else [self.value(key)]
-        return tuple(value for value in found if value is not None)
+        return {(self.params.get("seed"), place): value for place, value in enumerate(found) if value is not None}
 
     def value(self, key: str) -> float | None:
         """The key's last value: the record's, else the run's; None where missing or not finite."""
@@ -116,7 +120,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting of the parameters: its finished trials, which differ in the seed alone, best first, and the value of each seed."""
+    """One setting of the parameters: its finished trials, best first, and the value of each seed.
+
+    A setting that was trained twice from one seed is one value, of the earlier trial: the same run again says nothing of the noise.
+    """
 
     trials: tuple[Trial, ...]
     values: tuple[float, ...]
@@ -124,6 +131,14 @@ class Arm:
     @property
     def mean(self) -> float:
         return statistics.fmean(self.values)
+
+
+def _of_each_seed(trials: Sequence[Trial], key: str) -> tuple[float, ...]:
+    values: dict[tuple[Any, int], float] = {}
+    for trial in sorted(trials, key=lambda trial: trial.number):
+        for seed, value in trial.by_seed(key).items():
+            values.setdefault(seed, value)
+    return tuple(values.values())
 
 
 @dataclass(frozen=True)
@@ -171,7 +186,7 @@ class Sweep:
             if trial.values(self.metric.name):
                 found.setdefault(trial.setting, []).append(trial)
         sign = 1 if self.metric.goal == "minimize" else -1
-        arms = [Arm(tuple(trials), tuple(value for t in trials for value in t.values(self.metric.name))) for trials in found.values()]
+        arms = [Arm(tuple(trials), _of_each_seed(trials, self.metric.name)) for trials in found.values()]
         return sorted(arms, key=lambda arm: (sign * arm.mean, arm.trials[0].number))
 
     def by(self, *statuses: Status) -> list[Trial]:

@@ -245,6 +245,26 @@ def test_three_metrics_are_drawn_in_pairs(tmp_path: Path) -> None:
     assert "the front joined" not in page  # of three metrics a pair shows no edge
 
 
+def test_a_setting_that_was_trained_again_from_the_same_seed_says_nothing_of_the_noise(
+    tmp_path: Path,
+) -> None:
+    """Of such sweeps there are folders from before no setting was drawn twice."""
+    grid, pooled = {"model.head.kind": "grid"}, {"model.head.kind": "pooled"}
+    trials = [{"params": params, "metrics": {METRIC: value}} for params, value in ((grid, 0.4), (pooled, 0.5), (grid, 0.4), (grid, 0.4))]
+    sweep = load_sweep(make(tmp_path / "s", trials))
+    assert [arm.values for arm in sweep.arms()] == [(0.4,), (0.5,)]
+    assert analysis.noise(sweep.arms()) is None
+    assert "clear win" not in analysis.runner_up_words(sweep)
+
+
+def test_a_searched_seed_tells_the_trials_of_a_setting_apart(tmp_path: Path) -> None:
+    values = {(0, 1): 0.4, (1, 1): 0.44, (0, 2): 0.6, (1, 2): 0.64, (1, 3): 0.61}
+    trials = [{"params": {"seed": seed, "optim.lr": lr / 1e3}, "metrics": {METRIC: value}} for (seed, lr), value in values.items()]
+    trials += [{"params": {"seed": 1, "optim.lr": 1e-3}, "metrics": {METRIC: 0.9}}]  # again, on another machine
+    sweep = load_sweep(make(tmp_path / "s", trials))
+    assert [arm.values for arm in sweep.arms()] == [(0.4, 0.44), (0.61,), (0.6, 0.64)]
+
+
 def test_the_table_and_the_next_command_know_of_seeds(tmp_path: Path) -> None:
     folder = make(tmp_path / "s", [seeded(1e-3, [0.40, 0.44, 0.36]) | {"budget_steps": 1200, "last_step": 1200}], seeds=3)
     (folder / "best.yaml").write_text("base: sweep_proxy\n")
