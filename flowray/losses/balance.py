@@ -20,6 +20,14 @@ from flowray.config.errors import InputError
 
 Values = dict[str, float]
 
+# What differs by less is equal: two processors sum the same fp32 gradients in another order and
+# agree on their norms to 1e-6 or so, where a choice by the sign of a difference would not agree.
+BAND = 1e-3  # GradNorm: share of the mean gradient norm within which a norm is on its target
+# A gradient this small beside the largest is lost when the two are added, so it is rounding error
+# for all that anyone can tell: it has neither a length to hold in a band nor a direction.
+VANISHED = torch.finfo(torch.float32).eps
+NO_LOSS = 1e-6  # a loss nearer to 0 is 0: fp32 rounds its terms, of order 1, by 1e-7, either way
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -41,9 +49,15 @@ class Measured:
         return dict(zip(self.losses, self.gramian.diagonal().sqrt().tolist(), strict=True))
 
     def pulling(self) -> Values:
-        """Gradient norms under the full weights, of the losses that count at this step."""
+        """Gradient norms under the full weights, of the losses that count at this step.
+
+        Left out are those of weight 0 and those whose gradient has vanished beside the largest.
+        """
         norms = self.norms
-        return {name: self.full[name] * norms[name] for name in self.losses if self.weights[name] > 0 and norms[name] > 0}
+        pull = {name: self.full[name] * norms[name] for name in self.losses}
+        pull = {name: norm for name, norm in pull.items() if self.weights[name] > 0}
+        least = VANISHED * max(pull.values(), default=0.0)
+        return {name: norm for name, norm in pull.items() if norm > least}
 
 
 @dataclass
@@ -71,12 +85,18 @@ def _shares(config: SharesBalance, state: BalanceState, measured: Measured) -> V
 def _gradnorm(config: GradNormBalance, state: BalanceState, measured: Measured) -> Values:
     """One step down sum_i |m_i n_i - mean(m n) r_i^alpha|, its gradient relative to the mean; then the m_i sum to their number again.
 
-    r_i: the loss relative to its first value, over the mean of that. A loss that is not above 0 has no such rate; its r is 1.
+    r_i: the loss relative to its first value, over the mean of that. A loss that starts at 0 or
+    falls below it has no such rate; its r is 1.
+
+    The slope of |x| jumps at 0, where losses of equal norms and rates stand from the start, so the
+    sign of a rounding error would decide a full step. Within BAND of its target a loss stays; from
+    there to twice the band the slope rises to its full size, so that no threshold jumps either.
     """
     pull, moved = measured.pulling(), dict(state.multipliers)
     for name in pull:
         state.initial.setdefault(name, measured.losses[name])
-    rates = {n: measured.losses[n] / state.initial[n] for n in pull if state.initial[n] > 0 and measured.losses[n] > 0}
+    started = {n: measured.losses[n] for n in pull if state.initial[n] > NO_LOSS}
+    rates = {n: max(x, NO_LOSS) / state.initial[n] for n, x in started.items() if x > -NO_LOSS}
     if not pull or not rates:
         return moved
     mean_rate = sum(rates.values()) / len(rates)
@@ -84,16 +104,22 @@ def _gradnorm(config: GradNormBalance, state: BalanceState, measured: Measured) 
     mean_norm = sum(norms.values()) / len(norms)
     for name, norm in norms.items():
         target = mean_norm * (rates.get(name, mean_rate) / mean_rate) ** config.alpha
-        slope = math.copysign(pull[name] / mean_norm, norm - target) if norm != target else 0.0
+        beyond = min(max(abs(norm - target) / (BAND * mean_norm) - 1, 0.0), 1.0)
+        slope = math.copysign(beyond * pull[name] / mean_norm, norm - target)
         moved[name] = max(moved.get(name, 1.0) - config.lr * slope, 1e-3)
     scale = len(pull) / sum(moved[name] for name in pull)
     return moved | {name: moved[name] * scale for name in pull}
 
 
 def _pcgrad(config: PCGradBalance, state: BalanceState, measured: Measured) -> Values:
-    """torchjd's weighting of the weighted gradients, summed as in the paper; its random order is drawn from `measured.seed`."""
-    weighting = _torchjd_pcgrad()
-    weights = torch.tensor([measured.weights[name] for name in measured.losses], dtype=torch.float64)
+    """torchjd's weighting of the weighted gradients, summed as in the paper; its random order is drawn from `measured.seed`.
+
+    A vanished gradient takes no part: its direction is rounding error, which must not be projected
+    out of the others.
+    """
+    weighting, pull = _torchjd_pcgrad(), measured.pulling()
+    present = [measured.weights[name] if name in pull else 0.0 for name in measured.losses]
+    weights = torch.tensor(present, dtype=torch.float64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(measured.seed)
         multipliers = weighting(weights[:, None] * measured.gramian * weights)
@@ -161,10 +187,12 @@ def gradient_metrics(gramian: Tensor, factors: Values) -> Values:
     factors: by loss, in the Gramian's order, its weight at this step times its multiplier. A cosine with a vanished gradient is 0.
     """
     names, norms = list(factors), gramian.diagonal().sqrt().tolist()
+    least = VANISHED * max(norms, default=0.0)
     row = {f"grad/{name}": norm for name, norm in zip(names, norms, strict=True)}
     row |= {f"grad/{name}_weighted": factors[name] * norm for name, norm in zip(names, norms, strict=True)}
     for i, a in enumerate(names):
         for j in range(i + 1, len(names)):
-            scale = norms[i] * norms[j]
-            row[f"grad/cos_{a}_{names[j]}"] = float(gramian[i, j]) / scale if scale > 0 else 0.0
+            apart = min(norms[i], norms[j]) > least
+            cosine = float(gramian[i, j]) / (norms[i] * norms[j]) if apart else 0.0
+            row[f"grad/cos_{a}_{names[j]}"] = cosine
     return row
