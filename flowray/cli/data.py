@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD
@@ -76,14 +78,29 @@ def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("pack", help="pack a folder of pictures with .txt captions (or captions.jsonl) into shards")
     parser.add_argument("images", type=Path, help="folder of pictures, each with a .txt of the same name, or one captions.jsonl")
     parser.add_argument("out", type=Path, help="folder for the shards; must not exist or be empty")
+    parser.add_argument("--val", type=float, default=0.0, metavar="X", help="hold out the share X, such as 0.05: OUT/train and OUT/val")
+    parser.add_argument("--skip-bad", action="store_true", help="name what has no caption or does not decode, leave it out")
     parser.add_argument("--size", type=int, metavar="PX", help="centre-crop and resize to PX x PX; left as they are without it")
     parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="samples in a shard, %(default)s")
     parser.set_defaults(run=_pack)
 
 
 def _pack(args: argparse.Namespace) -> int:
-    count = pack_folder(args.images, args.out, args.size, args.per_shard)
-    print(f"{count} samples  {args.out}")
+    packed = pack_folder(
+        args.images,
+        args.out,
+        args.size,
+        val=args.val,
+        skip_bad=args.skip_bad,
+        per_shard=args.per_shard,
+        track=lambda paths: track(paths, description="packing", console=Console(stderr=True)),
+    )
+    for fault in packed.left_out:
+        print(f"left out: {fault}", file=sys.stderr)
+    for split, count in packed.samples.items():
+        print(f"{count} samples  {args.out / split if args.val else args.out}")
+    if packed.left_out:
+        print(f"{len(packed.left_out)} fault(s), named above: such files are left out", file=sys.stderr)
     return GOOD
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +14,85 @@ from PIL import Image, ImageOps
 
 from flowray.config.errors import InputError
 from flowray.data.make import png
-from flowray.data.shards import write_shards
+from flowray.data.shards import fill_folder, whole_folder
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-CAPTION_FILE = "captions.jsonl"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+# Our own list, and the one of Hugging Face's image folders.
+CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 _SHOWN = 5  # faults named in the one line
 
+Track = Callable[[list[Path]], Iterable[Path]]
 
-def pack_folder(images: Path, out: Path, size: int | None, per_shard: int = 1000) -> int:
-    """Pack the pictures under `images` (at any depth) into shards in `out`; returns how many.
 
-    Captions: `images/captions.jsonl` with {"image": path relative to `images`, "caption": text or "captions": [text, ...]} a line,
-    or beside each picture a .txt of the same name with one caption a line.
-    size: side in px to which pictures are centre-cropped and resized; None keeps them as they are. All become RGB PNG.
-    Everything is looked at before anything is written: InputError names the files without a caption or that do not decode.
+@dataclass
+class Packed:
+    """What was packed: split -> samples (`all` without a held-out share), and a line for every file left out."""
+
+    samples: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+
+def pack_folder(
+    images: Path,
+    out: Path,
+    size: int | None,
+    *,
+    val: float = 0.0,
+    skip_bad: bool = False,
+    per_shard: int = 1000,
+    track: Track = iter,
+) -> Packed:
+    """Pack the pictures under `images` (at any depth, hidden ones apart) into shards in `out`.
+
+    Captions: a list, `captions.jsonl` with {"image": path relative to `images`, "caption": text or
+    "captions": [text, ...]} a line or `metadata.jsonl` with {"file_name", "text"}, a picture's
+    captions on one line or on several; without a list, a .txt of the same name beside each picture,
+    one caption a line. size: side in px to which pictures are centre-cropped and resized; None keeps
+    them. All become RGB PNG.
+    val: share in [0, 1) that goes to `out/val`, the rest to `out/train`; 0: everything to `out`. A
+    sample's key, and so its side, depends on its path alone: files added later move no other.
+    skip_bad: leave out what has no caption or does not decode. track: hands on the pictures of a
+    split as they are decoded, each once.
+    `out` is there whole or not at all. InputError, one line: no pictures, a split without samples,
+    the first bad file.
     """
-    if not images.is_dir():
-        raise InputError(f"{images}: no such folder; give a folder of pictures ({', '.join(SUFFIXES)})")
-    if size is not None and size < 1:
-        raise InputError(f"size {size}: must be at least 1 px")
-    pictures = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not pictures:
-        raise InputError(f"{images}: no picture in it; looked for {', '.join(SUFFIXES)}")
+    pictures = _pictures(images, size, val)
     faults: list[str] = []
-    listed = images / CAPTION_FILE
-    captions = _from_list(listed, faults) if listed.is_file() else {path: _beside(path, faults) for path in pictures}
-    faults += [f"{path}: no such picture ({listed})" for path in sorted(captions.keys() - set(pictures))]
-    for path in pictures:
-        if path not in captions:
-            faults.append(f"{path}: no line in {listed}")
-        try:
-            load_rgb(path, size)
-        except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
-            faults.append(f"{path}: does not decode ({error})")
-    if faults:
-        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise InputError(f"nothing packed, {len(faults)} fault(s): {'; '.join(faults[:_SHOWN])}{more}")
-    meta = {"source": images.name, "size": size}
-    write_shards(out, _samples(images, pictures, captions, size), per_shard=per_shard, meta=meta)
-    return len(pictures)
+    captions = _captions(images, pictures, faults)
+    captioned = [path for path in pictures if path in captions]
+    if faults and (not skip_bad or not captioned):
+        raise _nothing_packed(faults, skip_bad)
+    packed = Packed(left_out=faults)
+    splits = _splits(images, captioned, val)
+
+    def samples(paths: list[Path]) -> Iterator[dict[str, Any]]:
+        for path in track(paths):
+            try:
+                data = png(load_rgb(path, size))
+            except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
+                packed.left_out.append(f"{path}: does not decode ({error})")
+                if not skip_bad:
+                    raise _nothing_packed(packed.left_out, skip_bad) from error
+                continue
+            name, text = path.relative_to(images).as_posix(), captions[path]
+            row = json.dumps({"captions": text, "source": name}).encode()
+            yield {"__key__": key_of(name), "png": data, "txt": text[0].encode(), "json": row}
+
+    with whole_folder(out) as partial:
+        for split, paths in splits.items():
+            folder = partial / split if val else partial
+            folder.mkdir(exist_ok=True)
+            meta = {"source": images.name, "size": size, "split": split, "val": val}
+            count = fill_folder(folder, samples(paths), per_shard=per_shard, meta=meta)
+            if not count:
+                raise _nothing_packed(packed.left_out, skip_bad)
+            packed.samples[split] = count
+    return packed
+
+
+def key_of(name: str) -> str:
+    """The key of the sample whose picture has this path in its folder: 16 hex digits, evenly spread."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def load_rgb(path: Path, size: int | None) -> np.ndarray:
@@ -60,22 +102,76 @@ def load_rgb(path: Path, size: int | None) -> np.ndarray:
         if "A" in upright.getbands() or "transparency" in upright.info:
             layer = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        elif upright.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+            upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
         rgb = upright.convert("RGB")
     if size is not None and rgb.size != (size, size):
         rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
     return np.asarray(rgb)
 
 
+def _pictures(images: Path, size: int | None, val: float) -> list[Path]:
+    if not images.is_dir():
+        raise InputError(f"{images}: no such folder; give a folder of pictures ({', '.join(SUFFIXES)})")
+    if size is not None and size < 1:
+        raise InputError(f"size {size}: must be at least 1 px")
+    if not 0 <= val < 1:
+        raise InputError(f"val {val}: the share of the pictures to hold out must be at least 0 and below 1, such as 0.05")
+
+    def hidden(path: Path) -> bool:  # thumbnails, trash, macOS's `._NAME` beside every file
+        return any(part.startswith(".") for part in path.relative_to(images).parts)
+
+    found = (path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
+    pictures = sorted(path for path in found if path.is_file() and not hidden(path))
+    if not pictures:
+        raise InputError(f"{images}: no picture in it; looked for {', '.join(SUFFIXES)}")
+    return pictures
+
+
+def _splits(images: Path, pictures: list[Path], val: float) -> dict[str, list[Path]]:
+    """split -> pictures; `val` gets those whose keys lie in the first `val` of all keys."""
+    if not val:
+        return {"all": pictures}
+    splits: dict[str, list[Path]] = {"train": [], "val": []}
+    for path in pictures:
+        held_out = int(key_of(path.relative_to(images).as_posix()), 16) < val * 16**16
+        splits["val" if held_out else "train"].append(path)
+    for split, paths in splits.items():
+        if not paths:
+            raise InputError(f"val {val}: of {len(pictures)} pictures none would go to {split}; give another share")
+    return splits
+
+
+def _captions(images: Path, pictures: list[Path], faults: list[str]) -> dict[Path, list[str]]:
+    """The captions of every picture that has some; what is wrong goes to `faults`."""
+    listed = next((path for name in CAPTION_FILES if (path := images / name).is_file()), None)
+    if listed is None:
+        return {path: found for path in pictures if (found := _beside(path, faults))}
+    captions = _from_list(listed, faults)
+    there = set(pictures)
+    faults += [f"{path}: no such picture ({listed})" for path in sorted(captions.keys() - there)]
+    faults += [f"{path}: no line in {listed}" for path in pictures if path not in captions]
+    return captions
+
+
+def _nothing_packed(faults: list[str], skip_bad: bool) -> InputError:
+    shown = "; ".join(faults[:_SHOWN])
+    more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    hint = "" if skip_bad else "; --skip-bad leaves such files out"
+    return InputError(f"nothing packed, {len(faults)} fault(s): {shown}{more}{hint}")
+
+
 def _beside(picture: Path, faults: list[str]) -> list[str]:
     path = picture.with_suffix(".txt")
     try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         faults.append(f"{picture}: no caption file {path.name}")
         return []
     except (OSError, UnicodeDecodeError) as error:
         faults.append(f"{path}: cannot be read as UTF-8 ({error})")
         return []
+    found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
         faults.append(f"{path}: empty")
     return found
@@ -83,26 +179,21 @@ def _beside(picture: Path, faults: list[str]) -> list[str]:
 
 def _from_list(listed: Path, faults: list[str]) -> dict[Path, list[str]]:
     captions: dict[Path, list[str]] = {}
-    for number, line in enumerate(listed.read_bytes().splitlines(), 1):
+    for number, line in enumerate(listed.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            path = listed.parent / row["image"]
-            given = row["captions"] if "captions" in row else [row["caption"]]
+            path = listed.parent / (row["image"] if "image" in row else row["file_name"])
+            if "captions" in row:
+                given = row["captions"]
+            else:
+                given = [row["caption"] if "caption" in row else row["text"]]
             if not given or not isinstance(given, list) or not all(isinstance(c, str) and c.strip() for c in given):
                 raise ValueError("empty caption")
         except (ValueError, KeyError, TypeError) as error:
-            faults.append(f'{listed}:{number}: want {{"image": "a.png", "caption": "..."}} ({type(error).__name__}: {error})')
+            want = '{"image": "a.png", "caption": "..."}'
+            faults.append(f"{listed}:{number}: want {want} ({type(error).__name__}: {error})")
             continue
-        if path in captions:
-            faults.append(f"{listed}:{number}: {row['image']} is listed twice")
-        captions[path] = [caption.strip() for caption in given]
+        captions.setdefault(path, []).extend(caption.strip() for caption in given)
     return captions
-
-
-def _samples(images: Path, pictures: list[Path], captions: dict[Path, list[str]], size: int | None) -> Iterator[dict[str, Any]]:
-    for i, path in enumerate(pictures):
-        row = {"captions": captions[path], "source": path.relative_to(images).as_posix()}
-        text = captions[path][0].encode()
-        yield {"__key__": f"{i:08d}", "png": png(load_rgb(path, size)), "txt": text, "json": json.dumps(row).encode()}

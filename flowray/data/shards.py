@@ -28,24 +28,29 @@ def write_shards(folder: Path, samples: Iterable[dict[str, Any]], *, per_shard: 
     The same samples give the same bytes. Everything goes to a hidden sibling folder that is renamed at the end, so the folder
     is there whole or not at all. InputError where it exists already with something in it, cannot be written, or no sample came.
     """
-    if per_shard < 1:
-        raise InputError(f"per_shard {per_shard}: a shard holds at least 1 sample")
-    with _whole_folder(folder) as partial:
-        rest, seen, shards = iter(samples), set[str](), list[dict[str, Any]]()
-        while (first := next(rest, None)) is not None:
-            name = f"shard-{len(shards):06d}.tar"
-            count = _write_tar(partial / name, chain([first], islice(rest, per_shard - 1)), seen)
-            size = (partial / name).stat().st_size
-            shards.append({"name": name, "samples": count, "bytes": size, "sha256": sha256(partial / name)})
-        if not shards:
+    with whole_folder(folder) as partial:
+        if not fill_folder(partial, samples, per_shard=per_shard, meta=meta):
             raise InputError(f"{folder}: no samples to write")
-        manifest = {"meta": meta, "samples": len(seen), "shards": shards}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return folder
 
 
+def fill_folder(folder: Path, samples: Iterable[dict[str, Any]], *, per_shard: int, meta: dict[str, Any]) -> int:
+    """`write_shards` into a folder that is there, for use within `whole_folder`; how many samples came."""
+    if per_shard < 1:
+        raise InputError(f"per_shard {per_shard}: a shard holds at least 1 sample")
+    rest, seen, shards = iter(samples), set[str](), list[dict[str, Any]]()
+    while (first := next(rest, None)) is not None:
+        name = f"shard-{len(shards):06d}.tar"
+        count = _write_tar(folder / name, chain([first], islice(rest, per_shard - 1)), seen)
+        size = (folder / name).stat().st_size
+        shards.append({"name": name, "samples": count, "bytes": size, "sha256": sha256(folder / name)})
+    manifest = {"meta": meta, "samples": len(seen), "shards": shards}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return len(seen)
+
+
 @contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path) -> Iterator[Path]:
     """A hidden sibling to write in, renamed to `folder` on success and removed on any exception."""
     occupied = InputError(f"{folder}: exists already and is not an empty folder; remove it or choose another")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -1,0 +1,149 @@
+"""Packing what people have: a stable held-out share, bad files named and left out, each picture decoded once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowray.cli.data import main
+from flowray.config.errors import InputError
+from flowray.data import pack
+from flowray.data.check import check_shards
+from flowray.data.pack import key_of, pack_folder
+from flowray.data.reader import ShardReader
+from flowray.data.shards import find_shards
+
+
+def photos(folder: Path, names: list[str]) -> Path:
+    """A folder of 8 px pictures with a caption each."""
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i % 256, i // 256, 7)).save(path)
+        path.with_suffix(".txt").write_text(f"picture {name}\n")
+    return folder
+
+
+def sources(folder: Path) -> set[str]:
+    """Which pictures lie in a split."""
+    reader = ShardReader(find_shards(str(folder)))
+    return {json.loads(reader.read(i, "json"))["source"] for i in range(len(reader))}
+
+
+def test_the_split_stays_when_files_are_added(tmp_path: Path) -> None:
+    names = [f"{i:03d}.png" for i in range(120)]
+    photos(tmp_path / "in", names)
+    packed = pack_folder(tmp_path / "in", tmp_path / "one", 8, val=0.2)
+    train, val = sources(tmp_path / "one" / "train"), sources(tmp_path / "one" / "val")
+    assert packed.samples == {"train": len(train), "val": len(val)}
+    assert train | val == set(names)
+    assert not train & val
+    assert 12 <= len(val) <= 36
+
+    photos(tmp_path / "in", [f"0/{name}" for name in names])  # sorted before all the others
+    pack_folder(tmp_path / "in", tmp_path / "two", 8, val=0.2)
+    assert sources(tmp_path / "two" / "val") & set(names) == val
+    assert check_shards(str(tmp_path / "two" / "*" / "*.tar")).good
+
+    pack_folder(tmp_path / "in", tmp_path / "more", 8, val=0.4)
+    assert sources(tmp_path / "two" / "val") < sources(tmp_path / "more" / "val")
+
+
+def test_each_picture_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos(tmp_path / "in", [f"{i}.png" for i in range(30)])
+    seen: list[str] = []
+    load = pack.load_rgb
+    monkeypatch.setattr(pack, "load_rgb", lambda path, size: (seen.append(path.name), load(path, size))[1])
+    pack_folder(tmp_path / "in", tmp_path / "out", 8, val=0.3)
+    assert sorted(seen) == sorted(f"{i}.png" for i in range(30))
+
+
+def test_bad_files_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = photos(tmp_path / "in", [f"{i}.png" for i in range(40)])
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
+    (folder / "5.png").write_bytes(b"")
+    (folder / "7.txt").unlink()
+    (folder / "9.txt").write_bytes(b"\xff\xfe")
+    (folder / "11.txt").write_text(" \n")
+    argv = ["pack", str(folder), str(tmp_path / "out"), "--size", "8", "--val", "0.3"]
+    with pytest.raises(InputError, match="--skip-bad"):
+        main(argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+    assert main([*argv, "--skip-bad"]) == 0
+    out, err = capsys.readouterr()
+    named = [line for line in err.splitlines() if line.startswith("left out: ")]
+    assert [Path(line.split(": ")[1]).stem for line in sorted(named)] == ["11", "3", "5", "7", "9"]
+    counts = {Path(line.split()[-1]).name: int(line.split()[0]) for line in out.splitlines()}
+    assert counts.keys() == {"train", "val"}
+    assert sum(counts.values()) == 35
+    kept = sources(tmp_path / "out" / "train") | sources(tmp_path / "out" / "val")
+    assert kept == {f"{i}.png" for i in range(40)} - {"3.png", "5.png", "7.png", "9.png", "11.png"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--val", "1"], "val 1.0"),
+        (["--val", "-0.1"], "val -0.1"),
+        (["--val", "0.0001"], "none would go to val"),
+        (["--val", "many"], "--val"),
+    ],
+)
+def test_a_share_that_cannot_be(tmp_path: Path, argv: list[str], says: str) -> None:
+    photos(tmp_path / "in", [f"{i}.png" for i in range(5)])
+    with pytest.raises(InputError, match=says):
+        main(["pack", str(tmp_path / "in"), str(tmp_path / "out"), *argv])
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_good_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", ["a.png"])
+    (folder / "a.png").write_bytes(b"no picture")
+    for bad in (True, False):
+        with pytest.raises(InputError, match=r"a\.png: does not decode") as caught:
+            pack_folder(folder, tmp_path / "out", 8, skip_bad=bad)
+        assert ("--skip-bad" in str(caught.value)) is not bad
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_hidden_files_are_not_looked_at(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", ["a.png", ".thumbnails/b.png"])
+    (folder / "._a.png").write_bytes(b"what macOS puts beside a file on a foreign disk")
+    pack_folder(folder, tmp_path / "out", 8)
+    assert sources(tmp_path / "out") == {"a.png"}
+
+
+def test_keys_of_names_that_webdataset_would_cut_or_skip(tmp_path: Path) -> None:
+    names = ["__old__/a.png", "a.b.png", "a b/ü.png", "a_b.png"]
+    photos(tmp_path / "in", names)
+    pack_folder(tmp_path / "in", tmp_path / "out", 8)
+    assert sources(tmp_path / "out") == set(names)
+    assert set(ShardReader(find_shards(str(tmp_path / "out"))).keys) == {key_of(name) for name in names}
+
+
+def test_caption_lists_as_others_write_them(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", ["a.png", "b.png"])
+    rows = [{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": "b"}, {"file_name": "a.png", "text": "two"}]
+    text = "\ufeff" + "\n".join(map(json.dumps, rows))
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+    pack_folder(folder, tmp_path / "out", 8)
+    reader = ShardReader(find_shards(str(tmp_path / "out")))
+    assert [reader.captions(i) for i in range(2)] == [["one", "two"], ["b"]]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", ["a.png"])
+    (folder / "a.txt").write_text("eins\n", encoding="utf-8-sig")
+    pack_folder(folder, tmp_path / "out", 8)
+    assert ShardReader(find_shards(str(tmp_path / "out"))).captions(0) == ["eins"]
+
+
+def test_sixteen_bits_a_pixel_keep_their_grey(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(pack.load_rgb(tmp_path / "deep.png", None)[..., 1], grey >> 8)
