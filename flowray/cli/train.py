@@ -147,11 +147,16 @@ def _facts(recipe: Recipe) -> dict[str, str]:
 
 def _write_card(loaded: Loaded, run: RunDirectory) -> None:
     """card.md with the newest probes and samples; what was written into it by hand stays."""
+    from flowray.report.load import load_run
+
     rows = read_rows(run.probes)
     last = rows[-1] if rows else {}
     shown = {key: last[key] for key in _CARD_METRICS if last.get(key) is not None}
     strips = [f"samples/{path.name}" for path in sorted(run.samples.glob("step_*.png"))[-1:]]
-    render_card(run.card, loaded.recipe, loaded.diffs, **_facts(loaded.recipe), metrics=shown, step=last.get("step", 0), samples=strips)
+    step, facts = int(last.get("step", 0)), _facts(loaded.recipe)
+    judge = load_run(run.path).judge(last, step)
+    said = {key: judge(key).text for key in shown}
+    render_card(run.card, loaded.recipe, loaded.diffs, **facts, metrics=shown, step=step, verdicts=said, samples=strips)
 
 
 def _write_config(loaded: Loaded, run: RunDirectory) -> None:

@@ -40,10 +40,12 @@ def render_card(
     hardware: str,
     metrics: Mapping[str, float],
     step: int,
+    verdicts: Mapping[str, str],
     samples: Sequence[str] = (),
 ) -> None:
     """Write card.md, atomically: the header's fields, settings against the base, the metrics at `step`, picture paths relative to it.
 
+    verdicts: what the doctor says of each metric, by key; one without an entry stays without.
     Goal, conclusion, next step and any section a person added are taken over from the file that is there.
     """
     kept = _sections(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -54,7 +56,7 @@ def render_card(
         GOAL: recipe.card.purpose or "-",
         SETTINGS: "\n".join(f"- `{key}`: {_text(old)} → {_text(new)}" for key, (old, new) in _counted(diffs).items())
         or "- none: the base as it is",
-        METRICS: _metrics(metrics, step, samples),
+        METRICS: _metrics(metrics, step, verdicts, samples),
         CONCLUSION: "- keep / reject / re-verify: not judged yet",
         NEXT: "-",
     }
@@ -111,13 +113,12 @@ def _fields(recipe: Recipe, diffs: Diffs, exp_id: str, commit: str, hardware: st
     ]
 
 
-def _metrics(metrics: Mapping[str, float], step: int, samples: Sequence[str]) -> str:
-    lines = [f"At step {step}:", "", "| metric | value | unit | better | good |", "|---|---|---|---|---|"]
+def _metrics(metrics: Mapping[str, float], step: int, verdicts: Mapping[str, str], samples: Sequence[str]) -> str:
+    lines = [f"At step {step}:", "", "| metric | value | unit | better | the doctor's verdict |", "|---|---|---|---|---|"]
     for name, value in metrics.items():
         key = describe(name)
-        good = f"{key.good[0]:.3g} to {key.good[1]:.3g}" if key and key.good else ""
         better = key.direction if key and key.direction != "none" else ""
-        lines.append(f"| `{name}` | {value:.4g} | {key.unit if key else ''} | {better} | {good} |")
+        lines.append(f"| `{name}` | {value:.4g} | {key.unit if key else ''} | {better} | {verdicts.get(name, '')} |")
     if not metrics:
         lines = [f"At step {step}: nothing measured yet."]
     return "\n".join([*lines, *(f"\n![{sample}]({sample})" for sample in samples)])

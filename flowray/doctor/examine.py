@@ -15,6 +15,7 @@ import numpy as np
 
 from flowray.doctor.battery import PARTS, Measured, run_battery
 from flowray.doctor.subject import Row, Subject
+from flowray.findings.facts import recipe_facts
 from flowray.probes.rollout import ENDPOINT_STEPS, TEACHER_STEPS
 
 Curves = dict[str, dict[str, list[float]]]
@@ -54,50 +55,12 @@ def examine(subject: Subject, *, batch: int | None = None, seed: int = 0, parts:
 
 def _facts(subject: Subject) -> dict[str, Any]:
     """What the recipe says, flat."""
-    recipe, schedule, time_at = subject.recipe, subject.recipe.optim.schedule, subject.recipe.flow.time
-    terms = {name: getattr(recipe.loss, name) for name in type(recipe.loss).model_fields}
-    weights = {name: term.weight for name, term in terms.items() if hasattr(term, "weight") and term.weight > 0}
-    return {
+    recipe = subject.recipe
+    return recipe_facts(recipe.model_dump(mode="json")) | {
         "step": subject.step,
-        "steps": recipe.train.steps,
-        "batch_size": recipe.train.batch_size,
         "run": subject.where,
-        "recipe_name": recipe.name,
-        "seed": recipe.seed,
-        "weights_sampled": recipe.sample.weights,
-        "head": recipe.model.head.kind,
-        "velocity": recipe.model.velocity.kind,
-        "autoencoder": recipe.model.autoencoder.kind,
-        "autoencoder_path": recipe.model.autoencoder.path,
-        "latent": list(recipe.model.latent.shape),
-        "precision": recipe.train.precision,
-        "velocity_fp32": recipe.train.velocity_fp32,
-        "text_dtype": recipe.model.text.dtype,
-        "null_probability": recipe.flow.null_probability,
-        "guidance_scale": recipe.sample.guidance_scale,
-        "sample_steps": recipe.sample.steps,
-        "sample_grid": recipe.sample.grid,
-        "sample_solver": recipe.sample.solver.kind,
         "lr": subject.lr,
-        "lr_peak": recipe.optim.lr,
-        "lr_schedule": schedule.kind,
-        "warmup": schedule.warmup,
-        "warmup_over": subject.step >= schedule.warmup,
-        "ema_decay": recipe.train.ema,
-        "clip_grad": recipe.optim.clip_grad,
-        "loss_weights": weights,
-        "kl_form": recipe.loss.kl.form,
-        "kl_weight": recipe.loss.kl.weight,
-        "source_grad": recipe.loss.flow.source_grad,
-        "balance": recipe.loss.balance.kind,
-        "source_capped": recipe.model.posterior.logvar_max < 0,
-        "logvar_range": [recipe.model.posterior.logvar_min, recipe.model.posterior.logvar_max],
-        "time_kind": time_at.kind,
-        "time_low": getattr(time_at, "low", None),
-        "time_high": getattr(time_at, "high", None),
-        "uniform_floor": time_at.uniform_floor,
-        "curriculum": bool(recipe.flow.curriculum),
-        "shards": recipe.data.shards,
+        "warmup_over": subject.step >= recipe.optim.schedule.warmup,
         "parameters": sum(p.numel() for p in subject.parameters.values()),
     }
 

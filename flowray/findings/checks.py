@@ -1,16 +1,27 @@
-"""Conditions of rules: each says in words what it found against which threshold and trivial baseline, or nothing."""
+"""Conditions of rules: each gives what it found against which threshold and trivial baseline, in words and as numbers, or None."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from flowray.findings.baselines import baseline
+from flowray.findings.finding import Judged
 from flowray.findings.reading import Absent, Reading
 
-Check = Callable[[Reading], str | None]
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a condition found. judged: the numbers at fault, those that it held against a bound."""
+
+    words: str = ""
+    judged: tuple[Judged, ...] = ()
+
+
+Check = Callable[[Reading], Evidence | None]
 MEASURED: Mapping[str, str] = {"flow": "zero velocity", "shoot": "doing nothing", "teacher": "doing nothing", "vae": "mean colour"}
 Limit = float | Callable[[Reading], float]
 
@@ -33,9 +44,12 @@ def below(key: str, limit: Limit, words: str = "", *, share: bool = False) -> Ch
 def near(key: str, want: float, within: float, words: str = "") -> Check:
     """The metric differs from `want` by `within` at most."""
 
-    def check(r: Reading) -> str | None:
-        value = r[key]
-        return f"{words or key} {text(value)}, about {text(want)}" if abs(value - want) <= within else None
+    def check(r: Reading) -> Evidence | None:
+        name, value, of = r.find(key)
+        if abs(value - want) > within:
+            return None
+        judged = Judged(name, value, "near", want, of)
+        return Evidence(f"{words or key} {text(value)}, about {text(want)}", (judged,))
 
     return check
 
@@ -43,9 +57,10 @@ def near(key: str, want: float, within: float, words: str = "") -> Check:
 def fact(name: str, *values: Any) -> Check:
     """The recipe or the run has one of these values; without values: it is set and not empty."""
 
-    def check(r: Reading) -> str | None:
+    def check(r: Reading) -> Evidence | None:
         value = r.fact(name)
-        return f"{name} {_plain(value)}" if (value in values if values else bool(value)) else None
+        held = value in values if values else bool(value)
+        return Evidence(f"{name} {_plain(value)}") if held else None
 
     return check
 
@@ -53,9 +68,10 @@ def fact(name: str, *values: Any) -> Check:
 def every(*checks: Check) -> Check:
     """All of them; a number that one of them lacks makes it silent."""
 
-    def check(r: Reading) -> str | None:
-        words = [check(r) for check in checks]
-        return None if any(word is None for word in words) else "; ".join(word for word in words if word)
+    def check(r: Reading) -> Evidence | None:
+        found = [check(r) for check in checks]  # all are asked: an absent number silences the rule
+        held = [one for one in found if one is not None]
+        return _joined(held) if len(held) == len(found) else None
 
     return check
 
@@ -63,43 +79,48 @@ def every(*checks: Check) -> Check:
 def some(*checks: Check) -> Check:
     """At least one of them; those whose numbers are absent do not count."""
 
-    def check(r: Reading) -> str | None:
-        words = [word for one in checks if (word := _asked(one, r)) is not None]
-        return "; ".join(word for word in words if word) if words else None
+    def check(r: Reading) -> Evidence | None:
+        held = [found for one in checks if (found := _asked(one, r)) is not None]
+        return _joined(held) if held else None
 
     return check
 
 
 def unless(check: Check) -> Check:
     """Not this, or not known; says nothing."""
-    return lambda r: "" if _asked(check, r) is None else None
+    return lambda r: Evidence() if _asked(check, r) is None else None
 
 
 def absent(key: str) -> Check:
     """This number is not known; says nothing."""
 
-    def check(r: Reading) -> str | None:
-        return "" if math.isnan(r.get(key, math.nan)) else None
+    def check(r: Reading) -> Evidence | None:
+        return Evidence() if math.isnan(r.get(key, math.nan)) else None
 
     return check
 
 
 def quietly(check: Check) -> Check:
-    """The condition without its words."""
-    return lambda r: None if check(r) is None else ""
+    """The condition without its words; its number is not at fault."""
+    return lambda r: None if check(r) is None else Evidence()
+
+
+def given(check: Check) -> Check:
+    """The condition and its words, where its number is not what is at fault but what tells the fault from others."""
+    return lambda r: None if (found := check(r)) is None else Evidence(found.words)
 
 
 def also(*keys: str) -> Check:
     """Says these numbers too where they are known; never stops a rule."""
 
-    def check(r: Reading) -> str | None:
+    def check(r: Reading) -> Evidence:
         found = []
         for key in keys:
             try:
                 found.append(f"{key} {text(r[key])}")
             except Absent:
                 continue
-        return ", ".join(found)
+        return Evidence(", ".join(found))
 
     return check
 
@@ -107,23 +128,35 @@ def also(*keys: str) -> Check:
 def say(words: Callable[[Reading], str]) -> Check:
     """Adds a sentence computed from the reading; never stops a rule."""
 
-    def check(r: Reading) -> str | None:
+    def check(r: Reading) -> Evidence:
         try:
-            return words(r)
+            return Evidence(words(r))
         except Absent:
-            return ""
+            return Evidence()
 
     return check
 
 
-def _compare(key: str, limit: Limit, side: str, words: str, share: bool) -> Check:
+def limit_of(r: Reading, limit: Limit) -> float:
+    """A limit as a number: some depend on the recipe."""
+    return limit(r) if callable(limit) else limit
+
+
+def _joined(found: Iterable[Evidence]) -> Evidence:
+    held = list(found)
+    words = "; ".join(one.words for one in held if one.words)
+    return Evidence(words, tuple(judged for one in held for judged in one.judged))
+
+
+def _compare(key: str, limit: Limit, side: Literal["above", "below"], words: str, share: bool) -> Check:
     show = _percent if share else text
 
-    def check(r: Reading) -> str | None:
-        value, bound = r[key], _limit(r, limit)
+    def check(r: Reading) -> Evidence | None:
+        (name, value, of), bound = r.find(key), limit_of(r, limit)
         if not (value > bound if side == "above" else value < bound):
             return None
-        return f"{words or key} {show(value)}, {side} {show(bound)}{_trivial(r, key)}"
+        said = f"{words or key} {show(value)}, {side} {show(bound)}{_trivial(r, key)}"
+        return Evidence(said, (Judged(name, value, side, bound, of),))
 
     return check
 
@@ -141,11 +174,7 @@ def _trivial(r: Reading, key: str) -> str:
     return f" ({'; '.join(said)})" if said else ""
 
 
-def _limit(r: Reading, limit: Limit) -> float:
-    return limit(r) if callable(limit) else limit
-
-
-def _asked(check: Check, r: Reading) -> str | None:
+def _asked(check: Check, r: Reading) -> Evidence | None:
     try:
         return check(r)
     except Absent:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from flowray.findings.checks import Limit, above, absent, also, below, every, fact, some, text, unless
+from flowray.findings.checks import Evidence, Limit, above, absent, also, below, every, fact, some, text, unless
 from flowray.findings.reading import Reading
 
 # What any fault upstream of the field does to the picture at the end.
@@ -31,13 +31,19 @@ PLATEAU = every(
 )
 
 
-def anchored(r: Reading) -> str | None:
+def anchored(r: Reading) -> Evidence | None:
     """mu is drawn to the mean picture: a narrow source starts where it should, and standing still is hard to beat."""
-    return "" if (r.facts.get("loss_weights") or {}).get("anchor", 0) > 0 else None
+    return Evidence() if (r.facts.get("loss_weights") or {}).get("anchor", 0) > 0 else None
 
 
 def if_anchored(limit: float, otherwise: float) -> Limit:
     return lambda r: otherwise if anchored(r) is None else limit
+
+
+# Where a source has collapsed, and where it has grown away. A drawn picture has up to twice the error of the mean one, so from
+# an anchored source a skill of -1 is the floor.
+STD_FLOOR, STD_CEILING = if_anchored(0.05, 0.3), 1.6
+SKILL_FLOOR = if_anchored(-1.0, -0.05)
 
 
 def too_high_fix(r: Reading) -> str:

@@ -33,7 +33,10 @@ def _apply(rule: Rule, r: Reading) -> Finding | None:
         evidence = rule.when(r)
     except Absent:
         return None
-    return None if evidence is None else Finding(rule.id, rule.severity, evidence, _words(rule.cause, r), _words(rule.fix, r))
+    if evidence is None:
+        return None
+    cause, fix = _words(rule.cause, r), _words(rule.fix, r)
+    return Finding(rule.id, rule.severity, evidence.words, cause, fix, judged=evidence.judged)
 
 
 def _settle(found: list[tuple[Rule, Finding]], r: Reading) -> list[Finding]:

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 Severity = Literal["info", "warn", "bad"]
+Side = Literal["above", "below", "near", "not finite"]
 ORDER: Mapping[Severity, int] = {"bad": 0, "warn": 1, "info": 2}
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A number that a finding holds against a bound and finds wanting.
+
+    key: as it was read, `ema/KEY` where only the EMA was measured; value: None where it is not finite; of: the one measured
+    number that a derived one follows from, '' for a measured one and where there are several.
+    """
+
+    key: str
+    value: float | None
+    side: Side
+    bound: float | None = None
+    of: str = ""
+
+
+@dataclass(frozen=True)
 class Finding:
-    """evidence: numbers against thresholds and trivial baselines; fix: what to type; explained_by: the finding it follows from."""
+    """evidence: numbers against thresholds and trivial baselines; fix: what to type; explained_by: the finding it follows from.
+
+    judged: the numbers at fault. The evidence names others beside them, which are not.
+    """
 
     id: str
     severity: Severity
@@ -20,6 +39,7 @@ class Finding:
     cause: str
     fix: str
     explained_by: str | None = None
+    judged: tuple[Judged, ...] = ()
 
 
 def healthy(findings: Sequence[Finding]) -> bool:
@@ -33,6 +53,14 @@ def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
     follows = {row["id"]: row["explained_by"] for row in rows if row["explained_by"]}
     return {
         "healthy": healthy(findings),
-        "findings": [{key: value for key, value in row.items() if key != "explained_by"} for row in rows],
+        "findings": [{key: row[key] for key in ("id", "severity", "evidence", "cause", "fix")} for row in rows],
         "explained_by": follows,
     }
+
+
+def recorded(row: Mapping[str, Any]) -> Finding | None:
+    """A finding as a row of findings.jsonl holds it; None for one that does not say which numbers it judges (older runs)."""
+    if not isinstance(row.get("judged"), list):
+        return None
+    known = {field.name: row[field.name] for field in fields(Finding) if field.name in row}
+    return Finding(**known | {"judged": tuple(Judged(**number) for number in row["judged"])})

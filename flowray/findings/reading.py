@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 Row = Mapping[str, Any]
 Points = list[tuple[int, float]]
@@ -12,6 +12,14 @@ Points = list[tuple[int, float]]
 
 class Absent(Exception):
     """The number was not measured; the rule that asked stays silent."""
+
+
+class Number(NamedTuple):
+    """name: the key it was read under, `ema/KEY` where only the EMA has it; of: the one measured number that it follows from."""
+
+    name: str
+    value: float
+    of: str = ""
 
 
 class Reading:
@@ -27,28 +35,34 @@ class Reading:
         self.history = sorted((row for row in history if isinstance(row.get("step"), int)), key=lambda row: row["step"])
         self._last = {key: value for row in self.history for key, value in row.items() if _number(value) and math.isfinite(value)}
         self._derived = derived
-        self._open: set[str] = set()  # derivations under way: one that needs itself is absent
+        self._open: dict[str, set[str]] = {}  # derivations under way, with what each has read: one that needs itself is absent
 
     def __getitem__(self, key: str) -> float:
+        return self.find(key).value
+
+    def find(self, key: str) -> Number:
+        """The number and where it comes from; Absent where it was neither measured nor follows from what was."""
         for row in (self.metrics, self._last):
             for name in (key, f"ema/{key}"):
                 value = row.get(name)
                 if _number(value) and math.isfinite(value):
-                    return float(value)
+                    for seen in self._open.values():
+                        seen.add(name)
+                    return Number(name, float(value))
         if "/" not in key and _number(self.facts.get(key)) and math.isfinite(self.facts[key]):
-            return float(self.facts[key])
+            return Number(key, float(self.facts[key]))
         if key not in self._derived or key in self._open:
             raise Absent(key)
-        self._open.add(key)
+        self._open[key] = set()
         try:
             value = self._derived[key](self)
         except (ZeroDivisionError, OverflowError, ValueError) as error:
             raise Absent(key) from error
         finally:
-            self._open.discard(key)
+            seen = self._open.pop(key)
         if not math.isfinite(value):
             raise Absent(key)
-        return value
+        return Number(key, value, seen.pop() if len(seen) == 1 else "")
 
     def get(self, key: str, default: float) -> float:
         """The metric, or `default` where it is absent."""
@@ -76,18 +90,15 @@ class Reading:
                 found[row["step"]] = float(value)
         if len(found) < least:
             raise Absent(key)
+        for seen in self._open.values():
+            seen.add(key)
         return sorted(found.items())
 
-    def broken(self) -> list[str]:
-        """Metrics that are not finite, the examination's first, then those of the history with their step."""
-        here = [key for key, value in self.metrics.items() if _number(value) and not math.isfinite(value)]
-        then = [
-            f"{key} at step {row['step']}"
-            for row in self.history
-            for key, value in row.items()
-            if _number(value) and not math.isfinite(value)
-        ]
-        return here + then
+    def broken(self) -> list[tuple[str, int | None]]:
+        """Metrics that are not finite, the examination's first, without a step, then those of the history with theirs."""
+        here = [(key, None) for key, value in self.metrics.items() if _number(value) and not math.isfinite(value)]
+        then = [(key, row["step"]) for row in self.history for key, value in row.items() if _number(value) and not math.isfinite(value)]
+        return [*here, *then]
 
 
 def _number(value: Any) -> TypeGuard[float]:

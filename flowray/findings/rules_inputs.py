@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from flowray.findings.checks import Check, above, absent, also, below, every, fact, near, quietly, some, unless
+from flowray.findings.checks import Check, Evidence, above, absent, also, below, every, fact, given, near, quietly, some, unless
 from flowray.findings.consequences import BAD_FIELD, BAD_PICTURES, WEAK_KL, too_high_fix
+from flowray.findings.finding import Judged
 from flowray.findings.reading import Reading
 from flowray.findings.rule import Rule
 
@@ -27,14 +28,18 @@ def _handled(power: float) -> Check:
     )
 
 
-def _broken(r: Reading) -> str | None:
+def _broken(r: Reading) -> Evidence | None:
     where = r.facts.get("nonfinite") or {}
     shares = [key for key in ("parameters", "ema", "latents", "forward", "gradients") if r.get(f"finite/{key}", 1.0) < 1]
-    seen = r.broken()[:3]
+    seen = r.broken()
     if not (where or shares or seen):
         return None
     said = [f"{name} {value}" for name, value in where.items()]
-    return "; ".join(said + [f"not all {share} are finite" for share in shares] + seen) or None
+    said += [f"not all {share} are finite" for share in shares]
+    said += [key if step is None else f"{key} at step {step}" for key, step in seen[:3]]
+    judged = [Judged(f"finite/{share}", r[f"finite/{share}"], "below", 1.0) for share in shares]
+    judged += [Judged(key, None, "not finite") for key in dict.fromkeys(key for key, _ in seen)]
+    return Evidence("; ".join(said), tuple(judged))
 
 
 INPUTS: tuple[Rule, ...] = (
@@ -184,7 +189,7 @@ INPUTS: tuple[Rule, ...] = (
         every(
             below("data/agreement_z", 2.0, "captions tell the picture, in standard deviations over chance:"),
             also("data/agreement", "data/agreement_shuffled"),
-            above("data/samples", 100, "samples"),
+            given(above("data/samples", 100, "samples")),
         ),
         "captions do not belong to their pictures: shuffled against them, or paired by the wrong key",
         "python -m flowray.data check SHARDS, and pair caption and picture by the sample's key; encode again after a change",

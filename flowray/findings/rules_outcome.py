@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import math
 
-from flowray.findings.checks import above, absent, also, below, every, fact, quietly, say, some, text, unless
-from flowray.findings.consequences import PLATEAU, YOUNG, if_anchored
+from flowray.findings.checks import Evidence, above, absent, also, below, every, fact, given, quietly, say, some, text, unless
+from flowray.findings.consequences import PLATEAU, SKILL_FLOOR, YOUNG
+from flowray.findings.finding import Judged
 from flowray.findings.reading import Absent, Reading
 from flowray.findings.rule import Rule
 
 REGULARISERS = {"kl", "tv", "anchor"}  # at rest they hold the others' gradient, so they point against it
 
 
-def _opposed(r: Reading) -> str | None:
+def _opposed(r: Reading) -> Evidence | None:
     """Pairs of losses that pull against each other, both with a share that counts."""
     pairs = [key for key in r.metrics if key.startswith("grad/cos_")] or [
         key for row in r.history[-1:] for key in row if "grad/cos_" in key
     ]
     if not pairs:
         raise Absent("grad/cos_*")
-    against = []
+    said, judged = [], []
     for key in pairs:
         first, second = key.removeprefix("grad/cos_").split("_", 1)
         if {first, second} & REGULARISERS:
             continue
         shares = [1.0 if name == "flow" else r.get(f"share/{name}", 1.0) for name in (first, second)]
         if (cosine := r.get(key, 0.0)) < -0.5 and min(shares) > 0.1 and max(shares) < 10:
-            against.append(f"{key} {text(cosine)}, below -0.5 (unrelated: 0)")
-    return "; ".join(against) or None
+            said.append(f"{key} {text(cosine)}, below -0.5 (unrelated: 0)")
+            judged.append(Judged(key, cosine, "below", -0.5))
+    return Evidence("; ".join(said), tuple(judged)) if said else None
 
 
 def _standing_still(r: Reading) -> str:
@@ -163,7 +165,7 @@ OUTCOME: tuple[Rule, ...] = (
         "bad",
         every(
             below("flow/speed_ratio", 0.5),
-            above("flow/cos", lambda r: 1.4 * r["flow/speed_ratio"], "with flow/cos"),
+            given(above("flow/cos", lambda r: 1.4 * r["flow/speed_ratio"], "with flow/cos")),
             quietly(below("gain/nmse_ls", lambda r: 0.9 * r["gain/nmse_none"])),  # else the size is not what is wrong
             say(_gain_words),
         ),
@@ -207,7 +209,11 @@ OUTCOME: tuple[Rule, ...] = (
         every(
             unless(fact("precision", "fp32")),
             unless(fact("velocity_fp32")),
-            above("variant/fp32_cos", lambda r: r["variant/bf16_cos"] + 0.02, "flow/cos of the velocity network in fp32, beside bf16:"),
+            below(
+                "variant/bf16_cos",
+                lambda r: r["variant/fp32_cos"] - 0.02,
+                "flow/cos of the velocity network in bf16; in fp32, minus 0.02:",
+            ),
         ),
         "the velocity network loses direction or amplitude in half precision",
         "train.velocity_fp32=true",
@@ -247,7 +253,10 @@ OUTCOME: tuple[Rule, ...] = (
         "ema_never_updated",
         "bad",
         some(
-            every(below("ema/moved", 0.2, "the EMA has moved from the start, over what the weights have:"), above("moved/velocity", 0.01)),
+            every(
+                below("ema/moved", 0.2, "the EMA has moved from the start, over what the weights have:"),
+                given(above("moved/velocity", 0.01)),
+            ),
             every(
                 above("ema/flow/nmse", lambda r: 1.5 * r["flow/nmse"] + 0.1, "flow/nmse of the EMA weights"),
                 above("ema/delta_relative", 0.2, "EMA minus raw weights, relative"),
@@ -303,8 +312,7 @@ OUTCOME: tuple[Rule, ...] = (
     Rule(
         "worse_than_nothing",
         "bad",
-        # A drawn picture has up to twice the error of the mean one, so from an anchored source a skill of -1 is the floor.
-        every(below("shoot/skill", if_anchored(-1.0, -0.05)), also("shoot/mse"), say(_standing_still)),
+        every(below("shoot/skill", SKILL_FLOOR), also("shoot/mse"), say(_standing_still)),
         "integrating the field ends further from the picture than standing still at the text latent",
         "the field or the source is at fault; no solver setting repairs it",
     ),

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import math
 
-from flowray.findings.checks import above, absent, also, below, every, fact, quietly, say, some, text, unless
-from flowray.findings.consequences import BAD_FIELD, BAD_PICTURES, NO_TEXT, PLATEAU, WEAK_KL, anchored, if_anchored, too_high_fix
+from flowray.findings.checks import above, absent, also, below, every, fact, given, quietly, say, some, text, unless
+from flowray.findings.consequences import (
+    BAD_FIELD,
+    BAD_PICTURES,
+    NO_TEXT,
+    PLATEAU,
+    STD_CEILING,
+    STD_FLOOR,
+    WEAK_KL,
+    anchored,
+    if_anchored,
+    too_high_fix,
+)
 from flowray.findings.reading import Reading
 from flowray.findings.rule import Rule
 
@@ -247,7 +258,7 @@ TRAINING: tuple[Rule, ...] = (
         "source_collapsed",
         "bad",
         every(
-            below("std/mean", if_anchored(0.05, 0.3)),
+            below("std/mean", STD_FLOOR),
             also("kl_weight", "flow/cos", "shoot/nmse"),
             say(lambda r: "a high cosine is no merit here: the field only has to undo a constant" if r["flow/cos"] > 0.8 else ""),
         ),
@@ -258,7 +269,7 @@ TRAINING: tuple[Rule, ...] = (
     Rule(
         "source_inflated",
         "bad",
-        every(some(above("std/mean", 1.6), above("mu/rms", 5.0, "rms of mu")), also("kl_weight", "mu/rms")),
+        every(some(above("std/mean", STD_CEILING), above("mu/rms", 5.0, "rms of mu")), also("kl_weight", "mu/rms")),
         lambda r: f"the source has grown far beyond the prior: {_lost_kl(r)}; v* is then mostly minus z0 and cos looks good for nothing",
         _kl_fix,
         ("worse_than_nothing", "latent_scale_off", ("logvar_saturated", WEAK_KL), "losses_opposed"),
@@ -294,7 +305,7 @@ TRAINING: tuple[Rule, ...] = (
         "bad",
         every(
             below("text/nats", 3.0, "what mu tells of the prompt, nats:"),
-            above("std/mean", 0.8),
+            given(above("std/mean", 0.8)),
             quietly(below("std/mean", 1.25)),
             some(
                 every(quietly(fact("kl_form", "box")), above("kl_weight", 60)),

@@ -9,13 +9,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from flowray.config.errors import InputError
-from flowray.config.keys import describe
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
-from flowray.findings.diagnose import diagnose
-from flowray.findings.finding import ORDER
+from flowray.findings.judge import Verdict
 from flowray.report.load import Arm, Sweep, Trial, finite, flat, numeric, ranked, spans_decades
 
 CLEAR = 2.0  # gaps of this many standard errors are more than noise
@@ -32,22 +30,6 @@ HEAT_KEYS = (
     "text/snr",
     "scale/ratio",
 )
-# what the doctor's rules ask of a recipe -> its key; the rules that need more stay silent
-FACTS: Mapping[str, str] = {
-    "steps": "train.steps",
-    "batch_size": "train.batch_size",
-    "weights_sampled": "sample.weights",
-    "head": "model.head.kind",
-    "velocity": "model.velocity.kind",
-    "kl_weight": "loss.kl.weight",
-    "kl_form": "loss.kl.form",
-    "source_grad": "loss.flow.source_grad",
-    "balance": "loss.balance.kind",
-    "uniform_floor": "flow.time.uniform_floor",
-    "null_probability": "flow.null_probability",
-    "guidance_scale": "sample.guidance_scale",
-}
-Colour = Literal["bad", "warn", "info", "good", ""]
 
 
 @dataclass(frozen=True)
@@ -57,15 +39,6 @@ class Hours:
     unit: str
     spent: float
     saved: float
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A probe value of a trial, in the colour of the worst finding that names it; good where it lies in the healthy range."""
-
-    value: float | None
-    colour: Colour
-    words: str
 
 
 @dataclass(frozen=True)
@@ -230,36 +203,13 @@ def yaml_value(value: Any) -> str:
     return str(value) if plain else json.dumps(value)
 
 
-def heat_map(trials: Sequence[Trial]) -> tuple[list[str], list[tuple[Trial, list[Cell]]]]:
-    """The probes that the trials have, and for each trial a cell for each of them, coloured by what the doctor's rules say of it."""
+def heat_map(trials: Sequence[Trial]) -> tuple[list[str], list[tuple[Trial, list[Verdict]]]]:
+    """The probes that the trials have, and for each trial the doctor's verdict on each of them."""
     keys = [key for key in HEAT_KEYS if any(trial.either(key) is not None for trial in trials)]
-    return keys, [(trial, _cells(trial, keys)) for trial in trials if any(trial.either(key) is not None for key in keys)]
-
-
-def _cells(trial: Trial, keys: Sequence[str]) -> list[Cell]:
-    findings = trial.run.findings
-    if findings is None:  # the doctor never came: its rules over what was measured
-        config, row = trial.run.config, {key: value for key, value in trial.metrics.items() if finite(value) is not None}
-        facts = {fact: config[key] for fact, key in FACTS.items() if key in config}
-        history = [*trial.run.metrics, *trial.run.probes]
-        findings = tuple(vars(found) for found in diagnose(row, {**facts, "step": trial.last_step}, history))
-    return [_cell(key, trial.either(key), findings) for key in keys]
-
-
-def _cell(key: str, value: float | None, findings: Sequence[Mapping[str, Any]]) -> Cell:
-    named = [finding for finding in findings if _judges(str(finding.get("evidence")), key)]
-    named.sort(key=lambda found: ORDER.get(found.get("severity", "info"), 2))
-    if value is not None and named and named[0].get("severity") != "info":
-        return Cell(value, named[0]["severity"], f"{named[0]['id']}: {named[0]['evidence']}")
-    known = describe(key)
-    if value is None or known is None or known.good is None:
-        return Cell(value, "", key)
-    low, high = known.good
-    inside = low <= value <= high
-    return Cell(value, "good" if inside else "warn", f"healthy: {low:g} to {high:g}")
-
-
-def _judges(evidence: str, key: str) -> bool:
-    """Whether the evidence holds this number against a bound; the numbers that it merely adds are named without one."""
-    name = re.compile(rf"(?<![\w/]){re.escape(key)}(?![\w/])")
-    return any(name.search(clause) and re.search(r"\b(above|below|near|not finite|nan|inf)\b", clause) for clause in evidence.split("; "))
+    rows = []
+    for trial in trials:
+        if any(trial.either(key) is not None for key in keys):
+            row = {key: value for key, value in trial.metrics.items() if value is not None}
+            judge = trial.run.judge(row, trial.last_step)
+            rows.append((trial, [judge(key) for key in keys]))
+    return keys, rows

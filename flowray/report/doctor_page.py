@@ -14,6 +14,7 @@ from PIL import Image
 from flowray.config.keys import describe
 from flowray.findings.baselines import Baseline
 from flowray.findings.finding import Finding, healthy
+from flowray.findings.judge import Judge
 from flowray.report import figures
 from flowray.report.load import finite, series, spans_decades
 from flowray.report.page import GridRow, Number, Plot, data_uri, make_plot, number_text, write_page
@@ -82,7 +83,7 @@ def write_doctor_page(path: Path, data: DoctorData) -> Path:
         "tiles": [(key, number_text(value), words) for key, words in TILES.items() if (value := _value(data.metrics, key)) is not None],
         "plots_shown": doctor_plots(data),
         "rows": _rows(data),
-        "numbers": _numbers(data.metrics),
+        "numbers": _numbers(data),
         "facts": {name: value for name, value in data.facts.items() if name not in ("notes", "nonfinite") and value is not None},
         "notes": data.facts.get("notes") or [],
     }
@@ -189,15 +190,12 @@ def _value(metrics: Mapping[str, float], key: str) -> float | None:
     return finite(metrics.get(f"ema/{key}")) if raw is None else raw
 
 
-def _numbers(metrics: Mapping[str, float]) -> list[tuple[Number, str]]:
-    """Every measured number, raw and EMA on one line, and what a trivial predictor scores."""
-    names = sorted({key.removeprefix("ema/") for key in metrics if "trivial/" not in key})
+def _numbers(data: DoctorData) -> list[tuple[Number, str]]:
+    """Every measured number, raw and EMA on one line, what is said of it, and what a trivial predictor scores."""
+    metrics, judge = data.metrics, Judge(data.metrics, data.facts, data.history, data.findings)
     found = []
-    for name in names:
-        raw, ema, key = finite(metrics.get(name)), finite(metrics.get(f"ema/{name}")), describe(name)
-        judged = ema if raw is None else raw
-        low, high = key.good if key is not None and key.good else (-math.inf, math.inf)
-        outside = judged is not None and not low <= judged <= high
-        number = Number(name, number_text(raw), number_text(ema), key, None, outside)
-        found.append((number, number_text(finite(metrics.get(f"trivial/{name}", metrics.get(f"ema/trivial/{name}"))))))
+    for name in sorted({key.removeprefix("ema/") for key in metrics if "trivial/" not in key}):
+        raw, ema = number_text(finite(metrics.get(name))), number_text(finite(metrics.get(f"ema/{name}")))
+        trivial = finite(metrics.get(f"trivial/{name}", metrics.get(f"ema/trivial/{name}")))
+        found.append((Number(name, raw, ema, describe(name), None, judge(name)), number_text(trivial)))
     return found

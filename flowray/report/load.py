@@ -19,6 +19,9 @@ import yaml
 from flowray.config.errors import InputError
 from flowray.config.rows import Row, parse_rows
 from flowray.config.scale import scale_keys
+from flowray.findings.facts import recipe_facts
+from flowray.findings.finding import recorded
+from flowray.findings.judge import Judge
 
 Series = list[tuple[int, float]]  # (step, value), steps rising
 LOG_SPAN = 30.0
@@ -38,7 +41,7 @@ class Strip:
 class Run:
     """What one training run wrote. header: the comment block on top of config.yaml; card: (heading, text) of card.md.
 
-    config: the resolved recipe, dotted keys; findings: the doctor's at its last visit, None where it never came.
+    config: the resolved recipe, dotted keys; findings: the doctor's at its last visit, at step `visited`, None where it never came.
     """
 
     path: Path
@@ -50,6 +53,7 @@ class Run:
     strips: tuple[Strip, ...]
     prompts: tuple[str, ...]
     findings: tuple[Mapping[str, Any], ...] | None
+    visited: int
     notes: tuple[str, ...]
 
     def series(self, key: str) -> Series:
@@ -63,6 +67,16 @@ class Run:
             if values:
                 return finite(values[-1])
         return None
+
+    def judge(self, row: Row, step: int) -> Judge:
+        """The doctor's verdicts on a row of probes: by its own findings where it came at that step, else by its rules.
+
+        Findings of older runs do not say which numbers they judge; there, too, the rules are asked again.
+        """
+        own = [recorded(finding) for finding in self.findings or ()] if self.visited == step else [None]
+        facts = {**recipe_facts(self.config), "step": step}
+        typed = [finding for finding in own if finding is not None]
+        return Judge(row, facts, [*self.metrics, *self.probes], typed if len(typed) == len(own) else None)
 
 
 @dataclass(frozen=True)
@@ -275,6 +289,7 @@ def load_run(path: Path) -> Run:
         strips=tuple(sorted(strips, key=lambda strip: strip.step)),
         prompts=tuple(prompts),
         findings=tuple(visits[-1].get("findings") or ()) if visits else None,
+        visited=visits[-1].get("step", 0) if visits else -1,
         notes=tuple(notes + more),
     )
 

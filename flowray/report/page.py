@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 from flowray.config.errors import InputError
 from flowray.config.keys import KEYS, MetricKey, describe
 from flowray.findings.baselines import Baseline, baseline
+from flowray.findings.judge import Judge, Verdict
 from flowray.report import figures
 from flowray.report.figures import value_text
 from flowray.report.load import Run, Series, Strip, finite, load_run, series
@@ -67,7 +68,7 @@ class Number:
     ema: str
     key: MetricKey | None
     base: Baseline | None
-    outside: bool
+    verdict: Verdict
 
 
 def write_run_report(run_dir: Path) -> Path:
@@ -200,7 +201,10 @@ def _numbers(run: Run) -> list[Number]:
     rows = (*run.metrics, *run.probes)
     keys = {key for row in rows for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
     own = {key.name for key in KEYS}  # ema/delta_rms is a key, not delta_rms of the EMA
-    return [_number(run, name) for name in sorted({key if key in own else key.removeprefix("ema/") for key in keys}, key=_by_number)]
+    names = sorted({key if key in own else key.removeprefix("ema/") for key in keys}, key=_by_number)
+    last = run.probes[-1] if run.probes else {}
+    judge = run.judge(last, int(last.get("step") or (run.metrics[-1].get("step", 0) if run.metrics else 0)))
+    return [_number(run, name, judge) for name in names]
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
@@ -208,22 +212,9 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _number(run: Run, name: str) -> Number:
-    raw, ema, key = run.last(name), run.last(f"ema/{name}"), describe(name)
-    judged = raw if ema is None else ema
-    low, high = key.good if key is not None and key.good else (None, None)
-    outside = judged is not None and ((low is not None and judged < low) or (high is not None and judged > high))
-    return Number(name, number_text(raw), number_text(ema), key, baseline(name), outside)
-
-
-def good_text(key: MetricKey | None) -> str:
-    """A metric's good range in words, '' where it has none."""
-    if key is None or not key.good:
-        return ""
-    low, high = (finite(edge) for edge in key.good)
-    if low is None or high is None:
-        return f"≤ {high:g}" if high is not None else f"≥ {low:g}" if low is not None else ""
-    return f"{low:.3g} to {high:.3g}"
+def _number(run: Run, name: str, judge: Judge) -> Number:
+    raw, ema = run.last(name), run.last(f"ema/{name}")
+    return Number(name, number_text(raw), number_text(ema), describe(name), baseline(name), judge(name))
 
 
 def _spread(strips: Sequence[Strip], count: int) -> list[Strip]:
@@ -278,7 +269,7 @@ def _environment(*, autoescape: bool) -> Environment:
     pages = Environment(
         loader=PackageLoader("flowray", "report"), autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    pages.filters |= {"number": number_text, "value": value_text, "duration": duration_text, "good": good_text}
+    pages.filters |= {"number": number_text, "value": value_text, "duration": duration_text}
     return pages
 
 

@@ -67,7 +67,9 @@ def test_key_diffs_are_few() -> None:
 
 
 def render(path: Path, loaded: Loaded, step: int = 10, **metrics: float) -> str:
-    render_card(path, loaded.recipe, loaded.diffs, **FACTS, metrics=metrics, step=step, samples=["samples/step_10.png"])
+    said = {"ema/flow/cos": "good (0.5 to 1)"}
+    strips = ["samples/step_10.png"]
+    render_card(path, loaded.recipe, loaded.diffs, **FACTS, metrics=metrics, step=step, verdicts=said, samples=strips)
     return path.read_text(encoding="utf-8")
 
 
@@ -83,8 +85,8 @@ def test_the_card_has_all_its_sections(tmp_path: Path, loaded: Loaded) -> None:
     assert "# five layers" in text
     assert "does a pooled head do?" in text
     assert "- `model.head.kind`: grid → pooled" in text
-    assert "| `shoot/nmse` | 0.2834 | - | lower | 0 to 1 |" in text
-    assert "| `ema/flow/cos` | 0.91 | cosine | higher | 0.5 to 1 |" in text
+    assert "| `shoot/nmse` | 0.2834 | - | lower |  |" in text
+    assert "| `ema/flow/cos` | 0.91 | cosine | higher | good (0.5 to 1) |" in text
     assert "keep / reject / re-verify" in text
     assert "![samples/step_10.png](samples/step_10.png)" in text
     assert [item.name for item in tmp_path.iterdir()] == ["card.md"]

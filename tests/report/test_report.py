@@ -20,7 +20,7 @@ from flowray.report import figures
 from flowray.report.analysis import log_scale
 from flowray.report.importance import importances
 from flowray.report.load import Metric, load_run, load_sweep
-from flowray.report.page import good_text, number_text, write_run_report
+from flowray.report.page import number_text, write_run_report
 from flowray.report.sweep_page import write_sweep_report
 
 PROMPTS = ["a small red circle", "<b>bold</b> & a $5 square"]
@@ -281,14 +281,15 @@ def test_last_numbers_say_what_is_normal(tmp_path: Path) -> None:
     assert key is not None
     assert key.good is not None
     jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "own/number": 3.0}])
-    for value, outside in ((key.good[0] - 0.1, True), (key.good[0] + 0.1, False)):
-        jsonl(tmp_path / "probes.jsonl", [{"step": 1, "flow/cos": 0.99, "ema/flow/cos": value}])  # the EMA is judged
+    low = key.good[0]
+    for step, value, marked in ((500, low - 0.1, True), (500, low + 0.1, False), (50, low - 0.1, False)):
+        jsonl(tmp_path / "probes.jsonl", [{"step": step, "ema/flow/cos": value, "ema/flow/nmse": 0.6}])
         page = write_run_report(tmp_path).read_text()
         line = re.search(r'<th scope="row">flow/cos</th>.*?</tr>', page, re.S)
         assert line is not None
-        assert (">outside<" in line[0]) is outside
+        assert (">warn<" in line[0]) is marked  # as the doctor says, who does not blame a run of its first steps
         assert str(escape(key.formula)) in line[0]
-        assert good_text(key) in line[0]
+        assert f"{key.good[0]:g} to {key.good[1]:g}" in line[0]
     assert '<th scope="row">own/number</th><td class="num">3.000</td>' in page
 
 

@@ -433,21 +433,24 @@ def test_markdown_has_a_row_for_every_trial(tmp_path: Path) -> None:
 
 def test_heat_map_takes_the_colours_of_the_findings(tmp_path: Path) -> None:
     healthy = {METRIC: 0.4, "ema/flow/cos": 0.8, "ema/std/mean": 0.9, "ema/mu/rms": 0.5}
-    collapsed = {METRIC: 1.4, "ema/flow/cos": 0.99, "ema/std/mean": 0.05, "ema/mu/rms": 0.01}
+    collapsed = {METRIC: 1.4, "ema/shoot/skill": -0.8, "ema/flow/cos": 0.99, "ema/std/mean": 0.05, "ema/mu/rms": 0.01}
     folder = make(tmp_path / "s", [{"metrics": healthy}, {"metrics": collapsed}, {"metrics": healthy, "config": {}}])
-    visit = {"id": "plateau", "severity": "warn", "evidence": "flow/cos 0.8, below 0.9; std/mean 0.9"}
+    judged = [{"key": "flow/cos", "value": 0.8, "side": "below", "bound": 0.9, "of": ""}]
+    visit = {"id": "plateau", "severity": "warn", "evidence": "flow/cos 0.8; std/mean 0.9", "cause": "", "fix": "", "judged": judged}
     (folder / "2" / "findings.jsonl").write_text(json.dumps({"step": 400, "findings": [visit]}) + "\n")
     keys, rows = analysis.heat_map(load_sweep(folder).trials)
     cells = {trial.number: dict(zip(keys, row, strict=True)) for trial, row in rows}
-    assert keys == ["shoot/nmse", "flow/cos", "std/mean", "mu/rms"]
-    assert [cells[0][key].colour for key in keys] == ["good", "good", "good", ""]
-    assert cells[1]["std/mean"].colour == "bad"
-    assert cells[1]["std/mean"].words.startswith("source_collapsed: std/mean 0.05, below 0.3")
-    assert cells[1]["shoot/nmse"].colour in ("bad", "warn")
-    assert cells[2]["flow/cos"].colour == "warn"  # as the doctor said; and it judged nothing else
-    assert cells[2]["std/mean"].colour == "good"
+    assert keys == ["shoot/nmse", "shoot/skill", "flow/cos", "std/mean", "mu/rms"]
+    assert [cells[0][key].word for key in keys] == ["good", "", "good", "good", ""]
+    assert cells[1]["std/mean"].word == "bad"
+    assert cells[1]["std/mean"].why.startswith("source_collapsed: std/mean 0.05, below 0.3")
+    assert cells[1]["shoot/skill"].word == "bad"
+    assert cells[1]["flow/cos"].word == "good"  # named in the evidence, and not what is wrong
+    assert cells[1]["shoot/nmse"].word == ""  # above 1, of which no rule says more than its skill does
+    assert cells[2]["flow/cos"].word == "warn"  # as the doctor said; and it judged nothing else
+    assert cells[2]["std/mean"].word == "good"
     page = write_sweep_report(folder).read_text()
-    assert re.search(r'<td class="num heat bad" title="source_collapsed[^"]*">0\.050</td>', page)
+    assert re.search(r'<td class="num heat bad" title="std/mean, source_collapsed[^"]*">0\.050</td>', page)
 
 
 def test_parallel_axes_space_numbers_as_they_were_drawn(tmp_path: Path) -> None:
