@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from flowray.config.base import LatentSpec
 from flowray.config.load import override_recipe
+from flowray.config.progress import Advance
 from flowray.config.recipe import Recipe
 from flowray.data.make import png
 from flowray.data.shapes import caption, single_scenes
@@ -22,6 +25,27 @@ from flowray.model.assemble import FlowModel, build_model
 SPEC = LatentSpec(channels=4, height=4, width=4)
 SCALE, SHIFT = 0.5, 0.25  # neither trivial, so that a scale applied twice or not at all shows
 PICTURE = 8  # px, twice the latent's side: what the tiny autoencoder takes
+
+
+class Heard:
+    """Progress that keeps what it is told. said: the lines of `say`; tasks: description -> how many were done."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.tasks: dict[str, int] = {}
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    @contextmanager
+    def task(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
+        self.tasks[what] = done
+
+        def advance(count: int = 1, note: str = "") -> None:
+            self.tasks[what] += count
+
+        yield advance
+        assert total is None or self.tasks[what] == total, f"{what}: {self.tasks[what]} of {total}"
 
 
 def captions(count: int) -> list[str]:

@@ -18,6 +18,7 @@ from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import quiet_libraries
 from flowray.config.errors import InputError
+from flowray.config.progress import SILENT
 from flowray.config.sweepfile import load_sweep
 
 SHOWN = 8  # metrics in the table; --page has more, --json all
@@ -126,7 +127,7 @@ def picture_score(run: Path) -> dict[str, float]:
     """What `flowray.eval` says of a run's pictures of held-out prompts."""
     from flowray.cli.eval import evaluate
 
-    shapes = evaluate(run, [], 0)["shapes"]
+    shapes = evaluate(run, [], 0, SILENT)["shapes"]
     return {"mean_attribute_accuracy": shapes["mean_attribute_accuracy"], "all_correct": shapes["all_correct"], **shapes["by_attribute"]}
 
 

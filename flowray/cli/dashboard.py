@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import IO
 
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
+from flowray.cli.progress import ConsoleProgress
 from flowray.config.errors import InputError
 from flowray.report.load import is_run, is_sweep
 
@@ -114,31 +115,32 @@ def main(argv: list[str]) -> int:
     if not (is_sweep(folder) or is_run(folder)):
         raise InputError(f"{args.dir}: neither a sweep (it has sweep.yaml) nor a run (config.yaml); give a folder that flowray wrote")
     chosen = servers(folder, args.port)
-    say = _printer(args.json)
+    progress = ConsoleProgress()
     if is_sweep(folder) and optuna_dashboard() is None:
-        say(INSTALL)
+        progress.say(INSTALL)
     links = {server.name: server.link for server in chosen}
     if ray := ray_link(folder):
         links["Ray"] = ray
     if args.plan:
         _show(links, args.json)
         for server in chosen:
-            say(" ".join(server.command))
+            print(" ".join(server.command), file=sys.stderr if args.json else sys.stdout)
         return GOOD
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no server outlives the command
     with ExitStack() as running:
         started = [running.enter_context(serving(server)) for server in chosen]
         for one in started:
-            one.wait_until_it_answers()
+            with progress.task(f"starting {one.server.name}"):
+                one.wait_until_it_answers()
         _show(links, args.json)
-        say("Ctrl-C ends it")
+        progress.say("Ctrl-C ends it")
         try:
             while all(one.process.poll() is None for one in started):
                 time.sleep(0.5)
         except KeyboardInterrupt:
             return GOOD
         ended = next(one for one in started if one.process.poll() is not None)
-        say(f"{ended.server.name} ended by itself: {ended.last_words()}")
+        progress.say(f"{ended.server.name} ended by itself: {ended.last_words()}")
         return FINDINGS
 
 
@@ -181,11 +183,6 @@ def serving(server: Server) -> Iterator[Started]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _printer(as_json: bool) -> Callable[[str], None]:
-    """Prints a line: on stderr where stdout is for JSON."""
-    return lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def _show(links: Mapping[str, str], as_json: bool) -> None:

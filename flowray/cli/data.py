@@ -13,7 +13,9 @@ from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
+from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.config.errors import InputError
+from flowray.config.load import load_recipe
 from flowray.data.check import ShardCheck, check_shards
 from flowray.data.make import DigitsSet, EmbeddedSet, ShapesSet, cache_dir, ensure_embedded, ensure_set, write_set
 from flowray.data.pack import pack_folder
@@ -45,11 +47,11 @@ def _add_make(commands: argparse._SubParsersAction[Parser]) -> None:
 def _make(args: argparse.Namespace) -> int:
     what = _set(args)
     if args.out is None:
-        folders = ensure_set(what, cache_dir(None))
+        folders = ensure_set(what, cache_dir(None), ConsoleProgress())
     else:
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise InputError(f"--out {args.out}: exists already and is not an empty folder; remove it or choose another")
-        folders = write_set(what, args.out)
+        folders = write_set(what, args.out, ConsoleProgress())
     for split, folder in folders.items():
         count = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["samples"]
         print(f"{split:7s} {count:6d} samples  {folder}")
@@ -112,11 +114,11 @@ def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    spec = args.spec
+    spec, progress = args.spec, ConsoleProgress()
     if spec in EMBEDDED:
-        folders = ensure_embedded(spec, cache_dir(None))
+        folders = ensure_embedded(spec, cache_dir(None), progress)
         spec = str(folders["train"].parent / "*" / "*.tar")
-    result = check_shards(spec)
+    result = check_shards(spec, progress)
     if args.json:
         print(json.dumps(result.as_json()))
     else:
@@ -147,11 +149,12 @@ def _add_encode(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    from flowray.config.load import load_recipe
-    from flowray.store.latents import channel_metrics, ensure_latents, load_latents  # torch takes seconds to import
+    recipe, progress = load_recipe(args.recipe, args.overrides).recipe, ConsoleProgress()
+    with progress.task(IMPORTING):
+        from flowray.store.latents import channel_metrics, ensure_latents, load_latents
 
-    recipe = load_recipe(args.recipe, args.overrides).recipe
-    for split, folder in ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent).items():
+    made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
+    for split, folder in ensure_latents(*made_of, progress).items():
         mean, least, most = channel_metrics(load_latents(folder)).values()
         print(f"{split:<8}{folder}  channels: mean within {mean:.2f} of 0, std {least:.2f} to {most:.2f}")
     return GOOD

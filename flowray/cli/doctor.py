@@ -16,8 +16,9 @@ from rich.text import Text
 
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
-from flowray.cli.progress import quiet_libraries
+from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
+from flowray.config.progress import Progress
 from flowray.findings.diagnose import diagnose
 from flowray.findings.finding import Finding, Severity, as_json, healthy
 
@@ -48,17 +49,19 @@ def _parser() -> Parser:
     return parser
 
 
-def examine_run(args: argparse.Namespace) -> Examination:
+def examine_run(args: argparse.Namespace, progress: Progress) -> Examination:
     """The examination that the command line asks for."""
-    import torch
+    with progress.task(IMPORTING):
+        import torch
 
-    from flowray.doctor.examine import examine
-    from flowray.doctor.subject import open_subject
-    from flowray.train.step import whole_batches
+        from flowray.doctor.examine import examine
+        from flowray.doctor.subject import open_subject
+        from flowray.train.step import whole_batches
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject = open_subject(args.checkpoint or args.run, whole_batches, overrides=args.overrides, device=device)
-    return examine(subject, batch=args.batch, seed=args.seed)
+    where, keys = args.checkpoint or args.run, args.overrides
+    subject = open_subject(where, whole_batches, overrides=keys, device=device, progress=progress)
+    return examine(subject, batch=args.batch, seed=args.seed, progress=progress)
 
 
 def write_page(found: Examination, findings: Sequence[Finding], out: Path) -> Path:
@@ -82,9 +85,11 @@ def main(argv: list[str]) -> int:
     if args.out is not None and not os.access(out.absolute().parent, os.W_OK):  # before the minute that the probes take
         raise InputError(f"--out: {out.absolute().parent} is no folder that can be written; make it first")
     quiet_libraries()
-    found = examine_run(args)
+    progress = ConsoleProgress()
+    found = examine_run(args, progress)
     findings = diagnose(found.metrics, found.facts, found.history)
-    page = write_page(found, findings, out)
+    with progress.task("writing the page"):
+        page = write_page(found, findings, out)
     if args.json:
         metrics = {key: value if math.isfinite(value) else None for key, value in sorted(found.metrics.items())}
         measured = {"metrics": metrics, "not_measured": found.facts["notes"]}

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from flowray.cli.common import GOOD
 from flowray.cli.parser import Parser
-from flowray.cli.progress import quiet_libraries
+from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
+from flowray.config.progress import Progress
 
 
 def _parser() -> Parser:
@@ -28,22 +31,31 @@ def _parser() -> Parser:
     return parser
 
 
-def evaluate(run: Path, overrides: list[str], seed: int) -> dict[str, Any]:
+def evaluate(run: Path, overrides: list[str], seed: int, progress: Progress) -> dict[str, Any]:
     """The evaluation of a run as a JSON-ready object; also written to `<run>/eval.json`."""
-    import torch
+    with progress.task(IMPORTING):
+        import torch
 
-    from flowray.model.autoencoder import load_autoencoder
-    from flowray.sample.evaluate import evaluate_shapes
-    from flowray.sample.generate import generate
-    from flowray.sample.restore import open_run
+        from flowray.model.autoencoder import load_autoencoder
+        from flowray.sample.evaluate import evaluate_shapes
+        from flowray.sample.generate import generate
+        from flowray.sample.restore import open_run
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened = open_run(run, overrides, device)
+    with progress.task("loading the model"):
+        opened = open_run(run, overrides, device)
     if opened.recipe.data.shards != "shapes":
         raise InputError(f"{run}: trained on data.shards {opened.recipe.data.shards!r}; the exact checker reads `shapes` pictures only")
-    autoencoder = load_autoencoder(opened.recipe.model.autoencoder, opened.recipe.model.latent).to(device)
     config = opened.recipe.sample
-    shapes = evaluate_shapes(lambda prompts: generate(opened.model, autoencoder, prompts, config, seed), autoencoder, seed)
+    with progress.task("loading the autoencoder"):
+        model = opened.recipe.model
+        autoencoder = load_autoencoder(model.autoencoder, model.latent).to(device)
+
+    def paint(prompts: Sequence[str]) -> np.ndarray:
+        with progress.task("sampling", len(prompts)) as advance:
+            return generate(opened.model, autoencoder, prompts, config, seed, advance)
+
+    shapes = evaluate_shapes(paint, autoencoder, seed, progress)
     result = {
         "run": str(opened.path),
         "step": opened.step,
@@ -62,7 +74,7 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     args = _parser().parse_intermixed_args(argv)
     quiet_libraries()
-    result = evaluate(args.run, args.set, args.seed)
+    result = evaluate(args.run, args.set, args.seed, ConsoleProgress())
     if args.json:
         print(json.dumps(result))
         return GOOD

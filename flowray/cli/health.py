@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +15,12 @@ from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
-from flowray.cli.progress import RunProgress, quiet_libraries, watch
+from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, watch
 from flowray.cli.verdicts import Arm, Verdict, ablation_verdicts, free_mu, overfit_verdicts
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.config.losses import LossConfig, TermConfig
+from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.store.checkpoint import newest_checkpoint
 from flowray.store.rows import read_rows
@@ -65,7 +65,8 @@ def main(argv: list[str]) -> int:
     samples = getattr(args, "samples", None)
     recipe = _short(args.recipe, args.overrides, args.steps, samples)
     with _folder(args.dir) as folder:
-        verdicts = _overfit(recipe, folder) if check == "overfit" else _ablations(recipe, folder)
+        judged = _overfit if check == "overfit" else _ablations
+        verdicts = judged(recipe, folder, ConsoleProgress())
     passed = all(verdict.verdict != "fail" for verdict in verdicts)
     if args.json:
         print(json.dumps({"check": check, "passed": passed, "recipe": args.recipe, "checks": [asdict(v) for v in verdicts]}))
@@ -101,11 +102,11 @@ def _folder(wanted: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _overfit(recipe: Recipe, folder: Path) -> list[Verdict]:
-    return overfit_verdicts(_train(recipe, folder, "overfit", {}))
+def _overfit(recipe: Recipe, folder: Path, progress: Progress) -> list[Verdict]:
+    return overfit_verdicts(_train(recipe, folder, "overfit", {}, progress))
 
 
-def _ablations(recipe: Recipe, folder: Path) -> list[Verdict]:
+def _ablations(recipe: Recipe, folder: Path, progress: Progress) -> list[Verdict]:
     others = [name for name in LossConfig.model_fields if name != "flow" and isinstance(getattr(recipe.loss, name), TermConfig)]
     plans: dict[str, dict[str, Any]] = {
         "whole": {},
@@ -117,16 +118,17 @@ def _ablations(recipe: Recipe, folder: Path) -> list[Verdict]:
     if recipe.loss.kl.weight == 0:
         del plans["no_kl"]
         arms["no_kl"] = Arm(refused="loss.kl.weight is 0 in this recipe: there is no KL to switch off")
-    arms |= {name: _train(recipe, folder, name, changes) for name, changes in plans.items()}
+    arms |= {name: _train(recipe, folder, name, changes, progress) for name, changes in plans.items()}
     return ablation_verdicts(**arms, mu_is_free=free_mu(recipe.loss.kl, recipe.loss.anchor.weight))
 
 
-def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any]) -> Arm:
+def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any], progress: Progress) -> Arm:
     """One short run of the recipe with some keys changed; a recipe that is refused or training that halts is told, not raised."""
-    from flowray.store.latents import ensure_latents, load_training
-    from flowray.train.group import Group
-    from flowray.train.loop import train
-    from flowray.train.state import Halted
+    with progress.task(IMPORTING):
+        from flowray.store.latents import ensure_latents, load_training
+        from flowray.train.group import Group
+        from flowray.train.loop import train
+        from flowray.train.state import Halted
 
     try:
         varied = override_recipe(recipe, {**changes, "name": name, "storage_path": str(folder)})
@@ -136,10 +138,10 @@ def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any]) -> 
     if newest_checkpoint(run.checkpoints) is not None:
         raise InputError(f"{run.path} holds a run already; give another --dir")
     changed = recipe_diffs(recipe, varied).keys() - {"name", "storage_path"}
-    _say(f"{name}: {recipe.train.steps} steps" + (f", {', '.join(sorted(changed))} changed" if changed else ""))
-    folders = ensure_latents(varied.data, varied.model.autoencoder, varied.model.latent, _say)
+    progress.say(f"{name}: {recipe.train.steps} steps" + (f", {', '.join(sorted(changed))} changed" if changed else ""))
+    folders = ensure_latents(varied.data, varied.model.autoencoder, varied.model.latent, progress)
     if varied.data.limit is not None and (there := len(load_training(folders["train"], varied))) < varied.data.limit:
-        _say(f"data.shards holds {there} samples, not {varied.data.limit}: those are taken")
+        progress.say(f"data.shards holds {there} samples, not {varied.data.limit}: those are taken")
     failure: list[Exception] = []
 
     def work() -> None:
@@ -148,7 +150,7 @@ def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any]) -> 
         except Exception as error:
             failure.append(error)
 
-    watch(work, RunProgress(run, varied.train.steps, 0, sys.stderr))
+    watch(work, RunProgress(run, varied.train.steps, 0, progress), progress)
     if failure and not isinstance(failure[0], Halted):
         raise failure[0]
     refused = f"training halted: {failure[0]}" if failure else ""
@@ -170,7 +172,3 @@ def _show(check: str, verdicts: Sequence[Verdict]) -> None:
         arm = verdict.arm if before is None or before.arm != verdict.arm else ""
         table.add_row(arm, verdict.expected, verdict.measured, verdict.verdict)
     Console(highlight=False).print(table)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

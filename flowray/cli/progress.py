@@ -1,19 +1,30 @@
-"""Live progress of a run, read from its row files, so that it works wherever the workers are."""
+"""What a command shows on stderr while it works, and the live progress of a run, read from its row files."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from flowray.config.progress import Advance, Progress
 from flowray.config.rows import parse_rows
+from flowray.store.doing import doing
 from flowray.store.run import RunDirectory
 
-BEAT_S = 5.0
+FIRST_S = 0.5  # a task that is over sooner says nothing
+BEAT_S, QUIET_S = 5.0, 60.0  # says where it is after BEAT_S, then after twice as long, at last every QUIET_S
+LOOK_S = 0.5  # how often a run's files are looked at
 SILENT_S = 60.0  # after that long without a row a line says so, and again after twice, four times as long
+IMPORTING = "importing the libraries"
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 
 
@@ -21,6 +32,91 @@ def quiet_libraries() -> None:
     """No bars and hints of the model libraries between our own lines; before they are imported, and unless the user set it."""
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
+
+
+class ConsoleProgress:
+    """Live bars on a terminal; elsewhere, as in a job's log, a line soon after a task began, ever fewer while it lasts.
+
+    Lines begin with the seconds since the command began. stream: stderr unless given; stdout is for what a command prints.
+    """
+
+    def __init__(self, stream: TextIO | None = None):
+        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._began = time.monotonic()
+        self._open: list[Task] = []
+        self._bars = Bars(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=self._console,
+            transient=True,
+        )
+
+    def say(self, text: str) -> None:
+        """A line, above the bars where there are any."""
+        self._console.print(f"[{time.monotonic() - self._began:5.0f} s] {text}", markup=False)
+
+    @contextmanager
+    def task(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
+        """A bar, or lines, for the block. Tasks may lie in one another: lines come from the innermost alone."""
+        number = self._bars.add_task(what, total=total, completed=done, note="")
+        task = next(task for task in self._bars.tasks if task.id == number)
+        self._open.append(task)
+
+        def advance(count: int = 1, note: str = "") -> None:
+            self._bars.update(number, advance=count, note=note)
+
+        with ExitStack() as closing:
+            closing.callback(self._bars.remove_task, number)
+            closing.callback(self._open.remove, task)
+            if not self._console.is_terminal:
+                closing.enter_context(self._beats(task))
+            elif len(self._open) == 1:
+                closing.enter_context(self._bars)
+            yield advance
+
+    @contextmanager
+    def _beats(self, task: Task) -> Iterator[None]:
+        """Lines in between, of a thread: whatever the block does, a reader sees that it goes on."""
+        over = threading.Event()
+
+        def beat() -> None:
+            pause, told = FIRST_S, False
+            while not over.wait(pause):
+                if self._open and self._open[-1] is task:
+                    self.say(_state(task) if told else _count(task))
+                    pause = min(2 * pause, QUIET_S) if told else BEAT_S
+                    told = True
+
+        thread = threading.Thread(target=beat, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def _count(task: Task) -> str:
+    return task.description if task.total is None else f"{task.description} {task.completed:.0f}/{task.total:.0f}"
+
+
+def _state(task: Task) -> str:
+    """Where a task is, on one line: "encoding train pictures 3200/12000, about 45 s left"."""
+    left = task.time_remaining
+    when = f"about {clock(left)} left" if left else f"for {clock(task.elapsed or 0)} so far"
+    return ", ".join(filter(None, (_count(task), task.fields["note"], when)))
+
+
+def clock(seconds: float) -> str:
+    """A duration: "45 s", "3 min 20 s", "2 h 5 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class RowTail:
@@ -54,59 +150,59 @@ class RowTail:
 
 
 class RunProgress:
-    """Prints a line for every probe and every new finding and, in between, one with the loss and speed every few seconds."""
+    """What the row files of a run tell: where it is, with loss and speed; a line for every probe and every new finding."""
 
-    def __init__(self, run: RunDirectory, steps: int, start: int, stream: TextIO):
-        self._steps, self._stream = steps, stream
-        self._metrics, self._probes, self._visits = (RowTail(path, start) for path in (run.metrics, run.probes, run.findings))
-        self._found: set[str] = set()
-        self._started = False
-        self._last = self._began = self._news = time.monotonic()
-        self._silence = SILENT_S
+    def __init__(self, run: RunDirectory, steps: int, start: int, progress: Progress):
+        self.steps, self.start, self._progress = steps, start, progress
+        files = (run.metrics, run.probes, run.findings)
+        self._metrics, self._probes, self._visits = (RowTail(path, start) for path in files)
+        self._run, self._step, self._found = run, start, set[str]()
+        self._news, self._silence = time.monotonic(), SILENT_S
 
-    def show(self, *, now: bool = False) -> None:
-        """Print what is new every BEAT_S, or `now`; cheap when nothing is."""
-        if not now and time.monotonic() - self._last < BEAT_S:
-            return
-        self._last = time.monotonic()
+    def show(self, advance: Advance) -> None:
+        """Tell what is new; cheap when nothing is. advance: of the task of training."""
         rows, probes, visits = self._metrics.new(), self._probes.new(), self._visits.new()
         for row in probes:
             keys = ("ema/shoot/nmse", "ema/flow/cos", "ema/std/mean", "vae/psnr")
             shown = [f"{key} {row[key]:.3f}" for key in keys if row.get(key) is not None]
-            self._say(f"probe {row['step']}/{self._steps}  {'  '.join(shown)}")
+            self._progress.say(f"probe {row['step']}/{self.steps}  {'  '.join(shown)}")
         for visit in visits:
             self._show_findings(visit)
         if rows or probes:
-            self._news, self._silence = self._last, SILENT_S
+            self._news, self._silence = time.monotonic(), SILENT_S
         if rows:
-            self._started = True
             flow, speed = rows[-1].get("loss/flow"), rows[-1].get("perf/images_per_s")
-            self._say(f"step  {rows[-1]['step']}/{self._steps}  loss/flow {_show(flow)}  {_show(speed, 0)} images/s")
-        elif not self._started and not now:
-            self._say("starting workers")
-        elif not now and (silent := self._last - self._news) > self._silence:
+            note = f"loss/flow {_show(flow)}  {_show(speed, 0)} images/s"
+            advance(rows[-1]["step"] - self._step, note)
+            self._step = rows[-1]["step"]
+        elif self._step == self.start:
+            advance(0, doing(self._run) or "starting workers")
+        elif (silent := time.monotonic() - self._news) > self._silence:
             self._silence *= 2
-            self._say(f"no step for {silent:.0f} s: a slow probe, or lost workers, which start again from the last checkpoint")
+            why = "a slow probe, or lost workers, which start again from the last checkpoint"
+            self._progress.say(f"no step for {silent:.0f} s: {why}")
 
     def _show_findings(self, visit: dict[str, Any]) -> None:
         """A line for each finding that the visit before did not have."""
-        for finding in visit["findings"]:
-            if finding["id"] not in self._found:
-                self._say(f"doctor {visit['step']}/{self._steps}  {finding['severity']}: {finding['id']}: {finding['evidence']}")
-        self._found = {finding["id"] for finding in visit["findings"]}
-
-    def _say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self._began:5.0f} s] {text}", file=self._stream, flush=True)
+        for found in visit["findings"]:
+            if found["id"] not in self._found:
+                what = f"{found['severity']}: {found['id']}: {found['evidence']}"
+                self._progress.say(f"doctor {visit['step']}/{self.steps}  {what}")
+        self._found = {found["id"] for found in visit["findings"]}
 
 
-def watch(work: Callable[[], None], progress: RunProgress) -> None:
-    """Run `work` in a thread and show progress; the main thread stays free for signals, which Ray Train would abort on."""
+def watch(work: Callable[[], None], seen: RunProgress, progress: Progress) -> None:
+    """Run `work` in a thread and show its progress.
+
+    The main thread stays free for signals, which Ray Train would abort on.
+    """
     thread = threading.Thread(target=work, name="training", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(0.5)
-        progress.show()
-    progress.show(now=True)
+    with progress.task("training", seen.steps, seen.start) as advance:
+        while thread.is_alive():
+            thread.join(LOOK_S)
+            seen.show(advance)
+        seen.show(advance)
 
 
 def _show(value: float | None, digits: int = 3) -> str:

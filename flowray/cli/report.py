@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from flowray.cli.common import GOOD
+from flowray.cli.parser import Parser
+from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.config.errors import InputError, did_you_mean
 from flowray.report.load import is_run, is_sweep
-from flowray.report.page import write_run_report
-from flowray.report.sweep_page import write_sweep_report
 
 
 def main(argv: list[str]) -> int:
     """Write `DIR/report.html`, and of a sweep `DIR/report.md`; print their paths."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flowray.report",
         description="Write DIR/report.html, one self-contained page: of a sweep (the best trial, curves, sample grid, what each "
         "parameter did; also report.md, which keeps the conclusion that you write into it) or of a single run (losses, probes "
@@ -22,12 +21,16 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("dir", metavar="DIR", type=Path, help="a folder that flowray.tune or flowray.train wrote")
     folder: Path = parser.parse_args(argv).dir
-    if is_sweep(folder):
-        print(page := write_sweep_report(folder), page.with_suffix(".md"), sep="\n")
-    elif is_run(folder):
-        print(write_run_report(folder))
-    else:
+    whole_sweep = is_sweep(folder)
+    if not whole_sweep and not is_run(folder):
         raise InputError(_neither(folder))
+    progress = ConsoleProgress()
+    with progress.task(IMPORTING):
+        from flowray.report.page import write_run_report
+        from flowray.report.sweep_page import write_sweep_report
+    with progress.task(f"writing the report of {folder}"):
+        page = write_sweep_report(folder) if whole_sweep else write_run_report(folder)
+    print(*([page, page.with_suffix(".md")] if whole_sweep else [page]), sep="\n")
     return GOOD
 
 

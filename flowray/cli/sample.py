@@ -9,7 +9,7 @@ import numpy as np
 
 from flowray.cli.common import GOOD
 from flowray.cli.parser import Parser
-from flowray.cli.progress import quiet_libraries
+from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 
 
@@ -57,17 +57,23 @@ def main(argv: list[str]) -> int:
     if args.count < 1 or args.scale < 1:
         raise InputError(f"--count {args.count} --scale {args.scale}: both must be at least 1")
     quiet_libraries()
-    import torch
+    progress = ConsoleProgress()
+    with progress.task(IMPORTING):
+        import torch
 
-    from flowray.model.autoencoder import load_autoencoder
-    from flowray.sample.generate import generate, save_strip
-    from flowray.sample.restore import open_run
+        from flowray.model.autoencoder import load_autoencoder
+        from flowray.sample.generate import generate, save_strip
+        from flowray.sample.restore import open_run
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened = open_run(args.run, args.set, device)
-    autoencoder = load_autoencoder(opened.recipe.model.autoencoder, opened.recipe.model.latent).to(device)
+    with progress.task("loading the models"):
+        opened = open_run(args.run, args.set, device)
+        config = opened.recipe.model
+        autoencoder = load_autoencoder(config.autoencoder, config.latent).to(device)
     repeated = [prompt for prompt in prompts for _ in range(args.count)]
-    pictures = generate(opened.model, autoencoder, repeated, opened.recipe.sample, args.seed)
+    with progress.task("sampling", len(repeated)) as advance:
+        sample = opened.recipe.sample
+        pictures = generate(opened.model, autoencoder, repeated, sample, args.seed, advance)
     rows = pictures.reshape(len(prompts), args.count, *pictures.shape[1:])
     sheet = np.concatenate(list(rows), axis=1).repeat(args.scale, axis=1).repeat(args.scale, axis=2)
     words = "_".join("".join(c if c.isalnum() else " " for c in prompts[0]).split()[:10])[:60] or "prompt"

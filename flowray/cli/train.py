@@ -12,10 +12,12 @@ from pathlib import Path
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED
 from flowray.cli.parser import Parser
-from flowray.cli.progress import RunProgress, quiet_libraries, watch
+from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, watch
+from flowray.cli.ready import refuse_unready
 from flowray.config.card import git_commit, header, render_card
 from flowray.config.errors import InputError
 from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_diffs, recipe_names
+from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.rows import read_rows
@@ -43,8 +45,10 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     quiet_libraries()
     loaded = load_recipe(args.recipe, args.overrides)
+    progress = ConsoleProgress()
     if args.plan:
-        from flowray.cli.plan import show_plan
+        with progress.task(IMPORTING):
+            from flowray.cli.plan import show_plan
 
         show_plan(loaded.recipe, as_json=args.json)
         return GOOD
@@ -53,29 +57,33 @@ def main(argv: list[str]) -> int:
     if checkpoint and not args.resume:
         raise InputError(f"{run.path} holds a run already; type --resume to continue it, or name=OTHER for a new one")
     RunLock(run).refuse_if_held()  # before anything in it is touched; the worker that trains takes the lock
-    return _train(loaded, run, load_state(checkpoint)["step"] if checkpoint else 0, as_json=args.json)
+    start = load_state(checkpoint)["step"] if checkpoint else 0
+    return _train(loaded, run, start, progress, as_json=args.json)
 
 
-def _train(loaded: Loaded, run: RunDirectory, start: int, *, as_json: bool) -> int:
-    from flowray.rayrun.session import started
-    from flowray.rayrun.storage import refuse_unshared
-    from flowray.rayrun.trainer import RunFailed, fit
-    from flowray.store.latents import ensure_latents
-    from flowray.train.loop import is_finished
-
-    recipe = loaded.recipe
-    if start >= recipe.train.steps:
-        _say(f"{run.path} has finished its {recipe.train.steps} steps; train.steps=N for more")
+def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgress, *, as_json: bool) -> int:
+    recipe, steps = loaded.recipe, loaded.recipe.train.steps
+    if start >= steps:
+        progress.say(f"{run.path} has finished its {steps} steps; train.steps=N for more")
         if as_json:
-            print(_summary(run, stopped=False, seconds=0.0, report=run.path / "report.html"))
+            report = run.path / "report.html"
+            print(_summary(run, stopped=False, seconds=0.0, report=report))
         return GOOD
-    refuse_unshared(run.path.parent, recipe.data)
+    with progress.task(IMPORTING):
+        from flowray.rayrun.session import started
+        from flowray.rayrun.storage import refuse_unshared
+        from flowray.rayrun.trainer import RunFailed, fit
+        from flowray.store.latents import ensure_latents
+        from flowray.train.loop import is_finished
+
+    refuse_unready(recipe)
+    refuse_unshared(run.path.parent, recipe.data, progress)
     run.create()
+    ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, progress)
     if start:
-        _say_changes(recipe, run, start)
+        _say_changes(recipe, run, start, progress)
     _write_config(loaded, run)
     _write_card(loaded, run)
-    ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, _say)
     run.stop_request.unlink(missing_ok=True)
     failure: list[Exception] = []
 
@@ -86,26 +94,28 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, *, as_json: bool) -> i
             failure.append(error)
 
     began, workers = time.monotonic(), recipe.resources
-    with _StopSignals(run) as signals, started(num_cpus=workers.num_workers * workers.cpus_per_worker):
+    cpus = workers.num_workers * workers.cpus_per_worker
+    with _StopSignals(run, progress) as signals, started(cpus, progress):
         signals.listen()  # Ray has put handlers of its own in their place
-        watch(work, RunProgress(run, recipe.train.steps, start, sys.stderr))
+        watch(work, RunProgress(run, steps, start, progress), progress)
     stopped = signals.came and not is_finished(recipe, run)
     run.stop_request.unlink(missing_ok=True)
     shutil.rmtree(run.path / ".ray", ignore_errors=True)
     if failure:
         if isinstance(failure[0], RunFailed):
-            _say(f"error: {failure[0]}")
+            print(f"error: {failure[0]}", file=sys.stderr)
             return FINDINGS
         raise failure[0]
-    _finish(loaded, run, time.monotonic() - began, as_json=as_json, stopped=stopped)
+    seconds = time.monotonic() - began
+    _finish(loaded, run, seconds, progress, as_json=as_json, stopped=stopped)
     return STOPPED if stopped else GOOD
 
 
 class _StopSignals:
     """Within the block SIGTERM and SIGINT ask the loop for a checkpoint and a stop; `came` says whether one did."""
 
-    def __init__(self, run: RunDirectory):
-        self._run, self.came = run, False
+    def __init__(self, run: RunDirectory, progress: Progress):
+        self._run, self._progress, self.came = run, progress, False
         self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def __enter__(self) -> _StopSignals:
@@ -121,24 +131,23 @@ class _StopSignals:
         for number in self._before:
             signal.signal(number, self._ask)
 
-    def _ask(self, *_: object) -> None:
+    def _ask(self, number: int, _: object) -> None:
         if not self.came:
-            _say("stopping: the next logged step writes a checkpoint and ends the run")
+            after = "the next logged step writes a checkpoint and ends the run"
+            self._progress.say(f"stopping: {after}; Ctrl-C again ends it at once")
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.came = True
         self._run.stop_request.touch()
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _say_changes(recipe: Recipe, run: RunDirectory, start: int) -> None:
+def _say_changes(recipe: Recipe, run: RunDirectory, start: int, progress: Progress) -> None:
     """Tell where a resumed run goes on, and which keys are not what they were: a forgotten override would change it silently."""
-    _say(f"continuing {run.path} from step {start}")
+    progress.say(f"continuing {run.path} from step {start}")
     if run.config.is_file():
         before = load_recipe(str(run.config)).recipe
         for key, (old, new) in recipe_diffs(before, recipe).items():
-            _say(f"  changed: {key}={new} (was {old})")
+            progress.say(f"  changed: {key}={new} (was {old})")
 
 
 def _facts(recipe: Recipe) -> dict[str, str]:
@@ -172,11 +181,12 @@ def _hardware(recipe: Recipe) -> str:
     return f"{each.num_workers} worker(s) x {each.cpus_per_worker} CPU{gpus}"
 
 
-def _finish(loaded: Loaded, run: RunDirectory, seconds: float, *, as_json: bool, stopped: bool) -> None:
-    from flowray.report.page import write_run_report
+def _finish(loaded: Loaded, run: RunDirectory, seconds: float, progress: Progress, *, as_json: bool, stopped: bool) -> None:
+    with progress.task("writing the report"):
+        from flowray.report.page import write_run_report
 
-    _write_card(loaded, run)
-    report = write_run_report(run.path)
+        _write_card(loaded, run)
+        report = write_run_report(run.path)
     if as_json:
         print(_summary(run, stopped=stopped, seconds=seconds, report=report))
         return

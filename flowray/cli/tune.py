@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED
 from flowray.cli.parser import Parser
+from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.cli.tune_plan import plan, print_plan, refuse_missing_files
 from flowray.config.errors import InputError
 from flowray.config.sweepfile import base_recipe, check_trials, load_sweep, packaged_sweeps
@@ -51,19 +53,30 @@ def main(argv: list[str]) -> int:
     base = base_recipe(sweep)
     check_trials(sweep, base)
     check_findings(sweep.stop, [rule.id for rule in RULES])
+    progress = ConsoleProgress()
     if args.plan:
-        facts = plan(sweep, base)
+        with progress.task("planning"):  # torch takes seconds to import
+            facts = plan(sweep, base)
         print(json.dumps(facts)) if args.json else print_plan(facts)
         return FINDINGS if facts["storage"]["problem"] else GOOD
-    refuse_missing_files(sweep, base)
-    from flowray.rayrun.search import no_room  # Ray takes seconds to import: not for --help and --plan
-    from flowray.rayrun.tuner import run_sweep
+    quiet_libraries()
+    with progress.task(IMPORTING):
+        from flowray.cli.ready import check_device, check_shards
+        from flowray.rayrun.search import no_room
+        from flowray.rayrun.tuner import run_sweep
 
+    refuse_missing_files(sweep, base)
+    if sweep.task == "train":
+        check_shards(base)
+        if "RAY_ADDRESS" not in os.environ:
+            check_device(base)
     finish, stream = args.finish or (), sys.stderr if args.json else sys.stdout
     try:
         with contextlib.redirect_stdout(stream):
-            result = run_sweep(sweep, base, resume=args.resume or bool(finish), finish=finish, stream=stream)
-            report = _report(result)
+            resume = args.resume or bool(finish)
+            result = run_sweep(sweep, base, resume=resume, finish=finish, stream=stream, progress=progress)
+            with progress.task("writing the report"):
+                report = _report(result)
     except OSError as error:
         if no_room(error) is None:
             raise

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from flowray.config.errors import InputError
+from flowray.config.progress import SILENT, Progress
 from flowray.data.reader import scan_tar
 from flowray.data.shards import MANIFEST, find_shards, sha256
 
@@ -52,11 +53,14 @@ class ShardCheck:
         return {"good": self.good, **asdict(self)}
 
 
-def check_shards(spec: str) -> ShardCheck:
+def check_shards(spec: str, progress: Progress = SILENT) -> ShardCheck:
     """Read every sample of a shard set (folder, glob or tar); InputError only where there is nothing to read."""
     checker = _Checker()
-    for path in find_shards(spec):
-        checker.shard(path)
+    found = find_shards(spec)
+    with progress.task("checking shards", len(found)) as advance:
+        for path in found:
+            checker.shard(path)
+            advance()
     return checker.finish()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from flowray.config.errors import InputError
+from flowray.config.progress import SILENT, Progress, counted
 from flowray.data import digits, shapes
 from flowray.data.shards import MANIFEST, write_shards
 
@@ -37,6 +38,10 @@ class ShapesSet:
     name = "shapes"
     splits = ("train", "val", "unseen")
 
+    def count(self, split: str) -> int:
+        """How many samples a split has."""
+        return int(getattr(self, split))
+
     def samples(self, split: Any) -> Iterator[dict[str, Any]]:
         drawn = shapes.samples(getattr(self, split), split, self.seed, self.two_share)
         for i, (picture, captions, scene) in enumerate(drawn):
@@ -49,6 +54,9 @@ class DigitsSet:
 
     name = "digits"
     splits = ("train", "val")
+
+    def count(self, split: str) -> None:
+        """Few, and known once they are read."""
 
     def samples(self, split: str) -> Iterator[dict[str, Any]]:
         for i, (picture, captions, label) in enumerate(digits.samples(split)):
@@ -71,11 +79,13 @@ def _sample(key: str, picture: np.ndarray, captions: list[str], extra: dict[str,
     return {"__key__": key, "png": png(picture), "txt": captions[0].encode(), "json": row.encode()}
 
 
-def write_set(what: EmbeddedSet, root: Path) -> dict[str, Path]:
+def write_set(what: EmbeddedSet, root: Path, progress: Progress = SILENT) -> dict[str, Path]:
     """Write every split of a set as `root/<split>`, leaving those that are whole already; split -> folder."""
     for split in what.splits:
         if not (root / split / MANIFEST).is_file():
-            write_shards(root / split, what.samples(split), meta={"set": what.name, "split": split, **asdict(what)})
+            meta = {"set": what.name, "split": split, **asdict(what)}
+            with progress.task(f"making {split} {what.name}", what.count(split)) as advance:
+                write_shards(root / split, counted(what.samples(split), advance), meta=meta)
     return {split: root / split for split in what.splits}
 
 
@@ -88,7 +98,7 @@ def fingerprint(what: EmbeddedSet) -> str:
     return digest.hexdigest()[:12]
 
 
-def ensure_set(what: EmbeddedSet, cache: Path) -> dict[str, Path]:
+def ensure_set(what: EmbeddedSet, cache: Path, progress: Progress = SILENT) -> dict[str, Path]:
     """The split folders of a set under `cache`, written now if they are not there; several processes may ask at once.
 
     The folder's name carries the fingerprint, so a change of arguments or of the generator can never meet old pictures.
@@ -103,14 +113,14 @@ def ensure_set(what: EmbeddedSet, cache: Path) -> dict[str, Path]:
             fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel when its holder dies
             for left in root.glob(".*.????????????"):  # what a killed writer left; nobody else writes while we hold the lock
                 shutil.rmtree(left, ignore_errors=True)
-            return write_set(what, root)
+            return write_set(what, root, progress)
     except OSError as error:
         raise InputError(f"{root}: cannot write there: {error.strerror}; set data.cache or FLOWRAY_CACHE to a writable folder") from error
 
 
-def ensure_embedded(name: EmbeddedName, cache: Path) -> dict[str, Path]:
+def ensure_embedded(name: EmbeddedName, cache: Path, progress: Progress = SILENT) -> dict[str, Path]:
     """split -> shard folder of an embedded set in its standard size: shapes (train, val, unseen) or digits (train, val)."""
-    return ensure_set(_DEFAULTS[name], cache)
+    return ensure_set(_DEFAULTS[name], cache, progress)
 
 
 def cache_dir(configured: str | None) -> Path:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowray.config.errors import InputError
+from flowray.config.progress import SILENT, Progress
 from flowray.data.order import EpochOrder
 from flowray.data.reader import ShardReader
 from flowray.doctor.sampler import latent_metrics, native_teacher, picture_metrics, strip_psnr
@@ -53,8 +54,16 @@ from flowray.probes.shots import falling, gain_shots, heun_metrics, shot_metrics
 from flowray.probes.untouched import untouched
 from flowray.store.latents import channel_metrics, channel_statistics, decode_image, from_pictures, to_pictures
 
-# In this order: standard is what training's own probes measure; field and standard are the dear ones.
-PARTS = ("weights", "data", "autoencoder", "training", "standard", "field", "sampler")
+# In this order; what each looks at. `standard` and `field` are the dear ones.
+PARTS = {
+    "weights": "how far the weights have moved",
+    "data": "the data, and whether captions tell its pictures",
+    "autoencoder": "the autoencoder on held-out pictures",
+    "training": "the losses and gradients of the next batch",
+    "standard": "what training's own probes measure",
+    "field": "what the velocity network predicts",
+    "sampler": "pictures as flowray.sample draws them",
+}
 SHOWN = 8  # pictures of every kind
 PICTURES = 32  # pictures encoded afresh
 SURVEYED = 4096  # samples whose latents are hashed and searched for non-finite values
@@ -75,7 +84,13 @@ class Measured:
     notes: list[str] = field(default_factory=list)
 
 
-def run_battery(subject: Subject, count: int, seed: int, parts: Collection[str] = PARTS) -> Measured:
+def run_battery(
+    subject: Subject,
+    count: int,
+    seed: int,
+    parts: Collection[str] = PARTS,
+    progress: Progress = SILENT,
+) -> Measured:
     """The probes of `parts` on `count` samples. One that cannot be made (no pictures left, captions all alike) becomes a note."""
     made = Measured()
 
@@ -96,7 +111,7 @@ def run_battery(subject: Subject, count: int, seed: int, parts: Collection[str] 
         if name not in parts:
             continue
         try:
-            with untouched(subject.model):
+            with progress.task(f"probing: {PARTS[name]}"), untouched(subject.model):
                 probes[name]()
         except (InputError, OSError) as error:
             made.notes.append(f"{name}: {error}")

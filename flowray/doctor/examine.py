@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from flowray.config.progress import SILENT, Progress
 from flowray.doctor.battery import PARTS, Measured, run_battery
 from flowray.doctor.subject import Row, Subject
 from flowray.findings.facts import recipe_facts
@@ -38,7 +39,14 @@ class Examination:
     curves: Curves
 
 
-def examine(subject: Subject, *, batch: int | None = None, seed: int = 0, parts: Collection[str] = PARTS) -> Examination:
+def examine(
+    subject: Subject,
+    *,
+    batch: int | None = None,
+    seed: int = 0,
+    parts: Collection[str] = PARTS,
+    progress: Progress = SILENT,
+) -> Examination:
     """Examine an opened run or a live state (flowray.doctor.subject); it is the same after it as before.
 
     batch: samples, as many as the recipe's own probes have unless given; with seed 0 the very same ones. parts: of battery.PARTS;
@@ -46,7 +54,8 @@ def examine(subject: Subject, *, batch: int | None = None, seed: int = 0, parts:
     optimiser, RNG and module modes are not changed.
     """
     began = time.perf_counter()
-    made = run_battery(subject, batch or subject.recipe.probes.batch_size, seed, parts)
+    count = batch or subject.recipe.probes.batch_size
+    made = run_battery(subject, count, seed, parts, progress)
     made.metrics |= {f"lr/{group}": rate for group, rate in subject.rates(subject.lr).items()}
     facts = _facts(subject) | _data_facts(subject, made) | made.facts
     facts |= {"notes": made.notes, "seconds": time.perf_counter() - began}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import GroupScales
 from flowray.losses.balance import Balancer
@@ -117,12 +117,21 @@ def untrained(recipe: Recipe) -> tuple[FlowModel, Tensors]:
     return model, {name: p.detach().clone() for name, p in model.trainable().items()}
 
 
-def open_subject(path: Path, batches: BatchesOf, *, overrides: Sequence[str] = (), device: torch.device = CPU) -> Subject:
+def open_subject(
+    path: Path,
+    batches: BatchesOf,
+    *,
+    overrides: Sequence[str] = (),
+    device: torch.device = CPU,
+    progress: Progress = SILENT,
+) -> Subject:
     """A run directory at its newest valid checkpoint, or one checkpoint, with all that training kept; InputError where there is none."""
     checkpoint, run, recipe = find_checkpoint(path, list(overrides))
-    folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, lambda line: print(line, file=sys.stderr))
+    folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, progress)
     latents, held_out = load_training(folders["train"], recipe), load_latents(folders["val"])
-    model, initial = untrained(recipe)
+    with progress.task("loading the models"):
+        model, initial = untrained(recipe)
+        autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)
     parameters = model.trainable()
     copy_into(parameters, load_tensors(checkpoint, "model"), checkpoint)
     if moving := model.semantic.moving():
@@ -148,7 +157,7 @@ def open_subject(path: Path, batches: BatchesOf, *, overrides: Sequence[str] = (
         initial=initial,
         latents=latents,
         held_out=held_out,
-        autoencoder=load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device),
+        autoencoder=autoencoder,
         batches=batches(recipe, latents, device),
         history=[row for row in merged_history(run) if row["step"] <= step],
         strip=strip if strip.is_file() else None,

@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flowray.config.sweep import Constant, Sweep
+from flowray.store.doing import doing
+from flowray.store.run import RunDirectory
 from flowray.tune.records import TrialRecord
 from flowray.tune.referee import repeat_dir
 
@@ -187,13 +189,18 @@ class SweepConsole:
     def _metrics(self, trial: TrialRecord) -> str:
         return "  ".join(f"{name} {_with_noise(trial, name)}" for name in self._shown if name in trial.metrics)
 
+    def _doing(self, trial: TrialRecord) -> str:
+        """What its worker does before the first step."""
+        runs = (repeat_dir(self._dir / str(trial.trial), n) for n in range(self._sweep.seeds))
+        return next(filter(None, (doing(RunDirectory(run)) for run in runs)), "")
+
     def _progress(self, trial: TrialRecord, *, brief: bool = False) -> str:
         seeds, row, before = self._sweep.seeds, None, 0
         for repeat in range(seeds):  # one after the other
             found = last_row(repeat_dir(self._dir / str(trial.trial), repeat) / "metrics.jsonl")
             row, before = (found, repeat * trial.budget_steps // seeds) if found else (row, before)
         if row is None:
-            return "start-up"
+            return ", ".join(filter(None, ["start-up", "" if brief else self._doing(trial)]))
         loss = f" (loss/flow {_brief(row['loss/flow'])})" if "loss/flow" in row and not brief else ""
         return f"{before + row.get('step', 0)}/{trial.budget_steps}{loss}"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import ray
 
 from flowray.config.errors import InputError
+from flowray.config.progress import SILENT, Progress
 from flowray.rayrun.access import LOOPBACK, require_token
 
 FOLDERS = "fr-"  # begins the names of local Rays' folders; short: Ray's socket paths must stay under 107 bytes
@@ -46,7 +47,7 @@ def set_defaults() -> None:
 
 
 @contextmanager
-def started(num_cpus: int | None = None) -> Iterator[None]:
+def started(num_cpus: int | None = None, progress: Progress = SILENT) -> Iterator[None]:
     """Ray for the block: an initialised one as it is, the cluster named by RAY_ADDRESS, else a private local one, shut down after.
 
     num_cpus: CPUs the local Ray offers, at least those of the machine. A bare `ray.init()` would join any Ray on the host, so
@@ -60,7 +61,8 @@ def started(num_cpus: int | None = None) -> Iterator[None]:
     if in_cluster():
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # training runs show in the cluster's dashboard
         _use_token()
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        with progress.task("joining the Ray cluster"):
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
         try:
             yield
         finally:
@@ -69,10 +71,12 @@ def started(num_cpus: int | None = None) -> Iterator[None]:
     require_token()
     with local_folder() as folder:
         try:
-            _init_local(folder, max(os.cpu_count() or 1, num_cpus or 1))
+            with progress.task("starting Ray"):
+                _init_local(folder, max(os.cpu_count() or 1, num_cpus or 1))
             yield
         finally:
-            ray.shutdown()
+            with progress.task("ending Ray"):
+                ray.shutdown()
 
 
 def _init_local(folder: Path, num_cpus: int) -> None:

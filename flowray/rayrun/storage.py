@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flowray.config.errors import InputError
+from flowray.config.progress import SILENT, Progress
 from flowray.config.train import DataConfig
 from flowray.data.shards import EMBEDDED, find_shards
 from flowray.rayrun.session import in_cluster, started
@@ -85,7 +86,7 @@ def refusal_here(folder: Path, mark: str, patience_s: float = PATIENCE_S) -> str
     return ""
 
 
-def refuse_unshared(storage: Path, data: DataConfig) -> None:
+def refuse_unshared(storage: Path, data: DataConfig, progress: Progress = SILENT) -> None:
     """On a cluster: InputError, naming path and node, unless every node shares `storage` and sees the shards. Elsewhere nothing.
 
     Starts Ray for the questions where it is not started.
@@ -97,7 +98,7 @@ def refuse_unshared(storage: Path, data: DataConfig) -> None:
             f"storage_path: {storage} lies in the job's working directory, which is removed with the job; "
             "type storage_path=/SHARED/FOLDER, or set FLOWRAY_STORAGE on the cluster"
         )
-    with started():
+    with started(progress=progress), progress.task("asking the nodes for the storage"):
         require_shared(storage, [] if data.shards in EMBEDDED else _shards(data))
 
 

@@ -22,6 +22,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, override_recipe, recipe_diffs
+from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.sweep import Sweep
 from flowray.config.sweepfile import dump_sweep, text_sweep
@@ -35,6 +36,7 @@ from flowray.rayrun.search import FAILED, LACKS, ProbeScheduler, StudySearch, Un
 from flowray.rayrun.storage import Unshared, check_here, marked, refuse_unshared
 from flowray.rayrun.trainer import RunFailed, fit, train_worker
 from flowray.report.load import load_sweep as load_report
+from flowray.store.latents import ensure_latents
 from flowray.store.run import RunDirectory, RunLock, storage_folder
 from flowray.tune.halving import make_halving
 from flowray.tune.plan import Cluster, longest, share_cluster
@@ -48,6 +50,8 @@ _THE_SWEEP = ("task", "method", "search", "metric", "more_metrics", "parameters"
 _PLACES = ("name", "storage_path", "description", "card", "base", "set")  # what base and set come to stands in base.yaml
 # may differ: places, where it trains, and checkpoints, of which another halving may need more
 _OF_THE_RECIPE = ("name", "storage_path", "card", "resources", "data.cache", "train.device", "train.checkpoint_every")
+
+_DATA = {"data", "model.autoencoder", "model.latent"}  # parts of a recipe that latents depend on
 
 TrialFn = Callable[[Recipe, Path], None]  # trains one recipe in one run directory, inside a Tune session
 
@@ -120,6 +124,7 @@ def run_sweep(
     finish: Sequence[int] = (),
     trial_fn: TrialFn | None = None,
     stream: TextIO = sys.stderr,
+    progress: Progress = SILENT,
 ) -> SweepResult:
     """Run the trials that are still missing and write sweep.yaml, trials.jsonl, study.journal, best.yaml and the run directories.
 
@@ -130,6 +135,7 @@ def run_sweep(
     """
     refuse_unshared(storage_folder(sweep.storage_path), base.data)
     deadline = math.inf if sweep.time_budget is None else time.monotonic() + sweep.time_budget
+    trains = trial_fn is None and sweep.task == "train"
     trial_fn = trial_fn or (train_trial if sweep.task == "train" else sample_trial(Path(sweep.base)))
     earlier = earlier_trials(sweep, base) if sweep.warm_start else None
     if earlier:
@@ -137,9 +143,12 @@ def run_sweep(
     sweep_dir, out_of_time = open_directory(sweep, base, resume), False
     records = Records(sweep_dir / "trials.jsonl")
     if len(records.trials) < trial_count(sweep) or records.by("running") or records.waiting() or finish:
+        if trains and not session.in_cluster() and not _DATA.intersection(map(_part, sweep.parameters)):
+            made_of = base.data, base.model.autoencoder, base.model.latent
+            ensure_latents(*made_of, progress)  # once, before all trials want them
         takes, at_once = share_cluster(sweep, base, Cluster(((os.cpu_count() or 1, 0),)))
         needed = at_once * takes["resources.num_workers"] * takes["resources.cpus_per_worker"]  # a local Ray offers at least these
-        with RunLock(RunDirectory(sweep_dir)) as lock, _quiet(), session.started(num_cpus=needed), _sigterm_as_interrupt():
+        with RunLock(RunDirectory(sweep_dir)) as lock, _quiet(), session.started(needed, progress), _sigterm_as_interrupt():
             resources, concurrent = share_cluster(sweep, base, reach())
             base_here = override_recipe(base, resources)
             leave_link(sweep_dir)
@@ -167,6 +176,12 @@ def run_sweep(
     if record:
         (sweep_dir / "best.yaml").write_text(_best_recipe(sweep, base, record))
     return _result(sweep, records, record, finish, out_of_time)
+
+
+def _part(key: str) -> str:
+    """The part of the recipe that a key belongs to: `data`, `model.autoencoder`."""
+    parts = key.split(".")
+    return parts[0] if parts[0] != "model" else ".".join(parts[:2])
 
 
 def _result(sweep: Sweep, records: Records, best: TrialRecord | None, finish: Sequence[int], out_of_time: bool) -> SweepResult:

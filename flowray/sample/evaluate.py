@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from flowray.config.progress import SILENT, Progress, counted
 from flowray.data.shapes import ATTRIBUTES, Scene, Split, caption, draw_scene, render, single_scenes
 from flowray.flow.draws import Draws
 from flowray.model.autoencoder import Autoencoder
@@ -24,7 +25,7 @@ def _captions(scenes: list[Scene], seed: int) -> list[str]:
     return [caption(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
 
 
-def _singles(checker: ShapesChecker, scenes: list[Scene], pictures: np.ndarray) -> dict[str, Any]:
+def _singles(checker: ShapesChecker, scenes: list[Scene], pictures: Iterable[np.ndarray]) -> dict[str, Any]:
     """Scores of one-object pictures against the scenes they should show."""
     rows = [single_score(scene, *checker.read(picture)) for scene, picture in zip(scenes, pictures, strict=True)]
     by_attribute = {name: float(np.mean([row[name] for row in rows])) for name in ATTRIBUTES}
@@ -36,7 +37,7 @@ def _singles(checker: ShapesChecker, scenes: list[Scene], pictures: np.ndarray) 
     }
 
 
-def _pairs(checker: ShapesChecker, scenes: list[Scene], pictures: np.ndarray) -> dict[str, Any]:
+def _pairs(checker: ShapesChecker, scenes: list[Scene], pictures: Iterable[np.ndarray]) -> dict[str, Any]:
     """Scores of two-object pictures."""
     rows = [pair_score(scene, *checker.read(picture)) for scene, picture in zip(scenes, pictures, strict=True)]
     return {name: float(np.mean([row[name] for row in rows])) for name in ("relation", "binding", "all")} | {"prompts": len(rows)}
@@ -58,25 +59,35 @@ def round_trip(autoencoder: Autoencoder, images: list[np.ndarray], seed: int) ->
     return np.concatenate(rebuilt)
 
 
-def evaluate_shapes(paint: Painter, autoencoder: Autoencoder, seed: int) -> dict[str, Any]:
+def evaluate_shapes(paint: Painter, autoencoder: Autoencoder, seed: int, progress: Progress = SILENT) -> dict[str, Any]:
     """The `shapes` object of `flowray.eval`: held-out single-object prompts, two objects, unseen pairs, and the controls.
 
     Controls: `ceiling`, real pictures of the same scenes through the autoencoder; `floor`, the same generated pictures judged
     against another scene's caption.
     """
-    checker = ShapesChecker()
+    with progress.task("drawing the checker's templates"):
+        checker = ShapesChecker()
     held_out, unseen = single_scenes("val"), single_scenes("unseen")
     pairs = two_object_scenes("val", seed)
-    pictures = paint(_captions(held_out, seed))
+    painted = [paint(_captions(scenes, seed)) for scenes in (held_out, pairs, unseen)]
     real = [render(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(held_out)]
     order = np.random.default_rng(seed).permutation(len(held_out))
     shuffled = [held_out[i] for i in np.roll(order, 1)[np.argsort(order)]]
-    return {
-        **_singles(checker, held_out, pictures),
-        "two_objects": _pairs(checker, pairs, paint(_captions(pairs, seed))),
-        "unseen": _singles(checker, unseen, paint(_captions(unseen, seed))),
-        "controls": {
-            "ceiling": _singles(checker, held_out, round_trip(autoencoder, real, seed)),
-            "floor": _singles(checker, shuffled, pictures),
-        },
-    }
+    with progress.task("real pictures through the autoencoder"):
+        rebuilt = round_trip(autoencoder, real, seed)
+    pictures, paired, never_seen = painted
+    judged = 3 * len(held_out) + len(pairs) + len(unseen)
+    with progress.task("judging pictures", judged) as advance:
+
+        def singles(scenes: list[Scene], shown: np.ndarray) -> dict[str, Any]:
+            return _singles(checker, scenes, counted(shown, advance))
+
+        return {
+            **singles(held_out, pictures),
+            "two_objects": _pairs(checker, pairs, counted(paired, advance)),
+            "unseen": singles(unseen, never_seen),
+            "controls": {
+                "ceiling": singles(held_out, rebuilt),
+                "floor": singles(shuffled, pictures),
+            },
+        }

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowray.config.flow import SampleConfig
+from flowray.config.progress import Advance
 from flowray.flow.draws import Draws
 from flowray.flow.guidance import guided
 from flowray.flow.path import time_code
@@ -37,8 +38,18 @@ def generate_latents(model: FlowModel, prompts: Sequence[str], config: SampleCon
 
 
 @torch.no_grad()
-def generate(model: FlowModel, autoencoder: Autoencoder, prompts: Sequence[str], config: SampleConfig, seed: int) -> np.ndarray:
-    """Pictures uint8 (B, H, W, 3) of the prompts, with the weights the model holds now."""
+def generate(
+    model: FlowModel,
+    autoencoder: Autoencoder,
+    prompts: Sequence[str],
+    config: SampleConfig,
+    seed: int,
+    advance: Advance | None = None,
+) -> np.ndarray:
+    """Pictures uint8 (B, H, W, 3) of the prompts, with the weights the model holds now.
+
+    advance: hears of every batch of pictures.
+    """
     was_training = model.training
     model.eval()
     device = next(model.velocity.parameters()).device
@@ -47,7 +58,10 @@ def generate(model: FlowModel, autoencoder: Autoencoder, prompts: Sequence[str],
     try:
         for start in range(0, len(prompts), BATCH):
             part = slice(start, start + BATCH)
-            pictures.append(from_pictures(autoencoder.decode(generate_latents(model, prompts[part], config, noise[part]))))
+            latents = generate_latents(model, prompts[part], config, noise[part])
+            pictures.append(from_pictures(autoencoder.decode(latents)))
+            if advance:
+                advance(len(latents))
     finally:
         model.train(was_training)
     return np.concatenate(pictures)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
 from flowray.config.keys import INF, describe
 from flowray.config.model import AutoencoderConfig
+from flowray.config.progress import SILENT, Advance, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig
 from flowray.data.make import cache_dir, ensure_embedded
@@ -31,9 +32,11 @@ from flowray.data.shards import MANIFEST, find_shards, sha256, write_shards
 from flowray.model.assets import asset_path
 from flowray.model.latent import LatentScale, Moments, over_channels
 
+if TYPE_CHECKING:
+    from flowray.model.autoencoder import Autoencoder
+
 ENCODE_BATCH = 32
 STATISTICS = 4096  # samples that channel_statistics reads at most
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,10 @@ def _decode_batch(reader: ShardReader, indices: range) -> Tensor:
     return to_pictures(images)
 
 
-def split_shards(data: DataConfig) -> dict[str, tuple[Path, ...]]:
+def split_shards(data: DataConfig, progress: Progress = SILENT) -> dict[str, tuple[Path, ...]]:
     """Image shards of `train` and `val` (and `unseen` for shapes); the embedded sets are made on first use."""
     if data.shards in ("shapes", "digits"):
-        folders = ensure_embedded(data.shards, cache_dir(data.cache))  # type: ignore[arg-type]
+        folders = ensure_embedded(data.shards, cache_dir(data.cache), progress)  # type: ignore[arg-type]
         return {split: find_shards(str(folder)) for split, folder in folders.items()}
     if data.val_shards is None:
         raise InputError("data.val_shards: not given; probes need held-out shards beside data.shards")
@@ -122,27 +125,37 @@ def autoencoder_fingerprint(config: AutoencoderConfig) -> str:
     return digest.hexdigest()[:12]
 
 
-def ensure_latents(data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSpec, progress: Progress = print) -> dict[str, Path]:
+def ensure_latents(
+    data: DataConfig,
+    autoencoder: AutoencoderConfig,
+    latent: LatentSpec,
+    progress: Progress = SILENT,
+) -> dict[str, Path]:
     """split -> folder of latent shards, encoded now where they are not in the cache."""
     folders = {}
-    for split, shards in split_shards(data).items():
-        reader = ShardReader(shards)
+    for split, shards in split_shards(data, progress).items():
+        with progress.task(f"looking through the {split} shards"):
+            reader = ShardReader(shards)
         folder = cache_dir(data.cache) / f"latents-{autoencoder_fingerprint(autoencoder)}-{pictures_fingerprint(reader)}" / split
         if not (folder / MANIFEST).is_file():
-            progress(f"encoding {len(reader)} {split} pictures into {folder}")
-            _encode(reader, folder, autoencoder, latent, progress)
+            with progress.task("loading the autoencoder"):
+                encoder = _encoder(autoencoder, latent)
+            with progress.task(f"encoding {split} pictures", len(reader)) as advance:
+                _encode(reader, folder, encoder, advance)
             if warning := channel_warning(channel_metrics(load_latents(folder))):
-                progress(warning)
+                progress.say(warning)
         folders[split] = folder
     return folders
 
 
-def _encode(reader: ShardReader, folder: Path, config: AutoencoderConfig, latent: LatentSpec, progress: Progress) -> None:
+def _encoder(config: AutoencoderConfig, latent: LatentSpec) -> Autoencoder:
     from flowray.model.autoencoder import load_autoencoder  # diffusers takes seconds to import; a cached run never needs it
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autoencoder = load_autoencoder(config, latent).to(device)
-    scale = autoencoder.scale
+    return load_autoencoder(config, latent).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _encode(reader: ShardReader, folder: Path, autoencoder: Autoencoder, advance: Advance) -> None:
+    device, scale = next(autoencoder.parameters()).device, autoencoder.scale
     # One shared dict: the writer puts it into the manifest after the last sample, when the statistics are known.
     meta: dict[str, Any] = {"scale": scale.scale, "shift": scale.shift, "deterministic": scale.deterministic}
     meta["pictures"] = [str(path.absolute()) for path in reader.paths]
@@ -167,8 +180,7 @@ def _encode(reader: ShardReader, folder: Path, config: AutoencoderConfig, latent
                 np.save(buffer, row)
                 kept: dict[str, Any] = {e: reader.read(i, e) for e in ("json", "txt") if e in reader.extensions(i)}
                 yield {"__key__": reader.keys[i], "moments.npy": buffer.getvalue(), **kept}
-            if start // ENCODE_BATCH % 100 == 99:
-                progress(f"  encoded {indices[-1] + 1}/{len(reader)}")
+            advance(len(indices))
         meta["mean"] = total / count
         meta["variance"] = squares / count - (total / count) ** 2
 

@@ -68,6 +68,11 @@ class RunDirectory:
         """A file whose presence asks the loop to write a checkpoint and stop."""
         return self.path / ".stop"
 
+    @property
+    def doing(self) -> Path:
+        """What its worker is doing before the first step."""
+        return self.path / ".doing"
+
     def create(self) -> None:
         """Make the folders; InputError where that cannot be."""
         try:

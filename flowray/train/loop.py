@@ -11,12 +11,14 @@ import torch
 from tensorboardX import SummaryWriter
 
 from flowray.config.load import dump_recipe
+from flowray.config.progress import SILENT
 from flowray.config.recipe import Recipe
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
 from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
 from flowray.probes.vae import vae_metrics
 from flowray.sample.generate import generate, save_strip
 from flowray.store.checkpoint import load_state, newest_checkpoint
+from flowray.store.doing import WrittenProgress
 from flowray.store.latents import LatentSet, channel_metrics, ensure_latents, load_latents, load_training
 from flowray.store.rows import RowWriter
 from flowray.store.run import RunDirectory, RunLock
@@ -40,17 +42,20 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
     Every rank calls `report`, with the lead's row, at every probe. InputError where a rank cannot use the GPU that it was given.
     """
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
-    folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent) if group.lead else {}
+    progress = WrittenProgress(run) if group.lead else SILENT
+    made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
+    folders = ensure_latents(*made_of, progress) if group.lead else {}
     group.agree(True)  # the others wait until the lead has encoded
-    folders = folders or ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
+    folders = folders or ensure_latents(*made_of)
     latents, held_out = load_training(folders["train"], recipe), load_latents(folders["val"])
     if group.lead:
         run.create()
     with ExitStack() as closing:
         if group.lead:
             closing.enter_context(RunLock(run, ORPHANED_S))
-        state = fresh_state(recipe, group.device)
-        restore_state(state, recipe, run)
+        with progress.task("loading the models"):
+            state = fresh_state(recipe, group.device)
+            restore_state(state, recipe, run)
         objective = group.wrap(state.objective)
         make_batch = BatchMaker(recipe, latents, group)
         sinks = Sinks(recipe, run, held_out, state, group) if group.lead else None

@@ -1,10 +1,14 @@
-"""Live progress from the files of a run: the doctor's findings are told once, and again when they come back; silence is told."""
+"""What commands show while they work: lines for a log, bars for a terminal, the rows of a run as they come."""
 
 import io
 import time
 
+import pytest
+from support import Heard
+
 from flowray.cli import progress as module
-from flowray.cli.progress import RunProgress
+from flowray.cli.progress import ConsoleProgress, RunProgress, clock
+from flowray.store.doing import WrittenProgress, doing
 from flowray.store.rows import RowWriter
 from flowray.store.run import RunDirectory
 
@@ -13,32 +17,101 @@ def finding(name):
     return {"id": name, "severity": "bad", "evidence": f"{name} it is"}
 
 
+def lines(stream):
+    return [line.split("] ", 1)[1] for line in stream.getvalue().splitlines()]
+
+
 def test_a_line_for_every_new_finding(tmp_path):
-    run, stream = RunDirectory(tmp_path), io.StringIO()
-    progress = RunProgress(run, 40, 0, stream)
+    run, heard = RunDirectory(tmp_path), Heard()
+    progress = RunProgress(run, 40, 0, heard)
     writer = RowWriter(run.findings, 0)
-    lines = []
+    counts = []
     for step, ids in ((10, ["a"]), (20, ["a", "b"]), (30, []), (40, ["a"])):
         writer.write({"step": step, "findings": [finding(name) for name in ids]})
-        progress.show(now=True)
-        lines.append([line.split("] ", 1)[1] for line in stream.getvalue().splitlines()])
-    said = lines[-1]
-    assert [len(so_far) for so_far in lines] == [1, 2, 2, 3]
-    assert said == ["doctor 10/40  bad: a: a it is", "doctor 20/40  bad: b: b it is", "doctor 40/40  bad: a: a it is"]
+        progress.show(lambda count=1, note="": None)
+        counts.append(len(heard.said))
+    assert counts == [1, 2, 2, 3]
+    told = ["doctor 10/40  bad: a: a it is", "doctor 20/40  bad: b: b it is"]
+    assert heard.said == [*told, "doctor 40/40  bad: a: a it is"]
 
 
-def test_a_silence_is_told_but_not_at_every_beat(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BEAT_S", 0.0)
+def test_a_silence_is_told_but_not_at_every_look(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SILENT_S", 0.05)
-    run, stream = RunDirectory(tmp_path), io.StringIO()
-    progress, writer = RunProgress(run, 40, 0, stream), RowWriter(run.metrics, 0)
+    run, heard = RunDirectory(tmp_path), Heard()
+    progress, writer = RunProgress(run, 40, 0, heard), RowWriter(run.metrics, 0)
+    done = []
     for step in (1, 2):
         writer.write({"step": step, "loss/flow": 1.0, "perf/images_per_s": 1.0})
         for _ in range(10):
-            progress.show()
+            progress.show(lambda count=1, note="": done.append(count))
             time.sleep(0.01)
-    lines = ["silent" if "no step for" in line else "step" for line in stream.getvalue().splitlines()]
-    assert lines[0] == "step"
-    assert lines.count("step") == 2
-    assert 1 <= lines[1:].index("step") <= 2  # told once or twice in a tenth of a second, not at every beat
-    assert lines[-1] == "silent"
+    assert sum(done) == 2
+    assert 2 <= len(heard.said) <= 4  # once or twice in a tenth of a second, after each step
+
+
+def test_start_up_says_what_the_worker_is_doing(tmp_path):
+    run = RunDirectory(tmp_path)
+    progress, notes = RunProgress(run, 40, 0, Heard()), []
+
+    def look():
+        progress.show(lambda count=1, note="": notes.append(note))
+
+    worker = WrittenProgress(run)
+    with worker.task("encoding train pictures", 64) as advance:
+        look()
+        advance(32)
+    look()
+    RowWriter(run.metrics, 0).write({"step": 2, "loss/flow": 0.5, "perf/images_per_s": 7.0})
+    look()
+    assert notes[0] == "encoding train pictures 0/64"
+    assert (doing(run), notes[1]) == ("", "starting workers")
+    assert "0.500" in notes[2]
+
+
+def test_a_log_gets_few_lines_and_none_for_what_is_quick(monkeypatch):
+    monkeypatch.setattr(module, "FIRST_S", 0.05)
+    monkeypatch.setattr(module, "BEAT_S", 0.1)
+    stream = io.StringIO()
+    progress = ConsoleProgress(stream)
+    with progress.task("quick"):
+        pass
+    with progress.task("outer"), progress.task("encoding", 1000) as advance:
+        for _ in range(100):
+            advance(10)
+            time.sleep(0.01)
+    said = lines(stream)
+    assert said[0].startswith("encoding ")
+    assert said[0].endswith("/1000")
+    assert all(line.startswith("encoding ") and line.endswith(" left") for line in said[1:-1])
+    assert 3 <= len(said) <= 6  # at 0.05, 0.15, 0.35, 0.75 s
+    counts = [int(line.removeprefix("encoding ").split("/")[0]) for line in said]
+    assert counts == sorted(set(counts))
+
+
+def test_a_terminal_gets_a_bar_and_is_left_clean(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    progress = ConsoleProgress(stream)
+
+    def work():
+        with progress.task("encoding", 10) as advance:
+            advance(5)
+            time.sleep(0.3)
+            progress.say("a remark")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    shown = stream.getvalue()
+    assert "5/10" in shown
+    assert "a remark\n" in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is back
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(4.4, "4 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")])
+def test_durations(seconds, words):
+    assert clock(seconds) == words

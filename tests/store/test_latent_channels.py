@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import SCALE, SHIFT, SPEC, tiny_autoencoder, tiny_latents, tiny_pictures
+from support import SCALE, SHIFT, SPEC, Heard, tiny_autoencoder, tiny_latents, tiny_pictures
 
 from flowray.cli.data import main
 from flowray.config.keys import describe
@@ -85,15 +85,17 @@ def test_encoding_warns_of_a_scale_that_is_off(tmp_path: Path) -> None:
         val_shards=str(tiny_pictures(tmp_path / "val", 8, start=24)),
         cache=str(tmp_path / "cache"),
     )
-    first = ensure_latents(data, KLAutoencoder(path=net), SPEC, print)["train"]
+    first = ensure_latents(data, KLAutoencoder(path=net), SPEC)["train"]
     mean, std = channel_statistics(load_latents(first))
     middle = float(std.log().mean().exp())
     warned = {}
     for factor in (1.0, 10.0):
-        lines: list[str] = []
+        heard = Heard()
         shift = float((mean / SCALE + SHIFT).mean())
-        ensure_latents(data, KLAutoencoder(path=net, scaling_factor=factor * SCALE / middle, shift_factor=shift), SPEC, lines.append)
-        warned[factor] = [line for line in lines if line.startswith("warning: latent/channel")]
+        scale = factor * SCALE / middle
+        config = KLAutoencoder(path=net, scaling_factor=scale, shift_factor=shift)
+        ensure_latents(data, config, SPEC, heard)
+        warned[factor] = [line for line in heard.said if line.startswith("warning: latent/channel")]
     assert warned[1.0] == []
     assert len(warned[10.0]) == 2  # train and val
 

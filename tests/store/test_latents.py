@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from support import SCALE, SHIFT, SPEC, tiny_autoencoder, tiny_latents, tiny_pictures
+from support import SCALE, SHIFT, SPEC, Heard, tiny_autoencoder, tiny_latents, tiny_pictures
 
 from flowray.config.errors import InputError
 from flowray.config.model import KLAutoencoder
@@ -31,10 +31,11 @@ def data(tmp_path) -> DataConfig:
     return DataConfig(shards=str(train), val_shards=str(val), cache=str(tmp_path / "cache"))
 
 
-def ensure(data: DataConfig, config: KLAutoencoder) -> tuple[dict[str, Path], list[str]]:
-    lines: list[str] = []
-    folders = ensure_latents(data, config, SPEC, lines.append)
-    return folders, [line for line in lines if not line.startswith("warning")]  # the tiny autoencoder's channels are far from N(0, 1)
+def ensure(data: DataConfig, config: KLAutoencoder) -> tuple[dict[str, Path], dict[str, int]]:
+    """The folders, and what was encoded."""
+    heard = Heard()
+    folders = ensure_latents(data, config, SPEC, heard)
+    return folders, {what: n for what, n in heard.tasks.items() if what.startswith("encoding")}
 
 
 def write(folder: Path, pictures: list[np.ndarray]) -> str:
@@ -43,8 +44,8 @@ def write(folder: Path, pictures: list[np.ndarray]) -> str:
 
 
 def test_moments_scale_and_variance_are_those_of_the_pictures(data, config):
-    folders, lines = ensure(data, config)
-    assert [line.split(" into")[0] for line in lines] == ["encoding 40 train pictures", "encoding 8 val pictures"]
+    folders, encoded = ensure(data, config)
+    assert encoded == {"encoding train pictures": 40, "encoding val pictures": 8}
     latents = load_latents(folders["train"])
     assert (latents.scale.scale, latents.scale.shift, latents.scale.deterministic) == (SCALE, SHIFT, False)
     reader = ShardReader(find_shards(data.shards))
@@ -67,8 +68,8 @@ def test_moments_scale_and_variance_are_those_of_the_pictures(data, config):
 def test_encoded_once_and_again_when_something_changes(data, config, tmp_path):
     first, _ = ensure(data, config)
     stamp = (first["train"] / MANIFEST).stat().st_mtime_ns
-    again, lines = ensure(data, config)
-    assert (again, lines) == (first, [])
+    again, encoded = ensure(data, config)
+    assert (again, encoded) == (first, {})
     assert (again["train"] / MANIFEST).stat().st_mtime_ns == stamp
 
     # Other pixels under the same key in a tar of the same size.

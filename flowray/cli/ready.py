@@ -1,0 +1,68 @@
+"""Whether this machine has what a run asks for: looked at before any picture is encoded, and by `--plan`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from flowray.config.errors import InputError
+from flowray.config.paths import is_hub_name, no_such
+from flowray.config.recipe import Recipe
+from flowray.data.reader import ShardReader
+from flowray.data.shards import EMBEDDED
+
+
+def refuse_unready(recipe: Recipe) -> None:
+    """InputError for the first of `problems`."""
+    for problem in problems(recipe):
+        raise InputError(problem)
+
+
+def problems(recipe: Recipe) -> Iterator[str]:
+    """A line for whatever would stop the run, cheapest first: GPUs, device, shards, weights.
+
+    Where RAY_ADDRESS names a cluster, its nodes and not this machine have the GPUs and the weights.
+    """
+    here = "RAY_ADDRESS" not in os.environ
+    for check in (_check_gpus, check_device, check_shards, _check_weights):
+        if here or check is check_shards:
+            try:
+                check(recipe)
+            except InputError as error:
+                yield str(error)
+
+
+def _check_gpus(recipe: Recipe) -> None:
+    import torch
+
+    wanted = recipe.resources.num_workers * recipe.resources.gpus_per_worker
+    have = torch.cuda.device_count()
+    if wanted > have:
+        asked = f"{wanted:g} GPU(s) asked for, this machine has {have}"
+        raise InputError(f"resources: {asked}; type resources.gpus_per_worker=0")
+
+
+def check_device(recipe: Recipe) -> None:
+    """InputError where the recipe wants a GPU and torch can use none."""
+    import torch
+
+    if recipe.train.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("train.device: got cuda, but torch can use no GPU here; type train.device=cpu")
+
+
+def check_shards(recipe: Recipe) -> None:
+    """InputError where shards are not there or do not begin with a picture that decodes."""
+    from flowray.store.latents import decode_image, split_shards
+
+    if recipe.data.shards in EMBEDDED:
+        return
+    for shards in split_shards(recipe.data).values():
+        decode_image(ShardReader(shards, limit=1), 0)
+
+
+def _check_weights(recipe: Recipe) -> None:
+    from flowray.cli.plan import weights
+
+    for each in weights(recipe):
+        if not each["present"] and not is_hub_name(each["path"]):
+            raise InputError(f"{each['key']}: {each['path']!r}: {no_such(each['path'])}")

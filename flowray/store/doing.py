@@ -1,0 +1,56 @@
+"""What a worker of a run is doing before its first step, in a file of the run for whoever watches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from flowray.config.progress import Advance
+from flowray.store.run import RunDirectory
+
+WRITE_S = 1.0  # a count is written at most that often
+
+
+def doing(run: RunDirectory) -> str:
+    """What its worker is doing ("encoding train pictures 3200/12000"); '' where nothing tells."""
+    try:
+        return run.doing.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+class WrittenProgress:
+    """Progress for a process that nobody sees: the task under way stands in `run.doing`, which goes with it."""
+
+    def __init__(self, run: RunDirectory):
+        self._file = run.doing
+
+    def say(self, text: str) -> None:
+        """To the worker's own log."""
+        print(text)
+
+    @contextmanager
+    def task(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
+        """Tasks do not lie in one another here."""
+        written = 0.0
+
+        def advance(count: int = 1, note: str = "") -> None:
+            nonlocal done, written
+            done += count
+            if time.monotonic() - written > WRITE_S:
+                written = time.monotonic()
+                self._write(f"{what} {done}/{total}" if total else what)
+
+        advance(0)
+        try:
+            yield advance
+        finally:
+            with suppress(OSError):
+                self._file.unlink(missing_ok=True)
+
+    def _write(self, text: str) -> None:
+        """A full disk is no reason to stop: the run says so where it matters."""
+        with suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(text, encoding="utf-8")
