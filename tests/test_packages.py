@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {  # import name -> name in pyproject.toml
@@ -63,6 +65,30 @@ def test_every_import_is_declared(used: set[str]) -> None:
     others = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit_learn", "markdown_it": "markdown_it_py"}
     needed = used - sys.stdlib_module_names - {"flowray"}
     assert {others.get(name, name).lower() for name in needed} <= declared
+
+
+def requirements() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    return [Requirement(line) for line in [*project["dependencies"], *sum(extras, [])]]
+
+
+def test_what_is_tested_lies_in_the_declared_ranges() -> None:
+    """constraints.txt holds the versions that `make setup` installs and the tests pass with."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
+    needed = {canonicalize_name(each.name): each.specifier for each in requirements()}
+    known = {name: specifier for name, specifier in needed.items() if name in pinned}
+    assert {"ray", "optuna", "torch", "transformers", "diffusers"} <= known.keys()
+    outside = [name for name, specifier in known.items() if pinned[name] not in specifier]
+    assert outside == []
+
+
+@pytest.mark.parametrize("name", ["ray", "optuna", "torch"])
+def test_a_range_has_an_end_where_private_names_are_used(name: str) -> None:
+    specifiers = [each.specifier for each in requirements() if each.name == name]
+    assert any(part.operator in ("<", "<=", "==", "~=") for each in specifiers for part in each)
 
 
 def test_no_torchvision(used: set[str]) -> None:
