@@ -114,6 +114,10 @@ def print_plan(facts: dict[str, Any]) -> None:
         lines.append(f"{facts['trials']} trials of {facts['budget_steps']} steps{seeds}: {at_most}{expected}")
     else:
         lines.append(f"{facts['trials']} trials, each one evaluation of the run's pictures")
+    if facts["settings"] is not None:
+        beyond = (facts["run_cap"] or 0) > facts["settings"]
+        end = f"; the sweep ends with them, before run_cap {facts['run_cap']}" if beyond else ""
+        lines.append(f"the space has {facts['settings']:,} settings, none drawn twice{end}")
     lines += [_resources(facts), _hours(facts), _storage(facts)]
     missing = [each for each in facts["weights"] if not each["present"]]
     lines += [f"{each['key']}: {each['path']} is not here; trials that need it fail; type set.{each['key']}=FILE" for each in missing]

@@ -43,7 +43,7 @@ from flowray.tune.plan import Cluster, longest, share_cluster
 from flowray.tune.records import Records, TrialRecord
 from flowray.tune.referee import Referee, repeat_dir, repeat_of
 from flowray.tune.sampling import score_pictures
-from flowray.tune.space import trial_count
+from flowray.tune.space import ends_with_its_space, left_to_begin, trial_count
 from flowray.tune.warm import earlier_trials
 
 _THE_SWEEP = ("task", "method", "search", "metric", "more_metrics", "parameters", "points", "warm_start", "seeds", "seed")
@@ -142,7 +142,7 @@ def run_sweep(
         print(earlier, file=stream)
     sweep_dir, out_of_time = open_directory(sweep, base, resume), False
     records = Records(sweep_dir / "trials.jsonl")
-    if len(records.trials) < trial_count(sweep) or records.by("running") or records.waiting() or finish:
+    if _to_begin(sweep, records) or records.by("running") or records.waiting() or finish:
         if trains and not session.in_cluster() and not _DATA.intersection(map(_part, sweep.parameters)):
             made_of = base.data, base.model.autoencoder, base.model.latent
             ensure_latents(*made_of, progress)  # once, before all trials want them
@@ -173,6 +173,9 @@ def run_sweep(
     records = Records(sweep_dir / "trials.jsonl")
     best = load_report(sweep_dir).best
     record = records.trials[best.number] if best else None
+    if (settings := ends_with_its_space(sweep)) and not _to_begin(sweep, records):
+        more = "for more trials, name=OTHER and more values"
+        print(f"no setting is left of the {settings} in the space, run_cap {sweep.run_cap}; {more}", file=stream)
     if record:
         (sweep_dir / "best.yaml").write_text(_best_recipe(sweep, base, record))
     return _result(sweep, records, record, finish, out_of_time)
@@ -195,8 +198,12 @@ def _result(sweep: Sweep, records: Records, best: TrialRecord | None, finish: Se
         records.saved(),
         interrupted=bool(unfinished & set(finish) if finish else unfinished),
         out_of_time=out_of_time,
-        left=len(unfinished) + max(0, trial_count(sweep) - len(trials)),
+        left=len(unfinished) + _to_begin(sweep, records),
     )
+
+
+def _to_begin(sweep: Sweep, records: Records) -> int:
+    return left_to_begin(sweep, (trial.params for trial in records.trials.values()))
 
 
 def open_directory(sweep: Sweep, base: Recipe, resume: bool) -> Path:

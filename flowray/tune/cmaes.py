@@ -99,7 +99,8 @@ class CmaEsSampler(BaseSampler):
         strategy = Strategy(len(keys), self._sigma, self._population)
         ended = [t for t in study.get_trials(deepcopy=False) if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and t.value is not None]
         while True:
-            born = [t for t in ended if t.system_attrs.get(GENERATION) == strategy.generation and set(t.system_attrs[DRAW]) == set(keys)]
+            same = [t for t in ended if t.system_attrs.get(GENERATION) == strategy.generation]
+            born = [t for t in same if set(t.system_attrs[DRAW]) == set(keys) and _as_drawn(t)]
             if len(born) < strategy.population:
                 return strategy
             best = sorted(born[: strategy.population], key=lambda t: (-_reached(t), sign * float(t.value or 0.0)))
@@ -109,6 +110,12 @@ class CmaEsSampler(BaseSampler):
 def _reached(trial: FrozenTrial) -> float:
     """A trial that was stopped ranks behind all that went further."""
     return math.inf if trial.state == TrialState.COMPLETE else float(trial.last_step or 0)
+
+
+def _as_drawn(trial: FrozenTrial) -> bool:
+    """Whether it was given what was drawn for it, and not another setting as that was there."""
+    drawn = {key: _from_unit(trial.distributions[key], x) for key, x in trial.system_attrs[DRAW].items()}
+    return all(math.isclose(drawn[key], trial.params[key], rel_tol=1e-9) for key in drawn)
 
 
 def _from_unit(distribution: Any, x: float) -> Any:

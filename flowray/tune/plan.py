@@ -14,7 +14,7 @@ from flowray.config.sweep import SuccessiveHalving, Sweep, milestones
 from flowray.config.sweepfile import plain_parameter
 from flowray.store.run import storage_folder
 from flowray.tune.pace import Pace, own_pace, pace_of_runs
-from flowray.tune.space import trial_count
+from flowray.tune.space import setting_count, trial_count
 from flowray.tune.warm import earlier_trials
 
 GIB = 2**30
@@ -139,6 +139,8 @@ def make_plan(sweep: Sweep, base: Recipe, cluster: Cluster, *, checkpoint_bytes:
         "stop": [rule.model_dump(exclude_none=True) for rule in sweep.stop],
         "rungs": rungs,
         "trials": trials,
+        "settings": setting_count(sweep.parameters),
+        "run_cap": sweep.run_cap,
         "seeds": sweep.seeds,
         "budget_steps": steps,
         "steps_at_most": at_most,

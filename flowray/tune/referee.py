@@ -20,7 +20,7 @@ from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 from flowray.tune.halving import Halving, Rungs
 from flowray.tune.records import Records, Status, TrialRecord
-from flowray.tune.space import Params, trial_count
+from flowray.tune.space import Params, left_to_begin
 from flowray.tune.stop import Watch
 from flowray.tune.study import REASON, Come, SweepStudy
 
@@ -108,7 +108,8 @@ class Referee:
 
     def remaining(self) -> int:
         """How many trials are still to begin, or to be continued from an earlier session."""
-        return len(self._queue) + (0 if self._finishing else max(0, trial_count(self.sweep) - len(self.records.trials)))
+        begun = (record.params for record in self.records.trials.values())
+        return len(self._queue) + (0 if self._finishing else left_to_begin(self.sweep, begun))
 
     def due(self) -> bool:
         """Whether a trial is to begin or to go on. Where all that is left waits and none of it goes on, the study is told so instead."""

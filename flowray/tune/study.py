@@ -10,6 +10,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Container, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +23,25 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
 from flowray.config.errors import InputError
+from flowray.config.search import RandomSearch, SearchConfig
 from flowray.config.sweep import Sweep
+from flowray.tune.fresh import FIXED, fresh_setting
 from flowray.tune.nsga import STEP
 from flowray.tune.samplers import Setting, make_sampler
-from flowray.tune.space import Params, as_categories, from_priors, grid, suggest
+from flowray.tune.space import (
+    Params,
+    as_categories,
+    can_repeat,
+    from_priors,
+    setting_of,
+    settings,
+    suggest,
+)
 
 REASON = "flowray"  # the user attribute that holds why a trial ended as it did
 FROM = "flowray:from"  # that of a trial of an earlier sweep: which one
 FINISHES = "flowray:finishes"  # that of the value of a stopped trial that was finished later: its number
+TRIES = 4  # drafts by the sampler, then as many at random, before what is left is gone through
 LOCK_S = 2.0  # a lock of the journal lasts milliseconds; one that stays so long belonged to a killed process
 
 
@@ -96,6 +108,7 @@ class SweepStudy:
         drop_torn_line(path)
         _free_lock(path)
         self.path, self._sweep, self._concurrent = path, sweep, concurrent
+        self._repeats = sweep.method != "grid" and can_repeat(sweep.parameters)
         directions = [StudyDirection.MINIMIZE if m.goal == "minimize" else StudyDirection.MAXIMIZE for m in sweep.objectives]
         sampler, pruner = self._sampler(0), optuna.pruners.NopPruner()
         try:
@@ -124,23 +137,46 @@ class SweepStudy:
         return [t.user_attrs[FINISHES] for t in self._all() if FINISHES in t.user_attrs]
 
     def ask(self) -> tuple[int, Params]:
-        """A new trial: its number and its parameters. An unused point of a killed session is taken up first."""
+        """A new trial: its number and its parameters, a setting that no trial of the sweep has.
+
+        An unused point of a killed session is taken up first.
+        """
         waiting = next((t for t in self._all() if t.state == TrialState.WAITING), None)
         number = waiting.number if waiting else len(self._all())
         if waiting is None and (point := self._planned(len(self.trials()), number)):
             self._study.enqueue_trial(point)
         self._study.sampler = self._sampler(number)
-        trial = self._study.ask()
+        trial = self._unrepeated(self._study.ask())
         self._live[trial.number] = trial
         return trial.number, suggest(trial, self._sweep.parameters)
 
     def unfinished(self) -> list[tuple[int, Params]]:
         """The trials that a killed session left running, ready to be continued under their numbers."""
         left = [t for t in self.trials() if t.state == TrialState.RUNNING and t.number not in self._live]
-        for frozen in left:
+        found: list[tuple[int, Params]] = []
+        for frozen in sorted(left, key=lambda t: not t.params):  # what has none yet avoids the others'
             self._study.sampler = self._sampler(frozen.number)
-            self._live[frozen.number] = Trial(self._study, frozen._trial_id)
-        return [(t.number, suggest(self._live[t.number], self._sweep.parameters)) for t in left]
+            trial = self._unrepeated(Trial(self._study, frozen._trial_id))
+            self._live[frozen.number] = trial
+            found.append((frozen.number, suggest(trial, self._sweep.parameters)))
+        return sorted(found, key=lambda each: each[0])
+
+    def _unrepeated(self, trial: Trial) -> Trial:
+        """The trial with its setting settled, where it might be one that another trial has.
+
+        One that was given a part of its parameters by a killed session keeps what it has.
+        """
+        sweep, planned = self._sweep, self._all()[trial.number].system_attrs.get(FIXED, {})
+        if trial.params or not (self._repeats or planned):
+            return trial
+        others = [t for t in self.trials() if t.number != trial.number and t.params]
+        own = {setting_of(self.params(t)) for t in others}
+        earlier = {setting_of(self.params(t)) for t in self._all() if FROM in t.user_attrs}
+        samplers = [self._sampler(trial.number, i) for i in range(TRIES)]
+        samplers += [self._sampler(trial.number, i, RandomSearch()) for i in range(TRIES)]
+        setting = fresh_setting(trial, planned, sweep.parameters, samplers, own, earlier)
+        self._study._storage.set_trial_system_attr(trial._trial_id, FIXED, setting)
+        return Trial(self._study, trial._trial_id)
 
     def params(self, trial: FrozenTrial) -> Params:
         """What a trial that has ended was given, as the recipe takes it."""
@@ -182,7 +218,7 @@ class SweepStudy:
         """
         sweep = self._sweep
         if sweep.method == "grid":
-            return grid(sweep.parameters)[index]
+            return as_categories(sweep.parameters, next(islice(settings(sweep.parameters), index, None)))
         if index < len(sweep.points):
             return as_categories(sweep.parameters, sweep.points[index])
         if index == len(sweep.points):
@@ -191,9 +227,11 @@ class SweepStudy:
             return from_priors(sweep.parameters, np.random.default_rng([sweep.seed, number]))
         return {}
 
-    def _sampler(self, number: int) -> BaseSampler:
-        seed = (self._sweep.seed * 1_000_003 + number) % 2**32
-        return make_sampler(self._sweep.sampler, Setting(seed, self._sweep.startup_trials, self._concurrent))
+    def _sampler(self, number: int, again: int = 0, search: SearchConfig | None = None) -> BaseSampler:
+        """again: the place among several draws for the same trial."""
+        seed = (self._sweep.seed * 1_000_003 + number + again * 998_244_353) % 2**32
+        setting = Setting(seed, self._sweep.startup_trials, self._concurrent)
+        return make_sampler(search or self._sweep.sampler, setting)
 
 
 def drop_torn_line(path: Path) -> None:

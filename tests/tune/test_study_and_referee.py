@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from flowray.config.sweep import Categorical, IntUniform, LogUniform, QLogUniform, StopRule, Sweep
 from flowray.tune.records import Records, TrialRecord
 from flowray.tune.referee import Referee
-from flowray.tune.space import grid, suggest, trial_count
+from flowray.tune.space import settings, suggest, trial_count
 from flowray.tune.study import SweepStudy
 
 METRIC = "shoot/nmse"
@@ -197,7 +197,7 @@ def test_grid_has_every_point_once_over_two_sessions(tmp_path):
         number, params = study.ask()
         points.append(params)
         study.finish(number, 1.0)
-    assert points == grid(parameters)
+    assert points == list(settings(parameters))
     assert len({tuple(p.values()) for p in points}) == 4
 
 

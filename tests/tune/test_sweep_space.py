@@ -18,7 +18,7 @@ from flowray.config.sweep import Categorical, Constant, IntUniform, LogUniform, 
 from flowray.config.sweepfile import base_recipe, check_trials, dump_sweep, load_sweep, packaged_sweeps, text_sweep
 from flowray.config.sweepschema import sweep_schema
 from flowray.tune.records import Records, TrialRecord
-from flowray.tune.space import from_priors, grid, trial_count
+from flowray.tune.space import from_priors, settings, trial_count
 from flowray.tune.study import SweepStudy
 from flowray.tune.warm import earlier_trials
 
@@ -177,7 +177,7 @@ def test_a_condition_on_a_step_of_a_range_holds_at_that_step(tmp_path):
         assert ("optim.lr" in params) == (round(params["loss.kl.weight"], 3) == 0.3)
     assert any("optim.lr" in params for params in drawn)
     fixed = sweep_of(STEPPED.replace("min: 1e-4, max: 1e-3", "values: [1e-4, 1e-3]")).parameters
-    assert [len(point) for point in grid(fixed)].count(2) == 2
+    assert [len(point) for point in settings(fixed)].count(2) == 2
 
 
 NESTED = """\
@@ -236,7 +236,7 @@ def test_a_condition_that_is_missing_is_found_before_anything_runs_and_typed_out
 def test_a_grid_has_no_point_twice_for_options_that_do_not_apply(tmp_path):
     discrete = "".join(line + "\n" for line in CONDITIONAL.splitlines() if "optim.lr" not in line)
     sweep = sweep_of(discrete, "method: grid").model_copy(update={"run_cap": None})
-    points = grid(sweep.parameters)
+    points = list(settings(sweep.parameters))
     assert len(points) == 1 + 3 + 2 == trial_count(sweep)
     assert len({json.dumps(point, sort_keys=True) for point in points}) == 6
     study = SweepStudy(sweep, tmp_path / "j")

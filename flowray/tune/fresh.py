@@ -1,0 +1,85 @@
+"""A setting for a new trial that no trial of the sweep has.
+
+Optuna's samplers draw a setting again, and a journal takes nothing back that a trial was given. So a
+setting is drafted beside the study, anew while it is one that is there, and then given to the trial
+as an enqueued one is. (Optuna's BruteForceSampler draws none twice, but knows no range without steps.)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FixedTrial, FrozenTrial, Trial
+
+from flowray.config.sweep import Parameter
+from flowray.tune.space import Params, as_categories, setting_of, settings, suggest
+
+FIXED = "fixed_params"  # Optuna's attribute of an enqueued trial
+
+
+def fresh_setting(
+    trial: Trial,
+    planned: Params,
+    parameters: Mapping[str, Parameter],
+    samplers: Sequence[BaseSampler],
+    own: Set[str],
+    earlier: Set[str] = frozenset(),
+) -> Params:
+    """A setting for the trial as the study holds it.
+
+    planned: what it was enqueued with, which it gets where that leaves a setting. samplers: asked one
+    after the other; then comes the first setting that is left. own: settings of the sweep's other
+    trials, which are never drawn again (see `setting_of`). earlier: those of other sweeps, which come
+    last. Where there is nothing but repeats, it is one.
+    """
+    rng = np.random.default_rng(trial.number)
+    drafted: Params = {}
+    for fixed in (planned, {}) if planned else ({},):
+        for avoided in (own | earlier, own) if earlier else (own,):
+            for again, sampler in enumerate(samplers):
+                draft = _Draft(trial, sampler, fixed, again=again > 0)
+                drafted = draft.drawn
+                if setting_of(suggest(draft, parameters)) not in avoided:
+                    return drafted
+            left = (s for s in settings(parameters, fixed, rng) if setting_of(s) not in avoided)
+            if (found := next(left, None)) is not None:
+                return as_categories(parameters, found)
+    return drafted
+
+
+class _Draft(FixedTrial):
+    """What the sampler would give the trial; nothing is written into the study."""
+
+    def __init__(self, trial: Trial, sampler: BaseSampler, fixed: Params, *, again: bool):
+        self.drawn: Params = dict(fixed)
+        super().__init__(self.drawn, number=trial.number)
+        self._sampler, self._of, self._study = sampler, _as_it_stands(trial, fixed, again=again), trial.study
+        space = sampler.infer_relative_search_space(self._study, self._of)
+        self._jointly = sampler.sample_relative(self._study, self._of, space)
+
+    def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
+        self._params = self.drawn
+        if name not in self.drawn:
+            self.drawn[name] = self._value(name, distribution)
+        return super()._suggest(name, distribution)
+
+    def _value(self, name: str, distribution: BaseDistribution) -> Any:
+        if isinstance(distribution, CategoricalDistribution) and distribution.single():
+            return distribution.choices[0]
+        if name in self._jointly:
+            return self._jointly[name]
+        return self._sampler.sample_independent(self._study, self._of, name, distribution)
+
+
+def _as_it_stands(trial: Trial, fixed: Params, *, again: bool) -> FrozenTrial:
+    """again: without what the sampler noted of an earlier draft, which it would give again."""
+    frozen: FrozenTrial = trial.study._storage.get_trial(trial._trial_id)
+    if again:
+        frozen = copy.copy(frozen)
+        frozen.system_attrs = {FIXED: fixed} if fixed else {}
+    return frozen
