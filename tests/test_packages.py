@@ -69,8 +69,8 @@ def test_every_import_is_declared(used: set[str]) -> None:
 
 def requirements() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"].values()
-    return [Requirement(line) for line in [*project["dependencies"], *sum(extras, [])]]
+    lines = [project["dependencies"], *project["optional-dependencies"].values()]
+    return [Requirement(line) for some in lines for line in some]
 
 
 def test_what_is_tested_lies_in_the_declared_ranges() -> None:
