@@ -1,5 +1,6 @@
-"""`python -m flowray <verb>`, as `flowray <verb>`."""
+"""`python -m flowray VERB`, as `flowray VERB`."""
 
 from flowray.cli.main import main
 
-main()
+if __name__ == "__main__":
+    main()

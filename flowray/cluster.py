@@ -1,7 +1,6 @@
-"""`python -m flowray.cluster`."""
+"""`python -m flowray.cluster`, as `flowray cluster`."""
 
-from flowray.cli.cluster import main
-from flowray.cli.common import entry
+from flowray.cli.main import run
 
 if __name__ == "__main__":
-    entry(main)
+    run("cluster")

@@ -1,7 +1,6 @@
-"""`python -m flowray.dashboard`."""
+"""`python -m flowray.dashboard`, as `flowray dashboard`."""
 
-from flowray.cli.common import entry
-from flowray.cli.dashboard import main
+from flowray.cli.main import run
 
 if __name__ == "__main__":
-    entry(main)
+    run("dashboard")

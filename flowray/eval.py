@@ -1,7 +1,6 @@
-"""`python -m flowray.eval`."""
+"""`python -m flowray.eval`, as `flowray eval`."""
 
-from flowray.cli.common import entry
-from flowray.cli.eval import main
+from flowray.cli.main import run
 
 if __name__ == "__main__":
-    entry(main)
+    run("eval")

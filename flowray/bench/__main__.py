@@ -1,7 +1,6 @@
-"""`python -m flowray.bench`: a shim."""
+"""`python -m flowray.bench`, as `flowray bench`."""
 
-from flowray.cli.bench import main
-from flowray.cli.common import entry
+from flowray.cli.main import run
 
 if __name__ == "__main__":
-    entry(main)
+    run("bench")

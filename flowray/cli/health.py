@@ -22,7 +22,6 @@ from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.config.losses import LossConfig, TermConfig
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
-from flowray.store.checkpoint import newest_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 
@@ -125,6 +124,7 @@ def _ablations(recipe: Recipe, folder: Path, progress: Progress) -> list[Verdict
 def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any], progress: Progress) -> Arm:
     """One short run of the recipe with some keys changed; a recipe that is refused or training that halts is told, not raised."""
     with progress.task(IMPORTING):
+        from flowray.store.checkpoint import newest_checkpoint
         from flowray.store.latents import ensure_latents, load_training
         from flowray.train.group import Group
         from flowray.train.loop import train

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import NoReturn
 
 from flowray.cli.common import Main, entry
@@ -53,9 +52,27 @@ def _command(verb: str) -> Main:
     return main
 
 
+def _version() -> str:
+    """`flowray 0.1.0 (Python 3.11.9, torch 2.13.0, ray 2.60.0)`, without importing them."""
+    import platform
+    from importlib import metadata
+
+    found = {"Python": platform.python_version()}
+    for name in ("flowray", "torch", "ray"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    own = found.pop("flowray")
+    return f"flowray {own} ({', '.join(f'{name} {version}' for name, version in found.items())})"
+
+
 def _dispatch(argv: list[str]) -> int:
+    if argv and argv[0] in ("-V", "--version"):
+        print(_version())
+        return 0
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: flowray <verb> ...   (flowray <verb> --help for each)\n")
+        print("usage: flowray <verb> ...   (flowray <verb> --help for each; flowray --version)\n")
         print("\n".join(f"  {verb:<9} {help_text}" for verb, help_text in _VERBS.items()))
         return 0
     return _command(argv[0])(argv[1:])
@@ -63,4 +80,9 @@ def _dispatch(argv: list[str]) -> int:
 
 def main() -> NoReturn:
     """The console script."""
-    entry(_dispatch, sys.argv[1:])
+    entry(_dispatch)
+
+
+def run(verb: str) -> NoReturn:
+    """One verb, as `python -m flowray.VERB` starts it; its imports too are within what Ctrl-C ends with one line."""
+    entry(lambda argv: _command(verb)(argv))

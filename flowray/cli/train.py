@@ -19,7 +19,6 @@ from flowray.config.errors import InputError
 from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_diffs, recipe_names
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
-from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory, RunLock, storage_folder
 
@@ -53,6 +52,9 @@ def main(argv: list[str]) -> int:
         show_plan(loaded.recipe, as_json=args.json)
         return GOOD
     run = RunDirectory(storage_folder(loaded.recipe.storage_path) / loaded.recipe.name)
+    with progress.task(IMPORTING):
+        from flowray.store.checkpoint import load_state, newest_checkpoint
+
     checkpoint = newest_checkpoint(run.checkpoints)
     if checkpoint and not args.resume:
         raise InputError(f"{run.path} holds a run already; type --resume to continue it, or name=OTHER for a new one")

@@ -1,6 +1,6 @@
-"""`python -m flowray.data`."""
+"""`python -m flowray.data`, as `flowray data`."""
 
-from flowray.cli.common import entry
-from flowray.cli.data import main
+from flowray.cli.main import run
 
-entry(main)
+if __name__ == "__main__":
+    run("data")

@@ -1,7 +1,6 @@
-"""`python -m flowray.doctor RUN`."""
+"""`python -m flowray.doctor`, as `flowray doctor`."""
 
-from flowray.cli.common import entry
-from flowray.cli.doctor import main
+from flowray.cli.main import run
 
 if __name__ == "__main__":
-    entry(main)
+    run("doctor")

@@ -1,6 +1,6 @@
-"""`python -m flowray.report DIR`."""
+"""`python -m flowray.report`, as `flowray report`."""
 
-from flowray.cli.common import entry
-from flowray.cli.report import main
+from flowray.cli.main import run
 
-entry(main)
+if __name__ == "__main__":
+    run("report")

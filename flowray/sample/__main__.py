@@ -1,4 +1,6 @@
-from flowray.cli.common import entry
-from flowray.cli.sample import main
+"""`python -m flowray.sample`, as `flowray sample`."""
 
-entry(main)
+from flowray.cli.main import run
+
+if __name__ == "__main__":
+    run("sample")

@@ -1,4 +1,6 @@
-from flowray.cli.common import entry
-from flowray.cli.train import main
+"""`python -m flowray.train`, as `flowray train`."""
 
-entry(main)
+from flowray.cli.main import run
+
+if __name__ == "__main__":
+    run("train")

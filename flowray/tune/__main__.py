@@ -1,7 +1,6 @@
-"""`python -m flowray.tune`: a shim."""
+"""`python -m flowray.tune`, as `flowray tune`."""
 
-from flowray.cli.common import entry
-from flowray.cli.tune import main
+from flowray.cli.main import run
 
 if __name__ == "__main__":
-    entry(main)
+    run("tune")

@@ -139,5 +139,5 @@ def test_the_commands_as_users_start_them(place, argv, says):
     done = subprocess.run([sys.executable, "-m", f"flowray.{argv[0]}", *argv[1:]], cwd=place, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(remarks(done.stderr)) == 1, done.stderr
-    assert done.stderr.startswith("error: ")
+    assert remarks(done.stderr)[0].startswith("error: ")
     assert says in done.stderr

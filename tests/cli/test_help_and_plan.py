@@ -2,37 +2,83 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from support import tiny_recipe
 
-from flowray.cli import data, eval, main, report, sample, train, tune
+from flowray.cli import main, train
 from flowray.config.load import dump_recipe, load_recipe
 from flowray.model.assemble import build_model
 from flowray.model.autoencoder import load_autoencoder
 
-VERBS = {module.__name__.rpartition(".")[2]: module.main for module in (data, eval, report, sample, train, tune)}
+LOADED = """
+import sys
+from flowray.cli.main import main
+for verb in sys.argv[1:]:
+    sys.argv = ["flowray", *verb.split(), *([] if verb.startswith("--") else ["--help"])]
+    try:
+        main()
+    except SystemExit:
+        loaded = sorted({"torch", "ray"} & set(sys.modules))
+    if loaded:
+        break
+print(verb, loaded)
+"""
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_fits_a_screen(verb, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+def command(*argv):
+    env = {**os.environ, "COLUMNS": "100"}
+    done = [sys.executable, *argv]
+    return subprocess.run(done, capture_output=True, text=True, timeout=60, env=env)
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize("verb", main._VERBS)
+def test_help_fits_a_screen(verb, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as stop:
-        VERBS[verb](["--help"])
+        main._command(verb)(["--help"])
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0
-    assert 5 <= len(lines) <= 30
+    assert 5 <= len(lines) <= 40
     assert lines[0].startswith("usage: ")
 
 
-def test_flowray_lists_every_verb_and_loads_neither_torch_nor_ray():
-    code = "import sys; from flowray.cli.main import main\ntry: main()\nfinally: print(sorted({'torch', 'ray'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "100"})
+def test_flowray_lists_every_verb():
+    done = command("-m", "flowray")
     assert done.returncode == 0
-    assert done.stdout.endswith("[]\n")
-    assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
+    assert all(f"\n  {verb} " in done.stdout for verb in main._VERBS)
+
+
+def test_no_help_and_no_version_loads_torch_or_ray():
+    """One process for all: what one of them loads stays loaded."""
+    asked = ["--version", *main._VERBS, "doctor overfit", "data pack", "cluster check", "bench sweep"]
+    done = command("-c", LOADED, *asked)
+    assert done.stdout.endswith(" []\n"), done.stdout + done.stderr
+
+
+def test_python_m_flowray_answers():
+    done = command("-m", "flowray", "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"flowray {metadata.version('flowray')} (Python ")
+    same = command("-m", "flowray", "train", "quikstart"), command("-m", "flowray.train", "quikstart")
+    assert same[0].returncode == same[1].returncode == 2
+    assert same[0].stderr == same[1].stderr
+    assert "did you mean quickstart?" in same[0].stderr
+
+
+def test_ctrl_c_while_importing_is_one_line(tmp_path):
+    argv = [sys.executable, "-m", "flowray.sample", str(tmp_path), "a red circle"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline().endswith("importing the libraries\n")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.splitlines()[-1]) == (130, "", "interrupted")
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("verb", main._VERBS)
