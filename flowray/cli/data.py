@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD
@@ -95,7 +94,7 @@ def _pack(args: argparse.Namespace) -> int:
         val=args.val,
         skip_bad=args.skip_bad,
         per_shard=args.per_shard,
-        track=lambda paths: track(paths, description="packing", console=Console(stderr=True)),
+        progress=ConsoleProgress(),
     )
     for fault in packed.left_out:
         print(f"left out: {fault}", file=sys.stderr)

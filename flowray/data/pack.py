@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from flowray.config.errors import InputError
+from flowray.config.progress import SILENT, Progress, counted
 from flowray.data.make import png
 from flowray.data.shards import fill_folder, whole_folder
 
@@ -20,8 +21,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 # Our own list, and the one of Hugging Face's image folders.
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 _SHOWN = 5  # faults named in the one line
-
-Track = Callable[[list[Path]], Iterable[Path]]
 
 
 @dataclass
@@ -40,7 +39,7 @@ def pack_folder(
     val: float = 0.0,
     skip_bad: bool = False,
     per_shard: int = 1000,
-    track: Track = iter,
+    progress: Progress = SILENT,
 ) -> Packed:
     """Pack the pictures under `images` (at any depth, hidden ones apart) into shards in `out`.
 
@@ -51,8 +50,7 @@ def pack_folder(
     them. All become RGB PNG.
     val: share in [0, 1) that goes to `out/val`, the rest to `out/train`; 0: everything to `out`. A
     sample's key, and so its side, depends on its path alone: files added later move no other.
-    skip_bad: leave out what has no caption or does not decode. track: hands on the pictures of a
-    split as they are decoded, each once.
+    skip_bad: leave out what has no caption or does not decode.
     `out` is there whole or not at all. InputError, one line: no pictures, a split without samples,
     the first bad file.
     """
@@ -65,8 +63,8 @@ def pack_folder(
     packed = Packed(left_out=faults)
     splits = _splits(images, captioned, val)
 
-    def samples(paths: list[Path]) -> Iterator[dict[str, Any]]:
-        for path in track(paths):
+    def samples(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+        for path in paths:
             try:
                 data = png(load_rgb(path, size))
             except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
@@ -83,7 +81,9 @@ def pack_folder(
             folder = partial / split if val else partial
             folder.mkdir(exist_ok=True)
             meta = {"source": images.name, "size": size, "split": split, "val": val}
-            count = fill_folder(folder, samples(paths), per_shard=per_shard, meta=meta)
+            with progress.task(f"packing {split} pictures", len(paths)) as advance:
+                told = counted(paths, advance)
+                count = fill_folder(folder, samples(told), per_shard=per_shard, meta=meta)
             if not count:
                 raise _nothing_packed(packed.left_out, skip_bad)
             packed.samples[split] = count
