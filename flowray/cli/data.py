@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
+from flowray.config.paths import argument
+from flowray.config.progress import Progress
 from flowray.data.check import ShardCheck, check_shards
 from flowray.data.make import DigitsSet, EmbeddedSet, ShapesSet, cache_dir, ensure_embedded, ensure_set, write_set
 from flowray.data.pack import pack_folder
@@ -36,7 +39,7 @@ def main(argv: list[str]) -> int:
 def _add_make(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("make", help="write an embedded set: shapes (procedural scenes) or digits (real 8x8 scans)")
     parser.add_argument("set", choices=EMBEDDED)
-    parser.add_argument("--out", type=Path, help="folder that gets train/, val/ (and unseen/); the cache when left out")
+    parser.add_argument("--out", type=argument, help="folder that gets train/, val/ (and unseen/); the cache when left out")
     parser.add_argument("--samples", type=int, metavar="N", help="shapes: training samples, 12000; val gets N/16 and unseen N/32")
     parser.add_argument("--two-share", type=float, metavar="X", help="shapes: share of two-object scenes in 0..1, 0.5")
     parser.add_argument("--seed", type=int, help="shapes: another seed draws other scenes, 0")
@@ -77,8 +80,8 @@ def _set(args: argparse.Namespace) -> EmbeddedSet:
 
 def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("pack", help="pack a folder of pictures with .txt captions (or captions.jsonl) into shards")
-    parser.add_argument("images", type=Path, help="folder of pictures, each with a .txt of the same name, or one captions.jsonl")
-    parser.add_argument("out", type=Path, help="folder for the shards; must not exist or be empty")
+    parser.add_argument("images", type=argument, help="folder of pictures, each with a .txt of the same name, or one captions.jsonl")
+    parser.add_argument("out", type=argument, help="folder for the shards; must not exist or be empty")
     parser.add_argument("--val", type=float, default=0.0, metavar="X", help="hold out the share X, such as 0.05: OUT/train and OUT/val")
     parser.add_argument("--skip-bad", action="store_true", help="name what has no caption or does not decode, leave it out")
     parser.add_argument("--size", type=int, metavar="PX", help="centre-crop and resize to PX x PX; left as they are without it")
@@ -113,16 +116,23 @@ def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    spec, progress = args.spec, ConsoleProgress()
-    if spec in EMBEDDED:
-        folders = ensure_embedded(spec, cache_dir(None), progress)
-        spec = str(folders["train"].parent / "*" / "*.tar")
-    result = check_shards(spec, progress)
+    progress = ConsoleProgress()
+    result = check_shards(_every_split(args.spec, progress), progress)
     if args.json:
         print(json.dumps(result.as_json()))
     else:
         _show(result)
     return GOOD if result.good else FINDINGS
+
+
+def _every_split(spec: str, progress: Progress) -> str:
+    """A glob of all shards of an embedded set, or of a folder that holds train/, val/, ...; any other spec as it is."""
+    if spec in EMBEDDED:
+        folder = ensure_embedded(spec, cache_dir(None), progress)["train"].parent  # type: ignore[arg-type]
+    else:
+        folder = argument(spec)
+    split = folder.is_dir() and not any(folder.glob("*.tar")) and any(folder.glob("*/*.tar"))
+    return str(Path(glob.escape(str(folder))) / "*" / "*.tar") if split else spec
 
 
 def _show(result: ShardCheck) -> None:

@@ -8,6 +8,7 @@ from flowray.cli.common import Main, entry
 from flowray.config.errors import InputError, did_you_mean
 
 _VERBS: dict[str, str] = {
+    "init": "a recipe for shards of your own",
     "train": "train one recipe",
     "tune": "sweep a recipe's keys, stop hopeless trials early",
     "sample": "pictures from a run",
@@ -25,6 +26,8 @@ _VERBS: dict[str, str] = {
 def _command(verb: str) -> Main:
     """A verb's command, imported only now: `flowray --help` loads neither torch nor ray."""
     match verb:
+        case "init":
+            from flowray.cli.init import main
         case "train":
             from flowray.cli.train import main
         case "tune":

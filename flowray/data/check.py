@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -55,8 +56,8 @@ class ShardCheck:
 
 def check_shards(spec: str, progress: Progress = SILENT) -> ShardCheck:
     """Read every sample of a shard set (folder, glob or tar); InputError only where there is nothing to read."""
-    checker = _Checker()
     found = find_shards(spec)
+    checker = _Checker(Path(os.path.commonpath([path.parent for path in found])))
     with progress.task("checking shards", len(found)) as advance:
         for path in found:
             checker.shard(path)
@@ -65,10 +66,10 @@ def check_shards(spec: str, progress: Progress = SILENT) -> ShardCheck:
 
 
 class _Checker:
-    """Sees shard after shard; keeps one hash per image, one key per sample."""
+    """Sees shard after shard, each named by its path in `folder`; keeps one hash per image, one key per sample."""
 
-    def __init__(self) -> None:
-        self.result = ShardCheck()
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.result = folder, ShardCheck()
         self.first_with: dict[bytes, str] = {}  # image hash -> "shard:key"
         self.shard_of: dict[str, str] = {}
         self.sizes: Counter[str] = Counter()
@@ -78,8 +79,11 @@ class _Checker:
     def bad(self, shard: str, sample: str, what: str) -> None:
         self.result.problems.append(Problem("bad", shard, sample, what))
 
+    def name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
     def shard(self, path: Path) -> None:
-        name, before = path.name, self.result.samples
+        name, before = self.name(path), self.result.samples
         self.result.shards += 1
         self.result.bytes += path.stat().st_size
         _compare_with_manifest(path, self)
@@ -171,13 +175,13 @@ def _compare_with_manifest(path: Path, checker: _Checker) -> None:
         rows = {row["name"]: row for row in json.loads(manifest.read_text(encoding="utf-8"))["shards"]}
         row = rows.get(path.name)
         if row is None:
-            checker.bad(path.name, "", f"not in {MANIFEST}")
+            checker.bad(checker.name(path), "", f"not in {MANIFEST}")
         elif row["bytes"] != path.stat().st_size:
-            checker.bad(path.name, "", f"{path.stat().st_size} bytes, but {MANIFEST} says {row['bytes']}")
+            checker.bad(checker.name(path), "", f"{path.stat().st_size} bytes, but {MANIFEST} says {row['bytes']}")
         elif row["sha256"] != sha256(path):
-            checker.bad(path.name, "", f"its bytes are not those {MANIFEST} was written for (sha256)")
+            checker.bad(checker.name(path), "", f"its bytes are not those {MANIFEST} was written for (sha256)")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        checker.bad(path.name, "", f"{MANIFEST} cannot be read: {error}")
+        checker.bad(checker.name(path), "", f"{MANIFEST} cannot be read: {error}")
 
 
 def _image_size(data: bytes) -> str:

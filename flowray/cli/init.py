@@ -1,0 +1,269 @@
+"""`flowray.init --data FOLDER`: a recipe for shards of one's own, written after a look at them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from flowray.cli.common import GOOD
+from flowray.cli.parser import Parser
+from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
+from flowray.config.errors import InputError
+from flowray.config.load import load_recipe
+from flowray.config.paths import argument, written
+from flowray.data.pack import SUFFIXES
+from flowray.data.reader import ShardReader
+from flowray.data.shards import find_shards
+
+LOOKED_AT = 32  # pictures and captions, evenly spread over the set
+GOOD_PSNR = 26.0  # dB; the shipped autoencoder reaches 31 to 39 on what it was trained on
+KNOWN_WORDS = 1.6  # tokens a word; the shipped tokenizer needs 1.1 for its own captions, over 2 for others
+FACTOR, PATCH = 8, 2  # px a latent's cell, and cells a patch of quickstart's network
+SMALL_CELLS = 256  # of a latent; more want a wider network than quickstart's
+
+QUERIES, MAX_TOKENS = 64, 128  # of a text model that is not the shipped one
+
+# What is taken where the shipped models do not fit: a name, and what a plan needs to know of it.
+TEXT = "Qwen/Qwen3-0.6B"
+TEXT_FACTS = {"width": 1024, "parameters": 596_049_920}
+AUTOENCODER = "stabilityai/sd-vae-ft-ema"
+AUTOENCODER_FACTS = {"scaling_factor": 0.18215, "parameters": 83_653_863}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model that the recipe names: its section of the recipe, and why it was taken."""
+
+    section: dict[str, Any]
+    why: str
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A set and some of its samples: pictures uint8 (H, W, 3) of one size, one caption each."""
+
+    train: Path
+    val: Path
+    count: int
+    held_out: int
+    pictures: list[np.ndarray]
+    captions: list[str]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in px."""
+        height, width, _ = self.pictures[0].shape
+        return height, width
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="flowray.init",
+        description="Look at shards of your own and write a recipe that trains on them: the models shipped with "
+        "flowray where they fit pictures and captions, else published ones, with the command that gets them.",
+        epilog="Example: python -m flowray.init --data shards/ --out mine.yaml",
+    )
+    parser.add_argument(
+        "--data", type=argument, required=True, metavar="FOLDER", help="shards: a folder with train/ and val/, as pack --val makes"
+    )
+    parser.add_argument("--val", type=argument, metavar="FOLDER", help="held-out shards, where they are not FOLDER/val")
+    parser.add_argument("--out", type=argument, default=Path("mine.yaml"), help="the recipe to write, %(default)s")
+    parser.add_argument("--text", metavar="PATH", help="a causal language model: folder, hub name or embedded")
+    parser.add_argument("--autoencoder", metavar="PATH", help="a diffusers AutoencoderKL: folder, hub name or embedded")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; InputError where a recipe cannot be written that would run."""
+    args = _parser().parse_args(argv)
+    quiet_libraries()
+    out: Path = args.out
+    if out.suffix not in (".yaml", ".yml"):
+        raise InputError(f"--out {out}: a recipe is a .yaml file")
+    if out.exists():
+        raise InputError(f"--out {out}: exists already; remove it or choose another name")
+    progress = ConsoleProgress()
+    with progress.task(IMPORTING):
+        from flowray.model.local import local_weights
+    with progress.task(f"looking at {args.data}"):
+        looked = _look(args.data, args.val)
+        text = _text(args.text, looked)
+        autoencoder, latent = _autoencoder(args.autoencoder, looked)
+        recipe = _recipe(out.absolute(), looked, text, autoencoder, latent)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(recipe, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
+    load_recipe(str(out))
+    print(f"{out}: {looked.count} pictures, {looked.held_out} held out")
+    for name, part in (("text", text), ("autoencoder", autoencoder)):
+        print(f"  {name:<12} {part.why}")
+    for part in (text, autoencoder):
+        if local_weights(part.section["path"]) is None:
+            print(f"  get weights  hf download {part.section['path']}")
+    place = shlex.quote(str(out))
+    print(f"  cost first   python -m flowray.train {place} --plan")
+    print(f"  train        python -m flowray.train {place}")
+    return GOOD
+
+
+def _look(folder: Path, val: Path | None) -> Looked:
+    """Open the shards and a few samples; InputError with what to type where they are not ready for training."""
+    train = folder / "train" if val is None and (folder / "train").is_dir() else folder
+    val = folder / "val" if val is None else val
+    if folder.is_dir() and not any(train.glob("*.tar")) and _has_pictures(folder):
+        packing = f"python -m flowray.data pack {shlex.quote(str(folder))} shards --size 64 --val 0.05"
+        raise InputError(f"--data {folder}: pictures, not shards; type {packing}, then --data shards")
+    shards = find_shards(str(train))
+    if not val.is_dir():
+        raise InputError(f"--data {folder}: no held-out shards in {val}; pack with --val 0.05, or give --val FOLDER")
+    held_out = ShardReader(find_shards(str(val)))
+    reader = ShardReader(shards)
+    from flowray.store.latents import decode_image  # torch takes seconds to import
+
+    chosen = np.unique(np.linspace(0, len(reader) - 1, LOOKED_AT).round().astype(int)).tolist()
+    pictures = [decode_image(reader, i) for i in chosen]
+    sizes = sorted({f"{picture.shape[1]} x {picture.shape[0]}" for picture in pictures})
+    if len(sizes) > 1:
+        raise InputError(f"{train}: pictures of {', '.join(sizes[:3])} px; training needs one size: pack with --size 64")
+    height, width, _ = pictures[0].shape
+    if height % (FACTOR * PATCH) or width % (FACTOR * PATCH):
+        near = max(1, round(min(height, width) / (FACTOR * PATCH))) * FACTOR * PATCH
+        raise InputError(f"{train}: pictures of {sizes[0]} px; sides must be multiples of {FACTOR * PATCH}: pack with --size {near}")
+    captions = [reader.captions(i)[0] for i in chosen]
+    if len(set(captions)) == 1:
+        raise InputError(f"{train}: every caption looked at is {captions[0]!r}; a text-to-image model learns from captions that differ")
+    return Looked(train, val, len(reader), len(held_out), pictures, captions)
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
+
+
+def _text(given: str | None, looked: Looked) -> Part:
+    """`model.text`: the shipped model where its tokenizer knows the captions' words, unless one is given."""
+    from tokenizers import Tokenizer
+
+    from flowray.model.assets import asset_path
+
+    tokenizer = Tokenizer.from_file(str(asset_path("text") / "tokenizer.json"))
+    tokens = [len(tokenizer.encode(caption).ids) for caption in looked.captions]
+    a_word = sum(tokens) / sum(len(caption.split()) for caption in looked.captions)
+    if given == "embedded" or (given is None and a_word <= KNOWN_WORDS):
+        return Part({"path": "embedded"}, f"the shipped model: {a_word:.1f} tokens a word of the captions")
+    section: dict[str, Any] = {"path": TEXT, "dtype": "bf16", "queries": QUERIES, "max_tokens": MAX_TOKENS}
+    if given is None:
+        return Part(section | TEXT_FACTS, f"{TEXT}: the shipped model has no words for these captions")
+    if given == TEXT:
+        return Part(section | TEXT_FACTS, TEXT)
+    config = _config(given, "--text")
+    positions = config.get("max_position_embeddings") or QUERIES + MAX_TOKENS
+    section |= {"path": _path(given), "max_tokens": min(MAX_TOKENS, positions - QUERIES)}
+    return Part(section, f"{given}, {config.get('model_type', 'of no known type')}")
+
+
+def _autoencoder(given: str | None, looked: Looked) -> tuple[Part, tuple[int, int, int]]:
+    """`model.autoencoder`, the shipped one where it brings the pictures back, and the shape of its latents."""
+    height, width = looked.size
+    latent = (4, height // FACTOR, width // FACTOR)
+    if given in (None, "embedded"):
+        found = _round_trip(looked, latent)
+        if given or found >= GOOD_PSNR:
+            return Part({"path": "embedded"}, f"the shipped one: it brings these pictures back at {found:.0f} dB"), latent
+        why = f"{AUTOENCODER}: the shipped one brings these pictures back at {found:.0f} dB only"
+        return Part({"path": AUTOENCODER} | AUTOENCODER_FACTS, why), latent
+    if given == AUTOENCODER:
+        return Part({"path": AUTOENCODER} | AUTOENCODER_FACTS, AUTOENCODER), latent
+    config = _config(given, "--autoencoder")
+    try:
+        deep = config.get("_class_name") == "AutoencoderDC"
+        blocks = config["encoder_block_out_channels" if deep else "block_out_channels"]
+        factor, channels = 2 ** (len(blocks) - 1), int(config["latent_channels"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"--autoencoder {given}: its config.json is no AutoencoderKL's or AutoencoderDC's") from error
+    section = {"kind": "dc" if deep else "kl", "path": _path(given)}
+    return Part(section, f"{given}, {channels} channels, {factor} px a cell"), (channels, height // factor, width // factor)
+
+
+def _round_trip(looked: Looked, latent: tuple[int, int, int]) -> float:
+    """PSNR in dB of the pictures through the shipped autoencoder and back."""
+    import torch
+
+    from flowray.config.base import LatentSpec
+    from flowray.config.model import KLAutoencoder
+    from flowray.model.autoencoder import load_autoencoder
+    from flowray.probes.vae import psnr
+    from flowray.store.latents import to_pictures
+
+    channels, height, width = latent
+    net = load_autoencoder(KLAutoencoder(), LatentSpec(channels=channels, height=height, width=width))
+    pictures = to_pictures(looked.pictures[:16])
+    moments = net.encode_moments(pictures)
+    return psnr(net.decode(net.sample(moments, torch.zeros_like(moments.mean))), pictures)
+
+
+def _config(path: str, option: str) -> dict[str, Any]:
+    """config.json of a model on this machine."""
+    progress = ConsoleProgress()
+    with progress.task(IMPORTING):
+        from flowray.model.local import local_weights
+    folder = local_weights(path)
+    if folder is None:
+        raise InputError(f"{option} {path}: not on this machine; type hf download {path}, or give a folder that is")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{option} {path}: {folder / 'config.json'} cannot be read: {error}") from error
+    return dict(config)
+
+
+def _path(path: str) -> str:
+    """A folder as an absolute path, a hub name as it is."""
+    return written(str(Path(path).absolute())) if Path(path).exists() else path
+
+
+def _recipe(out: Path, looked: Looked, text: Part, autoencoder: Part, latent: tuple[int, int, int]) -> str:
+    """The recipe file."""
+    import torch
+
+    def section(values: dict[str, Any]) -> str:
+        text = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1000)
+        return str(text).strip()
+
+    def place(folder: Path) -> str:  # relative to the recipe, so that both can be moved together
+        path = os.path.relpath(folder.absolute(), out.parent)
+        return written(path if not path.startswith("..") else str(folder.absolute()))
+
+    height, width = looked.size
+    gpus = torch.cuda.device_count()
+    wide = latent[1] * latent[2] > SMALL_CELLS
+    lines = [
+        f"# Written by flowray.init: {looked.count} pictures of {width} x {height} px, {looked.held_out} held out.",
+        "# Every other key is quickstart's; docs/objective.md lists them all.",
+        "base: quickstart",
+        f"name: {re.sub(r'[^A-Za-z0-9._-]+', '-', out.stem).strip('-._') or 'mine'}",
+        f"data: {section({'shards': place(looked.train), 'val_shards': place(looked.val)})}",
+        "model:",
+        f"  latent: {section(dict(zip(('channels', 'height', 'width'), latent, strict=True)))}",
+        f"  # {text.why}",
+        f"  text: {section(text.section)}",
+        f"  # {autoencoder.why}",
+        f"  autoencoder: {section(autoencoder.section)}",
+    ]
+    if wide:
+        lines.append("  # a DiT-S, for latents larger than quickstart's; widen it where the loss stalls")
+        lines.append("  velocity: {width: 384, depth: 12, heads: 6}")
+        lines.append("optim: {lr: 1e-3}")
+    if gpus:
+        lines.append(f"train: {section({'batch_size': 64 * gpus, 'precision': 'bf16'})}")
+        lines.append(f"resources: {section({'num_workers': gpus, 'gpus_per_worker': 1})}")
+    return "\n".join(lines) + "\n"

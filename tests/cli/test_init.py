@@ -1,0 +1,134 @@
+"""`flowray.init`: a recipe from a look at the shards, and one line where they are not ready for one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import tiny_autoencoder, tiny_text
+
+from flowray.cli import data, init, train
+from flowray.config.errors import InputError
+from flowray.config.load import load_recipe
+from flowray.config.recipe import Recipe
+from flowray.data import shapes
+
+
+def own_pictures(folder: Path, count: int = 24) -> Path:
+    """Pictures with captions in files, as people have them, drawn like the shapes that the shipped models know."""
+    folder.mkdir(parents=True)
+    for i, (picture, captions, _) in enumerate(shapes.samples(count, "train", 7, 0.0)):
+        Image.fromarray(picture).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text("\n".join(captions) + "\n")
+    return folder
+
+
+def photos(folder: Path, size: int = 64) -> Path:
+    """Pictures with the texture of photographs, and words that the shipped model does not know."""
+    folder.mkdir(parents=True)
+    for i in range(12):
+        rng = np.random.default_rng(i)
+        noise = rng.integers(0, 256, (size // 2, size // 2, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"Portrait of an elderly fisherman mending nets at dawn, photograph {i}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `own` (shapes) and `photos`, packed into `shards`, `flat` (no split) and `wild`."""
+    folder = tmp_path_factory.mktemp("a place")
+    own_pictures(folder / "own")
+    photos(folder / "photos")
+    for argv in (["own", "shards", "--val", "0.3"], ["own", "flat"], ["photos", "wild", "--val", "0.3"]):
+        source, out, *rest = argv
+        assert data.main(["pack", str(folder / source), str(folder / out), *rest]) == 0
+    return folder
+
+
+def init_recipe(place: Path, name: str, *argv: str) -> Recipe:
+    assert init.main([*argv, "--out", str(place / name)]) == 0
+    return load_recipe(str(place / name)).recipe
+
+
+def test_the_shipped_models_where_they_fit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    recipe = init_recipe(place, "my shapes.yaml", "--data", "shards")
+    base = load_recipe("quickstart").recipe
+    assert recipe.name == "my-shapes"
+    assert (recipe.model.text, recipe.model.autoencoder) == (base.model.text, base.model.autoencoder)
+    assert recipe.model.latent.shape == (4, 8, 8)
+    assert (recipe.loss, recipe.flow) == (base.loss, base.flow)  # what makes a caption arrive
+    assert Path(recipe.data.shards).resolve() == (place / "shards" / "train").resolve()
+    assert recipe.data.val_shards
+    assert Path(recipe.data.val_shards).resolve() == (place / "shards" / "val").resolve()
+
+
+def test_published_models_where_the_shipped_ones_do_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = init_recipe(place, "wild.yaml", "--data", str(place / "wild"))
+    said = capsys.readouterr().out
+    for part in (recipe.model.text, recipe.model.autoencoder):
+        assert f"hf download {part.path}" in said
+    assert train.main([str(place / "wild.yaml"), "--plan", "--json"]) == 0  # every width is in the recipe
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["parameters"]["text.backbone"] == 596_049_920
+
+
+def test_models_of_ones_own_give_their_sizes(place: Path) -> None:
+    text, autoencoder = tiny_text(place / "lm"), tiny_autoencoder(place / "vae")
+    argv = ["--data", str(place / "shards"), "--text", str(text), "--autoencoder", str(autoencoder)]
+    recipe = init_recipe(place, "tiny.yaml", *argv)
+    assert recipe.model.latent.shape == (4, 32, 32)  # the tiny autoencoder halves the side
+    assert (recipe.model.text.path, recipe.model.autoencoder.path) == (str(text), str(autoencoder))
+    assert train.main([str(place / "tiny.yaml"), "--plan", "--json"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--data", "own"], "flowray.data pack own shards"),
+        (["--data", "flat"], "--val"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "shards", "--out", "taken.yaml"], "taken.yaml"),
+        (["--data", "shards", "--out", "recipe"], "recipe"),
+        (["--data", "shards", "--out", "new.yaml", "--text", "org/name"], "hf download org/name"),
+        (["--data", "shards", "--out", "new.yaml", "--autoencoder", "org/name"], "hf download org/name"),
+        ([], "--data"),
+    ],
+)
+def test_one_line_where_a_recipe_cannot_be_written(place: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], says: str) -> None:
+    monkeypatch.chdir(place)
+    (place / "taken.yaml").write_text("mine\n")
+    with pytest.raises(InputError) as caught:
+        init.main(argv)
+    assert says in str(caught.value)
+    assert (place / "taken.yaml").read_text() == "mine\n"
+    assert not (place / "new.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [((64, 48), "--size"), ((72, 72), "--size 64")],
+)
+def test_pictures_that_no_network_takes(tmp_path: Path, sizes: tuple[int, int], says: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(8):
+        side = sizes[i % 2]
+        Image.new("RGB", (side, side), (i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"number {i}")
+    assert data.main(["pack", str(folder), str(tmp_path / "out"), "--val", "0.4"]) == 0
+    with pytest.raises(InputError, match=says):
+        init.main(["--data", str(tmp_path / "out"), "--out", str(tmp_path / "new.yaml")])
+
+
+def test_captions_that_are_all_alike_teach_nothing(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in")
+    for path in folder.glob("*.txt"):
+        path.write_text("a picture")
+    assert data.main(["pack", str(folder), str(tmp_path / "out"), "--val", "0.4"]) == 0
+    with pytest.raises(InputError, match="a picture"):
+        init.main(["--data", str(tmp_path / "out"), "--out", str(tmp_path / "new.yaml")])
