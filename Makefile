@@ -3,19 +3,33 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TORCH ?= auto
 
-.PHONY: help setup sweep test lint types tests test-slow test-faults test-doctor test-cluster test-gpu doctor-matrix clean
+ifneq ($(filter-out auto cpu cuda,$(TORCH)),)
+$(error TORCH=$(TORCH): want cpu or cuda)
+endif
+
+.PHONY: FORCE help setup sweep test lint types tests test-slow test-faults test-doctor test-cluster test-gpu doctor-matrix clean
 help:
 	@echo "make sweep | test | test-slow | test-faults | test-doctor | test-cluster | test-gpu | doctor-matrix | clean"
 
 setup: $(READY)
 
-# torch first and alone: the plain PyPI wheel would bring gigabytes of CUDA.
-$(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+# torch first and alone: its CPU and CUDA builds are different wheels (tools/install_torch.py says
+# which it takes; make setup TORCH=cpu or TORCH=cuda forces one).
+$(READY): pyproject.toml constraints.txt tools/install_torch.py
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -c 'import sys; \
+		sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make setup PYTHON=...")'
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/install_torch.py $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[dev,dashboard]'
 	touch $@
+
+ifneq ($(TORCH),auto)
+$(READY): FORCE
+endif
+FORCE:
 
 sweep: setup
 	$(BIN)/python -m flowray.tune sweeps/head.yaml $(ARGS)
