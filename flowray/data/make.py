@@ -124,16 +124,35 @@ def ensure_embedded(name: EmbeddedName, cache: Path, progress: Progress = SILENT
 
 
 def cache_dir(configured: str | None) -> Path:
-    """`configured` (data.cache), else FLOWRAY_CACHE, else ~/.cache/flowray; created. InputError where it cannot be written."""
+    """The folder of embedded sets and cached latents, created.
+
+    `configured` (data.cache), else FLOWRAY_CACHE, else `flowray` in XDG_CACHE_HOME or ~/.cache; where there is no home that can
+    be written, as in many containers, a folder of the user's own beside the temporary files. InputError where a folder that
+    was asked for cannot be written.
+    """
     from_env = os.environ.get("FLOWRAY_CACHE")
-    path = Path(configured or from_env or "~/.cache/flowray").expanduser().absolute()
+    asked = configured or from_env
+    if asked:
+        path = Path(asked).expanduser().absolute()
+        if reason := _unwritable(path):
+            where = "data.cache" if configured else "FLOWRAY_CACHE"
+            raise InputError(f"{where} {path}: cannot be written: {reason}; set data.cache or FLOWRAY_CACHE to a writable folder")
+        return path
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "flowray"
+    if usual.is_absolute() and not _unwritable(usual):
+        return usual
+    spare = Path(tempfile.gettempdir()).absolute() / f"flowray-{os.getuid()}"
+    reason = _unwritable(spare, mode=0o700)
+    if reason or spare.stat().st_uid != os.getuid():
+        raise InputError(f"neither {usual} nor {spare} can be written; set data.cache or FLOWRAY_CACHE to a writable folder")
+    return spare
+
+
+def _unwritable(folder: Path, mode: int = 0o777) -> str | None:
+    """Why no file can be made in the folder, which is created; None where one can."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
     except OSError as error:
-        where = "data.cache" if configured else "FLOWRAY_CACHE" if from_env else "the default cache"
-        raise InputError(
-            f"{where} {path}: cannot be written: {error.strerror}; set data.cache or FLOWRAY_CACHE to a writable folder"
-        ) from error
-    return path
+        return error.strerror or str(error)

@@ -107,6 +107,7 @@ make.ensure_set(make.ShapesSet(train=60, val=8, unseen=4), Path({str(tmp_path)!r
 
 
 def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("FLOWRAY_CACHE", str(tmp_path / "env"))
     assert cache_dir(None) == tmp_path / "env"
     assert cache_dir(str(tmp_path / "given")) == tmp_path / "given"
@@ -117,3 +118,16 @@ def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"data.cache .*file.*cannot be written"):
         cache_dir(str(tmp_path / "file" / "below"))
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/proc/nobody", "relative"])
+def test_without_a_home_the_cache_lies_beside_the_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    monkeypatch.delenv("FLOWRAY_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = cache_dir(None)
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir(None) == tmp_path / "xdg" / "flowray"
