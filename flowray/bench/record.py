@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from flowray.config.recipe import Recipe
 from flowray.config.rows import Row
 from flowray.config.sweep import Sweep
 from flowray.config.sweepfile import base_recipe, dump_sweep
+from flowray.data.folders import locked
 from flowray.store.latents import ensure_latents
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
@@ -161,11 +162,12 @@ def _open(job: Job, sweep: Sweep) -> None:
         "facts": {"commit": git_commit(), "machine": machine(), "recipe": job.recipe.model_dump(mode="json")},
     }
     (job.folder / "claims").mkdir(exist_ok=True)
-    part = job.folder / f".pool.{os.getpid()}"
-    part.write_text(json.dumps({"pool": head}) + "\n", encoding="utf-8")
-    with suppress(FileExistsError):
-        os.link(part, job.file)  # appears whole, or was there before
-    part.unlink()
+    with (job.folder / "claims" / "pool").open("w") as lock:
+        locked(lock)
+        if not job.file.exists():  # it appears whole
+            part = job.file.with_suffix(".part")
+            part.write_text(json.dumps({"pool": head}) + "\n", encoding="utf-8")
+            part.replace(job.file)
     pool = read_pool(job.file)
     ours = all(e.number < pool.drawn == len(job.configurations) and e.params == job.configurations[e.number] for e in pool.entries)
     same = all(getattr(pool.sweep, name) == getattr(sweep, name) for name in ("base", "set", "parameters", "seed"))

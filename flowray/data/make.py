@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -20,6 +19,7 @@ from PIL import Image
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress, counted
 from flowray.data import digits, shapes
+from flowray.data.folders import locked
 from flowray.data.shards import MANIFEST, write_shards
 
 EmbeddedName = Literal["shapes", "digits"]
@@ -110,9 +110,9 @@ def ensure_set(what: EmbeddedSet, cache: Path, progress: Progress = SILENT) -> d
     try:
         root.mkdir(parents=True, exist_ok=True)
         with (root / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel when its holder dies
-            for left in root.glob(".*.????????????"):  # what a killed writer left; nobody else writes while we hold the lock
-                shutil.rmtree(left, ignore_errors=True)
+            if locked(lock):
+                for left in root.glob(".*.????????????"):  # what a killed writer left: nobody
+                    shutil.rmtree(left, ignore_errors=True)  # else writes while we hold the lock
             return write_set(what, root, progress)
     except OSError as error:
         raise InputError(f"{root}: cannot write there: {error.strerror}; set data.cache or FLOWRAY_CACHE to a writable folder") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowray.config.errors import InputError, did_you_mean
+from flowray.data.folders import put_in_place
 
 MANIFEST = "manifest.json"
 EMBEDDED = ("shapes", "digits")  # the names that stand for sets made on first use
@@ -59,7 +59,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        os.replace(partial, folder)
+        put_in_place(partial, folder, last=MANIFEST)
     except OSError as error:
         if folder.is_dir() and any(folder.iterdir()):  # another writer was first
             raise occupied from error

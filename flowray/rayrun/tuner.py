@@ -37,7 +37,7 @@ from flowray.rayrun.storage import Unshared, check_here, marked, refuse_unshared
 from flowray.rayrun.trainer import RunFailed, fit, train_worker
 from flowray.report.load import load_sweep as load_report
 from flowray.store.latents import ensure_latents
-from flowray.store.run import RunDirectory, RunLock, storage_folder
+from flowray.store.run import RunDirectory, RunLock, require_writable, storage_folder
 from flowray.tune.halving import make_halving
 from flowray.tune.plan import Cluster, longest, share_cluster
 from flowray.tune.records import Records, TrialRecord
@@ -219,6 +219,7 @@ def open_directory(sweep: Sweep, base: Recipe, resume: bool) -> Path:
             RunLock(RunDirectory(sweep_dir)).refuse_if_held()
             _refuse_other(sweep, base, kept, recipe, resume)
         sweep_dir.mkdir(parents=True, exist_ok=True)
+        require_writable(sweep_dir)
         for path, text in ((recipe, dump_recipe(base)), (kept, dump_sweep(sweep))):
             part = path.with_name(f"{path.name}.part")
             part.write_text(text)

@@ -9,7 +9,6 @@ when complete.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -21,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowray.config.errors import InputError
+from flowray.data.folders import put_in_place, sync
 
 Tensors = dict[str, Tensor]
 _NAME = re.compile(r"step_(\d+)")
+STATE = "state.json"  # without it a folder is no checkpoint
 
 
 def save_checkpoint(folder: Path, step: int, groups: dict[str, Tensors], state: dict[str, Any], keep: int) -> Path:
@@ -36,12 +37,12 @@ def save_checkpoint(folder: Path, step: int, groups: dict[str, Tensors], state: 
         for name, tensors in groups.items():
             save_file({key: t.detach().contiguous() for key, t in tensors.items()}, partial / f"{name}.safetensors")
         files = {file.name: {"size": file.stat().st_size, "crc32": _crc32(file)} for file in partial.iterdir()}
-        (partial / "state.json").write_text(json.dumps({**state, "step": step, "files": files}))
+        (partial / STATE).write_text(json.dumps({**state, "step": step, "files": files}))
         for file in (*partial.iterdir(), partial):
-            _sync(file)
+            sync(file)
         shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _sync(folder)
+        put_in_place(partial, final, last=STATE)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, SafetensorError):  # how safetensors reports a full disk
@@ -50,14 +51,6 @@ def save_checkpoint(folder: Path, step: int, groups: dict[str, Tensors], state: 
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _crc32(path: Path) -> int:
@@ -71,7 +64,7 @@ def _crc32(path: Path) -> int:
 def is_valid(checkpoint: Path) -> bool:
     """Whether every file is there at the size it was written with."""
     try:
-        files = json.loads((checkpoint / "state.json").read_text())["files"]
+        files = json.loads((checkpoint / STATE).read_text())["files"]
         return all((checkpoint / name).stat().st_size == kept["size"] for name, kept in files.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -82,7 +75,7 @@ def is_intact(checkpoint: Path) -> bool:
     if not is_valid(checkpoint):
         return False
     try:
-        files = json.loads((checkpoint / "state.json").read_text())["files"]
+        files = json.loads((checkpoint / STATE).read_text())["files"]
         return all(_crc32(checkpoint / name) == kept["crc32"] for name, kept in files.items())
     except OSError:
         return False
@@ -101,7 +94,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """Its `state.json`: step, seed."""
-    return json.loads((checkpoint / "state.json").read_text())
+    return json.loads((checkpoint / STATE).read_text())
 
 
 def load_tensors(checkpoint: Path, group: str) -> Tensors:

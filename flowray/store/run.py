@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
-import tempfile
 import threading
 import time
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from flowray.config.errors import InputError
 
 RENEW_S = 10.0  # how often an owner renews its lock
 STALE_S = 40.0  # a lock of another host not renewed for this long has a dead owner
+EMPTY_S = 5.0  # a lock that stays empty for this long was cut off by a full disk or a kill
 
 
 def storage_folder(storage_path: str) -> Path:
@@ -78,10 +80,40 @@ class RunDirectory:
         try:
             for folder in (self.path, self.samples, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
         except OSError as error:
             raise InputError(f"storage_path: {self.path} cannot be written: {error.strerror}; set storage_path=FOLDER") from error
+        require_writable(self.path)
+
+
+def require_writable(folder: Path) -> None:
+    """InputError, naming what is missing, where a run cannot be kept in `folder`.
+
+    Asked by doing it: a mounted bucket, a USB stick or a drive in the cloud has no hard links, no
+    symbolic links, no sockets, which a run needs none of; it does need the four below.
+    """
+    mine = folder / f".try-{uuid.uuid4().hex}"
+    other = mine.with_suffix(".new")
+    doing = "cannot be written"
+    try:
+        with mine.open("x") as file:
+            file.write("old\n")
+        doing = "makes a file that is there already: two processes would write one run"
+        with suppress(FileExistsError), mine.open("x"):
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        doing = "does not rename a file over another one"
+        other.write_text("new\n")
+        os.replace(other, mine)
+        doing = "does not append to a file"
+        with mine.open("a") as file:
+            file.write("more\n")
+        if mine.read_text() != "new\nmore\n":
+            raise OSError(errno.EIO, "it reads back differently")
+    except OSError as error:
+        raise InputError(f"storage_path: {folder} {doing}: {error.strerror or error}; set storage_path=FOLDER") from error
+    finally:
+        for left in (mine, other):
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
 
 
 class RunLock:
@@ -97,21 +129,26 @@ class RunLock:
         self._left = threading.Event()
 
     def __enter__(self) -> RunLock:
-        mine = self._file.with_name(f".lock.{self._me['host']}.{self._me['pid']}")
-        mine.write_text(json.dumps(self._me))
-        try:
-            for _ in range(2):
-                try:
-                    os.link(mine, self._file)  # appears with its content, or not at all
-                except FileExistsError:
-                    self.refuse_if_held()
-                    self._file.unlink(missing_ok=True)
-                else:
-                    threading.Thread(target=self._keep, name="lock", daemon=True).start()
-                    return self
-        finally:
-            mine.unlink(missing_ok=True)
+        for _ in range(2):
+            try:
+                self._take()
+            except FileExistsError:
+                self.refuse_if_held()
+                self._file.unlink(missing_ok=True)
+            else:
+                threading.Thread(target=self._keep, name="lock", daemon=True).start()
+                return self
         raise InputError(f"{self._file.parent}: another process took this run at the same moment")
+
+    def _take(self) -> None:
+        """Make the file, which storage without hard links can do too, and then write into it."""
+        file = self._file.open("x")
+        try:
+            with file:
+                file.write(json.dumps(self._me))
+        except OSError:  # a full disk
+            self._file.unlink(missing_ok=True)
+            raise
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
@@ -136,11 +173,23 @@ class RunLock:
                 self.renew()
 
     def _owner(self) -> dict[str, Any] | None:
+        """Who holds it, None where nobody does. A lock that its taker still writes is waited for."""
+        deadline = time.monotonic() + EMPTY_S
+        while not (text := self._text()):
+            if text is None or time.monotonic() > deadline:
+                return None
+            time.sleep(0.05)
         try:
-            owner = json.loads(self._file.read_text())
-        except (OSError, ValueError):
+            owner = json.loads(text)
+        except ValueError:
             return None
         return owner if isinstance(owner, dict) and owner.keys() >= self._me.keys() else None
+
+    def _text(self) -> str | None:
+        try:
+            return self._file.read_text()
+        except OSError:
+            return None
 
     def _alive(self, owner: dict[str, Any]) -> bool:
         if owner["host"] == self._me["host"]:

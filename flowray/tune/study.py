@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from collections.abc import Callable, Container, Sequence
 from itertools import islice
@@ -18,7 +19,7 @@ import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study, StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
@@ -46,10 +47,14 @@ LOCK_S = 2.0  # a lock of the journal lasts milliseconds; one that stays so long
 
 
 class Journal(JournalFileBackend):
-    """Optuna's journal file, where an entry that a full disk cut off does not stay: the next one would join it and spoil the file."""
+    """Optuna's journal file, where an entry that a full disk cut off does not stay.
+
+    The next one would join it and spoil the file. Its lock is a file and not a symbolic link, as
+    mounted buckets and drives have none; with a process that takes the link it still excludes.
+    """
 
     def __init__(self, path: Path):
-        super().__init__(str(path))
+        super().__init__(str(path), JournalFileOpenLock(str(path)))
         self._path = path
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -254,6 +259,6 @@ def _free_lock(path: Path) -> None:
     """Remove the lock that a killed writer left: Optuna would wait for half a minute, and for ever once the folder was moved."""
     lock = path.with_name(f"{path.name}.lock")
     deadline = time.monotonic() + LOCK_S
-    while lock.is_symlink() and time.monotonic() < deadline:
+    while os.path.lexists(lock) and time.monotonic() < deadline:
         time.sleep(0.05)
     lock.unlink(missing_ok=True)

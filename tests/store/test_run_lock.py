@@ -59,10 +59,45 @@ def test_a_reused_process_id_is_not_the_owner(run):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"host": "x"}'])
-def test_a_torn_lock_is_taken_over(run, content):
+def test_a_torn_lock_is_taken_over(run, content, monkeypatch):
+    monkeypatch.setattr(module, "EMPTY_S", 0.2)
     (run.path / ".lock").write_text(content)
     with RunLock(run):
         pass
+
+
+def test_a_lock_that_is_still_being_written_is_respected(run):
+    """A file appears before its content where it cannot be linked into place."""
+    (run.path / ".lock").touch()
+    mine = json.dumps(RunLock(run)._me | {"host": "elsewhere", "pid": 1})
+    writes = threading.Timer(0.3, lambda: (run.path / ".lock").write_text(mine))
+    renews = threading.Timer(1.0, lambda: os.utime(run.path / ".lock"))
+    writes.start()
+    renews.start()
+    with pytest.raises(InputError, match="process 1 on elsewhere"), RunLock(run):
+        pass
+    renews.join()
+
+
+def test_many_at_once_and_one_gets_it(run):
+    """Each holds it until its end, so that no second one can have it after the first."""
+    owners = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(run.path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    try:
+        refused = [owner.stderr.read() for owner in owners if owner.stdout.readline() != "held\n"]
+        assert len(refused) == 3
+        assert all("in use by process" in text for text in refused)
+    finally:
+        for owner in owners:
+            owner.kill()
+            owner.communicate()
 
 
 def test_another_hosts_lock_is_stale_without_renewals_and_held_with_them(run, monkeypatch):
