@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 
 from flowray.config.errors import InputError
-from flowray.config.paths import is_hub_name, no_such
 from flowray.config.recipe import Recipe
 from flowray.data.reader import ShardReader
 from flowray.data.shards import EMBEDDED
@@ -62,7 +61,11 @@ def check_shards(recipe: Recipe) -> None:
 
 def _check_weights(recipe: Recipe) -> None:
     from flowray.cli.plan import weights
+    from flowray.model.files import TEXT, open_autoencoder, open_model
+    from flowray.model.local import find_place
 
     for each in weights(recipe):
-        if not each["present"] and not is_hub_name(each["path"]):
-            raise InputError(f"{each['key']}: {each['path']!r}: {no_such(each['path'])}")
+        if each["path"] != "embedded":
+            find_place(each["path"], each["key"])
+    open_model(recipe.model.text.path, TEXT, "text_encoder")
+    open_autoencoder(recipe.model.autoencoder.path)

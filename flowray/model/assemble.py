@@ -60,11 +60,10 @@ def build_model(config: ModelConfig, loss: LossConfig, seed: int) -> FlowModel:
 
 
 def planned_model(config: ModelConfig, loss: LossConfig) -> FlowModel:
-    """The model on the meta device: every shape, no memory, no weights read. A text model that is not on this machine is left out,
-    and the recipe must then say its `width`."""
-    folder = local_weights(config.text.path)
+    """The model on the meta device: every shape, no memory, no weights read. Of a text model that is not on this machine its
+    config.json is enough; without that it is left out, and the recipe must then say its `width`."""
     with torch.device("meta"):
-        text = planned_text(config.text) if folder is None else load_text(config.text.model_copy(update={"path": str(folder)}))
+        text = planned_text(config.text) if local_weights(config.text.path) is None else load_text(config.text)
         return FlowModel(config, loss, text)
 
 

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
 from flowray.config.model import AutoencoderConfig, DCAutoencoder, KLAutoencoder
-from flowray.model.assets import asset_path
+from flowray.model.files import AUTOENCODER, ModelFiles, beside, open_autoencoder
 from flowray.model.latent import LatentScale, Moments, PerChannel
-from flowray.model.local import local_weights
+from flowray.model.local import local_place
+from flowray.model.pretrained import loading
+from flowray.model.singlefile import load_single_file
 
 SANA_FACTOR = 0.41407  # of DC-AE f32c32 for SANA (diffusers' conversion script, SANA's configs)
 DETERMINISTIC_LOGVAR = -30.0  # exp(0.5 * -30) = 3e-7: a point, in the form of a gaussian
@@ -88,21 +89,33 @@ def load_autoencoder(config: AutoencoderConfig, latent: LatentSpec) -> Autoencod
 
 
 def _load(config: AutoencoderConfig) -> Any:
-    model_class = _NETS[type(config)]
-    path: str | Path = asset_path("autoencoder") if config.path == "embedded" else config.path
-    try:
-        kind = model_class.load_config(path).get("_class_name", model_class.__name__)
-        if kind != model_class.__name__:
-            others = (other.model_fields["kind"].default for other, net in _NETS.items() if net.__name__ == kind)
-            other = "".join(f"; type model.autoencoder.kind={name}" for name in others)
-            raise InputError(f"model.autoencoder.path: {str(path)!r} holds an {kind}, not an {model_class.__name__}{other}")
+    files, model_class = open_autoencoder(config.path), _NETS[type(config)]
+    if isinstance(files, Path):
+        return load_single_file(files, config, AUTOENCODER)
+    _refuse_other_kind(files, model_class)
+    with loading(AUTOENCODER, files.folder):
         # low_cpu_mem_usage: without accelerate True warns at length
-        net, report = model_class.from_pretrained(path, low_cpu_mem_usage=False, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: weights of other shapes
-        raise InputError(f"model.autoencoder.path: cannot load {str(path)!r}: {str(error).partition(chr(10))[0]}") from error
+        net, report = model_class.from_pretrained(
+            files.folder,
+            variant=files.variant,
+            use_safetensors=files.weights[0].suffix == ".safetensors",
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            local_files_only=True,
+        )
     if lacking := sorted(report["missing_keys"]):
-        raise InputError(f"model.autoencoder.path: {str(path)!r} lacks {len(lacking)} weights, such as {lacking[0]}")
+        raise InputError(f"{AUTOENCODER}: {str(files.folder)!r} lacks {len(lacking)} weights, such as {lacking[0]}")
     return net
+
+
+def _refuse_other_kind(files: ModelFiles, model_class: Any) -> None:
+    """InputError where the folder's config is not that of `model_class`."""
+    kind = files.config.get("_class_name", files.config.get("model_type", model_class.__name__))
+    if kind != model_class.__name__:
+        others = (other.model_fields["kind"].default for other, net in _NETS.items() if net.__name__ == kind)
+        other = "".join(f"; type model.autoencoder.kind={name}" for name in others) or beside(files.folder, "vae", AUTOENCODER)
+        raise InputError(f"{AUTOENCODER}: {str(files.folder)!r} holds {kind}, not {model_class.__name__}{other}")
 
 
 def _dc_factor(net: Any) -> float:
@@ -123,9 +136,11 @@ def _kl_scale(net: Any, config: KLAutoencoder) -> LatentScale:
 
 def planned_autoencoder(config: AutoencoderConfig) -> int | None:
     """Parameters of the autoencoder, from its own config where it is on this machine, else as the recipe says; None if neither knows."""
-    folder = local_weights(config.path, embedded="autoencoder")
-    if folder is None:
+    if local_place(config.path, "autoencoder") is None:
         return config.parameters
-    model_class = _NETS[type(config)]
-    with torch.device("meta"):
-        return sum(p.numel() for p in model_class.from_config(model_class.load_config(folder)).parameters())
+    files, model_class = open_autoencoder(config.path, weights=False), _NETS[type(config)]
+    if isinstance(files, Path):
+        return config.parameters
+    _refuse_other_kind(files, model_class)
+    with torch.device("meta"), loading(AUTOENCODER, files.folder):
+        return sum(p.numel() for p in model_class.from_config(model_class.load_config(files.folder)).parameters())

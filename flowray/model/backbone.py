@@ -2,100 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
 )
-from transformers.utils import logging
 
 from flowray.config.errors import InputError
 from flowray.config.model import CausalText, EncoderText, TextConfig
-from flowray.model.assets import asset_path
-from flowray.model.images import planning
+from flowray.model.files import TEXT, ModelFiles, open_model
+from flowray.model.local import local_place
+from flowray.model.pretrained import load_weights, transformers_config
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# A VLM's checkpoint names its language model `language_model.model.*`, `model.language_model.*` or, the older Qwen-VL, `model.*`.
+# A VLM's checkpoint names its language model `language_model.model.*`, `model.language_model.*`
+# or, the older Qwen-VL, `model.*`.
 _TO_LANGUAGE_MODEL = {r"^(model\.)?language_model\.(model\.)?": ""}
+# What a pass over padded prompts and then over queries, with the prompts' keys and values kept, hands to a model.
+_CACHED_PASS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' table of the weights it leaves out: a text encoder taken from a larger checkpoint leaves out many."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _weights(model_class: Any, path: str | Path, dtype: torch.dtype, **options: Any) -> Any:
-    """The checkpoint's weights in `model_class`; InputError where it lacks some, which transformers would draw at random.
-
-    On the meta device, where a plan is made, its shapes alone.
-    """
-    if planning():
-        return model_class(options.get("config") or AutoConfig.from_pretrained(path))
-    with _quiet():
-        model, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
-    lacking = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # the pooler's output is not read
-    if lacking:
-        raise InputError(f"model.text.path: {str(path)!r} lacks {len(lacking)} weights of {model_class.__name__}, such as {lacking[0]}")
-    return model
-
-
-def _causal(path: str | Path, config: Any, dtype: torch.dtype) -> Any:
+def _causal(files: ModelFiles, config: Any, dtype: torch.dtype) -> Any:
     """A causal LM without its output layer; of a vision-language model only the language model is read."""
     known, language = type(config), config.get_text_config()
     causal = known in MODEL_FOR_CAUSAL_LM_MAPPING or known in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not causal or known in MODEL_FOR_MASKED_LM_MAPPING:
+        hint = "use model.text.kind=encoder for it" if _encoder_config(config) else "give a causal language model"
+        raise InputError(f"{_holds(files, config)}, not a causal language model; {hint}")
+    model_class: Any = MODEL_MAPPING[type(language)]
+    kinds = set(getattr(language, "layer_types", None) or ())
+    recurrent = sorted(kind for kind in kinds if not kind.endswith("attention") or "linear" in kind)
+    if model_class._is_stateful or recurrent or not inspect.signature(model_class.forward).parameters.keys() >= _CACHED_PASS:
         raise InputError(
-            f"model.text.path: {str(path)!r} holds a {config.model_type}, not a causal language model; use model.text.kind=encoder for it"
+            f"{_holds(files, config)}, which keeps a running state or takes no positions: what it makes of a caption would depend "
+            "on the padding; give a model with attention in every layer, such as Qwen3, Llama or Gemma"
         )
     if language is config:
-        return _weights(MODEL_MAPPING[known], path, dtype)
-    return _weights(MODEL_MAPPING[type(language)], path, dtype, config=language, key_mapping=_TO_LANGUAGE_MODEL)
+        return load_weights(model_class, files, TEXT, dtype)
+    return load_weights(model_class, files, TEXT, dtype, config=language, key_mapping=_TO_LANGUAGE_MODEL)
 
 
-def _encoder(path: str | Path, config: Any, dtype: torch.dtype) -> Any:
+def _encoder(files: ModelFiles, config: Any, dtype: torch.dtype) -> Any:
     """The text encoder of a checkpoint: T5's encoder without its decoder, CLIP's text model without its tower, or the model itself."""
-    encoders, language = MODEL_FOR_TEXT_ENCODING_MAPPING, config.get_text_config()
-    known = next((c for c in (config, language) if type(c) in encoders), None)
+    known = _encoder_config(config)
     if known is None:
         raise InputError(
-            f"model.text.path: {str(path)!r} holds a {config.model_type}, not a text encoder (CLIP, T5, BERT, ...); "
-            "a language model takes model.text.kind=causal_lm"
+            f"{_holds(files, config)}, not a text encoder (CLIP, T5, BERT, ...); a language model takes model.text.kind=causal_lm"
         )
-    return _weights(encoders[type(known)], path, dtype, config=known)
+    # the pooler's output is not read
+    return load_weights(MODEL_FOR_TEXT_ENCODING_MAPPING[type(known)], files, TEXT, dtype, unread="pooler", config=known)
 
 
-_LOADERS: dict[type, Callable[[str | Path, Any, torch.dtype], Any]] = {CausalText: _causal, EncoderText: _encoder}
+def _encoder_config(config: Any) -> Any | None:
+    """The config, or the text part of it, that transformers has a text encoder for."""
+    return next((each for each in (config, config.get_text_config()) if type(each) in MODEL_FOR_TEXT_ENCODING_MAPPING), None)
 
 
-def load_backbone(config: TextConfig) -> tuple[Any, Any]:
-    """(model, tokenizer) from a folder, a hub name, or the shipped model; InputError in one line where that cannot be."""
-    path: str | Path = asset_path("text") if config.path == "embedded" else config.path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        backbone = _LOADERS[type(config)](path, AutoConfig.from_pretrained(path), _DTYPES[config.dtype])
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:  # RuntimeError: weights of other shapes
-        raise InputError(f"model.text.path: cannot load {str(path)!r}: {str(error).partition(chr(10))[0]}") from error
+def _holds(files: ModelFiles, config: Any) -> str:
+    return f"{TEXT}: {str(files.folder)!r} holds a {config.model_type}"
+
+
+_LOADERS: dict[type, Callable[[ModelFiles, Any, torch.dtype], Any]] = {CausalText: _causal, EncoderText: _encoder}
+
+
+def load_backbone(config: TextConfig) -> Any:
+    """The frozen model of a folder, a hub name on this machine, or the shipped one; InputError in one line where that cannot be."""
+    return _backbone(config, open_model(config.path, TEXT, "text_encoder"))
+
+
+def planned_backbone(config: TextConfig) -> Any | None:
+    """Its shapes alone, on the meta device, which takes its config.json and no weights; None where that is not on this machine."""
+    if local_place(config.path) is None:
+        return None
+    return _backbone(config, open_model(config.path, TEXT, "text_encoder", weights=False))
+
+
+def _backbone(config: TextConfig, files: ModelFiles) -> Any:
+    backbone = _LOADERS[type(config)](files, transformers_config(files, TEXT, "text_encoder"), _DTYPES[config.dtype])
     width = backbone_width(backbone)
     if config.width not in (None, width):
-        raise InputError(f"model.text.width: the recipe says {config.width}, the weights in {str(path)!r} have {width}; correct it")
-    return backbone, tokenizer
+        raise InputError(f"model.text.width: the recipe says {config.width}, the weights in {str(files.folder)!r} have {width}; correct it")
+    return backbone
 
 
 def backbone_width(backbone: Any) -> int:

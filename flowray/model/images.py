@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    AutoConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
@@ -22,6 +20,8 @@ from transformers import (
 
 from flowray.config.errors import InputError
 from flowray.config.model import ClipNet, DinoV2Net, ImageNetConfig, SiglipNet, VisionDims
+from flowray.model.files import open_model
+from flowray.model.pretrained import load_weights, planning, transformers_config
 
 Channels = tuple[float, float, float]
 IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -82,11 +82,6 @@ class ImageEncoder(nn.Module):
             return ImageFeatures(out.pooler_output.float(), out.last_hidden_state[:, self.extra :].float().unflatten(1, (rows, rows)))
 
 
-def planning() -> bool:
-    """Whether modules are being made on the meta device, to be counted and not computed with."""
-    return torch.get_default_device().type == "meta"
-
-
 def load_image_encoder(config: ImageNetConfig, where: str, *, frozen: bool) -> ImageEncoder:
     """The encoder of a folder or hub name; from `dims`, with random weights, where there is no path. A plan loads no weights.
 
@@ -95,21 +90,16 @@ def load_image_encoder(config: ImageNetConfig, where: str, *, frozen: bool) -> I
     if config.dims is not None and (config.path is None or planning()):
         family = _FAMILIES[type(config)]
         return ImageEncoder(config, next(iter(family.nets.values()))(_shape(family, config.dims)), frozen)
-    path = str(config.path)
-    try:
-        made = AutoConfig.from_pretrained(path)
-        kind = made.model_type
-        nets = _FAMILIES[type(config)].nets
-        if kind not in nets:
-            raise InputError(f"{where}.path: {path!r} holds a {kind} model, kind {config.kind} reads {' or '.join(nets)}; set {where}.kind")
-        if planning():
-            return ImageEncoder(config, nets[kind](getattr(made, "vision_config", made)), frozen)
-        net, report = nets[kind].from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: weights of other shapes
-        raise InputError(f"{where}.path: cannot load {path!r}: {str(error).partition(chr(10))[0]}") from error
-    if report["missing_keys"]:
-        raise InputError(f"{where}.path: {path!r} lacks the weights {sorted(report['missing_keys'])[:3]}; give a complete checkpoint")
-    return ImageEncoder(config, net, frozen)
+    files = open_model(str(config.path), f"{where}.path", "image_encoder", weights=not planning())
+    made = transformers_config(files, f"{where}.path", "image_encoder")
+    kind, nets = made.model_type, _FAMILIES[type(config)].nets
+    if kind not in nets:
+        raise InputError(
+            f"{where}.path: {config.path!r} holds a {kind} model, kind {config.kind} reads {' or '.join(nets)}; set {where}.kind"
+        )
+    if planning():
+        return ImageEncoder(config, nets[kind](getattr(made, "vision_config", made)), frozen)
+    return ImageEncoder(config, load_weights(nets[kind], files, f"{where}.path", torch.float32), frozen)
 
 
 def _shape(family: _Family, dims: VisionDims) -> Any:

@@ -1,23 +1,76 @@
-"""Which weights are on this machine: nothing here asks the network."""
+"""Where on this machine a recipe's model path leads. The network is asked only where FLOWRAY_DOWNLOAD=1 allows it."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from flowray.config.errors import InputError
+from flowray.config.paths import is_hub_name, no_such
 from flowray.model.assets import asset_path
 
+DOWNLOAD = "FLOWRAY_DOWNLOAD"  # 1: hub names that are not here may be downloaded
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
+# Of a hub's repository, what flowray reads: no ONNX, TensorFlow or GGUF copies, no pictures.
+_READ = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.tiktoken", "*.txt"]
+
+
+def find_place(path: str, where: str, embedded: str = "text") -> Path:
+    """The file or folder that `path` means: the shipped model `embedded`, a path, or a hub name that was downloaded before.
+
+    where: the recipe key, which begins the message. InputError, one line with what to type: nothing is there.
+    """
+    if place := local_place(path, embedded):
+        return place
+    if not is_hub_name(path):
+        raise InputError(f"{where}: {path!r}: {no_such(path)}")
+    if os.environ.get(DOWNLOAD) == "1":
+        return _download(path, where)
+    raise InputError(
+        f"{where}: {path!r} is not on this machine; type `hf download {path}`, the path of a folder, "
+        f"or {DOWNLOAD}=1 before the command to let flowray download it"
+    )
+
+
+def local_place(path: str, embedded: str = "text") -> Path | None:
+    """The same without an error: None where nothing is there. A hub name may lead to a part of its files, such as config.json."""
+    if path == "embedded":
+        return asset_path(embedded)
+    place = Path(path).expanduser()
+    if place.exists():
+        return _snapshot(place)
+    if not is_hub_name(path):
+        return None
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def local_weights(path: str, embedded: str = "text") -> Path | None:
-    """The file or folder of a path, a hub name already downloaded, or the shipped model `embedded`; None where no weights lie there."""
-    place = asset_path(embedded) if path == "embedded" else Path(path).expanduser()
-    if not place.exists():
-        try:
-            place = Path(snapshot_download(path, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError):
-            return None
-    return place if place.is_file() or any(True for pattern in _WEIGHTS for _ in place.rglob(pattern)) else None
+    """`local_place`, but None where no weights lie there."""
+    place = local_place(path, embedded)
+    if place is None or place.is_file():
+        return place
+    return place if any(True for pattern in _WEIGHTS for _ in place.rglob(pattern)) else None
+
+
+def _snapshot(place: Path) -> Path:
+    """Of a folder of the hub's cache (`models--ORG--NAME`) the files of its main revision, any other folder as it is."""
+    main = place / "refs" / "main"
+    return place / "snapshots" / main.read_text().strip() if main.is_file() else place
+
+
+def _download(name: str, where: str) -> Path:
+    try:
+        place = Path(snapshot_download(name, allow_patterns=_READ))
+        if not any(place.rglob("*.safetensors")):
+            snapshot_download(name, allow_patterns=["*.bin"])
+    except (HfHubHTTPError, OSError) as error:
+        answered = isinstance(error, HfHubHTTPError)  # an answer of the hub: no such name, or not for everyone
+        why = "the hub does not give it; check the name, or type `hf auth login`" if answered else "the hub does not answer"
+        raise InputError(f"{where}: cannot download {name!r}: {why}") from error
+    return place

@@ -22,9 +22,10 @@ from flowray.config.errors import InputError
 from flowray.config.losses import ClipLossConfig, DinoLossConfig, EmaTeacher, LossConfig, RepaLossConfig
 from flowray.config.model import ImageTower, ModelConfig, TowerConfig
 from flowray.model.autoencoder import load_autoencoder
-from flowray.model.images import ImageEncoder, load_image_encoder, planning
+from flowray.model.images import ImageEncoder, load_image_encoder
 from flowray.model.layers import ConvAdaptor
 from flowray.model.levels import VelocityNet
+from flowray.model.pretrained import planning
 from flowray.model.ranks import sum_over_ranks
 from flowray.model.vgg import Lpips
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowray.config.errors import InputError
 from flowray.config.losses import LpipsLossConfig
-from flowray.model.images import IMAGENET, planning
+from flowray.config.paths import no_such
+from flowray.model.files import check_file
+from flowray.model.images import IMAGENET
+from flowray.model.pretrained import loading, planning
 
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # where torchvision's `features` has its convolutions
 WIDTHS = (64, 128, 256, 512, 512)
@@ -114,10 +115,13 @@ def load_linear(file: str, widths: list[int]) -> list[Tensor]:
 
 def _tensors(file: str, where: str) -> dict[str, Tensor]:
     """A state dict in safetensors, or in torch's format without running what a pickle holds."""
-    try:
-        kept = load_file(file) if Path(file).suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise InputError(f"{where}: cannot read {file!r}: {str(error).partition(chr(10))[0]}") from error
+    place = Path(file)
+    if not place.is_file():
+        raise InputError(f"{where}: {file!r}: {'a folder; give the file' if place.is_dir() else no_such(file)}")
+    check_file(place, where)
+    with loading(where, file):
+        tensors = place.suffix == ".safetensors"
+        kept = load_file(file) if tensors else torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(kept, dict) or not all(isinstance(value, Tensor) for value in kept.values()):
         raise InputError(f"{where}: {file!r} holds no state dict of tensors; save model.state_dict()")
     return kept

@@ -22,14 +22,15 @@ from torch import Tensor
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
 from flowray.config.keys import INF, describe
-from flowray.config.model import AutoencoderConfig
+from flowray.config.model import AutoencoderConfig, TextConfig
+from flowray.config.paths import is_hub_name
 from flowray.config.progress import SILENT, Advance, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig
 from flowray.data.make import cache_dir, ensure_embedded
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards, sha256, write_shards
-from flowray.model.assets import asset_path
+from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
 from flowray.model.latent import LatentScale, Moments, over_channels
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 ENCODE_BATCH = 32
 STATISTICS = 4096  # samples that channel_statistics reads at most
+CAPTIONED = 256  # samples whose captions are looked at before a run
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,19 @@ def pictures_fingerprint(reader: ShardReader) -> str:
 
 
 def autoencoder_fingerprint(config: AutoencoderConfig) -> str:
-    """Short hash of the config and, for a local folder, of its files' names, sizes and times; the hub name otherwise."""
-    folder = asset_path("autoencoder") if config.path == "embedded" else Path(config.path)
+    """Short hash of the config and of the files that are read: their names and contents, or sizes and times where they are large.
+
+    A hub name stands for itself. InputError where the path holds no autoencoder.
+    """
     digest = hashlib.sha256(config.model_dump_json().encode())
-    for file in sorted(folder.glob("*")) if folder.is_dir() else []:
+    for file in () if is_hub_name(config.path) else _files(open_autoencoder(config.path)):
         content = file.read_bytes() if file.stat().st_size < 2**25 else f"{file.stat().st_size} {file.stat().st_mtime_ns}".encode()
         digest.update(file.name.encode() + content)
     return digest.hexdigest()[:12]
+
+
+def _files(found: ModelFiles | Path) -> tuple[Path, ...]:
+    return (found,) if isinstance(found, Path) else (found.folder / CONFIG, *found.weights)
 
 
 def ensure_latents(
@@ -130,14 +138,20 @@ def ensure_latents(
     autoencoder: AutoencoderConfig,
     latent: LatentSpec,
     progress: Progress = SILENT,
+    text: TextConfig | None = None,
 ) -> dict[str, Path]:
-    """split -> folder of latent shards, encoded now where they are not in the cache."""
-    folders = {}
+    """split -> folder of latent shards, encoded now where they are not in the cache.
+
+    text: the text model that is to train on them. InputError before anything is encoded where it cannot tell captions apart.
+    """
+    folders: dict[str, Path] = {}
     for split, shards in split_shards(data, progress).items():
         with progress.task(f"looking through the {split} shards"):
             reader = ShardReader(shards)
         folder = cache_dir(data.cache) / f"latents-{autoencoder_fingerprint(autoencoder)}-{pictures_fingerprint(reader)}" / split
         if not (folder / MANIFEST).is_file():
+            if text and not folders:
+                _check_captions(text, reader, progress)
             with progress.task("loading the autoencoder"):
                 encoder = _encoder(autoencoder, latent)
             with progress.task(f"encoding {split} pictures", len(reader)) as advance:
@@ -146,6 +160,21 @@ def ensure_latents(
                 progress.say(warning)
         folders[split] = folder
     return folders
+
+
+def _check_captions(text: TextConfig, reader: ShardReader, progress: Progress) -> None:
+    with progress.task("reading the tokenizer"):
+        from flowray.model.prompts import check_captions, load_tokenizer  # transformers takes seconds to import
+
+        warning = check_captions(load_tokenizer(text), some_captions(reader))
+    if warning:
+        progress.say(warning)
+
+
+def some_captions(samples: ShardReader | LatentSet) -> list[str]:
+    """All captions of at most CAPTIONED samples, spread evenly over the set."""
+    chosen = np.linspace(0, len(samples) - 1, min(len(samples), CAPTIONED)).round().astype(int)
+    return [caption for index in chosen.tolist() for caption in samples.captions(index)]
 
 
 def _encoder(config: AutoencoderConfig, latent: LatentSpec) -> Autoencoder:

@@ -178,10 +178,10 @@ def one_line(config: AutoencoderConfig, latent: LatentSpec) -> str:
 
 
 def test_what_does_not_fit_is_one_line(sd: Path, dc: Path, tmp_path: Path) -> None:
-    assert "holds an AutoencoderKL, not an AutoencoderDC; type model.autoencoder.kind=kl" in one_line(DCAutoencoder(path=str(sd)), SD_256)
-    assert "holds an AutoencoderDC, not an AutoencoderKL; type model.autoencoder.kind=dc" in one_line(KLAutoencoder(path=str(dc)), DC_256)
+    assert "holds AutoencoderKL, not AutoencoderDC; type model.autoencoder.kind=kl" in one_line(DCAutoencoder(path=str(sd)), SD_256)
+    assert "holds AutoencoderDC, not AutoencoderKL; type model.autoencoder.kind=dc" in one_line(KLAutoencoder(path=str(dc)), DC_256)
     assert "model.latent.channels: got 32, but the autoencoder" in one_line(KLAutoencoder(path=str(sd)), DC_256)
-    assert "cannot load" in one_line(KLAutoencoder(path=str(tmp_path / "nowhere")), SD_256)
+    assert "no such folder" in one_line(KLAutoencoder(path=str(tmp_path / "nowhere")), SD_256)
     (tmp_path / "config.json").write_text((sd / "config.json").read_text())
     weights = load_file(sd / WEIGHTS)
     del weights["decoder.conv_out.weight"]

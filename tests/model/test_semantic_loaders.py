@@ -105,7 +105,7 @@ def test_frozen_stays_frozen_and_trainable_trains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "kind", "words"),
-    [(SiglipNet, "clip", "holds a clip model.*set here.kind"), (DinoV2Net, None, "cannot load"), (DinoV2Net, "cut", "lacks the weights")],
+    [(SiglipNet, "clip", "holds a clip model.*set here.kind"), (DinoV2Net, None, "no config.json"), (DinoV2Net, "cut", "lacks 18 weights")],
 )
 def test_weights_of_another_kind_or_not_whole_are_named(family: Any, kind: str | None, words: str, tmp_path: Path) -> None:
     if kind == "cut":
@@ -221,10 +221,10 @@ def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> Non
     save_file(weights, tmp_path / "short.safetensors")
     with pytest.raises(InputError, match=r"loss\.lpips\.vgg: .*features\.10\.weight"):
         load_vgg(str(tmp_path / "short.safetensors"))
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match=r"absent.*no such file"):
         load_vgg(str(tmp_path / "absent.safetensors"))
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
-    with pytest.raises(InputError, match="cannot read"):  # a pickled module is not run
+    with pytest.raises(InputError, match="never run"):  # a pickled module
         load_vgg(str(tmp_path / "module.pth"))
     torch.save({"epoch": 3}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="no state dict"):

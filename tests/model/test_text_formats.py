@@ -13,6 +13,7 @@ from text_support import CAUSAL, WINDOW, Maker, bert, clip, internvl, mistral_sl
 from flowray.config.errors import InputError
 from flowray.config.model import CausalText, ConnectorConfig, EncoderText
 from flowray.model.backbone import load_backbone
+from flowray.model.prompts import load_tokenizer
 from flowray.model.text import CausalQueries, TextModel, load_text, planned_text
 
 PROMPTS = ["a small red circle", "a large blue square on the left on a pink background", "circle"]
@@ -34,7 +35,7 @@ def test_a_sliding_window_that_cuts_the_prompt_off(tmp_path: Path) -> None:
     """The two passes agree even there; but padding takes places in the window, so such a length is refused."""
     save(mistral_sliding, tmp_path)
     config = CausalText(path=str(tmp_path), queries=5)
-    cached_equals_plain(CausalQueries(*load_backbone(config), config))
+    cached_equals_plain(CausalQueries(load_backbone(config), load_tokenizer(config), config))
     assert f"40 + 5 queries, but {str(tmp_path)!r} sees a window of {WINDOW} tokens" in one_line(config)
     load_text(CausalText(path=str(tmp_path), queries=1, max_tokens=WINDOW - 1))
 
@@ -62,7 +63,7 @@ def test_the_last_hidden_states_are_the_whole_models(make: Maker, tmp_path: Path
     assert isinstance(text, CausalQueries)
     tokens = text(text.tokenize(PROMPTS)).values
     for prompt, row in zip(PROMPTS, tokens, strict=True):
-        ids = torch.tensor([text.tokenizer(prompt)["input_ids"]])
+        ids = torch.tensor([text.prompts.inner(prompt)["input_ids"]])
         assert len(set(ids[0].tolist())) > 1
         inputs = torch.cat([net.get_input_embeddings()(ids), text.queries[None]], dim=1)
         assert torch.allclose(row, language(inputs_embeds=inputs).last_hidden_state[0, -3:], atol=1e-5)
@@ -123,7 +124,7 @@ def test_the_wrong_kind_of_checkpoint(tmp_path: Path) -> None:
     for name in ("bert", "t5", "clip"):
         assert f"a {name}, not a causal language model; use model.text.kind=encoder" in one_line(CausalText(path=str(tmp_path / name)))
     assert "a qwen2, not a text encoder" in one_line(EncoderText(path=str(tmp_path / "qwen2")))
-    assert "cannot load" in one_line(EncoderText(path=str(tmp_path / "nowhere")))
+    assert "no such folder" in one_line(EncoderText(path=str(tmp_path / "nowhere")))
 
 
 def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
@@ -163,10 +164,10 @@ def test_a_plan_has_the_trainable_parts_without_the_weights(tmp_path: Path, conn
     assert all(p.is_meta for p in plan.parameters())
     assert plan.width == real.width == (20 if connector else 32)
     with pytest.raises(InputError, match=r"model\.text\.width=N"):
-        planned_text(config)
+        planned_text(config.model_copy(update={"path": "nobody/nothing"}))
 
 
 def test_the_shipped_model_loads(tmp_path: Path) -> None:
-    backbone, tokenizer = load_backbone(CausalText())
+    backbone, tokenizer = load_backbone(CausalText()), load_tokenizer(CausalText()).inner
     assert backbone.config.hidden_size == 128
     assert tokenizer("a red circle")["input_ids"][-1] == tokenizer.eos_token_id

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def text_of(text: CausalQueries, prompt: str) -> str:
     prompts = text.tokenize([prompt])
-    return text.tokenizer.decode(prompts.ids[0][prompts.mask[0]])
+    return text.prompts.inner.decode(prompts.ids[0][prompts.mask[0]])
 
 
 def test_chat_template_around_the_prompt(folder: Path) -> None:
@@ -41,7 +41,7 @@ def test_chat_template_around_the_prompt(folder: Path) -> None:
     text = model(folder, chat=True, template="Generate an image: {prompt}", suffix="<img>", max_tokens=128)
     wanted = "<|im_start|>user\nGenerate an image: a red circle<|im_end|>\n<|im_start|>assistant\n<img>"
     assert text_of(text, "a red circle") == wanted
-    assert int(text.tokenize(["a red circle"]).ids[0, -1]) == text.tokenizer.convert_tokens_to_ids("<img>")
+    assert int(text.tokenize(["a red circle"]).ids[0, -1]) == text.prompts.inner.convert_tokens_to_ids("<img>")
     system = model(folder, chat=True, system="You draw.", max_tokens=128)
     assert text_of(system, "a cross") == "<|im_start|>system\nYou draw.<|im_end|>\n" + wanted.split("Generate")[0] + (
         "a cross<|im_end|>\n<|im_start|>assistant\n"
@@ -68,8 +68,8 @@ def test_chat_adds_no_special_tokens_of_its_own(tmp_path: Path) -> None:
     """The template has them all: a tokenizer that ends every text with <eos> (id 1) does not put one behind the reply's opening."""
     text = model(tiny_text(tmp_path))
     assert text.tokenize(["circle"]).ids[0].tolist().count(1) == 1
-    text.tokenizer.chat_template = "{% for m in messages %}a {{ m['content'] }} on{% endfor %}"
-    text.tokenizer.save_pretrained(tmp_path)
+    text.prompts.inner.chat_template = "{% for m in messages %}a {{ m['content'] }} on{% endfor %}"
+    text.prompts.inner.save_pretrained(tmp_path)
     chat = model(tmp_path, chat=True)
     assert text_of(chat, "circle") == "a circle on"
 
@@ -115,7 +115,7 @@ def test_a_long_prompt_is_cut_and_its_frame_is_not(folder: Path, limit: int) -> 
 
 def test_a_plain_prompt_is_cut_as_the_tokenizer_cuts(tmp_path: Path) -> None:
     text = model(tiny_text(tmp_path), max_tokens=6)
-    wanted = text.tokenizer([LONG, "circle"], truncation=True, max_length=6, padding=True, return_tensors="pt")
+    wanted = text.prompts.inner([LONG, "circle"], truncation=True, max_length=6, padding=True, return_tensors="pt")
     with pytest.warns(UserWarning, match="was cut to 6"):
         prompts = text.tokenize([LONG, "circle"])
     assert torch.equal(prompts.ids, wanted["input_ids"])
