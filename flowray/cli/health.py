@@ -139,7 +139,7 @@ def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any], pro
         raise InputError(f"{run.path} holds a run already; give another --dir")
     changed = recipe_diffs(recipe, varied).keys() - {"name", "storage_path"}
     progress.say(f"{name}: {recipe.train.steps} steps" + (f", {', '.join(sorted(changed))} changed" if changed else ""))
-    folders = ensure_latents(varied.data, varied.model.autoencoder, varied.model.latent, progress)
+    folders = ensure_latents(varied.data, varied.model.autoencoder, varied.model.latent, progress, varied.model.text)
     if varied.data.limit is not None and (there := len(load_training(folders["train"], varied))) < varied.data.limit:
         progress.say(f"data.shards holds {there} samples, not {varied.data.limit}: those are taken")
     failure: list[Exception] = []

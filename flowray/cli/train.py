@@ -81,7 +81,7 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
     refuse_unready(recipe)
     refuse_unshared(run.path.parent, recipe.data, progress)
     run.create()
-    ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, progress)
+    ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, progress, recipe.model.text)
     if start:
         _say_changes(recipe, run, start, progress)
     _write_config(loaded, run)

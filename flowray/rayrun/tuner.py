@@ -145,7 +145,7 @@ def run_sweep(
     if _to_begin(sweep, records) or records.by("running") or records.waiting() or finish:
         if trains and not session.in_cluster() and not _DATA.intersection(map(_part, sweep.parameters)):
             made_of = base.data, base.model.autoencoder, base.model.latent
-            ensure_latents(*made_of, progress)  # once, before all trials want them
+            ensure_latents(*made_of, progress, base.model.text)  # once, before all trials want them
         takes, at_once = share_cluster(sweep, base, Cluster(((os.cpu_count() or 1, 0),)))
         needed = at_once * takes["resources.num_workers"] * takes["resources.cpus_per_worker"]  # a local Ray offers at least these
         with RunLock(RunDirectory(sweep_dir)) as lock, _quiet(), session.started(needed, progress), _sigterm_as_interrupt():

@@ -14,12 +14,13 @@ from flowray.config.load import dump_recipe
 from flowray.config.progress import SILENT
 from flowray.config.recipe import Recipe
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
+from flowray.model.prompts import check_captions
 from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
 from flowray.probes.vae import vae_metrics
 from flowray.sample.generate import generate, save_strip
 from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.doing import WrittenProgress
-from flowray.store.latents import LatentSet, channel_metrics, ensure_latents, load_latents, load_training
+from flowray.store.latents import LatentSet, channel_metrics, ensure_latents, load_latents, load_training, some_captions
 from flowray.store.rows import RowWriter
 from flowray.store.run import RunDirectory, RunLock
 from flowray.train.group import Group
@@ -44,7 +45,7 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     progress = WrittenProgress(run) if group.lead else SILENT
     made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
-    folders = ensure_latents(*made_of, progress) if group.lead else {}
+    folders = ensure_latents(*made_of, progress, recipe.model.text) if group.lead else {}
     group.agree(True)  # the others wait until the lead has encoded
     folders = folders or ensure_latents(*made_of)
     latents, held_out = load_training(folders["train"], recipe), load_latents(folders["val"])
@@ -56,6 +57,8 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
         with progress.task("loading the models"):
             state = fresh_state(recipe, group.device)
             restore_state(state, recipe, run)
+        if warning := check_captions(state.model.text.prompts, some_captions(latents)):
+            progress.say(warning)
         objective = group.wrap(state.objective)
         make_batch = BatchMaker(recipe, latents, group)
         sinks = Sinks(recipe, run, held_out, state, group) if group.lead else None
