@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from flowray.config.base import LatentSpec
@@ -18,7 +19,7 @@ from flowray.config.load import override_recipe
 from flowray.config.progress import Advance
 from flowray.config.recipe import Recipe
 from flowray.data.make import png
-from flowray.data.shapes import caption, single_scenes
+from flowray.data.shapes import caption, samples, single_scenes
 from flowray.data.shards import MANIFEST, write_shards
 from flowray.model.assemble import FlowModel, build_model
 
@@ -206,3 +207,12 @@ def tiny_recipe(tmp_path: Path, **overrides: Any) -> Recipe:
     }
     recipe = override_recipe(Recipe(), tiny)
     return override_recipe(recipe, overrides) if overrides else recipe
+
+
+def own_pictures(folder: Path, count: int = 24) -> Path:
+    """`count` pictures of 64 px with their captions in files, as people have them, of shapes scenes with one object."""
+    folder.mkdir(parents=True)
+    for i, (picture, captions, _) in enumerate(samples(count, "train", 7, 0.0)):
+        Image.fromarray(picture).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text("\n".join(captions) + "\n")
+    return folder

@@ -8,22 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import tiny_autoencoder, tiny_text
+from support import own_pictures, tiny_autoencoder, tiny_text
 
 from flowray.cli import data, init, train
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.recipe import Recipe
-from flowray.data import shapes
-
-
-def own_pictures(folder: Path, count: int = 24) -> Path:
-    """Pictures with captions in files, as people have them, drawn like the shapes that the shipped models know."""
-    folder.mkdir(parents=True)
-    for i, (picture, captions, _) in enumerate(shapes.samples(count, "train", 7, 0.0)):
-        Image.fromarray(picture).save(folder / f"{i:03d}.png")
-        (folder / f"{i:03d}.txt").write_text("\n".join(captions) + "\n")
-    return folder
 
 
 def photos(folder: Path, size: int = 64) -> Path:
