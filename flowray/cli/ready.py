@@ -23,7 +23,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     Where RAY_ADDRESS names a cluster, its nodes and not this machine have the GPUs and the weights.
     """
     here = "RAY_ADDRESS" not in os.environ
-    for check in (_check_gpus, check_device, check_shards, _check_weights):
+    for check in (_check_room, check_device, check_shards, _check_weights):
         if here or check is check_shards:
             try:
                 check(recipe)
@@ -31,14 +31,10 @@ def problems(recipe: Recipe) -> Iterator[str]:
                 yield str(error)
 
 
-def _check_gpus(recipe: Recipe) -> None:
-    import torch
+def _check_room(recipe: Recipe) -> None:
+    from flowray.tune.room import refuse_without_room, this_machine
 
-    wanted = recipe.resources.num_workers * recipe.resources.gpus_per_worker
-    have = torch.cuda.device_count()
-    if wanted > have:
-        asked = f"{wanted:g} GPU(s) asked for, this machine has {have}"
-        raise InputError(f"resources: {asked}; type resources.gpus_per_worker=0")
+    refuse_without_room(recipe.resources, this_machine())
 
 
 def check_device(recipe: Recipe) -> None:

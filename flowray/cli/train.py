@@ -72,14 +72,18 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
             print(_summary(run, stopped=False, seconds=0.0, report=report))
         return GOOD
     with progress.task(IMPORTING):
-        from flowray.rayrun.session import started
+        from flowray.rayrun.capacity import machines
+        from flowray.rayrun.session import connected, started
         from flowray.rayrun.storage import refuse_unshared
         from flowray.rayrun.trainer import RunFailed, fit
         from flowray.store.latents import ensure_latents
         from flowray.train.loop import is_finished
+        from flowray.tune.room import refuse_without_room
 
     refuse_unready(recipe)
-    refuse_unshared(run.path.parent, recipe.data, progress)
+    with connected(progress):
+        refuse_unshared(run.path.parent, recipe.data, progress)
+        refuse_without_room(recipe.resources, machines())
     run.create()
     ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, progress, recipe.model.text)
     if start:

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     progress = ConsoleProgress()
     if args.plan:
         with progress.task("planning"):  # torch takes seconds to import
-            facts = plan(sweep, base)
+            facts = plan(sweep, base, resume=args.resume)
         print(json.dumps(facts)) if args.json else print_plan(facts)
         return FINDINGS if facts["storage"]["problem"] else GOOD
     quiet_libraries()

@@ -25,14 +25,22 @@ if TYPE_CHECKING:
 FP32, GIB = 4, 2**30
 
 
-def plan(sweep: Sweep, base: Recipe) -> dict[str, Any]:
-    """`make_plan` for the cluster that RAY_ADDRESS names, as far as it can grow, else for this machine."""
-    from flowray.model.assemble import part_sizes, planned_model  # torch takes seconds to import: not for --help
-    from flowray.tune.plan import make_plan
+def plan(sweep: Sweep, base: Recipe, *, resume: bool = False) -> dict[str, Any]:
+    """`make_plan` for the cluster that RAY_ADDRESS names, as far as it can grow, else for this machine.
 
+    InputError for what a run there would refuse, see `place` and `refuse_other`.
+    """
+    from flowray.model.assemble import part_sizes, planned_model  # torch takes seconds to import: not for --help
+    from flowray.tune.folder import refuse_other
+    from flowray.tune.plan import make_plan
+    from flowray.tune.room import place
+
+    refuse_other(sweep, base, resume)
+    cluster = _cluster()
+    place(sweep, base, cluster)
     model = planned_model(base.model, base.loss)
     trained = sum(part_sizes(model).values()) - sum(part_sizes(model, trainable=False).values())
-    facts = make_plan(sweep, base, _cluster(), checkpoint_bytes=4 * FP32 * trained, recorded=_recorded(base))
+    facts = make_plan(sweep, base, cluster, checkpoint_bytes=4 * FP32 * trained, recorded=_recorded(base))
     return {**facts, "weights": needed_weights(sweep, base)}
 
 
@@ -77,12 +85,10 @@ def _recorded(base: Recipe) -> Pace | None:
 
 
 def _cluster() -> Cluster:
-    from flowray.tune.plan import Cluster
-
     if "RAY_ADDRESS" not in os.environ:
-        import torch
+        from flowray.tune.room import this_machine
 
-        return Cluster(((os.cpu_count() or 1, torch.cuda.device_count()),))
+        return this_machine()
     from flowray.rayrun.capacity import cluster_of_address
 
     return cluster_of_address()

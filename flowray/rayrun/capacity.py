@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from flowray.config.errors import InputError
 from flowray.rayrun.session import in_cluster, started
 from flowray.tune.plan import Cluster, Node
+from flowray.tune.room import this_machine
 
 DRIVER_BYTES = 400 * 2**20  # a trial's driver, measured at 360 MB
 PATIENCE_S = 60.0  # for the head to answer
@@ -25,20 +26,39 @@ HEAD = "node:__internal_head__"  # Ray's own resource of the head
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # Kubernetes puts it into every pod with an account
 
 
+def machines() -> Cluster:
+    """What a command may use: the started Ray, else this machine, where a private one would run."""
+    return reach() if ray.is_initialized() else this_machine()
+
+
 def reach() -> Cluster:
     """The nodes that the started Ray has or could grow to; where no maximum can be read, those that are there now.
 
     The maximum: of the file that the head's autoscaler was started with (`ray up`, `ray start --autoscaling-config`), or of KubeRay's
-    RayCluster. Neither states how large on-premise hosts are. The head itself is one of the nodes.
+    RayCluster. Neither states how large on-premise hosts are: such a cluster `grows` beyond what is known of it. The head itself is
+    one of the nodes.
     """
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    heads = [node for node in alive if HEAD in node["Resources"]]
-    present = [_size(node["Resources"]) for node in alive if node not in heads]
-    grown = workers_at_most(_on_head(heads[0]) or {}) if heads and in_cluster() else []
+    heads, present = _present()
+    config = _on_head(heads[0]) if heads and in_cluster() else None
+    grown = workers_at_most(config or {})
     workers = max(present, grown, key=lambda nodes: (sum(gpus for _, gpus in nodes), sum(cpus for cpus, _ in nodes)))
     memory = sum(node["Resources"].get("memory", 0) for node in heads)
     drivers = max(1, int(memory / DRIVER_BYTES)) if memory else None
-    return Cluster((*(_size(node["Resources"]) for node in heads), *workers), drivers)
+    nodes = (*(_size(node["Resources"]) for node in heads), *workers)
+    return Cluster(nodes, drivers, grows=config is not None and of_unknown_size(config))
+
+
+def present() -> Cluster:
+    """The nodes that the started Ray has at this moment."""
+    heads, workers = _present()
+    return Cluster((*(_size(node["Resources"]) for node in heads), *workers))
+
+
+def _present() -> tuple[list[dict[str, Any]], list[Node]]:
+    """(heads as Ray describes them, the sizes of the other nodes)."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    heads = [node for node in alive if HEAD in node["Resources"]]
+    return heads, [_size(node["Resources"]) for node in alive if node not in heads]
 
 
 def cluster_of_address() -> Cluster:
@@ -49,6 +69,16 @@ def cluster_of_address() -> Cluster:
     except (ConnectionError, RuntimeError) as error:
         address = os.environ["RAY_ADDRESS"]
         raise InputError(f"RAY_ADDRESS={address}: no cluster answers ({error}); unset it to plan for this machine") from None
+
+
+def of_unknown_size(config: Mapping[str, Any]) -> bool:
+    """Whether an autoscaler's configuration, {} where it cannot be read, allows nodes whose size it
+    does not state.
+    """
+    types = config.get("available_node_types", {})
+    unstated = [name for name, each in types.items() if not any(_size(each.get("resources", {})))]
+    workers = [name for name in unstated if name != config.get("head_node_type") or len(types) == 1]
+    return not types or bool(workers and int(config.get("max_workers", 0)))
 
 
 def workers_at_most(config: Mapping[str, Any]) -> list[Node]:
@@ -69,7 +99,7 @@ def _size(resources: Mapping[str, Any]) -> Node:
 
 
 def _on_head(head: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`read_config` on the head: by a task where this process is on another node."""
+    """`read_config` on the head: by a task where this process is on another node, {} without an answer."""
     context = ray.get_runtime_context()
     if head["NodeID"] == context.get_node_id():
         return read_config(context.gcs_address)
@@ -78,16 +108,18 @@ def _on_head(head: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         return ray.get(task.remote(context.gcs_address), timeout=PATIENCE_S)
     except ray.exceptions.RayError:
-        return None
+        return {}
 
 
 def read_config(gcs_address: str) -> dict[str, Any] | None:
-    """The configuration of the autoscaler that serves the GCS at this address, seen from the head; None where there is none to read."""
+    """The configuration of the autoscaler that serves the GCS at this address, seen from the head; None where there is none, {} where
+    it cannot be read.
+    """
     path = _autoscaler_file(gcs_address)
     try:
         return yaml.safe_load(path.read_text()) if path else _ray_cluster()
     except (OSError, ValueError, yaml.YAMLError):
-        return None
+        return {}
 
 
 def _autoscaler_file(gcs_address: str) -> Path | None:

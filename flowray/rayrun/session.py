@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import ray
@@ -77,6 +77,13 @@ def started(num_cpus: int | None = None, progress: Progress = SILENT) -> Iterato
         finally:
             with progress.task("ending Ray"):
                 ray.shutdown()
+
+
+@contextmanager
+def connected(progress: Progress = SILENT) -> Iterator[None]:
+    """The cluster named by RAY_ADDRESS for the block, to be asked what it is; else nothing is started."""
+    with started(progress=progress) if in_cluster() else nullcontext():
+        yield
 
 
 def _init_local(folder: Path, num_cpus: int) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -21,12 +20,13 @@ from flowray.rayrun.capacity import reach
 from flowray.rayrun.gauges import RunGauges
 from flowray.rayrun.network import NodeNetwork
 from flowray.rayrun.retries import goes_on, newest_step
-from flowray.rayrun.session import in_cluster, set_defaults
+from flowray.rayrun.session import set_defaults
 from flowray.rayrun.storage import Unshared, marked, refusal_here
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import is_finished, train
 from flowray.train.state import Halted
+from flowray.tune.room import refuse_without_room
 
 
 class RunFailed(RuntimeError):
@@ -121,7 +121,8 @@ def fit(
     _failure(run).unlink(missing_ok=True)
     set_defaults()  # on a cluster a trial that drives workers has none of its sweep's
     resources = recipe.resources
-    _check_gpus(recipe)
+    if here is None:
+        refuse_without_room(resources, reach())
     per_worker = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
     config = {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run.path)}  # Ray's dashboard shows all of it
     workers = resources.num_workers if here is None else 0  # 0: the local mode
@@ -176,24 +177,15 @@ def _check_room(recipe: Recipe, run: RunDirectory) -> None:
 
     Where others use it, or a node has yet to come, waiting is right.
     """
-    each, nodes = recipe.resources, reach().nodes
-    fits = [min(cpus // each.cpus_per_worker, gpus / each.gpus_per_worker if each.gpus_per_worker else cpus) for cpus, gpus in nodes]
-    if sum(map(int, fits)) >= each.num_workers:
+    each, cluster = recipe.resources, reach()
+    if cluster.grows or cluster.workers(each.cpus_per_worker, each.gpus_per_worker) >= each.num_workers:
         return
     gpus = f" and {each.gpus_per_worker:g} GPU" if each.gpus_per_worker else ""
     asked = f"{each.num_workers} worker(s) of {each.cpus_per_worker} CPU{gpus}"
-    have = f"{sum(cpus for cpus, _ in nodes)} CPU(s) and {sum(gpus for _, gpus in nodes)} GPU(s) on {len(nodes)} node(s) are left"
     raise RunFailed(
-        f"{run.path}: no room for {asked}: {have}; bring lost hosts back, or type resources.num_workers=N; "
+        f"{run.path}: no room for {asked}: {cluster} are left; bring lost hosts back, or type resources.num_workers=N; "
         "--resume continues from the last checkpoint"
     )
-
-
-def _check_gpus(recipe: Recipe) -> None:
-    """A machine grows no GPU: without this check Ray would wait for one. A cluster may grow."""
-    wanted, have = recipe.resources.num_workers * recipe.resources.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
-    if wanted > have and not in_cluster():
-        raise InputError(f"resources: {wanted:g} GPU(s) asked for, this machine has {have:g}; type resources.gpus_per_worker=0")
 
 
 def _raise_noted(run: RunDirectory) -> None:

@@ -21,13 +21,12 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from flowray.config.errors import InputError
-from flowray.config.load import dump_recipe, load_recipe, override_recipe, recipe_diffs
+from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import dump_sweep, text_sweep
 from flowray.rayrun import session
-from flowray.rayrun.capacity import reach
+from flowray.rayrun.capacity import machines
 from flowray.rayrun.console import SweepConsole
 from flowray.rayrun.gauges import SweepGauges, leave_link
 from flowray.rayrun.live import Everyone, Gallery, TrialBoard
@@ -37,19 +36,16 @@ from flowray.rayrun.storage import Unshared, check_here, marked, refuse_unshared
 from flowray.rayrun.trainer import RunFailed, fit, train_worker
 from flowray.report.load import load_sweep as load_report
 from flowray.store.latents import ensure_latents
-from flowray.store.run import RunDirectory, RunLock, require_writable, storage_folder
+from flowray.store.run import RunDirectory, RunLock, storage_folder
+from flowray.tune.folder import open_directory, sweep_folder
 from flowray.tune.halving import make_halving
-from flowray.tune.plan import Cluster, longest, share_cluster
+from flowray.tune.plan import longest
 from flowray.tune.records import Records, TrialRecord
 from flowray.tune.referee import Referee, repeat_dir, repeat_of
+from flowray.tune.room import Placed, needed_cpus, place
 from flowray.tune.sampling import score_pictures
 from flowray.tune.space import ends_with_its_space, left_to_begin, trial_count
 from flowray.tune.warm import earlier_trials
-
-_THE_SWEEP = ("task", "method", "search", "metric", "more_metrics", "parameters", "points", "warm_start", "seeds", "seed")
-_PLACES = ("name", "storage_path", "description", "card", "base", "set")  # what base and set come to stands in base.yaml
-# may differ: places, where it trains, and checkpoints, of which another halving may need more
-_OF_THE_RECIPE = ("name", "storage_path", "card", "resources", "data.cache", "train.device", "train.checkpoint_every")
 
 _DATA = {"data", "model.autoencoder", "model.latent"}  # parts of a recipe that latents depend on
 
@@ -133,7 +129,10 @@ def run_sweep(
     directory holds another sweep (see `open_directory`). OSError: a full disk; the trials that it cut off go on in the next session,
     as they do where a node came that lacks the storage, an InputError.
     """
-    refuse_unshared(storage_folder(sweep.storage_path), base.data)
+    with session.connected(progress):
+        refuse_unshared(storage_folder(sweep.storage_path), base.data, progress)
+        work = _work_left(sweep, Records(sweep_folder(sweep) / "trials.jsonl"), finish)
+        placed = place(sweep, base, machines()) if work else None
     deadline = math.inf if sweep.time_budget is None else time.monotonic() + sweep.time_budget
     trains = trial_fn is None and sweep.task == "train"
     trial_fn = trial_fn or (train_trial if sweep.task == "train" else sample_trial(Path(sweep.base)))
@@ -142,15 +141,12 @@ def run_sweep(
         print(earlier, file=stream)
     sweep_dir, out_of_time = open_directory(sweep, base, resume), False
     records = Records(sweep_dir / "trials.jsonl")
-    if _to_begin(sweep, records) or records.by("running") or records.waiting() or finish:
+    if placed:
         if trains and not session.in_cluster() and not _DATA.intersection(map(_part, sweep.parameters)):
             made_of = base.data, base.model.autoencoder, base.model.latent
             ensure_latents(*made_of, progress, base.model.text)  # once, before all trials want them
-        takes, at_once = share_cluster(sweep, base, Cluster(((os.cpu_count() or 1, 0),)))
-        needed = at_once * takes["resources.num_workers"] * takes["resources.cpus_per_worker"]  # a local Ray offers at least these
+        needed = needed_cpus(placed)
         with RunLock(RunDirectory(sweep_dir)) as lock, _quiet(), session.started(needed, progress), _sigterm_as_interrupt():
-            resources, concurrent = share_cluster(sweep, base, reach())
-            base_here = override_recipe(base, resources)
             leave_link(sweep_dir)
             with SweepConsole(sweep, sweep_dir, trial_count(sweep), stream) as console:
                 budget = longest(sweep, base)
@@ -160,13 +156,13 @@ def run_sweep(
                     budget,
                     make_halving(sweep, budget),
                     Everyone(console, TrialBoard(sweep, sweep_dir), Gallery(sweep_dir, sweep), SweepGauges(sweep)),
-                    concurrent=concurrent,
+                    concurrent=placed.concurrent,
                     deadline=deadline,
                     finish=finish,
                     earlier=earlier.trials if earlier else (),
                 )
                 if referee.due():
-                    _run(referee, base_here, concurrent, trial_fn, _Events(referee, console, lock))
+                    _run(referee, placed, trial_fn, _Events(referee, console, lock))
                 if referee.held:
                     raise referee.held
                 out_of_time = referee.out_of_time
@@ -202,55 +198,18 @@ def _result(sweep: Sweep, records: Records, best: TrialRecord | None, finish: Se
     )
 
 
+def _work_left(sweep: Sweep, records: Records, finish: Sequence[int]) -> bool:
+    left = _to_begin(sweep, records) or records.by("running") or records.waiting()
+    return bool(left or finish)
+
+
 def _to_begin(sweep: Sweep, records: Records) -> int:
     return left_to_begin(sweep, (trial.params for trial in records.trials.values()))
 
 
-def open_directory(sweep: Sweep, base: Recipe, resume: bool) -> Path:
-    """Make `<storage_path>/<name>`, or check that the sweep there is this one, to go on with it.
-
-    With `resume` caps, budgets, stops and resources may differ, without it only places may. InputError says what differs, or that
-    another process runs the sweep, before anything is written.
-    """
-    sweep_dir = storage_folder(sweep.storage_path).resolve() / sweep.name
-    kept, recipe = sweep_dir / "sweep.yaml", sweep_dir / "base.yaml"
-    try:
-        if kept.exists():
-            RunLock(RunDirectory(sweep_dir)).refuse_if_held()
-            _refuse_other(sweep, base, kept, recipe, resume)
-        sweep_dir.mkdir(parents=True, exist_ok=True)
-        require_writable(sweep_dir)
-        for path, text in ((recipe, dump_recipe(base)), (kept, dump_sweep(sweep))):
-            part = path.with_name(f"{path.name}.part")
-            part.write_text(text)
-            part.replace(path)
-    except OSError as error:
-        raise InputError(f"{sweep_dir}: cannot be written: {error.strerror}; type storage_path=FOLDER") from None
-    return sweep_dir
-
-
-def _refuse_other(sweep: Sweep, base: Recipe, kept: Path, recipe: Path, resume: bool) -> None:
-    """InputError where `kept` and `recipe`, the files of the sweep that is there, are not those of this one."""
-    old = text_sweep(kept.read_text(), str(kept))
-    changed = [field for field in Sweep.model_fields if getattr(old, field) != getattr(sweep, field)]
-    other = [field for field in changed if field in _THE_SWEEP]
-    if recipe.exists():
-        keys = recipe_diffs(load_recipe(str(recipe)).recipe, base)
-        other += [key for key in keys if not any(f"{key}.".startswith(f"{free}.") for free in _OF_THE_RECIPE)]
-    if other:
-        raise InputError(f"{kept}: {other[0]} differs from the sweep to resume; take it back, or type name=OTHER for a new sweep")
-    minor = [field for field in changed if field not in _PLACES]
-    if minor and not resume:
-        done = [t for t in Records(kept.with_name("trials.jsonl")).trials.values() if t.status != "running"]
-        raise InputError(
-            f"{kept}: {minor[0]} differs from the sweep that is there, of which {len(done)} trials are done; "
-            "type --resume to continue it so, or name=OTHER for a new one"
-        )
-
-
-def _run(referee: Referee, base: Recipe, concurrent: int, trial_fn: TrialFn, events: _Events) -> None:
+def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -> None:
     """Tune over all that the referee hands out. A trial of one worker is that worker; one of several takes no CPU, it waits for them."""
-    sweep, sweep_dir = referee.sweep, referee.sweep_dir
+    sweep, sweep_dir, base = referee.sweep, referee.sweep_dir, placed.base
     seeds = sweep.seeds
 
     def trial(config: dict[str, Any]) -> None:
@@ -282,7 +241,7 @@ def _run(referee: Referee, base: Recipe, concurrent: int, trial_fn: TrialFn, eve
                 search_alg=StudySearch(referee),
                 scheduler=ProbeScheduler(referee),
                 num_samples=-1,  # the searcher says when there are no more
-                max_concurrent_trials=concurrent,
+                max_concurrent_trials=placed.concurrent,
                 trial_dirname_creator=lambda t: f"{t.config['number']}-{t.trial_id}",  # from its rung on it is another one
                 reuse_actors=True,  # a process starts and imports once, not once a trial
             ),

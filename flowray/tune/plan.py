@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from flowray.config.sweep import SuccessiveHalving, Sweep, milestones
 from flowray.config.sweepfile import plain_parameter
 from flowray.store.run import storage_folder
 from flowray.tune.pace import Pace, own_pace, pace_of_runs
-from flowray.tune.space import setting_count, trial_count
+from flowray.tune.space import choices, setting_count, trial_count
 from flowray.tune.warm import earlier_trials
 
 GIB = 2**30
@@ -25,11 +26,19 @@ Node = tuple[int, int]  # CPUs, GPUs
 class Cluster:
     """The machines that a sweep may use: of each its CPUs and GPUs.
 
-    drivers: how many trials of several workers may run at once, as each has a driver on the head; None: no bound.
+    drivers: how many processes the head has memory for, as each trial of several workers has a driver
+    there; None: no bound. grows: more may come than the nodes named. here: it is this machine, where
+    workers may share CPUs.
     """
 
     nodes: tuple[Node, ...]
     drivers: int | None = None
+    grows: bool = False
+    here: bool = False
+
+    def __str__(self) -> str:
+        nodes = f" on {len(self.nodes)} nodes" if len(self.nodes) > 1 else ""
+        return f"{self.cpus} CPUs and {self.gpus} GPUs{nodes}"
 
     @property
     def cpus(self) -> int:
@@ -42,6 +51,17 @@ class Cluster:
     def places(self, per_gpu: float) -> int:
         """How many workers its GPUs hold; several share one, a part of which lies on one GPU."""
         return sum(_places(gpus, per_gpu) for _, gpus in self.nodes)
+
+    def workers(self, per_cpu: int, per_gpu: float) -> int:
+        """How many workers it holds at once. On this machine CPUs are shared, and memory counts."""
+        if self.here:
+            room = self.cpus if self.drivers is None else self.drivers
+            return min(room, self.places(per_gpu)) if per_gpu else room
+        return self.without_sharing(per_cpu, per_gpu)
+
+    def without_sharing(self, per_cpu: int, per_gpu: float) -> int:
+        """How many workers it holds, each with CPUs of its own."""
+        return sum(min(cpus // per_cpu, _places(gpus, per_gpu) if per_gpu else cpus) for cpus, gpus in self.nodes)
 
 
 def _places(gpus: int, per_gpu: float) -> int:
@@ -68,28 +88,51 @@ def _most(sweep: Sweep, key: str, given: int) -> int:
 def share_cluster(sweep: Sweep, base: Recipe, cluster: Cluster) -> tuple[dict[str, Any], int]:
     """What each trial takes, as recipe overrides, and how many run at once; `auto` parts follow from the cluster's nodes.
 
-    auto: a GPU for each worker where there are any; as many workers as the GPUs allow, else one; the CPUs in equal parts, none larger
-    than a node holds; as many trials as then fit. At least one of each, for a cluster that grows when it is asked, and never more trials
-    than there are, nor more drivers than the head has memory for. Pictures of a trained run have one worker.
+    auto: a GPU for each worker where there are any; as many workers as the GPUs allow and every batch
+    splits into, else one; the CPUs in equal parts, none larger than a node holds; as many trials as then
+    fit. At least one of each, for a cluster that grows when it is asked, and never more trials than there
+    are, nor more drivers than the head has memory for, nor, where the nodes are known, more than fit at
+    once: one too many would wait with its time running. Pictures of a trained run have one worker.
     """
 
     def pick(name: str, auto: float) -> Any:
         value = getattr(sweep.resources, name)
         return auto if value == "auto" else getattr(base.resources, name) if value is None else value
 
+    trials = trial_count(sweep)
     slots = None if sweep.max_concurrent == "auto" else sweep.max_concurrent
     per_gpu = pick("gpus_per_worker", 1 if cluster.gpus else 0)
     places = cluster.places(per_gpu) if per_gpu else 0
-    workers = pick("num_workers", max(1, places // (slots or places)) if places else 1)
-    workers = 1 if sweep.task == "sample" else workers
-    share = cluster.cpus // (workers * (slots or max(1, places)))
+    at_once = slots or max(1, min(places, trials))
+    most = max(1, places // at_once) if per_gpu == 1 else 1
+    most = next(n for n in range(most, 0, -1) if batch_that_does_not_split(sweep, base, n) is None)
+    workers = 1 if sweep.task == "sample" else pick("num_workers", most)
+    share = cluster.cpus // (workers * at_once)
     per_cpu = pick("cpus_per_worker", max(1, min(share, _room(cluster, per_gpu))))
-    fits = sum(min(cpus // per_cpu, _places(gpus, per_gpu) if per_gpu else cpus) for cpus, gpus in cluster.nodes) // workers
-    fits = slots or max(1, fits)
+    fits = max(1, cluster.without_sharing(per_cpu, per_gpu) // workers)
+    known = not cluster.grows and (per_gpu or not cluster.here)
+    fits = fits if slots is None else min(slots, fits) if known else slots
     if workers > 1 and cluster.drivers is not None:
         fits = min(fits, cluster.drivers)
     chosen = {"resources.num_workers": workers, "resources.cpus_per_worker": per_cpu, "resources.gpus_per_worker": per_gpu}
-    return chosen, min(fits, trial_count(sweep))
+    return chosen, min(fits, trials)
+
+
+def split_values(sweep: Sweep, key: str, given: int) -> Sequence[int]:
+    """The values of a key of whole numbers in any trial; given: the base recipe's."""
+    parameter = sweep.parameters.get(key)
+    if parameter is None:
+        return (given,)
+    return [*choices(parameter), given] if parameter.when else choices(parameter)
+
+
+def batch_that_does_not_split(sweep: Sweep, base: Recipe, workers: int) -> int | None:
+    """A batch size of some trial that so many workers do not split evenly, None where all do."""
+    if workers == 1 or sweep.task == "sample":
+        return None
+    sizes = split_values(sweep, "train.batch_size", base.train.batch_size)
+    parts = split_values(sweep, "train.accumulate", base.train.accumulate)
+    return next((int(n) for n in sizes for part in parts if n % (workers * part)), None)
 
 
 def _room(cluster: Cluster, per_gpu: float) -> int:

@@ -210,7 +210,7 @@ def test_a_host_that_does_not_come_back(head, hosts, tiny):
             finally:
                 hosts[1].cable("up")
     line = told(head, "lost").splitlines()[-1]
-    assert line.startswith(f"error: {head.shared / 'runs' / 'lost'}: no room for 2 worker(s) of 1 CPU: 1 CPU(s)")
+    assert line.startswith(f"error: {head.shared / 'runs' / 'lost'}: no room for 2 worker(s) of 1 CPU: 1 CPUs")
     assert "--resume" in line
     again = head.command("flowray.train", str(tiny), "name=lost", *LONG, "--resume")  # one worker
     assert again.returncode == 0, again.stderr

@@ -182,4 +182,4 @@ def test_a_recipe_that_asks_for_gpus_that_are_not_there(place, started):
     driver = started("name=gpus", "resources.gpus_per_worker=1")
     _, stderr = driver.communicate(timeout=TIMEOUT_S)
     assert driver.returncode == 2
-    assert "error: resources: 2 GPU(s) asked for, this machine has 0" in stderr
+    assert "error: resources.gpus_per_worker: got 1, but this machine has no GPU" in stderr

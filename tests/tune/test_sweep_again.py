@@ -19,9 +19,10 @@ from flowray.config.sweepfile import load_sweep
 from flowray.rayrun.search import FAILED, LACKS, ProbeScheduler, StudySearch, no_room
 from flowray.rayrun.storage import Unshared
 from flowray.rayrun.trainer import RunFailed, _note, _raise_noted
-from flowray.rayrun.tuner import SweepResult, _result, open_directory
+from flowray.rayrun.tuner import SweepResult, _result
 from flowray.store.run import RunDirectory, RunLock
 from flowray.train.state import Halted
+from flowray.tune.folder import open_directory
 from flowray.tune.halving import make_halving
 from flowray.tune.records import Records, TrialRecord
 from flowray.tune.referee import Referee

@@ -1,0 +1,70 @@
+"""The directory of a sweep: made for it, or held against it to go on with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flowray.config.errors import InputError
+from flowray.config.load import dump_recipe, load_recipe, recipe_diffs
+from flowray.config.recipe import Recipe
+from flowray.config.sweep import Sweep
+from flowray.config.sweepfile import dump_sweep, text_sweep
+from flowray.store.run import RunDirectory, RunLock, require_writable, storage_folder
+from flowray.tune.records import Records
+
+_THE_SWEEP = ("task", "method", "search", "metric", "more_metrics", "parameters", "points", "warm_start", "seeds", "seed")
+_PLACES = ("name", "storage_path", "description", "card", "base", "set")  # what base and set come to stands in base.yaml
+# may differ: places, where it trains, and checkpoints, of which another halving may need more
+_OF_THE_RECIPE = ("name", "storage_path", "card", "resources", "data.cache", "train.device", "train.checkpoint_every")
+
+
+def sweep_folder(sweep: Sweep) -> Path:
+    """`<storage_path>/<name>`."""
+    return storage_folder(sweep.storage_path).resolve() / sweep.name
+
+
+def open_directory(sweep: Sweep, base: Recipe, resume: bool) -> Path:
+    """Make `<storage_path>/<name>`, or check that the sweep there is this one, to go on with it.
+
+    InputError as `refuse_other`'s, or that another process runs the sweep, before anything is written.
+    """
+    sweep_dir = sweep_folder(sweep)
+    kept, recipe = sweep_dir / "sweep.yaml", sweep_dir / "base.yaml"
+    try:
+        if kept.exists():
+            RunLock(RunDirectory(sweep_dir)).refuse_if_held()
+            refuse_other(sweep, base, resume)
+        sweep_dir.mkdir(parents=True, exist_ok=True)
+        require_writable(sweep_dir)
+        for path, text in ((recipe, dump_recipe(base)), (kept, dump_sweep(sweep))):
+            part = path.with_name(f"{path.name}.part")
+            part.write_text(text)
+            part.replace(path)
+    except OSError as error:
+        raise InputError(f"{sweep_dir}: cannot be written: {error.strerror}; type storage_path=FOLDER") from None
+    return sweep_dir
+
+
+def refuse_other(sweep: Sweep, base: Recipe, resume: bool) -> None:
+    """InputError where the directory holds another sweep than this one. It may hold none.
+
+    With `resume` caps, budgets, stops and resources may differ, without it only places may.
+    """
+    kept, recipe = (sweep_folder(sweep) / name for name in ("sweep.yaml", "base.yaml"))
+    if not kept.exists():
+        return
+    old = text_sweep(kept.read_text(), str(kept))
+    changed = [field for field in Sweep.model_fields if getattr(old, field) != getattr(sweep, field)]
+    other = [field for field in changed if field in _THE_SWEEP]
+    if recipe.exists():
+        keys = recipe_diffs(load_recipe(str(recipe)).recipe, base)
+        other += [key for key in keys if not any(f"{key}.".startswith(f"{free}.") for free in _OF_THE_RECIPE)]
+    if other:
+        raise InputError(f"{kept}: {other[0]} differs from the sweep to resume; take it back, or type name=OTHER for a new sweep")
+    minor = [field for field in changed if field not in _PLACES]
+    if minor and not resume:
+        done = [t for t in Records(kept.with_name("trials.jsonl")).trials.values() if t.status != "running"]
+        raise InputError(
+            f"{kept}: {minor[0]} differs from the sweep that is there, of which {len(done)} trials are done; "
+            "type --resume to continue it so, or name=OTHER for a new one"
+        )
