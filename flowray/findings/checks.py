@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flowray.config.rounding import rounded
 from flowray.findings.baselines import baseline
 from flowray.findings.finding import Judged
 from flowray.findings.reading import Absent, Reading
@@ -46,7 +47,7 @@ def near(key: str, want: float, within: float, words: str = "") -> Check:
 
     def check(r: Reading) -> Evidence | None:
         name, value, of = r.find(key)
-        if abs(value - want) > within:
+        if rounded(abs(rounded(value) - want)) > within:
             return None
         judged = Judged(name, value, "near", want, of)
         return Evidence(f"{words or key} {text(value)}, about {text(want)}", (judged,))
@@ -153,7 +154,8 @@ def _compare(key: str, limit: Limit, side: Literal["above", "below"], words: str
 
     def check(r: Reading) -> Evidence | None:
         (name, value, of), bound = r.find(key), limit_of(r, limit)
-        if not (value > bound if side == "above" else value < bound):
+        got, end = rounded(value), rounded(bound)  # what is 1 by its formula may read 1.0000001
+        if not (got > end if side == "above" else got < end):
             return None
         said = f"{words or key} {show(value)}, {side} {show(bound)}{_trivial(r, key)}"
         return Evidence(said, (Judged(name, value, side, bound, of),))

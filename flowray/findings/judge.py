@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flowray.config.keys import describe
+from flowray.config.rounding import rounded
 from flowray.findings.checks import Limit, limit_of
 from flowray.findings.consequences import SKILL_FLOOR, STD_CEILING, STD_FLOOR
 from flowray.findings.derived import DERIVED
@@ -83,7 +84,7 @@ class Judge:
         shown = value if math.isfinite(value) else None
         if finding is not None and finding.severity != "info":
             return Verdict(key, shown, finding.severity, good, finding.id, finding.evidence)
-        inside = shown is not None and good is not None and good[0] <= shown <= good[1]
+        inside = shown is not None and good is not None and good[0] <= rounded(shown) <= good[1]
         return Verdict(key, shown, "good" if inside else "", good)
 
     def healthy(self, key: str) -> tuple[float, float] | None:

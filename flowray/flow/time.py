@@ -39,7 +39,8 @@ _QUANTILES: dict[type, Callable[[Any, Tensor], Tensor]] = {
 def time_config(config: FlowConfig, step: int, total: int) -> TimeConfig:
     """The sampler in force at `step` (0-based) of a run of `total` steps: that of the first stage which has not ended, else `time`."""
     for stage in config.curriculum:
-        if step < (stage.steps if stage.steps is not None else (stage.fraction or 0) * total):
+        end = stage.steps if stage.steps is not None else (stage.fraction or 0) * total
+        if step < end - 1e-6:  # 0.07 of 100 steps is 7, and 7.000000000000001
             return stage.time
     return config.time
 

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from flowray.config.rounding import rounded
 from flowray.config.sweep import Constant, Sweep
 from flowray.store.doing import doing
 from flowray.store.run import RunDirectory
@@ -169,11 +170,17 @@ class SweepConsole:
     def _best(self) -> TrialRecord | None:
         """The best finished trial, before there is one the best so far."""
         scored = [trial for trial in self._trials.values() if self._value(trial) is not None]
-        return min(scored, key=lambda t: (t.status != "finished", self._place(t)), default=None)
+
+        def place(trial: TrialRecord) -> tuple[bool, float, int]:
+            return trial.status != "finished", self._place(trial), trial.trial
+
+        return min(scored, key=place, default=None)
 
     def _place(self, trial: TrialRecord) -> float:
         value = self._value(trial)
-        return float("inf") if value is None else value if self._sweep.minimise else -value
+        if value is None:
+            return float("inf")
+        return rounded(value) if self._sweep.minimise else -rounded(value)
 
     def _ranked(self) -> list[TrialRecord]:
         return sorted(self._trials.values(), key=lambda t: (t.status != "running", t.status == "failed", self._place(t), t.trial))

@@ -87,6 +87,7 @@ def _edge(key: str, spec: Mapping[str, Any], value: float | None, takes: Takes) 
     q = 1.0 if kind == "int_uniform" else (finite(spec.get("q")) or 1.0) if kind.startswith("q_") else 0.0
     last = low + q * math.floor((high - low) / q + 1e-9) if q and not log else high  # the greatest that is drawn
     place = math.log(value / low) / math.log(last / low) if log else (value - low) / (last - low)
+    place = round(place, 9)  # 0.15 of 0.1 to 1.1 is at 0.05, and at 0.04999999999999999
     if EDGE <= place <= 1 - EDGE or (place < EDGE and low == 0):
         return None
     side, bound, away = ("lower", "min", (last - low) / -2) if place < EDGE else ("upper", "max", (last - low) / 2)

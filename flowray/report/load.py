@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from flowray.config.errors import InputError
+from flowray.config.rounding import rounded
 from flowray.config.rows import Row, parse_rows
 from flowray.config.scale import scale_keys
 from flowray.findings.facts import recipe_facts
@@ -129,7 +130,15 @@ class Trial:
     @property
     def setting(self) -> str:
         """The parameters as text, without the seed: trials of one setting are repeats of each other."""
-        return json.dumps({key: value for key, value in self.params.items() if key != "seed"}, sort_keys=True)
+        params = {key: _whole(value) for key, value in self.params.items() if key != "seed"}
+        return json.dumps(params, sort_keys=True)
+
+
+def _whole(value: Any) -> Any:
+    """A parameter without the rounding of a sum of steps: 0.1 + 2 x 0.1 is 0.3."""
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
 @dataclass(frozen=True)
@@ -201,7 +210,7 @@ class Sweep:
                 found.setdefault(trial.setting, []).append(trial)
         sign = 1 if self.metric.goal == "minimize" else -1
         arms = [Arm(tuple(trials), _of_each_seed(trials, self.metric.name)) for trials in found.values()]
-        return sorted(arms, key=lambda arm: (sign * arm.mean, arm.trials[0].number))
+        return sorted(arms, key=lambda arm: (sign * rounded(arm.mean), arm.trials[0].number))
 
     def by(self, *statuses: Status) -> list[Trial]:
         return [trial for trial in self.trials if trial.status in statuses]
@@ -319,7 +328,8 @@ def ranked(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
 
     def place(trial: Trial) -> tuple[bool, bool, float, int]:
         value = trial.value(metric.name)
-        return trial.status == "failed", value is None, 0.0 if value is None else sign * value, trial.number
+        by = 0.0 if value is None else sign * rounded(value)
+        return trial.status == "failed", value is None, by, trial.number
 
     return sorted(trials, key=place)
 

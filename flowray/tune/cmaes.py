@@ -18,6 +18,8 @@ from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from flowray.config.rounding import rounded
+
 GENERATION, DRAW = "flowray:generation", "flowray:draw"  # attributes of a trial; the draw is a point of the unit cube, possibly clipped
 
 
@@ -43,9 +45,17 @@ class Strategy:
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """A point (n,) of the unit cube."""
-        values, vectors = np.linalg.eigh(self.cov)
-        steps = vectors @ (np.sqrt(np.maximum(values, 1e-20)) * rng.standard_normal(self.n))
+        steps = self._root(0.5) @ rng.standard_normal(self.n)
         return np.clip(self.mean + self.sigma * steps, 0.0, 1.0)
+
+    def _root(self, power: float) -> np.ndarray:
+        """The covariance to a power, (n, n), symmetric.
+
+        Eigenvectors alone have no sign, and none of equal eigenvalues has a direction: each
+        LAPACK gives others, and points drawn along them would differ between machines.
+        """
+        values, vectors = np.linalg.eigh(self.cov)
+        return (vectors * np.maximum(values, 1e-20) ** power) @ vectors.T
 
     def learn(self, points: np.ndarray) -> None:
         """Go on to the next generation; points (population, n), best first."""
@@ -53,8 +63,7 @@ class Strategy:
         steps = (points[: len(self._weights)] - self.mean) / self.sigma
         shift = self._weights @ steps
         self.mean = self.mean + self.sigma * shift
-        values, vectors = np.linalg.eigh(self.cov)
-        whitened = vectors @ ((vectors.T @ shift) / np.sqrt(np.maximum(values, 1e-20)))
+        whitened = self._root(-0.5) @ shift
         self._path_s = (1 - self._c_s) * self._path_s + math.sqrt(self._c_s * (2 - self._c_s) * self._mu) * whitened
         length = float(np.linalg.norm(self._path_s))
         settled = length / math.sqrt(1 - (1 - self._c_s) ** (2 * self.generation)) < (1.4 + 2 / (self.n + 1)) * self._expected
@@ -103,7 +112,8 @@ class CmaEsSampler(BaseSampler):
             born = [t for t in same if set(t.system_attrs[DRAW]) == set(keys) and _as_drawn(t)]
             if len(born) < strategy.population:
                 return strategy
-            best = sorted(born[: strategy.population], key=lambda t: (-_reached(t), sign * float(t.value or 0.0)))
+            full = born[: strategy.population]
+            best = sorted(full, key=lambda t: (-_reached(t), sign * rounded(t.value or 0.0)))
             strategy.learn(np.array([[t.system_attrs[DRAW][key] for key in keys] for t in best]))
 
 

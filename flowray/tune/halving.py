@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from flowray.config.base import Config
+from flowray.config.rounding import rounded
 from flowray.config.sweep import Asha, Hyperband, Median, SuccessiveHalving, Sweep, milestones
 from flowray.tune.median import MedianRule
 
@@ -73,14 +74,15 @@ class Rungs:
     def _ranked(self, rung: int) -> list[int]:
         """The trials that came to this rung, best first; of equals the earlier."""
         values = self._rungs[rung]
-        return sorted(values, key=lambda number: (values[number], number))
+        return sorted(values, key=lambda number: (rounded(values[number]), number))
 
     def _best(self, rung: int) -> list[int]:
-        return self._ranked(rung)[: int(len(self._rungs[rung]) / self._eta[rung])]
+        share = len(self._rungs[rung]) / self._eta[rung]
+        return self._ranked(rung)[: int(share + 1e-9)]  # 33 / 1.1 is 30, and 29.999999999999996
 
     def _place(self, number: int, rung: int, rest: str) -> str:
         values, eta = self._rungs[rung], self._eta[rung]
-        place = 1 + sum(value < values[number] for value in values.values())
+        place = 1 + sum(rounded(value) < rounded(values[number]) for value in values.values())
         share = f"1/{eta:g}" if eta == int(eta) else f"{1 / eta:.0%}"
         value = self._sign * values[number]
         return f"{self._metric} {value:.3g} at step {rung} is number {place} of {len(values)}" + rest.format(f"the best {share}")

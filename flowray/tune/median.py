@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean, median
 
+from flowray.config.rounding import rounded
 from flowray.config.sweep import Median, Sweep
 
 
@@ -25,7 +26,7 @@ class MedianRule:
             return None
         means = [fmean(held) for seen in others if (held := [v for at, v in seen.items() if at <= step])]
         best = min(v for at, v in mine.items() if at <= step)
-        if not means or best <= median(means):
+        if not means or rounded(best) <= rounded(median(means)):
             return None
         middle = self._sign * median(means)
         return f"{self._metric} at best {self._sign * best:.3g} by step {step} is worse than the median {middle:.3g} of {len(means)} trials"

@@ -8,6 +8,7 @@ from typing import Any
 
 from flowray.config.errors import InputError, did_you_mean
 from flowray.config.keys import describe
+from flowray.config.rounding import rounded
 from flowray.config.sweep import StopRule
 from flowray.findings.finding import ORDER
 
@@ -71,7 +72,8 @@ class Watch:
             return self._judge_gain(i, value, step)
         side, bound = ("below", rule.below) if rule.below is not None else ("above", rule.above)
         assert bound is not None
-        if not self._strike(i, value < bound if side == "below" else value > bound):
+        got, limit = rounded(value), rounded(bound)
+        if not self._strike(i, got < limit if side == "below" else got > limit):
             return None
         what = f"{rule.metric} {value:.3g}"
         if rule.patience == 1:
@@ -83,11 +85,11 @@ class Watch:
         assert rule.metric is not None
         assert rule.gains_less_than is not None
         sign = -1.0 if better(rule.metric) == "lower" else 1.0
-        best.append(max(sign * value, *best[-1:]) if best else sign * value)
+        best.append(max([sign * rounded(value), *best[-1:]]))
         if len(best) <= rule.patience:
             return None
         gain = best[-1] - best[-1 - rule.patience]
-        if gain >= rule.gains_less_than:
+        if rounded(gain) >= rounded(rule.gains_less_than):  # 0.9 - 0.8 is 0.09999999999999998
             return None
         return f"{rule.metric} {value:.3g} gained {gain:.3g} in {rule.patience} probes, less than {rule.gains_less_than:g}, to step {step}"
 

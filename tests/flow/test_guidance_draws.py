@@ -25,9 +25,11 @@ class Toy:
 X, T = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 0.9])
 
 
-def test_scale_1_is_off_and_costs_one_pass() -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.1 + 3 * 0.3, 1 + 1e-15])
+def test_scale_1_is_off_and_costs_one_pass(scale: float) -> None:
+    """Also as a step of a range: 0.1 + 3 x 0.3 is 0.9999999999999999."""
     toy = Toy()
-    out = guided(toy, 1.0)(X, T)
+    out = guided(toy, scale)(X, T)
     assert torch.equal(out, conditional(Toy())(X, T))
     assert torch.equal(out, 5 * X + T.view(-1, 1, 1, 1))
     assert len(toy.calls) == 1

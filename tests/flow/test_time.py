@@ -143,3 +143,12 @@ def test_the_logs_curriculum_is_biased_and_still_starts_at_0() -> None:
 
 def test_every_member_has_its_contract_test() -> None:
     assert {type(cls.config) for cls in TimeSamplerContract.__subclasses__()} == set(members(TimeConfig))
+
+
+@pytest.mark.parametrize("fraction", [0.07, 0.14, 0.28, 0.29, 0.55, 0.57, 0.58])
+def test_a_share_of_the_steps_ends_where_it_says(fraction: float) -> None:
+    """0.07 of 100 steps is 7, though 0.07 * 100 is more, and 0.29 * 100 less than 29."""
+    config = FlowConfig(curriculum=(TimeStage(fraction=fraction, time=AlphaTime(low=0.0)),))
+    in_force = [time_config(config, step, 100).kind for step in range(100)]
+    steps = round(100 * fraction)
+    assert in_force == ["alpha"] * steps + ["uniform"] * (100 - steps)
