@@ -99,26 +99,14 @@ def main(argv: list[str]) -> int:
 
 
 def _report(result: SweepResult) -> list[str]:
-    """Write report.html; the lines that end the sweep: verdict, stopped trials, what to type next."""
+    """Write report.html; the lines that end the sweep, the verdict last."""
+    from flowray.report.ending import ending
+    from flowray.report.lines import columns
     from flowray.report.load import load_sweep as load_results
-    from flowray.report.sweep_page import sweep_advice, sweep_commands, sweep_verdict, write_sweep_report
+    from flowray.report.sweep_page import write_sweep_report
 
-    found, page = load_results(result.sweep_dir), write_sweep_report(result.sweep_dir)
-    commands = sweep_commands(found)
-    early = [
-        f"  trial {t.trial} {t.status} at {t.last_step}/{t.budget_steps}: {t.stopped_by or t.error}"
-        for t in result.trials
-        if t.stopped_by or t.error
-    ]
-    return [
-        "",
-        sweep_verdict(found),
-        *sweep_advice(found),
-        *early,
-        "",
-        *(f"{label}:\n  {command}" for label, command in commands.items()),
-        f"Report:\n  {page}",
-    ]
+    page = write_sweep_report(result.sweep_dir)
+    return ending(load_results(result.sweep_dir), page, columns())
 
 
 def _summary(result: SweepResult) -> dict[str, Any]:

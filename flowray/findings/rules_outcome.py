@@ -99,7 +99,7 @@ OUTCOME: tuple[Rule, ...] = (
         "clip_saturated",
         "warn",
         every(
-            below("loss/clip", lambda r: 0.02 * r["clip/chance"], "loss/clip"),
+            given(below("loss/clip", lambda r: 0.02 * r["clip/chance"], "loss/clip")),
             some(below("grad/clip_of_total", 0.02), above("clip/scale", 98.0, "logit scale")),
         ),
         "the contrastive loss is saturated: every pair of the batch is told apart with ease and the gradient is gone",
@@ -335,7 +335,7 @@ OUTCOME: tuple[Rule, ...] = (
         "text_unproven",
         "info",
         every(
-            below("text/cos", 0.9, "cosine of drawn z0 over prompts"),
+            given(below("text/cos", 0.9, "cosine of drawn z0 over prompts")),
             some(absent("text/snr"), below("text/snr", 0.1)),
         ),
         "a low cosine of drawn latents is no evidence that the text arrives: noise alone gives it where mu is near 0",

@@ -1,8 +1,11 @@
-"""What a sweep shows while it runs: a line per event, a sign of life in between, on a terminal also a live table; at the end the table."""
+"""What a sweep shows while it runs: a line per event, a sign of life in between, on a terminal also a live table; at the end the best
+trials. A trial is running, waiting (at a rung, or for the next session), stopped, finished or failed.
+"""
 
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +19,7 @@ from rich.text import Text
 
 from flowray.config.rounding import rounded
 from flowray.config.sweep import Constant, Sweep
+from flowray.report.lines import columns, wrapped
 from flowray.store.doing import doing
 from flowray.store.run import RunDirectory
 from flowray.tune.records import TrialRecord
@@ -25,10 +29,11 @@ BEAT_S, QUIET_S = 10.0, 300.0  # a quiet sweep says where it is after BEAT_S, th
 GENERIC = {"kind", "weight", "low", "high"}  # last parts of a key that say nothing alone
 METRICS = 4
 ROWS = 16  # of the live table; the report has them all
-WIDE = 150  # columns, where the output is a file
+END_ROWS = 10  # of the last table
 REASON = 28  # columns of a reason beside the trial
 NARROW_REASONS = 6  # of trials that ended, below the table of a narrow terminal
-STATES = {"running": "cyan", "paused": "blue", "finished": "green", "stopped": "yellow", "failed": "red"}
+STATES = {"running": "cyan", "waiting": "blue", "finished": "green", "stopped": "yellow", "failed": "red"}
+INDENT = " " * 9  # of an event's second line: below its words
 
 
 class SweepConsole:
@@ -43,12 +48,12 @@ class SweepConsole:
         self._shown = list(dict.fromkeys([*objectives, *rules, f"{prefix}flow/cos", f"{prefix}std/mean", "loss/flow"]))[:METRICS]
         self._trials: dict[int, TrialRecord] = {}
         self._paused: set[int] = set()  # trials to be continued, in this session or by a later one
-        self._before = 0  # trials that were done when this session began
+        self._before = 0  # trials that were through when this session began
         self._begin = self._last = time.monotonic()
         self._pause = BEAT_S
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         if not self._console.is_terminal:
-            self._console.width = WIDE
+            self._console.width = columns()
         self._live = Live(get_renderable=self._view, console=self._console, refresh_per_second=1, transient=True)
 
     def __enter__(self) -> SweepConsole:
@@ -60,12 +65,12 @@ class SweepConsole:
         if self._console.is_terminal:
             self._live.stop()
         if self._trials:
-            self._console.print(self.table(len(self._trials)), soft_wrap=False)
+            self._console.print(self.table(END_ROWS, why=False), *self._more(END_ROWS), soft_wrap=False)
 
     def known(self, trial: TrialRecord) -> None:
         self._trials[trial.trial] = trial
         self._paused.add(trial.trial)
-        self._before = self._done()
+        self._before = self._through()
 
     def started(self, trial: TrialRecord) -> None:
         self._paused.discard(trial.trial)
@@ -79,41 +84,41 @@ class SweepConsole:
     def ended(self, trial: TrialRecord) -> None:
         self._paused.add(trial.trial)
         words = _why(trial) or self._metrics(trial)
-        status = "waits" if trial.waits else self._state(trial)
-        self._say(trial, f"{status.upper():<10} {words}  ({trial.last_step} of {trial.budget_steps} steps, {trial.seconds:.0f} s)")
+        place = f"({trial.last_step} of {trial.budget_steps} steps, {trial.seconds:.0f} s)"
+        self._say(trial, f"{self._state(trial).upper():<10} {words}  {place}")
 
     def beat(self) -> None:
         """Called often; prints a line when nothing was printed for a while, ever longer while nothing happens."""
         if not self._console.is_terminal and time.monotonic() - self._last >= self._pause:
             self._pause = min(2 * self._pause, QUIET_S)
             running = [f"{t.trial} at {self._progress(t)}" for t in self._trials.values() if self._state(t) == "running"]
-            self._print(f"{self._done()} of {self._total} done; running: {', '.join(running) or 'none yet'}")
+            waiting = sum(self._state(t) == "waiting" for t in self._trials.values())
+            beside = f"; {waiting} waiting" if waiting else ""
+            self._print(f"{self._done()} of {self._total} done{beside}; running: {', '.join(running) or 'none yet'}")
 
-    def table(self, rows: int, *, brief: bool = False) -> Group:
-        """At most `rows` trials: those that run, then best first, with changed parameters, metrics and why they ended, `brief` on a line.
+    def table(self, rows: int, *, why: bool = True) -> Group:
+        """At most `rows` trials, a line each: those that run, then best first, with changed parameters, metrics and why they ended.
 
-        Where the terminal is narrow the reasons go below the table, then the last parameters are left out; a trial's line has them all.
+        Where the terminal is narrow the reasons go below the table, then the last parameters are left out; a trial's event has them all.
         """
         trials = self._ranked()[:rows]
         changed = [key for key in self._names if any(key in trial.params for trial in trials)]
         plain = self._grid(trials, changed, why=0)
         room = self._console.width - self._wide(plain) - 2
-        if room >= REASON:
-            return Group(self._grid(trials, changed, why=room, brief=brief))
+        if why and room >= REASON:
+            return Group(self._grid(trials, changed, why=room))
         while changed and self._wide(plain) > self._console.width:
             changed.pop()
             plain = self._grid(trials, changed, why=0)
-        ended = [trial for trial in trials if _why(trial)][:NARROW_REASONS]
-        below = [Text(f"trial {trial.trial} {trial.status}: {_why(trial)}") for trial in ended]
-        for line in below if brief else ():
-            line.truncate(self._console.width, overflow="ellipsis")
-        return Group(plain, *below)
+        ended = [trial for trial in trials if _why(trial)][:NARROW_REASONS] if why else []
+        below = [f"trial {trial.trial} {self._state(trial)}: {_why(trial)}" for trial in ended]
+        return Group(plain, *(Text(_cut(line, self._console.width)) for line in below))
 
     def _wide(self, table: Table) -> int:
         """Columns that the table takes uncut."""
         return self._console.measure(table, options=self._console.options.update(width=10_000)).maximum
 
-    def _grid(self, trials: Sequence[TrialRecord], changed: Sequence[str], *, why: int, brief: bool = False) -> Table:
+    def _grid(self, trials: Sequence[TrialRecord], changed: Sequence[str], *, why: int) -> Table:
         """why: columns for the reasons, 0 for none."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, expand=False)
         table.add_column("trial", no_wrap=True)
@@ -129,39 +134,49 @@ class SweepConsole:
             params = [_brief(trial.params[key], 2) if key in trial.params else "" for key in changed]
             row: list[str | Text] = [f"{trial.trial}*" if trial is best else str(trial.trial)]
             row += [Text(self._state(trial), style=STATES[self._state(trial)]), step]
-            reason = Text(_why(trial))
-            if brief:
-                reason.truncate(why, overflow="ellipsis")
+            reason = Text(_cut(_why(trial), why))
             table.add_row(*row, *values, *params, *([reason] if why else []), style="bold" if trial is best else "")
         return table
 
     def _view(self) -> Group:
         rows = max(3, min(ROWS, self._console.height - 8 - NARROW_REASONS))
+        headline = wrapped(self._headline(), self._console.width, rest="  ")
+        return Group(Text("\n".join(headline), style="bold"), self.table(rows), *self._more(rows))
+
+    def _more(self, rows: int) -> list[Text]:
+        """That there are more trials than rows, if there are."""
         hidden = len(self._trials) - rows
-        more = [Text(f"and {hidden} more; all of them: python -m flowray.report {self._dir}", style="dim")] if hidden > 0 else []
-        return Group(Text(self._headline(), style="bold"), self.table(rows, brief=True), *more)
+        return [Text(f"and {hidden} more, all of them in the report", style="dim")] if hidden > 0 else []
 
     def _headline(self) -> str:
         """Where the sweep is: trials done, the best, steps spent and when it should end at this pace."""
         trials, seconds = self._trials.values(), time.monotonic() - self._begin
         steps = sum(t.last_step for t in trials)
-        full = sum(t.budget_steps for t in trials if t.status in ("finished", "stopped"))
-        saved = full - sum(t.last_step for t in trials if t.status in ("finished", "stopped"))
+        ended = [t for t in trials if self._state(t) in ("finished", "stopped")]
+        full = sum(t.budget_steps for t in ended)
+        saved = full - sum(t.last_step for t in ended)
         best = self._best()
         parts = [f"{self._sweep.name}: {self._done()} of {self._total} trials done", f"{steps:,} steps"]
+        if waiting := sum(self._state(t) == "waiting" for t in trials):
+            parts.insert(1, f"{waiting} waiting")
         if best is not None:
             parts.append(f"best {_brief(best.metrics[self._sweep.metric.name])} (trial {best.trial})")
         if full:
             parts.append(f"{saved / full:.0%} of the steps saved")
-        done = self._done() - self._before
-        if done > 0 and self._done() < self._total:
-            parts.append(f"about {_clock(seconds / done * (self._total - self._done()))} left")
+        done = self._through() - self._before
+        if done > 0 and self._through() < self._total:
+            parts.append(f"about {_clock(seconds / done * (self._total - self._through()))} left")
         return ", ".join([*parts, _clock(seconds)])
 
     def _state(self, trial: TrialRecord) -> str:
-        return "paused" if trial.status == "running" and trial.trial in self._paused else trial.status
+        held = trial.status == "running" and trial.trial in self._paused
+        return "waiting" if held or trial.waits else trial.status
 
     def _done(self) -> int:
+        return sum(self._state(t) not in ("running", "waiting") for t in self._trials.values())
+
+    def _through(self) -> int:
+        """Trials that run no more for now: few of those that wait at a rung go on."""
         return sum(t.status != "running" for t in self._trials.values())
 
     def _value(self, trial: TrialRecord) -> float | None:
@@ -183,7 +198,10 @@ class SweepConsole:
         return rounded(value) if self._sweep.minimise else -rounded(value)
 
     def _ranked(self) -> list[TrialRecord]:
-        return sorted(self._trials.values(), key=lambda t: (t.status != "running", t.status == "failed", self._place(t), t.trial))
+        return sorted(
+            self._trials.values(),
+            key=lambda t: (t.status != "running", t.status == "failed", self._place(t), t.trial),
+        )
 
     def _say(self, trial: TrialRecord, words: str) -> None:
         self._trials[trial.trial], self._pause = trial, BEAT_S
@@ -191,7 +209,8 @@ class SweepConsole:
 
     def _print(self, words: str) -> None:
         self._last = time.monotonic()
-        self._console.print(f"{self._last - self._begin:5.0f} s  {words}", markup=False)
+        lines = wrapped(words, self._console.width, f"{self._last - self._begin:5.0f} s  ", INDENT)
+        self._console.print("\n".join(lines), markup=False)
 
     def _metrics(self, trial: TrialRecord) -> str:
         return "  ".join(f"{name} {_with_noise(trial, name)}" for name in self._shown if name in trial.metrics)
@@ -253,6 +272,11 @@ def _stacked(name: str) -> str:
 def _why(trial: TrialRecord) -> str:
     """Why it ended early, '' where it did not."""
     return "" if trial.status == "running" else (trial.error if trial.status == "failed" else trial.stopped_by) or ""
+
+
+def _cut(text: str, width: int) -> str:
+    """On one line of this width, cut between words."""
+    return textwrap.shorten(text, max(width, 4), placeholder=" …")
 
 
 def _clock(seconds: float) -> str:

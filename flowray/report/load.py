@@ -26,7 +26,7 @@ from flowray.findings.judge import Judge
 
 Series = list[tuple[int, float]]  # (step, value), steps rising
 LOG_SPAN = 30.0
-Status = Literal["running", "finished", "stopped", "failed"]
+Status = Literal["running", "waiting", "finished", "stopped", "failed"]  # waiting: at a rung, to go on once among the best
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it was built: a sweep has a config a trial
 
 
@@ -339,7 +339,7 @@ def _trial(sweep: Path, row: Row) -> Trial:
     return Trial(
         number=number,
         params=params if isinstance(params, dict) else {},
-        status=row.get("status") or "running",
+        status="waiting" if row.get("waits") else row.get("status") or "running",
         last_step=int(row.get("last_step") or 0),
         budget_steps=int(row.get("budget_steps") or 0),
         stopped_by=str(row.get("stopped_by") or ""),

@@ -6,7 +6,7 @@ import itertools
 import re
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from flowray.report.page import MAX_ROWS, GridRow, Plot, make_plot, number_text,
 
 TABLE_METRICS = ("shoot/nmse", "flow/cos", "std/mean", "loss/flow")
 EVALUATIONS = ("eval/all_correct", "eval/mean_attribute_accuracy", "perf/images_per_s")
-STATUSES: tuple[Status, ...] = ("finished", "stopped", "running", "failed")
+STATUSES: tuple[Status, ...] = ("finished", "stopped", "waiting", "running", "failed")
 MAX_TRIALS = 30  # in the table that stands open, and in the heat map
 MAX_AXES = 8  # of parallel coordinates, the metric's apart
 CONCLUSION, NEXT = "Conclusion", "Next step"  # the sections of report.md that belong to the reader
@@ -63,8 +63,11 @@ def hand_written(report: Path) -> dict[str, str]:
     return {**BLANK, **{heading: body or BLANK.get(heading, "") for heading, body in sections.items()}}
 
 
-def sweep_commands(sweep: Sweep, found: Sequence[Edge] | None = None) -> dict[str, str]:
-    """The commands that follow a sweep, by label, for the best trial; {} before there is one. found: its edges, where they are known."""
+def sweep_commands(sweep: Sweep, found: Sequence[Edge] | None = None, *, brief: bool = False) -> dict[str, str]:
+    """The commands that follow a sweep, by label, for the best trial; {} before there is one.
+
+    found: its edges, where they are known; brief: without the command that best.yaml says, too, but at length.
+    """
     if sweep.best is None:
         return {}
     best, place = sweep.best, shlex.quote(str(sweep.path))
@@ -77,11 +80,11 @@ def sweep_commands(sweep: Sweep, found: Sequence[Edge] | None = None) -> dict[st
         values = " ".join(f"--set {shlex.quote(f'{key}={yaml_value(value)}')}" for key, value in keys.items())
         source = shlex.quote(str(sweep.settings.get("base")))
         return {"Sample with the best setting": f"python -m flowray.sample {source} {shlex.quote(prompt)} {values}"}
-    if (sweep.path / "best.yaml").is_file():
+    if longer_known := (sweep.path / "best.yaml").is_file():
         steps = 4 * best.budget_steps // (sweep.settings.get("seeds") or 1)  # a budget counts all seeds
         longer = f"python -m flowray.train {shlex.quote(str(sweep.path / 'best.yaml'))} train.steps={steps}"
         commands["Train the best recipe longer"] = longer
-    if base := sweep.settings.get("base"):
+    if (base := sweep.settings.get("base")) and not (brief and longer_known):
         keys = {**flat(sweep.settings.get("set")), **best.params, "name": f"{sweep.name}-best"}
         values = " ".join(shlex.quote(f"{key}={yaml_value(value)}") for key, value in keys.items())
         commands["The same recipe from its base"] = f"python -m flowray.train {shlex.quote(str(base))} {values}"
@@ -119,16 +122,10 @@ def _front_words(sweep: Sweep) -> str:
     return f"That is by the first metric; {beside}. "
 
 
-def sweep_advice(sweep: Sweep) -> list[str]:
-    """How sure the verdict is and where to search next, a sentence each."""
-    runner = runner_up_words(sweep)
-    return [*([runner] if runner else []), *(f"{edge.words} ({edge.typed})" for edge in edges(sweep))]
-
-
 def _context(sweep: Sweep) -> dict[str, Any]:
     key, best, varied = sweep.metric.name, sweep.best, sweep.varied()
     table = [key, *(metric.name for metric in sweep.metrics), *map(_as_probed(sweep), TABLE_METRICS), *_evaluations(sweep.trials)]
-    card = _mapping(sweep.settings.get("card"))
+    card = mapping(sweep.settings.get("card"))
     scored = [trial for trial in sweep.trials if trial.value(key) is not None] if sweep.comparable else []
     heat_keys, heat_rows = heat_map(sweep.trials[:MAX_TRIALS])
     rows, aside = _trial_pictures(sweep)
@@ -223,7 +220,7 @@ def _card_facts(sweep: Sweep, card: dict[str, Any]) -> dict[str, str]:
     """The experiment card of the sweep (log 0826): what is fixed, what is searched, what it runs on."""
     settings, config = sweep.settings, next((t.run.config for t in sweep.trials if t.run.config), {})
     fixed = {**flat(settings.get("set"))}
-    space = {key: _range_text(spec) for key, spec in _mapping(settings.get("parameters")).items() if isinstance(spec, dict)}
+    space = {key: _range_text(spec) for key, spec in mapping(settings.get("parameters")).items() if isinstance(spec, dict)}
     workers, gpus = config.get("resources.num_workers", 1), config.get("resources.gpus_per_worker", 0)
     device = f"{gpus:g} GPU" if gpus else f"{config.get('resources.cpus_per_worker', 1)} core(s)"
     given = ", ".join(f"{key}={value_text(value)}" for key, value in fixed.items())
@@ -250,7 +247,7 @@ def _card_facts(sweep: Sweep, card: dict[str, Any]) -> dict[str, str]:
 
 
 def _method(settings: dict[str, Any]) -> list[str]:
-    search = _mapping(settings.get("search")).get("kind")
+    search = mapping(settings.get("search")).get("kind")
     words = [f"{settings.get('method', 'bayes')}{f' ({search})' if search else ''}", f"seed {settings.get('seed', 0)}"]
     return [*words, f"{settings['seeds']} seeds a setting"] if (settings.get("seeds") or 1) > 1 else words
 
@@ -263,22 +260,25 @@ def _core(config: dict[str, Any] | Any) -> str:
 def _stop_texts(settings: dict[str, Any]) -> list[str]:
     """Halving and the stop rules, in words."""
     texts = []
-    if early := _mapping(settings.get("early_terminate")):
+    if early := mapping(settings.get("early_terminate")):
         if early.get("type") == "asha":
             places = [f"at step {rung} the best 1/{eta:g} go on" for rung, eta in zip(early["rungs"], early["eta"], strict=True)]
             texts.append(f"asha: {', '.join(places)}")
         else:
             eta = f", the best 1/{early['eta']:g} go on" if "eta" in early else ""
             texts.append(f"{early.get('type')} from step {early.get('min_iter')}{eta}")
-    for rule in settings.get("stop") or []:
-        what = rule.get("finding") or rule.get("metric")
-        bound = next((f" {name.replace('_', ' ')} {rule[name]:g}" for name in ("below", "above", "gains_less_than") if name in rule), "")
-        texts.append(f"{what}{bound} at {rule.get('patience', 1)} probes from step {rule.get('after', 0)}")
-    return texts
+    return [*texts, *map(stop_rule_text, settings.get("stop") or [])]
+
+
+def stop_rule_text(rule: Mapping[str, Any]) -> str:
+    """A stop rule of sweep.yaml in words."""
+    what, bounds = rule.get("finding") or rule.get("metric"), ("below", "above", "gains_less_than")
+    bound = next((f" {name.replace('_', ' ')} {rule[name]:g}" for name in bounds if rule.get(name) is not None), "")
+    return f"{what}{bound} at {rule.get('patience', 1)} probes from step {rule.get('after', 0)}"
 
 
 def _range_text(spec: dict[str, Any]) -> str:
-    when = "".join(f" when {key} is {' or '.join(map(value_text, values))}" for key, values in _mapping(spec.get("when")).items())
+    when = "".join(f" when {key} is {' or '.join(map(value_text, values))}" for key, values in mapping(spec.get("when")).items())
     if "values" in spec:
         return "{" + ", ".join(value_text(value) for value in spec["values"]) + "}" + when
     if "value" in spec:
@@ -325,5 +325,6 @@ def _drawn_by(run: Run) -> Any:
     return run.config.get("probes.seed")
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def mapping(value: Any) -> dict[str, Any]:
+    """The value where it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}

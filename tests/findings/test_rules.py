@@ -381,3 +381,30 @@ def test_undertrained_is_said_of_healthy_runs_only() -> None:
     short = {**HEALTHY, "shoot/nmse": 1.4}
     assert [finding.id for finding in diagnose(short, FACTS)] == ["undertrained"]
     assert "undertrained" not in [finding.id for finding in diagnose({**short, "vae/psnr": 10.0}, FACTS)]
+
+
+def test_no_finding_blames_a_number_for_lying_on_its_better_side() -> None:
+    """A cosine of 0.9 beside a speed that is too small is evidence, and not at fault."""
+    worse = {"higher": "below", "lower": "above"}
+    wrong, seen = [], 0
+    for case in CASES:
+        for finding in read(case):
+            for judged in finding.judged:
+                key = describe(judged.key)
+                side = worse.get(key.direction) if key is not None else None
+                seen += side is not None
+                if side is not None and judged.side in worse.values() and judged.side != side:
+                    wrong.append((case.id, finding.id, judged))
+    assert seen > 50
+    assert wrong == []
+
+
+def test_every_warning_says_which_numbers_are_at_fault() -> None:
+    """But for those that judge the recipe alone."""
+    silent = {finding.id for case in CASES for finding in read(case) if finding.severity != "info" and not finding.judged}
+    assert silent <= {"raw_sampled"}
+
+
+def test_a_derived_number_tells_the_one_it_follows_from() -> None:
+    (condition,) = [f for f in diagnose(HEALTHY | {"text/snr": 1e-9}, FACTS) if f.id == "condition_ignored"]
+    assert ("text/nats", "text/snr") in [(judged.key, judged.of) for judged in condition.judged]

@@ -176,14 +176,14 @@ def test_a_resumed_sweep_shows_the_trials_that_there_were(tmp_path: Path) -> Non
     again, new = record(2, last_step=100, budget_steps=400, metrics={METRIC: 0.6}), record(3, budget_steps=400)
 
     def states() -> list[tuple[str, str]]:
-        return re.findall(r"(?m)^ *(\d\*?) *(paused|running|finished|stopped)", drawn(console, 6))
+        return re.findall(r"(?m)^ *(\d\*?) *(waiting|running|finished|stopped)", drawn(console, 6))
 
-    assert states() == [("2", "paused"), ("0*", "finished"), ("1", "stopped")]
+    assert states() == [("2", "waiting"), ("0*", "finished"), ("1", "stopped")]
     both.started(again)
     both.started(new)
     assert states() == [("2", "running"), ("3", "running"), ("0*", "finished"), ("1", "stopped")]
     both.ended(again)  # out of time
-    assert states()[0] == ("2", "paused")
+    assert states()[0] == ("2", "waiting")
     new.status, new.metrics = "finished", {METRIC: 0.3}
     both.ended(new)
     assert "3 of 6 trials done" in console._headline()
@@ -197,13 +197,13 @@ def drawn(console: SweepConsole, rows: int) -> str:
     return out.getvalue()
 
 
-def shown(tmp_path: Path, width: int, trials: list[TrialRecord], *, brief: bool = False) -> str:
+def shown(tmp_path: Path, width: int, trials: list[TrialRecord]) -> str:
     console = SweepConsole(make(), tmp_path, 8, io.StringIO())
     console._console.width = width
     for trial in trials:
         console._trials[trial.trial] = trial
     out = io.StringIO()
-    Console(file=out, width=width).print(console.table(len(trials), brief=brief))
+    Console(file=out, width=width).print(console.table(len(trials)))
     return out.getvalue()
 
 
@@ -272,7 +272,7 @@ def test_console_table_shows_the_noise_over_seeds(tmp_path: Path) -> None:
 
 
 def test_console_table_fits_a_narrow_terminal(tmp_path: Path) -> None:
-    text = shown(tmp_path, 64, some_trials(), brief=True)
+    text = shown(tmp_path, 64, some_trials())
     assert max(map(len, text.splitlines())) <= 64
     assert "0.25" in text
     assert "trial 1 stopped: ema/shoot/nmse 1.4" in text  # below the table
@@ -284,8 +284,25 @@ def test_sweep_ends_with_the_table_in_a_file_too(tmp_path: Path) -> None:
     with SweepConsole(make(), tmp_path, 8, log) as console:
         for trial in some_trials():
             console.started(trial)
-    assert log.getvalue().count("why it ended") == 1
-    assert "outside the best 1/3 of 3 trials" in log.getvalue()
+    table = log.getvalue().partition("trial ")[2].rpartition("trial ")[2]
+    assert re.findall(r"(?m)^ *(\d\*?) +(\w+)", table)[:2] == [("4", "running"), ("2*", "finished")]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_events_are_broken_between_words_at_the_width_of_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    log, why = io.StringIO(), "ema/shoot/nmse 0.801 at step 50 is number 25 of 30 so far; the best 1/8 go on"
+    console = SweepConsole(make(), tmp_path, 40, log)
+    for number in range(30):
+        trial = record(number, status="stopped", last_step=50, budget_steps=500, stopped_by=why, waits=number % 2 == 0)
+        console.started(trial)
+        console.ended(trial)
+    lines = log.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(log.getvalue().split())
+    assert words.count(why) == 30  # no line was broken inside a word
+    assert (words.count("WAITING"), words.count("STOPPED")) == (15, 15)
+    assert "15 of 40 trials done, 15 waiting" in console._headline()
 
 
 def test_gauges_are_declared_once_and_name_known_metrics() -> None:

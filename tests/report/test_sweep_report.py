@@ -23,7 +23,7 @@ from flowray.report import analysis, figures
 from flowray.report.edges import edges
 from flowray.report.importance import importances
 from flowray.report.load import Sweep, load_sweep
-from flowray.report.sweep_page import hand_written, sweep_advice, sweep_commands, sweep_verdict, write_sweep_report
+from flowray.report.sweep_page import hand_written, sweep_commands, sweep_verdict, write_sweep_report
 
 METRIC = "ema/shoot/nmse"
 LR = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
@@ -81,7 +81,7 @@ def test_trials_that_differ_in_the_seed_are_one_setting(tmp_path: Path) -> None:
 def test_without_repeats_the_noise_is_not_known(tmp_path: Path) -> None:
     sweep = load_sweep(make(tmp_path / "s", [seeded(1e-3, [0.5]), seeded(2e-3, [0.4])]))
     assert analysis.noise(sweep.arms()) is None
-    assert "is not known" in sweep_advice(sweep)[0]
+    assert "is not known" in analysis.runner_up_words(sweep)
     alone = load_sweep(make(tmp_path / "s", [seeded(1e-3, [0.5])]))
     assert analysis.runner_up_words(alone) == ""
 
