@@ -95,7 +95,13 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
 
     def work() -> None:
         try:
-            fit(recipe, run.path, name="train", ray_storage=run.path / ".ray")
+            fit(
+                recipe,
+                run.path,
+                name="train",
+                ray_storage=run.path / ".ray",
+                say=progress.say,
+            )
         except Exception as error:
             failure.append(error)
 

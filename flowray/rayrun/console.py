@@ -96,6 +96,10 @@ class SweepConsole:
             beside = f"; {waiting} waiting" if waiting else ""
             self._print(f"{self._done()} of {self._total} done{beside}; running: {', '.join(running) or 'none yet'}")
 
+    def remark(self, words: str) -> None:
+        """A line of its own, such as what the sweep waits for."""
+        self._print(words)
+
     def table(self, rows: int, *, why: bool = True) -> Group:
         """At most `rows` trials, a line each: those that run, then best first, with changed parameters, metrics and why they ended.
 

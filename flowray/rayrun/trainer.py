@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from flowray.rayrun.network import NodeNetwork
 from flowray.rayrun.retries import goes_on, newest_step
 from flowray.rayrun.session import set_defaults
 from flowray.rayrun.storage import Unshared, marked, refusal_here
+from flowray.rayrun.waiting import told_of_waiting
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import is_finished, train
 from flowray.train.state import Halted
-from flowray.tune.room import refuse_without_room
+from flowray.tune.room import asked_words
 
 
 class RunFailed(RuntimeError):
@@ -103,12 +105,14 @@ def fit(
     ray_storage: Path,
     here: Report | None = None,
     worker: Callable[..., None] = train_worker,
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Train `recipe` in `run_dir` under a TorchTrainer; resumes from its newest valid checkpoint, returns at once if it has finished.
 
     here: train in this very process (Ray Train's local mode, one worker), and give it the rows: no controller and no worker to
     start. The caller holds the worker's resources and retries where the process dies.
     worker: what each worker runs, `train_worker` with something around it.
+    say: takes a line a minute while the cluster has no room for the workers.
     Needs Ray to be started. `run.stop_request` ends it with a checkpoint, also when it is there before the start. Checkpoints are
     the run directory's own; Ray's storage holds nothing worth keeping and is removed.
     Workers lost with their nodes do not count against max_failures where a checkpoint came since the start before.
@@ -121,8 +125,6 @@ def fit(
     _failure(run).unlink(missing_ok=True)
     set_defaults()  # on a cluster a trial that drives workers has none of its sweep's
     resources = recipe.resources
-    if here is None:
-        refuse_without_room(resources, reach())
     per_worker = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
     config = {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run.path)}  # Ray's dashboard shows all of it
     workers = resources.num_workers if here is None else 0  # 0: the local mode
@@ -137,7 +139,10 @@ def fit(
     )
     trainer = partial(TorchTrainer, work, scaling_config=scaling, torch_config=NodeNetwork(), run_config=kept)
     try:
-        with marked(run.path, alone=True) as mark:
+        with ExitStack() as closing:
+            mark = closing.enter_context(marked(run.path, alone=True))
+            if say:
+                closing.enter_context(told_of_waiting(resources, run, say))
             while not _trained(trainer(train_loop_config={**config, "mark": mark}), run) and not run.stop_request.exists():
                 _check_room(recipe, run)
     except ray.train.TrainingFailedError as error:
@@ -180,10 +185,8 @@ def _check_room(recipe: Recipe, run: RunDirectory) -> None:
     each, cluster = recipe.resources, reach()
     if cluster.grows or cluster.workers(each.cpus_per_worker, each.gpus_per_worker) >= each.num_workers:
         return
-    gpus = f" and {each.gpus_per_worker:g} GPU" if each.gpus_per_worker else ""
-    asked = f"{each.num_workers} worker(s) of {each.cpus_per_worker} CPU{gpus}"
     raise RunFailed(
-        f"{run.path}: no room for {asked}: {cluster} are left; bring lost hosts back, or type resources.num_workers=N; "
+        f"{run.path}: no room for {asked_words(each)}: {cluster} are left; bring lost hosts back, or type resources.num_workers=N; "
         "--resume continues from the last checkpoint"
     )
 

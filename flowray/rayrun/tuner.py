@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 import torch
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from flowray.config.errors import InputError
@@ -34,6 +35,7 @@ from flowray.rayrun.retries import Pardons, newest_step
 from flowray.rayrun.search import FAILED, LACKS, ProbeScheduler, StudySearch, Unpickled, no_room
 from flowray.rayrun.storage import Unshared, check_here, marked, refuse_unshared
 from flowray.rayrun.trainer import RunFailed, fit, train_worker
+from flowray.rayrun.waiting import RoomWatch, begun
 from flowray.report.load import load_sweep as load_report
 from flowray.store.latents import ensure_latents
 from flowray.store.run import RunDirectory, RunLock, storage_folder
@@ -162,7 +164,7 @@ def run_sweep(
                     earlier=earlier.trials if earlier else (),
                 )
                 if referee.due():
-                    _run(referee, placed, trial_fn, _Events(referee, console, lock))
+                    _run(referee, placed, trial_fn, _Events(referee, placed, console, lock))
                 if referee.held:
                     raise referee.held
                 out_of_time = referee.out_of_time
@@ -270,8 +272,9 @@ def _holding(referee: Referee) -> Iterator[None]:
 class _Events(Unpickled, tune.Callback):
     """Errors to the referee, a pulse to the console and the lock, and to what pardons failures."""
 
-    def __init__(self, referee: Referee, console: SweepConsole, lock: RunLock):
+    def __init__(self, referee: Referee, placed: Placed, console: SweepConsole, lock: RunLock):
         self._referee, self._console, self._lock = referee, console, lock
+        self._room = RoomWatch(placed.base.resources, console.remark)
         self._pardons = Pardons(self._come)
 
     def _come(self, number: int) -> int:
@@ -283,6 +286,14 @@ class _Events(Unpickled, tune.Callback):
         self._console.beat()
         self._lock.renew()
         self._pardons.look(trials)
+        self._room.look(lambda: sum(map(self._waits_for_room, trials)))
+
+    def _waits_for_room(self, trial: Any) -> bool:
+        """Whether it, or its workers where it has several, has no place yet."""
+        if trial.status != Trial.RUNNING or self._room.asked.num_workers == 1:
+            return bool(trial.status == Trial.PENDING)
+        run_dir, seeds = self._referee.sweep_dir / str(trial.config["number"]), self._referee.sweep.seeds
+        return not any(begun(RunDirectory(repeat_dir(run_dir, repeat))) for repeat in range(seeds))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._pardons.failed(trial)

@@ -66,6 +66,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def lock(self) -> Path:
+        """Of the process that writes the run, see RunLock."""
+        return self.path / ".lock"
+
+    @property
     def stop_request(self) -> Path:
         """A file whose presence asks the loop to write a checkpoint and stop."""
         return self.path / ".stop"
@@ -124,7 +129,7 @@ class RunLock:
     """
 
     def __init__(self, run: RunDirectory, patience_s: float = 0.0):
-        self._file, self._patience_s = run.path / ".lock", patience_s
+        self._file, self._patience_s = run.lock, patience_s
         self._me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
         self._left = threading.Event()
 

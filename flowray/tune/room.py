@@ -65,6 +65,12 @@ def _parts(base: Recipe) -> dict[str, int]:
     return {"train.batch_size": train.batch_size, "train.accumulate": train.accumulate}
 
 
+def asked_words(asked: ResourceConfig) -> str:
+    """ "8 worker(s) of 4 CPU and 1 GPU"."""
+    gpus = f" and {asked.gpus_per_worker:g} GPU" if asked.gpus_per_worker else ""
+    return f"{asked.num_workers} worker(s) of {asked.cpus_per_worker} CPU{gpus}"
+
+
 def refuse_without_room(asked: ResourceConfig, cluster: Cluster) -> None:
     """InputError where the workers could not train, or where the cluster can never hold them. One that
     may grow beyond what is known of it is not asked.
@@ -84,9 +90,8 @@ def refuse_without_room(asked: ResourceConfig, cluster: Cluster) -> None:
         )
     hold = cluster.workers(cpus, gpus)
     if workers > hold:
-        each = f"{cpus} CPU" + (f" and {gpus:g} GPU" if gpus else "")
         raise InputError(
-            f"resources.num_workers: got {workers} of {each} each, but {where} holds {hold} of them "
+            f"resources.num_workers: asked {asked_words(asked)}, but {where} holds {hold} of them "
             f"({cluster}); type resources.num_workers={max(1, hold)} or less"
         )
 
