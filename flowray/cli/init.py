@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -18,7 +17,7 @@ from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
-from flowray.config.paths import argument, written
+from flowray.config.paths import argument, expand, written
 from flowray.data.pack import SUFFIXES
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards
@@ -76,8 +75,8 @@ def _parser() -> Parser:
     )
     parser.add_argument("--val", type=argument, metavar="FOLDER", help="held-out shards, where they are not FOLDER/val")
     parser.add_argument("--out", type=argument, default=Path("mine.yaml"), help="the recipe to write, %(default)s")
-    parser.add_argument("--text", metavar="PATH", help="a causal language model: folder, hub name or embedded")
-    parser.add_argument("--autoencoder", metavar="PATH", help="a diffusers AutoencoderKL: folder, hub name or embedded")
+    parser.add_argument("--text", type=expand, metavar="PATH", help="a causal language model: folder, hub name or embedded")
+    parser.add_argument("--autoencoder", type=expand, metavar="PATH", help="a diffusers AutoencoderKL: folder, hub name or embedded")
     return parser
 
 
@@ -165,10 +164,14 @@ def _text(given: str | None, looked: Looked) -> Part:
         return Part(section | TEXT_FACTS, f"{TEXT}: the shipped model has no words for these captions")
     if given == TEXT:
         return Part(section | TEXT_FACTS, TEXT)
-    config = _config(given, "--text")
-    positions = config.get("max_position_embeddings") or QUERIES + MAX_TOKENS
+    from flowray.model.files import TEXT as KEY
+    from flowray.model.files import open_model
+
+    config = open_model(given, KEY, "text_encoder").config
+    language = config.get("text_config", config)  # of a vision-language model
+    positions = language.get("max_position_embeddings") or QUERIES + MAX_TOKENS
     section |= {"path": _path(given), "max_tokens": min(MAX_TOKENS, positions - QUERIES)}
-    return Part(section, f"{given}, {config.get('model_type', 'of no known type')}")
+    return Part(section, f"{given}, {config.get('model_type')}")
 
 
 def _autoencoder(given: str | None, looked: Looked) -> tuple[Part, tuple[int, int, int]]:
@@ -183,13 +186,17 @@ def _autoencoder(given: str | None, looked: Looked) -> tuple[Part, tuple[int, in
         return Part({"path": AUTOENCODER} | AUTOENCODER_FACTS, why), latent
     if given == AUTOENCODER:
         return Part({"path": AUTOENCODER} | AUTOENCODER_FACTS, AUTOENCODER), latent
-    config = _config(given, "--autoencoder")
-    try:
-        deep = config.get("_class_name") == "AutoencoderDC"
-        blocks = config["encoder_block_out_channels" if deep else "block_out_channels"]
-        factor, channels = 2 ** (len(blocks) - 1), int(config["latent_channels"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"--autoencoder {given}: its config.json is no AutoencoderKL's or AutoencoderDC's") from error
+    from flowray.model.files import open_autoencoder
+
+    files = open_autoencoder(given)
+    if isinstance(files, Path):  # weights alone, as Stable Diffusion's own repository has them
+        return Part({"path": _path(given)}, given), latent
+    deep = files.config.get("_class_name") == "AutoencoderDC"
+    blocks = files.config.get("encoder_block_out_channels" if deep else "block_out_channels")
+    channels = files.config.get("latent_channels")
+    if not blocks or not channels:
+        raise InputError(f"--autoencoder {given}: its config.json is no AutoencoderKL's or AutoencoderDC's")
+    factor = 2 ** (len(blocks) - 1)
     section = {"kind": "dc" if deep else "kl", "path": _path(given)}
     return Part(section, f"{given}, {channels} channels, {factor} px a cell"), (channels, height // factor, width // factor)
 
@@ -209,21 +216,6 @@ def _round_trip(looked: Looked, latent: tuple[int, int, int]) -> float:
     pictures = to_pictures(looked.pictures[:16])
     moments = net.encode_moments(pictures)
     return psnr(net.decode(net.sample(moments, torch.zeros_like(moments.mean))), pictures)
-
-
-def _config(path: str, option: str) -> dict[str, Any]:
-    """config.json of a model on this machine."""
-    progress = ConsoleProgress()
-    with progress.task(IMPORTING):
-        from flowray.model.local import local_weights
-    folder = local_weights(path)
-    if folder is None:
-        raise InputError(f"{option} {path}: not on this machine; type hf download {path}, or give a folder that is")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{option} {path}: {folder / 'config.json'} cannot be read: {error}") from error
-    return dict(config)
 
 
 def _path(path: str) -> str:

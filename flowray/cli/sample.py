@@ -17,7 +17,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="flowray.sample",
         description="Draw pictures from a run, the way its training defined the path. Each prompt gives one row of `count` pictures.",
-        epilog='Example: python -m flowray.sample runs/quickstart "a small red circle left of a large blue square" --count 4',
+        epilog='Example: python -m flowray.sample runs/quickstart "a small red circle in the center on a black background" --count 4',
     )
     parser.add_argument("run", type=Path, help="a run directory or one of its checkpoints/step_* folders")
     parser.add_argument("prompts", nargs="*", metavar="prompt", help="captions; or --prompts FILE")

@@ -76,6 +76,15 @@ def test_models_of_ones_own_give_their_sizes(place: Path) -> None:
     assert train.main([str(place / "tiny.yaml"), "--plan", "--json"]) == 0
 
 
+def test_an_autoencoder_in_a_pipeline_beside_other_models(place: Path) -> None:
+    tiny_autoencoder(place / "pipeline" / "vae")
+    tiny_text(place / "pipeline" / "text_encoder")
+    (place / "pipeline" / "model_index.json").write_text("{}")
+    recipe = init_recipe(place, "part.yaml", "--data", str(place / "shards"), "--autoencoder", str(place / "pipeline"))
+    assert recipe.model.latent.shape == (4, 32, 32)
+    assert recipe.model.autoencoder.path == str(place / "pipeline")
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
