@@ -94,3 +94,44 @@ def test_make_setup_installs_the_dashboard_too_and_passes_the_choice_on() -> Non
     assert "tools/install_torch.py auto" in recipe("setup").stdout
     assert "tools/install_torch.py cpu" in recipe("setup", "TORCH=cpu").stdout
     assert recipe("setup", "TORCH=rocm").returncode == 2
+
+
+VENV_PYTHON = """#!/bin/sh
+echo "$@" >> log
+case "$*" in "-m pip --version") test -f .venv/whole ;; esac
+"""
+SYSTEM_PYTHON = """#!/bin/sh
+case "$1 $2" in
+  "-m venv") echo made >> log; touch .venv/whole ;;
+  -c*) exit {too_old} ;;
+esac
+"""
+
+
+def set_up(folder: Path, *, too_old: bool) -> tuple[int, list[str]]:
+    """`make setup` in a folder whose .venv was left half made; its exit code, and what was run in turn."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "tools/install_torch.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    for path, text in ((".venv/bin/python", VENV_PYTHON), ("python", SYSTEM_PYTHON.format(too_old=int(too_old)))):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+        (folder / path).chmod(0o755)
+    command = ["make", "setup", "PYTHON=./python"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    return done.returncode, (folder / "log").read_text().splitlines()
+
+
+def test_a_half_made_venv_is_made_whole_and_torch_comes_first(tmp_path: Path) -> None:
+    code, log = set_up(tmp_path, too_old=False)
+    assert code == 0
+    after = log[log.index("made") + 1 :]
+    assert [line.split()[0] for line in after] == ["tools/install_torch.py", "-m"]
+    assert after[1].endswith(".[dev,dashboard]")
+    assert (tmp_path / ".venv" / ".ready").is_file()
+
+
+def test_an_old_python_installs_nothing(tmp_path: Path) -> None:
+    code, log = set_up(tmp_path, too_old=True)
+    assert code == 2
+    assert set(log) == {"-m pip --version"}
