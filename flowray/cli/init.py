@@ -97,12 +97,17 @@ def main(argv: list[str]) -> int:
         text = _text(args.text, looked)
         autoencoder, latent = _autoencoder(args.autoencoder, looked)
         recipe = _recipe(out.absolute(), looked, text, autoencoder, latent)
+    partial = out.with_name(f".{out.name}")  # in the same folder: paths are relative to it
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(recipe, encoding="utf-8")
+        partial.write_text(recipe, encoding="utf-8")
+        load_recipe(str(partial))
+        partial.replace(out)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
-    load_recipe(str(out))
+    finally:
+        if partial.exists():
+            partial.unlink()
     print(f"{out}: {looked.count} pictures, {looked.held_out} held out")
     for name, part in (("text", text), ("autoencoder", autoencoder)):
         print(f"  {name:<12} {part.why}")
@@ -117,9 +122,10 @@ def main(argv: list[str]) -> int:
 
 def _look(folder: Path, val: Path | None) -> Looked:
     """Open the shards and a few samples; InputError with what to type where they are not ready for training."""
-    train = folder / "train" if val is None and (folder / "train").is_dir() else folder
-    val = folder / "val" if val is None else val
-    if folder.is_dir() and not any(train.glob("*.tar")) and _has_pictures(folder):
+    below = folder / "train"
+    train = below if below.is_dir() and not any(folder.glob("*.tar")) else folder
+    val = val or folder / "val"
+    if not any(train.glob("*.tar")) and any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*")):
         packing = f"python -m flowray.data pack {shlex.quote(str(folder))} shards --size 64 --val 0.05"
         raise InputError(f"--data {folder}: pictures, not shards; type {packing}, then --data shards")
     shards = find_shards(str(train))
@@ -142,10 +148,6 @@ def _look(folder: Path, val: Path | None) -> Looked:
     if len(set(captions)) == 1:
         raise InputError(f"{train}: every caption looked at is {captions[0]!r}; a text-to-image model learns from captions that differ")
     return Looked(train, val, len(reader), len(held_out), pictures, captions)
-
-
-def _has_pictures(folder: Path) -> bool:
-    return any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
 
 
 def _text(given: str | None, looked: Looked) -> Part:
@@ -197,6 +199,11 @@ def _autoencoder(given: str | None, looked: Looked) -> tuple[Part, tuple[int, in
     if not blocks or not channels:
         raise InputError(f"--autoencoder {given}: its config.json is no AutoencoderKL's or AutoencoderDC's")
     factor = 2 ** (len(blocks) - 1)
+    if height % (factor * PATCH) or width % (factor * PATCH):
+        raise InputError(
+            f"--autoencoder {given}: takes {factor} px a cell, and these pictures are {width} x {height}; "
+            f"pack them with a --size that {factor * PATCH} divides"
+        )
     section = {"kind": "dc" if deep else "kl", "path": _path(given)}
     return Part(section, f"{given}, {channels} channels, {factor} px a cell"), (channels, height // factor, width // factor)
 
@@ -228,8 +235,8 @@ def _recipe(out: Path, looked: Looked, text: Part, autoencoder: Part, latent: tu
     import torch
 
     def section(values: dict[str, Any]) -> str:
-        text = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1000)
-        return str(text).strip()
+        line = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1000)
+        return str(line).strip()
 
     def place(folder: Path) -> str:  # relative to the recipe, so that both can be moved together
         path = os.path.relpath(folder.absolute(), out.parent)

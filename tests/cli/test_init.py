@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 from support import own_pictures, tiny_autoencoder, tiny_text
 
 from flowray.cli import data, init, train
@@ -85,6 +86,19 @@ def test_an_autoencoder_in_a_pipeline_beside_other_models(place: Path) -> None:
     assert recipe.model.autoencoder.path == str(place / "pipeline")
 
 
+def test_an_autoencoder_too_coarse_for_the_pictures_leaves_no_recipe(place: Path) -> None:
+    folder = place / "coarse"
+    folder.mkdir()
+    blocks = [8] * 7  # 64 px a cell
+    config = {"_class_name": "AutoencoderDC", "encoder_block_out_channels": blocks, "latent_channels": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"weight": np.zeros(1, np.float32)}, folder / "diffusion_pytorch_model.safetensors")
+    argv = ["--data", str(place / "shards"), "--autoencoder", str(folder), "--out", str(place / "coarse.yaml")]
+    with pytest.raises(InputError, match="128"):
+        init.main(argv)
+    assert not (place / "coarse.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -93,6 +107,7 @@ def test_an_autoencoder_in_a_pipeline_beside_other_models(place: Path) -> None:
         (["--data", "nowhere"], "nowhere"),
         (["--data", "shards", "--out", "taken.yaml"], "taken.yaml"),
         (["--data", "shards", "--out", "recipe"], "recipe"),
+        (["--data", "shards", "--out", "/dev/null/mine.yaml"], "/dev/null/mine.yaml"),
         (["--data", "shards", "--out", "new.yaml", "--text", "org/name"], "hf download org/name"),
         (["--data", "shards", "--out", "new.yaml", "--autoencoder", "org/name"], "hf download org/name"),
         ([], "--data"),
