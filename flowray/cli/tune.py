@@ -15,7 +15,8 @@ from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.cli.tune_plan import plan, print_plan, refuse_missing_files
 from flowray.config.errors import InputError
-from flowray.config.sweepfile import base_recipe, check_trials, load_sweep, packaged_sweeps
+from flowray.config.sources import packaged_sweeps
+from flowray.config.sweepfile import base_recipe, check_trials, load_sweep
 from flowray.config.sweepschema import sweep_schema
 from flowray.findings.rules import RULES
 from flowray.store.run import storage_folder

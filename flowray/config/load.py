@@ -10,7 +10,6 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from flowray.config.errors import InputError, did_you_mean
+from flowray.config.paths import PathField, default_storage, expand, looks_like_path, make_absolute, map_paths, no_such, path_field, written
 from flowray.config.recipe import Recipe
 from flowray.config.schema import Slot, coerce, is_bool_as_number, kind_of, known_keys, show, unknown_key, want
-from flowray.config.yamlfile import YamlFile, parse_value, parse_yaml, read_yaml
+from flowray.config.sources import comes_first, is_sweep, packaged, recipe_names, what_it_is
+from flowray.config.yamlfile import COMMAND_LINE, YamlFile, key_values, parse_value, parse_yaml, read_yaml
 
 __all__ = ["Loaded", "coerce", "dump_recipe", "known_keys", "load_recipe", "override_recipe", "recipe_diffs", "recipe_names"]
 
-COMMAND_LINE = "command line"
 Where = Callable[[str], str]
 
 
@@ -37,25 +37,25 @@ class Loaded:
     diffs: dict[str, tuple[Any, Any]]
 
 
-def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    return sorted(item.name.removesuffix(".yaml") for item in _recipes().iterdir() if item.name.endswith(".yaml"))
-
-
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Loaded:
     """Load a packaged recipe by name, or a YAML file by path, and apply `key=value` overrides in order.
 
+    Paths come out absolute: those of a file start from its folder, those typed, packaged and of the defaults from the working
+    directory, and a relative storage_path from FLOWRAY_STORAGE where that is set.
     Raises InputError, one line: `file.yaml:12: loss.kl.weight: got 'abc', want a number >= 0`.
     """
     tree, base, label = _load_tree(source, Path(), ())
-    pairs = [_split(text) for text in overrides]
-    tree.override(pairs, COMMAND_LINE)
+    pairs = [(key, _typed(key, raw)) for key, raw in key_values(overrides, "optim.lr=3e-4")]
+    tree.override(pairs, COMMAND_LINE, Path.cwd())
     recipe = tree.recipe(label)
     return Loaded(recipe, label, recipe_diffs(base, recipe))
 
 
 def override_recipe(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """A copy with dotted keys set to Python values; a `kind` is applied before the options below it, whatever the order."""
+    """A copy with dotted keys set to Python values; a `kind` is applied before the options below it, whatever the order.
+
+    Paths are taken as they are.
+    """
     tree = _Tree(recipe.model_dump())
     tree.override(list(values.items()), "")
     return tree.recipe("")
@@ -63,7 +63,17 @@ def override_recipe(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML text, every key written out, that `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(_as_written(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _as_written(node: BaseModel) -> dict[str, Any]:
+    data = node.model_dump(mode="json")
+    for name, field in type(node).model_fields.items():
+        if isinstance(section := getattr(node, name), BaseModel):
+            data[name] = _as_written(section)
+        elif path_field(field):
+            data[name] = map_paths(data[name], written)
+    return data
 
 
 def recipe_diffs(old: BaseModel, new: BaseModel, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -86,6 +96,18 @@ def _plain(value: Any) -> Any:
     return value.model_dump() if isinstance(value, BaseModel) else value
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a layer comes from: what errors call its keys, and where its relative paths start (None: they are left as they are)."""
+
+    where: Where
+    folder: Path | None
+
+    def made_absolute(self, key: str, value: Any, paths: PathField | None) -> Any:
+        """A value with its paths absolute; InputError where one cannot be."""
+        return value if self.folder is None else make_absolute(value, paths, self.folder, f"{self.where(key)}: {key}")
+
+
 class _Tree:
     """The settings gathered so far, as nested mappings over all defaults, and where each dotted key was last set."""
 
@@ -93,11 +115,11 @@ class _Tree:
         self.data = data
         self.origin = origin or {}
 
-    def merge(self, layer: Mapping[str, Any], where: Where) -> None:
+    def merge(self, layer: Mapping[str, Any], place: _Place) -> None:
         """Lay one layer over the tree; InputError for keys and kinds that do not exist."""
-        self._merge_section(self.data, layer, Recipe, "", where)
+        self._merge_section(self.data, layer, Recipe, "", place)
 
-    def override(self, pairs: Iterable[tuple[str, Any]], where: str) -> None:
+    def override(self, pairs: Iterable[tuple[str, Any]], where: str, folder: Path | None = None) -> None:
         """Set dotted keys in order, kinds first (outermost first): an option may then stand before the kind it belongs to."""
         leaves = [leaf for key, value in pairs for leaf in _leaves(key, value, where)]
         leaves.sort(key=lambda leaf: (0, leaf[0].count(".")) if leaf[0].endswith(".kind") else (1, 0))
@@ -108,7 +130,7 @@ class _Tree:
             for name in sections:
                 inner = inner.setdefault(name, {})
             inner[last] = value
-            self.merge(layer, lambda _: where)
+            self.merge(layer, _Place(lambda _: where, folder))
 
     def recipe(self, label: str) -> Recipe:
         """Validate the whole; the first error becomes one line that points at the layer which set the value."""
@@ -122,7 +144,8 @@ class _Tree:
                 raise InputError(_line(self.origin[key], f"{key}: got {show(given)}, want {want(known_keys()[key][0].field)}"))
         return recipe
 
-    def _merge_section(self, into: dict[str, Any], layer: Mapping[str, Any], cls: type[BaseModel], prefix: str, where: Where) -> None:
+    def _merge_section(self, into: dict[str, Any], layer: Mapping[str, Any], cls: type[BaseModel], prefix: str, place: _Place) -> None:
+        where = place.where
         for name, value in layer.items():
             key = prefix + name
             if name not in cls.model_fields:
@@ -130,7 +153,7 @@ class _Tree:
             sections = Slot(cls, name, cls.model_fields[name]).sections
             nullable = type(None) in getattr(cls.model_fields[name].annotation, "__args__", ())
             if not sections or (value is None and nullable):
-                into[name] = value
+                into[name] = place.made_absolute(key, value, path_field(cls.model_fields[name]))
                 self._set(key, where(key))
                 continue
             if value is None:  # a section whose keys are all commented out
@@ -146,7 +169,7 @@ class _Tree:
                 below = _defaults(chosen)
                 self._forget(key)
             into[name] = below
-            self._merge_section(below, value, chosen, f"{key}.", where)
+            self._merge_section(below, value, chosen, f"{key}.", place)
 
     def _set(self, key: str, where: str) -> None:
         self.origin.pop(key, None)  # to the end: the last entry is the latest
@@ -196,7 +219,7 @@ def _load_tree(source: str, folder: Path, above: tuple[str, ...]) -> tuple[_Tree
         raise _BadSource(f"{source} leads back to itself: {' -> '.join((*above, file.label))}")
     layer = dict(file.data)
     base = layer.pop("base", None)
-    tree = _Tree(Recipe().model_dump())
+    tree = _Tree(Recipe(storage_path=default_storage()).model_dump())
     if base is not None:
         if not isinstance(base, str):
             raise InputError(f"{file.where('base')}: base: got {show(base)}, want the name or path of a recipe")
@@ -205,7 +228,7 @@ def _load_tree(source: str, folder: Path, above: tuple[str, ...]) -> tuple[_Tree
         except _BadSource as error:
             raise InputError(f"{file.where('base')}: base: {error}") from None
     below = _Tree(copy.deepcopy(tree.data), dict(tree.origin)).recipe(file.where("base"))
-    tree.merge(layer, file.where)
+    tree.merge(layer, _Place(file.where, file.folder))
     return tree, below, file.label
 
 
@@ -214,42 +237,36 @@ class _BadSource(InputError):
 
 
 def _open(source: str, folder: Path) -> YamlFile:
-    path = Path(os.path.normpath(folder / source))
-    if path.is_file() or source.endswith((".yaml", ".yml")):
-        if not path.exists():
-            raise _BadSource(f"{path}: no such file{_near_file(path)}")
-        return read_yaml(path)
+    try:
+        path = Path(os.path.normpath(folder / expand(source)))
+    except InputError as error:
+        raise _BadSource(str(error)) from None
+    if path.is_file():
+        file = read_yaml(path)
+        if is_sweep(file.data):
+            raise _BadSource(f"{path}: want a recipe, this is {what_it_is(path)}")
+        return file
     names = recipe_names()
     if source in names:
-        return parse_yaml((_recipes() / f"{source}.yaml").read_text(encoding="utf-8"), f"flowray/recipes/{source}.yaml")
-    if (path / "config.yaml").is_file():
-        raise _BadSource(f"{path} is a run directory, want a recipe; its own is {path / 'config.yaml'}")
+        text = (packaged("recipes") / f"{source}.yaml").read_text(encoding="utf-8")
+        return parse_yaml(text, f"flowray/recipes/{source}.yaml")
+    if what := what_it_is(path if path.exists() else source):
+        raise _BadSource(f"{path if path.exists() else source}: want a recipe, this is {what}")
     if path.is_dir():
         raise _BadSource(f"{path} is a folder, want the path of a .yaml file")
+    if looks_like_path(source):
+        raise _BadSource(f"{path}: {no_such(path)}")
+    comes_first(source, "the recipe", "flowray.train")
     raise _BadSource(f"unknown recipe {source!r}{did_you_mean(source, names)} (packaged: {', '.join(names)}; or the path of a .yaml file)")
 
 
-def _near_file(path: Path) -> str:
-    if path.parent.is_dir():
-        return did_you_mean(path.name, (near.name for near in path.parent.iterdir() if near.suffix in {".yaml", ".yml"}))
-    return f"; the folder {path.parent} does not exist"
-
-
-def _recipes() -> Any:
-    return files("flowray") / "recipes"
-
-
-def _split(text: str) -> tuple[str, Any]:
-    """('optim.lr', value) from 'optim.lr=3e-4'; a text field takes the text as typed where YAML makes something else of it."""
-    key, sign, raw = text.partition("=")
-    key = key.strip()
-    if not sign or not key:
-        raise InputError(f"{COMMAND_LINE}: got {text!r}, want key=value, such as optim.lr=3e-4")
+def _typed(key: str, raw: str) -> Any:
+    """The value of `key=raw`; a text field takes the text as typed where YAML makes something else of it."""
     value = parse_value(raw)
     slots = known_keys().get(key, ())
     if value is not None and any(slot.field.annotation in (str, str | None) for slot in slots):
         value = value if isinstance(value, str) else raw
-    return key, value
+    return value
 
 
 def _leaves(key: str, value: Any, where: str) -> list[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from flowray.config.balance import BalanceConfig, NoBalance
 from flowray.config.base import Config
 from flowray.config.model import ClipNet, DinoV2Net, ImageNetConfig, SiglipNet
+from flowray.config.paths import OptionalPath
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -129,8 +130,8 @@ class LpipsLossConfig(TermConfig):
     """
 
     schedule: ScheduleConfig = Until(steps=50_000)
-    vgg: str | None = None
-    linear: str | None = None
+    vgg: OptionalPath = None
+    linear: OptionalPath = None
     size: int | None = Field(None, ge=16, description="side the pictures are resized to, px; as decoded if left out")
     samples: int | None = Field(None, gt=0, description="only the first of each rank's batch: decoding with gradient is dear")
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from flowray.config.base import Config, LatentSpec
+from flowray.config.paths import ModelPath, OptionalModel
 
 PositiveInt = Annotated[int, Field(gt=0)]
 
@@ -40,7 +41,7 @@ class FrozenText(Config):
     """
 
     kind: Literal["causal_lm", "encoder"]
-    path: str
+    path: ModelPath
     max_tokens: PositiveInt
     dtype: Literal["fp32", "bf16"] = "fp32"
     width: PositiveInt | None = None
@@ -57,7 +58,7 @@ class CausalText(FrozenText):
     """
 
     kind: Literal["causal_lm"] = "causal_lm"
-    path: str = "embedded"
+    path: ModelPath = "embedded"
     max_tokens: PositiveInt = 40
     queries: PositiveInt = 256
     template: str = "{prompt}"
@@ -86,7 +87,7 @@ class EncoderText(FrozenText):
     """
 
     kind: Literal["encoder"] = "encoder"
-    path: str
+    path: ModelPath
     max_tokens: PositiveInt = 77
     scale: float = Field(1.0, gt=0, description="multiplies the tokens (CrossFlow: 10 for T5)")
     pad_to_max: bool = False
@@ -261,7 +262,7 @@ class KLAutoencoder(Config):
     """
 
     kind: Literal["kl"] = "kl"
-    path: str = "embedded"
+    path: ModelPath = "embedded"
     scaling_factor: float | None = Field(None, gt=0)
     shift_factor: float | None = None
     parameters: PositiveInt | None = None
@@ -274,7 +275,7 @@ class DCAutoencoder(Config):
     """
 
     kind: Literal["dc"] = "dc"
-    path: str
+    path: ModelPath
     scaling_factor: float | None = Field(None, gt=0)
     parameters: PositiveInt | None = None
 
@@ -296,7 +297,7 @@ class VisionDims(Config):
 class _ImageNet(Config):
     """A picture encoder in transformers' format. path: folder or hub name; dims: what it is made of, where there is no path."""
 
-    path: str | None = None
+    path: OptionalModel = None
     dims: VisionDims | None = None
 
     @model_validator(mode="after")

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from flowray.config.errors import InputError, did_you_mean
+from flowray.config.paths import make_absolute
 from flowray.config.priors import FIELD_NOTES, field_notes_prior
-from flowray.config.schema import coerce, known_keys, show, unknown_key
+from flowray.config.schema import coerce, key_paths, known_keys, show, unknown_key
 from flowray.config.sweep import Categorical, Constant, LogUniform, Parameter, QLogUniform, QUniform, Uniform, infer_distribution, inside
 from flowray.config.yamlfile import YamlFile
 
@@ -121,13 +122,14 @@ def flat_parameters(section: Mapping[str, Any], what: str = "parameters", prefix
 
 
 def checked(at: str, key: str, value: Any, file: YamlFile) -> Any:
-    """The value through the recipe field's type; errors point at the line of `at`."""
+    """The value through the recipe field's type, its paths absolute; errors point at the line of `at`."""
     if key not in known_keys():
         raise InputError(f"{file.where(at)}: {unknown_key(key)}")
     try:
-        return coerce(key, value)
+        accepted = coerce(key, value)
     except InputError as error:
         raise InputError(f"{file.where(at)}: {error}") from None
+    return make_absolute(accepted, key_paths(key), file.folder_of(at), f"{file.where(at)}: {key}")
 
 
 def read_parameters(section: Mapping[str, Any], file: YamlFile) -> dict[str, Parameter]:

@@ -36,12 +36,14 @@ class PathField:
 
     names: what is a name and no path, such as `embedded`. hub: `org/name` may be a model of the Hugging Face hub.
     pattern: may hold the wildcards of `glob`. root: an environment variable that, where set, holds the folder of relative paths.
+    run: a run or sweep that is there already; one not found from that folder is looked for from the file's and the working one.
     """
 
     names: tuple[str, ...] = ()
     hub: bool = False
     pattern: bool = False
     root: str = ""
+    run: bool = False
 
 
 PathText = Annotated[str, PathField()]
@@ -49,6 +51,7 @@ OptionalPath = Annotated[str | None, PathField()]
 ShardsPath = Annotated[str, PathField(names=("shapes", "digits"), pattern=True)]
 OptionalShards = Annotated[str | None, PathField(pattern=True)]
 StoragePath = Annotated[str, PathField(root=STORAGE)]
+RunPaths = Annotated[tuple[str, ...], PathField(root=STORAGE, run=True)]
 ModelPath = Annotated[str, PathField(names=("embedded",), hub=True)]
 OptionalModel = Annotated[str | None, PathField(hub=True)]
 
@@ -56,6 +59,11 @@ OptionalModel = Annotated[str | None, PathField(hub=True)]
 def path_field(field: FieldInfo) -> PathField | None:
     """How a config field holds paths, None where it holds none."""
     return next((extra for extra in field.metadata if isinstance(extra, PathField)), None)
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether a text can only be a path: by its beginning, a slash in it, or the ending of a file."""
+    return text.startswith(_STARTS) or "/" in text or text.lower().endswith(_FILES)
 
 
 def is_hub_name(text: str, folder: Path | None = None) -> bool:
@@ -101,14 +109,21 @@ def absolute(text: str, field: PathField, folder: Path) -> str:
     if os.path.isabs(path):
         return _tidy(path)
     root = Path(os.environ.get(field.root) or folder).absolute() if field.root else folder.absolute()
+    if field.run:
+        root = next((near for near in (root, folder.absolute(), Path.cwd()) if (near / path).exists()), root)
     literal = not field.pattern or not glob.has_magic(path) or (root / path).exists()
-    return _tidy(str(root / path)) if literal else os.path.join(glob.escape(_tidy(str(root))), path)
+    return _tidy(str(root / path)) if literal else _tidy(os.path.join(glob.escape(str(root)), path))
 
 
 def _tidy(path: str) -> str:
     """Without `.`, `..` and a slash at the end, where that is the same place: `link/..` need not be."""
     plain = os.path.normpath(path)
     return plain if os.path.realpath(plain) == os.path.realpath(path) else path
+
+
+def default_storage() -> str:
+    """The storage path of a recipe or sweep that names none: `runs`, in FLOWRAY_STORAGE or the working directory."""
+    return absolute("runs", PathField(root=STORAGE), Path.cwd())
 
 
 def map_paths(value: Value, change: Callable[[str], str]) -> Value:
@@ -119,6 +134,16 @@ def map_paths(value: Value, change: Callable[[str], str]) -> Value:
     elif isinstance(value, list | tuple):
         made = type(value)(change(item) if isinstance(item, str) else item for item in value)
     return made
+
+
+def make_absolute(value: Value, field: PathField | None, folder: Path, place: str) -> Value:
+    """A config value with its paths absolute. place: where it stands, 'r.yaml:3: data.cache', for the line of an InputError."""
+    if field is None:
+        return value
+    try:
+        return map_paths(value, lambda text: absolute(text, field, folder))
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
 
 
 def written(text: str) -> str:

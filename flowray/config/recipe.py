@@ -11,6 +11,7 @@ from flowray.config.base import Config
 from flowray.config.flow import FlowConfig, SampleConfig
 from flowray.config.losses import LossConfig
 from flowray.config.model import ModelConfig
+from flowray.config.paths import StoragePath
 from flowray.config.train import DataConfig, OptimConfig, ProbeConfig, ResourceConfig, TrainSection
 
 
@@ -41,7 +42,7 @@ class Recipe(Config):
     """
 
     name: Name = "run"
-    storage_path: str = "runs"
+    storage_path: StoragePath = "runs"
     seed: Annotated[int, Field(ge=0)] = 0
     card: CardConfig = CardConfig()
     data: DataConfig = DataConfig()

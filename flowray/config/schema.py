@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from flowray.config.aliases import ALIASES, HINTS
 from flowray.config.errors import InputError, did_you_mean
+from flowray.config.paths import PathField, path_field
 from flowray.config.recipe import Recipe
 
 _NOUNS = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
@@ -65,6 +66,11 @@ def known_keys() -> Mapping[str, tuple[Slot, ...]]:
 
     walk(Recipe, "")
     return types.MappingProxyType(found)
+
+
+def key_paths(key: str) -> PathField | None:
+    """How a recipe key holds paths, None where it holds none or does not exist."""
+    return next(filter(None, (path_field(slot.field) for slot in known_keys().get(key, ()))), None)
 
 
 def suggest(key: str) -> str:

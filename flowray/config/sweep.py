@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from flowray.config.base import Config
 from flowray.config.keys import describe
+from flowray.config.paths import RunPaths, StoragePath
 from flowray.config.recipe import CardConfig, Name
 from flowray.config.search import CmaEsSearch, GridSearch, LearningSearch, RandomSearch, SearchConfig, TpeSearch
 
@@ -265,7 +266,7 @@ class Sweep(Config):
     name: Name
     description: str = ""
     card: SweepCard = SweepCard()
-    storage_path: str = "runs"
+    storage_path: StoragePath = "runs"
     base: str
     set: dict[str, Any] = {}
     task: Literal["train", "sample"] = "train"
@@ -275,7 +276,7 @@ class Sweep(Config):
     more_metrics: tuple[Metric, ...] = ()
     parameters: dict[str, Parameter] = Field(min_length=1)
     points: tuple[dict[str, Any], ...] = ()
-    warm_start: tuple[str, ...] = ()
+    warm_start: RunPaths = ()
     early_terminate: Annotated[Hyperband | Asha | Median, Field(discriminator="type")] | None = None
     stop: tuple[StopRule, ...] = ()
     run_cap: Count | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,23 @@ from flowray.config.errors import InputError, did_you_mean
 from flowray.config.keys import KEYS, alternatives, describe
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.parameters import FIELDS, checked, ends, flat, flat_parameters, read_parameters, wanted
+from flowray.config.paths import (
+    STORAGE,
+    PathField,
+    default_storage,
+    expand,
+    looks_like_path,
+    make_absolute,
+    map_paths,
+    no_such,
+    path_field,
+    written,
+)
 from flowray.config.recipe import Recipe
 from flowray.config.scale import scale_keys
-from flowray.config.schema import kind_of, known_keys, members, show
+from flowray.config.schema import key_paths, kind_of, known_keys, members, show
 from flowray.config.search import LearningSearch
+from flowray.config.sources import comes_first, is_sweep, packaged, packaged_sweeps, what_it_is
 from flowray.config.sweep import (
     Asha,
     Hyperband,
@@ -33,7 +45,7 @@ from flowray.config.sweep import (
     inside,
     milestones,
 )
-from flowray.config.yamlfile import YamlFile, parse_value, parse_yaml, read_yaml
+from flowray.config.yamlfile import COMMAND_LINE, YamlFile, key_values, parse_value, parse_yaml, read_yaml
 
 _WANDB_ONLY = ("program", "command", "project", "entity", "description_file", "job", "image_uri", "controller", "enable")
 _INSTEAD = {  # W&B's and Ray's words for what a sweep has under another name
@@ -53,20 +65,25 @@ _INSTEAD = {  # W&B's and Ray's words for what a sweep has under another name
 def load_sweep(source: str, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep file, or a packaged one where no such file is found from here, and apply `key=value` overrides.
 
-    Override keys are sweep keys (`run_cap=4`, `metric.goal=maximize`), recipe keys for every trial (`set.train.steps=50`) and parts of a
-    parameter (`parameters.optim.lr.max=0.01`). InputError names the file, the line and the key.
+    Paths come out absolute, as `load_recipe` makes them. Override keys are sweep keys (`run_cap=4`,
+    `metric.goal=maximize`), recipe keys for every trial (`set.train.steps=50`) and parts of a parameter
+    (`parameters.optim.lr.max=0.01`). InputError names the file, the line and the key.
     """
-    path = _find(source)
-    file = read_yaml(path)
+    file, text = _open(source)
     data = _plain(file)
-    data.setdefault("card", head_card(path.read_text(encoding="utf-8")))
-    for text in overrides:
-        _override(data, text)
+    data.setdefault("card", head_card(text))
+    for key, raw in key_values(overrides, "run_cap=4 or set.train.steps=50"):
+        _override(data, key, parse_value(raw))
+        file = file.typed(key)
     sweep = build_sweep(data, file)
-    beside = path.parent / sweep.base  # a path is relative to the sweep file, as a recipe's base is to the recipe
-    if sweep.task == "sample" and not beside.is_dir():  # a run is as other commands take it
-        beside = Path(sweep.base).absolute()
-    return sweep.model_copy(update={"base": str(beside.resolve())}) if beside.is_file() or sweep.task == "sample" else sweep
+    return sweep.model_copy(update={"base": _base(sweep, file)})
+
+
+def _base(sweep: Sweep, file: YamlFile) -> str:
+    """The sweep's base, absolute unless it is the name of a packaged recipe. A run is also found as other commands find it."""
+    folder, is_run = file.folder_of("base"), sweep.task == "sample"
+    place = make_absolute(sweep.base, PathField(root=STORAGE, run=True) if is_run else PathField(), folder, f"{file.where('base')}: base")
+    return place if is_run or looks_like_path(sweep.base) or Path(place).is_file() else sweep.base
 
 
 _FIELD = re.compile(r"# +(TITLE|PURPOSE|KEY_DIFFS|DATASET|HARDWARE|CORE PARAMS|TAGS|NOTES) *: *(.*)")
@@ -117,8 +134,14 @@ def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
                     f"{file.where(f'{section}.{key}')}: {key} belongs to the whole sweep, of which each trial gets its part; {_OWN}"
                 )
     points = _points(data.get("points"), made, file)
+    places = {
+        name: make_absolute(data[name], path_field(field), file.folder_of(name), f"{file.where(name)}: {name}")
+        for name, field in Sweep.model_fields.items()
+        if name in data
+    }
+    places.setdefault("storage_path", default_storage())
     try:
-        return Sweep.model_validate({**data, "parameters": made, "set": fixed, "points": points})
+        return Sweep.model_validate({**places, "parameters": made, "set": fixed, "points": points})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(part for part in map(str, first["loc"]) if not re.match(_UNION_PART, part))
@@ -140,7 +163,8 @@ def base_recipe(sweep: Sweep) -> Recipe:
         return override_recipe(load_recipe(sweep.base).recipe, sweep.set)
     config = Path(sweep.base) / "config.yaml"
     if not config.is_file():
-        raise InputError(f"sweep {sweep.name}: base {sweep.base} is no trained run; type base=runs/NAME (flowray.train makes one)")
+        what = f"{no_such(sweep.base)}" if not config.parent.exists() else "no trained run"
+        raise InputError(f"sweep {sweep.name}: base {sweep.base}: {what}; type base=runs/NAME (flowray.train makes one)")
     return override_recipe(load_recipe(str(config)).recipe, sweep.set)
 
 
@@ -243,7 +267,19 @@ def dump_sweep(sweep: Sweep) -> str:
     if more := plain.pop("more_metrics"):
         plain["metric"] = [plain["metric"], *more]
     plain["parameters"] = {key: plain_parameter(parameter) for key, parameter in sweep.parameters.items()}
-    return yaml.safe_dump(plain, sort_keys=False)
+    for name, field in Sweep.model_fields.items():
+        if name in plain and (name == "base" or path_field(field)):
+            plain[name] = map_paths(plain[name], written)
+    return yaml.safe_dump({**plain, **{name: _as_written(plain[name]) for name in ("set", "parameters", "points")}}, sort_keys=False)
+
+
+def _as_written(node: Any, paths: bool = False) -> Any:
+    """Values below recipe keys that hold paths, as a file has them."""
+    if isinstance(node, Mapping):
+        return {key: _as_written(value, key_paths(key) is not None if key in known_keys() else paths) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_as_written(value, paths) for value in node]
+    return map_paths(node, written) if paths else node
 
 
 def plain_parameter(parameter: Parameter) -> dict[str, Any]:
@@ -256,12 +292,6 @@ def text_sweep(text: str, label: str) -> Sweep:
     """`load_sweep` for YAML already in memory."""
     file = parse_yaml(text, label)
     return build_sweep(_plain(file), file)
-
-
-def packaged_sweeps() -> list[str]:
-    """File names of the sweeps that come with flowray."""
-    folder = resources.files("flowray") / "sweeps"
-    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml")) if folder.is_dir() else []
 
 
 _PROBED = ("flow/", "shoot/", "text/", "mu/", "logvar/", "std/", "z_init/", "scale/", "teacher/")  # measured for raw and EMA weights
@@ -283,10 +313,16 @@ _EXAMPLES = {
 
 def _plain(file: YamlFile) -> dict[str, Any]:
     """The file's data with dotted keys in `set` and `parameters`."""
-    data = {**file.data, "set": flat(file.data.get("set") or {}, f"{file.where('set')}: set")}
-    if isinstance(data.get("parameters"), Mapping):
-        data["parameters"] = flat_parameters(data["parameters"], f"{file.where('parameters')}: parameters")
-    return data
+    return {"set": {}, **{key: _dotted(key, value, file.where(key)) for key, value in file.data.items()}}
+
+
+def _dotted(key: str, value: Any, where: str) -> Any:
+    """The value of a top-level key; `set` and `parameters` with dotted keys."""
+    if key == "set":
+        return flat(value or {}, f"{where}: set")
+    if key == "parameters" and isinstance(value, Mapping):
+        return flat_parameters(value, f"{where}: parameters")
+    return value
 
 
 def _points(points: Any, parameters: Mapping[str, Parameter], file: YamlFile) -> list[dict[str, Any]]:
@@ -316,25 +352,34 @@ def _point(point: Any, parameters: Mapping[str, Parameter], file: YamlFile) -> d
     return made
 
 
-def _find(source: str) -> Path:
-    path = Path(source)
+def _open(source: str) -> tuple[YamlFile, str]:
+    """A sweep file, or the packaged one of that name where no such file is found from here, with its text."""
+    path = Path(expand(source))
+    names = packaged_sweeps()
+    if path.is_file():
+        file = read_yaml(path)
+        if not is_sweep(file.data):
+            raise InputError(f"{source}: want a sweep, which has `parameters` and a `metric`; this is {what_it_is(path)}")
+        return file, path.read_text(encoding="utf-8")
+    if not path.exists() and (name := f"{path.name.removesuffix('.yaml')}.yaml") in names:
+        text = (packaged("sweeps") / name).read_text(encoding="utf-8")
+        return parse_yaml(text, f"flowray/sweeps/{name}"), text
+    if what := what_it_is(path):
+        raise InputError(f"{source}: want a sweep, this is {what}")
     if path.exists():
-        return path
-    stem = path.name.removesuffix(".yaml")
-    packaged = packaged_sweeps()
-    if f"{stem}.yaml" in packaged:
-        return Path(str(resources.files("flowray") / "sweeps" / f"{stem}.yaml"))
-    near = did_you_mean(stem, [name.removesuffix(".yaml") for name in packaged])
-    raise InputError(f"{source}: no such sweep file{near or '; packaged sweeps: ' + (', '.join(packaged) or 'none')}")
+        raise InputError(f"{source}: is a folder, want a sweep file")
+    comes_first(source, "the sweep", "flowray.tune")
+    near = did_you_mean(path.name.removesuffix(".yaml"), [name.removesuffix(".yaml") for name in names])
+    if not near and looks_like_path(source):
+        raise InputError(f"{source}: {no_such(path)}; packaged sweeps: {', '.join(names)}")
+    raise InputError(f"{source}: no such sweep file{near or '; packaged sweeps: ' + ', '.join(names)}")
 
 
-def _override(data: dict[str, Any], text: str) -> None:
-    key, equals, raw = text.partition("=")
-    if not equals or not key:
-        raise InputError(f"{text}: want key=value, such as run_cap=4 or set.train.steps=50")
-    value, head, rest = parse_value(raw), *key.partition(".")[::2]
+def _override(data: dict[str, Any], key: str, value: Any) -> None:
+    """Lay one typed key over the file's data."""
+    head, _, rest = key.partition(".")
     if head not in Sweep.model_fields:
-        raise InputError(_unknown(key))
+        raise InputError(f"{COMMAND_LINE}: {_unknown(key)}")
     if head == "set" and rest:
         data["set"] = {**data["set"], rest: value}
     elif head == "parameters" and rest:
@@ -345,10 +390,10 @@ def _override(data: dict[str, Any], text: str) -> None:
     elif rest:
         old = data.get(head)
         if not isinstance(old, Mapping | None):
-            raise InputError(f"{key}: {head} is not a mapping")
+            raise InputError(f"{COMMAND_LINE}: {key}: {head} is not a mapping")
         data[head] = {**(old or {}), rest: value}
     else:
-        data[key] = value
+        data[key] = _dotted(key, value, COMMAND_LINE)
 
 
 def _unknown(key: str) -> str:

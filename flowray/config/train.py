@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from flowray.config.base import Config
+from flowray.config.paths import OptionalPath, OptionalShards, ShardsPath
 
 Step = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -22,9 +23,9 @@ class DataConfig(Config):
     `flowray` in XDG_CACHE_HOME or ~/.cache, and where that cannot be written, in the temporary folder.
     """
 
-    shards: str = "shapes"
-    val_shards: str | None = None
-    cache: str | None = None
+    shards: ShardsPath = "shapes"
+    val_shards: OptionalShards = None
+    cache: OptionalPath = None
     limit: int | None = Field(None, gt=0, description="use only the first `limit` samples")
     shuffle_captions: bool = Field(
         False, description="every training picture gets the captions of another one, drawn by `seed`: the control without a condition"

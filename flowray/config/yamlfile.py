@@ -1,9 +1,9 @@
-"""YAML that remembers the line of every key, so that an error can point at it."""
+"""YAML that remembers the line of every key, so that an error can point at it, and `key=value` from the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,40 @@ import yaml
 
 from flowray.config.errors import InputError
 
+COMMAND_LINE = "command line"
+_TYPED = 0  # in place of a line: the key was typed
+
 
 @dataclass(frozen=True)
 class YamlFile:
-    """A parsed mapping; `lines` gives the 1-based line of each dotted key, `label` the name that errors use."""
+    """A parsed mapping, perhaps with keys typed over it.
+
+    label: the name that errors use. lines: the 1-based line of each dotted key. folder: what relative paths in it start from.
+    """
 
     label: str
     data: Mapping[str, Any]
     lines: Mapping[str, int]
+    folder: Path = field(default_factory=Path.cwd)
 
     def where(self, key: str) -> str:
         """'file.yaml:12' for a dotted key (or its nearest enclosing one), 'file.yaml' where none is in the file."""
+        line = self._line(key)
+        return self.label if line is None else COMMAND_LINE if line == _TYPED else f"{self.label}:{line}"
+
+    def folder_of(self, key: str) -> Path:
+        """What a relative path at `key` starts from: the working directory where it was typed."""
+        return Path.cwd() if self._line(key) == _TYPED else self.folder
+
+    def typed(self, key: str) -> YamlFile:
+        """The same with `key`, and what is below it, put down to the command line."""
+        kept = {name: line for name, line in self.lines.items() if not f"{name}.".startswith(f"{key}.")}
+        return replace(self, lines={**kept, key: _TYPED})
+
+    def _line(self, key: str) -> int | None:
         while key and key not in self.lines:
             key = key.rpartition(".")[0]
-        return f"{self.label}:{self.lines[key]}" if key else self.label
+        return self.lines[key] if key else None
 
 
 def read_yaml(path: Path) -> YamlFile:
@@ -39,11 +59,11 @@ def read_yaml(path: Path) -> YamlFile:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text, want a YAML file") from None
-    return parse_yaml(text, str(path))
+    return replace(parse_yaml(text, str(path)), folder=path.parent.absolute())
 
 
 def parse_yaml(text: str, label: str) -> YamlFile:
-    """`read_yaml` for text already in memory."""
+    """`read_yaml` for text already in memory; its folder is the working directory."""
     bad = yaml.reader.Reader.NON_PRINTABLE.search(text)
     if bad:
         raise InputError(f"{label}:{text.count(chr(10), 0, bad.start()) + 1}: not valid YAML: control character {bad.group()!r}")
@@ -71,6 +91,23 @@ def parse_value(text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         return text
+
+
+def key_values(texts: Sequence[str], example: str) -> Iterator[tuple[str, str]]:
+    """('optim.lr', '3e-4') for each 'optim.lr=3e-4' of a command line; InputError, with `example`, for what is none."""
+    for text, following in zip(texts, (*texts[1:], ""), strict=False):
+        key, sign, raw = text.partition("=")
+        key = key.strip()
+        if following.startswith("=") and not sign:
+            value = following[1:] or "VALUE"
+            raise InputError(f"{COMMAND_LINE}: got {text!r} before '=', want no space around it: {key}={value}")
+        if sign and not raw and following and "=" not in following:
+            raise InputError(f"{COMMAND_LINE}: got {text!r} before {following!r}, want no space: {key}={following}")
+        if not sign and (text.endswith((".yaml", ".yml")) or Path(text).is_file()):
+            raise InputError(f"{COMMAND_LINE}: got {text!r}, a second file; one is enough, want key=value, such as {example}")
+        if not sign or not key:
+            raise InputError(f"{COMMAND_LINE}: got {text!r}, want key=value, such as {example}")
+        yield key, raw
 
 
 def _shape(node: yaml.Node) -> str:

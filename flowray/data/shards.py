@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowray.config.errors import InputError, did_you_mean
+from flowray.config.paths import no_such
 from flowray.data.folders import put_in_place
 
 MANIFEST = "manifest.json"
@@ -110,7 +111,8 @@ def find_shards(spec: str) -> tuple[Path, ...]:
     elif glob.has_magic(spec):
         found, what = sorted(Path(p) for p in glob.glob(str(path)) if p.endswith(".tar")), "no .tar file matches"
     else:
-        found, what = [], f"no such file or folder{did_you_mean(spec, EMBEDDED)}"
+        near = did_you_mean(path.name, EMBEDDED)
+        found, what = [], f"no such folder{near}" if near else no_such(path)
     if not found:
         raise InputError(f"shards {spec!r}: {what}; give {', '.join(EMBEDDED)}, a folder of .tar files, a glob or one .tar")
     if not any(_starts_with_a_member(tar) for tar in found):

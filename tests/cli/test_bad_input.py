@@ -69,7 +69,7 @@ def line_of(main, argv: list[str]) -> str:
         (["tiny.yaml", "loss.kl.wieght=1"], "did you mean loss.kl.weight?"),
         (["tiny.yaml", "learning_rate=1"], "optim.lr"),
         (["tiny.yaml", "optim.lr=fast"], "optim.lr"),
-        (["tiny.yaml", "name=new", "data.shards=nowhere"], "no such file or folder"),
+        (["tiny.yaml", "name=new", "data.shards=nowhere"], "no such folder"),
         (["tiny.yaml", "name=new", "data.shards=empty"], "the folder holds no .tar file"),
         (["tiny.yaml", "name=new", "data.val_shards=empty"], "the folder holds no .tar file"),
         (["tiny.yaml", "name=new", "storage_path=file"], "cannot be written"),

@@ -95,7 +95,7 @@ def test_differences_across_kinds_are_against_the_new_kind(write: Write) -> None
 
 
 def test_a_section_without_keys_changes_nothing(write: Write) -> None:
-    assert load_recipe(write("optim:\n  # lr: 1\nseed: 0\n")).recipe == Recipe()
+    assert load_recipe(write("optim:\n  # lr: 1\nseed: 0\n")).recipe == Recipe(storage_path=str(Path("runs").absolute()))
 
 
 def test_yaml_anchors_and_merge_keys_work(write: Write) -> None:
@@ -294,9 +294,9 @@ def test_a_source_that_is_no_recipe(tmp_path: Path, write: Write) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "folder.yaml").mkdir()
     assert refusal("quickstat").startswith("unknown recipe 'quickstat', did you mean quickstart? (packaged: base, crossflow_256, ")
-    assert refusal(str(tmp_path / "rr.yaml")) == f"{tmp_path}/rr.yaml: no such file, did you mean r.yaml?"
-    assert refusal("/nowhere/x.yaml") == "/nowhere/x.yaml: no such file; the folder /nowhere does not exist"
-    assert f"want a recipe; its own is {tmp_path}/run/config.yaml" in refusal(str(tmp_path / "run"))
+    assert refusal(str(tmp_path / "rr.yaml")) == f"{tmp_path}/rr.yaml: no such file, did you mean {tmp_path}/r.yaml?"
+    assert refusal("/nowhere/x.yaml") == "/nowhere/x.yaml: no such file; / has no nowhere"
+    assert f"{tmp_path}/run/config.yaml --resume" in refusal(str(tmp_path / "run"))
     assert "is a folder" in refusal(str(tmp_path / "empty"))
     assert "is a folder" in refusal(str(tmp_path / "folder.yaml"))
     assert "is not UTF-8 text" in refusal(str(tmp_path / "bytes.yaml"))

@@ -1,0 +1,93 @@
+"""What a name or path on a command line turns out to be: a recipe, a sweep, a run, a sweep's folder, a checkpoint."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flowray.config.errors import InputError
+
+
+def packaged(what: str) -> Any:
+    """The folder of the `recipes` or `sweeps` that come with the package."""
+    return files("flowray") / what
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return _yaml_names("recipes")
+
+
+def packaged_sweeps() -> list[str]:
+    """File names of the sweeps that come with flowray."""
+    return [f"{name}.yaml" for name in _yaml_names("sweeps")]
+
+
+def _yaml_names(what: str) -> list[str]:
+    folder = packaged(what)
+    names = (item.name for item in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def is_sweep(data: Mapping[str, Any]) -> bool:
+    """Whether the top-level keys of a file are a sweep's: a recipe has neither of these."""
+    return "parameters" in data or "metric" in data
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run directory."""
+    return (path / "config.yaml").is_file() and not (path / "sweep.yaml").is_file()
+
+
+def what_it_is(source: str | Path) -> str:
+    """What a path or packaged name is and which command takes it, to go on after 'SOURCE is '; '' for nothing of flowray's."""
+    path, typed = Path(source), shlex.quote(str(source))
+    if (path / "state.json").is_file():
+        run = path.parent.parent
+        return f"a checkpoint of the run {run}; `python -m flowray.sample {typed} PROMPT` samples it, {_continues(run)}"
+    if (path / "sweep.yaml").is_file():
+        best = f", {path / 'best.yaml'} is its best recipe" if (path / "best.yaml").is_file() else ""
+        return (
+            f"the folder of a sweep; `python -m flowray.report {typed}` shows it, `python -m flowray.tune "
+            f"{shlex.quote(str(path / 'sweep.yaml'))} --resume` continues it, {path}/NUMBER is a trial{best}"
+        )
+    if is_run(path):
+        return f"a run; `python -m flowray.sample {typed} PROMPT` samples it, {_continues(path)}"
+    if path.name == "checkpoints" and is_run(path.parent):
+        return f"the checkpoints of the run {path.parent}; give the run, or one step_* of them"
+    if path.is_file():
+        if is_run(path.parent):
+            return f"a file of the run {path.parent}; {_continues(path.parent)}"
+        return _file(path, typed)
+    if str(source) in recipe_names():
+        return f"a packaged recipe; `python -m flowray.train {typed}` trains it"
+    if f"{path.name.removesuffix('.yaml')}.yaml" in packaged_sweeps():
+        return f"a packaged sweep; `python -m flowray.tune {typed}` runs it"
+    return ""
+
+
+def _continues(run: Path) -> str:
+    return f"`python -m flowray.train {shlex.quote(str(run / 'config.yaml'))} --resume` continues it"
+
+
+def _file(path: Path, typed: str) -> str:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix in {".yaml", ".yml"} else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        data = None
+    if not isinstance(data, dict):
+        return ""
+    if is_sweep(data):
+        return f"a sweep; `python -m flowray.tune {typed}` runs it"
+    return f"a recipe; `python -m flowray.train {typed}` trains it"
+
+
+def comes_first(source: str, what: str, command: str) -> None:
+    """InputError where a command begins with a `key=value` instead of the recipe or sweep."""
+    if "=" in source and not Path(source).exists():
+        raise InputError(f"command line: got {source!r} where {what} comes first; type python -m {command} NAME {shlex.quote(source)}")
