@@ -14,6 +14,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from flowray.flow import expect
+
 
 def stream_seed(seed: int, step: int, stream: str) -> int:
     """A generator's seed, below 2^63, for one named stream of one step."""
@@ -30,6 +32,13 @@ class Draws:
     batch: int
     rows: slice
     device: torch.device
+
+    def __post_init__(self) -> None:
+        for name, low in (("seed", 0), ("step", 0), ("batch", 1)):
+            expect.count(name, getattr(self, name), low)
+        if not isinstance(self.rows, slice) or not len(range(*self.rows.indices(self.batch))):
+            got = expect.described(self.rows)
+            raise ValueError(f"rows: want a slice of the {self.batch} samples, got {got}")
 
     def _generator(self, stream: str) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(stream_seed(self.seed, self.step, stream))
@@ -55,7 +64,13 @@ def null_partners(u: Tensor, probability: float, samples: Sequence[int]) -> tupl
     borrows from the next place. A batch that straddles two epochs may hold a sample twice: a partner that is the same sample is
     passed over for the next null place with another one, or the next place of any kind; only where the whole batch is one
     sample does a null place keep its own target.
+
+    ValueError where u is not 1-D, probability not in [0, 1] or samples are not as many as u.
     """
+    expect.floating("u", u, "(B,)", 1)
+    expect.number("probability", probability, 0.0, 1.0)
+    if len(samples) != len(u):
+        raise ValueError(f"samples: want one for each of the {len(u)} places, got {len(samples)}")
     null = u < probability
     places = range(len(u))
     partner = list(places)

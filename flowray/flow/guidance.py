@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flowray.flow import expect
 from flowray.flow.solver import VelocityFn
 
 
@@ -23,7 +24,12 @@ def conditional(velocity: NullableVelocity) -> VelocityFn:
 
 
 def guided(velocity: NullableVelocity, scale: float) -> VelocityFn:
-    """velocity_fn(x, t) with guidance scale s; both halves see the same x, in one batch of 2B. s = 1 costs one pass."""
+    """velocity_fn(x, t) with guidance scale s; both halves see the same x, in one batch of 2B.
+
+    s = 1 costs one pass. TypeError for a scale that is no number, ValueError for one below 0 or
+    not finite.
+    """
+    expect.number("guidance scale", scale, 0.0)
     if math.isclose(scale, 1.0, rel_tol=1e-6):  # also a step of a range: 0.1 + 3 x 0.3
         return conditional(velocity)
 

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowray.flow import expect
+
+LATENT = "(B, C, H, W)"
+SOURCE_GRADS = ("full", "path", "none")
+
 
 @dataclass(frozen=True)
 class PathSample:
@@ -29,13 +34,16 @@ def expand(t: Tensor, like: Tensor) -> Tensor:
 
 
 def psi(t: Tensor, x0: Tensor, x1: Tensor, rho: float) -> Tensor:
-    """Point of the path at times t (B,), in fp32."""
+    """Point of the path at times t (B,), in fp32. TypeError or ValueError as `sample_path` has."""
+    expect.alike(LATENT, x0=x0, x1=x1)
+    expect.times(t, len(x0))
     s = expand(t.float(), x0)
     return (1 + s * (rho - 1)) * x0.float() + s * x1.float()
 
 
 def velocity_target(x0: Tensor, x1: Tensor, rho: float) -> Tensor:
-    """d psi / dt, the same at every t."""
+    """d psi / dt, the same at every t. ValueError for latents of different shapes."""
+    expect.alike(LATENT, x0=x0, x1=x1)
     return (rho - 1) * x0.float() + x1.float()
 
 
@@ -44,9 +52,12 @@ def sample_path(t: Tensor, x0: Tensor, x1: Tensor, rho: float, source_grad: str 
 
     source_grad says how a loss on the sample reaches x0: `full` through x_t and the target, `path` through x_t only (the
     logs' checklist), `none` not at all.
+
+    Times outside [0, 1] or not 1-D, latents of different shapes (they might broadcast) and an
+    unknown source_grad raise ValueError, other types TypeError.
     """
-    if t.ndim != 1:
-        raise ValueError(f"t must be 1-D (B,), got shape {tuple(t.shape)}")
+    expect.one_of("source_grad", source_grad, SOURCE_GRADS)
+    expect.alike(LATENT, x0=x0, x1=x1)
     x0, x1 = x0.float(), x1.float()
     if source_grad == "none":
         x0 = x0.detach()
@@ -55,12 +66,15 @@ def sample_path(t: Tensor, x0: Tensor, x1: Tensor, rho: float, source_grad: str 
 
 
 def time_code(t: Tensor) -> Tensor:
-    """What conditions the network: 4 - 8 t, (B,) in [-4, 4]. The logs call it `log_snr`; it is not, and it falls towards the image."""
-    if t.ndim != 1:
-        raise ValueError(f"t must be 1-D (B,), got shape {tuple(t.shape)}")
+    """What conditions the network: 4 - 8 t, (B,) in [-4, 4], of times (B,) in [0, 1].
+
+    The logs call it `log_snr`; it is not, and it falls towards the image.
+    """
+    expect.times(t)
     return 4.0 - 8.0 * t.float()
 
 
 def path_log_snr(t: Tensor) -> Tensor:
-    """The path's own log-SNR, lambda = 2 ln(t / (1 - t))."""
+    """The path's own log-SNR, lambda = 2 ln(t / (1 - t)), of times (B,) in [0, 1]."""
+    expect.times(t)
     return 2 * torch.logit(t.float())

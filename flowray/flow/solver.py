@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flowray.config.flow import Dopri5Solver, EulerSolver, HeunSolver, MidpointSolver, SolverConfig
-from flowray.flow.path import expand
+from flowray.flow import expect
+from flowray.flow.path import LATENT, expand
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 Watch = Callable[[int, float, Tensor, Tensor], None]
@@ -24,20 +25,17 @@ def time_grid(kind: str, steps: int) -> list[float]:
 
     The outermost quantiles are infinite, so the edges end exactly at 0 and 1 and the steps sum to 1.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    expect.count("steps", steps, 1)
+    expect.one_of("time grid", kind, ("uniform", "logit_normal"))
     quantiles = torch.arange(steps + 1, dtype=torch.float64) / steps
-    if kind == "uniform":
-        edges = quantiles
-    elif kind == "logit_normal":
-        edges = torch.sigmoid(torch.special.ndtri(quantiles))
-    else:
-        raise ValueError(f"unknown time grid {kind!r}; known: uniform, logit_normal")
+    edges = quantiles if kind == "uniform" else torch.sigmoid(torch.special.ndtri(quantiles))
     return edges.tolist()
 
 
 def _at(velocity_fn: VelocityFn, x: Tensor, t: float) -> Tensor:
-    return velocity_fn(x, torch.full((len(x),), t, dtype=torch.float32, device=x.device)).float()
+    v = velocity_fn(x, torch.full((len(x),), t, dtype=torch.float32, device=x.device))
+    expect.alike(LATENT, x=x, velocity=v)
+    return v.float()
 
 
 def _euler(config: EulerSolver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None) -> Tensor:
@@ -95,7 +93,7 @@ def _dopri5(config: Dopri5Solver, velocity_fn: VelocityFn, x: Tensor, grid: list
     """Every sample has its own time and step; a finished one stands still with a step of 0."""
     t = torch.zeros(len(x), device=x.device)
     h = torch.full_like(t, 1 / max(len(grid) - 1, 1))
-    first = velocity_fn(x, t).float()
+    first = _at(velocity_fn, x, 0.0)
     for k in range(config.max_steps):
         h = torch.minimum(h, 1 - t)
         if watch:
@@ -130,5 +128,26 @@ _SOLVERS: dict[type, Callable[[Any, VelocityFn, Tensor, list[float], Watch | Non
 
 
 def integrate(config: SolverConfig, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None = None) -> Tensor:
-    """The state at t = 1, (B, C, H, W) fp32, from x (B, C, H, W) at t = 0."""
-    return _SOLVERS[type(config)](config, velocity_fn, x.float(), grid, watch)
+    """The state at t = 1, (B, C, H, W) fp32, from x (B, C, H, W) at t = 0.
+
+    TypeError where config is no solver's, x no latent, velocity_fn no function; ValueError for a
+    grid that does not rise from 0 to 1, and for velocities of another shape than x.
+    """
+    solve = expect.member("solver", config, _SOLVERS)
+    expect.floating("x", x, LATENT)
+    if not callable(velocity_fn):
+        got = expect.described(velocity_fn)
+        raise TypeError(f"velocity_fn: want a function (x, t), got {got}")
+    _check_grid(grid)
+    return solve(config, velocity_fn, x.float(), grid, watch)
+
+
+def _check_grid(grid: Any) -> None:
+    try:
+        edges = [float(t) for t in grid]
+    except (TypeError, ValueError):
+        raise TypeError(f"grid: want times as time_grid makes them, got {grid!r}") from None
+    rises = all(a < b for a, b in pairwise(edges))
+    if len(edges) < 2 or not rises or edges[0] != 0 or edges[-1] != 1:
+        shown = ", ".join(f"{t:g}" for t in edges[:5]) + (", ..." if len(edges) > 5 else "")
+        raise ValueError(f"grid: want times that rise from 0 to 1, got {shown or 'none'}")

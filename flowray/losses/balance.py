@@ -8,7 +8,7 @@ agree on G agree on the direction.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowray.config.balance import BalanceConfig, GradNormBalance, NoBalance, PCGradBalance, SharesBalance
 from flowray.config.errors import InputError
+from flowray.flow import expect
 
 Values = dict[str, float]
 
@@ -43,6 +44,13 @@ class Measured:
     full: Values
     seed: int
 
+    def __post_init__(self) -> None:
+        """ValueError where the Gramian is not (L, L) of the losses, or a loss lacks a weight."""
+        _check_gramian(self.gramian, self.losses)
+        for name, weights in (("weights", self.weights), ("full", self.full)):
+            if lacking := sorted(self.losses.keys() - weights.keys()):
+                raise ValueError(f"{name}: want one for every loss, got none for {lacking}")
+
     @property
     def norms(self) -> Values:
         """Norm of each loss's unweighted gradient."""
@@ -58,6 +66,13 @@ class Measured:
         pull = {name: norm for name, norm in pull.items() if self.weights[name] > 0}
         least = VANISHED * max(pull.values(), default=0.0)
         return {name: norm for name, norm in pull.items() if norm > least}
+
+
+def _check_gramian(gramian: Tensor, names: Collection[str]) -> None:
+    expect.floating("gramian", gramian, "(losses, losses)", 2)
+    if gramian.shape != (len(names), len(names)):
+        got = tuple(gramian.shape)
+        raise ValueError(f"gramian: want {len(names)} x {len(names)} for {list(names)}, got {got}")
 
 
 @dataclass
@@ -146,6 +161,7 @@ class Balancer:
     """The multipliers of a run, and when they move. `over` says which parameters' gradients the method sees."""
 
     def __init__(self, config: BalanceConfig):
+        expect.member("balance", config, _METHODS)
         self.config = config
         self.state = BalanceState()
         self.over = "all" if isinstance(config, NoBalance) else config.over
@@ -186,6 +202,7 @@ def gradient_metrics(gramian: Tensor, factors: Values) -> Values:
 
     factors: by loss, in the Gramian's order, its weight at this step times its multiplier. A cosine with a vanished gradient is 0.
     """
+    _check_gramian(gramian, factors)
     names, norms = list(factors), gramian.diagonal().sqrt().tolist()
     least = VANISHED * max(norms, default=0.0)
     row = {f"grad/{name}": norm for name, norm in zip(names, norms, strict=True)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowray.config.recipe import Recipe
+from flowray.flow import expect
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SOURCE = ("text.", "head.")  # what lies before z0 and every loss reaches, by the start of a parameter's name
@@ -32,12 +33,19 @@ def loss_gradients(losses: Sequence[Tensor], parameters: Sequence[nn.Parameter])
 
 
 def blocks(gradients: Tensor, parameters: Parameters) -> dict[str, Tensor]:
-    """The columns (..., numbers) of every parameter, by its name."""
-    return dict(zip(parameters, gradients.split([p.numel() for p in parameters.values()], dim=-1), strict=True))
+    """The columns (..., numbers) of every parameter, by name. ValueError for another number."""
+    sizes = [p.numel() for p in parameters.values()]
+    expect.floating("gradients", gradients, "(..., numbers)")
+    if gradients.shape[-1] != sum(sizes):
+        wanted, got = sum(sizes), tuple(gradients.shape)
+        raise ValueError(f"gradients: want {wanted} columns, as the parameters have, got {got}")
+    return dict(zip(parameters, gradients.split(sizes, dim=-1), strict=True))
 
 
 def gramian(gradients: Tensor, parameters: Parameters, over: Literal["all", "source"]) -> Tensor:
     """Inner products of the rows of `gradients`, (L, L) fp64 on the CPU, over all parameters or those of the `source` side."""
+    expect.one_of("over", over, ("all", "source"))
+    expect.floating("gradients", gradients, "(losses, numbers)", 2)
     total = gradients.new_zeros(len(gradients), len(gradients), dtype=torch.float64)
     for name, block in blocks(gradients, parameters).items():
         if over == "all" or name.startswith(SOURCE):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flowray.config.losses import Constant, Cosine, Linear, ScheduleConfig, Until
+from flowray.flow import expect
 
 
 def _linear(config: Linear, step: int, total: int) -> float:
@@ -24,4 +25,8 @@ _FACTORS: dict[type, Callable[[Any, int, int], float]] = {
 
 def weight_at(weight: float, schedule: ScheduleConfig, step: int, total: int) -> float:
     """The weight at `step` (0-based) of a run of `total` steps."""
-    return weight * _FACTORS[type(schedule)](schedule, step, total)
+    factor = expect.member("schedule", schedule, _FACTORS)
+    expect.number("weight", weight, 0.0)
+    expect.count("step", step, 0)
+    expect.count("total", total, 1)
+    return weight * float(factor(schedule, step, total))

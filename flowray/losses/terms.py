@@ -23,7 +23,8 @@ from flowray.config.losses import (
     TermConfig,
     TVLossConfig,
 )
-from flowray.flow.path import PathSample
+from flowray.flow import expect
+from flowray.flow.path import LATENT, PathSample
 from flowray.model.posterior import Posterior
 from flowray.model.ranks import gather_rows, rank_and_world
 from flowray.model.semantic import Views
@@ -48,18 +49,30 @@ class Forward:
 
 
 def flow_mse(v_pred: Tensor, v_target: Tensor) -> Tensor:
-    """Mean squared velocity error over batch and dims."""
+    """Mean squared velocity error over batch and dims. ValueError where the shapes differ."""
+    expect.alike(LATENT, v_pred=v_pred, v_target=v_target)
     return F.mse_loss(v_pred.float(), v_target)
 
 
 def box_sum(v_target: Tensor, level: Tensor) -> Tensor:
     """A coarser level's target: the sum over k x k boxes divided by k, which keeps the variance of white noise (DiMR)."""
-    k = v_target.shape[-1] // level.shape[-1]
+    for name, value in (("v_target", v_target), ("level", level)):
+        expect.floating(name, value, LATENT, 4)
+    k = max(v_target.shape[-1] // level.shape[-1], 1)
+    if v_target.shape != (*level.shape[:2], *(k * n for n in level.shape[2:])):
+        got = f"level {tuple(level.shape)} of v_target {tuple(v_target.shape)}"
+        raise ValueError(f"want a level (B, C, H/k, W/k) of a target (B, C, H, W), got {got}")
     return F.avg_pool2d(v_target, k) * k
 
 
 def kl_per_dim(mu: Tensor, logvar: Tensor, form: str) -> Tensor:
-    """KL to N(0, I), elementwise. gaussian: nats. box: (0.3 mu)^6 in place of mu^2, not nats; mu is free within about +-3."""
+    """KL to N(0, I), elementwise. gaussian: nats. box: (0.3 mu)^6 in place of mu^2, not nats.
+
+    In the box form mu is free within about +-3.
+    ValueError for another form, and where the shapes of mu and logvar differ.
+    """
+    expect.one_of("loss.kl.form", form, ("gaussian", "box"))
+    expect.alike(LATENT, mu=mu, logvar=logvar)
     square = (0.3 * mu) ** 6 if form == "box" else mu.square()
     return 0.5 * (square + logvar.exp() - 1 - logvar)
 
@@ -68,8 +81,10 @@ def info_nce(text: Tensor, image: Tensor, scale: Tensor, *, gather: bool = False
     """Symmetric InfoNCE of matched rows: the mean of the two cross-entropies; L2-normalised (B, dim).
 
     gather: the negatives are those of every rank, with gradient; the mean over ranks, of losses and of gradients, is then what
-    one process makes of the joined batch.
+    one process makes of the joined batch. ValueError where the shapes differ or are not (B, dim).
     """
+    expect.floating("text", text, "(B, dim)", 2)
+    expect.alike("(B, dim)", text=text, image=image)
     text, image = text.float(), image.float()
     texts, images = (gather_rows(text), gather_rows(image)) if gather else (text, image)
     first = rank_and_world()[0] * len(text) if gather else 0
@@ -80,13 +95,16 @@ def info_nce(text: Tensor, image: Tensor, scale: Tensor, *, gather: bool = False
 
 
 def soft_entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Mean entropy (nats) of softmax(logits / temperature), rows (B, K)."""
+    """Mean entropy (nats) of softmax(logits / temperature), rows (B, K). temperature: above 0."""
+    expect.floating("logits", logits, "(B, K)")
+    expect.number("temperature", temperature, 1e-12)
     log_p = F.log_softmax(logits.float() / temperature, dim=-1)
     return -(log_p.exp() * log_p).sum(-1).mean()
 
 
 def total_variation(z: Tensor) -> Tensor:
     """Mean |difference| over all pairs of vertical and horizontal neighbours of (B, C, H, W)."""
+    expect.floating("z", z, LATENT, 4)
     steps = torch.cat([z.diff(dim=2).flatten(), z.diff(dim=3).flatten()])
     return steps.abs().mean() if len(steps) else z.sum() * 0
 
@@ -156,7 +174,8 @@ _TERMS: dict[type, Callable[[Any, Forward], Tensor]] = {
 
 def loss_term(config: TermConfig, forward: Forward) -> Tensor:
     """One term's scalar, unweighted."""
-    return _TERMS[type(config)](config, forward)
+    term: Tensor = expect.member("loss", config, _TERMS)(config, forward)
+    return term
 
 
 @torch.no_grad()

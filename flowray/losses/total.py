@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from flowray.config.flow import FlowConfig
 from flowray.config.losses import LossConfig, TermConfig
-from flowray.flow.path import expand, sample_path, time_code
+from flowray.flow import expect
+from flowray.flow.path import LATENT, expand, sample_path, time_code
 from flowray.losses.schedule import weight_at
 from flowray.losses.terms import Forward, loss_term, watch
 from flowray.model.assemble import FlowModel
@@ -30,6 +31,17 @@ class Batch:
     noise: Tensor
     t: Tensor
     null: Tensor
+
+    def __post_init__(self) -> None:
+        """ValueError or TypeError where the parts do not fit: what broadcasts would train."""
+        if isinstance(self.captions, str):
+            raise TypeError(f"captions: want one for each sample, got {self.captions!r}")
+        expect.alike(LATENT, z1=self.z1, target=self.target, noise=self.noise)
+        if not isinstance(self.null, Tensor) or self.null.dtype != torch.bool:
+            raise TypeError(f"null: want bool (B,), got {expect.described(self.null)}")
+        counts = {name: len(getattr(self, name)) for name in ("captions", "z1", "t", "null")}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"want as many of each, got {counts}")
 
 
 def active_terms(config: LossConfig) -> dict[str, TermConfig]:
@@ -76,6 +88,9 @@ class Objective(nn.Module):
 
 
 def total_loss(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """The weighted sum."""
+    """The weighted sum. ValueError where there is no loss, or one has no weight."""
+    if not losses or not losses.keys() <= weights.keys():
+        lacking = sorted(losses.keys() - weights.keys()) or "no loss at all"
+        raise ValueError(f"want a weight for every loss, got none for {lacking}")
     terms = [weights[name] * loss for name, loss in losses.items()]
     return sum(terms[1:], start=terms[0])

@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowray.config.balance import BalanceConfig, GradNormBalance, NoBalance, PCGradBalance, SharesBalance
+from flowray.config.balance import (
+    BalanceConfig,
+    GradNormBalance,
+    NoBalance,
+    PCGradBalance,
+    SharesBalance,
+)
 from flowray.config.schema import members
 from flowray.losses.balance import Balancer, Measured, gradient_metrics
 
