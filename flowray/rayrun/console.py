@@ -174,14 +174,14 @@ class SweepConsole:
 
     def _state(self, trial: TrialRecord) -> str:
         held = trial.status == "running" and trial.trial in self._paused
-        return "waiting" if held or trial.waits else trial.status
+        return "waiting" if held else trial.status
 
     def _done(self) -> int:
         return sum(self._state(t) not in ("running", "waiting") for t in self._trials.values())
 
     def _through(self) -> int:
         """Trials that run no more for now: few of those that wait at a rung go on."""
-        return sum(t.status != "running" for t in self._trials.values())
+        return sum(t.waits or t.status not in ("running", "waiting") for t in self._trials.values())
 
     def _value(self, trial: TrialRecord) -> float | None:
         return None if trial.status == "failed" else trial.metrics.get(self._sweep.metric.name)

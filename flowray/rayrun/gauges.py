@@ -136,7 +136,7 @@ class SweepGauges:
     def _show(self, trial: TrialRecord) -> None:
         self._states[trial.trial] = trial.status
         counts = Counter(self._states.values())
-        for state in ("running", "finished", "stopped", "failed"):
+        for state in ("running", "waiting", "finished", "stopped", "failed"):
             self._trials.set(counts[state], tags={"sweep": self._sweep, "state": state})
         value = trial.metrics.get(self._name)
         if value is not None and trial.status != "failed":

@@ -85,7 +85,7 @@ class TrialBoard:
         """Its scalars are written by the trial."""
 
     def ended(self, trial: TrialRecord) -> None:
-        if trial.status == "running":  # paused, to be continued by a later session
+        if trial.status == "waiting" and not trial.waits:  # paused, to be continued by a later session
             return
         status = api_pb2.STATUS_FAILURE if trial.status == "failed" else api_pb2.STATUS_SUCCESS
         end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())

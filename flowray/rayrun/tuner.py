@@ -133,7 +133,10 @@ def run_sweep(
     """
     with session.connected(progress):
         refuse_unshared(storage_folder(sweep.storage_path), base.data, progress)
-        work = _work_left(sweep, Records(sweep_folder(sweep) / "trials.jsonl"), finish)
+        there = Records(sweep_folder(sweep) / "trials.jsonl")
+        for number in finish:
+            there.to_finish(number)
+        work = _work_left(sweep, there, finish)
         placed = place(sweep, base, machines()) if work else None
     deadline = math.inf if sweep.time_budget is None else time.monotonic() + sweep.time_budget
     trains = trial_fn is None and sweep.task == "train"
@@ -188,7 +191,7 @@ def _part(key: str) -> str:
 def _result(sweep: Sweep, records: Records, best: TrialRecord | None, finish: Sequence[int], out_of_time: bool) -> SweepResult:
     """What the records come to. A session that finishes single trials is through with them, whatever the rest of the sweep waits for."""
     trials = tuple(records.trials[n] for n in sorted(records.trials))
-    unfinished = {trial.trial for trial in trials if trial.status == "running" or trial.waits}
+    unfinished = {trial.trial for trial in trials if trial.status in ("running", "waiting")}
     return SweepResult(
         records.path.parent,
         trials,
@@ -201,7 +204,7 @@ def _result(sweep: Sweep, records: Records, best: TrialRecord | None, finish: Se
 
 
 def _work_left(sweep: Sweep, records: Records, finish: Sequence[int]) -> bool:
-    left = _to_begin(sweep, records) or records.by("running") or records.waiting()
+    left = _to_begin(sweep, records) or records.by("running", "waiting")
     return bool(left or finish)
 
 

@@ -63,7 +63,7 @@ def refuse_other(sweep: Sweep, base: Recipe, resume: bool) -> None:
         raise InputError(f"{kept}: {other[0]} differs from the sweep to resume; take it back, or type name=OTHER for a new sweep")
     minor = [field for field in changed if field not in _PLACES]
     if minor and not resume:
-        done = [t for t in Records(kept.with_name("trials.jsonl")).trials.values() if t.status != "running"]
+        done = Records(kept.with_name("trials.jsonl")).by("finished", "stopped", "failed")
         raise InputError(
             f"{kept}: {minor[0]} differs from the sweep that is there, of which {len(done)} trials are done; "
             "type --resume to continue it so, or name=OTHER for a new one"

@@ -11,9 +11,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from flowray.config.errors import InputError
 from flowray.store.rows import read_rows
 
-Status = Literal["running", "finished", "stopped", "failed"]
+Status = Literal["running", "waiting", "finished", "stopped", "failed"]
 
 
 @dataclass
@@ -21,8 +22,10 @@ class TrialRecord:
     """One trial. `stopped_by` says in words why it was stopped, `error` why it failed; `seconds` is wall time over all sessions.
 
     Steps are counted over all seeds. repeats: the last probe's metrics of each seed, where a trial has several; `metrics` is then the
-    mean over the seeds that are through (the first alone until then), `noise` the standard deviation over them. waits: a rung stopped
-    it, and it goes on from there once it is among the best.
+    mean over the seeds that are through (the first alone until then), `noise` the standard deviation over them.
+
+    A trial is waiting that has neither ended nor runs: it is paused until the next session, or, where it waits, a rung holds it until
+    it is among the best there.
     """
 
     trial: int
@@ -64,12 +67,20 @@ def metrics_of(row: Mapping[str, Any]) -> dict[str, float | None]:
     return {k: float(v) if math.isfinite(v) else None for k, v in numbers.items()}
 
 
+def _record(row: Mapping[str, Any]) -> TrialRecord:
+    """A row of trials.jsonl; older ones have a trial that waits at a rung as stopped."""
+    record = TrialRecord(**row)
+    if record.waits and record.status == "stopped":
+        record.status = "waiting"
+    return record
+
+
 class Records:
     """All trials of a sweep, by number, mirrored in `<sweep_dir>/trials.jsonl`."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.trials: dict[int, TrialRecord] = {row["trial"]: TrialRecord(**row) for row in read_rows(path)}
+        self.trials: dict[int, TrialRecord] = {row["trial"]: _record(row) for row in read_rows(path)}
         self._lines: dict[int, str] = {}  # the trials as they were last written: most of hundreds have ended and change no more
 
     def save(self, *changed: int) -> None:
@@ -86,15 +97,24 @@ class Records:
             os.fsync(file.fileno())
         part.replace(self.path)
 
-    def by(self, status: Status) -> list[TrialRecord]:
-        return [self.trials[n] for n in sorted(self.trials) if self.trials[n].status == status]
+    def by(self, *statuses: Status) -> list[TrialRecord]:
+        return [self.trials[n] for n in sorted(self.trials) if self.trials[n].status in statuses]
 
     def waiting(self) -> list[int]:
         """The trials that wait at a rung."""
-        return [trial.trial for trial in self.by("stopped") if trial.waits]
+        return [trial.trial for trial in self.by("waiting") if trial.waits]
+
+    def to_finish(self, number: int) -> TrialRecord:
+        """A trial that can be trained to its last step. InputError where it has ended otherwise, or is none."""
+        record = self.trials.get(number)
+        if record is None or record.status in ("finished", "failed"):
+            stopped = [str(trial.trial) for trial in self.by("stopped", "waiting")]
+            what = f"its state is {record.status}" if record else "there is no such trial"
+            raise InputError(f"--finish {number}: {what}; stopped trials: {', '.join(stopped) or 'none'}")
+        return record
 
     def saved(self) -> float:
         """Share of the full-budget steps that early stopping saved, over finished and stopped trials."""
-        done = self.by("finished") + self.by("stopped")
+        done = self.by("finished", "stopped")
         budget = sum(t.budget_steps for t in done)
         return 1 - sum(t.last_step for t in done) / budget if budget else 0.0

@@ -160,7 +160,10 @@ class Referee:
     def _come(self, number: int) -> Come | None:
         """What a sampler may learn from a trial that has not finished: it was stopped, or has come to a rung."""
         record = self.records.trials.get(number)
-        if record is None or not (record.status == "stopped" or (record.status == "running" and self._met_a_rung(number))):
+        if record is None or record.status in ("finished", "failed"):
+            return None
+        paused = record.status == "waiting" and not record.waits
+        if (paused or record.status == "running") and not self._met_a_rung(number):
             return None
         values = [value for metric in self.sweep.objectives if (value := record.metrics.get(metric.name)) is not None]
         return Come(record.last_step, values) if len(values) == len(self.sweep.objectives) else None
@@ -174,7 +177,7 @@ class Referee:
             return
         for number in self.records.waiting():
             record = self.records.trials[number]
-            record.stopped_by, record.waits = self._rungs.why(number), False
+            record.status, record.stopped_by, record.waits = "stopped", self._rungs.why(number), False
             self._study.stop(number, record.stopped_by)
             self.records.save(number)
 
@@ -202,6 +205,7 @@ class Referee:
                 for row in self._unheard(record):
                     self._judge(record, self._watches[number], row)
             if number in self._paused or (self.held and record.last_step < record.budget_steps):
+                record.status = "waiting"
                 self.records.save(number)
                 self._audience.ended(record)
                 return
@@ -231,13 +235,8 @@ class Referee:
         return f"it reported no {missing[0]} at its last step" if missing else None
 
     def _to_finish(self, number: int) -> TrialRecord:
-        record = self.records.trials.get(number)
-        left = {waiting for waiting, _ in self._queue}  # a session that was to finish it, or to train it, was cut off
-        if record is None or not (record.status == "stopped" or number in left):
-            stopped = [str(trial.trial) for trial in self.records.by("stopped")]
-            what = f"its state is {record.status}" if record else "there is no such trial"
-            raise InputError(f"--finish {number}: {what}; stopped trials: {', '.join(stopped) or 'none'}")
-        if record.status == "stopped" and not record.waits:
+        record = self.records.to_finish(number)
+        if record.status == "stopped":
             self._told.add(number)
         self._go_on(record)
         self._watches[number] = Watch((), self.sweep.metric.name)
@@ -252,7 +251,7 @@ class Referee:
         return int(row.get("repeat", 0)) * budget + int(row["step"])
 
     def _stopped(self, record: TrialRecord) -> None:
-        record.status = "stopped"
+        record.status = "waiting" if record.waits else "stopped"
         if not record.waits:
             self._study.stop(record.trial, record.stopped_by or "")
 
@@ -326,8 +325,8 @@ class Referee:
             record = self.records.trials.get(frozen.number)
             record = record or self._record(frozen.number, running.get(frozen.number) or self._study.params(frozen))
             if frozen.number in running:
-                waits = known and record.status == "stopped" and record.waits
-                record.status = "stopped" if waits else "running"
+                waits = known and record.status == "waiting" and record.waits
+                record.status = "waiting" if waits else "running"
                 heard: float = record.last_step
                 self._watches[frozen.number] = self._watch()
             else:

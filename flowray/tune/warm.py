@@ -51,7 +51,7 @@ def earlier_trials(sweep: Sweep, base: Recipe) -> Earlier:
         if not (folder / "trials.jsonl").is_file():
             raise InputError(f"warm_start: {source} holds no sweep (no trials.jsonl); give a sweep directory such as runs/head")
         for record in Records(folder / "trials.jsonl").trials.values():
-            if record.status not in ("finished", "stopped"):
+            if record.status not in ("finished", "stopped", "waiting"):
                 continue
             made = _taken_over(sweep, base, folder / str(record.trial), record)
             if isinstance(made, str):
@@ -85,7 +85,7 @@ def _taken_over(sweep: Sweep, base: Recipe, run_dir: Path, record: TrialRecord) 
     if not sweep.more_metrics:
         rows = [(row["step"], row.get(sweep.metric.name)) for row in read_rows(run_dir / "probes.jsonl")]
         seen = {step: value for step, value in rows if value is not None}
-    stopped = record.status == "stopped"
+    stopped = record.status != "finished"
     if stopped and not seen:
         return "stopped, without a value at its step"
     return create_trial(

@@ -55,7 +55,7 @@ def test_a_resumed_sweep_begins_with_its_earlier_trials(seen: dict[tuple[str, ..
     ):
         whole.known(trial)
     states = {"finished": 1, "stopped": 1, "failed": 1}
-    assert seen == {("flowray_trials", "s", state): states.get(state, 0) for state in ("running", *states)} | {
+    assert seen == {("flowray_trials", "s", state): states.get(state, 0) for state in ("running", "waiting", *states)} | {
         ("flowray_best", "s", "ema/shoot/nmse"): 0.25
     }
     whole.started(TrialRecord(3, {}))

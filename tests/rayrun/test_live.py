@@ -82,7 +82,7 @@ def test_tensorboard_has_one_row_for_every_trial(tmp_path: Path) -> None:
     board.started(record(0, last_step=200))  # continued after a crash
     board.ended(record(0, status="finished"))
     board.ended(record(1, status="failed"))
-    board.ended(record(2))  # paused
+    board.ended(record(2, status="waiting"))  # paused
     rows = hparam_rows(tmp_path)
     assert [row.name for row in rows] == ["trial 0", "trial 1", "trial 2"]
     assert [row.hparams["optim.lr"].number_value for row in rows] == [0.001, 0.002, 0.003]
@@ -294,7 +294,9 @@ def test_events_are_broken_between_words_at_the_width_of_the_terminal(tmp_path: 
     log, why = io.StringIO(), "ema/shoot/nmse 0.801 at step 50 is number 25 of 30 so far; the best 1/8 go on"
     console = SweepConsole(make(), tmp_path, 40, log)
     for number in range(30):
-        trial = record(number, status="stopped", last_step=50, budget_steps=500, stopped_by=why, waits=number % 2 == 0)
+        waits = number % 2 == 0
+        status = "waiting" if waits else "stopped"
+        trial = record(number, status=status, last_step=50, budget_steps=500, stopped_by=why, waits=waits)
         console.started(trial)
         console.ended(trial)
     lines = log.getvalue().splitlines()

@@ -164,7 +164,7 @@ def test_a_trial_to_finish_whose_session_was_cut_off_is_finished_by_the_same_com
             assert not judge.see(1, probe(tmp_path, 1, step, 9.0))
     judge.ended(1)
     assert judge.next() is None
-    assert [judge.records.trials[n].status for n in range(3)] == ["stopped", "finished", "stopped"]
+    assert [judge.records.trials[n].status for n in range(3)] == ["waiting", "finished", "waiting"]
     assert [row["step"] for row in read_rows(tmp_path / "1" / "probes.jsonl")] == list(range(10, STEPS + 1, 10))
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 
 import pytest
 
+from flowray.config.errors import InputError
 from flowray.config.sweep import LogUniform, StopRule, Sweep
 from flowray.tune.records import Records, TrialRecord
 from flowray.tune.referee import Referee
@@ -126,3 +127,20 @@ def test_a_reader_and_a_killed_writer_leave_it_whole(tmp_path):
     assert len({trial.last_step for trial in left.trials.values()}) == 1
     left.save(0)  # a new session writes over what the killed one left half done
     assert sorted(p.name for p in tmp_path.iterdir()) == ["trials.jsonl"]
+
+
+def test_a_trial_that_waits_is_neither_stopped_nor_done_also_in_older_files(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    older = [{"trial": 0, "params": {}, "status": "stopped", "last_step": 20, "budget_steps": 40, "waits": True}]
+    older += [{"trial": 1, "params": {}, "status": "stopped", "last_step": 20, "budget_steps": 40, "stopped_by": "worse"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in older))
+    records = Records(path)
+    assert ([trial.trial for trial in records.by("stopped")], records.waiting()) == ([1], [0])
+    assert records.saved() == 0.5  # of the one that is through
+    records.save()
+    assert [json.loads(line)["status"] for line in path.read_text().splitlines()] == ["waiting", "stopped"]
+    assert [records.to_finish(number).trial for number in (0, 1)] == [0, 1]
+    records.trials[1].status = "finished"
+    for number in (1, 7):
+        with pytest.raises(InputError, match=f"--finish {number}"):
+            records.to_finish(number)

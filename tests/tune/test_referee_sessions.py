@@ -153,7 +153,7 @@ def test_after_the_time_budget_nothing_begins_and_what_runs_pauses_and_goes_on_l
     assert judge.next() is None
     assert judge.see(0, probe(tmp_path, 0, 20, 1.0)) is True
     judge.ended(0)
-    assert (judge.records.trials[0].status, on_disk(tmp_path)[0].state) == ("running", TrialState.RUNNING)
+    assert (judge.records.trials[0].status, on_disk(tmp_path)[0].state) == ("waiting", TrialState.RUNNING)
     again = referee(tmp_path, sweep)
     number, _ = again.next()
     assert (number, again.records.trials[0].last_step) == (0, 20)

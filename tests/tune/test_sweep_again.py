@@ -163,7 +163,7 @@ def test_a_stop_that_the_killed_driver_had_not_told_is_told_by_the_next_session(
         rows = write(tmp_path, number, value, value)
         assert [judge.see(number, row) for row in rows] == [False, True]  # and killed, before `ended`
     again = referee(tmp_path)
-    assert [again.records.trials[number].status for number in (0, 1)] == ["stopped", "stopped"]
+    assert [again.records.trials[number].status for number in (0, 1)] == ["waiting", "waiting"]
     assert again.next()[0] == 0
     assert again.next()[0] == 2
 
@@ -203,7 +203,7 @@ def test_what_a_worker_wrote_down_of_a_node_without_the_storage_is_told_as_that(
 @pytest.mark.parametrize(("finish", "interrupted"), [((), True), ((0,), False), ((1,), True)])
 def test_a_session_that_finished_its_trials_was_not_interrupted_whatever_the_sweep_has_left(tmp_path, finish, interrupted):
     records = Records(tmp_path / "trials.jsonl")
-    for number, state in enumerate(("finished", "running", "stopped", "stopped")):
+    for number, state in enumerate(("finished", "running", "stopped", "waiting")):
         records.trials[number] = TrialRecord(number, {}, state, 20, 80, waits=number == 3)
     result = _result(make(tmp_path, run_cap=6), records, None, finish, False)
     assert (result.interrupted, result.left) == (interrupted, 4)
