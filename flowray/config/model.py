@@ -52,7 +52,8 @@ class FrozenText(Config):
 class CausalText(FrozenText):
     """A frozen causal language model, or the one in a vision-language model, with learnable meta queries after the prompt (OpenUni).
 
-    path: a folder or hub name that transformers can load, or `embedded` for the small model shipped with flowray.
+    path: `embedded` for the small model shipped with flowray, a folder that transformers can load, or a hub name that is on this
+    machine (docs/models.md).
     chat: put the template into the tokenizer's own chat template as the user's words, after `system` if given, and `suffix` after
     the opening of the reply (OpenUni: template `Generate an image: {prompt}`, suffix `<img>`).
     """
@@ -256,7 +257,9 @@ VelocityConfig = Annotated[DiTVelocity | DiMRVelocity, Field(discriminator="kind
 
 
 class KLAutoencoder(Config):
-    """diffusers' AutoencoderKL. path: folder, hub name or `embedded`; the scale and shift come from its config unless given.
+    """diffusers' AutoencoderKL. path: `embedded`, a folder, a hub name that is on this machine, or one file of Stable Diffusion's.
+
+    The scale and shift come from its config unless given; one file has none, so there the scale must be.
 
     parameters: its parameter count, for a plan where its weights are not.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from flowray.config.errors import InputError
+from flowray.config.errors import InputError, did_you_mean
 from flowray.config.paths import is_hub_name, no_such
 from flowray.model.assets import asset_path
 
@@ -29,8 +29,9 @@ def find_place(path: str, where: str, embedded: str = "text") -> Path:
         raise InputError(f"{where}: {path!r}: {no_such(path)}")
     if os.environ.get(DOWNLOAD) == "1":
         return _download(path, where)
+    near = did_you_mean(path.partition("/")[0], (folder.name for folder in Path.cwd().iterdir() if folder.is_dir()))
     raise InputError(
-        f"{where}: {path!r} is not on this machine; type `hf download {path}`, the path of a folder, "
+        f"{where}: {path!r} is not on this machine{near}; type `hf download {path}`, the path of a folder, "
         f"or {DOWNLOAD}=1 before the command to let flowray download it"
     )
 

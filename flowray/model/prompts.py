@@ -118,7 +118,7 @@ def check_captions(prompts: PromptTokenizer, captions: Sequence[str]) -> str | N
     if not pairs:
         return None
     a, b = (text[:60] for text in pairs[0])
-    said = f"{len(different)} different captions become {len(first)} rows of tokens, such as {a!r} and {b!r}"
+    said = f"{len(different)} different captions become {_rows(len(first))} of tokens, such as {a!r} and {b!r}"
     if max(map(len, rows)) >= prompts.max_tokens:
         said, where = f"{said}: they are cut; raise it", "model.text.max_tokens"
     else:
@@ -126,6 +126,10 @@ def check_captions(prompts: PromptTokenizer, captions: Sequence[str]) -> str | N
     if 2 * len(first) <= len(different):
         raise InputError(f"{where}: {said}")
     return f"warning: {where}: {said}"
+
+
+def _rows(count: int) -> str:
+    return "the same row" if count == 1 else f"only {count} rows"
 
 
 def _load(files: ModelFiles) -> Any:

@@ -236,6 +236,8 @@ def test_what_looks_like_a_path_is_no_hub_name(original: Path, monkeypatch: pyte
                 load()
     with pytest.raises(InputError, match=f"did you mean {original}"):
         load_autoencoder(KLAutoencoder(path=f"{original}x"), SPEC)
+    with pytest.raises(InputError, match="did you mean kl"):
+        load_autoencoder(KLAutoencoder(path="kll"), SPEC)  # a folder's name, or a hub's of old
     for name, words in (("vgg.pth", "no such file"), (str(original), "a folder")):
         with pytest.raises(InputError, match=rf"^loss\.lpips\.vgg: .*{words}"):
             Lpips(LpipsLossConfig(vgg=name))
