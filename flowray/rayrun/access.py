@@ -3,11 +3,13 @@ given (measured with 2.60: the GCS of a head on 127.0.0.1 is on [::]), so that a
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from flowray.config.errors import InputError
@@ -39,6 +41,31 @@ def require_token() -> Path | None:
     except OSError as error:
         raise InputError(f"{path}: the token cannot be written: {error.strerror}; set {TOKEN_PATH}=FILE with a token in it") from error
     return path
+
+
+def take_token() -> None:
+    """Take part in token authentication where a token is at hand: Ray's clients stay out of it
+    unless RAY_AUTH_MODE is set. Ray's remark that it is on goes unsaid. InputError where what
+    should hold a token holds none.
+    """
+    from ray._private.authentication import authentication_token_setup as setup
+    from ray.exceptions import AuthenticationError
+
+    with _quiet(setup.logger):
+        try:
+            setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        except AuthenticationError as error:
+            raise InputError(str(error).partition(". ")[0]) from None
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def head_command(host: str, port: int, options: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,12 +17,16 @@ import ray
 
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
-from flowray.rayrun.access import LOOPBACK, require_token
+from flowray.rayrun.access import LOOPBACK, require_token, take_token
+from flowray.rayrun.address import ADDRESS, refuse_unreachable
 
-FOLDERS = "fr-"  # begins the names of local Rays' folders; short: Ray's socket paths must stay under 107 bytes
+FOLDERS = "fr-"  # begins the names of local Rays' folders; short, for `SOCKET`
+# The longest name that Ray gives a socket, below its folder; the system takes 107 bytes in all.
+SOCKET = Path("session_2026-01-01_00-00-00_000000_4194304", "sockets", "dash_MetricsHead")
 LOCK = "flowray.lock"  # in each of them, locked for as long as its driver lives
 ENDING_S = 10.0  # for a Ray that was shut down to have ended its processes
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: data is read from shards
+LEAST_FREE = OBJECT_STORE_BYTES + 50 * 2**20  # on the disk of its folder: logs, and the object store
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -37,7 +42,7 @@ _QUIET = {
 
 def in_cluster() -> bool:
     """Whether this process is a job of, or pointed at, a running cluster."""
-    return "RAY_ADDRESS" in os.environ
+    return os.environ.get(ADDRESS, "").strip() not in ("", "local")
 
 
 def set_defaults() -> None:
@@ -48,11 +53,13 @@ def set_defaults() -> None:
 
 @contextmanager
 def started(num_cpus: int | None = None, progress: Progress = SILENT) -> Iterator[None]:
-    """Ray for the block: an initialised one as it is, the cluster named by RAY_ADDRESS, else a private local one, shut down after.
+    """Ray for the block: an initialised one as it is, the cluster named by RAY_ADDRESS, else a
+    private local one, shut down after.
 
-    num_cpus: CPUs the local Ray offers, at least those of the machine. A bare `ray.init()` would join any Ray on the host, so
-    the local one is asked for by name and keeps its files in a folder of its own. It takes a token, always: InputError where that is
-    switched off, and where Ray does not come up.
+    num_cpus: CPUs the local Ray offers, at least those of the machine. A bare `ray.init()` would
+    join any Ray on the host, so the local one is asked for by name and keeps its files in a folder
+    of its own. It takes a token, always: InputError where that is switched off, where Ray does not
+    come up, and where RAY_ADDRESS names no cluster that answers.
     """
     if ray.is_initialized():
         yield
@@ -60,7 +67,8 @@ def started(num_cpus: int | None = None, progress: Progress = SILENT) -> Iterato
     set_defaults()
     if in_cluster():
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # training runs show in the cluster's dashboard
-        _use_token()
+        take_token()
+        refuse_unreachable()
         with progress.task("joining the Ray cluster"):
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         try:
@@ -109,11 +117,12 @@ def _init_local(folder: Path, num_cpus: int) -> None:
 
 @contextmanager
 def local_folder() -> Iterator[Path]:
-    """A new folder for this process's Ray, removed after. Those that killed drivers left behind go first, or at the end: a Ray whose
-    driver was killed this very moment still writes.
+    """A new folder for this process's Ray, removed after. Those that killed drivers left behind go
+    first, or at the end: a Ray whose driver was killed this very moment still writes.
+
+    It lies in TMPDIR, or in /tmp where Ray could not work there. InputError where it could in none.
     """
-    _remove_left(Path(tempfile.gettempdir()))
-    folder = Path(tempfile.mkdtemp(prefix=FOLDERS))
+    folder = new_folder(FOLDERS)
     try:
         with (folder / f"{LOCK}.new").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -126,6 +135,47 @@ def local_folder() -> Iterator[Path]:
         with suppress(OSError):
             _clear(folder)
         _remove_left(folder.parent)
+
+
+def new_folder(prefix: str) -> Path:
+    """A new folder in the first of the places for temporary files where a Ray can work."""
+    problems = []
+    for place in dict.fromkeys(_places()):
+        _remove_left(Path(place))
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=Path(place).absolute()))
+        except OSError as error:
+            problems.append(f"{place}: {error.strerror}")
+            continue
+        if not (problem := _unfit(folder)):
+            return folder
+        problems.append(f"{place}: {problem}")
+        shutil.rmtree(folder, ignore_errors=True)
+    raise InputError(
+        f"TMPDIR: no folder for Ray's files: {'; '.join(problems)}; type TMPDIR=FOLDER with a short path before the command, or make room"
+    )
+
+
+def _places() -> Iterator[str]:
+    """Folders for temporary files: the configured one, then the short ones of the system."""
+    with suppress(FileNotFoundError):  # none of those that Python knows can be written
+        yield tempfile.gettempdir()
+    yield from ("/tmp", "/var/tmp")
+
+
+def _unfit(folder: Path) -> str:
+    """Why Ray cannot keep its files there, '' where it can: it needs sockets, locks and room."""
+    try:
+        (folder / SOCKET).parent.mkdir(parents=True)
+        with socket.socket(socket.AF_UNIX) as one, (folder / "lock").open("w") as file:
+            one.bind(str(folder / SOCKET))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        shutil.rmtree(folder / SOCKET.parts[0])
+        (folder / "lock").unlink()
+    except OSError as error:  # one of a path that is too long has no number
+        return f"no sockets or locks: {error.strerror or error}"
+    free = shutil.disk_usage(folder).free
+    return f"{free / 2**20:.0f} MB free" if free < LEAST_FREE else ""
 
 
 def _clear(folder: Path) -> None:
@@ -158,10 +208,3 @@ def _in_use(folder: Path) -> bool:
             if name in command.read_bytes():
                 return True
     return False
-
-
-def _use_token() -> None:
-    """Take part in token authentication where a token is at hand: Ray's clients stay out of it unless RAY_AUTH_MODE is set."""
-    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)

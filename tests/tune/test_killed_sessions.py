@@ -10,8 +10,10 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque as consume
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -257,8 +259,16 @@ def hold_a_folder(pipe) -> None:
         time.sleep(300)
 
 
-def test_the_folder_of_a_killed_driver_is_removed_by_the_next_and_that_of_a_live_one_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+@pytest.fixture
+def short_folder(monkeypatch) -> Iterator[Path]:
+    """Where temporary files go: in a longer one Ray's sockets would not fit."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield Path(folder)
+
+
+def test_the_folder_of_a_killed_driver_is_removed_by_the_next_and_that_of_a_live_one_stays(short_folder):
+    tmp_path = short_folder
     (tmp_path / "fr-foreign").mkdir()  # without a lock: not known to be ours
     here, there = multiprocessing.Pipe()
     drivers, folders = [], []
