@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import socket
 import subprocess
 import time
@@ -20,6 +21,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flowray.config.errors import InputError
 from flowray.data.shards import find_shards
 from flowray.rayrun.capacity import HEAD, reach
 from flowray.rayrun.cluster_verdict import MEGABYTE, PACKAGES, PAYLOAD_BYTES, ClusterFacts, NodeFacts
@@ -123,16 +125,19 @@ class _Place:
 
 
 def gather(storage: Path, data: str | None, say: Callable[[str], None], workers: int = 0) -> ClusterFacts:
-    """Ask every live node; Ray is started. data: as in `data.shards`, None for no data set; say: takes lines on what is going on.
+    """Ask every live node; Ray is started. data: as in `data.shards`, None for no data set; say:
+    takes lines on what is going on.
 
-    workers: how many the autoscaler shall bring up before that. A node that fails to answer costs its own facts. InputError where this
-    process cannot write `storage` or sees no shards.
+    A `storage` that is not there is not made: the folder in which it would be is asked about.
+    workers: how many the autoscaler shall bring up before that. A node that fails to answer costs
+    its own facts. InputError where this process cannot write `storage` or sees no shards.
     """
+    tried = place_of(storage)
     shards = [path.absolute() for path in find_shards(data)] if data else None
     with _brought_up(workers, say) as missing, _places() as places:
         say(f"{len(places)} node(s): versions, GPUs, clock, storage{', data' if shards else ''}")
-        with marked(storage) as mark:
-            facts = [_node_facts(place, storage, mark, shards) for place in places]
+        with marked(tried, make=False) as mark:
+            facts = [_node_facts(place, tried, mark, shards) for place in places]
         sound = [place for place, node in zip(places, facts, strict=True) if not node.error]
         say("network between the nodes, all-reduce")
         links, reduces = list(_links(sound)), [_all_reduce("gloo", sound)]
@@ -140,7 +145,27 @@ def gather(storage: Path, data: str | None, say: Callable[[str], None], workers:
         if training := list({place.host: place for place in sound if place.host in able}.values()):  # one rank a host, on its first GPU
             reduces.append(_all_reduce("nccl", training))
         may_come = max(0, len(reach().nodes) - len(places))
-        return ClusterFacts(facts, storage, None if shards is None else len(shards), links, reduces, may_come, missing)
+        wanted = None if shards is None else len(shards)
+        return ClusterFacts(facts, tried, wanted, links, reduces, may_come, missing, absent=tried != storage)
+
+
+def place_of(storage: Path) -> Path:
+    """The folder to try: `storage`, or the one that it would be made in.
+
+    InputError where neither is there: what is so far from being there is a slip of the pen, or a
+    folder that is not mounted.
+    """
+    if storage.is_dir():
+        return storage
+    if storage.exists():
+        raise InputError(f"--storage {storage}: a file, want a folder")
+    if storage.parent.is_dir():
+        return storage.parent
+    there = next(folder for folder in storage.parents if folder.is_dir())
+    raise InputError(
+        f"--storage {storage}: no such folder, {there} is the nearest that is there; "
+        f"mount it, type `mkdir -p {shlex.quote(str(storage))}`, or --storage FOLDER"
+    )
 
 
 @contextmanager

@@ -53,7 +53,9 @@ class NodeFacts:
 class ClusterFacts:
     """Facts of all nodes. links: (from, to, MB/s); allreduces: (backend, ranks, seconds, error).
 
-    may_come: nodes that an autoscaler may still add, of which nothing is known; missing: why workers that were asked for are not there.
+    may_come: nodes that an autoscaler may still add, of which nothing is known; missing: why
+    workers that were asked for are not there. absent: the storage is not there yet, and `storage`
+    is the folder in which the first run would make it.
     """
 
     nodes: list[NodeFacts]
@@ -63,6 +65,7 @@ class ClusterFacts:
     allreduces: list[tuple[str, int, float, str]] = field(default_factory=list)
     may_come: int = 0
     missing: str = ""
+    absent: bool = False
 
 
 def judge(facts: ClusterFacts) -> list[Row]:
@@ -74,7 +77,7 @@ def judge(facts: ClusterFacts) -> list[Row]:
     ]
     nodes = [node for node in facts.nodes if not node.error]
     rows = [*_versions(nodes), *map(_gpu_row, nodes)]
-    rows += [_storage_row(node, facts.storage) for node in nodes]
+    rows += [_storage_row(node, facts.storage, facts.absent) for node in nodes]
     rows += [row for node in nodes if (row := _data_row(node, facts.wanted_shards))]
     rows += [_clock_row(node) for node in nodes]
     rows += [_link_row(*link) for link in facts.links]
@@ -126,11 +129,12 @@ def _gpu_row(node: NodeFacts) -> Row:
     return Row("gpus", node.node, "ok", names)
 
 
-def _storage_row(node: NodeFacts, storage: Path) -> Row:
+def _storage_row(node: NodeFacts, storage: Path, absent: bool) -> Row:
     if node.storage_problem:
         fix = f"mount one shared folder at {storage} on every node, or type --storage FOLDER (storage_path=FOLDER, FLOWRAY_STORAGE)"
         return Row("storage", node.node, "bad", f"{storage}: {node.storage_problem}", fix)
-    found = f"{storage}: written and read at {node.storage_mb_s:.0f} MB/s"
+    here = f"{storage}, where a run will make it" if absent else str(storage)
+    found = f"{here}: written and read at {node.storage_mb_s:.0f} MB/s"
     return _unless(node.storage_mb_s < SLOW_STORAGE_MB_S, "storage", node.node, found, "checkpoints will wait: a faster share")
 
 

@@ -30,14 +30,16 @@ class Unshared(InputError):
 
 
 @contextmanager
-def marked(folder: Path, *, alone: bool = False) -> Iterator[str]:
-    """A file in `folder` for the block, with a name that never was before; yields the name. alone: marks of a killed owner go.
+def marked(folder: Path, *, alone: bool = False, make: bool = True) -> Iterator[str]:
+    """A file in `folder` for the block, with a name that never was before; yields the name.
 
+    alone: marks of a killed owner go. make: the folder is made where it is not there, and stays.
     New names, as NFS clients remember for a while what was not there.
     """
     mark = folder / f"{MARK}{uuid.uuid4().hex}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(f"{MARK}*") if alone else ():
             old.unlink(missing_ok=True)
         mark.touch()
