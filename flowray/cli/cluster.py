@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import subprocess
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
+from flowray.config.errors import InputError
 from flowray.rayrun.cluster_verdict import Row, healthy, judge
 from flowray.store.run import storage_folder
 
@@ -26,9 +26,10 @@ _COLOURS = {"ok": "green", "info": "dim", "warn": "yellow", "bad": "red"}
 def _parser() -> Parser:
     parser = Parser(
         prog="flowray.cluster",
-        description="Check the nodes of a Ray cluster, or start the head of one. Cluster files and which to choose: cluster/README.md.",
+        description="Check the nodes of a Ray cluster; start a head, join one, stop them. "
+        "Cluster files and which to choose: cluster/README.md.",
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{check,head}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{check,head,join,stop}")
     check = verbs.add_parser(
         "check",
         help="versions, GPUs, storage, network, clock and data set of every node; exit code 1 where something is wrong",
@@ -41,29 +42,59 @@ def _parser() -> Parser:
     head = verbs.add_parser(
         "head",
         help="start a Ray head with a token, its dashboard on loopback",
-        description="Start a Ray head on this machine; prints how other nodes join, how to submit jobs and how to stop it.",
-        epilog="What follows -- goes to `ray start`: flowray.cluster head --host 10.0.0.10 -- --num-cpus=0",
+        description="Start a Ray head on this machine, beside whatever runs there; prints how other "
+        "nodes join, how to submit jobs and how to stop it. Ports that are taken are passed over.",
+        usage="%(prog)s [-h] [--host HOST] [--port PORT] [-- OPTIONS of `ray start`]",
+        epilog="Example: flowray.cluster head --host 10.0.0.10 -- --num-cpus=0",
     )
     head.add_argument(
-        "--host", default="127.0.0.1", help="the address at which other nodes find it (default: loopback, this machine alone)"
+        "--host",
+        default="127.0.0.1",
+        help="the address at which other nodes find it (default: loopback, this machine alone)",
     )
-    head.add_argument("--port", type=int, default=6379)
-    head.add_argument("options", nargs=argparse.REMAINDER, metavar="-- OPTIONS", help=argparse.SUPPRESS)
+    head.add_argument("--port", type=int, help="of its GCS (default: 6379, or the next free one)")
+    join = verbs.add_parser(
+        "join",
+        help="make this machine a node of the cluster with that head",
+        description="Start a Ray node on this machine that belongs to the head at HOST:PORT.",
+        usage="%(prog)s [-h] HOST:PORT [-- OPTIONS of `ray start`]",
+        epilog="Example: flowray.cluster join 10.0.0.10:6379 -- --num-gpus=1",
+    )
+    join.add_argument("address", metavar="HOST:PORT", help="as `flowray.cluster head` printed it")
+    stop = verbs.add_parser(
+        "stop",
+        help="end what head and join have started on this machine, and nothing else",
+        description="End the heads and nodes that `flowray.cluster head` and `join` have started "
+        "on this machine, with their workers and files. Other Rays of yours go on.",
+    )
+    stop.add_argument("address", metavar="HOST:PORT", nargs="?", help="of one head (default: all)")
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
-    args = _parser().parse_args(argv)
-    if args.verb == "head":
-        return _head(args.host, args.port, [option for option in args.options if option != "--"])
+    dashes = argv.index("--") if "--" in argv else len(argv)
+    args, options = _parser().parse_args(argv[:dashes]), argv[dashes + 1 :]
+    if options and args.verb not in ("head", "join"):
+        raise InputError(f"command line: {args.verb} starts no Ray and takes nothing after --")
+    if "--block" in options:
+        raise InputError("command line: --block: the command returns when Ray is up, leave it out")
+    match args.verb:
+        case "head":
+            return _head(args.host, args.port, options)
+        case "join":
+            return _join(args.address, options)
+        case "stop":
+            return _stop(args.address)
     return _check(storage_folder(args.storage), args.data, args.workers, as_json=args.json)
 
 
 def _check(storage: Path, data: str | None, workers: int, *, as_json: bool) -> int:
-    from flowray.rayrun.cluster_check import gather
+    from flowray.rayrun.cluster_check import gather, place_of
     from flowray.rayrun.session import in_cluster, started
 
+    if place_of(storage) != storage:
+        _say(f"{storage} is not there yet, and is not made by this check")
     if not in_cluster():
         _say("RAY_ADDRESS is not set: this machine alone")
     with started():
@@ -89,23 +120,49 @@ def table(rows: Sequence[Row], nodes: int) -> Table:
     return shown
 
 
-def _head(host: str, port: int, options: list[str]) -> int:
-    from flowray.rayrun.access import TOKEN_PATH, head_command, require_token
+def _head(host: str, port: int | None, options: list[str]) -> int:
+    from flowray.rayrun.access import LOOPBACK, TOKEN_PATH, require_token
+    from flowray.rayrun.nodes import start_head
 
-    command, environment = head_command(host, port, options)
-    code = subprocess.run(command, env=environment, stdout=sys.stderr).returncode
-    if code:
-        _say(f"error: ray start ended with exit code {code}")
-        return FINDINGS
     token = require_token()
+    _say("starting Ray's head ...")
+    address, dashboard = start_head(host, port, options, _say)
     where = f"the token is in {token}" if token else "the token is in RAY_AUTH_TOKEN"
-    variables = f"RAY_AUTH_MODE=token{f' {TOKEN_PATH}={token}' if os.environ.get(TOKEN_PATH) else ''}"
-    dashboard = next((option.partition("=")[2] for option in options if option.startswith("--dashboard-port=")), "8265")
-    print(f"Ray's head is up at {host}:{port}; {where}: copy it, and nothing else, to the other nodes")
-    print(f"  join    {variables} ray start --address={host}:{port}")
-    print(f"  check   {variables} RAY_ADDRESS={host}:{port} python -m flowray.cluster check")
-    print(f"  submit  {variables} ray job submit --address http://127.0.0.1:{dashboard} -- python -m flowray.tune sweeps/head.yaml")
-    print("  stop    ray stop   (every Ray of yours on this machine)")
+    path = f"{TOKEN_PATH}={shlex.quote(str(token))} " if os.environ.get(TOKEN_PATH) else ""
+    variables = f"RAY_AUTH_MODE=token {path}"
+    print(f"Ray's head is up at {address}; {where}: copy it, and nothing else, to the other nodes")
+    if host == LOOPBACK:
+        print("  join    from this machine alone; with --host ADDRESS others join too")
+    else:
+        print(f"  join    {path}python -m flowray.cluster join {address}")
+    print(f"  check   {variables}RAY_ADDRESS={address} python -m flowray.cluster check")
+    if dashboard:
+        submit = f"ray job submit --address http://{LOOPBACK}:{dashboard}"
+        print(f"  submit  {variables}{submit} -- python -m flowray.tune sweeps/head.yaml")
+    print(f"  stop    python -m flowray.cluster stop {address}")
+    return GOOD
+
+
+def _join(address: str, options: list[str]) -> int:
+    from flowray.rayrun.nodes import join
+
+    join(address, options)
+    print(f"this machine is a node of the cluster at {address}")
+    print(f"  stop    python -m flowray.cluster stop {address}")
+    return GOOD
+
+
+def _stop(address: str | None) -> int:
+    from flowray.rayrun.nodes import end, running
+
+    nodes = running(address)
+    if address and not nodes:
+        known = ", ".join(sorted({node.address for node in running()})) or "nothing"
+        raise InputError(f"{address}: nothing of it was started on this machine; there is {known}")
+    for node in nodes:
+        print(f"ended the {node.kind} of {node.address}: {end(node)} processes")
+    if not nodes:
+        print("nothing to end: no head or node that flowray.cluster has started runs here")
     return GOOD
 
 

@@ -15,23 +15,39 @@ from pathlib import Path
 from flowray.config.errors import InputError
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"  # Ray's own variables
+ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # where Ray's clients look for a cluster
 LOOPBACK = "127.0.0.1"
 
 
-def require_token() -> Path | None:
-    """Make the token that Ray looks for, ~/.ray/auth_token, where there is none; its path, None where a variable holds the token.
+def require_token(*, make: bool = True) -> Path | None:
+    """The path of the token that Ray looks for, ~/.ray/auth_token; None where a variable holds it.
 
-    Ray would make it readable for everybody on the machine; here it is the owner's alone (0600).
-    InputError where token authentication is switched off: no Ray is started without it.
+    make: one is made where there is none. Ray would make it readable for everybody on the machine;
+    here it is the owner's alone (0600). InputError where there is none that can be read, or where
+    token authentication is switched off: no Ray is started without it.
     """
     mode = os.environ.get(MODE, "token")
     if mode.lower() != "token":
         raise InputError(f"{MODE}={mode}: a Ray without a token runs the code of anybody who reaches this machine; type `unset {MODE}`")
     if os.environ.get(TOKEN):
         return None
-    if given := os.environ.get(TOKEN_PATH):
-        return Path(given)
-    path = Path.home() / ".ray" / "auth_token"
+    given = os.environ.get(TOKEN_PATH)
+    path = Path(given) if given else Path.home() / ".ray" / "auth_token"
+    if make and not given:
+        _make_token(path)
+    try:
+        problem = "" if path.read_text().strip() else "it is empty"
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or "it is not text"
+    if problem:
+        raise InputError(
+            f"{path}: no token: {problem}; copy the head's file of that name, mode 0600, or remove "
+            f"it{f' and {TOKEN_PATH}' if given else ''} for a new one where a head is started"
+        )
+    return path
+
+
+def _make_token(path: Path) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -40,7 +56,6 @@ def require_token() -> Path | None:
         pass
     except OSError as error:
         raise InputError(f"{path}: the token cannot be written: {error.strerror}; set {TOKEN_PATH}=FILE with a token in it") from error
-    return path
 
 
 def take_token() -> None:
@@ -68,13 +83,13 @@ def _quiet(logger: logging.Logger) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def head_command(host: str, port: int, options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The `ray start` command of a head that other nodes find at `host:port`, and its environment: token on, dashboard on loopback.
-
-    options: further ones of `ray start`, which may override those. InputError where authentication is switched off.
+def start_command(options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """A `ray start` command with these options, and its environment: token on, no other cluster's
+    address. InputError where authentication is switched off.
     """
     require_token()
-    ray = shutil.which("ray", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])) or "ray"
-    fixed = ["--head", f"--node-ip-address={host}", f"--port={port}", f"--dashboard-host={LOOPBACK}", "--disable-usage-stats"]
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    ray = shutil.which("ray", path=beside) or "ray"
+    kept = {name: value for name, value in os.environ.items() if name not in ADDRESSES}
     tracking = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}  # training runs show in the dashboard
-    return [ray, "start", *fixed, *options], {**tracking, **os.environ, MODE: "token"}
+    return [ray, "start", "--disable-usage-stats", *options], {**tracking, **kept, MODE: "token"}

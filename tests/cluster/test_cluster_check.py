@@ -19,7 +19,7 @@ from flowray.cli.cluster import table
 from flowray.config.errors import InputError
 from flowray.config.train import DataConfig
 from flowray.rayrun import access, session, storage
-from flowray.rayrun.cluster_check import Prober, bundles, skew, wait_for
+from flowray.rayrun.cluster_check import Prober, bundles, place_of, skew, wait_for
 from flowray.rayrun.cluster_verdict import NO_CUDA, PAYLOAD_BYTES, ClusterFacts, NodeFacts, healthy, judge
 from flowray.store.run import storage_folder
 
@@ -236,6 +236,25 @@ def test_storage_in_the_job_folder_is_refused_on_a_cluster_only(tmp_path, monkey
     assert not folder.exists()
 
 
+def test_a_check_makes_no_storage(tmp_path):
+    """It asks about the folder that would hold it, and where that is not there either, says so."""
+    there = tmp_path / "runs"
+    assert place_of(there) == tmp_path
+    assert place_of(tmp_path) == tmp_path
+    (tmp_path / "file").touch()
+    for bad in (tmp_path / "a" / "b" / "runs", tmp_path / "file"):
+        with pytest.raises(InputError, match=f"--storage {bad}: "):
+            place_of(bad)
+    with pytest.raises(InputError), storage.marked(there, make=False):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    rows = judge(cluster(node("a"), storage=tmp_path, absent=True))
+    assert healthy(rows)
+    assert [row.found for row in rows if row.check == "storage"] != [
+        row.found for row in judge(cluster(node("a"), storage=tmp_path)) if row.check == "storage"
+    ]
+
+
 def test_relative_storage_lies_in_flowray_storage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FLOWRAY_STORAGE", raising=False)
@@ -270,8 +289,15 @@ def test_the_token_is_made_once_and_for_its_owner_alone(home):
 
 
 def test_a_given_token_is_taken(home, monkeypatch):
-    monkeypatch.setenv(access.TOKEN_PATH, "/run/secrets/token")
-    assert access.require_token() == Path("/run/secrets/token")
+    given = home / "token"
+    monkeypatch.setenv(access.TOKEN_PATH, str(given))
+    for content in (None, "", " \n"):
+        if content is not None:
+            given.write_text(content)
+        with pytest.raises(InputError, match=f"{given}: no token"):
+            access.require_token()
+    given.write_text("f" * 64)
+    assert access.require_token() == given
     monkeypatch.setenv(access.TOKEN, "x")
     assert access.require_token() is None
     assert not (home / ".ray").exists()
@@ -281,7 +307,7 @@ def test_a_given_token_is_taken(home, monkeypatch):
 def test_no_head_without_a_token(host, home, monkeypatch):
     monkeypatch.setenv(access.MODE, "disabled")
     with pytest.raises(InputError, match=r"RAY_AUTH_MODE=disabled.*type `unset RAY_AUTH_MODE`"):
-        access.head_command(host, 6379, [])
+        access.start_command(["--head", f"--node-ip-address={host}"])
 
 
 def test_no_local_ray_without_a_token(home, monkeypatch):
@@ -295,11 +321,14 @@ def test_no_local_ray_without_a_token(home, monkeypatch):
     assert not ray.is_initialized()
 
 
-def test_a_head_takes_a_token_and_keeps_its_dashboard_to_itself(home, monkeypatch):
-    command, environment = access.head_command("10.0.0.10", 6400, ["--num-cpus=0"])
-    assert command[1:3] == ["start", "--head"]
-    assert {"--node-ip-address=10.0.0.10", "--port=6400", "--dashboard-host=127.0.0.1", "--num-cpus=0"} <= set(command)
+def test_a_node_takes_a_token_and_no_other_clusters_address(home, monkeypatch):
+    for name in access.ADDRESSES:
+        monkeypatch.setenv(name, "10.0.0.1:6379")
+    command, environment = access.start_command(["--head", "--num-cpus=0"])
+    assert command[1] == "start"
+    assert {"--head", "--num-cpus=0"} <= set(command)
     assert environment[access.MODE] == "token"
+    assert not environment.keys() & set(access.ADDRESSES)
     token = (home / ".ray" / "auth_token").read_text()
     assert not [text for text in (*command, *environment.values()) if token in text]  # neither `ps` nor /proc shows it
 
@@ -315,7 +344,7 @@ def test_the_command_refuses_with_one_line_and_exit_code_2(home, monkeypatch):
 def test_help_is_one_screen(capsys):
     from flowray.cli.cluster import main
 
-    for argv in (["--help"], ["check", "--help"], ["head", "--help"]):
+    for argv in (["--help"], *([verb, "--help"] for verb in ("check", "head", "join", "stop"))):
         with pytest.raises(SystemExit) as ended:
             main(argv)
         assert ended.value.code == 0

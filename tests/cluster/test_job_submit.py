@@ -42,9 +42,9 @@ def tiny(head) -> Path:
 def test_a_head_tells_how_to_use_it_and_not_its_token(head):
     told = (head.folder / "head.log").read_text()
     for words in (
-        "ray start --address=",
+        f"flowray.cluster join {head.host}:{head.port}",
         f"ray job submit --address http://127.0.0.1:{head.dashboard}",
-        "ray stop",
+        f"flowray.cluster stop {head.host}:{head.port}",
         "flowray.cluster check",
     ):
         assert words in told
