@@ -75,24 +75,23 @@ def main() -> int:
     pinned = re.search(r"^torch==(\S+)$", CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE)
     if pinned is None:
         raise SystemExit(f"error: {CONSTRAINTS} pins no torch==VERSION")
-    version, linux, there = pinned[1], sys.platform == "linux", installed()
-    gpu = has_gpu()
+    version, linux, there, gpu = pinned[1], sys.platform == "linux", installed(), has_gpu()
     build = args.build if args.build != "auto" else "cuda" if gpu else "cpu"
     if args.build == "auto" and there.partition("+")[0] == version:
         return 0  # the build that somebody chose before stays
     other = "cpu" if build == "cuda" else "cuda"
     why = "asked for" if args.build != "auto" else "an NVIDIA GPU is here" if gpu else "no NVIDIA GPU is here"
     if linux:
-        print(f"torch {version}: the {build.upper()} build ({why}); `make setup TORCH={other}` takes the other")
+        print(f"torch {version}: the {build.upper()} build ({why}); `make setup TORCH={other}` takes the other", flush=True)
+    if not tries(build, version, there, linux=linux, cpu_index=False):
+        return 0
     cpu_index = linux and build == "cpu" and answers(CPU_INDEX)
     if linux and build == "cpu" and not cpu_index:
-        print(f"{CPU_INDEX} does not answer: taking what pip finds by itself")
+        print(f"{CPU_INDEX} does not answer: taking what pip finds by itself", flush=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     commands = [[*pip, *arguments] for arguments in tries(build, version, there, linux=linux, cpu_index=cpu_index)]
     if args.plan:
         print("\n".join(map(shlex.join, commands)))
-        return 0
-    if not commands:
         return 0
     for command in commands:
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
