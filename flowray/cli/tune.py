@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flowray.cli.common import FINDINGS, GOOD, STOPPED
 from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
-from flowray.cli.tune_plan import plan, print_plan, refuse_missing_files
+from flowray.cli.tune_plan import plan, print_plan, problems
 from flowray.config.errors import InputError
 from flowray.config.sources import packaged_sweeps
 from flowray.config.sweepfile import base_recipe, check_trials, load_sweep
@@ -59,18 +58,14 @@ def main(argv: list[str]) -> int:
         with progress.task("planning"):  # torch takes seconds to import
             facts = plan(sweep, base, resume=args.resume)
         print(json.dumps(facts)) if args.json else print_plan(facts)
-        return FINDINGS if facts["storage"]["problem"] else GOOD
+        return FINDINGS if facts["problems"] else GOOD
     quiet_libraries()
     with progress.task(IMPORTING):
-        from flowray.cli.ready import check_device, check_shards
         from flowray.rayrun.search import no_room
         from flowray.rayrun.tuner import run_sweep
 
-    refuse_missing_files(sweep, base)
-    if sweep.task == "train":
-        check_shards(base)
-        if "RAY_ADDRESS" not in os.environ:
-            check_device(base)
+    for problem in problems(sweep, base):
+        raise InputError(problem)
     finish, stream = args.finish or (), sys.stderr if args.json else sys.stdout
     try:
         with contextlib.redirect_stdout(stream):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,28 +42,43 @@ def plan(sweep: Sweep, base: Recipe, *, resume: bool = False) -> dict[str, Any]:
     model = planned_model(base.model, base.loss)
     trained = sum(part_sizes(model).values()) - sum(part_sizes(model, trainable=False).values())
     facts = make_plan(sweep, base, cluster, checkpoint_bytes=4 * FP32 * trained, recorded=_recorded(base))
-    return {**facts, "weights": needed_weights(sweep, base)}
+    stopping = [*filter(None, [facts["storage"]["problem"]]), *problems(sweep, base)]
+    return {**facts, "weights": needed_weights(sweep, base), "problems": stopping}
 
 
 def needed_weights(sweep: Sweep, base: Recipe) -> list[dict[str, Any]]:
-    """Every set of weights that a trial may read, and whether it is on this machine."""
+    """Every set of weights that a trial may read, and whether it is on this machine; `stops`: nor can
+    it be downloaded, and this machine is to train.
+    """
     from flowray.cli.plan import weights
 
     alone = {key: parameter for key, parameter in sweep.parameters.items() if not parameter.when}
     recipes = [base, *(override_recipe(base, {key: value}) for key, parameter in alone.items() for value in ends(parameter))]
     needed = {(each["key"], each["path"]): each for recipe in recipes for each in weights(recipe)}
-    return list(needed.values())
+    here = "RAY_ADDRESS" not in os.environ and sweep.task == "train"
+    # a hub's name has no suffix
+    return [{**each, "stops": here and not each["present"] and bool(Path(each["path"]).suffix)} for each in needed.values()]
 
 
-def refuse_missing_files(sweep: Sweep, base: Recipe) -> None:
-    """InputError where this machine is to train and lacks a file of weights. Names of a hub may be downloaded; nodes have their own."""
-    if "RAY_ADDRESS" in os.environ or sweep.task == "sample":
+def problems(sweep: Sweep, base: Recipe) -> Iterator[str]:
+    """A line for whatever of the files and devices here would stop the sweep; nodes of a cluster have
+    weights and GPUs of their own.
+    """
+    from flowray.cli.ready import check_device, check_shards
+
+    if sweep.task == "sample":
         return
+    here = "RAY_ADDRESS" not in os.environ
+    for check in (check_shards, check_device) if here else (check_shards,):
+        try:
+            check(base)
+        except InputError as error:
+            yield f"sweep {sweep.name}: {error}"
     for each in needed_weights(sweep, base):
-        if not each["present"] and Path(each["path"]).suffix:
-            raise InputError(
-                f"sweep {sweep.name}: {each['key']}: {each['path']} is not here, and some trials need it; type set.{each['key']}=FILE, "
-                "or leave out the values that need it"
+        if each["stops"]:
+            yield (
+                f"sweep {sweep.name}: {each['key']}: {each['path']} is not here, and some trials need it; "
+                f"type set.{each['key']}=FILE, or leave out the values that need it"
             )
 
 
@@ -125,8 +141,9 @@ def print_plan(facts: dict[str, Any]) -> None:
         end = f"; the sweep ends with them, before run_cap {facts['run_cap']}" if beyond else ""
         lines.append(f"the space has {facts['settings']:,} settings, none drawn twice{end}")
     lines += [_resources(facts), _hours(facts), _storage(facts)]
-    missing = [each for each in facts["weights"] if not each["present"]]
-    lines += [f"{each['key']}: {each['path']} is not here; trials that need it fail; type set.{each['key']}=FILE" for each in missing]
+    missing = [each for each in facts["weights"] if not each["present"] and not each["stops"]]
+    lines += [f"{each['key']}: {each['path']} is not here" for each in missing]
+    lines += [f"problem: {problem}" for problem in facts["problems"]]
     for line in lines:
         console.print(line, markup=False)
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from flowray.config.errors import InputError, did_you_mean
 from flowray.config.keys import KEYS, alternatives, describe
-from flowray.config.load import load_recipe, override_recipe
+from flowray.config.load import load_recipe, override_recipe, recipe_names
 from flowray.config.parameters import FIELDS, checked, ends, flat, flat_parameters, read_parameters, wanted
 from flowray.config.paths import (
     STORAGE,
@@ -163,8 +163,13 @@ def base_recipe(sweep: Sweep) -> Recipe:
         return override_recipe(load_recipe(sweep.base).recipe, sweep.set)
     config = Path(sweep.base) / "config.yaml"
     if not config.is_file():
-        what = f"{no_such(sweep.base)}" if not config.parent.exists() else "no trained run"
-        raise InputError(f"sweep {sweep.name}: base {sweep.base}: {what}; type base=runs/NAME (flowray.train makes one)")
+        run = Path(sweep.base)
+        what = f"{no_such(sweep.base)}" if not run.exists() else "no trained run"
+        recipe = run.name if run.name in recipe_names() else "RECIPE"
+        raise InputError(
+            f"sweep {sweep.name}: it scores the pictures of a trained run, and base {sweep.base}: {what}; "
+            f"type python -m flowray.train {recipe} first, or base=runs/NAME of another run"
+        )
     return override_recipe(load_recipe(str(config)).recipe, sweep.set)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flowray.config.errors import InputError
@@ -12,6 +13,7 @@ from flowray.config.recipe import Recipe
 from flowray.config.sweep import Sweep
 from flowray.config.sweepfile import check_trials
 from flowray.config.train import ResourceConfig
+from flowray.sample.restore import find_checkpoint
 from flowray.tune.plan import Cluster, batch_that_does_not_split, share_cluster, split_values
 
 GIB = 2**30
@@ -41,9 +43,11 @@ def this_machine() -> Cluster:
 
 
 def place(sweep: Sweep, base: Recipe, cluster: Cluster) -> Placed:
-    """The sweep on this cluster. InputError where its trials cannot be placed or its workers do not
-    split a batch.
+    """The sweep on this cluster. InputError where its trials cannot be placed, its workers do not split
+    a batch, or the run whose pictures it scores has no checkpoint.
     """
+    if sweep.task == "sample":
+        find_checkpoint(Path(sweep.base), [])
     takes, concurrent = share_cluster(sweep, base, cluster)
     workers = takes["resources.num_workers"]
     _refuse_shared_or_idle_gpus(workers, takes["resources.gpus_per_worker"])

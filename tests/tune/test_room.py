@@ -27,6 +27,9 @@ def trained(tmp_path) -> Path:
     run = tmp_path / "runs" / "quickstart"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text(dump_recipe(load_recipe("quickstart").recipe))
+    checkpoint = run / "checkpoints" / "step_00000010"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "state.json").write_text('{"step": 10, "files": {}}')
     return run
 
 
@@ -146,3 +149,17 @@ def test_this_machine_counts_its_memory():
     here = this_machine()
     assert here.cpus == os.cpu_count()
     assert here.workers(1, 0) == here.drivers
+
+
+def test_pictures_of_a_run_that_is_not_there_or_has_no_checkpoint(trained, tmp_path, monkeypatch):
+    """Planned and run alike, with what makes it."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["cfg", "--plan", "--json"]) == 0
+    (trained / "checkpoints" / "step_00000010" / "state.json").unlink()
+    for words in (["cfg", "--plan"], ["cfg"]):
+        with pytest.raises(InputError, match="no valid checkpoint"):
+            main(words)
+    (trained / "config.yaml").unlink()
+    for words in (["cfg", "--plan"], ["cfg"]):
+        with pytest.raises(InputError, match=r"type python -m flowray\.train quickstart first"):
+            main(words)
