@@ -4,14 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH ?= auto
+comma := ,
 
 ifneq ($(filter-out auto cpu cuda,$(TORCH)),)
 $(error TORCH=$(TORCH): want cpu or cuda)
 endif
 
-.PHONY: FORCE help setup sweep test lint types tests test-slow test-faults test-doctor test-cluster test-gpu doctor-matrix clean
+.PHONY: FORCE help setup sweep test lint types tests test-slow test-faults test-doctor test-cluster test-gpu test-kernels \
+	doctor-matrix clean
 help:
-	@echo "make sweep | test | test-slow | test-faults | test-doctor | test-cluster | test-gpu | doctor-matrix | clean"
+	@echo "make sweep | test | test-slow | test-faults | test-doctor | test-cluster | test-gpu | test-kernels | \
+	doctor-matrix | clean"
 
 setup: $(READY)
 
@@ -44,12 +47,23 @@ types: setup
 	$(BIN)/mypy
 
 # Threads are pinned: two test workers with a pool of threads each would fight over two cores.
+QUICK := $(BIN)/python -m pytest -n 2 --dist loadfile \
+	-m "not slow and not gpu and not faults and not doctor and not cluster"
 tests: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
-		-m "not slow and not gpu and not faults and not doctor and not cluster" $(ARGS)
+	OMP_NUM_THREADS=1 $(QUICK) $(ARGS)
 
 test-slow test-faults test-doctor test-cluster test-gpu: test-%: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $* --timeout 1800 $(ARGS)
+
+# Other processors add the same numbers in other orders. Here the tests of whatever computes run with
+# other kernels of MKL, of torch, and of oneDNN and OpenBLAS (numpy's): no outcome may hang on them.
+NUMERIC := $(addprefix tests/,config data doctor findings flow losses model probes sample store train) \
+	tests/tune/test_rounding.py
+KERNELS := MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
+	ONEDNN_MAX_CPU_ISA=SSE41,OPENBLAS_CORETYPE=Prescott
+test-kernels: $(addprefix kernels-,$(KERNELS))
+kernels-%: setup
+	env $(subst $(comma), ,$*) OMP_NUM_THREADS=1 $(QUICK) $(NUMERIC) $(ARGS)
 
 # docs/benchmarks/doctor.md: what the doctor makes of every planted fault; about a minute a fault.
 doctor-matrix: setup

@@ -116,7 +116,7 @@ def test_which_autoscalers_state_no_size(config, grows):
     assert of_unknown_size(config) == grows
 
 
-@pytest.mark.parametrize("resource", ["gpus_per_worker=4", f"cpus_per_worker={(os.cpu_count() or 1) + 1}", "num_workers=5"])
+@pytest.mark.parametrize("resource", ["gpus_per_worker=64", f"cpus_per_worker={(os.cpu_count() or 1) + 1}", "num_workers=5"])
 def test_plan_and_run_refuse_the_same_before_anything_is_written(resource, tmp_path):
     """And a run of flowray.train does, for what is no matter of a batch."""
     words = ["head", f"resources.{resource}", f"storage_path={tmp_path / 'out'}"]
