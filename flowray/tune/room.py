@@ -85,12 +85,14 @@ def refuse_without_room(asked: ResourceConfig, cluster: Cluster) -> None:
     where = "this machine" if cluster.here else "the cluster"
     cpus, gpus, workers = asked.cpus_per_worker, asked.gpus_per_worker, asked.num_workers
     largest = max((have for have, _ in cluster.nodes), default=0)
+    if not largest:
+        raise InputError(f"resources: {where} has no CPUs yet, and no autoscaler of Ray's: add its nodes first")
     if gpus and not cluster.places(gpus):
         raise InputError(f"resources.gpus_per_worker: got {gpus:g}, but {where} has no GPU; type resources.gpus_per_worker=0")
     if cpus > largest:
         node = "" if cluster.here else " on one node"
         raise InputError(
-            f"resources.cpus_per_worker: got {cpus}, but {where} has {largest} CPUs{node}; type resources.cpus_per_worker={max(1, largest)}"
+            f"resources.cpus_per_worker: got {cpus}, but {where} has {largest} CPUs{node}; type resources.cpus_per_worker={largest}"
         )
     hold = cluster.workers(cpus, gpus)
     if workers > hold:

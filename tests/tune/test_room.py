@@ -93,6 +93,11 @@ def test_what_can_never_be_placed_is_refused(cluster, overrides, key, tmp_path):
     assert "\n" not in str(told.value)
 
 
+def test_a_head_alone_is_asked_for_its_nodes():
+    with pytest.raises(InputError, match="add its nodes first"):
+        placed("head", Cluster(((0, 0),)))
+
+
 def test_a_cluster_that_may_grow_beyond_what_is_known_is_waited_for():
     hosts = Cluster(((8, 0),), grows=True)
     asked = {"resources.num_workers": 4, "resources.gpus_per_worker": 1}
