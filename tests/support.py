@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,12 @@ def answering_model(recipe: Recipe) -> FlowModel:
     return model
 
 
-def word_tokenizer() -> Any:
-    """A word-level tokenizer that knows the words of `captions` and ends every text with <eos>."""
+def word_tokenizer(words: Sequence[str] = ()) -> Any:
+    """A word-level tokenizer that knows `words`, or those of `captions`, and ends every text with <eos>."""
     from transformers import PreTrainedTokenizerFast
 
-    words = sorted({word.strip(",") for text in captions(len(single_scenes("train"))) for word in text.split()})
+    texts = captions(len(single_scenes("train")))
+    words = words or sorted({word.strip(",") for text in texts for word in text.split()})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", ",", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
