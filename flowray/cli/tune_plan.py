@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -15,6 +14,7 @@ from rich.table import Table
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
 from flowray.config.parameters import ends
+from flowray.config.paths import is_hub_name
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
 from flowray.config.sweep import Sweep
@@ -51,13 +51,13 @@ def needed_weights(sweep: Sweep, base: Recipe) -> list[dict[str, Any]]:
     it be downloaded, and this machine is to train.
     """
     from flowray.cli.plan import weights
+    from flowray.model.local import may_download
 
     alone = {key: parameter for key, parameter in sweep.parameters.items() if not parameter.when}
     recipes = [base, *(override_recipe(base, {key: value}) for key, parameter in alone.items() for value in ends(parameter))]
     needed = {(each["key"], each["path"]): each for recipe in recipes for each in weights(recipe)}
     here = "RAY_ADDRESS" not in os.environ and sweep.task == "train"
-    # a hub's name has no suffix
-    return [{**each, "stops": here and not each["present"] and bool(Path(each["path"]).suffix)} for each in needed.values()]
+    return [{**each, "stops": here and not each["present"] and not may_download(each["path"])} for each in needed.values()]
 
 
 def problems(sweep: Sweep, base: Recipe) -> Iterator[str]:
@@ -76,9 +76,10 @@ def problems(sweep: Sweep, base: Recipe) -> Iterator[str]:
             yield f"sweep {sweep.name}: {error}"
     for each in needed_weights(sweep, base):
         if each["stops"]:
+            get = f"`hf download {each['path']}` or " if is_hub_name(each["path"]) else ""
             yield (
                 f"sweep {sweep.name}: {each['key']}: {each['path']} is not here, and some trials need it; "
-                f"type set.{each['key']}=FILE, or leave out the values that need it"
+                f"type {get}set.{each['key']}=PATH, or leave out the values that need it"
             )
 
 

@@ -25,15 +25,20 @@ def find_place(path: str, where: str, embedded: str = "text") -> Path:
     """
     if place := local_place(path, embedded):
         return place
+    if may_download(path):
+        return _download(path, where)
     if not is_hub_name(path):
         raise InputError(f"{where}: {path!r}: {no_such(path)}")
-    if os.environ.get(DOWNLOAD) == "1":
-        return _download(path, where)
     near = did_you_mean(path.partition("/")[0], (folder.name for folder in Path.cwd().iterdir() if folder.is_dir()))
     raise InputError(
         f"{where}: {path!r} is not on this machine{near}; type `hf download {path}`, the path of a folder, "
         f"or {DOWNLOAD}=1 before the command to let flowray download it"
     )
+
+
+def may_download(path: str) -> bool:
+    """Whether `path` is a hub name and the user allows flowray to ask the hub for it."""
+    return is_hub_name(path) and os.environ.get(DOWNLOAD) == "1"
 
 
 def local_place(path: str, embedded: str = "text") -> Path | None:
