@@ -8,6 +8,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED
@@ -19,6 +21,7 @@ from flowray.config.errors import InputError
 from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_diffs, recipe_names
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
+from flowray.config.resume import refuse_changes
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory, RunLock, storage_folder
 
@@ -60,6 +63,9 @@ def main(argv: list[str]) -> int:
         raise InputError(f"{run.path} holds a run already; type --resume to continue it, or name=OTHER for a new one")
     RunLock(run).refuse_if_held()  # before anything in it is touched; the worker that trains takes the lock
     start = load_state(checkpoint)["step"] if checkpoint else 0
+    if start and run.config.is_file():
+        before = load_recipe(str(run.config)).recipe
+        refuse_changes(before, loaded.recipe, start, str(run.path))
     return _train(loaded, run, start, progress, as_json=args.json)
 
 
@@ -73,23 +79,56 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
         return GOOD
     with progress.task(IMPORTING):
         from flowray.rayrun.capacity import machines
-        from flowray.rayrun.session import connected, started
+        from flowray.rayrun.session import connected
         from flowray.rayrun.storage import refuse_unshared
-        from flowray.rayrun.trainer import RunFailed, fit
         from flowray.store.latents import ensure_latents
-        from flowray.train.loop import is_finished
         from flowray.tune.room import refuse_without_room
 
     refuse_unready(recipe)
     with connected(progress):
         refuse_unshared(run.path.parent, recipe.data, progress)
         refuse_without_room(recipe.resources, machines())
-    run.create()
-    ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, progress, recipe.model.text)
-    if start:
-        _say_changes(recipe, run, start, progress)
-    _write_config(loaded, run)
-    _write_card(loaded, run)
+    with _taking_over(run):
+        run.create()
+        made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
+        ensure_latents(*made_of, progress, recipe.model.text)
+        if start:
+            _say_changes(recipe, run, start, progress)
+        _write_config(loaded, run)
+        if not run.card.exists():
+            _write_card(loaded, run)
+        code, seconds = _run(loaded, run, start, progress)
+    if code in (GOOD, STOPPED):
+        _finish(loaded, run, seconds, progress, as_json=as_json, stopped=code == STOPPED)
+    return code
+
+
+@contextmanager
+def _taking_over(run: RunDirectory) -> Iterator[None]:
+    """A start that is refused leaves a run as it was, and no folder where there was none."""
+    new = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    try:
+        yield
+    except InputError:
+        if new and not run.config.exists():  # no worker has begun
+            shutil.rmtree(run.path, ignore_errors=True)
+            with suppress(OSError):  # one of them has something else in it
+                for folder in new[1:]:
+                    folder.rmdir()
+        raise
+    finally:
+        with suppress(OSError):
+            run.next_config.unlink()
+
+
+def _run(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgress) -> tuple[int, float]:
+    """(exit code, seconds) of the workers; InputError for what only they can see."""
+    with progress.task(IMPORTING):
+        from flowray.rayrun.session import started
+        from flowray.rayrun.trainer import RunFailed, fit
+        from flowray.train.loop import is_finished
+
+    recipe, steps = loaded.recipe, loaded.recipe.train.steps
     run.stop_request.unlink(missing_ok=True)
     failure: list[Exception] = []
 
@@ -116,11 +155,9 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
     if failure:
         if isinstance(failure[0], RunFailed):
             print(f"error: {failure[0]}", file=sys.stderr)
-            return FINDINGS
+            return FINDINGS, time.monotonic() - began
         raise failure[0]
-    seconds = time.monotonic() - began
-    _finish(loaded, run, seconds, progress, as_json=as_json, stopped=stopped)
-    return STOPPED if stopped else GOOD
+    return STOPPED if stopped else GOOD, time.monotonic() - began
 
 
 class _StopSignals:
@@ -181,10 +218,9 @@ def _write_card(loaded: Loaded, run: RunDirectory) -> None:
 
 
 def _write_config(loaded: Loaded, run: RunDirectory) -> None:
+    """The recipe, for the worker that restores the state to put in its place."""
     head = header(loaded.recipe, loaded.diffs, **_facts(loaded.recipe))
-    partial = run.config.with_suffix(".partial")
-    partial.write_text(head + dump_recipe(loaded.recipe), encoding="utf-8")
-    partial.replace(run.config)
+    run.next_config.write_text(head + dump_recipe(loaded.recipe), encoding="utf-8")
 
 
 def _hardware(recipe: Recipe) -> str:

@@ -41,6 +41,11 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def next_config(self) -> Path:
+        """The recipe of a start that has yet to take over the run's state; it then becomes `config`."""
+        return self.path / ".config.next"
+
+    @property
     def card(self) -> Path:
         return self.path / "card.md"
 

@@ -132,7 +132,9 @@ class Sinks:
         self._board = SummaryWriter(**place, purge_step=state.step + 1, flush_secs=10)
         self._autoencoder: Autoencoder | None = None
         (run.samples / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
-        if not run.config.exists():
+        if run.next_config.exists():  # the state has been restored: what was there before may go
+            run.next_config.replace(run.config)
+        elif not run.config.exists():
             run.config.write_text(dump_recipe(recipe), encoding="utf-8")
 
     @property

@@ -1,0 +1,71 @@
+"""What of a recipe may differ when a run goes on from its checkpoint: the schedule and what shows may, what was learnt may not."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shlex
+from typing import Any
+
+from flowray.config.errors import InputError
+from flowray.config.load import recipe_diffs
+from flowray.config.recipe import Recipe
+from flowray.config.schema import key_paths, show
+
+# The data cursor and every draw follow from the seed, the step and the data set; the weights fit one model.
+_KEPT = ("seed", "data", "model")
+_FREE = (
+    "data.cache",
+    "model.autoencoder.parameters",
+    "model.text.dtype",
+    "model.text.parameters",
+    "model.text.width",
+    "model.velocity.gradient_checkpointing",
+)
+_LEARNS = ("clip", "dino", "repa")  # losses with weights of their own
+_SHAPES = tuple(f"loss.{part}" for part in ("dino.prototypes", "dino.hidden", "dino.bottleneck", "dino.teacher", "repa"))
+_OF_NO_SHAPE = tuple(f"loss.repa.{part}" for part in ("weight", "schedule"))
+
+
+def refuse_changes(before: Recipe, after: Recipe, step: int, where: str) -> None:
+    """InputError, one line, where a run that has done `step` steps as `before` cannot go on as `after`. where: the run."""
+    for key, (old, new) in recipe_diffs(before, after).items():
+        if _is_kept(key, before, after) and not _has_moved(key, old):
+            raise InputError(
+                f"{key}: got {show(new)}, but {where} has trained {step} steps with {show(old)}; a resume keeps it: "
+                f"type {shlex.quote(f'{key}={_typed(old)}')}, or name=OTHER for a new run"
+            )
+    if after.train.steps < step:
+        raise InputError(
+            f"train.steps: got {after.train.steps}, but {where} has trained {step} steps already (of {before.train.steps}); "
+            "type train.steps=N for more, or name=OTHER for a new run"
+        )
+
+
+def _is_kept(key: str, before: Recipe, after: Recipe) -> bool:
+    if _under(key, _FREE):
+        return False
+    if _under(key, _KEPT):
+        return True
+    section, _, rest = key.partition(".")
+    term = rest.partition(".")[0]
+    if section != "loss" or term not in _LEARNS:
+        return False
+    was, comes = (getattr(recipe.loss, term).weight > 0 for recipe in (before, after))
+    if was != comes:
+        return rest == f"{term}.weight"
+    return was and _under(key, _SHAPES) and not _under(key, _OF_NO_SHAPE)
+
+
+def _under(key: str, sections: tuple[str, ...]) -> bool:
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
+
+
+def _has_moved(key: str, old: Any) -> bool:
+    """Whether a place that the run knew is gone, so that another one is the same under its new name."""
+    is_place = isinstance(old, str) and key_paths(key) is not None and os.path.isabs(old)
+    return is_place and not (os.path.exists(old) or glob.glob(old))
+
+
+def _typed(value: Any) -> str:
+    return str(value) if isinstance(value, str) else show(value)
