@@ -83,7 +83,12 @@ class Space:
 
     def nearest(self, point: Params, entries: Iterable[Entry]) -> Entry:
         """The entry nearest to the point; of equals the lowest number."""
-        return min(entries, key=lambda entry: (self._distance(point, entry.params), entry.number))
+
+        def place(entry: Entry) -> tuple[float, int]:
+            # 1e-3 is as far from 1e-2 as from 1e-4, but for the rounding of logarithms
+            return round(self._distance(point, entry.params), 12), entry.number
+
+        return min(entries, key=place)
 
     def _distance(self, a: Params, b: Params) -> float:
         return math.sqrt(sum(self._apart(parameter, a.get(key), b.get(key)) ** 2 for key, parameter in self._parameters.items()))

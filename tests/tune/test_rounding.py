@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowray.config.parameters import Uniform
+from flowray.bench.pool import Entry, Space
+from flowray.config.parameters import LogUniform, Uniform
 from flowray.config.rounding import rounded
 from flowray.config.sweep import Asha, Hyperband, Median, StopRule, Sweep
 from flowray.findings.checks import above, below, near
@@ -151,6 +152,14 @@ def test_a_finding_does_not_hang_on_a_number_that_is_1_by_its_formula(noise: flo
     assert above("flow/nmse", 1.0)(reading) is None
     assert below("flow/nmse", 1.0)(reading) is None
     assert near("flow/nmse", 0.9, 0.1)(reading) is not None
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_equally_near_entries_of_a_pool_the_first_is_the_nearest(order: int) -> None:
+    space = Space({"optim.lr": LogUniform(min=1e-4, max=1e-2)})
+    ends = (1e-2, 1e-4)[::order]
+    entries = [Entry(number, {"optim.lr": lr}, (), {}, None) for number, lr in enumerate(ends)]
+    assert space.nearest({"optim.lr": 1e-3}, entries).number == 0
 
 
 def test_six_digits_and_what_is_no_number() -> None:
