@@ -17,8 +17,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
+from flowray.cli.estimate import show_wall_time, wall_time
+from flowray.cli.ready import problems
 from flowray.config.losses import EmaTeacher
 from flowray.config.model import CausalText, ImageTower, ModelConfig
+from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.losses.total import active_terms
 from flowray.model.assemble import FlowModel, part_sizes, planned_model
@@ -180,9 +183,14 @@ def weights(recipe: Recipe) -> list[dict[str, Any]]:
     return [{"key": key, "path": path, "present": local_weights(path) is not None} for key, path in named.items() if path]
 
 
-def show_plan(recipe: Recipe, *, as_json: bool) -> None:
-    """Print the plan, as one JSON object or as tables."""
-    plan = make_plan(recipe)
+def show_plan(recipe: Recipe, progress: Progress, *, as_json: bool, imports_s: float = 0.0) -> None:
+    """Print the plan, as one JSON object or as tables. imports_s: as for `wall_time`."""
+    with progress.task("planning"):
+        plan = make_plan(recipe)
+        plan["problems"] = list(problems(recipe))
+    with progress.task("timing a few steps"):
+        memory = sum(plan["memory_per_gpu"].values())
+        plan["wall_time"] = wall_time(recipe, memory, plan["weights"], imports_s=imports_s)
     if as_json:
         print(json.dumps(plan))
         return
@@ -199,6 +207,9 @@ def show_plan(recipe: Recipe, *, as_json: bool) -> None:
         f"{plan['steps']} steps of {recipe.train.batch_size} = {plan['images']:,} images on {plan['workers']} worker(s), "
         f"{plan['batch_per_gpu']} at a time on each"
     )
+    console.print(show_wall_time(plan["wall_time"]), soft_wrap=True)
+    for problem in plan["problems"]:
+        console.print(f"problem: {problem}", markup=False, soft_wrap=True)
     console.print(f"a checkpoint is {_size(plan['checkpoint_bytes'])}, {plan['checkpoints_kept']} are kept")
 
 

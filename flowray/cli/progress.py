@@ -21,9 +21,10 @@ from flowray.store.doing import doing
 from flowray.store.run import RunDirectory
 
 FIRST_S = 0.5  # a task that is over sooner says nothing
-BEAT_S, QUIET_S = 5.0, 60.0  # says where it is after BEAT_S, then after twice as long, at last every QUIET_S
+BEAT_S, QUIET_S = 2.5, 60.0  # the shortest and longest pause between the lines of a task
 LOOK_S = 0.5  # how often a run's files are looked at
 SILENT_S = 60.0  # after that long without a row a line says so, and again after twice, four times as long
+START_S = 15.0  # imports, Ray, loading the models, the report: measured on two cores
 IMPORTING = "importing the libraries"
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 
@@ -84,12 +85,12 @@ class ConsoleProgress:
         over = threading.Event()
 
         def beat() -> None:
-            pause, told = FIRST_S, False
+            pause, began, told = FIRST_S, time.monotonic(), False
             while not over.wait(pause):
                 if self._open and self._open[-1] is task:
                     self.say(_state(task) if told else _count(task))
-                    pause = min(2 * pause, QUIET_S) if told else BEAT_S
                     told = True
+                pause = min(max(BEAT_S, (time.monotonic() - began) / 5), QUIET_S)
 
         thread = threading.Thread(target=beat, name="progress", daemon=True)
         thread.start()

@@ -49,10 +49,12 @@ def main(argv: list[str]) -> int:
     loaded = load_recipe(args.recipe, args.overrides)
     progress = ConsoleProgress()
     if args.plan:
+        began = time.monotonic()
         with progress.task(IMPORTING):
             from flowray.cli.plan import show_plan
 
-        show_plan(loaded.recipe, as_json=args.json)
+        imports_s = time.monotonic() - began
+        show_plan(loaded.recipe, progress, as_json=args.json, imports_s=imports_s)
         return GOOD
     run = RunDirectory(storage_folder(loaded.recipe.storage_path) / loaded.recipe.name)
     with progress.task(IMPORTING):

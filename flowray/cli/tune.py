@@ -53,13 +53,13 @@ def main(argv: list[str]) -> int:
     base = base_recipe(sweep)
     check_trials(sweep, base)
     check_findings(sweep.stop, [rule.id for rule in RULES])
+    quiet_libraries()
     progress = ConsoleProgress()
     if args.plan:
         with progress.task("planning"):  # torch takes seconds to import
             facts = plan(sweep, base, resume=args.resume)
         print(json.dumps(facts)) if args.json else print_plan(facts)
         return FINDINGS if facts["problems"] else GOOD
-    quiet_libraries()
     with progress.task(IMPORTING):
         from flowray.rayrun.search import no_room
         from flowray.rayrun.tuner import run_sweep

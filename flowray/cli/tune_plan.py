@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flowray.cli.progress import START_S, clock
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
 from flowray.config.parameters import ends
@@ -41,9 +42,14 @@ def plan(sweep: Sweep, base: Recipe, *, resume: bool = False) -> dict[str, Any]:
     place(sweep, base, cluster)
     model = planned_model(base.model, base.loss)
     trained = sum(part_sizes(model).values()) - sum(part_sizes(model, trainable=False).values())
-    facts = make_plan(sweep, base, cluster, checkpoint_bytes=4 * FP32 * trained, recorded=_recorded(base))
+    kept = 4 * FP32 * trained
+    facts = make_plan(sweep, base, cluster, checkpoint_bytes=kept, recorded=_recorded(base))
+    if facts["hours_at_most"]["cpu"] is None and sweep.task == "train":
+        timed = _timed(override_recipe(base, facts["takes"]))
+        facts = make_plan(sweep, base, cluster, checkpoint_bytes=kept, recorded=timed)
     stopping = [*filter(None, [facts["storage"]["problem"]]), *problems(sweep, base)]
-    return {**facts, "weights": needed_weights(sweep, base), "problems": stopping}
+    more = {"wall_time": _wall_time(facts), "weights": needed_weights(sweep, base)}
+    return {**facts, **more, "problems": stopping}
 
 
 def needed_weights(sweep: Sweep, base: Recipe) -> list[dict[str, Any]]:
@@ -101,6 +107,33 @@ def _recorded(base: Recipe) -> Pace | None:
     return Pace(step_s, words, rough=True)
 
 
+def _timed(trial: Recipe) -> Pace | None:
+    """The pace of a trial's recipe as it is timed on this machine now; None where it cannot be."""
+    from flowray.cli.estimate import JUST_NOW, time_steps, why_not
+    from flowray.cli.plan import make_plan
+    from flowray.tune.pace import Pace
+
+    facts = make_plan(trial)
+    if why_not(trial, sum(facts["memory_per_gpu"].values()), facts["weights"]):
+        return None
+    step_s = time_steps(trial).step_s
+    words = f"{step_s:.3g} s a step, {JUST_NOW}, start-up and probes apart"
+    return Pace(step_s, words, rough=True, on_gpu=trial.resources.gpus_per_worker > 0)
+
+
+def _wall_time(facts: dict[str, Any]) -> dict[str, Any]:
+    """{"seconds", "basis"} of the whole sweep, halving counted on; None where nothing tells."""
+    bound, takes = facts["hours_at_most"], facts["takes"]
+    if bound["cpu"] is None:
+        return {"seconds": None, "basis": bound["from"]}
+    cpus = takes["resources.num_workers"] * takes["resources.cpus_per_worker"]
+    seconds = bound["cpu"] * 3600 / cpus / facts["concurrent"]
+    seconds = START_S + seconds * facts["steps_expected"] / facts["steps_at_most"]
+    if facts["time_budget_s"] is not None:
+        seconds = min(seconds, facts["time_budget_s"])
+    return {"seconds": seconds, "basis": bound["from"]}
+
+
 def _cluster() -> Cluster:
     if "RAY_ADDRESS" not in os.environ:
         from flowray.tune.room import this_machine
@@ -141,7 +174,10 @@ def print_plan(facts: dict[str, Any]) -> None:
         beyond = (facts["run_cap"] or 0) > facts["settings"]
         end = f"; the sweep ends with them, before run_cap {facts['run_cap']}" if beyond else ""
         lines.append(f"the space has {facts['settings']:,} settings, none drawn twice{end}")
-    lines += [_resources(facts), _hours(facts), _storage(facts)]
+    lines += [_resources(facts), _hours(facts)]
+    if (seconds := facts["wall_time"]["seconds"]) is not None:
+        lines.append(f"wall time: about {clock(seconds)}" + ", with halving" * bool(facts["rungs"]))
+    lines.append(_storage(facts))
     missing = [each for each in facts["weights"] if not each["present"] and not each["stops"]]
     lines += [f"{each['key']}: {each['path']} is not here" for each in missing]
     lines += [f"problem: {problem}" for problem in facts["problems"]]

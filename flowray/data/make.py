@@ -22,6 +22,7 @@ from flowray.data import digits, shapes
 from flowray.data.folders import locked
 from flowray.data.shards import MANIFEST, write_shards
 
+SCANS = 1797  # of digits, both splits
 EmbeddedName = Literal["shapes", "digits"]
 
 
@@ -121,6 +122,14 @@ def ensure_set(what: EmbeddedSet, cache: Path, progress: Progress = SILENT) -> d
 def ensure_embedded(name: EmbeddedName, cache: Path, progress: Progress = SILENT) -> dict[str, Path]:
     """split -> shard folder of an embedded set in its standard size: shapes (train, val, unseen) or digits (train, val)."""
     return ensure_set(_DEFAULTS[name], cache, progress)
+
+
+def unmade_samples(name: str, cache: Path) -> int:
+    """How many samples `ensure_embedded` would make; 0 where the set is there."""
+    what = _DEFAULTS[name]
+    root = cache / f"{what.name}-{fingerprint(what)}"
+    missing = [split for split in what.splits if not (root / split / MANIFEST).is_file()]
+    return sum(what.count(split) or SCANS for split in missing)
 
 
 def cache_dir(configured: str | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ class WrittenProgress:
 
     def say(self, text: str) -> None:
         """To the worker's own log."""
-        print(text)
+        print(text, file=sys.stderr)
 
     @contextmanager
     def task(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:

@@ -27,9 +27,9 @@ from flowray.config.paths import is_hub_name
 from flowray.config.progress import SILENT, Advance, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig
-from flowray.data.make import cache_dir, ensure_embedded
+from flowray.data.make import cache_dir, ensure_embedded, unmade_samples
 from flowray.data.reader import ShardReader
-from flowray.data.shards import MANIFEST, find_shards, sha256, write_shards
+from flowray.data.shards import EMBEDDED, MANIFEST, find_shards, sha256, write_shards
 from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
 from flowray.model.latent import LatentScale, Moments, over_channels
 
@@ -99,7 +99,7 @@ def _decode_batch(reader: ShardReader, indices: range) -> Tensor:
 
 def split_shards(data: DataConfig, progress: Progress = SILENT) -> dict[str, tuple[Path, ...]]:
     """Image shards of `train` and `val` (and `unseen` for shapes); the embedded sets are made on first use."""
-    if data.shards in ("shapes", "digits"):
+    if data.shards in EMBEDDED:
         folders = ensure_embedded(data.shards, cache_dir(data.cache), progress)  # type: ignore[arg-type]
         return {split: find_shards(str(folder)) for split, folder in folders.items()}
     if data.val_shards is None:
@@ -148,7 +148,7 @@ def ensure_latents(
     for split, shards in split_shards(data, progress).items():
         with progress.task(f"looking through the {split} shards"):
             reader = ShardReader(shards)
-        folder = cache_dir(data.cache) / f"latents-{autoencoder_fingerprint(autoencoder)}-{pictures_fingerprint(reader)}" / split
+            folder = _folder(data, autoencoder, reader, split)
         if not (folder / MANIFEST).is_file():
             if text and not folders:
                 _check_captions(text, reader, progress)
@@ -175,6 +175,20 @@ def some_captions(samples: ShardReader | LatentSet) -> list[str]:
     """All captions of at most CAPTIONED samples, spread evenly over the set."""
     chosen = np.linspace(0, len(samples) - 1, min(len(samples), CAPTIONED)).round().astype(int)
     return [caption for index in chosen.tolist() for caption in samples.captions(index)]
+
+
+def unencoded(data: DataConfig, autoencoder: AutoencoderConfig) -> int:
+    """How many pictures `ensure_latents` would have to encode."""
+    if data.shards in EMBEDDED and (unmade := unmade_samples(data.shards, cache_dir(data.cache))):
+        return unmade
+    readers = {split: ShardReader(shards) for split, shards in split_shards(data).items()}
+    folders = {split: _folder(data, autoencoder, reader, split) for split, reader in readers.items()}
+    return sum(len(readers[split]) for split, at in folders.items() if not (at / MANIFEST).is_file())
+
+
+def _folder(data: DataConfig, autoencoder: AutoencoderConfig, reader: ShardReader, split: str) -> Path:
+    made_of = f"{autoencoder_fingerprint(autoencoder)}-{pictures_fingerprint(reader)}"
+    return cache_dir(data.cache) / f"latents-{made_of}" / split
 
 
 def _encoder(config: AutoencoderConfig, latent: LatentSpec) -> Autoencoder:

@@ -42,12 +42,11 @@ def own_pace(sweep: Sweep) -> Pace | None:
     return None if step_s is None else Pace(step_s, f"{step_s:.3g} s a step, as in the trials so far", rough=False)
 
 
-def pace_of_runs(sweep: Sweep, base: Recipe, *, workers: int, on_gpu: bool) -> Pace | None:
-    """From the latest run in the sweep's storage whose model, batch and kind of device are the base recipe's; of trials too.
+def pace_of_runs(folder: Path, base: Recipe, *, workers: int, on_gpu: bool) -> Pace | None:
+    """From the latest run in a storage folder whose model, batch and kind of device are the base recipe's; of trials too.
 
-    Its steps alone count: start-up, probes and pictures come on top. workers: those of a trial, which share a step's work.
+    Its steps alone count: start-up, probes and pictures come on top. workers: those of a run, which share a step's work.
     """
-    folder = storage_folder(sweep.storage_path)
     runs = [path.parent for pattern in ("*/metrics.jsonl", "*/*/metrics.jsonl") for path in folder.glob(pattern)]
     for run in sorted(runs, key=_changed, reverse=True)[:LATEST]:
         try:

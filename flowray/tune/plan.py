@@ -211,7 +211,8 @@ def _hours(sweep: Sweep, base: Recipe, takes: dict[str, Any], concurrent: int, s
     if sweep.time_budget is not None:
         bounds["time_budget x trials at once"] = concurrent * sweep.time_budget / 3600
     if not bounds and sweep.task == "train":
-        pace = pace_of_runs(sweep, base, workers=workers, on_gpu=per_gpu > 0) or recorded
+        runs = storage_folder(sweep.storage_path)
+        pace = pace_of_runs(runs, base, workers=workers, on_gpu=per_gpu > 0) or recorded
         if pace is not None and pace.on_gpu == (per_gpu > 0):
             bounds[pace.words] = steps * pace.seconds / 3600
     if not bounds:

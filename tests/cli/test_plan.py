@@ -19,7 +19,7 @@ from transformers import Qwen2Config, Qwen2Model
 from flowray.cli.plan import kept_behind_queries, kept_per_sample, make_plan, show_plan
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs, recipe_names
-from flowray.config.recipe import Recipe
+from flowray.config.progress import SILENT
 from flowray.model.assemble import FlowModel, build_model, part_sizes, planned_model
 from flowray.model.local import local_weights
 
@@ -216,7 +216,7 @@ def test_an_absent_language_model_keeps_about_what_one_of_its_size_does() -> Non
     assert guess == pytest.approx(kept_behind_queries(planned, 0), rel=0.2)
 
 
-def test_table(capsys: pytest.CaptureFixture[str]) -> None:
-    show_plan(Recipe(), as_json=False)
+def test_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    show_plan(tiny_recipe(tmp_path), SILENT, as_json=False)
     shown = capsys.readouterr().out
     assert all(part in shown for part in ("velocity.blocks", "together, about", "model.text.path", "tokens a sample", "a checkpoint is"))

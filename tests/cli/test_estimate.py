@@ -1,0 +1,100 @@
+"""The wall time that `--plan` gives: near that of a real run, taken from an earlier run where there is one."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+from support import tiny_recipe
+
+from flowray.cli import train, tune
+from flowray.cli.estimate import wall_time
+from flowray.cli.plan import make_plan
+from flowray.cli.progress import START_S
+from flowray.config.load import dump_recipe, override_recipe
+from flowray.config.recipe import Recipe
+from flowray.store.rows import read_rows
+from flowray.store.run import RunDirectory
+from flowray.train import loop
+from flowray.train.group import Group
+
+
+def estimate(recipe: Recipe) -> dict:
+    plan = make_plan(recipe)
+    return wall_time(recipe, sum(plan["memory_per_gpu"].values()), plan["weights"])
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {},
+        {
+            "model.velocity.width": 128,
+            "model.velocity.depth": 3,
+            "model.velocity.heads": 4,
+            "model.head.hidden": 256,
+            "train.batch_size": 16,
+            "train.steps": 12,
+            "train.probe_every": 12,
+            "probes.shoot_steps": 20,
+            "sample.guidance_scale": 2.0,
+        },
+    ],
+    ids=["overhead", "arithmetic"],
+)
+def test_within_a_factor_of_three_of_a_real_run(tmp_path: Path, size: dict) -> None:
+    recipe = tiny_recipe(tmp_path, **{"probes.shoot_steps": 30, **size})
+    guess = estimate(recipe)
+    assert "timed on this machine" in guess["basis"]
+    assert "80 pictures" in guess["basis"]
+    run, began = RunDirectory(tmp_path / "runs" / "tiny"), time.monotonic()
+    loop.train(recipe, run, Group.current("cpu"), lambda row: None)
+    took = time.monotonic() - began
+    step_s = statistics.median(row["perf/step_s"] for row in read_rows(run.metrics))
+    assert step_s / 3 < guess["step_s"] < step_s * 3
+    assert guess["seconds"] - START_S < took * 3  # which loads models, as START_S does
+    assert took < guess["seconds"] * 3
+    run.config.write_text(dump_recipe(recipe))
+    again = estimate(override_recipe(recipe, {"name": "other", "train.steps": 2400}))
+    assert str(run.path) in again["basis"]
+    assert again["step_s"] == pytest.approx(step_s)
+    assert again["seconds"] > 2400 * step_s
+
+
+def test_json_has_seconds_basis_and_what_this_machine_lacks(tmp_path: Path, capsys) -> None:
+    recipe = tiny_recipe(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(dump_recipe(recipe))
+    assert train.main([str(tmp_path / "tiny.yaml"), "--plan", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["wall_time"]["seconds"] > START_S
+    assert plan["problems"] == []
+    shards = f"data.shards={tmp_path / 'none'}"
+    asked = ["resources.gpus_per_worker=1", "resources.num_workers=8", "train.device=cuda", shards]
+    assert train.main([str(tmp_path / "tiny.yaml"), "--plan", "--json", *asked]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    if plan["wall_time"]["seconds"] is None:  # no GPU here
+        gpus, device, shards = plan["problems"]
+        assert gpus.startswith("resources: 8 GPU(s)")
+        assert device.startswith("train.device: got cuda")
+    assert str(tmp_path / "none") in plan["problems"][-1]
+
+
+def test_a_sweep_that_nothing_was_timed_for_is_timed(tmp_path: Path, capsys) -> None:
+    (tmp_path / "tiny.yaml").write_text(dump_recipe(tiny_recipe(tmp_path)))
+    (tmp_path / "sweep.yaml").write_text(
+        f"""
+name: timed
+storage_path: {tmp_path / "runs"}
+base: {tmp_path / "tiny.yaml"}
+method: random
+metric: {{name: ema/shoot/nmse}}
+parameters: {{optim.lr: {{distribution: uniform, min: 1.0e-4, max: 1.0e-3}}}}
+run_cap: 4
+"""
+    )
+    assert tune.main([str(tmp_path / "sweep.yaml"), "--plan", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["hours_at_most"]["cpu"] > 0
+    assert START_S < plan["wall_time"]["seconds"] < START_S + 60
+    assert "timed on this machine" in plan["wall_time"]["basis"]
