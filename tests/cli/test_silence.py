@@ -1,6 +1,6 @@
-"""No command is silent for long: the real ones, from an empty cache, with the times at which their lines come.
+"""No command is silent for long: the real ones, with the times at which their lines come.
 
-docs of the figures: `python tests/silence.py -m flowray.train quickstart` prints them for any command.
+`python tests/silence.py -m flowray.train quickstart` prints those of any command.
 """
 
 import json
@@ -12,16 +12,22 @@ import pytest
 from silence import Talk, listen
 from support import tiny_recipe
 
-from flowray.config.load import dump_recipe
+from flowray.config.load import dump_recipe, load_recipe
+from flowray.store.run import RunDirectory
+from flowray.train.group import Group
+from flowray.train.loop import train
+from flowray.train.state import fresh_state, save_state
 
 SILENCE_S = 10.0  # alone on two cores no gap is over 4 s; tests share theirs
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny.yaml and a finished run of it, `runs/tiny`."""
     folder = tmp_path_factory.mktemp("silence")
     recipe = tiny_recipe(folder, **{"train.steps": 8, "train.log_every": 1})
     (folder / "tiny.yaml").write_text(dump_recipe(recipe))
+    train(recipe, RunDirectory(folder / "runs" / "tiny"), Group.current("cpu"), lambda row: None)
     return folder
 
 
@@ -34,24 +40,63 @@ def heard(place: Path, *argv: str) -> Talk:
     return talk
 
 
-@pytest.fixture(scope="module")
-def trained(place: Path) -> Path:
-    """The run of a real `flowray train`, which was heard."""
-    planned = heard(place, "train", "tiny.yaml", "--plan", "--json")
-    talk = heard(place, "train", "tiny.yaml", "--json")
+def told(talk: Talk) -> dict:
+    """The one JSON object on stdout."""
     (line,) = talk.of("stdout")
-    guess = json.loads(planned.of("stdout")[0])["wall_time"]["seconds"]
+    return json.loads(line)
+
+
+def test_sample(place: Path) -> None:
+    talk = heard(place, "sample", "runs/tiny", "a red circle", "--json")
+    assert Path(told(talk)["picture"]).is_file()
+
+
+def test_report(place: Path) -> None:
+    talk = heard(place, "report", "runs/tiny")
+    assert [Path(line).name for line in talk.of("stdout")] == ["report.html"]
+
+
+@pytest.mark.slow
+def test_train_is_heard_and_takes_what_its_plan_said(place: Path) -> None:
+    own = ("tiny.yaml", "name=other", f"data.cache={place / 'empty'}", f"storage_path={place}/new")
+    guess = told(heard(place, "train", *own, "--plan", "--json"))["wall_time"]["seconds"]
+    talk = heard(place, "train", *own, "--json")
     assert talk.seconds / 3 < guess < talk.seconds * 3
     said = " ".join(talk.of("stderr"))
     assert all(what in said for what in ("importing", "starting Ray", "training"))
-    return Path(json.loads(line)["run"])
+    assert told(talk)["run"] == str(place / "new" / "other")
 
 
-def test_sample(place: Path, trained: Path) -> None:
-    talk = heard(place, "sample", str(trained), "a red circle", "--json")
-    (line,) = talk.of("stdout")
-    assert Path(json.loads(line)["picture"]).is_file()
+@pytest.mark.slow
+def test_tune(place: Path) -> None:
+    (place / "sweep.yaml").write_text(
+        """
+name: heard
+storage_path: runs
+base: tiny.yaml
+method: random
+metric: {name: ema/shoot/nmse}
+parameters: {optim.lr: {distribution: uniform, min: 1.0e-4, max: 1.0e-3}}
+run_cap: 2
+"""
+    )
+    talk = heard(place, "tune", "sweep.yaml", "--json")
+    assert len(told(talk)["trials"]) == 2
 
 
-def test_report(place: Path, trained: Path) -> None:
-    assert heard(place, "report", str(trained)).of("stdout") == [str(trained / "report.html")]
+@pytest.mark.slow
+def test_doctor(place: Path) -> None:
+    assert told(heard(place, "doctor", "runs/tiny", "--json"))["findings"]
+
+
+@pytest.mark.slow
+def test_eval(place: Path) -> None:
+    """Of quickstart's model as it is before training: the checker needs its 64 px pictures."""
+    run = RunDirectory(place / "runs" / "untrained")
+    run.create()
+    recipe = load_recipe("quickstart", ["name=untrained", "sample.steps=2"]).recipe
+    save_state(fresh_state(recipe, Group.current("cpu").device), recipe, run)
+    run.config.write_text(dump_recipe(recipe))
+    talk = heard(place, "eval", "runs/untrained", "--json")
+    assert "judging pictures" in " ".join(talk.of("stderr"))
+    assert told(talk)["step"] == 0
