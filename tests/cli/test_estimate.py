@@ -75,7 +75,7 @@ def test_json_has_seconds_basis_and_what_this_machine_lacks(tmp_path: Path, caps
     plan = json.loads(capsys.readouterr().out)
     if plan["wall_time"]["seconds"] is None:  # no GPU here
         gpus, device, shards = plan["problems"]
-        assert gpus.startswith("resources: 8 GPU(s)")
+        assert gpus.startswith("resources.gpus_per_worker: got 1")
         assert device.startswith("train.device: got cuda")
     assert str(tmp_path / "none") in plan["problems"][-1]
 
