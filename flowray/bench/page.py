@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from flowray.bench.pool import SCORE
 from flowray.bench.replay import KEPT, ROUND
 from flowray.bench.sweep import ARMS, BEST, EARLY, Bench, first_rung, ranked, summary
-from flowray.report.figures import BLUE, GREEN, INK, MUTED, STYLE, VERMILLION
+from flowray.report.paint import BLUE, GREEN, INK, MUTED, STYLE, VERMILLION
 
 COLOURS = {"random": MUTED, "one_rung": GREEN, "loss": VERMILLION, "default": BLUE, "oracle": INK}
 SHOWN = 12  # metrics in the table and the figure
@@ -137,7 +137,7 @@ def _draw(bench: Bench, path: Path) -> None:
         left, right = figure.subplots(1, 2)
         _found(bench, left)
         _known(bench, right)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, facecolor="white")
 
 
 def _found(bench: Bench, ax: Axes) -> None:

@@ -217,6 +217,7 @@ def _sampler(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
         rows |= trace_metrics(trace)
         pictured, made.pictures["samples"] = picture_metrics(model, subject.autoencoder, config, prompts, recipe.probes.seed)
     made.metrics |= rows | pictured
+    made.facts["captions"] = list(batch.captions[:SHOWN])
     made.pictures |= {"trace_init": from_pictures(trace.init_pictures), "trace_end": from_pictures(trace.end_pictures)}
     made.curves.setdefault("latents", {})["z_end"] = histogram({"z_end": z_end}, EDGES)["z_end"]
     if subject.strip is not None:

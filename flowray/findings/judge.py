@@ -52,6 +52,11 @@ class Verdict:
         return f"{low:.3g} to {high:.3g}"
 
     @property
+    def outside(self) -> bool:
+        """Whether the number lies outside the healthy range and no finding speaks of it."""
+        return not self.word and self.value is not None and self.good is not None
+
+    @property
     def text(self) -> str:
         """The verdict in few words: `good (0.5 to 1)`, `bad: source_collapsed (0.3 to 1.6)`, `(0.5 to 1)`."""
         said = f"{self.word}: {self.finding}" if self.finding else self.word

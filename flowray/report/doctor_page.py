@@ -38,6 +38,8 @@ PICTURES: Mapping[str, tuple[str, str]] = {
     "trace_end": ("[C] decode(z_end)", "after integrating"),
     "samples": ("samples", "as sampling makes them"),
 }
+DRAWN = "samples"  # from the prompts; the other pictures are of the held-out batch
+NOT_FACTS = ("notes", "nonfinite", "captions", "prompts")
 LEGEND: Mapping[str, str] = {
     "nmse": "raw",
     "cos": "raw",
@@ -82,9 +84,9 @@ def write_doctor_page(path: Path, data: DoctorData) -> Path:
         "consequences": consequences,
         "tiles": [(key, number_text(value), words) for key, words in TILES.items() if (value := _value(data.metrics, key)) is not None],
         "plots_shown": doctor_plots(data),
-        "rows": _rows(data),
+        "grids": _grids(data),
         "numbers": _numbers(data),
-        "facts": {name: value for name, value in data.facts.items() if name not in ("notes", "nonfinite") and value is not None},
+        "facts": {name: value for name, value in data.facts.items() if name not in NOT_FACTS and value is not None},
         "notes": data.facts.get("notes") or [],
     }
     return write_page(path, "doctor.html.j2", context)
@@ -170,6 +172,16 @@ def _training(data: DoctorData) -> list[Plot]:
     return plots
 
 
+def _grids(data: DoctorData) -> list[tuple[list[str], list[GridRow]]]:
+    """(captions, rows): the pictures of the held-out batch, and those drawn from the prompts; one grid where both have the same."""
+    rows = _rows(data)
+    captions, prompts = data.facts.get("captions") or [], data.facts.get("prompts") or []
+    if captions == prompts or not prompts:
+        return [(captions, rows)] if rows else []
+    sides = [(captions, [row for row in rows if row.head != DRAWN]), (prompts, [row for row in rows if row.head == DRAWN])]
+    return [(words, found) for words, found in sides if found]
+
+
 def _rows(data: DoctorData) -> list[GridRow]:
     """Every kind of picture there is, known kinds first, under the logs' names; the logs' [B], a number, stands under [C]."""
     pictures = data.pictures
@@ -190,12 +202,12 @@ def _value(metrics: Mapping[str, float], key: str) -> float | None:
     return finite(metrics.get(f"ema/{key}")) if raw is None else raw
 
 
-def _numbers(data: DoctorData) -> list[tuple[Number, str]]:
+def _numbers(data: DoctorData) -> list[Number]:
     """Every measured number, raw and EMA on one line, what is said of it, and what a trivial predictor scores."""
     metrics, judge = data.metrics, Judge(data.metrics, data.facts, data.history, data.findings)
     found = []
     for name in sorted({key.removeprefix("ema/") for key in metrics if "trivial/" not in key}):
         raw, ema = number_text(finite(metrics.get(name))), number_text(finite(metrics.get(f"ema/{name}")))
         trivial = finite(metrics.get(f"trivial/{name}", metrics.get(f"ema/trivial/{name}")))
-        found.append((Number(name, raw, ema, describe(name), None, judge(name)), number_text(trivial)))
+        found.append(Number(name, raw, ema, describe(name), number_text(trivial), judge(name)))
     return found

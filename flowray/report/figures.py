@@ -1,7 +1,4 @@
-"""Pure functions from rows to pictures: matplotlib figures as SVG bytes, sample strips as PNG tiles.
-
-Colours are Okabe and Ito's, told apart with any colour vision; shape and line style say the same thing again.
-"""
+"""Pure functions from rows to pictures: matplotlib figures as SVG bytes, sample strips as PNG tiles."""
 
 from __future__ import annotations
 
@@ -18,43 +15,21 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from flowray.findings.baselines import Baseline, baseline
-from flowray.report.load import Metric, Series, Trial, finite, numeric, spans_decades
+from flowray.findings.checks import text as short
+from flowray.report.axes import LINE, beyond, end_labels, fence, free_labels, limit, log_ticks, mark_edges, reach_of, ticks_between
+from flowray.report.load import Metric, Series, Trial, finite, numeric
+from flowray.report.paint import BLUE, CYCLE, INK, MUTED, PAPER, STYLE, VERMILLION, themed
 
-BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 Points = Sequence[tuple[float, float]]
-INK, MUTED, GRID = "#334155", "#94a3b8", "#e5e9f0"
-CYCLE = (BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY, INK)
 DASHES = ("-", "--", "-.", ":")
 SMALL, WIDE = (4.1, 2.7), (9.4, 3.9)  # inches
-LABELS = 8  # curve ends labelled at one step
+LABELS = 8  # curve ends labelled
+FAR = 6.0  # of one run's curves, whose start is far from their end, only what is this far out is left at the edge
 TILE = 256  # px; larger pictures are inlined at this size
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.6,
-    "text.parse_math": False,  # a `$` in a parameter value is a dollar
-    "svg.hashsalt": "flowray",  # equal rows give equal bytes
-}
-
-
 _BETTER = {"minimize": "lower is better", "maximize": "higher is better"}
 
 
@@ -83,8 +58,15 @@ def lines(
             style = DASHES[index % len(DASHES)]
             marker = "o" if len(points) < marks else ""
             ax.plot(steps, values, style, marker=marker, markersize=3, color=CYCLE[index % len(CYCLE)], label=name)
-        if log:
-            _log(ax, "y")
+        known = [value for points in curves.values() for _, value in points if value > 0 or not log]
+        low, high = fence(known, log=log, reach=FAR)
+        if base and not log:
+            low, high = min(low, base.value), max(high, base.value)
+        limit(ax, low, high, log=log)
+        for index, points in enumerate(curves.values()):
+            out = [(step, value) for step, value in points if beyond(ax, value) and (value > 0 or not log)]
+            if out:  # of many the farthest
+                mark_edges(ax, [(*max(out, key=lambda point: abs(point[1])), CYCLE[index % len(CYCLE)])])
         if base:
             _baseline(ax, base)
         if xlabel == "step":
@@ -98,30 +80,45 @@ def lines(
     return _svg(title, SMALL, draw)
 
 
-def sweep_curves(title: str, trials: Sequence[Trial], best: Trial | None, key: str) -> bytes:
-    """The metric over steps of every trial (best first), an x where one stopped early, the best one and the next four in colour."""
+def sweep_curves(title: str, trials: Sequence[Trial], best: Trial | None, key: str, still: Sequence[tuple[int, float]] = ()) -> bytes:
+    """The metric over steps of every trial (best first), an x where one stopped early, the best one and the next four in colour.
+
+    still: what the best trial scores where its field stands still. A value far out is marked at the edge.
+    """
     curves = {trial: _curve(trial, key) for trial in trials}
     drawn = [trial for trial in trials if curves[trial]]
     order = sorted(drawn, key=lambda trial: trial is not best)  # the best first, the rest as ranked
     colours = {trial: CYCLE[rank] if rank < 5 else MUTED for rank, trial in enumerate(order)}
+    values = [value for points in curves.values() for _, value in points]
+    low, high, log = reach_of(values)
+    base = baseline(key)
+    if base and not log:
+        low, high = min(low, base.value), max(high, base.value)
+    low, high = min([low, *(value for _, value in still)]), max([high, *(value for _, value in still)])
 
     def draw(ax: Axes) -> None:
+        limit(ax, low, high, log=log)
         for rank, trial in reversed(list(enumerate(order))):
             steps, values = zip(*curves[trial], strict=True)
             style = DASHES[rank % len(DASHES)] if rank < 5 else "-"
             width = 2.4 if trial is best else 1.4 if rank < 5 else 0.9
             ax.plot(steps, values, style, color=colours[trial], linewidth=width, zorder=3 if rank < 5 else 2)
-            if trial.status in ("stopped", "failed"):
-                ax.plot(steps[-1], values[-1], "x", color=INK, markersize=7, markeredgewidth=1.8, zorder=4)
-        if spans_decades([value for points in curves.values() for _, value in points]):
-            _log(ax, "y")
-        if base := baseline(key):
+            early = trial.status in ("stopped", "waiting", "failed")
+            if early and not beyond(ax, values[-1]):
+                ax.plot(steps[-1], values[-1], "x", color=INK, markersize=6, markeredgewidth=1.5, zorder=4)
+        mark_edges(ax, [(*curves[trial][-1], INK) for trial in order])
+        if base:
             _baseline(ax, base)
+        if still and best is not None:
+            ax.plot(*zip(*still, strict=True), ":", color=INK, linewidth=1.6, zorder=4, label=f"trial {best.number} without its flow")
         _step_axis(ax)
-        _end_labels(ax, {trial: curves[trial][-1] for trial in order}, colours)
-        if any(trial.status in ("stopped", "failed") for trial in order):
-            ax.plot([], [], "x", color=INK, markersize=7, markeredgewidth=1.8, label="ended early")
-            ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)  # above the frame: inside it lie levels and curves
+        last = max(curves[trial][-1][0] for trial in order)
+        whole = [trial for trial in order if curves[trial][-1][0] == last][:LABELS]
+        end_labels(ax, [(f"{trial.number}", *curves[trial][-1], colours[trial]) for trial in whole])
+        if any(trial.status in ("stopped", "waiting", "failed") for trial in order):
+            ax.plot([], [], "x", color=INK, markersize=6, markeredgewidth=1.5, linestyle="none", label="ended early")
+        if ax.get_legend_handles_labels()[0]:  # above the frame: inside it lie levels and curves
+            ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, ncols=2)
 
     return _svg(title, WIDE, draw)
 
@@ -138,20 +135,25 @@ def slice_panel(param: str, trials: Sequence[Trial], best: Trial | None, key: st
             return float(value)
         return names.index(value_text(value)) + (0.0, -0.12, 0.12, -0.06, 0.06)[index % 5]  # a strip: spread, not drawn at random
 
+    scores = [score for *_, score in points]
+
     def draw(ax: Axes) -> None:
+        low, high, tall = reach_of(scores)
+        limit(ax, low, high, log=tall)
         for index, (trial, value, score) in enumerate(points):
             whole = trial.status in ("finished", "running")
             colour = VERMILLION if trial is best else BLUE if whole else MUTED
             size, marker = (90, "*") if trial is best else (34, "o" if whole else "x")
             edge, above = 1.6 if marker == "x" else 0.5, 4 if trial is best else 3
-            ax.scatter(place(value, index), score, s=size, c=colour, marker=marker, linewidths=edge, zorder=above)
-        if spans_decades([score for *_, score in points]):
-            _log(ax, "y")
+            if beyond(ax, score):
+                mark_edges(ax, [(place(value, index), score, colour)])
+            else:
+                ax.scatter(place(value, index), score, s=size, c=colour, marker=marker, linewidths=edge, zorder=above)
         if not continuous:
             ax.set_xticks(range(len(names)), [name if len(name) < 15 else name[:13] + "…" for name in names])
             ax.set_xlim(-0.6, len(names) - 0.4)
         elif log:
-            _log(ax, "x")
+            ax.set_xscale("log", nonpositive="mask")
         ax.set_xlabel(param)
         ax.set_ylabel(key)
 
@@ -160,12 +162,16 @@ def slice_panel(param: str, trials: Sequence[Trial], best: Trial | None, key: st
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of parallel coordinates: its values for the trials that have one, of which null is one; log: spaced by the logarithm."""
+    """One axis of parallel coordinates: its values for the trials that have one, of which null is one; log: spaced by the logarithm.
+
+    robust: outliers lie at its end.
+    """
 
     name: str
     values: Mapping[Trial, Any]
     log: bool = False
     upside_down: bool = False
+    robust: bool = False
 
     def places(self) -> tuple[dict[Trial, float], list[tuple[float, str]]]:
         """Where each trial crosses, 0 to 1, and the ticks (place, text)."""
@@ -175,16 +181,25 @@ class Axis:
             gap = max(len(names) - 1, 1)
             at = {name: 0.5 if len(names) == 1 else index / gap for index, name in enumerate(names)}
             return {trial: at[value_text(value)] for trial, value in known.items()}, [(place, name) for name, place in at.items()]
-        numbers = {trial: math.log(value) if self.log else float(value) for trial, value in known.items()}
-        low, high = min(numbers.values()), max(numbers.values())
-        span = (high - low) or 1.0
+        low, high = fence(known.values(), log=self.log) if self.robust else (min(known.values()), max(known.values()))
+        scale: Callable[[float], float] = math.log if self.log else float
 
-        def place(number: float) -> float:
-            return (high - number if self.upside_down else number - low) / span if high > low else 0.5
+        def place(value: float) -> float:
+            if not high > low:
+                return 0.5
+            share = (scale(min(max(value, low), high)) - scale(low)) / (scale(high) - scale(low))
+            return 1 - share if self.upside_down else share
 
-        marks = sorted({low + span * share for share in (0, 0.25, 0.5, 0.75, 1)}) if high > low else [low]
-        ticks = [(place(mark), f"{math.exp(mark) if self.log else mark:.2g}") for mark in marks]
-        return {trial: place(number) for trial, number in numbers.items()}, ticks
+        ticks = {place(mark): short(mark) for mark in ticks_between(low, high, log=self.log)}
+        beyond = [
+            (end, f"{sign} {short(end)}")
+            for end, sign, far in ((low, "≤", min(known.values())), (high, "≥", max(known.values())))
+            if far != end
+        ]
+        near = [place(end) for end, _ in beyond]
+        ticks = {at: said for at, said in ticks.items() if all(abs(at - end) > LINE for end in near)}
+        ticks |= {place(end): said for end, said in beyond}
+        return {trial: place(value) for trial, value in known.items()}, sorted(ticks.items())
 
 
 def parallel(axes: Sequence[Axis], order: Sequence[Trial], best: Trial | None) -> bytes:
@@ -200,11 +215,13 @@ def parallel(axes: Sequence[Axis], order: Sequence[Trial], best: Trial | None) -
             places, ticks = axis.places()
             crossings.append(places)
             ax.plot([x, x], [0, 1], color=INK, linewidth=1, zorder=2)
+            last = x == len(axes) - 1  # whose right side is the trials'
             for y, text in ticks:
                 ax.plot([x - 0.015, x + 0.015], [y, y], color=INK, linewidth=1, zorder=2)
-                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.4}
+                box = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.4}
                 text = text if len(text) < 13 else text[:11] + "…"
-                ax.annotate(text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8, bbox=box, zorder=5)
+                where: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "zorder": 5}
+                ax.annotate(text, (x, y), (-5 if last else 5, 0), ha="right" if last else "left", bbox=box, **where)
         for rank, trial in reversed(list(enumerate(ranked))):
             ys = [places.get(trial, -0.1) for places in crossings]
             colour = CYCLE[rank] if rank < 5 else MUTED
@@ -212,11 +229,12 @@ def parallel(axes: Sequence[Axis], order: Sequence[Trial], best: Trial | None) -
             ax.plot(
                 range(len(axes)), ys, linestyle=style, color=colour, linewidth=2.4 if trial is best else 1.2 if rank < 5 else 0.8, zorder=4
             )
-        height = 2.0
+        height, end = 2.0, len(axes) - 1
         for rank, trial in sorted(enumerate(ranked[:5]), key=lambda item: -crossings[-1][item[1]]):
-            height = min(crossings[-1][trial], height - 0.045)  # from the top down, none on another
-            where: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8.5, "fontweight": "bold"}
-            ax.annotate(f"{trial.number}", (len(axes) - 1, height), (34, 0), color=CYCLE[rank], **where)
+            height = min(crossings[-1][trial], height - 0.05)  # from the top down, none on another
+            ax.plot([end, end + 0.3], [crossings[-1][trial], height], color=CYCLE[rank], linewidth=0.7, zorder=3)
+            bold: dict[str, Any] = {"va": "center", "fontsize": 8.5, "fontweight": "bold"}
+            ax.text(end + 0.32, height, f"{trial.number}", color=CYCLE[rank], **bold)
         ax.set_xticks(range(len(axes)), [_two_lines(axis.name) for axis in axes], fontsize=8.5)
         ax.set_yticks([])
         ax.set_xlim(-0.15, len(axes) - 0.5)
@@ -243,22 +261,31 @@ def pareto(trials: Sequence[Trial], front: Sequence[Trial], x: Metric, y: Metric
     def draw(ax: Axes) -> None:
         points = {trial: (trial.value(x.name), trial.value(y.name)) for trial in trials}
         known = {trial: (a, b) for trial, (a, b) in points.items() if a is not None and b is not None}
+        ends = [known[trial] for trial in front if trial in known]  # the front is shown whole
+        low, high = fence([b for _, b in known.values()])
+        limit(ax, min([low, *(b for _, b in ends)]), max([high, *(b for _, b in ends)]))
+        left, right = fence([a for a, _ in known.values()])
+        left, right = min([left, *(a for a, _ in ends)]), max([right, *(a for a, _ in ends)])
+        margin = 0.08 * (right - left) or 0.1
+        ax.set_xlim(left - margin, right + margin)
         for trial, (a, b) in known.items():
             whole = trial.status == "finished"
             colour = BLUE if trial in front else MUTED
+            if beyond(ax, b):
+                mark_edges(ax, [(min(max(a, left), right), b, colour)])
+                continue
+            if not left <= a <= right:
+                side, edge = (">", right + margin) if a > right else ("<", left - margin)
+                ax.plot(edge, b, side, color=colour, markersize=6, clip_on=False, zorder=5)
+                continue
             ax.scatter(a, b, s=34, c=colour, marker="o" if whole else "x", linewidths=0.5 if whole else 1.4, zorder=3)
-        edge = sorted(known[trial] for trial in front if trial in known)
-        if edge and joined:  # a stair: no trial was seen to reach what a straight line would promise
+        stair = sorted(known[trial] for trial in front if trial in known)
+        if stair and joined:  # a stair: no trial was seen to reach what a straight line would promise
             steps = "steps-post" if x.goal == "minimize" else "steps-pre"
-            ax.plot(*zip(*edge, strict=True), color=BLUE, linewidth=1.2, zorder=2, drawstyle=steps)
-        left, down = x.goal == "minimize", y.goal == "minimize"  # the better side has neither stair nor points
-        where: dict[str, Any] = {"textcoords": "offset points", "ha": "right" if left else "left", "va": "top" if down else "bottom"}
-        for trial in front:
-            offset = (-3 if left else 3, -2 if down else 2)
-            ax.annotate(str(trial.number), known[trial], offset, fontsize=8.5, fontweight="bold", color=BLUE, **where)
+            ax.plot(*zip(*stair, strict=True), color=BLUE, linewidth=1.2, zorder=2, drawstyle=steps)
+        free_labels(ax, {str(trial.number): known[trial] for trial in front}, list(known.values()), BLUE)
         ax.set_xlabel(f"{x.name}, {_BETTER[x.goal]}")
         ax.set_ylabel(f"{y.name}\n{_BETTER[y.goal]}")
-        ax.margins(0.1)
 
     return _svg("", (SMALL[0], 3.2), draw)  # as wide as its neighbours: a wider one's text would come out smaller
 
@@ -271,7 +298,7 @@ def bars(title: str, groups: Mapping[str, Sequence[float | None]], labels: Seque
         for index, (name, values) in enumerate(groups.items()):
             at = np.arange(len(labels)) + (index - (len(groups) - 1) / 2) * width
             heights = [np.nan if value is None else value for value in values]
-            ax.bar(at, heights, width * 0.9, color=CYCLE[index], hatch="//" if index else None, edgecolor="white", label=name)
+            ax.bar(at, heights, width * 0.9, color=CYCLE[index], hatch="//" if index else None, edgecolor=PAPER, label=name)
         if base and base.value:
             _baseline(ax, base)
         ax.set_xticks(range(len(labels)), labels)
@@ -328,10 +355,11 @@ def _svg(title: str, size: tuple[float, float], draw: Callable[[Axes], None]) ->
         FigureCanvasSVG(figure)
         ax = figure.add_subplot()
         draw(ax)
-        ax.set_title(title)
+        log_ticks(ax)
+        ax.set_title(title, pad=10)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return themed(buffer.getvalue())
 
 
 def _curve(trial: Trial, key: str) -> Series:
@@ -347,40 +375,11 @@ def _step_axis(ax: Axes) -> None:
     ax.margins(x=0.02)
 
 
-def _log(ax: Axes, which: str) -> None:
-    """A log axis with plain numbers, marked at 1, 2 and 5 where it spans few decades."""
-    axis = ax.yaxis if which == "y" else ax.xaxis
-    if which == "y":
-        ax.set_yscale("log", nonpositive="mask")
-        low, high = ax.get_ylim()
-    else:
-        ax.set_xscale("log", nonpositive="mask")
-        low, high = ax.get_xlim()
-    decades = np.log10(high / low)
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.2 else (1.0,)))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
 def _baseline(ax: Axes, base: Baseline) -> None:
     ax.axhline(base.value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1)
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
+    low, high = sorted(ax.get_ylim())
+    if not low <= base.value <= high:
+        return
+    box = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
     where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "zorder": 2.5}
     ax.annotate(f"{base.value:g}: {base.words}", (0.96, base.value), (0, 3), fontsize=7.5, bbox=box, **where)
-
-
-def _end_labels(ax: Axes, ends: Mapping[Trial, tuple[int, float]], colours: Mapping[Trial, str]) -> None:
-    """Trial numbers at the ends of the curves (`ends`: best first), those of one step spread around their marks, at most LABELS of them."""
-    to_axes = ax.transData + ax.transAxes.inverted()
-    where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "center"}
-    for step in {step for step, _ in ends.values()}:
-        ranked = [(float(to_axes.transform(end)[1]), trial.number, colours[trial]) for trial, end in ends.items() if end[0] == step]
-        column = sorted(ranked[:LABELS])
-        heights: list[float] = []
-        for wanted, _, _ in column:
-            heights.append(max(wanted, heights[-1] + 0.055) if heights else wanted)
-        shift = float(np.mean(heights)) - float(np.mean([wanted for wanted, _, _ in column]))
-        shift = min(max(shift, heights[-1] - 0.98), heights[0] - 0.02)  # inside the axes
-        for height, (_, number, colour) in zip(heights, column, strict=True):
-            colour = INK if colour == MUTED else colour
-            ax.annotate(f"{number}", (step, height - shift), (7, 0), color=colour, fontsize=8.5, fontweight="bold", **where)

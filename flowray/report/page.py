@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
@@ -18,11 +18,12 @@ from markupsafe import Markup, escape
 
 from flowray.config.errors import InputError
 from flowray.config.keys import KEYS, MetricKey, describe
-from flowray.findings.baselines import Baseline, baseline
+from flowray.findings.baselines import baseline
 from flowray.findings.judge import Judge, Verdict
 from flowray.report import figures
 from flowray.report.figures import value_text
 from flowray.report.load import Run, Series, Strip, finite, load_run, series
+from flowray.report.stages import SCORE, stages, without_flow
 
 PROBE_PANELS = (
     "shoot/nmse",
@@ -35,9 +36,10 @@ PROBE_PANELS = (
     "flow/speed_ratio",
     "vae/psnr",
 )
+T = TypeVar("T")
 T_BINS = range(10)
 NO_NORM = ("grad/clip_frac", "grad/cos_")  # under grad/, but a share and cosines
-MAX_ROWS = 24  # of pictures on a page
+MAX_ROWS, SHOWN_ROWS = 24, 5  # of pictures on a page, and of these in the grid that stands open
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,13 @@ class GridRow:
 
 @dataclass(frozen=True)
 class Number:
-    """One line of the table of last values."""
+    """One line of the table of last values; trivial: what a predictor that knows nothing scores."""
 
     name: str
     raw: str
     ema: str
     key: MetricKey | None
-    base: Baseline | None
+    trivial: str
     verdict: Verdict
 
 
@@ -97,6 +99,7 @@ def _run_context(run: Run) -> dict[str, Any]:
     place = run.path.resolve()
     chosen = _spread(run.strips, MAX_ROWS)
     rows = [GridRow(f"step {strip.step:,}", "", pictures) for strip in chosen if (pictures := pictures_of(strip))]
+    open_rows = _spread(rows, SHOWN_ROWS)
     numbers = _numbers(run)
     steps = [row["step"] for row in (*run.metrics, *run.probes) if isinstance(row.get("step"), int)]
     headline = [key for key in ("shoot/nmse", "shoot/skill", "flow/cos", "std/mean") if _either(run, key) is not None]
@@ -110,7 +113,9 @@ def _run_context(run: Run) -> dict[str, Any]:
         "training": _training_plots(run),
         "probes": _probe_plots(run),
         "bins": _bin_plots(run),
-        "grid_rows": rows,
+        "stage_rows": stages(run, f"ema/{SCORE}") or stages(run, SCORE),
+        "grid_rows": open_rows,
+        "grid_more": [row for row in rows if row not in open_rows],
         "grid_aside": [f"{len(chosen)} of {len(run.strips)} strips, spread over the run."] if len(chosen) < len(run.strips) else [],
         "prompts": run.prompts,
         "numbers": [number for number in numbers if not re.search(r"_t\d$", number.name)],
@@ -174,6 +179,8 @@ def _probe_plots(run: Run) -> list[Plot]:
         curves = {name: points for name, full in (("EMA", f"ema/{key}"), ("raw", key)) if (points := run.series(full))}
         if not curves:
             continue
+        if still := without_flow(run, f"ema/{key}") or without_flow(run, key):
+            curves["without the flow"] = still
         base = baseline(key)
         against = f" against {base.value:g} ({base.words})" if base else ""
         plots.append(make_plot(figures.lines(key, curves, base=base), f"{key} over steps{against}"))
@@ -200,6 +207,7 @@ def _numbers(run: Run) -> list[Number]:
     """The last value of every key, raw and EMA on one line, with what it means."""
     rows = (*run.metrics, *run.probes)
     keys = {key for row in rows for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
+    keys = {key for key in keys if "trivial/" not in key}  # these stand beside their keys
     own = {key.name for key in KEYS}  # ema/delta_rms is a key, not delta_rms of the EMA
     names = sorted({key if key in own else key.removeprefix("ema/") for key in keys}, key=_by_number)
     last = run.probes[-1] if run.probes else {}
@@ -214,14 +222,15 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 
 def _number(run: Run, name: str, judge: Judge) -> Number:
     raw, ema = run.last(name), run.last(f"ema/{name}")
-    return Number(name, number_text(raw), number_text(ema), describe(name), baseline(name), judge(name))
+    trivial = next((value for at in ("trivial/", "ema/trivial/") if (value := run.last(f"{at}{name}")) is not None), None)
+    return Number(name, number_text(raw), number_text(ema), describe(name), number_text(trivial), judge(name))
 
 
-def _spread(strips: Sequence[Strip], count: int) -> list[Strip]:
+def _spread(items: Sequence[T], count: int) -> list[T]:
     """At most `count` of them, evenly spread, the first and the last among them."""
-    if len(strips) <= count:
-        return list(strips)
-    return [strips[round(index * (len(strips) - 1) / (count - 1))] for index in range(count)]
+    if len(items) <= count:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
 
 
 def pictures_of(strip: Strip) -> list[str]:

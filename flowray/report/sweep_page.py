@@ -27,7 +27,8 @@ from flowray.report.edges import Edge, edges, wider_command
 from flowray.report.figures import Axis, value_text
 from flowray.report.importance import FEW_TRIALS, importances
 from flowray.report.load import Run, Status, Sweep, Trial, flat, load_sweep
-from flowray.report.page import MAX_ROWS, GridRow, Plot, make_plot, number_text, pictures_of, write_markdown, write_page
+from flowray.report.page import MAX_ROWS, SHOWN_ROWS, GridRow, Plot, make_plot, number_text, pictures_of, write_markdown, write_page
+from flowray.report.stages import stages, without_flow
 
 TABLE_METRICS = ("shoot/nmse", "flow/cos", "std/mean", "loss/flow")
 EVALUATIONS = ("eval/all_correct", "eval/mean_attribute_accuracy", "perf/images_per_s")
@@ -155,7 +156,9 @@ def _context(sweep: Sweep) -> dict[str, Any]:
         "seconds": sum(trial.seconds for trial in sweep.trials),
         "hours": hours(sweep),
         "prompts": next((t.run.prompts for t in sweep.trials if t.run.prompts), ()),
-        "grid_rows": rows,
+        "grid_rows": rows[:SHOWN_ROWS],
+        "grid_more": rows[SHOWN_ROWS:],
+        "stage_rows": stages(best.run, key) if best else [],
         "grid_aside": aside,
         "heat_keys": heat_keys,
         "heat_rows": heat_rows,
@@ -178,7 +181,9 @@ def _plots(sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], edge: S
     if not scored:
         return found
     found["curves"] = make_plot(
-        figures.sweep_curves(f"{key} over steps", scored, best, key), f"{key} over steps of {len(scored)} trials", wide=True
+        figures.sweep_curves(f"{key} over steps", scored, best, key, without_flow(best.run, key) if best else ()),
+        f"{key} over steps of {len(scored)} trials",
+        wide=True,
     )
     if best_front:
         alone = len(sweep.metrics) == 2
@@ -206,7 +211,7 @@ def _parallel(sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], impo
     metrics = []
     for metric in reversed(sweep.metrics):
         values = {trial: value for trial in scored if (value := trial.value(metric.name)) is not None}
-        metrics.append(Axis(metric.name, values, upside_down=metric.goal == "minimize"))
+        metrics.append(Axis(metric.name, values, upside_down=metric.goal == "minimize", robust=True))
     return make_plot(figures.parallel([*axes, *metrics], scored, sweep.best), f"parallel coordinates of {', '.join(names)}", wide=True)
 
 
