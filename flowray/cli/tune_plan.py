@@ -44,11 +44,13 @@ def plan(sweep: Sweep, base: Recipe, *, resume: bool = False) -> dict[str, Any]:
     trained = sum(part_sizes(model).values()) - sum(part_sizes(model, trainable=False).values())
     kept = 4 * FP32 * trained
     facts = make_plan(sweep, base, cluster, checkpoint_bytes=kept, recorded=_recorded(base))
-    if facts["hours_at_most"]["cpu"] is None and sweep.task == "train":
+    needed = needed_weights(sweep, base)
+    here = all(each["present"] for each in needed)
+    if facts["hours_at_most"]["cpu"] is None and sweep.task == "train" and here:
         timed = _timed(override_recipe(base, facts["takes"]))
         facts = make_plan(sweep, base, cluster, checkpoint_bytes=kept, recorded=timed)
     stopping = [*filter(None, [facts["storage"]["problem"]]), *problems(sweep, base)]
-    more = {"wall_time": _wall_time(facts), "weights": needed_weights(sweep, base)}
+    more = {"wall_time": _wall_time(facts), "weights": needed}
     return {**facts, **more, "problems": stopping}
 
 
