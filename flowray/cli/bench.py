@@ -18,6 +18,7 @@ from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import quiet_libraries
 from flowray.config.errors import InputError
+from flowray.config.paths import argument
 from flowray.config.progress import SILENT
 from flowray.config.sweepfile import load_sweep
 
@@ -46,10 +47,10 @@ def _add_sweep(commands: argparse._SubParsersAction[Parser]) -> None:
         "overrides", nargs="*", metavar="key=value", help="sweep keys: metric.name=ema/flow/nmse early_terminate.min_iter=50"
     )
     parser.add_argument("--sweep", default="head", help="the sweep that is judged, default head")
-    parser.add_argument("--pool", type=Path, metavar="FILE", help="what `record` wrote; left out: the record that comes with flowray")
+    parser.add_argument("--pool", type=argument, metavar="FILE", help="what `record` wrote; left out: the record that comes with flowray")
     parser.add_argument("--seeds", type=int, default=40, help="replays of every search, default 40")
     parser.add_argument("--loss", default="loss/flow", help="the metric of the search on the training loss, default loss/flow")
-    parser.add_argument("--page", type=Path, metavar="FILE.md", help="write a page and, beside it, its figure")
+    parser.add_argument("--page", type=argument, metavar="FILE.md", help="write a page and, beside it, its figure")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
     parser.set_defaults(run=_sweep)
 
@@ -57,7 +58,7 @@ def _add_sweep(commands: argparse._SubParsersAction[Parser]) -> None:
 def _add_record(commands: argparse._SubParsersAction[Parser]) -> None:
     about = "train configurations of a sweep in full and judge their pictures; again after a kill, it goes on where it stopped"
     parser = commands.add_parser("record", help=about, description=f"For `flowray.bench sweep`: {about}. Writes FOLDER/pool.jsonl.")
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("folder", type=argument, metavar="FOLDER")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="sweep keys and, under set., recipe keys: set.train.steps=400")
     parser.add_argument("--sweep", default="head", help="the sweep whose space is drawn from, with its seed; default head")
     parser.add_argument("--count", type=int, default=60, help="configurations, default 60")

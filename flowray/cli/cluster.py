@@ -17,6 +17,7 @@ from rich.table import Table
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
 from flowray.config.errors import InputError
+from flowray.config.paths import expand
 from flowray.rayrun.cluster_verdict import Row, healthy, judge
 from flowray.store.run import storage_folder
 
@@ -35,8 +36,10 @@ def _parser() -> Parser:
         help="versions, GPUs, storage, network, clock and data set of every node; exit code 1 where something is wrong",
         description="Ask every node of the cluster named by RAY_ADDRESS (in a job: its own), without it this machine alone.",
     )
-    check.add_argument("--storage", metavar="FOLDER", default="runs", help="the storage_path to test (default: runs, from FLOWRAY_STORAGE)")
-    check.add_argument("--data", metavar="SHARDS", help="a data.shards folder or glob that every node must see")
+    check.add_argument(
+        "--storage", type=expand, metavar="FOLDER", default="runs", help="the storage_path to test (default: runs, from FLOWRAY_STORAGE)"
+    )
+    check.add_argument("--data", type=expand, metavar="SHARDS", help="a data.shards folder or glob that every node must see")
     check.add_argument("--workers", type=int, default=0, metavar="N", help="have the autoscaler bring up N workers first (takes minutes)")
     check.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     head = verbs.add_parser(

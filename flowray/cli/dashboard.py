@@ -21,6 +21,7 @@ from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import ConsoleProgress
 from flowray.config.errors import InputError
+from flowray.config.paths import argument
 from flowray.report.load import is_run, is_sweep
 
 HOST = "127.0.0.1"  # neither server asks who is there: nobody else on the network may
@@ -48,7 +49,7 @@ def _parser() -> Parser:
         description="Serve a sweep (or a run) on 127.0.0.1 while it trains or afterwards: TensorBoard with a row of HParams for every "
         "trial, optuna-dashboard on the study with the trials' pictures. Prints the links, Ray's own too; Ctrl-C ends it.",
     )
-    parser.add_argument("dir", metavar="DIR", type=Path, help="a folder that flowray.tune or flowray.train wrote")
+    parser.add_argument("dir", metavar="DIR", type=argument, help="a folder that flowray.tune or flowray.train wrote")
     parser.add_argument("--port", type=int, default=6006, help="the first port to try; default %(default)s")
     parser.add_argument("--plan", action="store_true", help="print the links and the commands; start nothing")
     parser.add_argument("--json", action="store_true", help="the links as one JSON object on stdout, the rest on stderr")

@@ -16,7 +16,7 @@ from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
-from flowray.config.paths import argument
+from flowray.config.paths import argument, expand
 from flowray.config.progress import Progress
 from flowray.data.check import ShardCheck, check_shards
 from flowray.data.make import DigitsSet, EmbeddedSet, ShapesSet, cache_dir, ensure_embedded, ensure_set, write_set
@@ -110,7 +110,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("check", help="read every sample of a shard set and say what is wrong with it")
-    parser.add_argument("spec", metavar="SHARDS", help="a folder of .tar files, a glob or one .tar; or shapes, digits")
+    parser.add_argument("spec", type=expand, metavar="SHARDS", help="a folder of .tar files, a glob or one .tar; or shapes, digits")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(run=_check)
 
@@ -130,7 +130,7 @@ def _every_split(spec: str, progress: Progress) -> str:
     if spec in EMBEDDED:
         folder = ensure_embedded(spec, cache_dir(None), progress)["train"].parent  # type: ignore[arg-type]
     else:
-        folder = argument(spec)
+        folder = Path(spec)
     split = folder.is_dir() and not any(folder.glob("*.tar")) and any(folder.glob("*/*.tar"))
     return str(Path(glob.escape(str(folder))) / "*" / "*.tar") if split else spec
 

@@ -18,6 +18,7 @@ from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
+from flowray.config.paths import argument
 from flowray.config.progress import Progress
 from flowray.findings.diagnose import diagnose
 from flowray.findings.finding import Finding, Severity, as_json, healthy
@@ -39,12 +40,12 @@ def _parser() -> Parser:
         epilog=f"Health checks that train for a minute: {PROG} overfit RECIPE, {PROG} ablations RECIPE (see their --help).\n"
         "Exit code: 0 healthy, 1 a finding is warn or bad, 2 bad input.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints/step_* folders")
+    parser.add_argument("run", type=argument, metavar="RUN", help="a run directory, or one of its checkpoints/step_* folders")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to examine it with, e.g. sample.guidance_scale=3")
-    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="this checkpoint instead of the newest")
+    parser.add_argument("--checkpoint", type=argument, metavar="PATH", help="this checkpoint instead of the newest")
     parser.add_argument("--batch", type=int, help="samples of the probes (default: probes.batch_size)")
     parser.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the page goes (default RUN/doctor.html)")
+    parser.add_argument("--out", type=argument, metavar="FILE", help="where the page goes (default RUN/doctor.html)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout: the findings and every number measured")
     return parser
 

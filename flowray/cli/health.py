@@ -20,6 +20,7 @@ from flowray.cli.verdicts import Arm, Verdict, ablation_verdicts, free_mu, overf
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.config.losses import LossConfig, TermConfig
+from flowray.config.paths import argument
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.store.rows import read_rows
@@ -49,7 +50,7 @@ def _parser(check: str) -> Parser:
             "--samples", type=int, metavar="N", default=128, help="how many samples to learn by heart; the notes take 128 or 512"
         )
     parser.add_argument("--steps", type=int, metavar="N", default=_STEPS[check], help=f"steps of each run (default {_STEPS[check]})")
-    parser.add_argument("--dir", type=Path, help="keep the run directories here; a temporary folder otherwise")
+    parser.add_argument("--dir", type=argument, help="keep the run directories here; a temporary folder otherwise")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from flowray.config.errors import InputError
 
@@ -13,3 +14,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see `python -m {self.prog} --help`")
+
+    def parse_intermixed_args(  # type: ignore[override]  # of its overloads the commands use one
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """As argparse does; a key that was typed like an option is told from an option that does not exist."""
+        known, left = self.parse_known_intermixed_args(args, namespace)
+        if left and any(action.dest == "overrides" for action in self._actions):
+            key, _, value = left[0].lstrip("-").partition("=")
+            if "." in key or "=" in left[0]:
+                raise InputError(f"command line: got {left[0]!r}, want no dashes before a key: {key}={value or 'VALUE'}")
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return known

@@ -8,6 +8,7 @@ from flowray.cli.common import GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.config.errors import InputError, did_you_mean
+from flowray.config.paths import argument
 from flowray.report.load import is_run, is_sweep
 
 
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> int:
         "parameter did; also report.md, which keeps the conclusion that you write into it) or of a single run (losses, probes "
         "against trivial baselines, samples over time).",
     )
-    parser.add_argument("dir", metavar="DIR", type=Path, help="a folder that flowray.tune or flowray.train wrote")
+    parser.add_argument("dir", metavar="DIR", type=argument, help="a folder that flowray.tune or flowray.train wrote")
     folder: Path = parser.parse_args(argv).dir
     whole_sweep = is_sweep(folder)
     if not whole_sweep and not is_run(folder):

@@ -11,6 +11,7 @@ from flowray.cli.common import GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
+from flowray.config.paths import argument
 
 
 def _parser() -> Parser:
@@ -19,10 +20,10 @@ def _parser() -> Parser:
         description="Draw pictures from a run, the way its training defined the path. Each prompt gives one row of `count` pictures.",
         epilog='Example: python -m flowray.sample runs/quickstart "a small red circle in the center on a black background" --count 4',
     )
-    parser.add_argument("run", type=Path, help="a run directory or one of its checkpoints/step_* folders")
+    parser.add_argument("run", type=argument, help="a run directory or one of its checkpoints/step_* folders")
     parser.add_argument("prompts", nargs="*", metavar="prompt", help="captions; or --prompts FILE")
-    parser.add_argument("--prompts", dest="file", type=Path, help="a UTF-8 text file, one caption a line")
-    parser.add_argument("--out", type=Path, help="PNG to write; default <run>/samples/<first words>.png")
+    parser.add_argument("--prompts", dest="file", type=argument, help="a UTF-8 text file, one caption a line")
+    parser.add_argument("--out", type=argument, help="PNG to write; default <run>/samples/<first words>.png")
     parser.add_argument("--count", type=int, default=1, help="pictures a prompt, each from its own noise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=int, default=1, help="enlarge the pictures this many times, without smoothing")

@@ -11,7 +11,9 @@ import torch
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.losses import LossConfig
+from flowray.config.paths import no_such
 from flowray.config.recipe import Recipe
+from flowray.config.sources import is_run, what_it_is
 from flowray.model.assemble import FlowModel, build_model
 from flowray.store.checkpoint import copy_into, is_valid, load_state, load_tensors, newest_checkpoint
 from flowray.store.run import RunDirectory
@@ -37,7 +39,9 @@ def find_checkpoint(path: Path, overrides: list[str]) -> tuple[Path, RunDirector
         raise InputError(f"{path}: an incomplete checkpoint; name another step or the run directory")
     checkpoint = given if (given / "state.json").is_file() else newest_checkpoint(RunDirectory(given).checkpoints)
     if checkpoint is None:
-        what = "no valid checkpoint in it yet" if given.is_dir() else "no such folder"
+        if (what := what_it_is(path)) and not is_run(given):
+            raise InputError(f"{path}: want a run, this is {what}")
+        what = "no valid checkpoint in it yet" if given.is_dir() else "a file" if given.exists() else no_such(path)
         raise InputError(f"{path}: {what}; give a run directory such as runs/quickstart or one of its checkpoints/step_*")
     run = RunDirectory(checkpoint.parent.parent)
     if not run.config.is_file():
