@@ -1,4 +1,6 @@
-"""Conditions of rules: each gives what it found against which threshold and trivial baseline, in words and as numbers, or None."""
+"""Conditions of rules: each gives what it found against which threshold and trivial baseline, in
+words and as numbers, or None.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,9 @@ def quietly(check: Check) -> Check:
 
 
 def given(check: Check) -> Check:
-    """The condition and its words, where its number is not what is at fault but what tells the fault from others."""
+    """The condition and its words, where its number is not what is at fault but what tells the
+    fault from others.
+    """
     return lambda r: None if (found := check(r)) is None else Evidence(found.words)
 
 

@@ -40,8 +40,8 @@ def if_anchored(limit: float, otherwise: float) -> Limit:
     return lambda r: otherwise if anchored(r) is None else limit
 
 
-# Where a source has collapsed, and where it has grown away. A drawn picture has up to twice the error of the mean one, so from
-# an anchored source a skill of -1 is the floor.
+# Where a source has collapsed, and where it has grown away. A drawn picture has up to twice the
+# error of the mean one, so from an anchored source a skill of -1 is the floor.
 STD_FLOOR, STD_CEILING = if_anchored(0.05, 0.3), 1.6
 SKILL_FLOOR = if_anchored(-1.0, -0.05)
 

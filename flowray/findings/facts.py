@@ -1,4 +1,6 @@
-"""What a recipe tells the rules, by the names that they use. The one place: the doctor and every report ask the same."""
+"""What a recipe tells the rules, by the names that they use. The one place: the doctor and every
+report ask the same.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ KEYS: Mapping[str, str] = {
 
 
 def recipe_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts of a recipe, nested or with dotted keys; what the config of an older run lacks is left out."""
+    """Facts of a recipe, nested or with dotted keys; what the config of an older run lacks is left
+    out.
+    """
     known = flat(config)
     facts = {name: known[key] for name, key in KEYS.items() if key in known}
     weights = {found[1]: weight for key, weight in known.items() if (found := re.fullmatch(r"loss\.(\w+)\.weight", key))}

@@ -15,8 +15,9 @@ ORDER: Mapping[Severity, int] = {"bad": 0, "warn": 1, "info": 2}
 class Judged:
     """A number that a finding holds against a bound and finds wanting.
 
-    key: as it was read, `ema/KEY` where only the EMA was measured; value: None where it is not finite; of: the one measured
-    number that a derived one follows from, '' for a measured one and where there are several.
+    key: as it was read, `ema/KEY` where only the EMA was measured; value: None where it is not
+    finite; of: the one measured number that a derived one follows from, '' for a measured one and
+    where there are several.
     """
 
     key: str
@@ -28,7 +29,8 @@ class Judged:
 
 @dataclass(frozen=True)
 class Finding:
-    """evidence: numbers against thresholds and trivial baselines; fix: what to type; explained_by: the finding it follows from.
+    """evidence: numbers against thresholds and trivial baselines; fix: what to type; explained_by:
+    the finding it follows from.
 
     judged: the numbers at fault. The evidence names others beside them, which are not.
     """
@@ -59,7 +61,9 @@ def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def recorded(row: Mapping[str, Any]) -> Finding | None:
-    """A finding as a row of findings.jsonl holds it; None for one that does not say which numbers it judges (older runs)."""
+    """A finding as a row of findings.jsonl holds it; None for one that does not say which numbers
+    it judges (older runs).
+    """
     if not isinstance(row.get("judged"), list):
         return None
     known = {field.name: row[field.name] for field in fields(Finding) if field.name in row}

@@ -1,4 +1,6 @@
-"""What the doctor says of single numbers: the one judge of a report's colours, of the marks in its tables and of card.md."""
+"""What the doctor says of single numbers: the one judge of a report's colours, of the marks in its
+tables and of card.md.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from flowray.findings.reading import Absent, Reading, Row
 
 Word = Literal["bad", "warn", "good", ""]
 
-# What is healthy where that depends on the recipe; of all other keys flowray/config/keys.py knows the range.
+# What is healthy where that depends on the recipe; of all other keys flowray/config/keys.py knows
+# the range.
 RANGES: Mapping[str, tuple[Limit, Limit]] = {
     "std/mean": (STD_FLOOR, STD_CEILING),
     "shoot/skill": (SKILL_FLOOR, 1.0),
@@ -29,9 +32,10 @@ RANGES: Mapping[str, tuple[Limit, Limit]] = {
 class Verdict:
     """What the doctor says of one number.
 
-    value: as its rules read it, of the raw weights, else of the EMA; None where it was not measured. word: the severity of the
-    worst finding that the number is at fault in; good where there is none and it lies in `good`, the range that is healthy for
-    this recipe; '' where nothing is said of it. finding, evidence: of that worst finding, '' without one.
+    value: as its rules read it, of the raw weights, else of the EMA; None where it was not
+    measured. word: the severity of the worst finding that the number is at fault in; good where
+    there is none and it lies in `good`, the range that is healthy for this recipe; '' where
+    nothing is said of it. finding, evidence: of that worst finding, '' without one.
     """
 
     key: str
@@ -58,7 +62,9 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        """The verdict in few words: `good (0.5 to 1)`, `bad: source_collapsed (0.3 to 1.6)`, `(0.5 to 1)`."""
+        """The verdict in few words: `good (0.5 to 1)`, `bad: source_collapsed (0.3 to 1.6)`, `(0.5
+        to 1)`.
+        """
         said = f"{self.word}: {self.finding}" if self.finding else self.word
         return f"{said} ({self.healthy})".strip() if self.good else said
 
@@ -71,7 +77,9 @@ class Verdict:
 
 
 class Judge:
-    """The verdicts on a run's numbers. metrics, facts, history: as `diagnose` takes them; findings: the doctor's own where it came."""
+    """The verdicts on a run's numbers. metrics, facts, history: as `diagnose` takes them;
+    findings: the doctor's own where it came.
+    """
 
     def __init__(self, metrics: Row, facts: Mapping[str, Any], history: Sequence[Row] = (), findings: Sequence[Finding] | None = None):
         self._reading = Reading(metrics, facts, history, DERIVED)
@@ -102,7 +110,9 @@ class Judge:
         return known.good if known is not None else None
 
     def _means(self, judged: Judged, name: str) -> bool:
-        """Whether a finding speaks of this number. The doctor reads the raw weights where this row may have the EMA's alone."""
+        """Whether a finding speaks of this number. The doctor reads the raw weights where this row
+        may have the EMA's alone.
+        """
         for key in (judged.key, judged.of):
             same = key.removeprefix("ema/") == name.removeprefix("ema/")
             if key == name or (same and key not in self._reading.metrics):

@@ -15,7 +15,9 @@ class Absent(Exception):
 
 
 class Number(NamedTuple):
-    """name: the key it was read under, `ema/KEY` where only the EMA has it; of: the one measured number that it follows from."""
+    """name: the key it was read under, `ema/KEY` where only the EMA has it; of: the one measured
+    number that it follows from.
+    """
 
     name: str
     value: float
@@ -41,7 +43,9 @@ class Reading:
         return self.find(key).value
 
     def find(self, key: str) -> Number:
-        """The number and where it comes from; Absent where it was neither measured nor follows from what was."""
+        """The number and where it comes from; Absent where it was neither measured nor follows
+        from what was.
+        """
         for row in (self.metrics, self._last):
             for name in (key, f"ema/{key}"):
                 value = row.get(name)
@@ -95,7 +99,9 @@ class Reading:
         return sorted(found.items())
 
     def broken(self) -> list[tuple[str, int | None]]:
-        """Metrics that are not finite, the examination's first, without a step, then those of the history with theirs."""
+        """Metrics that are not finite, the examination's first, without a step, then those of the
+        history with theirs.
+        """
         here = [(key, None) for key, value in self.metrics.items() if _number(value) and not math.isfinite(value)]
         then = [(key, row["step"]) for row in self.history for key, value in row.items() if _number(value) and not math.isfinite(value)]
         return [*here, *then]

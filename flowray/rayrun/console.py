@@ -1,5 +1,6 @@
-"""What a sweep shows while it runs: a line per event, a sign of life in between, on a terminal also a live table; at the end the best
-trials. A trial is running, waiting (at a rung, or for the next session), stopped, finished or failed.
+"""What a sweep shows while it runs: a line per event, a sign of life in between, on a terminal
+also a live table; at the end the best trials. A trial is running, waiting (at a rung, or for the
+next session), stopped, finished or failed.
 """
 
 from __future__ import annotations
@@ -101,9 +102,11 @@ class SweepConsole:
         self._print(words)
 
     def table(self, rows: int, *, why: bool = True) -> Group:
-        """At most `rows` trials, a line each: those that run, then best first, with changed parameters, metrics and why they ended.
+        """At most `rows` trials, a line each: those that run, then best first, with changed
+        parameters, metrics and why they ended.
 
-        Where the terminal is narrow the reasons go below the table, then the last parameters are left out; a trial's event has them all.
+        Where the terminal is narrow the reasons go below the table, then the last parameters are
+        left out; a trial's event has them all.
         """
         trials = self._ranked()[:rows]
         changed = [key for key in self._names if any(key in trial.params for trial in trials)]

@@ -1,4 +1,6 @@
-"""Axes that read well: limits that one outlier does not stretch, ticks at round numbers, labels that do not lie on each other."""
+"""Axes that read well: limits that one outlier does not stretch, ticks at round numbers, labels
+that do not lie on each other.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ LINE = 0.055  # the height of a label, in axes
 
 
 def ticks_between(low: float, high: float, *, log: bool = False) -> list[float]:
-    """Round numbers from low to high, at least three where the range is wider than nothing; log: of a log axis, low > 0."""
+    """Round numbers from low to high, at least three where the range is wider than nothing; log:
+    of a log axis, low > 0.
+    """
     if not low < high:
         return [low]
     if log:
@@ -41,7 +45,9 @@ def ticks_between(low: float, high: float, *, log: bool = False) -> list[float]:
 
 
 def fence(values: Iterable[float], *, log: bool = False, reach: float = 1.5) -> tuple[float, float]:
-    """The least and greatest value that are no outliers (Tukey: farther from the quartiles than `reach` times their distance)."""
+    """The least and greatest value that are no outliers (Tukey: farther from the quartiles than
+    `reach` times their distance).
+    """
     known = sorted(values)
     if len(known) < 5 or (log and known[0] <= 0):
         return (known[0], known[-1]) if known else (0.0, 1.0)
@@ -53,7 +59,9 @@ def fence(values: Iterable[float], *, log: bool = False, reach: float = 1.5) -> 
 
 
 def reach_of(values: Sequence[float]) -> tuple[float, float, bool]:
-    """Least and greatest value to show, and whether on a log axis: where the values spread over decades without their outliers."""
+    """Least and greatest value to show, and whether on a log axis: where the values spread over
+    decades without their outliers.
+    """
     log = spans_decades(values)
     low, high = fence(values, log=log)
     if log and not spans_decades([low, high]):
@@ -79,7 +87,9 @@ def beyond(ax: Axes, y: float) -> bool:
 
 
 def mark_edges(ax: Axes, points: Iterable[tuple[float, float, str]]) -> None:
-    """Mark the points (x, y, colour) that lie beyond the y axis at its edge, the farthest of each x with its value."""
+    """Mark the points (x, y, colour) that lie beyond the y axis at its edge, the farthest of each
+    x with its value.
+    """
     low, high = ax.get_ylim()
     found: dict[tuple[float, bool], tuple[float, str]] = {}
     for x, y, colour in points:
@@ -105,8 +115,8 @@ def log_ticks(ax: Axes) -> None:
 
 
 def end_labels(ax: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Names beside the ends of curves, (name, x, y, colour) each, all of one x: spread where they would lie on each other, each
-    then with a line to its end.
+    """Names beside the ends of curves, (name, x, y, colour) each, all of one x: spread where they
+    would lie on each other, each then with a line to its end.
     """
     to_axes = ax.transData + ax.transAxes.inverted()
     places = sorted((float(to_axes.transform((x, y))[1]), name, x, y, colour) for name, x, y, colour in ends)
@@ -130,7 +140,9 @@ def end_labels(ax: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
 
 
 def free_labels(ax: Axes, points: Mapping[str, tuple[float, float]], others: Sequence[tuple[float, float]], colour: str) -> None:
-    """Names beside points, on the side where no other point or name lies; a name that has no such side is left out."""
+    """Names beside points, on the side where no other point or name lies; a name that has no such
+    side is left out.
+    """
     taken = [tuple(ax.transData.transform(point)) for point in others]
     for name, point in points.items():
         x, y = ax.transData.transform(point)

@@ -173,7 +173,9 @@ def _training(data: DoctorData) -> list[Plot]:
 
 
 def _grids(data: DoctorData) -> list[tuple[list[str], list[GridRow]]]:
-    """(captions, rows): the pictures of the held-out batch, and those drawn from the prompts; one grid where both have the same."""
+    """(captions, rows): the pictures of the held-out batch, and those drawn from the prompts; one
+    grid where both have the same.
+    """
     rows = _rows(data)
     captions, prompts = data.facts.get("captions") or [], data.facts.get("prompts") or []
     if captions == prompts or not prompts:
@@ -203,7 +205,9 @@ def _value(metrics: Mapping[str, float], key: str) -> float | None:
 
 
 def _numbers(data: DoctorData) -> list[Number]:
-    """Every measured number, raw and EMA on one line, what is said of it, and what a trivial predictor scores."""
+    """Every measured number, raw and EMA on one line, what is said of it, and what a trivial
+    predictor scores.
+    """
     metrics, judge = data.metrics, Judge(data.metrics, data.facts, data.history, data.findings)
     found = []
     for name in sorted({key.removeprefix("ema/") for key in metrics if "trivial/" not in key}):

@@ -1,4 +1,6 @@
-"""How a sweep ends on a terminal: what stopped and why, what to type next, and last of all, whole, the verdict."""
+"""How a sweep ends on a terminal: what stopped and why, what to type next, and last of all, whole,
+the verdict.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ REASONS = 3  # groups of stops, and of failures, that are told apart
 
 
 def ending(sweep: Sweep, page: Path, width: int) -> list[str]:
-    """The lines that end a sweep. Commands and paths are one line each, whatever the width: they are to be copied."""
+    """The lines that end a sweep. Commands and paths are one line each, whatever the width: they
+    are to be copied.
+    """
     lines = [""]
     for head, reasons in (("stopped", stop_reasons(sweep)), ("failed", failures(sweep))):
         for words, count in reasons[:REASONS]:
@@ -56,8 +60,8 @@ def _counted(reasons: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def _reason(trial: Trial, rules: Sequence[Mapping[str, Any]], halving: str | None) -> str:
-    """What stopped a trial, as far as its records tell: a number that is none, the rule that holds at its last probe, the one
-    thing left that can have; else the words that it was stopped with.
+    """What stopped a trial, as far as its records tell: a number that is none, the rule that holds
+    at its last probe, the one thing left that can have; else the words that it was stopped with.
     """
     watched = [name for name, value in trial.metrics.items() if value is None]
     if watched:

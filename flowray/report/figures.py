@@ -1,4 +1,6 @@
-"""Pure functions from rows to pictures: matplotlib figures as SVG bytes, sample strips as PNG tiles."""
+"""Pure functions from rows to pictures: matplotlib figures as SVG bytes, sample strips as PNG
+tiles.
+"""
 
 from __future__ import annotations
 
@@ -81,9 +83,11 @@ def lines(
 
 
 def sweep_curves(title: str, trials: Sequence[Trial], best: Trial | None, key: str, still: Sequence[tuple[int, float]] = ()) -> bytes:
-    """The metric over steps of every trial (best first), an x where one stopped early, the best one and the next four in colour.
+    """The metric over steps of every trial (best first), an x where one stopped early, the best
+    one and the next four in colour.
 
-    still: what the best trial scores where its field stands still. A value far out is marked at the edge.
+    still: what the best trial scores where its field stands still. A value far out is marked at
+    the edge.
     """
     curves = {trial: _curve(trial, key) for trial in trials}
     drawn = [trial for trial in trials if curves[trial]]
@@ -162,7 +166,8 @@ def slice_panel(param: str, trials: Sequence[Trial], best: Trial | None, key: st
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of parallel coordinates: its values for the trials that have one, of which null is one; log: spaced by the logarithm.
+    """One axis of parallel coordinates: its values for the trials that have one, of which null is
+    one; log: spaced by the logarithm.
 
     robust: outliers lie at its end.
     """

@@ -14,7 +14,8 @@ def columns() -> int:
 
 
 def wrapped(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
-    """Lines of at most `width` columns, broken between words only: a longer word (a path) is left to the terminal.
+    """Lines of at most `width` columns, broken between words only: a longer word (a path) is left
+    to the terminal.
 
     first, rest: what the first and the other lines begin with.
     """

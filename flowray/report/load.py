@@ -40,9 +40,11 @@ class Strip:
 
 @dataclass(frozen=True)
 class Run:
-    """What one training run wrote. header: the comment block on top of config.yaml; card: (heading, text) of card.md.
+    """What one training run wrote. header: the comment block on top of config.yaml; card:
+    (heading, text) of card.md.
 
-    config: the resolved recipe, dotted keys; findings: the doctor's at its last visit, at step `visited`, None where it never came.
+    config: the resolved recipe, dotted keys; findings: the doctor's at its last visit, at step
+    `visited`, None where it never came.
     """
 
     path: Path
@@ -70,9 +72,11 @@ class Run:
         return None
 
     def judge(self, row: Row, step: int) -> Judge:
-        """The doctor's verdicts on a row of probes: by its own findings where it came at that step, else by its rules.
+        """The doctor's verdicts on a row of probes: by its own findings where it came at that
+        step, else by its rules.
 
-        Findings of older runs do not say which numbers they judge; there, too, the rules are asked again.
+        Findings of older runs do not say which numbers they judge; there, too, the rules are asked
+        again.
         """
         own = [recorded(finding) for finding in self.findings or ()] if self.visited == step else [None]
         facts = {**recipe_facts(self.config), "step": step}
@@ -109,7 +113,9 @@ class Trial:
         return tuple(self.by_seed(key).values())
 
     def by_seed(self, key: str) -> dict[tuple[Any, int], float]:
-        """The same by what tells the seeds apart: the searched `seed`, where there is one, and the place among the trial's own."""
+        """The same by what tells the seeds apart: the searched `seed`, where there is one, and the
+        place among the trial's own.
+        """
         found = [finite(row.get(key)) for row in self.repeats] if len(self.repeats) > 1 else [self.value(key)]
         return {(self.params.get("seed"), place): value for place, value in enumerate(found) if value is not None}
 
@@ -145,7 +151,8 @@ def _whole(value: Any) -> Any:
 class Arm:
     """One setting of the parameters: its finished trials, best first, and the value of each seed.
 
-    A setting that was trained twice from one seed is one value, of the earlier trial: the same run again says nothing of the noise.
+    A setting that was trained twice from one seed is one value, of the earlier trial: the same run
+    again says nothing of the noise.
     """
 
     trials: tuple[Trial, ...]

@@ -1,4 +1,5 @@
-"""Colours of the figures, each with its counterpart on a dark page; a figure follows the reader's setting by itself.
+"""Colours of the figures, each with its counterpart on a dark page; a figure follows the reader's
+setting by itself.
 
 Okabe and Ito's, told apart with any colour vision; shape and line style say the same thing again.
 """

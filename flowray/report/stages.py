@@ -1,4 +1,6 @@
-"""What shoot/nmse says while a run learns: at first the source's blur, later the flow's drawing, which squared error punishes."""
+"""What shoot/nmse says while a run learns: at first the source's blur, later the flow's drawing,
+which squared error punishes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ SCORE = "shoot/nmse"
 
 @dataclass(frozen=True)
 class Stage:
-    """One probe. value: shoot/nmse; still: what the source scores without the flow; cos: flow/cos, None where not measured."""
+    """One probe. value: shoot/nmse; still: what the source scores without the flow; cos: flow/cos,
+    None where not measured.
+    """
 
     step: int
     value: float
@@ -20,13 +24,17 @@ class Stage:
 
 
 def without_flow(run: Run, key: str) -> Series:
-    """What the run's source scores as it stands in this metric, over steps; [] for other metrics than SCORE, or where not measured."""
+    """What the run's source scores as it stands in this metric, over steps; [] for other metrics
+    than SCORE, or where not measured.
+    """
     base = key.removeprefix("ema/")
     return run.series(f"{key.removesuffix(base)}trivial/{base}") if base == SCORE else []
 
 
 def stages(run: Run, key: str) -> list[Stage]:
-    """The first probe, the one with the least value, the first with flow/cos of 0.5 and the last; [] where the metric is another."""
+    """The first probe, the one with the least value, the first with flow/cos of 0.5 and the last;
+    [] where the metric is another.
+    """
     still = dict(without_flow(run, key))
     prefix = key.removesuffix(SCORE)
     cos = dict(run.series(f"{prefix}flow/cos"))

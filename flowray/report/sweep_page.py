@@ -67,7 +67,8 @@ def hand_written(report: Path) -> dict[str, str]:
 def sweep_commands(sweep: Sweep, found: Sequence[Edge] | None = None, *, brief: bool = False) -> dict[str, str]:
     """The commands that follow a sweep, by label, for the best trial; {} before there is one.
 
-    found: its edges, where they are known; brief: without the command that best.yaml says, too, but at length.
+    found: its edges, where they are known; brief: without the command that best.yaml says, too,
+    but at length.
     """
     if sweep.best is None:
         return {}

@@ -1,4 +1,6 @@
-"""Charts: round ticks, limits that one outlier does not stretch, labels apart, colours for light and dark."""
+"""Charts: round ticks, limits that one outlier does not stretch, labels apart, colours for light
+and dark.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from PIL import Image
 
 from flowray.report import figures
 from flowray.report.axes import LINE, end_labels, fence, free_labels, limit, mark_edges, ticks_between
+from flowray.report.doctor_page import DoctorData, write_doctor_page
 from flowray.report.load import load_sweep
 from flowray.report.page import write_run_report
 from flowray.report.paint import DARK
@@ -31,7 +34,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The page of the recorded sweep, with a strip of two pictures for some of its trials, and that of its best trial."""
+    """The page of the recorded sweep, with a strip of two pictures for some of its trials, and
+    that of its best trial.
+    """
     copy = Path(shutil.copytree(RECORDED, tmp_path_factory.mktemp("s") / "head"))
     for number in (27, 25, 22, 7):
         (copy / str(number) / "samples").mkdir(parents=True)
@@ -167,7 +172,9 @@ def test_the_stages_of_a_run_are_those_of_its_probes() -> None:
 
 
 def test_a_sweep_of_an_older_flowray_opens(folder: Path) -> None:
-    """Rows without the newer fields, a recipe with keys that are no more, a doctor's visit that names no numbers."""
+    """Rows without the newer fields, a recipe with keys that are no more, a doctor's visit that
+    names no numbers.
+    """
     path = folder / "trials.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     newer = {"waits", "repeats", "noise", "seconds", "error"}
@@ -179,3 +186,15 @@ def test_a_sweep_of_an_older_flowray_opens(folder: Path) -> None:
     page = write_sweep_report(folder).read_text()
     assert len(re.findall(r'<tr id="trial-', page)) == 30
     assert "field weak" in write_run_report(folder / "27").read_text()
+
+
+def test_the_doctors_pictures_stand_under_what_they_are_pictures_of(tmp_path: Path) -> None:
+    held_out, drawn = ["a red circle", "a blue square"], ["a green triangle", "a large red square"]
+    pictures = {name: np.zeros((2, 8, 8, 3), np.uint8) for name in ("orig", "trace_end", "samples")}
+    facts = {"captions": held_out, "prompts": drawn}
+    page = write_doctor_page(tmp_path / "d.html", DoctorData("r", 1, [], {}, facts, [], pictures, {})).read_text()
+    heads = re.findall(r"<thead><tr><th></th>\s*(.*?)</tr>", page, re.S)
+    assert [re.findall(r"<span>(.*?)</span>", head) for head in heads] == [held_out, drawn]
+    assert page.index("held-out pictures") < page.index("a green triangle") < page.index("as sampling makes them")
+    same = write_doctor_page(tmp_path / "s.html", DoctorData("r", 1, [], {}, facts | {"prompts": held_out}, [], pictures, {}))
+    assert same.read_text().count("<thead><tr><th></th>") == 1

@@ -1,4 +1,6 @@
-"""A recorded sweep of `sweeps/head.yaml`, 30 trials: one judge for doctor, page and card, and what stands at its end."""
+"""A recorded sweep of `sweeps/head.yaml`, 30 trials: one judge for doctor, page and card, and what
+stands at its end.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def change(folder: Path, number: int, **fields: Any) -> Sweep:
 
 
 def test_the_cells_of_the_best_trial_are_the_doctors_verdict(sweep: Sweep) -> None:
-    """27-doctor.json is what `flowray.doctor` measured on that trial, healthy for it; its source is anchored."""
+    """27-doctor.json is what `flowray.doctor` measured on that trial, healthy for it; its source
+    is anchored.
+    """
     said = json.loads((RECORDED / "27-doctor.json").read_text())
     assert said["healthy"]
     best = sweep.best
