@@ -96,8 +96,9 @@ def refuse_without_room(asked: ResourceConfig, cluster: Cluster) -> None:
         )
     hold = cluster.workers(cpus, gpus)
     if workers > hold:
+        room = "the memory of this machine" if cluster.here and not gpus else where
         raise InputError(
-            f"resources.num_workers: asked {asked_words(asked)}, but {where} holds {hold} of them "
+            f"resources.num_workers: asked {asked_words(asked)}, but {room} holds {hold} of them "
             f"({cluster}); type resources.num_workers={max(1, hold)} or less"
         )
 
