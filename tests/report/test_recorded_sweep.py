@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from flowray.config.card import render_card
+from flowray.config.load import load_recipe
 from flowray.findings.facts import recipe_facts
 from flowray.findings.judge import Judge
 from flowray.report.analysis import heat_map
@@ -65,6 +67,22 @@ def test_the_cells_of_the_best_trial_are_the_doctors_verdict(sweep: Sweep) -> No
     by_key = dict(zip(keys, cells, strict=True))
     assert by_key["std/mean"].good == (0.05, 1.6)  # an anchored source is narrow
     assert by_key["shoot/skill"].word == "good"  # at -0.3, as a drawn picture has it
+
+
+def test_the_card_of_a_run_says_what_the_doctor_says(sweep: Sweep, tmp_path: Path) -> None:
+    best = sweep.best
+    assert best is not None
+    last = best.run.probes[-1]
+    judge = best.run.judge(last, int(last["step"]))
+    said = {key: judge(key).text for key in ("ema/std/mean", "ema/shoot/skill", "ema/mu/rms")}
+    loaded = load_recipe(str(RECORDED / str(BEST) / "config.yaml"))
+    card, values = tmp_path / "card.md", {key: float(last[key]) for key in said}
+    known = {"exp_id": "x", "commit": "", "hardware": "", "step": 500}
+    render_card(card, loaded.recipe, loaded.diffs, **known, metrics=values, verdicts=said)
+    lines = {line.split("`")[1]: line for line in card.read_text().splitlines() if line.startswith("| `")}
+    assert lines["ema/std/mean"].endswith("| good (0.05 to 1.6) |")
+    assert lines["ema/shoot/skill"].endswith("| good (-1 to 1) |")
+    assert lines["ema/mu/rms"].endswith("|  |")  # of which nothing is claimed
 
 
 def test_without_its_recipe_the_same_numbers_were_condemned(folder: Path) -> None:
