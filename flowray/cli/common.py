@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -25,5 +26,7 @@ def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
         code = GOOD
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # torch's threads, cut off, abort the interpreter's own end
     sys.exit(code)

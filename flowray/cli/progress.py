@@ -22,6 +22,7 @@ from flowray.store.run import RunDirectory
 
 FIRST_S = 0.5  # a task that is over sooner says nothing
 BEAT_S, QUIET_S = 2.5, 60.0  # the shortest and longest pause between the lines of a task
+STOPPING_S = 5.0  # for an interrupted run to reach its next logged step
 LOOK_S = 0.5  # how often a run's files are looked at
 SILENT_S = 60.0  # after that long without a row a line says so, and again after twice, four times as long
 START_S = 15.0  # imports, Ray, loading the models, the report: measured on two cores
@@ -157,7 +158,7 @@ class RunProgress:
         self.steps, self.start, self._progress = steps, start, progress
         files = (run.metrics, run.probes, run.findings)
         self._metrics, self._probes, self._visits = (RowTail(path, start) for path in files)
-        self._run, self._step, self._found = run, start, set[str]()
+        self.run, self._step, self._found = run, start, set[str]()
         self._news, self._silence = time.monotonic(), SILENT_S
 
     def show(self, advance: Advance) -> None:
@@ -177,7 +178,7 @@ class RunProgress:
             advance(rows[-1]["step"] - self._step, note)
             self._step = rows[-1]["step"]
         elif self._step == self.start:
-            advance(0, doing(self._run) or "starting workers")
+            advance(0, doing(self.run) or "starting workers")
         elif (silent := time.monotonic() - self._news) > self._silence:
             self._silence *= 2
             why = "a slow probe, or lost workers, which start again from the last checkpoint"
@@ -195,14 +196,20 @@ class RunProgress:
 def watch(work: Callable[[], None], seen: RunProgress, progress: Progress) -> None:
     """Run `work` in a thread and show its progress.
 
-    The main thread stays free for signals, which Ray Train would abort on.
+    The main thread stays free for signals, which Ray Train would abort on. On KeyboardInterrupt the
+    run is asked to stop, and given a moment for it.
     """
     thread = threading.Thread(target=work, name="training", daemon=True)
     thread.start()
     with progress.task("training", seen.steps, seen.start) as advance:
-        while thread.is_alive():
-            thread.join(LOOK_S)
-            seen.show(advance)
+        try:
+            while thread.is_alive():
+                thread.join(LOOK_S)
+                seen.show(advance)
+        except KeyboardInterrupt:
+            seen.run.stop_request.touch()
+            thread.join(STOPPING_S)
+            raise
         seen.show(advance)
 
 

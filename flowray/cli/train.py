@@ -185,7 +185,7 @@ class _StopSignals:
     def _ask(self, number: int, _: object) -> None:
         if not self.came:
             after = "the next logged step writes a checkpoint and ends the run"
-            self._progress.say(f"stopping: {after}; Ctrl-C again ends it at once")
+            self._progress.say(f"stopping: {after}; Ctrl-C again ends it without")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         self.came = True

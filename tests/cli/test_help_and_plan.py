@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -69,16 +68,6 @@ def test_python_m_flowray_answers():
     assert same[0].returncode == same[1].returncode == 2
     assert same[0].stderr == same[1].stderr
     assert "did you mean quickstart?" in same[0].stderr
-
-
-def test_ctrl_c_while_importing_is_one_line(tmp_path):
-    argv = [sys.executable, "-m", "flowray.sample", str(tmp_path), "a red circle"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr.readline().endswith("importing the libraries\n")
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err.splitlines()[-1]) == (130, "", "interrupted")
-    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("verb", main._VERBS)
