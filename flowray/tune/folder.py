@@ -7,6 +7,7 @@ from pathlib import Path
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
+from flowray.config.schema import show
 from flowray.config.sweep import Sweep
 from flowray.config.sweepfile import dump_sweep, text_sweep
 from flowray.store.run import RunDirectory, RunLock, require_writable, storage_folder
@@ -54,13 +55,17 @@ def refuse_other(sweep: Sweep, base: Recipe, resume: bool) -> None:
     if not kept.exists():
         return
     old = text_sweep(kept.read_text(), str(kept))
-    changed = [field for field in Sweep.model_fields if getattr(old, field) != getattr(sweep, field)]
-    other = [field for field in changed if field in _THE_SWEEP]
+    pairs = {field: (getattr(old, field), getattr(sweep, field)) for field in Sweep.model_fields}
+    changed = [field for field, (was, comes) in pairs.items() if was != comes]
+    other = {field: pairs[field] for field in changed if field in _THE_SWEEP}
     if recipe.exists():
         keys = recipe_diffs(load_recipe(str(recipe)).recipe, base)
-        other += [key for key in keys if not any(f"{key}.".startswith(f"{free}.") for free in _OF_THE_RECIPE)]
-    if other:
-        raise InputError(f"{kept}: {other[0]} differs from the sweep to resume; take it back, or type name=OTHER for a new sweep")
+        free = tuple(f"{key}." for key in _OF_THE_RECIPE)
+        other |= {key: pair for key, pair in keys.items() if not f"{key}.".startswith(free)}
+    for key, (was, comes) in other.items():
+        plain = all(value is None or isinstance(value, str | int | float) for value in (was, comes))
+        values = f" ({show(comes)}, there it is {show(was)})" if plain else ""
+        raise InputError(f"{kept}: {key} differs from the sweep to resume{values}; take it back, or type name=OTHER for a new sweep")
     minor = [field for field in changed if field not in _PLACES]
     if minor and not resume:
         done = Records(kept.with_name("trials.jsonl")).by("finished", "stopped", "failed")

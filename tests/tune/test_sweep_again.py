@@ -57,7 +57,9 @@ def test_the_same_sweep_goes_on_also_where_only_places_differ(there, resume):
     before = load_sweep(str(there / "s" / "sweep.yaml"))
     assert open_directory(make(there), Recipe(), resume) == there / "s"
     moved = make(there, base="/another/working/dir/b.yaml", description="typed again")
-    other = override_recipe(Recipe(), {"resources.num_workers": 2, "data.cache": "/elsewhere", "name": "x", "train.checkpoint_every": 7})
+    other = override_recipe(
+        Recipe(), {"resources.num_workers": 2, "data.cache": "/elsewhere", "name": "x", "train.checkpoint_every": 7, "storage_path": "/x"}
+    )
     open_directory(moved, other, resume)
     assert load_recipe(str(there / "s" / "base.yaml")).recipe == other
     assert load_sweep(str(there / "s" / "sweep.yaml")).parameters == before.parameters
@@ -67,9 +69,9 @@ def test_the_same_sweep_goes_on_also_where_only_places_differ(there, resume):
 @pytest.mark.parametrize(
     ("changes", "keys", "resume", "words"),
     [
-        ({"seed": 4}, {}, True, "seed differs from the sweep to resume; take it back, or type name=OTHER"),
+        ({"seed": 4}, {}, True, r"seed differs from the sweep to resume \(4, there it is 0\); take it back, or type name=OTHER"),
         ({"parameters": {"optim.lr": LogUniform(min=1e-5, max=1e-2)}}, {}, True, "parameters differs"),
-        ({}, {"train.steps": 7}, True, "train.steps differs from the sweep to resume"),
+        ({}, {"train.steps": 7}, True, r"train\.steps differs from the sweep to resume \(7, there it is 1000\)"),
         ({"set": {"loss.kl.weight": 2.0}}, {"loss.kl.weight": 2.0}, True, "loss.kl.weight differs"),
         ({"run_cap": 5}, {}, False, "run_cap differs from the sweep that is there, of which 0 trials are done; type --resume"),
         ({"stop": (StopRule(metric=METRIC, above=5),)}, {}, False, "stop differs from the sweep that is there"),
