@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task
 from rich.progress import Progress as Bars
+from rich.table import Column
+from rich.text import Text
 
 from flowray.config.progress import Advance, Progress
 from flowray.config.rows import parse_rows
@@ -48,11 +50,8 @@ class ConsoleProgress:
         self._open: list[Task] = []
         self._bars = Bars(
             SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
+            BarColumn(bar_width=20),
+            _StateColumn(table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self._console,
             transient=True,
         )
@@ -111,6 +110,13 @@ def _state(task: Task) -> str:
     left = task.time_remaining
     when = f"about {clock(left)} left" if left else f"for {clock(task.elapsed or 0)} so far"
     return ", ".join(filter(None, (_count(task), task.fields["note"], when)))
+
+
+class _StateColumn(ProgressColumn):
+    """What a line in a log would say, beside the bar."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_state(task))
 
 
 def clock(seconds: float) -> str:
