@@ -66,11 +66,10 @@ def main(argv: list[str]) -> int:
 
     for problem in problems(sweep, base):
         raise InputError(problem)
-    finish, stream = args.finish or (), sys.stderr if args.json else sys.stdout
+    finish, resume = args.finish or (), args.resume or bool(args.finish)
     try:
-        with contextlib.redirect_stdout(stream):
-            resume = args.resume or bool(finish)
-            result = run_sweep(sweep, base, resume=resume, finish=finish, stream=stream, progress=progress)
+        with contextlib.redirect_stdout(sys.stderr):  # what comes before the end is progress
+            result = run_sweep(sweep, base, resume=resume, finish=finish, stream=sys.stderr, progress=progress)
             with progress.task("writing the report"):
                 report = _report(result)
     except OSError as error:
