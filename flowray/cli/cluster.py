@@ -18,6 +18,7 @@ from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
 from flowray.config.errors import InputError
 from flowray.config.paths import expand
+from flowray.data.shards import find_shards
 from flowray.rayrun.cluster_verdict import Row, healthy, judge
 from flowray.store.run import storage_folder
 
@@ -98,6 +99,8 @@ def _check(storage: Path, data: str | None, workers: int, *, as_json: bool) -> i
 
     if place_of(storage) != storage:
         _say(f"{storage} is not there yet, and is not made by this check")
+    if data:
+        find_shards(data)  # before Ray starts
     if not in_cluster():
         _say("RAY_ADDRESS is not set: this machine alone")
     with started():

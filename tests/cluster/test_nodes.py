@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -146,9 +146,9 @@ def test_stop_ends_what_is_marked_and_its_children_and_nothing_else(tmp_path, ho
 # --- the real thing
 
 
-def command(*argv: str, **environment: str) -> subprocess.CompletedProcess:
+def command(*argv: str, before: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "flowray.cluster", *argv],
+        [*before, sys.executable, "-m", "flowray.cluster", *argv],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -196,6 +196,12 @@ def test_two_heads_side_by_side(home, monkeypatch):
         pointed = command("check", "--storage", str(home), RAY_ADDRESS=second, RAY_AUTH_TOKEN_PATH=str(wrong))
         assert pointed.returncode == 2
         assert "token" in pointed.stderr
+
+        outside = ["unshare", "-p", "-f", "--mount-proc"]  # a machine on which no node runs
+        if subprocess.run([*outside, "true"], capture_output=True).returncode == 0:
+            stranger = command("check", "--storage", str(home), RAY_ADDRESS=second, before=outside)
+            assert stranger.returncode == 2
+            assert "no node of that cluster" in stranger.stderr.splitlines()[-1]
 
         joined = command("join", second, *SMALL)
         assert joined.returncode == 0, joined.stderr
