@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,15 +108,17 @@ def run(words: list[str], place: Path, env: dict[str, str]) -> None:
     verb, *argv = words
     command = [sys.executable, "-m", f"flowray.{verb}", *argv, *([] if "--plan" in argv else SMALL.get(verb, []))]
     process = subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        if verb == SERVES:
-            assert process.stdout
-            assert "http://127.0.0.1" in process.stdout.readline()
+    patience = threading.Timer(PATIENCE_S, process.kill)
+    patience.start()
+    assert process.stdout
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if verb == SERVES and "Ctrl-C" in line:
             process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=PATIENCE_S)[0]
-    finally:
-        process.kill()
-        process.wait()
+    process.wait()
+    patience.cancel()
+    said = "".join(lines)
     shown = f"{shlex.join(command)}\n{said}"
     assert "Traceback" not in said, shown
     # After 8 steps the doctor finds much, which is its exit code 1.
