@@ -180,6 +180,9 @@ def _check_room(model: TextModel, config: TextConfig) -> None:
     """InputError where the model has too few positions or too short a window for all tokens."""
     most, queries = config.max_tokens, config.queries if isinstance(config, CausalText) else 0
     limit = getattr(model.backbone.config, "max_position_embeddings", None)
+    table = next((m for name, m in model.backbone.named_modules() if name.endswith("position_embeddings")), None)
+    if limit is not None and (padding := getattr(table, "padding_idx", None)) is not None:
+        limit -= padding + 1  # RoBERTa counts positions from there
     if limit is not None and most + queries > limit:
         raise InputError(f"model.text.max_tokens: {most} + {queries} queries, but {config.path!r} has {limit} positions")
     window = getattr(model.backbone.config, "sliding_window", None)

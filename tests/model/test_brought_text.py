@@ -133,6 +133,13 @@ def config_of_nulls(folder: Path) -> None:
     edit(folder / "config.json", hidden_size=None)
 
 
+def half_a_vocabulary(folder: Path) -> None:
+    """GPT-2's two files, and one of them lost: every word would fall into letters."""
+    edit(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyzĠ")}))
+
+
 def no_weights(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "tf_model.h5")
 
@@ -178,6 +185,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (emptied, "cut off"),
     (config_cut_off, "config.json is no JSON"),
     (config_of_nulls, "hidden_size"),
+    (half_a_vocabulary, "merges"),
     (no_weights, "tf_model.h5"),
     (shard_missing, "lacks 1 of"),
     (stored_as_fp8, "F8_E4M3"),
@@ -340,6 +348,22 @@ def test_ids_beyond_the_embedding_are_one_line(folder: Path) -> None:
     text.tokenize(PROMPTS)
     with pytest.raises(InputError, match=r"^model\.text\.path: .*zebra.* embeddings"):
         text.tokenize([*PROMPTS, "a zebra"])
+
+
+def test_positions_that_begin_behind_the_padding(tmp_path: Path) -> None:
+    """RoBERTa's: of 20 positions, padding being the token 0, a caption has 19."""
+    from transformers import RobertaConfig, RobertaModel
+
+    tokenizer = word_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = RobertaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=20, pad_token_id=0)
+    RobertaModel(config).save_pretrained(tmp_path)
+    one_line(EncoderText(path=str(tmp_path), max_tokens=20), "19 positions")
+    text = load_text(EncoderText(path=str(tmp_path), max_tokens=19))
+    with pytest.warns(UserWarning, match="was cut to 19"):
+        prompts = text.tokenize([" ".join(["red"] * 30)])
+    assert text(prompts).values.shape == (1, 19, 16)
 
 
 def test_widths_come_from_config_json_without_weights(folder: Path) -> None:
