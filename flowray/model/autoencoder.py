@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
 from flowray.config.model import AutoencoderConfig, DCAutoencoder, KLAutoencoder
-from flowray.model.files import AUTOENCODER, ModelFiles, beside, open_autoencoder
+from flowray.model.files import AUTOENCODER, ModelFiles, beside, open_autoencoder, refused
 from flowray.model.latent import LatentScale, Moments, PerChannel
 from flowray.model.local import local_place
 from flowray.model.pretrained import loading
@@ -105,7 +105,8 @@ def _load(config: AutoencoderConfig) -> Any:
             local_files_only=True,
         )
     if lacking := sorted(report["missing_keys"]):
-        raise InputError(f"{AUTOENCODER}: {str(files.folder)!r} lacks {len(lacking)} weights, such as {lacking[0]}")
+        what = f"{len(lacking)} weights, such as {lacking[0]}"
+        raise refused(AUTOENCODER, files.folder, f"lacks {what}")
     return net
 
 
@@ -113,9 +114,11 @@ def _refuse_other_kind(files: ModelFiles, model_class: Any) -> None:
     """InputError where the folder's config is not that of `model_class`."""
     kind = files.config.get("_class_name", files.config.get("model_type", model_class.__name__))
     if kind != model_class.__name__:
-        others = (other.model_fields["kind"].default for other, net in _NETS.items() if net.__name__ == kind)
-        other = "".join(f"; type model.autoencoder.kind={name}" for name in others) or beside(files.folder, "vae", AUTOENCODER)
-        raise InputError(f"{AUTOENCODER}: {str(files.folder)!r} holds {kind}, not {model_class.__name__}{other}")
+        named = [other for other, net in _NETS.items() if net.__name__ == kind]
+        kinds = (other.model_fields["kind"].default for other in named)
+        hint = "".join(f"; type model.autoencoder.kind={name}" for name in kinds)
+        hint = hint or beside(files.folder, "vae", AUTOENCODER)
+        raise refused(AUTOENCODER, files.folder, f"holds {kind}, not {model_class.__name__}{hint}")
 
 
 def _dc_factor(net: Any) -> float:
@@ -135,7 +138,9 @@ def _kl_scale(net: Any, config: KLAutoencoder) -> LatentScale:
 
 
 def planned_autoencoder(config: AutoencoderConfig) -> int | None:
-    """Parameters of the autoencoder, from its own config where it is on this machine, else as the recipe says; None if neither knows."""
+    """Parameters of the autoencoder, from its own config where that is on this machine, else as the
+    recipe says; None if neither knows.
+    """
     if local_place(config.path, "autoencoder") is None:
         return config.parameters
     files, model_class = open_autoencoder(config.path, weights=False), _NETS[type(config)]
@@ -143,4 +148,5 @@ def planned_autoencoder(config: AutoencoderConfig) -> int | None:
         return config.parameters
     _refuse_other_kind(files, model_class)
     with torch.device("meta"), loading(AUTOENCODER, files.folder):
-        return sum(p.numel() for p in model_class.from_config(model_class.load_config(files.folder)).parameters())
+        net = model_class.from_config(model_class.load_config(files.folder))
+        return sum(p.numel() for p in net.parameters())

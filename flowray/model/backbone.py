@@ -25,7 +25,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A VLM's checkpoint names its language model `language_model.model.*`, `model.language_model.*`
 # or, the older Qwen-VL, `model.*`.
 _TO_LANGUAGE_MODEL = {r"^(model\.)?language_model\.(model\.)?": ""}
-# What a pass over padded prompts and then over queries, with the prompts' keys and values kept, hands to a model.
+# What a pass over padded prompts, and one over queries with the prompts' keys and values, hands over.
 _CACHED_PASS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
 
 
@@ -34,16 +34,18 @@ def _causal(files: ModelFiles, config: Any, dtype: torch.dtype) -> Any:
     known, language = type(config), config.get_text_config()
     causal = known in MODEL_FOR_CAUSAL_LM_MAPPING or known in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not causal or known in MODEL_FOR_MASKED_LM_MAPPING:
-        hint = "use model.text.kind=encoder for it" if _encoder_config(config) else "give a causal language model"
+        hint = "give a causal language model"
+        if _encoder_config(config):
+            hint = "use model.text.kind=encoder for it"
         raise InputError(f"{_holds(files, config)}, not a causal language model; {hint}")
     model_class: Any = MODEL_MAPPING[type(language)]
     kinds = set(getattr(language, "layer_types", None) or ())
     recurrent = sorted(kind for kind in kinds if not kind.endswith("attention") or "linear" in kind)
-    if model_class._is_stateful or recurrent or not inspect.signature(model_class.forward).parameters.keys() >= _CACHED_PASS:
-        raise InputError(
-            f"{_holds(files, config)}, which keeps a running state or takes no positions: what it makes of a caption would depend "
-            "on the padding; give a model with attention in every layer, such as Qwen3, Llama or Gemma"
-        )
+    lacks = _CACHED_PASS - inspect.signature(model_class.forward).parameters.keys()
+    if model_class._is_stateful or recurrent or lacks:
+        why = "keeps a running state or takes no positions: its tokens would depend on the padding"
+        instead = "give one with attention in every layer, such as Qwen3, Llama or Gemma"
+        raise InputError(f"{_holds(files, config)}, which {why}; {instead}")
     if language is config:
         return load_weights(model_class, files, TEXT, dtype)
     return load_weights(model_class, files, TEXT, dtype, config=language, key_mapping=_TO_LANGUAGE_MODEL)
@@ -53,16 +55,16 @@ def _encoder(files: ModelFiles, config: Any, dtype: torch.dtype) -> Any:
     """The text encoder of a checkpoint: T5's encoder without its decoder, CLIP's text model without its tower, or the model itself."""
     known = _encoder_config(config)
     if known is None:
-        raise InputError(
-            f"{_holds(files, config)}, not a text encoder (CLIP, T5, BERT, ...); a language model takes model.text.kind=causal_lm"
-        )
+        hint = "a language model takes model.text.kind=causal_lm"
+        raise InputError(f"{_holds(files, config)}, not a text encoder (CLIP, T5, BERT); {hint}")
     # the pooler's output is not read
     return load_weights(MODEL_FOR_TEXT_ENCODING_MAPPING[type(known)], files, TEXT, dtype, unread="pooler", config=known)
 
 
 def _encoder_config(config: Any) -> Any | None:
     """The config, or the text part of it, that transformers has a text encoder for."""
-    return next((each for each in (config, config.get_text_config()) if type(each) in MODEL_FOR_TEXT_ENCODING_MAPPING), None)
+    both = (config, config.get_text_config())
+    return next((each for each in both if type(each) in MODEL_FOR_TEXT_ENCODING_MAPPING), None)
 
 
 def _holds(files: ModelFiles, config: Any) -> str:
@@ -73,12 +75,12 @@ _LOADERS: dict[type, Callable[[ModelFiles, Any, torch.dtype], Any]] = {CausalTex
 
 
 def load_backbone(config: TextConfig) -> Any:
-    """The frozen model of a folder, a hub name on this machine, or the shipped one; InputError in one line where that cannot be."""
+    """The frozen model of a folder, a hub name that is here, or the shipped one; else InputError."""
     return _backbone(config, open_model(config.path, TEXT, "text_encoder"))
 
 
 def planned_backbone(config: TextConfig) -> Any | None:
-    """Its shapes alone, on the meta device, which takes its config.json and no weights; None where that is not on this machine."""
+    """Its shapes alone, on the meta device: config.json is enough. None where that is not here."""
     if local_place(config.path) is None:
         return None
     return _backbone(config, open_model(config.path, TEXT, "text_encoder", weights=False))
@@ -88,7 +90,8 @@ def _backbone(config: TextConfig, files: ModelFiles) -> Any:
     backbone = _LOADERS[type(config)](files, transformers_config(files, TEXT, "text_encoder"), _DTYPES[config.dtype])
     width = backbone_width(backbone)
     if config.width not in (None, width):
-        raise InputError(f"model.text.width: the recipe says {config.width}, the weights in {str(files.folder)!r} have {width}; correct it")
+        have = f"the weights in {str(files.folder)!r} have {width}"
+        raise InputError(f"model.text.width: the recipe says {config.width}, {have}; correct it")
     return backbone
 
 

@@ -83,9 +83,11 @@ class ImageEncoder(nn.Module):
 
 
 def load_image_encoder(config: ImageNetConfig, where: str, *, frozen: bool) -> ImageEncoder:
-    """The encoder of a folder or hub name; from `dims`, with random weights, where there is no path. A plan loads no weights.
+    """The encoder of a folder or hub name; from `dims`, with random weights, where there is no path.
+    A plan loads no weights.
 
-    where: the recipe key that named it. InputError: the weights are not there, not of this kind, or not whole.
+    where: the recipe key that named it. InputError: the weights are not there, of another kind, or
+    not whole.
     """
     if config.dims is not None and (config.path is None or planning()):
         family = _FAMILIES[type(config)]
@@ -94,9 +96,8 @@ def load_image_encoder(config: ImageNetConfig, where: str, *, frozen: bool) -> I
     made = transformers_config(files, f"{where}.path", "image_encoder")
     kind, nets = made.model_type, _FAMILIES[type(config)].nets
     if kind not in nets:
-        raise InputError(
-            f"{where}.path: {config.path!r} holds a {kind} model, kind {config.kind} reads {' or '.join(nets)}; set {where}.kind"
-        )
+        reads = f"kind {config.kind} reads {' or '.join(nets)}; set {where}.kind"
+        raise InputError(f"{where}.path: {config.path!r} holds a {kind} model, {reads}")
     if planning():
         return ImageEncoder(config, nets[kind](getattr(made, "vision_config", made)), frozen)
     return ImageEncoder(config, load_weights(nets[kind], files, f"{where}.path", torch.float32), frozen)

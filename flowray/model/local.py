@@ -1,4 +1,4 @@
-"""Where on this machine a recipe's model path leads. The network is asked only where FLOWRAY_DOWNLOAD=1 allows it."""
+"""Where on this machine a model path leads; the network is asked only with FLOWRAY_DOWNLOAD=1."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _READ = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.tiktoken", "*.txt"]
 
 
 def find_place(path: str, where: str, embedded: str = "text") -> Path:
-    """The file or folder that `path` means: the shipped model `embedded`, a path, or a hub name that was downloaded before.
+    """The file or folder that `path` means: the shipped model `embedded`, a path, or a hub name
+    that was downloaded before.
 
-    where: the recipe key, which begins the message. InputError, one line with what to type: nothing is there.
+    where: the recipe key, which begins the message. InputError with what to type: nothing is there.
     """
     if place := local_place(path, embedded):
         return place
@@ -29,11 +30,10 @@ def find_place(path: str, where: str, embedded: str = "text") -> Path:
         return _download(path, where)
     if not is_hub_name(path):
         raise InputError(f"{where}: {path!r}: {no_such(path)}")
-    near = did_you_mean(path.partition("/")[0], (folder.name for folder in Path.cwd().iterdir() if folder.is_dir()))
-    raise InputError(
-        f"{where}: {path!r} is not on this machine{near}; type `hf download {path}`, the path of a folder, "
-        f"or {DOWNLOAD}=1 before the command to let flowray download it"
-    )
+    folders = [folder.name for folder in Path.cwd().iterdir() if folder.is_dir()]
+    near = did_you_mean(path.partition("/")[0], folders)
+    typed = f"type `hf download {path}`, the path of a folder, or {DOWNLOAD}=1 before the command"
+    raise InputError(f"{where}: {path!r} is not on this machine{near}; {typed}, which downloads it")
 
 
 def may_download(path: str) -> bool:
@@ -42,7 +42,9 @@ def may_download(path: str) -> bool:
 
 
 def local_place(path: str, embedded: str = "text") -> Path | None:
-    """The same without an error: None where nothing is there. A hub name may lead to a part of its files, such as config.json."""
+    """The same without an error: None where nothing is there. Of a hub name there may be a part of
+    its files only, such as config.json.
+    """
     if path == "embedded":
         return asset_path(embedded)
     place = Path(path).expanduser()
@@ -65,7 +67,7 @@ def local_weights(path: str, embedded: str = "text") -> Path | None:
 
 
 def _snapshot(place: Path) -> Path:
-    """Of a folder of the hub's cache (`models--ORG--NAME`) the files of its main revision, any other folder as it is."""
+    """Of a folder of the hub's cache (`models--ORG--NAME`) its main revision; others as they are."""
     main = place / "refs" / "main"
     return place / "snapshots" / main.read_text().strip() if main.is_file() else place
 
@@ -76,7 +78,8 @@ def _download(name: str, where: str) -> Path:
         if not any(place.rglob("*.safetensors")):
             snapshot_download(name, allow_patterns=["*.bin"])
     except (HfHubHTTPError, OSError) as error:
-        answered = isinstance(error, HfHubHTTPError)  # an answer of the hub: no such name, or not for everyone
-        why = "the hub does not give it; check the name, or type `hf auth login`" if answered else "the hub does not answer"
+        why = "the hub does not answer"
+        if isinstance(error, HfHubHTTPError):  # its answer: no such name, or not for everyone
+            why = "the hub does not give it; check the name, or type `hf auth login`"
         raise InputError(f"{where}: cannot download {name!r}: {why}") from error
     return place

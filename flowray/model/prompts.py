@@ -1,4 +1,4 @@
-"""Captions to token ids: the tokenizer of a text model, found beside its weights and refused where it is not a real one."""
+"""Captions to token ids, by the tokenizer that lies beside a text model's weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.utils.import_utils import is_sentencepiece_available
 
 from flowray.config.errors import InputError
 from flowray.config.model import CausalText, TextConfig
-from flowray.model.files import TEXT, ModelFiles, open_model, read_json, refuse_pointer
+from flowray.model.files import TEXT, ModelFiles, open_model, read_json, refuse_pointer, refused
 from flowray.model.pretrained import OFFLINE, loading, needs_code, quiet, transformers_config
 
 PROMPT = "{prompt}"
@@ -22,26 +22,27 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken
 
 
 class PromptTokenizer:
-    """Prompts to rows of token ids: the recipe's template around them, at most `max_tokens`, the template kept whole.
+    """Prompts to rows of at most `max_tokens` token ids, the recipe's template kept whole.
 
     inner: transformers' tokenizer. frame: the text around a prompt, with {prompt} in it.
     """
 
     def __init__(self, inner: Any, config: TextConfig):
         self.inner, self.max_tokens = inner, config.max_tokens
-        self.frame, self._special = PROMPT, True  # special: whether the tokenizer adds its own special tokens
+        self.frame, self._special = PROMPT, True  # special: whether special tokens are added
         if isinstance(config, CausalText):
             self.frame = chat_frame(inner, config) if config.chat else config.template
             self._special = not config.chat
         self._cut_before = False
 
     def rows(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of every prompt. One too long for max_tokens is cut at its end, the frame kept whole; one warning."""
+        """Token ids of every prompt, one too long cut at its end, the frame kept; one warning."""
         rows = self._tokens(prompts)
         for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
             if len(row) > self.max_tokens:
                 self._warn(prompt, len(row))
-                rows[i] = self._tokens([self._cut(prompt)], truncation=True, max_length=self.max_tokens)[0]
+                cut = self._cut(prompt)
+                rows[i] = self._tokens([cut], truncation=True, max_length=self.max_tokens)[0]
         return rows
 
     def frame_tokens(self) -> int:
@@ -49,7 +50,7 @@ class PromptTokenizer:
         return len(self._tokens([""])[0])
 
     def unknown(self, prompts: Sequence[str]) -> float:
-        """Share of the prompts' own tokens that stand for what the tokenizer does not know, 0 to 1; the template is left out."""
+        """Share, 0 to 1, of tokens for what the tokenizer does not know, the template left out."""
         rows = self.inner(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
         count = sum(map(len, rows))
         return sum(row.count(self.inner.unk_token_id) for row in rows) / count if count else 0.0
@@ -57,13 +58,15 @@ class PromptTokenizer:
     def _tokens(self, prompts: Sequence[str], **options: Any) -> list[list[int]]:
         """Token ids of framed prompts."""
         texts = [self.frame.replace(PROMPT, prompt) for prompt in prompts]
-        return self.inner(texts, add_special_tokens=self._special, verbose=False, **options)["input_ids"]
+        options |= {"add_special_tokens": self._special, "verbose": False}
+        return self.inner(texts, **options)["input_ids"]
 
     def _cut(self, prompt: str) -> str:
-        """A prompt without its end, so that it and the frame fit; where there is no frame the tokenizer's own cut is enough."""
+        """A prompt without its end, so that it and the frame fit; without one the tokenizer cuts."""
         if self.frame == PROMPT or not self.inner.is_fast:
             return prompt
-        ends = [end for _, end in self.inner(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
+        tokens = self.inner(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [end for _, end in tokens["offset_mapping"]]
         # More than once, because what is left may fall into other tokens beside the frame.
         while ends and (excess := len(self._tokens([prompt])[0]) - self.max_tokens) > 0:
             ends = ends[:-excess]
@@ -80,32 +83,33 @@ class PromptTokenizer:
 def load_tokenizer(config: TextConfig) -> PromptTokenizer:
     """The tokenizer of a text model's path, with the recipe's template.
 
-    InputError, one line: no tokenizer there, one that cannot be read, or a template that leaves a prompt no room.
+    InputError: no tokenizer there, one that cannot be read, or a template that leaves no room.
     """
     files = open_model(config.path, TEXT, "text_encoder", weights=False)
     transformers_config(files, TEXT, "text_encoder")  # refuses what is no text model at all
     made = PromptTokenizer(_load(files), config)
     if (frame := made.frame_tokens()) >= config.max_tokens:
-        raise InputError(f"model.text.max_tokens: got {config.max_tokens}, but the template alone takes {frame} tokens; raise it")
+        taken = f"but the template alone takes {frame} tokens"
+        raise InputError(f"model.text.max_tokens: got {config.max_tokens}, {taken}; raise it")
     return made
 
 
 def check_captions(prompts: PromptTokenizer, captions: Sequence[str]) -> str | None:
-    """InputError where different captions become the same tokens, for a model then learns the same picture for all of them.
+    """InputError where different captions become the same tokens: all would mean one picture.
 
-    captions: some of the data's, as they stand there. Returns a line of warning where a few of them do, or where the captions
-    themselves are all the same, which is no fault of the model's.
+    captions: some of the data's, as they stand there. Returns a line of warning where a few of them
+    do, or where the captions themselves are all the same, which is no fault of the model's.
     """
-    different = list({" ".join(caption.casefold().split()): caption for caption in captions}.values())
+    plain = {" ".join(caption.casefold().split()): caption for caption in captions}
+    different = list(plain.values())
     if len(different) < 2:
         if len(captions) < 2:
             return None
-        return f"warning: the {len(captions)} captions looked at are all the same, {captions[0][:60]!r}: they tell no picture apart"
+        same = f"the {len(captions)} captions looked at are all the same, {captions[0][:60]!r}"
+        return f"warning: {same}: they tell no picture apart"
     if (share := prompts.unknown(different)) > 0.5:
-        raise InputError(
-            f"{TEXT}: its tokenizer knows only {1 - share:.0%} of what the captions are made of, such as {different[0][:60]!r}; "
-            "give a text model of the captions' language"
-        )
+        why = f"knows only {1 - share:.0%} of captions such as {different[0][:60]!r}"
+        raise InputError(f"{TEXT}: its tokenizer {why}; give a text model of their language")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a caption that is cut
         rows = prompts.rows(different)
@@ -118,18 +122,15 @@ def check_captions(prompts: PromptTokenizer, captions: Sequence[str]) -> str | N
     if not pairs:
         return None
     a, b = (text[:60] for text in pairs[0])
-    said = f"{len(different)} different captions become {_rows(len(first))} of tokens, such as {a!r} and {b!r}"
+    rows_of = "the same row" if len(first) == 1 else f"only {len(first)} rows"
+    said = f"{len(different)} different captions become {rows_of} of tokens, as {a!r} and {b!r}"
     if max(map(len, rows)) >= prompts.max_tokens:
         said, where = f"{said}: they are cut; raise it", "model.text.max_tokens"
     else:
-        said, where = f"{said}: its tokenizer drops what tells them apart; give a checkpoint with its own tokenizer", TEXT
+        said, where = f"{said}: its tokenizer drops what tells them apart; give another", TEXT
     if 2 * len(first) <= len(different):
         raise InputError(f"{where}: {said}")
     return f"warning: {where}: {said}"
-
-
-def _rows(count: int) -> str:
-    return "the same row" if count == 1 else f"only {count} rows"
 
 
 def _load(files: ModelFiles) -> Any:
@@ -138,19 +139,16 @@ def _load(files: ModelFiles) -> Any:
         for file in folder.glob(pattern):
             if file.is_file():
                 refuse_pointer(file, TEXT)
-    missing = InputError(
-        f"{TEXT}: {str(files.folder)!r} has weights and no vocabulary of a tokenizer (tokenizer.json, vocab.txt, ...), without which "
-        "all captions would become the same; download the model's folder whole"
-    )
+    why = "has no vocabulary of a tokenizer (tokenizer.json, vocab.txt, ...)"
+    then = "all captions would become the same tokens; download the model's folder whole"
+    missing = refused(TEXT, files.folder, f"{why}: {then}")
     if not _has_tokenizer(folder):
         raise missing
     whole = (folder / "tokenizer.json").is_file()
     pieces = sorted(file.name for file in folder.glob("*.model"))
     if pieces and not whole and not is_sentencepiece_available():
-        raise InputError(
-            f"{TEXT}: the tokenizer in {str(folder)!r} is {pieces[0]} alone, which the package sentencepiece reads; "
-            "type `pip install sentencepiece protobuf`"
-        )
+        typed = "type `pip install sentencepiece protobuf`"
+        raise refused(TEXT, folder, f"has {pieces[0]} and no tokenizer.json; {typed}")
     try:
         with quiet(), loading(TEXT, folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, **OFFLINE)
@@ -168,21 +166,26 @@ def _load(files: ModelFiles) -> Any:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern) if _.is_file())
+    return any(file.is_file() for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
 
 
 def _tokenizer_folder(folder: Path) -> Path:
-    """Where the tokenizer is: with the weights, in `tokenizer/` among them, or as pipelines have it, `tokenizer/` beside."""
-    places = (folder, folder / "tokenizer", folder.with_name(folder.name.replace("text_encoder", "tokenizer")))
+    """With the weights, in `tokenizer/` among them or, in pipelines, in `tokenizer/` beside."""
+    beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
+    places = (folder, folder / "tokenizer", beside)
     return next((place for place in places if _has_tokenizer(place)), folder)
 
 
 def chat_frame(tokenizer: Any, config: CausalText) -> str:
-    """The chat template around the recipe's template, {prompt} still in it; InputError where the tokenizer has none that takes it."""
+    """The chat template around the recipe's template, {prompt} still in it; InputError where the
+    tokenizer has none that takes it.
+    """
     if not tokenizer.chat_template:
-        raise InputError(f"model.text.chat: the tokenizer of {config.path!r} has no chat template; type model.text.chat=false")
+        lacks = f"the tokenizer of {config.path!r} has no chat template"
+        raise InputError(f"model.text.chat: {lacks}; type model.text.chat=false")
     why: object = "it does not repeat what it is told"
-    for words in (config.template, [{"type": "text", "text": config.template}]):  # a vision-language model's may want a list
+    listed = [{"type": "text", "text": config.template}]  # as some vision-language models want it
+    for words in (config.template, listed):
         system = [] if config.system is None else [{"role": "system", "content": config.system}]
         try:
             messages = [*system, {"role": "user", "content": words}]
@@ -192,4 +195,5 @@ def chat_frame(tokenizer: Any, config: CausalText) -> str:
             continue
         if PROMPT in text:
             return text + config.suffix
-    raise InputError(f"model.text.chat: the chat template of {config.path!r} does not take system and user text: {why}")
+    template = f"the chat template of {config.path!r}"
+    raise InputError(f"model.text.chat: {template} does not take system and user text: {why}")

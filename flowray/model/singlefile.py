@@ -1,52 +1,60 @@
-"""A KL autoencoder in one file, as Stable Diffusion's own code saves it: `vae-ft-mse-840000.safetensors`, or a whole checkpoint.
+"""A KL autoencoder in one file, as Stable Diffusion's own code saves it, alone or in a checkpoint.
 
 Such a file has no config. Everything but the scale shows in the shapes of its weights.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL
-from diffusers.loaders.single_file_utils import LDM_VAE_KEYS, convert_ldm_vae_checkpoint, load_single_file_checkpoint
+from diffusers.loaders.single_file_utils import (
+    LDM_VAE_KEYS,
+    convert_ldm_vae_checkpoint,
+    load_single_file_checkpoint,
+)
 from torch import Tensor
 
-from flowray.config.errors import InputError
 from flowray.config.model import AutoencoderConfig, KLAutoencoder
-from flowray.model.files import check_file
+from flowray.model.files import CONFIG, check_file, refused
 from flowray.model.pretrained import loading
+
+_FIRST_STAGE = re.compile(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
 
 
 def load_single_file(file: Path, config: AutoencoderConfig, where: str) -> Any:
-    """The autoencoder in a file. InputError, one line: not that format, weights missing, or no scale in the recipe."""
+    """The autoencoder in a file. InputError: another form, weights missing, no scale given."""
     if not isinstance(config, KLAutoencoder):
-        raise InputError(f"{where}: {str(file)!r} is one file, which kind {config.kind} is not read from; give a folder with config.json")
+        why = f"is one file, which kind {config.kind} is not read from; give a folder with {CONFIG}"
+        raise refused(where, file, why)
     check_file(file, where)
     with loading(where, file):
         stored = load_single_file_checkpoint(str(file), local_files_only=True)
-        prefix = next((begin for begin in LDM_VAE_KEYS if any(key.startswith(begin) for key in stored)), "")
-        weights = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+        found = (begin for begin in LDM_VAE_KEYS if any(key.startswith(begin) for key in stored))
+        prefix = next(found, "")
+        inside = [key for key in stored if key.startswith(prefix)]
+        weights = {key.removeprefix(prefix): stored[key] for key in inside}
     if "encoder.down.0.block.0.conv1.weight" not in weights:
-        folder = "diffusers' weights: put it into a folder with its config.json, and give that"
-        what = folder if "encoder.conv_in.weight" in weights else "no KL autoencoder in the form of Stable Diffusion's code"
-        raise InputError(f"{where}: {str(file)!r} holds {what}")
+        why = "holds no KL autoencoder in the form of Stable Diffusion's code"
+        if "encoder.conv_in.weight" in weights:
+            why = f"holds diffusers' weights: put it into a folder with its {CONFIG}, and give that"
+        raise refused(where, file, why)
     if config.scaling_factor is None:
-        raise InputError(
-            f"{where}: {str(file)!r} is one file and states no scale; type model.autoencoder.scaling_factor=0.18215 "
-            "(Stable Diffusion 1 and 2) or 0.13025 (SDXL)"
-        )
+        typed = "type model.autoencoder.scaling_factor=0.18215 (SD 1 and 2) or 0.13025 (SDXL)"
+        raise refused(where, file, f"is one file and states no scale; {typed}")
     with loading(where, file):
         shape = ldm_config(weights)
         net = AutoencoderKL.from_config(shape)
         report = net.load_state_dict(convert_ldm_vae_checkpoint(weights, shape), strict=False)
     if lacking := sorted(report.missing_keys):
-        raise InputError(f"{where}: {str(file)!r} lacks {len(lacking)} weights, such as {lacking[0]}")
+        raise refused(where, file, f"lacks {len(lacking)} weights, such as {lacking[0]}")
     return net
 
 
 def ldm_config(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """diffusers' config of a KL autoencoder from its weights under the names of Stable Diffusion's code."""
+    """diffusers' config of a KL autoencoder from its weights in Stable Diffusion's form."""
     widths: list[int] = []
     while (first := weights.get(f"encoder.down.{len(widths)}.block.0.conv1.weight")) is not None:
         widths.append(len(first))
@@ -54,7 +62,7 @@ def ldm_config(weights: dict[str, Tensor]) -> dict[str, Any]:
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "block_out_channels": widths,
-        "layers_per_block": sum(key.startswith("encoder.down.0.block.") and key.endswith(".conv1.weight") for key in weights),
+        "layers_per_block": sum(bool(_FIRST_STAGE.fullmatch(key)) for key in weights),
         "latent_channels": weights["decoder.conv_in.weight"].shape[1],
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in weights,
         "use_quant_conv": "quant_conv.weight" in weights,

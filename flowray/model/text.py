@@ -40,7 +40,8 @@ class TextTokens(NamedTuple):
 
 
 class TextModel(nn.Module):
-    """Shared by both kinds: tokenizer, frozen backbone, connector if there is one, `width` of the tokens a head reads.
+    """Shared by both kinds: tokenizer, frozen backbone, connector if there is one, `width` of the
+    tokens a head reads.
 
     prompts: None in a plan.
     """
@@ -78,18 +79,18 @@ class TextModel(nn.Module):
     def tokenize(self, prompts: Sequence[str]) -> Prompts:
         """Token ids on this module's device, cut to max_tokens as `PromptTokenizer.rows` does.
 
-        InputError where the tokenizer gives an id that the model has no embedding for: it is another model's.
+        InputError where the tokenizer gives an id without an embedding: it is another model's.
         """
         embeddings: Tensor = self.backbone.get_input_embeddings().weight
         rows, count, inner = self.prompts.rows(prompts), len(embeddings), self.prompts.inner
         for row, prompt in zip(rows, prompts, strict=True):
             if row and max(row) >= count:
-                raise InputError(
-                    f"{TEXT}: its tokenizer gives {prompt[:60]!r} the id {max(row)}, but the model has {count} embeddings; "
-                    "give weights and tokenizer of one model"
-                )
-        # Padding is masked, so that any id will do: some tokenizers have none, or one that the model does not know.
-        padding = next((i for i in (inner.pad_token_id, inner.eos_token_id) if i is not None and 0 <= i < count), 0)
+                why = f"the id {max(row)}, but the model has {count} embeddings"
+                instead = "give weights and tokenizer of one model"
+                raise InputError(f"{TEXT}: its tokenizer gives {prompt[:60]!r} {why}; {instead}")
+        # Padding is masked, so that any id will do: some tokenizers have none, or one too large.
+        known = (i for i in (inner.pad_token_id, inner.eos_token_id) if i in range(count))
+        padding = next(known, 0)
         length = self.prompts.max_tokens if self.pad_to_max else max([1, *map(len, rows)])
         device = embeddings.device
         ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows], device=device)
@@ -180,19 +181,23 @@ def _check_room(model: TextModel, config: TextConfig) -> None:
     """InputError where the model has too few positions or too short a window for all tokens."""
     most, queries = config.max_tokens, config.queries if isinstance(config, CausalText) else 0
     limit = getattr(model.backbone.config, "max_position_embeddings", None)
-    table = next((m for name, m in model.backbone.named_modules() if name.endswith("position_embeddings")), None)
+    modules = model.backbone.named_modules()
+    table = next((module for name, module in modules if name.endswith("position_embeddings")), None)
     if limit is not None and (padding := getattr(table, "padding_idx", None)) is not None:
         limit -= padding + 1  # RoBERTa counts positions from there
     if limit is not None and most + queries > limit:
-        raise InputError(f"model.text.max_tokens: {most} + {queries} queries, but {config.path!r} has {limit} positions")
+        have = f"{config.path!r} has {limit} positions"
+        raise InputError(f"model.text.max_tokens: {most} + {queries} queries, but {have}")
     window = getattr(model.backbone.config, "sliding_window", None)
     # a prompt's padding would take places in it: tokens would depend on the batch
     if window is not None and most + queries > window:
-        raise InputError(f"model.text.max_tokens: {most} + {queries} queries, but {config.path!r} sees a window of {window} tokens")
+        have = f"{config.path!r} sees a window of {window} tokens"
+        raise InputError(f"model.text.max_tokens: {most} + {queries} queries, but {have}")
 
 
 def planned_text(config: TextConfig) -> TextModel:
-    """The text model of a plan, without weights: its shapes from config.json, or the trainable parts alone from `width`.
+    """The text model of a plan, without weights: its shapes from config.json, or the trainable
+    parts alone from `width`.
 
     InputError where neither is known.
     """
@@ -200,11 +205,11 @@ def planned_text(config: TextConfig) -> TextModel:
     if backbone is None and config.width is None:
         if not is_hub_name(config.path):
             find_place(config.path, TEXT)  # says what is wrong with the path
-        raise InputError(
-            f"model.text.width: {config.path!r} is not on this machine, so a plan needs its hidden size; type "
-            f"`hf download {config.path} config.json`, or model.text.width=N with the N of hidden_size (T5: d_model) in "
-            f"https://huggingface.co/{config.path}/blob/main/config.json"
-        )
+        page = f"https://huggingface.co/{config.path}/blob/main/config.json"
+        typed = f"type `hf download {config.path} config.json`, or model.text.width=N"
+        where = f"N is hidden_size (T5: d_model) in {page}"
+        here = f"{config.path!r} is not on this machine"
+        raise InputError(f"model.text.width: {here}; {typed}: {where}")
     if backbone is None:
         backbone = nn.Module()
         backbone.config = SimpleNamespace(hidden_size=config.width)

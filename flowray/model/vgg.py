@@ -119,7 +119,7 @@ def _tensors(file: str, where: str) -> dict[str, Tensor]:
     if not place.is_file():
         raise InputError(f"{where}: {file!r}: {'a folder; give the file' if place.is_dir() else no_such(file)}")
     check_file(place, where)
-    with loading(where, file):
+    with loading(where, place):
         tensors = place.suffix == ".safetensors"
         kept = load_file(file) if tensors else torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(kept, dict) or not all(isinstance(value, Tensor) for value in kept.values()):

@@ -118,7 +118,8 @@ def pictures_fingerprint(reader: ShardReader) -> str:
 
 
 def autoencoder_fingerprint(config: AutoencoderConfig) -> str:
-    """Short hash of the config and of the files that are read: their names and contents, or sizes and times where they are large.
+    """Short hash of the config and of the files that are read: their names and contents, or sizes and
+    times where they are large.
 
     A hub name stands for itself. InputError where the path holds no autoencoder.
     """
@@ -142,7 +143,8 @@ def ensure_latents(
 ) -> dict[str, Path]:
     """split -> folder of latent shards, encoded now where they are not in the cache.
 
-    text: the text model that is to train on them. InputError before anything is encoded where it cannot tell captions apart.
+    text: the text model that is to train on them. InputError before anything is encoded where it
+    cannot tell captions apart.
     """
     folders: dict[str, Path] = {}
     for split, shards in split_shards(data, progress).items():

@@ -1,4 +1,4 @@
-"""Autoencoders and picture encoders as people have them, and hub names on a machine without a network."""
+"""Autoencoders and picture encoders as people have them, and hub names without a network."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def mean(path: Path, **options: Any) -> torch.Tensor:
 
 
 def one_line(config: KLAutoencoder | DCAutoencoder | Path, *words: str) -> None:
-    """Loading ends in an InputError that begins with the key and has the words; so does the key of the latents' cache."""
+    """Loading ends in an InputError that begins with the key and has the words."""
     config = KLAutoencoder(path=str(config)) if isinstance(config, Path) else config
     with pytest.raises(InputError, match=r"^model\.autoencoder\.") as caught:
         load_autoencoder(config, SPEC)
@@ -139,7 +139,7 @@ LATENT = LatentSpec(channels=4, height=8, width=8)
 
 
 def ldm_names(weights: dict[str, torch.Tensor], last: int) -> dict[str, torch.Tensor]:
-    """diffusers' names as Stable Diffusion's own code has them; `last`: number of the lowest stage."""
+    """diffusers' names as Stable Diffusion's code has them; last: number of the lowest stage."""
     attention = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm"}
     named = {}
     for key, value in weights.items():

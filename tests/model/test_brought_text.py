@@ -1,4 +1,4 @@
-"""Text models as people have them: whole folders of every layout load, damaged or unfit ones are one line before anything runs."""
+"""Text models as people have them: whole ones of every layout load, others are one line."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (lfs_tokenizer, "lfs pull"),
     (cut_off, "cut off"),
     (emptied, "cut off"),
-    (config_cut_off, "config.json is no JSON"),
+    (config_cut_off, "is no JSON"),
     (config_of_nulls, "hidden_size"),
     (half_a_vocabulary, "merges"),
     (no_weights, "tf_model.h5"),
@@ -322,7 +322,7 @@ def test_models_without_a_cache_of_attention_are_refused(make: Callable[[Path], 
 @pytest.mark.parametrize("pad", [None, "beyond"])
 @pytest.mark.parametrize("eos", [True, False])
 def test_padding_needs_no_token_of_its_own(pad: str | None, eos: bool, folder: Path) -> None:
-    """A tokenizer without a pad token, or whose pad token was added beyond the embedding: padding is masked, so any id will do."""
+    """No pad token, or one added beyond the embedding: padding is masked, so any id will do."""
     before = tokens(folder)
     tokenizer = word_tokenizer()
     count = len(tokenizer)

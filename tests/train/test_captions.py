@@ -1,4 +1,4 @@
-"""A run whose captions all become the same tokens is refused, before anything is encoded and when training starts."""
+"""A run whose captions all become the same tokens is refused before it encodes or trains."""
 
 from __future__ import annotations
 
