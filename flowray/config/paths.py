@@ -1,7 +1,7 @@
-"""Paths of a recipe or a sweep: which keys hold one, what it is relative to, and what is said where nothing is there.
+"""Paths of recipes and sweeps: which keys hold one, where it starts, what is said of a missing one.
 
-A key that holds a path says so in its annotation (`PathField`). Loading makes every such value absolute, once: Ray's workers run
-in folders of their own, so a relative path would mean something else there.
+A key that holds a path says so in its annotation (`PathField`). Loading makes every such value
+absolute, once: Ray's workers run in folders of their own, where a relative one means another place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pydantic.fields import FieldInfo
 
 from flowray.config.errors import InputError
 
-STORAGE = "FLOWRAY_STORAGE"  # where set, the folder that all nodes share, and the root of relative storage paths
+# the folder that all nodes share; where set, relative storage paths lie in it
+STORAGE = "FLOWRAY_STORAGE"
 
 # huggingface_hub's rule for a repository id: `name` or `org/name`
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -34,9 +35,12 @@ Value = TypeVar("Value")
 class PathField:
     """Annotation of a config field whose text (or texts) are paths.
 
-    names: what is a name and no path, such as `embedded`. hub: `org/name` may be a model of the Hugging Face hub.
-    pattern: may hold the wildcards of `glob`. root: an environment variable that, where set, holds the folder of relative paths.
-    run: a run or sweep that is there already; one not found from that folder is looked for from the file's and the working one.
+    names: what is a name and no path, such as `embedded`.
+    hub: `org/name` may be a model of the Hugging Face hub.
+    pattern: may hold the wildcards of `glob`.
+    root: an environment variable that, where set, holds the folder of relative paths.
+    run: a run or sweep that is there already; one not found from that folder is looked for from the
+    file's and from the working directory.
     """
 
     names: tuple[str, ...] = ()
@@ -62,15 +66,16 @@ def path_field(field: FieldInfo) -> PathField | None:
 
 
 def looks_like_path(text: str) -> bool:
-    """Whether a text can only be a path: by its beginning, a slash in it, or the ending of a file."""
+    """Whether a text can only be a path: its beginning, a slash in it, or a file's ending."""
     return text.startswith(_STARTS) or "/" in text or text.lower().endswith(_FILES)
 
 
 def is_hub_name(text: str, folder: Path | None = None) -> bool:
     """Whether `text` names a model of the hub, `org/name` or `name`; what looks like a path never does.
 
-    A path starts with `/`, `./`, `../`, `~` or `$`, ends with `/`, has more than one slash, a drive or the ending of a file of
-    weights, or begins with something that exists in `folder` (the working directory unless given).
+    A path starts with `/`, `./`, `../`, `~` or `$`, ends with `/`, has more than one slash, a drive
+    or the ending of a file of weights, or begins with something that exists in `folder` (the working
+    directory unless given).
     """
     if text.startswith(_STARTS) or text.lower().endswith(_FILES) or not _HUB_NAME.fullmatch(text):
         return False
@@ -78,11 +83,15 @@ def is_hub_name(text: str, folder: Path | None = None) -> bool:
 
 
 def expand(text: str) -> str:
-    """`~`, `$NAME` and `${NAME}` replaced, `$$` being a plain `$`. InputError where a variable or a home is not there."""
+    """`~`, `$NAME` and `${NAME}` replaced, `$$` being a plain `$`.
+
+    InputError where a variable or a home is not there.
+    """
     try:
         text = Template(text).substitute(os.environ)
     except KeyError as error:
-        raise InputError(f"got {text!r}, but the environment variable {error.args[0]} is not set") from None
+        name = error.args[0]
+        raise InputError(f"got {text!r}, but the environment variable {name} is not set") from None
     except ValueError:
         raise InputError(f"got {text!r}; a `$` that begins no variable is written `$$`") from None
     whole = os.path.expanduser(text)
@@ -92,14 +101,15 @@ def expand(text: str) -> str:
 
 
 def absolute(text: str, field: PathField, folder: Path) -> str:
-    """A path as it stands in a file of `folder`, absolute and without `..`; names and hub names as they are.
+    """A path as it stands in a file of `folder`, made absolute; names and hub names as they are.
 
     InputError, without the place: a variable is not set, an address (`s3://...`).
     """
     if text in field.names:
         return text
     if "://" in text:
-        instead = "the hub's name (org/name) or a folder" if field.hub else "a folder; mount it on every node and type its path"
+        mounted = "a folder; mount it on every node and type its path"
+        instead = "the hub's name (org/name) or a folder" if field.hub else mounted
         raise InputError(f"got {text!r}, want {instead}")
     if field.hub and is_hub_name(text, folder):
         return text
@@ -108,26 +118,27 @@ def absolute(text: str, field: PathField, folder: Path) -> str:
     path = expand(text)
     if os.path.isabs(path):
         return _tidy(path)
-    root = Path(os.environ.get(field.root) or folder).absolute() if field.root else folder.absolute()
+    root = Path(os.environ.get(field.root, "") or folder).absolute()
     if field.run:
-        root = next((near for near in (root, folder.absolute(), Path.cwd()) if (near / path).exists()), root)
+        places = (root, folder.absolute(), Path.cwd())
+        root = next((near for near in places if (near / path).exists()), root)
     literal = not field.pattern or not glob.has_magic(path) or (root / path).exists()
     return _tidy(str(root / path)) if literal else _tidy(os.path.join(glob.escape(str(root)), path))
 
 
 def _tidy(path: str) -> str:
-    """Without `.`, `..` and a slash at the end, where that is the same place: `link/..` need not be."""
+    """Without `.`, `..` and a last slash, where that is the same place: `link/..` need not be."""
     plain = os.path.normpath(path)
     return plain if os.path.realpath(plain) == os.path.realpath(path) else path
 
 
 def default_storage() -> str:
-    """The storage path of a recipe or sweep that names none: `runs`, in FLOWRAY_STORAGE or the working directory."""
+    """The storage path where none is given: `runs`, in FLOWRAY_STORAGE or the working directory."""
     return absolute("runs", PathField(root=STORAGE), Path.cwd())
 
 
 def map_paths(value: Value, change: Callable[[str], str]) -> Value:
-    """`value` with every text in it changed: a path field holds one path, a list of them or null."""
+    """`value` with its texts changed: a path field holds one path, a list of them or null."""
     made: Any = value
     if isinstance(value, str):
         made = change(value)
@@ -137,7 +148,10 @@ def map_paths(value: Value, change: Callable[[str], str]) -> Value:
 
 
 def make_absolute(value: Value, field: PathField | None, folder: Path, place: str) -> Value:
-    """A config value with its paths absolute. place: where it stands, 'r.yaml:3: data.cache', for the line of an InputError."""
+    """A config value with its paths absolute.
+
+    place: where it stands, 'r.yaml:3: data.cache', for the line of an InputError.
+    """
     if field is None:
         return value
     try:
@@ -152,12 +166,15 @@ def written(text: str) -> str:
 
 
 def argument(text: str) -> Path:
-    """A path from the command line. The shell leaves `~` and variables inside quotes, and in `--option=~/x`, as they are."""
+    """A path from the command line.
+
+    The shell leaves `~` and variables inside quotes, and in `--option=~/x`, as they are.
+    """
     return Path(expand(text))
 
 
 def no_such(path: str | Path) -> str:
-    """'no such folder, did you mean NEAREST?' (or file) for a path at which nothing is, whichever part of it is misspelt."""
+    """'no such folder, did you mean NEAREST?' (or file), whichever part of the path is misspelt."""
     path = Path(path)
     what = "file" if path.name.lower().endswith(_FILES) else "folder"
     there = path.absolute()
@@ -167,7 +184,8 @@ def no_such(path: str | Path) -> str:
         if not inside.exists():
             near = difflib.get_close_matches(part, _names(found), n=1)
             if not near:
-                return f"no such {what}" + ("" if found == there.parent else f"; {found} has no {part}")
+                where = "" if found == there.parent else f"; {found} has no {part}"
+                return f"no such {what}{where}"
             inside = found / near[0]
         found = inside
     return f"no such {what}, did you mean {found}?"

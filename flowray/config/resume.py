@@ -1,4 +1,4 @@
-"""What of a recipe may differ when a run goes on from its checkpoint: the schedule and what shows may, what was learnt may not."""
+"""What of a recipe may differ when a run goes on: the schedule and what shows, not what was learnt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowray.config.load import recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.schema import key_paths, show
 
-# The data cursor and every draw follow from the seed, the step and the data set; the weights fit one model.
+# the data cursor and every draw follow from seed, step and data set; the weights fit one model
 _KEPT = ("seed", "data", "model")
 _FREE = (
     "data.cache",
@@ -23,22 +23,26 @@ _FREE = (
     "model.velocity.gradient_checkpointing",
 )
 _LEARNS = ("clip", "dino", "repa")  # losses with weights of their own
-_SHAPES = tuple(f"loss.{part}" for part in ("dino.prototypes", "dino.hidden", "dino.bottleneck", "dino.teacher", "repa"))
+_OF_DINO = tuple(f"loss.dino.{part}" for part in ("prototypes", "hidden", "bottleneck", "teacher"))
+_SHAPES = (*_OF_DINO, "loss.repa")
 _OF_NO_SHAPE = tuple(f"loss.repa.{part}" for part in ("weight", "schedule"))
 
 
 def refuse_changes(before: Recipe, after: Recipe, step: int, where: str) -> None:
-    """InputError, one line, where a run that has done `step` steps as `before` cannot go on as `after`. where: the run."""
+    """InputError, one line, where a run of `step` steps as `before` cannot go on as `after`.
+
+    where: the run.
+    """
     for key, (old, new) in recipe_diffs(before, after).items():
         if _is_kept(key, before, after) and not _has_moved(key, old):
             raise InputError(
-                f"{key}: got {show(new)}, but {where} has trained {step} steps with {show(old)}; a resume keeps it: "
-                f"type {shlex.quote(f'{key}={_typed(old)}')}, or name=OTHER for a new run"
+                f"{key}: got {show(new)}, but {where} has trained {step} steps with {show(old)}; "
+                f"a resume keeps it: type {shlex.quote(f'{key}={_typed(old)}')}, or name=OTHER for a new run"
             )
     if after.train.steps < step:
         raise InputError(
-            f"train.steps: got {after.train.steps}, but {where} has trained {step} steps already (of {before.train.steps}); "
-            "type train.steps=N for more, or name=OTHER for a new run"
+            f"train.steps: got {after.train.steps}, but {where} has trained {step} steps already "
+            f"(of {before.train.steps}); type train.steps=N for more, or name=OTHER for a new run"
         )
 
 
@@ -62,7 +66,7 @@ def _under(key: str, sections: tuple[str, ...]) -> bool:
 
 
 def _has_moved(key: str, old: Any) -> bool:
-    """Whether a place that the run knew is gone, so that another one is the same under its new name."""
+    """Whether a place that the run knew is gone: the other one is then taken for its new place."""
     is_place = isinstance(old, str) and key_paths(key) is not None and os.path.isabs(old)
     return is_place and not (os.path.exists(old) or glob.glob(old))
 

@@ -1,4 +1,4 @@
-"""What a name or path on a command line turns out to be: a recipe, a sweep, a run, a sweep's folder, a checkpoint."""
+"""What a name or path that was typed is: a recipe, a sweep, a run, a sweep's folder, a checkpoint."""
 
 from __future__ import annotations
 
@@ -45,19 +45,24 @@ def is_run(path: Path) -> bool:
 
 
 def what_it_is(source: str | Path) -> str:
-    """What a path or packaged name is and which command takes it, to go on after 'SOURCE is '; '' for nothing of flowray's."""
+    """What a path or packaged name is and which command takes it, to go on after 'SOURCE is '.
+
+    '' for nothing of flowray's.
+    """
     path, typed = Path(source), shlex.quote(str(source))
+    samples = f"`python -m flowray.sample {typed} PROMPT` samples it"
     if (path / "state.json").is_file():
         run = path.parent.parent
-        return f"a checkpoint of the run {run}; `python -m flowray.sample {typed} PROMPT` samples it, {_continues(run)}"
+        return f"a checkpoint of the run {run}; {samples}, {_continues(run)}"
     if (path / "sweep.yaml").is_file():
-        best = f", {path / 'best.yaml'} is its best recipe" if (path / "best.yaml").is_file() else ""
+        file, best = shlex.quote(str(path / "sweep.yaml")), path / "best.yaml"
         return (
-            f"the folder of a sweep; `python -m flowray.report {typed}` shows it, `python -m flowray.tune "
-            f"{shlex.quote(str(path / 'sweep.yaml'))} --resume` continues it, {path}/NUMBER is a trial{best}"
+            f"the folder of a sweep; `python -m flowray.report {typed}` shows it, "
+            f"`python -m flowray.tune {file} --resume` continues it, {path}/NUMBER is a trial"
+            + (f", {best} is its best recipe" if best.is_file() else "")
         )
     if is_run(path):
-        return f"a run; `python -m flowray.sample {typed} PROMPT` samples it, {_continues(path)}"
+        return f"a run; {samples}, {_continues(path)}"
     if path.name == "checkpoints" and is_run(path.parent):
         return f"the checkpoints of the run {path.parent}; give the run, or one step_* of them"
     if path.is_file():
@@ -72,12 +77,15 @@ def what_it_is(source: str | Path) -> str:
 
 
 def _continues(run: Path) -> str:
-    return f"`python -m flowray.train {shlex.quote(str(run / 'config.yaml'))} --resume` continues it"
+    recipe = shlex.quote(str(run / "config.yaml"))
+    return f"`python -m flowray.train {recipe} --resume` continues it"
 
 
 def _file(path: Path, typed: str) -> str:
+    if path.suffix not in {".yaml", ".yml"}:
+        return ""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix in {".yaml", ".yml"} else None
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         data = None
     if not isinstance(data, dict):
@@ -90,4 +98,5 @@ def _file(path: Path, typed: str) -> str:
 def comes_first(source: str, what: str, command: str) -> None:
     """InputError where a command begins with a `key=value` instead of the recipe or sweep."""
     if "=" in source and not Path(source).exists():
-        raise InputError(f"command line: got {source!r} where {what} comes first; type python -m {command} NAME {shlex.quote(source)}")
+        instead = f"python -m {command} NAME {shlex.quote(source)}"
+        raise InputError(f"command line: got {source!r} where {what} comes first; type {instead}")
