@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +15,7 @@ from flowray.config.keys import describe
 from flowray.config.load import load_recipe
 from flowray.findings.derived import DERIVED
 from flowray.findings.diagnose import diagnose
-from flowray.findings.finding import Finding, as_json, healthy
+from flowray.findings.finding import Finding, as_json, healthy, recorded
 from flowray.findings.rules import RULES
 
 # Of a run on shapes that paints what it is told; its weights move little at the end of the cosine.
@@ -408,3 +410,11 @@ def test_every_warning_says_which_numbers_are_at_fault() -> None:
 def test_a_derived_number_tells_the_one_it_follows_from() -> None:
     (condition,) = [f for f in diagnose(HEALTHY | {"text/snr": 1e-9}, FACTS) if f.id == "condition_ignored"]
     assert ("text/nats", "text/snr") in [(judged.key, judged.of) for judged in condition.judged]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_finding_comes_back_from_its_row(case: Case) -> None:
+    for finding in read(case):
+        row = json.loads(json.dumps(asdict(finding), allow_nan=False))
+        assert recorded(row) == finding
+        assert recorded({key: value for key, value in row.items() if key != "judged"}) is None
