@@ -74,7 +74,9 @@ def test_models_of_ones_own_give_their_sizes(place: Path) -> None:
     recipe = init_recipe(place, "tiny.yaml", *argv)
     assert recipe.model.latent.shape == (4, 32, 32)  # the tiny autoencoder halves the side
     assert (recipe.model.text.path, recipe.model.autoencoder.path) == (str(text), str(autoencoder))
-    assert train.main([str(place / "tiny.yaml"), "--plan", "--json"]) == 0
+    # The plan times a few steps: of a network that takes no minute on one core.
+    small = ["model.velocity.width=16", "model.velocity.depth=1", "model.velocity.heads=2", "train.batch_size=4"]
+    assert train.main([str(place / "tiny.yaml"), "--plan", "--json", *small]) == 0
 
 
 def test_an_autoencoder_in_a_pipeline_beside_other_models(place: Path) -> None:
