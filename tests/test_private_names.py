@@ -89,6 +89,8 @@ HOLDERS: dict[str, Callable[[], Any]] = {
     "_trial_id": lambda: (study := _study(), study.ask(), study.trials[0])[-1],
     "_foreach_lerp_": lambda: torch,
     "_cdata": lambda: torch.zeros(1).untyped_storage(),
+    "_is_stateful": lambda: import_module("transformers").PreTrainedModel,
+    "_exit": lambda: import_module("os"),  # Python's own, and documented
     "_SubParsersAction": lambda: import_module("argparse"),  # in annotations only
 }
 

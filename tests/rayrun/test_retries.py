@@ -11,6 +11,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.tune.experiment.trial import Trial
 
 from flowray.config.errors import InputError
+from flowray.config.train import ResourceConfig
 from flowray.rayrun import retries
 from flowray.rayrun.retries import Pardons, goes_on, newest_step
 from flowray.rayrun.trainer import _note, _trained
@@ -39,8 +40,9 @@ class Sweeping:
         self.folder = folder
         self.trial = tune_trial(folder, 4, max_failures)
         referee = SimpleNamespace(sweep_dir=folder, sweep=SimpleNamespace(seeds=2))
-        quiet = SimpleNamespace(beat=lambda: None, renew=lambda: None)
-        self.events = _Events(referee, quiet, quiet)
+        placed = SimpleNamespace(base=SimpleNamespace(resources=ResourceConfig()))
+        quiet = SimpleNamespace(beat=lambda: None, renew=lambda: None, remark=lambda text: None)
+        self.events = _Events(referee, placed, quiet, quiet)
 
     def dies(self, error: Exception) -> bool:
         """Whether Tune starts it again, by Tune's own count."""
