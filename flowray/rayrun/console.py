@@ -26,7 +26,7 @@ from flowray.store.run import RunDirectory
 from flowray.tune.records import TrialRecord
 from flowray.tune.referee import repeat_dir
 
-BEAT_S, QUIET_S = 10.0, 300.0  # a quiet sweep says where it is after BEAT_S, then after twice as long, at last every QUIET_S
+BEAT_S, QUIET_S = 2.5, 300.0  # a quiet sweep says where it is after BEAT_S, then after twice as long, at last every QUIET_S
 GENERIC = {"kind", "weight", "low", "high"}  # last parts of a key that say nothing alone
 METRICS = 4
 ROWS = 16  # of the live table; the report has them all
