@@ -16,6 +16,7 @@ from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
+from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.paths import expand
 from flowray.data.shards import find_shards
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> int:
 
 def _check(storage: Path, data: str | None, workers: int, *, as_json: bool) -> int:
     from flowray.rayrun.cluster_check import gather, place_of
-    from flowray.rayrun.session import in_cluster, started
+    from flowray.rayrun.session import started
 
     if place_of(storage) != storage:
         _say(f"{storage} is not there yet, and is not made by this check")

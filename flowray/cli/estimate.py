@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flowray.cli.progress import START_S, clock
+from flowray.config.cluster import in_cluster
 from flowray.config.recipe import Recipe
 from flowray.probes.field import BINS
 from flowray.probes.rollout import ENDPOINT_STEPS
@@ -82,7 +83,7 @@ def _usable(weights: list[dict[str, Any]]) -> bool:
 
 def why_not(recipe: Recipe, memory: int, weights: list[dict[str, Any]]) -> str:
     """Why no step can be timed here, '' where one can. Arguments: as for `wall_time`."""
-    if "RAY_ADDRESS" in os.environ:
+    if in_cluster():
         return "the cluster's machines were not timed; a short run there (train.steps=50) tells"
     if recipe.resources.gpus_per_worker and not torch.cuda.is_available():
         return "no GPU here to time a step on; a short run where there is one (train.steps=50) tells"

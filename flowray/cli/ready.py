@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
+from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
 from flowray.data.reader import ShardReader
@@ -22,7 +22,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
 
     Where RAY_ADDRESS names a cluster, its nodes and not this machine have the GPUs and the weights.
     """
-    here = "RAY_ADDRESS" not in os.environ
+    here = not in_cluster()
     for check in (_check_room, check_device, check_shards, _check_weights):
         if here or check is check_shards:
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flowray.cli.progress import START_S, clock
+from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
 from flowray.config.parameters import ends
@@ -64,7 +64,7 @@ def needed_weights(sweep: Sweep, base: Recipe) -> list[dict[str, Any]]:
     alone = {key: parameter for key, parameter in sweep.parameters.items() if not parameter.when}
     recipes = [base, *(override_recipe(base, {key: value}) for key, parameter in alone.items() for value in ends(parameter))]
     needed = {(each["key"], each["path"]): each for recipe in recipes for each in weights(recipe)}
-    here = "RAY_ADDRESS" not in os.environ and sweep.task == "train"
+    here = not in_cluster() and sweep.task == "train"
     return [{**each, "stops": here and not each["present"] and not may_download(each["path"])} for each in needed.values()]
 
 
@@ -76,7 +76,7 @@ def problems(sweep: Sweep, base: Recipe) -> Iterator[str]:
 
     if sweep.task == "sample":
         return
-    here = "RAY_ADDRESS" not in os.environ
+    here = not in_cluster()
     for check in (check_shards, check_device) if here else (check_shards,):
         try:
             check(base)
@@ -137,7 +137,7 @@ def _wall_time(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cluster() -> Cluster:
-    if "RAY_ADDRESS" not in os.environ:
+    if not in_cluster():
         from flowray.tune.room import this_machine
 
         return this_machine()

@@ -16,11 +16,11 @@ from ray._private.gcs_utils import create_gcs_channel
 from ray.core.generated import gcs_service_pb2
 from ray.core.generated import gcs_service_pb2_grpc as rpc
 
+from flowray.config.cluster import ADDRESS
 from flowray.config.errors import InputError
 
 messages: Any = gcs_service_pb2  # its classes are made when it is imported
 
-ADDRESS = "RAY_ADDRESS"  # Ray's own variable
 PROBE_S = 5.0  # for an answer
 PORT = 6379  # on which heads listen where nothing else is said
 _NOT_RAY = "what listens there is not the head of a Ray"

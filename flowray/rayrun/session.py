@@ -15,10 +15,11 @@ from pathlib import Path
 
 import ray
 
+from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
 from flowray.rayrun.access import LOOPBACK, require_token, take_token
-from flowray.rayrun.address import ADDRESS, refuse_unreachable
+from flowray.rayrun.address import refuse_unreachable
 
 FOLDERS = "fr-"  # begins the names of local Rays' folders; short, for `SOCKET`
 # The longest name that Ray gives a socket, below its folder; the system takes 107 bytes in all.
@@ -38,11 +39,6 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-
-
-def in_cluster() -> bool:
-    """Whether this process is a job of, or pointed at, a running cluster."""
-    return os.environ.get(ADDRESS, "").strip() not in ("", "local")
 
 
 def set_defaults() -> None:

@@ -21,6 +21,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.progress import SILENT, Progress
@@ -147,7 +148,7 @@ def run_sweep(
     sweep_dir, out_of_time = open_directory(sweep, base, resume), False
     records = Records(sweep_dir / "trials.jsonl")
     if placed:
-        if trains and not session.in_cluster() and not _DATA.intersection(map(_part, sweep.parameters)):
+        if trains and not in_cluster() and not _DATA.intersection(map(_part, sweep.parameters)):
             made_of = base.data, base.model.autoencoder, base.model.latent
             ensure_latents(*made_of, progress, base.model.text)  # once, before all trials want them
         needed = needed_cpus(placed)

@@ -9,9 +9,10 @@ import pytest
 from support import tiny_recipe
 
 from flowray.cli import train, tune
-from flowray.cli.estimate import wall_time
+from flowray.cli.estimate import wall_time, why_not
 from flowray.cli.plan import make_plan
 from flowray.cli.progress import START_S
+from flowray.cli.ready import problems
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.recipe import Recipe
 from flowray.store.rows import read_rows
@@ -60,6 +61,14 @@ def test_within_a_factor_of_three_of_a_real_run(tmp_path: Path, size: dict) -> N
     assert str(run.path) in again["basis"]
     assert again["step_s"] == pytest.approx(step_s)
     assert again["seconds"] > 2400 * step_s
+
+
+@pytest.mark.parametrize("named", ["", "local"])
+def test_an_address_that_names_no_cluster_means_this_machine(tmp_path, monkeypatch, named) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", named)
+    recipe = tiny_recipe(tmp_path, **{"resources.gpus_per_worker": 64})
+    assert "GPU" in why_not(recipe, 0, [])
+    assert any(line.startswith("resources") for line in problems(recipe))
 
 
 def test_json_has_seconds_basis_and_what_this_machine_lacks(tmp_path: Path, capsys) -> None:

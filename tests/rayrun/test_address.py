@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from flowray.cli.main import _command as command
+from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.rayrun import address, session
 from flowray.rayrun.address import host_and_port, problem_at, refuse_unreachable
@@ -133,7 +134,7 @@ def test_auto_without_a_ray_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", ["", " ", "local"])
 def test_no_cluster_is_meant(given, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", given)
-    assert not session.in_cluster()
+    assert not in_cluster()
 
 
 def test_a_name_that_nobody_has():
