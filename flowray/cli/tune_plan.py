@@ -39,7 +39,7 @@ def plan(sweep: Sweep, base: Recipe, *, resume: bool = False) -> dict[str, Any]:
 
     refuse_other(sweep, base, resume)
     cluster = _cluster()
-    place(sweep, base, cluster)
+    placed = place(sweep, base, cluster)
     model = planned_model(base.model, base.loss)
     trained = sum(part_sizes(model).values()) - sum(part_sizes(model, trainable=False).values())
     kept = 4 * FP32 * trained
@@ -47,7 +47,7 @@ def plan(sweep: Sweep, base: Recipe, *, resume: bool = False) -> dict[str, Any]:
     needed = needed_weights(sweep, base)
     here = all(each["present"] for each in needed)
     if facts["hours_at_most"]["cpu"] is None and sweep.task == "train" and here:
-        timed = _timed(override_recipe(base, facts["takes"]))
+        timed = _timed(placed.base)
         facts = make_plan(sweep, base, cluster, checkpoint_bytes=kept, recorded=timed)
     stopping = [*filter(None, [facts["storage"]["problem"]]), *problems(sweep, base)]
     more = {"wall_time": _wall_time(facts), "weights": needed}
