@@ -8,6 +8,7 @@ import torch
 
 from flowray.config.keys import describe
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
+from flowray.config.progress import SILENT
 from flowray.config.sweepfile import base_recipe, check_trials, load_sweep
 from flowray.store.run import RunDirectory
 from flowray.train.state import fresh_state, save_state
@@ -40,7 +41,7 @@ def test_a_sweep_over_guidance_scores_one_run_as_eval_does_and_trains_nothing(so
     check_trials(sweep, base)
     result = run_sweep(sweep, base, resume=False, stream=io.StringIO())
     assert [(t.status, t.params["sample.guidance_scale"]) for t in result.trials] == [("finished", 1.0), ("finished", 3.0)]
-    by_hand = evaluate(source, ["sample.guidance_scale=3", "sample.steps=2"], 0)["shapes"]
+    by_hand = evaluate(source, ["sample.guidance_scale=3", "sample.steps=2"], 0, SILENT)["shapes"]
     scored = result.trials[1].metrics
     for name in ("mean_attribute_accuracy", "all_correct"):
         assert scored[f"eval/{name}"] == by_hand[name]
