@@ -84,6 +84,7 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
         from flowray.rayrun.session import connected
         from flowray.rayrun.storage import refuse_unshared
         from flowray.store.latents import ensure_latents
+        from flowray.tune.plan import check_storage
         from flowray.tune.room import refuse_without_room
 
     refuse_unready(recipe)
@@ -91,9 +92,11 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
         refuse_unshared(run.path.parent, recipe.data, progress)
         refuse_without_room(recipe.resources, machines())
     with _taking_over(run):
-        run.create()
+        if problem := check_storage(run.path.parent, 0)["problem"]:
+            raise InputError(f"storage_path: {problem}")
         made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
         ensure_latents(*made_of, progress, recipe.model.text)
+        run.create()
         if start:
             _say_changes(recipe, run, start, progress)
         _write_config(loaded, run)

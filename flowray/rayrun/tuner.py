@@ -40,7 +40,7 @@ from flowray.rayrun.waiting import RoomWatch, begun
 from flowray.report.load import load_sweep as load_report
 from flowray.store.latents import ensure_latents
 from flowray.store.run import RunDirectory, RunLock, storage_folder
-from flowray.tune.folder import open_directory, sweep_folder
+from flowray.tune.folder import held_directory, refuse_taken, sweep_folder
 from flowray.tune.halving import make_halving
 from flowray.tune.plan import longest
 from flowray.tune.records import Records, TrialRecord
@@ -145,33 +145,34 @@ def run_sweep(
     earlier = earlier_trials(sweep, base) if sweep.warm_start else None
     if earlier:
         print(earlier, file=stream)
-    sweep_dir, out_of_time = open_directory(sweep, base, resume), False
-    records = Records(sweep_dir / "trials.jsonl")
-    if placed:
-        if trains and not in_cluster() and not _DATA.intersection(map(_part, sweep.parameters)):
-            made_of = base.data, base.model.autoencoder, base.model.latent
-            ensure_latents(*made_of, progress, base.model.text)  # once, before all trials want them
-        needed = needed_cpus(placed)
-        with RunLock(RunDirectory(sweep_dir)) as lock, _quiet(), session.started(needed, progress), _sigterm_as_interrupt():
-            leave_link(sweep_dir)
-            with SweepConsole(sweep, sweep_dir, trial_count(sweep), stream) as console:
-                budget = longest(sweep, base)
-                referee = Referee(
-                    sweep,
-                    sweep_dir,
-                    budget,
-                    make_halving(sweep, budget),
-                    Everyone(console, TrialBoard(sweep, sweep_dir), Gallery(sweep_dir, sweep), SweepGauges(sweep)),
-                    concurrent=placed.concurrent,
-                    deadline=deadline,
-                    finish=finish,
-                    earlier=earlier.trials if earlier else (),
-                )
-                if referee.due():
-                    _run(referee, placed, trial_fn, _Events(referee, placed, console, lock))
-                if referee.held:
-                    raise referee.held
-                out_of_time = referee.out_of_time
+    refuse_taken(sweep, base, resume)
+    if placed and trains and not in_cluster() and not _DATA.intersection(map(_part, sweep.parameters)):
+        made_of = base.data, base.model.autoencoder, base.model.latent
+        ensure_latents(*made_of, progress, base.model.text)  # once, before all trials want them
+    sweep_dir, out_of_time = sweep_folder(sweep), False
+    with held_directory(sweep, base, resume) as lock:
+        if placed:
+            needed = needed_cpus(placed)
+            with _quiet(), session.started(needed, progress), _sigterm_as_interrupt():
+                leave_link(sweep_dir)
+                with SweepConsole(sweep, sweep_dir, trial_count(sweep), stream) as console:
+                    budget = longest(sweep, base)
+                    referee = Referee(
+                        sweep,
+                        sweep_dir,
+                        budget,
+                        make_halving(sweep, budget),
+                        Everyone(console, TrialBoard(sweep, sweep_dir), Gallery(sweep_dir, sweep), SweepGauges(sweep)),
+                        concurrent=placed.concurrent,
+                        deadline=deadline,
+                        finish=finish,
+                        earlier=earlier.trials if earlier else (),
+                    )
+                    if referee.due():
+                        _run(referee, placed, trial_fn, _Events(referee, placed, console, lock))
+                    if referee.held:
+                        raise referee.held
+                    out_of_time = referee.out_of_time
     records = Records(sweep_dir / "trials.jsonl")
     best = load_report(sweep_dir).best
     record = records.trials[best.number] if best else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flowray.config.errors import InputError
@@ -11,6 +13,7 @@ from flowray.config.schema import show
 from flowray.config.sweep import Sweep
 from flowray.config.sweepfile import dump_sweep, text_sweep
 from flowray.store.run import RunDirectory, RunLock, require_writable, storage_folder
+from flowray.tune.plan import check_storage
 from flowray.tune.records import Records
 
 _THE_SWEEP = ("task", "method", "search", "metric", "more_metrics", "parameters", "points", "warm_start", "seeds", "seed")
@@ -27,23 +30,55 @@ def sweep_folder(sweep: Sweep) -> Path:
 def open_directory(sweep: Sweep, base: Recipe, resume: bool) -> Path:
     """Make `<storage_path>/<name>`, or check that the sweep there is this one, to go on with it.
 
-    InputError as `refuse_other`'s, or that another process runs the sweep, before anything is written.
+    InputError as `refuse_taken`'s, before anything is written.
     """
     sweep_dir = sweep_folder(sweep)
     kept, recipe = sweep_dir / "sweep.yaml", sweep_dir / "base.yaml"
     try:
-        if kept.exists():
-            RunLock(RunDirectory(sweep_dir)).refuse_if_held()
-            refuse_other(sweep, base, resume)
-        sweep_dir.mkdir(parents=True, exist_ok=True)
-        require_writable(sweep_dir)
+        refuse_taken(sweep, base, resume)
+        _make(sweep_dir)
         for path, text in ((recipe, dump_recipe(base)), (kept, dump_sweep(sweep))):
             part = path.with_name(f"{path.name}.part")
             part.write_text(text)
             part.replace(path)
     except OSError as error:
-        raise InputError(f"{sweep_dir}: cannot be written: {error.strerror}; type storage_path=FOLDER") from None
+        raise _unwritable(sweep_dir, error) from None
     return sweep_dir
+
+
+@contextmanager
+def held_directory(sweep: Sweep, base: Recipe, resume: bool) -> Iterator[RunLock]:
+    """`open_directory` by a process that holds the sweep before it writes, and for the block."""
+    sweep_dir = sweep_folder(sweep)
+    try:
+        _make(sweep_dir)
+    except OSError as error:
+        raise _unwritable(sweep_dir, error) from None
+    with RunLock(RunDirectory(sweep_dir)) as lock:
+        open_directory(sweep, base, resume)
+        yield lock
+
+
+def _make(sweep_dir: Path) -> None:
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    require_writable(sweep_dir)
+
+
+def _unwritable(sweep_dir: Path, error: OSError) -> InputError:
+    why = f"cannot be written: {error.strerror}"
+    return InputError(f"{sweep_dir}: {why}; type storage_path=FOLDER")
+
+
+def refuse_taken(sweep: Sweep, base: Recipe, resume: bool) -> None:
+    """InputError as `refuse_other`'s, or where another process runs the sweep, or where its folder
+    could not be written. Writes nothing.
+    """
+    sweep_dir = sweep_folder(sweep)
+    if problem := check_storage(sweep_dir.parent, 0)["problem"]:
+        raise InputError(f"storage_path: {problem}")
+    if (sweep_dir / "sweep.yaml").exists():
+        RunLock(RunDirectory(sweep_dir)).refuse_if_held()
+        refuse_other(sweep, base, resume)
 
 
 def refuse_other(sweep: Sweep, base: Recipe, resume: bool) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
-from support import tiny_recipe
+from support import tiny_recipe, word_tokenizer
 from test_bad_input import line_of
 
 from flowray.cli import data, doctor, eval, report, sample, train, tune
@@ -14,10 +15,12 @@ from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
+from flowray.config.sweepfile import base_recipe, load_sweep
 from flowray.sample.restore import find_checkpoint
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import train as train_loop
+from flowray.tune.folder import open_directory
 
 SWEEP = "name: s\nbase: tiny.yaml\nmetric: {name: ema/shoot/nmse}\nparameters:\n  optim.lr: {min: 1e-4, max: 1e-2}\n"
 
@@ -138,6 +141,24 @@ def test_other_commands_that_refuse_write_nothing(place, monkeypatch, main, argv
     before = bytes_of(place)
     line_of(main, argv)
     assert bytes_of(place) == before
+
+
+def test_what_encoding_refuses_leaves_sweeps_and_runs_as_they_were(place, tmp_path, monkeypatch):
+    """Captions that the tokenizer cannot tell apart: a new sweep, one with another cap, a new run."""
+    monkeypatch.chdir(place)
+    shutil.copytree(place / "text", tmp_path / "dumb")
+    word_tokenizer(["zebra"]).save_pretrained(tmp_path / "dumb")
+    keys = {"model.text.path": tmp_path / "dumb", "data.cache": tmp_path / "cache"}
+    changes = [f"{key}={value}" for key, value in keys.items()]
+    words = ["s.yaml", f"storage_path={tmp_path / 'out'}", *(f"set.{word}" for word in changes)]
+    assert "caption" in line_of(tune.main, words)
+    assert "caption" in line_of(train.main, ["tiny.yaml", f"storage_path={tmp_path / 'out'}", *changes])
+    assert not (tmp_path / "out").exists()
+    sweep = load_sweep(words[0], words[1:])
+    open_directory(sweep, base_recipe(sweep), resume=False)
+    before = bytes_of(tmp_path / "out")
+    assert "caption" in line_of(tune.main, [*words, "run_cap=9", "--resume"])
+    assert bytes_of(tmp_path / "out") == before
 
 
 def test_what_a_resume_may_change(tmp_path):

@@ -22,7 +22,7 @@ from flowray.rayrun.trainer import RunFailed, _note, _raise_noted
 from flowray.rayrun.tuner import SweepResult, _result
 from flowray.store.run import RunDirectory, RunLock
 from flowray.train.state import Halted
-from flowray.tune.folder import open_directory
+from flowray.tune.folder import held_directory, open_directory, refuse_taken
 from flowray.tune.halving import make_halving
 from flowray.tune.records import Records, TrialRecord
 from flowray.tune.referee import Referee
@@ -94,6 +94,23 @@ def hold(folder, pipe) -> None:
     with RunLock(RunDirectory(folder)):
         pipe.send("held")
         time.sleep(300)
+
+
+def test_of_two_that_make_a_sweep_at_once_one_writes(tmp_path):
+    """The other finds no sweep there yet, but its lock."""
+    (tmp_path / "s").mkdir()
+    here, pipe = multiprocessing.Pipe()
+    owner = FORK.Process(target=hold, args=(tmp_path / "s", pipe))
+    owner.start()
+    try:
+        assert here.poll(60)
+        refuse_taken(make(tmp_path), Recipe(), resume=False)
+        with pytest.raises(InputError, match=f"in use by process {owner.pid}"):
+            held_directory(make(tmp_path), Recipe(), resume=False).__enter__()
+        assert [path.name for path in (tmp_path / "s").iterdir()] == [".lock"]
+    finally:
+        owner.kill()
+        owner.join()
 
 
 def test_a_sweep_that_another_process_runs_is_not_touched_until_that_is_killed(there):
