@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from flowray.config.errors import InputError
+from flowray.config.paths import is_hub_name
 from flowray.model.local import find_place
 
 Part = Literal["text_encoder", "vae", "image_encoder"]  # as pipelines on the hub name their folders
@@ -36,13 +37,20 @@ class ModelFiles(NamedTuple):
     variant: str | None
 
 
-def find_model(path: str, where: str, part: Part, embedded: str = "text") -> Path:
+def find_model(
+    path: str,
+    where: str,
+    part: Part,
+    embedded: str = "text",
+    *,
+    weights: bool = True,
+) -> Path:
     """The folder with the config.json of `path`, or the file it names; of a pipeline its `part`.
 
-    where: the recipe key, which begins the message. InputError, one line: nothing there, or not
-    clear which part is meant.
+    where: the recipe key, which begins the message. weights: as for `find_place`. InputError, one
+    line: nothing there, or not clear which part is meant.
     """
-    place = find_place(path, where, embedded)
+    place = find_place(path, where, embedded, weights=weights)
     if place.is_file() or ((place / CONFIG).is_file() and not (place / _PIPELINE).is_file()):
         return place
     parts = _parts(place)
@@ -85,7 +93,8 @@ def open_model(
     InputError, one line with what to type: see `find_model`, or weights that are missing, cut off,
     quantised, git-lfs pointers, or of several variants.
     """
-    place = find_model(path, where, part, embedded)
+    place = find_model(path, where, part, embedded, weights=weights)
+    again = f"type `hf download {path}`" if is_hub_name(path) else "download it again"
     folder = place.parent if place.is_file() else place
     if not (folder / CONFIG).is_file():
         raise refused(where, place, f"is one file; give a folder with {CONFIG} and the weights")
@@ -97,7 +106,7 @@ def open_model(
         sets = {variant: files for variant, files in sets.items() if place in files}
     if not sets:
         held = f"it holds {_listing(folder)}"
-        raise refused(where, folder, f"has no weights of a known name; {held}; download it again")
+        raise refused(where, folder, f"has no weights of a known name; {held}; {again}")
     variants = [variant for variant in sets if variant]
     if None not in sets and len(variants) > 1:
         named = " or ".join(sets[variant][0].name for variant in sorted(variants))
@@ -106,7 +115,7 @@ def open_model(
     files = sets[variant]
     if lacking := [file.name for file in files if not file.is_file()]:
         count = f"{len(lacking)} of {len(files)} files of weights"
-        raise refused(where, folder, f"lacks {count}, such as {lacking[0]}; download it again")
+        raise refused(where, folder, f"lacks {count}, such as {lacking[0]}; {again}")
     for file in files:
         check_file(file, where)
     return ModelFiles(folder, config, files, variant)
@@ -125,7 +134,7 @@ def _read_config(folder: Path, where: str) -> dict[str, Any]:
 
 def open_autoencoder(path: str, *, weights: bool = True) -> ModelFiles | Path:
     """The same for an autoencoder; the path alone of a file of weights without a config.json."""
-    place = find_model(path, AUTOENCODER, "vae", "autoencoder")
+    place = find_model(path, AUTOENCODER, "vae", "autoencoder", weights=weights)
     if place.is_file() and not place.name.startswith(_DIFFUSERS[0][0]):
         return place
     return open_model(path, AUTOENCODER, "vae", "autoencoder", weights=weights)

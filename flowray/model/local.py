@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -14,26 +16,31 @@ from flowray.model.assets import asset_path
 
 DOWNLOAD = "FLOWRAY_DOWNLOAD"  # 1: hub names that are not here may be downloaded
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
+_SHARD = re.compile(r"(.*)-\d+-of-(\d+)(\..*)")  # model-00001-of-00004.safetensors
 # Of a hub's repository, what flowray reads: no ONNX, TensorFlow or GGUF copies, no pictures.
 _READ = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.tiktoken", "*.txt"]
 
 
-def find_place(path: str, where: str, embedded: str = "text") -> Path:
+def find_place(path: str, where: str, embedded: str = "text", *, weights: bool = True) -> Path:
     """The file or folder that `path` means: the shipped model `embedded`, a path, or a hub name
-    that was downloaded before.
+    that was downloaded before, with its weights.
 
-    where: the recipe key, which begins the message. InputError with what to type: nothing is there.
+    where: the recipe key, which begins the message. weights False: of a hub name, any of its files
+    are enough. InputError with what to type: nothing is there.
     """
-    if place := local_place(path, embedded):
+    place = local_place(path, embedded)
+    named = path != "embedded" and is_hub_name(path)
+    if place is not None and not (named and weights and not _has_weights(place)):
         return place
     if may_download(path):
         return _download(path, where)
     if not is_hub_name(path):
         raise InputError(f"{where}: {path!r}: {no_such(path)}")
     folders = [folder.name for folder in Path.cwd().iterdir() if folder.is_dir()]
-    near = did_you_mean(path.partition("/")[0], folders)
+    near = "" if place else did_you_mean(path.partition("/")[0], folders)
+    lacks = "lacks weights" if place else "is not"
     typed = f"type `hf download {path}`, the path of a folder, or {DOWNLOAD}=1 before the command"
-    raise InputError(f"{where}: {path!r} is not on this machine{near}; {typed}, which downloads it")
+    raise InputError(f"{where}: {path!r} {lacks} on this machine{near}; {typed}, which downloads it")
 
 
 def may_download(path: str) -> bool:
@@ -59,11 +66,21 @@ def local_place(path: str, embedded: str = "text") -> Path | None:
 
 
 def local_weights(path: str, embedded: str = "text") -> Path | None:
-    """`local_place`, but None where no weights lie there."""
+    """`local_place`, but None where no weights lie there, or of all that do a shard is missing."""
     place = local_place(path, embedded)
     if place is None or place.is_file():
         return place
-    return place if any(True for pattern in _WEIGHTS for _ in place.rglob(pattern)) else None
+    return place if _has_weights(place) else None
+
+
+def _has_weights(place: Path) -> bool:
+    """Whether a file of weights, or all shards of one, lie in a folder or in one below it."""
+    shards: Counter[tuple[Path, str, str, int]] = Counter()
+    for file in (file for pattern in _WEIGHTS for file in place.rglob(pattern) if file.is_file()):
+        if not (shard := _SHARD.fullmatch(file.name)):
+            return True
+        shards[file.parent, shard[1], shard[3], int(shard[2])] += 1
+    return any(count == total for (*_, total), count in shards.items())
 
 
 def _snapshot(place: Path) -> Path:
@@ -82,4 +99,8 @@ def _download(name: str, where: str) -> Path:
         if isinstance(error, HfHubHTTPError):  # its answer: no such name, or not for everyone
             why = "the hub does not give it; check the name, or type `hf auth login`"
         raise InputError(f"{where}: cannot download {name!r}: {why}") from error
+    # Of a hub that does not answer the library returns what is here, which lacks the weights.
+    if not _has_weights(place):
+        why = "the hub does not answer, or has no weights of it in safetensors or .bin"
+        raise InputError(f"{where}: cannot download {name!r}: {why}; type `hf download {name}`")
     return place

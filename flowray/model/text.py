@@ -171,6 +171,7 @@ def load_text(config: TextConfig) -> TextModel:
 
     InputError says in one line what does not fit and what to type.
     """
+    find_place(config.path, TEXT)  # a hub name's weights, before its tokenizer is missed
     prompts = load_tokenizer(config)
     model = _TEXT_MODELS[type(config)](load_backbone(config), prompts, config)
     _check_room(model, config)

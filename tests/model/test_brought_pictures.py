@@ -20,9 +20,11 @@ from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
 from flowray.config.losses import LpipsLossConfig
 from flowray.config.model import CausalText, DCAutoencoder, DinoV2Net, KLAutoencoder
+from flowray.model import local
 from flowray.model.autoencoder import Autoencoder, load_autoencoder, planned_autoencoder
+from flowray.model.backbone import planned_backbone
 from flowray.model.images import load_image_encoder
-from flowray.model.local import DOWNLOAD, local_weights
+from flowray.model.local import DOWNLOAD, find_place, local_weights
 from flowray.model.text import load_text
 from flowray.model.vgg import Lpips
 from flowray.store.latents import autoencoder_fingerprint
@@ -254,10 +256,54 @@ def test_a_hub_name_that_was_downloaded(original: Path, tmp_path: Path, monkeypa
     config = KLAutoencoder(path="org/vae", parameters=1)
     assert local_weights("org/vae") is None
     assert planned_autoencoder(config) == planned_autoencoder(KLAutoencoder(path=str(original)))
-    one_line(config, "no weights")
+    one_line(config, "'org/vae' lacks weights", "`hf download org/vae`")
     shutil.copy(original / WEIGHTS, cache / "snapshots" / "abc")
     assert isinstance(load_autoencoder(config, SPEC), Autoencoder)
     assert autoencoder_fingerprint(config) != autoencoder_fingerprint(KLAutoencoder(path=str(original)))
+
+
+def part_of_a_text_model(cache: Path, whole: Path) -> Path:
+    """The snapshot of `org/lm` in the hub's cache, as `hf download org/lm config.json` leaves it."""
+    snapshot = cache / "models--org--lm" / "snapshots" / "aaaa"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("aaaa")
+    shutil.copy(whole / "config.json", snapshot)
+    return snapshot
+
+
+def test_a_snapshot_without_weights_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny_text(tmp_path / "lm")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = part_of_a_text_model(tmp_path / "hub", whole)
+    config = CausalText(path="org/lm", queries=2)
+    with pytest.raises(InputError, match=r"^model\.text\.path: 'org/lm' .*`hf download org/lm`"):
+        load_text(config)
+
+    def fetched(name: str, *, local_files_only: bool = False, **_: object) -> str:
+        if not local_files_only:
+            shutil.copytree(whole, snapshot, dirs_exist_ok=True)
+        return str(snapshot)
+
+    monkeypatch.setattr(local, "snapshot_download", fetched)
+    monkeypatch.setenv(DOWNLOAD, "1")
+    with torch.device("meta"):
+        assert planned_backbone(config) is not None
+    assert local_weights("org/lm") is None  # a plan downloads nothing
+    load_text(config)
+    assert local_weights("org/lm") == snapshot
+
+
+def test_a_snapshot_that_lacks_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny_text(tmp_path / "lm")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = part_of_a_text_model(tmp_path / "hub", whole)
+    for shard in ("1-of-00002", "2-of-00002"):
+        assert local_weights("org/lm") is None
+        with pytest.raises(InputError, match="hf download org/lm"):
+            find_place("org/lm", "model.text.path")
+        save_file({"w": torch.zeros(1)}, snapshot / f"model-0000{shard}.safetensors")
+    assert find_place("org/lm", "model.text.path") == local_weights("org/lm") == snapshot
 
 
 def test_a_download_that_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -270,3 +316,6 @@ def test_a_download_that_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(InputError, match=r"^model\.text\.path: cannot download 'org/absent'") as caught:
         load_text(CausalText(path="org/absent"))
     assert len(str(caught.value).splitlines()) == 1
+    part_of_a_text_model(tmp_path, tiny_text(tmp_path / "lm"))
+    with pytest.raises(InputError, match=r"^model\.text\.path: cannot download 'org/lm'"):
+        load_text(CausalText(path="org/lm"))
