@@ -123,6 +123,7 @@ def fit(
         return
     run.create()
     _failure(run).unlink(missing_ok=True)
+    run.doing.unlink(missing_ok=True)  # of a worker that was killed
     set_defaults()  # on a cluster a trial that drives workers has none of its sweep's
     resources = recipe.resources
     per_worker = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}

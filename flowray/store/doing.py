@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from flowray.config.progress import Advance
-from flowray.store.run import RunDirectory
+from flowray.store.run import RENEW_S, STALE_S, RunDirectory
 
 WRITE_S = 1.0  # a count is written at most that often
 
 
 def doing(run: RunDirectory) -> str:
-    """What its worker is doing ("encoding train pictures 3200/12000"); '' where nothing tells."""
+    """What its worker is doing ("encoding train pictures 3200/12000"); '' where nothing tells.
+
+    A worker renews the file every RENEW_S, so one that was killed tells nothing after STALE_S.
+    """
     try:
-        return run.doing.read_text(encoding="utf-8")
+        fresh = time.time() - run.doing.stat().st_mtime < STALE_S
+        return run.doing.read_text(encoding="utf-8") if fresh else ""
     except OSError:
         return ""
 
 
 class WrittenProgress:
-    """Progress for a process that nobody sees: the task under way stands in `run.doing`, which goes with it."""
+    """Progress for a process that nobody sees: `run.doing` holds the task under way, and only then exists."""
 
     def __init__(self, run: RunDirectory):
         self._file = run.doing
@@ -34,19 +39,30 @@ class WrittenProgress:
     @contextmanager
     def task(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
         """Tasks do not lie in one another here."""
-        written = 0.0
+        written, over = 0.0, threading.Event()
+
+        def words() -> str:
+            return f"{what} {done}/{total}" if total else what
 
         def advance(count: int = 1, note: str = "") -> None:
             nonlocal done, written
             done += count
             if time.monotonic() - written > WRITE_S:
                 written = time.monotonic()
-                self._write(f"{what} {done}/{total}" if total else what)
+                self._write(words())
+
+        def renew() -> None:
+            while not over.wait(RENEW_S):
+                self._write(words())
 
         advance(0)
+        thread = threading.Thread(target=renew, name="doing", daemon=True)
+        thread.start()
         try:
             yield advance
         finally:
+            over.set()
+            thread.join()
             with suppress(OSError):
                 self._file.unlink(missing_ok=True)
 

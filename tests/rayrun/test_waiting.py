@@ -7,7 +7,7 @@ import pytest
 
 from flowray.config.recipe import Recipe
 from flowray.rayrun.waiting import RoomWatch, begun, told_of_waiting
-from flowray.store.doing import WrittenProgress
+from flowray.store.doing import WrittenProgress, doing
 from flowray.store.run import STALE_S, RunDirectory, RunLock
 from flowray.tune.plan import Cluster
 
@@ -46,6 +46,20 @@ def test_a_run_has_begun_while_a_worker_of_it_is_at_work(tmp_path):
         long_ago = time.time() - 2 * STALE_S
         os.utime(run.lock, (long_ago, long_ago))  # of a node that was lost
         assert not begun(run)
+
+
+def test_what_a_killed_worker_was_doing_is_soon_nothing(tmp_path):
+    run = RunDirectory(tmp_path)
+    with WrittenProgress(run).task("encoding", 7):
+        left = run.doing.read_text()
+    assert left == "encoding 0/7"
+    assert not run.doing.exists()
+    run.doing.write_text(left)  # the worker was killed within its task
+    assert doing(run) == left
+    long_ago = time.time() - 2 * STALE_S
+    os.utime(run.doing, (long_ago, long_ago))
+    assert doing(run) == ""
+    assert not begun(run)
 
 
 @pytest.mark.parametrize("failing", [False, True])
