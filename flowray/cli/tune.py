@@ -77,17 +77,17 @@ def main(argv: list[str]) -> int:
             raise
         folder = storage_folder(sweep.storage_path) / sweep.name
         raise InputError(f"{folder}: {error.strerror}; make room and type the same command again: what is done is kept") from error
+    if result.interrupted:
+        why = "the time budget ran out" if result.out_of_time else "stopped by a signal"
+        print(f"{why}; to continue: python -m flowray.tune {shlex.join(argv)}", file=sys.stderr, flush=True)
+    elif result.left:
+        resume = ["--resume"] if args.resume else []
+        rest = shlex.join([args.sweep, *args.overrides, *resume])
+        print(f"{result.left} trials of the sweep are left; to go on: python -m flowray.tune {rest}", file=sys.stderr, flush=True)
     if args.json:
         print(json.dumps(_summary(result)))
     else:
         print("\n".join(report))
-    if result.interrupted:
-        why = "the time budget ran out" if result.out_of_time else "stopped by a signal"
-        print(f"{why}; to continue: python -m flowray.tune {shlex.join(argv)}", file=sys.stderr)
-    elif result.left:
-        resume = ["--resume"] if args.resume else []
-        rest = shlex.join([args.sweep, *args.overrides, *resume])
-        print(f"{result.left} trials of the sweep are left; to go on: python -m flowray.tune {rest}", file=sys.stderr)
     if result.interrupted and not result.out_of_time:
         return STOPPED
     return GOOD if any(t.status != "failed" for t in result.trials) else FINDINGS

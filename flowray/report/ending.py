@@ -46,8 +46,9 @@ def ending(sweep: Sweep, page: Path, width: int) -> list[str]:
 def stop_reasons(sweep: Sweep) -> list[tuple[str, int]]:
     """Why trials were stopped, by rule, and how many each stopped, the most first."""
     rules = [rule for rule in sweep.settings.get("stop") or () if isinstance(rule, dict)]
-    halving = mapping(sweep.settings.get("early_terminate")).get("type")
-    return _counted(_reason(trial, rules, halving) for trial in sweep.by("stopped"))
+    halving = str(mapping(sweep.settings.get("early_terminate")).get("type") or "")
+    watched = [sweep.metric.name, *(str(rule["metric"]) for rule in rules if rule.get("metric"))]
+    return _counted(_reason(trial, rules, halving, watched) for trial in sweep.by("stopped"))
 
 
 def failures(sweep: Sweep) -> list[tuple[str, int]]:
@@ -59,20 +60,39 @@ def _counted(reasons: Iterable[str]) -> list[tuple[str, int]]:
     return Counter(reasons).most_common()
 
 
-def _reason(trial: Trial, rules: Sequence[Mapping[str, Any]], halving: str | None) -> str:
-    """What stopped a trial, as far as its records tell: a number that is none, the rule that holds
-    at its last probe, the one thing left that can have; else the words that it was stopped with.
+def _reason(trial: Trial, rules: Sequence[Mapping[str, Any]], halving: str, watched: Sequence[str]) -> str:
+    """What of the sweep stopped a trial, in words that are the same for all that it stopped.
+
+    watched: the metrics that stop a trial where they are not finite.
     """
-    watched = [name for name, value in trial.metrics.items() if value is None]
-    if watched:
-        return f"{watched[0]} is not finite"
+    if trial.stop_kind is None:
+        return _guessed(trial, rules, halving)
+    if trial.stop_kind == "comparison":
+        return _compared(trial, halving)
+    if trial.stop_kind == "rule" and trial.stop_rule is not None and trial.stop_rule < len(rules):
+        return stop_rule_text(rules[trial.stop_rule])
+    return _not_finite(trial, watched) or trial.stopped_by
+
+
+def _compared(trial: Trial, halving: str) -> str:
+    what = "worse than the median" if halving == "median" else f"not among the best ({halving})"
+    return f"{what} at step {trial.last_step:,}"
+
+
+def _not_finite(trial: Trial, watched: Sequence[str]) -> str | None:
+    names = [name for name in watched if name in trial.metrics and trial.metrics[name] is None]
+    return f"{names[0]} is not finite" if names else None
+
+
+def _guessed(trial: Trial, rules: Sequence[Mapping[str, Any]], halving: str) -> str:
+    """The same for a row that does not say what stopped it (older sweeps), as far as its numbers tell."""
+    if words := _not_finite(trial, list(trial.metrics)):
+        return words
     for rule in rules:
         if trial.last_step >= rule.get("after", 0) and _holds(rule, trial):
             return stop_rule_text(rule)
     others = [stop_rule_text(rule) for rule in rules if rule.get("gains_less_than") is not None]
-    if halving:
-        what = "worse than the median" if halving == "median" else f"not among the best ({halving})"
-        others.append(f"{what} at step {trial.last_step:,}")
+    others += [_compared(trial, halving)] if halving else []
     return others[0] if len(others) == 1 else trial.stopped_by or "no reason was recorded"
 
 

@@ -107,6 +107,8 @@ class Trial:
     error: str
     repeats: tuple[Mapping[str, Any], ...]
     run: Run
+    stop_kind: str | None = None
+    stop_rule: int | None = None
 
     def values(self, key: str) -> tuple[float, ...]:
         """The key's last value of each seed, of a trial with one seed that one; without those that are missing or not finite."""
@@ -355,6 +357,8 @@ def _trial(sweep: Path, row: Row) -> Trial:
         error=str(row.get("error") or ""),
         repeats=tuple(repeat for repeat in row.get("repeats") or () if isinstance(repeat, dict)),
         run=load_run(sweep / str(number)),
+        stop_kind=row.get("stop_kind"),
+        stop_rule=row.get("stop_rule"),
     )
 
 

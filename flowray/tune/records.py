@@ -9,23 +9,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from flowray.config.errors import InputError
 from flowray.store.rows import read_rows
 
 Status = Literal["running", "waiting", "finished", "stopped", "failed"]
+StopKind = Literal["rule", "not_finite", "comparison"]
+
+
+class Stop(NamedTuple):
+    """Why a trial stops: in words, and what of the sweep did it.
+
+    waits: it only waits at its rung. kind: a rule of `stop`, a number that is not finite, or the
+    comparison with other trials (`early_terminate`). rule: which of the sweep's rules.
+    """
+
+    why: str
+    waits: bool
+    kind: StopKind
+    rule: int | None = None
 
 
 @dataclass
 class TrialRecord:
     """One trial. `stopped_by` says in words why it was stopped, `error` why it failed; `seconds` is wall time over all sessions.
 
+    stop_kind, stop_rule: see `Stop`; None also in rows of older sweeps.
+
     Steps are counted over all seeds. repeats: the last probe's metrics of each seed, where a trial has several; `metrics` is then the
     mean over the seeds that are through (the first alone until then), `noise` the standard deviation over them.
 
-    A trial is waiting that has neither ended nor runs: it is paused until the next session, or, where it waits, a rung holds it until
-    it is among the best there.
+    The status is `waiting` while a trial is paused until the next session, and while a rung holds it
+    (`waits`) until it is among the best there.
     """
 
     trial: int
@@ -40,6 +56,17 @@ class TrialRecord:
     repeats: list[dict[str, float | None]] = field(default_factory=list)
     noise: dict[str, float] = field(default_factory=dict)
     waits: bool = False
+    stop_kind: StopKind | None = None
+    stop_rule: int | None = None
+
+    def stop(self, stop: Stop) -> None:
+        """Note why it stops or waits; the status changes once it has ended."""
+        self.stopped_by, self.waits = stop.why, stop.waits
+        self.stop_kind, self.stop_rule = stop.kind, stop.rule
+
+    def go_on(self) -> None:
+        """It is stopped no more."""
+        self.stopped_by, self.waits, self.stop_kind, self.stop_rule = None, False, None, None
 
     def see(self, row: Mapping[str, Any], seeds: int = 1) -> None:
         """Take over the step and the metrics of a newer probe row; `repeat` in it says which of the `seeds` it is from."""

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -19,10 +19,10 @@ from flowray.config.sweep import Sweep
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 from flowray.tune.halving import Halving, Rungs
-from flowray.tune.records import Records, Status, TrialRecord
+from flowray.tune.records import Records, Status, Stop, TrialRecord
 from flowray.tune.space import Params, left_to_begin
 from flowray.tune.stop import Watch
-from flowray.tune.study import REASON, Come, SweepStudy
+from flowray.tune.study import REASON, STOPPED_BY, Come, SweepStudy
 
 GIVE_UP = 3  # where the first trials of a session have all failed, the rest would too
 _FINAL: dict[TrialState, Status] = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
@@ -39,13 +39,6 @@ class Audience(Protocol):
     def probed(self, trial: TrialRecord) -> None: ...
 
     def ended(self, trial: TrialRecord) -> None: ...
-
-
-class Stop(NamedTuple):
-    """Why a trial stops, and whether it only waits at its rung."""
-
-    why: str
-    waits: bool
 
 
 class Referee:
@@ -128,7 +121,7 @@ class Referee:
             number, params = self._queue.popleft()
         elif (again := self._promoted()) is not None:
             number, params = again, self.records.trials[again].params
-            self._go_on(self.records.trials[again])
+            self.records.trials[again].go_on()
         elif self.remaining():
             number, params = self._study.ask()
         else:
@@ -154,9 +147,6 @@ class Referee:
         last = not (self.remaining() or self.records.by("running") or self.records.by("finished"))
         return self._rungs.promote(waiting, last=last)
 
-    def _go_on(self, record: TrialRecord) -> None:
-        record.stopped_by, record.waits = None, False
-
     def _come(self, number: int) -> Come | None:
         """What a sampler may learn from a trial that has not finished: it was stopped, or has come to a rung."""
         record = self.records.trials.get(number)
@@ -177,8 +167,9 @@ class Referee:
             return
         for number in self.records.waiting():
             record = self.records.trials[number]
-            record.status, record.stopped_by, record.waits = "stopped", self._rungs.why(number), False
-            self._study.stop(number, record.stopped_by)
+            record.status, why = "stopped", self._rungs.why(number)
+            record.stop(Stop(why, False, "comparison"))
+            self._study.stop(number, why, (record.stop_kind, record.stop_rule))
             self.records.save(number)
 
     def see(self, number: int, row: Mapping[str, Any]) -> bool:
@@ -188,7 +179,7 @@ class Referee:
             for new in (*self._unheard(record, place), row):
                 stop = self._judge(record, self._watches[number], new)
                 if stop and number not in self._finishing:
-                    record.stopped_by, record.waits = stop
+                    record.stop(stop)
                     break
             record.seconds = time.monotonic() - self._clock[number]
             self.records.save(number)
@@ -238,7 +229,7 @@ class Referee:
         record = self.records.to_finish(number)
         if record.status == "stopped":
             self._told.add(number)
-        self._go_on(record)
+        record.go_on()
         self._watches[number] = Watch((), self.sweep.metric.name)
         return record
 
@@ -253,7 +244,8 @@ class Referee:
     def _stopped(self, record: TrialRecord) -> None:
         record.status = "waiting" if record.waits else "stopped"
         if not record.waits:
-            self._study.stop(record.trial, record.stopped_by or "")
+            by = record.stop_kind, record.stop_rule
+            self._study.stop(record.trial, record.stopped_by or "", by)
 
     def _judge(self, record: TrialRecord, watch: Watch, row: Mapping[str, Any]) -> Stop | None:
         """Take the row over everywhere; why to stop, or None. At the last step, and after the first seed, there is nothing to judge."""
@@ -267,7 +259,9 @@ class Referee:
         why, rung = watch.feed(self._with_findings(record.trial, row)), self._compare(record, row)
         if step >= record.budget_steps // self.sweep.seeds:
             return None
-        return Stop(why, False) if why else Stop(rung, self._rungs is not None) if rung else None
+        if why:
+            return Stop(why, False, "not_finite" if watch.rule is None else "rule", watch.rule)
+        return Stop(rung, self._rungs is not None, "comparison") if rung else None
 
     def _compare(self, record: TrialRecord, row: Mapping[str, Any]) -> str | None:
         """Why to stop by what compares trials with each other. It sees every row of a first seed, also of one that a rule stops."""
@@ -330,8 +324,11 @@ class Referee:
                 heard: float = record.last_step
                 self._watches[frozen.number] = self._watch()
             else:
-                record.status, record.waits = "finished" if frozen.number in finished else _FINAL[frozen.state], False
-                record.stopped_by = frozen.user_attrs.get(REASON) if record.status == "stopped" else None
+                record.status = "finished" if frozen.number in finished else _FINAL[frozen.state]
+                record.go_on()
+                if record.status == "stopped":
+                    record.stopped_by = frozen.user_attrs.get(REASON)
+                    record.stop_kind, record.stop_rule = frozen.user_attrs.get(STOPPED_BY, (None, None))
                 if record.status == "failed":
                     record.error = record.error or frozen.user_attrs.get(REASON)
                 heard = self._last_heard(record, frozen, known=known)
@@ -347,7 +344,7 @@ class Referee:
         for number in running:
             record = self.records.trials[number]
             if record.waits and not self._met_a_rung(number):
-                self._go_on(record)
+                record.go_on()
                 record.status = "running"
             if record.status == "running":
                 self._catch_up(record)
@@ -364,7 +361,7 @@ class Referee:
         """Judge what an unfinished trial wrote and nobody heard; stop it where that, or what was heard last, says so."""
         for row in self._unheard(record):
             if record.stopped_by is None and (stop := self._judge(record, self._watches[record.trial], row)):
-                record.stopped_by, record.waits = stop
+                record.stop(stop)
         if record.stopped_by is not None:
             self._stopped(record)
             self._audience.ended(record)

@@ -45,6 +45,7 @@ class Watch:
         self._strikes = [0] * len(self._rules)
         self._best: list[list[float]] = [[] for _ in self._rules]  # of a rule on gains: the best value up to each probe
         self.last_step = -1
+        self.rule: int | None = None  # which rule stopped it; None: a number that is not finite
 
     def feed(self, row: Mapping[str, Any]) -> str | None:
         """Why the trial should stop after this row (`step`, metrics, `findings` where the doctor came), in words, or None."""
@@ -55,9 +56,11 @@ class Watch:
         for name in self._watched:
             value = row.get(name)
             if value is not None and not math.isfinite(value):
+                self.rule = None
                 return f"{name} is {value} at step {step}"
         words = [self._judge(i, row, step) for i in range(len(self._rules))]  # every rule counts every row
-        return next((text for text in words if text), None)
+        self.rule = next((i for i, text in enumerate(words) if text), None)
+        return None if self.rule is None else words[self.rule]
 
     def _judge(self, i: int, row: Mapping[str, Any], step: int) -> str | None:
         rule = self._rules[i]

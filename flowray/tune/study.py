@@ -40,6 +40,7 @@ from flowray.tune.space import (
 )
 
 REASON = "flowray"  # the user attribute that holds why a trial ended as it did
+STOPPED_BY = "flowray:stop"  # that of the kind and the rule of a stop
 FROM = "flowray:from"  # that of a trial of an earlier sweep: which one
 FINISHES = "flowray:finishes"  # that of the value of a stopped trial that was finished later: its number
 TRIES = 4  # drafts by the sampler, then as many at random, before what is left is gone through
@@ -207,9 +208,13 @@ class SweepStudy:
         )
         self._study.add_trial(later)
 
-    def stop(self, number: int, why: str) -> None:
-        """PRUNED: Optuna takes the last reported value as the trial's, at its step, and ranks it below trials that went further."""
+    def stop(self, number: int, why: str, by: Sequence[Any] = (None, None)) -> None:
+        """PRUNED: Optuna takes the last reported value as the trial's, at its step, and ranks it below trials that went further.
+
+        by: the kind and the rule of its `Stop`, for a session that has lost the account.
+        """
         self._live[number].set_user_attr(REASON, why)
+        self._live[number].set_user_attr(STOPPED_BY, list(by))
         self._study.tell(number, state=TrialState.PRUNED)
 
     def fail(self, number: int, why: str) -> None:

@@ -19,7 +19,7 @@ from flowray.findings.judge import Judge
 from flowray.report.analysis import heat_map
 from flowray.report.ending import ending, failures, stop_reasons
 from flowray.report.load import Sweep, load_sweep
-from flowray.report.sweep_page import sweep_verdict
+from flowray.report.sweep_page import stop_rule_text, sweep_verdict
 
 RECORDED = Path(__file__).parent / "recorded" / "head"
 BEST = 27
@@ -146,6 +146,20 @@ def test_stops_and_failures_are_counted_by_reason(folder: Path) -> None:
     }
     assert failures(sweep) == [("OutOfMemoryError: 3 GiB", 2)]
     assert "(6 finished, 21 stopped, 1 waiting, 2 failed)" in sweep_verdict(sweep)
+
+
+def test_what_the_engine_noted_counts_and_not_what_the_last_numbers_look_like(folder: Path) -> None:
+    """A floor that the last probe meets had not been met long enough; a metric may be missing."""
+    looks = {"metrics": {"ema/flow/cos": 0.1, "text/snr": None}, "last_step": 250}
+    change(folder, 0, **looks, stop_kind="comparison")
+    change(folder, 1, **looks, stop_kind="rule", stop_rule=0)
+    low = {"metrics": {"ema/flow/cos": 0.9, "ema/shoot/nmse": None}, "last_step": 250}
+    sweep = change(folder, 2, **low, stop_kind="not_finite")
+    assert {
+        "not among the best (asha) at step 250": 1,
+        stop_rule_text(sweep.settings["stop"][0]): 1,
+        "ema/shoot/nmse is not finite": 1,
+    }.items() <= dict(stop_reasons(sweep)).items()
 
 
 def test_a_waiting_trial_is_neither_stopped_nor_done(folder: Path) -> None:
