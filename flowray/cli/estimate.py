@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from flowray.cli.progress import START_S, clock
+from flowray.cli.progress import START_S
 from flowray.config.cluster import in_cluster
+from flowray.config.progress import duration
 from flowray.config.recipe import Recipe
 from flowray.probes.field import BINS
 from flowray.probes.rollout import ENDPOINT_STEPS
@@ -62,7 +63,7 @@ def show_wall_time(estimate: dict[str, Any]) -> str:
     """The estimate on one line."""
     if estimate["seconds"] is None:
         return f"wall time: not known ({estimate['basis']})"
-    return f"wall time: about {clock(estimate['seconds'])} ({estimate['basis']})"
+    return f"wall time: about {duration(estimate['seconds'])} ({estimate['basis']})"
 
 
 def passes(recipe: Recipe) -> int:

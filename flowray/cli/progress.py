@@ -17,7 +17,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
-from flowray.config.progress import Advance, Progress
+from flowray.config.progress import Advance, Progress, duration
 from flowray.config.rows import parse_rows
 from flowray.store.doing import doing
 from flowray.store.run import RunDirectory
@@ -108,7 +108,7 @@ def _count(task: Task) -> str:
 def _state(task: Task) -> str:
     """Where a task is, on one line: "encoding train pictures 3200/12000, about 45 s left"."""
     left = task.time_remaining
-    when = f"about {clock(left)} left" if left else f"for {clock(task.elapsed or 0)} so far"
+    when = f"about {duration(left)} left" if left else f"for {duration(task.elapsed or 0)} so far"
     return ", ".join(filter(None, (_count(task), task.fields["note"], when)))
 
 
@@ -117,14 +117,6 @@ class _StateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(_state(task))
-
-
-def clock(seconds: float) -> str:
-    """A duration: "45 s", "3 min 20 s", "2 h 5 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class RowTail:

@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flowray.cli.progress import START_S, clock
+from flowray.cli.progress import START_S
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
 from flowray.config.parameters import ends
 from flowray.config.paths import is_hub_name
+from flowray.config.progress import duration
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
 from flowray.config.sweep import Sweep
@@ -178,7 +179,7 @@ def print_plan(facts: dict[str, Any]) -> None:
         lines.append(f"the space has {facts['settings']:,} settings, none drawn twice{end}")
     lines += [_resources(facts), _hours(facts)]
     if (seconds := facts["wall_time"]["seconds"]) is not None:
-        lines.append(f"wall time: about {clock(seconds)}" + ", with halving" * bool(facts["rungs"]))
+        lines.append(f"wall time: about {duration(seconds)}" + ", with halving" * bool(facts["rungs"]))
     lines.append(_storage(facts))
     missing = [each for each in facts["weights"] if not each["present"] and not each["stops"]]
     lines += [f"{each['key']}: {each['path']} is not here" for each in missing]

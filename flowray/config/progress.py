@@ -28,6 +28,14 @@ class Progress(Protocol):
         """
 
 
+def duration(seconds: float) -> str:
+    """Seconds for people: "45 s", "3 min 20 s", "2 h 5 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 class Silent:
     """Progress that nobody looks at."""
 

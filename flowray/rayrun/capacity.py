@@ -19,9 +19,8 @@ from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.rayrun.session import started
 from flowray.tune.plan import Cluster, Node
-from flowray.tune.room import this_machine
+from flowray.tune.room import WORKER_BYTES, this_machine
 
-DRIVER_BYTES = 400 * 2**20  # a trial's driver, measured at 360 MB
 PATIENCE_S = 60.0  # for the head to answer
 HEAD = "node:__internal_head__"  # Ray's own resource of the head
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # Kubernetes puts it into every pod with an account
@@ -44,7 +43,7 @@ def reach() -> Cluster:
     grown = workers_at_most(config or {})
     workers = max(present, grown, key=lambda nodes: (sum(gpus for _, gpus in nodes), sum(cpus for cpus, _ in nodes)))
     memory = sum(node["Resources"].get("memory", 0) for node in heads)
-    drivers = max(1, int(memory / DRIVER_BYTES)) if memory else None
+    drivers = max(1, int(memory / WORKER_BYTES)) if memory else None
     nodes = (*(_size(node["Resources"]) for node in heads), *workers)
     return Cluster(nodes, drivers, grows=config is not None and of_unknown_size(config))
 

@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from flowray.config.progress import duration
 from flowray.config.rounding import rounded
 from flowray.config.sweep import Constant, Sweep
 from flowray.report.lines import columns, wrapped
@@ -172,8 +173,8 @@ class SweepConsole:
             parts.append(f"{saved / full:.0%} of the steps saved")
         done = self._through() - self._before
         if done > 0 and self._through() < self._total:
-            parts.append(f"about {_clock(seconds / done * (self._total - self._through()))} left")
-        return ", ".join([*parts, _clock(seconds)])
+            parts.append(f"about {duration(seconds / done * (self._total - self._through()))} left")
+        return ", ".join([*parts, duration(seconds)])
 
     def _state(self, trial: TrialRecord) -> str:
         held = trial.status == "running" and trial.trial in self._paused
@@ -284,8 +285,3 @@ def _why(trial: TrialRecord) -> str:
 def _cut(text: str, width: int) -> str:
     """On one line of this width, cut between words."""
     return textwrap.shorten(text, max(width, 4), placeholder=" …")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 
 from flowray.config.errors import InputError
 from flowray.config.keys import KEYS, MetricKey, describe
+from flowray.config.progress import duration
 from flowray.findings.baselines import baseline
 from flowray.findings.judge import Judge, Verdict
 from flowray.report import figures
@@ -87,12 +88,6 @@ def number_text(value: float | None) -> str:
     if not 0.001 <= abs(value) < 1e6:
         return f"{value:.2e}"
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def duration_text(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _run_context(run: Run) -> dict[str, Any]:
@@ -278,7 +273,7 @@ def _environment(*, autoescape: bool) -> Environment:
     pages = Environment(
         loader=PackageLoader("flowray", "report"), autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    pages.filters |= {"number": number_text, "value": value_text, "duration": duration_text}
+    pages.filters |= {"number": number_text, "value": value_text, "duration": duration}
     return pages
 
 

@@ -16,7 +16,6 @@ from flowray.config.train import ResourceConfig
 from flowray.sample.restore import find_checkpoint
 from flowray.tune.plan import Cluster, batch_that_does_not_split, share_cluster, split_values
 
-GIB = 2**30
 WORKER_BYTES = 400 * 2**20  # of a worker that has imported torch and Ray, before its model
 
 

@@ -43,7 +43,7 @@ REASON = "flowray"  # the user attribute that holds why a trial ended as it did
 STOPPED_BY = "flowray:stop"  # that of the kind and the rule of a stop
 FROM = "flowray:from"  # that of a trial of an earlier sweep: which one
 FINISHES = "flowray:finishes"  # that of the value of a stopped trial that was finished later: its number
-TRIES = 4  # drafts by the sampler, then as many at random, before what is left is gone through
+TRIES = 4  # drafts by the sampler, then as many at random; after them the first unused setting is taken
 LOCK_S = 2.0  # a lock of the journal lasts milliseconds; one that stays so long belonged to a killed process
 
 

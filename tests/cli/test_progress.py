@@ -7,7 +7,8 @@ import pytest
 from support import Heard
 
 from flowray.cli import progress as module
-from flowray.cli.progress import ConsoleProgress, RunProgress, clock
+from flowray.cli.progress import ConsoleProgress, RunProgress
+from flowray.config.progress import duration
 from flowray.store.doing import WrittenProgress, doing
 from flowray.store.rows import RowWriter
 from flowray.store.run import RunDirectory
@@ -114,4 +115,4 @@ def test_a_terminal_gets_a_bar_and_is_left_clean(monkeypatch):
 
 @pytest.mark.parametrize(("seconds", "words"), [(4.4, "4 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")])
 def test_durations(seconds, words):
-    assert clock(seconds) == words
+    assert duration(seconds) == words
