@@ -138,7 +138,11 @@ def _runs_here(host: str, port: int) -> bool:
         here = {bytes.fromhex(node) for node in services.find_node_ids()}
         with _channel(host, port) as channel:
             ask = rpc.NodeInfoGcsServiceStub(channel).GetAllNodeInfo
-            nodes = ask(messages.GetAllNodeInfoRequest(), timeout=PROBE_S).node_info_list
+            try:
+                nodes = ask(messages.GetAllNodeInfoRequest(), timeout=PROBE_S).node_info_list
+            except grpc.RpcError as error:  # it has ended since it answered, or is overloaded
+                why = _WHY.get(error.code(), str(error.details()))
+                raise InputError(f"{ADDRESS}={address_of(host, port)}: {why}") from None
         if any(node.node_id in here and node.state == node.ALIVE for node in nodes):
             return True
         if time.monotonic() > deadline:

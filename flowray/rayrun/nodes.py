@@ -97,8 +97,9 @@ def running(address: str | None = None) -> list[Node]:
                 found.setdefault(mark, set()).add(process)
     nodes = []
     for mark, processes in found.items():
-        kind, where, folder = mark.split(" ", 2)
-        if address in (None, where):
+        kind, _, rest = mark.partition(" ")
+        where, _, folder = rest.partition(" ")
+        if kind in ("head", "worker") and where and address in (None, where):
             nodes.append(Node(kind, where, Path(folder) if folder else None, tuple(processes)))
     return sorted(nodes, key=lambda node: (node.kind == "head", node.address))
 

@@ -119,7 +119,8 @@ def test_stop_ends_what_is_marked_and_its_children_and_nothing_else(tmp_path, ho
     mine = os.environ | {MARK: f"head 192.0.2.9:1 {files}"}
     started = [subprocess.Popen([sys.executable, "-c", code], env=mine) for code in (deaf, child, "pass")]
     other = os.environ | {MARK: f"worker 192.0.2.8:1 {tmp_path}"}
-    kept = [subprocess.Popen(["sleep", "100"], env=env) for env in (other, os.environ)]
+    foreign = os.environ | {MARK: "1"}  # a variable of that name that is nobody's node
+    kept = [subprocess.Popen(["sleep", "100"], env=env) for env in (other, os.environ, foreign)]
     try:
         started[-1].wait(60)
         deadline = time.monotonic() + 60
@@ -131,11 +132,11 @@ def test_stop_ends_what_is_marked_and_its_children_and_nothing_else(tmp_path, ho
         assert end(found) == 3
         assert not [one for one in started if nodes.psutil.pid_exists(one.pid)]
         assert not files.exists()
-        assert [one.poll() for one in kept] == [None, None]
+        assert [one.poll() for one in kept] == [None, None, None]
         assert main(["stop", "192.0.2.8:1"]) == 0
         assert "192.0.2.8:1" in capsys.readouterr().out
         assert not nodes.psutil.pid_exists(kept[0].pid)
-        assert kept[1].poll() is None
+        assert [one.poll() for one in kept[1:]] == [None, None]
         assert tmp_path.exists()  # no folder of a node's: whoever set the variable, it stays
     finally:
         for one in (*started, *kept):

@@ -11,10 +11,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import grpc
 import pytest
+import ray
 
 from flowray.cli.main import _command as command
 from flowray.config.cluster import in_cluster
@@ -196,3 +199,26 @@ def test_a_disk_without_room_is_passed_over_and_no_room_anywhere_is_one_line(tmp
     monkeypatch.setattr(session, "LEAST_FREE", 2**60)
     with pytest.raises(InputError, match=r"TMPDIR: .*MB free"), session.local_folder():
         pass
+
+
+class _Ending(address.rpc.NodeInfoGcsServiceServicer):
+    """A head that says it is alive and is gone at the next question."""
+
+    def CheckAlive(self, request, context):
+        return address.messages.CheckAliveReply(ray_version=ray.__version__)
+
+    def GetAllNodeInfo(self, request, context):
+        context.abort(grpc.StatusCode.UNAVAILABLE, "ending")
+
+
+def test_a_head_that_ends_between_two_questions_is_one_line(monkeypatch):
+    server = grpc.server(ThreadPoolExecutor(1))
+    address.rpc.add_NodeInfoGcsServiceServicer_to_server(_Ending(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        with pytest.raises(InputError, match=str(port)):
+            refuse_unreachable()
+    finally:
+        server.stop(0)
