@@ -3,6 +3,7 @@ given (measured with 2.60: the GCS of a head on 127.0.0.1 is on [::]), so that a
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -19,12 +20,14 @@ ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # where Ray's clients loo
 LOOPBACK = "127.0.0.1"
 
 
-def require_token(*, make: bool = True) -> Path | None:
+def require_token(*, make: bool = True, private: bool = False) -> Path | None:
     """The path of the token that Ray looks for, ~/.ray/auth_token; None where a variable holds it.
 
     make: one is made where there is none. Ray would make it readable for everybody on the machine;
-    here it is the owner's alone (0600). InputError where there is none that can be read, or where
-    token authentication is switched off: no Ray is started without it.
+    here it is the owner's alone (0600). private: of a Ray that ends with this process and that nobody
+    joins; without a home that can be written the token is in this process's environment alone.
+    InputError where there is none that can be read, or where token authentication is switched off:
+    no Ray is started without it.
     """
     mode = os.environ.get(MODE, "token")
     if mode.lower() != "token":
@@ -32,9 +35,12 @@ def require_token(*, make: bool = True) -> Path | None:
     if os.environ.get(TOKEN):
         return None
     given = os.environ.get(TOKEN_PATH)
-    path = Path(given) if given else Path.home() / ".ray" / "auth_token"
-    if make and not given:
-        _make_token(path)
+    path = Path(given or os.path.expanduser("~/.ray/auth_token"))
+    if make and not given and (error := _make_token(path)):
+        if private:
+            os.environ[TOKEN] = secrets.token_hex(32)
+            return None
+        raise InputError(f"{path}: the token cannot be written: {error.strerror}; set {TOKEN_PATH}=FILE with a token in it") from error
     try:
         problem = "" if path.read_text().strip() else "it is empty"
     except (OSError, ValueError) as error:
@@ -47,15 +53,19 @@ def require_token(*, make: bool = True) -> Path | None:
     return path
 
 
-def _make_token(path: Path) -> None:
+def _make_token(path: Path) -> OSError | None:
+    """Make the file unless it is there; what was in the way."""
+    if not path.is_absolute():
+        return OSError(errno.ENOENT, "this user has no home")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
     except FileExistsError:
-        pass
+        return None
     except OSError as error:
-        raise InputError(f"{path}: the token cannot be written: {error.strerror}; set {TOKEN_PATH}=FILE with a token in it") from error
+        return error
+    return None
 
 
 def take_token() -> None:

@@ -72,7 +72,7 @@ def started(num_cpus: int | None = None, progress: Progress = SILENT) -> Iterato
         finally:
             ray.shutdown()
         return
-    require_token()
+    require_token(private=True)
     with local_folder() as folder:
         try:
             with progress.task("starting Ray"):

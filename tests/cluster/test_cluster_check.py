@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import socket
 import stat
 import subprocess
@@ -286,6 +287,15 @@ def test_the_token_is_made_once_and_for_its_owner_alone(home):
     assert len(token) == 64
     assert access.require_token() == path
     assert path.read_text() == token
+
+
+def test_without_a_home_a_private_rays_token_is_in_its_environment_alone(home, monkeypatch):
+    monkeypatch.setenv("HOME", "/dev/null")
+    with pytest.raises(InputError, match=r"/dev/null/\.ray/auth_token: the token cannot be written"):
+        access.require_token()  # of a cluster, where others must be able to get it
+    monkeypatch.setenv(access.TOKEN, "")
+    assert access.require_token(private=True) is None
+    assert len(os.environ[access.TOKEN]) == 64
 
 
 def test_a_given_token_is_taken(home, monkeypatch):
