@@ -20,7 +20,9 @@ from transformers import (
 
 from flowray.config.errors import InputError
 from flowray.config.model import ClipNet, DinoV2Net, ImageNetConfig, SiglipNet, VisionDims
+from flowray.config.paths import is_hub_name
 from flowray.model.files import open_model
+from flowray.model.local import local_place
 from flowray.model.pretrained import load_weights, planning, transformers_config
 
 Channels = tuple[float, float, float]
@@ -92,6 +94,8 @@ def load_image_encoder(config: ImageNetConfig, where: str, *, frozen: bool) -> I
     if config.dims is not None and (config.path is None or planning()):
         family = _FAMILIES[type(config)]
         return ImageEncoder(config, next(iter(family.nets.values()))(_shape(family, config.dims)), frozen)
+    if planning() and local_place(str(config.path)) is None and is_hub_name(str(config.path)):
+        raise InputError(f"{where}.path: {_typed_in_a_plan(str(config.path), where)}")
     files = open_model(str(config.path), f"{where}.path", "image_encoder", weights=not planning())
     made = transformers_config(files, f"{where}.path", "image_encoder")
     kind, nets = made.model_type, _FAMILIES[type(config)].nets
@@ -101,6 +105,13 @@ def load_image_encoder(config: ImageNetConfig, where: str, *, frozen: bool) -> I
     if planning():
         return ImageEncoder(config, nets[kind](getattr(made, "vision_config", made)), frozen)
     return ImageEncoder(config, load_weights(nets[kind], files, f"{where}.path", torch.float32), frozen)
+
+
+def _typed_in_a_plan(path: str, where: str) -> str:
+    """What is typed where a plan needs the sizes of an encoder that is not here."""
+    dims = ", ".join(f"{name}: N" for name in VisionDims.model_fields)
+    sizes = f"or its sizes, '{where}.dims={{{dims}}}'"
+    return f"{path!r} is not on this machine; type `hf download {path} config.json`, {sizes}"
 
 
 def _shape(family: _Family, dims: VisionDims) -> Any:

@@ -155,6 +155,16 @@ def test_weights_it_needs(tmp_path: Path) -> None:
     assert local_weights("nobody/nothing") is None
 
 
+def test_a_picture_encoder_that_is_not_here_takes_its_sizes() -> None:
+    keys = ["loss.clip.weight=1", "model.semantic.kind=image", "model.semantic.net.path=org/absent"]
+    with pytest.raises(InputError) as caught:
+        make_plan(load_recipe("quickstart", keys).recipe)
+    typed = re.search(r"'(model\.semantic\.net\.dims=.*)'", str(caught.value))
+    assert typed, str(caught.value)
+    recipe = load_recipe("quickstart", [*keys, typed[1].replace("N", "32")]).recipe
+    assert make_plan(recipe)["parameters"]["semantic.clip"] > 0
+
+
 def test_memory_follows_the_run(tmp_path: Path) -> None:
     def memory(**overrides: Any) -> dict[str, int]:
         return make_plan(tiny_recipe(tmp_path, **overrides))["memory_per_gpu"]
