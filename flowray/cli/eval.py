@@ -40,13 +40,15 @@ def evaluate(run: Path, overrides: list[str], seed: int, progress: Progress) -> 
         from flowray.model.autoencoder import load_autoencoder
         from flowray.sample.evaluate import evaluate_shapes
         from flowray.sample.generate import generate
-        from flowray.sample.restore import open_run
+        from flowray.sample.restore import find_checkpoint, open_run
 
+    recipe = find_checkpoint(run, overrides)[2]
+    if recipe.data.shards != "shapes":
+        trained = f"trained on data.shards {recipe.data.shards!r}"
+        raise InputError(f"{run}: {trained}; the exact checker reads `shapes` pictures only")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with progress.task("loading the model"):
         opened = open_run(run, overrides, device)
-    if opened.recipe.data.shards != "shapes":
-        raise InputError(f"{run}: trained on data.shards {opened.recipe.data.shards!r}; the exact checker reads `shapes` pictures only")
     config = opened.recipe.sample
     with progress.task("loading the autoencoder"):
         model = opened.recipe.model

@@ -125,6 +125,8 @@ def test_sample(place, monkeypatch, argv, says):
 def test_eval(place, monkeypatch):
     monkeypatch.chdir(place)
     assert "runs/none: no such folder" in line_of(eval.main, ["runs/none"])
+    absent = ["runs/tiny", "--set", "model.text.path=org/absent"]
+    assert "data.shards" in line_of(eval.main, absent)  # before it loads a model
 
 
 @pytest.mark.parametrize(
