@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -16,8 +17,9 @@ from flowray.cli.common import GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
-from flowray.config.load import load_recipe
+from flowray.config.load import load_recipe, override_recipe
 from flowray.config.paths import argument, expand, written
+from flowray.config.recipe import Recipe
 from flowray.data.pack import SUFFIXES
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards
@@ -75,9 +77,32 @@ def _parser() -> Parser:
     )
     parser.add_argument("--val", type=argument, metavar="FOLDER", help="held-out shards, where they are not FOLDER/val")
     parser.add_argument("--out", type=argument, default=Path("mine.yaml"), help="the recipe to write, %(default)s")
-    parser.add_argument("--text", type=expand, metavar="PATH", help="a causal language model: folder, hub name or embedded")
-    parser.add_argument("--autoencoder", type=expand, metavar="PATH", help="a diffusers AutoencoderKL: folder, hub name or embedded")
+    parser.add_argument(
+        "--text",
+        type=expand,
+        metavar="PATH",
+        help="a causal language model or a text encoder: folder, hub name or embedded",
+    )
+    parser.add_argument(
+        "--autoencoder",
+        type=expand,
+        metavar="PATH",
+        help="a diffusers AutoencoderKL or AutoencoderDC: folder, hub name, one file or embedded",
+    )
+    parser.add_argument(
+        "--scaling-factor",
+        type=_factor,
+        metavar="X",
+        help="of the latents, where the autoencoder's files do not state it: 0.18215 (SD 1 and 2)",
+    )
     return parser
+
+
+def _factor(text: str) -> float:
+    factor = float(text)
+    if not 0 < factor < math.inf:
+        raise ValueError(text)
+    return factor
 
 
 def main(argv: list[str]) -> int:
@@ -95,13 +120,17 @@ def main(argv: list[str]) -> int:
     with progress.task(f"looking at {args.data}"):
         looked = _look(args.data, args.val)
         text = _text(args.text, looked)
-        autoencoder, latent = _autoencoder(args.autoencoder, looked)
+        autoencoder, latent = _autoencoder(args.autoencoder, looked, args.scaling_factor)
         recipe = _recipe(out.absolute(), looked, text, autoencoder, latent)
+    parts = {"text": text, "autoencoder": autoencoder}
     partial = out.with_name(f".{out.name}")  # in the same folder: paths are relative to it
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(recipe, encoding="utf-8")
-        load_recipe(str(partial))
+        made = load_recipe(str(partial)).recipe
+        absent = [name for name, part in parts.items() if not local_weights(part.section["path"])]
+        with progress.task("checking the recipe"):
+            _refuse_unready(made, absent)
         partial.replace(out)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
@@ -109,15 +138,26 @@ def main(argv: list[str]) -> int:
         if partial.exists():
             partial.unlink()
     print(f"{out}: {looked.count} pictures, {looked.held_out} held out")
-    for name, part in (("text", text), ("autoencoder", autoencoder)):
+    for name, part in parts.items():
         print(f"  {name:<12} {part.why}")
-    for part in (text, autoencoder):
-        if local_weights(part.section["path"]) is None:
-            print(f"  get weights  hf download {part.section['path']}")
+    for name in absent:
+        print(f"  get weights  hf download {parts[name].section['path']}")
     place = shlex.quote(str(out))
     print(f"  cost first   python -m flowray.train {place} --plan")
     print(f"  train        python -m flowray.train {place}")
     return GOOD
+
+
+def _refuse_unready(recipe: Recipe, absent: list[str]) -> None:
+    """InputError for what training would refuse, but for the weights of the `absent` parts, which
+    the user is told to download.
+    """
+    from flowray.cli.ready import refuse_unready
+    from flowray.model.assemble import planned_model
+
+    planned_model(recipe.model, recipe.loss)
+    shipped = {f"model.{name}.path": "embedded" for name in absent}
+    refuse_unready(override_recipe(recipe, shipped))
 
 
 def _look(folder: Path, val: Path | None) -> Looked:
@@ -161,51 +201,82 @@ def _text(given: str | None, looked: Looked) -> Part:
     a_word = sum(tokens) / sum(len(caption.split()) for caption in looked.captions)
     if given == "embedded" or (given is None and a_word <= KNOWN_WORDS):
         return Part({"path": "embedded"}, f"the shipped model: {a_word:.1f} tokens a word of the captions")
-    section: dict[str, Any] = {"path": TEXT, "dtype": "bf16", "queries": QUERIES, "max_tokens": MAX_TOKENS}
+    sizes = {"dtype": "bf16", "queries": QUERIES, "max_tokens": MAX_TOKENS}
+    section: dict[str, Any] = {"path": TEXT} | sizes
     if given is None:
         return Part(section | TEXT_FACTS, f"{TEXT}: the shipped model has no words for these captions")
     if given == TEXT:
         return Part(section | TEXT_FACTS, TEXT)
+    from flowray.model.backbone import is_encoder
     from flowray.model.files import TEXT as KEY
     from flowray.model.files import open_model
+    from flowray.model.pretrained import transformers_config
 
-    config = open_model(given, KEY, "text_encoder").config
-    language = config.get("text_config", config)  # of a vision-language model
-    positions = language.get("max_position_embeddings") or QUERIES + MAX_TOKENS
-    section |= {"path": _path(given), "max_tokens": min(MAX_TOKENS, positions - QUERIES)}
-    return Part(section, f"{given}, {config.get('model_type')}")
+    config = transformers_config(open_model(given, KEY, "text_encoder"), KEY, "text_encoder")
+    language = config.get_text_config()  # of a vision-language model, or of CLIP
+    positions = getattr(language, "max_position_embeddings", None) or QUERIES + MAX_TOKENS
+    section = {"kind": "causal_lm", "path": _path(given)} | sizes
+    if is_encoder(config):
+        del section["queries"]
+        section["kind"] = "encoder"
+    section["max_tokens"] = min(MAX_TOKENS, positions - section.get("queries", 0))
+    return Part(section, f"{given}, {config.model_type}")
 
 
-def _autoencoder(given: str | None, looked: Looked) -> tuple[Part, tuple[int, int, int]]:
-    """`model.autoencoder`, the shipped one where it brings the pictures back, and the shape of its latents."""
+def _autoencoder(
+    given: str | None,
+    looked: Looked,
+    factor: float | None,
+) -> tuple[Part, tuple[int, int, int]]:
+    """`model.autoencoder`, the shipped one where it brings the pictures back, and the shape of its
+    latents. factor: the scale of the latents of a `given` one, where its files are not to say it.
+    """
     height, width = looked.size
     latent = (4, height // FACTOR, width // FACTOR)
+    if factor and given in (None, "embedded"):
+        raise InputError(f"--scaling-factor {factor:g}: give --autoencoder PATH with it")
     if given in (None, "embedded"):
         found = _round_trip(looked, latent)
         if given or found >= GOOD_PSNR:
-            return Part({"path": "embedded"}, f"the shipped one: it brings these pictures back at {found:.0f} dB"), latent
+            why = f"the shipped one: it brings these pictures back at {found:.0f} dB"
+            return Part({"path": "embedded"}, why), latent
         why = f"{AUTOENCODER}: the shipped one brings these pictures back at {found:.0f} dB only"
         return Part({"path": AUTOENCODER} | AUTOENCODER_FACTS, why), latent
+    scale = {"scaling_factor": factor} if factor else {}
     if given == AUTOENCODER:
-        return Part({"path": AUTOENCODER} | AUTOENCODER_FACTS, AUTOENCODER), latent
-    from flowray.model.files import open_autoencoder
-
-    files = open_autoencoder(given)
-    if isinstance(files, Path):  # weights alone, as Stable Diffusion's own repository has them
-        return Part({"path": _path(given)}, given), latent
-    deep = files.config.get("_class_name") == "AutoencoderDC"
-    blocks = files.config.get("encoder_block_out_channels" if deep else "block_out_channels")
-    channels = files.config.get("latent_channels")
+        return Part({"path": AUTOENCODER} | AUTOENCODER_FACTS | scale, AUTOENCODER), latent
+    config = _autoencoder_config(given, factor)
+    deep = config.get("_class_name") == "AutoencoderDC"
+    blocks = config.get("encoder_block_out_channels" if deep else "block_out_channels")
+    channels = config.get("latent_channels")
     if not blocks or not channels:
         raise InputError(f"--autoencoder {given}: its config.json is no AutoencoderKL's or AutoencoderDC's")
-    factor = 2 ** (len(blocks) - 1)
-    if height % (factor * PATCH) or width % (factor * PATCH):
+    cell = 2 ** (len(blocks) - 1)
+    if height % (cell * PATCH) or width % (cell * PATCH):
         raise InputError(
-            f"--autoencoder {given}: takes {factor} px a cell, and these pictures are {width} x {height}; "
-            f"pack them with a --size that {factor * PATCH} divides"
+            f"--autoencoder {given}: takes {cell} px a cell, and these pictures are "
+            f"{width} x {height}; pack them with a --size that {cell * PATCH} divides"
         )
-    section = {"kind": "dc" if deep else "kl", "path": _path(given)}
-    return Part(section, f"{given}, {channels} channels, {factor} px a cell"), (channels, height // factor, width // factor)
+    section = {"kind": "dc" if deep else "kl", "path": _path(given)} | scale
+    why = f"{given}, {channels} channels, {cell} px a cell"
+    return Part(section, why), (channels, height // cell, width // cell)
+
+
+def _autoencoder_config(given: str, factor: float | None) -> dict[str, Any]:
+    """Its config.json; of one file of weights the same from their shapes. InputError: such a file
+    without a `factor`, which is nowhere in it.
+    """
+    from flowray.model.files import AUTOENCODER as KEY
+    from flowray.model.files import open_autoencoder
+    from flowray.model.singlefile import ldm_config, no_scale, read_single_file
+
+    files = open_autoencoder(given)
+    if not isinstance(files, Path):
+        return files.config
+    config = ldm_config(read_single_file(files, KEY))
+    if factor is None:
+        raise no_scale(files, "--autoencoder", "--scaling-factor ")
+    return config
 
 
 def _round_trip(looked: Looked, latent: tuple[int, int, int]) -> float:
@@ -244,12 +315,13 @@ def _recipe(out: Path, looked: Looked, text: Part, autoencoder: Part, latent: tu
 
     height, width = looked.size
     gpus = torch.cuda.device_count()
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.stem).strip("-._") or "mine"
     wide = latent[1] * latent[2] > SMALL_CELLS
     lines = [
         f"# Written by flowray.init: {looked.count} pictures of {width} x {height} px, {looked.held_out} held out.",
         "# Every other key is quickstart's; docs/objective.md lists them all.",
         "base: quickstart",
-        f"name: {re.sub(r'[^A-Za-z0-9._-]+', '-', out.stem).strip('-._') or 'mine'}",
+        yaml.safe_dump({"name": name}).strip(),  # in quotes where it is `no` or a number
         f"data: {section({'shards': place(looked.train), 'val_shards': place(looked.val)})}",
         "model:",
         f"  latent: {section(dict(zip(('channels', 'height', 'width'), latent, strict=True)))}",

@@ -57,11 +57,12 @@ def check_shards(recipe: Recipe) -> None:
 
 def _check_weights(recipe: Recipe) -> None:
     from flowray.cli.plan import weights
-    from flowray.model.files import TEXT, open_autoencoder, open_model
+    from flowray.model.autoencoder import check_autoencoder
+    from flowray.model.files import TEXT, open_model
     from flowray.model.local import find_place
 
     for each in weights(recipe):
         if each["path"] != "embedded":
             find_place(each["path"], each["key"])
     open_model(recipe.model.text.path, TEXT, "text_encoder")
-    open_autoencoder(recipe.model.autoencoder.path)
+    check_autoencoder(recipe.model.autoencoder)

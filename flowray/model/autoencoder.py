@@ -19,7 +19,7 @@ from flowray.model.files import AUTOENCODER, ModelFiles, beside, open_autoencode
 from flowray.model.latent import LatentScale, Moments, PerChannel
 from flowray.model.local import local_place
 from flowray.model.pretrained import loading
-from flowray.model.singlefile import load_single_file
+from flowray.model.singlefile import load_single_file, refuse_bare_file
 
 SANA_FACTOR = 0.41407  # of DC-AE f32c32 for SANA (diffusers' conversion script, SANA's configs)
 DETERMINISTIC_LOGVAR = -30.0  # exp(0.5 * -30) = 3e-7: a point, in the form of a gaussian
@@ -108,6 +108,15 @@ def _load(config: AutoencoderConfig) -> Any:
         what = f"{len(lacking)} weights, such as {lacking[0]}"
         raise refused(AUTOENCODER, files.folder, f"lacks {what}")
     return net
+
+
+def check_autoencoder(config: AutoencoderConfig) -> None:
+    """InputError for files that `load_autoencoder` refuses at once; nothing is loaded."""
+    files = open_autoencoder(config.path)
+    if isinstance(files, Path):
+        refuse_bare_file(files, config, AUTOENCODER)
+    else:
+        _refuse_other_kind(files, _NETS[type(config)])
 
 
 def _refuse_other_kind(files: ModelFiles, model_class: Any) -> None:

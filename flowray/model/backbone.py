@@ -31,9 +31,8 @@ _CACHED_PASS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", 
 
 def _causal(files: ModelFiles, config: Any, dtype: torch.dtype) -> Any:
     """A causal LM without its output layer; of a vision-language model only the language model is read."""
-    known, language = type(config), config.get_text_config()
-    causal = known in MODEL_FOR_CAUSAL_LM_MAPPING or known in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if not causal or known in MODEL_FOR_MASKED_LM_MAPPING:
+    language = config.get_text_config()
+    if not _is_causal(config):
         hint = "give a causal language model"
         if _encoder_config(config):
             hint = "use model.text.kind=encoder for it"
@@ -49,6 +48,18 @@ def _causal(files: ModelFiles, config: Any, dtype: torch.dtype) -> Any:
     if language is config:
         return load_weights(model_class, files, TEXT, dtype)
     return load_weights(model_class, files, TEXT, dtype, config=language, key_mapping=_TO_LANGUAGE_MODEL)
+
+
+def _is_causal(config: Any) -> bool:
+    """Whether transformers has a causal language model for the config, alone or beside a tower."""
+    known = type(config)
+    causal = known in MODEL_FOR_CAUSAL_LM_MAPPING or known in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return causal and known not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether transformers' config is a text encoder's, which `model.text.kind` encoder reads."""
+    return not _is_causal(config) and _encoder_config(config) is not None
 
 
 def _encoder(files: ModelFiles, config: Any, dtype: torch.dtype) -> Any:

@@ -17,6 +17,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor
 
+from flowray.config.errors import InputError
 from flowray.config.model import AutoencoderConfig, KLAutoencoder
 from flowray.model.files import CONFIG, check_file, refused
 from flowray.model.pretrained import loading
@@ -26,9 +27,34 @@ _FIRST_STAGE = re.compile(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
 
 def load_single_file(file: Path, config: AutoencoderConfig, where: str) -> Any:
     """The autoencoder in a file. InputError: another form, weights missing, no scale given."""
+    weights = read_single_file(file, where)
+    refuse_bare_file(file, config, where)
+    with loading(where, file):
+        shape = ldm_config(weights)
+        net = AutoencoderKL.from_config(shape)
+        report = net.load_state_dict(convert_ldm_vae_checkpoint(weights, shape), strict=False)
+    if lacking := sorted(report.missing_keys):
+        raise refused(where, file, f"lacks {len(lacking)} weights, such as {lacking[0]}")
+    return net
+
+
+def refuse_bare_file(file: Path, config: AutoencoderConfig, where: str) -> None:
+    """InputError where the recipe does not say what no file of weights holds: the scale."""
     if not isinstance(config, KLAutoencoder):
         why = f"is one file, which kind {config.kind} is not read from; give a folder with {CONFIG}"
         raise refused(where, file, why)
+    if config.scaling_factor is None:
+        raise no_scale(file, where, "model.autoencoder.scaling_factor=")
+
+
+def no_scale(file: Path, where: str, option: str) -> InputError:
+    """The error for a file without a scale. option: what is typed before the number."""
+    typed = f"type {option}0.18215 (SD 1 and 2) or {option}0.13025 (SDXL)"
+    return refused(where, file, f"is one file and states no scale; {typed}")
+
+
+def read_single_file(file: Path, where: str) -> dict[str, Tensor]:
+    """The weights, by the names of Stable Diffusion's code. InputError: another form."""
     check_file(file, where)
     with loading(where, file):
         stored = load_single_file_checkpoint(str(file), local_files_only=True)
@@ -41,16 +67,7 @@ def load_single_file(file: Path, config: AutoencoderConfig, where: str) -> Any:
         if "encoder.conv_in.weight" in weights:
             why = f"holds diffusers' weights: put it into a folder with its {CONFIG}, and give that"
         raise refused(where, file, why)
-    if config.scaling_factor is None:
-        typed = "type model.autoencoder.scaling_factor=0.18215 (SD 1 and 2) or 0.13025 (SDXL)"
-        raise refused(where, file, f"is one file and states no scale; {typed}")
-    with loading(where, file):
-        shape = ldm_config(weights)
-        net = AutoencoderKL.from_config(shape)
-        report = net.load_state_dict(convert_ldm_vae_checkpoint(weights, shape), strict=False)
-    if lacking := sorted(report.missing_keys):
-        raise refused(where, file, f"lacks {len(lacking)} weights, such as {lacking[0]}")
-    return net
+    return weights
 
 
 def ldm_config(weights: dict[str, Tensor]) -> dict[str, Any]:

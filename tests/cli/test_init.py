@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.numpy import save_file
-from support import own_pictures, tiny_autoencoder, tiny_text
+from safetensors.torch import save_file as save_tensors
+from support import ldm_names, own_pictures, tiny_autoencoder, tiny_text
+from text_support import Maker, bert, clip, save, t5
 
 from flowray.cli import data, init, train
+from flowray.cli.ready import problems
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.recipe import Recipe
@@ -88,6 +92,48 @@ def test_an_autoencoder_in_a_pipeline_beside_other_models(place: Path) -> None:
     assert recipe.model.autoencoder.path == str(place / "pipeline")
 
 
+def test_an_autoencoder_in_one_file_needs_its_scale(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Channels and px a cell come from its weights."""
+    monkeypatch.chdir(place)
+    net = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 32),
+        latent_channels=16,
+    )
+    save_tensors(ldm_names(net.state_dict(), 1), place / "vae.safetensors")
+    argv = ["--data", "shards", "--autoencoder", "vae.safetensors"]
+    with pytest.raises(InputError, match=r"vae.safetensors.* --scaling-factor 0\.18215"):
+        init.main([*argv, "--out", "one.yaml"])
+    assert not (place / "one.yaml").exists()
+    recipe = init_recipe(place, "one.yaml", *argv, "--scaling-factor", "0.5")
+    assert recipe.model.latent.shape == (16, 32, 32)
+    assert recipe.model.autoencoder.scaling_factor == 0.5
+    assert list(problems(recipe)) == []
+
+
+@pytest.mark.parametrize(("make", "tokens"), [(clip, 20), (t5, 128), (bert, 32)])
+def test_a_text_encoder_is_written_as_one(place: Path, make: Maker, tokens: int) -> None:
+    folder = place / make.__name__
+    save(make, folder)
+    argv = ["--data", str(place / "shards"), "--text", str(folder)]
+    text = init_recipe(place, f"{make.__name__}.yaml", *argv).model.text
+    assert (text.kind, text.path, text.max_tokens) == ("encoder", str(folder), tokens)
+
+
+def test_a_model_that_training_refuses_leaves_no_recipe(place: Path) -> None:
+    text = tiny_text(place / "untokenized")
+    for file in text.glob("tokenizer*"):
+        file.unlink()
+    argv = ["--data", str(place / "shards"), "--text", str(text), "--out", str(place / "no.yaml")]
+    with pytest.raises(InputError, match=str(text)):
+        init.main(argv)
+    assert not (place / "no.yaml").exists()
+
+
 def test_an_autoencoder_too_coarse_for_the_pictures_leaves_no_recipe(place: Path) -> None:
     folder = place / "coarse"
     folder.mkdir()
@@ -112,6 +158,7 @@ def test_an_autoencoder_too_coarse_for_the_pictures_leaves_no_recipe(place: Path
         (["--data", "shards", "--out", "/dev/null/mine.yaml"], "/dev/null/mine.yaml"),
         (["--data", "shards", "--out", "new.yaml", "--text", "org/name"], "hf download org/name"),
         (["--data", "shards", "--out", "new.yaml", "--autoencoder", "org/name"], "hf download org/name"),
+        (["--data", "shards", "--out", "new.yaml", "--scaling-factor", "0.5"], "--autoencoder"),
         ([], "--data"),
     ],
 )

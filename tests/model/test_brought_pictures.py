@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from support import PICTURE, SPEC, tiny_autoencoder, tiny_text
+from support import PICTURE, SPEC, ldm_names, tiny_autoencoder, tiny_text
 
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
@@ -138,25 +138,6 @@ def test_half_precision_and_pickled_weights_load(folder: Path, original: Path) -
 
 
 LATENT = LatentSpec(channels=4, height=8, width=8)
-
-
-def ldm_names(weights: dict[str, torch.Tensor], last: int) -> dict[str, torch.Tensor]:
-    """diffusers' names as Stable Diffusion's code has them; last: number of the lowest stage."""
-    attention = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm"}
-    named = {}
-    for key, value in weights.items():
-        name = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut").replace("mid_block.", "mid.")
-        name = name.replace("resnets.0", "block.0").replace("resnets.1", "block.1").replace("resnets.2", "block.2")
-        name = name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample").replace("down_blocks", "down")
-        for i in range(last + 1):
-            name = name.replace(f"up_blocks.{i}.", f"up.{last - i}.")
-        if "mid." in name:
-            name = name.replace("block.0", "block_1").replace("block.1", "block_2").replace("attentions.0", "attn_1")
-            for new, old in attention.items():
-                name = name.replace(f".{new}.", f".{old}.")
-            value = value[:, :, None, None] if "attn_1" in name and value.ndim == 2 else value
-        named[name] = value.contiguous()
-    return named
 
 
 @pytest.fixture(scope="module")
