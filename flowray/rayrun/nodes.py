@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,15 @@ def end(node: Node) -> int:
         with suppress(psutil.Error):  # workers write titles over the environment they were given
             processes.update(process.children(recursive=True))
     processes = {process for process in processes if process.pid != os.getpid()}
+    store = {process for process in processes if _name(process) == "gcs_server"}
+    for part in (processes - store, store):  # a raylet takes its leave of the GCS
+        _end(part)
+    if node.folder and node.folder.name.startswith(FOLDERS):
+        shutil.rmtree(node.folder, ignore_errors=True)
+    return len(processes)
+
+
+def _end(processes: Collection[Any]) -> None:
     for process in processes:
         with suppress(psutil.Error):
             process.terminate()
@@ -118,9 +127,12 @@ def end(node: Node) -> int:
         with suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(list(processes), timeout=END_S)
-    if node.folder and node.folder.name.startswith(FOLDERS):
-        shutil.rmtree(node.folder, ignore_errors=True)
-    return len(processes)
+
+
+def _name(process: Any) -> str:
+    with suppress(psutil.Error):
+        return str(process.name())
+    return ""
 
 
 @contextmanager
@@ -130,7 +142,7 @@ def _starting(kind: str, address: str, fixed: Sequence[str], options: Sequence[s
     folder = new_folder(FOLDERS)
     own = [] if given else [f"--temp-dir={folder}"]
     command, environment = start_command([*fixed, *own, *options])
-    environment[MARK] = f"{kind} {address} {folder}"
+    environment |= {MARK: f"{kind} {address} {folder}", "TMPDIR": str(folder.parent)}
     log = folder / "start.log"
     try:
         with log.open("w") as out:  # a file: daemons keep what they inherit, a pipe would not end

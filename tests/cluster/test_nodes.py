@@ -235,7 +235,7 @@ def test_a_head_that_does_not_come_up_leaves_nothing(home):
     there = len(running())
     done = command("head", "--", "--num-cpu=1")
     assert done.returncode == 2
-    assert "No such option: --num-cpu" in done.stderr
+    assert "--num-cpu" in done.stderr.splitlines()[-1]
     assert {path.name for path in Path("/tmp").glob(f"{nodes.FOLDERS}*")} == before
     assert len(running()) == there
     assert shutil.which("ray", path=str(BIN))
