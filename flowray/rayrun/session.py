@@ -116,15 +116,21 @@ def local_folder() -> Iterator[Path]:
     """A new folder for this process's Ray, removed after. Those that killed drivers left behind go
     first, or at the end: a Ray whose driver was killed this very moment still writes.
 
-    It lies in TMPDIR, or in /tmp where Ray could not work there. InputError where it could in none.
+    It lies in TMPDIR, or in /tmp where Ray could not work there, and TMPDIR says so for the block:
+    Ray's dashboard makes sockets of its own there. InputError where Ray could work in none.
     """
-    folder = new_folder(FOLDERS)
+    folder, before = new_folder(FOLDERS), os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder.parent)
     try:
         with (folder / f"{LOCK}.new").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             os.replace(file.name, folder / LOCK)  # appears locked, or not at all
             yield folder
     finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
         deadline = time.monotonic() + ENDING_S
         while _in_use(folder) and time.monotonic() < deadline:
             time.sleep(0.05)

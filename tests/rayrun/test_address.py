@@ -166,7 +166,10 @@ def used(monkeypatch, folder: Path | str) -> Path:
     monkeypatch.setattr("tempfile.tempdir", None)
     with session.local_folder() as made:
         assert made.is_dir()
-        return made.parent
+        assert os.environ["TMPDIR"] == str(made.parent)  # what Ray's processes inherit
+        place = made.parent
+    assert os.environ["TMPDIR"] == str(folder)
+    return place
 
 
 def test_a_short_folder_is_taken_and_what_is_none_is_passed_over(tmp_path, monkeypatch):
