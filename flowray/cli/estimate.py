@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,42 +17,65 @@ from flowray.probes.rollout import ENDPOINT_STEPS
 from flowray.store.latents import unencoded
 from flowray.store.run import storage_folder
 from flowray.train.loop import GRID_PROMPTS
-from flowray.train.measure import Timing, encode_seconds, measure
+from flowray.train.measure import NotTimed, Timing, encode_seconds, measure
 from flowray.tune.pace import pace_of_runs
 
+GIB = 2**30
 STARTS = 3  # a run starts and ends in so many times what its imports take: driver, Ray, workers
 JUST_NOW = "timed on this machine just now"
 STAGES = {"heun": 2, "midpoint": 2, "dopri5": 7}  # evaluations of a solver's step; Euler has one
 
 
-def wall_time(recipe: Recipe, memory: int, weights: list[dict[str, Any]], *, imports_s: float = 0.0) -> dict[str, Any]:
+def wall_time(
+    recipe: Recipe,
+    memory: int,
+    weights: list[dict[str, Any]],
+    problems: Sequence[str] = (),
+    *,
+    imports_s: float = 0.0,
+) -> dict[str, Any]:
     """{"seconds", "step_s", "basis"}: None where nothing can be timed here, and why not.
 
     memory: bytes that a worker takes. weights: as `flowray.cli.plan.weights` lists them.
+    problems: what would stop the run; where there are any, nothing is timed.
     imports_s: what importing the libraries took, which tells how fast this machine starts things.
+    InputError where timing finds what would stop the run.
     """
     asked, folder = recipe.resources, storage_folder(recipe.storage_path)
     on_gpu = asked.gpus_per_worker > 0
     pace = pace_of_runs(folder, recipe, workers=asked.num_workers, on_gpu=on_gpu)
-    if pace is not None:
-        share = recipe.train.batch_size / asked.num_workers
-        timing, basis = Timing(pace.seconds, pace.seconds / 3 / share), pace.words
-    elif reason := why_not(recipe, memory, weights):
-        return {"seconds": None, "step_s": None, "basis": reason}
-    else:
-        timing = time_steps(recipe)
-        basis = f"{timing.step_s:.3g} s a step, {JUST_NOW}"
-    start_s = max(START_S, STARTS * imports_s)
-    seconds = start_s + recipe.train.steps * timing.step_s + passes(recipe) * timing.forward_s
-    if _usable(weights) and (pictures := unencoded(recipe.data, recipe.model.autoencoder)):
-        each = encode_seconds(recipe)
-        basis += f"; {pictures:,} pictures to encode first, {each:.2g} s each"
-        seconds += pictures * each
+    try:
+        if pace is not None:
+            share = recipe.train.batch_size / asked.num_workers
+            timing, basis = Timing(pace.seconds, pace.seconds / 3 / share), pace.words
+        else:
+            timing = time_steps(recipe, memory, weights, problems)
+            basis = f"{timing.step_s:.3g} s a step, {JUST_NOW}"
+        start_s = max(START_S, STARTS * imports_s)
+        seconds = start_s + recipe.train.steps * timing.step_s + passes(recipe) * timing.forward_s
+        if not problems and _usable(weights) and (pictures := unencoded(recipe.data, recipe.model.autoencoder)):
+            each = encode_seconds(recipe)
+            basis += f"; {pictures:,} pictures to encode first, {each:.2g} s each"
+            seconds += pictures * each
+    except NotTimed as error:
+        return {"seconds": None, "step_s": None, "basis": str(error)}
     return {"seconds": seconds, "step_s": timing.step_s, "basis": basis}
 
 
-def time_steps(recipe: Recipe) -> Timing:
-    """`measure`, where all workers share this machine's cores."""
+def time_steps(
+    recipe: Recipe,
+    memory: int,
+    weights: list[dict[str, Any]],
+    problems: Sequence[str] = (),
+) -> Timing:
+    """`measure`, where all workers share this machine's cores. Arguments: as for `wall_time`.
+
+    NotTimed where it cannot be, InputError where the recipe turns out not to run.
+    """
+    if reason := why_not(recipe, memory, weights):
+        raise NotTimed(reason)
+    if problems:
+        raise NotTimed(f"nothing is timed before this is mended: {problems[0]}")
     timing, asked = measure(recipe), recipe.resources
     if asked.gpus_per_worker:
         return timing
@@ -91,9 +115,11 @@ def why_not(recipe: Recipe, memory: int, weights: list[dict[str, Any]]) -> str:
     if not _usable(weights):
         missing = next(each for each in weights if not each["present"])
         return f"a step cannot be timed without {missing['key']} ({missing['path']})"
-    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    if not recipe.resources.gpus_per_worker and memory > room:
-        return f"a step takes {memory / 2**30:.1f} GiB, more than half of this machine's memory"
+    room, of_what = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, "half of this machine's memory"
+    if recipe.train.device != "cpu" and torch.cuda.is_available():
+        room, of_what = torch.cuda.mem_get_info()[0], "the GPU here has free"
+    if memory > room:
+        return f"a step takes {memory / GIB:.1f} GiB, more than {of_what}, {room / GIB:.1f} GiB"
     return ""
 
 

@@ -1,6 +1,8 @@
-"""`flowray.train RECIPE --plan`: what a run is made of and what it takes, with nothing allocated, loaded or started.
+"""`flowray.train RECIPE --plan`: what a run is made of, what it takes and what would stop it; nothing is written.
 
-The model is built on the meta device. Frozen networks whose weights are not on this machine count as the recipe says.
+Parts and memory are counted on the meta device. Frozen networks that are not on this machine count as
+the recipe says. Where nothing stands in the way, a few steps of one worker are then timed, with its
+weights loaded and its memory taken; Ray is not started.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from transformers import DynamicCache
 
 from flowray.cli.estimate import show_wall_time, wall_time
 from flowray.cli.ready import problems
+from flowray.config.errors import InputError
 from flowray.config.losses import EmaTeacher
 from flowray.config.model import CausalText, ImageTower, ModelConfig
 from flowray.config.progress import Progress
@@ -31,11 +34,19 @@ from flowray.model.local import local_weights
 from flowray.model.text import TextTokens
 
 FP32, GIB = 4, 2**30
+SIZES = ("parameters", "trainable", "memory_per_gpu", "tokens", "checkpoint_bytes")
 TEXT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
-    """The plan as plain data: disjoint `parameters` by part, the rest in bytes, tokens a sample, steps and images."""
+    """The plan as plain data: disjoint `parameters` by part, the rest in bytes, tokens a sample, steps and images.
+
+    InputError where the model cannot be made.
+    """
+    return {**_sizes(recipe), **_work(recipe)}
+
+
+def _sizes(recipe: Recipe) -> dict[str, Any]:
     model = planned_model(recipe.model, recipe.loss)
     parameters = part_sizes(model)
     frozen = {part: count for part, count in part_sizes(model, trainable=False).items() if count}
@@ -44,17 +55,23 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     if autoencoder := planned_autoencoder(recipe.model.autoencoder):
         parameters["autoencoder"] = frozen["autoencoder"] = autoencoder
     trained = sum(parameters.values()) - sum(frozen.values())
-    train, workers = recipe.train, recipe.resources.num_workers
     return {
         "parameters": parameters,
         "trainable": trained,
         "memory_per_gpu": _memory(recipe, model, trained, frozen),
         "tokens": _tokens(recipe.model, model),
+        "checkpoint_bytes": 4 * FP32 * trained,
+    }
+
+
+def _work(recipe: Recipe) -> dict[str, Any]:
+    """What needs no model to be known."""
+    train, workers = recipe.train, recipe.resources.num_workers
+    return {
         "steps": train.steps,
         "images": train.steps * train.batch_size,
         "workers": workers,
         "batch_per_gpu": train.batch_size // workers // train.accumulate,
-        "checkpoint_bytes": 4 * FP32 * trained,
         "checkpoints_kept": train.keep_checkpoints,
         "weights": weights(recipe),
     }
@@ -183,26 +200,45 @@ def weights(recipe: Recipe) -> list[dict[str, Any]]:
     return [{"key": key, "path": path, "present": local_weights(path) is not None} for key, path in named.items() if path]
 
 
-def show_plan(recipe: Recipe, progress: Progress, *, as_json: bool, imports_s: float = 0.0) -> None:
-    """Print the plan, as one JSON object or as tables. imports_s: as for `wall_time`."""
+def show_plan(recipe: Recipe, progress: Progress, *, as_json: bool, imports_s: float = 0.0) -> bool:
+    """Print the plan, as one JSON object or as tables; whether nothing would stop the run. Of a model
+    that cannot be made the sizes are null. imports_s: as for `wall_time`.
+    """
     with progress.task("planning"):
-        plan = make_plan(recipe)
-        plan["problems"] = list(problems(recipe))
+        plan = _work(recipe) | dict.fromkeys(SIZES) | {"problems": list(problems(recipe))}
+        try:
+            plan |= _sizes(recipe)
+        except InputError as error:
+            _add(plan["problems"], error)
+    plan["wall_time"] = {"seconds": None, "step_s": None, "basis": "see the problems"}
     with progress.task("timing a few steps"):
-        memory = sum(plan["memory_per_gpu"].values())
-        plan["wall_time"] = wall_time(recipe, memory, plan["weights"], imports_s=imports_s)
+        memory = sum((plan["memory_per_gpu"] or {}).values())
+        try:
+            known = memory, plan["weights"], plan["problems"]
+            plan["wall_time"] = wall_time(recipe, *known, imports_s=imports_s)
+        except InputError as error:
+            _add(plan["problems"], error)
     if as_json:
         print(json.dumps(plan))
-        return
+    else:
+        _print(plan, recipe)
+    return not plan["problems"]
+
+
+def _add(problems: list[str], error: InputError) -> None:
+    if str(error) not in problems:
+        problems.append(str(error))
+
+
+def _print(plan: dict[str, Any], recipe: Recipe) -> None:
     console = Console(highlight=False)
-    console.print(_table("parameters", {part: f"{count:,}" for part, count in plan["parameters"].items()}))
-    memory = {name.replace("_", " "): _size(size) for name, size in plan["memory_per_gpu"].items()}
-    console.print(_table("memory per GPU", memory | {"together, about": _size(sum(plan["memory_per_gpu"].values()))}))
-    if "text.backbone" not in plan["parameters"]:
-        console.print("the text model is not here and the recipe has no model.text.parameters: it is left out of weights and memory")
-    console.print("activations are estimates of what a backward pass needs; decoders of losses that look at pictures come on top")
-    console.print(_table("weights it needs", {w["key"]: f"{w['path']}{'' if w['present'] else ' (not here)'}" for w in plan["weights"]}))
-    console.print(f"tokens a sample: {', '.join(f'{count} {where}' for where, count in plan['tokens'].items())}")
+    if plan["parameters"]:
+        _print_sizes(plan, console)
+    needed = {w["key"]: f"{w['path']}{'' if w['present'] else ' (not here)'}" for w in plan["weights"]}
+    console.print(_table("weights it needs", needed))
+    if plan["tokens"]:
+        tokens = ", ".join(f"{count} {where}" for where, count in plan["tokens"].items())
+        console.print(f"tokens a sample: {tokens}")
     console.print(
         f"{plan['steps']} steps of {recipe.train.batch_size} = {plan['images']:,} images on {plan['workers']} worker(s), "
         f"{plan['batch_per_gpu']} at a time on each"
@@ -210,7 +246,19 @@ def show_plan(recipe: Recipe, progress: Progress, *, as_json: bool, imports_s: f
     console.print(show_wall_time(plan["wall_time"]), soft_wrap=True)
     for problem in plan["problems"]:
         console.print(f"problem: {problem}", markup=False, soft_wrap=True)
-    console.print(f"a checkpoint is {_size(plan['checkpoint_bytes'])}, {plan['checkpoints_kept']} are kept")
+    if plan["checkpoint_bytes"]:
+        size = _size(plan["checkpoint_bytes"])
+        console.print(f"a checkpoint is {size}, {plan['checkpoints_kept']} are kept")
+
+
+def _print_sizes(plan: dict[str, Any], console: Console) -> None:
+    parameters, memory = plan["parameters"], plan["memory_per_gpu"]
+    console.print(_table("parameters", {part: f"{count:,}" for part, count in parameters.items()}))
+    rows = {name.replace("_", " "): _size(size) for name, size in memory.items()}
+    console.print(_table("memory per GPU", rows | {"together, about": _size(sum(memory.values()))}))
+    if "text.backbone" not in parameters:
+        console.print("the text model is not here and the recipe has no model.text.parameters: it is left out of weights and memory")
+    console.print("activations are estimates of what a backward pass needs; decoders of losses that look at pictures come on top")
 
 
 def _size(count: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
@@ -23,12 +23,34 @@ def problems(recipe: Recipe) -> Iterator[str]:
     Where RAY_ADDRESS names a cluster, its nodes and not this machine have the GPUs and the weights.
     """
     here = not in_cluster()
-    for check in (_check_room, check_device, check_shards, _check_weights):
+    for check in (_check_room, check_device, check_shards):
         if here or check is check_shards:
             try:
                 check(recipe)
             except InputError as error:
                 yield str(error)
+    if here:
+        yield from (line for _, line in unusable_weights([recipe]))
+
+
+def unusable_weights(recipes: Iterable[Recipe]) -> Iterator[tuple[str, str]]:
+    """Recipe key and a line for each set of weights that the recipes read and this machine could not load: they are
+    not here, nor may they be downloaded, or they are not whole, quantised or of several variants.
+    """
+    from flowray.cli.plan import weights
+    from flowray.model.local import may_download
+
+    seen = set()
+    for recipe in recipes:
+        for each in weights(recipe):
+            known = each["key"], each["path"]
+            if known in seen or (not each["present"] and may_download(each["path"])):
+                continue
+            seen.add(known)
+            try:
+                _check_weights(recipe, *known)
+            except InputError as error:
+                yield each["key"], str(error)
 
 
 def _check_room(recipe: Recipe) -> None:
@@ -55,14 +77,17 @@ def check_shards(recipe: Recipe) -> None:
         decode_image(ShardReader(shards, limit=1), 0)
 
 
-def _check_weights(recipe: Recipe) -> None:
-    from flowray.cli.plan import weights
+def _check_weights(recipe: Recipe, key: str, path: str) -> None:
     from flowray.model.autoencoder import check_autoencoder
-    from flowray.model.files import TEXT, open_model
+    from flowray.model.files import check_file, open_model
     from flowray.model.local import find_place
+    from flowray.model.text import check_text
 
-    for each in weights(recipe):
-        if each["path"] != "embedded":
-            find_place(each["path"], each["key"])
-    open_model(recipe.model.text.path, TEXT, "text_encoder")
-    check_autoencoder(recipe.model.autoencoder)
+    if key == "model.text.path":
+        check_text(recipe.model.text)
+    elif key == "model.autoencoder.path":
+        check_autoencoder(recipe.model.autoencoder)
+    elif key.startswith("loss.lpips."):
+        check_file(find_place(path, key), key)
+    else:
+        open_model(path, key, "image_encoder")

@@ -37,7 +37,8 @@ def _parser() -> Parser:
     parser.add_argument("recipe", help="a packaged recipe's name or the path of a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys, e.g. loss.kl.weight=0.3")
     parser.add_argument("--resume", action="store_true", help="continue <storage_path>/<name> from its newest valid checkpoint")
-    parser.add_argument("--plan", action="store_true", help="print the parts and the cost, start nothing")
+    planned = "print parts, cost and problems, exit code 1 for any; times a few steps, starts no run"
+    parser.add_argument("--plan", action="store_true", help=planned)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
@@ -54,8 +55,8 @@ def main(argv: list[str]) -> int:
             from flowray.cli.plan import show_plan
 
         imports_s = time.monotonic() - began
-        show_plan(loaded.recipe, progress, as_json=args.json, imports_s=imports_s)
-        return GOOD
+        good = show_plan(loaded.recipe, progress, as_json=args.json, imports_s=imports_s)
+        return GOOD if good else FINDINGS
     run = RunDirectory(storage_folder(loaded.recipe.storage_path) / loaded.recipe.name)
     with progress.task(IMPORTING):
         from flowray.store.checkpoint import load_state, newest_checkpoint

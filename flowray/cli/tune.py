@@ -40,7 +40,8 @@ def main(argv: list[str]) -> int:
         "--resume", action="store_true", help="continue <storage_path>/<name> also where caps, budgets, stops or resources have changed"
     )
     parser.add_argument("--finish", metavar="N", type=int, action="append", help="train the stopped trial N to the end, nothing else")
-    parser.add_argument("--plan", action="store_true", help="print space, trials, resources, hours and storage; start nothing")
+    planned = "print space, trials, hours, storage and problems, exit code 1 for any; starts no trial"
+    parser.add_argument("--plan", action="store_true", help=planned)
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of sweep files, for editors")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
     args = parser.parse_intermixed_args(argv)

@@ -1,8 +1,12 @@
-"""`flowray.tune --plan`: the sweep's plan on the machines that there are, in a table. Nothing is started."""
+"""`flowray.tune --plan`: the sweep's plan on the machines that there are, in a table. No trial is started.
+
+Where nothing like its trials was timed before, a few steps of one are, on this machine.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -15,7 +19,6 @@ from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
 from flowray.config.parameters import ends
-from flowray.config.paths import is_hub_name
 from flowray.config.progress import duration
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
@@ -29,51 +32,81 @@ FP32, GIB = 4, 2**30
 
 
 def plan(sweep: Sweep, base: Recipe, *, resume: bool = False) -> dict[str, Any]:
-    """`make_plan` for the cluster that RAY_ADDRESS names, as far as it can grow, else for this machine.
-
-    InputError for what a run there would refuse, see `place` and `refuse_other`.
+    """`make_plan` for the cluster that RAY_ADDRESS names, as far as it can grow, else for this machine,
+    and the `problems` that a run there would refuse. InputError where that cluster does not answer.
     """
     from flowray.model.assemble import part_sizes, planned_model  # torch takes seconds to import: not for --help
     from flowray.tune.folder import refuse_other
     from flowray.tune.plan import make_plan
     from flowray.tune.room import place
 
-    refuse_other(sweep, base, resume)
-    cluster = _cluster()
-    placed = place(sweep, base, cluster)
-    model = planned_model(base.model, base.loss)
-    trained = sum(part_sizes(model).values()) - sum(part_sizes(model, trainable=False).values())
-    kept = 4 * FP32 * trained
+    cluster, found, kept = _cluster(), _Problems(), 0
+    with found.noted():
+        refuse_other(sweep, base, resume)
+    with found.noted():
+        place(sweep, base, cluster)
+    with found.noted():
+        model = planned_model(base.model, base.loss)
+        trained = sum(part_sizes(model).values()) - sum(part_sizes(model, trainable=False).values())
+        kept = 4 * FP32 * trained
     facts = make_plan(sweep, base, cluster, checkpoint_bytes=kept, recorded=_recorded(base))
     needed = needed_weights(sweep, base)
-    here = all(each["present"] for each in needed)
-    if facts["hours_at_most"]["cpu"] is None and sweep.task == "train" and here:
-        timed = _timed(placed.base)
-        facts = make_plan(sweep, base, cluster, checkpoint_bytes=kept, recorded=timed)
-    stopping = [*filter(None, [facts["storage"]["problem"]]), *problems(sweep, base)]
+    found.lines += [*filter(None, [facts["storage"]["problem"]]), *problems(sweep, base)]
+    if facts["hours_at_most"]["cpu"] is None and sweep.task == "train" and not found.lines:
+        with found.noted():
+            timed = _timed(override_recipe(base, facts["takes"]))
+            facts = make_plan(sweep, base, cluster, checkpoint_bytes=kept, recorded=timed)
     more = {"wall_time": _wall_time(facts), "weights": needed}
-    return {**facts, **more, "problems": stopping}
+    return {**facts, **more, "problems": list(dict.fromkeys(found.lines))}
+
+
+class _Problems:
+    """Lines of what was refused."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """A block whose InputError becomes a line."""
+        try:
+            yield
+        except InputError as error:
+            self.lines.append(str(error))
 
 
 def needed_weights(sweep: Sweep, base: Recipe) -> list[dict[str, Any]]:
-    """Every set of weights that a trial may read, and whether it is on this machine; `stops`: nor can
-    it be downloaded, and this machine is to train.
-    """
+    """Every set of weights that a trial may read, and whether it is on this machine."""
     from flowray.cli.plan import weights
-    from flowray.model.local import may_download
 
-    alone = {key: parameter for key, parameter in sweep.parameters.items() if not parameter.when}
-    recipes = [base, *(override_recipe(base, {key: value}) for key, parameter in alone.items() for value in ends(parameter))]
-    needed = {(each["key"], each["path"]): each for recipe in recipes for each in weights(recipe)}
-    here = not in_cluster() and sweep.task == "train"
-    return [{**each, "stops": here and not each["present"] and not may_download(each["path"])} for each in needed.values()]
+    needed = {(each["key"], each["path"]): each for recipe in _corners(sweep, base) for each in weights(recipe)}
+    return list(needed.values())
+
+
+def _corners(sweep: Sweep, base: Recipe) -> Iterator[Recipe]:
+    """The base recipe, and with each value of a choice or end of a range that is searched; what `when`
+    asks for comes with it.
+    """
+    yield base
+    for key, parameter in sweep.parameters.items():
+        for value in ends(parameter):
+            with suppress(InputError):  # no trial is made so, see `check_trials`
+                yield override_recipe(base, {**_conditions(sweep, key), key: value})
+
+
+def _conditions(sweep: Sweep, key: str) -> dict[str, Any]:
+    """Values of other parameters with which this one is drawn."""
+    values: dict[str, Any] = {}
+    for parent, wanted in sweep.parameters[key].when.items():
+        values |= {**_conditions(sweep, parent), parent: wanted[0]}
+    return values
 
 
 def problems(sweep: Sweep, base: Recipe) -> Iterator[str]:
     """A line for whatever of the files and devices here would stop the sweep; nodes of a cluster have
     weights and GPUs of their own.
     """
-    from flowray.cli.ready import check_device, check_shards
+    from flowray.cli.ready import check_device, check_shards, unusable_weights
 
     if sweep.task == "sample":
         return
@@ -83,13 +116,9 @@ def problems(sweep: Sweep, base: Recipe) -> Iterator[str]:
             check(base)
         except InputError as error:
             yield f"sweep {sweep.name}: {error}"
-    for each in needed_weights(sweep, base):
-        if each["stops"]:
-            get = f"`hf download {each['path']}` or " if is_hub_name(each["path"]) else ""
-            yield (
-                f"sweep {sweep.name}: {each['key']}: {each['path']} is not here, and some trials need it; "
-                f"type {get}set.{each['key']}=PATH, or leave out the values that need it"
-            )
+    for key, line in unusable_weights(_corners(sweep, base)) if here else ():
+        instead = f"type set.{key}=PATH for others, or leave out the values that need them"
+        yield f"sweep {sweep.name}: {line}; {instead}"
 
 
 def _recorded(base: Recipe) -> Pace | None:
@@ -112,14 +141,16 @@ def _recorded(base: Recipe) -> Pace | None:
 
 def _timed(trial: Recipe) -> Pace | None:
     """The pace of a trial's recipe as it is timed on this machine now; None where it cannot be."""
-    from flowray.cli.estimate import JUST_NOW, time_steps, why_not
+    from flowray.cli.estimate import JUST_NOW, time_steps
     from flowray.cli.plan import make_plan
+    from flowray.train.measure import NotTimed
     from flowray.tune.pace import Pace
 
     facts = make_plan(trial)
-    if why_not(trial, sum(facts["memory_per_gpu"].values()), facts["weights"]):
+    try:
+        step_s = time_steps(trial, sum(facts["memory_per_gpu"].values()), facts["weights"]).step_s
+    except NotTimed:
         return None
-    step_s = time_steps(trial).step_s
     words = f"{step_s:.3g} s a step, {JUST_NOW}, start-up and probes apart"
     return Pace(step_s, words, rough=True, on_gpu=trial.resources.gpus_per_worker > 0)
 
@@ -181,7 +212,7 @@ def print_plan(facts: dict[str, Any]) -> None:
     if (seconds := facts["wall_time"]["seconds"]) is not None:
         lines.append(f"wall time: about {duration(seconds)}" + ", with halving" * bool(facts["rungs"]))
     lines.append(_storage(facts))
-    missing = [each for each in facts["weights"] if not each["present"] and not each["stops"]]
+    missing = [each for each in facts["weights"] if not each["present"]]
     lines += [f"{each['key']}: {each['path']} is not here" for each in missing]
     lines += [f"problem: {problem}" for problem in facts["problems"]]
     for line in lines:

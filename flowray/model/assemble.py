@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from flowray.config.losses import LossConfig
 from flowray.config.model import ModelConfig
 from flowray.model.heads import build_head
-from flowray.model.local import local_weights
 from flowray.model.posterior import Posterior, make_posterior
 from flowray.model.semantic import Semantics
 from flowray.model.text import Prompts, TextModel, load_text, planned_text
@@ -60,11 +59,11 @@ def build_model(config: ModelConfig, loss: LossConfig, seed: int) -> FlowModel:
 
 
 def planned_model(config: ModelConfig, loss: LossConfig) -> FlowModel:
-    """The model on the meta device: every shape, no memory, no weights read. Of a text model that is not on this machine its
-    config.json is enough; without that it is left out, and the recipe must then say its `width`."""
+    """The model on the meta device: every shape, no memory, no weights read. Of a text model its
+    config.json is enough; without that it is left out, and the recipe must then say its `width`.
+    """
     with torch.device("meta"):
-        text = planned_text(config.text) if local_weights(config.text.path) is None else load_text(config.text)
-        return FlowModel(config, loss, text)
+        return FlowModel(config, loss, planned_text(config.text))
 
 
 def part_sizes(model: FlowModel, *, trainable: bool | None = None) -> dict[str, int]:

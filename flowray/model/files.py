@@ -98,9 +98,10 @@ def open_model(
     folder = place.parent if place.is_file() else place
     if not (folder / CONFIG).is_file():
         raise refused(where, place, f"is one file; give a folder with {CONFIG} and the weights")
-    config = _read_config(folder, where)
+    config = read_json(folder / CONFIG, where)
     if not weights:
         return ModelFiles(folder, config, (), None)
+    _refuse_quantised(config, folder, where)
     sets = _weight_sets(folder, _DIFFUSERS if part == "vae" else _TRANSFORMERS, where)
     if place.is_file():
         sets = {variant: files for variant, files in sets.items() if place in files}
@@ -121,15 +122,13 @@ def open_model(
     return ModelFiles(folder, config, files, variant)
 
 
-def _read_config(folder: Path, where: str) -> dict[str, Any]:
-    """A folder's config.json. InputError: it is no JSON, or says that the weights are quantised."""
-    config = read_json(folder / CONFIG, where)
+def _refuse_quantised(config: dict[str, Any], folder: Path, where: str) -> None:
+    """InputError where a config.json says that the weights are quantised."""
     for each in (config, *(value for value in config.values() if isinstance(value, dict))):
         if isinstance(quantised := each.get("quantization_config"), dict):
             method = quantised.get("quant_method", "of an unknown kind")
             instead = "give the fp32, fp16 or bf16 checkpoint that it was made from"
             raise refused(where, folder, f"is quantised ({method}); {instead}")
-    return config
 
 
 def open_autoencoder(path: str, *, weights: bool = True) -> ModelFiles | Path:

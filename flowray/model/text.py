@@ -20,7 +20,7 @@ from flowray.config.model import CausalText, EncoderText, TextConfig
 from flowray.config.paths import is_hub_name
 from flowray.model.backbone import backbone_width, load_backbone, planned_backbone
 from flowray.model.connector import Connector
-from flowray.model.files import TEXT
+from flowray.model.files import TEXT, open_model
 from flowray.model.local import find_place
 from flowray.model.prompts import PromptTokenizer, load_tokenizer
 
@@ -194,6 +194,14 @@ def _check_room(model: TextModel, config: TextConfig) -> None:
     if window is not None and most + queries > window:
         have = f"{config.path!r} sees a window of {window} tokens"
         raise InputError(f"model.text.max_tokens: {most} + {queries} queries, but {have}")
+
+
+def check_text(config: TextConfig) -> None:
+    """InputError where `load_text` would refuse; no weights are read."""
+    load_tokenizer(config)
+    open_model(config.path, TEXT, "text_encoder")
+    with torch.device("meta"):
+        _check_room(planned_text(config), config)
 
 
 def planned_text(config: TextConfig) -> TextModel:

@@ -27,6 +27,10 @@ LONG_S = 5.0  # a step of two samples that takes longer stands for a whole one
 WORDS = ("a", "small", "large", "red", "blue", "circle", "left", "of", "square", "on", "white")
 
 
+class NotTimed(Exception):
+    """Why nothing can be timed here."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of a training step of one worker, and of the velocity network's pass, without gradient, per sample."""
@@ -38,7 +42,7 @@ class Timing:
 def measure(recipe: Recipe) -> Timing:
     """Train the recipe's own model for a few steps of a worker's share of the batch, and forget it.
 
-    Needs the weights that the recipe names, and memory for one worker.
+    Needs the weights that the recipe names, and memory for one worker: NotTimed where the GPU has less.
     """
     train, threads = recipe.train, torch.get_num_threads()
     share = max(2, train.batch_size // recipe.resources.num_workers // train.accumulate)
@@ -53,6 +57,8 @@ def measure(recipe: Recipe) -> Timing:
             took = [_seconds(lambda: _step(state, recipe, share, group), group.device) for _ in range(STEPS)]
             step_s = min(took)
         forward_s = _seconds(lambda: _forward(state, share, group.device), group.device) / share
+    except torch.OutOfMemoryError:
+        raise NotTimed("a step takes more memory than the GPU here has free") from None
     finally:
         torch.set_num_threads(threads)
     return Timing(step_s * train.accumulate, forward_s)
@@ -60,15 +66,17 @@ def measure(recipe: Recipe) -> Timing:
 
 @torch.no_grad()
 def encode_seconds(recipe: Recipe) -> float:
-    """Seconds that a picture takes to be encoded, and to be drawn where it belongs to an embedded set."""
+    """Seconds that a picture takes to be encoded, and to be drawn where it belongs to an embedded set.
+
+    NotTimed where the GPU has too little memory.
+    """
     device = Group.current(recipe.train.device).device
-    autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)
-    pictures = autoencoder.decode(torch.zeros(PICTURES, *recipe.model.latent.shape, device=device))
-
-    def encode() -> object:
-        return autoencoder.encode_moments(pictures)
-
-    took = min(_seconds(encode, device) for _ in range(2))
+    try:
+        autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)
+        pictures = autoencoder.decode(torch.zeros(PICTURES, *recipe.model.latent.shape, device=device))
+        took = min(_seconds(lambda: autoencoder.encode_moments(pictures), device) for _ in range(2))
+    except torch.OutOfMemoryError:
+        raise NotTimed("encoding takes more memory than the GPU here has free") from None
     if recipe.data.shards in EMBEDDED:
         took += _seconds(lambda: list(islice(ShapesSet().samples("train"), PICTURES)), device)
     return took / PICTURES

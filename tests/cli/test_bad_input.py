@@ -72,7 +72,7 @@ def line_of(main, argv: list[str]) -> str:
         (["tiny.yaml", "name=new", "data.shards=nowhere"], "no such folder"),
         (["tiny.yaml", "name=new", "data.shards=empty"], "the folder holds no .tar file"),
         (["tiny.yaml", "name=new", "data.val_shards=empty"], "the folder holds no .tar file"),
-        (["tiny.yaml", "name=new", "storage_path=file"], "cannot be written"),
+        (["tiny.yaml", "name=new", "storage_path=file"], "storage_path: "),
         (["tiny.yaml", "name=new", "data.cache=file/cache"], "data.cache"),
         (["tiny.yaml", "--resmue"], "unrecognized arguments: --resmue"),
         (["tiny.yaml"], "type --resume to continue it, or name=OTHER"),

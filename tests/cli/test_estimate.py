@@ -1,11 +1,13 @@
 """The wall time that `--plan` gives: near that of a real run, taken from an earlier run where there is one."""
 
 import json
+import shutil
 import statistics
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from support import tiny_recipe
 
 from flowray.cli import train, tune
@@ -13,11 +15,12 @@ from flowray.cli.estimate import wall_time, why_not
 from flowray.cli.plan import make_plan
 from flowray.cli.progress import START_S
 from flowray.cli.ready import problems
+from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.recipe import Recipe
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
-from flowray.train import loop
+from flowray.train import loop, measure
 from flowray.train.group import Group
 
 
@@ -80,13 +83,87 @@ def test_json_has_seconds_basis_and_what_this_machine_lacks(tmp_path: Path, caps
     assert plan["problems"] == []
     shards = f"data.shards={tmp_path / 'none'}"
     asked = ["resources.gpus_per_worker=1", "resources.num_workers=8", "train.device=cuda", shards]
-    assert train.main([str(tmp_path / "tiny.yaml"), "--plan", "--json", *asked]) == 0
+    assert train.main([str(tmp_path / "tiny.yaml"), "--plan", "--json", *asked]) == 1
     plan = json.loads(capsys.readouterr().out)
     if plan["wall_time"]["seconds"] is None:  # no GPU here
         gpus, device, shards = plan["problems"]
         assert gpus.startswith("resources.gpus_per_worker: got 1")
         assert device.startswith("train.device: got cuda")
     assert str(tmp_path / "none") in plan["problems"][-1]
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def quantised(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def untokenised(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def unread(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize("spoil", [pointer, quantised, untokenised, unread])
+def test_a_text_model_that_cannot_be_used_is_listed_in_plans(tmp_path, capsys, spoil) -> None:
+    """Of a run, and of a sweep where one value of a choice leads to it. Only shapes that cannot be read are left out."""
+    recipe = tiny_recipe(tmp_path)
+    bad = tmp_path / "bad"
+    shutil.copytree(recipe.model.text.path, bad)
+    spoil(bad)
+    (tmp_path / "tiny.yaml").write_text(dump_recipe(recipe))
+    assert train.main([str(tmp_path / "tiny.yaml"), "--plan", "--json", f"model.text.path={bad}"]) == 1
+    plan = json.loads(capsys.readouterr().out)
+    assert all(line.startswith("model.text.path:") and str(bad) in line for line in plan["problems"])
+    assert plan["problems"]
+    assert (plan["steps"], plan["wall_time"]["seconds"]) == (recipe.train.steps, None)
+    assert (plan["parameters"] is None) == (spoil is unread)
+    (tmp_path / "sweep.yaml").write_text(
+        f"name: s\nbase: {tmp_path / 'tiny.yaml'}\nstorage_path: {tmp_path / 'runs'}\nmethod: grid\nmetric: {{name: ema/shoot/nmse}}\n"
+        f"parameters: {{model.text.path: {{values: [{recipe.model.text.path}, {bad}]}}}}\n"
+    )
+    assert tune.main([str(tmp_path / "sweep.yaml"), "--plan", "--json"]) == 1
+    (line,) = json.loads(capsys.readouterr().out)["problems"]
+    assert str(bad) in line
+    with pytest.raises(InputError, match=str(bad)):
+        tune.main([str(tmp_path / "sweep.yaml")])
+
+
+@pytest.mark.parametrize(("key", "value"), [("data.shards", "nowhere"), ("data.val_shards", "null")])
+def test_shards_that_are_not_there_are_listed_in_plans(tmp_path, capsys, key, value) -> None:
+    (tmp_path / "tiny.yaml").write_text(dump_recipe(tiny_recipe(tmp_path)))
+    assert train.main([str(tmp_path / "tiny.yaml"), "--plan", "--json", f"{key}={value}"]) == 1
+    plan = json.loads(capsys.readouterr().out)
+    (line,) = plan["problems"]
+    assert key in line or value in line
+    assert plan["parameters"]["head"] > 0
+    assert plan["wall_time"]["seconds"] is None
+    assert train.main([str(tmp_path / "tiny.yaml"), "--plan", f"{key}={value}"]) == 1
+    assert line in capsys.readouterr().out
+
+
+def test_nothing_is_timed_where_a_gpu_has_too_little_room(tmp_path, monkeypatch) -> None:
+    """Told before it is tried, and where the guess was too low."""
+    recipe = tiny_recipe(tmp_path, **{"train.device": "auto", "resources.gpus_per_worker": 1})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**35))
+    assert "2.0 GiB" in wall_time(recipe, 2**31, [])["basis"]
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(measure, "fresh_state", full)
+    guess = wall_time(override_recipe(recipe, {"resources.gpus_per_worker": 0}), 2**20, [])
+    assert guess["seconds"] is None
+    assert "memory" in guess["basis"]
 
 
 def test_a_sweep_that_nothing_was_timed_for_is_timed(tmp_path: Path, capsys) -> None:

@@ -35,6 +35,7 @@ SMALL = {
 }
 PATIENCE_S = 420  # for one command; the first one makes and encodes 12,000 pictures
 SERVES = "dashboard"  # until Ctrl-C
+LACKING = "crossflow_256"  # planned without its weights, which the plan lists as problems: exit code 1
 
 
 def readme_commands() -> list[list[str]]:
@@ -98,7 +99,7 @@ def test_quick_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             code = main(quick(verb, argv, place))
         except SystemExit as stop:  # --help
             code = stop.code  # type: ignore[assignment]
-        assert code == 0, (verb, argv)
+        assert code == int(LACKING in argv), (verb, argv)
     assert (place / "mine.yaml").is_file()
     assert not (place / "runs").exists()
 
@@ -128,8 +129,8 @@ def run(words: list[str], place: Path, env: dict[str, str]) -> None:
     said = "".join(lines)
     shown = f"{shlex.join(command)}\n{said}"
     assert "Traceback" not in said, shown
-    # After 8 steps the doctor finds much, which is its exit code 1.
-    assert process.returncode == (1 if verb == "doctor" else 0), shown
+    # After 8 steps the doctor finds much, and a plan lists weights that are not here: exit code 1.
+    assert process.returncode == int(verb == "doctor" or LACKING in argv), shown
 
 
 @pytest.mark.slow

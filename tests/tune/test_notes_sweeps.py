@@ -6,8 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from flowray.bench.pool import packaged_pool
 from flowray.cli.tune import main
@@ -108,8 +110,8 @@ def test_a_plan_names_the_weights_that_are_not_here(tmp_path, capsys):
     """And with them, or without the loss that reads them, it does not."""
     out = f"storage_path={tmp_path / 'out'}"
     (lacks,) = plan_of(capsys, "structure", out, problems=1)["problems"]
-    assert f"loss.lpips.vgg: {Path('vgg16.safetensors').absolute()} is not here" in lacks
-    (tmp_path / "vgg16.safetensors").write_bytes(b"")
+    assert f"loss.lpips.vgg: {str(Path('vgg16.safetensors').absolute())!r}: no such file" in lacks
+    save_file({"features.0.bias": np.zeros(64, np.float32)}, tmp_path / "vgg16.safetensors")
     for words in (f"set.loss.lpips.vgg={tmp_path / 'vgg16.safetensors'}", "parameters.loss.lpips.weight={value: 0}"):
         facts = plan_of(capsys, "structure", words, out)
         assert all(each["present"] for each in facts["weights"]), words
