@@ -99,9 +99,12 @@ def _parser() -> Parser:
 
 
 def _factor(text: str) -> float:
-    factor = float(text)
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
     if not 0 < factor < math.inf:
-        raise ValueError(text)
+        raise InputError(f"--scaling-factor: got {text!r}, want a number above 0")
     return factor
 
 

@@ -159,6 +159,8 @@ def test_an_autoencoder_too_coarse_for_the_pictures_leaves_no_recipe(place: Path
         (["--data", "shards", "--out", "new.yaml", "--text", "org/name"], "hf download org/name"),
         (["--data", "shards", "--out", "new.yaml", "--autoencoder", "org/name"], "hf download org/name"),
         (["--data", "shards", "--out", "new.yaml", "--scaling-factor", "0.5"], "--autoencoder"),
+        (["--data", "shards", "--scaling-factor", "0"], "--scaling-factor: got '0'"),
+        (["--data", "shards", "--scaling-factor", "x"], "--scaling-factor: got 'x'"),
         ([], "--data"),
     ],
 )
