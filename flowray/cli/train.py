@@ -84,7 +84,7 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
         from flowray.rayrun.capacity import machines
         from flowray.rayrun.session import connected
         from flowray.rayrun.storage import refuse_unshared
-        from flowray.store.latents import ensure_latents
+        from flowray.store.latents import ensure_latents_apart
         from flowray.tune.plan import check_storage
         from flowray.tune.room import refuse_without_room
 
@@ -95,8 +95,7 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
     with _taking_over(run):
         if problem := check_storage(run.path.parent, 0)["problem"]:
             raise InputError(f"storage_path: {problem}")
-        made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
-        ensure_latents(*made_of, progress, recipe.model.text)
+        ensure_latents_apart(recipe, progress)
         run.create()
         if start:
             _say_changes(recipe, run, start, progress)

@@ -38,7 +38,7 @@ from flowray.rayrun.storage import Unshared, check_here, marked, refuse_unshared
 from flowray.rayrun.trainer import RunFailed, fit, train_worker
 from flowray.rayrun.waiting import RoomWatch, begun
 from flowray.report.load import load_sweep as load_report
-from flowray.store.latents import ensure_latents
+from flowray.store.latents import ensure_latents_apart
 from flowray.store.run import RunDirectory, RunLock, storage_folder
 from flowray.tune.folder import held_directory, refuse_taken, sweep_folder
 from flowray.tune.halving import make_halving
@@ -147,8 +147,7 @@ def run_sweep(
         print(earlier, file=stream)
     refuse_taken(sweep, base, resume)
     if placed and trains and not in_cluster() and not _DATA.intersection(map(_part, sweep.parameters)):
-        made_of = base.data, base.model.autoencoder, base.model.latent
-        ensure_latents(*made_of, progress, base.model.text)  # once, before all trials want them
+        ensure_latents_apart(base, progress)  # once, before all trials want them
     sweep_dir, out_of_time = sweep_folder(sweep), False
     with held_directory(sweep, base, resume) as lock:
         if placed:

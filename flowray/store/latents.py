@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from flowray.data.reader import ShardReader
 from flowray.data.shards import EMBEDDED, MANIFEST, find_shards, sha256, write_shards
 from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
 from flowray.model.latent import LatentScale, Moments, over_channels
+from flowray.store.apart import apart
 
 if TYPE_CHECKING:
     from flowray.model.autoencoder import Autoencoder
@@ -162,6 +164,22 @@ def ensure_latents(
                 progress.say(warning)
         folders[split] = folder
     return folders
+
+
+def ensure_latents_apart(recipe: Recipe, progress: Progress = SILENT) -> None:
+    """`ensure_latents` for a process that starts others: those get the GPU to themselves, as what is
+    to be encoded on one is encoded in a process that then ends.
+    """
+    work = partial(_ensure, recipe)
+    if torch.cuda.is_available() and unencoded(recipe.data, recipe.model.autoencoder):
+        apart(work, progress)
+    else:
+        work(progress)
+
+
+def _ensure(recipe: Recipe, progress: Progress) -> None:
+    made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
+    ensure_latents(*made_of, progress, recipe.model.text)
 
 
 def _check_captions(text: TextConfig, reader: ShardReader, progress: Progress) -> None:
