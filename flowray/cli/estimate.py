@@ -21,7 +21,7 @@ from flowray.train.measure import NotTimed, Timing, encode_seconds, measure
 from flowray.tune.pace import pace_of_runs
 
 GIB = 2**30
-STARTS = 3  # a run starts and ends in so many times what its imports take: driver, Ray, workers
+STARTS = 6  # a run starts and ends in so many times what its imports take: driver, Ray, workers
 JUST_NOW = "timed on this machine just now"
 STAGES = {"heun": 2, "midpoint": 2, "dopri5": 7}  # evaluations of a solver's step; Euler has one
 
