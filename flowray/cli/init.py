@@ -17,7 +17,8 @@ from flowray.cli.common import GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
-from flowray.config.load import load_recipe, override_recipe
+from flowray.config.load import load_recipe
+from flowray.config.model import ModelConfig
 from flowray.config.paths import argument, expand, written
 from flowray.config.recipe import Recipe
 from flowray.data.pack import SUFFIXES
@@ -159,8 +160,9 @@ def _refuse_unready(recipe: Recipe, absent: list[str]) -> None:
     from flowray.model.assemble import planned_model
 
     planned_model(recipe.model, recipe.loss)
-    shipped = {f"model.{name}.path": "embedded" for name in absent}
-    refuse_unready(override_recipe(recipe, shipped))
+    shipped = ModelConfig()
+    here = recipe.model.model_copy(update={name: getattr(shipped, name) for name in absent})
+    refuse_unready(recipe.model_copy(update={"model": here}))
 
 
 def _look(folder: Path, val: Path | None) -> Looked:

@@ -14,6 +14,7 @@ from transformers.utils.import_utils import is_sentencepiece_available
 from flowray.config.errors import InputError
 from flowray.config.model import CausalText, TextConfig
 from flowray.model.files import TEXT, ModelFiles, open_model, read_json, refuse_pointer, refused
+from flowray.model.local import find_place, may_download
 from flowray.model.pretrained import OFFLINE, loading, needs_code, quiet, transformers_config
 
 PROMPT = "{prompt}"
@@ -85,6 +86,8 @@ def load_tokenizer(config: TextConfig) -> PromptTokenizer:
 
     InputError: no tokenizer there, one that cannot be read, or a template that leaves no room.
     """
+    if may_download(config.path):
+        find_place(config.path, TEXT)  # a part of a snapshot may lack the tokenizer
     files = open_model(config.path, TEXT, "text_encoder", weights=False)
     transformers_config(files, TEXT, "text_encoder")  # refuses what is no text model at all
     made = PromptTokenizer(_load(files), config)

@@ -25,6 +25,7 @@ from flowray.model.autoencoder import Autoencoder, load_autoencoder, planned_aut
 from flowray.model.backbone import planned_backbone
 from flowray.model.images import load_image_encoder
 from flowray.model.local import DOWNLOAD, find_place, local_weights
+from flowray.model.prompts import load_tokenizer
 from flowray.model.text import load_text
 from flowray.model.vgg import Lpips
 from flowray.store.latents import autoencoder_fingerprint
@@ -271,8 +272,9 @@ def test_a_snapshot_without_weights_is_downloaded(tmp_path: Path, monkeypatch: p
     with torch.device("meta"):
         assert planned_backbone(config) is not None
     assert local_weights("org/lm") is None  # a plan downloads nothing
-    load_text(config)
+    load_tokenizer(config)
     assert local_weights("org/lm") == snapshot
+    load_text(config)
 
 
 def test_a_snapshot_that_lacks_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
