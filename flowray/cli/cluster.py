@@ -18,10 +18,9 @@ from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
-from flowray.config.paths import expand
+from flowray.config.paths import expand, storage_folder
 from flowray.data.shards import find_shards
 from flowray.rayrun.cluster_verdict import Row, healthy, judge
-from flowray.store.run import storage_folder
 
 _COLOURS = {"ok": "green", "info": "dim", "warn": "yellow", "bad": "red"}
 
@@ -38,9 +37,7 @@ def _parser() -> Parser:
         help="versions, GPUs, storage, network, clock and data set of every node; exit code 1 where something is wrong",
         description="Ask every node of the cluster named by RAY_ADDRESS (in a job: its own), without it this machine alone.",
     )
-    check.add_argument(
-        "--storage", type=expand, metavar="FOLDER", default="runs", help="the storage_path to test (default: runs, from FLOWRAY_STORAGE)"
-    )
+    check.add_argument("--storage", metavar="FOLDER", default="runs", help="the storage_path to test (default: runs, from FLOWRAY_STORAGE)")
     check.add_argument("--data", type=expand, metavar="SHARDS", help="a data.shards folder or glob that every node must see")
     check.add_argument("--workers", type=int, default=0, metavar="N", help="have the autoscaler bring up N workers first (takes minutes)")
     check.add_argument("--json", action="store_true", help="print one JSON object on stdout")
@@ -91,7 +88,7 @@ def main(argv: list[str]) -> int:
             return _join(args.address, options)
         case "stop":
             return _stop(args.address)
-    return _check(storage_folder(args.storage), args.data, args.workers, as_json=args.json)
+    return _check(Path(storage_folder(args.storage)), args.data, args.workers, as_json=args.json)
 
 
 def _check(storage: Path, data: str | None, workers: int, *, as_json: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from flowray.config.recipe import Recipe
 from flowray.probes.field import BINS
 from flowray.probes.rollout import ENDPOINT_STEPS
 from flowray.store.latents import unencoded
-from flowray.store.run import storage_folder
 from flowray.train.loop import GRID_PROMPTS
 from flowray.train.measure import NotTimed, Timing, encode_seconds, measure
 from flowray.tune.pace import pace_of_runs
@@ -41,7 +41,7 @@ def wall_time(
     imports_s: what importing the libraries took, which tells how fast this machine starts things.
     InputError where timing finds what would stop the run.
     """
-    asked, folder = recipe.resources, storage_folder(recipe.storage_path)
+    asked, folder = recipe.resources, Path(recipe.storage_path)
     on_gpu = asked.gpus_per_worker > 0
     pace = pace_of_runs(folder, recipe, workers=asked.num_workers, on_gpu=on_gpu)
     try:

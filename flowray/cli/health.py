@@ -96,7 +96,7 @@ def _short(source: str, overrides: Sequence[str], steps: int, samples: int | Non
 @contextmanager
 def _folder(wanted: Path | None) -> Iterator[Path]:
     if wanted is not None:
-        yield wanted.expanduser().absolute()
+        yield wanted.absolute()
         return
     with tempfile.TemporaryDirectory(prefix="flowray-health-") as folder:
         yield Path(folder)

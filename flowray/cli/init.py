@@ -19,7 +19,7 @@ from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.model import ModelConfig
-from flowray.config.paths import argument, expand, written
+from flowray.config.paths import argument, model_argument, written
 from flowray.config.recipe import Recipe
 from flowray.data.pack import SUFFIXES
 from flowray.data.reader import ShardReader
@@ -80,13 +80,13 @@ def _parser() -> Parser:
     parser.add_argument("--out", type=argument, default=Path("mine.yaml"), help="the recipe to write, %(default)s")
     parser.add_argument(
         "--text",
-        type=expand,
+        type=model_argument,
         metavar="PATH",
         help="a causal language model or a text encoder: folder, hub name or embedded",
     )
     parser.add_argument(
         "--autoencoder",
-        type=expand,
+        type=model_argument,
         metavar="PATH",
         help="a diffusers AutoencoderKL or AutoencoderDC: folder, hub name, one file or embedded",
     )
@@ -220,7 +220,7 @@ def _text(given: str | None, looked: Looked) -> Part:
     config = transformers_config(open_model(given, KEY, "text_encoder"), KEY, "text_encoder")
     language = config.get_text_config()  # of a vision-language model, or of CLIP
     positions = getattr(language, "max_position_embeddings", None) or QUERIES + MAX_TOKENS
-    section = {"kind": "causal_lm", "path": _path(given)} | sizes
+    section = {"kind": "causal_lm", "path": written(given)} | sizes
     if is_encoder(config):
         del section["queries"]
         section["kind"] = "encoder"
@@ -262,7 +262,7 @@ def _autoencoder(
             f"--autoencoder {given}: takes {cell} px a cell, and these pictures are "
             f"{width} x {height}; pack them with a --size that {cell * PATCH} divides"
         )
-    section = {"kind": "dc" if deep else "kl", "path": _path(given)} | scale
+    section = {"kind": "dc" if deep else "kl", "path": written(given)} | scale
     why = f"{given}, {channels} channels, {cell} px a cell"
     return Part(section, why), (channels, height // cell, width // cell)
 
@@ -299,11 +299,6 @@ def _round_trip(looked: Looked, latent: tuple[int, int, int]) -> float:
     pictures = to_pictures(looked.pictures[:16])
     moments = net.encode_moments(pictures)
     return psnr(net.decode(net.sample(moments, torch.zeros_like(moments.mean))), pictures)
-
-
-def _path(path: str) -> str:
-    """A folder as an absolute path, a hub name as it is."""
-    return written(str(Path(path).absolute())) if Path(path).exists() else path
 
 
 def _recipe(out: Path, looked: Looked, text: Part, autoencoder: Part, latent: tuple[int, int, int]) -> str:

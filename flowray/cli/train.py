@@ -23,7 +23,7 @@ from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
 from flowray.store.rows import read_rows
-from flowray.store.run import RunDirectory, RunLock, storage_folder
+from flowray.store.run import RunDirectory, RunLock
 
 _CARD_METRICS = ("ema/shoot/nmse", "ema/shoot/skill", "ema/flow/cos", "ema/flow/speed_ratio", "ema/std/mean", "ema/text/cos_mu", "vae/psnr")
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     args = _parser().parse_intermixed_args(argv)
     quiet_libraries()
-    loaded = load_recipe(args.recipe, args.overrides)
+    loaded = load_recipe(args.recipe, args.overrides, in_place=True)
     progress = ConsoleProgress()
     if args.plan:
         began = time.monotonic()
@@ -57,13 +57,15 @@ def main(argv: list[str]) -> int:
         imports_s = time.monotonic() - began
         good = show_plan(loaded.recipe, progress, as_json=args.json, imports_s=imports_s)
         return GOOD if good else FINDINGS
-    run = RunDirectory(storage_folder(loaded.recipe.storage_path) / loaded.recipe.name)
+    run = RunDirectory(Path(loaded.recipe.storage_path) / loaded.recipe.name)
     with progress.task(IMPORTING):
         from flowray.store.checkpoint import load_state, newest_checkpoint
 
     checkpoint = newest_checkpoint(run.checkpoints)
     if checkpoint and not args.resume:
         raise InputError(f"{run.path} holds a run already; type --resume to continue it, or name=OTHER for a new one")
+    if args.resume and not checkpoint:
+        progress.say(f"{run.path} has no checkpoint to continue from: it starts at step 0")
     RunLock(run).refuse_if_held()  # before anything in it is touched; the worker that trains takes the lock
     start = load_state(checkpoint)["step"] if checkpoint else 0
     if start and run.config.is_file():

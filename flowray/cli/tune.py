@@ -18,7 +18,7 @@ from flowray.config.sources import packaged_sweeps
 from flowray.config.sweepfile import base_recipe, check_trials, load_sweep
 from flowray.config.sweepschema import sweep_schema
 from flowray.findings.rules import RULES
-from flowray.store.run import storage_folder
+from flowray.tune.folder import sweep_folder
 from flowray.tune.stop import check_findings
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         return GOOD
     if args.sweep is None:
         raise InputError(f"which sweep? type a file, or one of {', '.join(packaged_sweeps())}; see `python -m flowray.tune --help`")
-    sweep = load_sweep(args.sweep, args.overrides)
+    sweep = load_sweep(args.sweep, args.overrides, in_place=True)
     base = base_recipe(sweep)
     check_trials(sweep, base)
     check_findings(sweep.stop, [rule.id for rule in RULES])
@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
     for problem in problems(sweep, base):
         raise InputError(problem)
     finish, resume = args.finish or (), args.resume or bool(args.finish)
+    if args.resume and not (folder := sweep_folder(sweep)).joinpath("sweep.yaml").exists():
+        progress.say(f"{folder} holds no sweep to continue: it starts with trial 0")
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what comes before the end is progress
             result = run_sweep(sweep, base, resume=resume, finish=finish, stream=sys.stderr, progress=progress)
@@ -76,7 +78,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         if no_room(error) is None:
             raise
-        folder = storage_folder(sweep.storage_path) / sweep.name
+        folder = sweep_folder(sweep)
         raise InputError(f"{folder}: {error.strerror}; make room and type the same command again: what is done is kept") from error
     if result.interrupted:
         why = "the time budget ran out" if result.out_of_time else "stopped by a signal"

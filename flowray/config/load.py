@@ -17,10 +17,24 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from flowray.config.errors import InputError, did_you_mean
-from flowray.config.paths import PathField, default_storage, expand, looks_like_path, make_absolute, map_paths, no_such, path_field, written
+from flowray.config.paths import (
+    PathField,
+    exists,
+    is_file,
+    is_folder,
+    looks_like_path,
+    make_absolute,
+    map_paths,
+    moved,
+    no_such,
+    path_field,
+    source_path,
+    storage_folder,
+    written,
+)
 from flowray.config.recipe import Recipe
 from flowray.config.schema import Slot, coerce, is_bool_as_number, kind_of, known_keys, show, unknown_key, want
-from flowray.config.sources import comes_first, is_sweep, packaged, recipe_names, what_it_is
+from flowray.config.sources import comes_first, is_kept, is_sweep, packaged, recipe_names, what_it_is
 from flowray.config.yamlfile import COMMAND_LINE, YamlFile, key_values, parse_value, parse_yaml, read_yaml
 
 __all__ = ["Loaded", "coerce", "dump_recipe", "known_keys", "load_recipe", "override_recipe", "recipe_diffs", "recipe_names"]
@@ -37,16 +51,22 @@ class Loaded:
     diffs: dict[str, tuple[Any, Any]]
 
 
-def load_recipe(source: str, overrides: Sequence[str] = ()) -> Loaded:
+def load_recipe(source: str, overrides: Sequence[str] = (), *, in_place: bool = False) -> Loaded:
     """Load a packaged recipe by name, or a YAML file by path, and apply `key=value` overrides in order.
 
-    Paths come out absolute: those of a file start from its folder, those typed, packaged and of the defaults from the working
-    directory, and a relative storage_path from FLOWRAY_STORAGE where that is set.
+    Paths come out absolute: those of a file start from its folder, those typed from the working
+    directory, and a relative storage_path, wherever it stands, from FLOWRAY_STORAGE or, where that
+    is not set, the working directory. In the files of a run or sweep, of which older ones have
+    relative paths, what is not beside the file is looked for from the working directory.
+    in_place: storage_path and name of a run's config.yaml are the folder it is in.
     Raises InputError, one line: `file.yaml:12: loss.kl.weight: got 'abc', want a number >= 0`.
     """
     tree, base, label = _load_tree(source, Path(), ())
+    if in_place and is_kept(Path(label), "config.yaml"):
+        here = moved(Path(label), str(tree.data["storage_path"]), str(tree.data["name"]))
+        tree.merge(here, _Place(lambda _: label, ()))
     pairs = [(key, _typed(key, raw)) for key, raw in key_values(overrides, "optim.lr=3e-4")]
-    tree.override(pairs, COMMAND_LINE, Path.cwd())
+    tree.override(pairs, COMMAND_LINE, (Path.cwd(),))
     recipe = tree.recipe(label)
     return Loaded(recipe, label, recipe_diffs(base, recipe))
 
@@ -98,14 +118,18 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a layer comes from: what errors call its keys, and where its relative paths start (None: they are left as they are)."""
+    """Where a layer comes from: what errors call its keys, and the folders that its relative paths
+    start from, see `paths.absolute` (none: they are left as they are).
+    """
 
     where: Where
-    folder: Path | None
+    folders: tuple[Path, ...]
 
     def made_absolute(self, key: str, value: Any, paths: PathField | None) -> Any:
         """A value with its paths absolute; InputError where one cannot be."""
-        return value if self.folder is None else make_absolute(value, paths, self.folder, f"{self.where(key)}: {key}")
+        if not self.folders:
+            return value
+        return make_absolute(value, paths, self.folders, f"{self.where(key)}: {key}")
 
 
 class _Tree:
@@ -119,7 +143,7 @@ class _Tree:
         """Lay one layer over the tree; InputError for keys and kinds that do not exist."""
         self._merge_section(self.data, layer, Recipe, "", place)
 
-    def override(self, pairs: Iterable[tuple[str, Any]], where: str, folder: Path | None = None) -> None:
+    def override(self, pairs: Iterable[tuple[str, Any]], where: str, folders: tuple[Path, ...] = ()) -> None:
         """Set dotted keys in order, kinds first (outermost first): an option may then stand before the kind it belongs to."""
         leaves = [leaf for key, value in pairs for leaf in _leaves(key, value, where)]
         leaves.sort(key=lambda leaf: (0, leaf[0].count(".")) if leaf[0].endswith(".kind") else (1, 0))
@@ -130,7 +154,7 @@ class _Tree:
             for name in sections:
                 inner = inner.setdefault(name, {})
             inner[last] = value
-            self.merge(layer, _Place(lambda _: where, folder))
+            self.merge(layer, _Place(lambda _: where, folders))
 
     def recipe(self, label: str) -> Recipe:
         """Validate the whole; the first error becomes one line that points at the layer which set the value."""
@@ -219,7 +243,7 @@ def _load_tree(source: str, folder: Path, above: tuple[str, ...]) -> tuple[_Tree
         raise _BadSource(f"{source} leads back to itself: {' -> '.join((*above, file.label))}")
     layer = dict(file.data)
     base = layer.pop("base", None)
-    tree = _Tree(Recipe(storage_path=default_storage()).model_dump())
+    tree = _Tree(Recipe(storage_path=storage_folder()).model_dump())
     if base is not None:
         if not isinstance(base, str):
             raise InputError(f"{file.where('base')}: base: got {show(base)}, want the name or path of a recipe")
@@ -228,7 +252,7 @@ def _load_tree(source: str, folder: Path, above: tuple[str, ...]) -> tuple[_Tree
         except _BadSource as error:
             raise InputError(f"{file.where('base')}: base: {error}") from None
     below = _Tree(copy.deepcopy(tree.data), dict(tree.origin)).recipe(file.where("base"))
-    tree.merge(layer, _Place(file.where, file.folder))
+    tree.merge(layer, _Place(file.where, file.folders))
     return tree, below, file.label
 
 
@@ -238,10 +262,11 @@ class _BadSource(InputError):
 
 def _open(source: str, folder: Path) -> YamlFile:
     try:
-        path = Path(os.path.normpath(folder / expand(source)))
+        path = Path(os.path.normpath(source_path(source, folder)))
+        is_there = exists(path)
     except InputError as error:
         raise _BadSource(str(error)) from None
-    if path.is_file():
+    if is_file(path):
         file = read_yaml(path)
         if is_sweep(file.data):
             raise _BadSource(f"{path}: want a recipe, this is {what_it_is(path)}")
@@ -250,9 +275,9 @@ def _open(source: str, folder: Path) -> YamlFile:
     if source in names:
         text = (packaged("recipes") / f"{source}.yaml").read_text(encoding="utf-8")
         return parse_yaml(text, f"flowray/recipes/{source}.yaml")
-    if what := what_it_is(path if path.exists() else source):
-        raise _BadSource(f"{path if path.exists() else source}: want a recipe, this is {what}")
-    if path.is_dir():
+    if what := what_it_is(path if is_there else source):
+        raise _BadSource(f"{path if is_there else source}: want a recipe, this is {what}")
+    if is_folder(path):
         raise _BadSource(f"{path} is a folder, want the path of a .yaml file")
     if looks_like_path(source):
         raise _BadSource(f"{path}: {no_such(path)}")

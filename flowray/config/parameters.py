@@ -129,7 +129,7 @@ def checked(at: str, key: str, value: Any, file: YamlFile) -> Any:
         accepted = coerce(key, value)
     except InputError as error:
         raise InputError(f"{file.where(at)}: {error}") from None
-    return make_absolute(accepted, key_paths(key), file.folder_of(at), f"{file.where(at)}: {key}")
+    return make_absolute(accepted, key_paths(key), file.folders_of(at), f"{file.where(at)}: {key}")
 
 
 def read_parameters(section: Mapping[str, Any], file: YamlFile) -> dict[str, Parameter]:

@@ -1,16 +1,20 @@
 """Paths of recipes and sweeps: which keys hold one, where it starts, what is said of a missing one.
 
-A key that holds a path says so in its annotation (`PathField`). Loading makes every such value
-absolute, once: Ray's workers run in folders of their own, where a relative one means another place.
+What is read (data, models, a base) starts from the file that names it; what is written
+(storage_path) lies in FLOWRAY_STORAGE or the working directory, whoever names it. A key that holds
+a path says so in its annotation (`PathField`). Loading makes every such value absolute, once: Ray's
+workers run in folders of their own, where a relative one means another place.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import glob
 import os
 import re
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -38,7 +42,8 @@ class PathField:
     names: what is a name and no path, such as `embedded`.
     hub: `org/name` may be a model of the Hugging Face hub.
     pattern: may hold the wildcards of `glob`.
-    root: an environment variable that, where set, holds the folder of relative paths.
+    root: of what is written: the environment variable of the folder of relative paths, which is the
+    working directory where that is not set.
     run: a run or sweep that is there already; one not found from that folder is looked for from the
     file's and from the working directory.
     """
@@ -70,16 +75,44 @@ def looks_like_path(text: str) -> bool:
     return text.startswith(_STARTS) or "/" in text or text.lower().endswith(_FILES)
 
 
-def is_hub_name(text: str, folder: Path | None = None) -> bool:
+def is_hub_name(text: str, *folders: Path) -> bool:
     """Whether `text` names a model of the hub, `org/name` or `name`; what looks like a path never does.
 
     A path starts with `/`, `./`, `../`, `~` or `$`, ends with `/`, has more than one slash, a drive
-    or the ending of a file of weights, or begins with something that exists in `folder` (the working
-    directory unless given).
+    or the ending of a file of weights, begins with something that exists in the first of `folders`,
+    or is whole in another one. Loading gives the folders; what it has left a name is one anywhere.
     """
     if text.startswith(_STARTS) or text.lower().endswith(_FILES) or not _HUB_NAME.fullmatch(text):
         return False
-    return not (folder or Path.cwd()).joinpath(text.partition("/")[0]).exists()
+    begins = any(exists(folder / text.partition("/")[0]) for folder in folders[:1])
+    return not begins and not any(exists(folder / text) for folder in folders[1:])
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there; InputError where that cannot be seen, as in a closed folder."""
+    return _mode(path) != 0
+
+
+def is_file(path: Path) -> bool:
+    """`exists` for a file."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: Path) -> bool:
+    """`exists` for a folder."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    """Its st_mode, 0 where nothing is there."""
+    try:
+        return path.stat().st_mode
+    except ValueError:  # a null byte
+        return 0
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return 0
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def expand(text: str) -> str:
@@ -100,9 +133,10 @@ def expand(text: str) -> str:
     return whole
 
 
-def absolute(text: str, field: PathField, folder: Path) -> str:
-    """A path as it stands in a file of `folder`, made absolute; names and hub names as they are.
+def absolute(text: str, field: PathField, *folders: Path) -> str:
+    """A path made absolute; names and hub names as they are.
 
+    folders: what a path that is read starts from: the first where it is there, else the first.
     InputError, without the place: a variable is not set, an address (`s3://...`).
     """
     if text in field.names:
@@ -111,19 +145,32 @@ def absolute(text: str, field: PathField, folder: Path) -> str:
         mounted = "a folder; mount it on every node and type its path"
         instead = "the hub's name (org/name) or a folder" if field.hub else mounted
         raise InputError(f"got {text!r}, want {instead}")
-    if field.hub and is_hub_name(text, folder):
+    if field.hub and is_hub_name(text, *folders):
         return text
     if not text:
         raise InputError("got '', want a path")
     path = expand(text)
     if os.path.isabs(path):
         return _tidy(path)
-    root = Path(os.environ.get(field.root, "") or folder).absolute()
+    shared = [Path(os.environ[field.root])] if os.environ.get(field.root) else []
     if field.run:
-        places = (root, folder.absolute(), Path.cwd())
-        root = next((near for near in places if (near / path).exists()), root)
-    literal = not field.pattern or not glob.has_magic(path) or (root / path).exists()
-    return _tidy(str(root / path)) if literal else _tidy(os.path.join(glob.escape(str(root)), path))
+        folders = (*shared, *folders, Path.cwd())
+    elif field.root:
+        folders = (*shared, Path.cwd())[:1]
+    places = [_joined(folder.absolute(), path, field) for folder in folders]
+    first, *others = places
+    if others and not _is_there(first, field):
+        first = next((place for place in others if _is_there(place, field)), first)
+    return _tidy(first)
+
+
+def _is_there(place: str, field: PathField) -> bool:
+    return exists(Path(place)) or (field.pattern and bool(glob.glob(place)))
+
+
+def _joined(folder: Path, path: str, field: PathField) -> str:
+    literal = not field.pattern or not glob.has_magic(path) or exists(folder / path)
+    return str(folder / path) if literal else os.path.join(glob.escape(str(folder)), path)
 
 
 def _tidy(path: str) -> str:
@@ -132,9 +179,29 @@ def _tidy(path: str) -> str:
     return plain if os.path.realpath(plain) == os.path.realpath(path) else path
 
 
-def default_storage() -> str:
-    """The storage path where none is given: `runs`, in FLOWRAY_STORAGE or the working directory."""
-    return absolute("runs", PathField(root=STORAGE), Path.cwd())
+def source_path(text: str, folder: Path | None = None) -> Path:
+    """Of a recipe's or sweep's file, as a command or a `base:` in a file of `folder` has it.
+
+    What is there under that very name needs no `$$`: the files of a run in a folder with a `$`.
+    """
+    very = (folder or Path()) / text
+    return very if exists(very) else (folder or Path()) / expand(text)
+
+
+def storage_folder(text: str = "runs") -> str:
+    """The folder that a storage path names, absolute."""
+    return absolute(text, PathField(root=STORAGE))
+
+
+def moved(file: Path, storage_path: str, name: str) -> dict[str, str]:
+    """The storage_path and name of the run or sweep in whose folder `file` is.
+
+    Nothing where they are those given: another way to the same folder does not rename the run.
+    """
+    here = file.absolute().parent
+    if os.path.realpath(here) == os.path.realpath(os.path.join(storage_path, name)):
+        return {}
+    return {"storage_path": str(here.parent), "name": here.name}
 
 
 def map_paths(value: Value, change: Callable[[str], str]) -> Value:
@@ -147,15 +214,16 @@ def map_paths(value: Value, change: Callable[[str], str]) -> Value:
     return made
 
 
-def make_absolute(value: Value, field: PathField | None, folder: Path, place: str) -> Value:
+def make_absolute(value: Value, field: PathField | None, folders: Sequence[Path], place: str) -> Value:
     """A config value with its paths absolute.
 
+    folders: as `absolute` takes them.
     place: where it stands, 'r.yaml:3: data.cache', for the line of an InputError.
     """
     if field is None:
         return value
     try:
-        return map_paths(value, lambda text: absolute(text, field, folder))
+        return map_paths(value, lambda text: absolute(text, field, *folders))
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
 
@@ -173,6 +241,11 @@ def argument(text: str) -> Path:
     return Path(expand(text))
 
 
+def model_argument(text: str) -> str:
+    """A model from the command line: `embedded`, a name of the hub, or a path, made absolute."""
+    return absolute(text, PathField(names=("embedded",), hub=True), Path.cwd())
+
+
 def no_such(path: str | Path) -> str:
     """'no such folder, did you mean NEAREST?' (or file), whichever part of the path is misspelt."""
     path = Path(path)
@@ -181,7 +254,11 @@ def no_such(path: str | Path) -> str:
     found = Path(there.anchor)
     for part in there.parts[1:]:
         inside = found / part
-        if not inside.exists():
+        try:
+            is_there = exists(inside)
+        except InputError:
+            return f"no such {what} can be seen; {found} is closed to you"
+        if not is_there:
             near = difflib.get_close_matches(part, _names(found), n=1)
             if not near:
                 where = "" if found == there.parent else f"; {found} has no {part}"

@@ -44,6 +44,20 @@ def is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() and not (path / "sweep.yaml").is_file()
 
 
+# what stands beside the two files once a run or a sweep has begun: not beside one written by hand
+_BEGUN = {"config.yaml": ("checkpoints", "metrics.jsonl"), "sweep.yaml": ("trials.jsonl", "study.journal")}
+
+
+def is_kept(file: Path, name: str) -> bool:
+    """Whether `file` is the `name`, config.yaml or sweep.yaml, that a run or sweep keeps in its folder."""
+    return file.name == name and any((file.parent / other).exists() for other in _BEGUN[name])
+
+
+def holds_results(folder: Path) -> bool:
+    """Whether the folder is a run's or a sweep's, and its YAML files are those that flowray wrote."""
+    return any((folder / name).is_file() and is_kept(folder / name, name) for name in _BEGUN)
+
+
 def what_it_is(source: str | Path) -> str:
     """What a path or packaged name is and which command takes it, to go on after 'SOURCE is '.
 

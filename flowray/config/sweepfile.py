@@ -18,20 +18,23 @@ from flowray.config.parameters import FIELDS, checked, ends, flat, flat_paramete
 from flowray.config.paths import (
     STORAGE,
     PathField,
-    default_storage,
-    expand,
+    exists,
+    is_file,
     looks_like_path,
     make_absolute,
     map_paths,
+    moved,
     no_such,
     path_field,
+    source_path,
+    storage_folder,
     written,
 )
 from flowray.config.recipe import Recipe
 from flowray.config.scale import scale_keys
 from flowray.config.schema import key_paths, kind_of, known_keys, members, show
 from flowray.config.search import LearningSearch
-from flowray.config.sources import comes_first, is_sweep, packaged, packaged_sweeps, what_it_is
+from flowray.config.sources import comes_first, is_kept, is_sweep, packaged, packaged_sweeps, what_it_is
 from flowray.config.sweep import (
     Asha,
     Hyperband,
@@ -62,15 +65,20 @@ _INSTEAD = {  # W&B's and Ray's words for what a sweep has under another name
 }
 
 
-def load_sweep(source: str, overrides: Sequence[str] = ()) -> Sweep:
+def load_sweep(source: str, overrides: Sequence[str] = (), *, in_place: bool = False) -> Sweep:
     """Read a sweep file, or a packaged one where no such file is found from here, and apply `key=value` overrides.
 
     Paths come out absolute, as `load_recipe` makes them. Override keys are sweep keys (`run_cap=4`,
     `metric.goal=maximize`), recipe keys for every trial (`set.train.steps=50`) and parts of a parameter
     (`parameters.optim.lr.max=0.01`). InputError names the file, the line and the key.
+    in_place: storage_path and name of the sweep.yaml in a sweep's folder are that folder.
     """
     file, text = _open(source)
     data = _plain(file)
+    if in_place and is_kept(Path(file.label), "sweep.yaml"):
+        storage = storage_folder(str(data.get("storage_path", "runs")))
+        here = moved(Path(file.label), storage, str(data.get("name")))
+        data |= {key: written(value) for key, value in here.items()}
     data.setdefault("card", head_card(text))
     for key, raw in key_values(overrides, "run_cap=4 or set.train.steps=50"):
         _override(data, key, parse_value(raw))
@@ -81,9 +89,11 @@ def load_sweep(source: str, overrides: Sequence[str] = ()) -> Sweep:
 
 def _base(sweep: Sweep, file: YamlFile) -> str:
     """The sweep's base, absolute unless it is the name of a packaged recipe. A run is also found as other commands find it."""
-    folder, is_run = file.folder_of("base"), sweep.task == "sample"
-    place = make_absolute(sweep.base, PathField(root=STORAGE, run=True) if is_run else PathField(), folder, f"{file.where('base')}: base")
-    return place if is_run or looks_like_path(sweep.base) or Path(place).is_file() else sweep.base
+    folders, is_run = file.folders_of("base"), sweep.task == "sample"
+    field = PathField(root=STORAGE, run=True) if is_run else PathField()
+    place = make_absolute(sweep.base, field, folders, f"{file.where('base')}: base")
+    known = is_run or looks_like_path(sweep.base) or is_file(Path(place))
+    return place if known else sweep.base
 
 
 _FIELD = re.compile(r"# +(TITLE|PURPOSE|KEY_DIFFS|DATASET|HARDWARE|CORE PARAMS|TAGS|NOTES) *: *(.*)")
@@ -135,11 +145,11 @@ def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
                 )
     points = _points(data.get("points"), made, file)
     places = {
-        name: make_absolute(data[name], path_field(field), file.folder_of(name), f"{file.where(name)}: {name}")
+        name: make_absolute(data[name], path_field(field), file.folders_of(name), f"{file.where(name)}: {name}")
         for name, field in Sweep.model_fields.items()
         if name in data
     }
-    places.setdefault("storage_path", default_storage())
+    places.setdefault("storage_path", storage_folder())
     try:
         return Sweep.model_validate({**places, "parameters": made, "set": fixed, "points": points})
     except ValidationError as error:
@@ -162,9 +172,9 @@ def base_recipe(sweep: Sweep) -> Recipe:
     if sweep.task == "train":
         return override_recipe(load_recipe(sweep.base).recipe, sweep.set)
     config = Path(sweep.base) / "config.yaml"
-    if not config.is_file():
+    if not is_file(config):
         run = Path(sweep.base)
-        what = f"{no_such(sweep.base)}" if not run.exists() else "no trained run"
+        what = f"{no_such(sweep.base)}" if not exists(run) else "no trained run"
         recipe = run.name if run.name in recipe_names() else "RECIPE"
         raise InputError(
             f"sweep {sweep.name}: it scores the pictures of a trained run, and base {sweep.base}: {what}; "
@@ -359,19 +369,20 @@ def _point(point: Any, parameters: Mapping[str, Parameter], file: YamlFile) -> d
 
 def _open(source: str) -> tuple[YamlFile, str]:
     """A sweep file, or the packaged one of that name where no such file is found from here, with its text."""
-    path = Path(expand(source))
+    path = source_path(source)
     names = packaged_sweeps()
-    if path.is_file():
+    is_there = exists(path)
+    if is_file(path):
         file = read_yaml(path)
         if not is_sweep(file.data):
             raise InputError(f"{source}: want a sweep, which has `parameters` and a `metric`; this is {what_it_is(path)}")
         return file, path.read_text(encoding="utf-8")
-    if not path.exists() and (name := f"{path.name.removesuffix('.yaml')}.yaml") in names:
+    if not is_there and (name := f"{path.name.removesuffix('.yaml')}.yaml") in names:
         text = (packaged("sweeps") / name).read_text(encoding="utf-8")
         return parse_yaml(text, f"flowray/sweeps/{name}"), text
     if what := what_it_is(path):
         raise InputError(f"{source}: want a sweep, this is {what}")
-    if path.exists():
+    if is_there:
         raise InputError(f"{source}: is a folder, want a sweep file")
     comes_first(source, "the sweep", "flowray.tune")
     near = did_you_mean(path.name.removesuffix(".yaml"), [name.removesuffix(".yaml") for name in names])

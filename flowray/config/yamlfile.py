@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from flowray.config.errors import InputError
+from flowray.config.paths import is_file
+from flowray.config.sources import holds_results
 
 COMMAND_LINE = "command line"
 _TYPED = 0  # in place of a line: the key was typed
@@ -19,22 +21,23 @@ _TYPED = 0  # in place of a line: the key was typed
 class YamlFile:
     """A parsed mapping, perhaps with keys typed over it.
 
-    label: the name that errors use. lines: the 1-based line of each dotted key. folder: what relative paths in it start from.
+    label: the name that errors use. lines: the 1-based line of each dotted key.
+    folders: what relative paths in it start from, see `paths.absolute`.
     """
 
     label: str
     data: Mapping[str, Any]
     lines: Mapping[str, int]
-    folder: Path = field(default_factory=Path.cwd)
+    folders: tuple[Path, ...] = field(default_factory=lambda: (Path.cwd(),))
 
     def where(self, key: str) -> str:
         """'file.yaml:12' for a dotted key (or its nearest enclosing one), 'file.yaml' where none is in the file."""
         line = self._line(key)
         return self.label if line is None else COMMAND_LINE if line == _TYPED else f"{self.label}:{line}"
 
-    def folder_of(self, key: str) -> Path:
+    def folders_of(self, key: str) -> tuple[Path, ...]:
         """What a relative path at `key` starts from: the working directory where it was typed."""
-        return Path.cwd() if self._line(key) == _TYPED else self.folder
+        return (Path.cwd(),) if self._line(key) == _TYPED else self.folders
 
     def typed(self, key: str) -> YamlFile:
         """The same with `key`, and what is below it, put down to the command line."""
@@ -59,7 +62,10 @@ def read_yaml(path: Path) -> YamlFile:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text, want a YAML file") from None
-    return replace(parse_yaml(text, str(path)), folder=path.parent.absolute())
+    folder = path.parent.absolute()
+    # runs of before had relative paths of the working directory in their files; they have none now
+    folders = (folder, Path.cwd()) if holds_results(folder) else (folder,)
+    return replace(parse_yaml(text, str(path)), folders=folders)
 
 
 def parse_yaml(text: str, label: str) -> YamlFile:
@@ -103,7 +109,7 @@ def key_values(texts: Sequence[str], example: str) -> Iterator[tuple[str, str]]:
             raise InputError(f"{COMMAND_LINE}: got {text!r} before '=', want no space around it: {key}={value}")
         if sign and not raw and following and "=" not in following:
             raise InputError(f"{COMMAND_LINE}: got {text!r} before {following!r}, want no space: {key}={following}")
-        if not sign and (text.endswith((".yaml", ".yml")) or Path(text).is_file()):
+        if not sign and (text.endswith((".yaml", ".yml")) or is_file(Path(text))):
             raise InputError(f"{COMMAND_LINE}: got {text!r}, a second file; one is enough, want key=value, such as {example}")
         if not sign or not key:
             raise InputError(f"{COMMAND_LINE}: got {text!r}, want key=value, such as {example}")

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from flowray.config.errors import InputError
+from flowray.config.paths import argument
 from flowray.config.progress import SILENT, Progress, counted
 from flowray.data import digits, shapes
 from flowray.data.folders import locked
@@ -140,9 +141,8 @@ def cache_dir(configured: str | None) -> Path:
     was asked for cannot be written.
     """
     from_env = os.environ.get("FLOWRAY_CACHE")
-    asked = configured or from_env
-    if asked:
-        path = Path(asked).expanduser().absolute()
+    if configured or from_env:
+        path = (Path(configured) if configured else argument(str(from_env))).absolute()
         if reason := _unwritable(path):
             where = "data.cache" if configured else "FLOWRAY_CACHE"
             raise InputError(f"{where} {path}: cannot be written: {reason}; set data.cache or FLOWRAY_CACHE to a writable folder")

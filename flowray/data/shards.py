@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowray.config.errors import InputError, did_you_mean
-from flowray.config.paths import no_such
+from flowray.config.paths import is_file, is_folder, no_such
 from flowray.data.folders import put_in_place
 
 MANIFEST = "manifest.json"
@@ -98,13 +98,13 @@ def find_shards(spec: str) -> tuple[Path, ...]:
 
     InputError where nothing is found or the tars hold no sample at all.
     """
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    path = Path(spec)
+    if is_folder(path):
         found, what = sorted(path.glob("*.tar")), "the folder holds no .tar file"
         below = sorted({tar.parent.name for tar in path.glob("*/*.tar")})
         if not found and below:
             what += f", but these under it do: {', '.join(below[:5])}; did you mean {path / below[0]}?"
-    elif path.is_file():
+    elif is_file(path):
         if path.suffix != ".tar":
             raise InputError(f"shards {spec!r}: not a .tar file; give a folder of .tar files, a glob or one uncompressed .tar")
         found, what = [path], ""

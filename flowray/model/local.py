@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from flowray.config.errors import InputError, did_you_mean
-from flowray.config.paths import is_hub_name, no_such
+from flowray.config.paths import exists, is_hub_name, no_such
 from flowray.model.assets import asset_path
 
 DOWNLOAD = "FLOWRAY_DOWNLOAD"  # 1: hub names that are not here may be downloaded
@@ -54,11 +54,8 @@ def local_place(path: str, embedded: str = "text") -> Path | None:
     """
     if path == "embedded":
         return asset_path(embedded)
-    place = Path(path).expanduser()
-    if place.exists():
-        return _snapshot(place)
     if not is_hub_name(path):
-        return None
+        return _snapshot(Path(path)) if exists(Path(path)) else None
     try:
         return Path(snapshot_download(path, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):

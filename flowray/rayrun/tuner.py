@@ -39,7 +39,7 @@ from flowray.rayrun.trainer import RunFailed, fit, train_worker
 from flowray.rayrun.waiting import RoomWatch, begun
 from flowray.report.load import load_sweep as load_report
 from flowray.store.latents import ensure_latents_apart
-from flowray.store.run import RunDirectory, RunLock, storage_folder
+from flowray.store.run import RunDirectory, RunLock
 from flowray.tune.folder import held_directory, refuse_taken, sweep_folder
 from flowray.tune.halving import make_halving
 from flowray.tune.plan import longest
@@ -133,7 +133,7 @@ def run_sweep(
     as they do where a node came that lacks the storage, an InputError.
     """
     with session.connected(progress):
-        refuse_unshared(storage_folder(sweep.storage_path), base.data, progress)
+        refuse_unshared(Path(sweep.storage_path), base.data, progress)
         there = Records(sweep_folder(sweep) / "trials.jsonl")
         for number in finish:
             there.to_finish(number)

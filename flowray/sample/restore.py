@@ -11,7 +11,7 @@ import torch
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.losses import LossConfig
-from flowray.config.paths import no_such
+from flowray.config.paths import exists, is_file, is_folder, no_such
 from flowray.config.recipe import Recipe
 from flowray.config.sources import is_run, what_it_is
 from flowray.model.assemble import FlowModel, build_model
@@ -35,13 +35,14 @@ def find_checkpoint(path: Path, overrides: list[str]) -> tuple[Path, RunDirector
     Overrides apply to the recipe. InputError, one line, where there is no such thing.
     """
     given = path.absolute()
-    if (given / "state.json").is_file() and not is_valid(given):
+    is_checkpoint = is_file(given / "state.json")
+    if is_checkpoint and not is_valid(given):
         raise InputError(f"{path}: an incomplete checkpoint; name another step or the run directory")
-    checkpoint = given if (given / "state.json").is_file() else newest_checkpoint(RunDirectory(given).checkpoints)
+    checkpoint = given if is_checkpoint else newest_checkpoint(RunDirectory(given).checkpoints)
     if checkpoint is None:
         if (what := what_it_is(path)) and not is_run(given):
             raise InputError(f"{path}: want a run, this is {what}")
-        what = "no valid checkpoint in it yet" if given.is_dir() else "a file" if given.exists() else no_such(path)
+        what = "no valid checkpoint in it yet" if is_folder(given) else "a file" if exists(given) else no_such(path)
         raise InputError(f"{path}: {what}; give a run directory such as runs/quickstart or one of its checkpoints/step_*")
     run = RunDirectory(checkpoint.parent.parent)
     if not run.config.is_file():

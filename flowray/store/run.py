@@ -21,15 +21,6 @@ STALE_S = 40.0  # a lock of another host not renewed for this long has a dead ow
 EMPTY_S = 5.0  # a lock that stays empty for this long was cut off by a full disk or a kill
 
 
-def storage_folder(storage_path: str) -> Path:
-    """The folder that a `storage_path` names, absolute. A relative one lies in FLOWRAY_STORAGE, which clusters set to the folder that
-    their nodes share, and without that in the working directory. InputError for an address: runs are written to a folder.
-    """
-    if "://" in storage_path:
-        raise InputError(f"storage_path: got {storage_path}, want a folder; mount the bucket on every node and type the mounted path")
-    return Path(os.environ.get("FLOWRAY_STORAGE", ""), Path(storage_path).expanduser()).absolute()
-
-
 @dataclass(frozen=True)
 class RunDirectory:
     """Paths of one run, `<storage_path>/<name>`."""

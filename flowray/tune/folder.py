@@ -12,7 +12,7 @@ from flowray.config.recipe import Recipe
 from flowray.config.schema import show
 from flowray.config.sweep import Sweep
 from flowray.config.sweepfile import dump_sweep, text_sweep
-from flowray.store.run import RunDirectory, RunLock, require_writable, storage_folder
+from flowray.store.run import RunDirectory, RunLock, require_writable
 from flowray.tune.plan import check_storage
 from flowray.tune.records import Records
 
@@ -24,7 +24,7 @@ _OF_THE_RECIPE = ("name", "storage_path", "card", "resources", "data.cache", "tr
 
 def sweep_folder(sweep: Sweep) -> Path:
     """`<storage_path>/<name>`."""
-    return storage_folder(sweep.storage_path).resolve() / sweep.name
+    return Path(sweep.storage_path).resolve() / sweep.name
 
 
 def open_directory(sweep: Sweep, base: Recipe, resume: bool) -> Path:

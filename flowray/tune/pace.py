@@ -12,7 +12,6 @@ from flowray.config.load import load_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
 from flowray.config.sweep import Sweep
-from flowray.store.run import storage_folder
 from flowray.tune.records import Records
 
 # what a step's time depends on; the weights of losses that look at latents alone hardly matter
@@ -37,7 +36,7 @@ def same_cost(one: Recipe, other: Recipe) -> bool:
 
 def own_pace(sweep: Sweep) -> Pace | None:
     """From the trials of the sweep, and of those that it starts from."""
-    folders = [storage_folder(sweep.storage_path) / sweep.name, *map(storage_folder, sweep.warm_start)]
+    folders = [Path(sweep.storage_path) / sweep.name, *map(Path, sweep.warm_start)]
     step_s = seconds_per_step(folders)
     return None if step_s is None else Pace(step_s, f"{step_s:.3g} s a step, as in the trials so far", rough=False)
 

@@ -13,7 +13,6 @@ from typing import Any
 from flowray.config.recipe import Recipe
 from flowray.config.sweep import SuccessiveHalving, Sweep, milestones
 from flowray.config.sweepfile import plain_parameter
-from flowray.store.run import storage_folder
 from flowray.tune.pace import Pace, own_pace, pace_of_runs
 from flowray.tune.space import choices, setting_count, trial_count
 from flowray.tune.warm import earlier_trials
@@ -194,7 +193,7 @@ def make_plan(sweep: Sweep, base: Recipe, cluster: Cluster, *, checkpoint_bytes:
         "concurrent": concurrent,
         "time_budget_s": sweep.time_budget,
         "hours_at_most": _hours(sweep, base, takes, concurrent, at_most, recorded),
-        "storage": check_storage(storage_folder(sweep.storage_path), kept),
+        "storage": check_storage(Path(sweep.storage_path), kept),
     }
 
 
@@ -211,7 +210,7 @@ def _hours(sweep: Sweep, base: Recipe, takes: dict[str, Any], concurrent: int, s
     if sweep.time_budget is not None:
         bounds["time_budget x trials at once"] = concurrent * sweep.time_budget / 3600
     if not bounds and sweep.task == "train":
-        runs = storage_folder(sweep.storage_path)
+        runs = Path(sweep.storage_path)
         pace = pace_of_runs(runs, base, workers=workers, on_gpu=per_gpu > 0) or recorded
         if pace is not None and pace.on_gpu == (per_gpu > 0):
             bounds[pace.words] = steps * pace.seconds / 3600

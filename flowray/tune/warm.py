@@ -14,7 +14,6 @@ from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
 from flowray.config.sweep import Categorical, Constant, Sweep, drawn, in_order, inside
-from flowray.store.run import storage_folder
 from flowray.tune.records import Records, TrialRecord
 from flowray.tune.space import Params, as_categories, suggest
 from flowray.tune.study import FROM
@@ -47,7 +46,7 @@ def earlier_trials(sweep: Sweep, base: Recipe) -> Earlier:
     trials: list[FrozenTrial] = []
     left_out: Counter[str] = Counter()
     for source in sweep.warm_start:
-        folder = storage_folder(source)
+        folder = Path(source)
         if not (folder / "trials.jsonl").is_file():
             raise InputError(f"warm_start: {source} holds no sweep (no trials.jsonl); give a sweep directory such as runs/head")
         for record in Records(folder / "trials.jsonl").trials.values():

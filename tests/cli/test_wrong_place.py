@@ -138,6 +138,15 @@ def test_a_run_is_found_wherever_it_lies(place, monkeypatch, given):
     out.unlink()
 
 
+def test_a_moved_run_is_continued_where_it_is(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    shutil.copytree(place / "runs" / "tiny", tmp_path / "copy")
+    config = str(tmp_path / "copy" / "config.yaml")
+    assert train.main([config, "--resume", "--json"]) == 0  # it has all its steps
+    assert json.loads(capsys.readouterr().out)["run"] == str(tmp_path / "copy")
+    assert "--resume" in line_of(train.main, [config])
+
+
 def test_own_pictures_by_relative_paths_from_a_folder_with_a_space(tmp_path):
     """Packed, checked and trained as users type it: Ray's worker runs in another folder."""
     place = tmp_path / "my photos"
@@ -155,7 +164,7 @@ def test_own_pictures_by_relative_paths_from_a_folder_with_a_space(tmp_path):
 
     command("flowray.data", "pack", "PHOTOS/", "recipes/shards/", "--size", "8")
     made = json.loads(command("flowray.train", "recipes/my.yaml", "probes.batch_size=8", "--json"))
-    run = place / "recipes" / "out" / "mine"
+    run = place / "out" / "mine"
     assert Path(made["run"]) == run
     assert (run / "samples" / "step_000002.png").is_file()
     assert (place / "recipes" / "cache").is_dir()

@@ -18,11 +18,11 @@ from rich.console import Console
 
 from flowray.cli.cluster import table
 from flowray.config.errors import InputError
+from flowray.config.paths import storage_folder
 from flowray.config.train import DataConfig
 from flowray.rayrun import access, session, storage
 from flowray.rayrun.cluster_check import Prober, bundles, place_of, skew, wait_for
 from flowray.rayrun.cluster_verdict import NO_CUDA, PAYLOAD_BYTES, ClusterFacts, NodeFacts, healthy, judge
-from flowray.store.run import storage_folder
 
 VERSIONS = {"python": "3.11.9", "torch": "2.13.0", "ray": "2.60.0", "flowray": "0.1.0"}
 
@@ -259,12 +259,12 @@ def test_a_check_makes_no_storage(tmp_path):
 def test_relative_storage_lies_in_flowray_storage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FLOWRAY_STORAGE", raising=False)
-    assert storage_folder("runs") == tmp_path / "runs"
+    assert storage_folder("runs") == str(tmp_path / "runs")
     monkeypatch.setenv("FLOWRAY_STORAGE", "/mnt/shared")
-    assert storage_folder("runs") == Path("/mnt/shared/runs")
-    assert storage_folder("/elsewhere") == Path("/elsewhere")
-    assert storage_folder("~/runs") == Path.home() / "runs"
-    with pytest.raises(InputError, match="got s3://bucket/runs, want a folder"):
+    assert storage_folder("runs") == "/mnt/shared/runs"
+    assert storage_folder("/elsewhere") == "/elsewhere"
+    assert storage_folder("~/runs") == str(Path.home() / "runs")
+    with pytest.raises(InputError, match="got 's3://bucket/runs', want a folder"):
         storage_folder("s3://bucket/runs")
 
 

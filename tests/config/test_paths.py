@@ -82,7 +82,7 @@ def test_every_text_that_is_a_path_says_so() -> None:
         ("data.val_shards", "${DATA}/val", "data/val"),
         ("data.cache", "~/cache", "cache"),
         ("data.cache", "$$cache", "my files/$cache"),
-        ("storage_path", "runs", "my files/runs"),
+        ("storage_path", "runs", "elsewhere/runs"),
         ("model.text.path", "~/models/qwen", "models/qwen"),
         ("model.text.path", "Qwen/Qwen3-0.6B", None),
         ("model.text.path", "embedded", None),
@@ -187,7 +187,7 @@ def test_the_paths_of_a_sweep(home: Path) -> None:
     assert sweep.parameters["model.text.path"].value == str(home / "llm")  # type: ignore[union-attr]
     assert sweep.set == {"data.cache": str(home.parent / "cache")}
     assert sweep.points == ({"data.shards": str(home / "a")},)
-    assert (sweep.base, sweep.storage_path) == (str(home / "small.yaml"), str(home / "out"))
+    assert (sweep.base, sweep.storage_path) == (str(home / "small.yaml"), str(home.parent / "elsewhere/out"))
     assert sweep.warm_start == (str(home / "old"),)
     assert base_recipe(sweep).data.shards == str(home / "shards")
     assert text_sweep(dump_sweep(sweep), "again") == sweep

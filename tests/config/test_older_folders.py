@@ -1,0 +1,137 @@
+"""Runs and sweeps of an older flowray, whose files have relative paths, and ones that were moved."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flowray
+from flowray.config.errors import InputError
+from flowray.config.load import load_recipe
+from flowray.config.paths import exists, no_such
+from flowray.config.sweepfile import load_sweep
+
+RECORDED = Path(__file__).parent.parent / "report" / "recorded" / "head"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, where the recorded sweep is runs/head."""
+    shutil.copytree(RECORDED, tmp_path / "home" / "runs" / "head")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    monkeypatch.delenv("FLOWRAY_STORAGE", raising=False)
+    return tmp_path / "home"
+
+
+def place_of(source: Path | str, *typed: str, in_place: bool = True) -> Path:
+    loader = load_sweep if str(source).endswith("sweep.yaml") else lambda *a, **k: load_recipe(*a, **k).recipe
+    made = loader(str(source), typed, in_place=in_place)
+    return Path(made.storage_path, made.name)
+
+
+def test_an_older_folder_goes_on_where_it_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = home / "runs" / "head"
+    for folder in (home, home.parent / "other"):
+        monkeypatch.chdir(folder)
+        assert place_of(head / "sweep.yaml") == head
+        assert place_of(head / "27" / "config.yaml") == head / "27"
+        assert place_of(head / "best.yaml") == folder / "runs" / "head-best"
+        assert place_of(head / "27" / "config.yaml", in_place=False) == folder / "runs/head/27"
+    monkeypatch.setenv("FLOWRAY_STORAGE", "/mnt/shared")
+    assert place_of(head / "sweep.yaml") == head
+    assert place_of(head / "best.yaml") == Path("/mnt/shared/runs/head-best")
+
+
+def test_a_moved_or_copied_folder_goes_on_where_it_is_now(home: Path) -> None:
+    for file, key in (("sweep.yaml", "name: head\n"), ("27/config.yaml", "name: '27'\n")):
+        path = home / "runs" / "head" / file
+        relative = path.read_text()
+        assert key in relative
+        path.write_text(relative.replace("storage_path: runs", f"storage_path: {home.parent}/gone"))
+    moved = home.parent / "my $old runs" / "copy-2"
+    moved.parent.mkdir()
+    shutil.copytree(home / "runs" / "head", moved)
+    assert place_of(moved / "sweep.yaml") == moved
+    assert place_of(moved / "27" / "config.yaml") == moved / "27"
+    assert place_of(moved / "27" / "config.yaml", "name=next") == moved / "next"
+    assert place_of(moved / "sweep.yaml", "storage_path=out") == home / "out" / "copy-2"
+
+
+def test_another_way_to_a_folder_does_not_rename_it(home: Path) -> None:
+    (home / "latest").symlink_to(home / "runs" / "head" / "27")
+    assert place_of("latest/config.yaml") == home / "runs" / "head" / "27"
+
+
+def test_a_config_written_by_hand_is_no_run(home: Path) -> None:
+    (home / "mine").mkdir()
+    (home / "mine" / "config.yaml").write_text("name: a\nstorage_path: runs\ndata: {shards: set}\n")
+    (home / "set").mkdir()
+    recipe = load_recipe("mine/config.yaml", in_place=True).recipe
+    assert Path(recipe.storage_path, recipe.name) == home / "runs" / "a"
+    assert recipe.data.shards == str(home / "mine" / "set")
+
+
+def test_relative_inputs_of_an_older_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = home / "runs" / "head" / "27" / "config.yaml"
+    text = config.read_text().replace("shards: shapes", "shards: 'sets/*.tar'")
+    text = text.replace("path: embedded\n    max", "path: models/llm\n    max")
+    config.write_text(text.replace("cache: null", "cache: cache"))
+    (home / "sets").mkdir()
+    (home / "sets" / "a.tar").touch()
+    for folder in (home / "cache", home / "models" / "llm", config.parent / "cache"):
+        folder.mkdir(parents=True)
+    recipe = load_recipe(str(config)).recipe
+    assert recipe.data.shards == str(home / "sets" / "*.tar")
+    assert recipe.data.cache == str(config.parent / "cache")
+    assert recipe.model.text.path == str(home / "models" / "llm")
+    monkeypatch.chdir(home.parent / "other")
+    recipe = load_recipe(str(config)).recipe
+    assert recipe.data.shards == str(config.parent / "sets" / "*.tar")
+    assert recipe.model.text.path == "models/llm"
+    (home.parent / "other" / "models").mkdir()
+    assert load_recipe(str(config)).recipe.model.text.path == "models/llm"
+
+
+def test_a_name_too_long_for_a_file_is_one_line(home: Path) -> None:
+    long = "x" * 300
+    for load, source in ((load_recipe, long), (load_recipe, f"{long}.yaml"), (load_sweep, long)):
+        with pytest.raises(InputError, match="too long"):
+            load(source)
+    with pytest.raises(InputError, match=r"command line: model.text.path: .*too long"):
+        load_recipe("quickstart", [f"model.text.path={long}"])
+    assert "too long" not in no_such(long)
+    assert not exists(home / "nul\0l")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may become another user")
+def test_a_closed_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("seed: 3\n")
+    tmp_path.chmod(0o700)
+    code = f"""
+import os
+os.chdir("/")
+from flowray.config.errors import InputError
+from flowray.config.load import load_recipe
+from flowray.config.paths import no_such
+from flowray.config.sweepfile import load_sweep
+from flowray.data.shards import find_shards
+here = {str(tmp_path)!r}
+os.setuid(65534)
+for look in (load_recipe, load_sweep, find_shards):
+    try:
+        look(here + "/r.yaml")
+    except InputError as error:
+        assert "r.yaml" in str(error) and "Permission denied" in str(error), error
+    else:
+        raise AssertionError(look)
+assert "closed" in no_such(here + "/r.yaml")
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(flowray.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
