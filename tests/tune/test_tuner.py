@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
@@ -13,6 +14,7 @@ import ray
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from ray.util.state import list_actors
 
 from flowray.bench.replay import Silent
 from flowray.config.errors import InputError
@@ -21,7 +23,7 @@ from flowray.config.recipe import Recipe
 from flowray.config.sweep import LogUniform, Sweep
 from flowray.rayrun import session
 from flowray.rayrun.trainer import RunFailed
-from flowray.rayrun.tuner import run_sweep
+from flowray.rayrun.tuner import run_sweep, train_trial
 from flowray.store.rows import read_rows
 from flowray.tune.halving import make_halving
 from flowray.tune.plan import Cluster, share_cluster
@@ -77,6 +79,15 @@ def dying(recipe: Recipe, run_dir: Path) -> None:
         (run_dir / "starts").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     trial(recipe, run_dir)
+
+
+def alone(recipe: Recipe, run_dir: Path) -> None:
+    """A trial of one worker under Ray Train, which reports its last row."""
+
+    def work(config: dict, report: Callable) -> None:
+        report({"step": recipe.train.steps, "budget_steps": recipe.train.steps, METRIC: 0.5})
+
+    train_trial(recipe, run_dir, worker=work)
 
 
 def leave_waiting(sweep: Sweep, folder: Path) -> None:
@@ -150,6 +161,8 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
             leave_waiting(two, tmp_path / "two")
             went_on = run_sweep(two, base, resume=False, trial_fn=trial, stream=log)
             seeds = run_sweep(make(tmp_path, name="seeds", seeds=2, run_cap=1), base, resume=False, trial_fn=trial, stream=log)
+            lone = run_sweep(make(tmp_path, name="lone", run_cap=1), base, resume=False, trial_fn=alone, stream=log)
+            actors = {actor.class_name for actor in list_actors(limit=1000)}  # dead ones too
     finally:
         ray.shutdown()
     assert (done.interrupted, done.left) == (False, 1)  # of the nine
@@ -163,6 +176,9 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
     )
     assert [t.status for t in done.trials if t.trial != late] == [row["status"] for row in kept[0] if row["trial"] != late]
     assert [row["step"] for row in read_rows(tmp_path / "tiny" / str(late) / "probes.jsonl")] == [10, 20, 30, 40]
+    assert lone.trials[0].status == "finished"
+    assert actors
+    assert "_QueueActor" not in actors  # of TuneReportCallback, which trials of several workers need
     (one,) = seeds.trials
     assert (one.last_step, one.budget_steps, one.noise[METRIC]) == (80, 80, pytest.approx(0.5**0.5))
     assert one.metrics[METRIC] == pytest.approx(1000 * one.params["optim.lr"] + 0.5)
