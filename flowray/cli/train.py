@@ -94,11 +94,10 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
     with connected(progress):
         refuse_unshared(run.path.parent, recipe.data, progress)
         refuse_without_room(recipe.resources, machines())
+    if problem := check_storage(run.path.parent, 0)["problem"]:
+        raise InputError(f"storage_path: {problem}")
     with _taking_over(run):
-        if problem := check_storage(run.path.parent, 0)["problem"]:
-            raise InputError(f"storage_path: {problem}")
         ensure_latents_apart(recipe, progress)
-        run.create()
         if start:
             _say_changes(recipe, run, start, progress)
         _write_config(loaded, run)
@@ -112,20 +111,27 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
 
 @contextmanager
 def _taking_over(run: RunDirectory) -> Iterator[None]:
-    """A start that is refused leaves a run as it was, and no folder where there was none."""
-    new = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
-    try:
-        yield
-    except InputError:
-        if new and not run.config.exists():  # no worker has begun
-            shutil.rmtree(run.path, ignore_errors=True)
-            with suppress(OSError):  # one of them has something else in it
-                for folder in new[1:]:
-                    folder.rmdir()
-        raise
-    finally:
-        with suppress(OSError):
-            run.next_config.unlink()
+    """The run's folders, made, for one start at a time: InputError for a second one.
+
+    A start that is refused leaves a run as it was, and no folder where there was none.
+    """
+    folders = (run.samples, run.checkpoints, run.path, *run.path.parents)
+    new = [folder for folder in folders if not folder.exists()]
+    run.create()
+    with RunLock(run, file=run.start_lock):
+        try:
+            yield
+        except InputError:
+            if not run.config.exists():  # no worker has begun
+                if run.path in new:
+                    shutil.rmtree(run.path, ignore_errors=True)
+                for folder in new:
+                    with suppress(OSError):  # gone, or something else is in it
+                        folder.rmdir()
+            raise
+        finally:
+            with suppress(OSError):
+                run.next_config.unlink()
 
 
 def _run(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgress) -> tuple[int, float]:

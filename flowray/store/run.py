@@ -67,6 +67,13 @@ class RunDirectory:
         return self.path / ".lock"
 
     @property
+    def start_lock(self) -> Path:
+        """Of the process that starts the run's workers and waits for them: two would share its hidden
+        files, the next config among them.
+        """
+        return self.path / ".lock.start"
+
+    @property
     def stop_request(self) -> Path:
         """A file whose presence asks the loop to write a checkpoint and stop."""
         return self.path / ".stop"
@@ -122,10 +129,11 @@ class RunLock:
 
     Whether the owner on another host lives takes up to RENEW_S to see, that it is dead up to STALE_S: a run that moves to another
     host after a crash waits that long and goes on. patience_s: how long to wait for a live owner to let go.
+    file: the lock, `run.lock` unless given.
     """
 
-    def __init__(self, run: RunDirectory, patience_s: float = 0.0):
-        self._file, self._patience_s = run.lock, patience_s
+    def __init__(self, run: RunDirectory, patience_s: float = 0.0, file: Path | None = None):
+        self._file, self._patience_s = file or run.lock, patience_s
         self._me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
         self._left = threading.Event()
 

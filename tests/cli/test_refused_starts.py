@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,30 @@ def test_a_start_that_is_accepted_brings_its_recipe(place):
         assert not run.next_config.exists()
         assert run.config.read_text().startswith(f"# steps: {steps}\n")
         assert load_recipe(str(run.config)).recipe == longer
+
+
+def test_a_second_start_leaves_the_files_of_the_first(place, monkeypatch):
+    monkeypatch.chdir(place)
+    hold = f"""
+import sys
+from pathlib import Path
+from flowray.store.run import RunDirectory, RunLock
+run = RunDirectory(Path({str(place / "runs" / "twice")!r}))
+run.create()
+with RunLock(run, file=run.start_lock):
+    run.next_config.write_text("of the first")
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"held\n"
+        before = bytes_of(place / "runs" / "twice")
+        line = line_of(train.main, ["tiny.yaml", "name=twice", "--resume"])
+        assert f"in use by process {first.pid} " in line
+        assert bytes_of(place / "runs" / "twice") == before
+        first.communicate()
 
 
 @pytest.mark.parametrize(
