@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from flowray.config.errors import InputError
+from flowray.config.paths import exists, is_file
 
 
 def packaged(what: str) -> Any:
@@ -41,7 +42,7 @@ def is_sweep(data: Mapping[str, Any]) -> bool:
 
 def is_run(path: Path) -> bool:
     """Whether a folder is a run directory."""
-    return (path / "config.yaml").is_file() and not (path / "sweep.yaml").is_file()
+    return is_file(path / "config.yaml") and not is_file(path / "sweep.yaml")
 
 
 # what stands beside the two files once a run or a sweep has begun: not beside one written by hand
@@ -50,12 +51,12 @@ _BEGUN = {"config.yaml": ("checkpoints", "metrics.jsonl"), "sweep.yaml": ("trial
 
 def is_kept(file: Path, name: str) -> bool:
     """Whether `file` is the `name`, config.yaml or sweep.yaml, that a run or sweep keeps in its folder."""
-    return file.name == name and any((file.parent / other).exists() for other in _BEGUN[name])
+    return file.name == name and any(exists(file.parent / other) for other in _BEGUN[name])
 
 
 def holds_results(folder: Path) -> bool:
     """Whether the folder is a run's or a sweep's, and its YAML files are those that flowray wrote."""
-    return any((folder / name).is_file() and is_kept(folder / name, name) for name in _BEGUN)
+    return any(is_file(folder / name) and is_kept(folder / name, name) for name in _BEGUN)
 
 
 def what_it_is(source: str | Path) -> str:
@@ -65,21 +66,21 @@ def what_it_is(source: str | Path) -> str:
     """
     path, typed = Path(source), shlex.quote(str(source))
     samples = f"`python -m flowray.sample {typed} PROMPT` samples it"
-    if (path / "state.json").is_file():
+    if is_file(path / "state.json"):
         run = path.parent.parent
         return f"a checkpoint of the run {run}; {samples}, {_continues(run)}"
-    if (path / "sweep.yaml").is_file():
+    if is_file(path / "sweep.yaml"):
         file, best = shlex.quote(str(path / "sweep.yaml")), path / "best.yaml"
         return (
             f"the folder of a sweep; `python -m flowray.report {typed}` shows it, "
             f"`python -m flowray.tune {file} --resume` continues it, {path}/NUMBER is a trial"
-            + (f", {best} is its best recipe" if best.is_file() else "")
+            + (f", {best} is its best recipe" if is_file(best) else "")
         )
     if is_run(path):
         return f"a run; {samples}, {_continues(path)}"
     if path.name == "checkpoints" and is_run(path.parent):
         return f"the checkpoints of the run {path.parent}; give the run, or one step_* of them"
-    if path.is_file():
+    if is_file(path):
         if is_run(path.parent):
             return f"a file of the run {path.parent}; {_continues(path.parent)}"
         return _file(path, typed)
@@ -111,6 +112,6 @@ def _file(path: Path, typed: str) -> str:
 
 def comes_first(source: str, what: str, command: str) -> None:
     """InputError where a command begins with a `key=value` instead of the recipe or sweep."""
-    if "=" in source and not Path(source).exists():
+    if "=" in source and not exists(Path(source)):
         instead = f"python -m {command} NAME {shlex.quote(source)}"
         raise InputError(f"command line: got {source!r} where {what} comes first; type {instead}")

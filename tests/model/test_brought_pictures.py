@@ -18,6 +18,7 @@ from support import PICTURE, SPEC, ldm_names, tiny_autoencoder, tiny_text
 
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
+from flowray.config.load import load_recipe
 from flowray.config.losses import LpipsLossConfig
 from flowray.config.model import CausalText, DCAutoencoder, DinoV2Net, KLAutoencoder
 from flowray.model import local
@@ -214,10 +215,15 @@ def test_hub_names_ask_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_looks_like_a_path_is_no_hub_name(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(original.parent)
-    for name in (f"{original}x", "./klx", "kl/absent"):
+    for name in (f"{original}x", "./klx"):
         for load in named(name):
             with pytest.raises(InputError, match="no such folder"):
                 load()
+    typed = load_recipe("quickstart", ["model.text.path=kl/absent"]).recipe.model.text.path
+    assert typed == str(original.parent / "kl" / "absent")
+    for load in named("kl/absent"):  # what loading left a name is one, wherever the worker runs
+        with pytest.raises(InputError, match="hf download kl/absent"):
+            load()
     with pytest.raises(InputError, match=f"did you mean {original}"):
         load_autoencoder(KLAutoencoder(path=f"{original}x"), SPEC)
     with pytest.raises(InputError, match="did you mean kl"):
