@@ -133,9 +133,9 @@ def main(argv: list[str]) -> int:
         for one in started:
             with progress.task(f"starting {one.server.name}"):
                 one.wait_until_it_answers()
-        _show(links, args.json)
-        progress.say("Ctrl-C ends it")
         try:
+            _show(links, args.json)
+            progress.say("Ctrl-C ends it")
             while all(one.process.poll() is None for one in started):
                 time.sleep(0.5)
         except KeyboardInterrupt:
