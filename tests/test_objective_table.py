@@ -1,4 +1,4 @@
-"""docs/objective.md: every test that it names is there, and every row names one."""
+"""docs/objective.md and first-contact.md: every test that they name is there, and every row names one."""
 
 from __future__ import annotations
 
@@ -39,6 +39,16 @@ def test_every_named_test_exists() -> None:
     named = [name for row in ROWS for name in re.findall(r"`(tests/[^`]+::[^`]+)`", row)]
     assert len(named) > 90
     assert [name for name in named if not exists(name)] == []
+
+
+def test_first_contact_names_tests_that_exist() -> None:
+    """Each kind of input has its own, whole files or single tests, parameters left out."""
+    kinds = (ROOT / "docs" / "benchmarks" / "first-contact.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    for kind in kinds:
+        named = re.findall(r"tests/[\w/]+\.py(?:::\w+)*", kind)
+        assert named, kind
+        missing = [name for name in named if not (exists(name) if "::" in name else (ROOT / name).is_file())]
+        assert missing == []
 
 
 def test_every_row_names_a_test() -> None:
