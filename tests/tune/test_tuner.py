@@ -136,6 +136,7 @@ def check_states(rows: list[dict], told: list, folder: Path) -> dict[str, list[d
     return by
 
 
+@pytest.mark.timeout(900)  # several sessions of a real sweep
 def test_sweep_stops_tells_and_resumes(tmp_path):
     base = Recipe.model_validate({"train": {"steps": 40}, "resources": {"max_failures": 0}})
     try:
