@@ -38,11 +38,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Node:
-    """What runs on this machine. address: of the head; folder: its files, None where given."""
+    """What runs on this machine. address: of the head; folder: of its files."""
 
     kind: str  # head or worker
     address: str
-    folder: Path | None
+    folder: Path
     processes: tuple[Any, ...]  # of psutil
 
 
@@ -100,7 +100,7 @@ def running(address: str | None = None) -> list[Node]:
         kind, _, rest = mark.partition(" ")
         where, _, folder = rest.partition(" ")
         if kind in ("head", "worker") and where and address in (None, where):
-            nodes.append(Node(kind, where, Path(folder) if folder else None, tuple(processes)))
+            nodes.append(Node(kind, where, Path(folder), tuple(processes)))
     return sorted(nodes, key=lambda node: (node.kind == "head", node.address))
 
 
@@ -114,9 +114,14 @@ def end(node: Node) -> int:
     store = {process for process in processes if _name(process) == "gcs_server"}
     for part in (processes - store, store):  # a raylet takes its leave of the GCS
         _end(part)
-    if node.folder and node.folder.name.startswith(FOLDERS):
-        shutil.rmtree(node.folder, ignore_errors=True)
+    _remove(node.folder)
     return len(processes)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours: one that was named on the command line stays."""
+    if folder.name.startswith(FOLDERS):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end(processes: Collection[Any]) -> None:
@@ -137,14 +142,18 @@ def _name(process: Any) -> str:
 
 @contextmanager
 def _starting(kind: str, address: str, fixed: Sequence[str], options: Sequence[str]) -> Iterator[Path]:
-    """Run `ray start`; yields the folder of its files. Where it or the block fails, all ends."""
+    """Run `ray start`; yields the folder of its files. Where it or the block fails, all ends.
+
+    The folder is a new one, removed in the end, or the one that --temp-dir names, which stays.
+    """
     given = value_of(options, "--temp-dir")
-    folder = new_folder(FOLDERS)
+    folder = Path(given).absolute() if given else new_folder(FOLDERS)
     own = [] if given else [f"--temp-dir={folder}"]
     command, environment = start_command([*fixed, *own, *options])
-    environment |= {MARK: f"{kind} {address} {folder}", "TMPDIR": str(folder.parent)}
-    log = folder / "start.log"
+    environment |= {MARK: f"{kind} {address} {folder}"} | ({} if given else {"TMPDIR": str(folder.parent)})
+    log = folder / f"{kind}-start.log"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:  # a file: daemons keep what they inherit, a pipe would not end
             code = subprocess.run(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
@@ -152,12 +161,14 @@ def _starting(kind: str, address: str, fixed: Sequence[str], options: Sequence[s
             ).returncode  # fmt: skip
         if code:
             raise InputError(f"ray start: {_last_line(log)}")
-        yield Path(given) if given else folder
+        yield folder
     except BaseException as error:
         for node in running(address):
             if node.folder == folder:
                 end(node)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+        if given and isinstance(error, OSError):
+            raise InputError(f"--temp-dir {folder}: {error.strerror}") from None
         if isinstance(error, subprocess.TimeoutExpired):
             raise InputError(f"ray start: not through in {START_S:.0f} s") from None
         raise

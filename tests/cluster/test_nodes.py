@@ -85,6 +85,7 @@ def test_a_port_that_was_typed_is_kept_or_refused(form):
         (["head", "nonsense"], "nonsense"),
         (["head", "--", "--block"], "--block"),
         (["head", "--", "--dashboard-port", "99999"], "--dashboard-port=99999"),
+        (["head", "--", "--temp-dir=/dev/null/x"], "--temp-dir /dev/null/x"),
         (["join", "10.0.0.9"], "10.0.0.9"),
         (["stop", "192.0.2.77:6379"], "192.0.2.77:6379"),
     ],
