@@ -20,7 +20,7 @@ from typing import IO
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import ConsoleProgress
-from flowray.config.errors import InputError
+from flowray.config.errors import InputError, last_line
 from flowray.config.paths import argument
 from flowray.report.load import is_run, is_sweep
 
@@ -166,8 +166,7 @@ class Started:
     def last_words(self) -> str:
         """The last line that it said."""
         self.log.seek(0)
-        lines = [line.strip() for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "it said nothing"
+        return last_line(self.log.read().decode(errors="replace")) or "it said nothing"
 
 
 @contextmanager

@@ -13,6 +13,11 @@ class InputError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+def last_line(text: str) -> str:
+    """Of a traceback or a log its last line that says something, without the way there; '' of none."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """', did you mean X?' for the nearest known name, or '' where nothing is near."""
     near = difflib.get_close_matches(got, list(known), n=1, cutoff=0.6)

@@ -21,11 +21,11 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from flowray.config.errors import InputError
+from flowray.config.errors import InputError, last_line
 from flowray.data.shards import find_shards
 from flowray.rayrun.capacity import HEAD, reach
 from flowray.rayrun.cluster_verdict import MEGABYTE, PACKAGES, PAYLOAD_BYTES, ClusterFacts, NodeFacts
-from flowray.rayrun.gpus import last_line, reduced, seeing_gpus
+from flowray.rayrun.gpus import reduced, seeing_gpus
 from flowray.rayrun.network import bind_gloo
 from flowray.rayrun.storage import marked, problem_here
 from flowray.tune.plan import Node
@@ -232,7 +232,7 @@ def _node_facts(place: _Place, storage: Path, mark: str, shards: list[Path] | No
         facts.storage_problem, facts.storage_mb_s = place.ask("storage", storage, mark)
         facts.shards = None if shards is None else place.ask("shards", shards)
     except Exception as error:  # whatever it was, it is this node's finding
-        facts.error = last_line(str(error)) or type(error).__name__
+        facts.error = last_line(str(error))[:200] or type(error).__name__
     return facts
 
 
@@ -268,4 +268,4 @@ def _all_reduce(backend: str, places: list[_Place]) -> tuple[str, int, float, st
     except IndexError:
         return backend, 0, 0.0, "no node answered"
     except Exception as error:
-        return backend, len(places), 0.0, last_line(str(error)) or type(error).__name__
+        return backend, len(places), 0.0, last_line(str(error))[:200] or type(error).__name__

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flowray.config.errors import last_line
 from flowray.rayrun.cluster_verdict import NO_CUDA, PAYLOAD_BYTES
 
 PATIENCE_S = 100.0  # for an answer of that process, which has torch to load first
@@ -73,14 +74,8 @@ def seeing_gpus(call: str) -> Any:
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     if done.returncode:
-        raise RuntimeError(last_line(done.stderr))
+        raise RuntimeError(last_line(done.stderr)[:200])
     found, error = json.loads(done.stdout.splitlines()[-1])  # NCCL may have told its version before
     if error:
-        raise RuntimeError(last_line(error))
+        raise RuntimeError(last_line(error)[:200])
     return found
-
-
-def last_line(text: str) -> str:
-    """Of a traceback: what went wrong, without the way there."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else ""

@@ -20,7 +20,7 @@ import grpc
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 from ray._private.services import psutil  # type: ignore[attr-defined]  # Ray has its own copy
 
-from flowray.config.errors import InputError
+from flowray.config.errors import InputError, last_line
 from flowray.rayrun.access import LOOPBACK, require_token, start_command, take_token
 from flowray.rayrun.address import PROBE_S, address_of, host_and_port, problem_at, session_at
 from flowray.rayrun.ports import AGENT, DASHBOARD, OF_A_HEAD, OF_A_NODE, chosen, value_of
@@ -160,7 +160,8 @@ def _starting(kind: str, address: str, fixed: Sequence[str], options: Sequence[s
                 timeout=START_S,
             ).returncode  # fmt: skip
         if code:
-            raise InputError(f"ray start: {_last_line(log)}")
+            said = last_line(log.read_text(errors="replace"))
+            raise InputError(f"ray start: {said or 'it said nothing'}")
         yield folder
     except BaseException as error:
         for node in running(address):
@@ -176,11 +177,6 @@ def _starting(kind: str, address: str, fixed: Sequence[str], options: Sequence[s
 
 def _named(ports: dict[str, int]) -> list[str]:
     return [f"{name}={port}" for name, port in ports.items()]
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
 
 
 def _refuse_foreign(host: str) -> None:

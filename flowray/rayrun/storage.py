@@ -15,7 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flowray.config.cluster import in_cluster
-from flowray.config.errors import InputError
+from flowray.config.errors import InputError, last_line
 from flowray.config.progress import SILENT, Progress
 from flowray.config.train import DataConfig
 from flowray.data.shards import EMBEDDED, find_shards
@@ -149,8 +149,8 @@ def _heard(answer: Any, node: str) -> tuple[str, list[Path]]:
     try:
         problem, unseen = ray.get(answer, timeout=PATIENCE_S)
     except ray.exceptions.RayError as error:
-        last = [line for line in str(error).splitlines() if line.strip()][-1:]
-        why = "no answer" if isinstance(error, ray.exceptions.GetTimeoutError) else " ".join(last)
+        timed_out = isinstance(error, ray.exceptions.GetTimeoutError)
+        why = "no answer" if timed_out else last_line(str(error))
         raise InputError(f"node {node} cannot be asked about storage_path: {why[:200]}; type `python -m flowray.cluster check`") from error
     return problem, unseen
 

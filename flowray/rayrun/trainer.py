@@ -15,7 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from flowray.config.errors import InputError
+from flowray.config.errors import InputError, last_line
 from flowray.config.recipe import Recipe
 from flowray.rayrun.capacity import reach
 from flowray.rayrun.gauges import RunGauges
@@ -207,5 +207,4 @@ def _raise_noted(run: RunDirectory) -> None:
 def _root_cause(error: BaseException) -> str:
     """The last line of the first worker's traceback: what went wrong, without the way there."""
     failures = getattr(error, "worker_failures", None) or {0: error}
-    lines = [line.strip() for line in str(next(iter(failures.values()))).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return last_line(str(next(iter(failures.values())))) or type(error).__name__

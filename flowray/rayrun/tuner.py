@@ -22,7 +22,7 @@ from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from flowray.config.cluster import in_cluster
-from flowray.config.errors import InputError
+from flowray.config.errors import InputError, last_line
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
@@ -316,8 +316,8 @@ class _Events(Unpickled, tune.Callback):
 
 def _error_line(path: Path) -> str:
     """The last line of a trial's error file, and where the rest is."""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return f"{lines[-1][:300] if lines else 'no message'} (traceback: {path.parent.name}/{path.name})"
+    said = last_line(path.read_text(errors="replace"))[:300] or "no message"
+    return f"{said} (traceback: {path.parent.name}/{path.name})"
 
 
 def _best_recipe(sweep: Sweep, base: Recipe, best: TrialRecord) -> str:
