@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +17,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
+from flowray.config.background import beside
 from flowray.config.progress import Advance, Progress, duration
 from flowray.config.rows import parse_rows
 from flowray.store.doing import doing
@@ -79,12 +80,10 @@ class ConsoleProgress:
                 closing.enter_context(self._bars)
             yield advance
 
-    @contextmanager
-    def _beats(self, task: Task) -> Iterator[None]:
+    def _beats(self, task: Task) -> AbstractContextManager[None]:
         """Lines in between, of a thread: whatever the block does, a reader sees that it goes on."""
-        over = threading.Event()
 
-        def beat() -> None:
+        def beat(over: threading.Event) -> None:
             pause, began, told = FIRST_S, time.monotonic(), False
             while not over.wait(pause):
                 if self._open and self._open[-1] is task:
@@ -92,13 +91,7 @@ class ConsoleProgress:
                     told = True
                 pause = min(max(BEAT_S, (time.monotonic() - began) / 5), QUIET_S)
 
-        thread = threading.Thread(target=beat, name="progress", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+        return beside(beat, "progress")
 
 
 def _count(task: Task) -> str:

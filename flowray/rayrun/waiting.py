@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from flowray.config.background import beside
 from flowray.config.train import ResourceConfig
 from flowray.rayrun.capacity import present
 from flowray.store.doing import doing
@@ -55,19 +56,12 @@ def begun(run: RunDirectory) -> bool:
         return False
 
 
-@contextmanager
-def told_of_waiting(asked: ResourceConfig, run: RunDirectory, say: Callable[[str], None]) -> Iterator[None]:
+def told_of_waiting(asked: ResourceConfig, run: RunDirectory, say: Callable[[str], None]) -> AbstractContextManager[None]:
     """While the block runs, a line a minute as long as none of the run's workers is at work."""
-    watch, over = RoomWatch(asked, say), threading.Event()
+    watch = RoomWatch(asked, say)
 
-    def look() -> None:
+    def look(over: threading.Event) -> None:
         while not over.wait(LOOK_S):
             watch.look(lambda: int(not begun(run)))
 
-    thread = threading.Thread(target=look, name="room", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return beside(look, "room")

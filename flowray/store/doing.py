@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from flowray.config.background import beside
 from flowray.config.progress import Advance
 from flowray.store.run import RENEW_S, STALE_S, RunDirectory
 
@@ -39,7 +40,7 @@ class WrittenProgress:
     @contextmanager
     def task(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
         """Tasks do not lie in one another here."""
-        written, over = 0.0, threading.Event()
+        written = 0.0
 
         def words() -> str:
             return f"{what} {done}/{total}" if total else what
@@ -51,18 +52,15 @@ class WrittenProgress:
                 written = time.monotonic()
                 self._write(words())
 
-        def renew() -> None:
+        def renew(over: threading.Event) -> None:
             while not over.wait(RENEW_S):
                 self._write(words())
 
         advance(0)
-        thread = threading.Thread(target=renew, name="doing", daemon=True)
-        thread.start()
         try:
-            yield advance
+            with beside(renew, "doing"):
+                yield advance
         finally:
-            over.set()
-            thread.join()
             with suppress(OSError):
                 self._file.unlink(missing_ok=True)
 
