@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -236,3 +238,12 @@ def own_pictures(folder: Path, count: int = 24) -> Path:
         Image.fromarray(picture).save(folder / f"{i:03d}.png")
         (folder / f"{i:03d}.txt").write_text("\n".join(captions) + "\n")
     return folder
+
+
+def assert_refused(call: Callable[[], object], kind: type[Exception], words: str) -> None:
+    """The call ends in this very kind of error, one line that matches the words."""
+    with pytest.raises(kind) as caught:
+        call()
+    assert type(caught.value) is kind
+    assert re.search(words, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from sweep_records import METRIC, make
 
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.sweepfile import base_recipe, check_trials, dump_sweep, text_sweep
@@ -26,25 +27,7 @@ from flowray.report.load import Sweep, load_sweep
 from flowray.report.paint import BLUE, VERMILLION
 from flowray.report.sweep_page import hand_written, sweep_commands, sweep_verdict, write_sweep_report
 
-METRIC = "ema/shoot/nmse"
 LR = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
-
-
-def make(folder: Path, trials: list[dict[str, Any]], **settings: Any) -> Path:
-    """A sweep of these records; a `config` among a record's keys becomes the trial's config.yaml."""
-    folder.mkdir(exist_ok=True)
-    plain = {"name": "s", "base": "sweep_proxy", "metric": {"name": METRIC, "goal": "minimize"}}
-    (folder / "sweep.yaml").write_text(yaml.safe_dump({**plain, **settings}))
-    rows = []
-    for number, trial in enumerate(trials):
-        config = trial.pop("config", None)
-        if config is not None:
-            (folder / str(number)).mkdir(exist_ok=True)
-            (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(config))
-        row = {"trial": number, "params": {}, "status": "finished", "last_step": 400, "budget_steps": 400, "metrics": {}, "seconds": 0.0}
-        rows.append(row | {"stopped_by": None, "error": None} | trial)
-    (folder / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def seeded(lr: float, values: list[float]) -> dict[str, Any]:
@@ -342,58 +325,6 @@ def test_a_sweep_over_pictures_ends_with_the_way_to_draw_them(tmp_path: Path) ->
     command = "python -m flowray.sample {} 'a small red circle on a white background' --set sample.guidance_scale=3"
     assert sweep_commands(sweep) == {"Sample with the best setting": command.format(run)}
     assert f"guidance_scale: 3  # {base.sample.guidance_scale} in the base" in analysis.best_diff(sweep)
-
-
-def scaled(value: float, **autoencoder: Any) -> dict[str, Any]:
-    config = {"model": {"autoencoder": {"kind": "kl", "path": "embedded", "scaling_factor": None} | autoencoder, "latent": {"height": 8}}}
-    return {"params": {"k": value}, "metrics": {METRIC: value}, "config": config}
-
-
-def test_trials_on_another_scale_are_not_ranked(tmp_path: Path) -> None:
-    folder = make(tmp_path / "s", [scaled(0.5), scaled(0.3), scaled(0.1, scaling_factor=0.2)])
-    sweep = load_sweep(folder)
-    assert sweep.best is None
-    assert sweep.scales == {"model.autoencoder.scaling_factor=null": (0, 1), "model.autoencoder.scaling_factor=0.2": (2,)}
-    assert sweep_commands(sweep) == {}
-    assert edges(sweep) == []
-    page = write_sweep_report(folder).read_text()
-    assert '<p class="big">Not ranked</p>' in page
-    assert [(group.label, group.best.number if group.best else None) for group in analysis.scale_groups(sweep)] == [("A", 1), ("B", 2)]
-    assert "Trial 0, 1; best of these: trial 1, ema/shoot/nmse 0.300" in page
-    assert re.findall(r"</span></td><td>([AB])</td>", page) == ["A", "A", "B"]
-    assert "Trials (not ranked)" in page
-    assert 'class="best"' not in page
-    assert re.findall(r'<tr id="trial-(\d+)"', page) == ["0", "1", "2"]
-    assert "do not compare" in (folder / "report.md").read_text()
-    assert "<h2>Progress</h2>" not in page
-
-
-@pytest.mark.parametrize(
-    ("key", "other", "comparable"),
-    [
-        ("model.latent.height", 16, False),
-        ("model.autoencoder.path", "elsewhere", False),
-        ("data.shards", "digits", False),
-        ("model.autoencoder.parameters", 7, True),
-        ("model.head.kind", "grid", True),
-    ],
-)
-def test_what_sets_the_scale(tmp_path: Path, key: str, other: Any, comparable: bool) -> None:
-    trials = []
-    for value in (None, other):
-        config: dict[str, Any] = {"data": {"shards": "shapes"}, "model": {"latent": {"height": 8}, "autoencoder": {"path": "embedded"}}}
-        *sections, last = key.split(".")
-        inner = config
-        for name in sections:
-            inner = inner.setdefault(name, {})
-        inner[last] = value if value is not None else inner.get(last)
-        trials.append({"metrics": {METRIC: 0.5}, "config": config})
-    assert load_sweep(make(tmp_path / "s", trials)).comparable is comparable
-
-
-def test_held_out_shards_of_their_own_make_training_shards_comparable(tmp_path: Path) -> None:
-    configs = [{"data": {"shards": shards, "val_shards": "held"}} for shards in ("a", "b")]
-    assert load_sweep(make(tmp_path / "s", [{"metrics": {METRIC: 0.5}, "config": c} for c in configs])).comparable
 
 
 def test_what_a_person_wrote_stays_and_shows(tmp_path: Path) -> None:
