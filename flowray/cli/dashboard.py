@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from flowray.cli.common import FINDINGS, GOOD
-from flowray.cli.parser import Parser
+from flowray.cli.parser import Parser, whole_number
 from flowray.cli.progress import ConsoleProgress
 from flowray.config.errors import InputError, last_line
 from flowray.config.paths import argument
@@ -50,7 +50,7 @@ def _parser() -> Parser:
         "trial, optuna-dashboard on the study with the trials' pictures. Prints the links, Ray's own too; Ctrl-C ends it.",
     )
     parser.add_argument("dir", metavar="DIR", type=argument, help="a folder that flowray.tune or flowray.train wrote")
-    parser.add_argument("--port", type=int, default=6006, help="the first port to try; default %(default)s")
+    parser.add_argument("--port", type=whole_number(1, 65535), default=6006, help="the first port to try; default %(default)s")
     parser.add_argument("--plan", action="store_true", help="print the links and the commands; start nothing")
     parser.add_argument("--json", action="store_true", help="the links as one JSON object on stdout, the rest on stderr")
     return parser

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flowray.cli.common import FINDINGS, GOOD
-from flowray.cli.parser import Parser
+from flowray.cli.parser import Parser, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
@@ -44,7 +44,7 @@ def _parser() -> Parser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to examine it with, e.g. sample.guidance_scale=3")
     parser.add_argument("--checkpoint", type=argument, metavar="PATH", help="this checkpoint instead of the newest")
     parser.add_argument("--batch", type=int, help="samples of the probes (default: probes.batch_size)")
-    parser.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of every draw (default 0)")
     parser.add_argument("--out", type=argument, metavar="FILE", help="where the page goes (default RUN/doctor.html)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout: the findings and every number measured")
     return parser

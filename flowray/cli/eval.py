@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowray.cli.common import GOOD
-from flowray.cli.parser import Parser
+from flowray.cli.parser import Parser, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
@@ -26,7 +26,7 @@ def _parser() -> Parser:
         description="Score a run on shapes with an exact checker: template matching, no learned judge. Also writes <run>/eval.json.",
     )
     parser.add_argument("run", type=argument, help="a run directory or one of its checkpoints/step_* folders")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole_number(0), default=0)
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="recipe keys, e.g. sample.guidance_scale=3")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from flowray.config.errors import InputError
@@ -27,3 +27,19 @@ class Parser(argparse.ArgumentParser):
         if left:
             self.error(f"unrecognized arguments: {' '.join(left)}")
         return known
+
+
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """An argument's type: a whole number from `low` to `high`, without it of any size."""
+    ends = f"of {low} or more" if high is None else f"from {low} to {high}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"got {text}, want a whole number {ends}")
+        return value
+
+    return parse

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from flowray.cli.common import GOOD
-from flowray.cli.parser import Parser
+from flowray.cli.parser import Parser, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
+
+MAX_SCALE = 64  # of 64 px pictures, sheets of 4,096 px each
 
 
 def _parser() -> Parser:
@@ -24,9 +26,11 @@ def _parser() -> Parser:
     parser.add_argument("prompts", nargs="*", metavar="prompt", help="captions; or --prompts FILE")
     parser.add_argument("--prompts", dest="file", type=argument, help="a UTF-8 text file, one caption a line")
     parser.add_argument("--out", type=argument, help="PNG to write; default <run>/samples/<first words>.png")
-    parser.add_argument("--count", type=int, default=1, help="pictures a prompt, each from its own noise")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=int, default=1, help="enlarge the pictures this many times, without smoothing")
+    parser.add_argument("--count", type=whole_number(1), default=1, help="pictures a prompt, each from its own noise")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument(
+        "--scale", type=whole_number(1, MAX_SCALE), default=1, help="enlarge the pictures this many times, without smoothing"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="recipe keys, e.g. sample.guidance_scale=3")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
@@ -55,8 +59,6 @@ def main(argv: list[str]) -> int:
     prompts = args.prompts + (read_prompts(args.file) if args.file else [])
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise InputError('no prompt; type one in quotes, e.g. "a large red circle on a white background", or --prompts FILE')
-    if args.count < 1 or args.scale < 1:
-        raise InputError(f"--count {args.count} --scale {args.scale}: both must be at least 1")
     quiet_libraries()
     progress = ConsoleProgress()
     with progress.task(IMPORTING):

@@ -114,7 +114,10 @@ def test_a_run_in_use_is_not_touched(place, monkeypatch):
         (["runs/none", "a red circle"], "runs/none: no such folder"),
         (["empty", "a red circle"], "empty: no valid checkpoint in it yet"),
         (["runs/tiny", "a red circle", "--set", "sample.stpes=3"], "did you mean sample.steps?"),
-        (["runs/tiny", "a red circle", "--count", "0"], "--count 0"),
+        (["runs/tiny", "a red circle", "--count", "0"], "--count: got 0"),
+        (["runs/tiny", "a red circle", "--seed", "-1"], "--seed: got -1"),
+        (["runs/tiny", "a red circle", "--scale", "100000"], "--scale: got 100000"),
+        (["runs/tiny", "a red circle", "--seed", "one"], "--seed: got one"),
     ],
 )
 def test_sample(place, monkeypatch, argv, says):

@@ -83,6 +83,12 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         main([str(tmp_path)])
 
 
+@pytest.mark.parametrize("port", ["-3", "0", "65536", "http"])
+def test_what_is_no_port_is_one_line(port: str) -> None:
+    with pytest.raises(InputError, match=f"--port: got {port}"):
+        main(["runs", "--port", port])
+
+
 def test_a_taken_port_is_passed_over() -> None:
     with socket.socket() as other:
         other.bind((HOST, 0))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from support import tiny_recipe
@@ -73,6 +74,13 @@ def test_python_m_flowray_answers():
 @pytest.mark.parametrize("verb", main._VERBS)
 def test_every_listed_verb_has_its_own_command(verb):
     assert main._command(verb).__module__ == f"flowray.cli.{verb}"
+
+
+def test_every_listed_verb_is_a_module_too():
+    """`python -m flowray.VERB`: a file, or a folder with the shim."""
+    root = Path(main.__file__).parent.parent
+    found = {v for v in main._VERBS if (root / f"{v}.py").is_file() or (root / v / "__main__.py").is_file()}
+    assert found == main._VERBS.keys()
 
 
 def test_an_unknown_verb(monkeypatch, capsys):
