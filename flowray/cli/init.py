@@ -176,6 +176,8 @@ def _look(folder: Path, val: Path | None) -> Looked:
     shards = find_shards(str(train))
     if not val.is_dir():
         raise InputError(f"--data {folder}: no held-out shards in {val}; pack with --val 0.05, or give --val FOLDER")
+    if val.samefile(train):
+        raise InputError(f"--val {val}: the training shards themselves; held-out ones must be others (pack with --val 0.05)")
     held_out = ShardReader(find_shards(str(val)))
     reader = ShardReader(shards)
     from flowray.store.latents import decode_image  # torch takes seconds to import
@@ -317,11 +319,14 @@ def _recipe(out: Path, looked: Looked, text: Part, autoencoder: Part, latent: tu
     gpus = torch.cuda.device_count()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.stem).strip("-._") or "mine"
     wide = latent[1] * latent[2] > SMALL_CELLS
+    pictures = f"{looked.count} pictures of {width} x {height} px, {looked.held_out} held out"
+    card = {"title": name, "purpose": "", "dataset": pictures, "tags": [], "notes": ""}  # not quickstart's
     lines = [
-        f"# Written by flowray.init: {looked.count} pictures of {width} x {height} px, {looked.held_out} held out.",
+        f"# Written by flowray.init: {pictures}.",
         "# Every other key is quickstart's; docs/objective.md lists them all.",
         "base: quickstart",
         yaml.safe_dump({"name": name}).strip(),  # in quotes where it is `no` or a number
+        f"card: {section(card)}",
         f"data: {section({'shards': place(looked.train), 'val_shards': place(looked.val)})}",
         "model:",
         f"  latent: {section(dict(zip(('channels', 'height', 'width'), latent, strict=True)))}",

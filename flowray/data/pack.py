@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,14 +133,17 @@ def _splits(images: Path, pictures: list[Path], val: float) -> dict[str, list[Pa
     """split -> pictures; `val` gets those whose keys lie in the first `val` of all keys."""
     if not val:
         return {"all": pictures}
-    splits: dict[str, list[Path]] = {"train": [], "val": []}
-    for path in pictures:
-        held_out = int(key_of(path.relative_to(images).as_posix()), 16) < val * 16**16
-        splits["val" if held_out else "train"].append(path)
-    for split, paths in splits.items():
-        if not paths:
-            raise InputError(f"val {val}: of {len(pictures)} pictures none would go to {split}; give another share")
-    return splits
+    place = {path: int(key_of(path.relative_to(images).as_posix()), 16) / 16**16 for path in pictures}
+    if val <= (first := min(place.values())):  # few pictures: by chance none lies that low
+        least = math.ceil(first * 1000 + 1) / 1000
+        raise InputError(f"val {val}: of {len(pictures)} pictures none would go to val; the least share that holds one out is {least:g}")
+    if val > (last := max(place.values())):
+        most = math.floor(last * 1000) / 1000
+        raise InputError(f"val {val}: of {len(pictures)} pictures none would go to train; the greatest share that leaves one is {most:g}")
+    return {
+        "train": [path for path in pictures if place[path] >= val],
+        "val": [path for path in pictures if place[path] < val],
+    }
 
 
 def _captions(images: Path, pictures: list[Path], faults: list[str]) -> dict[Path, list[str]]:

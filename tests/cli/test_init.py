@@ -54,6 +54,8 @@ def test_the_shipped_models_where_they_fit(place: Path, monkeypatch: pytest.Monk
     recipe = init_recipe(place, "my shapes.yaml", "--data", "shards")
     base = load_recipe("quickstart").recipe
     assert recipe.name == "my-shapes"
+    assert (recipe.card.title, recipe.card.purpose, recipe.card.notes) == ("my-shapes", "", "")  # not quickstart's
+    assert recipe.card.dataset.endswith(" held out")
     assert (recipe.model.text, recipe.model.autoencoder) == (base.model.text, base.model.autoencoder)
     assert recipe.model.latent.shape == (4, 8, 8)
     assert (recipe.loss, recipe.flow) == (base.loss, base.flow)  # what makes a caption arrive
@@ -153,6 +155,7 @@ def test_an_autoencoder_too_coarse_for_the_pictures_leaves_no_recipe(place: Path
         (["--data", "own"], "flowray.data pack own shards"),
         (["--data", "flat"], "--val"),
         (["--data", "nowhere"], "nowhere"),
+        (["--data", "shards", "--val", "shards/train"], "--val shards/train"),
         (["--data", "shards", "--out", "taken.yaml"], "taken.yaml"),
         (["--data", "shards", "--out", "recipe"], "recipe"),
         (["--data", "shards", "--out", "/dev/null/mine.yaml"], "/dev/null/mine.yaml"),

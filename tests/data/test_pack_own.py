@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support import own_pictures
 
 from flowray.cli.data import main
 from flowray.config.errors import InputError
@@ -147,3 +148,16 @@ def test_sixteen_bits_a_pixel_keep_their_grey(tmp_path: Path) -> None:
     grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "deep.png")
     np.testing.assert_array_equal(pack.load_rgb(tmp_path / "deep.png", None)[..., 1], grey >> 8)
+
+
+def test_a_share_that_holds_none_out_names_the_least_that_does(tmp_path: Path) -> None:
+    """Of few pictures chance may hold none out; what the line says to type works."""
+    own_pictures(tmp_path / "in", 3)
+    with pytest.raises(InputError) as caught:
+        pack_folder(tmp_path / "in", tmp_path / "out", 8, val=0.0001)
+    least = float(str(caught.value).split()[-1])
+    assert pack_folder(tmp_path / "in", tmp_path / "out", 8, val=least).samples == {"train": 2, "val": 1}
+    with pytest.raises(InputError) as caught:
+        pack_folder(tmp_path / "in", tmp_path / "other", 8, val=0.9999)
+    most = float(str(caught.value).split()[-1])
+    assert pack_folder(tmp_path / "in", tmp_path / "other", 8, val=most).samples == {"train": 1, "val": 2}
