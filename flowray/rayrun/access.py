@@ -72,10 +72,15 @@ def take_token() -> None:
     """Take part in token authentication where a token is at hand: Ray's clients stay out of it
     unless RAY_AUTH_MODE is set. Ray's remark that it is on goes unsaid. InputError where what
     should hold a token holds none.
+
+    Ray keeps the first token that a process reads; its processes read it anew, and refuse a driver
+    whose token has changed since (another HOME or RAY_AUTH_TOKEN).
     """
     from ray._private.authentication import authentication_token_setup as setup
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
+    AuthenticationTokenLoader.instance().reset_cache()
     with _quiet(setup.logger):
         try:
             setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)

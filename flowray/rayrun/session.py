@@ -73,6 +73,7 @@ def started(num_cpus: int | None = None, progress: Progress = SILENT) -> Iterato
             ray.shutdown()
         return
     require_token(private=True)
+    take_token()
     with local_folder() as folder:
         try:
             with progress.task("starting Ray"):
