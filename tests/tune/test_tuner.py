@@ -163,7 +163,8 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
             went_on = run_sweep(two, base, resume=False, trial_fn=trial, stream=log)
             seeds = run_sweep(make(tmp_path, name="seeds", seeds=2, run_cap=1), base, resume=False, trial_fn=trial, stream=log)
             lone = run_sweep(make(tmp_path, name="lone", run_cap=1), base, resume=False, trial_fn=alone, stream=log)
-            actors = {actor.class_name for actor in list_actors(limit=1000)}  # dead ones too
+            here = ray.get_runtime_context().gcs_address  # other Rays may run beside it
+            actors = {actor.class_name for actor in list_actors(here, limit=1000)}  # dead ones too
     finally:
         ray.shutdown()
     assert (done.interrupted, done.left) == (False, 1)  # of the nine
