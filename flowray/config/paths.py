@@ -115,18 +115,26 @@ def _mode(path: Path) -> int:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def expand(text: str) -> str:
+def expand(text: str, *folders: Path) -> str:
     """`~`, `$NAME` and `${NAME}` replaced, `$$` being a plain `$`.
 
+    What is there under that very name keeps its `$`, and so does a new file in such a folder.
+    folders: what a relative one starts from, the working directory unless given.
     InputError where a variable or a home is not there.
     """
+    very = Path(os.path.expanduser(text))
+    starts = folders or (Path(),)
+    if "$" in text and any(exists(folder / very) for folder in starts):
+        return str(very)
     try:
         text = Template(text).substitute(os.environ)
-    except KeyError as error:
-        name = error.args[0]
-        raise InputError(f"got {text!r}, but the environment variable {name} is not set") from None
-    except ValueError:
-        raise InputError(f"got {text!r}; a `$` that begins no variable is written `$$`") from None
+    except (KeyError, ValueError) as error:
+        if "$" in str(very.parent) and any(exists(folder / very.parent) for folder in starts):
+            return str(very)
+        why = "; a `$` that begins no variable is written `$$`"
+        if isinstance(error, KeyError):
+            why = f", but the environment variable {error.args[0]} is not set"
+        raise InputError(f"got {text!r}{why}") from None
     whole = os.path.expanduser(text)
     if whole.startswith("~"):
         raise InputError(f"got {text!r}, but no such user is known; `./~...` is a file of that name")
@@ -149,14 +157,14 @@ def absolute(text: str, field: PathField, *folders: Path) -> str:
         return text
     if not text:
         raise InputError("got '', want a path")
-    path = expand(text)
-    if os.path.isabs(path):
-        return _tidy(path)
     shared = [Path(os.environ[field.root])] if os.environ.get(field.root) else []
     if field.run:
         folders = (*shared, *folders, Path.cwd())
     elif field.root:
         folders = (*shared, Path.cwd())[:1]
+    path = expand(text, *folders)
+    if os.path.isabs(path):
+        return _tidy(path)
     places = [_joined(folder.absolute(), path, field) for folder in folders]
     first, *others = places
     if others and not _is_there(first, field):
@@ -185,7 +193,7 @@ def source_path(text: str, folder: Path | None = None) -> Path:
     What is there under that very name needs no `$$`: the files of a run in a folder with a `$`.
     """
     very = (folder or Path()) / text
-    return very if exists(very) else (folder or Path()) / expand(text)
+    return very if exists(very) else (folder or Path()) / expand(text, folder or Path())
 
 
 def storage_folder(text: str = "runs") -> str:

@@ -214,3 +214,38 @@ def test_earlier_runs_are_also_found_from_the_working_directory(home: Path, monk
     (home.parent / "shared/runs/old").mkdir(parents=True)
     monkeypatch.setenv("FLOWRAY_STORAGE", str(home.parent / "shared"))
     assert load_sweep(str(home / "s.yaml")).warm_start == (str(home.parent / "shared/runs/old"),)
+
+
+@pytest.mark.parametrize("folder", ["my$1 files", "a$b", "${c}", "100$"])
+def test_a_path_that_is_there_keeps_its_dollar(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+) -> None:
+    """And so does a new file in it. Where nothing is there, a `$` begins a variable."""
+    here = home.parent / "elsewhere"
+    (here / folder / "sets").mkdir(parents=True)
+    assert argument(folder) == Path(folder)
+    assert argument(f"{folder}/new.png") == Path(folder, "new.png")
+    recipe = load_recipe(
+        "quickstart",
+        [f"data.shards={folder}/*", f"storage_path={folder}", f"data.cache={folder}/sets/"],
+    ).recipe
+    assert (recipe.data.shards, recipe.storage_path) == (
+        str(here / folder / "*"),
+        str(here / folder),
+    )
+    assert recipe.data.cache == str(here / folder / "sets")
+    (here / folder / "r.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(f"{folder}/r.yaml").recipe == recipe
+    monkeypatch.chdir("/")
+    assert argument(str(here / folder)) == here / folder
+    for text in (folder, f"{folder}/new.png"):
+        with pytest.raises(InputError):
+            argument(text)
+
+
+def test_a_variable_goes_before_a_folder_of_its_name(home: Path) -> None:
+    (home.parent / "elsewhere" / "$DATA").mkdir()
+    assert argument("$DATA/new") == home.parent / "data" / "new"
+    assert argument("$DATA") == Path("$DATA")
