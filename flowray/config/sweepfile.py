@@ -80,9 +80,10 @@ def load_sweep(source: str, overrides: Sequence[str] = (), *, in_place: bool = F
         here = moved(Path(file.label), storage, str(data.get("name")))
         data |= {key: written(value) for key, value in here.items()}
     data.setdefault("card", head_card(text))
-    for key, raw in key_values(overrides, "run_cap=4 or set.train.steps=50"):
-        _override(data, key, parse_value(raw))
-        file = file.typed(key)
+    typed = list(key_values(overrides, "run_cap=4 or set.train.steps=50"))
+    # kinds first: they drop what belongs to another one
+    for key, raw in sorted(typed, key=lambda pair: pair[0] not in _KINDS):
+        file = file.typed(_override(data, key, parse_value(raw)))
     sweep = build_sweep(data, file)
     return sweep.model_copy(update={"base": _base(sweep, file)})
 
@@ -154,9 +155,13 @@ def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
         return Sweep.model_validate({**places, "parameters": made, "set": fixed, "points": points})
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(part for part in map(str, first["loc"]) if not re.match(_UNION_PART, part))
+        section, *rest = map(str, first["loc"]) if first["loc"] else ("",)
+        if any(key.startswith(f"{section}.") for key in _KINDS):
+            rest = rest[1:]  # without its kind, which pydantic names too
+        key = ".".join(part for part in (section, *rest) if not re.match(_UNION_PART, part))
         if first["type"] == "missing":
-            raise InputError(f"{file.where(key)}: {key} is missing{_EXAMPLES.get(key, '')}") from None
+            example = _EXAMPLES.get(key, _EXAMPLES.get(section, ""))
+            raise InputError(f"{file.where(key)}: {key} is missing{example}") from None
         if first["type"] == "extra_forbidden":
             raise InputError(f"{file.where(key)}: unknown key {key}{_nearby(first['loc'])}") from None
         cause = first.get("ctx", {}).get("error")
@@ -313,6 +318,7 @@ _PROBED = ("flow/", "shoot/", "text/", "mu/", "logvar/", "std/", "z_init/", "sca
 _NO_EMA = ("ema/loss/", "ema/vae/", "ema/latent/")
 _NOT_REPORTED = tuple(f"{ema}{group}/" for ema in ("", "ema/") for group in ("grad", "lr", "perf", "amp", "weight", "step", "ent"))
 _OWN = "name, storage_path and resources stand at the top of the file"
+_KINDS = ("early_terminate.type", "search.kind")
 _UNION_PART = r"constrained-|literal\[|function-"  # pydantic's words for a member of a union
 _EXAMPLES = {
     "name": ", such as name: head",
@@ -391,8 +397,12 @@ def _open(source: str) -> tuple[YamlFile, str]:
     raise InputError(f"{source}: no such sweep file{near or '; packaged sweeps: ' + ', '.join(names)}")
 
 
-def _override(data: dict[str, Any], key: str, value: Any) -> None:
-    """Lay one typed key over the file's data."""
+def _override(data: dict[str, Any], key: str, value: Any) -> str:
+    """Lay one typed key over the file's data.
+
+    Returns what of them is now typed: the key, or the section that begins anew with it, as one does
+    whose kind is another than the file's.
+    """
     head, _, rest = key.partition(".")
     if head not in Sweep.model_fields:
         raise InputError(f"{COMMAND_LINE}: {_unknown(key)}")
@@ -407,9 +417,13 @@ def _override(data: dict[str, Any], key: str, value: Any) -> None:
         old = data.get(head)
         if not isinstance(old, Mapping | None):
             raise InputError(f"{COMMAND_LINE}: {key}: {head} is not a mapping")
-        data[head] = {**(old or {}), rest: value}
+        if old is None or (key in _KINDS and old.get(rest) != value):
+            data[head] = {rest: value}
+            return head
+        data[head] = {**old, rest: value}
     else:
         data[key] = _dotted(key, value, COMMAND_LINE)
+    return key
 
 
 def _unknown(key: str) -> str:

@@ -7,7 +7,15 @@ import pytest
 from flowray.cli.common import entry
 from flowray.cli.tune import main, plan
 from flowray.config.errors import InputError
-from flowray.config.sweep import Categorical, IntUniform, LogUniform, QUniform, Uniform
+from flowray.config.sweep import (
+    Asha,
+    Categorical,
+    IntUniform,
+    LogUniform,
+    Median,
+    QUniform,
+    Uniform,
+)
 from flowray.config.sweepfile import base_recipe, check_trials, dump_sweep, load_sweep, packaged_sweeps, text_sweep
 
 GOOD = """\
@@ -129,12 +137,45 @@ def test_bad_sweeps_name_the_line(write, old, new, line, words):
         ("set.optim.lrr=3", "did you mean optim.lr?"),
         ("run_cap=0", "run_cap: got 0"),
         ("parameters.optim.lr.max=abc", "want a number > 0"),
+        ("early_terminate.type=asha", "early_terminate.rungs is missing"),
+        ("early_terminate.type=hyperbnd", "type one of hyperband, asha, median"),
+        ("early_terminate.eta=0", "early_terminate.eta: got 0"),
+        ("early_terminate={type: median}", "early_terminate.min_iter is missing"),
+        (
+            "early_terminate.min_itre=3",
+            "unknown key early_terminate.min_itre, did you mean min_iter?",
+        ),
+        ("search.kind=cmea", "with kind one of"),
+        ("search.sigma=0.5", "search: got"),
     ],
 )
 def test_bad_overrides(write, text, words):
-    with pytest.raises(InputError, match=r".") as caught:
+    with pytest.raises(InputError, match=r"^command line: ") as caught:
         load_sweep(write(GOOD), [text])
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["early_terminate.type=asha"],
+        ["early_terminate.rungs=[20, 60]", "early_terminate.type=asha"],
+    ],
+)
+def test_a_typed_kind_begins_its_section_anew(write, typed):
+    """As in a recipe: nothing of the kind in the file is left; the new one's keys may stand before it."""
+    rungs, eta = "early_terminate.rungs=[20, 60]", "early_terminate.eta=[2, 3]"
+    sweep = load_sweep(write(GOOD), [*typed, rungs, eta])
+    assert sweep.early_terminate == Asha(rungs=(20, 60), eta=(2, 3))
+    same = load_sweep(write(GOOD), ["early_terminate.type=hyperband"])
+    assert same.early_terminate == load_sweep(write(GOOD)).early_terminate
+    lines = [line for line in GOOD.splitlines() if not line.startswith("early_terminate")]
+    bare = write("\n".join(lines))
+    for missing in ("type=hyperband", "min_iter=50"):
+        with pytest.raises(InputError, match=r"^command line: early_terminate"):
+            load_sweep(bare, [f"early_terminate.{missing}"])
+    sweep = load_sweep(bare, ["early_terminate.min_iter=50", "early_terminate.type=median"])
+    assert sweep.early_terminate == Median(min_iter=50)
 
 
 def test_missing_keys_and_grid_over_a_continuous_range(write):

@@ -347,7 +347,7 @@ def test_a_warm_start_takes_what_compares_and_says_what_it_leaves_out(tmp_path):
         ("time_budget: soon", "s.yaml:5: time_budget: got 'soon', want a time such as 90s"),
         ("seeds: 3\nset: {seed: 4}", "leave seed out of set and parameters"),
         ("seeds: 0", "seeds: got 0"),
-        ("early_terminate: {type: median}", "early_terminate.median.min_iter is missing"),
+        ("early_terminate: {type: median}", "early_terminate.min_iter is missing"),
         ("early_terminate: {type: median, min_iter: 5, eta: 3}", "allowed: type, min_iter, min_trials"),
         ("stop: [{metric: flow/cos, gains_less_than: 0.1, below: 3}]", "either below or above or gains_less_than"),
     ],
