@@ -150,30 +150,32 @@ class RunProgress:
         files = (run.metrics, run.probes, run.findings)
         self._metrics, self._probes, self._visits = (RowTail(path, start) for path in files)
         self.run, self._step, self._found = run, start, set[str]()
-        self._news, self._silence = time.monotonic(), SILENT_S
+        self._news, self._silence, self._note = time.monotonic(), SILENT_S, ""
 
     def show(self, advance: Advance) -> None:
         """Tell what is new; cheap when nothing is. advance: of the task of training."""
         rows, probes, visits = self._metrics.new(), self._probes.new(), self._visits.new()
-        for row in probes:
-            keys = ("ema/shoot/nmse", "ema/flow/cos", "ema/std/mean", "vae/psnr")
-            shown = [f"{key} {row[key]:.3f}" for key in keys if row.get(key) is not None]
-            self._progress.say(f"probe {row['step']}/{self.steps}  {'  '.join(shown)}")
-        for visit in visits:
-            self._show_findings(visit)
         if rows or probes:
             self._news, self._silence = time.monotonic(), SILENT_S
-        if rows:
-            flow, speed = rows[-1].get("loss/flow"), rows[-1].get("perf/images_per_s")
-            note = f"loss/flow {_show(flow)}  {_show(speed, 0)} images/s"
-            advance(rows[-1]["step"] - self._step, note)
-            self._step = rows[-1]["step"]
+            # a step may be probed that is not logged
+            step = max(self._step, *(row["step"] for row in (*rows, *probes)))
+            if rows:
+                flow, speed = rows[-1].get("loss/flow"), rows[-1].get("perf/images_per_s")
+                self._note = f"loss/flow {_show(flow)}  {_show(speed, 0)} images/s"
+            advance(step - self._step, self._note)
+            self._step = step
         elif self._step == self.start:
             advance(0, doing(self.run) or "starting workers")
         elif (silent := time.monotonic() - self._news) > self._silence:
             self._silence *= 2
             why = "a slow probe, or lost workers, which start again from the last checkpoint"
             self._progress.say(f"no step for {silent:.0f} s: {why}")
+        for row in probes:
+            keys = ("ema/shoot/nmse", "ema/flow/cos", "ema/std/mean", "vae/psnr")
+            shown = [f"{key} {row[key]:.3f}" for key in keys if row.get(key) is not None]
+            self._progress.say(f"probe {row['step']}/{self.steps}  {'  '.join(shown)}")
+        for visit in visits:
+            self._show_findings(visit)
 
     def _show_findings(self, visit: dict[str, Any]) -> None:
         """A line for each finding that the visit before did not have."""

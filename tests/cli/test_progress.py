@@ -50,6 +50,34 @@ def test_a_silence_is_told_but_not_at_every_look(tmp_path, monkeypatch):
     assert 2 <= len(heard.said) <= 4  # once or twice in a tenth of a second, after each step
 
 
+def test_a_probe_of_a_step_that_is_not_logged_counts_too(tmp_path):
+    """train.log_every above train.probe_every: the count goes on, and before the probe's own line."""
+    run, said = RunDirectory(tmp_path), []
+    heard = Heard()
+    progress, probes, metrics = (
+        RunProgress(run, 16, 0, heard),
+        RowWriter(run.probes, 0),
+        RowWriter(run.metrics, 0),
+    )
+    heard.say = lambda text: said.append((sum(done), text))
+    done, notes = [], []
+
+    def look():
+        progress.show(lambda count=1, note="": (done.append(count), notes.append(note)))
+        return sum(done), notes[-1]
+
+    assert look() == (0, "starting workers")
+    probes.write({"step": 4, "ema/shoot/nmse": 0.5})
+    assert look() == (4, "")
+    assert look() == (4, "")
+    metrics.write({"step": 6, "loss/flow": 0.5, "perf/images_per_s": 7.0})
+    assert look()[0] == 6
+    probes.write({"step": 8, "ema/shoot/nmse": 0.4})
+    assert look()[0] == 8
+    assert "0.500" in notes[-1]
+    assert [at for at, _ in said] == [4, 8]
+
+
 def test_start_up_says_what_the_worker_is_doing(tmp_path):
     run = RunDirectory(tmp_path)
     progress, notes = RunProgress(run, 40, 0, Heard()), []
