@@ -46,7 +46,7 @@ def _parser() -> Parser:
         help="start a Ray head with a token, its dashboard on loopback",
         description="Start a Ray head on this machine, beside whatever runs there; prints how other "
         "nodes join, how to submit jobs and how to stop it. Ports that are taken are passed over.",
-        usage="%(prog)s [-h] [--host HOST] [--port PORT] [-- OPTIONS of `ray start`]",
+        usage="%(prog)s [-h] [--host HOST] [--port PORT]\n       [-- OPTIONS of `ray start`]",
         epilog="Example: flowray.cluster head --host 10.0.0.10 -- --num-cpus=0",
     )
     head.add_argument(

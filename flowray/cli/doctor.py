@@ -34,16 +34,17 @@ PROG = "flowray.doctor"
 def _parser() -> Parser:
     parser = Parser(
         prog=PROG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Say why a run paints textures instead of pictures: numbers against thresholds and trivial baselines, the most likely\n"
-        "cause first, and the recipe override to type. Writes RUN/doctor.html with plots and pictures.",
-        epilog=f"Health checks that train for a minute: {PROG} overfit RECIPE, {PROG} ablations RECIPE (see their --help).\n"
+        description="Say why a run paints textures instead of pictures: numbers against thresholds "
+        "and trivial baselines, the most likely cause first, and the recipe override to type. "
+        "Writes RUN/doctor.html with plots and pictures.",
+        epilog=f"Health checks that train for a minute: {PROG} overfit RECIPE, {PROG} ablations "
+        "RECIPE (see their --help). "
         "Exit code: 0 healthy, 1 a finding is warn or bad, 2 bad input.",
     )
     parser.add_argument("run", type=argument, metavar="RUN", help="a run directory, or one of its checkpoints/step_* folders")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to examine it with, e.g. sample.guidance_scale=3")
     parser.add_argument("--checkpoint", type=argument, metavar="PATH", help="this checkpoint instead of the newest")
-    parser.add_argument("--batch", type=int, help="samples of the probes (default: probes.batch_size)")
+    parser.add_argument("--batch", type=whole_number(8), help="samples probed (probes.batch_size)")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of every draw (default 0)")
     parser.add_argument("--out", type=argument, metavar="FILE", help="where the page goes (default RUN/doctor.html)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout: the findings and every number measured")

@@ -15,6 +15,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see `python -m {self.prog} --help`")
 
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """As argparse does; what may be none (`nargs="*"`) is not said to be missing."""
+        action = super().add_argument(*names, **options)
+        action.required = action.required and action.nargs != "*"
+        return action
+
     def parse_intermixed_args(  # type: ignore[override]  # of its overloads the commands use one
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -11,9 +12,17 @@ import pytest
 from support import tiny_recipe
 
 from flowray.cli import main, train
+from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe
 from flowray.model.assemble import build_model
 from flowray.model.autoencoder import load_autoencoder
+
+SUBCOMMANDS = (
+    *("doctor overfit", "doctor ablations"),
+    *(f"data {name}" for name in ("make", "pack", "check", "encode")),
+    *(f"cluster {name}" for name in ("check", "head", "join", "stop")),
+    *(f"bench {name}" for name in ("sweep", "record", "tune-overhead", "trial-startup")),
+)
 
 LOADED = """
 import sys
@@ -37,15 +46,33 @@ def command(*argv):
 
 
 @pytest.mark.parametrize("columns", [80, 100])
-@pytest.mark.parametrize("verb", main._VERBS)
-def test_help_fits_a_screen(verb, columns, capsys, monkeypatch):
+@pytest.mark.parametrize("command", [*main._VERBS, *SUBCOMMANDS])
+def test_help_fits_a_screen(command, columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
+    verb, *more = command.split()
     with pytest.raises(SystemExit) as stop:
-        main._command(verb)(["--help"])
+        main._command(verb)([*more, "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0
     assert 5 <= len(lines) <= 40
+    assert max(map(len, lines)) <= columns, max(lines, key=len)
     assert lines[0].startswith("usage: ")
+
+
+@pytest.mark.parametrize("verb", ["data", "cluster", "bench"])
+def test_every_subcommand_has_its_help_looked_at(verb):
+    with pytest.raises(InputError) as refused:
+        main._command(verb)(["nosuch"])
+    known = re.findall(r"'([\w-]+)'", str(refused.value).partition("choose from")[2])
+    assert known == [command.split()[1] for command in SUBCOMMANDS if command.startswith(f"{verb} ")]
+
+
+@pytest.mark.parametrize("command", ["train", "doctor", "sample", "doctor overfit", "data encode", "bench record"])
+def test_what_may_be_left_out_is_not_said_to_be_missing(command):
+    verb, *more = command.split()
+    with pytest.raises(InputError, match="required") as refused:
+        main._command(verb)(more)
+    assert not re.search(r"key=value|prompt", str(refused.value))
 
 
 def test_flowray_lists_every_verb():
@@ -56,7 +83,7 @@ def test_flowray_lists_every_verb():
 
 def test_no_help_and_no_version_loads_torch_or_ray():
     """One process for all: what one of them loads stays loaded."""
-    asked = ["--version", *main._VERBS, "doctor overfit", "data pack", "cluster check", "bench sweep"]
+    asked = ["--version", *main._VERBS, *SUBCOMMANDS]
     done = command("-c", LOADED, *asked)
     assert done.stdout.endswith(" []\n"), done.stdout + done.stderr
 
