@@ -6,19 +6,24 @@ import contextlib
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED
-from flowray.cli.parser import Parser
+from flowray.cli.parser import Parser, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.cli.tune_plan import plan, print_plan, problems
 from flowray.config.errors import InputError
+from flowray.config.paths import exists
+from flowray.config.progress import Progress
 from flowray.config.sources import packaged_sweeps
+from flowray.config.sweep import Sweep
 from flowray.config.sweepfile import base_recipe, check_trials, load_sweep
 from flowray.config.sweepschema import sweep_schema
 from flowray.findings.rules import RULES
 from flowray.tune.folder import sweep_folder
+from flowray.tune.records import Records
 from flowray.tune.stop import check_findings
 
 if TYPE_CHECKING:
@@ -39,7 +44,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--resume", action="store_true", help="continue <storage_path>/<name> also where caps, budgets, stops or resources have changed"
     )
-    parser.add_argument("--finish", metavar="N", type=int, action="append", help="train the stopped trial N to the end, nothing else")
+    parser.add_argument(
+        "--finish",
+        metavar="N",
+        type=whole_number(0),
+        action="append",
+        help="train the stopped trial N to the end, nothing else",
+    )
     planned = "print space, trials, hours, storage and problems, exit code 1 for any; starts no trial"
     parser.add_argument("--plan", action="store_true", help=planned)
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of sweep files, for editors")
@@ -56,6 +67,7 @@ def main(argv: list[str]) -> int:
     check_findings(sweep.stop, [rule.id for rule in RULES])
     quiet_libraries()
     progress = ConsoleProgress()
+    _look(sweep, args.resume, args.finish or (), progress)
     if args.plan:
         with progress.task("planning"):  # torch takes seconds to import
             facts = plan(sweep, base, resume=args.resume)
@@ -68,8 +80,6 @@ def main(argv: list[str]) -> int:
     for problem in problems(sweep, base):
         raise InputError(problem)
     finish, resume = args.finish or (), args.resume or bool(args.finish)
-    if args.resume and not (folder := sweep_folder(sweep)).joinpath("sweep.yaml").exists():
-        progress.say(f"{folder} holds no sweep to continue: it starts with trial 0")
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what comes before the end is progress
             result = run_sweep(sweep, base, resume=resume, finish=finish, stream=sys.stderr, progress=progress)
@@ -94,6 +104,23 @@ def main(argv: list[str]) -> int:
     if result.interrupted and not result.out_of_time:
         return STOPPED
     return GOOD if any(t.status != "failed" for t in result.trials) else FINDINGS
+
+
+def _look(sweep: Sweep, resume: bool, finish: Sequence[int], progress: Progress) -> None:
+    """What there is to continue, before anything slow.
+
+    InputError for a trial that cannot be finished; a line where there is no sweep to resume.
+    """
+    folder = sweep_folder(sweep)
+    if not exists(folder / "sweep.yaml"):
+        where = "name=NAME or storage_path=FOLDER says where another one is"
+        if finish:
+            raise InputError(f"--finish {finish[0]}: {folder} holds no sweep; {where}")
+        if resume:
+            progress.say(f"{folder} holds no sweep to continue: it starts with trial 0; {where}")
+    records = Records(folder / "trials.jsonl")
+    for number in finish:
+        records.to_finish(number)
 
 
 def _report(result: SweepResult) -> list[str]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
+from support import assert_refused
 
 from flowray.bench.replay import Silent
 from flowray.cli.tune import main
@@ -50,6 +51,17 @@ def there(tmp_path):
     """A sweep's directory as its first session left it."""
     open_directory(make(tmp_path), Recipe(), resume=False)
     return tmp_path
+
+
+def ended(folder, *states):
+    """The records of a sweep whose trials have come to these states, in its folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sweep.yaml").touch()
+    records = Records(folder / "trials.jsonl")
+    for number, state in enumerate(states):
+        records.trials[number] = TrialRecord(number, {}, state, 20, 80, waits=state == "waiting")
+    records.save()
+    return records
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -221,9 +233,7 @@ def test_what_a_worker_wrote_down_of_a_node_without_the_storage_is_told_as_that(
 
 @pytest.mark.parametrize(("finish", "interrupted"), [((), True), ((0,), False), ((1,), True)])
 def test_a_session_that_finished_its_trials_was_not_interrupted_whatever_the_sweep_has_left(tmp_path, finish, interrupted):
-    records = Records(tmp_path / "trials.jsonl")
-    for number, state in enumerate(("finished", "running", "stopped", "waiting")):
-        records.trials[number] = TrialRecord(number, {}, state, 20, 80, waits=number == 3)
+    records = ended(tmp_path, "finished", "running", "stopped", "waiting")
     result = _result(make(tmp_path, run_cap=6), records, None, finish, False)
     assert (result.interrupted, result.left) == (interrupted, 4)
 
@@ -234,6 +244,7 @@ def test_what_is_left_is_said_with_the_command_that_goes_on(there, monkeypatch, 
     result = SweepResult(there / "s", (TrialRecord(1, {}, "finished", 80, 80),), None, 0.0, interrupted, out_of_time, left=4)
     monkeypatch.setattr("flowray.rayrun.tuner.run_sweep", lambda *args, **options: result)
     monkeypatch.setattr("flowray.cli.tune._report", lambda found: [])
+    ended(there / "lr_restart", "finished", "stopped")
     assert main(["lr_restart", "run_cap=5", "--finish", "1", f"storage_path={there}"]) == code
     said = capsys.readouterr().err
     rest = f"python -m flowray.tune lr_restart run_cap=5 storage_path={there}\n"
@@ -241,6 +252,26 @@ def test_what_is_left_is_said_with_the_command_that_goes_on(there, monkeypatch, 
         assert f"to continue: python -m flowray.tune lr_restart run_cap=5 --finish 1 storage_path={there}" in said
     else:
         assert said == f"4 trials of the sweep are left; to go on: {rest}"
+
+
+@pytest.mark.parametrize(("number", "says"), [("99", "stopped trials: 1"), ("0", "is finished")])
+def test_a_trial_that_cannot_be_finished_is_refused(there, number, says):
+    ended(there / "lr_restart", "finished", "stopped")
+    argv = ["lr_restart", f"storage_path={there}", "--finish", number]
+    assert_refused(lambda: main(argv), InputError, f"^--finish {number}: .*{says}")
+    assert_refused(
+        lambda: main([*argv, "name=other"]),
+        InputError,
+        f"^--finish {number}: {there}/other holds no sweep; name=",
+    )
+
+
+def test_where_there_is_nothing_to_continue_a_line_says_so(tmp_path, capsys):
+    """The plan alone: a start would begin with trial 0."""
+    main(["lr_restart", f"storage_path={tmp_path}", "--resume", "--plan", "--json"])
+    first = capsys.readouterr().err.splitlines()[0]
+    assert f"{tmp_path}/lr_restart holds no sweep to continue" in first
+    assert "storage_path=FOLDER" in first
 
 
 def test_a_full_disk_fails_no_trial(tmp_path):
