@@ -39,6 +39,7 @@ from flowray.model.dit import DiT
 from flowray.model.latent import LatentScale, Moments, over_channels
 from flowray.sample import generate as generate_module
 from flowray.store.checkpoint import newest_checkpoint
+from flowray.store.found import find_checkpoint
 from flowray.store.latents import LatentSet, ensure_latents
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
@@ -135,7 +136,7 @@ def plant(fault: Fault, home: Path, steps: int | None = None) -> RunDirectory:
 def look(fault: Fault, run: RunDirectory, batch: int = 32) -> Examination:
     """The doctor's examination of the run, the bug still there unless it was mended."""
     with nullcontext() if fault.mended else fault.bug():
-        return examine(open_subject(run.path, whole_batches), batch=batch)
+        return examine(open_subject(find_checkpoint(run.path), whole_batches), batch=batch)
 
 
 def judge(seen: Examination) -> list[Finding]:

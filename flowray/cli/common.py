@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from flowray.config.errors import InputError
+from flowray.config.paths import exists, is_folder, no_such
 
 GOOD, FINDINGS, BAD_INPUT, STOPPED = 0, 1, 2, 75  # 75: stopped by a signal with a checkpoint written (EX_TEMPFAIL)
 INTERRUPTED = 130  # Ctrl-C before there was anything to keep
@@ -30,3 +33,24 @@ def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
         sys.stderr.flush()
         os._exit(INTERRUPTED)  # torch's threads, cut off, abort the interpreter's own end
     sys.exit(code)
+
+
+def refuse_unwritable(file: Path, option: str = "", *, makes_folders: bool = False) -> None:
+    """InputError where a command could not write `file` at its end: asked before it begins.
+
+    option: that names it on the command line.
+    makes_folders: whether the command makes those that are missing.
+    """
+    name = f"{option} {file}".strip()
+    if is_folder(file):
+        raise InputError(f"{name}: is a folder, want a file")
+    folder = file.absolute().parent
+    while makes_folders and not exists(folder):
+        folder = folder.parent
+    if not exists(folder):
+        raise InputError(f"{name}: {folder}: {no_such(folder)}; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{name}: cannot be written: {error.strerror}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flowray.cli.common import FINDINGS, GOOD
+from flowray.cli.common import FINDINGS, GOOD, refuse_unwritable
 from flowray.cli.parser import Parser, whole_number
-from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
-from flowray.config.errors import InputError
+from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libraries
 from flowray.config.paths import argument
 from flowray.config.progress import Progress
 from flowray.findings.diagnose import diagnose
 from flowray.findings.finding import Finding, Severity, as_json, healthy
+from flowray.store.found import Found, find_checkpoint
 
 if TYPE_CHECKING:
     from flowray.doctor.examine import Examination
@@ -51,7 +50,7 @@ def _parser() -> Parser:
     return parser
 
 
-def examine_run(args: argparse.Namespace, progress: Progress) -> Examination:
+def examine_run(found: Found, args: argparse.Namespace, progress: Progress) -> Examination:
     """The examination that the command line asks for."""
     with progress.task(IMPORTING):
         import torch
@@ -61,8 +60,7 @@ def examine_run(args: argparse.Namespace, progress: Progress) -> Examination:
         from flowray.train.step import whole_batches
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where, keys = args.checkpoint or args.run, args.overrides
-    subject = open_subject(where, whole_batches, overrides=keys, device=device, progress=progress)
+    subject = open_subject(found, whole_batches, device=device, progress=progress)
     return examine(subject, batch=args.batch, seed=args.seed, progress=progress)
 
 
@@ -81,14 +79,13 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in health.CHECKS and not Path(argv[0]).is_dir():
         return health.main(argv)
     args = _parser().parse_intermixed_args(argv)
-    if args.batch is not None and args.batch < 8:
-        raise InputError(f"--batch: got {args.batch}, want 8 or more; fewer samples tell nothing")
-    out = args.out or _run_of(args.checkpoint or args.run) / "doctor.html"
-    if args.out is not None and not os.access(out.absolute().parent, os.W_OK):  # before the minute that the probes take
-        raise InputError(f"--out: {out.absolute().parent} is no folder that can be written; make it first")
     quiet_libraries()
     progress = ConsoleProgress()
-    found = examine_run(args, progress)
+    with progress.task(LOOKING):
+        run = find_checkpoint(args.checkpoint or args.run, args.overrides)
+    out = args.out or run.run.path / "doctor.html"
+    refuse_unwritable(out, "--out")  # before the minute that the probes take
+    found = examine_run(run, args, progress)
     findings = diagnose(found.metrics, found.facts, found.history)
     with progress.task("writing the page"):
         page = write_page(found, findings, out)
@@ -124,8 +121,3 @@ def show(console: Console, found: Any, findings: Sequence[Finding], page: Path) 
     for note in found.facts.get("notes") or []:
         console.print(f"not measured: {note}", style="dim", markup=False)
     console.print(f"plots and pictures: {page}", markup=False, soft_wrap=True)
-
-
-def _run_of(path: Path) -> Path:
-    """The run directory of a run directory or of one of its checkpoints."""
-    return path.parent.parent if (path / "state.json").is_file() else path

@@ -12,47 +12,60 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from flowray.cli.common import GOOD
+from flowray.cli.common import GOOD, refuse_unwritable
 from flowray.cli.parser import Parser, whole_number
-from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
+from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
 from flowray.config.progress import Progress
+from flowray.store.found import find_checkpoint
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="flowray.eval",
-        description="Score a run on shapes with an exact checker: template matching, no learned judge. Also writes <run>/eval.json.",
+        description="Score a run on shapes with an exact checker: template matching, nothing learnt.",
     )
     parser.add_argument("run", type=argument, help="a run directory or one of its checkpoints/step_* folders")
     parser.add_argument("--seed", type=whole_number(0), default=0)
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="recipe keys, e.g. sample.guidance_scale=3")
+    parser.add_argument(
+        "--out",
+        type=argument,
+        metavar="FILE",
+        help="where the scores go, as JSON (default RUN/eval.json)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
 
-def evaluate(run: Path, overrides: list[str], seed: int, progress: Progress) -> dict[str, Any]:
-    """The evaluation of a run as a JSON-ready object; also written to `<run>/eval.json`."""
+def evaluate(
+    run: Path,
+    overrides: list[str],
+    seed: int,
+    progress: Progress,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """The evaluation of a run as a JSON-ready object; also in `out`, or `<run>/eval.json`."""
+    with progress.task(LOOKING):
+        found = find_checkpoint(run, overrides)
+    recipe, out = found.recipe, out or found.run.path / "eval.json"
+    refuse_unwritable(out, "--out")
+    if recipe.data.shards != "shapes":
+        trained = f"trained on data.shards {recipe.data.shards!r}"
+        raise InputError(f"{run}: {trained}; the exact checker reads `shapes` pictures only")
     with progress.task(IMPORTING):
         import torch
 
         from flowray.model.autoencoder import load_autoencoder
         from flowray.sample.evaluate import evaluate_shapes
         from flowray.sample.generate import generate
-        from flowray.sample.restore import find_checkpoint, open_run
+        from flowray.sample.restore import open_run
 
-    recipe = find_checkpoint(run, overrides)[2]
-    if recipe.data.shards != "shapes":
-        trained = f"trained on data.shards {recipe.data.shards!r}"
-        raise InputError(f"{run}: {trained}; the exact checker reads `shapes` pictures only")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with progress.task("loading the model"):
-        opened = open_run(run, overrides, device)
-    config = opened.recipe.sample
-    with progress.task("loading the autoencoder"):
-        model = opened.recipe.model
-        autoencoder = load_autoencoder(model.autoencoder, model.latent).to(device)
+    with progress.task("loading the models"):
+        opened, config = open_run(found, device), recipe.sample
+        autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)
 
     def paint(prompts: Sequence[str]) -> np.ndarray:
         with progress.task("sampling", len(prompts)) as advance:
@@ -66,7 +79,6 @@ def evaluate(run: Path, overrides: list[str], seed: int, progress: Progress) -> 
         "seed": seed,
         "shapes": shapes,
     }
-    out = opened.path / "eval.json"
     partial = out.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1))
     os.replace(partial, out)
@@ -77,7 +89,7 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     args = _parser().parse_intermixed_args(argv)
     quiet_libraries()
-    result = evaluate(args.run, args.set, args.seed, ConsoleProgress())
+    result = evaluate(args.run, args.set, args.seed, ConsoleProgress(), args.out)
     if args.json:
         print(json.dumps(result))
         return GOOD

@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flowray.cli.common import FINDINGS, GOOD
-from flowray.cli.parser import Parser
+from flowray.cli.common import FINDINGS, GOOD, refuse_unwritable
+from flowray.cli.parser import Parser, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, watch
 from flowray.cli.verdicts import Arm, Verdict, ablation_verdicts, free_mu, overfit_verdicts
 from flowray.config.errors import InputError
@@ -23,10 +23,15 @@ from flowray.config.losses import LossConfig, TermConfig
 from flowray.config.paths import argument
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
+from flowray.store.checkpoint import newest_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 
-CHECKS = ("overfit", "ablations")
+_ARMS = {
+    "overfit": ("overfit",),
+    "ablations": ("whole", "flow_only", "no_kl", "shuffled"),
+}  # each a run directory
+CHECKS = tuple(_ARMS)
 _ABOUT = {
     "overfit": "Pass or fail: can this recipe learn a few samples by heart? loss/flow down by more than 20 %, cosine up, KL steady. "
     "A recipe that cannot has a bug in its data or code, not a lack of steps.",
@@ -47,9 +52,19 @@ def _parser(check: str) -> Parser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys, e.g. optim.lr=1e-3")
     if check == "overfit":
         parser.add_argument(
-            "--samples", type=int, metavar="N", default=128, help="how many samples to learn by heart; the notes take 128 or 512"
+            "--samples",
+            type=whole_number(1),
+            metavar="N",
+            default=128,
+            help="how many samples to learn by heart; the notes take 128 or 512",
         )
-    parser.add_argument("--steps", type=int, metavar="N", default=_STEPS[check], help=f"steps of each run (default {_STEPS[check]})")
+    parser.add_argument(
+        "--steps",
+        type=whole_number(20),
+        metavar="N",
+        default=_STEPS[check],
+        help=f"steps of each run (default {_STEPS[check]})",
+    )
     parser.add_argument("--dir", type=argument, help="keep the run directories here; a temporary folder otherwise")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
@@ -59,8 +74,8 @@ def main(argv: list[str]) -> int:
     """Run the check that argv[0] names; returns the exit code."""
     check = argv[0]
     args = _parser(check).parse_intermixed_args(argv[1:])
-    if args.steps < 20:
-        raise InputError(f"--steps: got {args.steps}, want 20 or more; fewer tell nothing")
+    if args.dir:
+        _refuse_taken(args.dir, check)
     quiet_libraries()
     samples = getattr(args, "samples", None)
     recipe = _short(args.recipe, args.overrides, args.steps, samples)
@@ -73,6 +88,14 @@ def main(argv: list[str]) -> int:
     else:
         _show(check, verdicts)
     return GOOD if passed else FINDINGS
+
+
+def _refuse_taken(folder: Path, check: str) -> None:
+    """InputError where a run of the check could not be kept in the folder, before one trains."""
+    for name in _ARMS[check]:
+        refuse_unwritable(folder / name / "config.yaml", "--dir", makes_folders=True)
+        if newest_checkpoint(RunDirectory(folder / name).checkpoints) is not None:
+            raise InputError(f"{folder / name} holds a run already; give another --dir")
 
 
 def _short(source: str, overrides: Sequence[str], steps: int, samples: int | None) -> Recipe:
@@ -125,7 +148,6 @@ def _ablations(recipe: Recipe, folder: Path, progress: Progress) -> list[Verdict
 def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any], progress: Progress) -> Arm:
     """One short run of the recipe with some keys changed; a recipe that is refused or training that halts is told, not raised."""
     with progress.task(IMPORTING):
-        from flowray.store.checkpoint import newest_checkpoint
         from flowray.store.latents import ensure_latents, load_training
         from flowray.train.group import Group
         from flowray.train.loop import train
@@ -136,8 +158,6 @@ def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any], pro
     except InputError as error:
         return Arm(refused=f"the recipe does not allow it: {error}")
     run = RunDirectory(folder / name)
-    if newest_checkpoint(run.checkpoints) is not None:
-        raise InputError(f"{run.path} holds a run already; give another --dir")
     changed = recipe_diffs(recipe, varied).keys() - {"name", "storage_path"}
     progress.say(f"{name}: {recipe.train.steps} steps" + (f", {', '.join(sorted(changed))} changed" if changed else ""))
     folders = ensure_latents(varied.data, varied.model.autoencoder, varied.model.latent, progress, varied.model.text)

@@ -29,7 +29,7 @@ STOPPING_S = 5.0  # for an interrupted run to reach its next logged step
 LOOK_S = 0.5  # how often a run's files are looked at
 SILENT_S = 60.0  # after that long without a row a line says so, and again after twice, four times as long
 START_S = 25.0  # imports, Ray, loading the models, the report: measured on two cores
-IMPORTING = "importing the libraries"
+IMPORTING, LOOKING = "importing the libraries", "looking for the newest checkpoint"
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flowray.cli.common import GOOD
+from flowray.cli.common import GOOD, refuse_unwritable
 from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.config.errors import InputError, did_you_mean
@@ -25,6 +25,8 @@ def main(argv: list[str]) -> int:
     whole_sweep = is_sweep(folder)
     if not whole_sweep and not is_run(folder):
         raise InputError(_neither(folder))
+    for name in ("report.html", "report.md") if whole_sweep else ("report.html",):
+        refuse_unwritable(folder / name)
     progress = ConsoleProgress()
     with progress.task(IMPORTING):
         from flowray.report.page import write_run_report

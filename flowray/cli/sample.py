@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from flowray.cli.common import GOOD
+from flowray.cli.common import GOOD, refuse_unwritable
 from flowray.cli.parser import Parser, whole_number
-from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
+from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
-from flowray.config.paths import argument
+from flowray.config.paths import argument, exists
+from flowray.store.found import find_checkpoint
 
+MAX_COUNT = 1024  # pictures of a row, all in memory at once
 MAX_SCALE = 64  # of 64 px pictures, sheets of 4,096 px each
 
 
@@ -25,8 +27,17 @@ def _parser() -> Parser:
     parser.add_argument("run", type=argument, help="a run directory or one of its checkpoints/step_* folders")
     parser.add_argument("prompts", nargs="*", metavar="prompt", help="captions; or --prompts FILE")
     parser.add_argument("--prompts", dest="file", type=argument, help="a UTF-8 text file, one caption a line")
-    parser.add_argument("--out", type=argument, help="PNG to write; default <run>/samples/<first words>.png")
-    parser.add_argument("--count", type=whole_number(1), default=1, help="pictures a prompt, each from its own noise")
+    parser.add_argument(
+        "--out",
+        type=argument,
+        help="PNG to write; default <run>/samples/<first words>.png, numbered where it is taken",
+    )
+    parser.add_argument(
+        "--count",
+        type=whole_number(1, MAX_COUNT),
+        default=1,
+        help="pictures a prompt, each from its own noise",
+    )
     parser.add_argument("--seed", type=whole_number(0), default=0)
     parser.add_argument(
         "--scale", type=whole_number(1, MAX_SCALE), default=1, help="enlarge the pictures this many times, without smoothing"
@@ -53,14 +64,32 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def _new_file(folder: Path, prompt: str) -> Path:
+    """A file named after the prompt, numbered where one of that name is there already."""
+    words = "".join(c if c.isalnum() else " " for c in prompt).split()[:10]
+    name = "_".join(words)[:60] or "prompt"
+    file, number = folder / f"{name}.png", 1
+    while exists(file):
+        number += 1
+        file = folder / f"{name}_{number}.png"
+    return file
+
+
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     args = _parser().parse_intermixed_args(argv)
     prompts = args.prompts + (read_prompts(args.file) if args.file else [])
-    if not prompts or not all(prompt.strip() for prompt in prompts):
+    if not prompts:
         raise InputError('no prompt; type one in quotes, e.g. "a large red circle on a white background", or --prompts FILE')
+    if empty := [place for place, prompt in enumerate(prompts, 1) if not prompt.strip()]:
+        which = f"prompt {empty[0]} of {len(prompts)}"
+        raise InputError(f"{which}: is empty; type a caption in quotes, or leave it out")
     quiet_libraries()
     progress = ConsoleProgress()
+    with progress.task(LOOKING):
+        found = find_checkpoint(args.run, args.set)
+    out = args.out or _new_file(found.run.samples, prompts[0])
+    refuse_unwritable(out, "--out", makes_folders=True)
     with progress.task(IMPORTING):
         import torch
 
@@ -70,7 +99,7 @@ def main(argv: list[str]) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with progress.task("loading the models"):
-        opened = open_run(args.run, args.set, device)
+        opened = open_run(found, device)
         config = opened.recipe.model
         autoencoder = load_autoencoder(config.autoencoder, config.latent).to(device)
     repeated = [prompt for prompt in prompts for _ in range(args.count)]
@@ -79,8 +108,7 @@ def main(argv: list[str]) -> int:
         pictures = generate(opened.model, autoencoder, repeated, sample, args.seed, advance)
     rows = pictures.reshape(len(prompts), args.count, *pictures.shape[1:])
     sheet = np.concatenate(list(rows), axis=1).repeat(args.scale, axis=1).repeat(args.scale, axis=2)
-    words = "_".join("".join(c if c.isalnum() else " " for c in prompts[0]).split()[:10])[:60] or "prompt"
-    out = args.out or opened.path / "samples" / f"{words}.png"
+    out = args.out or _new_file(opened.path / "samples", prompts[0])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_strip(sheet, out)

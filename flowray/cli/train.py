@@ -22,6 +22,7 @@ from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_diffs, 
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
+from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory, RunLock
 
@@ -58,9 +59,6 @@ def main(argv: list[str]) -> int:
         good = show_plan(loaded.recipe, progress, as_json=args.json, imports_s=imports_s)
         return GOOD if good else FINDINGS
     run = RunDirectory(Path(loaded.recipe.storage_path) / loaded.recipe.name)
-    with progress.task(IMPORTING):
-        from flowray.store.checkpoint import load_state, newest_checkpoint
-
     checkpoint = newest_checkpoint(run.checkpoints)
     if checkpoint and not args.resume:
         raise InputError(f"{run.path} holds a run already; type --resume to continue it, or name=OTHER for a new one")

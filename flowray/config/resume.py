@@ -37,7 +37,7 @@ def refuse_changes(before: Recipe, after: Recipe, step: int, where: str) -> None
         if _is_kept(key, before, after) and not _has_moved(key, old):
             raise InputError(
                 f"{key}: got {show(new)}, but {where} has trained {step} steps with {show(old)}; "
-                f"a resume keeps it: type {shlex.quote(f'{key}={_typed(old)}')}, or name=OTHER for a new run"
+                f"a resume keeps it: type {shlex.quote(f'{key}={typed_value(old)}')}, or name=OTHER for a new run"
             )
     if after.train.steps < step:
         raise InputError(
@@ -71,5 +71,6 @@ def _has_moved(key: str, old: Any) -> bool:
     return is_place and not (os.path.exists(old) or glob.glob(old))
 
 
-def _typed(value: Any) -> str:
+def typed_value(value: Any) -> str:
+    """A value as it is typed behind `key=`."""
     return str(value) if isinstance(value, str) else show(value)

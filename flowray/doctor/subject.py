@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ from flowray.losses.total import Batch, Objective
 from flowray.model.assemble import FlowModel, build_model
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
 from flowray.probes.untouched import holding
-from flowray.sample.restore import find_checkpoint
-from flowray.store.checkpoint import copy_into, load_state, load_tensors
+from flowray.store.checkpoint import load_state, load_tensors
+from flowray.store.found import Found, copy_found
 from flowray.store.latents import LatentSet, ensure_latents, load_latents, load_training
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
@@ -118,24 +118,23 @@ def untrained(recipe: Recipe) -> tuple[FlowModel, Tensors]:
 
 
 def open_subject(
-    path: Path,
+    found: Found,
     batches: BatchesOf,
     *,
-    overrides: Sequence[str] = (),
     device: torch.device = CPU,
     progress: Progress = SILENT,
 ) -> Subject:
-    """A run directory at its newest valid checkpoint, or one checkpoint, with all that training kept; InputError where there is none."""
-    checkpoint, run, recipe = find_checkpoint(path, list(overrides))
+    """A run at a checkpoint, with all that training kept."""
+    checkpoint, run, recipe = found.checkpoint, found.run, found.recipe
     folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, progress)
     latents, held_out = load_training(folders["train"], recipe), load_latents(folders["val"])
     with progress.task("loading the models"):
         model, initial = untrained(recipe)
         autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)
     parameters = model.trainable()
-    copy_into(parameters, load_tensors(checkpoint, "model"), checkpoint)
+    copy_found(found, parameters, load_tensors(checkpoint, "model"))
     if moving := model.semantic.moving():
-        copy_into(moving, load_tensors(checkpoint, "moving"), checkpoint)
+        copy_found(found, moving, load_tensors(checkpoint, "moving"))
     slots: dict[str, dict[str, Tensor]] = {}
     for key, value in load_tensors(checkpoint, "optim").items():
         name, slot = key.rsplit("/", 1)
@@ -144,7 +143,7 @@ def open_subject(
     strip = run.samples / f"step_{step:06d}.png"
     model = model.to(device).eval()
     return Subject(
-        where=str(path),
+        where=found.where,
         recipe=recipe,
         step=step,
         model=model,

@@ -13,22 +13,26 @@ import re
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from flowray.config.errors import InputError
 from flowray.data.folders import put_in_place, sync
 
-Tensors = dict[str, Tensor]
+if TYPE_CHECKING:  # looking for a checkpoint takes none of the seconds that torch takes to import
+    from torch import Tensor
+
+    Tensors = dict[str, Tensor]
+
 _NAME = re.compile(r"step_(\d+)")
 STATE = "state.json"  # without it a folder is no checkpoint
 
 
 def save_checkpoint(folder: Path, step: int, groups: dict[str, Tensors], state: dict[str, Any], keep: int) -> Path:
     """Write `folder/step_XXXXXX` atomically, then drop all but the newest `keep`. OSError leaves older checkpoints untouched."""
+    from safetensors.torch import save_file
+
     final, partial = folder / f"step_{step:06d}", folder / f".partial_{step:06d}"
     for left in folder.glob(".partial_*"):  # what a killed writer left; a run has one writer
         shutil.rmtree(left, ignore_errors=True)
@@ -99,6 +103,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 def load_tensors(checkpoint: Path, group: str) -> Tensors:
     """One group of tensors: `model`, `ema`, `optim` or `moving`."""
+    from safetensors.torch import load_file
+
     try:
         return load_file(checkpoint / f"{group}.safetensors")
     except Exception as error:  # safetensors raises its own Rust errors

@@ -13,7 +13,7 @@ from flowray.config.recipe import Recipe
 from flowray.config.sweep import Sweep
 from flowray.config.sweepfile import check_trials
 from flowray.config.train import ResourceConfig
-from flowray.sample.restore import find_checkpoint
+from flowray.store.found import find_checkpoint
 from flowray.tune.plan import Cluster, batch_that_does_not_split, share_cluster, split_values
 
 WORKER_BYTES = 400 * 2**20  # of a worker that has imported torch and Ray, before its model
@@ -46,7 +46,7 @@ def place(sweep: Sweep, base: Recipe, cluster: Cluster) -> Placed:
     a batch, or the run whose pictures it scores has no checkpoint.
     """
     if sweep.task == "sample":
-        find_checkpoint(Path(sweep.base), [])
+        find_checkpoint(Path(sweep.base))
     takes, concurrent = share_cluster(sweep, base, cluster)
     workers = takes["resources.num_workers"]
     _refuse_shared_or_idle_gpus(workers, takes["resources.gpus_per_worker"])

@@ -17,6 +17,7 @@ from flowray.model.autoencoder import load_autoencoder
 from flowray.sample.evaluate import evaluate_shapes
 from flowray.sample.generate import generate, save_strip
 from flowray.sample.restore import open_run
+from flowray.store.found import find_checkpoint
 from flowray.store.rows import RowWriter, read_rows
 from flowray.store.run import RunDirectory
 from flowray.tune.referee import repeat_of
@@ -35,7 +36,8 @@ def score_pictures(recipe: Recipe, source: Path, run_dir: Path) -> Row:
         return rows[-1]
     run.config.write_text(dump_recipe(recipe), encoding="utf-8")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened = open_run(source, [f"sample={json.dumps(recipe.sample.model_dump(mode='json'))}"], device)
+    sample = json.dumps(recipe.sample.model_dump(mode="json"))
+    opened = open_run(find_checkpoint(source, [f"sample={sample}"]), device)
     autoencoder = load_autoencoder(opened.recipe.model.autoencoder, opened.recipe.model.latent).to(device)
     config, seed, drawn, seconds = opened.recipe.sample, repeat_of(run_dir), 0, 0.0
 

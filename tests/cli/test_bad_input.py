@@ -1,22 +1,42 @@
 """Bad input: one line that says where and what to type, exit code 2, nothing started, nothing spoilt."""
 
 import io
+import json
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
-from support import tiny_recipe
+from support import assert_refused, tiny_recipe
 
 from flowray.cli import eval, sample, train
 from flowray.cli.common import entry
+from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe
+from flowray.doctor.subject import open_subject
+from flowray.sample.restore import open_run
+from flowray.store.found import find_checkpoint
 from flowray.store.run import RunDirectory, RunLock
 from flowray.train.group import Group
 from flowray.train.loop import train as train_loop
+from flowray.train.step import whole_batches
+
+EARLY = """
+import json
+import sys
+from flowray.cli.main import main
+for argv in json.loads(sys.argv[1]):
+    sys.argv = ["flowray", *argv]
+    try:
+        main()
+    except SystemExit as stop:
+        print(stop.code, sorted({"torch", "ray", "transformers"} & set(sys.modules)), argv)
+"""
 
 HOLD = """
 import sys, time
@@ -110,14 +130,36 @@ def test_a_run_in_use_is_not_touched(place, monkeypatch):
         (["runs/tiny", "--prompts", "none.txt"], "none.txt: cannot be read"),
         (["runs/tiny", "--prompts", "empty"], "empty: cannot be read"),
         (["runs/tiny"], "no prompt; type one in quotes"),
-        (["runs/tiny", " "], "no prompt; type one in quotes"),
+        (["runs/tiny", " "], "prompt 1 of 1: is empty"),
+        (["runs/tiny", "a red circle", ""], "prompt 2 of 2: is empty"),
+        (["runs/tiny", "a", " ", "--prompts", "latin.txt"], "latin.txt:2"),
+        (["runs/tiny", "a red circle", "--out", "empty"], "--out empty: is a folder"),
+        (
+            ["runs/tiny", "a red circle", "--out", "file/a.png"],
+            "--out file/a.png: cannot be written",
+        ),
+        (
+            ["runs/tiny", "a red circle", "--out", "file/new/a.png"],
+            "--out file/new/a.png: cannot be written",
+        ),
+        (
+            ["runs/tiny", "a red circle", "--out", "/proc/new/a.png"],
+            "--out /proc/new/a.png: cannot be written",
+        ),
         (["runs/none", "a red circle"], "runs/none: no such folder"),
         (["empty", "a red circle"], "empty: no valid checkpoint in it yet"),
         (["runs/tiny", "a red circle", "--set", "sample.stpes=3"], "did you mean sample.steps?"),
-        (["runs/tiny", "a red circle", "--count", "0"], "--count: got 0"),
-        (["runs/tiny", "a red circle", "--seed", "-1"], "--seed: got -1"),
-        (["runs/tiny", "a red circle", "--scale", "100000"], "--scale: got 100000"),
-        (["runs/tiny", "a red circle", "--seed", "one"], "--seed: got one"),
+        *(
+            (["runs/tiny", "a red circle", option, text], f"{option}: got {text}")
+            for option in ("--count", "--scale", "--seed")
+            for text in ("-1", "0", "nan", "inf", "1e9", "1000000000")
+            if option != "--seed" or text not in ("0", "1000000000")
+        ),
+        *(
+            (["runs/tiny", "a red circle", "--set", f"sample.{key}={text}"], f"sample.{key}: got")
+            for key in ("steps", "guidance_scale")
+            for text in ("-1", "nan", "inf")
+        ),
     ],
 )
 def test_sample(place, monkeypatch, argv, says):
@@ -132,11 +174,68 @@ def test_eval(place, monkeypatch):
     assert "data.shards" in line_of(eval.main, absent)  # before it loads a model
 
 
+def test_what_needs_no_model_is_refused_before_torch_is_imported(place, tmp_path):
+    """Folders, places to write, keys, trials. One process for all."""
+    (tmp_path / "s.yaml").write_text(
+        "name: s\nbase: sweep_proxy\nmetric: {name: ema/shoot/nmse}\nparameters:\n  optim.lr: {values: [1e-3]}\n"
+    )
+    refused = [
+        *(
+            [command, where, *more]
+            for command, more in (("sample", ["a"]), ("eval", []), ("doctor", []))
+            for where in ("runs/none", "empty")
+        ),
+        *([command, "runs/tiny", *more, "--out", "nowhere/a/x"] for command, more in (("eval", []), ("doctor", []))),
+        *([command, "runs/tiny", *more, "--out", "empty"] for command, more in (("sample", ["a"]), ("eval", []), ("doctor", []))),
+        ["sample", "runs/tiny", "a", "--out", "/proc/new/a.png"],
+        ["doctor", "runs/tiny", "--out", "/proc/a.html"],
+        ["sample", "runs/tiny", "a", "--set", "sample.stpes=3"],
+        ["eval", "runs/tiny"],
+        ["doctor", "runs/tiny", "--batch", "7"],
+        ["doctor", "overfit", "tiny.yaml", "--samples", "0"],
+        ["doctor", "ablations", "tiny.yaml", "--dir", "file"],
+        ["train", "tiny.yaml"],
+        ["tune", str(tmp_path / "s.yaml"), "--finish", "99", f"storage_path={tmp_path}"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, json.dumps(refused)],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.splitlines() == [f"2 [] {argv}" for argv in refused], done.stderr
+    assert len(remarks(done.stderr)) == len(refused)
+
+
+def test_weights_that_do_not_fit_are_blamed_on_what_was_typed_or_on_the_config(place, tmp_path):
+    """The checkpoint is whole: what differs is what it is read with."""
+    cpu, run = torch.device("cpu"), tmp_path / "tiny"
+    shutil.copytree(place / "runs" / "tiny", run)
+    for key in ("model.velocity.depth=3", "model.velocity.width=32", "model.head.kind=pooled"):
+        found = find_checkpoint(run, [key, "sample.steps=3"])
+        assert_refused(
+            lambda found=found: open_run(found, cpu),
+            InputError,
+            f"^command line: {key}: .*/tiny was trained with",
+        )
+    found = find_checkpoint(run, ["loss.clip.weight=1"])
+    assert open_run(found, cpu).step == 2  # pictures need none of its weights
+    assert_refused(lambda: open_subject(found, whole_batches), InputError, "^command line: loss.clip.weight=1")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("depth: 2", "depth: 3"))
+    assert_refused(lambda: open_run(find_checkpoint(run), cpu), InputError, f"^{config}: ")
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["train", "tiny.yaml", "train.stpes=3"], "did you mean train.steps?"),
         (["sample", "runs/tiny", "--prompts", "picture.png"], "picture.png:1: not UTF-8 text"),
+        (
+            ["sample", "runs/tiny", "a", "--set", "model.head.kind=pooled"],
+            "command line: model.head.kind=pooled",
+        ),
         (["eval", "runs/tiny"], "the exact checker reads `shapes` pictures only"),
     ],
 )

@@ -18,7 +18,7 @@ from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
 from flowray.config.sweepfile import base_recipe, load_sweep
-from flowray.sample.restore import find_checkpoint
+from flowray.store.found import find_checkpoint
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import train as train_loop
@@ -76,8 +76,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(place, monkeypatch, changes, 
     before = bytes_of(place / "runs")
     assert key in line_of(train.main, ["tiny.yaml", *changes, "--resume"])
     assert bytes_of(place / "runs") == before
-    _, _, recipe = find_checkpoint(place / "runs" / "tiny", [])
-    assert recipe == load_recipe("tiny.yaml").recipe
+    assert find_checkpoint(place / "runs" / "tiny").recipe == load_recipe("tiny.yaml").recipe
 
 
 def test_what_only_the_worker_can_see_leaves_the_recipe_as_it_was(place):

@@ -61,6 +61,26 @@ def test_the_default_file_name_comes_from_the_prompt(run, capsys):
     assert Path(second).is_file()
 
 
+def test_no_picture_is_written_over_another(run, capsys):
+    """The same prompt again, one of the same file name, several that begin with it; a training strip."""
+    asked = (
+        ["a green ring"],
+        ["a green ring", "--seed", "1"],
+        ["a green, ring!"],
+        ["a green ring", "a red circle"],
+        ["step_000004"],
+    )
+    strip = (run / "samples" / "step_000004.png").read_bytes()
+    for words in asked:
+        assert main([str(run), *words]) == 0
+    files = capsys.readouterr().out.splitlines()
+    assert len(set(files)) == len(asked)
+    assert pixels(files[0]).shape == pixels(files[2]).shape == (PICTURE, PICTURE, 3)
+    assert not np.array_equal(pixels(files[0]), pixels(files[1]))
+    assert pixels(files[3]).shape == (2 * PICTURE, PICTURE, 3)
+    assert (run / "samples" / "step_000004.png").read_bytes() == strip
+
+
 def test_a_prompt_file_may_begin_with_a_byte_order_mark(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\n  a blue square \n")

@@ -42,6 +42,7 @@ from flowray.model.latent import LatentScale, Moments
 from flowray.probes.untouched import untouched
 from flowray.probes.vae import vae_metrics
 from flowray.sample import generate
+from flowray.store.found import find_checkpoint
 from flowray.store.latents import LatentSet, ensure_latents, load_latents
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
@@ -56,7 +57,7 @@ GROUP = Group(0, 1, CPU)
 
 
 def opened(path: Path, batches: BatchesOf = whole_batches, parts: Collection[str] = PARTS) -> Examination:
-    return examine(open_subject(path, batches), batch=8, parts=parts)
+    return examine(open_subject(find_checkpoint(path), batches), batch=8, parts=parts)
 
 
 def living(state: TrainState, recipe: Recipe, history: list[Any], parts: Collection[str] = PARTS) -> Examination:
@@ -148,7 +149,7 @@ def test_a_checkpoint_and_what_is_not_there(ran: tuple[Recipe, RunDirectory], tm
     assert "shoot/nmse" not in older.metrics  # of a part that was not asked for
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(InputError) as caught:
-            open_subject(path, whole_batches)
+            find_checkpoint(path)
         assert "\n" not in str(caught.value)
 
 
@@ -262,7 +263,7 @@ def test_the_command_says_every_number_and_looks_first_whether_it_can_write(
     ran: tuple[Recipe, RunDirectory], healthy: Examination, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(ran[1].path)
-    with pytest.raises(InputError, match=r"--out: .*nowhere is no folder that can be written"):
+    with pytest.raises(InputError, match=r"--out .*nowhere: no such folder; make it first"):
         command([path, "--out", str(tmp_path / "nowhere" / "page.html")])
     code = command([path, "--json", "--batch", "8", "--out", str(tmp_path / "page.html")])
     said = json.loads(capsys.readouterr().out)

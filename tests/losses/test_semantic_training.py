@@ -25,6 +25,7 @@ from flowray.model.semantic import Semantics, SemanticTower
 from flowray.model.velocity import build_velocity
 from flowray.sample.restore import open_run
 from flowray.store.checkpoint import newest_checkpoint
+from flowray.store.found import find_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
@@ -175,7 +176,10 @@ def test_a_run_is_sampled_without_the_files_of_its_losses(folder: Path) -> None:
     recipe = recipe_of(folder, "lpips", "dino", "clip", name="sampled")
     run = RunDirectory(Path(recipe.storage_path) / recipe.name)
     train(recipe, run, Group(0, 1, torch.device("cpu")), lambda row: None)
-    opened = open_run(run.path, ["loss.lpips.vgg=/nowhere/vgg16.safetensors"], torch.device("cpu"))
+    opened = open_run(
+        find_checkpoint(run.path, ["loss.lpips.vgg=/nowhere/vgg16.safetensors"]),
+        torch.device("cpu"),
+    )
     kept = load_file(newest_checkpoint(run.checkpoints) / "ema.safetensors")
     assert any(key.startswith("semantic.") for key in kept)
     assert all(torch.equal(p, kept[key]) for key, p in opened.model.trainable().items())

@@ -16,6 +16,8 @@ from PIL import Image
 from flowray.cli.report import main
 from flowray.config.errors import InputError
 from flowray.config.keys import describe
+from flowray.config.load import dump_recipe
+from flowray.config.recipe import Recipe
 from flowray.report import figures
 from flowray.report.analysis import log_scale
 from flowray.report.importance import importances
@@ -343,6 +345,7 @@ def test_numbers_read_well(value: float | None, text: str) -> None:
 
 def test_command_tells_sweep_from_run(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(sweep)]) == 0
+    (sweep / "0" / "config.yaml").write_text(dump_recipe(Recipe()))
     assert main([str(sweep / "0")]) == 0
     assert capsys.readouterr().out.split() == [str(sweep / "report.html"), str(sweep / "report.md"), str(sweep / "0" / "report.html")]
     assert "Sweep report" in (sweep / "report.html").read_text()
@@ -379,3 +382,11 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(sweep: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         write_sweep_report(sweep)
     assert not list(sweep.glob(".report-*"))
+
+
+@pytest.mark.parametrize("page", ["report.html", "report.md"])
+def test_command_looks_first_whether_it_can_write(sweep: Path, page: str) -> None:
+    (sweep / page).mkdir()
+    with pytest.raises(InputError, match=f"{page}: is a folder"):
+        main([str(sweep)])
+    assert not any((sweep / name).is_file() for name in ("report.html", "report.md"))
