@@ -8,7 +8,8 @@ from flowray.cli.common import GOOD, refuse_unwritable
 from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.config.errors import InputError, did_you_mean
-from flowray.config.paths import argument
+from flowray.config.load import load_recipe
+from flowray.config.paths import argument, exists
 from flowray.report.load import is_run, is_sweep
 
 
@@ -25,6 +26,8 @@ def main(argv: list[str]) -> int:
     whole_sweep = is_sweep(folder)
     if not whole_sweep and not is_run(folder):
         raise InputError(_neither(folder))
+    if not whole_sweep and exists(config := folder / "config.yaml"):
+        load_recipe(str(config))  # a page on another recipe's defaults would mislead
     for name in ("report.html", "report.md") if whole_sweep else ("report.html",):
         refuse_unwritable(folder / name)
     progress = ConsoleProgress()

@@ -270,6 +270,8 @@ def _open(source: str, folder: Path) -> YamlFile:
         file = read_yaml(path)
         if is_sweep(file.data):
             raise _BadSource(f"{path}: want a recipe, this is {what_it_is(path)}")
+        if is_kept(path, "config.yaml") and "base" not in file.data:
+            _refuse_cut_off(file)
         return file
     names = recipe_names()
     if source in names:
@@ -280,9 +282,23 @@ def _open(source: str, folder: Path) -> YamlFile:
     if is_folder(path):
         raise _BadSource(f"{path} is a folder, want the path of a .yaml file")
     if looks_like_path(source):
+        name = path.name.removesuffix(".yaml")
+        if name in names:
+            raise _BadSource(f"{source}: no such file; type {name} for the packaged recipe")
         raise _BadSource(f"{path}: {no_such(path)}")
     comes_first(source, "the recipe", "flowray.train")
     raise _BadSource(f"unknown recipe {source!r}{did_you_mean(source, names)} (packaged: {', '.join(names)}; or the path of a .yaml file)")
+
+
+def _refuse_cut_off(file: YamlFile) -> None:
+    """InputError where the config.yaml of a run, which holds every section, lacks one.
+
+    The defaults in its place would be another recipe.
+    """
+    for name, field in Recipe.model_fields.items():
+        if Slot(Recipe, name, field).sections and not isinstance(file.data.get(name), Mapping):
+            why = "it was cut off, or a part was taken out; put the whole file back"
+            raise InputError(f"{file.label}: has no {name}: {why}")
 
 
 def _typed(key: str, raw: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from support import assert_refused, tiny_recipe
 
-from flowray.cli import eval, sample, train
+from flowray.cli import doctor, eval, report, sample, train
 from flowray.cli.common import entry
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe
@@ -96,6 +96,8 @@ def line_of(main, argv: list[str]) -> str:
         (["tiny.yaml", "name=new", "data.cache=file/cache"], "data.cache"),
         (["tiny.yaml", "--resmue"], "unrecognized arguments: --resmue"),
         (["tiny.yaml"], "type --resume to continue it, or name=OTHER"),
+        (["./quickstart"], "./quickstart: no such file; type quickstart"),
+        (["recipes/quickstart.yaml"], "recipes/quickstart.yaml: no such file; type quickstart"),
     ],
 )
 def test_train(place, monkeypatch, argv, says):
@@ -206,6 +208,34 @@ def test_what_needs_no_model_is_refused_before_torch_is_imported(place, tmp_path
     )
     assert done.stdout.splitlines() == [f"2 [] {argv}" for argv in refused], done.stderr
     assert len(remarks(done.stderr)) == len(refused)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda text: text[: text.index("\n  velocity:")], "config.yaml: has no flow"),
+        (lambda text: text[: text.index("\nsample:")], "config.yaml: has no sample"),
+        (lambda text: text.replace("model:", "model: ["), "config.yaml:"),
+        (lambda text: text.replace("\nseed:", "\nsede:"), "did you mean seed?"),
+        (lambda text: "", "config.yaml: is empty"),
+    ],
+    ids=["cut in the model", "cut later", "no YAML", "unknown key", "empty"],
+)
+def test_a_broken_config_of_a_run_is_blamed_itself(place, tmp_path, spoil, says):
+    run = tmp_path / "tiny"
+    shutil.copytree(place / "runs" / "tiny", run)
+    config = run / "config.yaml"
+    config.write_text(spoil(config.read_text()))
+    for main, more in (
+        (sample.main, ["a red circle"]),
+        (eval.main, []),
+        (doctor.main, []),
+        (report.main, []),
+    ):
+        line = line_of(main, [str(run), *more])
+        assert line.startswith(f"error: {config}"), line
+        assert says in line
+    assert not (run / "report.html").exists()
 
 
 def test_weights_that_do_not_fit_are_blamed_on_what_was_typed_or_on_the_config(place, tmp_path):
