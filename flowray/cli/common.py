@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from flowray.config.errors import InputError
+from flowray.config.errors import InputError, Notice
 from flowray.config.paths import exists, is_folder, no_such
 
 GOOD, FINDINGS, BAD_INPUT, STOPPED = 0, 1, 2, 75  # 75: stopped by a signal with a checkpoint written (EX_TEMPFAIL)
@@ -21,7 +23,8 @@ Main = Callable[[list[str]], int]
 def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
     """Run a command's `main(argv)` and exit; bad input becomes one line on stderr and exit code 2."""
     try:
-        code = main(sys.argv[1:] if argv is None else argv)
+        with _plain_notices():
+            code = main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = BAD_INPUT
@@ -33,6 +36,21 @@ def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
         sys.stderr.flush()
         os._exit(INTERRUPTED)  # torch's threads, cut off, abort the interpreter's own end
     sys.exit(code)
+
+
+@contextmanager
+def _plain_notices() -> Iterator[None]:
+    """Within the block a Notice is a line on stderr, without the place in the code."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, Notice):
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+        else:
+            before(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        before, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def refuse_unwritable(file: Path, option: str = "", *, makes_folders: bool = False) -> None:

@@ -13,6 +13,10 @@ class InputError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class Notice(UserWarning):
+    """What the user should know while all goes on; a command prints it as one line."""
+
+
 def last_line(text: str) -> str:
     """Of a traceback or a log its last line that says something, without the way there; '' of none."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

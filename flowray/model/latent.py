@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowray.config.base import LatentSpec
+from flowray.config.errors import Notice
 
 
 class Moments(NamedTuple):
@@ -68,6 +69,7 @@ class LatentMap(nn.Module):
             warnings.warn(
                 f"model.head.linear_map: {made.shape} to {latent.shape} by a learnt linear map: the text latent's distribution drifts "
                 "from the head's own; watch std/mean and mu/rms",
+                Notice,
                 stacklevel=2,
             )
             self.maps.extend(nn.Linear(made.dims, latent.dims) for _ in range(2))

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_sentencepiece_available
 
-from flowray.config.errors import InputError
+from flowray.config.errors import InputError, Notice
 from flowray.config.model import CausalText, TextConfig
 from flowray.model.files import TEXT, ModelFiles, open_model, read_json, refuse_pointer, refused
 from flowray.model.local import find_place, may_download
@@ -78,7 +78,7 @@ class PromptTokenizer:
         if not self._cut_before:
             self._cut_before = True
             cut = f"a prompt of {length} tokens was cut to {self.max_tokens}, later ones silently"
-            warnings.warn(f"model.text.max_tokens: {cut}: {prompt[:60]!r}", stacklevel=4)
+            warnings.warn(f"model.text.max_tokens: {cut}: {prompt[:60]!r}", Notice, stacklevel=4)
 
 
 def load_tokenizer(config: TextConfig) -> PromptTokenizer:

@@ -210,6 +210,21 @@ def test_what_needs_no_model_is_refused_before_torch_is_imported(place, tmp_path
     assert len(remarks(done.stderr)) == len(refused)
 
 
+def test_a_prompt_that_is_cut_is_told_in_one_line(place):
+    argv = ["sample", "runs/tiny", "a small red circle " * 60, "--out", "cut.png"]
+    done = subprocess.run(
+        [sys.executable, "-m", "flowray", *argv],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0
+    (line,) = remarks(done.stderr)
+    assert line.startswith("warning: model.text.max_tokens: ")
+    assert str(place) not in line
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
