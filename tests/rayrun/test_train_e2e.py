@@ -151,8 +151,9 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(place, whole, started):
 def test_a_stop_before_the_first_step_is_heard(place, started):
     run = run_of(place, "early")
     driver = started("name=early")
-    until(lambda: run.config.is_file(), "the run directory", driver)
+    until(run.path.is_dir, "the run directory", driver)
     time.sleep(3)  # Ray is starting
+    assert not run.config.is_file()  # the worker writes it as it begins
     driver.send_signal(signal.SIGINT)
     driver.communicate(timeout=TIMEOUT_S)
     assert driver.returncode == 75
