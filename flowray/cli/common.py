@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -15,7 +16,7 @@ from flowray.config.errors import InputError, Notice
 from flowray.config.paths import exists, is_folder, no_such
 
 GOOD, FINDINGS, BAD_INPUT, STOPPED = 0, 1, 2, 75  # 75: stopped by a signal with a checkpoint written (EX_TEMPFAIL)
-INTERRUPTED = 130  # Ctrl-C before there was anything to keep
+SIGNALLED = 128  # and the signal's number: ended by one before there was anything to keep; Ctrl-C is 130
 
 Main = Callable[[list[str]], int]
 
@@ -23,18 +24,22 @@ Main = Callable[[list[str]], int]
 def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
     """Run a command's `main(argv)` and exit; bad input becomes one line on stderr and exit code 2."""
     try:
-        with _plain_notices():
+        with _plain_notices(), _all_as_ctrl_c():
             code = main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = BAD_INPUT
     except BrokenPipeError:
         code = GOOD
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)  # torch's threads, cut off, abort the interpreter's own end
+    except KeyboardInterrupt as end:
+        try:
+            print("interrupted", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:  # the terminal has hung up
+            pass
+        # torch's threads, cut off, abort the interpreter's own end
+        os._exit(SIGNALLED + (end.args[0] if end.args else signal.SIGINT))
     sys.exit(code)
 
 
@@ -72,3 +77,22 @@ def refuse_unwritable(file: Path, option: str = "", *, makes_folders: bool = Fal
             pass
     except OSError as error:
         raise InputError(f"{name}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _all_as_ctrl_c() -> Iterator[None]:
+    """Within the block SIGTERM, and SIGHUP unless it is ignored (nohup), end a command as Ctrl-C
+    does, by an exception: what was half written is removed on its way.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

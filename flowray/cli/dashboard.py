@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -127,7 +126,6 @@ def main(argv: list[str]) -> int:
         for server in chosen:
             print(" ".join(server.command), file=sys.stderr if args.json else sys.stdout)
         return GOOD
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no server outlives the command
     with ExitStack() as running:
         started = [running.enter_context(serving(server)) for server in chosen]
         for one in started:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -55,6 +56,7 @@ def _replay(told: Connection, progress: Progress) -> Exception | None:
 
 def _do(work: Callable[[Progress], object], tell: Connection) -> None:
     failure = None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the end of `apart`: nothing half written stays
     with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(KeyboardInterrupt):
         try:
             work(_Told(tell))

@@ -1,4 +1,4 @@
-"""Ctrl-C: one line and exit code 130, or 75 with a checkpoint; nothing is left half written."""
+"""Ctrl-C and other signals: one line and exit code 130, or 75 with a checkpoint; nothing is left half written."""
 
 import os
 import re
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import tiny_recipe
+from support import own_pictures, tiny_recipe
 
 from flowray.config.load import dump_recipe
 from flowray.store.checkpoint import newest_checkpoint
@@ -23,8 +23,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def interrupt(place: Path, said: str, *argv: str, times: int = 1) -> tuple[int, list[str]]:
-    """(exit code, remarks) of a command that gets Ctrl-C where a line has `said`."""
+def interrupt(place: Path, said: str, *argv: str, times: int = 1, number: int = signal.SIGINT) -> tuple[int, list[str]]:
+    """(exit code, remarks) of a command that gets a signal where a line has `said`."""
     environment = {**os.environ, "FLOWRAY_CACHE": str(place / "cache")}
     command = [sys.executable, "-m", "flowray", *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -34,11 +34,11 @@ def interrupt(place: Path, said: str, *argv: str, times: int = 1) -> tuple[int, 
             for words in wanted:
                 while words not in (line := process.stderr.readline()):
                     assert line, f"ended before it said {words}"
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
             out, err = process.communicate(timeout=120)
         finally:
             process.kill()
-    assert (out == "") == (process.returncode == 130)
+    assert (out == "") == (process.returncode == 128 + number)
     lines = err.splitlines()
     return process.returncode, [line for line in lines if not re.match(r"\[ *\d+ s\] ", line)]
 
@@ -55,10 +55,29 @@ def test_while_a_health_check_trains(place: Path, tmp_path: Path, monkeypatch) -
     assert list(tmp_path.glob("flowray-health-*")) == []
 
 
-def test_while_data_are_made(place: Path) -> None:
-    argv = ("data", "make", "shapes", "--samples", "100000", "--out", "made")
-    assert interrupt(place, "making train", *argv) == (130, ["interrupted"])
-    assert list((place / "made").iterdir()) == []
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("make", "shapes", "--samples", "100000", "--out", "out"), "making train"),
+        (("pack", "own", "out/shards", "--size", "4096"), "packing all"),
+    ],
+)
+def test_while_data_are_written(tmp_path: Path, argv: tuple[str, ...], said: str, number: int) -> None:
+    own_pictures(tmp_path / "own")
+    assert interrupt(tmp_path, said, "data", *argv, number=number) == (128 + number, ["interrupted"])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_nohup_holds(tmp_path: Path) -> None:
+    """A hang-up that was ignored before the command began stays ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        argv = ("data", "make", "shapes", "--samples", "200", "--out", "out")
+        code, _ = interrupt(tmp_path, "making train", *argv, number=signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert code == 0
 
 
 @pytest.mark.slow

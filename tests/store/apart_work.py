@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from flowray.config.errors import InputError
 from flowray.config.progress import Progress
+from flowray.data.shards import whole_folder
 
 
 def count(place: Path, progress: Progress) -> None:
@@ -25,3 +27,11 @@ def refuse(progress: Progress) -> None:
 
 def die(progress: Progress) -> None:
     os._exit(9)
+
+
+def wait(folder: Path, progress: Progress) -> None:
+    """Half write a folder, say so, and go on for ever."""
+    with whole_folder(folder) as partial:
+        (partial / "half").write_text("")
+        progress.say("half")
+        time.sleep(600)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from apart_work import count, die, refuse
+from apart_work import count, die, refuse, wait
 from support import Heard, tiny_recipe
 
 from flowray.config.errors import InputError
@@ -29,6 +29,17 @@ def test_it_fails_here() -> None:
         apart(refuse, Heard())
     with pytest.raises(RuntimeError, match="exit code 9"):
         apart(die, Heard())
+
+
+def test_ended_early_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Impatient(Heard):
+        def say(self, text: str) -> None:
+            assert [path.name for path in tmp_path.glob(".*/*")] == [text]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apart(partial(wait, tmp_path / "out"), Impatient())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
