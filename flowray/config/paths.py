@@ -255,8 +255,13 @@ def model_argument(text: str) -> str:
 
 
 def no_such(path: str | Path) -> str:
-    """'no such folder, did you mean NEAREST?' (or file), whichever part of the path is misspelt."""
+    """'no such folder, did you mean NEAREST?' (or file), whichever part of the path is misspelt.
+
+    Of what is there and is of another kind than was wanted it says what it is.
+    """
     path = Path(path)
+    if kind := _kind(path):
+        return f"there is {kind} of that name"
     what = "file" if path.name.lower().endswith(_FILES) else "folder"
     there = path.absolute()
     found = Path(there.anchor)
@@ -274,6 +279,18 @@ def no_such(path: str | Path) -> str:
             inside = found / near[0]
         found = inside
     return f"no such {what}, did you mean {found}?"
+
+
+def _kind(path: Path) -> str:
+    """What lies at a path, '' where nothing does or it cannot be seen."""
+    try:
+        mode = _mode(path)
+    except InputError:
+        return ""
+    if not mode:
+        return ""
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def _names(folder: Path) -> list[str]:

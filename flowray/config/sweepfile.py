@@ -389,7 +389,7 @@ def _open(source: str) -> tuple[YamlFile, str]:
     if what := what_it_is(path):
         raise InputError(f"{source}: want a sweep, this is {what}")
     if is_there:
-        raise InputError(f"{source}: is a folder, want a sweep file")
+        raise InputError(f"{source}: {no_such(path)}; want a sweep file")
     comes_first(source, "the sweep", "flowray.tune")
     near = did_you_mean(path.name.removesuffix(".yaml"), [name.removesuffix(".yaml") for name in names])
     if not near and looks_like_path(source):

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from flowray.config.errors import InputError
-from flowray.config.paths import is_hub_name
+from flowray.config.paths import is_hub_name, no_such
 from flowray.model.local import find_place
 
 Part = Literal["text_encoder", "vae", "image_encoder"]  # as pipelines on the hub name their folders
@@ -53,6 +53,8 @@ def find_model(
     place = find_place(path, where, embedded, weights=weights)
     if place.is_file() or ((place / CONFIG).is_file() and not (place / _PIPELINE).is_file()):
         return place
+    if not place.is_dir():
+        raise refused(where, place, f"is no model: {no_such(place)}")
     parts = _parts(place)
     meant = [each for each in parts if each.name == part or each.name.startswith(f"{part}_")]
     if len(meant) == 1:

@@ -86,6 +86,8 @@ def line_of(main, argv: list[str]) -> str:
     [
         (["quikstart"], "did you mean quickstart?"),
         (["nosuch.yaml"], "nosuch.yaml"),
+        (["/dev/null"], "a device"),
+        (["tiny.yaml", "name=new", "model.text.path=/dev/null"], "a device"),
         (["tiny.yaml", "loss.kl.wieght=1"], "did you mean loss.kl.weight?"),
         (["tiny.yaml", "learning_rate=1"], "optim.lr"),
         (["tiny.yaml", "optim.lr=fast"], "optim.lr"),

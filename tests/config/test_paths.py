@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,14 @@ def test_the_nearest_name_that_is_there(home: Path) -> None:
     assert no_such(home / "modles" / "clip") == f"no such folder, did you mean {home}/models/clip?"
     assert no_such(home / "models" / "w.safetensors") == "no such file"
     assert no_such(home / "zzz" / "clip") == f"no such folder; {home} has no zzz"
+
+
+def test_what_is_there_is_never_the_nearest_name(home: Path) -> None:
+    os.mkfifo(home / "pipe")
+    (home / "file").touch()
+    for path, kind in (("pipe", "a pipe"), ("file", "a file"), (".", "a folder"), ("/dev/null", "a device")):
+        assert kind in no_such(home / path)
+        assert "did you mean" not in no_such(home / path)
 
 
 def test_an_argument_has_what_the_shell_left(home: Path) -> None:
