@@ -14,13 +14,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from flowray.config.errors import InputError
+from flowray.config.paths import is_folder, no_such
 from flowray.config.progress import SILENT, Progress, counted
+from flowray.data.captions import captions_of
 from flowray.data.make import png
 from flowray.data.shards import fill_folder, whole_folder
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-# Our own list, and the one of Hugging Face's image folders.
-CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
+LARGEST = 4096  # px a side; no published text-to-image model makes larger ones
 _SHOWN = 5  # faults named in the one line
 
 
@@ -44,10 +45,11 @@ def pack_folder(
 ) -> Packed:
     """Pack the pictures under `images` (at any depth, hidden ones apart) into shards in `out`.
 
-    Captions: a list, `captions.jsonl` with {"image": path relative to `images`, "caption": text or
-    "captions": [text, ...]} a line or `metadata.jsonl` with {"file_name", "text"}, a picture's
-    captions on one line or on several; without a list, a .txt of the same name beside each picture,
-    one caption a line. size: side in px to which pictures are centre-cropped and resized; None keeps
+    Captions: lists, `captions.jsonl` with {"image": path from the list's folder, "caption": text or
+    "captions": [text, ...]} a line, `metadata.jsonl` with {"file_name", "text"}, the same as one
+    JSON list or with these columns as .csv, a picture's captions in one entry or in several; without
+    a list, a .txt of the same name beside each picture, one caption a line.
+    size: side in px, at most LARGEST, to which pictures are centre-cropped and resized; None keeps
     them. All become RGB PNG.
     val: share in [0, 1) that goes to `out/val`, the rest to `out/train`; 0: everything to `out`. A
     sample's key, and so its side, depends on its path alone: files added later move no other.
@@ -55,9 +57,16 @@ def pack_folder(
     `out` is there whole or not at all. InputError, one line: no pictures, a split without samples,
     the first bad file.
     """
-    pictures = _pictures(images, size, val)
+    if size is not None and not 1 <= size <= LARGEST:
+        raise InputError(f"size {size}: want 1 to {LARGEST} px, the side of a picture")
+    if not 0 <= val < 1:
+        raise InputError(f"val {val}: the share of the pictures to hold out must be at least 0 and below 1, such as 0.05")
+    files = _files(images)
+    pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if not pictures:
+        raise InputError(f"{images}: no picture in it; looked for {', '.join(SUFFIXES)}")
     faults: list[str] = []
-    captions = _captions(images, pictures, faults)
+    captions = captions_of(pictures, files, faults)
     captioned = [path for path in pictures if path in captions]
     if faults and (not skip_bad or not captioned):
         raise _nothing_packed(faults, skip_bad)
@@ -111,22 +120,16 @@ def load_rgb(path: Path, size: int | None) -> np.ndarray:
     return np.asarray(rgb)
 
 
-def _pictures(images: Path, size: int | None, val: float) -> list[Path]:
-    if not images.is_dir():
-        raise InputError(f"{images}: no such folder; give a folder of pictures ({', '.join(SUFFIXES)})")
-    if size is not None and size < 1:
-        raise InputError(f"size {size}: must be at least 1 px")
-    if not 0 <= val < 1:
-        raise InputError(f"val {val}: the share of the pictures to hold out must be at least 0 and below 1, such as 0.05")
+def _files(images: Path) -> list[Path]:
+    """The files of a folder at any depth, sorted."""
+    if not is_folder(images):
+        what = no_such(images)
+        raise InputError(f"{images}: {what}; give a folder of pictures ({', '.join(SUFFIXES)})")
 
     def hidden(path: Path) -> bool:  # thumbnails, trash, macOS's `._NAME` beside every file
         return any(part.startswith(".") for part in path.relative_to(images).parts)
 
-    found = (path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
-    pictures = sorted(path for path in found if path.is_file() and not hidden(path))
-    if not pictures:
-        raise InputError(f"{images}: no picture in it; looked for {', '.join(SUFFIXES)}")
-    return pictures
+    return sorted(path for path in images.rglob("*") if not hidden(path) and path.is_file())
 
 
 def _splits(images: Path, pictures: list[Path], val: float) -> dict[str, list[Path]]:
@@ -146,58 +149,8 @@ def _splits(images: Path, pictures: list[Path], val: float) -> dict[str, list[Pa
     }
 
 
-def _captions(images: Path, pictures: list[Path], faults: list[str]) -> dict[Path, list[str]]:
-    """The captions of every picture that has some; what is wrong goes to `faults`."""
-    listed = next((path for name in CAPTION_FILES if (path := images / name).is_file()), None)
-    if listed is None:
-        return {path: found for path in pictures if (found := _beside(path, faults))}
-    captions = _from_list(listed, faults)
-    there = set(pictures)
-    faults += [f"{path}: no such picture ({listed})" for path in sorted(captions.keys() - there)]
-    faults += [f"{path}: no line in {listed}" for path in pictures if path not in captions]
-    return captions
-
-
 def _nothing_packed(faults: list[str], skip_bad: bool) -> InputError:
     shown = "; ".join(faults[:_SHOWN])
     more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
     hint = "" if skip_bad else "; --skip-bad leaves such files out"
     return InputError(f"nothing packed, {len(faults)} fault(s): {shown}{more}{hint}")
-
-
-def _beside(picture: Path, faults: list[str]) -> list[str]:
-    path = picture.with_suffix(".txt")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        faults.append(f"{picture}: no caption file {path.name}")
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        faults.append(f"{path}: cannot be read as UTF-8 ({error})")
-        return []
-    found = [line.strip() for line in text.splitlines() if line.strip()]
-    if not found:
-        faults.append(f"{path}: empty")
-    return found
-
-
-def _from_list(listed: Path, faults: list[str]) -> dict[Path, list[str]]:
-    captions: dict[Path, list[str]] = {}
-    for number, line in enumerate(listed.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            path = listed.parent / (row["image"] if "image" in row else row["file_name"])
-            if "captions" in row:
-                given = row["captions"]
-            else:
-                given = [row["caption"] if "caption" in row else row["text"]]
-            if not given or not isinstance(given, list) or not all(isinstance(c, str) and c.strip() for c in given):
-                raise ValueError("empty caption")
-        except (ValueError, KeyError, TypeError) as error:
-            want = '{"image": "a.png", "caption": "..."}'
-            faults.append(f"{listed}:{number}: want {want} ({type(error).__name__}: {error})")
-            continue
-        captions.setdefault(path, []).extend(caption.strip() for caption in given)
-    return captions

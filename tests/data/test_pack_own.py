@@ -93,9 +93,14 @@ def test_bad_files_are_named_and_left_out(tmp_path: Path, capsys: pytest.Capture
         (["--val", "-0.1"], "val -0.1"),
         (["--val", "0.0001"], "none would go to val"),
         (["--val", "many"], "--val"),
+        (["--size", "0"], "size 0"),
+        (["--size", "-64"], "size -64"),
+        (["--size", "4097"], "4096"),
+        (["--size", "99999999999999999999"], "4096"),
+        (["--per-shard", "0"], "per_shard 0"),
     ],
 )
-def test_a_share_that_cannot_be(tmp_path: Path, argv: list[str], says: str) -> None:
+def test_a_share_or_size_that_cannot_be(tmp_path: Path, argv: list[str], says: str) -> None:
     photos(tmp_path / "in", [f"{i}.png" for i in range(5)])
     with pytest.raises(InputError, match=says):
         main(["pack", str(tmp_path / "in"), str(tmp_path / "out"), *argv])
@@ -127,14 +132,80 @@ def test_keys_of_names_that_webdataset_would_cut_or_skip(tmp_path: Path) -> None
     assert set(ShardReader(find_shards(str(tmp_path / "out"))).keys) == {key_of(name) for name in names}
 
 
-def test_caption_lists_as_others_write_them(tmp_path: Path) -> None:
-    folder = photos(tmp_path / "in", ["a.png", "b.png"])
-    rows = [{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": "b"}, {"file_name": "a.png", "text": "two"}]
-    text = "\ufeff" + "\n".join(map(json.dumps, rows))
-    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+ROWS = [
+    {"file_name": "a.png", "text": 'one, "quoted"'},
+    {"file_name": "b.png", "text": "b\u2028ü"},
+    {"file_name": "a.png", "text": "two"},
+]
+CSV = 'file_name, text\r\na.png,"one, ""quoted"""\r\n\r\nb.png, b\u2028ü\r\na.png,two\r\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)),
+        ("captions.jsonl", json.dumps(ROWS)),
+        ("captions.json", json.dumps(ROWS, indent=1)),
+        ("captions.csv", 'id,caption,image\n1,"one, ""quoted""",a.png\n2,b\u2028ü,b.png\n3,two,a.png\n'),
+        ("metadata.csv", CSV),
+        ("METADATA.CSV", CSV.replace(" text", "caption")),
+        ("sub/metadata.csv", CSV),
+    ],
+)
+def test_caption_lists_as_others_write_them(tmp_path: Path, name: str, text: str) -> None:
+    """Of Hugging Face's image folders, with a byte order mark, as one JSON list, at the pictures' depth."""
+    folder = tmp_path / "in"
+    photos((folder / name).parent, ["a.png", "b.png"])
+    (folder / name).write_text("\ufeff" + text, encoding="utf-8", newline="")
     pack_folder(folder, tmp_path / "out", 8)
     reader = ShardReader(find_shards(str(tmp_path / "out")))
-    assert [reader.captions(i) for i in range(2)] == [["one", "two"], ["b"]]
+    captions = {json.loads(reader.read(i, "json"))["source"][-5:]: reader.captions(i) for i in range(2)}
+    assert captions == {"a.png": ['one, "quoted"', "two"], "b.png": ["b\u2028ü"]}
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"captions.jsonl": '["a.png", "one"]'}, "captions.jsonl:1: no entry"),
+        ({"captions.json": '{"a.png": "one"}'}, "captions.json:1: want image"),
+        ({"captions.json": '[{"image": "a.png",}]'}, "captions.json: cannot be read"),
+        ({"captions.jsonl": '{"image": 3, "caption": "one"}'}, "captions.jsonl:1: want image"),
+        ({"captions.jsonl": '{"image": "a.png", "captions": [3]}'}, "captions.jsonl:1: empty caption"),
+        ({"metadata.csv": "file_name,label\na.png,3\n"}, "metadata.csv:1: want image"),
+        ({"metadata.csv": "file_name;text\na.png;one\n"}, "metadata.csv:1: want image"),
+        ({"metadata.csv": "file_name,text\na.png,red, blue\n"}, "metadata.csv:2: more cells"),
+        ({"metadata.csv": "file_name,text\na.png\n"}, "metadata.csv:2: empty caption"),
+        ({"metadata.csv": "file_name,text\nb.png,one\n"}, "b.png: no such picture"),
+        ({"metadata.csv": ""}, "metadata.csv:1: want image"),
+        ({"metadata.csv": b"\xff\xfe"}, "metadata.csv: cannot be read"),
+        ({"metadata.csv": "file_name,text\na.png,one\n", "captions.jsonl": ""}, "keep one"),
+    ],
+)
+def test_a_list_that_is_none_is_one_line_in_plain_words(tmp_path: Path, files: dict[str, str | bytes], says: str) -> None:
+    folder = photos(tmp_path / "in", ["a.png"])
+    for name, text in files.items():
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError) as caught:
+        pack_folder(folder, tmp_path / "out", 8)
+    assert says in str(caught.value)
+    assert "Error" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_extensions_in_capitals(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", ["UP.JPG", "a.Png"])
+    (folder / "UP.txt").rename(folder / "UP.TXT")
+    (folder / "a.TXT").write_text("not this one\n")
+    pack_folder(folder, tmp_path / "out", 8)
+    reader = ShardReader(find_shards(str(tmp_path / "out")))
+    assert [reader.captions(i) for i in range(2)] == [["picture UP.JPG"], ["picture a.Png"]]
+
+
+def test_pictures_without_captions_are_told_what_is_read(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", ["a.png"])
+    (folder / "a.txt").rename(folder / "a.caption")
+    with pytest.raises(InputError, match=r"a\.txt.* metadata\.csv"):
+        pack_folder(folder, tmp_path / "out", 8)
 
 
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""Captions of a folder of pictures: a text file beside each, or lists as they are written elsewhere."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flowray.config.errors import InputError
+
+# Our own lists, and those of Hugging Face's image folders.
+LISTS = ("captions.jsonl", "captions.json", "captions.csv", "metadata.jsonl", "metadata.csv")
+TEXT = ".txt"
+_NAMES, _CAPTIONS = ("image", "file_name"), ("captions", "caption", "text")
+_WANTED = "image (or file_name) and caption (or text)"
+
+
+def captions_of(pictures: list[Path], files: Iterable[Path], faults: list[str]) -> dict[Path, list[str]]:
+    """The captions of every picture that has some; what is wrong goes to `faults`.
+
+    files: all there are, in a sorted order. A list's names start from its own folder. Where there is
+    one, text files are not read. InputError: two lists in one folder.
+    """
+    others = list(files)
+    listed = [path for path in others if path.name.lower() in LISTS]
+    if not listed:
+        texts = {path.with_suffix(""): path for path in others if path.suffix.lower() == TEXT}
+        return {path: found for path in pictures if (found := _beside(path, texts, faults))}
+    folders = {path.parent: path for path in listed}
+    if double := next((path for path in listed if folders[path.parent] != path), None):
+        raise InputError(f"{double.parent}: both {double.name} and {folders[double.parent].name} list captions; keep one of them")
+    captions: dict[Path, list[str]] = {}
+    known = set(pictures)
+    for path in listed:
+        for place, name, given in _entries(path, faults):
+            picture = path.parent / name
+            if picture in known:
+                captions.setdefault(picture, []).extend(given)
+            else:
+                faults.append(f"{picture}: no such picture ({place})")
+    where = str(listed[0]) if len(listed) == 1 else f"{listed[0]} and {len(listed) - 1} more"
+    faults += [f"{path}: no caption in {where}" for path in pictures if path not in captions]
+    return captions
+
+
+def _beside(picture: Path, texts: dict[Path, Path], faults: list[str]) -> list[str]:
+    """The lines of the picture's text file."""
+    path = texts.get(picture.with_suffix(""))
+    if path is None:
+        faults.append(f"{picture}: no caption file {picture.with_suffix(TEXT).name}, nor one of the lists {', '.join(LISTS)}")
+        return []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"{path}: cannot be read as UTF-8 ({error})")
+        return []
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        faults.append(f"{path}: empty")
+    return found
+
+
+def _entries(path: Path, faults: list[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """(place, a picture's name, its captions) of every entry of a list that can be read."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = list(_csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text, path.suffix.lower() == ".json"))
+    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+        faults.append(f"{path}: cannot be read ({error})")
+        return
+    for number, row in rows:
+        place = f"{path}:{number}"
+        try:
+            yield place, *_entry(row)
+        except ValueError as error:
+            faults.append(f"{place}: {error}")
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, Any]]:
+    """(line, row), each by the names that the first line gives its cells; those alone where they are not a list's."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    names = reader.fieldnames or ()
+    if not any(name in names for name in _NAMES) or not any(name in names for name in _CAPTIONS):
+        yield 1, dict.fromkeys(names)
+        return
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _json_rows(text: str, whole: bool) -> Iterator[tuple[int, Any]]:
+    """(line, row) of JSON lines, (place in it, row) of one JSON list, which may also stand in a file
+    of lines. What is no JSON is a row as it stands.
+    """
+    if whole or text.lstrip().startswith("["):
+        found = json.loads(text)
+        yield from enumerate(found if isinstance(found, list) else [found], 1)
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                yield number, line
+
+
+def _entry(row: Any) -> tuple[str, list[str]]:
+    """(a picture's name, its captions); ValueError says what is wrong with the row."""
+    if not isinstance(row, dict):
+        raise ValueError(f'no entry such as {{"image": "a.png", "caption": "..."}}, but {json.dumps(row)[:40]}')
+    if None in row:
+        raise ValueError('more cells than the first line names; a caption with a comma stands in quotes ("")')
+    name = next((row[key] for key in _NAMES if key in row), None)
+    key = next((key for key in _CAPTIONS if key in row), None)
+    if key is None or not isinstance(name, str) or not name:
+        got = ", ".join(map(str, row))[:80] or "nothing"
+        raise ValueError(f"want {_WANTED}, got {got}; what is no list of captions needs another name")
+    given = row[key] if isinstance(row[key], list) else [row[key]]
+    if not given or not all(isinstance(caption, str) and caption.strip() for caption in given):
+        raise ValueError("empty caption, or one that is no text")
+    return name, [caption.strip() for caption in given]
