@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import sys
 from pathlib import Path
@@ -18,10 +17,11 @@ from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.paths import argument, expand
 from flowray.config.progress import Progress
+from flowray.data.captions import LISTS
 from flowray.data.check import ShardCheck, check_shards
 from flowray.data.make import DigitsSet, EmbeddedSet, ShapesSet, cache_dir, ensure_embedded, ensure_set, write_set
-from flowray.data.pack import pack_folder
-from flowray.data.shards import EMBEDDED
+from flowray.data.pack import LARGEST, pack_folder
+from flowray.data.shards import EMBEDDED, splits, tars
 
 SHOWN = 20  # problems in the table; --json has them all
 
@@ -79,12 +79,16 @@ def _set(args: argparse.Namespace) -> EmbeddedSet:
 
 
 def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser("pack", help="pack a folder of pictures with .txt captions (or captions.jsonl) into shards")
-    parser.add_argument("images", type=argument, help="folder of pictures, each with a .txt of the same name, or one captions.jsonl")
+    parser = commands.add_parser("pack", help="pack a folder of pictures with captions into shards")
+    parser.add_argument(
+        "images", type=argument, help=f"folder of pictures, each with a .txt of the same name, or one of {', '.join(LISTS)}"
+    )
     parser.add_argument("out", type=argument, help="folder for the shards; must not exist or be empty")
     parser.add_argument("--val", type=float, default=0.0, metavar="X", help="hold out the share X, such as 0.05: OUT/train and OUT/val")
     parser.add_argument("--skip-bad", action="store_true", help="name what has no caption or does not decode, leave it out")
-    parser.add_argument("--size", type=int, metavar="PX", help="centre-crop and resize to PX x PX; left as they are without it")
+    parser.add_argument(
+        "--size", type=int, metavar="PX", help=f"centre-crop and resize to PX x PX, at most {LARGEST}; else kept as they are"
+    )
     parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="samples in a shard, %(default)s")
     parser.set_defaults(run=_pack)
 
@@ -110,14 +114,17 @@ def _pack(args: argparse.Namespace) -> int:
 
 def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("check", help="read every sample of a shard set and say what is wrong with it")
-    parser.add_argument("spec", type=expand, metavar="SHARDS", help="a folder of .tar files, a glob or one .tar; or shapes, digits")
+    parser.add_argument(
+        "specs", type=expand, nargs="+", metavar="SHARDS", help="folders of .tar files, globs or .tar files; or shapes, digits"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(run=_check)
 
 
 def _check(args: argparse.Namespace) -> int:
     progress = ConsoleProgress()
-    result = check_shards(_every_split(args.spec, progress), progress)
+    specs = [each for spec in args.specs for each in _every_split(spec, progress)]
+    result = check_shards(*specs, progress=progress)
     if args.json:
         print(json.dumps(result.as_json()))
     else:
@@ -125,14 +132,13 @@ def _check(args: argparse.Namespace) -> int:
     return GOOD if result.good else FINDINGS
 
 
-def _every_split(spec: str, progress: Progress) -> str:
-    """A glob of all shards of an embedded set, or of a folder that holds train/, val/, ...; any other spec as it is."""
+def _every_split(spec: str, progress: Progress) -> list[str]:
+    """The folders of an embedded set, or of a folder that holds train/, val/, ...; any other spec as it is."""
     if spec in EMBEDDED:
-        folder = ensure_embedded(spec, cache_dir(None), progress)["train"].parent  # type: ignore[arg-type]
+        folders = list(ensure_embedded(spec, cache_dir(None), progress).values())  # type: ignore[arg-type]
     else:
-        folder = Path(spec)
-    split = folder.is_dir() and not any(folder.glob("*.tar")) and any(folder.glob("*/*.tar"))
-    return str(Path(glob.escape(str(folder))) / "*" / "*.tar") if split else spec
+        folders = [] if tars(Path(spec)) else splits(Path(spec))
+    return [str(folder) for folder in folders] or [spec]
 
 
 def _show(result: ShardCheck) -> None:

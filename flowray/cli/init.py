@@ -19,11 +19,11 @@ from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.model import ModelConfig
-from flowray.config.paths import argument, model_argument, written
+from flowray.config.paths import argument, exists, model_argument, no_such, written
 from flowray.config.recipe import Recipe
 from flowray.data.pack import SUFFIXES
 from flowray.data.reader import ShardReader
-from flowray.data.shards import find_shards
+from flowray.data.shards import EMBEDDED, find_shards, tars
 
 LOOKED_AT = 32  # pictures and captions, evenly spread over the set
 GOOD_PSNR = 26.0  # dB; the shipped autoencoder reaches 31 to 39 on what it was trained on
@@ -167,10 +167,14 @@ def _refuse_unready(recipe: Recipe, absent: list[str]) -> None:
 
 def _look(folder: Path, val: Path | None) -> Looked:
     """Open the shards and a few samples; InputError with what to type where they are not ready for training."""
+    if str(folder) in EMBEDDED and not exists(folder):
+        raise InputError(f"--data {folder}: comes with flowray; type python -m flowray.train quickstart data.shards={folder}")
+    if not exists(folder):
+        raise InputError(f"--data {folder}: {no_such(folder)}; give the folder of shards that pack made")
     below = folder / "train"
-    train = below if below.is_dir() and not any(folder.glob("*.tar")) else folder
+    train = below if below.is_dir() and not tars(folder) else folder
     val = val or folder / "val"
-    if not any(train.glob("*.tar")) and any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*")):
+    if not tars(train) and any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*")):
         packing = f"python -m flowray.data pack {shlex.quote(str(folder))} shards --size 64 --val 0.05"
         raise InputError(f"--data {folder}: pictures, not shards; type {packing}, then --data shards")
     shards = find_shards(str(train))

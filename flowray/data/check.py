@@ -17,10 +17,9 @@ from PIL import Image
 
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
-from flowray.data.reader import scan_tar
+from flowray.data.reader import IMAGES, scan_tar
 from flowray.data.shards import MANIFEST, find_shards, sha256
 
-IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")
 PICKLES = ("pkl", "pyd", "pickle", "pth", "pt")
 
 
@@ -54,9 +53,9 @@ class ShardCheck:
         return {"good": self.good, **asdict(self)}
 
 
-def check_shards(spec: str, progress: Progress = SILENT) -> ShardCheck:
-    """Read every sample of a shard set (folder, glob or tar); InputError only where there is nothing to read."""
-    found = find_shards(spec)
+def check_shards(*specs: str, progress: Progress = SILENT) -> ShardCheck:
+    """Read every sample of a shard set (folders, globs or tars); InputError only where there is nothing to read."""
+    found = list(dict.fromkeys(path.absolute() for spec in specs for path in find_shards(spec)))
     checker = _Checker(Path(os.path.commonpath([path.parent for path in found])))
     with progress.task("checking shards", len(found)) as advance:
         for path in found:

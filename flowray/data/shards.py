@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowray.config.errors import InputError, did_you_mean
-from flowray.config.paths import is_file, is_folder, no_such
+from flowray.config.paths import exists, is_file, is_folder, no_such
 from flowray.data.folders import put_in_place
 
 MANIFEST = "manifest.json"
@@ -100,24 +100,38 @@ def find_shards(spec: str) -> tuple[Path, ...]:
     """
     path = Path(spec)
     if is_folder(path):
-        found, what = sorted(path.glob("*.tar")), "the folder holds no .tar file"
-        below = sorted({tar.parent.name for tar in path.glob("*/*.tar")})
-        if not found and below:
-            what += f", but these under it do: {', '.join(below[:5])}; did you mean {path / below[0]}?"
+        found, what = tars(path), "the folder holds no .tar file"
+        if not found and (below := splits(path)):
+            names = ", ".join(folder.name for folder in below[:5])
+            what += f", but these under it do: {names}; did you mean {below[0]}?"
     elif is_file(path):
-        if path.suffix != ".tar":
+        if not _is_tar(path):
             raise InputError(f"shards {spec!r}: not a .tar file; give a folder of .tar files, a glob or one uncompressed .tar")
         found, what = [path], ""
     elif glob.has_magic(spec):
-        found, what = sorted(Path(p) for p in glob.glob(str(path)) if p.endswith(".tar")), "no .tar file matches"
+        found, what = sorted(Path(p) for p in glob.glob(str(path)) if _is_tar(Path(p))), "no .tar file matches"
     else:
-        near = did_you_mean(path.name, EMBEDDED)
+        near = "" if exists(path) or path.name in EMBEDDED else did_you_mean(path.name, EMBEDDED)
         found, what = [], f"no such folder{near}" if near else no_such(path)
     if not found:
         raise InputError(f"shards {spec!r}: {what}; give {', '.join(EMBEDDED)}, a folder of .tar files, a glob or one .tar")
     if not any(_starts_with_a_member(tar) for tar in found):
         raise InputError(f"shards {spec!r}: {len(found)} .tar file(s) but not one sample in them, first {found[0]}")
     return tuple(found)
+
+
+def tars(folder: Path) -> list[Path]:
+    """The .tar files right in a folder, sorted."""
+    return sorted(path for path in folder.glob("*") if _is_tar(path))
+
+
+def splits(folder: Path) -> list[Path]:
+    """The folders in a folder that have .tar files, sorted."""
+    return sorted({path.parent for path in folder.glob("*/*") if _is_tar(path)})
+
+
+def _is_tar(path: Path) -> bool:
+    return path.suffix.lower() == ".tar"
 
 
 def _starts_with_a_member(tar: Path) -> bool:

@@ -29,7 +29,7 @@ from flowray.config.progress import SILENT, Advance, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig
 from flowray.data.make import cache_dir, ensure_embedded, unmade_samples
-from flowray.data.reader import ShardReader
+from flowray.data.reader import IMAGES, ShardReader
 from flowray.data.shards import EMBEDDED, MANIFEST, find_shards, sha256, write_shards
 from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
 from flowray.model.latent import LatentScale, Moments, over_channels
@@ -79,9 +79,9 @@ def from_pictures(pictures: Tensor) -> np.ndarray:
 
 def decode_image(reader: ShardReader, index: int) -> np.ndarray:
     """The picture of a sample, uint8 (H, W, 3); InputError names shard and sample where it does not decode."""
-    has = [e for e in ("png", "jpg", "jpeg", "webp") if e in reader.extensions(index)]
+    has = [e for e in IMAGES if e in reader.extensions(index)]
     if not has:
-        raise InputError(f"{reader.label(index)}: no picture (.png, .jpg, .jpeg or .webp)")
+        raise InputError(f"{reader.label(index)}: no picture (.{', .'.join(IMAGES)})")
     try:
         return np.asarray(Image.open(io.BytesIO(reader.read(index, has[0]))).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: pillow on a broken PNG chunk

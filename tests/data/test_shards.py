@@ -265,11 +265,18 @@ def test_find_shards(folder: Path, tmp_path: Path) -> None:
         (str(empty), "not one sample"),
         (str(zero), "not one sample"),
         ("shpes", "did you mean shapes?"),
+        ("/dev/null", "there is a device of that name"),
     ]:
         with pytest.raises(InputError, match=says.replace("?", r"\?")) as caught:
             find_shards(spec)
         assert "\n" not in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        find_shards("shapes")  # whose name the callers know that take it
+    assert "did you mean" not in str(caught.value)
     empty.unlink()
     zero.unlink()
     with pytest.raises(InputError, match=r"under it do: set; did you mean .*set\?"):
         find_shards(str(tmp_path))
+    loud = tars[0].rename(folder / "LOUD.TAR")
+    assert find_shards(str(folder)) == (loud, *tars[1:])
+    assert find_shards(str(loud)) == find_shards(str(folder / "L*")) == (loud,)
