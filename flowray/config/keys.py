@@ -14,6 +14,8 @@ from functools import lru_cache
 from typing import Literal
 
 INF = math.inf
+# vae/psnr in dB: what the logs' autoencoder reads, which is in order; and below which it spoils a run, whatever else is right
+GOOD_PSNR, POOR_PSNR = 29.0, 24.0
 Direction = Literal["higher", "lower", "none"]
 
 
@@ -111,7 +113,7 @@ KEYS: tuple[MetricKey, ...] = (
     _key("text/cos_mu", "cosine", "lower", "mean cosine of mu over pairs of prompts", FLOWRAY, (-1.0, 0.9)),
     _key("text/cos_same", "cosine", "none", "cosine of two z0 of one prompt; the noise's share"),
     _key("text/snr", "-", "higher", "Var over prompts of mu / mean sigma^2"),
-    _key("vae/psnr", "dB", "higher", "10 log10(1 / mean (decode(encode(x)) - x)^2), pixels in [0, 1]", LOG_0919, (29.0, INF)),
+    _key("vae/psnr", "dB", "higher", "10 log10(1 / mean (decode(encode(x)) - x)^2), pixels in [0, 1]", LOG_0919, (GOOD_PSNR, INF)),
     _key("latent/channel_mean_max", "latent", "lower", "greatest |mean| of a channel of z1, held-out set", LOG_0901, (0.0, 1.0)),
     _key("latent/channel_std_{min,max}", "latent", "none", "least or greatest std of a channel of z1, held-out set", LOG_0901, (0.5, 2.0)),
     _key("time/embed_norm", "norm", "none", "norm of the time embedding; too large drowns the rest", PIPELINE),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from flowray.config.keys import GOOD_PSNR
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -23,7 +25,7 @@ BASELINES: Mapping[str, Baseline] = {
     "flow/speed_ratio": Baseline(1.0, "right speed"),
     "std/mean": Baseline(1.0, "the prior's width"),
     "text/cos_mu": Baseline(0.9, "prompts too alike above"),
-    "vae/psnr": Baseline(29.0, "autoencoder in order above"),
+    "vae/psnr": Baseline(GOOD_PSNR, "autoencoder in order above"),
     "shoot/cond_gain": Baseline(0.0, "caption ignored"),
     "flow/cond_gain_cos": Baseline(0.0, "caption ignored"),
 }

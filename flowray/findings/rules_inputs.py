@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flowray.config.keys import GOOD_PSNR, POOR_PSNR
 from flowray.findings.checks import Check, Evidence, above, absent, also, below, every, fact, given, near, quietly, some, unless
 from flowray.findings.consequences import BAD_FIELD, BAD_PICTURES, WEAK_KL, too_high_fix
 from flowray.findings.finding import Judged
@@ -178,9 +179,9 @@ INPUTS: tuple[Rule, ...] = (
     Rule(
         "vae_poor",
         "warn",
-        below("vae/psnr", 24.0),
+        below("vae/psnr", POOR_PSNR),
         "the autoencoder does not give its own pictures back; nothing after it can",
-        "model.autoencoder.path=PATH of an autoencoder that suits the data (the logs' reads 29 dB)",
+        f"model.autoencoder.path=PATH of an autoencoder that suits the data (the logs' reads {GOOD_PSNR:g} dB)",
     ),
     # the data
     Rule(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flowray.config.keys import describe
+from flowray.config.keys import GOOD_PSNR, describe
 from flowray.findings.baselines import Baseline
 from flowray.findings.finding import Finding, healthy
 from flowray.findings.judge import Judge
@@ -27,7 +27,7 @@ TILES: Mapping[str, str] = {
     "flow/nmse": "1: predicting zero",
     "std/mean": "1: the prior's width",
     "text/snr": "0: the caption does not arrive",
-    "vae/psnr": "dB; 29 in the logs",
+    "vae/psnr": f"dB; {GOOD_PSNR:g} in the logs",
 }
 PICTURES: Mapping[str, tuple[str, str]] = {
     "orig": ("orig", "held-out pictures"),
