@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from flowray.cli import ready
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress
@@ -168,6 +169,7 @@ def _encode(args: argparse.Namespace) -> int:
     with progress.task(IMPORTING):
         from flowray.store.latents import channel_metrics, ensure_latents, load_latents
 
+    ready.check_shards(recipe)
     made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
     for split, folder in ensure_latents(*made_of, progress).items():
         mean, least, most = channel_metrics(load_latents(folder)).values()

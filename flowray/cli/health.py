@@ -16,6 +16,7 @@ from rich.table import Table
 from flowray.cli.common import FINDINGS, GOOD, refuse_unwritable
 from flowray.cli.parser import Parser, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, watch
+from flowray.cli.ready import check_shards
 from flowray.cli.verdicts import Arm, Verdict, ablation_verdicts, free_mu, overfit_verdicts
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
@@ -160,6 +161,7 @@ def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any], pro
     run = RunDirectory(folder / name)
     changed = recipe_diffs(recipe, varied).keys() - {"name", "storage_path"}
     progress.say(f"{name}: {recipe.train.steps} steps" + (f", {', '.join(sorted(changed))} changed" if changed else ""))
+    check_shards(varied)
     folders = ensure_latents(varied.data, varied.model.autoencoder, varied.model.latent, progress, varied.model.text)
     if varied.data.limit is not None and (there := len(load_training(folders["train"], varied))) < varied.data.limit:
         progress.say(f"data.shards holds {there} samples, not {varied.data.limit}: those are taken")

@@ -256,19 +256,20 @@ def _autoencoder(
     scale = {"scaling_factor": factor} if factor else {}
     if given == AUTOENCODER:
         return Part({"path": AUTOENCODER} | AUTOENCODER_FACTS | scale, AUTOENCODER), latent
+    from flowray.model.autoencoder import compression
+
     config = _autoencoder_config(given, factor)
-    deep = config.get("_class_name") == "AutoencoderDC"
-    blocks = config.get("encoder_block_out_channels" if deep else "block_out_channels")
-    channels = config.get("latent_channels")
-    if not blocks or not channels:
+    known = compression(config)
+    if known is None:
         raise InputError(f"--autoencoder {given}: its config.json is no AutoencoderKL's or AutoencoderDC's")
-    cell = 2 ** (len(blocks) - 1)
+    channels, cell = known
     if height % (cell * PATCH) or width % (cell * PATCH):
         raise InputError(
             f"--autoencoder {given}: takes {cell} px a cell, and these pictures are "
             f"{width} x {height}; pack them with a --size that {cell * PATCH} divides"
         )
-    section = {"kind": "dc" if deep else "kl", "path": written(given)} | scale
+    kind = "dc" if config.get("_class_name") == "AutoencoderDC" else "kl"
+    section = {"kind": kind, "path": written(given)} | scale
     why = f"{given}, {channels} channels, {cell} px a cell"
     return Part(section, why), (channels, height // cell, width // cell)
 
@@ -291,7 +292,9 @@ def _autoencoder_config(given: str, factor: float | None) -> dict[str, Any]:
 
 
 def _round_trip(looked: Looked, latent: tuple[int, int, int]) -> float:
-    """PSNR in dB of the pictures through the shipped autoencoder and back."""
+    """vae/psnr of the pictures, as a run measures it: through the shipped autoencoder with the
+    posterior's noise, and back.
+    """
     import torch
 
     from flowray.config.base import LatentSpec

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+from flowray.config.base import LatentSpec
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
 from flowray.data.reader import ShardReader
 from flowray.data.shards import EMBEDDED
+
+LOOKED_AT = 1000  # samples of a split, of which the first, the middle and the last are decoded
 
 
 def refuse_unready(recipe: Recipe) -> None:
@@ -18,17 +22,17 @@ def refuse_unready(recipe: Recipe) -> None:
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
-    """A line for whatever would stop the run, cheapest first: GPUs, device, shards, weights.
+    """A line for whatever would stop the run, cheapest first: GPUs, device, storage, shards, weights.
 
     Where RAY_ADDRESS names a cluster, its nodes and not this machine have the GPUs and the weights.
     """
     here = not in_cluster()
-    for check in (_check_room, check_device, check_shards):
-        if here or check is check_shards:
-            try:
-                check(recipe)
-            except InputError as error:
-                yield str(error)
+    on_this_machine = (_check_room, check_device) if here else ()
+    for check in (*on_this_machine, _check_storage, check_shards):
+        try:
+            check(recipe)
+        except InputError as error:
+            yield str(error)
     if here:
         yield from (line for _, line in unusable_weights([recipe]))
 
@@ -67,14 +71,76 @@ def check_device(recipe: Recipe) -> None:
         raise InputError("train.device: got cuda, but torch can use no GPU here; type train.device=cpu")
 
 
+def _check_storage(recipe: Recipe) -> None:
+    """InputError where the run's folder cannot be made or written."""
+    from flowray.tune.plan import check_storage
+
+    if problem := check_storage(Path(recipe.storage_path) / recipe.name, 0)["problem"]:
+        raise InputError(f"storage_path: {problem}")
+
+
+def unusable_shards(recipes: Iterable[Recipe]) -> Iterator[str]:
+    """A line for each set of shards that a recipe of these could not train on."""
+    seen = set()
+    for recipe in recipes:
+        known = recipe.data.model_dump_json(), recipe.model.latent, recipe.model.autoencoder.model_dump_json()
+        if known in seen:
+            continue
+        seen.add(known)
+        try:
+            check_shards(recipe)
+        except InputError as error:
+            yield str(error)
+
+
 def check_shards(recipe: Recipe) -> None:
-    """InputError where shards are not there or do not begin with a picture that decodes."""
+    """InputError where shards are not there, do not begin with pictures that decode and are of one
+    size, or where `model.latent` is not what the autoencoder makes of them.
+    """
+    from flowray.data.make import picture_side
     from flowray.store.latents import decode_image, split_shards
 
     if recipe.data.shards in EMBEDDED:
+        side = picture_side(recipe.data.shards)
+        _check_latent(recipe, side, side)
         return
+    sizes: dict[tuple[int, int], str] = {}
     for shards in split_shards(recipe.data).values():
-        decode_image(ShardReader(shards, limit=1), 0)
+        reader = ShardReader(shards, limit=LOOKED_AT)
+        for index in {0, len(reader) // 2, len(reader) - 1}:
+            sizes.setdefault(decode_image(reader, index).shape[:2], reader.label(index))
+    (height, width), *others = sizes
+    if others:
+        told = "; ".join(f"{w} x {h} px: {label}" for (h, w), label in sizes.items())
+        raise InputError(f"data.shards: pictures are of several sizes, {told}; `flowray.data pack --size PX` makes one size")
+    _check_latent(recipe, height, width)
+
+
+def _check_latent(recipe: Recipe, height: int, width: int) -> None:
+    """InputError where pictures of so many px do not become latents of the recipe's shape. Nothing is
+    said where the autoencoder's config is not here, or is the fault.
+    """
+    from flowray.model.autoencoder import planned_compression
+
+    config, latent = recipe.model.autoencoder, recipe.model.latent
+    try:
+        found = planned_compression(config)
+    except InputError:  # the line that `unusable_weights` has
+        return
+    if found is None:
+        return
+    channels, cell = found
+    pictures = f"the pictures of {recipe.data.shards} are {width} x {height} px"
+    if height % cell or width % cell:
+        near = max(1, round(min(height, width) / cell)) * cell
+        raise InputError(f"model.autoencoder: {config.path!r} takes {cell} px a cell, but {pictures}; pack them with --size {near}")
+    made = LatentSpec(channels=channels, height=height // cell, width=width // cell)
+    if made != latent:
+        keys = (f"model.latent.{key}={value}" for key, value in made if value != getattr(latent, key))
+        raise InputError(
+            f"model.latent: got {latent.shape}, but {pictures}, of which the autoencoder in {config.path!r} "
+            f"makes {made.shape}; type {' '.join(keys)}"
+        )
 
 
 def _check_weights(recipe: Recipe, key: str, path: str) -> None:

@@ -85,15 +85,12 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
         from flowray.rayrun.session import connected
         from flowray.rayrun.storage import refuse_unshared
         from flowray.store.latents import ensure_latents_apart
-        from flowray.tune.plan import check_storage
         from flowray.tune.room import refuse_without_room
 
     refuse_unready(recipe)
     with connected(progress):
         refuse_unshared(run.path.parent, recipe.data, progress)
         refuse_without_room(recipe.resources, machines())
-    if problem := check_storage(run.path.parent, 0)["problem"]:
-        raise InputError(f"storage_path: {problem}")
     with _taking_over(run):
         ensure_latents_apart(recipe, progress)
         if start:

@@ -125,6 +125,11 @@ def ensure_embedded(name: EmbeddedName, cache: Path, progress: Progress = SILENT
     return ensure_set(_DEFAULTS[name], cache, progress)
 
 
+def picture_side(name: str) -> int:
+    """The side of an embedded set's pictures, in px."""
+    return {"shapes": shapes.IMAGE_SIZE, "digits": digits.IMAGE_SIZE}[name]
+
+
 def unmade_samples(name: str, cache: Path) -> int:
     """How many samples `ensure_embedded` would make; 0 where the set is there."""
     what = _DEFAULTS[name]

@@ -5,6 +5,7 @@ The scale is applied once, in `sample`, and undone once, in `decode`; nothing ou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from flowray.model.files import AUTOENCODER, ModelFiles, beside, open_autoencode
 from flowray.model.latent import LatentScale, Moments, PerChannel
 from flowray.model.local import local_place
 from flowray.model.pretrained import loading
-from flowray.model.singlefile import load_single_file, refuse_bare_file
+from flowray.model.singlefile import ldm_config, load_single_file, read_single_file, refuse_bare_file
 
 SANA_FACTOR = 0.41407  # of DC-AE f32c32 for SANA (diffusers' conversion script, SANA's configs)
 DETERMINISTIC_LOGVAR = -30.0  # exp(0.5 * -30) = 3e-7: a point, in the form of a gaussian
@@ -144,6 +145,22 @@ def _kl_scale(net: Any, config: KLAutoencoder) -> LatentScale:
     scale: PerChannel = tuple(factor / float(s) for s in std) if std else factor
     shift: PerChannel = tuple(map(float, mean)) if mean else float(net.config.shift_factor or 0.0)
     return LatentScale(scale, config.shift_factor if config.shift_factor is not None else shift, deterministic=False)
+
+
+def compression(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(channels, px a cell) of the latents, by the config.json of an AutoencoderKL or AutoencoderDC; None of another."""
+    blocks = config.get("encoder_block_out_channels") or config.get("block_out_channels")
+    channels = config.get("latent_channels")
+    return (int(channels), 2 ** (len(blocks) - 1)) if blocks and channels else None
+
+
+def planned_compression(config: AutoencoderConfig) -> tuple[int, int] | None:
+    """`compression` of the recipe's autoencoder; None where it is not on this machine."""
+    if local_place(config.path, "autoencoder") is None:
+        return None
+    files = open_autoencoder(config.path, weights=False)
+    own = ldm_config(read_single_file(files, AUTOENCODER)) if isinstance(files, Path) else files.config
+    return compression(own)
 
 
 def planned_autoencoder(config: AutoencoderConfig) -> int | None:

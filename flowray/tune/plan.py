@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
 from flowray.config.sweep import SuccessiveHalving, Sweep, milestones
 from flowray.config.sweepfile import plain_parameter
+from flowray.store.run import require_writable
 from flowray.tune.pace import Pace, own_pace, pace_of_runs
 from flowray.tune.space import choices, setting_count, trial_count
 from flowray.tune.warm import earlier_trials
@@ -229,14 +231,17 @@ def _hours(sweep: Sweep, base: Recipe, takes: dict[str, Any], concurrent: int, s
 def check_storage(folder: Path, needed: int) -> dict[str, Any]:
     """Whether the sweep can write there and has room. needed: bytes of all checkpoints that are kept; problem: '' where all is well."""
     there = folder.absolute()
-    while not there.exists() and there != there.parent:
+    while not os.path.exists(there) and there != there.parent:  # False also below a closed folder
         there = there.parent
     free = shutil.disk_usage(there).free
     problem = ""
     if not there.is_dir():
         problem = f"{there} is a file; type storage_path=FOLDER"
-    elif not os.access(there, os.W_OK | os.X_OK):
-        problem = f"{there} cannot be written; type storage_path=FOLDER"
-    elif free < needed:
+    else:
+        try:
+            require_writable(there)
+        except InputError as error:
+            problem = str(error).removeprefix("storage_path: ")
+    if not problem and free < needed:
         problem = f"{free / GIB:.3g} GiB free, {math.ceil(needed / GIB * 10) / 10:g} GiB of checkpoints to come; type storage_path=FOLDER"
     return {"folder": str(folder.absolute()), "free_bytes": free, "needed_bytes": needed, "problem": problem}

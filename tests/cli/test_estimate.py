@@ -1,6 +1,7 @@
 """The wall time that `--plan` gives: near that of a real run, taken from an earlier run where there is one."""
 
 import json
+import re
 import shutil
 import statistics
 import time
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tiny_recipe
+from support import own_pictures, tiny_recipe
 
-from flowray.cli import train, tune
+from flowray.cli import data, train, tune
 from flowray.cli.estimate import wall_time, why_not
 from flowray.cli.plan import make_plan
 from flowray.cli.progress import START_S
@@ -18,6 +19,7 @@ from flowray.cli.ready import problems
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.recipe import Recipe
+from flowray.data.pack import pack_folder
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 from flowray.train import loop, measure
@@ -147,6 +149,51 @@ def test_shards_that_are_not_there_are_listed_in_plans(tmp_path, capsys, key, va
     assert plan["wall_time"]["seconds"] is None
     assert train.main([str(tmp_path / "tiny.yaml"), "--plan", f"{key}={value}"]) == 1
     assert line in capsys.readouterr().out
+
+
+def large_pictures(folder: Path, side: int) -> Path:
+    """Shards `train` and `val` of pictures of another size than `tiny_recipe`'s."""
+    own_pictures(folder / "own")
+    pack_folder(folder / "own", folder / "shards", side, val=0.3)
+    return folder / "shards"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["data.val_shards=shards/val"], "8 x 8 px.*16 x 16 px.*--size"),
+        (["data.shards=shards/train", "data.val_shards=shards/val"], "model.latent.height=8 model.latent.width=8$"),
+        (["data.shards=odd/train", "data.val_shards=odd/val"], "2 px a cell.*9 x 9 px.*--size 8$"),
+        (["data.shards=shapes"], "64 x 64 px.*model.latent.height=32 model.latent.width=32$"),
+        (["model.latent.height=8"], "type model.latent.height=4$"),
+        (["model.latent.channels=8"], "type model.latent.channels=4$"),
+        (["storage_path=tiny.yaml"], "storage_path: .*tiny.yaml is a file"),
+        (["storage_path=/proc/x"], "storage_path: /proc cannot be written"),
+        (["name=taken"], "storage_path: .*taken is a file"),
+    ],
+)
+def test_what_a_run_refuses_its_plan_lists(tmp_path, monkeypatch, capsys, changes, says) -> None:
+    """Before anything starts, and also where latents of the right shape are in the cache."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(dump_recipe(tiny_recipe(tmp_path)))
+    large_pictures(tmp_path, 16)
+    large_pictures(tmp_path / "again", 9).rename("odd")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "taken").touch()
+    assert data.main(["encode", "tiny.yaml"]) == 0
+    capsys.readouterr()
+    assert train.main(["tiny.yaml", *changes, "--plan", "--json"]) == 1
+    (line,) = json.loads(capsys.readouterr().out)["problems"]
+    assert re.search(says, line), line
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError) as caught:
+        train.main(["tiny.yaml", *changes])
+    assert str(caught.value) == line
+    if not says.startswith("storage_path"):
+        with pytest.raises(InputError) as caught:
+            data.main(["encode", "tiny.yaml", *changes])
+        assert str(caught.value) == line
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_nothing_is_timed_where_a_gpu_has_too_little_room(tmp_path, monkeypatch) -> None:
