@@ -23,6 +23,7 @@ from flowray.config.progress import duration
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
 from flowray.config.sweep import Sweep
+from flowray.config.sweepfile import corner, needed
 
 if TYPE_CHECKING:
     from flowray.tune.pace import Pace
@@ -50,13 +51,12 @@ def plan(sweep: Sweep, base: Recipe, *, resume: bool = False) -> dict[str, Any]:
         trained = sum(part_sizes(model).values()) - sum(part_sizes(model, trainable=False).values())
         kept = 4 * FP32 * trained
     facts = make_plan(sweep, base, cluster, checkpoint_bytes=kept, recorded=_recorded(base))
-    needed = needed_weights(sweep, base)
     found.lines += [*filter(None, [facts["storage"]["problem"]]), *problems(sweep, base)]
     if facts["hours_at_most"]["cpu"] is None and sweep.task == "train" and not found.lines:
         with found.noted():
             timed = _timed(override_recipe(base, facts["takes"]))
             facts = make_plan(sweep, base, cluster, checkpoint_bytes=kept, recorded=timed)
-    more = {"wall_time": _wall_time(facts), "weights": needed}
+    more = {"wall_time": _wall_time(facts), "weights": needed_weights(sweep, base)}
     return {**facts, **more, "problems": list(dict.fromkeys(found.lines))}
 
 
@@ -79,44 +79,49 @@ def needed_weights(sweep: Sweep, base: Recipe) -> list[dict[str, Any]]:
     """Every set of weights that a trial may read, and whether it is on this machine."""
     from flowray.cli.plan import weights
 
-    needed = {(each["key"], each["path"]): each for recipe in _corners(sweep, base) for each in weights(recipe)}
-    return list(needed.values())
+    read = {(each["key"], each["path"]): each for recipe in _corners(sweep, base) for each in weights(recipe)}
+    return list(read.values())
 
 
-def _corners(sweep: Sweep, base: Recipe) -> Iterator[Recipe]:
-    """The base recipe, and with each value of a choice or end of a range that is searched; what `when`
-    asks for comes with it.
+def _corners(sweep: Sweep, base: Recipe) -> list[Recipe]:
+    """Of each value of a choice and each end of a range that is searched the trials with all others
+    at one end; where those cannot be, the base recipe with that value.
     """
-    yield base
+    made = []
     for key, parameter in sweep.parameters.items():
         for value in ends(parameter):
-            with suppress(InputError):  # no trial is made so, see `check_trials`
-                yield override_recipe(base, {**_conditions(sweep, key), key: value})
+            whole = [corner(sweep.parameters, {key: value}, end) for end in (0, -1)]
+            made += _trials(base, whole) or _trials(base, [{**needed(sweep.parameters, key), key: value}])
+    return made
 
 
-def _conditions(sweep: Sweep, key: str) -> dict[str, Any]:
-    """Values of other parameters with which this one is drawn."""
-    values: dict[str, Any] = {}
-    for parent, wanted in sweep.parameters[key].when.items():
-        values |= {**_conditions(sweep, parent), parent: wanted[0]}
-    return values
+def _trials(base: Recipe, points: list[dict[str, Any]]) -> list[Recipe]:
+    """Their recipes; of what no trial is made of (see `check_trials`) none."""
+    made = []
+    for point in points:
+        with suppress(InputError):
+            made.append(override_recipe(base, point))
+    return made
 
 
 def problems(sweep: Sweep, base: Recipe) -> Iterator[str]:
     """A line for whatever of the files and devices here would stop the sweep; nodes of a cluster have
     weights and GPUs of their own.
     """
-    from flowray.cli.ready import check_device, check_shards, unusable_weights
+    from flowray.cli.ready import check_device, unusable_shards, unusable_weights
 
     if sweep.task == "sample":
         return
     here = not in_cluster()
-    for check in (check_shards, check_device) if here else (check_shards,):
+    trials = _corners(sweep, base)
+    for line in unusable_shards(trials):
+        yield f"sweep {sweep.name}: {line}"
+    if here:
         try:
-            check(base)
+            check_device(base)
         except InputError as error:
             yield f"sweep {sweep.name}: {error}"
-    for key, line in unusable_weights(_corners(sweep, base)) if here else ():
+    for key, line in unusable_weights(trials) if here else ():
         instead = f"type set.{key}=PATH for others, or leave out the values that need them"
         yield f"sweep {sweep.name}: {line}; {instead}"
 

@@ -253,23 +253,27 @@ def _check_rungs(sweep: Sweep, base: Recipe, trial: Recipe) -> None:
 def _cases(sweep: Sweep) -> list[dict[str, Any]]:
     """Points at the ends of the space: every parameter alone, with what its condition asks for; all at one end, for every kind."""
     parameters = sweep.parameters
-
-    def corner(fixed: Mapping[str, Any], end: int) -> dict[str, Any]:
-        point: dict[str, Any] = {}
-        for key in in_order(parameters):
-            if drawn(parameters[key], point):
-                point[key] = fixed.get(key, ends(parameters[key])[end])
-        return point
-
-    def needed(key: str) -> dict[str, Any]:
-        wanted = {parent: values[0] for parent, values in parameters[key].when.items()}
-        return {**{k: v for parent in wanted for k, v in needed(parent).items()}, **wanted}
-
-    cases = [{**needed(key), key: value} for key, parameter in parameters.items() for value in ends(parameter)]
+    cases = [{**needed(parameters, key), key: value} for key, parameter in parameters.items() for value in ends(parameter)]
     kinds = {key: ends(parameters[key]) for key in parameters if key.endswith(".kind")}
-    cases += [corner({**needed(key), key: kind}, end) for key, values in kinds.items() for kind in values for end in (0, -1)]
-    cases += [corner({}, end) for end in (0, -1)]
+    cases += [corner(parameters, {key: kind}, end) for key, values in kinds.items() for kind in values for end in (0, -1)]
+    cases += [corner(parameters, {}, end) for end in (0, -1)]
     return cases + [dict(point) for point in sweep.points]
+
+
+def corner(parameters: Mapping[str, Parameter], given: Mapping[str, Any], end: int) -> dict[str, Any]:
+    """A whole trial with these values, and what their conditions ask for; all others at one end, 0 or -1."""
+    fixed = {k: v for key in given for k, v in needed(parameters, key).items()} | dict(given)
+    point: dict[str, Any] = {}
+    for key in in_order(parameters):
+        if drawn(parameters[key], point):
+            point[key] = fixed.get(key, ends(parameters[key])[end])
+    return point
+
+
+def needed(parameters: Mapping[str, Parameter], key: str) -> dict[str, Any]:
+    """Values of other parameters with which this one is drawn."""
+    wanted = {parent: values[0] for parent, values in parameters[key].when.items()}
+    return {**{k: v for parent in wanted for k, v in needed(parameters, parent).items()}, **wanted}
 
 
 def _condition_hint(sweep: Sweep, error: str) -> str:

@@ -196,6 +196,54 @@ def test_what_a_run_refuses_its_plan_lists(tmp_path, monkeypatch, capsys, change
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def sweep_of(folder: Path, parameters: dict[str, object], **changes: object) -> str:
+    """A sweep file with these parameters, of the tiny recipe with `changes`."""
+    (folder / "tiny.yaml").write_text(dump_recipe(tiny_recipe(folder, **changes)))
+    sweep = {"name": "s", "base": "tiny.yaml", "method": "grid", "metric": {"name": "ema/shoot/nmse"}, "time_budget": "1h"}
+    (folder / "s.yaml").write_text(json.dumps({**sweep, "storage_path": str(folder / "out"), "parameters": parameters}))
+    return str(folder / "s.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.shards", "nowhere"),
+        ("data.shards", "nowhere/*/shard-*.tar"),
+        ("data.val_shards", "nowhere"),
+        ("model.latent.height", 8),
+    ],
+)
+def test_each_searched_value_is_looked_at(tmp_path, capsys, key, value) -> None:
+    section, *rest = key.split(".")
+    good = tiny_recipe(tmp_path).model_dump()[section]
+    for name in rest:
+        good = good[name]
+    source = sweep_of(tmp_path, {key: {"values": [good, value]}})
+    assert tune.main([source, "--plan", "--json"]) == 1
+    (line,) = json.loads(capsys.readouterr().out)["problems"]
+    assert str(value) in line
+    with pytest.raises(InputError) as caught:
+        tune.main([source])
+    assert str(caught.value) == line
+    assert not (tmp_path / "out").exists()
+
+
+def test_searched_shards_that_come_with_what_fits_them_are_good(tmp_path, capsys) -> None:
+    """Each set has its own held-out shards and latents; the base's are not there at all, and no trial reads them."""
+    small, large = tiny_recipe(tmp_path).data, large_pictures(tmp_path, 16)
+    sets = {"values": [small.shards, str(large / "train")]}
+    when = {"when": {"data.shards": [str(large / "train")]}}
+    parameters = {
+        "data.shards": sets,
+        "data.val_shards": {"values": [str(large / "val")], **when},
+        "model.latent.height": {"values": [8], **when},
+        "model.latent.width": {"values": [8], **when},
+    }
+    source = sweep_of(tmp_path, parameters, **{"data.shards": str(tmp_path / "nowhere")})
+    assert tune.main([source, "--plan", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
 def test_nothing_is_timed_where_a_gpu_has_too_little_room(tmp_path, monkeypatch) -> None:
     """Told before it is tried, and where the guess was too low."""
     recipe = tiny_recipe(tmp_path, **{"train.device": "auto", "resources.gpus_per_worker": 1})
