@@ -231,7 +231,8 @@ def test_a_driver_killed_three_times_and_typed_again_ends_as_if_untouched(place,
     other = place.live("driver", lambda: False, "seed=9")
     assert other.returncode == 2
     assert [line for line in place.log("driver").splitlines() if line.startswith("error: ")] == [
-        f"error: {folder}/sweep.yaml: seed differs from the sweep to resume (9, there it is 0); take it back, or type name=OTHER for a new sweep"
+        f"error: {folder}/sweep.yaml: seed differs from the sweep to resume (9, there it is 0);"
+        " take it back, or type name=OTHER for a new sweep"
     ]
 
 
