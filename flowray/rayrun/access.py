@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flowray.config.errors import InputError
+from flowray.config.errors import InputError, last_line
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"  # Ray's own variables
 ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # where Ray's clients look for a cluster
@@ -85,7 +85,7 @@ def take_token() -> None:
         try:
             setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         except AuthenticationError as error:
-            raise InputError(str(error).partition(". ")[0]) from None
+            raise InputError(last_line(error.message)) from None
 
 
 @contextmanager

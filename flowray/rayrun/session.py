@@ -6,17 +6,22 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import ray
+from ray._private import services, utils
+from ray._private.services import psutil  # type: ignore[attr-defined]  # Ray has its own copy
 
 from flowray.config.cluster import in_cluster
-from flowray.config.errors import InputError
+from flowray.config.errors import InputError, last_line
 from flowray.config.progress import SILENT, Progress
 from flowray.rayrun.access import LOOPBACK, require_token, take_token
 from flowray.rayrun.address import refuse_unreachable
@@ -65,7 +70,7 @@ def started(num_cpus: int | None = None, progress: Progress = SILENT) -> Iterato
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # training runs show in the cluster's dashboard
         take_token()
         refuse_unreachable()
-        with progress.task("joining the Ray cluster"):
+        with progress.task("joining the Ray cluster"), _signals_kept():
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         try:
             yield
@@ -76,12 +81,13 @@ def started(num_cpus: int | None = None, progress: Progress = SILENT) -> Iterato
     take_token()
     with local_folder() as folder:
         try:
-            with progress.task("starting Ray"):
+            with progress.task("starting Ray"), _signals_kept():
                 _init_local(folder, max(os.cpu_count() or 1, num_cpus or 1))
             yield
         finally:
             with progress.task("ending Ray"):
                 ray.shutdown()
+                _end_all(folder)
 
 
 @contextmanager
@@ -104,12 +110,37 @@ def _init_local(folder: Path, num_cpus: int) -> None:
             _temp_dir=str(folder),
         )
     except Exception as error:  # Ray raises no narrower class
-        if "timed out during startup" not in str(error):
-            raise
         raise InputError(
-            f"Ray did not start within the 30 s that it gives itself: load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, "
-            f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free in {folder.parent}; end other work, then type the command again"
-        ) from None
+            f"Ray did not start: {last_line(str(error)) or type(error).__name__}; "
+            f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {shutil.disk_usage(folder).free / 2**30:.1f} GiB free in "
+            f"{folder.parent}; end other work, then type the command again"
+        ) from error
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray, started in the block, leaves the signals to this command: its handler of SIGTERM is not kept, which would cut the
+    command off, and its processes have process groups of their own. Else a signal to the group of this one, as `timeout`,
+    schedulers and terminals send it, would end them under it.
+    """
+    start, take, ours = services.ConsolePopen, utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
+    if utils.detect_fate_sharing_support():  # they end with this process; elsewhere Ray ends them by their group
+        services.ConsolePopen = partial(start, process_group=0)  # type: ignore[misc, assignment]
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        services.ConsolePopen, utils.set_sigterm_handler = start, take  # type: ignore[misc]
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)  # Ray's C++ has one too, which prints a stack
+
+
+def _end_all(folder: Path) -> None:
+    """End what this process has started for the Ray that keeps its files there: of a start that was cut off Ray knows nothing."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any(folder.name in word for word in process.cmdline()):
+                process.kill()
 
 
 @contextmanager

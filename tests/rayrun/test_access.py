@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from ray._raylet import AuthenticationTokenLoader
 
+from flowray.config.errors import InputError
 from flowray.rayrun.access import MODE, TOKEN, TOKEN_PATH, require_token, take_token
 
 
@@ -23,6 +24,14 @@ def shown() -> str:
     """What this process would show to a Ray."""
     header = AuthenticationTokenLoader.instance().get_token_for_http_header()
     return " ".join(header.values()).removeprefix("Bearer ")
+
+
+def test_a_token_that_is_not_there_is_named_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    missing = tmp_path / "my. files" / "token"
+    monkeypatch.setenv(TOKEN_PATH, str(missing))
+    with pytest.raises(InputError) as told:
+        take_token()
+    assert str(missing) in str(told.value)
 
 
 def test_a_token_that_has_changed_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

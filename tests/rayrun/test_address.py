@@ -18,6 +18,7 @@ from pathlib import Path
 import grpc
 import pytest
 import ray
+from support import remarks
 
 from flowray.cli.main import _command as command
 from flowray.config.cluster import in_cluster
@@ -69,7 +70,7 @@ def test_a_dead_cluster_is_one_line_and_soon(tmp_path):
         timeout=120,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+    (line,) = remarks(done.stderr)
     assert line.startswith(f"error: RAY_ADDRESS={where}")
     assert "unset RAY_ADDRESS" in line
     assert list(tmp_path.iterdir()) == []
@@ -155,6 +156,21 @@ def test_something_other_than_a_ray_listens(monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         assert problem_at("127.0.0.1", server.server_address[1])
         server.shutdown()
+
+
+def test_a_ray_that_does_not_start_is_one_line_with_its_own_words(tmp_path):
+    """What Ray makes of a variable that it cannot read; nothing of it stays."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    given = {"TMPDIR": str(folder), "RAY_GCS_SERVER_PORT": "any", "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+    command = [sys.executable, "-m", "flowray.cluster", "check", "--storage", str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = remarks(done.stderr)
+    assert line.startswith("error: Ray did not start: ")
+    assert "'any'" in line
+    assert str(folder) in line
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
 
 
 # --- the folder of a local Ray
