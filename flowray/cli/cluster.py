@@ -16,6 +16,7 @@ from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
+from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.paths import expand, storage_folder
@@ -92,17 +93,19 @@ def main(argv: list[str]) -> int:
 
 
 def _check(storage: Path, data: str | None, workers: int, *, as_json: bool) -> int:
-    from flowray.rayrun.cluster_check import gather, place_of
-    from flowray.rayrun.session import started
+    progress = ConsoleProgress()
+    with progress.task(IMPORTING):
+        from flowray.rayrun.cluster_check import gather, place_of
+        from flowray.rayrun.session import started
 
     if place_of(storage) != storage:
-        _say(f"{storage} is not there yet, and is not made by this check")
+        progress.say(f"{storage} is not there yet, and is not made by this check")
     if data:
         find_shards(data)  # before Ray starts
     if not in_cluster():
-        _say("RAY_ADDRESS is not set: this machine alone")
-    with started():
-        facts = gather(storage, data, _say, workers)
+        progress.say("RAY_ADDRESS is not set: this machine alone")
+    with started(progress=progress):
+        facts = gather(storage, data, progress, workers)
     rows = judge(facts)
     good = healthy(rows)
     if as_json:
@@ -125,12 +128,13 @@ def table(rows: Sequence[Row], nodes: int) -> Table:
 
 
 def _head(host: str, port: int | None, options: list[str]) -> int:
-    from flowray.rayrun.access import LOOPBACK, TOKEN_PATH, require_token
-    from flowray.rayrun.nodes import start_head
+    progress = ConsoleProgress()
+    with progress.task(IMPORTING):
+        from flowray.rayrun.access import LOOPBACK, TOKEN_PATH, require_token
+        from flowray.rayrun.nodes import start_head
 
     token = require_token()
-    _say("starting Ray's head ...")
-    address, dashboard = start_head(host, port, options, _say)
+    address, dashboard = start_head(host, port, options, progress)
     where = f"the token is in {token}" if token else "the token is in RAY_AUTH_TOKEN"
     path = f"{TOKEN_PATH}={shlex.quote(str(token))} " if os.environ.get(TOKEN_PATH) else ""
     variables = f"RAY_AUTH_MODE=token {path}"
@@ -148,27 +152,29 @@ def _head(host: str, port: int | None, options: list[str]) -> int:
 
 
 def _join(address: str, options: list[str]) -> int:
-    from flowray.rayrun.nodes import join
+    progress = ConsoleProgress()
+    with progress.task(IMPORTING):
+        from flowray.rayrun.nodes import join
 
-    join(address, options)
+    join(address, options, progress)
     print(f"this machine is a node of the cluster at {address}")
     print(f"  stop    python -m flowray.cluster stop {address}")
     return GOOD
 
 
 def _stop(address: str | None) -> int:
-    from flowray.rayrun.nodes import end, running
+    progress = ConsoleProgress()
+    with progress.task(IMPORTING):
+        from flowray.rayrun.nodes import end, running
 
     nodes = running(address)
     if address and not nodes:
         known = ", ".join(sorted({node.address for node in running()})) or "nothing"
         raise InputError(f"{address}: nothing of it was started on this machine; there is {known}")
     for node in nodes:
-        print(f"ended the {node.kind} of {node.address}: {end(node)} processes")
+        with progress.task(f"ending the {node.kind} of {node.address}"):
+            ended = end(node)
+        print(f"ended the {node.kind} of {node.address}: {ended} processes")
     if not nodes:
         print("nothing to end: no head or node that flowray.cluster has started runs here")
     return GOOD
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flowray.config.errors import InputError, last_line
+from flowray.config.progress import Progress, counted
 from flowray.data.shards import find_shards
 from flowray.rayrun.capacity import HEAD, reach
 from flowray.rayrun.cluster_verdict import MEGABYTE, PACKAGES, PAYLOAD_BYTES, ClusterFacts, NodeFacts
@@ -124,9 +125,8 @@ class _Place:
         return ray.get(getattr(self.actor, method).remote(*arguments), timeout=PATIENCE_S)
 
 
-def gather(storage: Path, data: str | None, say: Callable[[str], None], workers: int = 0) -> ClusterFacts:
-    """Ask every live node; Ray is started. data: as in `data.shards`, None for no data set; say:
-    takes lines on what is going on.
+def gather(storage: Path, data: str | None, progress: Progress, workers: int = 0) -> ClusterFacts:
+    """Ask every live node; Ray is started. data: as in `data.shards`, None for no data set.
 
     A `storage` that is not there is not made: the folder in which it would be is asked about.
     workers: how many the autoscaler shall bring up before that. A node that fails to answer costs
@@ -134,16 +134,19 @@ def gather(storage: Path, data: str | None, say: Callable[[str], None], workers:
     """
     tried = place_of(storage)
     shards = [path.absolute() for path in find_shards(data)] if data else None
-    with _brought_up(workers, say) as missing, _places() as places:
-        say(f"{len(places)} node(s): versions, GPUs, clock, storage{', data' if shards else ''}")
-        with marked(tried, make=False) as mark:
-            facts = [_node_facts(place, tried, mark, shards) for place in places]
+    with _brought_up(workers, progress) as missing, _places() as places:
+        asking = f"asking the nodes: versions, GPUs, clock, storage{', data' if shards else ''}"
+        with marked(tried, make=False) as mark, progress.task(asking, len(places)) as advance:
+            facts = [_node_facts(place, tried, mark, shards) for place in counted(places, advance)]
         sound = [place for place, node in zip(places, facts, strict=True) if not node.error]
-        say("network between the nodes, all-reduce")
-        links, reduces = list(_links(sound)), [_all_reduce("gloo", sound)]
+        with progress.task("sending from node to node"):
+            links = list(_links(sound))
+        with progress.task("all-reduce of all nodes, gloo"):
+            reduces = [_all_reduce("gloo", sound)]
         able = {place.host for place, node in zip(places, facts, strict=True) if (node.gpus or node.ray_gpus) and not node.cuda_problem}
         if training := list({place.host: place for place in sound if place.host in able}.values()):  # one rank a host, on its first GPU
-            reduces.append(_all_reduce("nccl", training))
+            with progress.task("all-reduce of the nodes with GPUs, NCCL"):
+                reduces.append(_all_reduce("nccl", training))
         may_come = max(0, len(reach().nodes) - len(places))
         wanted = None if shards is None else len(shards)
         return ClusterFacts(facts, tried, wanted, links, reduces, may_come, missing, absent=tried != storage)
@@ -169,7 +172,7 @@ def place_of(storage: Path) -> Path:
 
 
 @contextmanager
-def _brought_up(workers: int, say: Callable[[str], None]) -> Iterator[str]:
+def _brought_up(workers: int, progress: Progress) -> Iterator[str]:
     """Have the autoscaler bring up nodes until this many workers are there; after the block they may go. Yields why not all came, or ''."""
     sizes = reach().nodes[1:] if workers else ()  # the first is the head's
     if len(sizes) < workers:
@@ -178,10 +181,10 @@ def _brought_up(workers: int, say: Callable[[str], None]) -> Iterator[str]:
     if not workers:
         yield ""
         return
-    say(f"waiting for {workers} worker(s), up to {WORKERS_S / 60:.0f} minutes")
     request_resources(bundles=bundles(sizes[:workers]))
     try:
-        there = wait_for(_workers_up, workers, WORKERS_S)
+        with progress.task(f"waiting for {workers} worker(s), up to {WORKERS_S / 60:.0f} minutes"):
+            there = wait_for(_workers_up, workers, WORKERS_S)
         yield "" if there >= workers else f"{workers} worker(s) asked for, {there} came in {WORKERS_S / 60:.0f} minutes"
     finally:
         request_resources(bundles=[])

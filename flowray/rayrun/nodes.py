@@ -21,6 +21,7 @@ from ray._private.authentication.http_token_authentication import get_auth_heade
 from ray._private.services import psutil  # type: ignore[attr-defined]  # Ray has its own copy
 
 from flowray.config.errors import InputError, last_line
+from flowray.config.progress import Progress
 from flowray.rayrun.access import LOOPBACK, require_token, start_command, take_token
 from flowray.rayrun.address import PROBE_S, address_of, host_and_port, problem_at, session_at
 from flowray.rayrun.ports import AGENT, DASHBOARD, OF_A_HEAD, OF_A_NODE, chosen, value_of
@@ -33,8 +34,6 @@ UP_S = 60.0  # for a head's services to answer
 END_S = 10.0  # for processes that were asked to end
 NO_DASHBOARD = ("false", "0", "no")
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Node:
@@ -46,13 +45,12 @@ class Node:
     processes: tuple[Any, ...]  # of psutil
 
 
-def start_head(host: str, port: int | None, options: Sequence[str], say: Say) -> tuple[str, int]:
+def start_head(host: str, port: int | None, options: Sequence[str], progress: Progress) -> tuple[str, int]:
     """Start a head that others find at `host`; (its HOST:PORT, its dashboard's port, 0 for none).
 
-    options: further ones of `ray start`. Ports that are not given are free ones, say takes a line
-    for each that is not Ray's usual one. Its GCS, dashboard
-    and job agent have answered for this very Ray when this returns; InputError where they do not,
-    and nothing of it is left then.
+    options: further ones of `ray start`. Ports that are not given are free ones, with a line for
+    each that is not Ray's usual one. Its GCS, dashboard and job agent have answered for this very
+    Ray when this returns; InputError where they do not, and nothing of it is left then.
     """
     _refuse_foreign(host)
     given = [*options, *([f"--port={port}"] if port else [])]
@@ -61,18 +59,18 @@ def start_head(host: str, port: int | None, options: Sequence[str], say: Say) ->
     address = address_of(host, ports["--port"])
     dashboard = value_of(options, "--include-dashboard") not in NO_DASHBOARD
     fixed = ["--head", f"--node-ip-address={host}", f"--dashboard-host={LOOPBACK}"]
-    with _starting("head", address, [*fixed, *_named(ports)], options) as files:
+    with _starting("head", address, [*fixed, *_named(ports)], options, progress) as files:
         wanted = {"GCS": lambda: _gcs_problem(host, ports["--port"], files)}
         if dashboard:
             wanted["dashboard"] = lambda: _dashboard_problem(ports[DASHBOARD], files)
         wanted["job agent"] = lambda: _agent_problem(host, ports[AGENT])
-        _wait_for(wanted)
+        _wait_for(wanted, progress)
     for line in remarks:
-        say(line)
+        progress.say(line)
     return address, ports[DASHBOARD] if dashboard else 0
 
 
-def join(address: str, options: Sequence[str]) -> None:
+def join(address: str, options: Sequence[str], progress: Progress) -> None:
     """Make this machine a node of the cluster whose head is at HOST:PORT.
 
     InputError where no head of this Ray's version answers there to the token of this machine.
@@ -80,10 +78,12 @@ def join(address: str, options: Sequence[str]) -> None:
     host, port = host_and_port(address)
     require_token(make=False)
     take_token()
-    if problem := problem_at(host, port):
+    with progress.task(f"asking the head at {address}"):
+        problem = problem_at(host, port)
+    if problem:
         raise InputError(f"{address}: {problem}")
     ports = chosen(OF_A_NODE, options, lambda line: None)
-    with _starting("worker", address, [f"--address={address}", *_named(ports)], options):
+    with _starting("worker", address, [f"--address={address}", *_named(ports)], options, progress):
         pass
 
 
@@ -141,7 +141,7 @@ def _name(process: Any) -> str:
 
 
 @contextmanager
-def _starting(kind: str, address: str, fixed: Sequence[str], options: Sequence[str]) -> Iterator[Path]:
+def _starting(kind: str, address: str, fixed: Sequence[str], options: Sequence[str], progress: Progress) -> Iterator[Path]:
     """Run `ray start`; yields the folder of its files. Where it or the block fails, all ends.
 
     The folder is a new one, removed in the end, or the one that --temp-dir names, which stays.
@@ -154,7 +154,7 @@ def _starting(kind: str, address: str, fixed: Sequence[str], options: Sequence[s
     log = folder / f"{kind}-start.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as out:  # a file: daemons keep what they inherit, a pipe would not end
+        with progress.task(f"starting Ray's {kind}"), log.open("w") as out:  # a file: daemons keep what they inherit, a pipe would not end
             code = subprocess.run(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                 timeout=START_S,
@@ -164,9 +164,10 @@ def _starting(kind: str, address: str, fixed: Sequence[str], options: Sequence[s
             raise InputError(f"ray start: {said or 'it said nothing'}")
         yield folder
     except BaseException as error:
-        for node in running(address):
-            if node.folder == folder:
-                end(node)
+        with progress.task("ending what was started"):
+            for node in running(address):
+                if node.folder == folder:
+                    end(node)
         _remove(folder)
         if given and isinstance(error, OSError):
             raise InputError(f"--temp-dir {folder}: {error.strerror}") from None
@@ -198,15 +199,16 @@ def _addresses() -> set[str]:
     return {one.address for one in every if one.family == socket.AF_INET}
 
 
-def _wait_for(wanted: dict[str, Callable[[], str]]) -> None:
+def _wait_for(wanted: dict[str, Callable[[], str]], progress: Progress) -> None:
     """InputError, naming the first that fails, unless each finds nothing wrong within UP_S."""
     take_token()
     deadline = time.monotonic() + UP_S
     for name, problem_of in wanted.items():
-        while problem := problem_of():
-            if time.monotonic() > deadline:
-                raise InputError(f"the head's {name} does not answer: {problem}; it was ended again")
-            time.sleep(0.3)
+        with progress.task(f"waiting for the head's {name}"):
+            while problem := problem_of():
+                if time.monotonic() > deadline:
+                    raise InputError(f"the head's {name} does not answer: {problem}; it was ended again")
+                time.sleep(0.3)
 
 
 def _session(files: Path) -> str:

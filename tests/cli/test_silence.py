@@ -85,6 +85,14 @@ run_cap: 2
 
 
 @pytest.mark.slow
+def test_cluster_check(place: Path) -> None:
+    talk = heard(place, "cluster", "check", "--storage", str(place), "--json")
+    assert told(talk)["nodes"]
+    said = " ".join(talk.of("stderr"))
+    assert all(what in said for what in ("importing", "starting Ray", "asking the nodes"))
+
+
+@pytest.mark.slow
 def test_doctor(place: Path) -> None:
     assert told(heard(place, "doctor", "runs/tiny", "--json"))["findings"]
 
