@@ -51,6 +51,11 @@ class Heard:
         assert total is None or self.tasks[what] == total, f"{what}: {self.tasks[what]} of {total}"
 
 
+def remarks(stderr: str) -> list[str]:
+    """The lines that are no progress ("[    2 s] loading the model")."""
+    return [line for line in stderr.splitlines() if not re.match(r"\[ *\d+ s\] ", line)]
+
+
 def captions(count: int) -> list[str]:
     """`count` captions of shapes scenes, the first 300 or so all different."""
     scenes = single_scenes("train")

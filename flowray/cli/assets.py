@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from pathlib import Path
 
 from flowray.cli.common import GOOD
+from flowray.cli.parser import Parser
 from flowray.config.card import git_commit
 
 DEFAULT_STEPS = {"autoencoder": 7000, "text": 2000}
@@ -15,7 +15,7 @@ DEFAULT_STEPS = {"autoencoder": 7000, "text": 2000}
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="flowray assets", description="Train a model that flowray ships, from the embedded data alone.")
+    parser = Parser(prog="flowray.assets", description="Train a model that flowray ships, from the embedded data alone.")
     parser.add_argument("what", choices=sorted(DEFAULT_STEPS))
     parser.add_argument("--out", type=Path, help="folder to write; default flowray/assets/<what>")
     parser.add_argument("--steps", type=int)

@@ -1,4 +1,4 @@
-"""What every command shares: exit codes and the one line for bad input."""
+"""What every command shares: exit codes, the one line for bad input, and what signals and a full disk come to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,31 +16,71 @@ from flowray.config.errors import InputError, Notice
 from flowray.config.paths import exists, is_folder, no_such
 
 GOOD, FINDINGS, BAD_INPUT, STOPPED = 0, 1, 2, 75  # 75: stopped by a signal with a checkpoint written (EX_TEMPFAIL)
-SIGNALLED = 128  # and the signal's number: ended by one before there was anything to keep; Ctrl-C is 130
+BROKEN_PIPE = 141  # 128 + the signal, as of what had nothing to keep
 
 Main = Callable[[list[str]], int]
 
 
+class Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: it ends a command as Ctrl-C does, with what is to be cleared up."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def end(number: int, _: object = None) -> NoReturn:
+    """The handler of SIGTERM and SIGHUP. `timeout` sends the signal twice, to the command and to its
+    group: the second one cuts nothing off.
+    """
+    signal.signal(number, lambda *_: None)
+    raise Ended(number)
+
+
 def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
-    """Run a command's `main(argv)` and exit; bad input becomes one line on stderr and exit code 2."""
+    """Run a command's `main(argv)` and exit.
+
+    Bad input becomes one line on stderr and exit code 2, a signal one line and its usual exit code, what
+    cannot be printed one line and exit code 1; a reader who has gone, as `head` goes, gets no line.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has a hang-up ignored
+            signal.signal(number, end)
     try:
-        with _plain_notices(), _all_as_ctrl_c():
-            code = main(sys.argv[1:] if argv is None else argv)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = BAD_INPUT
-    except BrokenPipeError:
-        code = GOOD
-    except KeyboardInterrupt as end:
         try:
-            print("interrupted", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except OSError:  # the terminal has hung up
-            pass
-        # torch's threads, cut off, abort the interpreter's own end
-        os._exit(SIGNALLED + (end.args[0] if end.args else signal.SIGINT))
+            with _plain_notices():
+                code = main(sys.argv[1:] if argv is None else argv)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = BAD_INPUT
+        except SystemExit as ended:  # of a parser that has printed its help; of rich, to whom nobody listens any more
+            gone = isinstance(ended.__context__, BrokenPipeError)
+            code = BROKEN_PIPE if gone else ended.code if isinstance(ended.code, int) else GOOD
+        print(end="", flush=True)  # there may be no stdout
+    except OSError as error:
+        if not _is_unwritable():
+            raise
+        code = BROKEN_PIPE
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+            code = FINDINGS
+    except KeyboardInterrupt as error:
+        sent = error.number if isinstance(error, Ended) else signal.SIGINT
+        with suppress(OSError):  # the terminal may have hung up
+            print("terminated" if sent == signal.SIGTERM else "interrupted", file=sys.stderr)
+            print(end="", flush=True)
+        os._exit(128 + sent)  # torch's threads, cut off, abort the interpreter's own end
     sys.exit(code)
+
+
+def _is_unwritable() -> bool:
+    """Whether stdout takes nothing more; what is still to be printed, also by the interpreter's end, is dropped then."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 @contextmanager
@@ -77,22 +117,3 @@ def refuse_unwritable(file: Path, option: str = "", *, makes_folders: bool = Fal
             pass
     except OSError as error:
         raise InputError(f"{name}: cannot be written: {error.strerror}") from error
-
-
-@contextmanager
-def _all_as_ctrl_c() -> Iterator[None]:
-    """Within the block SIGTERM, and SIGHUP unless it is ignored (nohup), end a command as Ctrl-C
-    does, by an exception: what was half written is removed on its way.
-    """
-
-    def end(number: int, _: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)

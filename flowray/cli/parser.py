@@ -21,6 +21,10 @@ class Parser(argparse.ArgumentParser):
         action.required = action.required and action.nargs != "*"
         return action
 
+    def print_help(self, file: Any = None) -> None:
+        """As argparse does, which says nothing where it cannot be written."""
+        print(self.format_help(), end="", file=file)
+
     def parse_intermixed_args(  # type: ignore[override]  # of its overloads the commands use one
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:

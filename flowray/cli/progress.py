@@ -189,8 +189,8 @@ class RunProgress:
 def watch(work: Callable[[], None], seen: RunProgress, progress: Progress) -> None:
     """Run `work` in a thread and show its progress.
 
-    The main thread stays free for signals, which Ray Train would abort on. On KeyboardInterrupt the
-    run is asked to stop, and given a moment for it.
+    The main thread stays free for signals, which Ray Train would abort on. On KeyboardInterrupt a run
+    that has begun is asked to stop, and given a moment for it.
     """
     thread = threading.Thread(target=work, name="training", daemon=True)
     thread.start()
@@ -200,8 +200,9 @@ def watch(work: Callable[[], None], seen: RunProgress, progress: Progress) -> No
                 thread.join(LOOK_S)
                 seen.show(advance)
         except KeyboardInterrupt:
-            seen.run.stop_request.touch()
-            thread.join(STOPPING_S)
+            if seen.run.taken_over:
+                seen.run.stop_request.touch()
+                thread.join(STOPPING_S)
             raise
         seen.show(advance)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from flowray.cli.common import FINDINGS, GOOD, STOPPED
+from flowray.cli.common import FINDINGS, GOOD, STOPPED, end
 from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, watch
 from flowray.cli.ready import refuse_unready
@@ -108,7 +108,7 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
 def _taking_over(run: RunDirectory) -> Iterator[None]:
     """The run's folders, made, for one start at a time: InputError for a second one.
 
-    A start that is refused leaves a run as it was, and no folder where there was none.
+    A start that is refused or cut off leaves a run as it was, and no folder where there was none.
     """
     folders = (run.samples, run.checkpoints, run.path, *run.path.parents)
     new = [folder for folder in folders if not folder.exists()]
@@ -116,7 +116,7 @@ def _taking_over(run: RunDirectory) -> Iterator[None]:
     with RunLock(run, file=run.start_lock):
         try:
             yield
-        except InputError:
+        except BaseException:
             if not run.config.exists():  # no worker has begun
                 if run.path in new:
                     shutil.rmtree(run.path, ignore_errors=True)
@@ -155,7 +155,6 @@ def _run(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgres
     began, workers = time.monotonic(), recipe.resources
     cpus = workers.num_workers * workers.cpus_per_worker
     with _StopSignals(run, progress) as signals, started(cpus, progress):
-        signals.listen()  # Ray has put handlers of its own in their place
         watch(work, RunProgress(run, steps, start, progress), progress)
     stopped = signals.came and not is_finished(recipe, run)
     run.stop_request.unlink(missing_ok=True)
@@ -169,26 +168,29 @@ def _run(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgres
 
 
 class _StopSignals:
-    """Within the block SIGTERM and SIGINT ask the loop for a checkpoint and a stop; `came` says whether one did."""
+    """Within the block SIGTERM and SIGINT ask the loop for a checkpoint and a stop; `came` says whether one did.
+
+    Before a worker has taken the run over there is nothing to keep that was not there: they end the start.
+    """
 
     def __init__(self, run: RunDirectory, progress: Progress):
         self._run, self._progress, self.came = run, progress, False
         self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def __enter__(self) -> _StopSignals:
-        self.listen()
+        for number in self._before:
+            signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def listen(self) -> None:
-        """Take the signals, whoever had them."""
-        for number in self._before:
-            signal.signal(number, self._ask)
-
     def _ask(self, number: int, _: object) -> None:
+        if not self._run.taken_over and number == signal.SIGTERM:
+            end(number)
+        if not self._run.taken_over:
+            raise KeyboardInterrupt
         if not self.came:
             after = "the next logged step writes a checkpoint and ends the run"
             self._progress.say(f"stopping: {after}; Ctrl-C again ends it without")

@@ -152,7 +152,7 @@ def run_sweep(
     with held_directory(sweep, base, resume) as lock:
         if placed:
             needed = needed_cpus(placed)
-            with _quiet(), session.started(needed, progress), _sigterm_as_interrupt():
+            with _quiet(), session.started(needed, progress):
                 leave_link(sweep_dir)
                 with SweepConsole(sweep, sweep_dir, trial_count(sweep), stream) as console:
                     budget = longest(sweep, base)
@@ -240,7 +240,7 @@ def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -
     takes = {"node:__internal_head__": 0.001}
     if sweep.task == "sample" or base.resources.num_workers == 1:  # the trial's own process does the work
         takes = {"CPU": float(base.resources.cpus_per_worker), "GPU": float(base.resources.gpus_per_worker)}
-    with marked(sweep_dir, alone=True) as mark, _holding(referee):
+    with marked(sweep_dir, alone=True) as mark, _holding(referee), _sigterm_as_interrupt():
         tune.Tuner(
             tune.with_resources(trial, takes),
             tune_config=tune.TuneConfig(
@@ -346,7 +346,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does: trials stay unfinished in the study, to be resumed. Set after Ray's own handler."""
+    """SIGTERM ends a sweep as Ctrl-C does: trials stay unfinished in the study, to be resumed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -37,6 +37,11 @@ class RunDirectory:
         return self.path / ".config.next"
 
     @property
+    def taken_over(self) -> bool:
+        """Whether a worker of the newest start has restored the state: its steps may be lost, and no start's before."""
+        return not self.next_config.exists()
+
+    @property
     def card(self) -> Path:
         return self.path / "card.md"
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support import assert_refused, tiny_recipe
+from support import assert_refused, remarks, tiny_recipe
 
 from flowray.cli import doctor, eval, report, sample, train
 from flowray.cli.common import entry
@@ -62,11 +61,6 @@ def place(tmp_path_factory) -> Path:
     (folder / "latin.txt").write_bytes("a red circle\nein gr\xfcner Kreis\n".encode("latin-1"))
     (folder / "nul.txt").write_bytes(b"a red\0circle\n")
     return folder
-
-
-def remarks(stderr: str) -> list[str]:
-    """The lines that are no progress ("[    2 s] loading the model")."""
-    return [line for line in stderr.splitlines() if not re.match(r"\[ *\d+ s\] ", line)]
 
 
 def line_of(main, argv: list[str]) -> str:

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from support import tiny_recipe
+from support import remarks, tiny_recipe
 
 from flowray.cli import main, train
 from flowray.config.errors import InputError
@@ -108,6 +108,30 @@ def test_every_listed_verb_is_a_module_too():
     root = Path(main.__file__).parent.parent
     found = {v for v in main._VERBS if (root / f"{v}.py").is_file() or (root / v / "__main__.py").is_file()}
     assert found == main._VERBS.keys()
+
+
+def unread() -> int:
+    """The end to write to of a pipe whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("unbuffered", "argv"),
+    [*(("1", (verb, "--help")) for verb in main._VERBS), ("", ("train", "--help")), ("", ("train", "quickstart", "--plan"))],
+)
+def test_what_cannot_be_printed_is_a_line_and_a_reader_who_has_gone_is_none(unbuffered, argv):
+    """With Python's own buffer and without it, which argparse and rich see to in ways of their own."""
+    full, gone = os.open("/dev/full", os.O_WRONLY), unread()
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "flowray", *argv]
+    started = [subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=env) for out in (full, gone)]
+    said = [remarks(one.communicate(timeout=120)[1]) for one in started]
+    os.close(full)
+    os.close(gone)
+    assert said == [["error: the output cannot be written: No space left on device"], []]
+    assert [one.returncode for one in started] == [1, 141]
 
 
 def test_an_unknown_verb(monkeypatch, capsys):

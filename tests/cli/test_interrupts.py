@@ -1,51 +1,75 @@
-"""Ctrl-C and other signals: one line and exit code 130, or 75 with a checkpoint; nothing is left half written."""
+"""Ctrl-C and other signals: one line and the exit code of the signal, or 75 with a checkpoint; nothing is left half written."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from support import own_pictures, tiny_recipe
+from support import own_pictures, remarks, tiny_recipe
 
 from flowray.config.load import dump_recipe
 from flowray.store.checkpoint import newest_checkpoint
+from flowray.tune.records import Records
+
+SWEEP = """
+storage_path: runs
+base: tiny.yaml
+method: random
+metric: {name: ema/shoot/nmse}
+parameters: {optim.lr: {distribution: uniform, min: 1.0e-4, max: 1.0e-3}}
+run_cap: 2
+"""
+
+
+def to_all(process: subprocess.Popen) -> None:
+    """SIGTERM to it and to all that it has started in its group, twice, as `timeout` does; schedulers and terminals are alike."""
+    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
+
+
+def to_it(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny.yaml, a recipe that would train for minutes."""
+    """A folder with tiny.yaml, a recipe that would train for minutes, and sweep.yaml."""
     folder = tmp_path_factory.mktemp("cc")
     recipe = tiny_recipe(folder, **{"train.steps": 20_000, "train.log_every": 1})
     (folder / "tiny.yaml").write_text(dump_recipe(recipe))
+    (folder / "sweep.yaml").write_text(SWEEP)
     return folder
 
 
-def interrupt(place: Path, said: str, *argv: str, times: int = 1, number: int = signal.SIGINT) -> tuple[int, list[str]]:
-    """(exit code, remarks) of a command that gets a signal where a line has `said`."""
+def interrupt(
+    place: Path, said: str, *argv: str, times: int = 1, send: Callable[[subprocess.Popen], None] = to_it
+) -> tuple[int, list[str]]:
+    """(exit code, remarks) of a command that gets Ctrl-C, or what `send` sends, where a line has `said`."""
     environment = {**os.environ, "FLOWRAY_CACHE": str(place / "cache")}
     command = [sys.executable, "-m", "flowray", *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=place, env=environment, **pipes) as process:
+    with subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, **pipes) as process:
         try:
             wanted = (said, *["stopping"] * (times - 1))
             for words in wanted:
                 while words not in (line := process.stderr.readline()):
                     assert line, f"ended before it said {words}"
-                process.send_signal(number)
+                send(process)
             out, err = process.communicate(timeout=120)
         finally:
             process.kill()
-    assert (out == "") == (process.returncode == 128 + number)
-    lines = err.splitlines()
-    return process.returncode, [line for line in lines if not re.match(r"\[ *\d+ s\] ", line)]
+    assert (out == "") == (process.returncode in (129, 130, 143))
+    return process.returncode, remarks(err)
 
 
-def test_while_importing(place: Path) -> None:
+@pytest.mark.parametrize(("send", "ended"), [(to_it, (130, ["interrupted"])), (to_all, (143, ["terminated"]))])
+def test_while_importing(place: Path, send, ended) -> None:
     argv = ("sample", "runs/tiny", "a red circle")
-    assert interrupt(place, "importing", *argv) == (130, ["interrupted"])
+    assert interrupt(place, "importing", *argv, send=send) == ended
 
 
 def test_while_a_health_check_trains(place: Path, tmp_path: Path, monkeypatch) -> None:
@@ -65,7 +89,9 @@ def test_while_a_health_check_trains(place: Path, tmp_path: Path, monkeypatch) -
 )
 def test_while_data_are_written(tmp_path: Path, argv: tuple[str, ...], said: str, number: int) -> None:
     own_pictures(tmp_path / "own")
-    assert interrupt(tmp_path, said, "data", *argv, number=number) == (128 + number, ["interrupted"])
+    word = "terminated" if number == signal.SIGTERM else "interrupted"
+    send = partial(subprocess.Popen.send_signal, sig=number)
+    assert interrupt(tmp_path, said, "data", *argv, send=send) == (128 + number, [word])
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -74,22 +100,49 @@ def test_nohup_holds(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         argv = ("data", "make", "shapes", "--samples", "200", "--out", "out")
-        code, _ = interrupt(tmp_path, "making train", *argv, number=signal.SIGHUP)
+        hang_up = partial(subprocess.Popen.send_signal, sig=signal.SIGHUP)
+        code, _ = interrupt(tmp_path, "making train", *argv, send=hang_up)
     finally:
         signal.signal(signal.SIGHUP, before)
     assert code == 0
 
 
+def test_a_start_that_is_ended_leaves_no_run(place: Path) -> None:
+    code = interrupt(place, "starting Ray", "train", "tiny.yaml", "name=none", "--json", send=to_all)
+    assert code == (143, ["terminated"])
+    assert not (place / "runs" / "none").exists()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("said", ["starting Ray", "training 0"])
-def test_a_run_leaves_a_checkpoint(place: Path, said: str) -> None:
-    name = said.replace(" ", "-")
-    code, remarks = interrupt(place, said, "train", "tiny.yaml", f"name={name}", "--json")
-    assert (code, remarks) == (75, [])
-    assert newest_checkpoint(place / "runs" / name / "checkpoints") is not None
+@pytest.mark.parametrize(("send", "ended"), [(to_it, (130, ["interrupted"])), (to_all, (143, ["terminated"]))])
+def test_so_does_one_whose_workers_are_starting(place: Path, send, ended) -> None:
+    assert interrupt(place, "training 0", "train", "tiny.yaml", "name=none", "--json", send=send) == ended
+    assert not (place / "runs" / "none").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_ended_goes_on_with_the_next_start(place: Path) -> None:
+    argv = ("tune", "sweep.yaml", "name=ended", "--json")
+    assert interrupt(place, "starting Ray", *argv, send=to_all) == (143, ["terminated"])
+    assert interrupt(place, "trial 0", *argv, send=to_all)[0] == 75
+    kept = Records(place / "runs" / "ended" / "trials.jsonl").trials
+    assert {trial.status for trial in kept.values()} <= {"running", "waiting"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("send", [to_it, to_all])
+def test_a_run_leaves_a_checkpoint(place: Path, send) -> None:
+    """A second start that is ended while it starts leaves the first one's."""
+    name = send.__name__
+    argv = ("train", "tiny.yaml", f"name={name}", "--json")
+    assert interrupt(place, "probe 4", *argv, send=send) == (75, [])
+    left = newest_checkpoint(place / "runs" / name / "checkpoints")
+    assert left is not None
+    assert interrupt(place, "starting Ray", *argv, "--resume", send=send)[0] in (130, 143)
+    assert newest_checkpoint(place / "runs" / name / "checkpoints") == left
 
 
 @pytest.mark.slow
 def test_twice_ends_without_waiting(place: Path) -> None:
     argv = ("train", "tiny.yaml", "name=twice", "train.log_every=10000", "train.grad_every=0")
-    assert interrupt(place, "training 0", *argv, times=2) == (130, ["interrupted"])
+    assert interrupt(place, "probe 4", *argv, times=2) == (130, ["interrupted"])

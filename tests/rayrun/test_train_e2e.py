@@ -13,7 +13,7 @@ import pytest
 from support import tiny_recipe
 
 from flowray.config.load import dump_recipe
-from flowray.store.checkpoint import list_checkpoints, newest_checkpoint
+from flowray.store.checkpoint import newest_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 
@@ -148,7 +148,8 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(place, whole, started):
 
 
 @pytest.mark.faults
-def test_a_stop_before_the_first_step_is_heard(place, started):
+def test_a_stop_before_the_first_step_ends_the_start(place, started):
+    """There is nothing to keep yet: the run directory goes, and a second start finds none."""
     run = run_of(place, "early")
     driver = started("name=early")
     until(run.path.is_dir, "the run directory", driver)
@@ -156,8 +157,8 @@ def test_a_stop_before_the_first_step_is_heard(place, started):
     assert not run.config.is_file()  # the worker writes it as it begins
     driver.send_signal(signal.SIGINT)
     driver.communicate(timeout=TIMEOUT_S)
-    assert driver.returncode == 75
-    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_000001"]
+    assert driver.returncode == 130
+    assert not run.path.exists()
     until(lambda: not offspring(place), "Ray's processes to go")
 
 
