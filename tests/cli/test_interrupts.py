@@ -68,7 +68,7 @@ def interrupt(
 
 @pytest.mark.parametrize(("send", "ended"), [(to_it, (130, ["interrupted"])), (to_all, (143, ["terminated"]))])
 def test_while_importing(place: Path, send, ended) -> None:
-    argv = ("sample", "runs/tiny", "a red circle")
+    argv = ("doctor", "overfit", "tiny.yaml", "--steps", "20000")
     assert interrupt(place, "importing", *argv, send=send) == ended
 
 
