@@ -58,11 +58,21 @@ def test_is_declared() -> None:
 
 
 def test_every_import_is_declared(used: set[str]) -> None:
-    """What comes only because another package happens to need it may be gone with the next release."""
+    """What comes only because another package happens to need it may be gone with the next
+    release.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
+    lines = project["dependencies"] + [
+        line for extra in project["optional-dependencies"].values() for line in extra
+    ]
     declared = {re.split(r"[\[<>=!~ ]", line)[0].lower().replace("-", "_") for line in lines}
-    others = {"PIL": "pillow", "grpc": "grpcio", "yaml": "pyyaml", "sklearn": "scikit_learn", "markdown_it": "markdown_it_py"}
+    others = {
+        "PIL": "pillow",
+        "grpc": "grpcio",
+        "yaml": "pyyaml",
+        "sklearn": "scikit_learn",
+        "markdown_it": "markdown_it_py",
+    }
     needed = used - sys.stdlib_module_names - {"flowray"}
     assert {others.get(name, name).lower() for name in needed} <= declared
 

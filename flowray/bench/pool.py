@@ -1,6 +1,8 @@
-"""A pool of recorded configurations: what each was given, what its probes read as it trained, how good its pictures were in the end.
+"""A pool of recorded configurations: what each was given, what its probes read as it trained, how
+good its pictures were in the end.
 
-One file of JSON lines: a header, then a line for every configuration that has ended, in the order in which they ended.
+One file of JSON lines: a header, then a line for every configuration that has ended, in the order
+in which they ended.
 """
 
 from __future__ import annotations
@@ -16,16 +18,28 @@ import numpy as np
 
 from flowray.config.errors import InputError
 from flowray.config.rows import Row, parse_rows
-from flowray.config.sweep import Categorical, Constant, IntUniform, Parameter, QUniform, Sweep, Uniform
+from flowray.config.sweep import (
+    Categorical,
+    Constant,
+    IntUniform,
+    Parameter,
+    QUniform,
+    Sweep,
+    Uniform,
+)
 from flowray.config.sweepfile import text_sweep
 from flowray.tune.space import Params
 
-SCORE, SCORE_TIE = "mean_attribute_accuracy", "all_correct"  # what a configuration's pictures are ranked by
+# what a configuration's pictures are ranked by
+SCORE, SCORE_TIE = "mean_attribute_accuracy", "all_correct"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One recorded configuration. rows: `step` and metrics at every probe; score: {} where it failed, with `error` in one line."""
+    """One recorded configuration.
+
+    rows: `step` and metrics at every probe; score: {} where it failed, with `error` in one line.
+    """
 
     number: int
     params: Params
@@ -41,7 +55,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Pool:
-    """sweep: the one that the configurations were drawn from; drawn: how many were, those without an entry have not ended yet."""
+    """sweep: the one that the configurations were drawn from; drawn: how many were, those
+    without an entry have not ended yet.
+    """
 
     sweep: Sweep
     budget_steps: int
@@ -50,11 +66,20 @@ class Pool:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def best(self, count: int = 3) -> frozenset[int]:
-        """The numbers of the configurations with the best pictures, with all that tie with the last of them."""
+        """The numbers of the configurations with the best pictures, with all that tie with the
+        last of them.
+        """
         ranks = sorted((entry.rank for entry in self.entries if entry.error is None), reverse=True)
         if len(ranks) < count:
-            raise InputError(f"the pool has {len(ranks)} finished configurations, want at least {count}; record more")
-        return frozenset(entry.number for entry in self.entries if entry.error is None and entry.rank >= ranks[count - 1])
+            raise InputError(
+                f"the pool has {len(ranks)} finished configurations, want at least {count}; record"
+                " more"
+            )
+        return frozenset(
+            entry.number
+            for entry in self.entries
+            if entry.error is None and entry.rank >= ranks[count - 1]
+        )
 
 
 def packaged_pool() -> Path:
@@ -65,18 +90,32 @@ def packaged_pool() -> Path:
 def read_pool(path: Path) -> Pool:
     """InputError where there is no such file, or it is not a pool. A torn last line is left out."""
     if not path.is_file():
-        raise InputError(f"{path}: no such record; type python -m flowray.bench record FOLDER, then --pool FOLDER/pool.jsonl")
+        raise InputError(
+            f"{path}: no such record; type python -m flowray.bench record FOLDER, then --pool"
+            " FOLDER/pool.jsonl"
+        )
     rows, bad = parse_rows(path.read_text(encoding="utf-8"))
     if bad or not rows or "pool" not in rows[0]:
         raise InputError(f"{path}:{bad[0] if bad else 1}: not a record of flowray.bench record")
     head = rows[0]["pool"]
     sweep = text_sweep(head["sweep"], str(path))
-    entries = [Entry(row["number"], row["params"], tuple(row["rows"]), row["score"] or {}, row["error"]) for row in rows[1:]]
-    return Pool(sweep, head["budget_steps"], head["drawn"], tuple(sorted(entries, key=lambda e: e.number)), head["facts"])
+    entries = [
+        Entry(row["number"], row["params"], tuple(row["rows"]), row["score"] or {}, row["error"])
+        for row in rows[1:]
+    ]
+    return Pool(
+        sweep,
+        head["budget_steps"],
+        head["drawn"],
+        tuple(sorted(entries, key=lambda e: e.number)),
+        head["facts"],
+    )
 
 
 class Space:
-    """Distances between points of a sweep's parameters: each parameter has length 1, a choice is the same or it is not."""
+    """Distances between points of a sweep's parameters: each parameter has length 1, a choice is
+    the same or it is not.
+    """
 
     def __init__(self, parameters: Mapping[str, Parameter]):
         self._parameters = parameters
@@ -91,7 +130,12 @@ class Space:
         return min(entries, key=place)
 
     def _distance(self, a: Params, b: Params) -> float:
-        return math.sqrt(sum(self._apart(parameter, a.get(key), b.get(key)) ** 2 for key, parameter in self._parameters.items()))
+        return math.sqrt(
+            sum(
+                self._apart(parameter, a.get(key), b.get(key)) ** 2
+                for key, parameter in self._parameters.items()
+            )
+        )
 
     @staticmethod
     def _apart(parameter: Parameter, a: Any, b: Any) -> float:
@@ -103,13 +147,19 @@ class Space:
 
 
 def value_at(entry: Entry, metric: str, step: float) -> float:
-    """The metric at the last probe up to `step` (a float only so that shares of a budget can be asked for); nan where there is none."""
-    seen = [row[metric] for row in entry.rows if row["step"] <= step and row.get(metric) is not None]
+    """The metric at the last probe up to `step` (a float only so that shares of a budget can be
+    asked for); nan where there is none.
+    """
+    seen = [
+        row[metric] for row in entry.rows if row["step"] <= step and row.get(metric) is not None
+    ]
     return float(seen[-1]) if seen else math.nan
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two series, ties at their mean rank; nan where one is constant or there are fewer than three."""
+    """Rank correlation of two series, ties at their mean rank; nan where one is constant or
+    there are fewer than three.
+    """
     if len(a) < 3:
         return math.nan
     ranks = np.stack([_ranks(np.asarray(x, float)) for x in (a, b)])

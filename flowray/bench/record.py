@@ -1,7 +1,9 @@
-"""Recording a pool: every configuration trained to its full budget and its pictures judged, one line for each that has ended.
+"""Recording a pool: every configuration trained to its full budget and its pictures judged, one
+line for each that has ended.
 
-Any number of processes may record into one folder. A configuration belongs to whoever holds its claim, a file lock, which the system
-releases when its owner dies; the next owner continues from the run's checkpoint.
+Any number of processes may record into one folder. A configuration belongs to whoever holds its
+claim, a file lock, which the system releases when its owner dies; the next owner continues from the
+run's checkpoint.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ from flowray.train.state import Halted
 from flowray.tune.space import Params
 from flowray.tune.study import SweepStudy
 
-Score = Callable[[Path], Mapping[str, float]]  # a trained run directory -> its picture scores; a module's function: it goes to processes
+# a trained run directory -> its picture scores; a module's function: it goes to processes
+Score = Callable[[Path], Mapping[str, float]]
 PROBES = 10  # of a full budget; the sweep's own cadence should be a multiple of this one
 LOGS = 5
 
@@ -61,15 +64,18 @@ class Job:
 
 
 def record(folder: Path, sweep: Sweep, count: int, score: Score, *, processes: int = 1) -> Pool:
-    """Train and judge what `<folder>/pool.jsonl` lacks of `count` configurations, drawn at random from the sweep's space with its seed.
+    """Train and judge what `<folder>/pool.jsonl` lacks of `count` configurations, drawn at random
+    from the sweep's space with its seed.
 
-    Run again after whatever ended it, it goes on where it stopped. InputError: the folder holds a record of another sweep.
+    Run again after whatever ended it, it goes on where it stopped. InputError: the folder holds a
+    record of another sweep.
     """
     folder.mkdir(parents=True, exist_ok=True)
     recipe = recording_recipe(sweep)
     job = Job(folder.absolute(), recipe, tuple(draw(sweep, count)), score)
     _open(job, sweep)
-    ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)  # once, before the processes all want them
+    # once, before the processes all want them
+    ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
     if processes == 1:
         work(job)
     else:
@@ -83,26 +89,46 @@ def record(folder: Path, sweep: Sweep, count: int, score: Score, *, processes: i
 
 
 def recording_recipe(sweep: Sweep) -> Recipe:
-    """The sweep's base recipe with PROBES probes to its budget and the losses logged LOGS times from one to the next; no pictures on the
-    way. What the sweep sets itself stays.
+    """The sweep's base recipe with PROBES probes to its budget and the losses logged LOGS times
+    from one to the next; no pictures on the way. What the sweep sets itself stays.
     """
     base = base_recipe(sweep)
     probe_every = int(sweep.set.get("train.probe_every", max(1, base.train.steps // PROBES)))
-    cadence = {"train.probe_every": probe_every, "train.log_every": max(1, probe_every // LOGS), "train.sample_every": base.train.steps}
-    return override_recipe(base, {key: value for key, value in cadence.items() if key not in sweep.set})
+    cadence = {
+        "train.probe_every": probe_every,
+        "train.log_every": max(1, probe_every // LOGS),
+        "train.sample_every": base.train.steps,
+    }
+    return override_recipe(
+        base, {key: value for key, value in cadence.items() if key not in sweep.set}
+    )
 
 
 def draw(sweep: Sweep, count: int) -> list[Params]:
-    """`count` random points of the sweep's space, without its guesses; the first ones do not depend on how many there are."""
-    space = {key: parameter.model_copy(update={"prior": None}) for key, parameter in sweep.parameters.items()}
-    plain = {"method": "random", "search": None, "parameters": space, "points": (), "warm_start": (), "seeds": 1}
+    """`count` random points of the sweep's space, without its guesses; the first ones do not
+    depend on how many there are.
+    """
+    space = {
+        key: parameter.model_copy(update={"prior": None})
+        for key, parameter in sweep.parameters.items()
+    }
+    plain = {
+        "method": "random",
+        "search": None,
+        "parameters": space,
+        "points": (),
+        "warm_start": (),
+        "seeds": 1,
+    }
     with tempfile.TemporaryDirectory() as folder:
         study = SweepStudy(sweep.model_copy(update=plain), Path(folder) / "study.journal")
         return [study.ask()[1] for _ in range(count)]
 
 
 def work(job: Job) -> None:
-    """Record every configuration that nobody else has or is at; one thread, so that two processes do not fight over two cores."""
+    """Record every configuration that nobody else has or is at; one thread, so that two
+    processes do not fight over two cores.
+    """
     torch.set_num_threads(1)
     for number, params in enumerate(job.configurations):
         with _claim(job.folder / "claims" / str(number)) as mine:
@@ -111,7 +137,10 @@ def work(job: Job) -> None:
                 line = _one(job, number, params)
                 _append(job.file, line)
                 shutil.rmtree(job.folder / "runs" / str(number) / "checkpoints", ignore_errors=True)
-                _say(f"{len(done) + 1} of {len(job.configurations)}: configuration {number}, {line['error'] or line['score']}")
+                _say(
+                    f"{len(done) + 1} of {len(job.configurations)}: configuration {number},"
+                    f" {line['error'] or line['score']}"
+                )
 
 
 def _one(job: Job, number: int, params: Params) -> Row:
@@ -129,11 +158,20 @@ def _one(job: Job, number: int, params: Params) -> Row:
             raise InputError(f"{run.path}: {halt}") from halt
         error = str(halt)
     seconds = round(time.monotonic() - began, 1)
-    return {"number": number, "params": params, "score": score, "error": error, "seconds": seconds, "rows": rows_of(run)}
+    return {
+        "number": number,
+        "params": params,
+        "score": score,
+        "error": error,
+        "seconds": seconds,
+        "rows": rows_of(run),
+    }
 
 
 def rows_of(run: RunDirectory) -> list[Row]:
-    """The run's probe rows, each with the losses' means over the rows logged since the probe before; six digits of everything."""
+    """The run's probe rows, each with the losses' means over the rows logged since the probe
+    before; six digits of everything.
+    """
     metrics, out, before = read_rows(run.metrics), [], 0
     for probe in read_rows(run.probes):
         since = [row for row in metrics if before < row["step"] <= probe["step"]]
@@ -142,24 +180,40 @@ def rows_of(run: RunDirectory) -> list[Row]:
         for key in {key for logged in since for key in logged if key.startswith("loss/")}:
             values = [value for logged in since if (value := logged.get(key)) is not None]
             row[key] = math.fsum(values) / len(values) if len(values) == len(since) else None
-        out.append({"step": before, **{key: None if row[key] is None else float(f"{row[key]:.6g}") for key in sorted(row)}})
+        out.append(
+            {
+                "step": before,
+                **{
+                    key: None if row[key] is None else float(f"{row[key]:.6g}")
+                    for key in sorted(row)
+                },
+            }
+        )
     return out
 
 
 def _leave_with_parent(_: Row) -> None:
-    """Heard at every probe: a process whose parent was killed goes too, or it would record on beside the next ones."""
+    """Heard at every probe: a process whose parent was killed goes too, or it would record on
+    beside the next ones.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         raise SystemExit(1)
 
 
 def _open(job: Job, sweep: Sweep) -> None:
-    """Write the header, or check that the record there is of this sweep and that its configurations are those that are drawn now."""
+    """Write the header, or check that the record there is of this sweep and that its
+    configurations are those that are drawn now.
+    """
     head = {
         "sweep": dump_sweep(sweep),
         "budget_steps": job.recipe.train.steps,
         "drawn": len(job.configurations),
-        "facts": {"commit": git_commit(), "machine": machine(), "recipe": job.recipe.model_dump(mode="json")},
+        "facts": {
+            "commit": git_commit(),
+            "machine": machine(),
+            "recipe": job.recipe.model_dump(mode="json"),
+        },
     }
     (job.folder / "claims").mkdir(exist_ok=True)
     with (job.folder / "claims" / "pool").open("w") as lock:
@@ -169,10 +223,24 @@ def _open(job: Job, sweep: Sweep) -> None:
             part.write_text(json.dumps({"pool": head}) + "\n", encoding="utf-8")
             part.replace(job.file)
     pool = read_pool(job.file)
-    ours = all(e.number < pool.drawn == len(job.configurations) and e.params == job.configurations[e.number] for e in pool.entries)
-    same = all(getattr(pool.sweep, name) == getattr(sweep, name) for name in ("base", "set", "parameters", "seed"))
-    if not (ours and same and pool.drawn == len(job.configurations) and pool.budget_steps == job.recipe.train.steps):
-        raise InputError(f"{job.file}: a record of another sweep or count; take the same ones, or another folder")
+    ours = all(
+        e.number < pool.drawn == len(job.configurations)
+        and e.params == job.configurations[e.number]
+        for e in pool.entries
+    )
+    same = all(
+        getattr(pool.sweep, name) == getattr(sweep, name)
+        for name in ("base", "set", "parameters", "seed")
+    )
+    if not (
+        ours
+        and same
+        and pool.drawn == len(job.configurations)
+        and pool.budget_steps == job.recipe.train.steps
+    ):
+        raise InputError(
+            f"{job.file}: a record of another sweep or count; take the same ones, or another folder"
+        )
 
 
 @contextmanager

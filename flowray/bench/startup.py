@@ -1,4 +1,6 @@
-"""`flowray.bench trial-startup`: from a trial being asked for to its training, beside stock Ray Tune with a TorchTrainer in every trial."""
+"""`flowray.bench trial-startup`: from a trial being asked for to its training, beside stock Ray
+Tune with a TorchTrainer in every trial.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,18 @@ TINY: Mapping[str, Any] = {
 }
 
 
-def run(trials: int, rounds: int, workers: int, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """`trials` one after the other on each side, `rounds` times in one Ray, the order swapped every round; the command's JSON object.
+def run(
+    trials: int, rounds: int, workers: int, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """`trials` one after the other on each side, `rounds` times in one Ray, the order swapped every
+    round; the command's JSON object.
 
-    Ratios, stock's seconds over ours: `startup` and `first_row` of the median trial after the first, `first_trial` of a sweep's first.
+    Ratios, stock's seconds over ours: `startup` and `first_row` of the median trial after the
+    first, `first_trial` of a sweep's first.
     """
-    recipe = override_recipe(load_recipe("sweep_proxy").recipe, {**TINY, "resources.num_workers": workers})
+    recipe = override_recipe(
+        load_recipe("sweep_proxy").recipe, {**TINY, "resources.num_workers": workers}
+    )
     ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
     rounds_of: dict[str, list[list[Start]]] = {"flowray": [], "stock": []}
     sides = [("flowray", through_flowray), ("stock", through_stock)]
@@ -51,18 +59,29 @@ def run(trials: int, rounds: int, workers: int, say: Callable[[str], None] = lam
                 with tempfile.TemporaryDirectory() as folder:
                     starts = side(Path(folder), recipe, trials)
                 rounds_of[name].append(starts)
-                say(f"round {number + 1}, {name}: {', '.join(f'{start.loop:.1f} s' for start in starts)} to the loop")
-    whole = {name: all(len(starts) == trials for starts in each) for name, each in rounds_of.items()}
+                say(
+                    f"round {number + 1}, {name}:"
+                    f" {', '.join(f'{start.loop:.1f} s' for start in starts)} to the loop"
+                )
+    whole = {
+        name: all(len(starts) == trials for starts in each) for name, each in rounds_of.items()
+    }
     seconds = {name: _medians(each) for name, each in rounds_of.items()}
     names = {"startup": "loop", "first_row": "row", "first_trial": "first_loop"}
     return {
         "bench": "trial-startup",
         "machine": machine(),
-        "ratios": {name: ratio(seconds["stock"][key], seconds["flowray"][key]) for name, key in names.items()},
+        "ratios": {
+            name: ratio(seconds["stock"][key], seconds["flowray"][key])
+            for name, key in names.items()
+        },
         "guards": {f"all_trials_of_{name}": holds for name, holds in whole.items()},
         "workers": workers,
         "trials": trials,
-        "seconds": {name: {key: float(np.median(values)) for key, values in each.items()} for name, each in seconds.items()},
+        "seconds": {
+            name: {key: float(np.median(values)) for key, values in each.items()}
+            for name, each in seconds.items()
+        },
     }
 
 

@@ -1,4 +1,6 @@
-"""`flowray assets {autoencoder,text}`: train the small models that flowray ships, and write their cards."""
+"""`flowray assets {autoencoder,text}`: train the small models that flowray ships, and write
+their cards.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ DEFAULT_STEPS = {"autoencoder": 7000, "text": 2000}
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="flowray assets", description="Train a model that flowray ships, from the embedded data alone.")
+    parser = argparse.ArgumentParser(
+        prog="flowray assets",
+        description="Train a model that flowray ships, from the embedded data alone.",
+    )
     parser.add_argument("what", choices=sorted(DEFAULT_STEPS))
     parser.add_argument("--out", type=Path, help="folder to write; default flowray/assets/<what>")
     parser.add_argument("--steps", type=int)
@@ -41,7 +46,10 @@ def main(argv: list[str]) -> int:
         "",
         f"- command: `flowray assets {' '.join(argv)}`",
         f"- data: {data}, made by `flowray.data make`; nothing else",
-        f"- made: {git_commit() or 'outside a repository'}, {time.monotonic() - began:.0f} s on {os.cpu_count()} CPU cores",
+        (
+            f"- made: {git_commit() or 'outside a repository'}, {time.monotonic() - began:.0f} s on"
+            f" {os.cpu_count()} CPU cores"
+        ),
         *(f"- {name}: {value:.2f}" for name, value in figures.items()),
     ]
     (out / "CARD.md").write_text("\n".join(lines) + "\n")

@@ -14,14 +14,17 @@ from typing import Any, NoReturn
 from flowray.config.errors import InputError, Notice
 from flowray.config.paths import exists, is_folder, no_such
 
-GOOD, FINDINGS, BAD_INPUT, STOPPED = 0, 1, 2, 75  # 75: stopped by a signal with a checkpoint written (EX_TEMPFAIL)
+# 75: stopped by a signal with a checkpoint written (EX_TEMPFAIL)
+GOOD, FINDINGS, BAD_INPUT, STOPPED = 0, 1, 2, 75
 INTERRUPTED = 130  # Ctrl-C before there was anything to keep
 
 Main = Callable[[list[str]], int]
 
 
 def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
-    """Run a command's `main(argv)` and exit; bad input becomes one line on stderr and exit code 2."""
+    """Run a command's `main(argv)` and exit; bad input becomes one line on stderr and exit code
+    2.
+    """
     try:
         with _plain_notices():
             code = main(sys.argv[1:] if argv is None else argv)

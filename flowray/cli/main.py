@@ -51,7 +51,9 @@ def _command(verb: str) -> Main:
         case "assets":
             from flowray.cli.assets import main
         case _:
-            raise InputError(f"unknown verb {verb!r}{did_you_mean(verb, _VERBS)} known: {', '.join(_VERBS)}")
+            raise InputError(
+                f"unknown verb {verb!r}{did_you_mean(verb, _VERBS)} known: {', '.join(_VERBS)}"
+            )
     return main
 
 
@@ -87,5 +89,7 @@ def main() -> NoReturn:
 
 
 def run(verb: str) -> NoReturn:
-    """One verb, as `python -m flowray.VERB` starts it; its imports too are within what Ctrl-C ends with one line."""
+    """One verb, as `python -m flowray.VERB` starts it; its imports too are within what Ctrl-C
+    ends with one line.
+    """
     entry(lambda argv: _command(verb)(argv))

@@ -1,4 +1,6 @@
-"""Whether this machine has what a run asks for: looked at before any picture is encoded, and by `--plan`."""
+"""Whether this machine has what a run asks for: looked at before any picture is encoded, and by
+`--plan`.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,9 @@ def problems(recipe: Recipe) -> Iterator[str]:
 
 
 def unusable_weights(recipes: Iterable[Recipe]) -> Iterator[tuple[str, str]]:
-    """Recipe key and a line for each set of weights that the recipes read and this machine could not load: they are
-    not here, nor may they be downloaded, or they are not whole, quantised or of several variants.
+    """Recipe key and a line for each set of weights that the recipes read and this machine could
+    not load: they are not here, nor may they be downloaded, or they are not whole, quantised or of
+    several variants.
     """
     from flowray.cli.plan import weights
     from flowray.model.local import may_download
@@ -64,7 +67,9 @@ def check_device(recipe: Recipe) -> None:
     import torch
 
     if recipe.train.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("train.device: got cuda, but torch can use no GPU here; type train.device=cpu")
+        raise InputError(
+            "train.device: got cuda, but torch can use no GPU here; type train.device=cpu"
+        )
 
 
 def check_shards(recipe: Recipe) -> None:

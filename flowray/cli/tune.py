@@ -31,18 +31,37 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Run a sweep, or finish trials of one. 0: a trial did not fail; 1: all failed; 75: stopped by a signal; InputError for bad input."""
+    """Run a sweep, or finish trials of one.
+
+    0: a trial did not fail; 1: all failed; 75: stopped by a signal; InputError for bad input.
+    """
     parser = Parser(
         prog="flowray.tune",
-        description="Search a recipe's keys with Ray Tune and Optuna; trials without hope stop early, and a line says why.",
-        epilog=f"Packaged sweeps: {', '.join(packaged_sweeps()) or 'none'}. Results: <storage_path>/<name>/report.html and best.yaml.",
+        description=(
+            "Search a recipe's keys with Ray Tune and Optuna; trials without hope stop early, and a"
+            " line says why."
+        ),
+        epilog=(
+            f"Packaged sweeps: {', '.join(packaged_sweeps()) or 'none'}. Results:"
+            " <storage_path>/<name>/report.html and best.yaml."
+        ),
     )
-    parser.add_argument("sweep", metavar="SWEEP.yaml", nargs="?", help="a sweep file, or the name of a packaged one")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="sweep keys (run_cap=4), recipe keys under set. (set.train.steps=50)"
+        "sweep", metavar="SWEEP.yaml", nargs="?", help="a sweep file, or the name of a packaged one"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="continue <storage_path>/<name> also where caps, budgets, stops or resources have changed"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="sweep keys (run_cap=4), recipe keys under set. (set.train.steps=50)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help=(
+            "continue <storage_path>/<name> also where caps, budgets, stops or resources have"
+            " changed"
+        ),
     )
     parser.add_argument(
         "--finish",
@@ -51,16 +70,25 @@ def main(argv: list[str]) -> int:
         action="append",
         help="train the stopped trial N to the end, nothing else",
     )
-    planned = "print space, trials, hours, storage and problems, exit code 1 for any; starts no trial"
+    planned = (
+        "print space, trials, hours, storage and problems, exit code 1 for any; starts no trial"
+    )
     parser.add_argument("--plan", action="store_true", help=planned)
-    parser.add_argument("--schema", action="store_true", help="print the JSON schema of sweep files, for editors")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON schema of sweep files, for editors"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, the rest on stderr"
+    )
     args = parser.parse_intermixed_args(argv)
     if args.schema:
         print(json.dumps(sweep_schema(), indent=1))
         return GOOD
     if args.sweep is None:
-        raise InputError(f"which sweep? type a file, or one of {', '.join(packaged_sweeps())}; see `python -m flowray.tune --help`")
+        raise InputError(
+            f"which sweep? type a file, or one of {', '.join(packaged_sweeps())}; see `python -m"
+            " flowray.tune --help`"
+        )
     sweep = load_sweep(args.sweep, args.overrides, in_place=True)
     base = base_recipe(sweep)
     check_trials(sweep, base)
@@ -82,21 +110,34 @@ def main(argv: list[str]) -> int:
     finish, resume = args.finish or (), args.resume or bool(args.finish)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what comes before the end is progress
-            result = run_sweep(sweep, base, resume=resume, finish=finish, stream=sys.stderr, progress=progress)
+            result = run_sweep(
+                sweep, base, resume=resume, finish=finish, stream=sys.stderr, progress=progress
+            )
             with progress.task("writing the report"):
                 report = _report(result)
     except OSError as error:
         if no_room(error) is None:
             raise
         folder = sweep_folder(sweep)
-        raise InputError(f"{folder}: {error.strerror}; make room and type the same command again: what is done is kept") from error
+        raise InputError(
+            f"{folder}: {error.strerror}; make room and type the same command again: what is done"
+            " is kept"
+        ) from error
     if result.interrupted:
         why = "the time budget ran out" if result.out_of_time else "stopped by a signal"
-        print(f"{why}; to continue: python -m flowray.tune {shlex.join(argv)}", file=sys.stderr, flush=True)
+        print(
+            f"{why}; to continue: python -m flowray.tune {shlex.join(argv)}",
+            file=sys.stderr,
+            flush=True,
+        )
     elif result.left:
         resume = ["--resume"] if args.resume else []
         rest = shlex.join([args.sweep, *args.overrides, *resume])
-        print(f"{result.left} trials of the sweep are left; to go on: python -m flowray.tune {rest}", file=sys.stderr, flush=True)
+        print(
+            f"{result.left} trials of the sweep are left; to go on: python -m flowray.tune {rest}",
+            file=sys.stderr,
+            flush=True,
+        )
     if args.json:
         print(json.dumps(_summary(result)))
     else:

@@ -1,4 +1,5 @@
-"""`flowray.tune --plan`: the sweep's plan on the machines that there are, in a table. No trial is started.
+"""`flowray.tune --plan`: the sweep's plan on the machines that there are, in a table. No trial is
+started.
 
 Where nothing like its trials was timed before, a few steps of one are, on this machine.
 """
@@ -32,10 +33,12 @@ FP32, GIB = 4, 2**30
 
 
 def plan(sweep: Sweep, base: Recipe, *, resume: bool = False) -> dict[str, Any]:
-    """`make_plan` for the cluster that RAY_ADDRESS names, as far as it can grow, else for this machine,
-    and the `problems` that a run there would refuse. InputError where that cluster does not answer.
+    """`make_plan` for the cluster that RAY_ADDRESS names, as far as it can grow, else for this
+    machine, and the `problems` that a run there would refuse. InputError where that cluster does
+    not answer.
     """
-    from flowray.model.assemble import part_sizes, planned_model  # torch takes seconds to import: not for --help
+    # torch takes seconds to import: not for --help
+    from flowray.model.assemble import part_sizes, planned_model
     from flowray.tune.folder import refuse_other
     from flowray.tune.plan import make_plan
     from flowray.tune.room import place
@@ -79,13 +82,17 @@ def needed_weights(sweep: Sweep, base: Recipe) -> list[dict[str, Any]]:
     """Every set of weights that a trial may read, and whether it is on this machine."""
     from flowray.cli.plan import weights
 
-    needed = {(each["key"], each["path"]): each for recipe in _corners(sweep, base) for each in weights(recipe)}
+    needed = {
+        (each["key"], each["path"]): each
+        for recipe in _corners(sweep, base)
+        for each in weights(recipe)
+    }
     return list(needed.values())
 
 
 def _corners(sweep: Sweep, base: Recipe) -> Iterator[Recipe]:
-    """The base recipe, and with each value of a choice or end of a range that is searched; what `when`
-    asks for comes with it.
+    """The base recipe, and with each value of a choice or end of a range that is searched; what
+    `when` asks for comes with it.
     """
     yield base
     for key, parameter in sweep.parameters.items():
@@ -103,8 +110,8 @@ def _conditions(sweep: Sweep, key: str) -> dict[str, Any]:
 
 
 def problems(sweep: Sweep, base: Recipe) -> Iterator[str]:
-    """A line for whatever of the files and devices here would stop the sweep; nodes of a cluster have
-    weights and GPUs of their own.
+    """A line for whatever of the files and devices here would stop the sweep; nodes of a cluster
+    have weights and GPUs of their own.
     """
     from flowray.cli.ready import check_device, check_shards, unusable_weights
 
@@ -122,7 +129,9 @@ def problems(sweep: Sweep, base: Recipe) -> Iterator[str]:
 
 
 def _recorded(base: Recipe) -> Pace | None:
-    """The pace of the trials that `flowray.bench sweep` replays, where the sweep's are like them."""
+    """The pace of the trials that `flowray.bench sweep` replays, where the sweep's are like
+    them.
+    """
     from flowray.bench.pool import packaged_pool
     from flowray.tune.pace import Pace, same_cost
 
@@ -135,7 +144,10 @@ def _recorded(base: Recipe) -> Pace | None:
     if not like:
         return None
     step_s = sum(trial["seconds"] for trial in trials) / (len(trials) * steps)
-    words = f"{step_s:.2g} s a step, all included, as in {len(trials)} trials of {facts['recipe']['name']} recorded on {facts['machine']}"
+    words = (
+        f"{step_s:.2g} s a step, all included, as in {len(trials)} trials of"
+        f" {facts['recipe']['name']} recorded on {facts['machine']}"
+    )
     return Pace(step_s, words, rough=True)
 
 
@@ -181,7 +193,9 @@ def _cluster() -> Cluster:
 def print_plan(facts: dict[str, Any]) -> None:
     """The plan for people."""
     console = Console(soft_wrap=True, highlight=False)
-    goals = ", ".join(f"{metric['goal']} {metric['name']}" for metric in [facts["metric"], *facts["more_metrics"]])
+    goals = ", ".join(
+        f"{metric['goal']} {metric['name']}" for metric in [facts["metric"], *facts["more_metrics"]]
+    )
     how = facts["search"]["kind"] if facts["method"] == "bayes" else facts["method"]
     table = Table(title=f"{facts['name']}: {how} search, {goals}")
     table.add_column("recipe key")
@@ -189,8 +203,13 @@ def print_plan(facts: dict[str, Any]) -> None:
     for key, spec in facts["parameters"].items():
         table.add_row(key, escape(_space(spec)))
     console.print(table)
-    lines = [f"base {facts['base']}" + "".join(f"  {key}={value}" for key, value in facts["set"].items())]
-    lines += [f"first: {'  '.join(f'{key}={value}' for key, value in point.items())}" for point in facts["points"]]
+    lines = [
+        f"base {facts['base']}" + "".join(f"  {key}={value}" for key, value in facts["set"].items())
+    ]
+    lines += [
+        f"first: {'  '.join(f'{key}={value}' for key, value in point.items())}"
+        for point in facts["points"]
+    ]
     lines += [facts["warm_start"]] if facts["warm_start"] else []
     lines += [_stop(rule) for rule in facts["stop"]]
     if facts["rungs"]:
@@ -200,8 +219,12 @@ def print_plan(facts: dict[str, Any]) -> None:
     if facts["task"] == "train":
         seeds = f" with {facts['seeds']} seeds each" if facts["seeds"] > 1 else ""
         expected = f", about {facts['steps_expected']} with halving" if facts["rungs"] else ""
-        at_most = f"at most {facts['steps_at_most']} steps ({facts['image_steps_at_most']:,} image-steps)"
-        lines.append(f"{facts['trials']} trials of {facts['budget_steps']} steps{seeds}: {at_most}{expected}")
+        at_most = (
+            f"at most {facts['steps_at_most']} steps ({facts['image_steps_at_most']:,} image-steps)"
+        )
+        lines.append(
+            f"{facts['trials']} trials of {facts['budget_steps']} steps{seeds}: {at_most}{expected}"
+        )
     else:
         lines.append(f"{facts['trials']} trials, each one evaluation of the run's pictures")
     if facts["settings"] is not None:
@@ -210,7 +233,9 @@ def print_plan(facts: dict[str, Any]) -> None:
         lines.append(f"the space has {facts['settings']:,} settings, none drawn twice{end}")
     lines += [_resources(facts), _hours(facts)]
     if (seconds := facts["wall_time"]["seconds"]) is not None:
-        lines.append(f"wall time: about {duration(seconds)}" + ", with halving" * bool(facts["rungs"]))
+        lines.append(
+            f"wall time: about {duration(seconds)}" + ", with halving" * bool(facts["rungs"])
+        )
     lines.append(_storage(facts))
     missing = [each for each in facts["weights"] if not each["present"]]
     lines += [f"{each['key']}: {each['path']} is not here" for each in missing]
@@ -223,17 +248,36 @@ def _without_rungs(early: dict[str, Any], steps: int) -> str:
     if early["type"] == "median":
         return f"median rule from step {early['min_iter']}"
     if early["type"] == "asha":
-        return f"asha stops nothing: its first rung, {early['rungs'][0]}, is not below the {steps} steps of a trial"
-    first = f"its first rung, min_iter {early['min_iter']}, is not below the {steps} steps of a trial"
-    return f"hyperband stops nothing: {first}; type early_terminate.min_iter={max(1, round(steps / early['eta'] ** 2))}"
+        return (
+            f"asha stops nothing: its first rung, {early['rungs'][0]}, is not below the {steps}"
+            " steps of a trial"
+        )
+    first = (
+        f"its first rung, min_iter {early['min_iter']}, is not below the {steps} steps of a trial"
+    )
+    return (
+        f"hyperband stops nothing: {first}; type"
+        f" early_terminate.min_iter={max(1, round(steps / early['eta'] ** 2))}"
+    )
 
 
 def _space(spec: dict[str, Any]) -> str:
-    ends = f"{spec['min']:g} .. {spec['max']:g}" if "min" in spec else spec.get("values", spec.get("value"))
+    ends = (
+        f"{spec['min']:g} .. {spec['max']:g}"
+        if "min" in spec
+        else spec.get("values", spec.get("value"))
+    )
     step = f" in steps of {spec['q']:g}" if "q" in spec else ""
     prior = spec.get("prior")
-    near = f"  prior {prior['value']}" + (f" ± {prior['sigma']:g}" if prior.get("sigma") else "") if prior else ""
-    when = "".join(f"  when {key} is {' or '.join(map(str, values))}" for key, values in spec.get("when", {}).items())
+    near = (
+        f"  prior {prior['value']}" + (f" ± {prior['sigma']:g}" if prior.get("sigma") else "")
+        if prior
+        else ""
+    )
+    when = "".join(
+        f"  when {key} is {' or '.join(map(str, values))}"
+        for key, values in spec.get("when", {}).items()
+    )
     return f"{spec['distribution']}  {ends}{step}{near}{when}"
 
 
@@ -241,7 +285,10 @@ def _stop(rule: dict[str, Any]) -> str:
     if "finding" in rule:
         what = f"finding {rule['finding']}"
     elif "gains_less_than" in rule:
-        return f"stop: {rule['metric']} gains less than {rule['gains_less_than']:g} in {rule['patience']} probes, from step {rule['after']}"
+        return (
+            f"stop: {rule['metric']} gains less than {rule['gains_less_than']:g} in"
+            f" {rule['patience']} probes, from step {rule['after']}"
+        )
     else:
         side = "below" if "below" in rule else "above"
         what = f"{rule['metric']} {side} {rule[side]:g}"
@@ -250,10 +297,17 @@ def _stop(rule: dict[str, Any]) -> str:
 
 def _resources(facts: dict[str, Any]) -> str:
     takes, have = facts["takes"], facts["cluster"]
-    workers, cpus, gpus = (takes[f"resources.{name}"] for name in ("num_workers", "cpus_per_worker", "gpus_per_worker"))
-    each = f"{workers} worker{'s' if workers > 1 else ''} x {cpus} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+    workers, cpus, gpus = (
+        takes[f"resources.{name}"] for name in ("num_workers", "cpus_per_worker", "gpus_per_worker")
+    )
+    each = f"{workers} worker{'s' if workers > 1 else ''} x {cpus} CPU" + (
+        f" + {gpus:g} GPU" if gpus else ""
+    )
     nodes = f" on {have['nodes']} nodes" if have["nodes"] > 1 else ""
-    return f"{facts['concurrent']} at once, {each} each; of {have['cpus']} CPUs and {have['gpus']} GPUs{nodes}"
+    return (
+        f"{facts['concurrent']} at once, {each} each; of {have['cpus']} CPUs and {have['gpus']}"
+        f" GPUs{nodes}"
+    )
 
 
 def _hours(facts: dict[str, Any]) -> str:
@@ -261,13 +315,17 @@ def _hours(facts: dict[str, Any]) -> str:
     if bound["cpu"] is None:
         return f"hours at most: not known ({bound['from']})"
     if bound["rough"]:
-        return f"about {bound['gpu']:.3g} GPU-hours, {bound['cpu']:.3g} CPU-hours if none stops early (rough: {bound['from']})"
+        return (
+            f"about {bound['gpu']:.3g} GPU-hours, {bound['cpu']:.3g} CPU-hours if none stops early"
+            f" (rough: {bound['from']})"
+        )
     return f"at most {bound['gpu']:.3g} GPU-hours, {bound['cpu']:.3g} CPU-hours ({bound['from']})"
 
 
 def _storage(facts: dict[str, Any]) -> str:
     storage = facts["storage"]
     state = (
-        storage["problem"] or f"{storage['needed_bytes'] / GIB:.3g} GiB of checkpoints at most, {storage['free_bytes'] / GIB:.3g} GiB free"
+        storage["problem"]
+        or f"{storage['needed_bytes'] / GIB:.3g} GiB of checkpoints at most, {storage['free_bytes'] / GIB:.3g} GiB free"
     )
     return f"results in {facts['sweep_dir']}: {state}"

@@ -1,4 +1,6 @@
-"""The one exception for bad input: one line that says where, what was got, what is allowed and what to type."""
+"""The one exception for bad input: one line that says where, what was got, what is allowed and
+what to type.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from collections.abc import Iterable
 
 
 class InputError(Exception):
-    """The user's input is wrong; the command line prints the message as one line and exits with 2."""
+    """The user's input is wrong; the command line prints the message as one line and exits with
+    2.
+    """
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
@@ -18,7 +22,9 @@ class Notice(UserWarning):
 
 
 def last_line(text: str) -> str:
-    """Of a traceback or a log its last line that says something, without the way there; '' of none."""
+    """Of a traceback or a log its last line that says something, without the way there; '' of
+    none.
+    """
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 

@@ -1,7 +1,8 @@
 """What the users' field notes advise, as priors that a sweep can take with `prior: field_notes`.
 
-Values of losses are in this package's units: means over latent dims, where the notes' sums are marked. sigma says how far the
-notes' own advice spreads: in decades, for LINEAR keys in their own units. `field_notes_prior` makes it what the searched range takes.
+Values of losses are in this package's units: means over latent dims, where the notes' sums are
+marked. sigma says how far the notes' own advice spreads: in decades, for LINEAR keys in their own
+units. `field_notes_prior` makes it what the searched range takes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Mapping
 from flowray.config.sweep import Prior
 
 FIELD_NOTES: Mapping[str, Prior] = {
-    "optim.lr": Prior(value=5e-6, sigma=0.3),  # log 0919: restart at 2 x the base lr of 2.5e-6, at batch 1024
+    # log 0919: restart at 2 x the base lr of 2.5e-6, at batch 1024
+    "optim.lr": Prior(value=5e-6, sigma=0.3),
     "optim.weight_decay": Prior(value=0.01, sigma=0.3),
     "optim.clip_grad": Prior(value=1.0, sigma=0.3),
     "optim.schedule.t0": Prior(value=20_000, sigma=0.3),
@@ -23,14 +25,16 @@ FIELD_NOTES: Mapping[str, Prior] = {
     "flow.time.low": Prior(value=-2.0, sigma=1.0),  # kind log_snr: uniform in [-2, 6]
     "flow.time.high": Prior(value=6.0, sigma=1.0),
     "train.ema": Prior(value=0.999, sigma=0.001),
-    "sample.guidance_scale": Prior(value=4.0, sigma=1.5),  # s = 1 + w, the middle of their grid w = 0, 2, 3, 4.5, 6
+    # s = 1 + w, the middle of their grid w = 0, 2, 3, 4.5, 6
+    "sample.guidance_scale": Prior(value=4.0, sigma=1.5),
 }
 LINEAR = frozenset({"flow.time.low", "flow.time.high", "train.ema", "sample.guidance_scale"})
 
 
 def field_notes_prior(key: str, distribution: str) -> Prior:
-    """The notes' prior of a key as a parameter of that distribution takes it: sigma in decades on a log range, in the key's own units
-    on an even one, none on values. A spread of s decades around v is v sinh(s ln 10) to each side, the mean of v 10^s - v and v - v / 10^s.
+    """The notes' prior of a key as a parameter of that distribution takes it: sigma in decades on a
+    log range, in the key's own units on an even one, none on values. A spread of s decades around v
+    is v sinh(s ln 10) to each side, the mean of v 10^s - v and v - v / 10^s.
     """
     known = FIELD_NOTES[key]
     assert known.sigma is not None

@@ -57,9 +57,18 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _batch_splits(self) -> Recipe:
-        workers, batch, parts = self.resources.num_workers, self.train.batch_size, self.train.accumulate
+        workers, batch, parts = (
+            self.resources.num_workers,
+            self.train.batch_size,
+            self.train.accumulate,
+        )
         if batch % workers:
-            raise ValueError(f"train.batch_size {batch} must be a multiple of resources.num_workers {workers}")
+            raise ValueError(
+                f"train.batch_size {batch} must be a multiple of resources.num_workers {workers}"
+            )
         if batch % (workers * parts):
-            raise ValueError(f"train.batch_size {batch} must be a multiple of resources.num_workers {workers} x train.accumulate {parts}")
+            raise ValueError(
+                f"train.batch_size {batch} must be a multiple of resources.num_workers {workers} x"
+                f" train.accumulate {parts}"
+            )
         return self

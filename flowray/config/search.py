@@ -10,10 +10,12 @@ from flowray.config.base import Config
 
 
 class TpeSearch(Config):
-    """Tree-structured Parzen estimator (arXiv 2304.11127). candidates: draws of which the most promising is tried.
+    """Tree-structured Parzen estimator (arXiv 2304.11127). candidates: draws of which the most
+    promising is tried.
 
-    multivariate: joint over the parameters, those of one condition in a group of their own, where the good values of one hang on another's.
-    With tens of trials one parameter at a time finds good ones sooner (docs/benchmarks/sweep-bench.md): few good ones say little of pairs.
+    multivariate: joint over the parameters, those of one condition in a group of their own, where
+    the good values of one hang on another's. With tens of trials one parameter at a time finds good
+    ones sooner (docs/benchmarks/sweep-bench.md): few good ones say little of pairs.
     """
 
     kind: Literal["tpe"] = "tpe"
@@ -22,7 +24,8 @@ class TpeSearch(Config):
 
 
 class GpSearch(Config):
-    """Gaussian process with expected improvement: few trials, few continuous parameters. It learns from finished trials only.
+    """Gaussian process with expected improvement: few trials, few continuous parameters. It learns
+    from finished trials only.
 
     deterministic: take the metric as free of noise.
     """
@@ -32,9 +35,11 @@ class GpSearch(Config):
 
 
 class CmaEsSearch(Config):
-    """CMA-ES (arXiv 1604.00772) on the ranges; values and conditional parameters are drawn at random.
+    """CMA-ES (arXiv 1604.00772) on the ranges; values and conditional parameters are drawn at
+    random.
 
-    sigma: first step size, as a share of each range. population: trials of a generation, 4 + 3 ln(ranges) unless given.
+    sigma: first step size, as a share of each range. population: trials of a generation, 4 + 3
+    ln(ranges) unless given.
     """
 
     kind: Literal["cmaes"] = "cmaes"
@@ -43,7 +48,10 @@ class CmaEsSearch(Config):
 
 
 class Nsga2Search(Config):
-    """NSGA-II, a genetic algorithm for several metrics. population: trials of a generation; the first is drawn at random."""
+    """NSGA-II, a genetic algorithm for several metrics.
+
+    population: trials of a generation; the first is drawn at random.
+    """
 
     kind: Literal["nsga2"] = "nsga2"
     population: int = Field(10, ge=2)
@@ -62,5 +70,7 @@ class GridSearch(Config):
     kind: Literal["grid"] = "grid"
 
 
-LearningSearch = Annotated[TpeSearch | GpSearch | CmaEsSearch | Nsga2Search, Field(discriminator="kind")]
+LearningSearch = Annotated[
+    TpeSearch | GpSearch | CmaEsSearch | Nsga2Search, Field(discriminator="kind")
+]
 SearchConfig = TpeSearch | GpSearch | CmaEsSearch | Nsga2Search | RandomSearch | GridSearch

@@ -1,4 +1,7 @@
-"""The sweep: which recipe keys are searched, how trials are judged, what they may use. It follows the W&B sweep schema."""
+"""The sweep: which recipe keys are searched, how trials are judged, what they may use.
+
+It follows the W&B sweep schema.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,33 @@ from flowray.config.base import Config
 from flowray.config.keys import describe
 from flowray.config.paths import RunPaths, StoragePath
 from flowray.config.recipe import CardConfig, Name
-from flowray.config.search import CmaEsSearch, GridSearch, LearningSearch, RandomSearch, SearchConfig, TpeSearch
+from flowray.config.search import (
+    CmaEsSearch,
+    GridSearch,
+    LearningSearch,
+    RandomSearch,
+    SearchConfig,
+    TpeSearch,
+)
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(gt=0)]
 
 
 class Prior(Config):
-    """A guess of the best value, which the first trials follow. sigma: its standard deviation, in decades on a log range."""
+    """A guess of the best value, which the first trials follow.
+
+    sigma: its standard deviation, in decades on a log range.
+    """
 
     value: Any
     sigma: float | None = Field(None, gt=0)
 
 
 class _Parameter(Config):
-    """when: parameter -> the values of it with which this one is drawn; else the trial has the base recipe's value, or none."""
+    """when: parameter -> the values of it with which this one is drawn; else the trial has the
+    base recipe's value, or none.
+    """
 
     when: dict[str, tuple[Any, ...]] = {}
     prior: Prior | None = None
@@ -43,9 +58,15 @@ class _Range(_Parameter):
             raise ValueError(f"min {self.min:g} must lie below max {self.max:g}")
         if self.prior is not None:
             if not self.min <= self.prior.value <= self.max:
-                raise ValueError(f"prior.value {self.prior.value:g} must lie between min {self.min:g} and max {self.max:g}")
+                raise ValueError(
+                    f"prior.value {self.prior.value:g} must lie between min {self.min:g} and max"
+                    f" {self.max:g}"
+                )
             if self.prior.sigma is None:
-                raise ValueError("a prior on a range needs sigma, its standard deviation (in decades on a log range)")
+                raise ValueError(
+                    "a prior on a range needs sigma, its standard deviation (in decades on a log"
+                    " range)"
+                )
         return self
 
 
@@ -91,7 +112,10 @@ class QLogUniform(_LogRange):
 
 def _check_step(q: float, low: float, high: float) -> None:
     if q > (high - low) * (1 + 1e-9):
-        raise ValueError(f"q {q:g} is wider than the range {low:g} to {high:g}, which leaves one value; take a smaller q")
+        raise ValueError(
+            f"q {q:g} is wider than the range {low:g} to {high:g}, which leaves one value; take a"
+            " smaller q"
+        )
 
 
 class IntUniform(_Range):
@@ -120,7 +144,10 @@ class Categorical(_Parameter):
     def _each_once(self) -> Categorical:
         texts = [repr(value) for value in self.values]
         if twice := [text for text in texts if texts.count(text) > 1]:
-            raise ValueError(f"values has {twice[0]} twice; a value is drawn as often as any other, seeds: 2 trains every setting twice")
+            raise ValueError(
+                f"values has {twice[0]} twice; a value is drawn as often as any other, seeds: 2"
+                " trains every setting twice"
+            )
         return self
 
 
@@ -133,12 +160,15 @@ class Constant(_Parameter):
 
 
 Parameter = Annotated[
-    Uniform | LogUniform | QUniform | QLogUniform | IntUniform | Categorical | Constant, Field(discriminator="distribution")
+    Uniform | LogUniform | QUniform | QLogUniform | IntUniform | Categorical | Constant,
+    Field(discriminator="distribution"),
 ]
 
 
 class Metric(Config):
-    """What a trial is judged by: a probe metric, its value at the trial's last probe. goal: unless given, the metric's own better side."""
+    """What a trial is judged by: a probe metric, its value at the trial's last probe. goal:
+    unless given, the metric's own better side.
+    """
 
     name: str
     goal: Literal["minimize", "maximize"] = "minimize"
@@ -147,12 +177,22 @@ class Metric(Config):
     @classmethod
     def _better_side(cls, data: Any) -> Any:
         """W&B takes minimize; of a cosine or an accuracy nobody means that."""
-        known = describe(str(data["name"])) if isinstance(data, Mapping) and "name" in data and "goal" not in data else None
-        return {**data, "goal": "maximize"} if known is not None and known.direction == "higher" else data
+        known = (
+            describe(str(data["name"]))
+            if isinstance(data, Mapping) and "name" in data and "goal" not in data
+            else None
+        )
+        return (
+            {**data, "goal": "maximize"}
+            if known is not None and known.direction == "higher"
+            else data
+        )
 
 
 class Hyperband(Config):
-    """Asynchronous successive halving: at min_iter * eta^k steps a trial waits until it is among the best 1/eta that came so far."""
+    """Asynchronous successive halving: at min_iter * eta^k steps a trial waits until it is among
+    the best 1/eta that came so far.
+    """
 
     type: Literal["hyperband"] = "hyperband"
     min_iter: Count
@@ -160,7 +200,9 @@ class Hyperband(Config):
 
 
 class Asha(Config):
-    """The same with rungs of one's own: at rungs[k] steps a trial waits until it is among the best 1/eta[k] that came so far."""
+    """The same with rungs of one's own: at rungs[k] steps a trial waits until it is among the
+    best 1/eta[k] that came so far.
+    """
 
     type: Literal["asha"] = "asha"
     rungs: tuple[Count, ...] = Field(min_length=1)
@@ -169,7 +211,9 @@ class Asha(Config):
     @model_validator(mode="after")
     def _pairs(self) -> Asha:
         if len(self.eta) != len(self.rungs):
-            raise ValueError(f"eta has {len(self.eta)} values for {len(self.rungs)} rungs; it takes one for each")
+            raise ValueError(
+                f"eta has {len(self.eta)} values for {len(self.rungs)} rungs; it takes one for each"
+            )
         if sorted(set(self.rungs)) != list(self.rungs):
             raise ValueError(f"rungs {list(self.rungs)} must rise")
         return self
@@ -179,9 +223,11 @@ SuccessiveHalving = Hyperband | Asha
 
 
 class Median(Config):
-    """From min_iter on, a trial whose best value so far is worse than the median of the others' means up to the same step is stopped.
+    """From min_iter on, a trial whose best value so far is worse than the median of the others'
+    means up to the same step is stopped.
 
-    min_trials: how many others must have come that far before anyone is judged (the rule of Google's Vizier).
+    min_trials: how many others must have come that far before anyone is judged (the rule of
+    Google's Vizier).
     """
 
     type: Literal["median"] = "median"
@@ -190,11 +236,14 @@ class Median(Config):
 
 
 class StopRule(Config):
-    """A trial whose metric is below (or above) a bound at `patience` probes in a row, from step `after` on, is stopped.
+    """A trial whose metric is below (or above) a bound at `patience` probes in a row, from step
+    `after` on, is stopped.
 
-    gains_less_than, in place of a bound: so is one whose best value of the metric improved by less than this over the last `patience`
-    probes. finding, in place of a metric: the id of one of the doctor's findings, or a severity, which the worse ones meet too; its
-    patience counts examinations, and the base recipe must ask for them (`probes.doctor_every`).
+    gains_less_than, in place of a bound: so is one whose best value of the metric improved by less
+    than this over the last `patience`
+    probes. finding, in place of a metric: the id of one of the doctor's findings, or a severity,
+    which the worse ones meet too; its patience counts examinations, and the base recipe must ask
+    for them (`probes.doctor_every`).
     """
 
     metric: str | None = None
@@ -211,14 +260,18 @@ class StopRule(Config):
             raise ValueError("a stop rule takes either metric or finding")
         bounds = sum(bound is not None for bound in (self.below, self.above, self.gains_less_than))
         if self.finding is not None and bounds:
-            raise ValueError("a stop rule on a finding takes neither below nor above nor gains_less_than")
+            raise ValueError(
+                "a stop rule on a finding takes neither below nor above nor gains_less_than"
+            )
         if self.metric is not None and bounds != 1:
             raise ValueError("a stop rule takes either below or above or gains_less_than")
         return self
 
 
 class SweepResources(Config):
-    """What each trial takes; `auto` is worked out from the cluster when the sweep starts, unset is what the recipe says."""
+    """What each trial takes; `auto` is worked out from the cluster when the sweep starts, unset
+    is what the recipe says.
+    """
 
     num_workers: Count | Auto | None = None
     cpus_per_worker: Count | Auto | None = None
@@ -226,7 +279,8 @@ class SweepResources(Config):
 
 
 class SweepCard(CardConfig):
-    """The hand-written fields of the experiment card (log 0826); the comment block on top of the file fills what `card:` leaves out.
+    """The hand-written fields of the experiment card (log 0826); the comment block on top of the
+    file fills what `card:` leaves out.
 
     expects: the reading that is expected, to be held against what comes out.
     """
@@ -246,21 +300,31 @@ def _seconds(value: Any) -> Any:
     parts = re.fullmatch(r"((?:\d+(?:\.\d+)?[smhd])+)", value.replace(" ", ""))
     if parts is None:
         raise ValueError(f"got {value!r}, want a time such as 90s, 45m, 8h, 1h30m or 2d")
-    return sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd])", parts[1]))
+    return sum(
+        float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd])", parts[1])
+    )
 
 
 class Sweep(Config):
-    """A sweep, whole: `python -m flowray.tune SWEEP` needs nothing else. It writes `<storage_path>/<name>`.
+    """A sweep, whole: `python -m flowray.tune SWEEP` needs nothing else. It writes
+    `<storage_path>/<name>`.
 
-    base: the recipe that every trial starts from; set: dotted recipe keys that differ from it in every trial.
-    task: `train`, or `sample`: `base` is a trained run, `sample.*` is searched, and the run's pictures are scored as flowray.eval does.
-    metric: one, or a list, which gives a front of best trials; stops and halving then look at the first.
+    base: the recipe that every trial starts from; set: dotted recipe keys that differ from it in
+    every trial.
+    task: `train`, or `sample`: `base` is a trained run, `sample.*` is searched, and the run's
+    pictures are scored as flowray.eval does.
+    metric: one, or a list, which gives a front of best trials; stops and halving then look at the
+    first.
     parameters: dotted recipe key -> what it is drawn from. points: known good values, tried first.
-    search: how method bayes learns, TPE if left out. startup_trials: trials drawn at random before it does.
-    warm_start: earlier sweeps whose trials it learns from, as far as their recipes differ in searched keys only.
+    search: how method bayes learns, TPE if left out. startup_trials: trials drawn at random before
+    it does.
+    warm_start: earlier sweeps whose trials it learns from, as far as their recipes differ in
+    searched keys only.
     run_cap: the number of trials, those of earlier sessions included; unset: the whole grid, or 12.
-    seeds: how often each configuration is trained, each time with the next seed; the mean counts. Stops look at the first seed.
-    time_budget: after so many seconds (or `8h`, `1h30m`) no trial begins, and the running ones pause at their next probe.
+    seeds: how often each configuration is trained, each time with the next seed; the mean counts.
+    Stops look at the first seed.
+    time_budget: after so many seconds (or `8h`, `1h30m`) no trial begins, and the running ones
+    pause at their next probe.
     """
 
     name: Name
@@ -291,7 +355,11 @@ class Sweep(Config):
     @classmethod
     def _list_of_metrics(cls, data: Any) -> Any:
         """`metric: [a, b]` as the first and the others."""
-        if isinstance(data, Mapping) and isinstance(data.get("metric"), list | tuple) and data["metric"]:
+        if (
+            isinstance(data, Mapping)
+            and isinstance(data.get("metric"), list | tuple)
+            and data["metric"]
+        ):
             return {**data, "metric": data["metric"][0], "more_metrics": tuple(data["metric"][1:])}
         return data
 
@@ -301,25 +369,37 @@ class Sweep(Config):
             for key, parameter in self.parameters.items():
                 if isinstance(parameter, Uniform | LogUniform | QLogUniform):
                     raise ValueError(
-                        f"method grid needs values for {key}, got {parameter.distribution}; give values or take method: random"
+                        f"method grid needs values for {key}, got {parameter.distribution}; give"
+                        " values or take method: random"
                     )
             if self.points or self.warm_start:
-                raise ValueError("method grid has every point once; points and warm_start belong to method: bayes or random")
+                raise ValueError(
+                    "method grid has every point once; points and warm_start belong to method:"
+                    " bayes or random"
+                )
         return self
 
     @model_validator(mode="after")
     def _search_fits(self) -> Sweep:
         if self.search is not None and self.method != "bayes":
-            raise ValueError(f"search belongs to method: bayes, got method: {self.method}; leave search out")
+            raise ValueError(
+                f"search belongs to method: bayes, got method: {self.method}; leave search out"
+            )
         if isinstance(self.search, CmaEsSearch) and self.more_metrics:
             raise ValueError("search.kind cmaes has one metric; for several take nsga2 or tpe")
         names = [metric.name for metric in self.objectives]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"metric {twice[0]} is named twice; leave one out")
         if self.run_cap is not None and len(self.points) > self.run_cap:
-            raise ValueError(f"run_cap {self.run_cap} is less than the {len(self.points)} points, each of which is a trial; raise it")
+            raise ValueError(
+                f"run_cap {self.run_cap} is less than the {len(self.points)} points, each of which"
+                " is a trial; raise it"
+            )
         if self.seeds > 1 and "seed" in {*self.parameters, *self.set}:
-            raise ValueError("seeds repeats every configuration with the next seed; leave seed out of set and parameters")
+            raise ValueError(
+                "seeds repeats every configuration with the next seed; leave seed out of set and"
+                " parameters"
+            )
         return self
 
     @model_validator(mode="after")
@@ -328,12 +408,24 @@ class Sweep(Config):
             return self
         other = [key for key in (*self.parameters, *self.set) if not key.startswith("sample.")]
         if other:
-            raise ValueError(f"task sample draws pictures of a trained run, got {other[0]}; only sample.* keys can differ")
-        wrong = [metric.name for metric in self.objectives if not metric.name.startswith(("eval/", "perf/images_per_s"))]
+            raise ValueError(
+                f"task sample draws pictures of a trained run, got {other[0]}; only sample.* keys"
+                " can differ"
+            )
+        wrong = [
+            metric.name
+            for metric in self.objectives
+            if not metric.name.startswith(("eval/", "perf/images_per_s"))
+        ]
         if wrong:
-            raise ValueError(f"task sample scores pictures, got metric {wrong[0]}; type eval/all_correct or another eval/... score")
+            raise ValueError(
+                f"task sample scores pictures, got metric {wrong[0]}; type eval/all_correct or"
+                " another eval/... score"
+            )
         if self.early_terminate or self.stop or self.warm_start:
-            raise ValueError("task sample trains nothing; leave early_terminate, stop and warm_start out")
+            raise ValueError(
+                "task sample trains nothing; leave early_terminate, stop and warm_start out"
+            )
         return self
 
     @property
@@ -354,7 +446,9 @@ class Sweep(Config):
 
 
 def infer_distribution(spec: Mapping[str, Any], whole: bool) -> str | None:
-    """W&B's rule for a parameter without a distribution; whole: the recipe field is an integer. None: it cannot be told."""
+    """W&B's rule for a parameter without a distribution; whole: the recipe field is an integer.
+    None: it cannot be told.
+    """
     if "values" in spec:
         return "categorical"
     if "value" in spec:
@@ -365,11 +459,15 @@ def infer_distribution(spec: Mapping[str, Any], whole: bool) -> str | None:
 
 
 def milestones(halving: SuccessiveHalving, budget_steps: int) -> dict[int, float]:
-    """{rung: eta}, the lowest first. Of hyperband: min_iter * eta^k up to half the budget, since stopping later saves next to nothing; the
-    first one always.
+    """{rung: eta}, the lowest first. Of hyperband: min_iter * eta^k up to half the budget, since
+    stopping later saves next to nothing; the first one always.
     """
     if isinstance(halving, Asha):
-        return {rung: eta for rung, eta in zip(halving.rungs, halving.eta, strict=True) if rung < budget_steps}
+        return {
+            rung: eta
+            for rung, eta in zip(halving.rungs, halving.eta, strict=True)
+            if rung < budget_steps
+        }
     rungs: dict[int, float] = {}
     rung = float(halving.min_iter)
     while rung < budget_steps and (not rungs or rung <= budget_steps / 2):
@@ -380,13 +478,20 @@ def milestones(halving: SuccessiveHalving, budget_steps: int) -> dict[int, float
 
 def drawn(parameter: Parameter, params: Mapping[str, Any]) -> bool:
     """Whether a trial with `params`, its parents' among them, draws the parameter."""
-    return all(parent in params and any(_equal(params[parent], value) for value in values) for parent, values in parameter.when.items())
+    return all(
+        parent in params and any(_equal(params[parent], value) for value in values)
+        for parent, values in parameter.when.items()
+    )
 
 
 def _equal(value: Any, wanted: Any) -> bool:
     """Steps of a range are sums: 0.1 + 2 x 0.1 is the 0.3 that a file asks for."""
     numbers = isinstance(value, float) and isinstance(wanted, int | float)
-    return math.isclose(value, wanted, rel_tol=1e-9, abs_tol=1e-12) if numbers else bool(value == wanted)
+    return (
+        math.isclose(value, wanted, rel_tol=1e-9, abs_tol=1e-12)
+        if numbers
+        else bool(value == wanted)
+    )
 
 
 def in_order(parameters: Mapping[str, Parameter]) -> list[str]:

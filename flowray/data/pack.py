@@ -26,7 +26,9 @@ _SHOWN = 5  # faults named in the one line
 
 @dataclass
 class Packed:
-    """What was packed: split -> samples (`all` without a held-out share), and a line for every file left out."""
+    """What was packed: split -> samples (`all` without a held-out share), and a line for every
+    file left out.
+    """
 
     samples: dict[str, int] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
@@ -47,8 +49,8 @@ def pack_folder(
     Captions: a list, `captions.jsonl` with {"image": path relative to `images`, "caption": text or
     "captions": [text, ...]} a line or `metadata.jsonl` with {"file_name", "text"}, a picture's
     captions on one line or on several; without a list, a .txt of the same name beside each picture,
-    one caption a line. size: side in px to which pictures are centre-cropped and resized; None keeps
-    them. All become RGB PNG.
+    one caption a line. size: side in px to which pictures are centre-cropped and resized; None
+    keeps them. All become RGB PNG.
     val: share in [0, 1) that goes to `out/val`, the rest to `out/train`; 0: everything to `out`. A
     sample's key, and so its side, depends on its path alone: files added later move no other.
     skip_bad: leave out what has no caption or does not decode.
@@ -92,12 +94,16 @@ def pack_folder(
 
 
 def key_of(name: str) -> str:
-    """The key of the sample whose picture has this path in its folder: 16 hex digits, evenly spread."""
+    """The key of the sample whose picture has this path in its folder: 16 hex digits, evenly
+    spread.
+    """
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def load_rgb(path: Path, size: int | None) -> np.ndarray:
-    """A picture upright and on white as uint8 (H, W, 3); centre-cropped and resized to (size, size) when `size` is given."""
+    """A picture upright and on white as uint8 (H, W, 3); centre-cropped and resized to (size,
+    size) when `size` is given.
+    """
     with Image.open(path) as opened:
         upright = ImageOps.exif_transpose(opened)
         if "A" in upright.getbands() or "transparency" in upright.info:
@@ -113,11 +119,16 @@ def load_rgb(path: Path, size: int | None) -> np.ndarray:
 
 def _pictures(images: Path, size: int | None, val: float) -> list[Path]:
     if not images.is_dir():
-        raise InputError(f"{images}: no such folder; give a folder of pictures ({', '.join(SUFFIXES)})")
+        raise InputError(
+            f"{images}: no such folder; give a folder of pictures ({', '.join(SUFFIXES)})"
+        )
     if size is not None and size < 1:
         raise InputError(f"size {size}: must be at least 1 px")
     if not 0 <= val < 1:
-        raise InputError(f"val {val}: the share of the pictures to hold out must be at least 0 and below 1, such as 0.05")
+        raise InputError(
+            f"val {val}: the share of the pictures to hold out must be at least 0 and below 1, such"
+            " as 0.05"
+        )
 
     def hidden(path: Path) -> bool:  # thumbnails, trash, macOS's `._NAME` beside every file
         return any(part.startswith(".") for part in path.relative_to(images).parts)
@@ -133,13 +144,21 @@ def _splits(images: Path, pictures: list[Path], val: float) -> dict[str, list[Pa
     """split -> pictures; `val` gets those whose keys lie in the first `val` of all keys."""
     if not val:
         return {"all": pictures}
-    place = {path: int(key_of(path.relative_to(images).as_posix()), 16) / 16**16 for path in pictures}
+    place = {
+        path: int(key_of(path.relative_to(images).as_posix()), 16) / 16**16 for path in pictures
+    }
     if val <= (first := min(place.values())):  # few pictures: by chance none lies that low
         least = math.ceil(first * 1000 + 1) / 1000
-        raise InputError(f"val {val}: of {len(pictures)} pictures none would go to val; the least share that holds one out is {least:g}")
+        raise InputError(
+            f"val {val}: of {len(pictures)} pictures none would go to val; the least share that"
+            f" holds one out is {least:g}"
+        )
     if val > (last := max(place.values())):
         most = math.floor(last * 1000) / 1000
-        raise InputError(f"val {val}: of {len(pictures)} pictures none would go to train; the greatest share that leaves one is {most:g}")
+        raise InputError(
+            f"val {val}: of {len(pictures)} pictures none would go to train; the greatest share"
+            f" that leaves one is {most:g}"
+        )
     return {
         "train": [path for path in pictures if place[path] >= val],
         "val": [path for path in pictures if place[path] < val],
@@ -183,7 +202,9 @@ def _beside(picture: Path, faults: list[str]) -> list[str]:
 
 def _from_list(listed: Path, faults: list[str]) -> dict[Path, list[str]]:
     captions: dict[Path, list[str]] = {}
-    for number, line in enumerate(listed.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+    for number, line in enumerate(
+        listed.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1
+    ):
         if not line.strip():
             continue
         try:
@@ -193,7 +214,11 @@ def _from_list(listed: Path, faults: list[str]) -> dict[Path, list[str]]:
                 given = row["captions"]
             else:
                 given = [row["caption"] if "caption" in row else row["text"]]
-            if not given or not isinstance(given, list) or not all(isinstance(c, str) and c.strip() for c in given):
+            if (
+                not given
+                or not isinstance(given, list)
+                or not all(isinstance(c, str) and c.strip() for c in given)
+            ):
                 raise ValueError("empty caption")
         except (ValueError, KeyError, TypeError) as error:
             want = '{"image": "a.png", "caption": "..."}'

@@ -1,4 +1,6 @@
-"""What the doctor looks at: a checkpoint or a live training state, with its data and its autoencoder, in one form."""
+"""What the doctor looks at: a checkpoint or a live training state, with its data and its
+autoencoder, in one form.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ from flowray.store.run import RunDirectory
 Tensors = dict[str, Tensor]
 Row = dict[str, Any]
 BatchOf = Callable[[int], Batch]  # the global batch of a step
-BatchesOf = Callable[[Recipe, LatentSet, torch.device], BatchOf]  # the training path's own: flowray.train.step.whole_batches
+# the training path's own: flowray.train.step.whole_batches
+BatchesOf = Callable[[Recipe, LatentSet, torch.device], BatchOf]
 CPU = torch.device("cpu")
 
 
@@ -54,9 +57,11 @@ class Live(Protocol):
 
 @dataclass(frozen=True)
 class Subject:
-    """step steps are done. slots: the optimiser's state by parameter. lr: base rate of the last step. initial: weights at step 0.
+    """step steps are done. slots: the optimiser's state by parameter. lr: base rate of the last
+    step. initial: weights at step 0.
 
-    multipliers: what gradient balancing multiplies the loss weights by. strip: the samples written at this step, if any.
+    multipliers: what gradient balancing multiplies the loss weights by. strip: the samples written
+    at this step, if any.
     """
 
     where: str
@@ -104,7 +109,9 @@ class Subject:
 
 
 def merged_history(run: RunDirectory) -> list[Row]:
-    """Rows of metrics.jsonl and probes.jsonl, one per step, in order; what is not finite is None."""
+    """Rows of metrics.jsonl and probes.jsonl, one per step, in order; what is not finite is
+    None.
+    """
     rows: dict[int, Row] = {}
     for row in (*read_rows(run.metrics), *read_rows(run.probes)):
         rows.setdefault(int(row["step"]), {}).update(row)
@@ -147,7 +154,9 @@ def open_subject(
         recipe=recipe,
         step=step,
         model=model,
-        objective=Objective(model, recipe.flow, recipe.loss, velocity_fp32=recipe.train.velocity_fp32),
+        objective=Objective(
+            model, recipe.flow, recipe.loss, velocity_fp32=recipe.train.velocity_fp32
+        ),
         parameters=model.trainable(),
         ema=load_tensors(checkpoint, "ema"),
         slots=slots,
@@ -175,7 +184,10 @@ def live_subject(
     initial: Tensors | None = None,
     strip: Path | None = None,
 ) -> Subject:
-    """A training state as it is, between two steps. initial, strip: see Subject; without them what needs them is not measured."""
+    """A training state as it is, between two steps.
+
+    initial, strip: see Subject; without them what needs them is not measured.
+    """
     groups = live.optimizer.param_groups
     names = {id(p): name for name, p in live.parameters.items()}
     device = next(live.model.velocity.parameters()).device
@@ -188,7 +200,9 @@ def live_subject(
         parameters=live.parameters,
         ema=live.ema.average,
         slots={names[id(p)]: state for p, state in live.optimizer.state.items()},
-        lr=max((float(g["lr"]) / float(g.get("scale", 1.0)) for g in groups), default=recipe.optim.lr),
+        lr=max(
+            (float(g["lr"]) / float(g.get("scale", 1.0)) for g in groups), default=recipe.optim.lr
+        ),
         multipliers=live.balancer.state.multipliers,
         initial=initial,
         latents=latents,

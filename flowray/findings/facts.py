@@ -51,7 +51,11 @@ def recipe_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = flat(config)
     facts = {name: known[key] for name, key in KEYS.items() if key in known}
-    weights = {found[1]: weight for key, weight in known.items() if (found := re.fullmatch(r"loss\.(\w+)\.weight", key))}
+    weights = {
+        found[1]: weight
+        for key, weight in known.items()
+        if (found := re.fullmatch(r"loss\.(\w+)\.weight", key))
+    }
     facts["loss_weights"] = {name: weight for name, weight in weights.items() if weight > 0}
     sides = [known.get(f"model.latent.{side}") for side in ("channels", "height", "width")]
     if all(isinstance(side, int) for side in sides):

@@ -1,5 +1,7 @@
-"""Who may use a Ray that flowray starts: only who has the token. Ray's own services listen on every interface, whatever address it is
-given (measured with 2.60: the GCS of a head on 127.0.0.1 is on [::]), so that an address alone protects nothing."""
+"""Who may use a Ray that flowray starts: only who has the token. Ray's own services listen on every
+interface, whatever address it is given (measured with 2.60: the GCS of a head on 127.0.0.1 is on
+[::]), so that an address alone protects nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from pathlib import Path
 
 from flowray.config.errors import InputError
 
-MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"  # Ray's own variables
+# Ray's own variables
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # where Ray's clients look for a cluster
 LOOPBACK = "127.0.0.1"
 
@@ -24,14 +27,17 @@ def require_token(*, make: bool = True, private: bool = False) -> Path | None:
     """The path of the token that Ray looks for, ~/.ray/auth_token; None where a variable holds it.
 
     make: one is made where there is none. Ray would make it readable for everybody on the machine;
-    here it is the owner's alone (0600). private: of a Ray that ends with this process and that nobody
-    joins; without a home that can be written the token is in this process's environment alone.
-    InputError where there is none that can be read, or where token authentication is switched off:
-    no Ray is started without it.
+    here it is the owner's alone (0600). private: of a Ray that ends with this process and that
+    nobody joins; without a home that can be written the token is in this process's environment
+    alone. InputError where there is none that can be read, or where token authentication is
+    switched off: no Ray is started without it.
     """
     mode = os.environ.get(MODE, "token")
     if mode.lower() != "token":
-        raise InputError(f"{MODE}={mode}: a Ray without a token runs the code of anybody who reaches this machine; type `unset {MODE}`")
+        raise InputError(
+            f"{MODE}={mode}: a Ray without a token runs the code of anybody who reaches this"
+            f" machine; type `unset {MODE}`"
+        )
     if os.environ.get(TOKEN):
         return None
     given = os.environ.get(TOKEN_PATH)
@@ -40,7 +46,10 @@ def require_token(*, make: bool = True, private: bool = False) -> Path | None:
         if private:
             os.environ[TOKEN] = secrets.token_hex(32)
             return None
-        raise InputError(f"{path}: the token cannot be written: {error.strerror}; set {TOKEN_PATH}=FILE with a token in it") from error
+        raise InputError(
+            f"{path}: the token cannot be written: {error.strerror}; set {TOKEN_PATH}=FILE with a"
+            " token in it"
+        ) from error
     try:
         problem = "" if path.read_text().strip() else "it is empty"
     except (OSError, ValueError) as error:

@@ -1,4 +1,6 @@
-"""A training loop that writes down when it began: what `flowray.bench trial-startup` trains, in a module that costs no further import."""
+"""A training loop that writes down when it began: what `flowray.bench trial-startup` trains, in
+a module that costs no further import.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,8 @@ BEGAN = "began"  # file of a run: when the first line of its loop ran
 
 
 def began(config: dict[str, Any], report: Report = ray.train.report) -> None:
-    """The real loop, after the time of its first line is written down; of several workers the last one's stays."""
+    """The real loop, after the time of its first line is written down; of several workers the
+    last one's stays.
+    """
     Path(config["run_dir"], BEGAN).write_text(repr(time.time()))
     train_worker(config, report)

@@ -1,7 +1,8 @@
-"""How large the cluster is or could grow to: what a sweep shares out. With an autoscaler its maximum counts, not the nodes of the moment.
+"""How large the cluster is or could grow to: what a sweep shares out. With an autoscaler its
+maximum counts, not the nodes of the moment.
 
-No autoscaler of Ray 2.60 tells Ray's GCS its maximum (Ray has a place for it there, which only hosted services fill), so it is read
-where the autoscaler itself reads it, on the head.
+No autoscaler of Ray 2.60 tells Ray's GCS its maximum (Ray has a place for it there, which only
+hosted services fill), so it is read where the autoscaler itself reads it, on the head.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from flowray.tune.room import WORKER_BYTES, this_machine
 
 PATIENCE_S = 60.0  # for the head to answer
 HEAD = "node:__internal_head__"  # Ray's own resource of the head
-POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # Kubernetes puts it into every pod with an account
+# Kubernetes puts it into every pod with an account
+POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 def machines() -> Cluster:
@@ -32,16 +34,21 @@ def machines() -> Cluster:
 
 
 def reach() -> Cluster:
-    """The nodes that the started Ray has or could grow to; where no maximum can be read, those that are there now.
+    """The nodes that the started Ray has or could grow to; where no maximum can be read, those that
+    are there now.
 
-    The maximum: of the file that the head's autoscaler was started with (`ray up`, `ray start --autoscaling-config`), or of KubeRay's
-    RayCluster. Neither states how large on-premise hosts are: such a cluster `grows` beyond what is known of it. The head itself is
-    one of the nodes.
+    The maximum: of the file that the head's autoscaler was started with (`ray up`, `ray start
+    --autoscaling-config`), or of KubeRay's RayCluster. Neither states how large on-premise hosts
+    are: such a cluster `grows` beyond what is known of it. The head itself is one of the nodes.
     """
     heads, present = _present()
     config = _on_head(heads[0]) if heads and in_cluster() else None
     grown = workers_at_most(config or {})
-    workers = max(present, grown, key=lambda nodes: (sum(gpus for _, gpus in nodes), sum(cpus for cpus, _ in nodes)))
+    workers = max(
+        present,
+        grown,
+        key=lambda nodes: (sum(gpus for _, gpus in nodes), sum(cpus for cpus, _ in nodes)),
+    )
     memory = sum(node["Resources"].get("memory", 0) for node in heads)
     drivers = max(1, int(memory / WORKER_BYTES)) if memory else None
     nodes = (*(_size(node["Resources"]) for node in heads), *workers)
@@ -68,7 +75,10 @@ def cluster_of_address() -> Cluster:
             return reach()
     except (ConnectionError, RuntimeError) as error:
         address = os.environ["RAY_ADDRESS"]
-        raise InputError(f"RAY_ADDRESS={address}: no cluster answers ({error}); unset it to plan for this machine") from None
+        raise InputError(
+            f"RAY_ADDRESS={address}: no cluster answers ({error}); unset it to plan for this"
+            " machine"
+        ) from None
 
 
 def of_unknown_size(config: Mapping[str, Any]) -> bool:
@@ -82,7 +92,9 @@ def of_unknown_size(config: Mapping[str, Any]) -> bool:
 
 
 def workers_at_most(config: Mapping[str, Any]) -> list[Node]:
-    """The largest set of workers that an autoscaler's configuration allows, most GPUs first; types of unstated size are left out."""
+    """The largest set of workers that an autoscaler's configuration allows, most GPUs first;
+    types of unstated size are left out.
+    """
     left, workers = int(config.get("max_workers", 0)), []
     types = config.get("available_node_types", {})
     sizes = {name: _size(spec.get("resources", {})) for name, spec in types.items()}
@@ -99,7 +111,9 @@ def _size(resources: Mapping[str, Any]) -> Node:
 
 
 def _on_head(head: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`read_config` on the head: by a task where this process is on another node, {} without an answer."""
+    """`read_config` on the head: by a task where this process is on another node, {} without an
+    answer.
+    """
     context = ray.get_runtime_context()
     if head["NodeID"] == context.get_node_id():
         return read_config(context.gcs_address)
@@ -112,8 +126,8 @@ def _on_head(head: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_config(gcs_address: str) -> dict[str, Any] | None:
-    """The configuration of the autoscaler that serves the GCS at this address, seen from the head; None where there is none, {} where
-    it cannot be read.
+    """The configuration of the autoscaler that serves the GCS at this address, seen from the head;
+    None where there is none, {} where it cannot be read.
     """
     path = _autoscaler_file(gcs_address)
     try:
@@ -127,7 +141,9 @@ def _autoscaler_file(gcs_address: str) -> Path | None:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_text().split("\0")
-            given = [word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")]
+            given = [
+                word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")
+            ]
             if given and f"--gcs-address={gcs_address}" in words:
                 return Path(os.readlink(process / "cwd"), os.path.expanduser(given[0]))
         except (OSError, UnicodeDecodeError):  # it has just ended, or is another user's
@@ -136,13 +152,18 @@ def _autoscaler_file(gcs_address: str) -> Path | None:
 
 
 def _ray_cluster() -> dict[str, Any] | None:
-    """The RayCluster of this pod, as KubeRay's autoscaler reads it: the head's service account may. None outside Kubernetes."""
+    """The RayCluster of this pod, as KubeRay's autoscaler reads it: the head's service account
+    may. None outside Kubernetes.
+    """
     name, namespace = os.environ.get("RAY_CLUSTER_NAME"), os.environ.get("RAY_CLUSTER_NAMESPACE")
-    if name and not namespace and POD_NAMESPACE.exists():  # not every KubeRay sets that variable in Ray's own container
+    # not every KubeRay sets that variable in Ray's own container
+    if name and not namespace and POD_NAMESPACE.exists():
         namespace = POD_NAMESPACE.read_text().strip()
     if not name or not namespace:
         return None
-    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as derive
+    from ray.autoscaler._private.kuberay.autoscaling_config import (
+        _derive_autoscaling_config_from_ray_cr as derive,
+    )
     from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
 
     cluster = KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}")

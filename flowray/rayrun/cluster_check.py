@@ -24,14 +24,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from flowray.config.errors import InputError, last_line
 from flowray.data.shards import find_shards
 from flowray.rayrun.capacity import HEAD, reach
-from flowray.rayrun.cluster_verdict import MEGABYTE, PACKAGES, PAYLOAD_BYTES, ClusterFacts, NodeFacts
+from flowray.rayrun.cluster_verdict import (
+    MEGABYTE,
+    PACKAGES,
+    PAYLOAD_BYTES,
+    ClusterFacts,
+    NodeFacts,
+)
 from flowray.rayrun.gpus import reduced, seeing_gpus
 from flowray.rayrun.network import bind_gloo
 from flowray.rayrun.storage import marked, problem_here
 from flowray.tune.plan import Node
 
 PATIENCE_S = 120.0  # for an answer
-WORKERS_S = 1200.0  # for nodes that were asked for: a machine starts, and pulls an image of several GB
+# for nodes that were asked for: a machine starts, and pulls an image of several GB
+WORKERS_S = 1200.0
 STORED_BYTES = 8 * MEGABYTE
 CLOCK_ROUNDS = 5
 
@@ -52,7 +59,9 @@ class Prober:
     def gpus(self, promised: float) -> tuple[tuple[str, ...], str]:
         """(their names, as `NodeFacts.cuda_problem`). promised: how many Ray hands out here."""
         try:
-            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+            listed = subprocess.run(
+                ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True
+            ).stdout
         except (OSError, subprocess.SubprocessError):
             listed = ""
         names = tuple(re.findall(r"^GPU \d+: (.+?) \(UUID", listed, re.M))
@@ -91,7 +100,9 @@ class Prober:
         return np.zeros(PAYLOAD_BYTES, dtype=np.uint8)
 
     def take(self, boxed: list[Any]) -> float:
-        """Seconds to fetch another node's object; boxed: its reference in a list, so that Ray does not fetch it beforehand."""
+        """Seconds to fetch another node's object; boxed: its reference in a list, so that Ray
+        does not fetch it beforehand.
+        """
         began = time.perf_counter()
         size = ray.get(boxed[0]).nbytes
         assert size == PAYLOAD_BYTES
@@ -104,7 +115,9 @@ class Prober:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def all_reduce(self, backend: str, host: str, port: int, rank: int, world: int) -> float:
-        """`reduced` on this node: gloo in this process, whose network it shares with training; NCCL in one that sees the GPUs."""
+        """`reduced` on this node: gloo in this process, whose network it shares with training;
+        NCCL in one that sees the GPUs.
+        """
         if backend == "gloo":
             bind_gloo()  # as training does
             return reduced(backend, host, port, rank, world)
@@ -124,7 +137,9 @@ class _Place:
         return ray.get(getattr(self.actor, method).remote(*arguments), timeout=PATIENCE_S)
 
 
-def gather(storage: Path, data: str | None, say: Callable[[str], None], workers: int = 0) -> ClusterFacts:
+def gather(
+    storage: Path, data: str | None, say: Callable[[str], None], workers: int = 0
+) -> ClusterFacts:
     """Ask every live node; Ray is started. data: as in `data.shards`, None for no data set; say:
     takes lines on what is going on.
 
@@ -141,12 +156,19 @@ def gather(storage: Path, data: str | None, say: Callable[[str], None], workers:
         sound = [place for place, node in zip(places, facts, strict=True) if not node.error]
         say("network between the nodes, all-reduce")
         links, reduces = list(_links(sound)), [_all_reduce("gloo", sound)]
-        able = {place.host for place, node in zip(places, facts, strict=True) if (node.gpus or node.ray_gpus) and not node.cuda_problem}
-        if training := list({place.host: place for place in sound if place.host in able}.values()):  # one rank a host, on its first GPU
+        able = {
+            place.host
+            for place, node in zip(places, facts, strict=True)
+            if (node.gpus or node.ray_gpus) and not node.cuda_problem
+        }
+        # one rank a host, on its first GPU
+        if training := list({place.host: place for place in sound if place.host in able}.values()):
             reduces.append(_all_reduce("nccl", training))
         may_come = max(0, len(reach().nodes) - len(places))
         wanted = None if shards is None else len(shards)
-        return ClusterFacts(facts, tried, wanted, links, reduces, may_come, missing, absent=tried != storage)
+        return ClusterFacts(
+            facts, tried, wanted, links, reduces, may_come, missing, absent=tried != storage
+        )
 
 
 def place_of(storage: Path) -> Path:
@@ -170,7 +192,9 @@ def place_of(storage: Path) -> Path:
 
 @contextmanager
 def _brought_up(workers: int, say: Callable[[str], None]) -> Iterator[str]:
-    """Have the autoscaler bring up nodes until this many workers are there; after the block they may go. Yields why not all came, or ''."""
+    """Have the autoscaler bring up nodes until this many workers are there; after the block they
+    may go. Yields why not all came, or ''.
+    """
     sizes = reach().nodes[1:] if workers else ()  # the first is the head's
     if len(sizes) < workers:
         yield f"{workers} worker(s) asked for; the cluster has or may have {len(sizes)}"
@@ -182,7 +206,11 @@ def _brought_up(workers: int, say: Callable[[str], None]) -> Iterator[str]:
     request_resources(bundles=bundles(sizes[:workers]))
     try:
         there = wait_for(_workers_up, workers, WORKERS_S)
-        yield "" if there >= workers else f"{workers} worker(s) asked for, {there} came in {WORKERS_S / 60:.0f} minutes"
+        yield (
+            ""
+            if there >= workers
+            else f"{workers} worker(s) asked for, {there} came in {WORKERS_S / 60:.0f} minutes"
+        )
     finally:
         request_resources(bundles=[])
 
@@ -193,7 +221,10 @@ def _workers_up() -> int:
 
 def bundles(sizes: Sequence[Node]) -> list[dict[str, float]]:
     """What to ask Ray's autoscaler for, so that a node of each of these sizes is up: all of it."""
-    return [{name: float(count) for name, count in (("CPU", cpus), ("GPU", gpus)) if count} for cpus, gpus in sizes]
+    return [
+        {name: float(count) for name, count in (("CPU", cpus), ("GPU", gpus)) if count}
+        for cpus, gpus in sizes
+    ]
 
 
 def wait_for(count: Callable[[], int], wanted: int, patience_s: float, pause_s: float = 2.0) -> int:
@@ -212,11 +243,16 @@ def _places() -> Iterator[list[_Place]]:
         for node in ray.nodes():
             if node["Alive"]:
                 name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-                taken = sum(place.name.startswith(name) for place in found)  # several nodes on one host
+                # several nodes on one host
+                taken = sum(place.name.startswith(name) for place in found)
                 where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 prober = actor.options(num_cpus=0, scheduling_strategy=where).remote()
                 name = f"{name} #{taken + 1}" if taken else name
-                found.append(_Place(name, node["NodeManagerHostname"], node["Resources"].get("GPU", 0.0), prober))
+                found.append(
+                    _Place(
+                        name, node["NodeManagerHostname"], node["Resources"].get("GPU", 0.0), prober
+                    )
+                )
         yield found
     finally:
         for place in found:
@@ -237,19 +273,27 @@ def _node_facts(place: _Place, storage: Path, mark: str, shards: list[Path] | No
 
 
 def skew(clock: Callable[[], float], rounds: int = CLOCK_ROUNDS) -> tuple[float, float]:
-    """(that clock - this clock, how wrong that may be), seconds: the shortest of several round trips, its middle, as NTP does."""
+    """(that clock - this clock, how wrong that may be), seconds: the shortest of several round
+    trips, its middle, as NTP does.
+    """
     best = (0.0, float("inf"))
     for _ in range(rounds):
         before = time.time()
         there = clock()
         after = time.time()
-        best = min(best, (there - (before + after) / 2, (after - before) / 2), key=lambda found: found[1])
+        best = min(
+            best, (there - (before + after) / 2, (after - before) / 2), key=lambda found: found[1]
+        )
     return best
 
 
 def _links(places: list[_Place]) -> Iterator[tuple[str, str, float]]:
-    """(from, to, MB/s) around a ring, 0 where nothing came: every node sends once and receives once."""
-    for giver, taker in zip(places, places[1:] + places[:1], strict=True) if len(places) > 1 else ():
+    """(from, to, MB/s) around a ring, 0 where nothing came: every node sends once and receives
+    once.
+    """
+    for giver, taker in (
+        zip(places, places[1:] + places[:1], strict=True) if len(places) > 1 else ()
+    ):
         try:
             reference = giver.actor.give.remote()
             ray.wait([reference], fetch_local=False, timeout=PATIENCE_S)
@@ -263,7 +307,10 @@ def _all_reduce(backend: str, places: list[_Place]) -> tuple[str, int, float, st
     """(backend, ranks, seconds, error) with one rank on every place."""
     try:
         host, port = places[0].ask("address")
-        runs = [place.actor.all_reduce.remote(backend, host, port, rank, len(places)) for rank, place in enumerate(places)]
+        runs = [
+            place.actor.all_reduce.remote(backend, host, port, rank, len(places))
+            for rank, place in enumerate(places)
+        ]
         return backend, len(places), max(ray.get(runs, timeout=PATIENCE_S)), ""
     except IndexError:
         return backend, 0, 0.0, "no node answered"

@@ -1,4 +1,6 @@
-"""What a cluster check makes of its facts: a row for every check of every node, with the fix. No Ray."""
+"""What a cluster check makes of its facts: a row for every check of every node, with the fix. No
+Ray.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ SLOW_STORAGE_MB_S = 20.0
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what was checked, where, what was found, and what to do about it ('' where nothing)."""
+    """One line of the table: what was checked, where, what was found, and what to do about it
+    ('' where nothing).
+    """
 
     check: str
     node: str
@@ -31,9 +35,11 @@ class Row:
 
 @dataclass
 class NodeFacts:
-    """What one node says of itself. versions: '' for a package that is not there; skew_s: its clock minus the driver's.
+    """What one node says of itself. versions: '' for a package that is not there; skew_s: its clock
+    minus the driver's.
 
-    cuda_problem: why torch cannot compute on a GPU there; '' where it can, and where there is none and Ray hands out none.
+    cuda_problem: why torch cannot compute on a GPU there; '' where it can, and where there is none
+    and Ray hands out none.
     """
 
     node: str
@@ -71,7 +77,13 @@ class ClusterFacts:
 def judge(facts: ClusterFacts) -> list[Row]:
     """The table: a row for every check of every node, bad and warn ones with what to do."""
     silent = [
-        Row("answer", n.node, "bad", n.error, "python -m pip show flowray there; the same image or environment on every node")
+        Row(
+            "answer",
+            n.node,
+            "bad",
+            n.error,
+            "python -m pip show flowray there; the same image or environment on every node",
+        )
         for n in facts.nodes
         if n.error
     ]
@@ -81,23 +93,35 @@ def judge(facts: ClusterFacts) -> list[Row]:
     rows += [row for node in nodes if (row := _data_row(node, facts.wanted_shards))]
     rows += [_clock_row(node) for node in nodes]
     rows += [_link_row(*link) for link in facts.links]
-    return [*_nodes_rows(facts), *silent, *rows, *(_allreduce_row(*found) for found in facts.allreduces)]
+    return [
+        *_nodes_rows(facts),
+        *silent,
+        *rows,
+        *(_allreduce_row(*found) for found in facts.allreduces),
+    ]
 
 
 def _nodes_rows(facts: ClusterFacts) -> Iterator[Row]:
     """What is not there: a check of those that are says nothing about it."""
     if facts.missing:
-        fix = "`ray status`, and monitor.* in /tmp/ray/session_latest/logs on the head, say why; on Kubernetes kubectl describe pod"
+        fix = (
+            "`ray status`, and monitor.* in /tmp/ray/session_latest/logs on the head, say why; on"
+            " Kubernetes kubectl describe pod"
+        )
         yield Row("nodes", "all", "bad", facts.missing, fix)
     if facts.may_come:
         found = f"{len(facts.nodes)} up; up to {facts.may_come} more may come, and are not checked"
-        yield Row("nodes", "all", "info", found, "--workers 1 has one brought up first, and checks it too")
+        yield Row(
+            "nodes", "all", "info", found, "--workers 1 has one brought up first, and checks it too"
+        )
 
 
 def _versions(nodes: list[NodeFacts]) -> Iterator[Row]:
-    """Every package must be there and the same everywhere; the majority is taken for right, the first node's in a tie.
+    """Every package must be there and the same everywhere; the majority is taken for right, the
+    first node's in a tie.
 
-    What follows a + does not count: a CPU head beside CUDA workers has torch 2.13.0+cpu beside 2.13.0.
+    What follows a + does not count: a CPU head beside CUDA workers has torch 2.13.0+cpu beside
+    2.13.0.
     """
     for name in ("python", *PACKAGES):
         public = [node.versions.get(name, "").partition("+")[0] for node in nodes]
@@ -107,10 +131,22 @@ def _versions(nodes: list[NodeFacts]) -> Iterator[Row]:
             if have and have == right:
                 yield Row(name, node.node, "ok", node.versions[name])
             elif have:
-                fix = "one Python on every node" if name == "python" else f"python -m pip install {name}=={right} there"
-                yield Row(name, node.node, "bad", f"{node.versions[name]}, others have {right}", fix)
+                fix = (
+                    "one Python on every node"
+                    if name == "python"
+                    else f"python -m pip install {name}=={right} there"
+                )
+                yield Row(
+                    name, node.node, "bad", f"{node.versions[name]}, others have {right}", fix
+                )
             else:
-                yield Row(name, node.node, "bad", "not installed", f"python -m pip install {name}{right and f'=={right}'} there")
+                yield Row(
+                    name,
+                    node.node,
+                    "bad",
+                    "not installed",
+                    f"python -m pip install {name}{right and f'=={right}'} there",
+                )
 
 
 def _gpu_row(node: NodeFacts) -> Row:
@@ -118,24 +154,53 @@ def _gpu_row(node: NodeFacts) -> Row:
     if not node.gpus and not node.ray_gpus:
         return Row("gpus", node.node, "info", "none")
     if node.cuda_problem:
-        found = f"{names or 'none to be seen'}, Ray hands out {node.ray_gpus:g}, but torch cannot use them: {node.cuda_problem}"
-        driver = "an NVIDIA driver that is new enough, and the GPUs in the container (docker run --gpus all, NVIDIA_VISIBLE_DEVICES=all)"
-        return Row("gpus", node.node, "bad", found, "install the CUDA build of torch there" if node.cuda_problem == NO_CUDA else driver)
+        found = (
+            f"{names or 'none to be seen'}, Ray hands out {node.ray_gpus:g}, but torch cannot use"
+            f" them: {node.cuda_problem}"
+        )
+        driver = (
+            "an NVIDIA driver that is new enough, and the GPUs in the container (docker run --gpus"
+            " all, NVIDIA_VISIBLE_DEVICES=all)"
+        )
+        return Row(
+            "gpus",
+            node.node,
+            "bad",
+            found,
+            "install the CUDA build of torch there" if node.cuda_problem == NO_CUDA else driver,
+        )
     if not node.gpus:
-        return Row("gpus", node.node, "ok", f"{node.ray_gpus:g}, without an nvidia-smi there to name them")
+        return Row(
+            "gpus", node.node, "ok", f"{node.ray_gpus:g}, without an nvidia-smi there to name them"
+        )
     if node.ray_gpus != len(node.gpus):
         found = f"{names}, Ray hands out {node.ray_gpus:g}"
-        return Row("gpus", node.node, "warn", found, f"start Ray there with --num-gpus={len(node.gpus)}, or see CUDA_VISIBLE_DEVICES")
+        return Row(
+            "gpus",
+            node.node,
+            "warn",
+            found,
+            f"start Ray there with --num-gpus={len(node.gpus)}, or see CUDA_VISIBLE_DEVICES",
+        )
     return Row("gpus", node.node, "ok", names)
 
 
 def _storage_row(node: NodeFacts, storage: Path, absent: bool) -> Row:
     if node.storage_problem:
-        fix = f"mount one shared folder at {storage} on every node, or type --storage FOLDER (storage_path=FOLDER, FLOWRAY_STORAGE)"
+        fix = (
+            f"mount one shared folder at {storage} on every node, or type --storage FOLDER"
+            " (storage_path=FOLDER, FLOWRAY_STORAGE)"
+        )
         return Row("storage", node.node, "bad", f"{storage}: {node.storage_problem}", fix)
     here = f"{storage}, where a run will make it" if absent else str(storage)
     found = f"{here}: written and read at {node.storage_mb_s:.0f} MB/s"
-    return _unless(node.storage_mb_s < SLOW_STORAGE_MB_S, "storage", node.node, found, "checkpoints will wait: a faster share")
+    return _unless(
+        node.storage_mb_s < SLOW_STORAGE_MB_S,
+        "storage",
+        node.node,
+        found,
+        "checkpoints will wait: a faster share",
+    )
 
 
 def _data_row(node: NodeFacts, wanted: int | None) -> Row | None:
@@ -144,12 +209,24 @@ def _data_row(node: NodeFacts, wanted: int | None) -> Row | None:
     found = f"{node.shards} of {wanted} shards visible"
     if node.shards == wanted:
         return Row("data", node.node, "ok", found)
-    return Row("data", node.node, "bad", found, "put the shards on the shared folder, or mount theirs at the same path on every node")
+    return Row(
+        "data",
+        node.node,
+        "bad",
+        found,
+        "put the shards on the shared folder, or mount theirs at the same path on every node",
+    )
 
 
 def _clock_row(node: NodeFacts) -> Row:
     found = f"{1000 * node.skew_s:+.0f} ms (within {1000 * node.skew_error_s:.0f} ms)"
-    return _unless(abs(node.skew_s) - node.skew_error_s > SKEW_S, "clock", node.node, found, "run chrony or ntpd there")
+    return _unless(
+        abs(node.skew_s) - node.skew_error_s > SKEW_S,
+        "clock",
+        node.node,
+        found,
+        "run chrony or ntpd there",
+    )
 
 
 def _link_row(giver: str, taker: str, mb_s: float) -> Row:
@@ -157,15 +234,29 @@ def _link_row(giver: str, taker: str, mb_s: float) -> Row:
     if not mb_s:
         fix = "open all TCP ports between the nodes (the security group or firewall)"
         return Row("network", place, "bad", "no data came through", fix)
-    return _unless(mb_s < SLOW_NETWORK_MB_S, "network", place, f"{mb_s:.0f} MB/s", "keep a run on one node: resources.num_workers=1")
+    return _unless(
+        mb_s < SLOW_NETWORK_MB_S,
+        "network",
+        place,
+        f"{mb_s:.0f} MB/s",
+        "keep a run on one node: resources.num_workers=1",
+    )
 
 
 def _allreduce_row(backend: str, ranks: int, seconds: float, error: str) -> Row:
     where = "nodes with GPUs" if backend == "nccl" else "all"
     if error:
-        fix = f"open all TCP ports between the nodes; where they have several interfaces, set {backend.upper()}_SOCKET_IFNAME"
+        fix = (
+            "open all TCP ports between the nodes; where they have several interfaces, set"
+            f" {backend.upper()}_SOCKET_IFNAME"
+        )
         return Row("all-reduce", where, "bad", f"{backend}: {error}", fix)
-    return Row("all-reduce", where, "ok", f"{ranks} rank(s), {backend}, {PAYLOAD_BYTES // MEGABYTE} MB in {1000 * seconds:.0f} ms")
+    return Row(
+        "all-reduce",
+        where,
+        "ok",
+        f"{ranks} rank(s), {backend}, {PAYLOAD_BYTES // MEGABYTE} MB in {1000 * seconds:.0f} ms",
+    )
 
 
 def _unless(wrong: bool, check: str, node: str, found: str, fix: str) -> Row:

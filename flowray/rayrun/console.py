@@ -27,27 +27,46 @@ from flowray.store.run import RunDirectory
 from flowray.tune.records import TrialRecord
 from flowray.tune.referee import repeat_dir
 
-BEAT_S, QUIET_S = 2.5, 300.0  # a quiet sweep says where it is after BEAT_S, then after twice as long, at last every QUIET_S
+# a quiet sweep says where it is after BEAT_S, then after twice as long, at last every QUIET_S
+BEAT_S, QUIET_S = 2.5, 300.0
 GENERIC = {"kind", "weight", "low", "high"}  # last parts of a key that say nothing alone
 METRICS = 4
 ROWS = 16  # of the live table; the report has them all
 END_ROWS = 10  # of the last table
 REASON = 28  # columns of a reason beside the trial
 NARROW_REASONS = 6  # of trials that ended, below the table of a narrow terminal
-STATES = {"running": "cyan", "waiting": "blue", "finished": "green", "stopped": "yellow", "failed": "red"}
+STATES = {
+    "running": "cyan",
+    "waiting": "blue",
+    "finished": "green",
+    "stopped": "yellow",
+    "failed": "red",
+}
 INDENT = " " * 9  # of an event's second line: below its words
 
 
 class SweepConsole:
-    """Prints to `stream`; use it as a context manager around the sweep. No Ray: between probes it reads each run's metrics.jsonl."""
+    """Prints to `stream`; use it as a context manager around the sweep. No Ray: between probes
+    it reads each run's metrics.jsonl.
+    """
 
     def __init__(self, sweep: Sweep, sweep_dir: Path, total: int, stream: TextIO):
         self._sweep, self._dir, self._total = sweep, sweep_dir, total
-        self._names = short_names([key for key, parameter in sweep.parameters.items() if not isinstance(parameter, Constant)])
+        self._names = short_names(
+            [
+                key
+                for key, parameter in sweep.parameters.items()
+                if not isinstance(parameter, Constant)
+            ]
+        )
         prefix = "ema/" if sweep.metric.name.startswith("ema/") else ""
         rules = [rule.metric for rule in sweep.stop if rule.metric]
         objectives = [metric.name for metric in sweep.objectives]
-        self._shown = list(dict.fromkeys([*objectives, *rules, f"{prefix}flow/cos", f"{prefix}std/mean", "loss/flow"]))[:METRICS]
+        self._shown = list(
+            dict.fromkeys(
+                [*objectives, *rules, f"{prefix}flow/cos", f"{prefix}std/mean", "loss/flow"]
+            )
+        )[:METRICS]
         self._trials: dict[int, TrialRecord] = {}
         self._paused: set[int] = set()  # trials to be continued, in this session or by a later one
         self._before = 0  # trials that were through when this session began
@@ -56,7 +75,9 @@ class SweepConsole:
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         if not self._console.is_terminal:
             self._console.width = columns()
-        self._live = Live(get_renderable=self._view, console=self._console, refresh_per_second=1, transient=True)
+        self._live = Live(
+            get_renderable=self._view, console=self._console, refresh_per_second=1, transient=True
+        )
 
     def __enter__(self) -> SweepConsole:
         if self._console.is_terminal:
@@ -67,7 +88,9 @@ class SweepConsole:
         if self._console.is_terminal:
             self._live.stop()
         if self._trials:
-            self._console.print(self.table(END_ROWS, why=False), *self._more(END_ROWS), soft_wrap=False)
+            self._console.print(
+                self.table(END_ROWS, why=False), *self._more(END_ROWS), soft_wrap=False
+            )
 
     def known(self, trial: TrialRecord) -> None:
         self._trials[trial.trial] = trial
@@ -77,11 +100,17 @@ class SweepConsole:
     def started(self, trial: TrialRecord) -> None:
         self._paused.discard(trial.trial)
         how = f"resumed at step {trial.last_step}" if trial.last_step else "started"
-        params = "  ".join(f"{self._names[key]}={_brief(value)}" for key, value in trial.params.items() if key in self._names)
+        params = "  ".join(
+            f"{self._names[key]}={_brief(value)}"
+            for key, value in trial.params.items()
+            if key in self._names
+        )
         self._say(trial, f"{how:<10} {params}")
 
     def probed(self, trial: TrialRecord) -> None:
-        self._say(trial, f"{trial.last_step}/{trial.budget_steps}".ljust(10) + f" {self._metrics(trial)}")
+        self._say(
+            trial, f"{trial.last_step}/{trial.budget_steps}".ljust(10) + f" {self._metrics(trial)}"
+        )
 
     def ended(self, trial: TrialRecord) -> None:
         self._paused.add(trial.trial)
@@ -90,13 +119,22 @@ class SweepConsole:
         self._say(trial, f"{self._state(trial).upper():<10} {words}  {place}")
 
     def beat(self) -> None:
-        """Called often; prints a line when nothing was printed for a while, ever longer while nothing happens."""
+        """Called often; prints a line when nothing was printed for a while, ever longer while
+        nothing happens.
+        """
         if not self._console.is_terminal and time.monotonic() - self._last >= self._pause:
             self._pause = min(2 * self._pause, QUIET_S)
-            running = [f"{t.trial} at {self._progress(t)}" for t in self._trials.values() if self._state(t) == "running"]
+            running = [
+                f"{t.trial} at {self._progress(t)}"
+                for t in self._trials.values()
+                if self._state(t) == "running"
+            ]
             waiting = sum(self._state(t) == "waiting" for t in self._trials.values())
             beside = f"; {waiting} waiting" if waiting else ""
-            self._print(f"{self._done()} of {self._total} done{beside}; running: {', '.join(running) or 'none yet'}")
+            self._print(
+                f"{self._done()} of {self._total} done{beside}; running:"
+                f" {', '.join(running) or 'none yet'}"
+            )
 
     def remark(self, words: str) -> None:
         """A line of its own, such as what the sweep waits for."""
@@ -124,7 +162,9 @@ class SweepConsole:
 
     def _wide(self, table: Table) -> int:
         """Columns that the table takes uncut."""
-        return self._console.measure(table, options=self._console.options.update(width=10_000)).maximum
+        return self._console.measure(
+            table, options=self._console.options.update(width=10_000)
+        ).maximum
 
     def _grid(self, trials: Sequence[TrialRecord], changed: Sequence[str], *, why: int) -> Table:
         """why: columns for the reasons, 0 for none."""
@@ -137,13 +177,28 @@ class SweepConsole:
             table.add_column("why it ended", width=why)
         best = self._best()
         for trial in trials:
-            step = self._progress(trial, brief=True) if self._state(trial) == "running" else f"{trial.last_step}/{trial.budget_steps}"
-            values = [_with_noise(trial, name) if trial.metrics.get(name) is not None else "" for name in self._shown]
-            params = [_brief(trial.params[key], 2) if key in trial.params else "" for key in changed]
+            step = (
+                self._progress(trial, brief=True)
+                if self._state(trial) == "running"
+                else f"{trial.last_step}/{trial.budget_steps}"
+            )
+            values = [
+                _with_noise(trial, name) if trial.metrics.get(name) is not None else ""
+                for name in self._shown
+            ]
+            params = [
+                _brief(trial.params[key], 2) if key in trial.params else "" for key in changed
+            ]
             row: list[str | Text] = [f"{trial.trial}*" if trial is best else str(trial.trial)]
             row += [Text(self._state(trial), style=STATES[self._state(trial)]), step]
             reason = Text(_cut(_why(trial), why))
-            table.add_row(*row, *values, *params, *([reason] if why else []), style="bold" if trial is best else "")
+            table.add_row(
+                *row,
+                *values,
+                *params,
+                *([reason] if why else []),
+                style="bold" if trial is best else "",
+            )
         return table
 
     def _view(self) -> Group:
@@ -154,21 +209,32 @@ class SweepConsole:
     def _more(self, rows: int) -> list[Text]:
         """That there are more trials than rows, if there are."""
         hidden = len(self._trials) - rows
-        return [Text(f"and {hidden} more, all of them in the report", style="dim")] if hidden > 0 else []
+        return (
+            [Text(f"and {hidden} more, all of them in the report", style="dim")]
+            if hidden > 0
+            else []
+        )
 
     def _headline(self) -> str:
-        """Where the sweep is: trials done, the best, steps spent and when it should end at this pace."""
+        """Where the sweep is: trials done, the best, steps spent and when it should end at this
+        pace.
+        """
         trials, seconds = self._trials.values(), time.monotonic() - self._begin
         steps = sum(t.last_step for t in trials)
         ended = [t for t in trials if self._state(t) in ("finished", "stopped")]
         full = sum(t.budget_steps for t in ended)
         saved = full - sum(t.last_step for t in ended)
         best = self._best()
-        parts = [f"{self._sweep.name}: {self._done()} of {self._total} trials done", f"{steps:,} steps"]
+        parts = [
+            f"{self._sweep.name}: {self._done()} of {self._total} trials done",
+            f"{steps:,} steps",
+        ]
         if waiting := sum(self._state(t) == "waiting" for t in trials):
             parts.insert(1, f"{waiting} waiting")
         if best is not None:
-            parts.append(f"best {_brief(best.metrics[self._sweep.metric.name])} (trial {best.trial})")
+            parts.append(
+                f"best {_brief(best.metrics[self._sweep.metric.name])} (trial {best.trial})"
+            )
         if full:
             parts.append(f"{saved / full:.0%} of the steps saved")
         done = self._through() - self._before
@@ -221,7 +287,9 @@ class SweepConsole:
         self._console.print("\n".join(lines), markup=False)
 
     def _metrics(self, trial: TrialRecord) -> str:
-        return "  ".join(f"{name} {_with_noise(trial, name)}" for name in self._shown if name in trial.metrics)
+        return "  ".join(
+            f"{name} {_with_noise(trial, name)}" for name in self._shown if name in trial.metrics
+        )
 
     def _doing(self, trial: TrialRecord) -> str:
         """What its worker does before the first step."""
@@ -235,7 +303,9 @@ class SweepConsole:
             row, before = (found, repeat * trial.budget_steps // seeds) if found else (row, before)
         if row is None:
             return ", ".join(filter(None, ["start-up", "" if brief else self._doing(trial)]))
-        loss = f" (loss/flow {_brief(row['loss/flow'])})" if "loss/flow" in row and not brief else ""
+        loss = (
+            f" (loss/flow {_brief(row['loss/flow'])})" if "loss/flow" in row and not brief else ""
+        )
         return f"{before + row.get('step', 0)}/{trial.budget_steps}{loss}"
 
 
@@ -245,7 +315,11 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     for key in keys:
         parts = key.split(".")
         tails = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        clear = [t for t in tails if t not in GENERIC and not any(k != key and f".{k}".endswith(f".{t}") for k in keys)]
+        clear = [
+            t
+            for t in tails
+            if t not in GENERIC and not any(k != key and f".{k}".endswith(f".{t}") for k in keys)
+        ]
         names[key] = clear[0] if clear else key
     return names
 
@@ -279,7 +353,11 @@ def _stacked(name: str) -> str:
 
 def _why(trial: TrialRecord) -> str:
     """Why it ended early, '' where it did not."""
-    return "" if trial.status == "running" else (trial.error if trial.status == "failed" else trial.stopped_by) or ""
+    return (
+        ""
+        if trial.status == "running"
+        else (trial.error if trial.status == "failed" else trial.stopped_by) or ""
+    )
 
 
 def _cut(text: str, width: int) -> str:

@@ -1,6 +1,8 @@
-"""Gauges for Prometheus and Grafana: every name that flowray exports stands here, so that a dashboard's file can be checked against it.
+"""Gauges for Prometheus and Grafana: every name that flowray exports stands here, so that a
+dashboard's file can be checked against it.
 
-Ray's metrics agent adds `ray_` and serves them on each node; `ray_flowray_shoot_nmse{run="head/3"}` is what a query asks for.
+Ray's metrics agent adds `ray_` and serves them on each node; `ray_flowray_shoot_nmse{run="head/3"}`
+is what a query asks for.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ LAST_BYTES = 2**16  # of metrics.jsonl, for its last row
 
 @dataclass(frozen=True)
 class GaugeSpec:
-    """One gauge: its name without Ray's prefix, the metric key or the fact that it shows, its words and its labels."""
+    """One gauge: its name without Ray's prefix, the metric key or the fact that it shows, its
+    words and its labels.
+    """
 
     name: str
     shows: str
@@ -40,21 +44,41 @@ def _probe(key: str) -> GaugeSpec:
     found = describe(key)
     assert found is not None, key
     return GaugeSpec(
-        "flowray_" + key.replace("/", "_"), key, f"{key} at the last probe, EMA where it is measured: {found.formula}", ("run",)
+        "flowray_" + key.replace("/", "_"),
+        key,
+        f"{key} at the last probe, EMA where it is measured: {found.formula}",
+        ("run",),
     )
 
 
 RUN_GAUGES: tuple[GaugeSpec, ...] = (
     GaugeSpec("flowray_step", "step", "steps trained at the last probe", ("run",)),
     GaugeSpec("flowray_budget_steps", "budget_steps", "steps that the run is to train", ("run",)),
-    GaugeSpec("flowray_images_per_s", SPEED, "training images per second at the last step that was logged, probes left out", ("run",)),
+    GaugeSpec(
+        "flowray_images_per_s",
+        SPEED,
+        "training images per second at the last step that was logged, probes left out",
+        ("run",),
+    ),
     *map(
         _probe,
-        ("shoot/nmse", "shoot/skill", "shoot/cond_gain", "flow/cos", "flow/nmse", "std/mean", "text/cos_mu", "loss/flow", "loss/total"),
+        (
+            "shoot/nmse",
+            "shoot/skill",
+            "shoot/cond_gain",
+            "flow/cos",
+            "flow/nmse",
+            "std/mean",
+            "text/cos_mu",
+            "loss/flow",
+            "loss/total",
+        ),
     ),
 )
 TRIALS = GaugeSpec("flowray_trials", "trials", "trials of the sweep by state", ("sweep", "state"))
-BEST = GaugeSpec("flowray_best", "best", "the sweep's metric of its best trial so far", ("sweep", "metric"))
+BEST = GaugeSpec(
+    "flowray_best", "best", "the sweep's metric of its best trial so far", ("sweep", "metric")
+)
 GAUGES: tuple[GaugeSpec, ...] = (*RUN_GAUGES, TRIALS, BEST)
 
 
@@ -70,14 +94,18 @@ def _open(spec: GaugeSpec) -> Gauge:
 
 
 def run_label(run_dir: Path) -> str:
-    """The name of a run; of a trial, whose name is a number, with its sweep: head/3, of its further seeds head/3/seeds/1."""
+    """The name of a run; of a trial, whose name is a number, with its sweep: head/3, of its
+    further seeds head/3/seeds/1.
+    """
     parts = run_dir.absolute().parts
     further = len(parts) > 3 and parts[-2] == "seeds"
     return "/".join(parts[-4:] if further else parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
 def leave_link(sweep_dir: Path) -> None:
-    """Write down where Ray's own dashboard is, for `flowray.dashboard`, in `<sweep_dir>/.ray/dashboard`."""
+    """Write down where Ray's own dashboard is, for `flowray.dashboard`, in
+    `<sweep_dir>/.ray/dashboard`.
+    """
     if url := get_dashboard_url():
         (sweep_dir / ".ray").mkdir(exist_ok=True)
         (sweep_dir / ".ray" / "dashboard").write_text(f"http://{url}\n")
@@ -86,7 +114,8 @@ def leave_link(sweep_dir: Path) -> None:
 class RunGauges:
     """The last probe of one run.
 
-    A process that trains one trial after the other goes on exporting the last values of the earlier ones until it ends.
+    A process that trains one trial after the other goes on exporting the last values of the earlier
+    ones until it ends.
     """
 
     def __init__(self, run_dir: Path):
@@ -94,7 +123,9 @@ class RunGauges:
         self._gauges = {spec.shows: _open(spec) for spec in RUN_GAUGES}
 
     def show(self, row: Mapping[str, Any]) -> None:
-        """Set the gauges to a reported row; what it lacks stays as it was. Speed is from the run's metrics: rows of training have none."""
+        """Set the gauges to a reported row; what it lacks stays as it was. Speed is from the
+        run's metrics: rows of training have none.
+        """
         speed = {SPEED: self._speed()} if SPEED not in row else {}
         for key, gauge in self._gauges.items():
             value = row.get(f"ema/{key}", row.get(key, speed.get(key)))

@@ -1,4 +1,6 @@
-"""Whether the GPUs of this machine compute and ranks meet: asked by a cluster check in a process that sees all of them. No Ray."""
+"""Whether the GPUs of this machine compute and ranks meet: asked by a cluster check in a process
+that sees all of them. No Ray.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ PATIENCE_S = 100.0  # for an answer of that process, which has torch to load fir
 
 
 def cuda_problem() -> str:
-    """Why torch cannot compute on every GPU of this process, '' where it can: the driver too old, an unknown kind of GPU, none there."""
+    """Why torch cannot compute on every GPU of this process, '' where it can: the driver too
+    old, an unknown kind of GPU, none there.
+    """
     if torch.version.cuda is None:
         return NO_CUDA
     try:
@@ -34,7 +38,8 @@ def cuda_problem() -> str:
 
 
 def reduced(backend: str, host: str, port: int, rank: int, world: int) -> float:
-    """Seconds of an all-reduce of PAYLOAD_BYTES over `world` ranks that all call this, the second of two.
+    """Seconds of an all-reduce of PAYLOAD_BYTES over `world` ranks that all call this, the second
+    of two.
 
     RuntimeError where the sum is wrong.
     """
@@ -43,7 +48,9 @@ def reduced(backend: str, host: str, port: int, rank: int, world: int) -> float:
         torch.ones(1, device=device)  # says what is wrong where there is none
         torch.cuda.set_device(device)
     where = f"tcp://{host}:{port}"
-    dist.init_process_group(backend, init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        backend, init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
     try:
         for _ in range(2):
             tensor = torch.full((PAYLOAD_BYTES // 4,), float(rank + 1), device=device)
@@ -61,8 +68,12 @@ def reduced(backend: str, host: str, port: int, rank: int, world: int) -> float:
 
 
 def seeing_gpus(call: str) -> Any:
-    """What `call` of this module comes to in a process that sees all GPUs of the node: from an actor that holds none Ray hides them."""
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    """What `call` of this module comes to in a process that sees all GPUs of the node: from an
+    actor that holds none Ray hides them.
+    """
+    environment = {
+        name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"
+    }
     code = f"""if True:
         import json
         from flowray.rayrun import gpus
@@ -72,7 +83,9 @@ def seeing_gpus(call: str) -> Any:
             print(json.dumps([None, str(error) or type(error).__name__]))
     """
     words = [sys.executable, "-c", code]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    done = subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     if done.returncode:
         raise RuntimeError(last_line(done.stderr)[:200])
     found, error = json.loads(done.stdout.splitlines()[-1])  # NCCL may have told its version before

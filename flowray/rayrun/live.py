@@ -1,4 +1,6 @@
-"""Who else looks on while a sweep runs: TensorBoard's HParams tab and the pictures of the trials in the Optuna study. No Ray."""
+"""Who else looks on while a sweep runs: TensorBoard's HParams tab and the pictures of the trials
+in the Optuna study. No Ray.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +20,43 @@ from optuna.trial import FrozenTrial
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
-from tensorboard.plugins.hparams.summary_v2 import Discrete, Domain, HParam, Metric, RealInterval, hparams_config_pb, hparams_pb
+from tensorboard.plugins.hparams.summary_v2 import (
+    Discrete,
+    Domain,
+    HParam,
+    Metric,
+    RealInterval,
+    hparams_config_pb,
+    hparams_pb,
+)
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from flowray.config.sweep import Categorical, Constant, IntUniform, LogUniform, Parameter, QLogUniform, QUniform, Sweep, Uniform
+from flowray.config.sweep import (
+    Categorical,
+    Constant,
+    IntUniform,
+    LogUniform,
+    Parameter,
+    QLogUniform,
+    QUniform,
+    Sweep,
+    Uniform,
+)
 from flowray.tune.records import TrialRecord
 from flowray.tune.referee import Audience
 from flowray.tune.study import Journal
 
-ARTIFACTS = "artifacts"  # the folder of a sweep that holds its trials' pictures for optuna-dashboard
+# the folder of a sweep that holds its trials' pictures for optuna-dashboard
+ARTIFACTS = "artifacts"
 HPARAMS = ".hparams"  # ends the name of an event file that holds no scalars
 SHOWN = ("ema/shoot/nmse", "ema/shoot/skill", "ema/flow/cos", "ema/std/mean", "loss/flow")
 
 
 class Everyone:
-    """Several audiences as one. A full disk costs whoever writes there its view, never the sweep."""
+    """Several audiences as one.
+
+    A full disk costs whoever writes there its view, never the sweep.
+    """
 
     def __init__(self, *audiences: Audience):
         self._audiences = list(audiences)
@@ -58,17 +82,27 @@ class Everyone:
 
 
 class TrialBoard:
-    """A row in TensorBoard's HParams tab for every trial, beside the scalars in the trial's own event files.
+    """A row in TensorBoard's HParams tab for every trial, beside the scalars in the trial's own
+    event files.
 
-    The row is there from the trial's start; the values in it are the last scalars of those tags. It takes files of its own:
-    the trial's writer belongs to another process, maybe on another node.
+    The row is there from the trial's start; the values in it are the last scalars of those tags. It
+    takes files of its own: the trial's writer belongs to another process, maybe on another node.
     """
 
     def __init__(self, sweep: Sweep, sweep_dir: Path):
         self._dir = sweep_dir
-        space = [HParam(key, _domain(parameter)) for key, parameter in sweep.parameters.items() if not isinstance(parameter, Constant)]
+        space = [
+            HParam(key, _domain(parameter))
+            for key, parameter in sweep.parameters.items()
+            if not isinstance(parameter, Constant)
+        ]
         rules = [rule.metric for rule in sweep.stop if rule.metric]
-        metrics = [Metric(name) for name in dict.fromkeys([*(metric.name for metric in sweep.objectives), *SHOWN, *rules])]
+        metrics = [
+            Metric(name)
+            for name in dict.fromkeys(
+                [*(metric.name for metric in sweep.objectives), *SHOWN, *rules]
+            )
+        ]
         self._space = hparams_config_pb(space, metrics)
 
     def known(self, trial: TrialRecord) -> None:
@@ -85,12 +119,18 @@ class TrialBoard:
         """Its scalars are written by the trial."""
 
     def ended(self, trial: TrialRecord) -> None:
-        if trial.status == "waiting" and not trial.waits:  # paused, to be continued by a later session
+        # paused, to be continued by a later session
+        if trial.status == "waiting" and not trial.waits:
             return
         status = api_pb2.STATUS_FAILURE if trial.status == "failed" else api_pb2.STATUS_SUCCESS
         end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
-        plugin = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end, version=0))
-        _write(self._folder(trial), Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=plugin)]))
+        plugin = metadata.create_summary_metadata(
+            plugin_data_pb2.HParamsPluginData(session_end_info=end, version=0)
+        )
+        _write(
+            self._folder(trial),
+            Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=plugin)]),
+        )
 
     def _folder(self, trial: TrialRecord) -> Path:
         return self._dir / str(trial.trial) / "tensorboard"
@@ -126,10 +166,12 @@ def _scalar(value: Any) -> bool | float | str:
 
 
 class Gallery:
-    """Attaches each new sample strip to its trial in the study, through Optuna's artifacts: optuna-dashboard shows them there.
+    """Attaches each new sample strip to its trial in the study, through Optuna's artifacts:
+    optuna-dashboard shows them there.
 
-    A trial that was told to the study takes no more; the last strip is there before, as the loop draws before it reports. The study's
-    values get the names of the sweep's metrics, which optuna-dashboard would call Objective 0.
+    A trial that was told to the study takes no more; the last strip is there before, as the loop
+    draws before it reports. The study's values get the names of the sweep's metrics, which
+    optuna-dashboard would call Objective 0.
     """
 
     def __init__(self, sweep_dir: Path, sweep: Sweep):
@@ -154,7 +196,8 @@ class Gallery:
         if self._named:
             return
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # the names; they are as in the Optuna that is pinned
+            # the names; they are as in the Optuna that is pinned
+            warnings.simplefilter("ignore", ExperimentalWarning)
             study = optuna.load_study(study_name=self._study, storage=self._storage)
             if study.metric_names != self._metrics:
                 study.set_metric_names(self._metrics)
@@ -167,14 +210,24 @@ class Gallery:
         frozen = self._frozen(trial.trial)
         if frozen.state.is_finished():  # a stopped trial that is finished after all
             return
-        known = {meta.filename for meta in get_all_artifact_meta(study_or_trial=frozen, storage=self._storage)}
+        known = {
+            meta.filename
+            for meta in get_all_artifact_meta(study_or_trial=frozen, storage=self._storage)
+        }
         for strip in strips:
             if strip.name not in known:
-                upload_artifact(artifact_store=self._store, file_path=str(strip), study_or_trial=frozen, storage=self._storage)
+                upload_artifact(
+                    artifact_store=self._store,
+                    file_path=str(strip),
+                    study_or_trial=frozen,
+                    storage=self._storage,
+                )
 
     def ended(self, trial: TrialRecord) -> None:
         """Its pictures came with the last probe."""
 
     def _frozen(self, number: int) -> FrozenTrial:
         study = self._storage.get_study_id_from_name(self._study)
-        return self._storage.get_trial(self._storage.get_trial_id_from_study_id_trial_number(study, number))
+        return self._storage.get_trial(
+            self._storage.get_trial_id_from_study_id_trial_number(study, number)
+        )

@@ -141,7 +141,9 @@ def _name(process: Any) -> str:
 
 
 @contextmanager
-def _starting(kind: str, address: str, fixed: Sequence[str], options: Sequence[str]) -> Iterator[Path]:
+def _starting(
+    kind: str, address: str, fixed: Sequence[str], options: Sequence[str]
+) -> Iterator[Path]:
     """Run `ray start`; yields the folder of its files. Where it or the block fails, all ends.
 
     The folder is a new one, removed in the end, or the one that --temp-dir names, which stays.
@@ -150,7 +152,9 @@ def _starting(kind: str, address: str, fixed: Sequence[str], options: Sequence[s
     folder = Path(given).absolute() if given else new_folder(FOLDERS)
     own = [] if given else [f"--temp-dir={folder}"]
     command, environment = start_command([*fixed, *own, *options])
-    environment |= {MARK: f"{kind} {address} {folder}"} | ({} if given else {"TMPDIR": str(folder.parent)})
+    environment |= {MARK: f"{kind} {address} {folder}"} | (
+        {} if given else {"TMPDIR": str(folder.parent)}
+    )
     log = folder / f"{kind}-start.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +194,9 @@ def _refuse_foreign(host: str) -> None:
             probe.bind(where)
     except OSError:
         own = ", ".join(sorted(_addresses()))
-        raise InputError(f"--host {host}: not an address of this machine, which has {own}") from None
+        raise InputError(
+            f"--host {host}: not an address of this machine, which has {own}"
+        ) from None
 
 
 def _addresses() -> set[str]:
@@ -205,7 +211,9 @@ def _wait_for(wanted: dict[str, Callable[[], str]]) -> None:
     for name, problem_of in wanted.items():
         while problem := problem_of():
             if time.monotonic() > deadline:
-                raise InputError(f"the head's {name} does not answer: {problem}; it was ended again")
+                raise InputError(
+                    f"the head's {name} does not answer: {problem}; it was ended again"
+                )
             time.sleep(0.3)
 
 

@@ -12,8 +12,8 @@ WORKERS = range(10002, 20000)  # `ray start` keeps these for its workers
 DASHBOARD, AGENT = "--dashboard-port", "--dashboard-agent-listen-port"
 CLIENTS = "--ray-client-server-port"
 
-# Options of `ray start` -> the port that Ray wants, 0 for any. A raylet waits half a minute for each
-# of its agents to name a port that was not given, and ends.
+# Options of `ray start` -> the port that Ray wants, 0 for any. A raylet waits half a minute for
+# each of its agents to name a port that was not given, and ends.
 OF_A_NODE = {
     AGENT: 52365,
     "--dashboard-agent-grpc-port": 0,
@@ -23,7 +23,9 @@ OF_A_NODE = {
 OF_A_HEAD = {"--port": 6379, DASHBOARD: 8265, CLIENTS: 10001, **OF_A_NODE}
 
 
-def chosen(wanted: dict[str, int], options: Sequence[str], say: Callable[[str], None]) -> dict[str, int]:
+def chosen(
+    wanted: dict[str, int], options: Sequence[str], say: Callable[[str], None]
+) -> dict[str, int]:
     """A free port for every option of `wanted`, none of them twice; those in `options` are kept.
 
     say: takes a line for each that Ray would have had and something else has. InputError where a

@@ -27,7 +27,8 @@ SOCKET = Path("session_2026-01-01_00-00-00_000000_4194304", "sockets", "dash_Met
 LOCK = "flowray.lock"  # in each of them, locked for as long as its driver lives
 ENDING_S = 10.0  # for a Ray that was shut down to have ended its processes
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: data is read from shards
-LEAST_FREE = OBJECT_STORE_BYTES + 50 * 2**20  # on the disk of its folder: logs, and the object store
+# on the disk of its folder: logs, and the object store
+LEAST_FREE = OBJECT_STORE_BYTES + 50 * 2**20
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -42,7 +43,10 @@ _QUIET = {
 
 
 def set_defaults() -> None:
-    """Ray's variables, and the model libraries', where the user has set none. Ray Train hands its own on to controller and workers."""
+    """Ray's variables, and the model libraries', where the user has set none.
+
+    Ray Train hands its own on to controller and workers.
+    """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
 
@@ -62,7 +66,8 @@ def started(num_cpus: int | None = None, progress: Progress = SILENT) -> Iterato
         return
     set_defaults()
     if in_cluster():
-        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # training runs show in the cluster's dashboard
+        # training runs show in the cluster's dashboard
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
         take_token()
         refuse_unreachable()
         with progress.task("joining the Ray cluster"):
@@ -86,7 +91,9 @@ def started(num_cpus: int | None = None, progress: Progress = SILENT) -> Iterato
 
 @contextmanager
 def connected(progress: Progress = SILENT) -> Iterator[None]:
-    """The cluster named by RAY_ADDRESS for the block, to be asked what it is; else nothing is started."""
+    """The cluster named by RAY_ADDRESS for the block, to be asked what it is; else nothing is
+    started.
+    """
     with started(progress=progress) if in_cluster() else nullcontext():
         yield
 
@@ -96,7 +103,8 @@ def _init_local(folder: Path, num_cpus: int) -> None:
         ray.init(
             address="local",
             num_cpus=num_cpus,
-            include_dashboard=True,  # Tune frees the placement groups of stopped trials through its State API
+            # Tune frees the placement groups of stopped trials through its State API
+            include_dashboard=True,
             dashboard_host=LOOPBACK,
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
@@ -107,8 +115,9 @@ def _init_local(folder: Path, num_cpus: int) -> None:
         if "timed out during startup" not in str(error):
             raise
         raise InputError(
-            f"Ray did not start within the 30 s that it gives itself: load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, "
-            f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free in {folder.parent}; end other work, then type the command again"
+            f"Ray did not start within the 30 s that it gives itself: load {os.getloadavg()[0]:.1f}"
+            f" on {os.cpu_count()} cores, {shutil.disk_usage(folder).free / 2**30:.1f} GiB free in"
+            f" {folder.parent}; end other work, then type the command again"
         ) from None
 
 
@@ -155,7 +164,8 @@ def new_folder(prefix: str) -> Path:
         problems.append(f"{place}: {problem}")
         shutil.rmtree(folder, ignore_errors=True)
     raise InputError(
-        f"TMPDIR: no folder for Ray's files: {'; '.join(problems)}; type TMPDIR=FOLDER with a short path before the command, or make room"
+        f"TMPDIR: no folder for Ray's files: {'; '.join(problems)}; type TMPDIR=FOLDER with a short"
+        " path before the command, or make room"
     )
 
 
@@ -190,7 +200,9 @@ def _clear(folder: Path) -> None:
 
 
 def _remove_left(parent: Path) -> None:
-    """Remove the folders of local Rays under `parent` whose drivers are gone: nobody holds their locks."""
+    """Remove the folders of local Rays under `parent` whose drivers are gone: nobody holds their
+    locks.
+    """
     for lock in parent.glob(f"{FOLDERS}*/{LOCK}"):
         try:
             with lock.open() as file:
@@ -204,7 +216,9 @@ def _remove_left(parent: Path) -> None:
 
 
 def _in_use(folder: Path) -> bool:
-    """Whether a process of the Ray that keeps its files there is left: it would make anew what is removed, without the lock."""
+    """Whether a process of the Ray that keeps its files there is left: it would make anew what
+    is removed, without the lock.
+    """
     name = os.fsencode(folder.name)
     for command in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):

@@ -1,4 +1,6 @@
-"""The same tiny trials through flowray's tuner and through stock Ray Tune with a TorchTrainer in each, with the times of their starts."""
+"""The same tiny trials through flowray's tuner and through stock Ray Tune with a TorchTrainer in
+each, with the times of their starts.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ LOW, HIGH = 1e-4, 1e-2
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds from the moment a trial was asked for: to the first line of its training loop, and to its first row at the tuner."""
+    """Seconds from the moment a trial was asked for: to the first line of its training loop, and
+    to its first row at the tuner.
+    """
 
     loop: float
     row: float
@@ -46,7 +50,9 @@ class _Heard(io.StringIO):
 
     def write(self, text: str) -> int:
         if said := re.search(r"trial (\d+) +(started|\d+/\d+)", text):
-            (self.started if said[2] == "started" else self.probed).setdefault(int(said[1]), time.time())
+            (self.started if said[2] == "started" else self.probed).setdefault(
+                int(said[1]), time.time()
+            )
         return len(text)
 
 
@@ -65,7 +71,9 @@ def through_flowray(folder: Path, recipe: Recipe, trials: int) -> list[Start]:
         }
     )
     heard = _Heard()
-    result = run_sweep(sweep, recipe, resume=False, trial_fn=partial(train_trial, worker=began), stream=heard)
+    result = run_sweep(
+        sweep, recipe, resume=False, trial_fn=partial(train_trial, worker=began), stream=heard
+    )
     done = [trial.trial for trial in result.trials if trial.status == "finished"]
     return [_start(heard.started[n], result.sweep_dir / str(n), heard.probed[n]) for n in done]
 
@@ -93,12 +101,16 @@ class _Rows(tune.Callback):
     def __init__(self) -> None:
         self.at: dict[str, float] = {}
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         self.at.setdefault(trial.trial_id, time.time())
 
 
 def through_stock(folder: Path, recipe: Recipe, trials: int) -> list[Start]:
-    """The same trials by Ray's own means: a Tune function that drives a TorchTrainer, as Ray documents it. Needs Ray to be started."""
+    """The same trials by Ray's own means: a Tune function that drives a TorchTrainer, as Ray
+    documents it. Needs Ray to be started.
+    """
 
     def trial(config: dict[str, Any]) -> None:
         run_dir = folder / tune.get_context().get_trial_id()
@@ -111,8 +123,12 @@ def through_stock(folder: Path, recipe: Recipe, trials: int) -> list[Start]:
                     "run_dir": str(run_dir),
                     "mark": mark,
                 },
-                scaling_config=ray.train.ScalingConfig(num_workers=recipe.resources.num_workers, resources_per_worker={"CPU": 1}),
-                run_config=ray.train.RunConfig(name=run_dir.name, storage_path=str(folder / "train"), callbacks=to_tune),
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=recipe.resources.num_workers, resources_per_worker={"CPU": 1}
+                ),
+                run_config=ray.train.RunConfig(
+                    name=run_dir.name, storage_path=str(folder / "train"), callbacks=to_tune
+                ),
             ).fit()
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -120,7 +136,13 @@ def through_stock(folder: Path, recipe: Recipe, trials: int) -> list[Start]:
     tune.Tuner(
         tune.with_resources(trial, {"node:__internal_head__": 0.001}),
         param_space={KEY: tune.loguniform(LOW, HIGH)},
-        tune_config=tune.TuneConfig(metric=METRIC, mode="min", search_alg=asked, num_samples=trials, max_concurrent_trials=1),
-        run_config=tune.RunConfig(name="stock", storage_path=str(folder), callbacks=[rows], verbose=0),
+        tune_config=tune.TuneConfig(
+            metric=METRIC, mode="min", search_alg=asked, num_samples=trials, max_concurrent_trials=1
+        ),
+        run_config=tune.RunConfig(
+            name="stock", storage_path=str(folder), callbacks=[rows], verbose=0
+        ),
     ).fit()
-    return [_start(asked.at[name], folder / name, rows.at[name]) for name in asked.at if name in rows.at]
+    return [
+        _start(asked.at[name], folder / name, rows.at[name]) for name in asked.at if name in rows.at
+    ]

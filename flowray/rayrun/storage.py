@@ -1,4 +1,6 @@
-"""Is a folder one and the same on every node? Asked before a cluster starts to work, and again by every worker that comes later."""
+"""Is a folder one and the same on every node? Asked before a cluster starts to work, and again
+by every worker that comes later.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from flowray.rayrun.session import started
 
 MARK = ".shared-"  # begins the name of the file that nodes look for
 PATIENCE_S = 60.0  # for a node to answer, or to have mounted its folders
-JOB_FOLDER = "runtime_resources"  # a part of the path of a job's working directory, which Ray removes
+# a part of the path of a job's working directory, which Ray removes
+JOB_FOLDER = "runtime_resources"
 
 
 class Unshared(InputError):
@@ -45,7 +48,9 @@ def marked(folder: Path, *, alone: bool = False, make: bool = True) -> Iterator[
             old.unlink(missing_ok=True)
         mark.touch()
     except OSError as error:
-        raise InputError(f"storage_path: {folder} cannot be written: {error.strerror}; set storage_path=FOLDER") from error
+        raise InputError(
+            f"storage_path: {folder} cannot be written: {error.strerror}; set storage_path=FOLDER"
+        ) from error
     try:
         yield mark.name
     finally:
@@ -71,13 +76,16 @@ def this_node() -> str:
 
 
 def check_here(folder: Path, mark: str) -> None:
-    """Unshared, naming folder and node, where this worker's node does not share `folder` with the driver."""
+    """Unshared, naming folder and node, where this worker's node does not share `folder` with
+    the driver.
+    """
     if refusal := refusal_here(folder, mark):
         raise Unshared(refusal)
 
 
 def refusal_here(folder: Path, mark: str, patience_s: float = PATIENCE_S) -> str:
-    """What to tell where this worker's node does not share `folder` with the driver, '' where it does.
+    """What to tell where this worker's node does not share `folder` with the driver, '' where it
+    does.
 
     A node that has only just started may still be mounting it: that long it is given.
     """
@@ -90,7 +98,8 @@ def refusal_here(folder: Path, mark: str, patience_s: float = PATIENCE_S) -> str
 
 
 def refuse_unshared(storage: Path, data: DataConfig, progress: Progress = SILENT) -> None:
-    """On a cluster: InputError, naming path and node, unless every node shares `storage` and sees the shards. Elsewhere nothing.
+    """On a cluster: InputError, naming path and node, unless every node shares `storage` and sees
+    the shards. Elsewhere nothing.
 
     Starts Ray for the questions where it is not started.
     """
@@ -98,15 +107,16 @@ def refuse_unshared(storage: Path, data: DataConfig, progress: Progress = SILENT
         return
     if JOB_FOLDER in storage.parts:
         raise InputError(
-            f"storage_path: {storage} lies in the job's working directory, which is removed with the job; "
-            "type storage_path=/SHARED/FOLDER, or set FLOWRAY_STORAGE on the cluster"
+            f"storage_path: {storage} lies in the job's working directory, which is removed with"
+            " the job; type storage_path=/SHARED/FOLDER, or set FLOWRAY_STORAGE on the cluster"
         )
     with started(progress=progress), progress.task("asking the nodes for the storage"):
         require_shared(storage, [] if data.shards in EMBEDDED else _shards(data))
 
 
 def require_shared(storage: Path, shards: Sequence[Path] = ()) -> None:
-    """InputError unless every other live node shares `storage` with this process and sees all `shards`. Ray is started.
+    """InputError unless every other live node shares `storage` with this process and sees all
+    `shards`. Ray is started.
 
     Nodes that an autoscaler adds later are not asked; there `check_here` speaks.
     """
@@ -128,7 +138,10 @@ def require_shared(storage: Path, shards: Sequence[Path] = ()) -> None:
                 raise InputError(_unshared(storage, name, problem))
             if unseen:
                 more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
-                raise InputError(f"data.shards: node {name} does not see {unseen[0]}{more}; put the shards where every node reads them")
+                raise InputError(
+                    f"data.shards: node {name} does not see {unseen[0]}{more}; put the shards where"
+                    " every node reads them"
+                )
 
 
 def _alive(node: dict[str, Any]) -> bool:
@@ -151,16 +164,25 @@ def _heard(answer: Any, node: str) -> tuple[str, list[Path]]:
     except ray.exceptions.RayError as error:
         timed_out = isinstance(error, ray.exceptions.GetTimeoutError)
         why = "no answer" if timed_out else last_line(str(error))
-        raise InputError(f"node {node} cannot be asked about storage_path: {why[:200]}; type `python -m flowray.cluster check`") from error
+        raise InputError(
+            f"node {node} cannot be asked about storage_path: {why[:200]}; type `python -m"
+            " flowray.cluster check`"
+        ) from error
     return problem, unseen
 
 
 def _unshared(folder: Path, node: str, problem: str) -> str:
     return (
-        f"storage_path: {folder} is not shared with node {node}: {problem}; "
-        "type storage_path=/FOLDER with one that every node mounts (`python -m flowray.cluster check` shows which do)"
+        f"storage_path: {folder} is not shared with node {node}: {problem}; type"
+        " storage_path=/FOLDER with one that every node mounts (`python -m flowray.cluster check`"
+        " shows which do)"
     )
 
 
 def _shards(data: DataConfig) -> list[Path]:
-    return [path.absolute() for name in (data.shards, data.val_shards) if name for path in find_shards(name)]
+    return [
+        path.absolute()
+        for name in (data.shards, data.val_shards)
+        if name
+        for path in find_shards(name)
+    ]

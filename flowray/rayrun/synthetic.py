@@ -1,4 +1,6 @@
-"""One synthetic sweep through flowray's tuner and through stock Ray Tune: trials that only report, so that what is left is overhead."""
+"""One synthetic sweep through flowray's tuner and through stock Ray Tune: trials that only
+report, so that what is left is overhead.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,15 @@ def curve(lr: float, step: int) -> float:
 def report_rows(recipe: Recipe, run_dir: Path) -> None:
     """A trial of flowray's tuner that reports a row a step and trains nothing."""
     for step in range(1, recipe.train.steps + 1):
-        tune.report({"step": step, "budget_steps": recipe.train.steps, METRIC: curve(recipe.optim.lr, step)})
+        tune.report(
+            {"step": step, "budget_steps": recipe.train.steps, METRIC: curve(recipe.optim.lr, step)}
+        )
 
 
 def through_flowray(folder: Path, trials: int, rows: int) -> Cost:
-    """The sweep as `flowray.tune` runs it: study journal, records, referee, console. Needs Ray to be started."""
+    """The sweep as `flowray.tune` runs it: study journal, records, referee, console. Needs Ray
+    to be started.
+    """
     sweep = Sweep.model_validate(
         {
             "name": "synthetic",
@@ -62,13 +68,19 @@ def through_flowray(folder: Path, trials: int, rows: int) -> Cost:
     base = override_recipe(Recipe(), {"train.steps": rows})
     began = time.perf_counter()
     result = run_sweep(sweep, base, resume=False, trial_fn=report_rows, stream=io.StringIO())
-    return Cost(time.perf_counter() - began, len(result.trials), sum(trial.last_step for trial in result.trials))
+    return Cost(
+        time.perf_counter() - began,
+        len(result.trials),
+        sum(trial.last_step for trial in result.trials),
+    )
 
 
 def through_stock(folder: Path, trials: int, rows: int, *, reuse: bool = False) -> Cost:
-    """The same sweep by Ray Tune's own means: OptunaSearch (TPE), ASHA, a function that reports. Needs Ray to be started.
+    """The same sweep by Ray Tune's own means: OptunaSearch (TPE), ASHA, a function that reports.
+    Needs Ray to be started.
 
-    reuse: Tune's `reuse_actors`, off where nobody asks for it: one process trains one trial after the other, as flowray's do.
+    reuse: Tune's `reuse_actors`, off where nobody asks for it: one process trains one trial after
+    the other, as flowray's do.
     """
 
     def trial(config: dict[str, Any]) -> None:
@@ -83,7 +95,9 @@ def through_stock(folder: Path, trials: int, rows: int, *, reuse: bool = False) 
             metric=METRIC,
             mode="min",
             search_alg=OptunaSearch(seed=0),
-            scheduler=AsyncHyperBandScheduler(time_attr="step", max_t=rows, grace_period=grace(rows), reduction_factor=ETA),
+            scheduler=AsyncHyperBandScheduler(
+                time_attr="step", max_t=rows, grace_period=grace(rows), reduction_factor=ETA
+            ),
             num_samples=trials,
             max_concurrent_trials=os.cpu_count() or 1,
             reuse_actors=reuse,

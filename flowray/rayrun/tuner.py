@@ -1,4 +1,6 @@
-"""A sweep under Ray Tune: every trial is a Tune function that drives its own Ray Train run, judged at every probe."""
+"""A sweep under Ray Tune: every trial is a Tune function that drives its own Ray Train run,
+judged at every probe.
+"""
 
 from __future__ import annotations
 
@@ -52,14 +54,17 @@ from flowray.tune.warm import earlier_trials
 
 _DATA = {"data", "model.autoencoder", "model.latent"}  # parts of a recipe that latents depend on
 
-TrialFn = Callable[[Recipe, Path], None]  # trains one recipe in one run directory, inside a Tune session
+# trains one recipe in one run directory, inside a Tune session
+TrialFn = Callable[[Recipe, Path], None]
 
 _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 the only way to no output at all
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # metrics.jsonl and TensorBoard are the run directory's
+    # metrics.jsonl and TensorBoard are the run directory's
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own state is never read again
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a stopped trial closes its files before the next one takes its process
+    # a stopped trial closes its files before the next one takes its process
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in recipes keep their meaning
 }
 
@@ -68,7 +73,8 @@ _QUIET = {
 class SweepResult:
     """What a sweep came to. best: the best trial's record, None without a value.
 
-    interrupted: trials that this session was to train are left to be continued, because of a signal, or where it is out_of_time, because
+    interrupted: trials that this session was to train are left to be continued, because of a
+    signal, or where it is out_of_time, because
     the time budget ran out. left: all that the sweep has still to begin or to continue.
     """
 
@@ -88,7 +94,9 @@ class _SeedReport(TuneReportCallback):
         super().__init__()
         self._repeat = repeat
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
         super().after_report(run_context, [{**metrics[0], "repeat": self._repeat}], checkpoint)
 
 
@@ -102,7 +110,14 @@ def train_trial(recipe: Recipe, run_dir: Path, worker: Callable[..., None] = tra
         to_tune = {"here": lambda row: tune.report({**row, "repeat": repeat})}
     else:  # made only here: it starts an actor for its queue, of 66 MB and with 0.2 s a look at it
         to_tune = {"callbacks": [_SeedReport(repeat)]}
-    fit(recipe, run_dir, name=name, ray_storage=first.parent / ".ray" / "train", worker=worker, **to_tune)
+    fit(
+        recipe,
+        run_dir,
+        name=name,
+        ray_storage=first.parent / ".ray" / "train",
+        worker=worker,
+        **to_tune,
+    )
 
 
 def sample_trial(source: Path) -> TrialFn:
@@ -125,12 +140,15 @@ def run_sweep(
     stream: TextIO = sys.stderr,
     progress: Progress = SILENT,
 ) -> SweepResult:
-    """Run the trials that are still missing and write sweep.yaml, trials.jsonl, study.journal, best.yaml and the run directories.
+    """Run the trials that are still missing and write sweep.yaml, trials.jsonl, study.journal,
+    best.yaml and the run directories.
 
-    finish: stopped trials to train to their last step, and nothing else. A sweep that has all its trials returns at once, without
-    starting Ray, unless it is on a cluster, which is asked for the storage first. InputError: the nodes do not share the storage; the
-    directory holds another sweep (see `open_directory`). OSError: a full disk; the trials that it cut off go on in the next session,
-    as they do where a node came that lacks the storage, an InputError.
+    finish: stopped trials to train to their last step, and nothing else. A sweep that has all its
+    trials returns at once, without
+    starting Ray, unless it is on a cluster, which is asked for the storage first. InputError: the
+    nodes do not share the storage; the directory holds another sweep (see `open_directory`).
+    OSError: a full disk; the trials that it cut off go on in the next session, as they do where a
+    node came that lacks the storage, an InputError.
     """
     with session.connected(progress):
         refuse_unshared(Path(sweep.storage_path), base.data, progress)
@@ -141,12 +159,19 @@ def run_sweep(
         placed = place(sweep, base, machines()) if work else None
     deadline = math.inf if sweep.time_budget is None else time.monotonic() + sweep.time_budget
     trains = trial_fn is None and sweep.task == "train"
-    trial_fn = trial_fn or (train_trial if sweep.task == "train" else sample_trial(Path(sweep.base)))
+    trial_fn = trial_fn or (
+        train_trial if sweep.task == "train" else sample_trial(Path(sweep.base))
+    )
     earlier = earlier_trials(sweep, base) if sweep.warm_start else None
     if earlier:
         print(earlier, file=stream)
     refuse_taken(sweep, base, resume)
-    if placed and trains and not in_cluster() and not _DATA.intersection(map(_part, sweep.parameters)):
+    if (
+        placed
+        and trains
+        and not in_cluster()
+        and not _DATA.intersection(map(_part, sweep.parameters))
+    ):
         ensure_latents_apart(base, progress)  # once, before all trials want them
     sweep_dir, out_of_time = sweep_folder(sweep), False
     with held_directory(sweep, base, resume) as lock:
@@ -161,7 +186,12 @@ def run_sweep(
                         sweep_dir,
                         budget,
                         make_halving(sweep, budget),
-                        Everyone(console, TrialBoard(sweep, sweep_dir), Gallery(sweep_dir, sweep), SweepGauges(sweep)),
+                        Everyone(
+                            console,
+                            TrialBoard(sweep, sweep_dir),
+                            Gallery(sweep_dir, sweep),
+                            SweepGauges(sweep),
+                        ),
                         concurrent=placed.concurrent,
                         deadline=deadline,
                         finish=finish,
@@ -177,7 +207,10 @@ def run_sweep(
     record = records.trials[best.number] if best else None
     if (settings := ends_with_its_space(sweep)) and not _to_begin(sweep, records):
         more = "for more trials, name=OTHER and more values"
-        print(f"no setting is left of the {settings} in the space, run_cap {sweep.run_cap}; {more}", file=stream)
+        print(
+            f"no setting is left of the {settings} in the space, run_cap {sweep.run_cap}; {more}",
+            file=stream,
+        )
     if record:
         (sweep_dir / "best.yaml").write_text(_best_recipe(sweep, base, record))
     return _result(sweep, records, record, finish, out_of_time)
@@ -189,8 +222,18 @@ def _part(key: str) -> str:
     return parts[0] if parts[0] != "model" else ".".join(parts[:2])
 
 
-def _result(sweep: Sweep, records: Records, best: TrialRecord | None, finish: Sequence[int], out_of_time: bool) -> SweepResult:
-    """What the records come to. A session that finishes single trials is through with them, whatever the rest of the sweep waits for."""
+def _result(
+    sweep: Sweep,
+    records: Records,
+    best: TrialRecord | None,
+    finish: Sequence[int],
+    out_of_time: bool,
+) -> SweepResult:
+    """What the records come to.
+
+    A session that finishes single trials is through with them, whatever the rest of the sweep waits
+    for.
+    """
     trials = tuple(records.trials[n] for n in sorted(records.trials))
     unfinished = {trial.trial for trial in trials if trial.status in ("running", "waiting")}
     return SweepResult(
@@ -214,7 +257,10 @@ def _to_begin(sweep: Sweep, records: Records) -> int:
 
 
 def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -> None:
-    """Tune over all that the referee hands out. A trial of one worker is that worker; one of several takes no CPU, it waits for them."""
+    """Tune over all that the referee hands out.
+
+    A trial of one worker is that worker; one of several takes no CPU, it waits for them.
+    """
     sweep, sweep_dir, base = referee.sweep, referee.sweep_dir, placed.base
     seeds = sweep.seeds
 
@@ -238,8 +284,12 @@ def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -
                 return
 
     takes = {"node:__internal_head__": 0.001}
-    if sweep.task == "sample" or base.resources.num_workers == 1:  # the trial's own process does the work
-        takes = {"CPU": float(base.resources.cpus_per_worker), "GPU": float(base.resources.gpus_per_worker)}
+    # the trial's own process does the work
+    if sweep.task == "sample" or base.resources.num_workers == 1:
+        takes = {
+            "CPU": float(base.resources.cpus_per_worker),
+            "GPU": float(base.resources.gpus_per_worker),
+        }
     with marked(sweep_dir, alone=True) as mark, _holding(referee):
         tune.Tuner(
             tune.with_resources(trial, takes),
@@ -248,7 +298,8 @@ def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -
                 scheduler=ProbeScheduler(referee),
                 num_samples=-1,  # the searcher says when there are no more
                 max_concurrent_trials=placed.concurrent,
-                trial_dirname_creator=lambda t: f"{t.config['number']}-{t.trial_id}",  # from its rung on it is another one
+                # from its rung on it is another one
+                trial_dirname_creator=lambda t: f"{t.config['number']}-{t.trial_id}",
                 reuse_actors=True,  # a process starts and imports once, not once a trial
             ),
             run_config=tune.RunConfig(
@@ -263,7 +314,9 @@ def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -
 
 @contextlib.contextmanager
 def _holding(referee: Referee) -> Iterator[None]:
-    """A full disk within the block, be it Tune's own file that cannot be written, holds the sweep."""
+    """A full disk within the block, be it Tune's own file that cannot be written, holds the
+    sweep.
+    """
     try:
         yield
     except Exception as error:
@@ -284,7 +337,9 @@ class _Events(Unpickled, tune.Callback):
     def _come(self, number: int) -> int:
         """Checkpointed steps of a trial, of all its seeds."""
         run_dir, seeds = self._referee.sweep_dir / str(number), self._referee.sweep.seeds
-        return sum(newest_step(RunDirectory(repeat_dir(run_dir, repeat))) for repeat in range(seeds))
+        return sum(
+            newest_step(RunDirectory(repeat_dir(run_dir, repeat))) for repeat in range(seeds)
+        )
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._console.beat()
@@ -296,7 +351,10 @@ class _Events(Unpickled, tune.Callback):
         """Whether it, or its workers where it has several, has no place yet."""
         if trial.status != Trial.RUNNING or self._room.asked.num_workers == 1:
             return bool(trial.status == Trial.PENDING)
-        run_dir, seeds = self._referee.sweep_dir / str(trial.config["number"]), self._referee.sweep.seeds
+        run_dir, seeds = (
+            self._referee.sweep_dir / str(trial.config["number"]),
+            self._referee.sweep.seeds,
+        )
         return not any(begun(RunDirectory(repeat_dir(run_dir, repeat))) for repeat in range(seeds))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -304,7 +362,8 @@ class _Events(Unpickled, tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number, theirs = trial.config["number"], Path(trial.error_file)
-        mine = self._referee.sweep_dir / str(number) / "error.txt"  # Tune's own goes with its temporary folder
+        # Tune's own goes with its temporary folder
+        mine = self._referee.sweep_dir / str(number) / "error.txt"
         with _holding(self._referee):
             mine.parent.mkdir(exist_ok=True)
             shutil.copyfile(theirs, mine)
@@ -327,7 +386,9 @@ def _best_recipe(sweep: Sweep, base: Recipe, best: TrialRecord) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Tune without its own output; set before Ray starts, so that the trials' processes inherit it."""
+    """Tune without its own output; set before Ray starts, so that the trials' processes inherit
+    it.
+    """
     logger = logging.getLogger("ray.tune")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # trials that stop or fail have their own lines
@@ -346,7 +407,9 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does: trials stay unfinished in the study, to be resumed. Set after Ray's own handler."""
+    """SIGTERM ends a sweep as Ctrl-C does: trials stay unfinished in the study, to be resumed.
+    Set after Ray's own handler.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -22,7 +22,10 @@ LOOK_S = 1.0
 
 @dataclass
 class RoomWatch:
-    """Says what is waited for. asked: of each waiting one; now: seconds; there: what the cluster has."""
+    """Says what is waited for.
+
+    asked: of each waiting one; now: seconds; there: what the cluster has.
+    """
 
     asked: ResourceConfig
     say: Callable[[str], None]
@@ -44,8 +47,13 @@ class RoomWatch:
             self._since = self._said = now
         elif now - self._said >= SAY_S:
             self._said = now
-            asked = f"{count} x ({asked_words(self.asked)})" if count > 1 else asked_words(self.asked)
-            self.say(f"waiting for room for {now - self._since:.0f} s: asked {asked}; present {self.there()}")
+            asked = (
+                f"{count} x ({asked_words(self.asked)})" if count > 1 else asked_words(self.asked)
+            )
+            self.say(
+                f"waiting for room for {now - self._since:.0f} s: asked {asked}; present"
+                f" {self.there()}"
+            )
 
 
 def begun(run: RunDirectory) -> bool:
@@ -56,7 +64,9 @@ def begun(run: RunDirectory) -> bool:
         return False
 
 
-def told_of_waiting(asked: ResourceConfig, run: RunDirectory, say: Callable[[str], None]) -> AbstractContextManager[None]:
+def told_of_waiting(
+    asked: ResourceConfig, run: RunDirectory, say: Callable[[str], None]
+) -> AbstractContextManager[None]:
     """While the block runs, a line a minute as long as none of the run's workers is at work."""
     watch = RoomWatch(asked, say)
 

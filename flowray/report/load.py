@@ -1,6 +1,7 @@
 """Reads a run or a sweep directory into plain records; the files alone are the interface.
 
-Whatever a killed or failed trial left behind is readable: a missing file is empty, a half-written last row is dropped.
+Whatever a killed or failed trial left behind is readable: a missing file is empty, a half-written
+last row is dropped.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from flowray.findings.judge import Judge
 
 Series = list[tuple[int, float]]  # (step, value), steps rising
 LOG_SPAN = 30.0
-Status = Literal["running", "waiting", "finished", "stopped", "failed"]  # waiting: at a rung, to go on once among the best
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it was built: a sweep has a config a trial
+# waiting: at a rung, to go on once among the best
+Status = Literal["running", "waiting", "finished", "stopped", "failed"]
+# ten times as fast where it was built: a sweep has a config a trial
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ class Run:
     notes: tuple[str, ...]
 
     def series(self, key: str) -> Series:
-        """A key's finite values over steps: from the probes where they have it, else from the training rows."""
+        """A key's finite values over steps: from the probes where they have it, else from the
+        training rows.
+        """
         return series(self.probes, key) or series(self.metrics, key)
 
     def last(self, key: str) -> float | None:
@@ -78,10 +83,16 @@ class Run:
         Findings of older runs do not say which numbers they judge; there, too, the rules are asked
         again.
         """
-        own = [recorded(finding) for finding in self.findings or ()] if self.visited == step else [None]
+        own = (
+            [recorded(finding) for finding in self.findings or ()]
+            if self.visited == step
+            else [None]
+        )
         facts = {**recipe_facts(self.config), "step": step}
         typed = [finding for finding in own if finding is not None]
-        return Judge(row, facts, [*self.metrics, *self.probes], typed if len(typed) == len(own) else None)
+        return Judge(
+            row, facts, [*self.metrics, *self.probes], typed if len(typed) == len(own) else None
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,10 @@ class Metric:
 
 @dataclass(frozen=True, eq=False)  # told apart by identity: params and metrics are dicts
 class Trial:
-    """One row of trials.jsonl, with the run directory of that number. repeats: the metrics of each seed, where it has several."""
+    """One row of trials.jsonl, with the run directory of that number.
+
+    repeats: the metrics of each seed, where it has several.
+    """
 
     number: int
     params: dict[str, Any]
@@ -111,22 +125,34 @@ class Trial:
     stop_rule: int | None = None
 
     def values(self, key: str) -> tuple[float, ...]:
-        """The key's last value of each seed, of a trial with one seed that one; without those that are missing or not finite."""
+        """The key's last value of each seed, of a trial with one seed that one; without those
+        that are missing or not finite.
+        """
         return tuple(self.by_seed(key).values())
 
     def by_seed(self, key: str) -> dict[tuple[Any, int], float]:
         """The same by what tells the seeds apart: the searched `seed`, where there is one, and the
         place among the trial's own.
         """
-        found = [finite(row.get(key)) for row in self.repeats] if len(self.repeats) > 1 else [self.value(key)]
-        return {(self.params.get("seed"), place): value for place, value in enumerate(found) if value is not None}
+        found = (
+            [finite(row.get(key)) for row in self.repeats]
+            if len(self.repeats) > 1
+            else [self.value(key)]
+        )
+        return {
+            (self.params.get("seed"), place): value
+            for place, value in enumerate(found)
+            if value is not None
+        }
 
     def value(self, key: str) -> float | None:
         """The key's last value: the record's, else the run's; None where missing or not finite."""
         return finite(self.metrics[key]) if key in self.metrics else self.run.last(key)
 
     def spread(self, key: str) -> float | None:
-        """The key's standard deviation over the seeds of a finished trial, None where it had one."""
+        """The key's standard deviation over the seeds of a finished trial, None where it had
+        one.
+        """
         values = self.values(key)
         return statistics.stdev(values) if self.status == "finished" and len(values) > 1 else None
 
@@ -137,7 +163,9 @@ class Trial:
 
     @property
     def setting(self) -> str:
-        """The parameters as text, without the seed: trials of one setting are repeats of each other."""
+        """The parameters as text, without the seed: trials of one setting are repeats of each
+        other.
+        """
         params = {key: _whole(value) for key, value in self.params.items() if key != "seed"}
         return json.dumps(params, sort_keys=True)
 
@@ -175,10 +203,12 @@ def _of_each_seed(trials: Sequence[Trial], key: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep. metrics: what it optimises, the one that ranks first. trials: best first by it, those without a value after, failed last.
+    """A sweep. metrics: what it optimises, the one that ranks first. trials: best first by it,
+    those without a value after, failed last.
 
-    scales: trial numbers by the scale that their values are measured on (autoencoder, latent, held-out pictures), as changed keys in
-    words; with more than one, values do not compare and there is no best trial (the logs' rule).
+    scales: trial numbers by the scale that their values are measured on (autoencoder, latent,
+    held-out pictures), as changed keys in words; with more than one, values do not compare and
+    there is no best trial (the logs' rule).
     """
 
     path: Path
@@ -200,16 +230,25 @@ class Sweep:
 
     @property
     def best(self) -> Trial | None:
-        """The best trial: of the finished settings the one with the best mean over its seeds, of this the best trial.
+        """The best trial: of the finished settings the one with the best mean over its seeds, of
+        this the best trial.
 
-        Before any has finished, the best so far; None without a single value, and where trials do not compare.
+        Before any has finished, the best so far; None without a single value, and where trials do
+        not compare.
         """
         if not self.comparable:
             return None
         arms = self.arms()
         if arms:
             return arms[0].trials[0]
-        return next((trial for trial in self.trials if trial.status != "failed" and trial.value(self.metric.name) is not None), None)
+        return next(
+            (
+                trial
+                for trial in self.trials
+                if trial.status != "failed" and trial.value(self.metric.name) is not None
+            ),
+            None,
+        )
 
     def arms(self) -> list[Arm]:
         """The settings with a finished trial, best mean first."""
@@ -218,7 +257,9 @@ class Sweep:
             if trial.values(self.metric.name):
                 found.setdefault(trial.setting, []).append(trial)
         sign = 1 if self.metric.goal == "minimize" else -1
-        arms = [Arm(tuple(trials), _of_each_seed(trials, self.metric.name)) for trials in found.values()]
+        arms = [
+            Arm(tuple(trials), _of_each_seed(trials, self.metric.name)) for trials in found.values()
+        ]
         return sorted(arms, key=lambda arm: (sign * rounded(arm.mean), arm.trials[0].number))
 
     def by(self, *statuses: Status) -> list[Trial]:
@@ -236,15 +277,23 @@ class Sweep:
 
     @property
     def saved(self) -> float:
-        """Share of the full budget that early stopping saved: 1 - spent_steps / budget_steps; 0 without a budget."""
+        """Share of the full budget that early stopping saved: 1 - spent_steps / budget_steps; 0
+        without a budget.
+        """
         return 1 - self.spent_steps / self.budget_steps if self.budget_steps else 0.0
 
     def varied(self) -> list[str]:
-        """Keys of the parameters that differ between trials (all of them in a sweep of one trial), in order of appearance."""
+        """Keys of the parameters that differ between trials (all of them in a sweep of one
+        trial), in order of appearance.
+        """
         keys = list(dict.fromkeys(key for trial in self.trials for key in trial.params))
         if len(self.trials) < 2:
             return keys
-        return [key for key in keys if len({json.dumps(trial.params.get(key)) for trial in self.trials}) > 1]
+        return [
+            key
+            for key in keys
+            if len({json.dumps(trial.params.get(key)) for trial in self.trials}) > 1
+        ]
 
 
 def finite(value: Any) -> float | None:
@@ -260,20 +309,33 @@ def numeric(values: Iterable[Any]) -> bool:
 
 
 def spans_decades(values: Sequence[float]) -> bool:
-    """Whether the values are positive and spread over so wide a ratio that a log axis shows them better."""
+    """Whether the values are positive and spread over so wide a ratio that a log axis shows them
+    better.
+    """
     return bool(values) and min(values) > 0 and max(values) / min(values) > LOG_SPAN
 
 
 def series(rows: Iterable[Row], key: str) -> Series:
     """(step, value) of every row that has a finite value of the key."""
     points = [(row.get("step"), finite(row.get(key))) for row in rows]
-    return sorted((step, value) for step, value in points if isinstance(step, int) and value is not None)
+    return sorted(
+        (step, value) for step, value in points if isinstance(step, int) and value is not None
+    )
 
 
 def _rows(path: Path) -> tuple[list[Row], list[str]]:
-    """Rows of a JSON lines file, and a note for unreadable lines other than the last (a killed writer truncates that one)."""
+    """Rows of a JSON lines file, and a note for unreadable lines other than the last (a killed
+    writer truncates that one).
+    """
     rows, bad = parse_rows(_text(path))
-    notes = [f"{path.parent.name}/{path.name}: skipped {len(bad)} unreadable line(s), the first is line {bad[0]}"] if bad else []
+    notes = (
+        [
+            f"{path.parent.name}/{path.name}: skipped {len(bad)} unreadable line(s), the first is"
+            f" line {bad[0]}"
+        ]
+        if bad
+        else []
+    )
     return rows, notes
 
 
@@ -326,13 +388,19 @@ def load_sweep(path: Path) -> Sweep:
     scales = _scales(trials)
     ordered = ranked(trials, metrics[0])
     if len(scales) > 1:  # by scale, then as they were drawn
-        place = {number: index for index, numbers in enumerate(scales.values()) for number in numbers}
-        ordered = sorted(trials, key=lambda trial: (place.get(trial.number, len(scales)), trial.number))
+        place = {
+            number: index for index, numbers in enumerate(scales.values()) for number in numbers
+        }
+        ordered = sorted(
+            trials, key=lambda trial: (place.get(trial.number, len(scales)), trial.number)
+        )
     return Sweep(path, str(name), settings, metrics, tuple(ordered), scales, tuple(notes + more))
 
 
 def ranked(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
-    """Best first by the metric's last value; without a value after those, failed last; ties by number."""
+    """Best first by the metric's last value; without a value after those, failed last; ties by
+    number.
+    """
     sign = 1 if metric.goal == "minimize" else -1
 
     def place(trial: Trial) -> tuple[bool, bool, float, int]:
@@ -366,26 +434,37 @@ def _sweep_yaml(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.load(path.read_text("utf-8"), Loader=_Loader)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a folder that flowray.tune wrote") from error
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give a folder that flowray.tune wrote"
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: not valid YAML; restore the file that flowray.tune wrote") from error
+        raise InputError(
+            f"{path}{line}: not valid YAML; restore the file that flowray.tune wrote"
+        ) from error
     if not isinstance(settings, dict):
-        raise InputError(f"{path}: want a mapping with the key metric, got {type(settings).__name__}")
+        raise InputError(
+            f"{path}: want a mapping with the key metric, got {type(settings).__name__}"
+        )
     return settings
 
 
 def _metrics(path: Path, settings: Mapping[str, Any]) -> tuple[Metric, ...]:
     """The metrics of a sweep, `{name, goal}` or a list of them, and those under more_metrics."""
     first = settings.get("metric")
-    found = [*(first if isinstance(first, list) and first else [first]), *(settings.get("more_metrics") or [])]
+    found = [
+        *(first if isinstance(first, list) and first else [first]),
+        *(settings.get("more_metrics") or []),
+    ]
     return tuple(_metric(path, value) for value in found)
 
 
 def _metric(path: Path, value: Any) -> Metric:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise InputError(f"{path}: metric: got {value!r}, want {{name: ema/shoot/nmse, goal: minimize}}")
+        raise InputError(
+            f"{path}: metric: got {value!r}, want {{name: ema/shoot/nmse, goal: minimize}}"
+        )
     goal = value.get("goal", "minimize")
     if goal not in ("minimize", "maximize"):
         raise InputError(f"{path}: metric.goal: got {goal!r}, want minimize or maximize")
@@ -393,13 +472,19 @@ def _metric(path: Path, value: Any) -> Metric:
 
 
 def _scales(trials: Sequence[Trial]) -> dict[str, tuple[int, ...]]:
-    """Trial numbers by the keys of the scale in which the trials differ; trials that never wrote a config are not asked."""
+    """Trial numbers by the keys of the scale in which the trials differ; trials that never wrote
+    a config are not asked.
+    """
     known = {trial.number: trial.run.config for trial in trials if trial.run.config}
     if not known:
         return {}
     own_pictures = all(config.get("data.val_shards") for config in known.values())
-    keys = sorted(scale_keys({key for config in known.values() for key in config}, own_pictures=own_pictures))
-    differ = [key for key in keys if len({json.dumps(config.get(key)) for config in known.values()}) > 1]
+    keys = sorted(
+        scale_keys({key for config in known.values() for key in config}, own_pictures=own_pictures)
+    )
+    differ = [
+        key for key in keys if len({json.dumps(config.get(key)) for config in known.values()}) > 1
+    ]
     found: dict[str, tuple[int, ...]] = {}
     for number, config in sorted(known.items()):
         words = ", ".join(f"{key}={json.dumps(config.get(key))}" for key in differ) or "all alike"
@@ -419,7 +504,9 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys; {} for anything else at the top."""
     out: dict[str, Any] = {}
     for key, value in section.items() if isinstance(section, dict) else ():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        out |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
     return out
 
 

@@ -38,7 +38,11 @@ def stages(run: Run, key: str) -> list[Stage]:
     still = dict(without_flow(run, key))
     prefix = key.removesuffix(SCORE)
     cos = dict(run.series(f"{prefix}flow/cos"))
-    probes = [Stage(step, value, still[step], cos.get(step)) for step, value in run.series(key) if step in still]
+    probes = [
+        Stage(step, value, still[step], cos.get(step))
+        for step, value in run.series(key)
+        if step in still
+    ]
     if not probes:
         return []
     least = min(probes, key=lambda probe: probe.value)

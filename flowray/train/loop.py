@@ -1,4 +1,8 @@
-"""The training loop. It knows nothing of Ray: a caller gives it the ranks (`Group`) and gets a row at every probe (`report`)."""
+"""The training loop.
+
+It knows nothing of Ray: a caller gives it the ranks (`Group`) and gets a row at every probe
+(`report`).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,14 @@ from flowray.probes.vae import vae_metrics
 from flowray.sample.generate import generate, save_strip
 from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.doing import WrittenProgress
-from flowray.store.latents import LatentSet, channel_metrics, ensure_latents, load_latents, load_training, some_captions
+from flowray.store.latents import (
+    LatentSet,
+    channel_metrics,
+    ensure_latents,
+    load_latents,
+    load_training,
+    some_captions,
+)
 from flowray.store.rows import RowWriter
 from flowray.store.run import RunDirectory, RunLock
 from flowray.train.group import Group
@@ -32,15 +43,19 @@ Row = dict[str, float]
 Report = Callable[[Row], None]
 Outcome = Literal["finished", "stopped"]
 GRID_PROMPTS = 8
-ORPHANED_S = 90.0  # a worker that was cut off from a dead head trains on for up to a minute before Ray ends it; its successor waits
-PROBED_TOO = ("mu/abs_mean", "std/mean")  # metrics.jsonl has them of the training batch, probes.jsonl of the held-out one
+# a worker that was cut off from a dead head trains on for up to a minute before Ray ends it; its
+# successor waits
+ORPHANED_S = 90.0
+# metrics.jsonl has them of the training batch, probes.jsonl of the held-out one
+PROBED_TOO = ("mu/abs_mean", "std/mean")
 
 
 def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Outcome:
     """Train to `train.steps`, from the newest valid checkpoint of `run` if there is one.
 
-    Probes, samples and a checkpoint also come at the last step. `stopped`: `run.stop_request` appeared and a checkpoint was written.
-    Every rank calls `report`, with the lead's row, at every probe. InputError where a rank cannot use the GPU that it was given.
+    Probes, samples and a checkpoint also come at the last step. `stopped`: `run.stop_request`
+    appeared and a checkpoint was written. Every rank calls `report`, with the lead's row, at every
+    probe. InputError where a rank cannot use the GPU that it was given.
     """
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     progress = WrittenProgress(run) if group.lead else SILENT
@@ -64,7 +79,11 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
         sinks = Sinks(recipe, run, held_out, state, group) if group.lead else None
         if sinks:
             closing.callback(sinks.close)
-        doctor = Visits(recipe, run, latents, held_out, state) if group.lead and recipe.probes.doctor_every else None
+        doctor = (
+            Visits(recipe, run, latents, held_out, state)
+            if group.lead and recipe.probes.doctor_every
+            else None
+        )
         if doctor:
             closing.enter_context(doctor)
         cadence, last = recipe.train, recipe.train.steps
@@ -88,9 +107,12 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
             if sinks and (step % cadence.checkpoint_every == 0 or step == last or stop):
                 save_state(state, recipe, run)
                 sinks.flush()
-            if doctor and (step % (cadence.probe_every * recipe.probes.doctor_every) == 0 or step == last):
+            if doctor and (
+                step % (cadence.probe_every * recipe.probes.doctor_every) == 0 or step == last
+            ):
                 doctor.visit()
-            if probing:  # after all that belongs to the step is on disk: who hears it may end this process
+            # after all that belongs to the step is on disk: who hears it may end this process
+            if probing:
                 report(_share(probed, group))
             if stop and step < last:
                 return "stopped"
@@ -121,13 +143,24 @@ def _share(row: Row, group: Group) -> Row:
 class Sinks:
     """What the lead writes: metric and probe rows, TensorBoard events, sample strips."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, held_out: LatentSet, state: TrainState, group: Group):
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        held_out: LatentSet,
+        state: TrainState,
+        group: Group,
+    ):
         self.recipe, self.run, self.state, self.device = recipe, run, state, group.device
         self.held_out = held_out
         self.probe_batch: ProbeBatch = make_probe_batch(recipe, held_out, group.device)
         self.prompts = list(recipe.sample.prompts) or _some_prompts(held_out)
-        self._metrics, self._probes = RowWriter(run.metrics, state.step), RowWriter(run.probes, state.step)
-        # The suffix keeps two starts within one second apart: the writer names its file by the second.
+        self._metrics, self._probes = (
+            RowWriter(run.metrics, state.step),
+            RowWriter(run.probes, state.step),
+        )
+        # The suffix keeps two starts within one second apart: the writer names its file by the
+        # second.
         place = {"logdir": str(run.path / "tensorboard"), "filename_suffix": f".{state.step}"}
         self._board = SummaryWriter(**place, purge_step=state.step + 1, flush_secs=10)
         self._autoencoder: Autoencoder | None = None
@@ -141,28 +174,43 @@ class Sinks:
     def autoencoder(self) -> Autoencoder:
         """Loaded when the first picture is wanted."""
         if self._autoencoder is None:
-            self._autoencoder = load_autoencoder(self.recipe.model.autoencoder, self.recipe.model.latent).to(self.device)
+            self._autoencoder = load_autoencoder(
+                self.recipe.model.autoencoder, self.recipe.model.latent
+            ).to(self.device)
         return self._autoencoder
 
     def log(self, row: Row) -> None:
         """One metrics row, and the same numbers to TensorBoard."""
         row["perf/images_per_s"] = self.recipe.train.batch_size / row["perf/step_s"]
         self._metrics.write({"step": self.state.step, **row})
-        self._to_board({f"train/{key}" if key in PROBED_TOO else key: value for key, value in row.items()})
+        self._to_board(
+            {f"train/{key}" if key in PROBED_TOO else key: value for key, value in row.items()}
+        )
 
     def probe(self, losses: Row, *, final: bool) -> Row:
         """Run the probes on the EMA weights (and the raw ones); returns the row for `report`."""
         model = self.state.model
         row: Row = {}
         with self.state.ema.applied():
-            row |= {f"ema/{key}": value for key, value in run_probes(model, self.recipe, self.probe_batch, endpoints=final).items()}
+            row |= {
+                f"ema/{key}": value
+                for key, value in run_probes(
+                    model, self.recipe, self.probe_batch, endpoints=final
+                ).items()
+            }
         if self.recipe.probes.raw:
             row |= run_probes(model, self.recipe, self.probe_batch, endpoints=final)
         row["ema/delta_rms"] = self.state.ema.delta_rms()
-        if self.state.step == min(self.recipe.train.probe_every, self.recipe.train.steps):  # the first probe, resumed or not
+        # the first probe, resumed or not
+        if self.state.step == min(self.recipe.train.probe_every, self.recipe.train.steps):
             row |= channel_metrics(self.held_out)
         if final:
-            row |= vae_metrics(self.autoencoder, self.held_out, self.recipe.probes.batch_size, self.recipe.probes.seed)
+            row |= vae_metrics(
+                self.autoencoder,
+                self.held_out,
+                self.recipe.probes.batch_size,
+                self.recipe.probes.seed,
+            )
         self._probes.write({"step": self.state.step, **row})
         self._to_board(row)
         reported = {"step": self.state.step, "budget_steps": self.recipe.train.steps, **row}
@@ -172,7 +220,9 @@ class Sinks:
         """A strip of pictures of the fixed prompts with the weights that `sample.weights` names."""
         config = self.recipe.sample
         with self.state.ema.applied() if config.weights == "ema" else nullcontext():
-            pictures = generate(self.state.model, self.autoencoder, self.prompts, config, self.recipe.probes.seed)
+            pictures = generate(
+                self.state.model, self.autoencoder, self.prompts, config, self.recipe.probes.seed
+            )
         save_strip(pictures, self.run.samples / f"step_{self.state.step:06d}.png")
         self._board.add_images("samples", pictures, self.state.step, dataformats="NHWC")
 

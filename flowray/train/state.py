@@ -14,20 +14,29 @@ from flowray.config.train import LRScheduleConfig, WarmRestarts
 from flowray.losses.balance import Balancer
 from flowray.losses.total import Objective
 from flowray.model.assemble import FlowModel, build_model
-from flowray.store.checkpoint import copy_into, load_state, load_tensors, newest_checkpoint, save_checkpoint
+from flowray.store.checkpoint import (
+    copy_into,
+    load_state,
+    load_tensors,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from flowray.store.run import RunDirectory
 from flowray.train.optim import Ema, build_optimizer, lr_at, resolve_schedule
 
 
 class Halted(RuntimeError):
-    """Training cannot go on and would fail again from the last checkpoint, which is good; one line, with the step."""
+    """Training cannot go on and would fail again from the last checkpoint, which is good; one
+    line, with the step.
+    """
 
 
 @dataclass
 class TrainState:
     """`step` steps are done. The data cursor and all randomness follow from (recipe.seed, step).
 
-    schedule: the recipe's, with a restart at a checkpoint in numbers; restart: that checkpoint's step and the lr that led to it.
+    schedule: the recipe's, with a restart at a checkpoint in numbers; restart: that checkpoint's
+    step and the lr that led to it.
     backoffs: how often fp16's loss scale has been cut.
     """
 
@@ -58,7 +67,11 @@ def fresh_state(recipe: Recipe, device: torch.device) -> TrainState:
         optimizer=optimizer,
         ema=Ema(parameters, recipe.train.ema),
         balancer=Balancer(recipe.loss.balance),
-        scaler=torch.amp.GradScaler(device.type, init_scale=recipe.train.loss_scale, enabled=recipe.train.precision == "fp16"),
+        scaler=torch.amp.GradScaler(
+            device.type,
+            init_scale=recipe.train.loss_scale,
+            enabled=recipe.train.precision == "fp16",
+        ),
         schedule=resolve_schedule(recipe.optim.schedule, 0, 0.0),
     )
 
@@ -69,11 +82,17 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
-    """Write a checkpoint of the state. Halted, with the older ones untouched: weights are not finite, or it cannot be written."""
+    """Write a checkpoint of the state.
+
+    Halted, with the older ones untouched: weights are not finite, or it cannot be written.
+    """
     weights: dict[str, Tensor] = {name: p.detach() for name, p in state.parameters.items()}
     for name, weight in weights.items():
         if not bool(weight.isfinite().all()):
-            raise Halted(f"step {state.step}: {name} is not finite, so no checkpoint was written; try a lower optim.lr")
+            raise Halted(
+                f"step {state.step}: {name} is not finite, so no checkpoint was written; try a"
+                " lower optim.lr"
+            )
     kept = {
         "seed": recipe.seed,
         "lr": lr_at(state.schedule, recipe.optim.lr, state.step - 1, recipe.train.steps),
@@ -86,10 +105,15 @@ def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
     if moving := state.model.semantic.moving():
         groups["moving"] = moving
     try:
-        return save_checkpoint(run.checkpoints, state.step, groups, kept, recipe.train.keep_checkpoints)
+        return save_checkpoint(
+            run.checkpoints, state.step, groups, kept, recipe.train.keep_checkpoints
+        )
     except OSError as error:
         why = error.strerror or error
-        raise Halted(f"step {state.step}: the checkpoint cannot be written: {why}; the ones before it are kept") from error
+        raise Halted(
+            f"step {state.step}: the checkpoint cannot be written: {why}; the ones before it are"
+            " kept"
+        ) from error
 
 
 def restore_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> None:
@@ -99,14 +123,20 @@ def restore_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> None:
         return
     kept = load_state(checkpoint)
     if kept["seed"] != recipe.seed:
-        raise InputError(f"seed: got {recipe.seed}, but {checkpoint} was trained with {kept['seed']}; a resume keeps the seed")
+        raise InputError(
+            f"seed: got {recipe.seed}, but {checkpoint} was trained with {kept['seed']}; a resume"
+            " keeps the seed"
+        )
     copy_into(state.parameters, load_tensors(checkpoint, "model"), checkpoint)
     copy_into(state.ema.average, load_tensors(checkpoint, "ema"), checkpoint)
     if moving := state.model.semantic.moving():
         copy_into(moving, load_tensors(checkpoint, "moving"), checkpoint)
     for key, value in load_tensors(checkpoint, "optim").items():
         name, slot = key.rsplit("/", 1)
-        state.optimizer.state[state.parameters[name]][slot] = value.to(state.parameters[name].device)  # fused: `step` too
+        # fused: `step` too
+        state.optimizer.state[state.parameters[name]][slot] = value.to(
+            state.parameters[name].device
+        )
     state.step = kept["step"]
     step, lr = kept.get("restart") or (kept["step"], kept.get("lr", 0.0))
     state.restart = (step, lr)
@@ -118,4 +148,6 @@ def restore_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> None:
 
 
 def _restarts_here(recipe: Recipe) -> bool:
-    return isinstance(recipe.optim.schedule, WarmRestarts) and recipe.optim.schedule.start == "resume"
+    return (
+        isinstance(recipe.optim.schedule, WarmRestarts) and recipe.optim.schedule.start == "resume"
+    )

@@ -1,4 +1,6 @@
-"""The doctor's visits to a run that trains: every now and then a row of findings.jsonl; it reads the state and leaves it as it was."""
+"""The doctor's visits to a run that trains: every now and then a row of findings.jsonl; it reads
+the state and leaves it as it was.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +20,35 @@ from flowray.train.step import whole_batches
 
 
 class Visits:
-    """Writes findings.jsonl, rows {step, findings}, the most likely cause first; stop rules and the live progress read it.
+    """Writes findings.jsonl, rows {step, findings}, the most likely cause first; stop rules and the
+    live progress read it.
 
     They are the findings that `flowray.doctor` has on a checkpoint of that step.
 
-    A context manager around training: where that halts, the doctor comes once more, for the state is as it was before the step
-    and its next batch is the one that failed.
+    A context manager around training: where that halts, the doctor comes once more, for the state
+    is as it was before the step and its next batch is the one that failed.
     """
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, latents: LatentSet, held_out: LatentSet, state: TrainState):
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        latents: LatentSet,
+        held_out: LatentSet,
+        state: TrainState,
+    ):
         self.recipe, self.run, self.state = recipe, run, state
         self.latents, self.held_out = latents, held_out
         device = next(state.model.velocity.parameters()).device
-        self.autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)
+        self.autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(
+            device
+        )
         # A start from nothing still holds the weights of step 0; a resumed run makes them again.
-        initial = {name: p.detach() for name, p in state.parameters.items()} if state.step == 0 else untrained(recipe)[1]
+        initial = (
+            {name: p.detach() for name, p in state.parameters.items()}
+            if state.step == 0
+            else untrained(recipe)[1]
+        )
         self._initial = {name: x.to("cpu", copy=True) for name, x in initial.items()}
         self._rows = RowWriter(run.findings, state.step)
 
@@ -52,7 +68,9 @@ class Visits:
         )
         seen = examine(subject)
         findings = diagnose(seen.metrics, seen.facts, seen.history)
-        self._rows.write({"step": self.state.step, "findings": [asdict(finding) for finding in findings]})
+        self._rows.write(
+            {"step": self.state.step, "findings": [asdict(finding) for finding in findings]}
+        )
 
     def __enter__(self) -> Visits:
         return self

@@ -1,4 +1,6 @@
-"""The wall time that `--plan` gives: near that of a real run, taken from an earlier run where there is one."""
+"""The wall time that `--plan` gives: near that of a real run, taken from an earlier run where
+there is one.
+"""
 
 import json
 import shutil
@@ -113,21 +115,29 @@ def unread(folder: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [pointer, quantised, untokenised, unread])
 def test_a_text_model_that_cannot_be_used_is_listed_in_plans(tmp_path, capsys, spoil) -> None:
-    """Of a run, and of a sweep where one value of a choice leads to it. Only shapes that cannot be read are left out."""
+    """Of a run, and of a sweep where one value of a choice leads to it.
+
+    Only shapes that cannot be read are left out.
+    """
     recipe = tiny_recipe(tmp_path)
     bad = tmp_path / "bad"
     shutil.copytree(recipe.model.text.path, bad)
     spoil(bad)
     (tmp_path / "tiny.yaml").write_text(dump_recipe(recipe))
-    assert train.main([str(tmp_path / "tiny.yaml"), "--plan", "--json", f"model.text.path={bad}"]) == 1
+    assert (
+        train.main([str(tmp_path / "tiny.yaml"), "--plan", "--json", f"model.text.path={bad}"]) == 1
+    )
     plan = json.loads(capsys.readouterr().out)
-    assert all(line.startswith("model.text.path:") and str(bad) in line for line in plan["problems"])
+    assert all(
+        line.startswith("model.text.path:") and str(bad) in line for line in plan["problems"]
+    )
     assert plan["problems"]
     assert (plan["steps"], plan["wall_time"]["seconds"]) == (recipe.train.steps, None)
     assert (plan["parameters"] is None) == (spoil is unread)
     (tmp_path / "sweep.yaml").write_text(
-        f"name: s\nbase: {tmp_path / 'tiny.yaml'}\nstorage_path: {tmp_path / 'runs'}\nmethod: grid\nmetric: {{name: ema/shoot/nmse}}\n"
-        f"parameters: {{model.text.path: {{values: [{recipe.model.text.path}, {bad}]}}}}\n"
+        f"name: s\nbase: {tmp_path / 'tiny.yaml'}\nstorage_path: {tmp_path / 'runs'}\nmethod:"
+        " grid\nmetric: {name: ema/shoot/nmse}\nparameters: {model.text.path: {values:"
+        f" [{recipe.model.text.path}, {bad}]}}}}\n"
     )
     assert tune.main([str(tmp_path / "sweep.yaml"), "--plan", "--json"]) == 1
     (line,) = json.loads(capsys.readouterr().out)["problems"]
@@ -136,7 +146,9 @@ def test_a_text_model_that_cannot_be_used_is_listed_in_plans(tmp_path, capsys, s
         tune.main([str(tmp_path / "sweep.yaml")])
 
 
-@pytest.mark.parametrize(("key", "value"), [("data.shards", "nowhere"), ("data.val_shards", "null")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("data.shards", "nowhere"), ("data.val_shards", "null")]
+)
 def test_shards_that_are_not_there_are_listed_in_plans(tmp_path, capsys, key, value) -> None:
     (tmp_path / "tiny.yaml").write_text(dump_recipe(tiny_recipe(tmp_path)))
     assert train.main([str(tmp_path / "tiny.yaml"), "--plan", "--json", f"{key}={value}"]) == 1
@@ -168,8 +180,7 @@ def test_nothing_is_timed_where_a_gpu_has_too_little_room(tmp_path, monkeypatch)
 
 def test_a_sweep_that_nothing_was_timed_for_is_timed(tmp_path: Path, capsys) -> None:
     (tmp_path / "tiny.yaml").write_text(dump_recipe(tiny_recipe(tmp_path)))
-    (tmp_path / "sweep.yaml").write_text(
-        f"""
+    (tmp_path / "sweep.yaml").write_text(f"""
 name: timed
 storage_path: {tmp_path / "runs"}
 base: {tmp_path / "tiny.yaml"}
@@ -177,8 +188,7 @@ method: random
 metric: {{name: ema/shoot/nmse}}
 parameters: {{optim.lr: {{distribution: uniform, min: 1.0e-4, max: 1.0e-3}}}}
 run_cap: 4
-"""
-    )
+""")
     assert tune.main([str(tmp_path / "sweep.yaml"), "--plan", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["hours_at_most"]["cpu"] > 0

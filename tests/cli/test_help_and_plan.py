@@ -64,10 +64,14 @@ def test_every_subcommand_has_its_help_looked_at(verb):
     with pytest.raises(InputError) as refused:
         main._command(verb)(["nosuch"])
     known = re.findall(r"'([\w-]+)'", str(refused.value).partition("choose from")[2])
-    assert known == [command.split()[1] for command in SUBCOMMANDS if command.startswith(f"{verb} ")]
+    assert known == [
+        command.split()[1] for command in SUBCOMMANDS if command.startswith(f"{verb} ")
+    ]
 
 
-@pytest.mark.parametrize("command", ["train", "doctor", "sample", "doctor overfit", "data encode", "bench record"])
+@pytest.mark.parametrize(
+    "command", ["train", "doctor", "sample", "doctor overfit", "data encode", "bench record"]
+)
 def test_what_may_be_left_out_is_not_said_to_be_missing(command):
     verb, *more = command.split()
     with pytest.raises(InputError, match="required") as refused:
@@ -92,7 +96,10 @@ def test_python_m_flowray_answers():
     done = command("-m", "flowray", "--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"flowray {metadata.version('flowray')} (Python ")
-    same = command("-m", "flowray", "train", "quikstart"), command("-m", "flowray.train", "quikstart")
+    same = (
+        command("-m", "flowray", "train", "quikstart"),
+        command("-m", "flowray.train", "quikstart"),
+    )
     assert same[0].returncode == same[1].returncode == 2
     assert same[0].stderr == same[1].stderr
     assert "did you mean quickstart?" in same[0].stderr
@@ -106,7 +113,11 @@ def test_every_listed_verb_has_its_own_command(verb):
 def test_every_listed_verb_is_a_module_too():
     """`python -m flowray.VERB`: a file, or a folder with the shim."""
     root = Path(main.__file__).parent.parent
-    found = {v for v in main._VERBS if (root / f"{v}.py").is_file() or (root / v / "__main__.py").is_file()}
+    found = {
+        v
+        for v in main._VERBS
+        if (root / f"{v}.py").is_file() or (root / v / "__main__.py").is_file()
+    }
     assert found == main._VERBS.keys()
 
 

@@ -19,7 +19,9 @@ perf/{images_per_s,step_s,data_wait_s,mfu}
 """
 
 
-@pytest.mark.parametrize("name", [name for pattern in CONTRACT.split() for name in alternatives(pattern)])
+@pytest.mark.parametrize(
+    "name", [name for pattern in CONTRACT.split() for name in alternatives(pattern)]
+)
 def test_every_contract_key_is_described_under_its_own_name(name: str) -> None:
     key = describe(name)
     assert key is not None
@@ -45,7 +47,12 @@ def test_ema_measures_the_same_thing_on_other_weights() -> None:
     raw, ema = describe("shoot/nmse"), describe("ema/shoot/nmse")
     assert raw is not None
     assert ema is not None
-    assert (ema.name, ema.unit, ema.good, ema.direction) == ("ema/shoot/nmse", raw.unit, raw.good, raw.direction)
+    assert (ema.name, ema.unit, ema.good, ema.direction) == (
+        "ema/shoot/nmse",
+        raw.unit,
+        raw.good,
+        raw.direction,
+    )
     assert "EMA" in ema.formula
     own = describe("ema/delta_rms")
     assert own is not None
@@ -54,7 +61,12 @@ def test_ema_measures_the_same_thing_on_other_weights() -> None:
 
 @pytest.mark.parametrize(
     ("name", "good"),
-    [("flow/cos", (0.5, 1.0)), ("flow/speed_ratio", (0.5, 2.0)), ("scale/ratio", (1 / 3, 3.0)), ("text/cos", (-1.0, 0.9))],
+    [
+        ("flow/cos", (0.5, 1.0)),
+        ("flow/speed_ratio", (0.5, 2.0)),
+        ("scale/ratio", (1 / 3, 3.0)),
+        ("text/cos", (-1.0, 0.9)),
+    ],
 )
 def test_the_logs_thresholds(name: str, good: tuple[float, float]) -> None:
     key = describe(name)
@@ -62,6 +74,19 @@ def test_the_logs_thresholds(name: str, good: tuple[float, float]) -> None:
     assert key.good == good
 
 
-@pytest.mark.parametrize("name", ["flow/nmse_t10", "flow/coss", "loss/foo", "step", "ema/step", "ema/ema/flow/cos", "lr/", "lr/a/b", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flow/nmse_t10",
+        "flow/coss",
+        "loss/foo",
+        "step",
+        "ema/step",
+        "ema/ema/flow/cos",
+        "lr/",
+        "lr/a/b",
+        "",
+    ],
+)
 def test_other_names_are_unknown(name: str) -> None:
     assert describe(name) is None

@@ -1,4 +1,6 @@
-"""Runs and sweeps of an older flowray, whose files have relative paths, and ones that were moved."""
+"""Runs and sweeps of an older flowray, whose files have relative paths, and ones that were
+moved.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def place_of(source: Path | str, *typed: str, in_place: bool = True) -> Path:
-    loader = load_sweep if str(source).endswith("sweep.yaml") else lambda *a, **k: load_recipe(*a, **k).recipe
+    loader = (
+        load_sweep
+        if str(source).endswith("sweep.yaml")
+        else lambda *a, **k: load_recipe(*a, **k).recipe
+    )
     made = loader(str(source), typed, in_place=in_place)
     return Path(made.storage_path, made.name)
 

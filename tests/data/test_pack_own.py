@@ -1,4 +1,6 @@
-"""Packing what people have: a stable held-out share, bad files named and left out, each picture decoded once."""
+"""Packing what people have: a stable held-out share, bad files named and left out, each picture
+decoded once.
+"""
 
 from __future__ import annotations
 
@@ -58,12 +60,16 @@ def test_each_picture_is_decoded_once(tmp_path: Path, monkeypatch: pytest.Monkey
     photos(tmp_path / "in", [f"{i}.png" for i in range(30)])
     seen: list[str] = []
     load = pack.load_rgb
-    monkeypatch.setattr(pack, "load_rgb", lambda path, size: (seen.append(path.name), load(path, size))[1])
+    monkeypatch.setattr(
+        pack, "load_rgb", lambda path, size: (seen.append(path.name), load(path, size))[1]
+    )
     pack_folder(tmp_path / "in", tmp_path / "out", 8, val=0.3)
     assert sorted(seen) == sorted(f"{i}.png" for i in range(30))
 
 
-def test_bad_files_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files_are_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = photos(tmp_path / "in", [f"{i}.png" for i in range(40)])
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
     (folder / "5.png").write_bytes(b"")
@@ -124,12 +130,18 @@ def test_keys_of_names_that_webdataset_would_cut_or_skip(tmp_path: Path) -> None
     photos(tmp_path / "in", names)
     pack_folder(tmp_path / "in", tmp_path / "out", 8)
     assert sources(tmp_path / "out") == set(names)
-    assert set(ShardReader(find_shards(str(tmp_path / "out"))).keys) == {key_of(name) for name in names}
+    assert set(ShardReader(find_shards(str(tmp_path / "out"))).keys) == {
+        key_of(name) for name in names
+    }
 
 
 def test_caption_lists_as_others_write_them(tmp_path: Path) -> None:
     folder = photos(tmp_path / "in", ["a.png", "b.png"])
-    rows = [{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": "b"}, {"file_name": "a.png", "text": "two"}]
+    rows = [
+        {"file_name": "a.png", "text": "one"},
+        {"file_name": "b.png", "text": "b"},
+        {"file_name": "a.png", "text": "two"},
+    ]
     text = "\ufeff" + "\n".join(map(json.dumps, rows))
     (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
     pack_folder(folder, tmp_path / "out", 8)
@@ -156,8 +168,14 @@ def test_a_share_that_holds_none_out_names_the_least_that_does(tmp_path: Path) -
     with pytest.raises(InputError) as caught:
         pack_folder(tmp_path / "in", tmp_path / "out", 8, val=0.0001)
     least = float(str(caught.value).split()[-1])
-    assert pack_folder(tmp_path / "in", tmp_path / "out", 8, val=least).samples == {"train": 2, "val": 1}
+    assert pack_folder(tmp_path / "in", tmp_path / "out", 8, val=least).samples == {
+        "train": 2,
+        "val": 1,
+    }
     with pytest.raises(InputError) as caught:
         pack_folder(tmp_path / "in", tmp_path / "other", 8, val=0.9999)
     most = float(str(caught.value).split()[-1])
-    assert pack_folder(tmp_path / "in", tmp_path / "other", 8, val=most).samples == {"train": 1, "val": 2}
+    assert pack_folder(tmp_path / "in", tmp_path / "other", 8, val=most).samples == {
+        "train": 1,
+        "val": 2,
+    }

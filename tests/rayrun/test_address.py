@@ -1,4 +1,6 @@
-"""RAY_ADDRESS names no cluster, TMPDIR no folder for a Ray: one line within seconds, or it works."""
+"""RAY_ADDRESS names no cluster, TMPDIR no folder for a Ray: one line within seconds, or it
+works.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ LINE = re.compile(r"(?m)^(ray_flowray_\w+)\{(.*)\} (\S+)$")
 
 
 def scrape() -> dict[tuple[str, str], float]:
-    """(name, the label that tells runs or states apart) -> value, of everything that flowray exports."""
+    """(name, the label that tells runs or states apart) -> value, of everything that flowray
+    exports.
+    """
     port = ray.nodes()[0]["MetricsExportPort"]
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30).read().decode()
     found = {}
@@ -47,7 +49,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
 
 def test_a_resumed_sweep_begins_with_its_earlier_trials(seen: dict[tuple[str, ...], float]) -> None:
     space = {"optim.lr": {"distribution": "uniform", "min": 0.0, "max": 1.0}}
-    whole = SweepGauges(Sweep.model_validate({"name": "s", "base": "unused", "metric": {"name": "ema/shoot/nmse"}, "parameters": space}))
+    whole = SweepGauges(
+        Sweep.model_validate(
+            {
+                "name": "s",
+                "base": "unused",
+                "metric": {"name": "ema/shoot/nmse"},
+                "parameters": space,
+            }
+        )
+    )
     for trial in (
         TrialRecord(0, {}, "finished", metrics={"ema/shoot/nmse": 0.25}),
         TrialRecord(1, {}, "stopped", metrics={"ema/shoot/nmse": 0.75}),
@@ -55,16 +66,22 @@ def test_a_resumed_sweep_begins_with_its_earlier_trials(seen: dict[tuple[str, ..
     ):
         whole.known(trial)
     states = {"finished": 1, "stopped": 1, "failed": 1}
-    assert seen == {("flowray_trials", "s", state): states.get(state, 0) for state in ("running", "waiting", *states)} | {
-        ("flowray_best", "s", "ema/shoot/nmse"): 0.25
-    }
+    assert seen == {
+        ("flowray_trials", "s", state): states.get(state, 0)
+        for state in ("running", "waiting", *states)
+    } | {("flowray_best", "s", "ema/shoot/nmse"): 0.25}
     whole.started(TrialRecord(3, {}))
-    assert (seen["flowray_trials", "s", "running"], seen["flowray_trials", "s", "finished"]) == (1, 1)
+    assert (seen["flowray_trials", "s", "running"], seen["flowray_trials", "s", "finished"]) == (
+        1,
+        1,
+    )
     whole.probed(TrialRecord(3, {}, metrics={"ema/shoot/nmse": 0.2}))
     assert seen["flowray_best", "s", "ema/shoot/nmse"] == 0.2
 
 
-def test_speed_is_of_the_last_step_logged(tmp_path: Path, seen: dict[tuple[str, ...], float]) -> None:
+def test_speed_is_of_the_last_step_logged(
+    tmp_path: Path, seen: dict[tuple[str, ...], float]
+) -> None:
     run = RunDirectory(tmp_path / "s" / "4")
     run.create()
     shown = RunGauges(run.path)
@@ -72,7 +89,10 @@ def test_speed_is_of_the_last_step_logged(tmp_path: Path, seen: dict[tuple[str, 
     assert ("flowray_images_per_s", "s/4") not in seen  # nothing is logged yet
     with run.metrics.open("w") as file:
         for step in range(2000):
-            file.write(json.dumps({"step": step, "perf/images_per_s": 1000.0 + step, "loss/total": 0.5}) + "\n")
+            file.write(
+                json.dumps({"step": step, "perf/images_per_s": 1000.0 + step, "loss/total": 0.5})
+                + "\n"
+            )
         file.write('{"step": 2000, "perf/im')  # is being written
     assert run.metrics.stat().st_size > gauges.LAST_BYTES
     shown.show({"step": 2000})
@@ -84,14 +104,23 @@ def test_speed_is_of_the_last_step_logged(tmp_path: Path, seen: dict[tuple[str, 
 @pytest.mark.slow
 def test_rays_metrics_port_serves_the_declared_names(tmp_path: Path) -> None:
     space = {"optim.lr": {"distribution": "uniform", "min": 0.0, "max": 1.0}}
-    sweep = Sweep.model_validate({"name": "s", "base": "unused", "metric": {"name": "ema/shoot/nmse"}, "parameters": space})
+    sweep = Sweep.model_validate(
+        {"name": "s", "base": "unused", "metric": {"name": "ema/shoot/nmse"}, "parameters": space}
+    )
     with session.started():
         whole = SweepGauges(sweep)
         whole.started(TrialRecord(0, {}))
         whole.probed(TrialRecord(1, {}, metrics={"ema/shoot/nmse": 0.5}))
         whole.ended(TrialRecord(1, {}, "finished", metrics={"ema/shoot/nmse": 0.25}))
         whole.ended(TrialRecord(2, {}, "failed", metrics={"ema/shoot/nmse": 0.1}))
-        row = {"step": 10, "budget_steps": 20, "shoot/nmse": 0.9, "ema/shoot/nmse": 0.5, "loss/flow": 0.3, "loss/total": None}
+        row = {
+            "step": 10,
+            "budget_steps": 20,
+            "shoot/nmse": 0.9,
+            "ema/shoot/nmse": 0.5,
+            "loss/flow": 0.3,
+            "loss/total": None,
+        }
         RunGauges(tmp_path / "s" / "0").show(row)
         RunGauges(tmp_path / "s" / "1").show(row | {"ema/shoot/nmse": 0.25})
         leave_link(tmp_path)
@@ -104,7 +133,10 @@ def test_rays_metrics_port_serves_the_declared_names(tmp_path: Path) -> None:
     assert found["ray_flowray_shoot_nmse", "s/1"] == 0.25
     assert found["ray_flowray_step", "s/0"] == 10
     assert ("ray_flowray_loss_total", "s/0") not in found
-    states = {state: found["ray_flowray_trials", state] for state in ("running", "finished", "stopped", "failed")}
+    states = {
+        state: found["ray_flowray_trials", state]
+        for state in ("running", "finished", "stopped", "failed")
+    }
     assert states == {"running": 1, "finished": 1, "stopped": 0, "failed": 1}
     assert found["ray_flowray_best", "ema/shoot/nmse"] == 0.25
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+\n", (tmp_path / ".ray" / "dashboard").read_text())

@@ -15,7 +15,9 @@ from flowray.tune.plan import Cluster
 def said(waiting_until: int, count: int, seconds: int) -> list[str]:
     """The lines of so many seconds, of which `count` wait up to a second."""
     lines, clock = [], [0.0]
-    watch = RoomWatch(Recipe().resources, lines.append, lambda: clock[0], lambda: Cluster(((4, 0), (8, 2))))
+    watch = RoomWatch(
+        Recipe().resources, lines.append, lambda: clock[0], lambda: Cluster(((4, 0), (8, 2)))
+    )
     for tenth in range(10 * seconds):
         clock[0] = tenth / 10
         watch.look(lambda: count if clock[0] < waiting_until else 0)

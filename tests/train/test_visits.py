@@ -24,8 +24,16 @@ CPU = Group(0, 1, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    often = {"train.steps": 6, "train.probe_every": 2, "train.log_every": 1, "train.checkpoint_every": 6, "train.sample_every": 6}
-    return tiny_recipe(tmp_path_factory.mktemp("visits"), **often, **{"loss.clip.weight": 0.5, "optim.lr": 1e-9})
+    often = {
+        "train.steps": 6,
+        "train.probe_every": 2,
+        "train.log_every": 1,
+        "train.checkpoint_every": 6,
+        "train.sample_every": 6,
+    }
+    return tiny_recipe(
+        tmp_path_factory.mktemp("visits"), **often, **{"loss.clip.weight": 0.5, "optim.lr": 1e-9}
+    )
 
 
 def go(base, name, **keys):
@@ -52,15 +60,25 @@ def test_it_comes_at_every_nth_probe_and_at_the_last_step(plain, visited):
     ids = {rule.id for rule in RULES}
     assert all({finding["id"] for finding in row["findings"]} <= ids for row in visits)
     assert visits[-1]["findings"], "6 steps of lr 1e-9 on 64 random pictures"
-    assert all(finding["evidence"] and finding["cause"] and finding["fix"] for row in visits for finding in row["findings"])
+    assert all(
+        finding["evidence"] and finding["cause"] and finding["fix"]
+        for row in visits
+        for finding in row["findings"]
+    )
 
 
 def test_training_is_the_same_bit_for_bit_with_it(plain, visited):
     for file in ("model", "ema", "optim"):
-        a, b = (load_file(newest_checkpoint(run.checkpoints) / f"{file}.safetensors") for run in (plain, visited))
+        a, b = (
+            load_file(newest_checkpoint(run.checkpoints) / f"{file}.safetensors")
+            for run in (plain, visited)
+        )
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a), file
-    losses = [[(row["step"], row["loss/total"]) for row in read_rows(run.metrics)] for run in (plain, visited)]
+    losses = [
+        [(row["step"], row["loss/total"]) for row in read_rows(run.metrics)]
+        for run in (plain, visited)
+    ]
     assert losses[0] == losses[1]
 
 

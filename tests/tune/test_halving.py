@@ -1,4 +1,6 @@
-"""Successive halving by promotion: who goes on from a rung and when, and what study and account hold of those that wait."""
+"""Successive halving by promotion: who goes on from a rung and when, and what study and account
+hold of those that wait.
+"""
 
 import json
 
@@ -31,8 +33,12 @@ def make(**changes) -> Sweep:
     return Sweep(**{**plain, **changes})
 
 
-def session(sweep: Sweep, folder, *, most: int = 1000) -> tuple[Referee, list[tuple[int, int, int]]]:
-    """One after the other, at most `most` runs; the worth of a trial is its number's place in a fixed order. (trial, from, to) each."""
+def session(
+    sweep: Sweep, folder, *, most: int = 1000
+) -> tuple[Referee, list[tuple[int, int, int]]]:
+    """One after the other, at most `most` runs; the worth of a trial is its number's place in a
+    fixed order. (trial, from, to) each.
+    """
     judge, runs = Referee(sweep, folder, STEPS, make_halving(sweep, STEPS), Silent()), []
     while len(runs) < most and (chosen := judge.next()):
         number, start = chosen[0], judge.records.trials[chosen[0]].last_step
@@ -64,7 +70,13 @@ def told(folder) -> list[optuna.trial.FrozenTrial]:
 
 @pytest.mark.parametrize(
     ("min_iter", "eta", "budget", "rungs"),
-    [(10, 2, 80, [10, 20, 40]), (50, 3, 500, [50, 150]), (50, 4, 500, [50, 200]), (300, 3, 500, [300]), (500, 3, 500, [])],
+    [
+        (10, 2, 80, [10, 20, 40]),
+        (50, 3, 500, [50, 150]),
+        (50, 4, 500, [50, 200]),
+        (300, 3, 500, [300]),
+        (500, 3, 500, []),
+    ],
 )
 def test_rungs_end_at_half_the_budget_but_for_the_first(min_iter, eta, budget, rungs):
     assert milestones(Hyperband(min_iter=min_iter, eta=eta), budget) == dict.fromkeys(rungs, eta)
@@ -85,7 +97,10 @@ def test_rungs_of_ones_own_each_keep_their_share():
     assert rungs.judge(0, 20, 0.0) is None
 
 
-@pytest.mark.parametrize(("rungs", "eta"), [([10, 20], [2]), ([20, 10], [2, 2]), ([10, 10], [2, 2]), ([], []), ([10], [1])])
+@pytest.mark.parametrize(
+    ("rungs", "eta"),
+    [([10, 20], [2]), ([20, 10], [2, 2]), ([10, 10], [2, 2]), ([], []), ([10], [1])],
+)
 def test_rungs_that_make_no_sense_are_refused(rungs, eta):
     with pytest.raises(ValueError, match="early_terminate"):
         make(early_terminate={"type": "asha", "rungs": rungs, "eta": eta})
@@ -94,7 +109,10 @@ def test_rungs_that_make_no_sense_are_refused(rungs, eta):
 @pytest.mark.parametrize(("goal", "sign"), [("minimize", 1.0), ("maximize", -1.0)])
 def test_the_best_of_a_rung_goes_on_once_enough_came_to_it(goal, sign):
     rungs = Rungs(make(metric={"name": METRIC, "goal": goal}), STEPS)
-    assert rungs.judge(0, 10, sign * 0.5) == f"{METRIC} {sign * 0.5:.3g} at step 10 is number 1 of 1 so far; the best 1/2 go on"
+    assert (
+        rungs.judge(0, 10, sign * 0.5)
+        == f"{METRIC} {sign * 0.5:.3g} at step 10 is number 1 of 1 so far; the best 1/2 go on"
+    )
     assert rungs.promote([0], last=False) is None
     assert rungs.judge(1, 10, sign * 0.7) is not None
     assert rungs.promote([0, 1], last=False) == 0  # the best of two
@@ -113,11 +131,14 @@ def test_a_whole_sweep_trains_few_to_the_end_and_its_best_among_them(tmp_path):
     assert {number for number, start, _ in runs if start == 0} == set(range(6))
     assert any(start for _, start, _ in runs)
     for at, (number, start, _) in enumerate(runs):
-        assert start == max([to for n, _, to in runs[:at] if n == number], default=0)  # from where it waited
+        # from where it waited
+        assert start == max([to for n, _, to in runs[:at] if n == number], default=0)
     states = {t.number: t.state for t in told(tmp_path)}
     assert sorted(states) == list(range(6))
     for number, record in records.items():
-        assert states[number] == (TrialState.COMPLETE if record.status == "finished" else TrialState.PRUNED)
+        assert states[number] == (
+            TrialState.COMPLETE if record.status == "finished" else TrialState.PRUNED
+        )
         assert told(tmp_path)[number].last_step == record.last_step
         assert not record.waits
     assert judge.next() is None
@@ -126,7 +147,9 @@ def test_a_whole_sweep_trains_few_to_the_end_and_its_best_among_them(tmp_path):
 def test_few_trials_still_bring_one_to_the_end(tmp_path):
     judge, _ = session(make(run_cap=2, early_terminate=Hyperband(min_iter=10, eta=4)), tmp_path)
     assert [judge.records.trials[n].status for n in (0, 1)] == ["stopped", "finished"]
-    assert told(tmp_path)[0].user_attrs["flowray"].endswith("is number 2 of 2; the best 1/4 went on")
+    assert (
+        told(tmp_path)[0].user_attrs["flowray"].endswith("is number 2 of 2; the best 1/4 went on")
+    )
 
 
 def test_the_sampler_learns_from_those_that_wait_and_the_journal_keeps_them_open(tmp_path):
@@ -134,10 +157,14 @@ def test_the_sampler_learns_from_those_that_wait_and_the_journal_keeps_them_open
     assert judge.records.waiting() == [0, 1, 2]
     assert [t.state for t in told(tmp_path)] == [TrialState.RUNNING] * 3
     seen = judge._study._study.get_trials(deepcopy=False)
-    assert [(t.state, t.value, t.last_step) for t in seen] == [(TrialState.PRUNED, worth(n) + 1, 10) for n in range(3)]
+    assert [(t.state, t.value, t.last_step) for t in seen] == [
+        (TrialState.PRUNED, worth(n) + 1, 10) for n in range(3)
+    ]
     again, _ = session(make(early_terminate=Hyperband(min_iter=10, eta=4)), tmp_path, most=0)
     assert again.records.waiting() == [0, 1, 2]
-    assert [t.state for t in again._study._study.get_trials(deepcopy=False)] == [TrialState.PRUNED] * 3
+    assert [t.state for t in again._study._study.get_trials(deepcopy=False)] == [
+        TrialState.PRUNED
+    ] * 3
     assert (again.remaining(), again.next()[0]) == (3, 3)
 
 
@@ -150,7 +177,11 @@ def test_a_waiting_trial_can_be_finished_by_number(tmp_path):
         assert not judge.see(2, {"step": step, "budget_steps": STEPS, METRIC: 9.0})
     judge.ended(2)
     assert judge.next() is None
-    assert [t.state for t in told(tmp_path)] == [TrialState.RUNNING, TrialState.RUNNING, TrialState.COMPLETE]
+    assert [t.state for t in told(tmp_path)] == [
+        TrialState.RUNNING,
+        TrialState.RUNNING,
+        TrialState.COMPLETE,
+    ]
     assert judge.records.waiting() == [0, 1]
 
 
@@ -165,7 +196,9 @@ def test_a_trial_to_finish_whose_session_was_cut_off_is_finished_by_the_same_com
     judge.ended(1)
     assert judge.next() is None
     assert [judge.records.trials[n].status for n in range(3)] == ["waiting", "finished", "waiting"]
-    assert [row["step"] for row in read_rows(tmp_path / "1" / "probes.jsonl")] == list(range(10, STEPS + 1, 10))
+    assert [row["step"] for row in read_rows(tmp_path / "1" / "probes.jsonl")] == list(
+        range(10, STEPS + 1, 10)
+    )
 
 
 # what a session leaves, and what the next makes of it
@@ -173,8 +206,14 @@ def test_a_trial_to_finish_whose_session_was_cut_off_is_finished_by_the_same_com
 
 def story(folder) -> list[tuple]:
     """All that account and study hold, times left out."""
-    account = [{key: value for key, value in row.items() if key != "seconds"} for row in read_rows(folder / "trials.jsonl")]
-    return [(row, t.params, t.state, t.value, t.intermediate_values, t.user_attrs) for row, t in zip(account, told(folder), strict=True)]
+    account = [
+        {key: value for key, value in row.items() if key != "seconds"}
+        for row in read_rows(folder / "trials.jsonl")
+    ]
+    return [
+        (row, t.params, t.state, t.value, t.intermediate_values, t.user_attrs)
+        for row, t in zip(account, told(folder), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

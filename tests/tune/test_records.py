@@ -1,4 +1,6 @@
-"""trials.jsonl as it is written: what it holds after every event of a sweep, and what a process that is killed leaves of it."""
+"""trials.jsonl as it is written: what it holds after every event of a sweep, and what a process
+that is killed leaves of it.
+"""
 
 import json
 import math
@@ -53,13 +55,24 @@ def test_the_file_is_all_trials_after_every_event(tmp_path):
 
     def whole():
         trials = judge.records.trials
-        expected = "".join(json.dumps(asdict(trials[number]), allow_nan=False) + "\n" for number in sorted(trials))
+        expected = "".join(
+            json.dumps(asdict(trials[number]), allow_nan=False) + "\n" for number in sorted(trials)
+        )
         assert (tmp_path / "trials.jsonl").read_text() == expected
         return [(trial.status, trial.last_step) for _, trial in sorted(trials.items())]
 
     events = [(judge.next,), (judge.next,)]
-    events += [(judge.see, 0, row(10, 0.5)), (judge.see, 1, row(10, 9.0)), (judge.ended, 1), (judge.next,)]
-    events += [(judge.see, 2, {**row(10, 1.0), "flow/cos": math.nan}), (judge.see, 0, row(20, 0.4)), (judge.ended, 2, "ValueError: no")]
+    events += [
+        (judge.see, 0, row(10, 0.5)),
+        (judge.see, 1, row(10, 9.0)),
+        (judge.ended, 1),
+        (judge.next,),
+    ]
+    events += [
+        (judge.see, 2, {**row(10, 1.0), "flow/cos": math.nan}),
+        (judge.see, 0, row(20, 0.4)),
+        (judge.ended, 2, "ValueError: no"),
+    ]
     events += [
         (judge.see, 0, row(10, 0.3, 1)),
         (judge.see, 0, row(20, 0.2, 1)),
@@ -113,7 +126,11 @@ def test_a_reader_and_a_killed_writer_leave_it_whole(tmp_path):
         deadline = time.monotonic() + 60
         seen = 0
         while seen < 5 and time.monotonic() < deadline:
-            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            rows = (
+                [json.loads(line) for line in path.read_text().splitlines()]
+                if path.exists()
+                else []
+            )
             steps = {row["last_step"] for row in rows}
             assert len(steps) <= 1  # all from one save
             assert len(rows) in (0, 100)
@@ -131,14 +148,35 @@ def test_a_reader_and_a_killed_writer_leave_it_whole(tmp_path):
 
 def test_a_trial_that_waits_is_neither_stopped_nor_done_also_in_older_files(tmp_path):
     path = tmp_path / "trials.jsonl"
-    older = [{"trial": 0, "params": {}, "status": "stopped", "last_step": 20, "budget_steps": 40, "waits": True}]
-    older += [{"trial": 1, "params": {}, "status": "stopped", "last_step": 20, "budget_steps": 40, "stopped_by": "worse"}]
+    older = [
+        {
+            "trial": 0,
+            "params": {},
+            "status": "stopped",
+            "last_step": 20,
+            "budget_steps": 40,
+            "waits": True,
+        }
+    ]
+    older += [
+        {
+            "trial": 1,
+            "params": {},
+            "status": "stopped",
+            "last_step": 20,
+            "budget_steps": 40,
+            "stopped_by": "worse",
+        }
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in older))
     records = Records(path)
     assert ([trial.trial for trial in records.by("stopped")], records.waiting()) == ([1], [0])
     assert records.saved() == 0.5  # of the one that is through
     records.save()
-    assert [json.loads(line)["status"] for line in path.read_text().splitlines()] == ["waiting", "stopped"]
+    assert [json.loads(line)["status"] for line in path.read_text().splitlines()] == [
+        "waiting",
+        "stopped",
+    ]
     assert [records.to_finish(number).trial for number in (0, 1)] == [0, 1]
     records.trials[1].status = "finished"
     for number in (1, 7):

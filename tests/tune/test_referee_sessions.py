@@ -1,4 +1,6 @@
-"""The referee over seeds, several metrics, a time budget and trials finished by hand; what compares trials with each other."""
+"""The referee over seeds, several metrics, a time budget and trials finished by hand; what
+compares trials with each other.
+"""
 
 import json
 import math
@@ -78,7 +80,11 @@ def test_who_looks_on_hears_first_of_the_trials_that_there_were(tmp_path):
         diary = Diary()
         again = Referee(make(), tmp_path, 40, None, diary)
         assert again.next()[0] == 1
-        assert diary.heard == [("known", 0, "finished"), ("known", 1, "running"), ("started", 1, "running")]
+        assert diary.heard == [
+            ("known", 0, "finished"),
+            ("known", 1, "running"),
+            ("started", 1, "running"),
+        ]
 
 
 def test_a_configuration_is_judged_by_its_mean_over_seeds_and_the_noise_is_kept(tmp_path):
@@ -96,10 +102,13 @@ def test_a_configuration_is_judged_by_its_mean_over_seeds_and_the_noise_is_kept(
     assert row["noise"] == {METRIC: pytest.approx(math.sqrt(3))}
     assert [one[METRIC] for one in row["repeats"]] == [1.0, 4.0, 1.0]
     assert on_disk(tmp_path)[0].value == 2.0
-    assert on_disk(tmp_path)[0].intermediate_values == {20: 2.0, 40: 1.0}  # stops look at the first seed
+    # stops look at the first seed
+    assert on_disk(tmp_path)[0].intermediate_values == {20: 2.0, 40: 1.0}
 
 
-def test_only_the_first_seed_can_be_stopped_and_a_killed_session_goes_on_with_the_right_seed(tmp_path):
+def test_only_the_first_seed_can_be_stopped_and_a_killed_session_goes_on_with_the_right_seed(
+    tmp_path,
+):
     sweep = make(seeds=2, stop=[StopRule(metric=METRIC, above=5)])
     judge = referee(tmp_path, sweep)
     judge.next()
@@ -112,7 +121,10 @@ def test_only_the_first_seed_can_be_stopped_and_a_killed_session_goes_on_with_th
     assert again.records.trials[0].last_step == 60
     again.see(0, probe(tmp_path, 0, 40, 3.0, 1))
     again.ended(0)
-    assert (again.records.trials[0].status, again.records.trials[0].metrics) == ("finished", {METRIC: 2.0})
+    assert (again.records.trials[0].status, again.records.trials[0].metrics) == (
+        "finished",
+        {METRIC: 2.0},
+    )
     (tmp_path / "other").mkdir()
     judge = referee(tmp_path / "other", sweep)
     judge.next()
@@ -128,7 +140,10 @@ def test_places_of_seeds():
 
 
 def test_several_metrics_are_all_told_and_a_stopped_trial_is_pruned(tmp_path):
-    sweep = make(more_metrics=({"name": "text/snr", "goal": "maximize"},), stop=[StopRule(metric=METRIC, above=5)])
+    sweep = make(
+        more_metrics=({"name": "text/snr", "goal": "maximize"},),
+        stop=[StopRule(metric=METRIC, above=5)],
+    )
     judge = referee(tmp_path, sweep)
     for number, value in enumerate([1.0, 9.0, 2.0]):
         judge.next()
@@ -153,7 +168,10 @@ def test_after_the_time_budget_nothing_begins_and_what_runs_pauses_and_goes_on_l
     assert judge.next() is None
     assert judge.see(0, probe(tmp_path, 0, 20, 1.0)) is True
     judge.ended(0)
-    assert (judge.records.trials[0].status, on_disk(tmp_path)[0].state) == ("waiting", TrialState.RUNNING)
+    assert (judge.records.trials[0].status, on_disk(tmp_path)[0].state) == (
+        "waiting",
+        TrialState.RUNNING,
+    )
     again = referee(tmp_path, sweep)
     number, _ = again.next()
     assert (number, again.records.trials[0].last_step) == (0, 20)
@@ -184,13 +202,17 @@ def test_a_stopped_trial_is_finished_by_number_and_the_study_learns_its_value(tm
             judge.see(number, probe(tmp_path, number, 40, 1.0))
         judge.ended(number)
     assert judge.next() is None
-    for wrong, words in ((0, "--finish 0: its state is finished; stopped trials: 1"), (7, "there is no such trial")):
+    for wrong, words in (
+        (0, "--finish 0: its state is finished; stopped trials: 1"),
+        (7, "there is no such trial"),
+    ):
         with pytest.raises(InputError, match=words):
             referee(tmp_path, sweep, finish=(wrong,))
 
     killed = referee(tmp_path, sweep, finish=(1,))
     assert killed.next() == (1, params[1])
-    assert killed.see(1, {"step": 20, "budget_steps": 40, METRIC: 9.0}) is False  # trained again since its checkpoint
+    # trained again since its checkpoint
+    assert killed.see(1, {"step": 20, "budget_steps": 40, METRIC: 9.0}) is False
     assert referee(tmp_path, sweep).records.trials[1].status == "stopped"  # nothing was told yet
 
     last = referee(tmp_path, sweep, finish=(1,))
@@ -202,11 +224,18 @@ def test_a_stopped_trial_is_finished_by_number_and_the_study_learns_its_value(tm
     assert last.next() is None
     assert (last.records.trials[1].status, last.records.trials[1].stopped_by) == ("finished", None)
     told = on_disk(tmp_path)
-    assert (told[1].state, told[3].state, told[3].value, told[3].params) == (TrialState.PRUNED, TrialState.COMPLETE, 0.25, told[1].params)
+    assert (told[1].state, told[3].state, told[3].value, told[3].params) == (
+        TrialState.PRUNED,
+        TrialState.COMPLETE,
+        0.25,
+        told[1].params,
+    )
     assert told[1].last_step == 20
 
     more = referee(tmp_path, make(stop=sweep.stop, run_cap=4))
-    assert [t.status for t in Records(tmp_path / "trials.jsonl").trials.values()] == ["finished"] * 3
+    assert [t.status for t in Records(tmp_path / "trials.jsonl").trials.values()] == [
+        "finished"
+    ] * 3
     assert more.next()[0] == 4  # 3 is the value of trial 1, not a trial
 
 
@@ -214,15 +243,23 @@ def test_a_stopped_trial_is_finished_by_number_and_the_study_learns_its_value(tm
 
 
 class HalvingContract:
-    """What every rule between trials does: the best is never stopped, the reason has words, a replay leaves the same state."""
+    """What every rule between trials does: the best is never stopped, the reason has words, a
+    replay leaves the same state.
+    """
 
     rule = Hyperband(min_iter=10, eta=2)
 
     def build(self, goal="minimize"):
-        return make_halving(make(metric={"name": METRIC, "goal": goal}, early_terminate=self.rule), 80)
+        return make_halving(
+            make(metric={"name": METRIC, "goal": goal}, early_terminate=self.rule), 80
+        )
 
     def rows(self, sign=1.0):
-        return [(number, step, sign * (1 + number) * (1 - step / 200)) for step in (10, 20, 40) for number in range(5)]
+        return [
+            (number, step, sign * (1 + number) * (1 - step / 200))
+            for step in (10, 20, 40)
+            for number in range(5)
+        ]
 
     @pytest.mark.parametrize(("goal", "sign"), [("minimize", 1.0), ("maximize", -1.0)])
     def test_the_worst_is_stopped_in_words_and_the_best_goes_on(self, goal, sign):
@@ -264,13 +301,18 @@ def test_every_rule_between_trials_has_one_entry():
 
 
 def test_rungs_compare_at_their_very_step():
-    """Trial 0 probes at 10, 20, ...; trial 1 at 8, 16, 24: at the rung of 20 its value is halfway between those at 16 and 24."""
+    """Trial 0 probes at 10, 20, ...; trial 1 at 8, 16, 24: at the rung of 20 its value is
+    halfway between those at 16 and 24.
+    """
     rungs = Rungs(make(early_terminate=Hyperband(min_iter=20, eta=2)), 80)
     rungs.judge(0, 10, 1.0)
     rungs.judge(0, 20, 0.5)
     rungs.judge(1, 8, 2.0)
     rungs.judge(1, 16, 1.0)
-    assert rungs.judge(1, 24, 0.2) == f"{METRIC} 0.6 at step 20 is number 2 of 2 so far; the best 1/2 go on"
+    assert (
+        rungs.judge(1, 24, 0.2)
+        == f"{METRIC} 0.6 at step 20 is number 2 of 2 so far; the best 1/2 go on"
+    )
     rungs.judge(2, 16, 0.6)
     assert rungs.judge(2, 24, 0.2) is None  # 0.4 at step 20
 
@@ -281,7 +323,11 @@ def test_the_median_rule_by_hand():
         assert rule.judge(number, 10, early) is None
         assert rule.judge(number, 20, late) is None  # too early, then too few others
     assert rule.judge(3, 10, 5.0) is None
-    assert rule.judge(3, 20, 0.86) == f"{METRIC} at best 0.86 by step 20 is worse than the median 0.85 of 3 trials"  # of 0.75, 0.85, 1.45
+    # of 0.75, 0.85, 1.45
+    assert (
+        rule.judge(3, 20, 0.86)
+        == f"{METRIC} at best 0.86 by step 20 is worse than the median 0.85 of 3 trials"
+    )
     assert rule.judge(4, 20, 0.84) is None
     assert rule.judge(0, 30, 9.0) is None  # nobody else has come that far
 
@@ -290,12 +336,18 @@ def test_a_trial_that_gains_too_little_is_stopped_whatever_its_value():
     rule = StopRule(metric=METRIC, gains_less_than=0.1, after=20, patience=2)
     watch = Watch([rule], METRIC)
     said = [
-        watch.feed({"step": step, METRIC: value}) for step, value in ((10, 1.0), (20, 0.9), (30, 0.85), (40, 0.7), (50, 0.69), (60, 0.66))
+        watch.feed({"step": step, METRIC: value})
+        for step, value in ((10, 1.0), (20, 0.9), (30, 0.85), (40, 0.7), (50, 0.69), (60, 0.66))
     ]
     assert said[:5] == [None] * 5
     assert said[5] == f"{METRIC} 0.66 gained 0.04 in 2 probes, less than 0.1, to step 60"
     higher = Watch([StopRule(metric="flow/cos", gains_less_than=0.1, patience=1)], METRIC)
-    assert [higher.feed({"step": s, "flow/cos": v}) for s, v in ((1, 0.1), (2, 0.3), (3, 0.5))] == [None] * 3
-    assert higher.feed({"step": 4, "flow/cos": 0.2}) == "flow/cos 0.2 gained 0 in 1 probes, less than 0.1, to step 4"
+    assert [higher.feed({"step": s, "flow/cos": v}) for s, v in ((1, 0.1), (2, 0.3), (3, 0.5))] == [
+        None
+    ] * 3
+    assert (
+        higher.feed({"step": 4, "flow/cos": 0.2})
+        == "flow/cos 0.2 gained 0 in 1 probes, less than 0.1, to step 4"
+    )
     with pytest.raises(InputError, match="loss/kl is neither better high nor low"):
         check_findings([StopRule(metric="loss/kl", gains_less_than=0.1)], [])

@@ -1,4 +1,6 @@
-"""The study on disk, the records and the referee, without Ray: how trials end, and what a new session makes of a killed one."""
+"""The study on disk, the records and the referee, without Ray: how trials end, and what a new
+session makes of a killed one.
+"""
 
 import json
 
@@ -22,7 +24,10 @@ def make(**changes):
         "name": "s",
         "base": "b",
         "metric": {"name": METRIC},
-        "parameters": {"optim.lr": LogUniform(min=1e-4, max=1e-2), "model.head.kind": Categorical(values=("grid", "conv"))},
+        "parameters": {
+            "optim.lr": LogUniform(min=1e-4, max=1e-2),
+            "model.head.kind": Categorical(values=("grid", "conv")),
+        },
         "stop": [StopRule(metric=METRIC, above=5)],
         "run_cap": 4,
         "startup_trials": 2,
@@ -68,11 +73,26 @@ def test_finished_stopped_and_failed_trials_in_the_study_and_the_records(tmp_pat
     for number, values in enumerate([(2.0, 0.5), (1.0, 9.0), (1.0,)]):
         assert judge.next()[0] == number
         for i, value in enumerate(values):
-            judge.see(number, {"step": 20 * (i + 1) if number != 1 else 10 * (i + 1), "budget_steps": 40, METRIC: value})
+            judge.see(
+                number,
+                {
+                    "step": 20 * (i + 1) if number != 1 else 10 * (i + 1),
+                    "budget_steps": 40,
+                    METRIC: value,
+                },
+            )
         judge.ended(number, error="ValueError: boom" if number == 2 else None)
     done, pruned, failed = on_disk(tmp_path)
-    assert (done.state, done.value, done.intermediate_values) == (TrialState.COMPLETE, 0.5, {20: 2.0, 40: 0.5})
-    assert (pruned.state, pruned.value, pruned.intermediate_values) == (TrialState.PRUNED, 9.0, {10: 1.0, 20: 9.0})
+    assert (done.state, done.value, done.intermediate_values) == (
+        TrialState.COMPLETE,
+        0.5,
+        {20: 2.0, 40: 0.5},
+    )
+    assert (pruned.state, pruned.value, pruned.intermediate_values) == (
+        TrialState.PRUNED,
+        9.0,
+        {10: 1.0, 20: 9.0},
+    )
     assert pruned.user_attrs["flowray"] == "shoot/nmse 9 is above 5 at step 20"
     assert (failed.state, failed.user_attrs["flowray"]) == (TrialState.FAIL, "ValueError: boom")
     rows = rows_of(tmp_path)
@@ -89,19 +109,26 @@ def test_a_trial_is_stopped_by_a_finding_also_after_a_replay(tmp_path):
     judge.next()
 
     def visit(step, *ids):
-        row = {"step": step, "findings": [{"id": i, "severity": "bad", "evidence": "0.55 of 1"} for i in ids]}
+        row = {
+            "step": step,
+            "findings": [{"id": i, "severity": "bad", "evidence": "0.55 of 1"} for i in ids],
+        }
         with (tmp_path / "0" / "findings.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     (tmp_path / "0").mkdir()
     visit(10, "scale_twice")
     assert not judge.see(0, probe(tmp_path, 0, 10, 1.0))
-    again = referee(tmp_path, sweep)  # a killed session: the first strike is replayed from the files
+    # a killed session: the first strike is replayed from the files
+    again = referee(tmp_path, sweep)
     assert again.next()[0] == 0
     visit(20, "lr_too_low", "scale_twice")
     assert again.see(0, probe(tmp_path, 0, 20, 1.0))
     again.ended(0)
-    assert rows_of(tmp_path)[0]["stopped_by"] == "the doctor at step 20, 2 times in a row: scale_twice: 0.55 of 1"
+    assert (
+        rows_of(tmp_path)[0]["stopped_by"]
+        == "the doctor at step 20, 2 times in a row: scale_twice: 0.55 of 1"
+    )
 
 
 def test_a_trial_is_not_stopped_at_its_last_step(tmp_path):
@@ -132,12 +159,17 @@ def test_new_session_continues_the_unfinished_trial_under_its_number_and_params(
     assert second.remaining() == 3  # one unfinished, two new
     assert second.next() == (number, params)
     assert second.records.trials[number].last_step == 20
-    assert second.see(number, {"step": 20, "budget_steps": 40, METRIC: 1.5}) is False  # seen in the replay
+    # seen in the replay
+    assert second.see(number, {"step": 20, "budget_steps": 40, METRIC: 1.5}) is False
     second.see(number, {"step": 40, "budget_steps": 40, METRIC: 0.9})
     second.ended(number)
     assert [second.next()[0], second.next()[0], second.next()] == [2, 3, None]
     trial = on_disk(tmp_path)[number]
-    assert (trial.state, trial.value, trial.intermediate_values) == (TrialState.COMPLETE, 0.9, {10: 2.0, 20: 1.5, 40: 0.9})
+    assert (trial.state, trial.value, trial.intermediate_values) == (
+        TrialState.COMPLETE,
+        0.9,
+        {10: 2.0, 20: 1.5, 40: 0.9},
+    )
 
 
 def test_resume_reads_a_study_whose_last_line_is_torn_and_rebuilds_lost_records(tmp_path):
@@ -186,7 +218,10 @@ def test_sweep_gives_up_when_its_first_trials_all_fail(tmp_path):
 
 
 def test_grid_has_every_point_once_over_two_sessions(tmp_path):
-    parameters = {"model.head.kind": Categorical(values=("grid", "conv")), "train.batch_size": IntUniform(min=8, max=9)}
+    parameters = {
+        "model.head.kind": Categorical(values=("grid", "conv")),
+        "train.batch_size": IntUniform(min=8, max=9),
+    }
     sweep = make(method="grid", parameters=parameters, run_cap=None)
     assert trial_count(sweep) == 4
     study = SweepStudy(sweep, tmp_path / "study.journal")
@@ -205,7 +240,12 @@ def test_draws_do_not_repeat_in_a_new_session_and_do_not_depend_on_it(tmp_path):
     sweep = make(method="random")
 
     def lrs(path, sessions):
-        return [p["optim.lr"] for n in sessions for study in [SweepStudy(sweep, path)] for p in [study.ask()[1] for _ in range(n)]]
+        return [
+            p["optim.lr"]
+            for n in sessions
+            for study in [SweepStudy(sweep, path)]
+            for p in [study.ask()[1] for _ in range(n)]
+        ]
 
     whole, split = lrs(tmp_path / "a", [4]), lrs(tmp_path / "b", [2, 2])
     assert whole == split
@@ -214,7 +254,10 @@ def test_draws_do_not_repeat_in_a_new_session_and_do_not_depend_on_it(tmp_path):
 
 
 def test_lists_as_values_and_stepped_log_ranges(tmp_path):
-    parameters = {"optim.betas": Categorical(values=([0.9, 0.95],)), "train.batch_size": QLogUniform(min=8, max=64, q=8)}
+    parameters = {
+        "optim.betas": Categorical(values=([0.9, 0.95],)),
+        "train.batch_size": QLogUniform(min=8, max=64, q=8),
+    }
     sweep = make(method="random", parameters=parameters)
     study = SweepStudy(sweep, tmp_path / "j")
     drawn = [study.ask()[1] for _ in range(8)]
@@ -226,7 +269,9 @@ def test_lists_as_values_and_stepped_log_ranges(tmp_path):
 
 
 def test_bayes_learns_from_pruned_trials(tmp_path):
-    """After start-up the draws move to where the value is low: the best lr of 1e-4..1e-2 is at the low end."""
+    """After start-up the draws move to where the value is low: the best lr of 1e-4..1e-2 is at
+    the low end.
+    """
     sweep = make(parameters={"optim.lr": LogUniform(min=1e-4, max=1e-2)}, startup_trials=4)
     study = SweepStudy(sweep, tmp_path / "j")
     drawn = []
