@@ -25,9 +25,8 @@ from optuna.storages.journal import JournalFileBackend
 
 from flowray.bench.pool import Entry, Pool, Space
 from flowray.config.sweep import Metric, Sweep
-from flowray.tune.halving import make_halving
-from flowray.tune.records import TrialRecord
-from flowray.tune.referee import Referee
+from flowray.tune.policy import Policy
+from flowray.tune.session import SweepSession
 
 ROUND, KEPT = 9, 3  # the one-rung search draws so many, and trains so many of them in full
 
@@ -139,7 +138,7 @@ def one_rung(pool: Pool, goal: frozenset[int], seed: int, metric: Metric, rung: 
 
 def sweep_search(pool: Pool, goal: frozenset[int], seed: int, sweep: Sweep, every: int) -> Replay:
     """`sweep` as flowray.tune runs it, trials of the pool in place of new ones: the real study,
-    referee, rules and rungs.
+    session, rules and rungs.
 
     Whatever point the study suggests, the nearest configuration that is left is trained, and the
     study is told so.
@@ -159,44 +158,44 @@ def sweep_search(pool: Pool, goal: frozenset[int], seed: int, sweep: Sweep, ever
         {entry.number: entry for entry in pool.entries},
     )
     with _scratch() as folder:
-        referee = Referee(
-            sweep, folder, pool.budget_steps, make_halving(sweep, pool.budget_steps), Silent()
-        )
+        session = SweepSession(sweep, folder, Policy(sweep, pool.budget_steps))
         correct = Correction(folder / "study.journal", sweep)
         trained: dict[int, Entry] = {}
-        while (left or referee.records.waiting()) and (chosen := referee.next()):
+        while (left or session.ledger.waiting()) and (chosen := session.next()):
             number, point = chosen
-            start = referee.records.trials[number].last_step
+            start = session.ledger.trials[number].last_step
             if number not in trained:
                 trained[number] = left.pop(space.nearest(point, left.values()).number)
                 correct(number, trained[number])
             entry = trained[number]
-            stopped = _run(referee, number, entry, pool.budget_steps, every)
+            stopped = _run(session, number, entry, pool.budget_steps, every)
             ledger.train(entry, start, stopped.step if stopped else end_of(pool, entry))
             if stopped:
                 ledger.stopped[entry.number] = stopped
-            referee.ended(number, error=None if stopped else entry.error)
+            session.end(number, error=None if stopped else entry.error)
     # a sweep gives up where its first trials all fail; the rest is then trained as it comes
     for entry in left.values():
         ledger.train(entry, 0, end_of(pool, entry))
     return ledger.close()
 
 
-def _run(referee: Referee, number: int, entry: Entry, budget: int, every: int) -> Stopped | None:
-    """Show the referee what it looks at of a trial's rows until it says stop; None where it does
+def _run(
+    session: SweepSession, number: int, entry: Entry, budget: int, every: int
+) -> Stopped | None:
+    """Show the session what it looks at of a trial's rows until it says stop; None where it does
     not.
     """
-    sweep = referee.sweep
+    sweep = session.sweep
     watched = {sweep.metric.name, *(rule.metric for rule in sweep.stop if rule.metric)}
     for row in entry.rows:
         step = int(row["step"])
-        if (step % every and step < budget) or step <= referee.records.trials[number].last_step:
+        if (step % every and step < budget) or step <= session.ledger.trials[number].last_step:
             continue
         # null was a nan when it was reported
         shown = {key: math.nan if row[key] is None else row[key] for key in watched & row.keys()}
-        if referee.see(number, {"step": step, "budget_steps": budget, **shown}):
+        if session.report(number, {"step": step, "budget_steps": budget, **shown}):
             return Stopped(
-                step, _cost(sweep.metric, row), referee.records.trials[number].stopped_by or ""
+                step, _cost(sweep.metric, row), session.ledger.trials[number].stopped_by or ""
             )
     return None
 
@@ -218,18 +217,6 @@ class Correction:
                 self._storage.set_trial_param(
                     trial, key, distribution.to_internal_repr(value), distribution
                 )
-
-
-class Silent:
-    """An audience that hears nothing."""
-
-    def known(self, trial: TrialRecord) -> None: ...
-
-    def started(self, trial: TrialRecord) -> None: ...
-
-    def probed(self, trial: TrialRecord) -> None: ...
-
-    def ended(self, trial: TrialRecord) -> None: ...
 
 
 def end_of(pool: Pool, entry: Entry) -> int:

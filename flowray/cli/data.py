@@ -202,7 +202,8 @@ def _every_split(spec: str, progress: Progress) -> str:
     other spec as it is.
     """
     if spec in EMBEDDED:
-        folder = ensure_embedded(spec, cache_dir(None), progress)["train"].parent  # type: ignore[arg-type]
+        made = ensure_embedded(spec, cache_dir(None), progress)  # type: ignore[arg-type]
+        folder = made["train"].parent
     else:
         folder = Path(spec)
     split = folder.is_dir() and not any(folder.glob("*.tar")) and any(folder.glob("*/*.tar"))

@@ -23,7 +23,7 @@ from flowray.config.sweepfile import base_recipe, check_trials, load_sweep
 from flowray.config.sweepschema import sweep_schema
 from flowray.findings.rules import RULES
 from flowray.tune.folder import sweep_folder
-from flowray.tune.records import Records
+from flowray.tune.ledger import Ledger
 from flowray.tune.stop import check_findings
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _look(sweep: Sweep, resume: bool, finish: Sequence[int], progress: Progress)
             raise InputError(f"--finish {finish[0]}: {folder} holds no sweep; {where}")
         if resume:
             progress.say(f"{folder} holds no sweep to continue: it starts with trial 0; {where}")
-    records = Records(folder / "trials.jsonl")
+    ledger = Ledger(folder / "trials.jsonl")
     for number in finish:
         records.to_finish(number)
 

@@ -326,6 +326,7 @@ def _storage(facts: dict[str, Any]) -> str:
     storage = facts["storage"]
     state = (
         storage["problem"]
-        or f"{storage['needed_bytes'] / GIB:.3g} GiB of checkpoints at most, {storage['free_bytes'] / GIB:.3g} GiB free"
+        or f"{storage['needed_bytes'] / GIB:.3g} GiB of checkpoints at most,"
+        f" {storage['free_bytes'] / GIB:.3g} GiB free"
     )
     return f"results in {facts['sweep_dir']}: {state}"

@@ -294,7 +294,8 @@ class _Tree:
             )
             text = (
                 f"{key}: got {show(got)},"
-                f" {cause or f'want {want(slot.field)}'}{' in quotes' if unquoted and not cause else ''}"
+                f" {cause or f'want {want(slot.field)}'}"
+                f"{' in quotes' if unquoted and not cause else ''}"
             )
         else:
             reason = str(cause or first["msg"]) + _rivals(

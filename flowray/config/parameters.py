@@ -342,9 +342,8 @@ def _undrawable(spec: Mapping[str, Any]) -> str:
     if "probabilities" in spec or name == "categorical_w_probabilities":
         values, weights = spec.get("values"), spec.get("probabilities")
         try:
-            likeliest = show(
-                max(zip(weights, values, strict=True), key=lambda pair: float(pair[0]))[1]
-            )  # type: ignore[arg-type]
+            chances = zip(weights, values, strict=True)  # type: ignore[arg-type]
+            likeliest = show(max(chances, key=lambda pair: float(pair[0]))[1])
         except (TypeError, ValueError):
             likeliest = "the likeliest"
         return (

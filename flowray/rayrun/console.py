@@ -24,8 +24,7 @@ from flowray.config.sweep import Constant, Sweep
 from flowray.report.lines import columns, wrapped
 from flowray.store.doing import doing
 from flowray.store.run import RunDirectory
-from flowray.tune.records import TrialRecord
-from flowray.tune.referee import repeat_dir
+from flowray.tune.records import TrialRecord, repeat_dir
 
 # a quiet sweep says where it is after BEAT_S, then after twice as long, at last every QUIET_S
 BEAT_S, QUIET_S = 2.5, 300.0

@@ -144,7 +144,7 @@ class RunGauges:
 
 
 class SweepGauges:
-    """The sweep as a whole, the trials of earlier sessions too: an audience of the referee."""
+    """The sweep as a whole, the trials of earlier sessions too: an observer of the session."""
 
     def __init__(self, sweep: Sweep):
         self._sweep, self._name, self._minimise = sweep.name, sweep.metric.name, sweep.minimise

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,42 +42,12 @@ from flowray.config.sweep import (
     Uniform,
 )
 from flowray.tune.records import TrialRecord
-from flowray.tune.referee import Audience
 from flowray.tune.study import Journal
 
 # the folder of a sweep that holds its trials' pictures for optuna-dashboard
 ARTIFACTS = "artifacts"
 HPARAMS = ".hparams"  # ends the name of an event file that holds no scalars
 SHOWN = ("ema/shoot/nmse", "ema/shoot/skill", "ema/flow/cos", "ema/std/mean", "loss/flow")
-
-
-class Everyone:
-    """Several audiences as one.
-
-    A full disk costs whoever writes there its view, never the sweep.
-    """
-
-    def __init__(self, *audiences: Audience):
-        self._audiences = list(audiences)
-
-    def known(self, trial: TrialRecord) -> None:
-        self._tell(lambda audience: audience.known(trial))
-
-    def started(self, trial: TrialRecord) -> None:
-        self._tell(lambda audience: audience.started(trial))
-
-    def probed(self, trial: TrialRecord) -> None:
-        self._tell(lambda audience: audience.probed(trial))
-
-    def ended(self, trial: TrialRecord) -> None:
-        self._tell(lambda audience: audience.ended(trial))
-
-    def _tell(self, event: Callable[[Audience], None]) -> None:
-        for audience in list(self._audiences):
-            try:
-                event(audience)
-            except OSError:
-                self._audiences.remove(audience)
 
 
 class TrialBoard:

@@ -1,5 +1,5 @@
-"""Ray Tune's searcher and scheduler of a sweep: thin adapters that let the referee hand out,
-judge and end trials.
+"""Ray Tune's searcher and scheduler of a sweep: thin adapters through which a session
+hands out, judges and ends trials.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from flowray.config.errors import InputError
-from flowray.tune.referee import Referee
+from flowray.tune.session import SweepSession
 
 FAILED = "failed"  # key of a row that says, in one line, why its trial ended
 # key of a row that says, in one line, which node lacks the storage: the trial has not failed
-LACKS = "lacks"
+LACKS_STORAGE = "lacks_storage"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -49,20 +49,20 @@ class StudySearch(Unpickled, Searcher):
     Tune's config of a trial is {"number", "params"}.
     """
 
-    def __init__(self, referee: Referee):
+    def __init__(self, session: SweepSession):
         super().__init__()
-        self._referee = referee
+        self._session = session
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         try:
-            chosen = self._referee.next()
+            chosen = self._session.next()
         except OSError as error:
-            self._referee.hold(error)
+            self._session.suspend(error)
             chosen = None
         if chosen is None:
             # a string, which the base class does not declare
-            return None if self._referee.may_promote() else cast(None, Searcher.FINISHED)
+            return None if self._session.may_promote() else cast(None, Searcher.FINISHED)
         self._numbers[trial_id], params = chosen
         return {"number": chosen[0], "params": params}
 
@@ -71,11 +71,11 @@ class StudySearch(Unpickled, Searcher):
     ) -> None:
         number = self._numbers[trial_id]
         # the error's text comes with the callback that follows
-        if not error and self._referee.records.trials[number].status == "running":
+        if not error and self._session.ledger.trials[number].status == "running":
             try:
-                self._referee.ended(number)
+                self._session.end(number)
             except OSError as full:
-                self._referee.hold(full)
+                self._session.suspend(full)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal is the state, and a new session rebuilds from it without
@@ -89,20 +89,20 @@ class StudySearch(Unpickled, Searcher):
 
 
 class ProbeScheduler(Unpickled, FIFOScheduler):
-    """Shows every reported row to the referee and stops the trial when it says so."""
+    """Shows every reported row to the session and stops the trial when it says so."""
 
-    def __init__(self, referee: Referee):
+    def __init__(self, session: SweepSession):
         super().__init__()
-        self._referee = referee
+        self._session = session
 
     def on_trial_result(
         self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]
     ) -> str:
         number, failure = trial.config["number"], str(result.get(FAILED, ""))
         # every trial that lands there would fail; where it is right they all go on
-        if LACKS in result:
+        if LACKS_STORAGE in result:
             words = "the sweep waits: when the node has it, or is gone, type the same command again"
-            self._referee.hold(InputError(f"{result[LACKS]}; {words}"))
+            self._session.suspend(InputError(f"{result[LACKS_STORAGE]}; {words}"))
             return TrialScheduler.STOP
         row = {key: value for key, value in result.items() if not key.startswith("config/")}
         try:
@@ -111,10 +111,10 @@ class ProbeScheduler(Unpickled, FIFOScheduler):
             if not failure:
                 return (
                     TrialScheduler.STOP
-                    if self._referee.see(number, row)
+                    if self._session.report(number, row)
                     else TrialScheduler.CONTINUE
                 )
-            self._referee.ended(number, error=failure)
+            self._session.end(number, error=failure)
         except OSError as error:
-            self._referee.hold(error)
+            self._session.suspend(error)
         return TrialScheduler.STOP

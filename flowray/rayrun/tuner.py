@@ -29,13 +29,20 @@ from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.sweep import Sweep
-from flowray.rayrun import session
+from flowray.rayrun import session as ray_session
 from flowray.rayrun.capacity import machines
 from flowray.rayrun.console import SweepConsole
 from flowray.rayrun.gauges import SweepGauges, leave_link
-from flowray.rayrun.live import Everyone, Gallery, TrialBoard
+from flowray.rayrun.live import Gallery, TrialBoard
 from flowray.rayrun.retries import Pardons, newest_step
-from flowray.rayrun.search import FAILED, LACKS, ProbeScheduler, StudySearch, Unpickled, no_room
+from flowray.rayrun.search import (
+    FAILED,
+    LACKS_STORAGE,
+    ProbeScheduler,
+    StudySearch,
+    Unpickled,
+    no_room,
+)
 from flowray.rayrun.storage import Unshared, check_here, marked, refuse_unshared
 from flowray.rayrun.trainer import RunFailed, fit, train_worker
 from flowray.rayrun.waiting import RoomWatch, begun
@@ -43,12 +50,13 @@ from flowray.report.load import load_sweep as load_report
 from flowray.store.latents import ensure_latents_apart
 from flowray.store.run import RunDirectory, RunLock
 from flowray.tune.folder import held_directory, refuse_taken, sweep_folder
-from flowray.tune.halving import make_halving
+from flowray.tune.ledger import Ledger
 from flowray.tune.plan import longest
-from flowray.tune.records import Records, TrialRecord
-from flowray.tune.referee import Referee, repeat_dir, repeat_of
+from flowray.tune.policy import Policy
+from flowray.tune.records import TrialRecord, repeat_dir, repeat_of
 from flowray.tune.room import Placed, needed_cpus, place
 from flowray.tune.sampling import score_pictures
+from flowray.tune.session import SweepSession
 from flowray.tune.space import ends_with_its_space, left_to_begin, trial_count
 from flowray.tune.warm import earlier_trials
 
@@ -150,9 +158,9 @@ def run_sweep(
     OSError: a full disk; the trials that it cut off go on in the next session, as they do where a
     node came that lacks the storage, an InputError.
     """
-    with session.connected(progress):
+    with ray_session.connected(progress):
         refuse_unshared(Path(sweep.storage_path), base.data, progress)
-        there = Records(sweep_folder(sweep) / "trials.jsonl")
+        there = Ledger(sweep_folder(sweep) / "trials.jsonl")
         for number in finish:
             there.to_finish(number)
         work = _work_left(sweep, there, finish)
@@ -177,35 +185,34 @@ def run_sweep(
     with held_directory(sweep, base, resume) as lock:
         if placed:
             needed = needed_cpus(placed)
-            with _quiet(), session.started(needed, progress), _sigterm_as_interrupt():
+            with _quiet(), ray_session.started(needed, progress), _sigterm_as_interrupt():
                 leave_link(sweep_dir)
                 with SweepConsole(sweep, sweep_dir, trial_count(sweep), stream) as console:
-                    budget = longest(sweep, base)
-                    referee = Referee(
+                    observers = (
+                        console,
+                        TrialBoard(sweep, sweep_dir),
+                        Gallery(sweep_dir, sweep),
+                        SweepGauges(sweep),
+                    )
+                    session = SweepSession(
                         sweep,
                         sweep_dir,
-                        budget,
-                        make_halving(sweep, budget),
-                        Everyone(
-                            console,
-                            TrialBoard(sweep, sweep_dir),
-                            Gallery(sweep_dir, sweep),
-                            SweepGauges(sweep),
-                        ),
+                        Policy(sweep, longest(sweep, base)),
+                        observers,
                         concurrent=placed.concurrent,
                         deadline=deadline,
                         finish=finish,
                         earlier=earlier.trials if earlier else (),
                     )
-                    if referee.due():
-                        _run(referee, placed, trial_fn, _Events(referee, placed, console, lock))
-                    if referee.held:
-                        raise referee.held
-                    out_of_time = referee.out_of_time
-    records = Records(sweep_dir / "trials.jsonl")
+                    if session.due():
+                        _run(session, placed, trial_fn, _Events(session, placed, console, lock))
+                    if session.suspended_by:
+                        raise session.suspended_by
+                    out_of_time = session.out_of_time
+    ledger = Ledger(sweep_dir / "trials.jsonl")
     best = load_report(sweep_dir).best
-    record = records.trials[best.number] if best else None
-    if (settings := ends_with_its_space(sweep)) and not _to_begin(sweep, records):
+    record = ledger.trials[best.number] if best else None
+    if (settings := ends_with_its_space(sweep)) and not _to_begin(sweep, ledger):
         more = "for more trials, name=OTHER and more values"
         print(
             f"no setting is left of the {settings} in the space, run_cap {sweep.run_cap}; {more}",
@@ -213,7 +220,7 @@ def run_sweep(
         )
     if record:
         (sweep_dir / "best.yaml").write_text(_best_recipe(sweep, base, record))
-    return _result(sweep, records, record, finish, out_of_time)
+    return _result(sweep, ledger, record, finish, out_of_time)
 
 
 def _part(key: str) -> str:
@@ -224,44 +231,44 @@ def _part(key: str) -> str:
 
 def _result(
     sweep: Sweep,
-    records: Records,
+    ledger: Ledger,
     best: TrialRecord | None,
     finish: Sequence[int],
     out_of_time: bool,
 ) -> SweepResult:
-    """What the records come to.
+    """What the ledger comes to.
 
     A session that finishes single trials is through with them, whatever the rest of the sweep waits
     for.
     """
-    trials = tuple(records.trials[n] for n in sorted(records.trials))
+    trials = tuple(ledger.trials[n] for n in sorted(ledger.trials))
     unfinished = {trial.trial for trial in trials if trial.status in ("running", "waiting")}
     return SweepResult(
-        records.path.parent,
+        ledger.path.parent,
         trials,
         best,
-        records.saved(),
+        ledger.saved(),
         interrupted=bool(unfinished & set(finish) if finish else unfinished),
         out_of_time=out_of_time,
-        left=len(unfinished) + _to_begin(sweep, records),
+        left=len(unfinished) + _to_begin(sweep, ledger),
     )
 
 
-def _work_left(sweep: Sweep, records: Records, finish: Sequence[int]) -> bool:
-    left = _to_begin(sweep, records) or records.by("running", "waiting")
+def _work_left(sweep: Sweep, ledger: Ledger, finish: Sequence[int]) -> bool:
+    left = _to_begin(sweep, ledger) or ledger.by("running", "waiting")
     return bool(left or finish)
 
 
-def _to_begin(sweep: Sweep, records: Records) -> int:
-    return left_to_begin(sweep, (trial.params for trial in records.trials.values()))
+def _to_begin(sweep: Sweep, ledger: Ledger) -> int:
+    return left_to_begin(sweep, (trial.params for trial in ledger.trials.values()))
 
 
-def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -> None:
-    """Tune over all that the referee hands out.
+def _run(session: SweepSession, placed: Placed, trial_fn: TrialFn, events: _Events) -> None:
+    """Tune over all that the session hands out.
 
     A trial of one worker is that worker; one of several takes no CPU, it waits for them.
     """
-    sweep, sweep_dir, base = referee.sweep, referee.sweep_dir, placed.base
+    sweep, sweep_dir, base = session.sweep, session.sweep_dir, placed.base
     seeds = sweep.seeds
 
     def trial(config: dict[str, Any]) -> None:
@@ -274,7 +281,7 @@ def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -
                 check_here(sweep_dir, mark)
                 trial_fn(override_recipe(base, {**config["params"], **place}), run_dir)
             except Unshared as error:
-                tune.report({LACKS: str(error)})
+                tune.report({LACKS_STORAGE: str(error)})
                 return
             except Exception as error:
                 if not isinstance(error, InputError | RunFailed) and no_room(error) is None:
@@ -290,12 +297,12 @@ def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -
             "CPU": float(base.resources.cpus_per_worker),
             "GPU": float(base.resources.gpus_per_worker),
         }
-    with marked(sweep_dir, alone=True) as mark, _holding(referee):
+    with marked(sweep_dir, alone=True) as mark, _holding(session):
         tune.Tuner(
             tune.with_resources(trial, takes),
             tune_config=tune.TuneConfig(
-                search_alg=StudySearch(referee),
-                scheduler=ProbeScheduler(referee),
+                search_alg=StudySearch(session),
+                scheduler=ProbeScheduler(session),
                 num_samples=-1,  # the searcher says when there are no more
                 max_concurrent_trials=placed.concurrent,
                 # from its rung on it is another one
@@ -313,7 +320,7 @@ def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -
 
 
 @contextlib.contextmanager
-def _holding(referee: Referee) -> Iterator[None]:
+def _holding(session: SweepSession) -> Iterator[None]:
     """A full disk within the block, be it Tune's own file that cannot be written, holds the
     sweep.
     """
@@ -323,20 +330,20 @@ def _holding(referee: Referee) -> Iterator[None]:
         full = no_room(error)
         if full is None:
             raise
-        referee.hold(full)
+        session.suspend(full)
 
 
 class _Events(Unpickled, tune.Callback):
-    """Errors to the referee, a pulse to the console and the lock, and to what pardons failures."""
+    """Errors to the session, a pulse to the console and the lock, and to what pardons failures."""
 
-    def __init__(self, referee: Referee, placed: Placed, console: SweepConsole, lock: RunLock):
-        self._referee, self._console, self._lock = referee, console, lock
+    def __init__(self, session: SweepSession, placed: Placed, console: SweepConsole, lock: RunLock):
+        self._session, self._console, self._lock = session, console, lock
         self._room = RoomWatch(placed.base.resources, console.remark)
         self._pardons = Pardons(self._come)
 
     def _come(self, number: int) -> int:
         """Checkpointed steps of a trial, of all its seeds."""
-        run_dir, seeds = self._referee.sweep_dir / str(number), self._referee.sweep.seeds
+        run_dir, seeds = self._session.sweep_dir / str(number), self._session.sweep.seeds
         return sum(
             newest_step(RunDirectory(repeat_dir(run_dir, repeat))) for repeat in range(seeds)
         )
@@ -352,8 +359,8 @@ class _Events(Unpickled, tune.Callback):
         if trial.status != Trial.RUNNING or self._room.asked.num_workers == 1:
             return bool(trial.status == Trial.PENDING)
         run_dir, seeds = (
-            self._referee.sweep_dir / str(trial.config["number"]),
-            self._referee.sweep.seeds,
+            self._session.sweep_dir / str(trial.config["number"]),
+            self._session.sweep.seeds,
         )
         return not any(begun(RunDirectory(repeat_dir(run_dir, repeat))) for repeat in range(seeds))
 
@@ -363,14 +370,14 @@ class _Events(Unpickled, tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number, theirs = trial.config["number"], Path(trial.error_file)
         # Tune's own goes with its temporary folder
-        mine = self._referee.sweep_dir / str(number) / "error.txt"
-        with _holding(self._referee):
+        mine = self._session.sweep_dir / str(number) / "error.txt"
+        with _holding(self._session):
             mine.parent.mkdir(exist_ok=True)
             shutil.copyfile(theirs, mine)
             line = _error_line(mine)
             if full := no_room(line):
                 raise full
-            self._referee.ended(number, error=line)
+            self._session.end(number, error=line)
 
 
 def _error_line(path: Path) -> str:

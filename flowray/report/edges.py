@@ -168,7 +168,8 @@ def _edge_of_values(key: str, ordered: Sequence[float], value: float, takes: Tak
         if least and beyond <= 0 < value:
             beyond = value / 2
         beyond = round(beyond) if whole or beyond == round(beyond) else float(f"{beyond:.6g}")
-        widen = f"parameters.{key}.values={json.dumps(sorted([*ordered, beyond]), separators=(',', ':'))}"
+        wider = json.dumps(sorted([*ordered, beyond]), separators=(",", ":"))
+        widen = f"parameters.{key}.values={wider}"
         if beyond not in ordered and takes(widen):
             words = (
                 f"{key}: the best value {value:g} is the {side} of"

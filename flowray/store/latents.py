@@ -117,7 +117,8 @@ def split_shards(data: DataConfig, progress: Progress = SILENT) -> dict[str, tup
     first use.
     """
     if data.shards in EMBEDDED:
-        folders = ensure_embedded(data.shards, cache_dir(data.cache), progress)  # type: ignore[arg-type]
+        place = cache_dir(data.cache)
+        folders = ensure_embedded(data.shards, place, progress)  # type: ignore[arg-type]
         return {split: find_shards(str(folder)) for split, folder in folders.items()}
     if data.val_shards is None:
         raise InputError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensorboardX import SummaryWriter
@@ -39,7 +39,7 @@ from flowray.train.state import TrainState, fresh_state, restore_state, save_sta
 from flowray.train.step import BatchMaker, train_step
 from flowray.train.visits import Visits
 
-Row = dict[str, float]
+Row = dict[str, Any]
 Report = Callable[[Row], None]
 Outcome = Literal["finished", "stopped"]
 GRID_PROMPTS = 8
@@ -110,7 +110,7 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
             if doctor and (
                 step % (cadence.probe_every * recipe.probes.doctor_every) == 0 or step == last
             ):
-                doctor.visit()
+                probed["findings"] = doctor.visit()
             # after all that belongs to the step is on disk: who hears it may end this process
             if probing:
                 report(_share(probed, group))
@@ -152,6 +152,7 @@ class Sinks:
         group: Group,
     ):
         self.recipe, self.run, self.state, self.device = recipe, run, state, group.device
+        self.start = state.step
         self.held_out = held_out
         self.probe_batch: ProbeBatch = make_probe_batch(recipe, held_out, group.device)
         self.prompts = list(recipe.sample.prompts) or _some_prompts(held_out)
@@ -213,7 +214,8 @@ class Sinks:
             )
         self._probes.write({"step": self.state.step, **row})
         self._to_board(row)
-        reported = {"step": self.state.step, "budget_steps": self.recipe.train.steps, **row}
+        place = {"step": self.state.step, "start": self.start}
+        reported = {**place, "budget_steps": self.recipe.train.steps, **row}
         return reported | {key: value for key, value in losses.items() if key.startswith("loss/")}
 
     def sample(self) -> None:

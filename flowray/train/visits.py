@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from contextlib import closing, suppress
 from dataclasses import asdict
+from typing import Any
 
 from flowray.config.recipe import Recipe
 from flowray.doctor.examine import examine
@@ -52,8 +53,8 @@ class Visits:
         self._initial = {name: x.to("cpu", copy=True) for name, x in initial.items()}
         self._rows = RowWriter(run.findings, state.step)
 
-    def visit(self) -> None:
-        """Examine the run as it is now."""
+    def visit(self) -> list[dict[str, Any]]:
+        """Examine the run as it is now; the findings, the most likely cause first."""
         strip = self.run.samples / f"step_{self.state.step:06d}.png"
         subject = live_subject(
             self.state,
@@ -67,10 +68,9 @@ class Visits:
             strip=strip if strip.is_file() else None,
         )
         seen = examine(subject)
-        findings = diagnose(seen.metrics, seen.facts, seen.history)
-        self._rows.write(
-            {"step": self.state.step, "findings": [asdict(finding) for finding in findings]}
-        )
+        findings = [asdict(f) for f in diagnose(seen.metrics, seen.facts, seen.history)]
+        self._rows.write({"step": self.state.step, "findings": findings})
+        return findings
 
     def __enter__(self) -> Visits:
         return self

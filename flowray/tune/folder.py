@@ -13,8 +13,8 @@ from flowray.config.schema import show
 from flowray.config.sweep import Sweep
 from flowray.config.sweepfile import dump_sweep, text_sweep
 from flowray.store.run import RunDirectory, RunLock, require_writable
+from flowray.tune.ledger import Ledger
 from flowray.tune.plan import check_storage
-from flowray.tune.records import Records
 
 _THE_SWEEP = (
     "task",
@@ -126,7 +126,7 @@ def refuse_other(sweep: Sweep, base: Recipe, resume: bool) -> None:
         )
     minor = [field for field in changed if field not in _PLACES]
     if minor and not resume:
-        done = Records(kept.with_name("trials.jsonl")).by("finished", "stopped", "failed")
+        done = Ledger(kept.with_name("trials.jsonl")).by("finished", "stopped", "failed")
         raise InputError(
             f"{kept}: {minor[0]} differs from the sweep that is there, of which {len(done)} trials"
             " are done; type --resume to continue it so, or name=OTHER for a new one"

@@ -14,7 +14,7 @@ from flowray.config.sweep import Asha, Hyperband, Median, SuccessiveHalving, Swe
 from flowray.tune.median import MedianRule
 
 
-class Halving(Protocol):
+class Pruner(Protocol):
     """Compares trials by number. A replay of the same values leaves the same state."""
 
     def judge(self, number: int, step: int, value: float) -> str | None:
@@ -78,7 +78,7 @@ class Rungs:
             further |= values.keys()
         return None
 
-    def met(self, number: int) -> bool:
+    def reached(self, number: int) -> bool:
         """Whether the trial has come to a rung."""
         return any(number in values for values in self._rungs.values())
 
@@ -110,13 +110,13 @@ class Rungs:
         )
 
 
-HALVING: Mapping[type[Config], Callable[[Sweep, int], Halving]] = MappingProxyType(
+PRUNERS: Mapping[type[Config], Callable[[Sweep, int], Pruner]] = MappingProxyType(
     {Hyperband: Rungs, Asha: Rungs, Median: MedianRule}
 )
 
 
-def make_halving(sweep: Sweep, budget_steps: int) -> Halving | None:
+def make_pruner(sweep: Sweep, budget_steps: int) -> Pruner | None:
     """What compares the trials of the sweep with each other, None where nothing does."""
     return (
-        HALVING[type(sweep.early_terminate)](sweep, budget_steps) if sweep.early_terminate else None
+        PRUNERS[type(sweep.early_terminate)](sweep, budget_steps) if sweep.early_terminate else None
     )

@@ -14,7 +14,7 @@ from flowray.config.load import load_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
 from flowray.config.sweep import Sweep
-from flowray.tune.records import Records
+from flowray.tune.ledger import Ledger
 
 # what a step's time depends on; the weights of losses that look at latents alone hardly matter
 COSTLY = (
@@ -102,7 +102,7 @@ def seconds_per_step(sweep_dirs: Sequence[Path]) -> float | None:
     done = [
         t
         for folder in sweep_dirs
-        for t in Records(folder / "trials.jsonl").trials.values()
+        for t in Ledger(folder / "trials.jsonl").trials.values()
         if t.last_step and t.seconds
     ]
     return sum(t.seconds for t in done) / sum(t.last_step for t in done) if done else None

@@ -22,7 +22,7 @@ from flowray.sample.restore import open_run
 from flowray.store.found import find_checkpoint
 from flowray.store.rows import RowWriter, read_rows
 from flowray.store.run import RunDirectory
-from flowray.tune.referee import repeat_of
+from flowray.tune.records import repeat_of
 
 Row = dict[str, Any]
 

@@ -45,7 +45,7 @@ def better(metric: str) -> str:
     return key.direction
 
 
-class Watch:
+class StopRules:
     """All rules of one trial.
 
     Rows must come in the order of their steps; a step seen before is ignored, so a replay does no

@@ -71,19 +71,19 @@ class Journal(JournalFileBackend):
             raise
 
 
-class Come(NamedTuple):
-    """How far a trial has come, and the metrics there."""
+class PartialResult(NamedTuple):
+    """How far a trial that has not finished came, and the metrics there."""
 
     step: int
     values: list[float]
 
 
-class _Told(Study):
+class _StudyWithPartialResults(Study):
     """A study whose sampler learns from the trials that have come to a rung, waiting or running,
     as if they had been pruned there.
     """
 
-    come: Callable[[int], Come | None]
+    partial_result: Callable[[int], PartialResult | None]
 
     def _get_trials(
         self,
@@ -102,12 +102,12 @@ class _Told(Study):
         if (
             trial.state not in (TrialState.RUNNING, TrialState.PRUNED)
             or trial.values is not None
-            or not (come := self.come(trial.number))
+            or not (partial := self.partial_result(trial.number))
         ):
             return trial
         pruned = copy.copy(trial)
-        pruned.state, pruned.values = TrialState.PRUNED, come.values
-        pruned.system_attrs = {**trial.system_attrs, STEP: come.step}
+        pruned.state, pruned.values = TrialState.PRUNED, partial.values
+        pruned.system_attrs = {**trial.system_attrs, STEP: partial.step}
         return pruned
 
 
@@ -117,7 +117,7 @@ class SweepStudy:
 
     earlier: trials of earlier sweeps that the sampler learns from. They have numbers in the study,
     but are not trials of the sweep.
-    come: how far a trial of this number has come that has not finished; None where a sampler has
+    partial_result: of a trial that has not finished, by its number; None where a sampler has
     nothing to learn from it yet. InputError where the journal is spoilt.
     """
 
@@ -128,7 +128,7 @@ class SweepStudy:
         *,
         concurrent: int = 1,
         earlier: Sequence[FrozenTrial] = (),
-        come: Callable[[int], Come | None] = lambda number: None,
+        partial_result: Callable[[int], PartialResult | None] = lambda number: None,
     ):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         drop_torn_line(path)
@@ -145,8 +145,10 @@ class SweepStudy:
             optuna.create_study(
                 storage=storage, study_name=sweep.name, directions=directions, load_if_exists=True
             )
-            self._study = _Told(sweep.name, storage, sampler=sampler, pruner=pruner)
-            self._study.come = come
+            self._study = _StudyWithPartialResults(
+                sweep.name, storage, sampler=sampler, pruner=pruner
+            )
+            self._study.partial_result = partial_result
         except (ValueError, KeyError) as error:
             raise InputError(
                 f"{path}: cannot be read: {error}; put back a copy of it, or type name=OTHER for a"

@@ -16,7 +16,8 @@ from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
 from flowray.config.sweep import Categorical, Constant, Sweep, drawn, in_order, inside
-from flowray.tune.records import Records, TrialRecord
+from flowray.tune.ledger import Ledger
+from flowray.tune.records import TrialRecord
 from flowray.tune.space import Params, as_categories, suggest
 from flowray.tune.study import FROM
 
@@ -74,7 +75,7 @@ def earlier_trials(sweep: Sweep, base: Recipe) -> Earlier:
                 f"warm_start: {source} holds no sweep (no trials.jsonl); give a sweep directory"
                 " such as runs/head"
             )
-        for record in Records(folder / "trials.jsonl").trials.values():
+        for record in Ledger(folder / "trials.jsonl").trials.values():
             if record.status not in ("finished", "stopped", "waiting"):
                 continue
             made = _taken_over(sweep, base, folder / str(record.trial), record)

@@ -13,12 +13,13 @@ from pools import BUDGET, LOSS, METRIC, make_pool, make_sweep, write_pool
 from scipy.stats import spearmanr
 
 from flowray.bench.pool import Entry, Space, read_pool, spearman, value_at
-from flowray.bench.replay import Correction, Silent, one_rung, random_search, sweep_search
+from flowray.bench.replay import Correction, one_rung, random_search, sweep_search
 from flowray.bench.sweep import ORACLE, correlations, foretold, half, ratio
 from flowray.cli.bench import main
 from flowray.config.errors import InputError
 from flowray.config.sweep import Metric
-from flowray.tune.referee import Referee
+from flowray.tune.policy import Policy
+from flowray.tune.session import SweepSession
 
 POOL = make_pool()
 GOAL = POOL.best(3)
@@ -140,11 +141,11 @@ def test_rule_stops_are_the_sweeps_own_and_are_told_in_its_words():
 
 def test_the_study_learns_from_the_configurations_that_were_trained(tmp_path):
     sweep = make_sweep()
-    referee = Referee(sweep, tmp_path, BUDGET, None, Silent())
-    number, _ = referee.next()
+    session = SweepSession(sweep, tmp_path, Policy(sweep, BUDGET))
+    number, _ = session.next()
     Correction(tmp_path / "study.journal", sweep)(number, POOL.entries[7])
-    referee.see(number, {"step": BUDGET, "budget_steps": BUDGET, METRIC: 1.0})
-    referee.ended(number)
+    session.report(number, {"step": BUDGET, "budget_steps": BUDGET, METRIC: 1.0})
+    session.end(number)
     storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.journal")))
     (trial,) = optuna.load_study(study_name=sweep.name, storage=storage).trials
     assert (trial.params, trial.value) == (POOL.entries[7].params, 1.0)

@@ -25,7 +25,8 @@ from flowray.config.keys import describe
 from flowray.config.sweep import Sweep
 from flowray.rayrun.console import METRICS, SweepConsole
 from flowray.rayrun.gauges import GAUGES, RUN_GAUGES, exported_names, run_label
-from flowray.rayrun.live import ARTIFACTS, Everyone, Gallery, TrialBoard
+from flowray.rayrun.live import ARTIFACTS, Gallery, TrialBoard
+from flowray.tune.observers import Observers
 from flowray.tune.records import TrialRecord
 from flowray.tune.study import SweepStudy
 
@@ -187,7 +188,7 @@ class Diary:
 
 def test_a_full_disk_costs_one_view_only() -> None:
     first, second = Diary(full_from=1), Diary()
-    both = Everyone(first, second)
+    both = Observers(first, second)
     for number in range(2):
         both.started(record(number))
         both.probed(record(number))
@@ -204,7 +205,7 @@ def test_a_resumed_sweep_shows_the_trials_that_there_were(tmp_path: Path) -> Non
     """
     out = io.StringIO()
     console = SweepConsole(make(), tmp_path, 6, out)
-    both = Everyone(console, TrialBoard(make(), tmp_path))
+    both = Observers(console, TrialBoard(make(), tmp_path))
     for number, (status, nmse) in enumerate(
         [("finished", 0.4), ("stopped", 0.9), ("running", 0.6)]
     ):

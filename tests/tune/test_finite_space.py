@@ -1,8 +1,8 @@
 """A space that can be counted: every setting is trained once, then the sweep is over."""
 
 import pytest
+from builders import make_sweep, open_session
 
-from flowray.bench.replay import Silent
 from flowray.config.errors import InputError
 from flowray.config.search import CmaEsSearch, GpSearch, Nsga2Search, TpeSearch
 from flowray.config.sweep import (
@@ -15,7 +15,6 @@ from flowray.config.sweep import (
     Sweep,
     Uniform,
 )
-from flowray.tune.referee import Referee
 from flowray.tune.space import left_to_begin, setting_count, setting_of, settings, trial_count
 from flowray.tune.study import SweepStudy
 from flowray.tune.warm import FROM
@@ -45,15 +44,7 @@ SEARCHES = {
 
 
 def make(parameters, **changes) -> Sweep:
-    plain = {
-        "name": "s",
-        "base": "b",
-        "metric": {"name": METRIC},
-        "parameters": parameters,
-        "run_cap": 50,
-        "startup_trials": 2,
-    }
-    return Sweep(**{**plain, **changes})
+    return make_sweep(**{"parameters": parameters, "run_cap": 50, "startup_trials": 2, **changes})
 
 
 def drain(study: SweepStudy, count: int, *, tell: bool = True) -> list[dict]:
@@ -169,17 +160,17 @@ def test_settings_of_earlier_sweeps_come_last(tmp_path):
 
 def test_the_sweep_ends_with_its_last_setting_and_a_larger_cap_adds_none(tmp_path):
     def train(sweep):
-        judge = Referee(sweep, tmp_path, 40, None, Silent())
+        judge = open_session(sweep, tmp_path, 40)
         while given := judge.next():
-            judge.see(given[0], {"step": 40, "budget_steps": 40, METRIC: 1.0})
-            judge.ended(given[0])
+            judge.report(given[0], {"step": 40, "budget_steps": 40, METRIC: 1.0})
+            judge.end(given[0])
         return judge
 
-    assert len(train(make({"model.head.kind": HEAD}, run_cap=1)).records.trials) == 1
-    assert len(train(make({"model.head.kind": HEAD}, run_cap=4)).records.trials) == 2
+    assert len(train(make({"model.head.kind": HEAD}, run_cap=1)).ledger.trials) == 1
+    assert len(train(make({"model.head.kind": HEAD}, run_cap=4)).ledger.trials) == 2
     judge = train(make({"model.head.kind": HEAD}, run_cap=9))
     assert not judge.due()
-    assert {r.params["model.head.kind"] for r in judge.records.by("finished")} == {"pooled", "grid"}
+    assert {r.params["model.head.kind"] for r in judge.ledger.by("finished")} == {"pooled", "grid"}
 
 
 def test_a_folder_with_repeats_from_before_goes_on_with_what_it_lacks():

@@ -16,39 +16,35 @@ import tempfile
 import time
 from collections import deque as consume
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import optuna
 import pytest
+from builders import make_sweep, open_session
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from flowray.bench.replay import Silent
 from flowray.config.errors import InputError
 from flowray.config.search import CmaEsSearch, Nsga2Search
-from flowray.config.sweep import Hyperband, LogUniform, StopRule, Sweep
+from flowray.config.sweep import Hyperband, StopRule, Sweep
 from flowray.rayrun import session
 from flowray.store.rows import RowWriter, read_rows
 from flowray.tune import study
-from flowray.tune.halving import make_halving
-from flowray.tune.referee import Referee
+from flowray.tune.session import SweepSession
 
 METRIC, STEPS, EVERY, TRIALS = "ema/shoot/nmse", 80, 20, 6
 FORK = multiprocessing.get_context("fork")  # a killed process a few milliseconds old
 
 
-def make(**changes) -> Sweep:
-    plain = {
-        "name": "s",
-        "base": "b",
-        "metric": {"name": METRIC},
-        "parameters": {"optim.lr": LogUniform(min=1e-4, max=1e-2)},
-        "early_terminate": Hyperband(min_iter=20, eta=2),
-        "stop": (StopRule(metric="ema/flow/cos", below=0.3, after=30, patience=2),),
-        "run_cap": TRIALS,
-        "startup_trials": 3,
-    }
-    return Sweep(**{**plain, **changes})
+make = partial(
+    make_sweep,
+    metric={"name": METRIC},
+    early_terminate=Hyperband(min_iter=20, eta=2),
+    stop=(StopRule(metric="ema/flow/cos", below=0.3, after=30, patience=2),),
+    run_cap=TRIALS,
+    startup_trials=3,
+)
 
 
 def rows_at(lr: float, step: int) -> tuple[dict, dict]:
@@ -61,7 +57,7 @@ def rows_at(lr: float, step: int) -> tuple[dict, dict]:
     }
 
 
-def train(judge: Referee, number: int, lr: float) -> None:
+def train(judge: SweepSession, number: int, lr: float) -> None:
     """A run as the training loop keeps it: rows first, a checkpoint at every 20 steps, then the
     report.
     """
@@ -82,23 +78,24 @@ def train(judge: Referee, number: int, lr: float) -> None:
             (run / "part").replace(checkpoint)
         with (run / "trained").open("a") as file:
             file.write(f"{step}\n")
-        if judge.see(
+        if judge.report(
             number,
             {
                 **probed,
                 **{key: value for key, value in logged.items() if "/" in key},
                 "budget_steps": STEPS,
+                "start": start,
             },
         ):
             return
 
 
 def whole_session(sweep: Sweep, folder: Path) -> None:
-    judge = Referee(sweep, folder, STEPS, make_halving(sweep, STEPS), Silent())
+    judge = open_session(sweep, folder, STEPS)
     while chosen := judge.next():
         number, params = chosen
         train(judge, number, params["optim.lr"])
-        judge.ended(number)
+        judge.end(number)
 
 
 def mortal_session(sweep: Sweep, folder: Path, last: int) -> None:
@@ -277,11 +274,11 @@ def test_a_full_disk_costs_no_finished_trial_and_leaves_a_journal_that_goes_on(
     untouched, small_disk
 ):
     sweep = make(method="random")
-    judge = Referee(sweep, small_disk, STEPS, make_halving(sweep, STEPS), Silent())
+    judge = open_session(sweep, small_disk, STEPS)
     for _ in range(3):
         number, params = judge.next()
         train(judge, number, params["optim.lr"])
-        judge.ended(number)
+        judge.end(number)
     with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
         while True:
             filler.write(b"0" * 512)
@@ -290,7 +287,7 @@ def test_a_full_disk_costs_no_finished_trial_and_leaves_a_journal_that_goes_on(
         # the last page of the file may hold a little more
         consume(iter(judge.next, None), maxlen=0)
     assert (small_disk / "study.journal").read_bytes().startswith(journal)
-    judge.hold(OSError(errno.ENOSPC, "No space left on device"))
+    judge.suspend(OSError(errno.ENOSPC, "No space left on device"))
     assert judge.next() is None
     (small_disk / "filler").unlink()
     whole_session(sweep, small_disk)

@@ -18,9 +18,10 @@ from flowray.cli.tune import main
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.sweepfile import base_recipe, check_trials, load_sweep, packaged_sweeps
+from flowray.tune.ledger import Ledger
 from flowray.tune.pace import Pace
 from flowray.tune.plan import Cluster, check_storage, make_plan, share_cluster
-from flowray.tune.records import Records, TrialRecord
+from flowray.tune.records import TrialRecord
 
 FOLDER = Path(__file__).parents[2] / "sweeps"
 NOTES = {
@@ -218,7 +219,7 @@ def test_hours_are_bounded_by_measured_steps_and_by_the_time_budget(tmp_path):
     assert (unknown["cpu"], unknown["gpu"], unknown["rough"]) == (None, None, False)
     assert "set time_budget, or run one (run_cap=1)" in unknown["from"]
     (tmp_path / "head").mkdir()
-    records = Records(tmp_path / "head" / "trials.jsonl")
+    records = Ledger(tmp_path / "head" / "trials.jsonl")
     records.trials = {
         0: TrialRecord(0, {}, "finished", 500, 500, seconds=100.0),
         1: TrialRecord(1, {}, "stopped", 100, 500, seconds=20.0),

@@ -6,7 +6,7 @@ import pytest
 
 from flowray.config.errors import InputError
 from flowray.config.sweep import StopRule
-from flowray.tune.stop import Watch, check_findings
+from flowray.tune.stop import StopRules, check_findings
 
 COS = StopRule(metric="flow/cos", below=0.3, after=200, patience=2)
 
@@ -16,7 +16,7 @@ def feed(watch, *rows):
 
 
 def test_patience_counts_probes_in_a_row_from_after_on():
-    watch = Watch([COS], "shoot/nmse")
+    watch = StopRules([COS], "shoot/nmse")
     low, high = {"flow/cos": 0.08}, {"flow/cos": 0.4}
     said = feed(watch, (100, low), (150, low), (200, low), (250, high), (300, low), (350, low))
     # before `after`, one strike, a good probe in between, one strike again
@@ -25,7 +25,7 @@ def test_patience_counts_probes_in_a_row_from_after_on():
 
 
 def test_above_and_patience_one():
-    watch = Watch([StopRule(metric="shoot/nmse", above=1.5)], "shoot/nmse")
+    watch = StopRules([StopRule(metric="shoot/nmse", above=1.5)], "shoot/nmse")
     assert feed(watch, (10, {"shoot/nmse": 1.5}), (20, {"shoot/nmse": 1.51})) == [
         None,
         "shoot/nmse 1.51 is above 1.5 at step 20",
@@ -34,24 +34,24 @@ def test_above_and_patience_one():
 
 def test_nan_of_a_watched_metric_stops_at_once_and_of_another_does_not():
     assert (
-        Watch([], "shoot/nmse").feed({"step": 5, "shoot/nmse": math.nan})
+        StopRules([], "shoot/nmse").feed({"step": 5, "shoot/nmse": math.nan})
         == "shoot/nmse is nan at step 5"
     )
     assert (
-        Watch([COS], "shoot/nmse").feed({"step": 5, "flow/cos": math.inf})
+        StopRules([COS], "shoot/nmse").feed({"step": 5, "flow/cos": math.inf})
         == "flow/cos is inf at step 5"
     )
     assert (
-        Watch([COS], "shoot/nmse").feed({"step": 5, "text/cos": math.nan, "shoot/nmse": None})
+        StopRules([COS], "shoot/nmse").feed({"step": 5, "text/cos": math.nan, "shoot/nmse": None})
         is None
     )
 
 
 def test_replay_leaves_the_same_state_and_rows_seen_before_count_once():
     row = {"flow/cos": 0.1}
-    watch = Watch([COS], "shoot/nmse")
+    watch = StopRules([COS], "shoot/nmse")
     assert feed(watch, (200, row), (200, row), (150, row)) == [None] * 3
-    replayed = Watch([COS], "shoot/nmse")
+    replayed = StopRules([COS], "shoot/nmse")
     feed(replayed, (200, row))
     assert watch.feed({"step": 250, **row}) == replayed.feed({"step": 250, **row}) is not None
 
@@ -61,7 +61,7 @@ def test_every_rule_counts_every_row():
         StopRule(metric="a/x", above=1, patience=2),
         StopRule(metric="b/y", above=1, patience=2),
     ]
-    watch = Watch(rules, "a/x")
+    watch = StopRules(rules, "a/x")
     bad = {"a/x": 2.0, "b/y": 2.0}
     assert feed(watch, (1, bad), (2, bad))[1].startswith("a/x")
     assert feed(watch, (3, {"a/x": 0.0, "b/y": 2.0}))[0].startswith("b/y")
@@ -78,7 +78,7 @@ def found(**severities):
 
 
 def test_a_finding_stops_in_the_doctors_words_and_patience_counts_examinations():
-    watch = Watch([StopRule(finding="source_collapsed", after=20, patience=2)], "shoot/nmse")
+    watch = StopRules([StopRule(finding="source_collapsed", after=20, patience=2)], "shoot/nmse")
     ill = found(lr_too_low="warn", source_collapsed="bad")
     said = feed(watch, (10, ill), (20, ill), (30, {"shoot/nmse": 1.0}), (40, ill))
     assert said == [
@@ -98,7 +98,7 @@ def test_a_severity_is_met_by_itself_and_by_worse():
         (3, found(scale_twice="bad")),
     ]
     met = {
-        s: [w is not None for w in feed(Watch([StopRule(finding=s)], "a/x"), *rows)]
+        s: [w is not None for w in feed(StopRules([StopRule(finding=s)], "a/x"), *rows)]
         for s in ("info", "warn", "bad")
     }
     assert met == {

@@ -8,44 +8,40 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from builders import METRIC, make_sweep, open_session
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from support import assert_refused
 
-from flowray.bench.replay import Silent
 from flowray.cli.tune import main
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
 from flowray.config.sweep import Hyperband, LogUniform, StopRule, Sweep
 from flowray.config.sweepfile import load_sweep
-from flowray.rayrun.search import FAILED, LACKS, ProbeScheduler, StudySearch, no_room
+from flowray.rayrun.search import FAILED, LACKS_STORAGE, ProbeScheduler, StudySearch, no_room
 from flowray.rayrun.storage import Unshared
 from flowray.rayrun.trainer import RunFailed, _note, _raise_noted
 from flowray.rayrun.tuner import SweepResult, _result
 from flowray.store.run import RunDirectory, RunLock
 from flowray.train.state import Halted
 from flowray.tune.folder import held_directory, open_directory, refuse_taken
-from flowray.tune.halving import make_halving
-from flowray.tune.records import Records, TrialRecord
-from flowray.tune.referee import Referee
+from flowray.tune.ledger import Ledger
+from flowray.tune.records import TrialRecord
+from flowray.tune.session import SweepSession
 
-METRIC = "ema/shoot/nmse"
 FORK = multiprocessing.get_context("fork")
 
 
 def make(folder, **changes) -> Sweep:
     plain = {
-        "name": "s",
         "storage_path": str(folder),
         "base": "b.yaml",
-        "metric": {"name": METRIC},
-        "parameters": {"optim.lr": LogUniform(min=1e-4, max=1e-2)},
         "early_terminate": Hyperband(min_iter=20, eta=2),
         "method": "random",
         "run_cap": 3,
     }
-    return Sweep(**{**plain, **changes})
+    return make_sweep(**{**plain, **changes})
 
 
 @pytest.fixture
@@ -59,7 +55,7 @@ def ended(folder, *states):
     """The records of a sweep whose trials have come to these states, in its folder."""
     folder.mkdir(exist_ok=True)
     (folder / "sweep.yaml").touch()
-    records = Records(folder / "trials.jsonl")
+    records = Ledger(folder / "trials.jsonl")
     for number, state in enumerate(states):
         records.trials[number] = TrialRecord(number, {}, state, 20, 80, waits=state == "waiting")
     records.save()
@@ -194,9 +190,9 @@ def test_a_sweep_that_another_process_runs_is_not_touched_until_that_is_killed(t
 # trials that were cut off
 
 
-def referee(folder, **changes) -> Referee:
+def open_it(folder, **changes) -> SweepSession:
     sweep = make(folder, **changes)
-    return Referee(sweep, folder, 80, make_halving(sweep, 80), Silent())
+    return open_session(sweep, folder, 80)
 
 
 def write(folder, number, *values, start=10) -> list[dict]:
@@ -209,15 +205,17 @@ def write(folder, number, *values, start=10) -> list[dict]:
 
 
 def test_rows_that_a_killed_process_wrote_and_could_not_report_are_judged_with_the_next(tmp_path):
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
     for value in (1.0, 2.0):
         number, _ = judge.next()
         rows = write(tmp_path, number, value, value, value)
-        assert judge.see(number, rows[0]) is False
-        assert judge.see(number, rows[2])  # the one at step 20, a rung, comes from the disk
-        judge.ended(number)
-    assert judge.records.trials[1].last_step == 20
-    assert judge.records.trials[1].stopped_by.endswith(
+        assert judge.report(number, rows[0]) is False
+        assert judge.report(
+            number, rows[2] | {"start": 10}
+        )  # the one at step 20, a rung, comes from the disk
+        judge.end(number)
+    assert judge.ledger.trials[1].last_step == 20
+    assert judge.ledger.trials[1].stopped_by.endswith(
         "at step 20 is number 2 of 2 so far; the best 1/2 go on"
     )
     assert judge.next()[0] == 0
@@ -225,14 +223,14 @@ def test_rows_that_a_killed_process_wrote_and_could_not_report_are_judged_with_t
 
 def test_a_trial_that_was_killed_after_its_last_checkpoint_has_finished(tmp_path):
     """Started again it has nothing to do, and reports nothing."""
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
     judge.next()
-    judge.see(0, write(tmp_path, 0, 3.0)[0])
+    judge.report(0, write(tmp_path, 0, 3.0)[0])
     write(tmp_path, 0, *[2.0] * 6, 0.5, start=20)
     with (tmp_path / "0" / "metrics.jsonl").open("w") as file:
         file.write(json.dumps({"step": 80, "loss/flow": 0.25, "perf/step_s": 1.0}) + "\n")
-    judge.ended(0)
-    record = judge.records.trials[0]
+    judge.end(0)
+    record = judge.ledger.trials[0]
     assert (record.status, record.last_step, record.metrics) == (
         "finished",
         80,
@@ -241,14 +239,14 @@ def test_a_trial_that_was_killed_after_its_last_checkpoint_has_finished(tmp_path
 
 
 def test_a_stop_that_the_killed_driver_had_not_told_is_told_by_the_next_session(tmp_path):
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
     for value in (1.0, 2.0):
         number, _ = judge.next()
         rows = write(tmp_path, number, value, value)
         # and killed, before `ended`
-        assert [judge.see(number, row) for row in rows] == [False, True]
-    again = referee(tmp_path)
-    assert [again.records.trials[number].status for number in (0, 1)] == ["waiting", "waiting"]
+        assert [judge.report(number, row) for row in rows] == [False, True]
+    again = open_it(tmp_path)
+    assert [again.ledger.trials[number].status for number in (0, 1)] == ["waiting", "waiting"]
     assert again.next()[0] == 0
     assert again.next()[0] == 2
 
@@ -257,7 +255,7 @@ def test_a_node_that_lacks_the_storage_fails_no_trial(tmp_path):
     """It may come late, on a growing cluster: the sweep waits, with a line that names path and
     node, and goes on where it is right.
     """
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
     search, scheduler = StudySearch(judge), ProbeScheduler(judge)
     there, here = (
         SimpleNamespace(config=search.suggest("a")),
@@ -267,21 +265,21 @@ def test_a_node_that_lacks_the_storage_fails_no_trial(tmp_path):
         f"storage_path: {tmp_path} is not shared with node late (10.0.0.9): there is no such folder"
         " there"
     )
-    assert scheduler.on_trial_result(None, there, {LACKS: words}) == TrialScheduler.STOP
+    assert scheduler.on_trial_result(None, there, {LACKS_STORAGE: words}) == TrialScheduler.STOP
     search.on_trial_complete("a")
     assert search.suggest("c") == Searcher.FINISHED
     # it pauses
     assert scheduler.on_trial_result(None, here, write(tmp_path, 1, 1.0)[0]) == TrialScheduler.STOP
     search.on_trial_complete("b")
-    assert isinstance(judge.held, InputError)
+    assert isinstance(judge.suspended_by, InputError)
     assert (
-        str(judge.held)
+        str(judge.suspended_by)
         == f"{words}; the sweep waits: when the node has it, or is gone, type the same command"
         " again"
     )
-    again = referee(tmp_path)
+    again = open_it(tmp_path)
     assert [again.next()[0] for _ in range(3)] == [0, 1, 2]
-    assert [(t.status, t.last_step) for t in again.records.trials.values()] == [
+    assert [(t.status, t.last_step) for t in again.ledger.trials.values()] == [
         ("running", 0),
         ("running", 10),
         ("running", 0),
@@ -369,7 +367,7 @@ def test_where_there_is_nothing_to_continue_a_line_says_so(tmp_path, capsys):
 
 
 def test_a_full_disk_fails_no_trial(tmp_path):
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
     search, scheduler = StudySearch(judge), ProbeScheduler(judge)
     trial = SimpleNamespace(config=search.suggest("a"))
     scheduler.on_trial_result(None, trial, write(tmp_path, 0, 1.0)[0])
@@ -381,11 +379,11 @@ def test_a_full_disk_fails_no_trial(tmp_path):
     assert scheduler.on_trial_result(None, trial, {FAILED: words}) == TrialScheduler.STOP
     search.on_trial_complete("a")
     assert search.suggest("b") == Searcher.FINISHED
-    assert judge.held.strerror == words
-    again = referee(tmp_path)
-    assert (again.records.trials[0].status, again.next()[0]) == ("running", 0)
+    assert judge.suspended_by.strerror == words
+    again = open_it(tmp_path)
+    assert (again.ledger.trials[0].status, again.next()[0]) == ("running", 0)
     assert (
         scheduler.on_trial_result(None, trial, {FAILED: "RunFailed: s/0: loss/flow is not finite"})
         == TrialScheduler.STOP
     )
-    assert judge.records.trials[0].status == "failed"
+    assert judge.ledger.trials[0].status == "failed"

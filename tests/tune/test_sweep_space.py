@@ -37,7 +37,8 @@ from flowray.config.sweepfile import (
     text_sweep,
 )
 from flowray.config.sweepschema import sweep_schema
-from flowray.tune.records import Records, TrialRecord
+from flowray.tune.ledger import Ledger
+from flowray.tune.records import TrialRecord
 from flowray.tune.space import from_priors, settings, trial_count
 from flowray.tune.study import SweepStudy
 from flowray.tune.warm import earlier_trials
@@ -432,7 +433,7 @@ def earlier(folder: Path, base: Recipe, *trials) -> Path:
         (run / "config.yaml").write_text(dump_recipe(override_recipe(base, {**overrides, **place})))
         rows = [{"step": 20 * (i + 1), "ema/shoot/nmse": value} for i, value in enumerate(values)]
         (run / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        records = records or Records(folder / "trials.jsonl")
+        records = records or Ledger(folder / "trials.jsonl")
         records.trials[number] = TrialRecord(
             number, {}, status, 20 * len(values), 40, metrics={"ema/shoot/nmse": values[-1]}
         )

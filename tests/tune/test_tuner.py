@@ -13,12 +13,12 @@ from pathlib import Path
 import optuna
 import pytest
 import ray
+from builders import open_session
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.util.state import list_actors
 
-from flowray.bench.replay import Silent
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
@@ -27,9 +27,8 @@ from flowray.rayrun import session
 from flowray.rayrun.trainer import RunFailed
 from flowray.rayrun.tuner import run_sweep, train_trial
 from flowray.store.rows import read_rows
-from flowray.tune.halving import make_halving
 from flowray.tune.plan import Cluster, share_cluster
-from flowray.tune.referee import Referee, repeat_of
+from flowray.tune.records import repeat_of
 
 METRIC = "ema/shoot/nmse"
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test file
@@ -107,15 +106,15 @@ def leave_waiting(sweep: Sweep, folder: Path) -> None:
     rung.
     """
     folder.mkdir()
-    judge = Referee(sweep, folder, 40, make_halving(sweep, 40), Silent())
+    judge = open_session(sweep, folder, 40)
     for _ in range(2):
         number, params = judge.next()
         row = {"step": 10, "budget_steps": 40, METRIC: 1000 * params["optim.lr"], "flow/cos": 0.9}
         (folder / str(number)).mkdir()
         (folder / str(number) / "probes.jsonl").write_text(json.dumps(row) + "\n")
-        assert judge.see(number, row)
-        judge.ended(number)
-    assert judge.records.waiting() == [0, 1]
+        assert judge.report(number, row)
+        judge.end(number)
+    assert judge.ledger.waiting() == [0, 1]
 
 
 def records(folder: Path) -> list[dict]:

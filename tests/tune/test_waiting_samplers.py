@@ -11,28 +11,24 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+from builders import METRIC, make_sweep, open_session
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from flowray.bench.replay import Silent
 from flowray.config.schema import members
 from flowray.config.search import CmaEsSearch, GpSearch, LearningSearch, Nsga2Search, TpeSearch
 from flowray.config.sweep import Hyperband, LogUniform, Metric, Sweep, Uniform
 from flowray.tune.cmaes import GENERATION
-from flowray.tune.halving import make_halving
 from flowray.tune.nsga import STEP, RungNsga, graded
-from flowray.tune.referee import Referee
+from flowray.tune.session import SweepSession
 from flowray.tune.study import SweepStudy
 
-METRIC, PROBES, STEPS, TRIALS = "shoot/nmse", (10, 40, 80), 80, 60
+PROBES, STEPS, TRIALS = (10, 40, 80), 80, 60
 DOWN, UP = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
 
 
 def make(search, **changes) -> Sweep:
     plain = {
-        "name": "s",
-        "base": "b",
-        "metric": {"name": METRIC},
         "parameters": {
             "optim.lr": LogUniform(min=1e-5, max=1e-1),
             "loss.clip.weight": Uniform(min=0, max=4),
@@ -42,7 +38,7 @@ def make(search, **changes) -> Sweep:
         "search": search,
         "method": "bayes" if search else "random",
     }
-    return Sweep(**{**plain, **changes})
+    return make_sweep(**{**plain, **changes})
 
 
 def worth(params) -> float:
@@ -60,21 +56,21 @@ def folder():
         yield Path(made)
 
 
-def sweep_through(sweep: Sweep, folder: Path) -> tuple[Referee, list[dict]]:
-    """The referee at the end, and every trial's parameters by number."""
-    judge, drawn = Referee(sweep, folder, STEPS, make_halving(sweep, STEPS), Silent()), {}
+def sweep_through(sweep: Sweep, folder: Path) -> tuple[SweepSession, list[dict]]:
+    """The session at the end, and every trial's parameters by number."""
+    judge, drawn = open_session(sweep, folder, STEPS), {}
     while chosen := judge.next():
         number, drawn[chosen[0]] = chosen
-        start = judge.records.trials[number].last_step
+        start = judge.ledger.trials[number].last_step
         for step in (step for step in PROBES if step > start):
             row = {
                 "step": step,
                 METRIC: worth(drawn[number]) + 1 / step,
                 "text/snr": drawn[number]["loss.clip.weight"],
             }
-            if judge.see(number, {**row, "budget_steps": STEPS}):
+            if judge.report(number, {**row, "budget_steps": STEPS}):
                 break
-        judge.ended(number)
+        judge.end(number)
     return judge, [drawn[number] for number in range(sweep.run_cap)]
 
 
@@ -95,7 +91,7 @@ def draws_at_random(folder: Path) -> list[dict]:
 )
 def test_it_learns_though_hardly_a_trial_finishes(folder, search):
     judge, drawn = sweep_through(make(search), folder)
-    assert len(judge.records.by("finished")) < TRIALS / 2
+    assert len(judge.ledger.by("finished")) < TRIALS / 2
     assert late(drawn) < 0.6 * late(draws_at_random(folder))
     trials = judge._study.trials()
     if isinstance(search, CmaEsSearch):
@@ -113,7 +109,7 @@ def test_a_gaussian_process_takes_finished_trials_only(folder):
     """With fewer of them than startup_trials it draws at random, as the documentation says."""
     judge, drawn = sweep_through(make(GpSearch(), startup_trials=TRIALS), folder)
     assert drawn == draws_at_random(folder)
-    assert len(judge.records.by("finished")) < TRIALS
+    assert len(judge.ledger.by("finished")) < TRIALS
 
 
 def test_the_cases_are_all_samplers_that_learn():
@@ -130,11 +126,11 @@ def test_several_metrics_of_those_that_wait(folder):
         run_cap=12,
     )
     judge, drawn = sweep_through(sweep, folder)
-    again = Referee(sweep, folder, STEPS, make_halving(sweep, STEPS), Silent())
-    stopped = judge.records.by("stopped")
+    again = open_session(sweep, folder, STEPS)
+    stopped = judge.ledger.by("stopped")
     assert len(stopped) > 6
-    for referee in (judge, again):
-        seen = referee._study._study.get_trials(deepcopy=False)
+    for session in (judge, again):
+        seen = session._study._study.get_trials(deepcopy=False)
         for record in stopped:
             assert seen[record.trial].values == [
                 record.metrics[METRIC],

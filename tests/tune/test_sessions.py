@@ -1,62 +1,29 @@
-"""The referee over seeds, several metrics, a time budget and trials finished by hand; what
+"""Sessions over seeds, several metrics, a time budget and trials finished by hand; what
 compares trials with each other.
 """
 
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 
-import optuna
 import pytest
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from builders import METRIC, make_sweep, open_session, probe, study_trials
 from optuna.trial import TrialState
 
-from flowray.bench.replay import Silent
 from flowray.config.errors import InputError
-from flowray.config.sweep import Asha, Hyperband, LogUniform, Median, StopRule, Sweep
-from flowray.tune.halving import HALVING, Rungs, make_halving
+from flowray.config.sweep import Asha, Hyperband, Median, StopRule
+from flowray.tune.halving import PRUNERS, Rungs, make_pruner
+from flowray.tune.ledger import Ledger
 from flowray.tune.median import MedianRule
-from flowray.tune.records import Records
-from flowray.tune.referee import Referee, repeat_dir, repeat_of
-from flowray.tune.stop import Watch, check_findings
+from flowray.tune.records import repeat_dir, repeat_of
+from flowray.tune.stop import StopRules, check_findings
 
-METRIC = "shoot/nmse"
-
-
-def make(**changes) -> Sweep:
-    plain = {
-        "name": "s",
-        "base": "b",
-        "metric": {"name": METRIC},
-        "parameters": {"optim.lr": LogUniform(min=1e-4, max=1e-2)},
-        "method": "random",
-        "run_cap": 3,
-    }
-    return Sweep(**{**plain, **changes})
+make = partial(make_sweep, method="random", run_cap=3)
 
 
-def referee(folder, sweep, **options):
-    return Referee(sweep, folder, 40, make_halving(sweep, 40), Silent(), **options)
-
-
-def on_disk(folder):
-    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
-    return optuna.load_study(study_name="s", storage=storage).trials
-
-
-def probe(folder, number, step, value, repeat=0, **more):
-    """A probe row as a run writes it, and as its trial reports it."""
-    run = repeat_dir(folder / str(number), repeat)
-    run.mkdir(parents=True, exist_ok=True)
-    row = {"step": step, METRIC: value, **more}
-    with (run / "probes.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    return {**row, "budget_steps": 40, "repeat": repeat}
-
-
-class Diary(Silent):
+class Diary:
     def __init__(self):
         self.heard = []
 
@@ -66,19 +33,23 @@ class Diary(Silent):
     def started(self, trial):
         self.heard.append(("started", trial.trial, trial.status))
 
+    def probed(self, trial): ...
+
+    def ended(self, trial): ...
+
 
 def test_who_looks_on_hears_first_of_the_trials_that_there_were(tmp_path):
     """As the session finds them: the account is rebuilt from the study where it is lost."""
-    judge = referee(tmp_path, make())
+    judge = open_session(make(), tmp_path, 40)
     for number in range(2):
         judge.next()
-        judge.see(number, probe(tmp_path, number, 40 - 20 * number, 1.0))
-    judge.ended(0)
+        judge.report(number, probe(tmp_path, number, 40 - 20 * number, 1.0))
+    judge.end(0)
     for lost in (False, True):
         if lost:
             (tmp_path / "trials.jsonl").unlink()
         diary = Diary()
-        again = Referee(make(), tmp_path, 40, None, diary)
+        again = open_session(make(), tmp_path, 40, observers=[diary])
         assert again.next()[0] == 1
         assert diary.heard == [
             ("known", 0, "finished"),
@@ -89,48 +60,48 @@ def test_who_looks_on_hears_first_of_the_trials_that_there_were(tmp_path):
 
 def test_a_configuration_is_judged_by_its_mean_over_seeds_and_the_noise_is_kept(tmp_path):
     sweep = make(seeds=3)
-    judge = referee(tmp_path, sweep)
+    judge = open_session(sweep, tmp_path, 40)
     judge.next()
     for repeat, values in enumerate([(2.0, 1.0), (2.0, 4.0), (3.0, 1.0)]):
-        judge.see(0, probe(tmp_path, 0, 20, values[0], repeat))
-        judge.see(0, probe(tmp_path, 0, 40, values[1], repeat))
-    record = judge.records.trials[0]
+        judge.report(0, probe(tmp_path, 0, 20, values[0], repeat))
+        judge.report(0, probe(tmp_path, 0, 40, values[1], repeat))
+    record = judge.ledger.trials[0]
     assert (record.last_step, record.budget_steps) == (120, 120)
-    judge.ended(0)
+    judge.end(0)
     (row,) = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
     assert row["metrics"] == {METRIC: 2.0}
     assert row["noise"] == {METRIC: pytest.approx(math.sqrt(3))}
     assert [one[METRIC] for one in row["repeats"]] == [1.0, 4.0, 1.0]
-    assert on_disk(tmp_path)[0].value == 2.0
+    assert study_trials(tmp_path)[0].value == 2.0
     # stops look at the first seed
-    assert on_disk(tmp_path)[0].intermediate_values == {20: 2.0, 40: 1.0}
+    assert study_trials(tmp_path)[0].intermediate_values == {20: 2.0, 40: 1.0}
 
 
 def test_only_the_first_seed_can_be_stopped_and_a_killed_session_goes_on_with_the_right_seed(
     tmp_path,
 ):
     sweep = make(seeds=2, stop=[StopRule(metric=METRIC, above=5)])
-    judge = referee(tmp_path, sweep)
+    judge = open_session(sweep, tmp_path, 40)
     judge.next()
-    judge.see(0, probe(tmp_path, 0, 20, 1.0))
-    judge.see(0, probe(tmp_path, 0, 40, 1.0))
-    assert judge.see(0, probe(tmp_path, 0, 20, 9.0, 1)) is False
-    assert judge.records.trials[0].metrics == {METRIC: 1.0}  # of the seeds that are through
-    again = referee(tmp_path, sweep)
+    judge.report(0, probe(tmp_path, 0, 20, 1.0))
+    judge.report(0, probe(tmp_path, 0, 40, 1.0))
+    assert judge.report(0, probe(tmp_path, 0, 20, 9.0, 1)) is False
+    assert judge.ledger.trials[0].metrics == {METRIC: 1.0}  # of the seeds that are through
+    again = open_session(sweep, tmp_path, 40)
     assert again.next()[0] == 0
-    assert again.records.trials[0].last_step == 60
-    again.see(0, probe(tmp_path, 0, 40, 3.0, 1))
-    again.ended(0)
-    assert (again.records.trials[0].status, again.records.trials[0].metrics) == (
+    assert again.ledger.trials[0].last_step == 60
+    again.report(0, probe(tmp_path, 0, 40, 3.0, 1))
+    again.end(0)
+    assert (again.ledger.trials[0].status, again.ledger.trials[0].metrics) == (
         "finished",
         {METRIC: 2.0},
     )
     (tmp_path / "other").mkdir()
-    judge = referee(tmp_path / "other", sweep)
+    judge = open_session(sweep, tmp_path / "other", 40)
     judge.next()
-    assert judge.see(0, probe(tmp_path / "other", 0, 20, 9.0)) is True
-    judge.ended(0)
-    assert judge.records.saved() == pytest.approx(1 - 20 / 80)
+    assert judge.report(0, probe(tmp_path / "other", 0, 20, 9.0)) is True
+    judge.end(0)
+    assert judge.ledger.saved() == pytest.approx(1 - 20 / 80)
 
 
 def test_places_of_seeds():
@@ -144,86 +115,88 @@ def test_several_metrics_are_all_told_and_a_stopped_trial_is_pruned(tmp_path):
         more_metrics=({"name": "text/snr", "goal": "maximize"},),
         stop=[StopRule(metric=METRIC, above=5)],
     )
-    judge = referee(tmp_path, sweep)
+    judge = open_session(sweep, tmp_path, 40)
     for number, value in enumerate([1.0, 9.0, 2.0]):
         judge.next()
-        judge.see(number, probe(tmp_path, number, 20, value, **{"text/snr": 3.0}))
+        judge.report(number, probe(tmp_path, number, 20, value, **{"text/snr": 3.0}))
         if number == 0:
-            judge.see(number, probe(tmp_path, number, 40, 0.5, **{"text/snr": 4.0}))
+            judge.report(number, probe(tmp_path, number, 40, 0.5, **{"text/snr": 4.0}))
         if number == 2:
-            judge.see(number, probe(tmp_path, number, 40, 0.5))
-        judge.ended(number)
-    first, second, third = on_disk(tmp_path)
+            judge.report(number, probe(tmp_path, number, 40, 0.5))
+        judge.end(number)
+    first, second, third = study_trials(tmp_path)
     assert (first.state, first.values) == (TrialState.COMPLETE, [0.5, 4.0])
-    assert (second.state, judge.records.trials[1].last_step) == (TrialState.PRUNED, 20)
+    assert (second.state, judge.ledger.trials[1].last_step) == (TrialState.PRUNED, 20)
     assert third.state == TrialState.FAIL
-    assert judge.records.trials[2].error == "it reported no text/snr at its last step"
+    assert judge.ledger.trials[2].error == "it reported no text/snr at its last step"
 
 
 def test_after_the_time_budget_nothing_begins_and_what_runs_pauses_and_goes_on_later(tmp_path):
     sweep = make()
-    judge = referee(tmp_path, sweep, deadline=time.monotonic() + 1000)
+    judge = open_session(sweep, tmp_path, 40, deadline=time.monotonic() + 1000)
     judge.next()
     judge._deadline = time.monotonic()  # now
     assert judge.next() is None
-    assert judge.see(0, probe(tmp_path, 0, 20, 1.0)) is True
-    judge.ended(0)
-    assert (judge.records.trials[0].status, on_disk(tmp_path)[0].state) == (
+    assert judge.report(0, probe(tmp_path, 0, 20, 1.0)) is True
+    judge.end(0)
+    assert (judge.ledger.trials[0].status, study_trials(tmp_path)[0].state) == (
         "waiting",
         TrialState.RUNNING,
     )
-    again = referee(tmp_path, sweep)
+    again = open_session(sweep, tmp_path, 40)
     number, _ = again.next()
-    assert (number, again.records.trials[0].last_step) == (0, 20)
-    assert again.see(0, probe(tmp_path, 0, 40, 0.5)) is False
-    again.ended(0)
-    assert (again.records.trials[0].status, on_disk(tmp_path)[0].value) == ("finished", 0.5)
+    assert (number, again.ledger.trials[0].last_step) == (0, 20)
+    assert again.report(0, probe(tmp_path, 0, 40, 0.5)) is False
+    again.end(0)
+    assert (again.ledger.trials[0].status, study_trials(tmp_path)[0].value) == ("finished", 0.5)
 
 
 def test_the_time_budget_does_not_pause_a_trial_at_its_end_or_one_that_is_stopped(tmp_path):
     sweep = make(stop=[StopRule(metric=METRIC, above=5)])
-    judge = referee(tmp_path, sweep, deadline=time.monotonic() + 1000)
+    judge = open_session(sweep, tmp_path, 40, deadline=time.monotonic() + 1000)
     judge.next(), judge.next()
     judge._deadline = time.monotonic()
-    assert judge.see(0, probe(tmp_path, 0, 40, 1.0)) is False
-    assert judge.see(1, probe(tmp_path, 1, 20, 9.0)) is True
-    judge.ended(0), judge.ended(1)
-    assert [t.status for t in judge.records.trials.values()] == ["finished", "stopped"]
+    assert judge.report(0, probe(tmp_path, 0, 40, 1.0)) is False
+    assert judge.report(1, probe(tmp_path, 1, 20, 9.0)) is True
+    judge.end(0), judge.end(1)
+    assert [t.status for t in judge.ledger.trials.values()] == ["finished", "stopped"]
 
 
 def test_a_stopped_trial_is_finished_by_number_and_the_study_learns_its_value(tmp_path):
     sweep = make(stop=[StopRule(metric=METRIC, above=5)])
-    judge = referee(tmp_path, sweep)
+    judge = open_session(sweep, tmp_path, 40)
     params = {}
     for _ in range(3):
         number, params[number] = judge.next()
-        judge.see(number, probe(tmp_path, number, 20, 9.0 if number == 1 else 1.0))
+        judge.report(number, probe(tmp_path, number, 20, 9.0 if number == 1 else 1.0))
         if number != 1:
-            judge.see(number, probe(tmp_path, number, 40, 1.0))
-        judge.ended(number)
+            judge.report(number, probe(tmp_path, number, 40, 1.0))
+        judge.end(number)
     assert judge.next() is None
     for wrong, words in (
         (0, "--finish 0: its state is finished; stopped trials: 1"),
         (7, "there is no such trial"),
     ):
         with pytest.raises(InputError, match=words):
-            referee(tmp_path, sweep, finish=(wrong,))
+            open_session(sweep, tmp_path, 40, finish=(wrong,))
 
-    killed = referee(tmp_path, sweep, finish=(1,))
+    killed = open_session(sweep, tmp_path, 40, finish=(1,))
     assert killed.next() == (1, params[1])
     # trained again since its checkpoint
-    assert killed.see(1, {"step": 20, "budget_steps": 40, METRIC: 9.0}) is False
-    assert referee(tmp_path, sweep).records.trials[1].status == "stopped"  # nothing was told yet
+    assert killed.report(1, {"step": 20, "budget_steps": 40, METRIC: 9.0}) is False
+    assert (
+        open_session(sweep, tmp_path, 40).ledger.trials[1].status == "stopped"
+    )  # nothing was told yet
 
-    last = referee(tmp_path, sweep, finish=(1,))
+    last = open_session(sweep, tmp_path, 40, finish=(1,))
     assert last.remaining() == 1
     last.next()
-    assert last.see(1, probe(tmp_path, 1, 30, 9.5)) is False  # no rule stops it now
-    last.see(1, probe(tmp_path, 1, 40, 0.25))
-    last.ended(1)
+    assert last.report(1, probe(tmp_path, 1, 30, 9.5)) is False  # no rule stops it now
+    last.report(1, probe(tmp_path, 1, 40, 0.25))
+    last.end(1)
     assert last.next() is None
-    assert (last.records.trials[1].status, last.records.trials[1].stopped_by) == ("finished", None)
-    told = on_disk(tmp_path)
+    assert (last.ledger.trials[1].status, last.ledger.trials[1].stopped_by) == ("finished", None)
+    told = study_trials(tmp_path)
     assert (told[1].state, told[3].state, told[3].value, told[3].params) == (
         TrialState.PRUNED,
         TrialState.COMPLETE,
@@ -232,10 +205,8 @@ def test_a_stopped_trial_is_finished_by_number_and_the_study_learns_its_value(tm
     )
     assert told[1].last_step == 20
 
-    more = referee(tmp_path, make(stop=sweep.stop, run_cap=4))
-    assert [t.status for t in Records(tmp_path / "trials.jsonl").trials.values()] == [
-        "finished"
-    ] * 3
+    more = open_session(make(stop=sweep.stop, run_cap=4), tmp_path, 40)
+    assert [t.status for t in Ledger(tmp_path / "trials.jsonl").trials.values()] == ["finished"] * 3
     assert more.next()[0] == 4  # 3 is the value of trial 1, not a trial
 
 
@@ -250,7 +221,7 @@ class HalvingContract:
     rule = Hyperband(min_iter=10, eta=2)
 
     def build(self, goal="minimize"):
-        return make_halving(
+        return make_pruner(
             make(metric={"name": METRIC, "goal": goal}, early_terminate=self.rule), 80
         )
 
@@ -297,7 +268,7 @@ class TestMedian(HalvingContract):
 
 
 def test_every_rule_between_trials_has_one_entry():
-    assert {Hyperband: Rungs, Asha: Rungs, Median: MedianRule} == HALVING
+    assert {Hyperband: Rungs, Asha: Rungs, Median: MedianRule} == PRUNERS
 
 
 def test_rungs_compare_at_their_very_step():
@@ -334,14 +305,14 @@ def test_the_median_rule_by_hand():
 
 def test_a_trial_that_gains_too_little_is_stopped_whatever_its_value():
     rule = StopRule(metric=METRIC, gains_less_than=0.1, after=20, patience=2)
-    watch = Watch([rule], METRIC)
+    watch = StopRules([rule], METRIC)
     said = [
         watch.feed({"step": step, METRIC: value})
         for step, value in ((10, 1.0), (20, 0.9), (30, 0.85), (40, 0.7), (50, 0.69), (60, 0.66))
     ]
     assert said[:5] == [None] * 5
     assert said[5] == f"{METRIC} 0.66 gained 0.04 in 2 probes, less than 0.1, to step 60"
-    higher = Watch([StopRule(metric="flow/cos", gains_less_than=0.1, patience=1)], METRIC)
+    higher = StopRules([StopRule(metric="flow/cos", gains_less_than=0.1, patience=1)], METRIC)
     assert [higher.feed({"step": s, "flow/cos": v}) for s, v in ((1, 0.1), (2, 0.3), (3, 0.5))] == [
         None
     ] * 3

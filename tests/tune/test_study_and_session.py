@@ -1,4 +1,4 @@
-"""The study on disk, the records and the referee, without Ray: how trials end, and what a new
+"""The study on disk, the records and a session, without Ray: how trials end, and what a new
 session makes of a killed one.
 """
 
@@ -6,24 +6,18 @@ import json
 
 import optuna
 import pytest
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from builders import METRIC, make_sweep, open_session, probe, study_trials
 from optuna.trial import TrialState
 
-from flowray.config.sweep import Categorical, IntUniform, LogUniform, QLogUniform, StopRule, Sweep
-from flowray.tune.records import Records, TrialRecord
-from flowray.tune.referee import Referee
+from flowray.config.sweep import Categorical, IntUniform, LogUniform, QLogUniform, StopRule
+from flowray.tune.ledger import Ledger
+from flowray.tune.records import TrialRecord
 from flowray.tune.space import settings, suggest, trial_count
 from flowray.tune.study import SweepStudy
-
-METRIC = "shoot/nmse"
 
 
 def make(**changes):
     plain = {
-        "name": "s",
-        "base": "b",
-        "metric": {"name": METRIC},
         "parameters": {
             "optim.lr": LogUniform(min=1e-4, max=1e-2),
             "model.head.kind": Categorical(values=("grid", "conv")),
@@ -32,48 +26,23 @@ def make(**changes):
         "run_cap": 4,
         "startup_trials": 2,
     }
-    return Sweep(**{**plain, **changes})
+    return make_sweep(**{**plain, **changes})
 
 
-class Silent:
-    def known(self, trial): ...
-
-    def started(self, trial): ...
-
-    def probed(self, trial): ...
-
-    def ended(self, trial): ...
-
-
-def referee(folder, sweep=None, halving=None):
-    return Referee(sweep or make(), folder, 40, halving, Silent())
-
-
-def on_disk(folder):
-    """The study as anyone else would open it."""
-    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
-    return optuna.load_study(study_name="s", storage=storage).trials
+def open_it(folder, sweep=None, pruner=None):
+    return open_session(sweep or make(), folder, 40, pruner=pruner)
 
 
 def rows_of(folder):
     return [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
 
 
-def probe(folder, number, step, value):
-    run = folder / str(number)
-    run.mkdir(exist_ok=True)
-    row = {"step": step, "budget_steps": 40, METRIC: value}
-    with (run / "probes.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
-
-
 def test_finished_stopped_and_failed_trials_in_the_study_and_the_records(tmp_path):
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
     for number, values in enumerate([(2.0, 0.5), (1.0, 9.0), (1.0,)]):
         assert judge.next()[0] == number
         for i, value in enumerate(values):
-            judge.see(
+            judge.report(
                 number,
                 {
                     "step": 20 * (i + 1) if number != 1 else 10 * (i + 1),
@@ -81,8 +50,8 @@ def test_finished_stopped_and_failed_trials_in_the_study_and_the_records(tmp_pat
                     METRIC: value,
                 },
             )
-        judge.ended(number, error="ValueError: boom" if number == 2 else None)
-    done, pruned, failed = on_disk(tmp_path)
+        judge.end(number, error="ValueError: boom" if number == 2 else None)
+    done, pruned, failed = study_trials(tmp_path)
     assert (done.state, done.value, done.intermediate_values) == (
         TrialState.COMPLETE,
         0.5,
@@ -100,12 +69,12 @@ def test_finished_stopped_and_failed_trials_in_the_study_and_the_records(tmp_pat
     assert [row["last_step"] for row in rows] == [40, 20, 20]
     assert rows[1]["stopped_by"] == pruned.user_attrs["flowray"]
     assert rows[0]["metrics"] == {METRIC: 0.5}
-    assert judge.records.saved() == pytest.approx(20 / 80)  # a failed trial saves nothing
+    assert judge.ledger.saved() == pytest.approx(20 / 80)  # a failed trial saves nothing
 
 
 def test_a_trial_is_stopped_by_a_finding_also_after_a_replay(tmp_path):
     sweep = make(stop=[StopRule(finding="scale_twice", patience=2)])
-    judge = referee(tmp_path, sweep)
+    judge = open_it(tmp_path, sweep)
     judge.next()
 
     def visit(step, *ids):
@@ -115,16 +84,17 @@ def test_a_trial_is_stopped_by_a_finding_also_after_a_replay(tmp_path):
         }
         with (tmp_path / "0" / "findings.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+        return row["findings"]
 
     (tmp_path / "0").mkdir()
-    visit(10, "scale_twice")
-    assert not judge.see(0, probe(tmp_path, 0, 10, 1.0))
+    found = {"findings": visit(10, "scale_twice")}
+    assert not judge.report(0, probe(tmp_path, 0, 10, 1.0) | found)
     # a killed session: the first strike is replayed from the files
-    again = referee(tmp_path, sweep)
+    again = open_it(tmp_path, sweep)
     assert again.next()[0] == 0
-    visit(20, "lr_too_low", "scale_twice")
-    assert again.see(0, probe(tmp_path, 0, 20, 1.0))
-    again.ended(0)
+    found = {"findings": visit(20, "lr_too_low", "scale_twice")}
+    assert again.report(0, probe(tmp_path, 0, 20, 1.0) | found)
+    again.end(0)
     assert (
         rows_of(tmp_path)[0]["stopped_by"]
         == "the doctor at step 20, 2 times in a row: scale_twice: 0.55 of 1"
@@ -132,39 +102,39 @@ def test_a_trial_is_stopped_by_a_finding_also_after_a_replay(tmp_path):
 
 
 def test_a_trial_is_not_stopped_at_its_last_step(tmp_path):
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
     judge.next()
-    assert judge.see(0, {"step": 39, "budget_steps": 40, METRIC: 1.0}) is False
-    assert judge.see(0, {"step": 40, "budget_steps": 40, METRIC: 9.0}) is False
+    assert judge.report(0, {"step": 39, "budget_steps": 40, METRIC: 1.0}) is False
+    assert judge.report(0, {"step": 40, "budget_steps": 40, METRIC: 9.0}) is False
 
 
 def test_a_trial_that_ends_early_without_a_word_has_failed(tmp_path):
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
     judge.next()
-    judge.see(0, {"step": 20, "budget_steps": 40, METRIC: 1.0})
-    judge.ended(0)
+    judge.report(0, {"step": 20, "budget_steps": 40, METRIC: 1.0})
+    judge.end(0)
     assert rows_of(tmp_path)[0]["error"] == "it ended at step 20 of 40 without an error"
 
 
 def test_new_session_continues_the_unfinished_trial_under_its_number_and_params(tmp_path):
-    first = referee(tmp_path)
+    first = open_it(tmp_path)
     first.next()
-    first.see(0, probe(tmp_path, 0, 40, 1.0))
-    first.ended(0)
+    first.report(0, probe(tmp_path, 0, 40, 1.0))
+    first.end(0)
     number, params = first.next()
-    first.see(number, probe(tmp_path, number, 10, 2.0))
+    first.report(number, probe(tmp_path, number, 10, 2.0))
     probe(tmp_path, number, 20, 1.5)  # written, but the driver was killed before it saw the row
 
-    second = referee(tmp_path)
+    second = open_it(tmp_path)
     assert second.remaining() == 3  # one unfinished, two new
     assert second.next() == (number, params)
-    assert second.records.trials[number].last_step == 20
+    assert second.ledger.trials[number].last_step == 20
     # seen in the replay
-    assert second.see(number, {"step": 20, "budget_steps": 40, METRIC: 1.5}) is False
-    second.see(number, {"step": 40, "budget_steps": 40, METRIC: 0.9})
-    second.ended(number)
+    assert second.report(number, {"step": 20, "budget_steps": 40, METRIC: 1.5}) is False
+    second.report(number, {"step": 40, "budget_steps": 40, METRIC: 0.9})
+    second.end(number)
     assert [second.next()[0], second.next()[0], second.next()] == [2, 3, None]
-    trial = on_disk(tmp_path)[number]
+    trial = study_trials(tmp_path)[number]
     assert (trial.state, trial.value, trial.intermediate_values) == (
         TrialState.COMPLETE,
         0.9,
@@ -173,18 +143,18 @@ def test_new_session_continues_the_unfinished_trial_under_its_number_and_params(
 
 
 def test_resume_reads_a_study_whose_last_line_is_torn_and_rebuilds_lost_records(tmp_path):
-    first = referee(tmp_path)
+    first = open_it(tmp_path)
     first.next()
-    first.see(0, {"step": 20, "budget_steps": 40, METRIC: 9.0})
-    first.ended(0)
+    first.report(0, {"step": 20, "budget_steps": 40, METRIC: 9.0})
+    first.end(0)
     with (tmp_path / "study.journal").open("ab") as file:
         file.write(b'{"op_code": 4, "wor')
     (tmp_path / "trials.jsonl").unlink()
-    second = referee(tmp_path)
+    second = open_it(tmp_path)
     assert second.next()[0] == 1
-    second.ended(1, error="x")
+    second.end(1, error="x")
     assert [row["status"] for row in rows_of(tmp_path)] == ["stopped", "failed"]
-    assert len(on_disk(tmp_path)) == 2
+    assert len(study_trials(tmp_path)) == 2
 
 
 class Recorder:
@@ -197,23 +167,23 @@ class Recorder:
 
 
 def test_replay_fills_the_rungs_of_ended_and_unfinished_trials(tmp_path):
-    first = referee(tmp_path, halving=Recorder())
+    first = open_it(tmp_path, pruner=Recorder())
     for number, value in enumerate([4.0, 2.0]):
         first.next()
-        first.see(number, probe(tmp_path, number, 20, value))
-    first.ended(0)
+        first.report(number, probe(tmp_path, number, 20, value))
+    first.end(0)
     rungs = Recorder()
-    second = referee(tmp_path, halving=rungs)
+    second = open_it(tmp_path, pruner=rungs)
     assert sorted(rungs.seen) == [(0, 20, 4.0), (1, 20, 2.0)]
-    assert second.records.trials[0].stopped_by == "worse"
-    assert second.records.trials[1].status == "running"
+    assert second.ledger.trials[0].stopped_by == "worse"
+    assert second.ledger.trials[1].status == "running"
 
 
 def test_sweep_gives_up_when_its_first_trials_all_fail(tmp_path):
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
     for number in range(3):
         judge.next()
-        judge.ended(number, error="InputError: no shards")
+        judge.end(number, error="InputError: no shards")
     assert judge.next() is None
 
 
@@ -288,12 +258,12 @@ def test_bayes_learns_from_pruned_trials(tmp_path):
 
 
 def test_records_are_strict_json_and_survive_a_round_trip(tmp_path):
-    records = Records(tmp_path / "trials.jsonl")
+    records = Ledger(tmp_path / "trials.jsonl")
     trial = records.trials[3] = TrialRecord(3, {"a": 1}, budget_steps=40)
-    trial.see({"step": 10, METRIC: float("nan"), "flow/cos": 0.5, "note": "x", "time_total_s": 1.0})
+    trial.update({"step": 10, METRIC: float("nan"), "flow/cos": 0.5, "note": "x", "time_total_s": 1.0})
     records.save()
     assert trial.metrics == {METRIC: None, "flow/cos": 0.5}
-    assert Records(tmp_path / "trials.jsonl").trials == {3: trial}
+    assert Ledger(tmp_path / "trials.jsonl").trials == {3: trial}
     assert [path.name for path in tmp_path.iterdir()] == ["trials.jsonl"]
 
 
