@@ -260,7 +260,9 @@ def test_bayes_learns_from_pruned_trials(tmp_path):
 def test_records_are_strict_json_and_survive_a_round_trip(tmp_path):
     records = Ledger(tmp_path / "trials.jsonl")
     trial = records.trials[3] = TrialRecord(3, {"a": 1}, budget_steps=40)
-    trial.update({"step": 10, METRIC: float("nan"), "flow/cos": 0.5, "note": "x", "time_total_s": 1.0})
+    trial.update(
+        {"step": 10, METRIC: float("nan"), "flow/cos": 0.5, "note": "x", "time_total_s": 1.0}
+    )
     records.save()
     assert trial.metrics == {METRIC: None, "flow/cos": 0.5}
     assert Ledger(tmp_path / "trials.jsonl").trials == {3: trial}
