@@ -198,6 +198,7 @@ def _held_out(rows: Sequence[Row]) -> list[str]:
     other = [
         row for row in rows if row not in first and not (is_right(row) and not row["named_by"])
     ]
+    healthy = [r for r in rows if not r["named_by"]]
     return [
         "## In a recipe that the rules were not made with",
         "",
@@ -213,7 +214,7 @@ def _held_out(rows: Sequence[Row]) -> list[str]:
         (
             f"Named first: {len(first)} of {len(planted)}. Named first or second:"
             f" {sum(map(is_right, planted))} of {len(planted)}. The healthy run:"
-            f" {'nothing above info' if all(map(is_right, [r for r in rows if not r['named_by']])) else 'a false alarm'}."
+            f" {'nothing above info' if all(map(is_right, healthy)) else 'a false alarm'}."
             " Those that are not named first:"
         ),
         "",

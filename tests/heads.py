@@ -24,7 +24,8 @@ GET = """
 import sys, urllib.error, urllib.request
 headers = {"Authorization": f"Bearer {sys.argv[2]}"} if sys.argv[2] else {}
 try:
-    answer = urllib.request.urlopen(urllib.request.Request(sys.argv[1], headers=headers), timeout=60)
+    request = urllib.request.Request(sys.argv[1], headers=headers)
+    answer = urllib.request.urlopen(request, timeout=60)
 except urllib.error.HTTPError as error:
     answer = error
 print(answer.status)

@@ -161,7 +161,7 @@ def _look(sweep: Sweep, resume: bool, finish: Sequence[int], progress: Progress)
             progress.say(f"{folder} holds no sweep to continue: it starts with trial 0; {where}")
     ledger = Ledger(folder / "trials.jsonl")
     for number in finish:
-        records.to_finish(number)
+        ledger.to_finish(number)
 
 
 def _report(result: SweepResult) -> list[str]:

@@ -680,10 +680,9 @@ def _check_halving(early: Any, file: YamlFile) -> None:
     if not isinstance(early, Mapping) or "max_iter" not in early or "min_iter" in early:
         return
     try:
-        least = (
-            "; yours is min_iter:"
-            f" {max(1, round(float(early['max_iter']) / float(early.get('eta', 3)) ** float(early.get('s', 1))))}"
-        )
+        eta, levels = float(early.get("eta", 3)), float(early.get("s", 1))
+        first = max(1, round(float(early["max_iter"]) / eta**levels))
+        least = f"; yours is min_iter: {first}"
     except (TypeError, ValueError, ArithmeticError):
         least = ""
     raise InputError(

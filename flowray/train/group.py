@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flowray.config.errors import InputError
+
+Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,14 @@ class Group:
     def mean(self, values: Tensor) -> Tensor:
         """Mean over ranks."""
         return self.mean_(values.clone()) if self.world > 1 else values
+
+    def share(self, value: Shared) -> Shared:
+        """The lead's value, on every rank; it is pickled on the way."""
+        if self.world == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, 0, device=self.device)
+        return held[0]
 
     def agree(self, flag: bool) -> bool:
         """The lead's flag, on every rank."""

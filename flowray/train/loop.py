@@ -22,7 +22,7 @@ from flowray.model.prompts import check_captions
 from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
 from flowray.probes.vae import vae_metrics
 from flowray.sample.generate import generate, save_strip
-from flowray.store.checkpoint import load_state, newest_checkpoint
+from flowray.store.checkpoint import list_checkpoints, load_state, newest_checkpoint
 from flowray.store.doing import WrittenProgress
 from flowray.store.latents import (
     LatentSet,
@@ -71,7 +71,7 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
             closing.enter_context(RunLock(run, ORPHANED_S))
         with progress.task("loading the models"):
             state = fresh_state(recipe, group.device)
-            restore_state(state, recipe, run)
+            restore_state(state, recipe, run, group)
         if warning := check_captions(state.model.text.prompts, some_captions(latents)):
             progress.say(warning)
         objective = group.wrap(state.objective)
@@ -113,7 +113,7 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
                 probed["findings"] = doctor.visit()
             # after all that belongs to the step is on disk: who hears it may end this process
             if probing:
-                report(_share(probed, group))
+                report(group.share(probed))
             if stop and step < last:
                 return "stopped"
         return "finished"
@@ -121,23 +121,17 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
 
 def is_finished(recipe: Recipe, run: RunDirectory) -> bool:
     """Whether the newest checkpoint has all the steps."""
+    steps, valid = recipe.train.steps, list_checkpoints(run.checkpoints)
+    if not valid or load_state(valid[-1])["step"] < steps:
+        return False  # known without reading every byte of it, as `newest_checkpoint` does
     checkpoint = newest_checkpoint(run.checkpoints)
-    return checkpoint is not None and load_state(checkpoint)["step"] >= recipe.train.steps
+    return checkpoint is not None and load_state(checkpoint)["step"] >= steps
 
 
 def _scalars(row: dict[str, torch.Tensor], group: Group) -> Row:
     """A step's tensors as numbers, averaged over ranks, in one transfer."""
     stacked = group.mean(torch.stack([value.float().to(group.device) for value in row.values()]))
     return dict(zip(row, stacked.tolist(), strict=True))
-
-
-def _share(row: Row, group: Group) -> Row:
-    """The lead's row on every rank."""
-    if group.world == 1:
-        return row
-    held = [row]
-    torch.distributed.broadcast_object_list(held, 0, device=group.device)
-    return held[0]
 
 
 class Sinks:

@@ -22,6 +22,7 @@ from flowray.store.checkpoint import (
     save_checkpoint,
 )
 from flowray.store.run import RunDirectory
+from flowray.train.group import Group
 from flowray.train.optim import Ema, build_optimizer, lr_at, resolve_schedule
 
 
@@ -116,9 +117,16 @@ def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
         ) from error
 
 
-def restore_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> None:
-    """Continue from the newest valid checkpoint; none leaves the state as it is."""
-    checkpoint = newest_checkpoint(run.checkpoints)
+def restore_state(
+    state: TrainState, recipe: Recipe, run: RunDirectory, group: Group | None = None
+) -> None:
+    """Continue from the newest intact checkpoint; none leaves the state as it is.
+
+    group: of its ranks the lead alone looks which one that is, as it reads every byte for it.
+    """
+    leads = group is None or group.lead
+    checkpoint = newest_checkpoint(run.checkpoints) if leads else None
+    checkpoint = group.share(checkpoint) if group else checkpoint
     if checkpoint is None:
         return
     kept = load_state(checkpoint)

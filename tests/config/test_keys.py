@@ -9,11 +9,14 @@ import pytest
 from flowray.config.keys import KEYS, alternatives, describe
 
 CONTRACT = """
-loss/{flow,kl,kl_raw,clip,dino,lpips,tv,norm,anchor,total} weight/kl lr/head amp/{scale,backoffs} grad/{flow,kl,clip,dino,total}
+loss/{flow,kl,kl_raw,clip,dino,lpips,tv,norm,anchor,total} weight/kl lr/head
+amp/{scale,backoffs} grad/{flow,kl,clip,dino,total}
 grad/clip_frac grad/{flow,kl}_weighted step/{z_head,flow_head}_update_ratio
 ent/{teacher,student} mu/{abs_mean,rms} logvar/mean std/{mean,min,max}
-z_init/{mean,var,std_per_dim_mean} scale/{z0,z1,xt,v}_norm scale/ratio flow/{cos,nmse,speed_ratio,cond_gain_cos} flow/{nmse,cos}_t{0..9}
-flow/endpt_rmse@{8,16,32,64} shoot/{mse,nmse,skill,cond_gain} teacher/mse@{5,10,20,50,100} teacher_native/mse@100
+z_init/{mean,var,std_per_dim_mean} scale/{z0,z1,xt,v}_norm scale/ratio
+flow/{cos,nmse,speed_ratio,cond_gain_cos} flow/{nmse,cos}_t{0..9}
+flow/endpt_rmse@{8,16,32,64} shoot/{mse,nmse,skill,cond_gain}
+teacher/mse@{5,10,20,50,100} teacher_native/mse@100
 text/{cos,cos_mu,cos_same,snr} vae/psnr time/embed_norm gain/best ema/delta_rms eval/all_correct
 perf/{images_per_s,step_s,data_wait_s,mfu}
 """

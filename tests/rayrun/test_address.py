@@ -96,9 +96,18 @@ def test_nothing_is_begun_for_a_dead_cluster(tmp_path, monkeypatch, argv):
 
 @pytest.mark.parametrize(
     "given",
-    ["10.0.0.9", "10.0.0.9:", ":6379", "10.0.0.9:x", "10.0.0.9:99999", "10.0.0.9:0", "::1", "/tmp/ray",
-     "a/b:1"],
-)  # fmt: skip
+    [
+        "10.0.0.9",
+        "10.0.0.9:",
+        ":6379",
+        "10.0.0.9:x",
+        "10.0.0.9:99999",
+        "10.0.0.9:0",
+        "::1",
+        "/tmp/ray",
+        "a/b:1",
+    ],
+)
 def test_what_is_no_address_is_refused(given, monkeypatch):
     with pytest.raises(InputError, match="want HOST:PORT"):
         host_and_port(given)

@@ -190,7 +190,8 @@ def test_kuberays_cluster_is_read_from_the_kubernetes_api(tmp_path):
         for os.environ["RAY_CLUSTER_NAME"] in ("another", "flowray"):
             print(told())
         del os.environ["RAY_CLUSTER_NAMESPACE"]
-        for capacity.POD_NAMESPACE in (Path({str(tmp_path)!r}, "namespace"), Path({str(tmp_path)!r}, "none")):
+        folder = Path({str(tmp_path)!r})
+        for capacity.POD_NAMESPACE in (folder / "namespace", folder / "none"):
             print(told())
     """
     try:

@@ -1,6 +1,7 @@
 """The loop on real files: what it logs, what a resume repeats, how it fails."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
 from flowray.flow.path import sample_path, time_code
 from flowray.probes.field import field_metrics
-from flowray.store.checkpoint import list_checkpoints, newest_checkpoint
+from flowray.store.checkpoint import list_checkpoints, newest_checkpoint, save_checkpoint
 from flowray.store.latents import ensure_latents, load_latents
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
@@ -190,3 +191,18 @@ def test_weights_that_are_not_finite_are_not_saved(base):
             **{"optim.lr": 1e39, "train.checkpoint_every": 1, "train.probe_every": 100},
         )
     assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_000005"]
+
+
+def test_whether_a_run_has_finished_is_known_without_reading_its_weights(tmp_path):
+    """A checkpoint of a large model takes minutes to read; every rank of a resume asks."""
+    recipe = override_recipe(Recipe(), {"train.steps": 30})
+    run = RunDirectory(tmp_path)
+    run.create()
+    kept = save_checkpoint(run.checkpoints, 20, {"model": {"w": torch.zeros(8)}}, {}, keep=2)
+    read = []
+    sys.addaudithook(lambda event, given: read.append(str(given[0])) if event == "open" else None)
+    assert not is_finished(recipe, run)
+    unfinished = [name for name in read if name.endswith(".safetensors")]
+    assert is_finished(override_recipe(recipe, {"train.steps": 20}), run)
+    assert unfinished == []
+    assert str(kept / "model.safetensors") in read

@@ -370,7 +370,7 @@ PRIORS = """\
 """
 
 
-def test_the_first_trial_is_at_the_priors_the_rest_of_the_start_near_them_and_then_the_sampler_is_free(
+def test_the_start_is_at_the_priors_then_near_them_and_then_the_sampler_is_free(
     tmp_path,
 ):
     sweep = sweep_of(PRIORS, "startup_trials: 6\nmethod: random")
