@@ -342,11 +342,7 @@ FAULTS: tuple[Fault, ...] = (
             lambda m, noise: _healthy_latent(m, noise) * over_channels(SCALE, noise)
         ),
     ),
-    Fault(
-        "scale_never",
-        ("scale_never",),
-        bug=training_latents(_unscaled),
-    ),
+    Fault("scale_never", ("scale_never",), bug=training_latents(_unscaled)),
     Fault(
         "scale_inverted_at_decode",
         ("decode_scale", "scale_inverted"),

@@ -18,16 +18,16 @@ import numpy as np
 
 from flowray.config.errors import InputError
 from flowray.config.rows import Row, parse_rows
-from flowray.config.sweep import (
+from flowray.sweepconfig.distributions import (
     Categorical,
     Constant,
     IntUniform,
     Parameter,
     QUniform,
-    Sweep,
     Uniform,
 )
-from flowray.config.sweepfile import text_sweep
+from flowray.sweepconfig.file import text_sweep
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.space import Params
 
 # what a configuration's pictures are ranked by

@@ -31,12 +31,13 @@ from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
 from flowray.config.rows import Row
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import base_recipe, dump_sweep
 from flowray.data.folders import locked
 from flowray.store.latents import ensure_latents
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
+from flowray.sweepconfig.check import base_recipe
+from flowray.sweepconfig.file import dump_sweep
+from flowray.sweepconfig.sweep import Sweep
 from flowray.train.group import Group
 from flowray.train.loop import train
 from flowray.train.state import Halted

@@ -24,7 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from flowray.bench.pool import Entry, Pool, Space
-from flowray.config.sweep import Metric, Sweep
+from flowray.sweepconfig.sweep import Metric, Sweep
 from flowray.tune.policy import Policy
 from flowray.tune.session import SweepSession
 

@@ -16,8 +16,8 @@ from flowray.bench.pool import SCORE, Pool, spearman, value_at
 from flowray.bench.record import machine
 from flowray.bench.replay import Replay, one_rung, random_search, sweep_search
 from flowray.config.errors import InputError
-from flowray.config.sweep import Metric, SuccessiveHalving, Sweep, milestones
-from flowray.config.sweepfile import base_recipe
+from flowray.sweepconfig.check import base_recipe
+from flowray.sweepconfig.sweep import Metric, SuccessiveHalving, Sweep, milestones
 
 BEST = 3  # any one of so many will do
 EARLY = (0.10, 0.33)  # shares of the budget at which probes are compared with the final pictures

@@ -20,7 +20,7 @@ from flowray.cli.progress import quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
 from flowray.config.progress import SILENT
-from flowray.config.sweepfile import load_sweep
+from flowray.sweepconfig.file import load_sweep
 
 SHOWN = 8  # metrics in the table; --page has more, --json all
 

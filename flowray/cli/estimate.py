@@ -69,10 +69,7 @@ def wall_time(
 
 
 def time_steps(
-    recipe: Recipe,
-    memory: int,
-    weights: list[dict[str, Any]],
-    problems: Sequence[str] = (),
+    recipe: Recipe, memory: int, weights: list[dict[str, Any]], problems: Sequence[str] = ()
 ) -> Timing:
     """`measure`, where all workers share this machine's cores. Arguments: as for `wall_time`.
 

@@ -52,11 +52,7 @@ def _parser() -> Parser:
 
 
 def evaluate(
-    run: Path,
-    overrides: list[str],
-    seed: int,
-    progress: Progress,
-    out: Path | None = None,
+    run: Path, overrides: list[str], seed: int, progress: Progress, out: Path | None = None
 ) -> dict[str, Any]:
     """The evaluation of a run as a JSON-ready object; also in `out`, or `<run>/eval.json`."""
     with progress.task(LOOKING):

@@ -275,9 +275,7 @@ def _text(given: str | None, looked: Looked) -> Part:
 
 
 def _autoencoder(
-    given: str | None,
-    looked: Looked,
-    factor: float | None,
+    given: str | None, looked: Looked, factor: float | None
 ) -> tuple[Part, tuple[int, int, int]]:
     """`model.autoencoder`, the shipped one where it brings the pictures back, and the shape of its
     latents. factor: the scale of the latents of a `given` one, where its files are not to say it.

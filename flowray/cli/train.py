@@ -178,13 +178,7 @@ def _run(
 
     def work() -> None:
         try:
-            fit(
-                recipe,
-                run.path,
-                name="train",
-                ray_storage=run.path / ".ray",
-                say=progress.say,
-            )
+            fit(recipe, run.path, name="train", ray_storage=run.path / ".ray", say=progress.say)
         except Exception as error:
             failure.append(error)
 

@@ -18,10 +18,11 @@ from flowray.config.errors import InputError
 from flowray.config.paths import exists
 from flowray.config.progress import Progress
 from flowray.config.sources import packaged_sweeps
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import base_recipe, check_trials, load_sweep
-from flowray.config.sweepschema import sweep_schema
 from flowray.findings.rules import RULES
+from flowray.sweepconfig.check import base_recipe, check_trials
+from flowray.sweepconfig.file import load_sweep
+from flowray.sweepconfig.schema import sweep_schema
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.folder import sweep_folder
 from flowray.tune.ledger import Ledger
 from flowray.tune.stop import check_findings

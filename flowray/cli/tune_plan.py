@@ -19,11 +19,11 @@ from flowray.cli.progress import START_S
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
-from flowray.config.parameters import ends
 from flowray.config.progress import duration
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
-from flowray.config.sweep import Sweep
+from flowray.sweepconfig.parameters import ends
+from flowray.sweepconfig.sweep import Sweep
 
 if TYPE_CHECKING:
     from flowray.tune.pace import Pace

@@ -125,11 +125,7 @@ def untrained(recipe: Recipe) -> tuple[FlowModel, Tensors]:
 
 
 def open_subject(
-    found: Found,
-    batches: BatchesOf,
-    *,
-    device: torch.device = CPU,
-    progress: Progress = SILENT,
+    found: Found, batches: BatchesOf, *, device: torch.device = CPU, progress: Progress = SILENT
 ) -> Subject:
     """A run at a checkpoint, with all that training kept."""
     checkpoint, run, recipe = found.checkpoint, found.run, found.recipe

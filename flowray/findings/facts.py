@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flowray.config.parameters import flat
+from flowray.config.dotted import dotted
 
 KEYS: Mapping[str, str] = {
     "steps": "train.steps",
@@ -49,7 +49,7 @@ def recipe_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """Facts of a recipe, nested or with dotted keys; what the config of an older run lacks is left
     out.
     """
-    known = flat(config)
+    known = dotted(config)
     facts = {name: known[key] for name, key in KEYS.items() if key in known}
     weights = {
         found[1]: weight

@@ -20,10 +20,11 @@ from rich.text import Text
 
 from flowray.config.progress import duration
 from flowray.config.rounding import rounded
-from flowray.config.sweep import Constant, Sweep
 from flowray.report.lines import columns, wrapped
 from flowray.store.doing import doing
 from flowray.store.run import RunDirectory
+from flowray.sweepconfig.distributions import Constant
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.records import TrialRecord, repeat_dir
 
 # a quiet sweep says where it is after BEAT_S, then after twice as long, at last every QUIET_S

@@ -19,8 +19,8 @@ from ray.util.metrics import Gauge
 
 from flowray.config.keys import describe
 from flowray.config.rows import parse_rows
-from flowray.config.sweep import Sweep
 from flowray.store.run import RunDirectory
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.records import TrialRecord
 
 EXPORTED = "ray_"  # what Ray puts before every name

@@ -30,7 +30,7 @@ from tensorboard.plugins.hparams.summary_v2 import (
 )
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from flowray.config.sweep import (
+from flowray.sweepconfig.distributions import (
     Categorical,
     Constant,
     IntUniform,
@@ -38,9 +38,9 @@ from flowray.config.sweep import (
     Parameter,
     QLogUniform,
     QUniform,
-    Sweep,
     Uniform,
 )
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.records import TrialRecord
 from flowray.tune.study import Journal
 

@@ -21,10 +21,10 @@ from ray.tune.search.optuna import OptunaSearch
 
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import Sweep
 from flowray.rayrun.began import BEGAN, began
 from flowray.rayrun.storage import marked
 from flowray.rayrun.tuner import run_sweep, train_trial
+from flowray.sweepconfig.sweep import Sweep
 
 METRIC, KEY = "ema/shoot/nmse", "optim.lr"
 LOW, HIGH = 1e-4, 1e-2

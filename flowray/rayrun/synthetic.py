@@ -19,8 +19,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import Sweep
 from flowray.rayrun.tuner import run_sweep
+from flowray.sweepconfig.sweep import Sweep
 
 METRIC, KEY = "ema/shoot/nmse", "optim.lr"
 LOW, HIGH = 1e-4, 1e-2

@@ -28,7 +28,6 @@ from flowray.config.errors import InputError, last_line
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import Sweep
 from flowray.rayrun import session as ray_session
 from flowray.rayrun.capacity import machines
 from flowray.rayrun.console import SweepConsole
@@ -49,6 +48,7 @@ from flowray.rayrun.waiting import RoomWatch, begun
 from flowray.report.load import load_sweep as load_report
 from flowray.store.latents import ensure_latents_apart
 from flowray.store.run import RunDirectory, RunLock
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.folder import held_directory, refuse_taken, sweep_folder
 from flowray.tune.ledger import Ledger
 from flowray.tune.plan import longest
@@ -230,11 +230,7 @@ def _part(key: str) -> str:
 
 
 def _result(
-    sweep: Sweep,
-    ledger: Ledger,
-    best: TrialRecord | None,
-    finish: Sequence[int],
-    out_of_time: bool,
+    sweep: Sweep, ledger: Ledger, best: TrialRecord | None, finish: Sequence[int], out_of_time: bool
 ) -> SweepResult:
     """What the ledger comes to.
 

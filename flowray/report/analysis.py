@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowray.config.dotted import dotted
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.findings.judge import Verdict
-from flowray.report.load import Arm, Sweep, Trial, finite, flat, numeric, ranked, spans_decades
+from flowray.report.load import Arm, Sweep, Trial, finite, numeric, ranked, spans_decades
 
 CLEAR = 2.0  # gaps of this many standard errors are more than noise
 HEAT_KEYS = (
@@ -223,7 +224,7 @@ def best_diff(sweep: Sweep) -> str:
     base = str(sweep.settings.get("base") or "")
     if (config := Path(base) / "config.yaml").is_file():
         base = str(config)
-    changes = {**flat(sweep.settings.get("set")), **sweep.best.params}
+    changes = {**dotted(sweep.settings.get("set")), **sweep.best.params}
     old: dict[str, Any] = {}
     try:
         recipe = load_recipe(base).recipe

@@ -13,9 +13,9 @@ from functools import cache
 from typing import Any
 
 from flowray.config.errors import InputError
-from flowray.config.sweepfile import base_recipe, check_trials
-from flowray.config.sweepfile import load_sweep as load_file
 from flowray.report.load import Sweep, finite, numeric
+from flowray.sweepconfig.check import base_recipe, check_trials
+from flowray.sweepconfig.file import load_sweep as load_file
 
 EDGE = 0.05  # a best value within this share of the range from its end is at the edge
 REACHES = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)  # how far beyond, until the recipe takes it

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
+from flowray.config.dotted import dotted
 from flowray.config.errors import InputError
 from flowray.config.rounding import rounded
 from flowray.config.rows import Row, parse_rows
@@ -495,19 +496,9 @@ def _scales(trials: Sequence[Trial]) -> dict[str, tuple[int, ...]]:
 def _config(text: str) -> dict[str, Any]:
     """A recipe in YAML as dotted keys; {} where it cannot be read."""
     try:
-        return flat(yaml.load(text, Loader=_Loader))
+        return dotted(yaml.load(text, Loader=_Loader))
     except yaml.YAMLError:
         return {}
-
-
-def flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; {} for anything else at the top."""
-    out: dict[str, Any] = {}
-    for key, value in section.items() if isinstance(section, dict) else ():
-        out |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
-    return out
 
 
 def _text(path: Path) -> str:

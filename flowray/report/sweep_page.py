@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowray.config.dotted import dotted
 from flowray.findings.baselines import baseline
 from flowray.report import figures
 from flowray.report.analysis import (
@@ -28,7 +29,7 @@ from flowray.report.analysis import (
 from flowray.report.edges import Edge, edges, wider_command
 from flowray.report.figures import Axis, value_text
 from flowray.report.importance import FEW_TRIALS, importances
-from flowray.report.load import Run, Status, Sweep, Trial, flat, load_sweep
+from flowray.report.load import Run, Status, Sweep, Trial, load_sweep
 from flowray.report.page import (
     MAX_ROWS,
     SHOWN_ROWS,
@@ -99,7 +100,7 @@ def sweep_commands(
     if wider := wider_command(sweep, edges(sweep) if found is None else found):
         commands["Search on beyond the edges"] = wider
     if sweep.settings.get("task") == "sample":
-        keys = {**flat(sweep.settings.get("set")), **best.params}
+        keys = {**dotted(sweep.settings.get("set")), **best.params}
         values = " ".join(
             f"--set {shlex.quote(f'{key}={yaml_value(value)}')}" for key, value in keys.items()
         )
@@ -118,7 +119,7 @@ def sweep_commands(
         )
         commands["Train the best recipe longer"] = longer
     if (base := sweep.settings.get("base")) and not (brief and longer_known):
-        keys = {**flat(sweep.settings.get("set")), **best.params, "name": f"{sweep.name}-best"}
+        keys = {**dotted(sweep.settings.get("set")), **best.params, "name": f"{sweep.name}-best"}
         values = " ".join(shlex.quote(f"{key}={yaml_value(value)}") for key, value in keys.items())
         commands["The same recipe from its base"] = (
             f"python -m flowray.train {shlex.quote(str(base))} {values}"
@@ -331,7 +332,7 @@ def _card_facts(sweep: Sweep, card: dict[str, Any]) -> dict[str, str]:
         sweep.settings,
         next((t.run.config for t in sweep.trials if t.run.config), {}),
     )
-    fixed = {**flat(settings.get("set"))}
+    fixed = {**dotted(settings.get("set"))}
     space = {
         key: _range_text(spec)
         for key, spec in mapping(settings.get("parameters")).items()

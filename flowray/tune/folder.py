@@ -10,9 +10,9 @@ from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.schema import show
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import dump_sweep, text_sweep
 from flowray.store.run import RunDirectory, RunLock, require_writable
+from flowray.sweepconfig.file import dump_sweep, text_sweep
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.ledger import Ledger
 from flowray.tune.plan import check_storage
 

@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FixedTrial, FrozenTrial, Trial
 
-from flowray.config.sweep import Parameter
+from flowray.sweepconfig.distributions import Parameter
 from flowray.tune.space import Params, as_categories, setting_of, settings, suggest
 
 FIXED = "fixed_params"  # Optuna's attribute of an enqueued trial

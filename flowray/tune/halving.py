@@ -10,7 +10,7 @@ from typing import Protocol
 
 from flowray.config.base import Config
 from flowray.config.rounding import rounded
-from flowray.config.sweep import Asha, Hyperband, Median, SuccessiveHalving, Sweep, milestones
+from flowray.sweepconfig.sweep import Asha, Hyperband, Median, SuccessiveHalving, Sweep, milestones
 from flowray.tune.median import MedianRule
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean, median
 
 from flowray.config.rounding import rounded
-from flowray.config.sweep import Median, Sweep
+from flowray.sweepconfig.sweep import Median, Sweep
 
 
 class MedianRule:

@@ -13,7 +13,7 @@ from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
-from flowray.config.sweep import Sweep
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.ledger import Ledger
 
 # what a step's time depends on; the weights of losses that look at latents alone hardly matter

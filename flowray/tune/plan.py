@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import SuccessiveHalving, Sweep, milestones
-from flowray.config.sweepfile import plain_parameter
+from flowray.sweepconfig.file import plain_parameter
+from flowray.sweepconfig.sweep import SuccessiveHalving, Sweep, milestones
 from flowray.tune.pace import Pace, own_pace, pace_of_runs
 from flowray.tune.space import choices, setting_count, trial_count
 from flowray.tune.warm import earlier_trials

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flowray.config.sweep import Sweep
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.halving import Pruner, Rungs, make_pruner
 from flowray.tune.records import StopKind
 from flowray.tune.stop import StopRules

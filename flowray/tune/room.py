@@ -12,10 +12,10 @@ from typing import Any
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import check_trials
 from flowray.config.train import ResourceConfig
 from flowray.store.found import find_checkpoint
+from flowray.sweepconfig.check import check_trials
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.plan import Cluster, batch_that_does_not_split, share_cluster, split_values
 
 WORKER_BYTES = 400 * 2**20  # of a worker that has imported torch and Ray, before its model

@@ -15,7 +15,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 from flowray.config.base import Config
-from flowray.config.search import (
+from flowray.sweepconfig.search import (
     CmaEsSearch,
     GpSearch,
     GridSearch,

@@ -16,7 +16,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from flowray.config.errors import InputError
-from flowray.config.sweep import Sweep
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.ledger import Ledger, ProbeRow, place_of
 from flowray.tune.observers import Observer, Observers
 from flowray.tune.policy import Continue, Policy

@@ -12,7 +12,7 @@ import numpy as np
 from optuna.trial import BaseTrial
 
 from flowray.config.errors import InputError
-from flowray.config.sweep import (
+from flowray.sweepconfig.distributions import (
     Categorical,
     Constant,
     IntUniform,
@@ -20,11 +20,11 @@ from flowray.config.sweep import (
     Parameter,
     QLogUniform,
     QUniform,
-    Sweep,
     Uniform,
     drawn,
     in_order,
 )
+from flowray.sweepconfig.sweep import Sweep
 
 Params = dict[str, Any]
 

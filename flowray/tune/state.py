@@ -8,7 +8,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from flowray.config.sweep import Sweep
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.ledger import Ledger, place_of
 from flowray.tune.policy import Continue, Decision, Pause, Policy, Stop
 from flowray.tune.records import TrialRecord

@@ -11,8 +11,8 @@ from typing import Any
 from flowray.config.errors import InputError, did_you_mean
 from flowray.config.keys import describe
 from flowray.config.rounding import rounded
-from flowray.config.sweep import StopRule
 from flowray.findings.finding import ORDER
+from flowray.sweepconfig.sweep import StopRule
 
 _WORST_FIRST: tuple[str, ...] = tuple(ORDER)
 

@@ -26,8 +26,8 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
 from flowray.config.errors import InputError
-from flowray.config.search import RandomSearch, SearchConfig
-from flowray.config.sweep import Sweep
+from flowray.sweepconfig.search import RandomSearch, SearchConfig
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.fresh import FIXED, fresh_setting
 from flowray.tune.nsga import STEP
 from flowray.tune.samplers import Setting, make_sampler

@@ -15,7 +15,8 @@ from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
-from flowray.config.sweep import Categorical, Constant, Sweep, drawn, in_order, inside
+from flowray.sweepconfig.distributions import Categorical, Constant, drawn, in_order, inside
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.ledger import Ledger
 from flowray.tune.records import TrialRecord
 from flowray.tune.space import Params, as_categories, suggest

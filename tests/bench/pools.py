@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from flowray.bench.pool import Entry, Pool
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import dump_sweep
+from flowray.sweepconfig.file import dump_sweep
+from flowray.sweepconfig.sweep import Sweep
 
 METRIC, LOSS = "ema/shoot/nmse", "loss/flow"
 BUDGET, EVERY = 500, 50

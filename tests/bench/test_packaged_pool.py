@@ -6,7 +6,7 @@ import pytest
 from flowray.bench.pool import packaged_pool, read_pool
 from flowray.bench.replay import sweep_search
 from flowray.bench.sweep import correlations
-from flowray.config.sweepfile import load_sweep
+from flowray.sweepconfig.file import load_sweep
 
 POOL = read_pool(packaged_pool())
 

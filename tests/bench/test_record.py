@@ -15,9 +15,9 @@ from flowray.bench.pool import read_pool
 from flowray.bench.record import draw, record
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import load_sweep
 from flowray.store.rows import read_rows
+from flowray.sweepconfig.file import load_sweep
+from flowray.sweepconfig.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
 

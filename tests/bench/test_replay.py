@@ -17,7 +17,7 @@ from flowray.bench.replay import Correction, one_rung, random_search, sweep_sear
 from flowray.bench.sweep import ORACLE, correlations, foretold, half, ratio
 from flowray.cli.bench import main
 from flowray.config.errors import InputError
-from flowray.config.sweep import Metric
+from flowray.sweepconfig.sweep import Metric
 from flowray.tune.policy import Policy
 from flowray.tune.session import SweepSession
 

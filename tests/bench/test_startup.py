@@ -10,9 +10,10 @@ import pytest
 from flowray.bench.startup import _medians
 from flowray.cli.bench import main
 from flowray.config.errors import InputError
-from flowray.config.sweep import LogUniform, Sweep
 from flowray.rayrun.console import SweepConsole
 from flowray.rayrun.startup import Start, _Heard
+from flowray.sweepconfig.distributions import LogUniform
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.records import TrialRecord
 
 

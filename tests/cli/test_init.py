@@ -126,8 +126,7 @@ def test_an_autoencoder_in_a_pipeline_beside_other_models(place: Path) -> None:
 
 
 def test_an_autoencoder_in_one_file_needs_its_scale(
-    place: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Channels and px a cell come from its weights."""
     monkeypatch.chdir(place)
@@ -224,10 +223,7 @@ def test_one_line_where_a_recipe_cannot_be_written(
     assert not (place / "new.yaml").exists()
 
 
-@pytest.mark.parametrize(
-    ("sizes", "says"),
-    [((64, 48), "--size"), ((72, 72), "--size 64")],
-)
+@pytest.mark.parametrize(("sizes", "says"), [((64, 48), "--size"), ((72, 72), "--size 64")])
 def test_pictures_that_no_network_takes(tmp_path: Path, sizes: tuple[int, int], says: str) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

@@ -19,9 +19,10 @@ from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
-from flowray.config.sweepfile import base_recipe, load_sweep
 from flowray.store.found import find_checkpoint
 from flowray.store.run import RunDirectory
+from flowray.sweepconfig.check import base_recipe
+from flowray.sweepconfig.file import load_sweep
 from flowray.train.group import Group
 from flowray.train.loop import train as train_loop
 from flowray.tune.folder import open_directory

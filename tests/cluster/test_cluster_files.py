@@ -154,7 +154,7 @@ def test_the_two_manifests_describe_one_cluster():
 
 
 def test_a_retried_job_resumes_and_its_command_is_valid():
-    from flowray.config.sweepfile import load_sweep
+    from flowray.sweepconfig.file import load_sweep
 
     spec = load("kuberay/rayjob.yaml")["spec"]
     assert spec["backoffLimit"] > 0

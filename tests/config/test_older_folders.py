@@ -17,7 +17,7 @@ import flowray
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.paths import exists, no_such
-from flowray.config.sweepfile import load_sweep
+from flowray.sweepconfig.file import load_sweep
 
 RECORDED = Path(__file__).parent.parent / "report" / "recorded" / "head"
 
@@ -125,7 +125,7 @@ os.chdir("/")
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, recipe_names
 from flowray.config.paths import no_such
-from flowray.config.sweepfile import load_sweep
+from flowray.sweepconfig.file import load_sweep
 from flowray.data.shards import find_shards
 here = sys.argv[1]
 recipe_names()  # imports, of files that may be closed next

@@ -16,8 +16,9 @@ from flowray.config.model import EncoderText
 from flowray.config.paths import PathField, absolute, argument, is_hub_name, no_such, path_field
 from flowray.config.recipe import Recipe
 from flowray.config.schema import known_keys
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import base_recipe, dump_sweep, load_sweep, text_sweep
+from flowray.sweepconfig.check import base_recipe
+from flowray.sweepconfig.file import dump_sweep, load_sweep, text_sweep
+from flowray.sweepconfig.sweep import Sweep
 
 SWEEP = """\
 name: s
@@ -287,9 +288,7 @@ def test_earlier_runs_are_also_found_from_the_working_directory(
 
 @pytest.mark.parametrize("folder", ["my$1 files", "a$b", "${c}", "100$"])
 def test_a_path_that_is_there_keeps_its_dollar(
-    home: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    folder: str,
+    home: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
     """And so does a new file in it. Where nothing is there, a `$` begins a variable."""
     here = home.parent / "elsewhere"

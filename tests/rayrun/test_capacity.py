@@ -19,8 +19,8 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 from ray.autoscaler._private.util import prepare_config
 
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import Sweep
 from flowray.rayrun.capacity import read_config, workers_at_most
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.plan import Cluster, share_cluster
 
 CLUSTER = Path(__file__).parents[2] / "cluster"

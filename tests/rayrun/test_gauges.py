@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from flowray.config.sweep import Sweep
 from flowray.rayrun import gauges, session
 from flowray.rayrun.gauges import RunGauges, SweepGauges, exported_names, leave_link
 from flowray.store.run import RunDirectory
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.records import TrialRecord
 
 LINE = re.compile(r"(?m)^(ray_flowray_\w+)\{(.*)\} (\S+)$")

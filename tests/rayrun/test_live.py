@@ -22,10 +22,10 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 from tensorboardX import SummaryWriter
 
 from flowray.config.keys import describe
-from flowray.config.sweep import Sweep
 from flowray.rayrun.console import METRICS, SweepConsole
 from flowray.rayrun.gauges import GAUGES, RUN_GAUGES, exported_names, run_label
 from flowray.rayrun.live import ARTIFACTS, Gallery, TrialBoard
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.observers import Observers
 from flowray.tune.records import TrialRecord
 from flowray.tune.study import SweepStudy

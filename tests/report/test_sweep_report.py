@@ -20,8 +20,6 @@ from PIL import Image
 from sweep_records import METRIC, make
 
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
-from flowray.config.sweepfile import base_recipe, check_trials, dump_sweep, text_sweep
-from flowray.config.sweepfile import load_sweep as load_file
 from flowray.report import analysis, figures
 from flowray.report.edges import edges
 from flowray.report.importance import importances
@@ -33,6 +31,9 @@ from flowray.report.sweep_page import (
     sweep_verdict,
     write_sweep_report,
 )
+from flowray.sweepconfig.check import base_recipe, check_trials
+from flowray.sweepconfig.file import dump_sweep, text_sweep
+from flowray.sweepconfig.file import load_sweep as load_file
 
 LR = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
 

@@ -26,7 +26,7 @@ import os, sys
 from pathlib import Path
 import torch
 from flowray.config.errors import InputError
-from flowray.config.sweep import Sweep
+from flowray.sweepconfig.sweep import Sweep
 from flowray.data.make import ShapesSet, ensure_set
 from flowray.store.checkpoint import newest_checkpoint, save_checkpoint
 from flowray.store.run import RunDirectory, RunLock

@@ -9,7 +9,8 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from flowray.config.sweep import LogUniform, Sweep
+from flowray.sweepconfig.distributions import LogUniform
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.halving import Pruner
 from flowray.tune.observers import Observer
 from flowray.tune.policy import Policy

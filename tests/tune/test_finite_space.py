@@ -4,17 +4,17 @@ import pytest
 from builders import make_sweep, open_session
 
 from flowray.config.errors import InputError
-from flowray.config.search import CmaEsSearch, GpSearch, Nsga2Search, TpeSearch
-from flowray.config.sweep import (
+from flowray.sweepconfig.distributions import (
     Categorical,
     Constant,
     IntUniform,
     LogUniform,
     QLogUniform,
     QUniform,
-    Sweep,
     Uniform,
 )
+from flowray.sweepconfig.search import CmaEsSearch, GpSearch, Nsga2Search, TpeSearch
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.space import left_to_begin, setting_count, setting_of, settings, trial_count
 from flowray.tune.study import SweepStudy
 from flowray.tune.warm import FROM

@@ -8,8 +8,8 @@ import pytest
 from builders import make_sweep, open_session, probe, study_trials
 from optuna.trial import TrialState
 
-from flowray.config.sweep import Asha, Hyperband, Median, Sweep, milestones
 from flowray.store.rows import read_rows
+from flowray.sweepconfig.sweep import Asha, Hyperband, Median, Sweep, milestones
 from flowray.tune.halving import Rungs
 from flowray.tune.session import SweepSession
 

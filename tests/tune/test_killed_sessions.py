@@ -26,10 +26,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from flowray.config.errors import InputError
-from flowray.config.search import CmaEsSearch, Nsga2Search
-from flowray.config.sweep import Hyperband, StopRule, Sweep
 from flowray.rayrun import session
 from flowray.store.rows import RowWriter, read_rows
+from flowray.sweepconfig.search import CmaEsSearch, Nsga2Search
+from flowray.sweepconfig.sweep import Hyperband, StopRule, Sweep
 from flowray.tune import study
 from flowray.tune.session import SweepSession
 

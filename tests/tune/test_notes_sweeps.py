@@ -17,7 +17,8 @@ from flowray.bench.pool import packaged_pool
 from flowray.cli.tune import main
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
-from flowray.config.sweepfile import base_recipe, check_trials, load_sweep, packaged_sweeps
+from flowray.sweepconfig.check import base_recipe, check_trials
+from flowray.sweepconfig.file import load_sweep, packaged_sweeps
 from flowray.tune.ledger import Ledger
 from flowray.tune.pace import Pace
 from flowray.tune.plan import Cluster, check_storage, make_plan, share_cluster

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from builders import make_sweep, open_session
 
-from flowray.config.sweep import Hyperband, StopRule
+from flowray.sweepconfig.sweep import Hyperband, StopRule
 
 METRIC, STEPS = "ema/shoot/nmse", 80
 OLDER = Path(__file__).parent / "older"

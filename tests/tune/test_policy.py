@@ -5,7 +5,7 @@ import math
 import pytest
 from builders import METRIC, make_sweep
 
-from flowray.config.sweep import Hyperband, Median, StopRule
+from flowray.sweepconfig.sweep import Hyperband, Median, StopRule
 from flowray.tune.policy import Continue, Pause, Policy, Stop
 
 BUDGET = 40

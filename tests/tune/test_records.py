@@ -15,7 +15,7 @@ import pytest
 from builders import METRIC, make_sweep, open_session
 
 from flowray.config.errors import InputError
-from flowray.config.sweep import StopRule
+from flowray.sweepconfig.sweep import StopRule
 from flowray.tune.ledger import Ledger
 from flowray.tune.records import TrialRecord
 

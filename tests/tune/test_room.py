@@ -14,9 +14,10 @@ from flowray.cli.tune import main
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.recipe import Recipe
-from flowray.config.sweepfile import base_recipe, load_sweep, packaged_sweeps
 from flowray.rayrun.capacity import of_unknown_size
 from flowray.rayrun.tuner import run_sweep
+from flowray.sweepconfig.check import base_recipe
+from flowray.sweepconfig.file import load_sweep, packaged_sweeps
 from flowray.tune.plan import Cluster
 from flowray.tune.room import place, refuse_without_room, this_machine
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from flowray.bench.pool import Entry, Space
-from flowray.config.parameters import LogUniform, Uniform
 from flowray.config.rounding import rounded
-from flowray.config.sweep import Asha, Hyperband, Median, StopRule, Sweep
 from flowray.findings.checks import above, below, near
 from flowray.findings.reading import Reading
 from flowray.report.edges import edges
 from flowray.report.load import Metric, Trial, load_run, ranked
 from flowray.report.load import Sweep as Loaded
+from flowray.sweepconfig.parameters import LogUniform, Uniform
+from flowray.sweepconfig.sweep import Asha, Hyperband, Median, StopRule, Sweep
 from flowray.tune.cmaes import Strategy
 from flowray.tune.halving import Rungs
 from flowray.tune.median import MedianRule

@@ -8,7 +8,8 @@ import pytest
 from optuna.samplers import TPESampler
 
 from flowray.config.schema import members
-from flowray.config.search import (
+from flowray.sweepconfig.distributions import Categorical, LogUniform, QUniform, Uniform
+from flowray.sweepconfig.search import (
     CmaEsSearch,
     GpSearch,
     GridSearch,
@@ -17,7 +18,7 @@ from flowray.config.search import (
     RandomSearch,
     TpeSearch,
 )
-from flowray.config.sweep import Categorical, LogUniform, QUniform, Sweep, Uniform
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.cmaes import Strategy
 from flowray.tune.samplers import SAMPLERS, Setting, make_sampler
 from flowray.tune.space import suggest

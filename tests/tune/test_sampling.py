@@ -9,8 +9,9 @@ import torch
 from flowray.config.keys import describe
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.progress import SILENT
-from flowray.config.sweepfile import base_recipe, check_trials, load_sweep
 from flowray.store.run import RunDirectory
+from flowray.sweepconfig.check import base_recipe, check_trials
+from flowray.sweepconfig.file import load_sweep
 from flowray.train.state import fresh_state, save_state
 from flowray.tune.sampling import score_pictures
 

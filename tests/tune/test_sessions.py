@@ -13,7 +13,7 @@ from builders import METRIC, make_sweep, open_session, probe, study_trials
 from optuna.trial import TrialState
 
 from flowray.config.errors import InputError
-from flowray.config.sweep import Asha, Hyperband, Median, StopRule
+from flowray.sweepconfig.sweep import Asha, Hyperband, Median, StopRule
 from flowray.tune.halving import PRUNERS, Rungs, make_pruner
 from flowray.tune.ledger import Ledger
 from flowray.tune.median import MedianRule

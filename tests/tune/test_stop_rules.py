@@ -5,7 +5,7 @@ import math
 import pytest
 
 from flowray.config.errors import InputError
-from flowray.config.sweep import StopRule
+from flowray.sweepconfig.sweep import StopRule
 from flowray.tune.stop import StopRules, check_findings
 
 COS = StopRule(metric="flow/cos", below=0.3, after=200, patience=2)

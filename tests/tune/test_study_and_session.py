@@ -9,7 +9,8 @@ import pytest
 from builders import METRIC, make_sweep, open_session, probe, study_trials
 from optuna.trial import TrialState
 
-from flowray.config.sweep import Categorical, IntUniform, LogUniform, QLogUniform, StopRule
+from flowray.sweepconfig.distributions import Categorical, IntUniform, LogUniform, QLogUniform
+from flowray.sweepconfig.sweep import StopRule
 from flowray.tune.ledger import Ledger
 from flowray.tune.records import TrialRecord
 from flowray.tune.space import settings, suggest, trial_count

@@ -17,13 +17,14 @@ from flowray.cli.tune import main
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import Hyperband, LogUniform, StopRule, Sweep
-from flowray.config.sweepfile import load_sweep
 from flowray.rayrun.search import FAILED, LACKS_STORAGE, ProbeScheduler, StudySearch, no_room
 from flowray.rayrun.storage import Unshared
 from flowray.rayrun.trainer import RunFailed, _note, _raise_noted
 from flowray.rayrun.tuner import SweepResult, _result
 from flowray.store.run import RunDirectory, RunLock
+from flowray.sweepconfig.distributions import LogUniform
+from flowray.sweepconfig.file import load_sweep
+from flowray.sweepconfig.sweep import Hyperband, StopRule, Sweep
 from flowray.train.state import Halted
 from flowray.tune.folder import held_directory, open_directory, refuse_taken
 from flowray.tune.ledger import Ledger

@@ -7,23 +7,10 @@ import pytest
 from flowray.cli.common import entry
 from flowray.cli.tune import main, plan
 from flowray.config.errors import InputError
-from flowray.config.sweep import (
-    Asha,
-    Categorical,
-    IntUniform,
-    LogUniform,
-    Median,
-    QUniform,
-    Uniform,
-)
-from flowray.config.sweepfile import (
-    base_recipe,
-    check_trials,
-    dump_sweep,
-    load_sweep,
-    packaged_sweeps,
-    text_sweep,
-)
+from flowray.sweepconfig.check import base_recipe, check_trials
+from flowray.sweepconfig.distributions import Categorical, IntUniform, LogUniform, QUniform, Uniform
+from flowray.sweepconfig.file import dump_sweep, load_sweep, packaged_sweeps, text_sweep
+from flowray.sweepconfig.sweep import Asha, Median
 
 GOOD = """\
 name: s

@@ -16,27 +16,20 @@ from flowray.cli.tune import main
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import (
+from flowray.sweepconfig.check import base_recipe, check_trials
+from flowray.sweepconfig.distributions import (
     Categorical,
     Constant,
     IntUniform,
     LogUniform,
-    Metric,
     Prior,
     QLogUniform,
     QUniform,
-    Sweep,
     Uniform,
 )
-from flowray.config.sweepfile import (
-    base_recipe,
-    check_trials,
-    dump_sweep,
-    load_sweep,
-    packaged_sweeps,
-    text_sweep,
-)
-from flowray.config.sweepschema import sweep_schema
+from flowray.sweepconfig.file import dump_sweep, load_sweep, packaged_sweeps, text_sweep
+from flowray.sweepconfig.schema import sweep_schema
+from flowray.sweepconfig.sweep import Metric, Sweep
 from flowray.tune.ledger import Ledger
 from flowray.tune.records import TrialRecord
 from flowray.tune.space import from_priors, settings, trial_count
@@ -370,9 +363,7 @@ PRIORS = """\
 """
 
 
-def test_the_start_is_at_the_priors_then_near_them_and_then_the_sampler_is_free(
-    tmp_path,
-):
+def test_the_start_is_at_the_priors_then_near_them_and_then_the_sampler_is_free(tmp_path):
     sweep = sweep_of(PRIORS, "startup_trials: 6\nmethod: random")
     study = SweepStudy(sweep, tmp_path / "j")
     drawn = [study.ask()[1] for _ in range(12)]

@@ -22,11 +22,12 @@ from ray.util.state import list_actors
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import LogUniform, Sweep
 from flowray.rayrun import session
 from flowray.rayrun.trainer import RunFailed
 from flowray.rayrun.tuner import run_sweep, train_trial
 from flowray.store.rows import read_rows
+from flowray.sweepconfig.distributions import LogUniform
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.plan import Cluster, share_cluster
 from flowray.tune.records import repeat_of
 

@@ -16,8 +16,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from flowray.config.schema import members
-from flowray.config.search import CmaEsSearch, GpSearch, LearningSearch, Nsga2Search, TpeSearch
-from flowray.config.sweep import Hyperband, LogUniform, Metric, Sweep, Uniform
+from flowray.sweepconfig.distributions import LogUniform, Uniform
+from flowray.sweepconfig.search import CmaEsSearch, GpSearch, LearningSearch, Nsga2Search, TpeSearch
+from flowray.sweepconfig.sweep import Hyperband, Metric, Sweep
 from flowray.tune.cmaes import GENERATION
 from flowray.tune.nsga import STEP, RungNsga, graded
 from flowray.tune.session import SweepSession

@@ -8,10 +8,10 @@ import re
 from typing import Any
 
 from flowray.config.keys import KEYS, alternatives
-from flowray.config.parameters import RAY_FIELDS_WITH, accepted_distributions
-from flowray.config.priors import FIELD_NOTES
 from flowray.config.schema import known_keys, want
-from flowray.config.sweep import Sweep
+from flowray.sweepconfig.parameters import RAY_FIELDS_WITH, accepted_distributions
+from flowray.sweepconfig.priors import FIELD_NOTES
+from flowray.sweepconfig.sweep import Sweep
 
 # an editor reads 1e-4 as a number, PyYAML as text: both are taken
 _NUMBER = {

@@ -12,9 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from flowray.config.errors import InputError, did_you_mean
 from flowray.config.paths import make_absolute
-from flowray.config.priors import FIELD_NOTES, field_notes_prior
 from flowray.config.schema import coerce, key_paths, known_keys, show, unknown_key
-from flowray.config.sweep import (
+from flowray.config.yamlfile import YamlFile
+from flowray.sweepconfig.distributions import (
     Categorical,
     Constant,
     LogUniform,
@@ -25,7 +25,7 @@ from flowray.config.sweep import (
     infer_distribution,
     inside,
 )
-from flowray.config.yamlfile import YamlFile
+from flowray.sweepconfig.priors import FIELD_NOTES, field_notes_prior
 
 _PARAMETER: TypeAdapter[Parameter] = TypeAdapter(Parameter)
 DISTRIBUTIONS = (

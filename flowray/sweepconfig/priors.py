@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from flowray.config.sweep import Prior
+from flowray.sweepconfig.distributions import Prior
 
 FIELD_NOTES: Mapping[str, Prior] = {
     # log 0919: restart at 2 x the base lr of 2.5e-6, at batch 1024
