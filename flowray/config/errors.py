@@ -5,7 +5,7 @@ what to type.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(Exception):
@@ -15,6 +15,26 @@ class InputError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+class OtherKind(InputError):
+    """A key belongs to other kinds of its section than the one that was chosen."""
+
+    def __init__(self, message: str, section: str, kinds: Sequence[str]):
+        super().__init__(message)
+        self.section, self.kinds = section, tuple(kinds)
+
+
+class RuleError(ValueError):
+    """A rule over several keys of one section is broken.
+
+    keys: those that it is about, dotted from that section on, the one to blame first. exclusive:
+    at most one of them may be given.
+    """
+
+    def __init__(self, message: str, *keys: str, exclusive: bool = False):
+        super().__init__(message)
+        self.keys, self.exclusive = keys, exclusive
 
 
 class Notice(UserWarning):

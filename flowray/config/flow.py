@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from flowray.config.base import Config
+from flowray.config.errors import RuleError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -54,7 +55,7 @@ class LogSNRTime(Config):
     @model_validator(mode="after")
     def _ordered(self) -> LogSNRTime:
         if self.low >= self.high:
-            raise ValueError(f"low {self.low} must lie below high {self.high}")
+            raise RuleError(f"low {self.low} must lie below high {self.high}", "low", "high")
         return self
 
 
@@ -69,7 +70,7 @@ class AlphaTime(Config):
     @model_validator(mode="after")
     def _ordered(self) -> AlphaTime:
         if self.low >= self.high:
-            raise ValueError(f"low {self.low} must lie below high {self.high}")
+            raise RuleError(f"low {self.low} must lie below high {self.high}", "low", "high")
         return self
 
 
@@ -81,8 +82,10 @@ TimeConfig = Annotated[
 def _must_cover_0(time: UniformTime | LogitNormalTime | LogSNRTime | AlphaTime, where: str) -> None:
     covered = time.kind == "uniform" or (time.kind == "alpha" and time.low == 0)
     if not covered and time.uniform_floor == 0:
-        raise ValueError(
-            f"time {time.kind} {where} leaves t = 0 untrained; its uniform_floor must be above 0"
+        raise RuleError(
+            f"time {time.kind} {where} leaves t = 0 untrained; its uniform_floor must be above 0",
+            "time",
+            "uniform_floor",
         )
 
 
@@ -100,9 +103,12 @@ class TimeStage(Config):
     @model_validator(mode="after")
     def _whole(self) -> TimeStage:
         if (self.steps is None) == (self.fraction is None):
-            raise ValueError(
+            raise RuleError(
                 "a stage of flow.curriculum takes either steps or fraction, the end of the stage"
-                " counted from step 0"
+                " counted from step 0",
+                "steps",
+                "fraction",
+                exclusive=True,
             )
         _must_cover_0(self.time, "in flow.curriculum")
         return self
@@ -128,8 +134,9 @@ class FlowConfig(Config):
             [s.fraction for s in self.curriculum if s.fraction],
         ):
             if any(later <= earlier for earlier, later in pairwise(ends)):
-                raise ValueError(
-                    f"the stages of curriculum must end one after the other, got {ends}"
+                raise RuleError(
+                    f"the stages of curriculum must end one after the other, got {ends}",
+                    "curriculum",
                 )
         if self.curriculum:
             _must_cover_0(self.time, "after flow.curriculum")

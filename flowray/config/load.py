@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from flowray.config.errors import InputError, did_you_mean
+from flowray.config.errors import InputError, OtherKind, RuleError, did_you_mean
 from flowray.config.paths import (
     PathField,
     exists,
@@ -242,7 +242,7 @@ class _Tree:
         for name, value in layer.items():
             key = prefix + name
             if name not in cls.model_fields:
-                raise InputError(_line(where(key), _misplaced(key, cls)))
+                raise _misplaced(key, cls, where(key))
             sections = Slot(cls, name, cls.model_fields[name]).sections
             nullable = type(None) in getattr(cls.model_fields[name].annotation, "__args__", ())
             if not sections or (value is None and nullable):
@@ -298,29 +298,30 @@ class _Tree:
                 f"{' in quotes' if unquoted and not cause else ''}"
             )
         else:
-            reason = str(cause or first["msg"]) + _rivals(
-                _at(self.data, key) if key else self.data, str(cause or "")
-            )
+            reason = str(cause or first["msg"])
+            if isinstance(cause, RuleError) and cause.exclusive:
+                reason += _rivals(_at(self.data, key) if key else self.data, cause.keys)
             text = f"{key}: {reason}" if key else reason
         others = f" (and {more} more error{'s' if more > 1 else ''})" if more else ""
-        return _line(self._origin_of(key, str(cause or ""), label), text + others)
+        named = cause.keys if isinstance(cause, RuleError) else ()
+        return _line(self._origin_of(key, named, label), text + others)
 
-    def _origin_of(self, key: str, message: str, label: str) -> str:
-        """Where `key` was set last; for a rule over a section, where the latest key that the
-        rule names was.
+    def _origin_of(self, key: str, named: Collection[str], label: str) -> str:
+        """Where `key` was set last; for a rule over a section, where the latest key that it
+        names was, or of its section.
         """
         if key in self.origin and not known_keys()[key][0].sections:
             return self.origin[key]
-        words, scope = set(message.replace(",", " ").split()), key
+        scope = key
         while True:
             inside = [name for name in self.origin if not scope or name.startswith(f"{scope}.")]
-            named = [
+            found = [
                 name
                 for name in inside
-                if words & {name.removeprefix(f"{scope}."), name.rpartition(".")[2]}
+                if {name.removeprefix(f"{scope}."), name.rpartition(".")[2]} & set(named)
             ]
-            if named or (scope and inside):
-                return self.origin[(named or inside)[-1]]
+            if found or (scope and inside):
+                return self.origin[(found or inside)[-1]]
             if not scope:
                 return label
             scope = scope.rpartition(".")[0]
@@ -452,27 +453,27 @@ def _defaults(cls: type[BaseModel]) -> dict[str, Any]:
     }
 
 
-def _misplaced(key: str, cls: type[BaseModel]) -> str:
+def _misplaced(key: str, cls: type[BaseModel], where: str) -> InputError:
     """Why `key` is no key of the section class `cls`: it belongs to another kind, or to nothing."""
     owners = [kind for slot in known_keys().get(key, ()) if (kind := kind_of(slot.owner))]
     section, _, _ = key.rpartition(".")
     if not owners:
-        return unknown_key(key)
+        return InputError(_line(where, unknown_key(key)))
+    kinds = list(dict.fromkeys(owners))
     takes = ", ".join(name for name in cls.model_fields if name != "kind") or "no keys"
-    return (
-        f"{key} belongs to kind {' or '.join(dict.fromkeys(owners))}, but {section}.kind is"
-        f" {kind_of(cls)} (which takes {takes}); set {section}.kind too, or drop the key"
+    words = (
+        f"{key} belongs to kind {' or '.join(kinds)}, but {section}.kind is {kind_of(cls)} (which"
+        f" takes {takes}); set {section}.kind too, or drop the key"
     )
+    return OtherKind(_line(where, words), section, kinds)
 
 
-def _rivals(section: Mapping[str, Any], rule: str) -> str:
+def _rivals(section: Mapping[str, Any], keys: Collection[str]) -> str:
     """The values of options that exclude each other: one of them may come from a base recipe
     that the user has not in view.
     """
-    named = {
-        name: value for name, value in section.items() if name in rule.split() and value is not None
-    }
-    if "either" not in rule or len(named) < 2:
+    named = {name: value for name, value in section.items() if name in keys and value is not None}
+    if len(named) < 2:
         return ""
     return (
         f" ({', '.join(f'{name} is {show(value)}' for name, value in named.items())}; null unsets"

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from flowray.config.balance import BalanceConfig, NoBalance
 from flowray.config.base import Config
+from flowray.config.errors import RuleError
 from flowray.config.model import ClipNet, DinoV2Net, ImageNetConfig, SiglipNet
 from flowray.config.paths import OptionalPath
 
@@ -32,7 +33,12 @@ class Linear(Config):
     @model_validator(mode="after")
     def _one_of(self) -> Linear:
         if (self.steps is None) == (self.fraction is None):
-            raise ValueError("a linear schedule takes either steps or fraction")
+            raise RuleError(
+                "a linear schedule takes either steps or fraction",
+                "steps",
+                "fraction",
+                exclusive=True,
+            )
         return self
 
 
@@ -168,7 +174,9 @@ class LpipsLossConfig(TermConfig):
     @model_validator(mode="after")
     def _has_weights(self) -> LpipsLossConfig:
         if self.weight > 0 and self.vgg is None:
-            raise ValueError("lpips needs vgg, a file of VGG16 weights such as vgg16.safetensors")
+            raise RuleError(
+                "lpips needs vgg, a file of VGG16 weights such as vgg16.safetensors", "vgg"
+            )
         return self
 
 
@@ -192,7 +200,7 @@ class AnchorLossConfig(TermConfig):
 
 def _wants_weights(teacher: Config) -> None:
     if getattr(teacher, "path", "") is None:
-        raise ValueError("a frozen teacher needs a path; random weights teach nothing")
+        raise RuleError("a frozen teacher needs a path; random weights teach nothing", "path")
 
 
 class LossConfig(Config):
@@ -212,15 +220,17 @@ class LossConfig(Config):
     @model_validator(mode="after")
     def _everything_trains(self) -> LossConfig:
         if self.flow.weight == 0:
-            raise ValueError(
-                "flow.weight 0 leaves the velocity network untrained; it must be above 0"
+            raise RuleError(
+                "flow.weight 0 leaves the velocity network untrained; it must be above 0",
+                "flow.weight",
             )
         if (
             self.flow.source_grad == "none"
             and self.kl.weight == self.clip.weight == self.dino.weight == self.anchor.weight == 0
         ):
-            raise ValueError(
+            raise RuleError(
                 "flow.source_grad none with the weights of kl, clip, dino and anchor at 0 leaves"
-                " the text side untrained; raise one of them"
+                " the text side untrained; raise one of them",
+                "flow.source_grad",
             )
         return self

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from flowray.config.base import Config, LatentSpec
+from flowray.config.errors import RuleError
 from flowray.config.paths import ModelPath, OptionalModel
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -33,7 +34,9 @@ class ConnectorConfig(Config):
     @model_validator(mode="after")
     def _divides(self) -> ConnectorConfig:
         if self.hidden % self.heads:
-            raise ValueError(f"hidden {self.hidden} must be a multiple of heads {self.heads}")
+            raise RuleError(
+                f"hidden {self.hidden} must be a multiple of heads {self.heads}", "hidden", "heads"
+            )
         return self
 
 
@@ -82,11 +85,15 @@ class CausalText(FrozenText):
     @model_validator(mode="after")
     def _template_has_prompt(self) -> CausalText:
         if "{prompt}" not in self.template:
-            raise ValueError("the template must contain {prompt}")
+            raise RuleError("the template must contain {prompt}", "template")
         if not self.chat and (self.system is not None or self.suffix):
-            raise ValueError(
+            raise RuleError(
                 "system and suffix belong to the chat template: set chat: true, or write them into"
-                " template"
+                " template",
+                "system",
+                "suffix",
+                "chat",
+                "template",
             )
         return self
 
@@ -151,8 +158,10 @@ class GridHead(_Head):
     @model_validator(mode="after")
     def _divides(self) -> GridHead:
         if self.hidden % self.heads or self.hidden % 4:
-            raise ValueError(
-                f"hidden {self.hidden} must be a multiple of heads {self.heads} and of 4"
+            raise RuleError(
+                f"hidden {self.hidden} must be a multiple of heads {self.heads} and of 4",
+                "hidden",
+                "heads",
             )
         return self
 
@@ -208,8 +217,10 @@ class PosteriorConfig(Config):
     @model_validator(mode="after")
     def _ordered(self) -> PosteriorConfig:
         if self.logvar_min >= self.logvar_max:
-            raise ValueError(
-                f"logvar_min {self.logvar_min} must lie below logvar_max {self.logvar_max}"
+            raise RuleError(
+                f"logvar_min {self.logvar_min} must lie below logvar_max {self.logvar_max}",
+                "logvar_min",
+                "logvar_max",
             )
         return self
 
@@ -246,8 +257,10 @@ class DiTVelocity(Config):
     @model_validator(mode="after")
     def _divides(self) -> DiTVelocity:
         if self.width % self.heads or self.width % 4:
-            raise ValueError(
-                f"width {self.width} must be a multiple of heads {self.heads} and of 4"
+            raise RuleError(
+                f"width {self.width} must be a multiple of heads {self.heads} and of 4",
+                "width",
+                "heads",
             )
         return self
 
@@ -281,24 +294,31 @@ class DiMRVelocity(Config):
     def _stages_agree(self) -> DiMRVelocity:
         stages = {len(self.widths), len(self.depths), len(self.level_weights)}
         if len(stages) > 1 or 0 in stages:
-            raise ValueError(
+            raise RuleError(
                 f"widths {self.widths}, depths {self.depths} and level_weights {self.level_weights}"
-                " must be as many"
+                " must be as many",
+                "widths",
+                "depths",
+                "level_weights",
             )
         if not all(depth % 2 for depth in self.depths):
-            raise ValueError(
-                f"depths {self.depths} must be odd: as many blocks in as out, and one between"
+            raise RuleError(
+                f"depths {self.depths} must be odd: as many blocks in as out, and one between",
+                "depths",
             )
         if self.widths[0] % self.heads:
-            raise ValueError(
-                f"the first of widths {self.widths} must be a multiple of heads {self.heads}"
+            raise RuleError(
+                f"the first of widths {self.widths} must be a multiple of heads {self.heads}",
+                "widths",
+                "heads",
             )
         if self.kernel % 2 == 0:
-            raise ValueError(f"kernel {self.kernel} must be odd")
+            raise RuleError(f"kernel {self.kernel} must be odd", "kernel")
         if min(self.level_weights) < 0 or self.level_weights[-1] != 1:
-            raise ValueError(
+            raise RuleError(
                 f"level_weights {self.level_weights} must be >= 0 and end in 1 (loss.flow.weight"
-                " scales them all)"
+                " scales them all)",
+                "level_weights",
             )
         return self
 
@@ -364,8 +384,10 @@ class _ImageNet(Config):
     @model_validator(mode="after")
     def _known(self) -> _ImageNet:
         if self.path is None and self.dims is None:
-            raise ValueError(
-                "a picture encoder needs a path, or dims where it starts from random weights"
+            raise RuleError(
+                "a picture encoder needs a path, or dims where it starts from random weights",
+                "path",
+                "dims",
             )
         return self
 
@@ -417,9 +439,11 @@ class ImageTower(Config):
     @model_validator(mode="after")
     def _has_weights(self) -> ImageTower:
         if self.frozen and self.net.path is None:
-            raise ValueError(
+            raise RuleError(
                 "a frozen tower without net.path would be random for ever; give the path, or"
-                " frozen: false"
+                " frozen: false",
+                "frozen",
+                "net.path",
             )
         return self
 
@@ -443,13 +467,16 @@ class ModelConfig(Config):
         patch, latent = self.velocity.patch, self.latent
         made = self.head.shape or latent
         if made.dims != latent.dims and not self.head.linear_map:
-            raise ValueError(
+            raise RuleError(
                 f"head.shape {made.shape} has {made.dims} values and cannot be reshaped to the"
                 f" latent {latent.shape} of {latent.dims}; make them agree, or set head.linear_map"
-                " true for a learnt linear map (the source then drifts)"
+                " true for a learnt linear map (the source then drifts)",
+                "head.shape",
+                "head.linear_map",
             )
         if latent.height % patch or latent.width % patch:
-            raise ValueError(
-                f"velocity.patch {patch} must divide the latent's {latent.height} x {latent.width}"
+            raise RuleError(
+                f"velocity.patch {patch} must divide the latent's {latent.height} x {latent.width}",
+                "velocity.patch",
             )
         return self

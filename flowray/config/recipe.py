@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from flowray.config.base import Config
+from flowray.config.errors import RuleError
 from flowray.config.flow import FlowConfig, SampleConfig
 from flowray.config.losses import LossConfig
 from flowray.config.model import ModelConfig
@@ -63,12 +64,17 @@ class Recipe(Config):
             self.train.accumulate,
         )
         if batch % workers:
-            raise ValueError(
-                f"train.batch_size {batch} must be a multiple of resources.num_workers {workers}"
+            raise RuleError(
+                f"train.batch_size {batch} must be a multiple of resources.num_workers {workers}",
+                "train.batch_size",
+                "resources.num_workers",
             )
         if batch % (workers * parts):
-            raise ValueError(
+            raise RuleError(
                 f"train.batch_size {batch} must be a multiple of resources.num_workers {workers} x"
-                f" train.accumulate {parts}"
+                f" train.accumulate {parts}",
+                "train.batch_size",
+                "resources.num_workers",
+                "train.accumulate",
             )
         return self

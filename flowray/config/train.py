@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from flowray.config.base import Config
+from flowray.config.errors import RuleError
 from flowray.config.paths import OptionalPath, OptionalShards, ShardsPath
 
 Step = Annotated[int, Field(gt=0)]
@@ -78,9 +79,11 @@ class TrainSection(Config):
     @model_validator(mode="after")
     def _measured_is_logged(self) -> TrainSection:
         if self.grad_every % self.log_every:
-            raise ValueError(
+            raise RuleError(
                 f"grad_every {self.grad_every} must be a multiple of log_every {self.log_every}, or"
-                " its rows would be lost"
+                " its rows would be lost",
+                "grad_every",
+                "log_every",
             )
         return self
 
@@ -120,7 +123,11 @@ class WarmRestarts(Config):
     @model_validator(mode="after")
     def _current_of_what(self) -> WarmRestarts:
         if self.eta_min == "current" and self.start != "resume":
-            raise ValueError("eta_min current is the lr of a checkpoint; it needs start resume")
+            raise RuleError(
+                "eta_min current is the lr of a checkpoint; it needs start resume",
+                "eta_min",
+                "start",
+            )
         return self
 
 
@@ -183,5 +190,5 @@ class ResourceConfig(Config):
     @model_validator(mode="after")
     def _whole_gpus(self) -> ResourceConfig:
         if self.gpus_per_worker > 1 and self.gpus_per_worker != int(self.gpus_per_worker):
-            raise ValueError("gpus_per_worker above 1 must be whole")
+            raise RuleError("gpus_per_worker above 1 must be whole", "gpus_per_worker")
         return self

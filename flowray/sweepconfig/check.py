@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowray.config.errors import InputError
+from flowray.config.errors import InputError, OtherKind
 from flowray.config.load import load_recipe, override_recipe, recipe_names
 from flowray.config.paths import exists, is_file, no_such
 from flowray.config.recipe import Recipe
@@ -88,7 +87,7 @@ def check_trials(sweep: Sweep, base: Recipe) -> None:
             words = ", ".join(f"{key}={show(value)}" for key, value in case.items())
             raise InputError(
                 f"sweep {sweep.name}: no recipe can be made with {words}:"
-                f" {error}{_condition_hint(sweep, str(error))}"
+                f" {error}{_condition_hint(sweep, error)}"
             ) from None
         _check_rungs(sweep, base, trial)
 
@@ -180,14 +179,13 @@ def _cases(sweep: Sweep) -> list[dict[str, Any]]:
     return cases + [dict(point) for point in sweep.points]
 
 
-def _condition_hint(sweep: Sweep, error: str) -> str:
+def _condition_hint(sweep: Sweep, error: InputError) -> str:
     """What to type where an option of one kind is searched together with another kind."""
-    found = re.search(r"(\S+)\.\w+ belongs to kind (.+?), but", error)
-    if found is None or f"{found[1]}.kind" not in sweep.parameters:
+    if not isinstance(error, OtherKind) or f"{error.section}.kind" not in sweep.parameters:
         return ""
     return (
-        f"; to search it with that kind only, type when: {{{found[1]}.kind:"
-        f" [{found[2].replace(' or ', ', ')}]}}"
+        f"; to search it with that kind only, type when: {{{error.section}.kind:"
+        f" [{', '.join(error.kinds)}]}}"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from flowray.config.errors import InputError, did_you_mean
+from flowray.config.errors import InputError, RuleError, did_you_mean
 from flowray.config.paths import (
     STORAGE,
     PathField,
@@ -149,9 +149,8 @@ def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
                 f"{file.where(key)}: unknown key {key}{allowed_words(first['loc'])}"
             ) from None
         cause = first.get("ctx", {}).get("error")
-        # a rule over several keys begins with the one to blame
-        if cause and not key and (about := re.match(r"[a-z_]+", str(cause))):
-            raise InputError(f"{file.where(about[0])}: {cause}") from None
+        if isinstance(cause, RuleError) and not key:
+            raise InputError(f"{file.where(cause.keys[0])}: {cause}") from None
         auto = (
             " or auto"
             if any(str(each["loc"][-1]).startswith("literal['auto'") for each in error.errors())

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from flowray.config.base import Config
+from flowray.config.errors import RuleError
 from flowray.config.keys import describe
 from flowray.config.paths import RunPaths, StoragePath
 from flowray.config.recipe import CardConfig, Name
@@ -123,14 +124,22 @@ class StopRule(Config):
     @model_validator(mode="after")
     def _one_bound(self) -> StopRule:
         if (self.metric is None) == (self.finding is None):
-            raise ValueError("a stop rule takes either metric or finding")
+            raise RuleError(
+                "a stop rule takes either metric or finding", "metric", "finding", exclusive=True
+            )
         bounds = sum(bound is not None for bound in (self.below, self.above, self.gains_less_than))
         if self.finding is not None and bounds:
             raise ValueError(
                 "a stop rule on a finding takes neither below nor above nor gains_less_than"
             )
         if self.metric is not None and bounds != 1:
-            raise ValueError("a stop rule takes either below or above or gains_less_than")
+            raise RuleError(
+                "a stop rule takes either below or above or gains_less_than",
+                "below",
+                "above",
+                "gains_less_than",
+                exclusive=True,
+            )
         return self
 
 
@@ -234,37 +243,44 @@ class Sweep(Config):
         if self.method == "grid":
             for key, parameter in self.parameters.items():
                 if isinstance(parameter, Uniform | LogUniform | QLogUniform):
-                    raise ValueError(
+                    raise RuleError(
                         f"method grid needs values for {key}, got {parameter.distribution}; give"
-                        " values or take method: random"
+                        " values or take method: random",
+                        "method",
                     )
             if self.points or self.warm_start:
-                raise ValueError(
+                raise RuleError(
                     "method grid has every point once; points and warm_start belong to method:"
-                    " bayes or random"
+                    " bayes or random",
+                    "method",
                 )
         return self
 
     @model_validator(mode="after")
     def _search_fits(self) -> Sweep:
         if self.search is not None and self.method != "bayes":
-            raise ValueError(
-                f"search belongs to method: bayes, got method: {self.method}; leave search out"
+            raise RuleError(
+                f"search belongs to method: bayes, got method: {self.method}; leave search out",
+                "search",
             )
         if isinstance(self.search, CmaEsSearch) and self.more_metrics:
-            raise ValueError("search.kind cmaes has one metric; for several take nsga2 or tpe")
+            raise RuleError(
+                "search.kind cmaes has one metric; for several take nsga2 or tpe", "search"
+            )
         names = [metric.name for metric in self.objectives]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"metric {twice[0]} is named twice; leave one out")
+            raise RuleError(f"metric {twice[0]} is named twice; leave one out", "metric")
         if self.run_cap is not None and len(self.points) > self.run_cap:
-            raise ValueError(
+            raise RuleError(
                 f"run_cap {self.run_cap} is less than the {len(self.points)} points, each of which"
-                " is a trial; raise it"
+                " is a trial; raise it",
+                "run_cap",
             )
         if self.seeds > 1 and "seed" in {*self.parameters, *self.set}:
-            raise ValueError(
+            raise RuleError(
                 "seeds repeats every configuration with the next seed; leave seed out of set and"
-                " parameters"
+                " parameters",
+                "seeds",
             )
         return self
 
@@ -274,9 +290,10 @@ class Sweep(Config):
             return self
         other = [key for key in (*self.parameters, *self.set) if not key.startswith("sample.")]
         if other:
-            raise ValueError(
+            raise RuleError(
                 f"task sample draws pictures of a trained run, got {other[0]}; only sample.* keys"
-                " can differ"
+                " can differ",
+                "task",
             )
         wrong = [
             metric.name
@@ -284,13 +301,14 @@ class Sweep(Config):
             if not metric.name.startswith(("eval/", "perf/images_per_s"))
         ]
         if wrong:
-            raise ValueError(
+            raise RuleError(
                 f"task sample scores pictures, got metric {wrong[0]}; type eval/all_correct or"
-                " another eval/... score"
+                " another eval/... score",
+                "task",
             )
         if self.early_terminate or self.stop or self.warm_start:
-            raise ValueError(
-                "task sample trains nothing; leave early_terminate, stop and warm_start out"
+            raise RuleError(
+                "task sample trains nothing; leave early_terminate, stop and warm_start out", "task"
             )
         return self
 
