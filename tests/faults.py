@@ -47,7 +47,7 @@ from flowray.train.group import Group
 from flowray.train.loop import train
 from flowray.train.optim import Ema
 from flowray.train.state import Halted
-from flowray.train.step import BatchMaker, whole_batches
+from flowray.train.step import BatchMaker
 
 Bug = AbstractContextManager[Any]
 SETS = {"train": 768, "val": 64, "unseen": 1}
@@ -151,7 +151,7 @@ def plant(fault: Fault, home: Path, steps: int | None = None) -> RunDirectory:
 def look(fault: Fault, run: RunDirectory, batch: int = 32) -> Examination:
     """The doctor's examination of the run, the bug still there unless it was mended."""
     with nullcontext() if fault.mended else fault.bug():
-        return examine(open_subject(find_checkpoint(run.path), whole_batches), batch=batch)
+        return examine(open_subject(find_checkpoint(run.path)), batch=batch)
 
 
 def judge(seen: Examination) -> list[Finding]:

@@ -77,10 +77,9 @@ def examine_run(found: Found, args: argparse.Namespace, progress: Progress) -> E
 
         from flowray.doctor.examine import examine
         from flowray.doctor.subject import open_subject
-        from flowray.train.step import whole_batches
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject = open_subject(found, whole_batches, device=device, progress=progress)
+    subject = open_subject(found, device=device, progress=progress)
     return examine(subject, batch=args.batch, seed=args.seed, progress=progress)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
-from flowray.data.order import EpochOrder
 from flowray.data.reader import ShardReader
 from flowray.doctor.sampler import latent_metrics, native_teacher, picture_metrics, strip_psnr
 from flowray.doctor.subject import Subject
@@ -73,6 +72,7 @@ from flowray.store.latents import (
     from_pictures,
     to_pictures,
 )
+from flowray.train.step import whole_batches
 
 # In this order; what each looks at. `standard` and `field` are the dear ones.
 PARTS = {
@@ -423,10 +423,7 @@ def _pairs(subject: Subject) -> tuple[list[str], np.ndarray]:
 
 def _indices(subject: Subject, step: int) -> np.ndarray:
     """Which training samples stand in the global batch of a step."""
-    size = subject.recipe.train.batch_size
-    return EpochOrder(len(subject.latents), subject.recipe.seed)(
-        np.arange(step * size, (step + 1) * size)
-    )
+    return whole_batches(subject.recipe, subject.latents, subject.device).indices(step)
 
 
 @torch.no_grad()

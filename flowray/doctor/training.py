@@ -27,6 +27,7 @@ from flowray.probes.battery import derangement
 from flowray.probes.calibrate import code_gap
 from flowray.probes.grads import gradient_rows, next_update_ratio, step_gradient
 from flowray.probes.untouched import hearing_codes, untouched
+from flowray.train.optim import group_lr
 
 Rows = dict[str, float]
 
@@ -146,7 +147,7 @@ def update_rows(subject: Subject, gradient: Mapping[str, Tensor]) -> Rows:
         held = {name: p for name, p in subject.parameters.items() if pattern.match(name)}
         for suffix, base in {"": subject.lr, "_peak": optim.lr}.items():
             ratio = next_update_ratio(
-                held, gradient, subject.slots, lr=subject.rate(group, base), betas=optim.betas
+                held, gradient, subject.slots, lr=group_lr(optim, group, base), betas=optim.betas
             )
             if ratio is not None:
                 rows[f"step/{group}_update_ratio{suffix}"] = ratio

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowray.losses.balance import gradient_metrics
 from flowray.losses.gradients import Parameters, blocks, gramian
@@ -52,30 +52,21 @@ def step_gradient(
     }
 
 
-def adamw_update(
-    weight: Tensor,
-    gradient: Tensor,
-    slots: Mapping[str, Tensor],
-    *,
-    lr: float,
-    betas: Sequence[float],
-    decay: float = 0.0,
-    eps: float = 1e-8,
+def next_adamw_update(
+    gradient: Tensor, slots: Mapping[str, Tensor], *, lr: float, betas: tuple[float, float]
 ) -> Tensor:
-    """What the next AdamW step would add to `weight` (decoupled decay, Loshchilov and Hutter 2019).
+    """What the next AdamW step adds to a weight, but for its decay, by torch's own optimiser.
 
     slots: `exp_avg`, `exp_avg_sq`, `step` as torch keeps them; empty before the first step.
     """
-    first, second = betas
-    zero = torch.zeros_like(gradient)
-    step = float(slots["step"]) + 1 if "step" in slots else 1.0
-    mean = first * slots.get("exp_avg", zero).to(gradient.device) + (1 - first) * gradient
-    square = (
-        second * slots.get("exp_avg_sq", zero).to(gradient.device)
-        + (1 - second) * gradient.square()
-    )
-    direction = mean / (1 - first**step) / ((square / (1 - second**step)).sqrt() + eps)
-    return -lr * (direction + decay * weight.detach())
+    added = nn.Parameter(torch.zeros_like(gradient))  # from 0 the sum is exact
+    optimizer = torch.optim.AdamW([added], lr=lr, betas=betas, weight_decay=0.0)
+    for name, value in slots.items():
+        device = "cpu" if name == "step" else gradient.device
+        optimizer.state[added][name] = value.detach().to(device, copy=True)
+    added.grad = gradient.detach().clone()
+    optimizer.step()
+    return added.detach()
 
 
 def mean_ratio(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
@@ -92,11 +83,11 @@ def next_update_ratio(
     slots: Mapping[str, Mapping[str, Tensor]],
     *,
     lr: float,
-    betas: Sequence[float],
+    betas: tuple[float, float],
 ) -> float | None:
     """`mean_ratio` of the AdamW step that comes next, without decay."""
     updates = [
-        (adamw_update(w, gradient[name], slots.get(name, {}), lr=lr, betas=betas), w.detach())
+        (next_adamw_update(gradient[name], slots.get(name, {}), lr=lr, betas=betas), w.detach())
         for name, w in weights.items()
     ]
     ratio = mean_ratio(updates)

@@ -17,6 +17,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from flowray.config.errors import InputError, last_line
 from flowray.config.recipe import Recipe
+from flowray.doctor.visits import Visits
 from flowray.rayrun.capacity import reach
 from flowray.rayrun.gauges import RunGauges
 from flowray.rayrun.network import NodeNetwork
@@ -56,7 +57,7 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
     if _refused(run, config["mark"], group) or _failure(run).exists():
         return
     try:
-        train(recipe, run, group, _with_gauges(run, report) if group.lead else report)
+        train(recipe, run, group, _with_gauges(run, report) if group.lead else report, Visits)
     except (InputError, Halted) as error:
         _note(run, error)
         if group.world > 1:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
-from typing import Any, Literal
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, Literal, Protocol
 
 import torch
 from tensorboardX import SummaryWriter
@@ -37,7 +37,6 @@ from flowray.store.run import RunDirectory, RunLock
 from flowray.train.group import Group
 from flowray.train.state import TrainState, fresh_state, restore_state, save_state
 from flowray.train.step import BatchMaker, train_step
-from flowray.train.visits import Visits
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -50,12 +49,30 @@ ORPHANED_S = 90.0
 PROBED_TOO = ("mu/abs_mean", "std/mean")
 
 
-def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Outcome:
+class Visitor(AbstractContextManager[Any], Protocol):
+    """Whoever examines the run now and then while it trains, and leaves it as it was."""
+
+    def visit(self) -> Any:
+        """Examine the run as it is now; what was found goes into the row of the step."""
+
+
+# of recipe, run, training and held-out data, and the state that is trained
+MakeVisitor = Callable[[Recipe, RunDirectory, LatentSet, LatentSet, TrainState], Visitor]
+
+
+def train(
+    recipe: Recipe,
+    run: RunDirectory,
+    group: Group,
+    report: Report,
+    make_visitor: MakeVisitor | None = None,
+) -> Outcome:
     """Train to `train.steps`, from the newest valid checkpoint of `run` if there is one.
 
     Probes, samples and a checkpoint also come at the last step. `stopped`: `run.stop_request`
     appeared and a checkpoint was written. Every rank calls `report`, with the lead's row, at every
-    probe. InputError where a rank cannot use the GPU that it was given.
+    probe. make_visitor: who comes at every `probes.doctor_every`-th probe, on the lead. InputError
+    where a rank cannot use the GPU that it was given.
     """
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     progress = WrittenProgress(run) if group.lead else SILENT
@@ -79,13 +96,10 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
         sinks = Sinks(recipe, run, held_out, state, group) if group.lead else None
         if sinks:
             closing.callback(sinks.close)
-        doctor = (
-            Visits(recipe, run, latents, held_out, state)
-            if group.lead and recipe.probes.doctor_every
-            else None
-        )
-        if doctor:
-            closing.enter_context(doctor)
+        visitor = None
+        if make_visitor and group.lead and recipe.probes.doctor_every:
+            visitor = make_visitor(recipe, run, latents, held_out, state)
+            closing.enter_context(visitor)
         cadence, last = recipe.train, recipe.train.steps
         while state.step < last:
             began = time.perf_counter()
@@ -107,10 +121,10 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
             if sinks and (step % cadence.checkpoint_every == 0 or step == last or stop):
                 save_state(state, recipe, run)
                 sinks.flush()
-            if doctor and (
+            if visitor and (
                 step % (cadence.probe_every * recipe.probes.doctor_every) == 0 or step == last
             ):
-                probed["findings"] = doctor.visit()
+                probed["findings"] = visitor.visit()
             # after all that belongs to the step is on disk: who hears it may end this process
             if probing:
                 report(group.share(probed))

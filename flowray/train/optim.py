@@ -35,13 +35,9 @@ def parameter_groups(
         return "z_head" if name.startswith("head.") else "text"
 
     def rule(group: str) -> dict[str, Any]:
-        part = "trunk" if group == "trunk_plain" else group
         decay = config.weight_decay if group == "trunk" else 0.0
-        return {
-            "weight_decay": decay,
-            "scale": getattr(config.lr_scale, part),
-            "lr_max": getattr(config.lr_max, part) or math.inf,
-        }
+        scale, most = _scale_and_most(config, group)
+        return {"weight_decay": decay, "scale": scale, "lr_max": most}
 
     names = ("trunk", "trunk_plain", "flow_head", "z_head", "text")
     groups = [
@@ -53,6 +49,24 @@ def parameter_groups(
         for group in names
     ]
     return [group for group in groups if group["params"]]
+
+
+def _scale_and_most(config: OptimConfig, group: str) -> tuple[float, float]:
+    """Of a group its lr relative to the base rate, and the most that it may be."""
+    part = "trunk" if group == "trunk_plain" else group
+    return getattr(config.lr_scale, part), getattr(config.lr_max, part) or math.inf
+
+
+def group_lr(config: OptimConfig, group: str, base: float) -> float:
+    """The group's learning rate where the base rate is `base`."""
+    scale, most = _scale_and_most(config, group)
+    return min(base * scale, most)
+
+
+def base_lr(optimizer: torch.optim.Optimizer, config: OptimConfig) -> float:
+    """The base rate that the groups were last set to, where none of them is capped."""
+    rates = [float(group["lr"]) / float(group["scale"]) for group in optimizer.param_groups]
+    return max(rates, default=config.lr)
 
 
 def build_optimizer(

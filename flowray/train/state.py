@@ -82,6 +82,15 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     return {f"{name}/{slot}": value for name, kept in slots.items() for slot, value in kept.items()}
 
 
+def load_slots(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
+    """The optimiser's state in a checkpoint, by parameter."""
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_tensors(checkpoint, "optim").items():
+        name, slot = key.rsplit("/", 1)
+        slots.setdefault(name, {})[slot] = value
+    return slots
+
+
 def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
     """Write a checkpoint of the state.
 
@@ -139,12 +148,10 @@ def restore_state(
     copy_into(state.ema.average, load_tensors(checkpoint, "ema"), checkpoint)
     if moving := state.model.semantic.moving():
         copy_into(moving, load_tensors(checkpoint, "moving"), checkpoint)
-    for key, value in load_tensors(checkpoint, "optim").items():
-        name, slot = key.rsplit("/", 1)
-        # fused: `step` too
-        state.optimizer.state[state.parameters[name]][slot] = value.to(
-            state.parameters[name].device
-        )
+    for name, slots in load_slots(checkpoint).items():
+        parameter = state.parameters[name]
+        for slot, value in slots.items():  # fused: `step` too lies on the device
+            state.optimizer.state[parameter][slot] = value.to(parameter.device)
     state.step = kept["step"]
     step, lr = kept.get("restart") or (kept["step"], kept.get("lr", 0.0))
     state.restart = (step, lr)

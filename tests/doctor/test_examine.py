@@ -12,9 +12,9 @@ import pkgutil
 import random
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FrameType
@@ -34,7 +34,8 @@ from flowray.config.recipe import Recipe
 from flowray.doctor import battery
 from flowray.doctor.battery import PARTS
 from flowray.doctor.examine import Examination, examine
-from flowray.doctor.subject import BatchesOf, live_subject, merged_history, open_subject
+from flowray.doctor.subject import BatchOf, live_subject, merged_history, open_subject
+from flowray.doctor.visits import Visits
 from flowray.findings.diagnose import diagnose
 from flowray.losses import terms
 from flowray.losses.total import Batch
@@ -59,18 +60,20 @@ GROUP = Group(0, 1, CPU)
 
 
 def opened(
-    path: Path, batches: BatchesOf = whole_batches, parts: Collection[str] = PARTS
+    path: Path,
+    batches: Callable[[Recipe, LatentSet, torch.device], BatchOf] = whole_batches,
+    parts: Collection[str] = PARTS,
 ) -> Examination:
-    return examine(open_subject(find_checkpoint(path), batches), batch=8, parts=parts)
+    subject = open_subject(find_checkpoint(path))
+    made = batches(subject.recipe, subject.latents, subject.device)
+    return examine(replace(subject, batches=made), batch=8, parts=parts)
 
 
 def living(
     state: TrainState, recipe: Recipe, history: list[Any], parts: Collection[str] = PARTS
 ) -> Examination:
     return examine(
-        live_subject(state, recipe, whole_batches, history=history, **sets(recipe)),
-        batch=8,
-        parts=parts,
+        live_subject(state, recipe, history=history, **sets(recipe)), batch=8, parts=parts
     )
 
 
@@ -85,7 +88,7 @@ def trained(home: Path, name: str) -> tuple[Recipe, RunDirectory]:
         **{"optim.schedule": {"kind": "constant"}, "train.grad_every": 4},
     )
     run = RunDirectory(Path(recipe.storage_path) / name)
-    train(recipe, run, GROUP, lambda row: None)
+    train(recipe, run, GROUP, lambda row: None, Visits)
     return recipe, run
 
 
@@ -305,9 +308,7 @@ def test_every_probe_leaves_a_live_state_as_it_was_and_reads_like_its_checkpoint
 
     monkeypatch.setattr(battery, "untouched", watched)
     with recorded() as code:
-        live = examine(
-            live_subject(state, recipe, whole_batches, history=merged_history(run), **data), batch=8
-        )
+        live = examine(live_subject(state, recipe, history=merged_history(run), **data), batch=8)
         vae_metrics(data["autoencoder"], data["held_out"], 4, 0)  # training's own
     assert dict(zip(PARTS, changed, strict=True)) == {part: [] for part in PARTS}
     assert live.facts["notes"] == []

@@ -10,6 +10,7 @@ from support import tiny_recipe
 
 from flowray.config.load import override_recipe
 from flowray.data.order import EpochOrder
+from flowray.doctor.visits import Visits
 from flowray.findings.rules import RULES
 from flowray.store.checkpoint import newest_checkpoint
 from flowray.store.latents import LatentSet
@@ -39,7 +40,7 @@ def base(tmp_path_factory):
 def go(base, name, **keys):
     recipe = override_recipe(base, {"name": name, **keys})
     run = RunDirectory(Path(recipe.storage_path) / name)
-    train(recipe, run, CPU, lambda row: None)
+    train(recipe, run, CPU, lambda row: None, Visits)
     return run
 
 

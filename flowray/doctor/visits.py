@@ -17,7 +17,6 @@ from flowray.store.latents import LatentSet
 from flowray.store.rows import RowWriter
 from flowray.store.run import RunDirectory
 from flowray.train.state import Halted, TrainState
-from flowray.train.step import whole_batches
 
 
 class Visits:
@@ -59,7 +58,6 @@ class Visits:
         subject = live_subject(
             self.state,
             self.recipe,
-            whole_batches,
             latents=self.latents,
             held_out=self.held_out,
             autoencoder=self.autoencoder,
