@@ -32,8 +32,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "tune": ("train", "sweepconfig", "findings"),
     "rayrun": ("tune", "report", "doctor"),
     "report": ("findings", "sweepconfig"),
-    "bench": ("rayrun",),
-    "cli": ("bench",),
+    "cli": ("rayrun",),
 }
 # shims into cli; one-file modules beside the packages (flowray/eval.py) are of the same kind
 FREE = {"__main__.py"}
@@ -99,7 +98,7 @@ def test_flow_and_model_do_not_know_each_other() -> None:
     [
         ("ray", {"rayrun"}),
         ("torch", set(BELOW) - {"config", "findings", "report", "sweepconfig"}),
-        ("optuna", {"tune", "rayrun", "report", "bench", "cli"}),
+        ("optuna", {"tune", "rayrun", "report", "cli"}),
     ],
 )
 def test_where_libraries_may_be_imported(library: str, allowed: set[str]) -> None:

@@ -6,6 +6,7 @@ Where nothing like its trials was timed before, a few steps of one are, on this 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
 from flowray.config.progress import duration
 from flowray.config.recipe import Recipe
-from flowray.config.rows import read_rows
+from flowray.config.sources import packaged
 from flowray.sweepconfig.parameters import ends
 from flowray.sweepconfig.sweep import Sweep
 
@@ -129,24 +130,22 @@ def problems(sweep: Sweep, base: Recipe) -> Iterator[str]:
 
 
 def _recorded(base: Recipe) -> Pace | None:
-    """The pace of the trials that `flowray.bench sweep` replays, where the sweep's are like
-    them.
+    """The pace of the trials that were recorded for `python -m benchmarks sweep`, where the
+    sweep's are like them.
     """
-    from flowray.bench.pool import packaged_pool
     from flowray.tune.pace import Pace, same_cost
 
-    head, *trials = read_rows(packaged_pool())
-    facts, steps = head["pool"]["facts"], head["pool"]["budget_steps"]
+    recorded = json.loads((packaged("assets") / "pace" / "sweep_proxy.json").read_text())
     try:
-        like = same_cost(Recipe.model_validate(facts["recipe"]), base)
+        like = same_cost(Recipe.model_validate(recorded["recipe"]), base)
     except ValidationError:  # recorded before the recipe changed
         return None
     if not like:
         return None
-    step_s = sum(trial["seconds"] for trial in trials) / (len(trials) * steps)
+    step_s = recorded["seconds_per_step"]
     words = (
-        f"{step_s:.2g} s a step, all included, as in {len(trials)} trials of"
-        f" {facts['recipe']['name']} recorded on {facts['machine']}"
+        f"{step_s:.2g} s a step, all included, as in {recorded['trials']} trials of"
+        f" {recorded['recipe']['name']} recorded on {recorded['machine']}"
     )
     return Pace(step_s, words, rough=True)
 

@@ -17,7 +17,7 @@ from flowray.config.paths import exists, is_file
 
 
 def packaged(what: str) -> Any:
-    """The folder of the `recipes` or `sweeps` that come with the package."""
+    """The folder of the `recipes`, `sweeps` or `assets` that come with the package."""
     return files("flowray") / what
 
 

@@ -51,6 +51,7 @@ from flowray.store.run import RunDirectory, RunLock
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.folder import held_directory, refuse_taken, sweep_folder
 from flowray.tune.ledger import Ledger
+from flowray.tune.observers import Observer
 from flowray.tune.plan import longest
 from flowray.tune.policy import Policy
 from flowray.tune.records import TrialRecord, repeat_dir, repeat_of
@@ -147,11 +148,13 @@ def run_sweep(
     trial_fn: TrialFn | None = None,
     stream: TextIO = sys.stderr,
     progress: Progress = SILENT,
+    observers: Sequence[Observer] = (),
 ) -> SweepResult:
     """Run the trials that are still missing and write sweep.yaml, trials.jsonl, study.journal,
     best.yaml and the run directories.
 
-    finish: stopped trials to train to their last step, and nothing else. A sweep that has all its
+    observers: who else hears of every trial. finish: stopped trials to train to their last step,
+    and nothing else. A sweep that has all its
     trials returns at once, without
     starting Ray, unless it is on a cluster, which is asked for the storage first. InputError: the
     nodes do not share the storage; the directory holds another sweep (see `open_directory`).
@@ -188,7 +191,8 @@ def run_sweep(
             with _quiet(), ray_session.started(needed, progress), _sigterm_as_interrupt():
                 leave_link(sweep_dir)
                 with SweepConsole(sweep, sweep_dir, trial_count(sweep), stream) as console:
-                    observers = (
+                    views = (
+                        *observers,
                         console,
                         TrialBoard(sweep, sweep_dir),
                         Gallery(sweep_dir, sweep),
@@ -198,7 +202,7 @@ def run_sweep(
                         sweep,
                         sweep_dir,
                         Policy(sweep, longest(sweep, base)),
-                        observers,
+                        views,
                         concurrent=placed.concurrent,
                         deadline=deadline,
                         finish=finish,

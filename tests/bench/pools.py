@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowray.bench.pool import Entry, Pool
+from benchmarks.pool import Entry, Pool
 from flowray.sweepconfig.file import dump_sweep
 from flowray.sweepconfig.sweep import Sweep
 

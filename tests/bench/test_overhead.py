@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from flowray.bench.overhead import ratio
-from flowray.cli.bench import main
+from benchmarks.__main__ import main
+from benchmarks.overhead import ratio
 
 TRIALS, ROWS = 4, 3
 

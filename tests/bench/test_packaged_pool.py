@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from flowray.bench.pool import packaged_pool, read_pool
-from flowray.bench.replay import sweep_search
-from flowray.bench.sweep import correlations
+from benchmarks.pool import packaged_pool, read_pool
+from benchmarks.replay import sweep_search
+from benchmarks.sweep import correlations
 from flowray.sweepconfig.file import load_sweep
 
 POOL = read_pool(packaged_pool())

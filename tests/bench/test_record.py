@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from support import tiny_recipe
 
-from flowray.bench.pool import read_pool
-from flowray.bench.record import draw, record
+from benchmarks.pool import read_pool
+from benchmarks.record import draw, record
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe
 from flowray.store.rows import read_rows
@@ -137,7 +137,7 @@ def test_kill_9_of_two_real_recording_processes(tmp_path):
         "--processes",
         "2",
     ]
-    command = [sys.executable, "-m", "flowray.bench", "record", str(tmp_path), *settings]
+    command = [sys.executable, "-m", "benchmarks", "record", str(tmp_path), *settings]
 
     def checkpoints() -> int:
         return len({path.parts[-3] for path in tmp_path.glob("runs/*/checkpoints/step_*")})

@@ -12,10 +12,10 @@ from optuna.storages.journal import JournalFileBackend
 from pools import BUDGET, LOSS, METRIC, make_pool, make_sweep, write_pool
 from scipy.stats import spearmanr
 
-from flowray.bench.pool import Entry, Space, read_pool, spearman, value_at
-from flowray.bench.replay import Correction, one_rung, random_search, sweep_search
-from flowray.bench.sweep import ORACLE, correlations, foretold, half, ratio
-from flowray.cli.bench import main
+from benchmarks.__main__ import main
+from benchmarks.pool import Entry, Space, read_pool, spearman, value_at
+from benchmarks.replay import Correction, one_rung, random_search, sweep_search
+from benchmarks.sweep import ORACLE, correlations, foretold, half, ratio
 from flowray.config.errors import InputError
 from flowray.sweepconfig.sweep import Metric
 from flowray.tune.policy import Policy
@@ -307,7 +307,7 @@ def test_what_the_pool_lacks_is_said_in_one_line(on_disk, tmp_path):
         InputError, match="its parameters are not those that the pool was drawn from"
     ):
         main([*given, "parameters.optim.lr.max=0.1"])
-    with pytest.raises(InputError, match=r"no such record; type python -m flowray.bench record"):
+    with pytest.raises(InputError, match=r"no such record; type python -m benchmarks record"):
         main(["sweep", "--pool", str(tmp_path / "none.jsonl")])
     (tmp_path / "rows.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(InputError, match=r"rows.jsonl:1: not a record"):

@@ -3,18 +3,13 @@ themselves leave.
 """
 
 import json
-import time
 
 import pytest
 
-from flowray.bench.startup import _medians
-from flowray.cli.bench import main
+from benchmarks.__main__ import main
+from benchmarks.startup import _medians
+from benchmarks.trial_startup import Start
 from flowray.config.errors import InputError
-from flowray.rayrun.console import SweepConsole
-from flowray.rayrun.startup import Start, _Heard
-from flowray.sweepconfig.distributions import LogUniform
-from flowray.sweepconfig.sweep import Sweep
-from flowray.tune.records import TrialRecord
 
 
 def test_the_first_trial_is_told_apart():
@@ -28,27 +23,6 @@ def test_the_first_trial_is_told_apart():
         "first_loop": [9.0, 8.0],
         "first_row": [19.0, 9.0],
     }
-
-
-def test_what_the_console_says_is_heard_once_a_trial(tmp_path):
-    sweep = Sweep(
-        name="s",
-        base="b",
-        metric={"name": "shoot/mse"},
-        parameters={"optim.lr": LogUniform(min=1e-4, max=1e-2)},
-    )
-    heard, trial = _Heard(), TrialRecord(12, {"optim.lr": 1e-3}, budget_steps=20)
-    with SweepConsole(sweep, tmp_path, 1, heard) as console:
-        began = time.time()
-        console.started(trial)
-        asked = time.time()
-        for trial.last_step in (10, 20):
-            time.sleep(0.01)
-            console.probed(trial)
-        trial.status = "finished"
-        console.ended(trial)
-    assert list(heard.started) == list(heard.probed) == [12]
-    assert began <= heard.started[12] <= asked < heard.probed[12] < asked + 5
 
 
 def test_one_trial_is_too_few():

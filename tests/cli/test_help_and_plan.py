@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support import tiny_recipe
 
+from benchmarks import __main__ as benchmarks
 from flowray.cli import main, train
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe
@@ -21,8 +22,10 @@ SUBCOMMANDS = (
     *("doctor overfit", "doctor ablations"),
     *(f"data {name}" for name in ("make", "pack", "check", "encode")),
     *(f"cluster {name}" for name in ("check", "head", "join", "stop")),
-    *(f"bench {name}" for name in ("sweep", "record", "tune-overhead", "trial-startup")),
 )
+BENCHMARKS = [
+    f"benchmarks {name}" for name in ("sweep", "record", "tune-overhead", "trial-startup")
+]
 
 LOADED = """
 import sys
@@ -39,6 +42,10 @@ print(verb, loaded)
 """
 
 
+def command_of(verb):
+    return benchmarks.main if verb == "benchmarks" else main._command(verb)
+
+
 def command(*argv):
     env = {**os.environ, "COLUMNS": "100"}
     done = [sys.executable, *argv]
@@ -46,12 +53,12 @@ def command(*argv):
 
 
 @pytest.mark.parametrize("columns", [80, 100])
-@pytest.mark.parametrize("command", [*main._VERBS, *SUBCOMMANDS])
+@pytest.mark.parametrize("command", [*main._VERBS, *SUBCOMMANDS, "benchmarks", *BENCHMARKS])
 def test_help_fits_a_screen(command, columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     verb, *more = command.split()
     with pytest.raises(SystemExit) as stop:
-        main._command(verb)([*more, "--help"])
+        command_of(verb)([*more, "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0
     assert 5 <= len(lines) <= 40
@@ -59,23 +66,25 @@ def test_help_fits_a_screen(command, columns, capsys, monkeypatch):
     assert lines[0].startswith("usage: ")
 
 
-@pytest.mark.parametrize("verb", ["data", "cluster", "bench"])
+@pytest.mark.parametrize("verb", ["data", "cluster", "benchmarks"])
 def test_every_subcommand_has_its_help_looked_at(verb):
     with pytest.raises(InputError) as refused:
-        main._command(verb)(["nosuch"])
+        command_of(verb)(["nosuch"])
     known = re.findall(r"'([\w-]+)'", str(refused.value).partition("choose from")[2])
     assert known == [
-        command.split()[1] for command in SUBCOMMANDS if command.startswith(f"{verb} ")
+        command.split()[1]
+        for command in (*SUBCOMMANDS, *BENCHMARKS)
+        if command.startswith(f"{verb} ")
     ]
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "doctor", "sample", "doctor overfit", "data encode", "bench record"]
+    "command", ["train", "doctor", "sample", "doctor overfit", "data encode", "benchmarks record"]
 )
 def test_what_may_be_left_out_is_not_said_to_be_missing(command):
     verb, *more = command.split()
     with pytest.raises(InputError, match="required") as refused:
-        main._command(verb)(more)
+        command_of(verb)(more)
     assert not re.search(r"key=value|prompt", str(refused.value))
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from flowray.bench.pool import packaged_pool
+from benchmarks.pool import packaged_pool
 from flowray.cli.tune import main
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, override_recipe

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowray.bench.pool import Entry, Space
+from benchmarks.pool import Entry, Space
 from flowray.config.rounding import rounded
 from flowray.findings.checks import above, below, near
 from flowray.findings.reading import Reading

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -83,20 +82,20 @@ class Pool:
 
 
 def packaged_pool() -> Path:
-    """The record that comes with flowray."""
-    return Path(str(resources.files("flowray") / "bench" / "pools" / "head.jsonl"))
+    """The record that comes with the benchmarks."""
+    return Path(__file__).parent / "pools" / "head.jsonl"
 
 
 def read_pool(path: Path) -> Pool:
     """InputError where there is no such file, or it is not a pool. A torn last line is left out."""
     if not path.is_file():
         raise InputError(
-            f"{path}: no such record; type python -m flowray.bench record FOLDER, then --pool"
+            f"{path}: no such record; type python -m benchmarks record FOLDER, then --pool"
             " FOLDER/pool.jsonl"
         )
     rows, bad = parse_rows(path.read_text(encoding="utf-8"))
     if bad or not rows or "pool" not in rows[0]:
-        raise InputError(f"{path}:{bad[0] if bad else 1}: not a record of flowray.bench record")
+        raise InputError(f"{path}:{bad[0] if bad else 1}: not a record of benchmarks record")
     head = rows[0]["pool"]
     sweep = text_sweep(head["sweep"], str(path))
     entries = [

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +18,13 @@ from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search.optuna import OptunaSearch
 
+from benchmarks.began import BEGAN, began
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
-from flowray.rayrun.began import BEGAN, began
 from flowray.rayrun.storage import marked
 from flowray.rayrun.tuner import run_sweep, train_trial
 from flowray.sweepconfig.sweep import Sweep
+from flowray.tune.records import TrialRecord
 
 METRIC, KEY = "ema/shoot/nmse", "optim.lr"
 LOW, HIGH = 1e-4, 1e-2
@@ -40,20 +40,22 @@ class Start:
     row: float
 
 
-class _Heard(io.StringIO):
-    """What a sweep says on the console, and when."""
+class _Times:
+    """An observer that notes when a trial started, and when its first row came."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.started: dict[int, float] = {}
-        self.probed: dict[int, float] = {}
+        self.started_at: dict[int, float] = {}
+        self.probed_at: dict[int, float] = {}
 
-    def write(self, text: str) -> int:
-        if said := re.search(r"trial (\d+) +(started|\d+/\d+)", text):
-            (self.started if said[2] == "started" else self.probed).setdefault(
-                int(said[1]), time.time()
-            )
-        return len(text)
+    def known(self, trial: TrialRecord) -> None: ...
+
+    def started(self, trial: TrialRecord) -> None:
+        self.started_at.setdefault(trial.trial, time.time())
+
+    def probed(self, trial: TrialRecord) -> None:
+        self.probed_at.setdefault(trial.trial, time.time())
+
+    def ended(self, trial: TrialRecord) -> None: ...
 
 
 def through_flowray(folder: Path, recipe: Recipe, trials: int) -> list[Start]:
@@ -70,12 +72,19 @@ def through_flowray(folder: Path, recipe: Recipe, trials: int) -> list[Start]:
             "max_concurrent": 1,
         }
     )
-    heard = _Heard()
+    times = _Times()
     result = run_sweep(
-        sweep, recipe, resume=False, trial_fn=partial(train_trial, worker=began), stream=heard
+        sweep,
+        recipe,
+        resume=False,
+        trial_fn=partial(train_trial, worker=began),
+        stream=io.StringIO(),
+        observers=[times],
     )
     done = [trial.trial for trial in result.trials if trial.status == "finished"]
-    return [_start(heard.started[n], result.sweep_dir / str(n), heard.probed[n]) for n in done]
+    return [
+        _start(times.started_at[n], result.sweep_dir / str(n), times.probed_at[n]) for n in done
+    ]
 
 
 def _start(asked: float, run_dir: Path, probed: float) -> Start:

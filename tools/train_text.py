@@ -1,5 +1,5 @@
 """Pre-train the small causal LM that flowray ships, on the embedded captions, with its own
-tokenizer (`flowray assets text`).
+tokenizer (`tools.assets text`).
 """
 
 from __future__ import annotations

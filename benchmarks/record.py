@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from flowray.bench.pool import Pool, read_pool
+from benchmarks.pool import Pool, read_pool
 from flowray.config.card import git_commit
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe

@@ -1,4 +1,4 @@
-"""The page and the figure of `flowray.bench sweep`."""
+"""The page and the figure of `benchmarks sweep`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from flowray.bench.pool import SCORE
-from flowray.bench.replay import KEPT, ROUND
-from flowray.bench.sweep import ARMS, BEST, EARLY, Bench, first_rung, ranked, summary
+from benchmarks.pool import SCORE
+from benchmarks.replay import KEPT, ROUND
+from benchmarks.sweep import ARMS, BEST, EARLY, Bench, first_rung, ranked, summary
 from flowray.report.paint import BLUE, GREEN, INK, MUTED, STYLE, VERMILLION
 
 COLOURS = {"random": MUTED, "one_rung": GREEN, "loss": VERMILLION, "default": BLUE, "oracle": INK}
@@ -43,8 +43,8 @@ def _lines(bench: Bench, facts: dict[str, Any], picture: str) -> list[str]:
         "# What the probes save a sweep",
         "",
         (
-            "Written by `python -m flowray.bench sweep --page FILE`, not typed by hand; the pool by"
-            " `python -m flowray.bench record`."
+            "Written by `python -m benchmarks sweep --page FILE`, not typed by hand; the pool by"
+            " `python -m benchmarks record`."
         ),
         "",
         (

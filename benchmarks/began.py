@@ -1,4 +1,4 @@
-"""A training loop that writes down when it began: what `flowray.bench trial-startup` trains, in
+"""A training loop that writes down when it began: what `benchmarks trial-startup` trains, in
 a module that costs no further import.
 """
 

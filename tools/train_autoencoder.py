@@ -1,4 +1,4 @@
-"""Train the small AutoencoderKL that flowray ships, on the embedded pictures (`flowray assets
+"""Train the small AutoencoderKL that flowray ships, on the embedded pictures (`tools.assets
 autoencoder`).
 """
 

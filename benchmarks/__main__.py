@@ -1,4 +1,4 @@
-"""`flowray.bench`: measurements that end in a ratio, and the record that one of them needs."""
+"""`python -m benchmarks`: measurements that end in a ratio, and the record that one needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flowray.cli.common import FINDINGS, GOOD
+from flowray.cli.common import FINDINGS, GOOD, entry
 from flowray.cli.parser import Parser
 from flowray.cli.progress import quiet_libraries
 from flowray.config.errors import InputError
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     0: all guards hold; 1: one does not, or a record is not complete; InputError for bad input.
     """
     parser = Parser(
-        prog="flowray.bench",
+        prog="benchmarks",
         description="Measurements that end in a ratio, stated so that higher is better.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
@@ -92,7 +92,7 @@ def _add_record(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "record",
         help=about,
-        description=f"For `flowray.bench sweep`: {about}. Writes FOLDER/pool.jsonl.",
+        description=f"For `benchmarks sweep`: {about}. Writes FOLDER/pool.jsonl.",
     )
     parser.add_argument("folder", type=argument, metavar="FOLDER")
     parser.add_argument(
@@ -175,9 +175,9 @@ def _add_startup(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from flowray.bench.page import write_page
-    from flowray.bench.pool import packaged_pool, read_pool
-    from flowray.bench.sweep import ranked, run, summary
+    from benchmarks.page import write_page
+    from benchmarks.pool import packaged_pool, read_pool
+    from benchmarks.sweep import ranked, run, summary
 
     pool = read_pool(args.pool or packaged_pool())
     bench = run(
@@ -217,7 +217,7 @@ def _print_arms(facts: Mapping[str, Any]) -> None:
 
 
 def _record(args: argparse.Namespace) -> int:
-    from flowray.bench.record import record
+    from benchmarks.record import record
 
     pool = record(
         args.folder,
@@ -246,7 +246,7 @@ def picture_score(run: Path) -> dict[str, float]:
 
 
 def _overhead(args: argparse.Namespace) -> int:
-    from flowray.bench.overhead import run
+    from benchmarks.overhead import run
 
     with contextlib.redirect_stdout(sys.stderr):  # Tune has a word to say at every start
         facts = run(args.trials, args.rows, args.rounds, _say)
@@ -264,7 +264,7 @@ def _overhead(args: argparse.Namespace) -> int:
 
 
 def _startup(args: argparse.Namespace) -> int:
-    from flowray.bench.startup import run
+    from benchmarks.startup import run
 
     if args.trials < 2:
         raise InputError(
@@ -320,3 +320,7 @@ def _plain(value: Any) -> Any:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    entry(main)

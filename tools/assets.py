@@ -1,4 +1,4 @@
-"""`flowray assets {autoencoder,text}`: train the small models that flowray ships, and write
+"""`python -m tools.assets {autoencoder,text}`: train the small models that flowray ships, and write
 their cards.
 """
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ DEFAULT_STEPS = {"autoencoder": 7000, "text": 2000}
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="flowray assets",
+        prog="tools.assets",
         description="Train a model that flowray ships, from the embedded data alone.",
     )
     parser.add_argument("what", choices=sorted(DEFAULT_STEPS))
@@ -28,8 +29,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     import torch
 
-    from flowray.cli import train_autoencoder, train_text
     from flowray.model.assets import asset_path
+    from tools import train_autoencoder, train_text
 
     torch.set_num_threads(os.cpu_count() or 1)
     steps = args.steps or DEFAULT_STEPS[args.what]
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     lines = [
         f"# The {args.what} model shipped with flowray",
         "",
-        f"- command: `flowray assets {' '.join(argv)}`",
+        f"- command: `python -m tools.assets {' '.join(argv)}`",
         f"- data: {data}, made by `flowray.data make`; nothing else",
         (
             f"- made: {git_commit() or 'outside a repository'}, {time.monotonic() - began:.0f} s on"
@@ -55,3 +56,7 @@ def main(argv: list[str]) -> int:
     (out / "CARD.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     return GOOD
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -23,7 +23,7 @@ import numpy as np
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from flowray.bench.pool import Entry, Pool, Space
+from benchmarks.pool import Entry, Pool, Space
 from flowray.sweepconfig.sweep import Metric, Sweep
 from flowray.tune.policy import Policy
 from flowray.tune.session import SweepSession

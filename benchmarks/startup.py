@@ -1,4 +1,4 @@
-"""`flowray.bench trial-startup`: from a trial being asked for to its training, beside stock Ray
+"""`benchmarks trial-startup`: from a trial being asked for to its training, beside stock Ray
 Tune with a TorchTrainer in every trial.
 """
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from flowray.bench.overhead import ratio
-from flowray.bench.record import machine
+from benchmarks.overhead import ratio
+from benchmarks.record import machine
+from benchmarks.trial_startup import Start, through_flowray, through_stock
 from flowray.config.load import load_recipe, override_recipe
 from flowray.rayrun.session import started
-from flowray.rayrun.startup import Start, through_flowray, through_stock
 from flowray.store.latents import ensure_latents
 
 TINY: Mapping[str, Any] = {

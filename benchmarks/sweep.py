@@ -1,4 +1,4 @@
-"""`flowray.bench sweep`: what the probes save a sweep, replayed on a recorded pool, and what
+"""`benchmarks sweep`: what the probes save a sweep, replayed on a recorded pool, and what
 each knows of the final pictures.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from flowray.bench.pool import SCORE, Pool, spearman, value_at
-from flowray.bench.record import machine
-from flowray.bench.replay import Replay, one_rung, random_search, sweep_search
+from benchmarks.pool import SCORE, Pool, spearman, value_at
+from benchmarks.record import machine
+from benchmarks.replay import Replay, one_rung, random_search, sweep_search
 from flowray.config.errors import InputError
 from flowray.sweepconfig.check import base_recipe
 from flowray.sweepconfig.sweep import Metric, SuccessiveHalving, Sweep, milestones

@@ -1,4 +1,4 @@
-"""`flowray.bench tune-overhead`: what the tuner's own work costs a trial and a row, beside stock
+"""`benchmarks tune-overhead`: what the tuner's own work costs a trial and a row, beside stock
 Ray Tune on the same synthetic sweep.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from flowray.bench.record import machine
+from benchmarks.record import machine
+from benchmarks.synthetic import Cost, through_flowray, through_stock
 from flowray.rayrun.session import started
-from flowray.rayrun.synthetic import Cost, through_flowray, through_stock
 
 SIDES: Mapping[str, Callable[[Path, int, int], Cost]] = {
     "flowray": through_flowray,
