@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from flowray.config.base import LatentSpec
 from flowray.config.model import KLAutoencoder
 from flowray.data import digits, shapes
+from flowray.data.pixels import to_pictures
 from flowray.model.autoencoder import load_autoencoder
 from flowray.probes.vae import psnr
-from flowray.store.latents import to_pictures
 
 CHANNELS = (16, 32, 48, 64)
 BATCH = 8

@@ -18,13 +18,13 @@ from rich.table import Table
 from flowray.cli.common import FINDINGS, GOOD, refuse_unwritable
 from flowray.cli.parser import Parser, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, watch
-from flowray.cli.verdicts import Arm, Verdict, ablation_verdicts, free_mu, overfit_verdicts
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.config.losses import LossConfig, TermConfig
 from flowray.config.paths import argument
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
+from flowray.findings.verdicts import Arm, Verdict, ablation_verdicts, free_mu, overfit_verdicts
 from flowray.store.checkpoint import newest_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory

@@ -209,7 +209,7 @@ def _look(folder: Path, val: Path | None) -> Looked:
         )
     held_out = ShardReader(find_shards(str(val)))
     reader = ShardReader(shards)
-    from flowray.store.latents import decode_image  # torch takes seconds to import
+    from flowray.data.pictures import decode_image
 
     chosen = np.unique(np.linspace(0, len(reader) - 1, LOOKED_AT).round().astype(int)).tolist()
     pictures = [decode_image(reader, i) for i in chosen]
@@ -336,9 +336,9 @@ def _round_trip(looked: Looked, latent: tuple[int, int, int]) -> float:
 
     from flowray.config.base import LatentSpec
     from flowray.config.model import KLAutoencoder
+    from flowray.data.pixels import to_pictures
     from flowray.model.autoencoder import load_autoencoder
     from flowray.probes.vae import psnr
-    from flowray.store.latents import to_pictures
 
     channels, height, width = latent
     net = load_autoencoder(

@@ -74,7 +74,8 @@ def check_device(recipe: Recipe) -> None:
 
 def check_shards(recipe: Recipe) -> None:
     """InputError where shards are not there or do not begin with a picture that decodes."""
-    from flowray.store.latents import decode_image, split_shards
+    from flowray.data.pictures import decode_image
+    from flowray.store.latents import split_shards
 
     if recipe.data.shards in EMBEDDED:
         return

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
+from flowray.data.pictures import decode_image
+from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.reader import ShardReader
 from flowray.doctor.sampler import latent_metrics, native_teacher, picture_metrics, strip_psnr
 from flowray.doctor.subject import Subject
@@ -65,13 +67,7 @@ from flowray.probes.shots import (
     trace_metrics,
 )
 from flowray.probes.untouched import untouched
-from flowray.store.latents import (
-    channel_metrics,
-    channel_statistics,
-    decode_image,
-    from_pictures,
-    to_pictures,
-)
+from flowray.store.latents import channel_metrics, channel_statistics
 from flowray.train.step import whole_batches
 
 # In this order; what each looks at. `standard` and `field` are the dear ones.

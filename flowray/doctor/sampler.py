@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowray.config.flow import Dopri5Solver, SampleConfig
+from flowray.data.pixels import from_pictures
 from flowray.flow.guidance import guided
 from flowray.flow.path import psi, velocity_target
 from flowray.flow.solver import integrate, time_grid
@@ -28,7 +29,6 @@ from flowray.probes.rollout import TEACHER_STEPS, per_sample_mse
 from flowray.probes.shots import significant_bits, teacher_rows
 from flowray.probes.untouched import hearing_codes
 from flowray.sample.generate import generate, generate_latents, source_noise
-from flowray.store.latents import from_pictures
 
 
 @dataclass

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowray.data.pictures import decode_image
+from flowray.data.pixels import to_pictures
 from flowray.data.reader import ShardReader
 from flowray.flow.draws import Draws
 from flowray.model.autoencoder import Autoencoder
-from flowray.store.latents import LatentSet, decode_image, to_pictures
+from flowray.store.latents import LatentSet
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

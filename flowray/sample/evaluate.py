@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from flowray.config.progress import SILENT, Progress, counted
+from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.shapes import ATTRIBUTES, Scene, Split, caption, draw_scene, render, single_scenes
 from flowray.flow.draws import Draws
 from flowray.model.autoencoder import Autoencoder
 from flowray.sample.checker import ShapesChecker, pair_score, single_score
-from flowray.store.latents import from_pictures, to_pictures
 
 PAIRS = 128  # two-object prompts
 BATCH = 64

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from flowray.config.flow import SampleConfig
 from flowray.config.progress import Advance
+from flowray.data.pixels import from_pictures
 from flowray.flow.draws import Draws
 from flowray.flow.guidance import guided
 from flowray.flow.path import time_code
 from flowray.flow.solver import integrate, time_grid
 from flowray.model.assemble import FlowModel
 from flowray.model.autoencoder import Autoencoder
-from flowray.store.latents import from_pictures
 
 BATCH = 64
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flowray.config.base import LatentSpec
@@ -30,6 +29,8 @@ from flowray.config.progress import SILENT, Advance, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig
 from flowray.data.make import cache_dir, ensure_embedded, unmade_samples
+from flowray.data.pictures import decode_image
+from flowray.data.pixels import to_pictures
 from flowray.data.reader import ShardReader
 from flowray.data.shards import EMBEDDED, MANIFEST, find_shards, sha256, write_shards
 from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
@@ -71,32 +72,6 @@ class LatentSet:
         return self.reader.captions(
             index if self.captioned_by is None else int(self.captioned_by[index])
         )
-
-
-def to_pictures(images: list[np.ndarray]) -> Tensor:
-    """uint8 (H, W, 3) arrays -> float (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def from_pictures(pictures: Tensor) -> np.ndarray:
-    """float (B, 3, H, W) -> uint8 (B, H, W, 3)."""
-    clipped = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return clipped.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def decode_image(reader: ShardReader, index: int) -> np.ndarray:
-    """The picture of a sample, uint8 (H, W, 3); InputError names shard and sample where it does
-    not decode.
-    """
-    has = [e for e in ("png", "jpg", "jpeg", "webp") if e in reader.extensions(index)]
-    if not has:
-        raise InputError(f"{reader.label(index)}: no picture (.png, .jpg, .jpeg or .webp)")
-    try:
-        return np.asarray(Image.open(io.BytesIO(reader.read(index, has[0]))).convert("RGB"))
-    # SyntaxError: pillow on a broken PNG chunk
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{reader.label(index)}: .{has[0]} does not decode: {reason}") from error
 
 
 def _decode_batch(reader: ShardReader, indices: range) -> Tensor:

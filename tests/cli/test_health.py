@@ -7,10 +7,10 @@ import pytest
 from support import tiny_recipe
 
 from flowray.cli.health import main
-from flowray.cli.verdicts import Arm, ablation_verdicts, free_mu, overfit_verdicts
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe
 from flowray.config.losses import KLLossConfig
+from flowray.findings.verdicts import Arm, ablation_verdicts, free_mu, overfit_verdicts
 
 
 def learning(flow_end=0.5, cos_end=0.8, kl=lambda x: 0.1, steps=40, **more):

@@ -14,11 +14,11 @@ from support import tiny_recipe
 
 from flowray.config.flow import Dopri5Solver, HeunSolver, SampleConfig
 from flowray.config.recipe import Recipe
+from flowray.data.pixels import from_pictures
 from flowray.flow.path import time_code
 from flowray.model.assemble import FlowModel, build_model
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
 from flowray.sample.generate import generate, generate_latents, save_strip, source_noise
-from flowray.store.latents import from_pictures
 
 PROMPTS = ["a small red circle on the left", "a large blue square", "cross"]
 CPU = torch.device("cpu")

@@ -17,16 +17,11 @@ from flowray.config.errors import InputError
 from flowray.config.model import KLAutoencoder
 from flowray.config.train import DataConfig
 from flowray.data.make import png
+from flowray.data.pictures import decode_image
+from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards, write_shards
-from flowray.store.latents import (
-    decode_image,
-    ensure_latents,
-    from_pictures,
-    load_latents,
-    others,
-    to_pictures,
-)
+from flowray.store.latents import ensure_latents, load_latents, others
 
 
 @pytest.fixture
