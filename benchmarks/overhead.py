@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.record import machine
 from benchmarks.synthetic import Cost, through_flowray, through_stock
-from flowray.rayrun.session import started
+from flowray.cluster.session import started
 
 SIDES: Mapping[str, Callable[[Path, int, int], Cost]] = {
     "flowray": through_flowray,

@@ -14,8 +14,8 @@ import numpy as np
 from benchmarks.overhead import ratio
 from benchmarks.record import machine
 from benchmarks.trial_startup import Start, through_flowray, through_stock
+from flowray.cluster.session import started
 from flowray.config.load import load_recipe, override_recipe
-from flowray.rayrun.session import started
 from flowray.store.latents import ensure_latents
 
 TINY: Mapping[str, Any] = {

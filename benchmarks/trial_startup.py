@@ -19,9 +19,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search.optuna import OptunaSearch
 
 from benchmarks.began import BEGAN, began
+from flowray.cluster.storage import marked
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
-from flowray.rayrun.storage import marked
 from flowray.rayrun.tuner import run_sweep, train_trial
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.records import TrialRecord

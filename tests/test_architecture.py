@@ -30,7 +30,9 @@ BELOW: dict[str, tuple[str, ...]] = {
     "train": ("probes", "sample"),
     "doctor": ("train", "findings"),
     "tune": ("train", "sweepconfig", "findings"),
-    "rayrun": ("tune", "report", "doctor"),
+    "cluster": ("tune",),
+    "views": ("tune", "store"),
+    "rayrun": ("cluster", "views", "report", "doctor"),
     "report": ("findings", "sweepconfig"),
     "cli": ("rayrun",),
 }
@@ -96,9 +98,9 @@ def test_flow_and_model_do_not_know_each_other() -> None:
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("ray", {"rayrun"}),
+        ("ray", {"cluster", "views", "rayrun"}),
         ("torch", set(BELOW) - {"config", "findings", "report", "sweepconfig"}),
-        ("optuna", {"tune", "rayrun", "report", "cli"}),
+        ("optuna", {"tune", "views", "rayrun", "report", "cli"}),
     ],
 )
 def test_where_libraries_may_be_imported(library: str, allowed: set[str]) -> None:

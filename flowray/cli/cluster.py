@@ -18,11 +18,11 @@ from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
+from flowray.cluster.verdict import Row, healthy, judge
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.paths import expand, storage_folder
 from flowray.data.shards import find_shards
-from flowray.rayrun.cluster_verdict import Row, healthy, judge
 
 _COLOURS = {"ok": "green", "info": "dim", "warn": "yellow", "bad": "red"}
 
@@ -122,8 +122,8 @@ def main(argv: list[str]) -> int:
 
 
 def _check(storage: Path, data: str | None, workers: int, *, as_json: bool) -> int:
-    from flowray.rayrun.cluster_check import gather, place_of
-    from flowray.rayrun.session import started
+    from flowray.cluster.check import gather, place_of
+    from flowray.cluster.session import started
 
     if place_of(storage) != storage:
         _say(f"{storage} is not there yet, and is not made by this check")
@@ -175,8 +175,8 @@ def table(rows: Sequence[Row], nodes: int) -> Table:
 
 
 def _head(host: str, port: int | None, options: list[str]) -> int:
-    from flowray.rayrun.access import LOOPBACK, TOKEN_PATH, require_token
-    from flowray.rayrun.nodes import start_head
+    from flowray.cluster.access import LOOPBACK, TOKEN_PATH, require_token
+    from flowray.cluster.nodes import start_head
 
     token = require_token()
     _say("starting Ray's head ...")
@@ -198,7 +198,7 @@ def _head(host: str, port: int | None, options: list[str]) -> int:
 
 
 def _join(address: str, options: list[str]) -> int:
-    from flowray.rayrun.nodes import join
+    from flowray.cluster.nodes import join
 
     join(address, options)
     print(f"this machine is a node of the cluster at {address}")
@@ -207,7 +207,7 @@ def _join(address: str, options: list[str]) -> int:
 
 
 def _stop(address: str | None) -> int:
-    from flowray.rayrun.nodes import end, running
+    from flowray.cluster.nodes import end, running
 
     nodes = running(address)
     if address and not nodes:

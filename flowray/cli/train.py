@@ -112,9 +112,9 @@ def _train(
             print(_summary(run, stopped=False, seconds=0.0, report=report))
         return GOOD
     with progress.task(IMPORTING):
-        from flowray.rayrun.capacity import machines
-        from flowray.rayrun.session import connected
-        from flowray.rayrun.storage import refuse_unshared
+        from flowray.cluster.capacity import machines
+        from flowray.cluster.session import connected
+        from flowray.cluster.storage import refuse_unshared
         from flowray.store.latents import ensure_latents_apart
         from flowray.tune.plan import check_storage
         from flowray.tune.room import refuse_without_room
@@ -168,7 +168,7 @@ def _run(
 ) -> tuple[int, float]:
     """(exit code, seconds) of the workers; InputError for what only they can see."""
     with progress.task(IMPORTING):
-        from flowray.rayrun.session import started
+        from flowray.cluster.session import started
         from flowray.rayrun.trainer import RunFailed, fit
         from flowray.train.loop import is_finished
 

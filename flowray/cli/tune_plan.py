@@ -184,7 +184,7 @@ def _cluster() -> Cluster:
         from flowray.tune.room import this_machine
 
         return this_machine()
-    from flowray.rayrun.capacity import cluster_of_address
+    from flowray.cluster.capacity import cluster_of_address
 
     return cluster_of_address()
 

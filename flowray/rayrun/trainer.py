@@ -15,21 +15,21 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from flowray.cluster.capacity import reach
+from flowray.cluster.session import set_defaults
+from flowray.cluster.storage import Unshared, marked, refusal_here
+from flowray.cluster.waiting import told_of_waiting
 from flowray.config.errors import InputError, last_line
 from flowray.config.recipe import Recipe
 from flowray.doctor.visits import Visits
-from flowray.rayrun.capacity import reach
-from flowray.rayrun.gauges import RunGauges
 from flowray.rayrun.network import NodeNetwork
 from flowray.rayrun.retries import goes_on, newest_step
-from flowray.rayrun.session import set_defaults
-from flowray.rayrun.storage import Unshared, marked, refusal_here
-from flowray.rayrun.waiting import told_of_waiting
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import is_finished, train
 from flowray.train.state import Halted
 from flowray.tune.room import asked_words
+from flowray.views.gauges import RunGauges
 
 
 class RunFailed(RuntimeError):

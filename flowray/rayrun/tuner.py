@@ -23,16 +23,15 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from flowray.cluster import session as ray_session
+from flowray.cluster.capacity import machines
+from flowray.cluster.storage import Unshared, check_here, marked, refuse_unshared
+from flowray.cluster.waiting import RoomWatch, begun
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError, last_line
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
-from flowray.rayrun import session as ray_session
-from flowray.rayrun.capacity import machines
-from flowray.rayrun.console import SweepConsole
-from flowray.rayrun.gauges import SweepGauges, leave_link
-from flowray.rayrun.live import Gallery, TrialBoard
 from flowray.rayrun.retries import Pardons, newest_step
 from flowray.rayrun.search import (
     FAILED,
@@ -42,9 +41,7 @@ from flowray.rayrun.search import (
     Unpickled,
     no_room,
 )
-from flowray.rayrun.storage import Unshared, check_here, marked, refuse_unshared
 from flowray.rayrun.trainer import RunFailed, fit, train_worker
-from flowray.rayrun.waiting import RoomWatch, begun
 from flowray.report.load import load_sweep as load_report
 from flowray.store.latents import ensure_latents_apart
 from flowray.store.run import RunDirectory, RunLock
@@ -60,6 +57,9 @@ from flowray.tune.sampling import score_pictures
 from flowray.tune.session import SweepSession
 from flowray.tune.space import ends_with_its_space, left_to_begin, trial_count
 from flowray.tune.warm import earlier_trials
+from flowray.views.console import SweepConsole
+from flowray.views.gauges import SweepGauges, leave_link
+from flowray.views.live import Gallery, TrialBoard
 
 _DATA = {"data", "model.autoencoder", "model.latent"}  # parts of a recipe that latents depend on
 

@@ -19,19 +19,12 @@ import torch
 from rich.console import Console
 
 from flowray.cli.cluster import table
+from flowray.cluster import access, session, storage
+from flowray.cluster.check import Prober, bundles, place_of, skew, wait_for
+from flowray.cluster.verdict import NO_CUDA, PAYLOAD_BYTES, ClusterFacts, NodeFacts, healthy, judge
 from flowray.config.errors import InputError
 from flowray.config.paths import storage_folder
 from flowray.config.train import DataConfig
-from flowray.rayrun import access, session, storage
-from flowray.rayrun.cluster_check import Prober, bundles, place_of, skew, wait_for
-from flowray.rayrun.cluster_verdict import (
-    NO_CUDA,
-    PAYLOAD_BYTES,
-    ClusterFacts,
-    NodeFacts,
-    healthy,
-    judge,
-)
 
 VERSIONS = {"python": "3.11.9", "torch": "2.13.0", "ray": "2.60.0", "flowray": "0.1.0"}
 

@@ -401,7 +401,7 @@ def emitted() -> set[str]:
     """The names that flowray declares, and those that stand in Ray's own code."""
     import ray
 
-    from flowray.rayrun.gauges import exported_names
+    from flowray.views.gauges import exported_names
 
     package = Path(ray.__file__).parent
     reporter = (package / "dashboard/modules/reporter/reporter_agent.py").read_text()

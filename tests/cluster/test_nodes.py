@@ -18,9 +18,9 @@ import pytest
 from heads import BIN
 
 from flowray.cli.cluster import main
+from flowray.cluster import nodes, ports
+from flowray.cluster.nodes import MARK, end, running
 from flowray.config.errors import InputError
-from flowray.rayrun import nodes, ports
-from flowray.rayrun.nodes import MARK, end, running
 
 SMALL = ["--", "--num-cpus=1", "--object-store-memory=100000000"]
 

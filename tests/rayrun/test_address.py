@@ -22,10 +22,10 @@ import pytest
 import ray
 
 from flowray.cli.main import _command as command
+from flowray.cluster import address, session
+from flowray.cluster.address import host_and_port, problem_at, refuse_unreachable
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
-from flowray.rayrun import address, session
-from flowray.rayrun.address import host_and_port, problem_at, refuse_unreachable
 
 
 @pytest.fixture(autouse=True)

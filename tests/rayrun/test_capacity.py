@@ -18,8 +18,8 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 )
 from ray.autoscaler._private.util import prepare_config
 
+from flowray.cluster.capacity import read_config, workers_at_most
 from flowray.config.recipe import Recipe
-from flowray.rayrun.capacity import read_config, workers_at_most
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.plan import Cluster, share_cluster
 
@@ -184,7 +184,7 @@ def test_kuberays_cluster_is_read_from_the_kubernetes_api(tmp_path):
     ask = f"""if True:
         import os
         from pathlib import Path
-        from flowray.rayrun import capacity
+        from flowray.cluster import capacity
         def told():
             return capacity.workers_at_most(capacity.read_config("10.0.0.1:6379") or {{}})
         for os.environ["RAY_CLUSTER_NAME"] in ("another", "flowray"):

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import ray
 
-from flowray.rayrun import gauges, session
-from flowray.rayrun.gauges import RunGauges, SweepGauges, exported_names, leave_link
+from flowray.cluster import session
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.records import TrialRecord
+from flowray.views import gauges
+from flowray.views.gauges import RunGauges, SweepGauges, exported_names, leave_link
 
 LINE = re.compile(r"(?m)^(ray_flowray_\w+)\{(.*)\} (\S+)$")
 

@@ -22,13 +22,13 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 from tensorboardX import SummaryWriter
 
 from flowray.config.keys import describe
-from flowray.rayrun.console import METRICS, SweepConsole
-from flowray.rayrun.gauges import GAUGES, RUN_GAUGES, exported_names, run_label
-from flowray.rayrun.live import ARTIFACTS, Gallery, TrialBoard
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.observers import Observers
 from flowray.tune.records import TrialRecord
 from flowray.tune.study import SweepStudy
+from flowray.views.console import METRICS, SweepConsole
+from flowray.views.gauges import GAUGES, RUN_GAUGES, exported_names, run_label
+from flowray.views.live import ARTIFACTS, Gallery, TrialBoard
 
 METRIC = "ema/shoot/nmse"
 
@@ -296,7 +296,7 @@ def test_a_quiet_sweep_shows_signs_of_life_ever_more_rarely(
             return self.now
 
     clock, log = Clock(), io.StringIO()
-    monkeypatch.setattr("flowray.rayrun.console.time", clock)
+    monkeypatch.setattr("flowray.views.console.time", clock)
     console = SweepConsole(make(), tmp_path, 8, log)
 
     def beats(until: float) -> list[int]:

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from flowray.cluster.waiting import RoomWatch, begun, told_of_waiting
 from flowray.config.recipe import Recipe
-from flowray.rayrun.waiting import RoomWatch, begun, told_of_waiting
 from flowray.store.doing import WrittenProgress, doing
 from flowray.store.run import STALE_S, RunDirectory, RunLock
 from flowray.tune.plan import Cluster

@@ -29,8 +29,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from support import tiny_recipe
 
+from flowray.cluster import session
 from flowray.config.load import dump_recipe
-from flowray.rayrun import session
 from flowray.store.rows import read_rows
 
 pytestmark = pytest.mark.faults

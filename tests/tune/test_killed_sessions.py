@@ -25,8 +25,8 @@ from builders import make_sweep, open_session
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from flowray.cluster import session
 from flowray.config.errors import InputError
-from flowray.rayrun import session
 from flowray.store.rows import RowWriter, read_rows
 from flowray.sweepconfig.search import CmaEsSearch, Nsga2Search
 from flowray.sweepconfig.sweep import Hyperband, StopRule, Sweep

@@ -11,10 +11,10 @@ import pytest
 
 from flowray.cli.ready import problems
 from flowray.cli.tune import main
+from flowray.cluster.capacity import of_unknown_size
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.recipe import Recipe
-from flowray.rayrun.capacity import of_unknown_size
 from flowray.rayrun.tuner import run_sweep
 from flowray.sweepconfig.check import base_recipe
 from flowray.sweepconfig.file import load_sweep, packaged_sweeps

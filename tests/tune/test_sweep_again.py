@@ -14,11 +14,11 @@ from ray.tune.search import Searcher
 from support import assert_refused
 
 from flowray.cli.tune import main
+from flowray.cluster.storage import Unshared
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
 from flowray.rayrun.search import FAILED, LACKS_STORAGE, ProbeScheduler, StudySearch, no_room
-from flowray.rayrun.storage import Unshared
 from flowray.rayrun.trainer import RunFailed, _note, _raise_noted
 from flowray.rayrun.tuner import SweepResult, _result
 from flowray.store.run import RunDirectory, RunLock

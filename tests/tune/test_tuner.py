@@ -19,10 +19,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.util.state import list_actors
 
+from flowray.cluster import session
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
-from flowray.rayrun import session
 from flowray.rayrun.trainer import RunFailed
 from flowray.rayrun.tuner import run_sweep, train_trial
 from flowray.store.rows import read_rows

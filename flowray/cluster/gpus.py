@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flowray.cluster.verdict import NO_CUDA, PAYLOAD_BYTES
 from flowray.config.errors import last_line
-from flowray.rayrun.cluster_verdict import NO_CUDA, PAYLOAD_BYTES
 
 PATIENCE_S = 100.0  # for an answer of that process, which has torch to load first
 
@@ -76,7 +76,7 @@ def seeing_gpus(call: str) -> Any:
     }
     code = f"""if True:
         import json
-        from flowray.rayrun import gpus
+        from flowray.cluster import gpus
         try:
             print(json.dumps([gpus.{call}, ""]))
         except Exception as error:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import ray
 
+from flowray.cluster.access import LOOPBACK, require_token, take_token
+from flowray.cluster.address import refuse_unreachable
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
-from flowray.rayrun.access import LOOPBACK, require_token, take_token
-from flowray.rayrun.address import refuse_unreachable
 
 FOLDERS = "fr-"  # begins the names of local Rays' folders; short, for `SOCKET`
 # The longest name that Ray gives a socket, below its folder; the system takes 107 bytes in all.

@@ -20,11 +20,11 @@ import grpc
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 from ray._private.services import psutil  # type: ignore[attr-defined]  # Ray has its own copy
 
+from flowray.cluster.access import LOOPBACK, require_token, start_command, take_token
+from flowray.cluster.address import PROBE_S, address_of, host_and_port, problem_at, session_at
+from flowray.cluster.ports import AGENT, DASHBOARD, OF_A_HEAD, OF_A_NODE, chosen, value_of
+from flowray.cluster.session import new_folder
 from flowray.config.errors import InputError, last_line
-from flowray.rayrun.access import LOOPBACK, require_token, start_command, take_token
-from flowray.rayrun.address import PROBE_S, address_of, host_and_port, problem_at, session_at
-from flowray.rayrun.ports import AGENT, DASHBOARD, OF_A_HEAD, OF_A_NODE, chosen, value_of
-from flowray.rayrun.session import new_folder
 
 MARK = "FLOWRAY_NODE"  # in the environment of all that a node starts: by it they are found
 FOLDERS = "frn-"  # begins the names of nodes' folders; not those that `session` clears away

@@ -16,12 +16,12 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flowray.cluster.session import started
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError, last_line
 from flowray.config.progress import SILENT, Progress
 from flowray.config.train import DataConfig
 from flowray.data.shards import EMBEDDED, find_shards
-from flowray.rayrun.session import started
 
 MARK = ".shared-"  # begins the name of the file that nodes look for
 PATIENCE_S = 60.0  # for a node to answer, or to have mounted its folders

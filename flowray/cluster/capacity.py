@@ -16,9 +16,9 @@ import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flowray.cluster.session import started
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
-from flowray.rayrun.session import started
 from flowray.tune.plan import Cluster, Node
 from flowray.tune.room import WORKER_BYTES, this_machine
 

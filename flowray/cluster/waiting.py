@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from flowray.cluster.capacity import present
 from flowray.config.background import beside
 from flowray.config.train import ResourceConfig
-from flowray.rayrun.capacity import present
 from flowray.store.doing import doing
 from flowray.store.run import STALE_S, RunDirectory
 from flowray.tune.plan import Cluster
