@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flowray.config.base import Config
 from flowray.config.errors import InputError, did_you_mean
 from flowray.config.keys import KEYS, alternatives, describe
 from flowray.config.schema import kind_of, known_keys, members
 from flowray.config.yamlfile import YamlFile
 from flowray.sweepconfig.search import LearningSearch
-from flowray.sweepconfig.sweep import Asha, Hyperband, Median, Sweep, SweepCard
+from flowray.sweepconfig.sweep import (
+    Asha,
+    Hyperband,
+    Median,
+    Metric,
+    StopRule,
+    Sweep,
+    SweepCard,
+    SweepResources,
+)
 
 _WANDB_ONLY = (
     "program",
@@ -57,12 +67,13 @@ def unknown_key_words(key: str) -> str:
 
 def allowed_words(loc: tuple[int | str, ...]) -> str:
     models: dict[str, Any] = {name: field.annotation for name, field in Sweep.model_fields.items()}
-    kinds = {
-        "metric": "name, goal",
-        "stop": "metric, finding, below, above, gains_less_than, after, patience",
+    sections: dict[str, type[Config]] = {
+        "metric": Metric,
+        "stop": StopRule,
+        "card": SweepCard,
+        "resources": SweepResources,
     }
-    kinds["card"] = ", ".join(SweepCard.model_fields)
-    kinds["resources"] = "num_workers, cpus_per_worker, gpus_per_worker"
+    kinds = {name: ", ".join(model.model_fields) for name, model in sections.items()}
     if loc[0] == "search":
         kinds["search"] = ", ".join(
             next(
