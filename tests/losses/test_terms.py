@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Normal, kl_divergence
 from torch.nn.functional import normalize
 
+from flowray.config.keys import describe
 from flowray.config.losses import (
     AnchorLossConfig,
     ClipLossConfig,
@@ -334,21 +335,33 @@ def contracts(cls: type[LossContract] = LossContract) -> list[type[LossContract]
     ]
 
 
-def all_terms() -> set[type]:
-    found = {
-        term for field in LossConfig.model_fields.values() for term in members(field.annotation)
-    }
+def terms_of(name: str) -> set[type]:
+    """The term that LossConfig has under a name; none of what is not a term."""
+    found = members(LossConfig.model_fields[name].annotation)
     return {term for term in found if issubclass(term, TermConfig)}
+
+
+def term_names() -> list[str]:
+    return [name for name in LossConfig.model_fields if terms_of(name)]
+
+
+def all_terms() -> set[type]:
+    return set().union(*map(terms_of, LossConfig.model_fields))
 
 
 def test_every_term_has_its_contract_test() -> None:
     assert {type(cls.config) for cls in contracts()} == all_terms()
-    weighed = {
-        name: {"weight": 1.0} for name in ("clip", "dino", "repa", "tv", "norm", "anchor")
-    } | {"lpips": {"weight": 1.0, "vgg": "vgg.pth"}}
+    needs = {"lpips": {"vgg": "vgg.pth"}}
+    weighed = {name: {"weight": 1.0, **needs.get(name, {})} for name in term_names()}
     assert {
         type(term) for term in active_terms(LossConfig.model_validate(weighed)).values()
     } == all_terms()
+
+
+def test_every_term_has_its_metric_keys() -> None:
+    keys = [f"{kind}/{name}" for name in term_names() for kind in ("loss", "grad", "weight")]
+    keys += [f"grad/{name}_weighted" for name in term_names()]
+    assert [key for key in keys if describe(key) is None] == []
 
 
 def test_gaussian_kl_is_torch_distributions() -> None:
