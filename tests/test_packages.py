@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -75,6 +76,17 @@ def test_every_import_is_declared(used: set[str]) -> None:
     }
     needed = used - sys.stdlib_module_names - {"flowray"}
     assert {others.get(name, name).lower() for name in needed} <= declared
+
+
+def test_the_licence_and_the_pythons_are_said_alike_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = re.findall(r"^(version|license): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert dict(cited) == {name: project[name] for name in ("version", "license")}
+    assert [name for name in project["license-files"] if not (ROOT / name).is_file()] == []
+    prefix = "Programming Language :: Python :: "
+    pythons = [line.removeprefix(prefix) for line in project["classifiers"] if prefix in line]
+    ci = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert pythons == ci["jobs"]["test"]["strategy"]["matrix"]["python"]
 
 
 def requirements() -> list[Requirement]:
