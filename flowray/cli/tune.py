@@ -31,11 +31,7 @@ if TYPE_CHECKING:
     from flowray.rayrun.tuner import SweepResult
 
 
-def main(argv: list[str]) -> int:
-    """Run a sweep, or finish trials of one.
-
-    0: a trial did not fail; 1: all failed; 75: stopped by a signal; InputError for bad input.
-    """
+def _parser() -> Parser:
     parser = Parser(
         prog="flowray.tune",
         description=(
@@ -81,7 +77,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object on stdout, the rest on stderr"
     )
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run a sweep, or finish trials of one.
+
+    0: a trial did not fail; 1: all failed; 75: stopped by a signal; InputError for bad input.
+    """
+    args = _parser().parse_intermixed_args(argv)
     if args.schema:
         print(json.dumps(sweep_schema(), indent=1))
         return GOOD

@@ -153,11 +153,10 @@ def run_sweep(
     """Run the trials that are still missing and write sweep.yaml, trials.jsonl, study.journal,
     best.yaml and the run directories.
 
-    observers: who else hears of every trial. finish: stopped trials to train to their last step,
-    and nothing else. A sweep that has all its
-    trials returns at once, without
-    starting Ray, unless it is on a cluster, which is asked for the storage first. InputError: the
-    nodes do not share the storage; the directory holds another sweep (see `open_directory`).
+    finish: stopped trials to train to their last step, and nothing else. observers: who else hears
+    of every trial. A sweep that has all its trials returns at once, without starting Ray, unless it
+    is on a cluster, which is asked for the storage first. InputError: the nodes do not share the
+    storage; the directory holds another sweep (see `open_directory`).
     OSError: a full disk; the trials that it cut off go on in the next session, as they do where a
     node came that lacks the storage, an InputError.
     """
@@ -170,19 +169,14 @@ def run_sweep(
         placed = place(sweep, base, machines()) if work else None
     deadline = math.inf if sweep.time_budget is None else time.monotonic() + sweep.time_budget
     trains = trial_fn is None and sweep.task == "train"
-    trial_fn = trial_fn or (
-        train_trial if sweep.task == "train" else sample_trial(Path(sweep.base))
-    )
+    own = train_trial if sweep.task == "train" else sample_trial(Path(sweep.base))
+    trial_fn = trial_fn or own
     earlier = earlier_trials(sweep, base) if sweep.warm_start else None
     if earlier:
         print(earlier, file=stream)
     refuse_taken(sweep, base, resume)
-    if (
-        placed
-        and trains
-        and not in_cluster()
-        and not _DATA.intersection(map(_part, sweep.parameters))
-    ):
+    same_data = not _DATA.intersection(map(_part, sweep.parameters))
+    if placed and trains and same_data and not in_cluster():
         ensure_latents_apart(base, progress)  # once, before all trials want them
     sweep_dir, out_of_time = sweep_folder(sweep), False
     with held_directory(sweep, base, resume) as lock:
@@ -191,18 +185,11 @@ def run_sweep(
             with _quiet(), ray_session.started(needed, progress), _sigterm_as_interrupt():
                 leave_link(sweep_dir)
                 with SweepConsole(sweep, sweep_dir, trial_count(sweep), stream) as console:
-                    views = (
-                        *observers,
-                        console,
-                        TrialBoard(sweep, sweep_dir),
-                        Gallery(sweep_dir, sweep),
-                        SweepGauges(sweep),
-                    )
                     session = SweepSession(
                         sweep,
                         sweep_dir,
                         Policy(sweep, longest(sweep, base)),
-                        views,
+                        (*observers, console, *_views(sweep, sweep_dir)),
                         concurrent=placed.concurrent,
                         deadline=deadline,
                         finish=finish,
@@ -225,6 +212,11 @@ def run_sweep(
     if record:
         (sweep_dir / "best.yaml").write_text(_best_recipe(sweep, base, record))
     return _result(sweep, ledger, record, finish, out_of_time)
+
+
+def _views(sweep: Sweep, sweep_dir: Path) -> tuple[Observer, ...]:
+    """Where a sweep is shown beside the console: TensorBoard, optuna-dashboard, Ray's dashboard."""
+    return TrialBoard(sweep, sweep_dir), Gallery(sweep_dir, sweep), SweepGauges(sweep)
 
 
 def _part(key: str) -> str:
