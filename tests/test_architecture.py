@@ -99,7 +99,7 @@ def test_flow_and_model_do_not_know_each_other() -> None:
     [
         ("ray", {"rayrun"}),
         ("torch", set(BELOW) - {"config", "findings", "report", "sweepconfig"}),
-        ("optuna", {"tune", "rayrun", "report", "bench", "cli"}),
+        ("optuna", {"tune", "rayrun", "bench"}),
     ],
 )
 def test_where_libraries_may_be_imported(library: str, allowed: set[str]) -> None:

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
         prog="flowray.report",
         description=(
             "Write DIR/report.html, one self-contained page: of a sweep (the best trial, curves,"
-            " sample grid, what each parameter did; also report.md, which keeps the conclusion that"
+            " sample grid, probes; also report.md, which keeps the conclusion that"
             " you write into it) or of a single run (losses, probes against trivial baselines,"
             " samples over time)."
         ),

@@ -17,7 +17,7 @@ from flowray.config.dotted import dotted
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.findings.judge import Verdict
-from flowray.report.load import Arm, Sweep, Trial, finite, numeric, ranked, spans_decades
+from flowray.report.load import Arm, Sweep, Trial, finite, ranked
 
 CLEAR = 2.0  # gaps of this many standard errors are more than noise
 HEAT_KEYS = (
@@ -145,22 +145,6 @@ def incomparable_words(sweep: Sweep) -> str:
         "Not ranked: the trials differ in what sets the scale of every value (autoencoder,"
         f" resolution, latent size or scale), so their values do not compare: {groups}. Make a"
         " sweep of each."
-    )
-
-
-def log_scale(sweep: Sweep, key: str) -> bool:
-    """Whether a parameter belongs on a log axis: it was drawn so, or its values spread over
-    decades.
-    """
-    values = [trial.params[key] for trial in sweep.trials if key in trial.params]
-    if not numeric(values) or not values or min(values) <= 0:
-        return False
-    space = sweep.settings.get("parameters")
-    spec = space.get(key) if isinstance(space, dict) else None
-    return (
-        "log" in str(spec.get("distribution"))
-        if isinstance(spec, dict) and "min" in spec
-        else spans_decades(values)
     )
 
 

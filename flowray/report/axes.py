@@ -22,20 +22,17 @@ TICKS = 3  # that an axis has at least
 LINE = 0.055  # the height of a label, in axes
 
 
-def ticks_between(low: float, high: float, *, log: bool = False) -> list[float]:
-    """Round numbers from low to high, at least three where the range is wider than nothing; log:
-    of a log axis, low > 0.
+def ticks_between(low: float, high: float) -> list[float]:
+    """Round numbers from low to high on a log axis, 0 < low < high, at least three; even ones
+    where the range has too few of its own.
     """
-    if not low < high:
-        return [low]
-    if log:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        every = max(1, len(decades) // 6)
-        for subs in SUBS:
-            marks = [sub * 10.0**decade for decade in decades[::every] for sub in subs]
-            inside = [mark for mark in marks if low * (1 - 1e-9) <= mark <= high * (1 + 1e-9)]
-            if len(inside) >= TICKS:
-                return inside
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = max(1, len(decades) // 6)
+    for subs in SUBS:
+        marks = [sub * 10.0**decade for decade in decades[::every] for sub in subs]
+        inside = [mark for mark in marks if low * (1 - 1e-9) <= mark <= high * (1 + 1e-9)]
+        if len(inside) >= TICKS:
+            return inside
     inside, slack = [], 1e-9 * (high - low)
     for bins in (5, 7, 9):
         even = MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
@@ -124,7 +121,7 @@ def log_ticks(ax: Axes) -> None:
     """Plain round numbers on every log axis, once its limits stand."""
     for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
         if axis.get_scale() == "log":
-            axis.set_major_locator(FixedLocator(ticks_between(low, high, log=True)))
+            axis.set_major_locator(FixedLocator(ticks_between(low, high)))
             axis.set_minor_locator(NullLocator())
             axis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
             axis.set_minor_formatter(NullFormatter())

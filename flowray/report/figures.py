@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from flowray.findings.baselines import Baseline, baseline
-from flowray.findings.checks import text as short
 from flowray.report.axes import (
-    LINE,
     beyond,
     end_labels,
     fence,
@@ -32,10 +28,9 @@ from flowray.report.axes import (
     log_ticks,
     mark_edges,
     reach_of,
-    ticks_between,
 )
-from flowray.report.load import Metric, Series, Trial, finite, numeric
-from flowray.report.paint import BLUE, CYCLE, INK, MUTED, PAPER, STYLE, VERMILLION, themed
+from flowray.report.load import Metric, Series, Trial, finite
+from flowray.report.paint import BLUE, CYCLE, INK, MUTED, PAPER, STYLE, themed
 
 Points = Sequence[tuple[float, float]]
 DASHES = ("-", "--", "-.", ":")
@@ -207,196 +202,6 @@ def sweep_curves(
     return _svg(title, WIDE, draw)
 
 
-def slice_panel(
-    param: str, trials: Sequence[Trial], best: Trial | None, key: str, *, log: bool = False
-) -> bytes:
-    """The metric's last value over one parameter: an axis for numbers, logarithmic if `log`, a
-    strip for the rest.
-    """
-    points = [
-        (trial, trial.params[param], value)
-        for trial in trials
-        if param in trial.params and (value := trial.value(key)) is not None
-    ]
-    raw = [value for _, value, _ in points]
-    continuous = numeric(raw)
-    names = sorted({value_text(value) for value in raw})
-
-    def place(value: Any, index: int) -> float:
-        if continuous:
-            return float(value)
-        # a strip: spread, not drawn at random
-        return names.index(value_text(value)) + (0.0, -0.12, 0.12, -0.06, 0.06)[index % 5]
-
-    scores = [score for *_, score in points]
-
-    def draw(ax: Axes) -> None:
-        low, high, tall = reach_of(scores)
-        limit(ax, low, high, log=tall)
-        for index, (trial, value, score) in enumerate(points):
-            whole = trial.status in ("finished", "running")
-            colour = VERMILLION if trial is best else BLUE if whole else MUTED
-            size, marker = (90, "*") if trial is best else (34, "o" if whole else "x")
-            edge, above = 1.6 if marker == "x" else 0.5, 4 if trial is best else 3
-            if beyond(ax, score):
-                mark_edges(ax, [(place(value, index), score, colour)])
-            else:
-                ax.scatter(
-                    place(value, index),
-                    score,
-                    s=size,
-                    c=colour,
-                    marker=marker,
-                    linewidths=edge,
-                    zorder=above,
-                )
-        if not continuous:
-            ax.set_xticks(
-                range(len(names)), [name if len(name) < 15 else name[:13] + "…" for name in names]
-            )
-            ax.set_xlim(-0.6, len(names) - 0.4)
-        elif log:
-            ax.set_xscale("log", nonpositive="mask")
-        ax.set_xlabel(param)
-        ax.set_ylabel(key)
-
-    return _svg("", SMALL, draw)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of parallel coordinates: its values for the trials that have one, of which null is
-    one; log: spaced by the logarithm.
-
-    robust: outliers lie at its end.
-    """
-
-    name: str
-    values: Mapping[Trial, Any]
-    log: bool = False
-    upside_down: bool = False
-    robust: bool = False
-
-    def places(self) -> tuple[dict[Trial, float], list[tuple[float, str]]]:
-        """Where each trial crosses, 0 to 1, and the ticks (place, text)."""
-        known = self.values
-        if not numeric(known.values()) or not known:
-            names = sorted({value_text(value) for value in known.values()})
-            gap = max(len(names) - 1, 1)
-            at = {name: 0.5 if len(names) == 1 else index / gap for index, name in enumerate(names)}
-            return {trial: at[value_text(value)] for trial, value in known.items()}, [
-                (place, name) for name, place in at.items()
-            ]
-        low, high = (
-            fence(known.values(), log=self.log)
-            if self.robust
-            else (min(known.values()), max(known.values()))
-        )
-        scale: Callable[[float], float] = math.log if self.log else float
-
-        def place(value: float) -> float:
-            if not high > low:
-                return 0.5
-            share = (scale(min(max(value, low), high)) - scale(low)) / (scale(high) - scale(low))
-            return 1 - share if self.upside_down else share
-
-        ticks = {place(mark): short(mark) for mark in ticks_between(low, high, log=self.log)}
-        beyond = [
-            (end, f"{sign} {short(end)}")
-            for end, sign, far in (
-                (low, "≤", min(known.values())),
-                (high, "≥", max(known.values())),
-            )
-            if far != end
-        ]
-        near = [place(end) for end, _ in beyond]
-        ticks = {
-            at: said for at, said in ticks.items() if all(abs(at - end) > LINE for end in near)
-        }
-        ticks |= {place(end): said for end, said in beyond}
-        return {trial: place(value) for trial, value in known.items()}, sorted(ticks.items())
-
-
-def parallel(axes: Sequence[Axis], order: Sequence[Trial], best: Trial | None) -> bytes:
-    """Parallel coordinates: a line for each trial (`order`: best first) through all axes, the last
-    one the metric, its best end on top.
-
-    The best and the next four in colour, thin and dashed where a trial was stopped; a trial without
-    a value on an axis crosses below it.
-    """
-    ranked = sorted(order, key=lambda trial: trial is not best)
-
-    def draw(ax: Axes) -> None:
-        crossings = []
-        for x, axis in enumerate(axes):
-            places, ticks = axis.places()
-            crossings.append(places)
-            ax.plot([x, x], [0, 1], color=INK, linewidth=1, zorder=2)
-            last = x == len(axes) - 1  # whose right side is the trials'
-            for y, text in ticks:
-                ax.plot([x - 0.015, x + 0.015], [y, y], color=INK, linewidth=1, zorder=2)
-                box = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.4}
-                text = text if len(text) < 13 else text[:11] + "…"
-                where: dict[str, Any] = {
-                    "textcoords": "offset points",
-                    "va": "center",
-                    "fontsize": 8,
-                    "zorder": 5,
-                }
-                ax.annotate(
-                    text,
-                    (x, y),
-                    (-5 if last else 5, 0),
-                    ha="right" if last else "left",
-                    bbox=box,
-                    **where,
-                )
-        for rank, trial in reversed(list(enumerate(ranked))):
-            ys = [places.get(trial, -0.1) for places in crossings]
-            colour = CYCLE[rank] if rank < 5 else MUTED
-            style = "-" if trial.status in ("finished", "running") else (0, (3, 2))
-            ax.plot(
-                range(len(axes)),
-                ys,
-                linestyle=style,
-                color=colour,
-                linewidth=2.4 if trial is best else 1.2 if rank < 5 else 0.8,
-                zorder=4,
-            )
-        height, end = 2.0, len(axes) - 1
-        for rank, trial in sorted(enumerate(ranked[:5]), key=lambda item: -crossings[-1][item[1]]):
-            height = min(crossings[-1][trial], height - 0.05)  # from the top down, none on another
-            ax.plot(
-                [end, end + 0.3],
-                [crossings[-1][trial], height],
-                color=CYCLE[rank],
-                linewidth=0.7,
-                zorder=3,
-            )
-            bold: dict[str, Any] = {"va": "center", "fontsize": 8.5, "fontweight": "bold"}
-            ax.text(end + 0.32, height, f"{trial.number}", color=CYCLE[rank], **bold)
-        ax.set_xticks(range(len(axes)), [_two_lines(axis.name) for axis in axes], fontsize=8.5)
-        ax.set_yticks([])
-        ax.set_xlim(-0.15, len(axes) - 0.5)
-        ax.set_ylim(
-            -0.15 if any(len(places) < len(ranked) for places in crossings) else -0.05, 1.05
-        )
-        ax.grid(visible=False)
-        for side in ("left", "bottom"):
-            ax.spines[side].set_visible(False)
-        ax.tick_params(length=0)
-
-    return _svg("", (max(WIDE[0], 1.25 * len(axes)), 4.0), draw)
-
-
-def _two_lines(key: str) -> str:
-    """A long dotted key broken before its last part."""
-    if len(key) < 12:
-        return key
-    cut = max(key.rfind("."), key.rfind("/")) + 1
-    return f"{key[:cut]}\n{key[cut:]}" if cut else key
-
-
 def pareto(
     trials: Sequence[Trial], front: Sequence[Trial], x: Metric, y: Metric, *, joined: bool = True
 ) -> bytes:
@@ -484,28 +289,6 @@ def bars(
             ax.legend(ncols=2, loc="upper left")
 
     return _svg(title, SMALL, draw)
-
-
-def shares(values: Mapping[str, float]) -> bytes:
-    """Horizontal bars of shares that sum to 1, in the order given, from the top."""
-
-    def draw(ax: Axes) -> None:
-        names = list(values)[::-1]
-        ax.barh(names, [values[name] for name in names], height=0.6, color=BLUE)
-        for row, name in enumerate(names):
-            ax.annotate(
-                f"{values[name]:.0%}",
-                (values[name], row),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-        ax.set_xlim(0, max(values.values()) * 1.15)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-        ax.grid(visible=False, axis="y")
-
-    return _svg("", (SMALL[0], 0.7 + 0.32 * len(values)), draw)
 
 
 def tiles(strip: Path) -> list[bytes]:

@@ -21,20 +21,17 @@ from flowray.report.analysis import (
     heat_map,
     hours,
     incomparable_words,
-    log_scale,
     runner_up_words,
     scale_groups,
     yaml_value,
 )
 from flowray.report.edges import Edge, edges, wider_command
-from flowray.report.figures import Axis, value_text
-from flowray.report.importance import FEW_TRIALS, importances
+from flowray.report.figures import value_text
 from flowray.report.load import Run, Status, Sweep, Trial, load_sweep
 from flowray.report.page import (
     MAX_ROWS,
     SHOWN_ROWS,
     GridRow,
-    Plot,
     make_plot,
     number_text,
     pictures_of,
@@ -47,7 +44,6 @@ TABLE_METRICS = ("shoot/nmse", "flow/cos", "std/mean", "loss/flow")
 EVALUATIONS = ("eval/all_correct", "eval/mean_attribute_accuracy", "perf/images_per_s")
 STATUSES: tuple[Status, ...] = ("finished", "stopped", "waiting", "running", "failed")
 MAX_TRIALS = 30  # in the table that stands open, and in the heat map
-MAX_AXES = 8  # of parallel coordinates, the metric's apart
 CONCLUSION, NEXT = "Conclusion", "Next step"  # the sections of report.md that belong to the reader
 BLANK = {CONCLUSION: "- keep / reject / re-verify: not judged yet", NEXT: "- not written yet"}
 
@@ -94,7 +90,7 @@ def sweep_commands(
     """
     if sweep.best is None:
         return {}
-    best, place = sweep.best, shlex.quote(str(sweep.path))
+    best = sweep.best
     prompt = best.run.prompts[0] if best.run.prompts else "a small red circle on a white background"
     commands = {}
     if wider := wider_command(sweep, edges(sweep) if found is None else found):
@@ -127,10 +123,13 @@ def sweep_commands(
     commands["Sample from the best trial"] = (
         f"python -m flowray.sample {shlex.quote(str(best.run.path))} {shlex.quote(prompt)}"
     )
-    commands["Look at all trials (TensorBoard, optuna-dashboard)"] = (
-        f"python -m flowray.dashboard {place}"
-    )
+    commands["Look at all trials (TensorBoard, optuna-dashboard)"] = dashboard_command(sweep)
     return commands
+
+
+def dashboard_command(sweep: Sweep) -> str:
+    """The command that opens what the dashboards draw of a sweep, and the report does not."""
+    return f"python -m flowray.dashboard {shlex.quote(str(sweep.path))}"
 
 
 def sweep_verdict(sweep: Sweep) -> str:
@@ -235,35 +234,16 @@ def _context(sweep: Sweep) -> dict[str, Any]:
         "grid_aside": aside,
         "heat_keys": heat_keys,
         "heat_rows": heat_rows,
-        "few_trials": FEW_TRIALS if len(scored) < FEW_TRIALS else 0,
         "failed": sweep.by("failed"),
-        **_plots(sweep, scored, varied, edge),
+        "dashboard": dashboard_command(sweep) if scored and varied else "",
+        **_plots(sweep, scored),
     }
 
 
-def _plots(
-    sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], edge: Sequence[Edge]
-) -> dict[str, Any]:
-    """The figures: curves, Pareto front, slices, parallel coordinates, importance; None or []
-    where there is nothing to draw.
-    """
-    key, best = sweep.metric.name, sweep.best
-    important = importances(sweep) if sweep.comparable else {}
-    best_front = front(sweep)
-    found: dict[str, Any] = {
-        "curves": None,
-        "pareto": [],
-        "front": best_front,
-        "slices": [],
-        "parallel": None,
-        "importance": None,
-    }
-    if important:
-        said = "importance: " + ", ".join(
-            f"{name} {share:.0%}" for name, share in important.items()
-        )
-        found["importance"] = make_plot(figures.shares(important), said)
-    found["shares"] = important
+def _plots(sweep: Sweep, scored: Sequence[Trial]) -> dict[str, Any]:
+    """The figures: curves and Pareto front; None or [] where there is nothing to draw."""
+    key, best, best_front = sweep.metric.name, sweep.best, front(sweep)
+    found: dict[str, Any] = {"curves": None, "pareto": [], "front": best_front}
     if not scored:
         return found
     found["curves"] = make_plot(
@@ -280,42 +260,7 @@ def _plots(
             found["pareto"].append(
                 make_plot(svg, f"{y.name} over {x.name}" + (", the front joined" if alone else ""))
             )
-    at_edge = {item.key for item in edge}
-    for name in varied:
-        if any(name in trial.params for trial in scored):
-            said = f"{key} over {name}" + (": best at the edge" if name in at_edge else "")
-            svg = figures.slice_panel(name, scored, best, key, log=log_scale(sweep, name))
-            found["slices"].append(make_plot(svg, said))
-    found["parallel"] = _parallel(sweep, scored, varied, important)
     return found
-
-
-def _parallel(
-    sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], important: dict[str, float]
-) -> Plot | None:
-    """All parameters and the metric at once; of many parameters the most important."""
-    names = [name for name in varied if any(name in trial.params for trial in scored)]
-    if len(names) > MAX_AXES:
-        names = [name for name in important if name in names][:MAX_AXES] or names[:MAX_AXES]
-    if len(names) < 2 or len(scored) < 2:
-        return None
-    axes = [
-        Axis(name, {t: t.params[name] for t in scored if name in t.params}, log_scale(sweep, name))
-        for name in names
-    ]
-    metrics = []
-    for metric in reversed(sweep.metrics):
-        values = {
-            trial: value for trial in scored if (value := trial.value(metric.name)) is not None
-        }
-        metrics.append(
-            Axis(metric.name, values, upside_down=metric.goal == "minimize", robust=True)
-        )
-    return make_plot(
-        figures.parallel([*axes, *metrics], scored, sweep.best),
-        f"parallel coordinates of {', '.join(names)}",
-        wide=True,
-    )
 
 
 def _as_probed(sweep: Sweep) -> Any:

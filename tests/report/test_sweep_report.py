@@ -4,6 +4,7 @@ YAML, refusals, what a person wrote.
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import math
@@ -19,12 +20,11 @@ import yaml
 from PIL import Image
 from sweep_records import METRIC, make
 
+from flowray.cli.dashboard import main as dashboard
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
-from flowray.report import analysis, figures
+from flowray.report import analysis
 from flowray.report.edges import edges
-from flowray.report.importance import importances
 from flowray.report.load import Sweep, load_sweep
-from flowray.report.paint import BLUE, VERMILLION
 from flowray.report.sweep_page import (
     hand_written,
     sweep_commands,
@@ -220,52 +220,21 @@ def test_the_command_beyond_all_edges_is_a_sweep_of_its_own_that_starts_from_thi
     assert "Search on beyond the edges" not in sweep_commands(load_sweep(inside))
 
 
-def test_null_is_a_value_beside_numbers(tmp_path: Path) -> None:
-    """Of importance, which then takes the whole column as choices, and of parallel coordinates,
-    where it has a place.
-    """
-    trials = [
-        {
-            "params": {"data.limit": (None, 500)[i % 2], "optim.lr": 1e-3 * (i + 1)},
-            "metrics": {METRIC: 0.3 + i % 2},
-        }
-        for i in range(12)
-    ]
-    space = {"data.limit": {"values": [None, 500]}, "optim.lr": LR}
-    sweep = load_sweep(make(tmp_path / "s", trials, parameters=space))
-    shares = importances(sweep)
-    assert next(iter(shares)) == "data.limit"
-    assert sum(shares.values()) == pytest.approx(1)
-    axis = figures.Axis("data.limit", {trial: trial.params["data.limit"] for trial in sweep.trials})
-    assert len(axis.places()[0]) == len(trials)
-    page = write_sweep_report(sweep.path).read_text()
-    assert "importance: data.limit" in page
-    assert "parallel coordinates of data.limit, optim.lr" in page
-
-
-def test_a_parameter_of_trials_without_a_value_alone_has_no_axis(tmp_path: Path) -> None:
-    """A head's own option, searched with a head whose trials have all failed."""
-    trials = [
-        {"params": {"kind": "pooled", "lr": 1e-3 * (i + 1)}, "metrics": {METRIC: 0.3 + 0.01 * i}}
-        for i in range(3)
-    ]
-    trials += [
-        {"params": {"kind": "grid", "convs": n, "lr": 1e-3}, "status": "failed", "error": "OOM"}
-        for n in (1, 2)
-    ]
-    page = write_sweep_report(make(tmp_path / "s", trials)).read_text()
-    assert "parallel coordinates of kind, lr" in page
-    assert "OOM" in page
-
-
-def test_the_best_trials_star_lies_on_top(tmp_path: Path) -> None:
-    """Where many trials share a value it was under their dots."""
-    trials = [{"params": {"w": 0.3}, "metrics": {METRIC: 0.4 + 0.001 * i}} for i in range(5)]
-    sweep = load_sweep(make(tmp_path / "s", trials))
-    svg = (
-        figures.slice_panel("w", sweep.trials, sweep.best, METRIC).decode().partition("</style>")[2]
-    )
-    assert svg.index(VERMILLION) > svg.rindex(BLUE)
+def test_what_the_dashboards_draw_is_named_with_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make(tmp_path / "a sweep", [seeded(1e-3, [0.5]), seeded(2e-3, [0.4])])
+    page = write_sweep_report(folder).read_text()
+    words = "What each parameter did, parallel coordinates and importance are in optuna-dashboard: "
+    (shown,) = re.findall(rf"{words}<code>(.*?)</code>", page)
+    (said,) = re.findall(rf"{words}`(.*?)`", (folder / "report.md").read_text())
+    assert html.unescape(shown) == said
+    program, flag, module, *typed = shlex.split(said)
+    assert (program, flag, module) == ("python", "-m", "flowray.dashboard")
+    assert dashboard([*typed, "--plan"]) == 0  # it takes the folder
+    assert str(folder) in capsys.readouterr().out
+    alone = write_sweep_report(make(tmp_path / "s", [{"metrics": {METRIC: 0.4}}])).read_text()
+    assert words not in alone  # of a sweep without parameters there is nothing to draw
 
 
 def test_a_long_error_is_short_in_the_table_and_whole_among_the_failures(tmp_path: Path) -> None:
@@ -569,30 +538,6 @@ def test_heat_map_takes_the_colours_of_the_findings(tmp_path: Path) -> None:
     assert re.search(
         r'<td class="num heat bad" title="std/mean, source_collapsed[^"]*">0\.050</td>', page
     )
-
-
-def test_parallel_axes_space_numbers_as_they_were_drawn(tmp_path: Path) -> None:
-    trials = [
-        {"params": {"lr": lr, "head": head}, "metrics": {METRIC: lr}}
-        for lr, head in ((1e-4, "a"), (1e-3, "b"), (1e-2, "a"))
-    ]
-    trials.append({"params": {"lr": 1e-3}, "metrics": {METRIC: 0.5}})
-    sweep = load_sweep(make(tmp_path / "s", trials))
-    by_number = {trial.number: trial for trial in sweep.trials}
-    places, ticks = figures.Axis("lr", {t: t.params["lr"] for t in sweep.trials}, log=True).places()
-    assert [places[by_number[n]] for n in range(3)] == pytest.approx([0, 0.5, 1])
-    assert [text for _, text in ticks] == ["0.0001", "0.001", "0.01"]
-    places, ticks = figures.Axis(
-        "head", {t: t.params["head"] for t in sweep.trials if "head" in t.params}
-    ).places()
-    assert by_number[3] not in places
-    assert ticks == [(0.0, "a"), (1.0, "b")]
-    upside_down = figures.Axis(
-        METRIC, {t: t.value(METRIC) for t in sweep.trials}, upside_down=True
-    ).places()[0]
-    assert upside_down[by_number[0]] == 1  # the best is on top
-    page = write_sweep_report(sweep.path).read_text()
-    assert "parallel coordinates of lr, head" in page
 
 
 def test_pictures_of_another_seed_are_not_compared(tmp_path: Path) -> None:
