@@ -17,7 +17,7 @@ from flowray.config.dotted import dotted
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.findings.judge import Verdict
-from flowray.report.load import Arm, Sweep, Trial, finite, ranked
+from flowray.report.results import Arm, Sweep, Trial, finite, ranked
 
 CLEAR = 2.0  # gaps of this many standard errors are more than noise
 HEAT_KEYS = (

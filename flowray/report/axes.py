@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from flowray.findings.checks import text as short
-from flowray.report.load import spans_decades
 from flowray.report.paint import INK, MUTED
+from flowray.report.results import spans_decades
 
 # ticks of a decade, ever closer
 SUBS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))

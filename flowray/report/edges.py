@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from flowray.config.errors import InputError
-from flowray.report.load import Sweep, finite, numeric
+from flowray.report.results import Sweep, finite, numeric
 from flowray.sweepconfig.check import base_recipe, check_trials
 from flowray.sweepconfig.file import load_sweep as load_file
 

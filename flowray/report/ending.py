@@ -14,7 +14,7 @@ from flowray.findings.finding import ORDER
 from flowray.report.analysis import runner_up_words
 from flowray.report.edges import edges
 from flowray.report.lines import wrapped
-from flowray.report.load import Sweep, Trial
+from flowray.report.results import Sweep, Trial
 from flowray.report.sweep_page import mapping, stop_rule_text, sweep_commands, sweep_verdict
 
 REASONS = 3  # groups of stops, and of failures, that are told apart

@@ -29,8 +29,8 @@ from flowray.report.axes import (
     mark_edges,
     reach_of,
 )
-from flowray.report.load import Metric, Series, Trial, finite
 from flowray.report.paint import BLUE, CYCLE, INK, MUTED, PAPER, STYLE, themed
+from flowray.report.results import Metric, Series, Trial, finite
 
 Points = Sequence[tuple[float, float]]
 DASHES = ("-", "--", "-.", ":")

@@ -25,7 +25,8 @@ from flowray.findings.baselines import baseline
 from flowray.findings.judge import Judge, Verdict
 from flowray.report import figures
 from flowray.report.figures import value_text
-from flowray.report.load import Run, Series, Strip, finite, load_run, series
+from flowray.report.load import load_run
+from flowray.report.results import Run, Series, Strip, finite, series
 from flowray.report.stages import SCORE, stages, without_flow
 
 PROBE_PANELS = (

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowray.report.load import Run, Series
+from flowray.report.results import Run, Series
 
 SCORE = "shoot/nmse"
 

@@ -27,7 +27,7 @@ from flowray.report.analysis import (
 )
 from flowray.report.edges import Edge, edges, wider_command
 from flowray.report.figures import value_text
-from flowray.report.load import Run, Status, Sweep, Trial, load_sweep
+from flowray.report.load import load_sweep
 from flowray.report.page import (
     MAX_ROWS,
     SHOWN_ROWS,
@@ -38,6 +38,7 @@ from flowray.report.page import (
     write_markdown,
     write_page,
 )
+from flowray.report.results import Run, Status, Sweep, Trial
 from flowray.report.stages import stages, without_flow
 
 TABLE_METRICS = ("shoot/nmse", "flow/cos", "std/mean", "loss/flow")

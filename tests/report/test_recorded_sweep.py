@@ -18,7 +18,8 @@ from flowray.findings.facts import recipe_facts
 from flowray.findings.judge import Judge
 from flowray.report.analysis import heat_map
 from flowray.report.ending import ending, failures, stop_reasons
-from flowray.report.load import Sweep, load_sweep
+from flowray.report.load import load_sweep
+from flowray.report.results import Sweep
 from flowray.report.sweep_page import stop_rule_text, sweep_verdict
 
 RECORDED = Path(__file__).parent / "recorded" / "head"

@@ -21,8 +21,9 @@ from flowray.config.keys import describe
 from flowray.config.load import dump_recipe
 from flowray.config.recipe import Recipe
 from flowray.report import figures
-from flowray.report.load import Metric, load_run, load_sweep
+from flowray.report.load import load_run, load_sweep
 from flowray.report.page import number_text, write_run_report
+from flowray.report.results import Metric
 from flowray.report.sweep_page import write_sweep_report
 
 PROMPTS = ["a small red circle", "<b>bold</b> & a $5 square"]

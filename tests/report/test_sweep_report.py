@@ -24,7 +24,8 @@ from flowray.cli.dashboard import main as dashboard
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.report import analysis
 from flowray.report.edges import edges
-from flowray.report.load import Sweep, load_sweep
+from flowray.report.load import load_sweep
+from flowray.report.results import Sweep
 from flowray.report.sweep_page import (
     hand_written,
     sweep_commands,

@@ -15,8 +15,9 @@ from flowray.config.rounding import rounded
 from flowray.findings.checks import above, below, near
 from flowray.findings.reading import Reading
 from flowray.report.edges import edges
-from flowray.report.load import Metric, Trial, load_run, ranked
-from flowray.report.load import Sweep as Loaded
+from flowray.report.load import load_run
+from flowray.report.results import Metric, Trial, ranked
+from flowray.report.results import Sweep as Loaded
 from flowray.sweepconfig.parameters import LogUniform, Uniform
 from flowray.sweepconfig.sweep import Asha, Hyperband, Median, StopRule, Sweep
 from flowray.tune.cmaes import Strategy
