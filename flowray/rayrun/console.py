@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flowray.config.progress import duration
-from flowray.config.rounding import rounded
+from flowray.config.ranking import best, ranked, steps
 from flowray.report.lines import columns, wrapped
 from flowray.store.doing import doing
 from flowray.store.run import RunDirectory
@@ -175,7 +175,7 @@ class SweepConsole:
             table.add_column(_stacked(name.removeprefix("ema/")), justify="right", no_wrap=True)
         if why:
             table.add_column("why it ended", width=why)
-        best = self._best()
+        first = self._best()
         for trial in trials:
             step = (
                 self._progress(trial, brief=True)
@@ -189,7 +189,7 @@ class SweepConsole:
             params = [
                 _brief(trial.params[key], 2) if key in trial.params else "" for key in changed
             ]
-            row: list[str | Text] = [f"{trial.trial}*" if trial is best else str(trial.trial)]
+            row: list[str | Text] = [f"{trial.trial}*" if trial is first else str(trial.trial)]
             row += [Text(self._state(trial), style=STATES[self._state(trial)]), step]
             reason = Text(_cut(_why(trial), why))
             table.add_row(
@@ -197,7 +197,7 @@ class SweepConsole:
                 *values,
                 *params,
                 *([reason] if why else []),
-                style="bold" if trial is best else "",
+                style="bold" if trial is first else "",
             )
         return table
 
@@ -220,23 +220,18 @@ class SweepConsole:
         pace.
         """
         trials, seconds = self._trials.values(), time.monotonic() - self._begin
-        steps = sum(t.last_step for t in trials)
-        ended = [t for t in trials if self._state(t) in ("finished", "stopped")]
-        full = sum(t.budget_steps for t in ended)
-        saved = full - sum(t.last_step for t in ended)
-        best = self._best()
+        through, first = steps(trials), self._best()
         parts = [
             f"{self._sweep.name}: {self._done()} of {self._total} trials done",
-            f"{steps:,} steps",
+            f"{sum(t.last_step for t in trials):,} steps",
         ]
         if waiting := sum(self._state(t) == "waiting" for t in trials):
             parts.insert(1, f"{waiting} waiting")
-        if best is not None:
-            parts.append(
-                f"best {_brief(best.metrics[self._sweep.metric.name])} (trial {best.trial})"
-            )
-        if full:
-            parts.append(f"{saved / full:.0%} of the steps saved")
+        if first is not None:
+            value = _brief(first.value(self._sweep.metric.name))
+            parts.append(f"best {value} (trial {first.trial})")
+        if through.budget:
+            parts.append(f"{through.saved:.0%} of the steps saved")
         done = self._through() - self._before
         if done > 0 and self._through() < self._total:
             parts.append(f"about {duration(seconds / done * (self._total - self._through()))} left")
@@ -253,29 +248,12 @@ class SweepConsole:
         """Trials that run no more for now: few of those that wait at a rung go on."""
         return sum(t.waits or t.status not in ("running", "waiting") for t in self._trials.values())
 
-    def _value(self, trial: TrialRecord) -> float | None:
-        return None if trial.status == "failed" else trial.metrics.get(self._sweep.metric.name)
-
     def _best(self) -> TrialRecord | None:
-        """The best finished trial, before there is one the best so far."""
-        scored = [trial for trial in self._trials.values() if self._value(trial) is not None]
-
-        def place(trial: TrialRecord) -> tuple[bool, float, int]:
-            return trial.status != "finished", self._place(trial), trial.trial
-
-        return min(scored, key=place, default=None)
-
-    def _place(self, trial: TrialRecord) -> float:
-        value = self._value(trial)
-        if value is None:
-            return float("inf")
-        return rounded(value) if self._sweep.minimise else -rounded(value)
+        return best(self._trials.values(), self._sweep.metric)
 
     def _ranked(self) -> list[TrialRecord]:
-        return sorted(
-            self._trials.values(),
-            key=lambda t: (t.status != "running", t.status == "failed", self._place(t), t.trial),
-        )
+        order = ranked(self._trials.values(), self._sweep.metric)
+        return sorted(order, key=lambda trial: trial.status != "running")
 
     def _say(self, trial: TrialRecord, words: str) -> None:
         self._trials[trial.trial], self._pause = trial, BEAT_S

@@ -18,6 +18,7 @@ from ray._private.worker import get_dashboard_url
 from ray.util.metrics import Gauge
 
 from flowray.config.keys import describe
+from flowray.config.ranking import best
 from flowray.config.rows import parse_rows
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.sweep import Sweep
@@ -147,10 +148,9 @@ class SweepGauges:
     """The sweep as a whole, the trials of earlier sessions too: an observer of the session."""
 
     def __init__(self, sweep: Sweep):
-        self._sweep, self._name, self._minimise = sweep.name, sweep.metric.name, sweep.minimise
+        self._sweep, self._metric = sweep.name, sweep.metric
         self._trials, self._best = _open(TRIALS), _open(BEST)
-        self._states: dict[int, str] = {}
-        self._values: dict[int, float] = {}
+        self._records: dict[int, TrialRecord] = {}
 
     def known(self, trial: TrialRecord) -> None:
         self._show(trial)
@@ -165,13 +165,10 @@ class SweepGauges:
         self._show(trial)
 
     def _show(self, trial: TrialRecord) -> None:
-        self._states[trial.trial] = trial.status
-        counts = Counter(self._states.values())
+        self._records[trial.trial] = trial
+        counts = Counter(record.status for record in self._records.values())
         for state in ("running", "waiting", "finished", "stopped", "failed"):
             self._trials.set(counts[state], tags={"sweep": self._sweep, "state": state})
-        value = trial.metrics.get(self._name)
-        if value is not None and trial.status != "failed":
-            self._values[trial.trial] = value
-        if self._values:
-            best = (min if self._minimise else max)(self._values.values())
-            self._best.set(best, tags={"sweep": self._sweep, "metric": self._name})
+        first = best(self._records.values(), self._metric)
+        if first and (value := first.value(self._metric.name)) is not None:
+            self._best.set(value, tags={"sweep": self._sweep, "metric": self._metric.name})

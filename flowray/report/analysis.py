@@ -16,8 +16,10 @@ from typing import Any
 from flowray.config.dotted import dotted
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
+from flowray.config.ranking import Arm, arms
+from flowray.config.rounding import finite
 from flowray.findings.judge import Verdict
-from flowray.report.results import Arm, Sweep, Trial, finite, ranked
+from flowray.report.results import Sweep, Trial
 
 CLEAR = 2.0  # gaps of this many standard errors are more than noise
 HEAT_KEYS = (
@@ -69,34 +71,29 @@ def scale_groups(sweep: Sweep) -> list[ScaleGroup]:
         return []
     groups = []
     for index, (words, numbers) in enumerate(sweep.scales.items()):
-        mine = ranked([trial for trial in sweep.trials if trial.number in numbers], sweep.metric)
-        whole = [
-            trial
-            for trial in mine
-            if trial.status == "finished" and trial.value(sweep.metric.name) is not None
-        ]
+        finished = arms([t for t in sweep.trials if t.number in numbers], sweep.metric)
         groups.append(
             ScaleGroup(
                 f"{chr(65 + index)}" if index < 26 else f"{index}",
                 words,
                 numbers,
-                whole[0] if whole else None,
+                finished[0].trials[0] if finished else None,
             )
         )
     return groups
 
 
-def runner_up(sweep: Sweep) -> Arm | None:
+def runner_up(sweep: Sweep) -> Arm[Trial] | None:
     """The second best setting that has finished."""
-    arms = sweep.arms()
-    return arms[1] if sweep.comparable and len(arms) > 1 else None
+    order = sweep.arms()
+    return order[1] if sweep.comparable and len(order) > 1 else None
 
 
-def noise(arms: Sequence[Arm]) -> float | None:
-    """Standard deviation between seeds, pooled over the settings that were trained more than
+def noise(settings: Sequence[Arm[Trial]]) -> float | None:
+    """Standard deviation between seeds, pooled over those that were trained more than
     once; None where none was.
     """
-    repeated = [arm for arm in arms if len(arm.values) > 1]
+    repeated = [arm for arm in settings if len(arm.values) > 1]
     if not repeated:
         return None
     return math.sqrt(

@@ -14,12 +14,13 @@ import numpy as np
 from PIL import Image
 
 from flowray.config.keys import describe
+from flowray.config.rounding import finite
 from flowray.findings.baselines import Baseline
 from flowray.findings.finding import Finding, healthy
 from flowray.findings.judge import Judge
 from flowray.report import figures
 from flowray.report.page import GridRow, Number, Plot, data_uri, make_plot, number_text, write_page
-from flowray.report.results import finite, series, spans_decades
+from flowray.report.results import series, spans_decades
 
 Curve = Mapping[str, Sequence[float | None]]
 TILES: Mapping[str, str] = {

@@ -13,7 +13,8 @@ from functools import cache
 from typing import Any
 
 from flowray.config.errors import InputError
-from flowray.report.results import Sweep, finite, numeric
+from flowray.config.rounding import finite
+from flowray.report.results import Sweep, numeric
 from flowray.sweepconfig.check import base_recipe, check_trials
 from flowray.sweepconfig.file import load_sweep as load_file
 

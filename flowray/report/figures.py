@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
+from flowray.config.rounding import finite
 from flowray.findings.baselines import Baseline, baseline
 from flowray.report.axes import (
     beyond,
@@ -30,7 +31,7 @@ from flowray.report.axes import (
     reach_of,
 )
 from flowray.report.paint import BLUE, CYCLE, INK, MUTED, PAPER, STYLE, themed
-from flowray.report.results import Metric, Series, Trial, finite
+from flowray.report.results import Metric, Series, Trial
 
 Points = Sequence[tuple[float, float]]
 DASHES = ("-", "--", "-.", ":")

@@ -15,8 +15,10 @@ import yaml
 
 from flowray.config.dotted import dotted
 from flowray.config.errors import InputError
+from flowray.config.ranking import ranked
+from flowray.config.rounding import finite
 from flowray.config.rows import Row, parse_rows
-from flowray.report.results import Metric, Run, Strip, Sweep, Trial, finite, ranked, scales_of
+from flowray.report.results import Metric, Run, Strip, Sweep, Trial, scales_of
 
 # ten times as fast where it was built: a sweep has a config a trial
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

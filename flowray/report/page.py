@@ -21,12 +21,13 @@ from markupsafe import Markup, escape
 from flowray.config.errors import InputError
 from flowray.config.keys import KEYS, MetricKey, describe
 from flowray.config.progress import duration
+from flowray.config.rounding import finite
 from flowray.findings.baselines import baseline
 from flowray.findings.judge import Judge, Verdict
 from flowray.report import figures
 from flowray.report.figures import value_text
 from flowray.report.load import load_run
-from flowray.report.results import Run, Series, Strip, finite, series
+from flowray.report.results import Run, Series, Strip, series
 from flowray.report.stages import SCORE, stages, without_flow
 
 PROBE_PANELS = (

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flowray.config.rounding import rounded
+from flowray.config.ranking import Arm, arms, best, seed_values, steps
+from flowray.config.rounding import finite
 from flowray.config.rows import Row
 from flowray.config.scale import scale_keys
 from flowray.findings.facts import recipe_facts
@@ -118,22 +118,7 @@ class Trial:
         """The key's last value of each seed, of a trial with one seed that one; without those
         that are missing or not finite.
         """
-        return tuple(self.by_seed(key).values())
-
-    def by_seed(self, key: str) -> dict[tuple[Any, int], float]:
-        """The same by what tells the seeds apart: the searched `seed`, where there is one, and the
-        place among the trial's own.
-        """
-        found = (
-            [finite(row.get(key)) for row in self.repeats]
-            if len(self.repeats) > 1
-            else [self.value(key)]
-        )
-        return {
-            (self.params.get("seed"), place): value
-            for place, value in enumerate(found)
-            if value is not None
-        }
+        return tuple(seed_values(self, key).values())
 
     def value(self, key: str) -> float | None:
         """The key's last value: the record's, else the run's; None where missing or not finite."""
@@ -150,45 +135,6 @@ class Trial:
         """The EMA's value, which is what gets sampled, else the raw one."""
         ema = self.value(f"ema/{key}")
         return self.value(key) if ema is None else ema
-
-    @property
-    def setting(self) -> str:
-        """The parameters as text, without the seed: trials of one setting are repeats of each
-        other.
-        """
-        params = {key: _whole(value) for key, value in self.params.items() if key != "seed"}
-        return json.dumps(params, sort_keys=True)
-
-
-def _whole(value: Any) -> Any:
-    """A parameter without the rounding of a sum of steps: 0.1 + 2 x 0.1 is 0.3."""
-    if isinstance(value, list):
-        return [_whole(each) for each in value]
-    return float(f"{value:.12g}") if isinstance(value, float) else value
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One setting of the parameters: its finished trials, best first, and the value of each seed.
-
-    A setting that was trained twice from one seed is one value, of the earlier trial: the same run
-    again says nothing of the noise.
-    """
-
-    trials: tuple[Trial, ...]
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values)
-
-
-def _of_each_seed(trials: Sequence[Trial], key: str) -> tuple[float, ...]:
-    values: dict[tuple[Any, int], float] = {}
-    for trial in sorted(trials, key=lambda trial: trial.number):
-        for seed, value in trial.by_seed(key).items():
-            values.setdefault(seed, value)
-    return tuple(values.values())
 
 
 @dataclass(frozen=True)
@@ -220,37 +166,12 @@ class Sweep:
 
     @property
     def best(self) -> Trial | None:
-        """The best trial: of the finished settings the one with the best mean over its seeds, of
-        this the best trial.
+        """The best trial; None without a single value, and where trials do not compare."""
+        return best(self.trials, self.metric) if self.comparable else None
 
-        Before any has finished, the best so far; None without a single value, and where trials do
-        not compare.
-        """
-        if not self.comparable:
-            return None
-        arms = self.arms()
-        if arms:
-            return arms[0].trials[0]
-        return next(
-            (
-                trial
-                for trial in self.trials
-                if trial.status != "failed" and trial.value(self.metric.name) is not None
-            ),
-            None,
-        )
-
-    def arms(self) -> list[Arm]:
+    def arms(self) -> list[Arm[Trial]]:
         """The settings with a finished trial, best mean first."""
-        found: dict[str, list[Trial]] = {}
-        for trial in self.by("finished"):
-            if trial.values(self.metric.name):
-                found.setdefault(trial.setting, []).append(trial)
-        sign = 1 if self.metric.goal == "minimize" else -1
-        arms = [
-            Arm(tuple(trials), _of_each_seed(trials, self.metric.name)) for trials in found.values()
-        ]
-        return sorted(arms, key=lambda arm: (sign * rounded(arm.mean), arm.trials[0].number))
+        return arms(self.trials, self.metric)
 
     def by(self, *statuses: Status) -> list[Trial]:
         return [trial for trial in self.trials if trial.status in statuses]
@@ -258,19 +179,17 @@ class Sweep:
     @property
     def spent_steps(self) -> int:
         """Steps trained by the finished and stopped trials."""
-        return sum(trial.last_step for trial in self.by("finished", "stopped"))
+        return steps(self.trials).spent
 
     @property
     def budget_steps(self) -> int:
         """Steps that those trials would have trained without early stopping."""
-        return sum(trial.budget_steps for trial in self.by("finished", "stopped"))
+        return steps(self.trials).budget
 
     @property
     def saved(self) -> float:
-        """Share of the full budget that early stopping saved: 1 - spent_steps / budget_steps; 0
-        without a budget.
-        """
-        return 1 - self.spent_steps / self.budget_steps if self.budget_steps else 0.0
+        """Share of the full budget that early stopping saved."""
+        return steps(self.trials).saved
 
     def varied(self) -> list[str]:
         """Keys of the parameters that differ between trials (all of them in a sweep of one
@@ -284,13 +203,6 @@ class Sweep:
             for key in keys
             if len({json.dumps(trial.params.get(key)) for trial in self.trials}) > 1
         ]
-
-
-def finite(value: Any) -> float | None:
-    """The value as a float, or None if it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
 
 
 def numeric(values: Iterable[Any]) -> bool:
@@ -311,20 +223,6 @@ def series(rows: Iterable[Row], key: str) -> Series:
     return sorted(
         (step, value) for step, value in points if isinstance(step, int) and value is not None
     )
-
-
-def ranked(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
-    """Best first by the metric's last value; without a value after those, failed last; ties by
-    number.
-    """
-    sign = 1 if metric.goal == "minimize" else -1
-
-    def place(trial: Trial) -> tuple[bool, bool, float, int]:
-        value = trial.value(metric.name)
-        by = 0.0 if value is None else sign * rounded(value)
-        return trial.status == "failed", value is None, by, trial.number
-
-    return sorted(trials, key=place)
 
 
 def scales_of(trials: Sequence[Trial]) -> dict[str, tuple[int, ...]]:

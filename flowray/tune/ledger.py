@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowray.config.errors import InputError
+from flowray.config.ranking import steps
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 from flowray.tune.records import Status, TrialRecord, repeat_dir
@@ -73,12 +74,8 @@ class Ledger:
         return record
 
     def saved(self) -> float:
-        """Share of the full-budget steps that early stopping saved, over finished and stopped
-        trials.
-        """
-        done = self.by("finished", "stopped")
-        budget = sum(t.budget_steps for t in done)
-        return 1 - sum(t.last_step for t in done) / budget if budget else 0.0
+        """Share of the full-budget steps that early stopping saved."""
+        return steps(self.trials.values()).saved
 
     def complete(self, record: TrialRecord, row: Mapping[str, Any]) -> ProbeRow:
         """The row with the seed that it is from and that seed's budget, where it lacks them."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from flowray.config.rounding import finite
+
 Status = Literal["running", "waiting", "finished", "stopped", "failed"]
 StopKind = Literal["rule", "not_finite", "comparison"]
 
@@ -42,6 +44,14 @@ class TrialRecord:
     waits: bool = False
     stop_kind: StopKind | None = None
     stop_rule: int | None = None
+
+    @property
+    def number(self) -> int:
+        return self.trial
+
+    def value(self, key: str) -> float | None:
+        """The metric's last value; None where missing or not finite."""
+        return finite(self.metrics.get(key))
 
     def stop(self, why: str, kind: StopKind, rule: int | None = None, *, waits: bool) -> None:
         """Note why it stops, or waits at its rung; the status changes once it has ended."""

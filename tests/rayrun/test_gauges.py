@@ -1,20 +1,26 @@
 """The gauges as Prometheus would read them: scraped from a live Ray's metrics port."""
 
+import io
 import json
 import re
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 from flowray.rayrun import gauges, session
+from flowray.rayrun.console import SweepConsole
 from flowray.rayrun.gauges import RunGauges, SweepGauges, exported_names, leave_link
+from flowray.report.load import load_sweep
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.sweep import Sweep
+from flowray.tune.ledger import Ledger
 from flowray.tune.records import TrialRecord
 
+METRIC = "ema/shoot/nmse"
 LINE = re.compile(r"(?m)^(ray_flowray_\w+)\{(.*)\} (\S+)$")
 
 
@@ -75,8 +81,74 @@ def test_a_resumed_sweep_begins_with_its_earlier_trials(seen: dict[tuple[str, ..
         1,
         1,
     )
-    whole.probed(TrialRecord(3, {}, metrics={"ema/shoot/nmse": 0.2}))
+    probed = {"optim.lr": 0.5}, {"ema/shoot/nmse": 0.2}
+    whole.probed(TrialRecord(3, probed[0], metrics=probed[1]))
+    assert seen["flowray_best", "s", "ema/shoot/nmse"] == 0.25  # the best that has finished
+    whole.ended(TrialRecord(3, probed[0], "finished", metrics=probed[1]))
     assert seen["flowray_best", "s", "ema/shoot/nmse"] == 0.2
+
+
+def finished(number: int, value: float | None, **more: Any) -> TrialRecord:
+    params = more.pop("params", {"optim.lr": 0.1 * number})
+    plain = {"status": "finished", "last_step": 40, "budget_steps": 40}
+    return TrialRecord(number, params, metrics={METRIC: value}, **{**plain, **more})
+
+
+def seeds(number: int, lr: float, seed: int, value: float) -> TrialRecord:
+    return finished(number, value, params={"optim.lr": lr, "seed": seed})
+
+
+NEVER = {"status": "stopped", "last_step": 10}
+
+
+@pytest.mark.parametrize(
+    ("trials", "goal", "wanted"),
+    [
+        ([finished(0, 0.3), finished(1, 0.3 * (1 - 1e-7))], "minimize", 0),  # equal, so the earlier
+        ([finished(0, 0.3), finished(1, 0.3 * (1 + 1e-7))], "maximize", 0),
+        ([finished(0, 0.3), finished(1, 0.299)], "minimize", 1),
+        ([finished(0, None), finished(1, 0.9)], "minimize", 1),  # NaN, as rows have it
+        ([finished(0, 0.1, status="failed"), finished(1, 0.9)], "minimize", 1),
+        ([finished(0, 0.1, **NEVER), finished(1, 0.9)], "minimize", 1),
+        ([finished(0, 0.1, status="running"), finished(1, 0.9)], "minimize", 1),
+        ([finished(0, 0.4, **NEVER), finished(1, 0.4, status="waiting")], "minimize", 0),
+        ([finished(0, None), finished(1, 0.7, **NEVER)], "minimize", 1),  # the best so far
+        # a lucky seed does not win
+        ([seeds(0, 1, 0, 0.3), seeds(1, 1, 1, 0.7), seeds(2, 2, 0, 0.45)], "minimize", 2),
+        ([seeds(0, 1, 0, 0.3), seeds(1, 1, 1, 0.5), seeds(2, 2, 0, 0.45)], "minimize", 0),
+        ([finished(0, 0.1, status="failed"), finished(1, None)], "minimize", None),
+    ],
+)
+def test_console_gauges_and_report_name_the_same_best_trial(
+    tmp_path: Path,
+    seen: dict[tuple[str, ...], float],
+    trials: list[TrialRecord],
+    goal: str,
+    wanted: int | None,
+) -> None:
+    space = {"optim.lr": {"distribution": "uniform", "min": 0.0, "max": 1.0}}
+    plain = {"name": "s", "base": "unused", "metric": {"name": METRIC, "goal": goal}}
+    sweep = Sweep.model_validate({**plain, "parameters": space})
+    (tmp_path / "sweep.yaml").write_text(json.dumps(plain))
+    ledger, screen = Ledger(tmp_path / "trials.jsonl"), io.StringIO()
+    console, whole = SweepConsole(sweep, tmp_path, len(trials), screen), SweepGauges(sweep)
+    for trial in trials:
+        ledger.trials[trial.trial] = trial
+        console.known(trial)
+        whole.known(trial)
+    ledger.save()
+    report = load_sweep(tmp_path)
+    assert (report.best and report.best.number) == wanted
+    with console:
+        pass  # its last table
+    assert re.findall(r"(?m)^ *(\d+)\*", screen.getvalue()) == [
+        str(number) for number in (wanted,) if number is not None
+    ]
+    value = None if wanted is None else trials[wanted].metrics[METRIC]
+    assert seen.get(("flowray_best", "s", METRIC)) == value
+    assert f"{ledger.saved():.6f}" == f"{report.saved:.6f}"
+    share = f"{report.saved:.0%} of the steps saved"
+    assert (share in console._headline()) is bool(report.budget_steps)
 
 
 def test_speed_is_of_the_last_step_logged(

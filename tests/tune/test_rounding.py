@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from flowray.bench.pool import Entry, Space
+from flowray.config.ranking import ranked, setting
 from flowray.config.rounding import rounded
 from flowray.findings.checks import above, below, near
 from flowray.findings.reading import Reading
 from flowray.report.edges import edges
 from flowray.report.load import load_run
-from flowray.report.results import Metric, Trial, ranked
+from flowray.report.results import Metric, Trial
 from flowray.report.results import Sweep as Loaded
 from flowray.sweepconfig.parameters import LogUniform, Uniform
 from flowray.sweepconfig.sweep import Asha, Hyperband, Median, StopRule, Sweep
@@ -131,9 +132,9 @@ def test_equal_trials_are_ranked_by_number(noise: float) -> None:
 
 
 def test_steps_of_a_range_are_one_setting_with_the_number_that_was_typed() -> None:
-    assert trial(0, params={"x": 0.1 + 2 * 0.1}).setting == trial(1, params={"x": 0.3}).setting
-    assert trial(0, params={"x": [0.1 + 0.2]}).setting == trial(1, params={"x": [0.3]}).setting
-    assert trial(0, params={"x": 0.3001}).setting != trial(1, params={"x": 0.3}).setting
+    assert setting({"x": 0.1 + 2 * 0.1}) == setting({"x": 0.3})
+    assert setting({"x": [0.1 + 0.2]}) == setting({"x": [0.3]})
+    assert setting({"x": 0.3001}) != setting({"x": 0.3})
 
 
 @pytest.mark.parametrize("low", [0.0, 0.1, 0.7, 3.0])
