@@ -31,11 +31,7 @@ if TYPE_CHECKING:
     from flowray.rayrun.tuner import SweepResult
 
 
-def main(argv: list[str]) -> int:
-    """Run a sweep, or finish trials of one.
-
-    0: a trial did not fail; 1: all failed; 75: stopped by a signal; InputError for bad input.
-    """
+def _parser() -> Parser:
     parser = Parser(
         prog="flowray.tune",
         description=(
@@ -81,7 +77,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object on stdout, the rest on stderr"
     )
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run a sweep, or finish trials of one.
+
+    0: a trial did not fail; 1: all failed; 75: stopped by a signal; InputError for bad input.
+    """
+    args = _parser().parse_intermixed_args(argv)
     if args.schema:
         print(json.dumps(sweep_schema(), indent=1))
         return GOOD
@@ -166,14 +170,12 @@ def _look(sweep: Sweep, resume: bool, finish: Sequence[int], progress: Progress)
 
 
 def _report(result: SweepResult) -> list[str]:
-    """Write report.html; the lines that end the sweep, the verdict last."""
+    """Write report.html and report.md; the lines that end the sweep, the verdict last."""
     from flowray.report.ending import ending
     from flowray.report.lines import columns
-    from flowray.report.load import load_sweep as load_results
-    from flowray.report.sweep_page import write_sweep_report
+    from flowray.report.sweep_page import write_pages
 
-    page = write_sweep_report(result.sweep_dir)
-    return ending(load_results(result.sweep_dir), page, columns())
+    return ending(result.report, write_pages(result.report), columns())
 
 
 def _summary(result: SweepResult) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from flowray.rayrun.storage import Unshared, check_here, marked, refuse_unshared
 from flowray.rayrun.trainer import RunFailed, fit, train_worker
 from flowray.rayrun.waiting import RoomWatch, begun
 from flowray.report.load import load_sweep as load_report
+from flowray.report.results import Sweep as Report
 from flowray.store.latents import ensure_latents_apart
 from flowray.store.run import RunDirectory, RunLock
 from flowray.sweepconfig.sweep import Sweep
@@ -79,20 +80,25 @@ _QUIET = {
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep came to. best: the best trial's record, None without a value.
+    """What a sweep came to. report: its folder as the report reads it; best: the best trial's
+    record, None without a value.
 
     interrupted: trials that this session was to train are left to be continued, because of a
     signal, or where it is out_of_time, because
     the time budget ran out. left: all that the sweep has still to begin or to continue.
     """
 
-    sweep_dir: Path
+    report: Report
     trials: tuple[TrialRecord, ...]
     best: TrialRecord | None
     saved: float
     interrupted: bool
     out_of_time: bool = False
     left: int = 0
+
+    @property
+    def sweep_dir(self) -> Path:
+        return self.report.path
 
 
 class _SeedReport(TuneReportCallback):
@@ -210,17 +216,23 @@ def run_sweep(
                         raise session.suspended_by
                     out_of_time = session.out_of_time
     ledger = Ledger(sweep_dir / "trials.jsonl")
-    best = load_report(sweep_dir).best
-    record = ledger.trials[best.number] if best else None
+    result = _result(sweep, ledger, load_report(sweep_dir), finish, out_of_time)
+    _conclude(sweep, base, ledger, result.best, stream)
+    return result
+
+
+def _conclude(
+    sweep: Sweep, base: Recipe, ledger: Ledger, best: TrialRecord | None, stream: TextIO
+) -> None:
+    """Write best.yaml; say where the space has no setting left to try."""
     if (settings := ends_with_its_space(sweep)) and not _to_begin(sweep, ledger):
         more = "for more trials, name=OTHER and more values"
         print(
             f"no setting is left of the {settings} in the space, run_cap {sweep.run_cap}; {more}",
             file=stream,
         )
-    if record:
-        (sweep_dir / "best.yaml").write_text(_best_recipe(sweep, base, record))
-    return _result(sweep, ledger, record, finish, out_of_time)
+    if best:
+        (ledger.path.parent / "best.yaml").write_text(_best_recipe(sweep, base, best))
 
 
 def _part(key: str) -> str:
@@ -230,9 +242,9 @@ def _part(key: str) -> str:
 
 
 def _result(
-    sweep: Sweep, ledger: Ledger, best: TrialRecord | None, finish: Sequence[int], out_of_time: bool
+    sweep: Sweep, ledger: Ledger, report: Report, finish: Sequence[int], out_of_time: bool
 ) -> SweepResult:
-    """What the ledger comes to.
+    """What the ledger and the folder come to.
 
     A session that finishes single trials is through with them, whatever the rest of the sweep waits
     for.
@@ -240,9 +252,9 @@ def _result(
     trials = tuple(ledger.trials[n] for n in sorted(ledger.trials))
     unfinished = {trial.trial for trial in trials if trial.status in ("running", "waiting")}
     return SweepResult(
-        ledger.path.parent,
+        report,
         trials,
-        best,
+        ledger.trials[report.best.number] if report.best else None,
         ledger.saved(),
         interrupted=bool(unfinished & set(finish) if finish else unfinished),
         out_of_time=out_of_time,

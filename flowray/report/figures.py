@@ -40,6 +40,14 @@ LABELS = 8  # curve ends labelled
 # of one run's curves, whose start is far from their end, only what is this far out is left at the
 # edge
 FAR = 6.0
+CROSS: dict[str, Any] = {  # where a curve ended early
+    "marker": "x",
+    "linestyle": "none",
+    "color": INK,
+    "markersize": 6,
+    "markeredgewidth": 1.5,
+    "zorder": 4,
+}
 TILE = 256  # px; larger pictures are inlined at this size
 _BETTER = {"minimize": "lower is better", "maximize": "higher is better"}
 
@@ -161,15 +169,7 @@ def sweep_curves(
             )
             early = trial.status in ("stopped", "waiting", "failed")
             if early and not beyond(ax, values[-1]):
-                ax.plot(
-                    steps[-1],
-                    values[-1],
-                    "x",
-                    color=INK,
-                    markersize=6,
-                    markeredgewidth=1.5,
-                    zorder=4,
-                )
+                ax.plot(steps[-1], values[-1], **CROSS)
         mark_edges(ax, [(*curves[trial][-1], INK) for trial in order])
         if base:
             _baseline(ax, base)
@@ -187,16 +187,7 @@ def sweep_curves(
         whole = [trial for trial in order if curves[trial][-1][0] == last][:LABELS]
         end_labels(ax, [(f"{trial.number}", *curves[trial][-1], colours[trial]) for trial in whole])
         if any(trial.status in ("stopped", "waiting", "failed") for trial in order):
-            ax.plot(
-                [],
-                [],
-                "x",
-                color=INK,
-                markersize=6,
-                markeredgewidth=1.5,
-                linestyle="none",
-                label="ended early",
-            )
+            ax.plot([], [], label="ended early", **CROSS)
         if ax.get_legend_handles_labels()[0]:  # above the frame: inside it lie levels and curves
             ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, ncols=2)
 

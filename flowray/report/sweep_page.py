@@ -50,16 +50,21 @@ BLANK = {CONCLUSION: "- keep / reject / re-verify: not judged yet", NEXT: "- not
 
 
 def write_sweep_report(sweep_dir: Path) -> Path:
-    """Write `<sweep_dir>/report.html`, and `report.md` beside it; returns the first's path.
+    """`write_pages` of a sweep directory; InputError also when sweep.yaml cannot be read."""
+    return write_pages(load_sweep(sweep_dir))
+
+
+def write_pages(sweep: Sweep) -> Path:
+    """Write report.html, and report.md beside it, into a sweep's directory; returns the first's
+    path.
 
     What a person wrote under Conclusion, Next step and headings of their own in report.md stays,
-    and shows in both. InputError when sweep.yaml cannot be read or a page cannot be written.
+    and shows in both. InputError when a page cannot be written.
     """
-    sweep = load_sweep(sweep_dir)
-    kept = hand_written(sweep_dir / "report.md")
+    kept = hand_written(sweep.path / "report.md")
     context = {**_context(sweep), "kept": kept}
-    write_markdown(sweep_dir / "report.md", "sweep.md.j2", context)
-    return write_page(sweep_dir / "report.html", "sweep.html.j2", context)
+    write_markdown(sweep.path / "report.md", "sweep.md.j2", context)
+    return write_page(sweep.path / "report.html", "sweep.html.j2", context)
 
 
 def hand_written(report: Path) -> dict[str, str]:

@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 
+from flowray.cli.tune import _report
 from flowray.config.card import render_card
 from flowray.config.load import load_recipe
 from flowray.findings.facts import recipe_facts
 from flowray.findings.judge import Judge
+from flowray.rayrun.tuner import SweepResult
 from flowray.report.analysis import heat_map
 from flowray.report.ending import ending, failures, stop_reasons
 from flowray.report.load import load_sweep
 from flowray.report.results import Sweep
-from flowray.report.sweep_page import stop_rule_text, sweep_verdict
+from flowray.report.sweep_page import stop_rule_text, sweep_verdict, write_sweep_report
 
 RECORDED = Path(__file__).parent / "recorded" / "head"
 BEST = 27
@@ -143,6 +145,19 @@ def test_the_end_is_whole_on_a_screen_and_the_verdict_is_last(sweep: Sweep, widt
     assert words.endswith(" ".join(f"{sweep_verdict(sweep)}.".split()))
     assert "22 stopped: not among the best (asha) at step 50" in words
     assert sum(line.startswith(("  trial ", "trial ")) for line in lines) == 0
+
+
+def test_a_sweep_that_ends_is_read_once(folder: Path, sweep: Sweep) -> None:
+    """A sweep of hundreds of trials ends in seconds: its page and its last lines are of what was
+    read to find its best trial.
+    """
+    page = write_sweep_report(folder).read_text()
+    wanted = ending(sweep, folder / "report.html", 80)
+    shutil.rmtree(folder / str(BEST))
+    (folder / "trials.jsonl").unlink()
+    lines = _report(SweepResult(sweep, (), None, sweep.saved, False))
+    assert (folder / "report.html").read_text() == page
+    assert " ".join(lines).split() == " ".join(wanted).split()
 
 
 def test_stops_and_failures_are_counted_by_reason(folder: Path) -> None:

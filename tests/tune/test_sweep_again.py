@@ -5,6 +5,7 @@ becomes of trials that were cut off.
 import json
 import multiprocessing
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,8 @@ from flowray.rayrun.search import FAILED, LACKS_STORAGE, ProbeScheduler, StudySe
 from flowray.rayrun.storage import Unshared
 from flowray.rayrun.trainer import RunFailed, _note, _raise_noted
 from flowray.rayrun.tuner import SweepResult, _result
+from flowray.report.results import Metric
+from flowray.report.results import Sweep as Results
 from flowray.store.run import RunDirectory, RunLock
 from flowray.sweepconfig.distributions import LogUniform
 from flowray.sweepconfig.file import load_sweep
@@ -305,12 +308,16 @@ def test_what_a_worker_wrote_down_of_a_node_without_the_storage_is_told_as_that(
 # finished by hand
 
 
+def results(folder: Path) -> Results:
+    return Results(folder, "s", {}, (Metric(METRIC, "minimize"),), (), {}, ())
+
+
 @pytest.mark.parametrize(("finish", "interrupted"), [((), True), ((0,), False), ((1,), True)])
 def test_a_session_that_finished_its_trials_was_not_interrupted_whatever_the_sweep_has_left(
     tmp_path, finish, interrupted
 ):
     records = ended(tmp_path, "finished", "running", "stopped", "waiting")
-    result = _result(make(tmp_path, run_cap=6), records, None, finish, False)
+    result = _result(make(tmp_path, run_cap=6), records, results(tmp_path), finish, False)
     assert (result.interrupted, result.left) == (interrupted, 4)
 
 
@@ -324,7 +331,7 @@ def test_what_is_left_is_said_with_the_command_that_goes_on(
     its command finish 1 again.
     """
     result = SweepResult(
-        there / "s",
+        results(there / "s"),
         (TrialRecord(1, {}, "finished", 80, 80),),
         None,
         0.0,

@@ -190,6 +190,8 @@ def test_sweep_stops_tells_and_resumes(tmp_path):
                 run_sweep(
                     make(tmp_path, run_cap=6, seed=4), base, resume=True, trial_fn=trial, stream=log
                 )
+            assert result.report.best
+            assert result.report.best.number == result.best.trial
             before = records(tmp_path / "tiny")
             more = run_sweep(
                 make(tmp_path, run_cap=8), base, resume=True, trial_fn=trial, stream=log
