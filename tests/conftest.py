@@ -1,4 +1,6 @@
-"""Every test runs on one thread: the suite shares its cores, and threads would only slow the tiny models here."""
+"""Every test runs on one thread: the suite shares its cores, and threads would only slow the
+tiny models here.
+"""
 
 import os
 

@@ -1,10 +1,13 @@
-"""Regenerate docs/benchmarks/doctor.md: every planted fault, and healthy runs of every head, against what the doctor finds.
+"""Regenerate docs/benchmarks/doctor.md: every planted fault, and healthy runs of every head,
+against what the doctor finds.
 
-    python tests/doctor_matrix.py [--home FOLDER] [--only NAME ...] [--cost RUN] [--out docs/benchmarks/doctor.md]
+    python tests/doctor_matrix.py [--home FOLDER] [--only NAME ...] [--cost RUN] [--out
+    docs/benchmarks/doctor.md]
 
-Runs are kept in FOLDER/runs and what the doctor measured of them in FOLDER/seen/NAME.json. A row that is there is only judged again,
-by the rules as they are now; --only measures its rows afresh, on the runs that are there. A row from nothing takes about half a
-minute of one core. --cost measures what `flowray.doctor RUN` itself takes, and keeps that too.
+Runs are kept in FOLDER/runs and what the doctor measured of them in FOLDER/seen/NAME.json. A row
+that is there is only judged again, by the rules as they are now; --only measures its rows afresh,
+on the runs that are there. A row from nothing takes about half a minute of one core. --cost
+measures what `flowray.doctor RUN` itself takes, and keeps that too.
 """
 
 from __future__ import annotations
@@ -31,41 +34,81 @@ Row = dict[str, Any]
 
 # Causes that numbers alone cannot separate, and what the doctor then says.
 ALIKE = {
-    "KL drowned; source collapsed or inflated": "a KL too weak is the cause and a source off its width the effect; where the KL's "
-    "share or weight is tiny both are named, and which of them first is a convention",
-    "EMA never updated; EMA far too slow for the run": "in both the average has not left the start; the fix names both",
-    "head frozen, detached, outside the optimiser, or with an lr of nothing": "in all of them the head does not move",
-    "scale never applied; bare posterior means": "told apart by the posterior's noise. An autoencoder without one (DC-AE) has none: "
-    "there it is called a scale never applied",
-    "scale applied twice, where every channel's scale is within 10 % of 1": "not seen, and little lost",
-    "another number than the scale multiplied in": "one scale per channel shows that it is no power of the scale, and only the latents' "
-    "size is reported; with one scale for all channels a number near it is taken for it",
-    "captions shuffled; captions that say nothing of their picture": "in both no word tells anything of the latent",
-    "a bug that training and the doctor share": "seen only where the doctor has a formula of its own: the scale, the target, the time "
-    "code, the KL, the sampler's loop and the decoding",
+    "KL drowned; source collapsed or inflated": (
+        "a KL too weak is the cause and a source off its width the effect; where the KL's "
+        "share or weight is tiny both are named, and which of them first is a convention"
+    ),
+    "EMA never updated; EMA far too slow for the run": (
+        "in both the average has not left the start; the fix names both"
+    ),
+    "head frozen, detached, outside the optimiser, or with an lr of nothing": (
+        "in all of them the head does not move"
+    ),
+    "scale never applied; bare posterior means": (
+        "told apart by the posterior's noise. An autoencoder without one (DC-AE) has none: "
+        "there it is called a scale never applied"
+    ),
+    "scale applied twice, where every channel's scale is within 10 % of 1": (
+        "not seen, and little lost"
+    ),
+    "another number than the scale multiplied in": (
+        "one scale per channel shows that it is no power of the scale, and only the latents' "
+        "size is reported; with one scale for all channels a number near it is taken for it"
+    ),
+    "captions shuffled; captions that say nothing of their picture": (
+        "in both no word tells anything of the latent"
+    ),
+    "a bug that training and the doctor share": (
+        "seen only where the doctor has a formula of its own: the scale, the target, the time "
+        "code, the KL, the sampler's loop and the decoding"
+    ),
 }
 
 
 def measure(fault: Fault, home: Path, *, fresh: bool) -> Row:
-    """The examination of the fault's run as plain data, kept in home/seen; trained and examined now if it is not there."""
+    """The examination of the fault's run as plain data, kept in home/seen; trained and examined
+    now if it is not there.
+    """
     kept = home / "seen" / f"{fault.name}.json"
     if fresh or not kept.is_file():
         began = time.perf_counter()
         seen = look(fault, plant(fault, home))
-        row = {"metrics": seen.metrics, "facts": seen.facts, "history": seen.history, "seconds": time.perf_counter() - began}
+        row = {
+            "metrics": seen.metrics,
+            "facts": seen.facts,
+            "history": seen.history,
+            "seconds": time.perf_counter() - began,
+        }
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(row))
     return json.loads(kept.read_text())
 
 
 def measure_cost(run: Path, home: Path) -> None:
-    """What the command takes on a run, imports and page included, on one thread; kept in home/cost.json."""
-    command = [sys.executable, "-m", "flowray.doctor", str(run), "--json", "--out", str(home / "doctor.html")]
+    """What the command takes on a run, imports and page included, on one thread; kept in
+    home/cost.json.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "flowray.doctor",
+        str(run),
+        "--json",
+        "--out",
+        str(home / "doctor.html"),
+    ]
     began = time.perf_counter()
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=False)
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=False
+    )
     wall, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     found, recipe = json.loads(done.stdout), load_recipe(str(run / "config.yaml")).recipe
-    row = {"wall": wall, "cpu": used.ru_utime + used.ru_stime, "step": found["step"], "velocity": recipe.model.velocity.model_dump()}
+    row = {
+        "wall": wall,
+        "cpu": used.ru_utime + used.ru_stime,
+        "step": found["step"],
+        "velocity": recipe.model.velocity.model_dump(),
+    }
     row["findings"] = [f"{finding['id']} ({finding['severity']})" for finding in found["findings"]]
     (home / "cost.json").write_text(json.dumps(row))
 
@@ -89,7 +132,9 @@ def is_right(row: Row) -> bool:
 
 
 def page(every: Sequence[Row], missing: Sequence[str], cost: Row | None) -> str:
-    """The results as Markdown: a line for each planted fault, those in another recipe, the confusion matrix, what looks alike, the cost."""
+    """The results as Markdown: a line for each planted fault, those in another recipe, the
+    confusion matrix, what looks alike, the cost.
+    """
     elsewhere = {fault.name for fault in HELD_OUT}
     rows = [row for row in every if row["name"] not in elsewhere]
     planted = [row for row in rows if row["named_by"]]
@@ -98,15 +143,27 @@ def page(every: Sequence[Row], missing: Sequence[str], cost: Row | None) -> str:
     text = [
         "# The doctor on planted faults",
         "",
-        "Made by `make doctor-matrix`. Each fault of `tests/faults.py` is planted in the same small run (one-object shapes, a DiT of",
-        "width 64, batch 32, 150 steps), by a recipe key or a bug in the code, and the run directory is given to the doctor, which is",
+        (
+            "Made by `make doctor-matrix`. Each fault of `tests/faults.py` is planted in the same"
+            " small run (one-object shapes, a DiT of"
+        ),
+        (
+            "width 64, batch 32, 150 steps), by a recipe key or a bug in the code, and the run"
+            " directory is given to the doctor, which is"
+        ),
         "told nothing else. The healthy runs are of every head, three seeds each.",
         "",
-        f"Named first: {len(first)} of {len(planted)}. Named first or second: {sum(map(is_right, planted))} of {len(planted)}. "
-        f"Healthy runs with nothing above info: {sum(map(is_right, well))} of {len(well)}.",
+        (
+            f"Named first: {len(first)} of {len(planted)}. Named first or second:"
+            f" {sum(map(is_right, planted))} of {len(planted)}. Healthy runs with nothing above"
+            f" info: {sum(map(is_right, well))} of {len(well)}."
+        ),
         *([f"Not measured yet, and so not counted: {', '.join(missing)}."] if missing else []),
         "",
-        "| planted | named by | place | findings above info, most likely cause first (in brackets: follows from another) |",
+        (
+            "| planted | named by | place | findings above info, most likely cause first (in"
+            " brackets: follows from another) |"
+        ),
         "|---|---|---|---|",
     ]
     text += map(_line, rows)
@@ -116,47 +173,80 @@ def page(every: Sequence[Row], missing: Sequence[str], cost: Row | None) -> str:
 
 
 def _line(row: Row) -> str:
-    loud = [f"({name})" if by else name for name, severity, by, _ in row["findings"] if severity != "info"]
+    loud = [
+        f"({name})" if by else name
+        for name, severity, by, _ in row["findings"]
+        if severity != "info"
+    ]
     named = " or ".join(row["named_by"]) or "nothing"
-    place = row["rank"] or "**not named**" if row["named_by"] else "healthy" if is_right(row) else "**false alarm**"
+    place = (
+        row["rank"] or "**not named**"
+        if row["named_by"]
+        else "healthy"
+        if is_right(row)
+        else "**false alarm**"
+    )
     return f"| {row['name']} | {named} | {place} | {', '.join(loud) or 'none'} |"
 
 
 def _held_out(rows: Sequence[Row]) -> list[str]:
-    """The faults in a recipe that no rule was made for: how many are named, and those that are not named first."""
+    """The faults in a recipe that no rule was made for: how many are named, and those that are
+    not named first.
+    """
     planted = [row for row in rows if row["named_by"]]
     first = [row for row in planted if row["rank"] == 1]
-    other = [row for row in rows if row not in first and not (is_right(row) and not row["named_by"])]
+    other = [
+        row for row in rows if row not in first and not (is_right(row) and not row["named_by"])
+    ]
+    healthy = [r for r in rows if not r["named_by"]]
     return [
         "## In a recipe that the rules were not made with",
         "",
-        "The thresholds were chosen with the runs above in sight. The same faults in another one, which was not looked at while choosing",
-        "(one thing was mended after it was: a run that halts at once is no longer said to have too low a learning rate):",
+        (
+            "The thresholds were chosen with the runs above in sight. The same faults in another"
+            " one, which was not looked at while choosing"
+        ),
+        (
+            "(one thing was mended after it was: a run that halts at once is no longer said to have"
+            " too low a learning rate):"
+        ),
         f"`{' '.join(f'{key}={value}' for key, value in ELSEWHERE.items())}`.",
-        f"Named first: {len(first)} of {len(planted)}. Named first or second: {sum(map(is_right, planted))} of {len(planted)}. "
-        f"The healthy run: {'nothing above info' if all(map(is_right, [r for r in rows if not r['named_by']])) else 'a false alarm'}. "
-        "Those that are not named first:",
+        (
+            f"Named first: {len(first)} of {len(planted)}. Named first or second:"
+            f" {sum(map(is_right, planted))} of {len(planted)}. The healthy run:"
+            f" {'nothing above info' if all(map(is_right, healthy)) else 'a false alarm'}."
+            " Those that are not named first:"
+        ),
         "",
-        "| planted | named by | place | findings above info, most likely cause first (in brackets: follows from another) |",
+        (
+            "| planted | named by | place | findings above info, most likely cause first (in"
+            " brackets: follows from another) |"
+        ),
         "|---|---|---|---|",
         *map(_line, other),
     ]
 
 
 def _matrix(planted: Sequence[Row]) -> list[str]:
-    """Planted (rows) against found (columns): the place of the finding where it is one of the first three."""
+    """Planted (rows) against found (columns): the place of the finding where it is one of the
+    first three.
+    """
     columns = sorted({name for row in planted for name, *_ in row["findings"][:3]})
     lines = [
         "## Confusion matrix",
         "",
-        "The place (1 to 3) at which each finding stands; columns: " + ", ".join(f"{i} {name}" for i, name in enumerate(columns, 1)) + ".",
+        "The place (1 to 3) at which each finding stands; columns: "
+        + ", ".join(f"{i} {name}" for i, name in enumerate(columns, 1))
+        + ".",
         "",
         "| planted | " + " | ".join(str(i) for i in range(1, len(columns) + 1)) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     for row in planted:
         places = {name: str(place) for place, (name, *_) in enumerate(row["findings"][:3], 1)}
-        lines.append(f"| {row['name']} | " + " | ".join(places.get(name, "") for name in columns) + " |")
+        lines.append(
+            f"| {row['name']} | " + " | ".join(places.get(name, "") for name in columns) + " |"
+        )
     return lines
 
 
@@ -170,19 +260,30 @@ def _cost(cost: Row | None) -> list[str]:
         "",
         "## What it costs",
         "",
-        f"`python -m flowray.doctor RUN` on a run of the quickstart recipe's size ({net['kind']} of width {net['width']} and depth "
-        f"{net['depth']}, step {cost['step']}, 32 samples, all probes, the page and the imports included): {cost['cpu']:.0f} s of CPU time "
-        f"on one thread, {wall}. "
-        f"It found: {', '.join(cost['findings']) or 'nothing'}.",
+        (
+            "`python -m flowray.doctor RUN` on a run of the quickstart recipe's size"
+            f" ({net['kind']} of width {net['width']} and depth {net['depth']}, step"
+            f" {cost['step']}, 32 samples, all probes, the page and the imports included):"
+            f" {cost['cpu']:.0f} s of CPU time on one thread, {wall}. It found:"
+            f" {', '.join(cost['findings']) or 'nothing'}."
+        ),
     ]
 
 
 def main() -> None:
     """Measure what is missing and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, default=DEFAULT_HOME, help="pictures, latents, runs and examinations")
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="measure these again, and no others")
-    parser.add_argument("--cost", type=Path, metavar="RUN", help="measure what the command takes on this run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--home", type=Path, default=DEFAULT_HOME, help="pictures, latents, runs and examinations"
+    )
+    parser.add_argument(
+        "--only", nargs="*", metavar="NAME", help="measure these again, and no others"
+    )
+    parser.add_argument(
+        "--cost", type=Path, metavar="RUN", help="measure what the command takes on this run"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/doctor.md"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -193,12 +294,20 @@ def main() -> None:
         seen = measure(cases[name], args.home, fresh=args.only is not None)
         row = judged(cases[name], seen)
         word = "ok" if is_right(row) else "WRONG"
-        print(f"{name:<26} {word:<5} {seen['seconds']:5.0f} s  {[found for found, *_ in row['findings']][:4]}", flush=True)
-    known = [case for case in cases.values() if (args.home / "seen" / f"{case.name}.json").is_file()]
+        print(
+            f"{name:<26} {word:<5} {seen['seconds']:5.0f} s "
+            f" {[found for found, *_ in row['findings']][:4]}",
+            flush=True,
+        )
+    known = [
+        case for case in cases.values() if (args.home / "seen" / f"{case.name}.json").is_file()
+    ]
     missing = [name for name in cases if name not in {case.name for case in known}]
     rows = [judged(case, measure(case, args.home, fresh=False)) for case in known]
     cost = args.home / "cost.json"
-    args.out.write_text(page(rows, missing, json.loads(cost.read_text()) if cost.is_file() else None))
+    args.out.write_text(
+        page(rows, missing, json.loads(cost.read_text()) if cost.is_file() else None)
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Faults planted in an otherwise healthy small run, by config or by a bug in the code, and what the doctor makes of them.
+"""Faults planted in an otherwise healthy small run, by config or by a bug in the code, and what the
+doctor makes of them.
 
-The doctor is told nothing: it gets the run directory. A bug in the code is there while training and, unless `mended`, while the
-doctor looks, because whoever runs the doctor runs the same code.
+The doctor is told nothing: it gets the run directory. A bug in the code is there while training
+and, unless `mended`, while the doctor looks, because whoever runs the doctor runs the same code.
 """
 
 from __future__ import annotations
@@ -46,14 +47,17 @@ from flowray.train.group import Group
 from flowray.train.loop import train
 from flowray.train.optim import Ema
 from flowray.train.state import Halted
-from flowray.train.step import BatchMaker, whole_batches
+from flowray.train.step import BatchMaker
 
 Bug = AbstractContextManager[Any]
 SETS = {"train": 768, "val": 64, "unseen": 1}
 SHIPPED = json.loads((asset_path("autoencoder") / "config.json").read_text())
-SCALE, SHIFT = tuple(1 / std for std in SHIPPED["latents_std"]), tuple(SHIPPED["latents_mean"])  # per channel
+# per channel
+SCALE, SHIFT = tuple(1 / std for std in SHIPPED["latents_std"]), tuple(SHIPPED["latents_mean"])
 
-SMALL = {  # on top of the packaged quickstart; a source of its own making, since an anchored one leaves the velocity little to do
+# on top of the packaged quickstart; a source of its own making, since an anchored one leaves the
+# velocity little to do
+SMALL = {
     "loss.anchor.weight": 0.0,
     "loss.kl.weight": 2.0,
     "loss.clip.weight": 0.3,
@@ -79,9 +83,10 @@ SMALL = {  # on top of the packaged quickstart; a source of its own making, sinc
 class Fault:
     """What is wrong with a run and by which findings the doctor names it.
 
-    keys: recipe keys; bug: a fault of the code; mended: the code is right again when the doctor comes; late: the code of sampling,
-    which training does not use, so the doctor looks at the run `healthy`, which is without it; data: makes the training shards, in a
-    folder given, from the healthy ones.
+    keys: recipe keys; bug: a fault of the code; mended: the code is right again when the doctor
+    comes; late: the code of sampling, which training does not use, so the doctor looks at the run
+    `healthy`, which is without it; data: makes the training shards, in a folder given, from the
+    healthy ones.
     """
 
     name: str
@@ -102,8 +107,15 @@ def make_sets(home: Path) -> dict[str, Path]:
 def small_recipe(home: Path, name: str, **keys: Any) -> Recipe:
     """The healthy run's recipe."""
     sets = make_sets(home)
-    places = {"data.shards": str(sets["train"]), "data.val_shards": str(sets["val"]), "data.cache": str(home / "cache")}
-    base = override_recipe(load_recipe("quickstart").recipe, {**SMALL, **places, "storage_path": str(home / "runs"), "name": name})
+    places = {
+        "data.shards": str(sets["train"]),
+        "data.val_shards": str(sets["val"]),
+        "data.cache": str(home / "cache"),
+    }
+    base = override_recipe(
+        load_recipe("quickstart").recipe,
+        {**SMALL, **places, "storage_path": str(home / "runs"), "name": name},
+    )
     return override_recipe(base, keys) if keys else base
 
 
@@ -123,11 +135,14 @@ def plant(fault: Fault, home: Path, steps: int | None = None) -> RunDirectory:
     if steps is not None:
         keys = {"train.steps": steps, "train.probe_every": steps, **keys}
     if fault.data is not None:
-        keys["data.shards"] = str(fault.data(make_sets(home)["train"], home / f"pictures-{fault.name}"))
+        keys["data.shards"] = str(
+            fault.data(make_sets(home)["train"], home / f"pictures-{fault.name}")
+        )
     recipe = small_recipe(home, fault.name, **keys)
     run = RunDirectory(Path(recipe.storage_path) / recipe.name)
     if newest_checkpoint(run.checkpoints) is None:
-        ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)  # the cache is made by code without the bug
+        # the cache is made by code without the bug
+        ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
         with fault.bug():
             train_quietly(recipe)
     return run
@@ -136,7 +151,7 @@ def plant(fault: Fault, home: Path, steps: int | None = None) -> RunDirectory:
 def look(fault: Fault, run: RunDirectory, batch: int = 32) -> Examination:
     """The doctor's examination of the run, the bug still there unless it was mended."""
     with nullcontext() if fault.mended else fault.bug():
-        return examine(open_subject(find_checkpoint(run.path), whole_batches), batch=batch)
+        return examine(open_subject(find_checkpoint(run.path)), batch=batch)
 
 
 def judge(seen: Examination) -> list[Finding]:
@@ -146,7 +161,9 @@ def judge(seen: Examination) -> list[Finding]:
 
 def rank(findings: list[Finding], named_by: tuple[str, ...]) -> int | None:
     """The place, from 1, of the first finding that names the fault."""
-    return next((place for place, finding in enumerate(findings, 1) if finding.id in named_by), None)
+    return next(
+        (place for place, finding in enumerate(findings, 1) if finding.id in named_by), None
+    )
 
 
 # ---- bugs in the code
@@ -176,7 +193,9 @@ def _unscaled(moments: Moments, noise: Tensor) -> Tensor:
 
 def target(make: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Bug]:
     """The velocity that the loss asks for, of (x0, x1)."""
-    return replacing(flow_path, "velocity_target", lambda _: lambda x0, x1, rho: make(x0.float(), x1.float()))
+    return replacing(
+        flow_path, "velocity_target", lambda _: lambda x0, x1, rho: make(x0.float(), x1.float())
+    )
 
 
 def _inverted_unscale(original: Any) -> Any:
@@ -192,7 +211,9 @@ def _resampled(original: Any) -> Any:
 
 
 def _bf16_integrate(original: Any) -> Any:
-    def integrate(config: Any, velocity_fn: Any, x: Tensor, grid: list[float], *rest: Any) -> Tensor:
+    def integrate(
+        config: Any, velocity_fn: Any, x: Tensor, grid: list[float], *rest: Any
+    ) -> Tensor:
         x = x.bfloat16()
         for before, after in pairwise(grid):
             t = torch.full((len(x),), (before + after) / 2)
@@ -239,7 +260,11 @@ def _other_weights(original: Any) -> Any:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in net.parameters():
-                parameter += 0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator) if parameter.numel() > 1 else 0.0
+                parameter += (
+                    0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+                    if parameter.numel() > 1
+                    else 0.0
+                )
         return net
 
     return load
@@ -254,7 +279,10 @@ def _train_mode_everywhere() -> Bug:
 
     @contextmanager
     def planted() -> Iterator[None]:
-        with patch.object(Autoencoder, "__init__", start), patch.object(Autoencoder, "train", lambda self, mode=True: self):
+        with (
+            patch.object(Autoencoder, "__init__", start),
+            patch.object(Autoencoder, "train", lambda self, mode=True: self),
+        ):
             yield
 
     return planted()
@@ -268,7 +296,9 @@ def _against_the_flow() -> Bug:
 
 
 def _of_its_own(info_nce: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The text contrasted with itself: every pair is found at once, and nothing is learnt from it."""
+    """The text contrasted with itself: every pair is found at once, and nothing is learnt from
+    it.
+    """
     return lambda text, image, scale, gather: info_nce(text, text, scale, gather=gather)
 
 
@@ -280,7 +310,10 @@ def few_pictures_many_times(healthy: Path, folder: Path) -> Path:
     reader = ShardReader(find_shards(str(healthy)))
 
     def sample(i: int) -> dict[str, Any]:
-        return {"__key__": f"copy-{i:05d}", **{extension: reader.read(i % 8, extension) for extension in ("png", "txt", "json")}}
+        return {
+            "__key__": f"copy-{i:05d}",
+            **{extension: reader.read(i % 8, extension) for extension in ("png", "txt", "json")},
+        }
 
     if not (folder / MANIFEST).is_file():
         write_shards(folder, (sample(i) for i in range(512)), meta={})
@@ -292,51 +325,111 @@ HEALTHY = Fault("healthy", ())
 ANCHORED = {"loss.anchor.weight": 4.0, "loss.kl.weight": 0.03, "optim.lr_scale.z_head": 0.4}
 HEALTHY_RUNS = tuple(
     Fault(f"healthy_{head['kind']}_{seed}", (), {"model.head": head, "seed": seed})
-    for head in ({"kind": "pooled"}, {"kind": "grid"}, {"kind": "conv"}, {"kind": "transencoder", "layers": 2, "ffn": 256})
+    for head in (
+        {"kind": "pooled"},
+        {"kind": "grid"},
+        {"kind": "conv"},
+        {"kind": "transencoder", "layers": 2, "ffn": 256},
+    )
     for seed in (0, 1, 2)
 ) + tuple(Fault(f"healthy_anchored_{seed}", (), {**ANCHORED, "seed": seed}) for seed in (0, 1, 2))
 FAULTS: tuple[Fault, ...] = (
     # the latent's scale and the autoencoder
-    Fault("scale_twice", ("scale_twice",), bug=training_latents(lambda m, noise: _healthy_latent(m, noise) * over_channels(SCALE, noise))),
     Fault(
-        "scale_never",
-        ("scale_never",),
-        bug=training_latents(_unscaled),
+        "scale_twice",
+        ("scale_twice",),
+        bug=training_latents(
+            lambda m, noise: _healthy_latent(m, noise) * over_channels(SCALE, noise)
+        ),
+    ),
+    Fault("scale_never", ("scale_never",), bug=training_latents(_unscaled)),
+    Fault(
+        "scale_inverted_at_decode",
+        ("decode_scale", "scale_inverted"),
+        bug=replacing(LatentScale, "unscale", _inverted_unscale),
+        late=True,
     ),
     Fault(
-        "scale_inverted_at_decode", ("decode_scale", "scale_inverted"), bug=replacing(LatentScale, "unscale", _inverted_unscale), late=True
+        "moments_as_latent", ("moments_as_latents",), bug=training_latents(lambda m, noise: m.mean)
     ),
-    Fault("moments_as_latent", ("moments_as_latents",), bug=training_latents(lambda m, noise: m.mean)),
-    Fault("sample_on_latent", ("sample_on_latent",), bug=replacing(generate_module, "generate_latents", _resampled), late=True),
-    Fault("autoencoder_train_mode", ("autoencoder_in_train_mode",), bug=_train_mode_everywhere, late=True),
-    Fault("autoencoder_wrong", ("wrong_autoencoder",), bug=replacing(autoencoder_module, "_load", _other_weights), late=True),
+    Fault(
+        "sample_on_latent",
+        ("sample_on_latent",),
+        bug=replacing(generate_module, "generate_latents", _resampled),
+        late=True,
+    ),
+    Fault(
+        "autoencoder_train_mode",
+        ("autoencoder_in_train_mode",),
+        bug=_train_mode_everywhere,
+        late=True,
+    ),
+    Fault(
+        "autoencoder_wrong",
+        ("wrong_autoencoder",),
+        bug=replacing(autoencoder_module, "_load", _other_weights),
+        late=True,
+    ),
     # the target
     Fault("sign_flipped", ("velocity_sign",), bug=target(lambda x0, x1: x0 - x1)),
-    Fault("sign_flipped_anchored", ("velocity_sign",), ANCHORED, bug=target(lambda x0, x1: x0 - x1)),
+    Fault(
+        "sign_flipped_anchored", ("velocity_sign",), ANCHORED, bug=target(lambda x0, x1: x0 - x1)
+    ),
     Fault("target_x1", ("x1_target",), bug=target(lambda x0, x1: x1)),
     Fault("target_epsilon", ("epsilon_target",), bug=target(lambda x0, x1: x0)),
-    Fault("velocity_small", ("velocity_too_small",), bug=target(lambda x0, x1: 0.3 * (x1 - x0)), mended=True),
+    Fault(
+        "velocity_small",
+        ("velocity_too_small",),
+        bug=target(lambda x0, x1: 0.3 * (x1 - x0)),
+        mended=True,
+    ),
     # the source
     Fault("source_collapsed", ("source_collapsed",), {"loss.kl.weight": 0.003}),
-    Fault("source_inflated", ("source_inflated",), {"loss.kl.weight": 0.003, "loss.flow.source_grad": "path"}),
+    Fault(
+        "source_inflated",
+        ("source_inflated",),
+        {"loss.kl.weight": 0.003, "loss.flow.source_grad": "path"},
+    ),
     Fault("logvar_saturated", ("logvar_saturated",), {"model.posterior.logvar_min": -0.3}),
     Fault("kl_on_scaled", ("kl_on_scaled",), bug=replacing(terms, "kl_per_dim", _scaled_kl)),
     Fault("kl_drowned", ("kl_drowned", "source_collapsed"), {"loss.kl.weight": 1e-5}),
     Fault("kl_crushing", ("kl_crushing",), {"loss.kl.weight": 300.0, "loss.kl.form": "gaussian"}),
-    Fault("condition_ignored", ("condition_ignored",), bug=replacing(FlowModel, "posterior", _one_text)),
+    Fault(
+        "condition_ignored",
+        ("condition_ignored",),
+        bug=replacing(FlowModel, "posterior", _one_text),
+    ),
     Fault("captions_shuffled", ("captions_shuffled",), {"data.shuffle_captions": True}),
     # optimisation
     Fault("lr_too_low", ("lr_too_low",), {"optim.lr": 2.5e-7}),
     Fault("lr_too_high", ("lr_too_high",), {"optim.lr": 0.1, "train.checkpoint_every": 25}),
     Fault("dead_head", ("dead_head",), {"optim.lr_scale.z_head": 1e-8}),
     Fault("dead_flow_head", ("dead_head",), {"optim.lr_scale.flow_head": 1e-8}),
-    Fault("ema_never_updated", ("ema_never_updated",), bug=replacing(Ema, "update", lambda _: lambda self, step: None)),
+    Fault(
+        "ema_never_updated",
+        ("ema_never_updated",),
+        bug=replacing(Ema, "update", lambda _: lambda self, step: None),
+    ),
     Fault("raw_sampled", ("raw_sampled",), {"sample.weights": "raw"}),
-    Fault("losses_opposed", ("losses_opposed",), {"loss.clip.weight": 1.0, "train.grad_every": 50}, bug=_against_the_flow),
+    Fault(
+        "losses_opposed",
+        ("losses_opposed",),
+        {"loss.clip.weight": 1.0, "train.grad_every": 50},
+        bug=_against_the_flow,
+    ),
     Fault("contrastive_weak", ("clip_weak",), {"loss.clip.weight": 1e-4}),
-    Fault("contrastive_saturated", ("clip_saturated",), {"loss.clip.weight": 3.0}, bug=replacing(terms, "info_nce", _of_its_own)),
+    Fault(
+        "contrastive_saturated",
+        ("clip_saturated",),
+        {"loss.clip.weight": 3.0},
+        bug=replacing(terms, "info_nce", _of_its_own),
+    ),
     Fault("dino_weak", ("dino_weak",), {"loss.dino.weight": 1e-3}),
-    Fault("dino_saturated", ("dino_saturated",), {"loss.dino.weight": 1.0, "loss.dino.teacher_temperature": 1e-4}),
+    Fault(
+        "dino_saturated",
+        ("dino_saturated",),
+        {"loss.dino.weight": 1.0, "loss.dino.teacher_temperature": 1e-4},
+    ),
     Fault(
         "non_finite",
         ("non_finite",),
@@ -344,13 +437,33 @@ FAULTS: tuple[Fault, ...] = (
         bug=replacing(LatentSet, "moments", _corrupt_sample),
     ),
     # time and the sampler
-    Fault("time_code_mismatch", ("time_code_mismatch",), bug=replacing(total, "time_code", lambda _: lambda t: 8 * t - 4)),
     Fault(
-        "time_code_sampling", ("time_code_mismatch",), bug=replacing(generate_module, "time_code", lambda _: lambda t: 8 * t - 4), late=True
+        "time_code_mismatch",
+        ("time_code_mismatch",),
+        bug=replacing(total, "time_code", lambda _: lambda t: 8 * t - 4),
     ),
-    Fault("time_untrained", ("time_untrained",), {"flow.time": {"kind": "alpha", "low": 0.6, "high": 0.98, "uniform_floor": 0.0}}),
-    Fault("solver_bf16", ("half_precision_solver",), bug=replacing(generate_module, "integrate", _bf16_integrate), late=True),
-    Fault("guidance_without_null", ("guidance_without_null",), {"flow.null_probability": 0.0, "sample.guidance_scale": 4.0}),
+    Fault(
+        "time_code_sampling",
+        ("time_code_mismatch",),
+        bug=replacing(generate_module, "time_code", lambda _: lambda t: 8 * t - 4),
+        late=True,
+    ),
+    Fault(
+        "time_untrained",
+        ("time_untrained",),
+        {"flow.time": {"kind": "alpha", "low": 0.6, "high": 0.98, "uniform_floor": 0.0}},
+    ),
+    Fault(
+        "solver_bf16",
+        ("half_precision_solver",),
+        bug=replacing(generate_module, "integrate", _bf16_integrate),
+        late=True,
+    ),
+    Fault(
+        "guidance_without_null",
+        ("guidance_without_null",),
+        {"flow.null_probability": 0.0, "sample.guidance_scale": 4.0},
+    ),
     Fault("eval_differs", ("same_batch_mismatch",), bug=replacing(DiT, "levels", _worse_in_eval)),
     # the data
     Fault("dataset_small", ("dataset_too_small",), {"data.limit": 8}),
@@ -358,9 +471,21 @@ FAULTS: tuple[Fault, ...] = (
     Fault("undertrained", ("undertrained",), {"train.steps": 40, "train.probe_every": 40}),
 )
 
-# The rules' thresholds were chosen with the runs above in sight, so the same faults are planted in a recipe that was not looked at.
-ELSEWHERE = {"model.head.kind": "conv", "seed": 7, "flow.time": {"kind": "log_snr"}, "train.batch_size": 48, "optim.lr": 2e-3}
+# The rules' thresholds were chosen with the runs above in sight, so the same faults are planted in
+# a recipe that was not looked at.
+ELSEWHERE = {
+    "model.head.kind": "conv",
+    "seed": 7,
+    "flow.time": {"kind": "log_snr"},
+    "train.batch_size": 48,
+    "optim.lr": 2e-3,
+}
 HELD_OUT = tuple(
-    replace(fault, name=f"{fault.name}_elsewhere", healthy="healthy_elsewhere", keys={**ELSEWHERE, **fault.keys})
+    replace(
+        fault,
+        name=f"{fault.name}_elsewhere",
+        healthy="healthy_elsewhere",
+        keys={**ELSEWHERE, **fault.keys},
+    )
     for fault in (*FAULTS, HEALTHY)
 )

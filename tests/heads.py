@@ -1,4 +1,6 @@
-"""A real Ray head with a token, and nodes that join it: started as users start them, ended with all that they started."""
+"""A real Ray head with a token, and nodes that join it: started as users start them, ended with
+all that they started.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ GET = """
 import sys, urllib.error, urllib.request
 headers = {"Authorization": f"Bearer {sys.argv[2]}"} if sys.argv[2] else {}
 try:
-    answer = urllib.request.urlopen(urllib.request.Request(sys.argv[1], headers=headers), timeout=60)
+    request = urllib.request.Request(sys.argv[1], headers=headers)
+    answer = urllib.request.urlopen(request, timeout=60)
 except urllib.error.HTTPError as error:
     answer = error
 print(answer.status)
@@ -41,8 +44,17 @@ def free_ports(count: int) -> list[int]:
 
 
 def agent_ports() -> list[str]:
-    """`ray start` options. A raylet waits half a minute for each of its agents to name a port that was not given, and then dies."""
-    names = ("metrics-export-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
+    """`ray start` options.
+
+    A raylet waits half a minute for each of its agents to name a port that was not given, and then
+    dies.
+    """
+    names = (
+        "metrics-export-port",
+        "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port",
+        "runtime-env-agent-port",
+    )
     return [f"--{name}={port}" for name, port in zip(names, free_ports(len(names)), strict=True)]
 
 
@@ -58,7 +70,9 @@ def own_address() -> str:
 
 @dataclass
 class Head:
-    """A running head. folder holds: shared/ (FLOWRAY_STORAGE and where Ray was started), home/.ray/auth_token."""
+    """A running head. folder holds: shared/ (FLOWRAY_STORAGE and where Ray was started),
+    home/.ray/auth_token.
+    """
 
     folder: Path
     host: str
@@ -84,21 +98,49 @@ class Head:
 
     def ray(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         command = [*self.inside, str(BIN / "ray"), *arguments]
-        return subprocess.run(command, cwd=self.folder, env=self.environment | environment, capture_output=True, text=True, timeout=JOB_S)
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=JOB_S,
+        )
 
-    def submit(self, name: str, *command: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    def submit(
+        self, name: str, *command: str, options: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess:
         address = f"http://127.0.0.1:{self.dashboard}"
-        return self.ray("job", "submit", "--address", address, "--submission-id", name, *options, "--", *command)
+        return self.ray(
+            "job", "submit", "--address", address, "--submission-id", name, *options, "--", *command
+        )
 
     def command(self, module: str, *arguments: str) -> subprocess.CompletedProcess:
         """`python -m module`, on the head's machine, pointed at the cluster."""
         command = [*self.inside, sys.executable, "-m", module, *arguments]
-        return subprocess.run(command, cwd=self.folder, env=self.as_driver, capture_output=True, text=True, timeout=JOB_S)
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.as_driver,
+            capture_output=True,
+            text=True,
+            timeout=JOB_S,
+        )
 
     def get(self, path: str, token: str | None) -> tuple[int, str]:
         """(status, body) of the dashboard's answer, asked for on the head's host."""
-        command = [*self.inside, sys.executable, "-S", "-c", GET, f"http://127.0.0.1:{self.dashboard}{path}", token or ""]
-        answer = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=JOB_S, check=True).stdout
+        command = [
+            *self.inside,
+            sys.executable,
+            "-S",
+            "-c",
+            GET,
+            f"http://127.0.0.1:{self.dashboard}{path}",
+            token or "",
+        ]
+        answer = subprocess.run(
+            command, cwd=self.folder, capture_output=True, text=True, timeout=JOB_S, check=True
+        ).stdout
         status, _, body = answer.partition("\n")
         return int(status), body
 
@@ -118,15 +160,19 @@ def running_head(
     port: int | None = None,
     **environment: str,
 ) -> Iterator[Head]:
-    """`python -m flowray.cluster head -- OPTIONS` for the block, in `folder`; gone with all that it started after it.
+    """`python -m flowray.cluster head -- OPTIONS` for the block, in `folder`; gone with all that it
+    started after it.
 
-    environment: further variables, of the head and of all that joins it. Options without --num-cpus: two CPUs.
+    environment: further variables, of the head and of all that joins it. Options without
+    --num-cpus: two CPUs.
     """
     files = Path(tempfile.mkdtemp(prefix="frc-"))  # Ray's; short, for its sockets
     host = host or own_address()
     (dashboard, free), agents = free_ports(2), agent_ports()
     port = port or free
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "FLOWRAY_"))}
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "FLOWRAY_"))
+    }
     given = kept | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "HOME": str(folder / "home"),
@@ -139,20 +185,51 @@ def running_head(
         **environment,
     }
     (folder / "shared").mkdir()
-    unset = {key: value for key, value in given.items() if key not in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
-    fixed = [f"--temp-dir={files}", f"--dashboard-port={dashboard}", *agents, "--object-store-memory=200000000"]
+    unset = {
+        key: value
+        for key, value in given.items()
+        if key not in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+    }
+    fixed = [
+        f"--temp-dir={files}",
+        f"--dashboard-port={dashboard}",
+        *agents,
+        "--object-store-memory=200000000",
+    ]
     fixed += [] if any(option.startswith("--num-cpus") for option in options) else ["--num-cpus=2"]
-    start = [sys.executable, "-m", "flowray.cluster", "head", "--port", str(port), "--host", host, "--", *fixed, *options]
+    start = [
+        sys.executable,
+        "-m",
+        "flowray.cluster",
+        "head",
+        "--port",
+        str(port),
+        "--host",
+        host,
+        "--",
+        *fixed,
+        *options,
+    ]
     log = folder / "head.log"
     try:
         for _ in range(4):  # on a busy machine Ray gives up after 30 s that it lets nobody change
-            with log.open("w") as out:  # a file: the daemons keep what they inherit, and a pipe would never end
-                code = subprocess.run([*inside, *start], cwd=folder / "shared", env=unset, stdout=out, stderr=out, timeout=600).returncode
+            # a file: the daemons keep what they inherit, and a pipe would never end
+            with log.open("w") as out:
+                code = subprocess.run(
+                    [*inside, *start],
+                    cwd=folder / "shared",
+                    env=unset,
+                    stdout=out,
+                    stderr=out,
+                    timeout=600,
+                ).returncode
             if code == 0 or "timed out during startup" not in log.read_text():
                 break
             kill_all(folder)
         assert code == 0, log.read_text()[-3000:]
-        yield Head(folder, host, port, dashboard, int(agents[0].partition("=")[2]), given, files, inside)
+        yield Head(
+            folder, host, port, dashboard, int(agents[0].partition("=")[2]), given, files, inside
+        )
     finally:
         kill_all(folder)
         shutil.rmtree(files, ignore_errors=True)
@@ -178,17 +255,33 @@ class Node:
 
 @contextlib.contextmanager
 def joined(head: Head, address: str | None = None, inside: tuple[str, ...] = ()) -> Iterator[Node]:
-    """A further node of one CPU, gone after the block. inside: goes before its command; address: its own, for the head's host None.
+    """A further node of one CPU, gone after the block. inside: goes before its command; address:
+    its own, for the head's host None.
 
-    It is up when the block begins: of two that start at once on one host, each may take a port that the other was to have.
+    It is up when the block begins: of two that start at once on one host, each may take a port that
+    the other was to have.
     """
     mark = head.folder / str(time.monotonic_ns())
     log = mark.with_suffix(".log")
-    command = [*inside, str(BIN / "ray"), "start", f"--address={head.host}:{head.port}", f"--node-ip-address={address or head.host}"]
-    command += ["--num-cpus=1", "--object-store-memory=100000000", *agent_ports(), "--disable-usage-stats", "--block"]
+    command = [
+        *inside,
+        str(BIN / "ray"),
+        "start",
+        f"--address={head.host}:{head.port}",
+        f"--node-ip-address={address or head.host}",
+    ]
+    command += [
+        "--num-cpus=1",
+        "--object-store-memory=100000000",
+        *agent_ports(),
+        "--disable-usage-stats",
+        "--block",
+    ]
     with log.open("w") as out:
         environment = head.environment | {"FLOWRAY_CLUSTER_TEST": str(mark)}
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=head.folder)
+        process = subprocess.Popen(
+            command, env=environment, stdout=out, stderr=out, cwd=head.folder
+        )
     node = Node(process, mark, log)
     try:
         while "Ray runtime started" not in log.read_text():
@@ -204,7 +297,10 @@ def offspring(mark: str) -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if mark.encode() in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
+            if (
+                mark.encode() in (folder / "environ").read_bytes().split(b"\0")
+                and int(folder.name) != os.getpid()
+            ):
                 found.append(int(folder.name))
         except OSError:
             continue

@@ -1,6 +1,7 @@
 """How long a command says nothing: its lines with the times at which they came.
 
-By hand: `python tests/silence.py -m flowray.train quickstart train.steps=20` prints the lines, the first and the longest gap.
+By hand: `python tests/silence.py -m flowray.train quickstart train.steps=20` prints the lines, the
+first and the longest gap.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import IO
 
 @dataclass(frozen=True)
 class Talk:
-    """What a command said: (seconds after its start, stream, line), how it ended and after how many seconds."""
+    """What a command said: (seconds after its start, stream, line), how it ended and after how
+    many seconds.
+    """
 
     lines: list[tuple[float, str, str]]
     code: int
@@ -42,13 +45,18 @@ class Talk:
 def listen(command: Sequence[str], *, timeout: float = 600, **popen: object) -> Talk:
     """Run a command to its end, both streams into pipes. popen: as subprocess.Popen takes it."""
     began, lines = time.monotonic(), []
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)  # type: ignore[call-overload]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )  # type: ignore[call-overload]
 
     def take(name: str, stream: IO[str]) -> None:
         for line in stream:
             lines.append((time.monotonic() - began, name, line.rstrip("\n")))
 
-    readers = [threading.Thread(target=take, args=pair) for pair in (("stdout", process.stdout), ("stderr", process.stderr))]
+    readers = [
+        threading.Thread(target=take, args=pair)
+        for pair in (("stdout", process.stdout), ("stderr", process.stderr))
+    ]
     for reader in readers:
         reader.start()
     try:
@@ -64,5 +72,8 @@ if __name__ == "__main__":
     heard = listen([sys.executable, *sys.argv[1:]])
     for at, stream, line in heard.lines:
         print(f"{at:7.1f}  {stream}  {line}")
-    print(f"exit {heard.code} after {heard.seconds:.1f} s; first line on stderr {heard.first:.1f} s", end="; ")
+    print(
+        f"exit {heard.code} after {heard.seconds:.1f} s; first line on stderr {heard.first:.1f} s",
+        end="; ",
+    )
     print("longest silence {:.1f} s after {!r}".format(*heard.longest))

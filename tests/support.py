@@ -1,4 +1,6 @@
-"""What several parts' tests need: models and data sets so small that a run takes a second, in the real formats on disk."""
+"""What several parts' tests need: models and data sets so small that a run takes a second, in
+the real formats on disk.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ PICTURE = 8  # px, twice the latent's side: what the tiny autoencoder takes
 
 
 class Heard:
-    """Progress that keeps what it is told. said: the lines of `say`; tasks: description -> how many were done."""
+    """Progress that keeps what it is told.
+
+    said: the lines of `say`; tasks: description -> how many were done.
+    """
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -72,7 +77,9 @@ def answering_model(recipe: Recipe) -> FlowModel:
 
 
 def word_tokenizer(words: Sequence[str] = ()) -> Any:
-    """A word-level tokenizer that knows `words`, or those of `captions`, and ends every text with <eos>."""
+    """A word-level tokenizer that knows `words`, or those of `captions`, and ends every text
+    with <eos>.
+    """
     from transformers import PreTrainedTokenizerFast
 
     texts = captions(len(single_scenes("train")))
@@ -80,12 +87,18 @@ def word_tokenizer(words: Sequence[str] = ()) -> Any:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", ",", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
 
 
 def tiny_text(path: Path, seed: int = 0) -> Path:
-    """A random causal LM (Qwen3, width 32, 2 layers) and its tokenizer, saved to a folder as transformers does."""
+    """A random causal LM (Qwen3, width 32, 2 layers) and its tokenizer, saved to a folder as
+    transformers does.
+    """
     from transformers import Qwen3Config, Qwen3Model
 
     if (path / "config.json").is_file():
@@ -113,7 +126,9 @@ def tiny_text(path: Path, seed: int = 0) -> Path:
 
 
 def tiny_autoencoder(path: Path, spec: LatentSpec = SPEC, seed: int = 0) -> Path:
-    """A random AutoencoderKL, pictures of twice the latent's side, saved to a folder as diffusers does."""
+    """A random AutoencoderKL, pictures of twice the latent's side, saved to a folder as
+    diffusers does.
+    """
     from diffusers import AutoencoderKL
 
     if (path / "config.json").is_file():
@@ -137,16 +152,38 @@ def tiny_autoencoder(path: Path, spec: LatentSpec = SPEC, seed: int = 0) -> Path
 
 def ldm_names(weights: dict[str, torch.Tensor], last: int) -> dict[str, torch.Tensor]:
     """diffusers' names as Stable Diffusion's code has them; last: number of the lowest stage."""
-    attention = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm"}
+    attention = {
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "proj_out",
+        "group_norm": "norm",
+    }
     named = {}
     for key, value in weights.items():
-        name = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut").replace("mid_block.", "mid.")
-        name = name.replace("resnets.0", "block.0").replace("resnets.1", "block.1").replace("resnets.2", "block.2")
-        name = name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample").replace("down_blocks", "down")
+        name = (
+            key.replace("conv_norm_out", "norm_out")
+            .replace("conv_shortcut", "nin_shortcut")
+            .replace("mid_block.", "mid.")
+        )
+        name = (
+            name.replace("resnets.0", "block.0")
+            .replace("resnets.1", "block.1")
+            .replace("resnets.2", "block.2")
+        )
+        name = (
+            name.replace("downsamplers.0", "downsample")
+            .replace("upsamplers.0", "upsample")
+            .replace("down_blocks", "down")
+        )
         for i in range(last + 1):
             name = name.replace(f"up_blocks.{i}.", f"up.{last - i}.")
         if "mid." in name:
-            name = name.replace("block.0", "block_1").replace("block.1", "block_2").replace("attentions.0", "attn_1")
+            name = (
+                name.replace("block.0", "block_1")
+                .replace("block.1", "block_2")
+                .replace("attentions.0", "attn_1")
+            )
             for new, old in attention.items():
                 name = name.replace(f".{new}.", f".{old}.")
             value = value[:, :, None, None] if "attn_1" in name and value.ndim == 2 else value
@@ -155,26 +192,42 @@ def ldm_names(weights: dict[str, torch.Tensor], last: int) -> dict[str, torch.Te
 
 
 def tiny_pictures(folder: Path, n: int, start: int = 0) -> Path:
-    """Image shards of `n` random 8 px pictures (`KEY.png`, `.txt`, `.json` with two captions), keys from `start`; returns `folder`."""
+    """Image shards of `n` random 8 px pictures (`KEY.png`, `.txt`, `.json` with two captions),
+    keys from `start`; returns `folder`.
+    """
 
     def sample(i: int, text: str) -> dict[str, Any]:
         picture = np.random.default_rng(i).integers(0, 256, (PICTURE, PICTURE, 3), dtype=np.uint8)
         row = json.dumps({"captions": [text, f"{text} "]})
-        return {"__key__": f"s{i:05d}", "png": png(picture), "txt": text.encode(), "json": row.encode()}
+        return {
+            "__key__": f"s{i:05d}",
+            "png": png(picture),
+            "txt": text.encode(),
+            "json": row.encode(),
+        }
 
     if not (folder / MANIFEST).is_file():
         texts = captions(start + n)[start:]
-        write_shards(folder, (sample(start + i, text) for i, text in enumerate(texts)), per_shard=16, meta={})
+        write_shards(
+            folder, (sample(start + i, text) for i, text in enumerate(texts)), per_shard=16, meta={}
+        )
     return folder
 
 
 def tiny_latents(folder: Path, n: int, spec: LatentSpec = SPEC) -> Path:
-    """Latent shards of `n` random moments as flowray/store/latents.py writes them; open with `load_latents(folder)`.
+    """Latent shards of `n` random moments as flowray/store/latents.py writes them; open with
+    `load_latents(folder)`.
 
-    The picture shards they name lie in `folder`-pictures. Sample i's moments and caption depend on i alone.
+    The picture shards they name lie in `folder`-pictures. Sample i's moments and caption depend on
+    i alone.
     """
     meta: dict[str, Any] = {"scale": SCALE, "shift": SHIFT, "deterministic": False}
-    meta["pictures"] = [str(path) for path in sorted(tiny_pictures(folder.with_name(f"{folder.name}-pictures"), n).glob("*.tar"))]
+    meta["pictures"] = [
+        str(path)
+        for path in sorted(
+            tiny_pictures(folder.with_name(f"{folder.name}-pictures"), n).glob("*.tar")
+        )
+    ]
     rows = [_moments(i, spec) for i in range(n)]
     mean, logvar = np.stack(rows).astype(np.float64).reshape(n, 2, -1).transpose(1, 0, 2)
     z = (mean - SHIFT) * SCALE
@@ -184,9 +237,15 @@ def tiny_latents(folder: Path, n: int, spec: LatentSpec = SPEC) -> Path:
     def sample(i: int, text: str) -> dict[str, Any]:
         buffer = io.BytesIO()
         np.save(buffer, rows[i])
-        return {"__key__": f"s{i:05d}", "moments.npy": buffer.getvalue(), "json": json.dumps({"captions": [text]}).encode()}
+        return {
+            "__key__": f"s{i:05d}",
+            "moments.npy": buffer.getvalue(),
+            "json": json.dumps({"captions": [text]}).encode(),
+        }
 
-    return write_shards(folder, (sample(i, text) for i, text in enumerate(captions(n))), per_shard=16, meta=meta)
+    return write_shards(
+        folder, (sample(i, text) for i, text in enumerate(captions(n))), per_shard=16, meta=meta
+    )
 
 
 def _moments(i: int, spec: LatentSpec) -> np.ndarray:
@@ -197,10 +256,11 @@ def _moments(i: int, spec: LatentSpec) -> np.ndarray:
 
 
 def tiny_recipe(tmp_path: Path, **overrides: Any) -> Recipe:
-    """A recipe that trains in a second: everything it names lies under `tmp_path`, made there on the first call.
+    """A recipe that trains in a second: everything it names lies under `tmp_path`, made there on
+    the first call.
 
-    64 + 16 pictures of 8 px, latents (4, 4, 4), a text model of width 32, 12 steps of batch 8. Overrides are dotted recipe keys:
-    `tiny_recipe(tmp_path, **{"loss.clip.weight": 1.0})`.
+    64 + 16 pictures of 8 px, latents (4, 4, 4), a text model of width 32, 12 steps of batch 8.
+    Overrides are dotted recipe keys: `tiny_recipe(tmp_path, **{"loss.clip.weight": 1.0})`.
     """
     tiny = {
         "name": "tiny",
@@ -237,7 +297,9 @@ def tiny_recipe(tmp_path: Path, **overrides: Any) -> Recipe:
 
 
 def own_pictures(folder: Path, count: int = 24) -> Path:
-    """`count` pictures of 64 px with their captions in files, as people have them, of shapes scenes with one object."""
+    """`count` pictures of 64 px with their captions in files, as people have them, of shapes
+    scenes with one object.
+    """
     folder.mkdir(parents=True)
     for i, (picture, captions, _) in enumerate(samples(count, "train", 7, 0.0)):
         Image.fromarray(picture).save(folder / f"{i:03d}.png")

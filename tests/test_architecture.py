@@ -1,4 +1,6 @@
-"""The import directions of the design, held by parsing every import; and what `import flowray` must not load."""
+"""The import directions of the design, held by parsing every import; and what `import flowray`
+must not load.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py"))
 BELOW: dict[str, tuple[str, ...]] = {
     "config": (),
     "findings": ("config",),
+    "sweepconfig": ("config",),
     "data": ("config",),
     "flow": ("config",),
     "model": ("config",),
@@ -24,17 +27,20 @@ BELOW: dict[str, tuple[str, ...]] = {
     "store": ("data", "model", "losses"),
     "probes": ("store",),
     "sample": ("store",),
-    "doctor": ("probes", "sample", "findings"),
-    "train": ("doctor",),
-    "tune": ("train",),
-    "rayrun": ("tune", "report"),
-    "report": ("findings", "config"),
-    "bench": ("rayrun",),
-    "cli": ("bench",),
+    "train": ("probes", "sample"),
+    "doctor": ("train", "findings"),
+    "tune": ("train", "sweepconfig", "findings"),
+    "cluster": ("tune",),
+    "views": ("tune", "store"),
+    "rayrun": ("cluster", "views", "report", "doctor"),
+    "report": ("findings", "sweepconfig"),
+    "cli": ("rayrun",),
 }
-FREE = {"__main__.py"}  # shims into cli; one-file modules beside the packages (flowray/eval.py) are of the same kind
+# shims into cli; one-file modules beside the packages (flowray/eval.py) are of the same kind
+FREE = {"__main__.py"}
 DATA_ONLY = {"assets", "recipes", "sweeps"}
-LONG_TABLES = {ROOT / "config" / "keys.py", ROOT / "config" / "aliases.py"}  # declarative: findings/* and these may be long
+# declarative: findings/* and these may be long
+LONG_TABLES = {ROOT / "config" / "keys.py", ROOT / "config" / "aliases.py"}
 
 
 def reachable(part: str) -> set[str]:
@@ -43,7 +49,9 @@ def reachable(part: str) -> set[str]:
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of every import in a file, those inside functions too; relative ones made absolute."""
+    """(line, dotted module) of every import in a file, those inside functions too; relative ones
+    made absolute.
+    """
     package = ("flowray", *path.relative_to(ROOT).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -52,7 +60,11 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, (base, node.module)))
             yield node.lineno, module
-            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names if module == "flowray")
+            yield from (
+                (node.lineno, f"{module}.{alias.name}")
+                for alias in node.names
+                if module == "flowray"
+            )
 
 
 def part_of(path: Path) -> str:
@@ -86,9 +98,9 @@ def test_flow_and_model_do_not_know_each_other() -> None:
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("ray", {"rayrun"}),
-        ("torch", set(BELOW) - {"config", "findings", "report"}),
-        ("optuna", {"tune", "rayrun", "report", "bench", "cli"}),
+        ("ray", {"cluster", "views", "rayrun"}),
+        ("torch", set(BELOW) - {"config", "findings", "report", "sweepconfig"}),
+        ("optuna", {"tune", "views", "rayrun"}),
     ],
 )
 def test_where_libraries_may_be_imported(library: str, allowed: set[str]) -> None:
@@ -104,29 +116,50 @@ def test_where_libraries_may_be_imported(library: str, allowed: set[str]) -> Non
 def test_shims_are_shims() -> None:
     for path in FILES:
         if path.name in FREE:
-            assert {module.split(".")[1] for _, module in imports(path) if module.startswith("flowray.")} <= {"cli"}, path
+            assert {
+                module.split(".")[1] for _, module in imports(path) if module.startswith("flowray.")
+            } <= {"cli"}, path
             assert len(path.read_text().splitlines()) <= 10, path
 
 
 @pytest.mark.parametrize(
     "module",
-    ["flowray", "flowray.cli.main", "flowray.config.load", "flowray.config.sweepfile", "flowray.report.load", "flowray.report.sweep_page"],
+    [
+        "flowray",
+        "flowray.cli.main",
+        "flowray.config.load",
+        "flowray.sweepconfig.file",
+        "flowray.report.load",
+        "flowray.report.sweep_page",
+    ],
 )
 def test_quick_imports_load_neither_torch_nor_ray(module: str) -> None:
-    code = f"import sys, {module}; print(sorted({{'torch', 'ray', 'transformers', 'diffusers'}} & sys.modules.keys()))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    code = (
+        f"import sys, {module}; print(sorted({{'torch', 'ray', 'transformers', 'diffusers'}} &"
+        " sys.modules.keys()))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
     assert out.stdout.strip() == "[]"
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield f"{path.relative_to(ROOT.parent)}:{node.lineno} {node.name}", (node.end_lineno or 0) - node.lineno + 1
+            yield (
+                f"{path.relative_to(ROOT.parent)}:{node.lineno} {node.name}",
+                (node.end_lineno or 0) - node.lineno + 1,
+            )
 
 
 def test_files_and_functions_stay_small() -> None:
     code = [path for path in FILES if path not in LONG_TABLES and part_of(path) != "findings"]
-    long_files = {str(path): n for path in code if (n := len(path.read_text(encoding="utf-8").splitlines())) >= 500}
+    long_files = {
+        str(path): n
+        for path in code
+        if (n := len(path.read_text(encoding="utf-8").splitlines())) >= 500
+    }
     long_functions = {name: n for path in FILES for name, n in functions(path) if n >= 80}
     assert long_files == {}
     assert long_functions == {}
@@ -134,14 +167,27 @@ def test_files_and_functions_stay_small() -> None:
 
 
 def test_package_inits_are_nearly_empty() -> None:
-    assert {str(path): n for path in FILES if path.name == "__init__.py" and (n := len(path.read_text().splitlines())) > 5} == {}
+    assert {
+        str(path): n
+        for path in FILES
+        if path.name == "__init__.py" and (n := len(path.read_text().splitlines())) > 5
+    } == {}
 
 
-def test_the_checker_of_this_file_sees_imports_inside_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checker_of_this_file_sees_imports_inside_functions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "flow" / "bad.py"
     file.parent.mkdir()
     file.write_text(
-        "def f():\n    from flowray.model import heads\n    import ray.train\n    from ..model import text\n    from flowray import cli\n"
+        "def f():\n    from flowray.model import heads\n    import ray.train\n    from ..model"
+        " import text\n    from flowray import cli\n"
     )
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-    assert list(imports(file)) == [(2, "flowray.model"), (3, "ray.train"), (4, "flowray.model"), (5, "flowray"), (5, "flowray.cli")]
+    assert list(imports(file)) == [
+        (2, "flowray.model"),
+        (3, "ray.train"),
+        (4, "flowray.model"),
+        (5, "flowray"),
+        (5, "flowray.cli"),
+    ]

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -58,13 +59,34 @@ def test_is_declared() -> None:
 
 
 def test_every_import_is_declared(used: set[str]) -> None:
-    """What comes only because another package happens to need it may be gone with the next release."""
+    """What comes only because another package happens to need it may be gone with the next
+    release.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
+    lines = project["dependencies"] + [
+        line for extra in project["optional-dependencies"].values() for line in extra
+    ]
     declared = {re.split(r"[\[<>=!~ ]", line)[0].lower().replace("-", "_") for line in lines}
-    others = {"PIL": "pillow", "grpc": "grpcio", "yaml": "pyyaml", "sklearn": "scikit_learn", "markdown_it": "markdown_it_py"}
+    others = {
+        "PIL": "pillow",
+        "grpc": "grpcio",
+        "yaml": "pyyaml",
+        "sklearn": "scikit_learn",
+        "markdown_it": "markdown_it_py",
+    }
     needed = used - sys.stdlib_module_names - {"flowray"}
     assert {others.get(name, name).lower() for name in needed} <= declared
+
+
+def test_the_licence_and_the_pythons_are_said_alike_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = re.findall(r"^(version|license): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert dict(cited) == {name: project[name] for name in ("version", "license")}
+    assert [name for name in project["license-files"] if not (ROOT / name).is_file()] == []
+    prefix = "Programming Language :: Python :: "
+    pythons = [line.removeprefix(prefix) for line in project["classifiers"] if prefix in line]
+    ci = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert pythons == ci["jobs"]["test"]["strategy"]["matrix"]["python"]
 
 
 def requirements() -> list[Requirement]:

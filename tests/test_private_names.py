@@ -124,7 +124,7 @@ def test_studies_hand_trials_on_as_optuna_asks_for_them() -> None:
     import flowray.tune.study as study
 
     wanted = list(inspect.signature(optuna.Study._get_trials).parameters.values())
-    for ours in (study._Told, nsga._Graded):
+    for ours in (study._StudyWithPartialResults, nsga._Graded):
         got = inspect.signature(ours._get_trials).parameters
         assert list(got) == [each.name for each in wanted], ours
         assert [each.default for each in got.values()] == [each.default for each in wanted], ours

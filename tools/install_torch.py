@@ -1,9 +1,12 @@
-"""Installs torch into the Python that runs this: the CUDA build where there is an NVIDIA GPU, else the CPU build.
+"""Installs torch into the Python that runs this: the CUDA build where there is an NVIDIA GPU, else
+the CPU build.
 
-    python tools/install_torch.py [auto|cpu|cuda] [--plan]      --plan: print the pip commands, run none
+    python tools/install_torch.py [auto|cpu|cuda] [--plan]      --plan: print the pip commands, run
+    none
 
-On Linux the plain wheel of the package index is the CUDA build, gigabytes of which a machine without a GPU uses nothing;
-the CPU build is in an index of its own. Where that one does not answer, whatever pip finds by itself is taken.
+On Linux the plain wheel of the package index is the CUDA build, gigabytes of which a machine
+without a GPU uses nothing; the CPU build is in an index of its own. Where that one does not answer,
+whatever pip finds by itself is taken.
 """
 
 from __future__ import annotations
@@ -54,7 +57,9 @@ def installed() -> str:
 
 
 def tries(build: str, version: str, there: str, *, linux: bool, cpu_index: bool) -> list[list[str]]:
-    """Arguments of `pip install`, to be tried in turn until one succeeds; none where the build is there already."""
+    """Arguments of `pip install`, to be tried in turn until one succeeds; none where the build
+    is there already.
+    """
     base, _, local = there.partition("+")
     right_build = not linux or (local == "cpu") == (build == "cpu")
     if base == version and right_build:
@@ -80,16 +85,29 @@ def main() -> int:
     if args.build == "auto" and there.partition("+")[0] == version:
         return 0  # the build that somebody chose before stays
     other = "cpu" if build == "cuda" else "cuda"
-    why = "asked for" if args.build != "auto" else "an NVIDIA GPU is here" if gpu else "no NVIDIA GPU is here"
+    why = (
+        "asked for"
+        if args.build != "auto"
+        else "an NVIDIA GPU is here"
+        if gpu
+        else "no NVIDIA GPU is here"
+    )
     if linux:
-        print(f"torch {version}: the {build.upper()} build ({why}); `make setup TORCH={other}` takes the other", flush=True)
+        print(
+            f"torch {version}: the {build.upper()} build ({why}); `make setup TORCH={other}` takes"
+            " the other",
+            flush=True,
+        )
     if not tries(build, version, there, linux=linux, cpu_index=False):
         return 0
     cpu_index = linux and build == "cpu" and answers(CPU_INDEX)
     if linux and build == "cpu" and not cpu_index:
         print(f"{CPU_INDEX} does not answer: taking what pip finds by itself", flush=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    commands = [[*pip, *arguments] for arguments in tries(build, version, there, linux=linux, cpu_index=cpu_index)]
+    commands = [
+        [*pip, *arguments]
+        for arguments in tries(build, version, there, linux=linux, cpu_index=cpu_index)
+    ]
     if args.plan:
         print("\n".join(map(shlex.join, commands)))
         return 0

@@ -1,4 +1,6 @@
-"""`flowray.cluster`: is a Ray cluster fit for training; a Ray head that only the holder of its token can use."""
+"""`flowray.cluster`: is a Ray cluster fit for training; a Ray head that only the holder of its
+token can use.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,11 @@ from rich.table import Table
 from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress
+from flowray.cluster.verdict import Row, healthy, judge
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.paths import expand, storage_folder
 from flowray.data.shards import find_shards
-from flowray.rayrun.cluster_verdict import Row, healthy, judge
 
 _COLOURS = {"ok": "green", "info": "dim", "warn": "yellow", "bad": "red"}
 
@@ -29,24 +31,50 @@ _COLOURS = {"ok": "green", "info": "dim", "warn": "yellow", "bad": "red"}
 def _parser() -> Parser:
     parser = Parser(
         prog="flowray.cluster",
-        description="Check the nodes of a Ray cluster; start a head, join one, stop them. "
-        "Cluster files and which to choose: cluster/README.md.",
+        description=(
+            "Check the nodes of a Ray cluster; start a head, join one, stop them. "
+            "Cluster files and which to choose: cluster/README.md."
+        ),
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{check,head,join,stop}")
     check = verbs.add_parser(
         "check",
-        help="versions, GPUs, storage, network, clock and data set of every node; exit code 1 where something is wrong",
-        description="Ask every node of the cluster named by RAY_ADDRESS (in a job: its own), without it this machine alone.",
+        help=(
+            "versions, GPUs, storage, network, clock and data set of every node; exit code 1 where"
+            " something is wrong"
+        ),
+        description=(
+            "Ask every node of the cluster named by RAY_ADDRESS (in a job: its own), without it"
+            " this machine alone."
+        ),
     )
-    check.add_argument("--storage", metavar="FOLDER", default="runs", help="the storage_path to test (default: runs, from FLOWRAY_STORAGE)")
-    check.add_argument("--data", type=expand, metavar="SHARDS", help="a data.shards folder or glob that every node must see")
-    check.add_argument("--workers", type=int, default=0, metavar="N", help="have the autoscaler bring up N workers first (takes minutes)")
+    check.add_argument(
+        "--storage",
+        metavar="FOLDER",
+        default="runs",
+        help="the storage_path to test (default: runs, from FLOWRAY_STORAGE)",
+    )
+    check.add_argument(
+        "--data",
+        type=expand,
+        metavar="SHARDS",
+        help="a data.shards folder or glob that every node must see",
+    )
+    check.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="have the autoscaler bring up N workers first (takes minutes)",
+    )
     check.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     head = verbs.add_parser(
         "head",
         help="start a Ray head with a token, its dashboard on loopback",
-        description="Start a Ray head on this machine, beside whatever runs there; prints how other "
-        "nodes join, how to submit jobs and how to stop it. Ports that are taken are passed over.",
+        description=(
+            "Start a Ray head on this machine, beside whatever runs there; prints how other nodes"
+            " join, how to submit jobs and how to stop it. Ports that are taken are passed over."
+        ),
         usage="%(prog)s [-h] [--host HOST] [--port PORT]\n       [-- OPTIONS of `ray start`]",
         epilog="Example: flowray.cluster head --host 10.0.0.10 -- --num-cpus=0",
     )
@@ -67,8 +95,10 @@ def _parser() -> Parser:
     stop = verbs.add_parser(
         "stop",
         help="end what head and join have started on this machine, and nothing else",
-        description="End the heads and nodes that `flowray.cluster head` and `join` have started "
-        "on this machine, with their workers and files. Other Rays of yours go on.",
+        description=(
+            "End the heads and nodes that `flowray.cluster head` and `join` have started "
+            "on this machine, with their workers and files. Other Rays of yours go on."
+        ),
     )
     stop.add_argument("address", metavar="HOST:PORT", nargs="?", help="of one head (default: all)")
     return parser
@@ -95,8 +125,8 @@ def main(argv: list[str]) -> int:
 def _check(storage: Path, data: str | None, workers: int, *, as_json: bool) -> int:
     progress = ConsoleProgress()
     with progress.task(IMPORTING):
-        from flowray.rayrun.cluster_check import gather, place_of
-        from flowray.rayrun.session import started
+        from flowray.cluster.check import gather, place_of
+        from flowray.cluster.session import started
 
     if place_of(storage) != storage:
         progress.say(f"{storage} is not there yet, and is not made by this check")
@@ -109,29 +139,49 @@ def _check(storage: Path, data: str | None, workers: int, *, as_json: bool) -> i
     rows = judge(facts)
     good = healthy(rows)
     if as_json:
-        print(json.dumps({"healthy": good, "nodes": [node.node for node in facts.nodes], "rows": [asdict(row) for row in rows]}))
+        print(
+            json.dumps(
+                {
+                    "healthy": good,
+                    "nodes": [node.node for node in facts.nodes],
+                    "rows": [asdict(row) for row in rows],
+                }
+            )
+        )
         return GOOD if good else FINDINGS
-    Console(highlight=False, width=None if sys.stdout.isatty() else 180).print(table(rows, len(facts.nodes)))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 180).print(
+        table(rows, len(facts.nodes))
+    )
     return GOOD if good else FINDINGS
 
 
 def table(rows: Sequence[Row], nodes: int) -> Table:
-    """The rows for people: what was checked, where, what was found, and the fix beside what is wrong."""
+    """The rows for people: what was checked, where, what was found, and the fix beside what is
+    wrong.
+    """
     wrong = sum(row.severity in ("warn", "bad") for row in rows)
-    sound = "fit for training" + (", the others not seen" if any(row.check == "nodes" for row in rows) else "")
+    sound = "fit for training" + (
+        ", the others not seen" if any(row.check == "nodes" for row in rows) else ""
+    )
     shown = Table(title=f"{nodes} node(s): {f'{wrong} finding(s)' if wrong else sound}")
     for column in ("check", "node", "", "found", "fix"):
         shown.add_column(column, overflow="fold")
     for row in rows:
-        shown.add_row(row.check, escape(row.node), f"[{_COLOURS[row.severity]}]{row.severity}[/]", escape(row.found), escape(row.fix))
+        shown.add_row(
+            row.check,
+            escape(row.node),
+            f"[{_COLOURS[row.severity]}]{row.severity}[/]",
+            escape(row.found),
+            escape(row.fix),
+        )
     return shown
 
 
 def _head(host: str, port: int | None, options: list[str]) -> int:
     progress = ConsoleProgress()
     with progress.task(IMPORTING):
-        from flowray.rayrun.access import LOOPBACK, TOKEN_PATH, require_token
-        from flowray.rayrun.nodes import start_head
+        from flowray.cluster.access import LOOPBACK, TOKEN_PATH, require_token
+        from flowray.cluster.nodes import start_head
 
     token = require_token()
     address, dashboard = start_head(host, port, options, progress)
@@ -154,7 +204,7 @@ def _head(host: str, port: int | None, options: list[str]) -> int:
 def _join(address: str, options: list[str]) -> int:
     progress = ConsoleProgress()
     with progress.task(IMPORTING):
-        from flowray.rayrun.nodes import join
+        from flowray.cluster.nodes import join
 
     join(address, options, progress)
     print(f"this machine is a node of the cluster at {address}")
@@ -165,7 +215,7 @@ def _join(address: str, options: list[str]) -> int:
 def _stop(address: str | None) -> int:
     progress = ConsoleProgress()
     with progress.task(IMPORTING):
-        from flowray.rayrun.nodes import end, running
+        from flowray.cluster.nodes import end, running
 
     nodes = running(address)
     if address and not nodes:

@@ -1,4 +1,6 @@
-"""What every command shares: exit codes, the one line for bad input, and what signals and a full disk come to."""
+"""What every command shares: exit codes, the one line for bad input, and what signals and a full
+disk come to.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from typing import Any, NoReturn
 from flowray.config.errors import InputError, Notice
 from flowray.config.paths import exists, is_folder, no_such
 
-GOOD, FINDINGS, BAD_INPUT, STOPPED = 0, 1, 2, 75  # 75: stopped by a signal with a checkpoint written (EX_TEMPFAIL)
+# 75: stopped by a signal with a checkpoint written (EX_TEMPFAIL)
+GOOD, FINDINGS, BAD_INPUT, STOPPED = 0, 1, 2, 75
 BROKEN_PIPE = 141  # 128 + the signal, as of what had nothing to keep
 
 Main = Callable[[list[str]], int]
@@ -30,7 +33,8 @@ class Ended(KeyboardInterrupt):
 
 
 def end(number: int, _: object = None) -> NoReturn:
-    """The handler of SIGTERM and SIGHUP. `timeout` sends the signal twice, to the command and to its
+    """The handler of SIGTERM and SIGHUP. `timeout` sends the signal twice, to the command and to
+    its
     group: the second one cuts nothing off.
     """
     signal.signal(number, lambda *_: None)
@@ -40,8 +44,9 @@ def end(number: int, _: object = None) -> NoReturn:
 def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
     """Run a command's `main(argv)` and exit.
 
-    Bad input becomes one line on stderr and exit code 2, a signal one line and its usual exit code, what
-    cannot be printed one line and exit code 1; a reader who has gone, as `head` goes, gets no line.
+    Bad input becomes one line on stderr and exit code 2, a signal one line and its usual exit code,
+    what cannot be printed one line and exit code 1; a reader who has gone, as `head` goes, gets no
+    line.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup has a hang-up ignored
@@ -53,7 +58,8 @@ def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             code = BAD_INPUT
-        except SystemExit as ended:  # of a parser that has printed its help; of rich, to whom nobody listens any more
+        # of a parser that has printed its help; of rich, to whom nobody listens any more
+        except SystemExit as ended:
             gone = isinstance(ended.__context__, BrokenPipeError)
             code = BROKEN_PIPE if gone else ended.code if isinstance(ended.code, int) else GOOD
         print(end="", flush=True)  # there may be no stdout
@@ -74,7 +80,9 @@ def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
 
 
 def _is_unwritable() -> bool:
-    """Whether stdout takes nothing more; what is still to be printed, also by the interpreter's end, is dropped then."""
+    """Whether stdout takes nothing more; what is still to be printed, also by the interpreter's
+    end, is dropped then.
+    """
     try:
         print(flush=True)
     except OSError:

@@ -1,4 +1,6 @@
-"""`flowray.dashboard DIR`: TensorBoard and optuna-dashboard of a sweep on loopback, with the links, until Ctrl-C."""
+"""`flowray.dashboard DIR`: TensorBoard and optuna-dashboard of a sweep on loopback, with the
+links, until Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,12 @@ from flowray.report.load import is_run, is_sweep
 
 HOST = "127.0.0.1"  # neither server asks who is there: nobody else on the network may
 START_S = 60.0  # until a server answers
-RAY_LINK = Path(".ray") / "dashboard"  # where a sweep under way leaves the address of Ray's own dashboard
-INSTALL = "optuna-dashboard is not installed; to see the study and the trials' pictures: pip install 'flowray[dashboard]'"
+# where a sweep under way leaves the address of Ray's own dashboard
+RAY_LINK = Path(".ray") / "dashboard"
+INSTALL = (
+    "optuna-dashboard is not installed; to see the study and the trials' pictures: pip install"
+    " 'flowray[dashboard]'"
+)
 
 
 @dataclass(frozen=True)
@@ -45,32 +51,75 @@ class Server:
 def _parser() -> Parser:
     parser = Parser(
         prog="flowray.dashboard",
-        description="Serve a sweep (or a run) on 127.0.0.1 while it trains or afterwards: TensorBoard with a row of HParams for every "
-        "trial, optuna-dashboard on the study with the trials' pictures. Prints the links, Ray's own too; Ctrl-C ends it.",
+        description=(
+            "Serve a sweep (or a run) on 127.0.0.1 while it trains or afterwards: TensorBoard with"
+            " a row of HParams for every trial, optuna-dashboard on the study with the trials'"
+            " pictures. Prints the links, Ray's own too; Ctrl-C ends it."
+        ),
     )
-    parser.add_argument("dir", metavar="DIR", type=argument, help="a folder that flowray.tune or flowray.train wrote")
-    parser.add_argument("--port", type=whole_number(1, 65535), default=6006, help="the first port to try; default %(default)s")
-    parser.add_argument("--plan", action="store_true", help="print the links and the commands; start nothing")
-    parser.add_argument("--json", action="store_true", help="the links as one JSON object on stdout, the rest on stderr")
+    parser.add_argument(
+        "dir",
+        metavar="DIR",
+        type=argument,
+        help="a folder that flowray.tune or flowray.train wrote",
+    )
+    parser.add_argument(
+        "--port",
+        type=whole_number(1, 65535),
+        default=6006,
+        help="the first port to try; default %(default)s",
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="print the links and the commands; start nothing"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="the links as one JSON object on stdout, the rest on stderr",
+    )
     return parser
 
 
 def servers(folder: Path, first_port: int) -> list[Server]:
-    """TensorBoard, and for a sweep optuna-dashboard where it is installed, each on a free port from `first_port` on."""
+    """TensorBoard, and for a sweep optuna-dashboard where it is installed, each on a free port
+    from `first_port` on.
+    """
     board = free_port(first_port)
-    logdir = (sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", HOST, "--port", str(board))
+    logdir = (
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(folder),
+        "--host",
+        HOST,
+        "--port",
+        str(board),
+    )
     found = [Server("TensorBoard", (*logdir, "--reload_interval", "15"), board)]
     study, program = folder / "study.journal", optuna_dashboard()
     if study.is_file() and program:
         port = free_port(board + 1)
-        command = (program, str(study), "--host", HOST, "--port", str(port), "--artifact-dir", str(folder / "artifacts"))
+        command = (
+            program,
+            str(study),
+            "--host",
+            HOST,
+            "--port",
+            str(port),
+            "--artifact-dir",
+            str(folder / "artifacts"),
+        )
         found.append(Server("optuna-dashboard", command, port))
     return found
 
 
 def optuna_dashboard() -> str | None:
     """The program beside this Python, or on the path; None where it is not installed."""
-    return shutil.which("optuna-dashboard", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    return shutil.which(
+        "optuna-dashboard",
+        path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    )
 
 
 def free_port(first: int) -> int:
@@ -87,7 +136,9 @@ def free_port(first: int) -> int:
 
 
 def ray_link(folder: Path) -> str | None:
-    """Ray's own dashboard: the cluster's that RAY_ADDRESS names, or that of the sweep's local Ray while it runs."""
+    """Ray's own dashboard: the cluster's that RAY_ADDRESS names, or that of the sweep's local
+    Ray while it runs.
+    """
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("http"):
         return address
@@ -113,7 +164,10 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     folder: Path = args.dir.absolute()
     if not (is_sweep(folder) or is_run(folder)):
-        raise InputError(f"{args.dir}: neither a sweep (it has sweep.yaml) nor a run (config.yaml); give a folder that flowray wrote")
+        raise InputError(
+            f"{args.dir}: neither a sweep (it has sweep.yaml) nor a run (config.yaml); give a"
+            " folder that flowray wrote"
+        )
     chosen = servers(folder, args.port)
     progress = ConsoleProgress()
     if is_sweep(folder) and optuna_dashboard() is None:
@@ -156,9 +210,15 @@ class Started:
         until = time.monotonic() + START_S
         while not answers(HOST, self.server.port):
             if self.process.poll() is not None:
-                raise InputError(f"{self.server.name} did not start: {self.last_words()}; type {' '.join(self.server.command)}")
+                raise InputError(
+                    f"{self.server.name} did not start: {self.last_words()}; type"
+                    f" {' '.join(self.server.command)}"
+                )
             if time.monotonic() > until:
-                raise InputError(f"{self.server.name} does not answer after {START_S:.0f} s; type {' '.join(self.server.command)}")
+                raise InputError(
+                    f"{self.server.name} does not answer after {START_S:.0f} s; type"
+                    f" {' '.join(self.server.command)}"
+                )
             time.sleep(0.1)
 
     def last_words(self) -> str:
@@ -171,7 +231,9 @@ class Started:
 def serving(server: Server) -> Iterator[Started]:
     """The server's process for the block."""
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(server.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            server.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
         try:
             yield Started(server, process, log)
         finally:

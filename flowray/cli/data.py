@@ -20,7 +20,15 @@ from flowray.config.paths import argument, expand
 from flowray.config.progress import Progress
 from flowray.data.captions import LISTS
 from flowray.data.check import ShardCheck, check_shards
-from flowray.data.make import DigitsSet, EmbeddedSet, ShapesSet, cache_dir, ensure_embedded, ensure_set, write_set
+from flowray.data.make import (
+    DigitsSet,
+    EmbeddedSet,
+    ShapesSet,
+    cache_dir,
+    ensure_embedded,
+    ensure_set,
+    write_set,
+)
 from flowray.data.pack import LARGEST, pack_folder
 from flowray.data.shards import EMBEDDED, splits, tars
 
@@ -29,7 +37,10 @@ SHOWN = 20  # problems in the table; --json has them all
 
 def main(argv: list[str]) -> int:
     """Run one subcommand; 0 good, 1 problems found, InputError for bad input."""
-    parser = Parser(prog="flowray.data", description="Make, pack and check webdataset shards (KEY.png, KEY.txt, KEY.json).")
+    parser = Parser(
+        prog="flowray.data",
+        description="Make, pack and check webdataset shards (KEY.png, KEY.txt, KEY.json).",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for add in (_add_make, _add_pack, _add_check, _add_encode):
         add(commands)
@@ -38,11 +49,27 @@ def main(argv: list[str]) -> int:
 
 
 def _add_make(commands: argparse._SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser("make", help="write an embedded set: shapes (procedural scenes) or digits (real 8x8 scans)")
+    parser = commands.add_parser(
+        "make", help="write an embedded set: shapes (procedural scenes) or digits (real 8x8 scans)"
+    )
     parser.add_argument("set", choices=EMBEDDED)
-    parser.add_argument("--out", type=argument, help="folder that gets train/, val/ (and unseen/); the cache when left out")
-    parser.add_argument("--samples", type=int, metavar="N", help="shapes: training samples, 12000; val gets N/16 and unseen N/32")
-    parser.add_argument("--two-share", type=float, metavar="X", help="shapes: share of two-object scenes in 0..1, 0.5")
+    parser.add_argument(
+        "--out",
+        type=argument,
+        help="folder that gets train/, val/ (and unseen/); the cache when left out",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="shapes: training samples, 12000; val gets N/16 and unseen N/32",
+    )
+    parser.add_argument(
+        "--two-share",
+        type=float,
+        metavar="X",
+        help="shapes: share of two-object scenes in 0..1, 0.5",
+    )
     parser.add_argument("--seed", type=int, help="shapes: another seed draws other scenes, 0")
     parser.set_defaults(run=_make)
 
@@ -53,7 +80,10 @@ def _make(args: argparse.Namespace) -> int:
         folders = ensure_set(what, cache_dir(None), ConsoleProgress())
     else:
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise InputError(f"--out {args.out}: exists already and is not an empty folder; remove it or choose another")
+            raise InputError(
+                f"--out {args.out}: exists already and is not an empty folder; remove it or choose"
+                " another"
+            )
         folders = write_set(what, args.out, ConsoleProgress())
     for split, folder in folders.items():
         count = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["samples"]
@@ -62,10 +92,17 @@ def _make(args: argparse.Namespace) -> int:
 
 
 def _set(args: argparse.Namespace) -> EmbeddedSet:
-    given = {name: value for name in ("samples", "two_share", "seed") if (value := getattr(args, name)) is not None}
+    given = {
+        name: value
+        for name in ("samples", "two_share", "seed")
+        if (value := getattr(args, name)) is not None
+    }
     if args.set == "digits":
         if given:
-            raise InputError(f"--{next(iter(given)).replace('_', '-')} is for shapes; digits is one fixed set of 1797 scans")
+            raise InputError(
+                f"--{next(iter(given)).replace('_', '-')} is for shapes; digits is one fixed set of"
+                " 1797 scans"
+            )
         return DigitsSet()
     if (count := given.pop("samples", None)) is not None:
         if count < 1:
@@ -82,15 +119,34 @@ def _set(args: argparse.Namespace) -> EmbeddedSet:
 def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("pack", help="pack a folder of pictures with captions into shards")
     parser.add_argument(
-        "images", type=argument, help=f"folder of pictures, each with a .txt of the same name, or one of {', '.join(LISTS)}"
+        "images",
+        type=argument,
+        help=f"folder of pictures, each with a .txt of the same name, or one of {', '.join(LISTS)}",
     )
-    parser.add_argument("out", type=argument, help="folder for the shards; must not exist or be empty")
-    parser.add_argument("--val", type=float, default=0.0, metavar="X", help="hold out the share X, such as 0.05: OUT/train and OUT/val")
-    parser.add_argument("--skip-bad", action="store_true", help="name what has no caption or does not decode, leave it out")
     parser.add_argument(
-        "--size", type=int, metavar="PX", help=f"centre-crop and resize to PX x PX, at most {LARGEST}; else kept as they are"
+        "out", type=argument, help="folder for the shards; must not exist or be empty"
     )
-    parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="samples in a shard, %(default)s")
+    parser.add_argument(
+        "--val",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="hold out the share X, such as 0.05: OUT/train and OUT/val",
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="name what has no caption or does not decode, leave it out",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="PX",
+        help=f"centre-crop and resize to PX x PX, at most {LARGEST}; else kept as they are",
+    )
+    parser.add_argument(
+        "--per-shard", type=int, default=1000, metavar="N", help="samples in a shard, %(default)s"
+    )
     parser.set_defaults(run=_pack)
 
 
@@ -109,14 +165,23 @@ def _pack(args: argparse.Namespace) -> int:
     for split, count in packed.samples.items():
         print(f"{count} samples  {args.out / split if args.val else args.out}")
     if packed.left_out:
-        print(f"{len(packed.left_out)} fault(s), named above: such files are left out", file=sys.stderr)
+        print(
+            f"{len(packed.left_out)} fault(s), named above: such files are left out",
+            file=sys.stderr,
+        )
     return GOOD
 
 
 def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser("check", help="read every sample of a shard set and say what is wrong with it")
+    parser = commands.add_parser(
+        "check", help="read every sample of a shard set and say what is wrong with it"
+    )
     parser.add_argument(
-        "specs", type=expand, nargs="+", metavar="SHARDS", help="folders of .tar files, globs or .tar files; or shapes, digits"
+        "specs",
+        type=expand,
+        nargs="+",
+        metavar="SHARDS",
+        help="folders of .tar files, globs or .tar files; or shapes, digits",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(run=_check)
@@ -134,9 +199,12 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _every_split(spec: str, progress: Progress) -> list[str]:
-    """The folders of an embedded set, or of a folder that holds train/, val/, ...; any other spec as it is."""
+    """The folders of an embedded set, or of a folder that holds train/, val/, ...; any other
+    spec as it is.
+    """
     if spec in EMBEDDED:
-        folders = list(ensure_embedded(spec, cache_dir(None), progress).values())  # type: ignore[arg-type]
+        made = ensure_embedded(spec, cache_dir(None), progress)  # type: ignore[arg-type]
+        folders = list(made.values())
     else:
         folders = [] if tars(Path(spec)) else splits(Path(spec))
     return [str(folder) for folder in folders] or [spec]
@@ -145,7 +213,10 @@ def _every_split(spec: str, progress: Progress) -> list[str]:
 def _show(result: ShardCheck) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
     sizes = ", ".join(f"{size} ({count})" for size, count in list(result.sizes.items())[:3])
-    held = f"{result.samples} samples in {result.shards} shard(s), {result.bytes / 1e6:.1f} MB, {result.captions} captions"
+    held = (
+        f"{result.samples} samples in {result.shards} shard(s), {result.bytes / 1e6:.1f} MB,"
+        f" {result.captions} captions"
+    )
     console.print(f"{held}; sizes: {sizes or 'none'}", soft_wrap=True)
     if result.problems:
         table = Table("", "shard", "sample", "what", box=None)
@@ -158,7 +229,10 @@ def _show(result: ShardCheck) -> None:
 
 
 def _add_encode(commands: argparse._SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser("encode", help="cache the latents that a recipe trains on; training does it by itself on first use")
+    parser = commands.add_parser(
+        "encode",
+        help="cache the latents that a recipe trains on; training does it by itself on first use",
+    )
     parser.add_argument("recipe", help="a packaged recipe's name or the path of a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys")
     parser.set_defaults(run=_encode)
@@ -173,5 +247,8 @@ def _encode(args: argparse.Namespace) -> int:
     made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
     for split, folder in ensure_latents(*made_of, progress).items():
         mean, least, most = channel_metrics(load_latents(folder)).values()
-        print(f"{split:<8}{folder}  channels: mean within {mean:.2f} of 0, std {least:.2f} to {most:.2f}")
+        print(
+            f"{split:<8}{folder}  channels: mean within {mean:.2f} of 0, std {least:.2f} to"
+            f" {most:.2f}"
+        )
     return GOOD

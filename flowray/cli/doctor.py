@@ -1,4 +1,6 @@
-"""`flowray.doctor RUN`: why a run paints textures, most likely cause first, with evidence and what to type."""
+"""`flowray.doctor RUN`: why a run paints textures, most likely cause first, with evidence and
+what to type.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +42,31 @@ def _parser() -> Parser:
         "RECIPE (see their --help). "
         "Exit code: 0 healthy, 1 a finding is warn or bad, 2 bad input.",
     )
-    parser.add_argument("run", type=argument, metavar="RUN", help="a run directory, or one of its checkpoints/step_* folders")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to examine it with, e.g. sample.guidance_scale=3")
-    parser.add_argument("--checkpoint", type=argument, metavar="PATH", help="this checkpoint instead of the newest")
+    parser.add_argument(
+        "run",
+        type=argument,
+        metavar="RUN",
+        help="a run directory, or one of its checkpoints/step_* folders",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="recipe keys to examine it with, e.g. sample.guidance_scale=3",
+    )
+    parser.add_argument(
+        "--checkpoint", type=argument, metavar="PATH", help="this checkpoint instead of the newest"
+    )
     parser.add_argument("--batch", type=whole_number(8), help="samples probed (probes.batch_size)")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of every draw (default 0)")
-    parser.add_argument("--out", type=argument, metavar="FILE", help="where the page goes (default RUN/doctor.html)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout: the findings and every number measured")
+    parser.add_argument(
+        "--out", type=argument, metavar="FILE", help="where the page goes (default RUN/doctor.html)"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object on stdout: the findings and every number measured",
+    )
     return parser
 
 
@@ -57,10 +77,9 @@ def examine_run(found: Found, args: argparse.Namespace, progress: Progress) -> E
 
         from flowray.doctor.examine import examine
         from flowray.doctor.subject import open_subject
-        from flowray.train.step import whole_batches
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject = open_subject(found, whole_batches, device=device, progress=progress)
+    subject = open_subject(found, device=device, progress=progress)
     return examine(subject, batch=args.batch, seed=args.seed, progress=progress)
 
 
@@ -68,7 +87,16 @@ def write_page(found: Examination, findings: Sequence[Finding], out: Path) -> Pa
     """Write the examination's page."""
     from flowray.report.doctor_page import DoctorData, write_doctor_page
 
-    data = DoctorData(found.where, found.step, findings, found.metrics, found.facts, found.history, found.pictures, found.curves)
+    data = DoctorData(
+        found.where,
+        found.step,
+        findings,
+        found.metrics,
+        found.facts,
+        found.history,
+        found.pictures,
+        found.curves,
+    )
     return write_doctor_page(out, data)
 
 
@@ -90,28 +118,52 @@ def main(argv: list[str]) -> int:
     with progress.task("writing the page"):
         page = write_page(found, findings, out)
     if args.json:
-        metrics = {key: value if math.isfinite(value) else None for key, value in sorted(found.metrics.items())}
+        metrics = {
+            key: value if math.isfinite(value) else None
+            for key, value in sorted(found.metrics.items())
+        }
         measured = {"metrics": metrics, "not_measured": found.facts["notes"]}
-        print(json.dumps({"run": found.where, "step": found.step, "page": str(page), **as_json(findings), **measured}))
+        print(
+            json.dumps(
+                {
+                    "run": found.where,
+                    "step": found.step,
+                    "page": str(page),
+                    **as_json(findings),
+                    **measured,
+                }
+            )
+        )
     else:
         show(Console(highlight=False), found, findings, page)
     return GOOD if healthy(findings) else FINDINGS
 
 
 def show(console: Console, found: Any, findings: Sequence[Finding], page: Path) -> None:
-    """The findings on one screen: the causes, each with its evidence, cause and fix; what they explain in one line each."""
+    """The findings on one screen: the causes, each with its evidence, cause and fix; what they
+    explain in one line each.
+    """
     causes = [finding for finding in findings if not finding.explained_by]
     verdict = "healthy" if healthy(findings) else "most likely cause first"
-    table = Table(title=f"{found.where} at step {found.step}: {verdict}", show_lines=True, title_justify="left", expand=True)
+    table = Table(
+        title=f"{found.where} at step {found.step}: {verdict}",
+        show_lines=True,
+        title_justify="left",
+        expand=True,
+    )
     table.add_column("", width=4)
     table.add_column("finding, evidence, likely cause", ratio=5, overflow="fold")
     table.add_column("what to type", ratio=3, overflow="fold")
     for finding in causes[:SHOWN]:
-        words = Text.assemble((finding.id, "bold"), f"\n{finding.evidence}\n", (finding.cause, "italic"))
+        words = Text.assemble(
+            (finding.id, "bold"), f"\n{finding.evidence}\n", (finding.cause, "italic")
+        )
         follows = [other.id for other in findings if other.explained_by == finding.id]
         if follows:
             words.append(f"\nexplains: {', '.join(follows)}", style="dim")
-        table.add_row(Text(finding.severity, style=STYLES[finding.severity]), words, Text(finding.fix))
+        table.add_row(
+            Text(finding.severity, style=STYLES[finding.severity]), words, Text(finding.fix)
+        )
     if causes:
         console.print(table)
     else:

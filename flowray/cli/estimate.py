@@ -1,4 +1,6 @@
-"""How long a run will take, for `--plan`: from an earlier run of the same model, else from a few steps on this machine."""
+"""How long a run will take, for `--plan`: from an earlier run of the same model, else from a few
+steps on this machine.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,11 @@ def wall_time(
             basis = f"{timing.step_s:.3g} s a step, {JUST_NOW}"
         start_s = max(START_S, STARTS * imports_s)
         seconds = start_s + recipe.train.steps * timing.step_s + passes(recipe) * timing.forward_s
-        if not problems and _usable(weights) and (pictures := unencoded(recipe.data, recipe.model.autoencoder)):
+        if (
+            not problems
+            and _usable(weights)
+            and (pictures := unencoded(recipe.data, recipe.model.autoencoder))
+        ):
             each = encode_seconds(recipe)
             basis += f"; {pictures:,} pictures to encode first, {each:.2g} s each"
             seconds += pictures * each
@@ -63,10 +69,7 @@ def wall_time(
 
 
 def time_steps(
-    recipe: Recipe,
-    memory: int,
-    weights: list[dict[str, Any]],
-    problems: Sequence[str] = (),
+    recipe: Recipe, memory: int, weights: list[dict[str, Any]], problems: Sequence[str] = ()
 ) -> Timing:
     """`measure`, where all workers share this machine's cores. Arguments: as for `wall_time`.
 
@@ -91,7 +94,9 @@ def show_wall_time(estimate: dict[str, Any]) -> str:
 
 
 def passes(recipe: Recipe) -> int:
-    """Passes of a sample through the velocity network that probes and pictures take, all together."""
+    """Passes of a sample through the velocity network that probes and pictures take, all
+    together.
+    """
     train, probes, sample = recipe.train, recipe.probes, recipe.sample
     kinds = 1 + probes.raw  # of weights: the EMA, and the raw ones where wanted
     a_probe = kinds * probes.batch_size * (2 * BINS + probes.shoot_steps)
@@ -99,7 +104,11 @@ def passes(recipe: Recipe) -> int:
     guided = 2 if sample.guidance_scale != 1 else 1
     evaluations = sample.steps * STAGES.get(sample.solver.kind, 1) * guided
     a_strip = (len(sample.prompts) or GRID_PROMPTS) * evaluations
-    return -(-train.steps // train.probe_every) * a_probe + last + -(-train.steps // train.sample_every) * a_strip
+    return (
+        -(-train.steps // train.probe_every) * a_probe
+        + last
+        + -(-train.steps // train.sample_every) * a_strip
+    )
 
 
 def _usable(weights: list[dict[str, Any]]) -> bool:
@@ -111,11 +120,16 @@ def why_not(recipe: Recipe, memory: int, weights: list[dict[str, Any]]) -> str:
     if in_cluster():
         return "the cluster's machines were not timed; a short run there (train.steps=50) tells"
     if recipe.resources.gpus_per_worker and not torch.cuda.is_available():
-        return "no GPU here to time a step on; a short run where there is one (train.steps=50) tells"
+        return (
+            "no GPU here to time a step on; a short run where there is one (train.steps=50) tells"
+        )
     if not _usable(weights):
         missing = next(each for each in weights if not each["present"])
         return f"a step cannot be timed without {missing['key']} ({missing['path']})"
-    room, of_what = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, "half of this machine's memory"
+    room, of_what = (
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2,
+        "half of this machine's memory",
+    )
     if recipe.train.device != "cpu" and torch.cuda.is_available():
         room, of_what = torch.cuda.mem_get_info()[0], "the GPU here has free"
     if memory > room:

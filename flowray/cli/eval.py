@@ -1,4 +1,6 @@
-"""`flowray.eval RUN`: how many attributes of held-out prompts come out right, beside a ceiling and a floor."""
+"""`flowray.eval RUN`: how many attributes of held-out prompts come out right, beside a ceiling
+and a floor.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,21 @@ from flowray.store.found import find_checkpoint
 def _parser() -> Parser:
     parser = Parser(
         prog="flowray.eval",
-        description="Score a run on shapes with an exact checker: template matching, nothing learnt.",
+        description=(
+            "Score a run on shapes with an exact checker: template matching, nothing learnt."
+        ),
     )
-    parser.add_argument("run", type=argument, help="a run directory or one of its checkpoints/step_* folders")
+    parser.add_argument(
+        "run", type=argument, help="a run directory or one of its checkpoints/step_* folders"
+    )
     parser.add_argument("--seed", type=whole_number(0), default=0)
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="recipe keys, e.g. sample.guidance_scale=3")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="recipe keys, e.g. sample.guidance_scale=3",
+    )
     parser.add_argument(
         "--out",
         type=argument,
@@ -40,11 +52,7 @@ def _parser() -> Parser:
 
 
 def evaluate(
-    run: Path,
-    overrides: list[str],
-    seed: int,
-    progress: Progress,
-    out: Path | None = None,
+    run: Path, overrides: list[str], seed: int, progress: Progress, out: Path | None = None
 ) -> dict[str, Any]:
     """The evaluation of a run as a JSON-ready object; also in `out`, or `<run>/eval.json`."""
     with progress.task(LOOKING):
@@ -94,7 +102,9 @@ def main(argv: list[str]) -> int:
         print(json.dumps(result))
         return GOOD
     shapes = result["shapes"]
-    table = Table(title=f"{args.run} at step {result['step']}: held-out prompts judged by template matching")
+    table = Table(
+        title=f"{args.run} at step {result['step']}: held-out prompts judged by template matching"
+    )
     columns = {
         "run": shapes,
         "unseen pairs": shapes["unseen"],
@@ -106,10 +116,18 @@ def main(argv: list[str]) -> int:
     for key in ("mean_attribute_accuracy", "all_correct"):
         table.add_row(key.replace("_", " "), *(f"{column[key]:.3f}" for column in columns.values()))
     for key in shapes["by_attribute"]:
-        table.add_row(f"  {key}", *(f"{column['by_attribute'][key]:.3f}" for column in columns.values()))
+        table.add_row(
+            f"  {key}", *(f"{column['by_attribute'][key]:.3f}" for column in columns.values())
+        )
     console = Console(highlight=False)
     console.print(table)
     pairs = shapes["two_objects"]
-    console.print(f"two objects: relation {pairs['relation']:.3f}  binding {pairs['binding']:.3f}  all {pairs['all']:.3f}")
-    console.print("ceiling: real pictures through the autoencoder; floor: the same pictures against another prompt")
+    console.print(
+        f"two objects: relation {pairs['relation']:.3f}  binding {pairs['binding']:.3f}  all"
+        f" {pairs['all']:.3f}"
+    )
+    console.print(
+        "ceiling: real pictures through the autoencoder; floor: the same pictures against another"
+        " prompt"
+    )
     return GOOD

@@ -1,4 +1,6 @@
-"""`flowray.doctor overfit RECIPE` and `flowray.doctor ablations RECIPE`: the field notes' health checks, which train for a minute."""
+"""`flowray.doctor overfit RECIPE` and `flowray.doctor ablations RECIPE`: the field notes' health
+checks, which train for a minute.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ from flowray.cli.common import FINDINGS, GOOD, refuse_unwritable
 from flowray.cli.parser import Parser, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, watch
 from flowray.cli.ready import check_shards
-from flowray.cli.verdicts import Arm, Verdict, ablation_verdicts, free_mu, overfit_verdicts
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.config.losses import LossConfig, TermConfig
 from flowray.config.paths import argument
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
+from flowray.findings.verdicts import Arm, Verdict, ablation_verdicts, free_mu, overfit_verdicts
 from flowray.store.checkpoint import newest_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
@@ -34,10 +36,15 @@ _ARMS = {
 }  # each a run directory
 CHECKS = tuple(_ARMS)
 _ABOUT = {
-    "overfit": "Pass or fail: can this recipe learn a few samples by heart? loss/flow down by more than 20 %, cosine up, KL steady. "
-    "A recipe that cannot has a bug in its data or code, not a lack of steps.",
-    "ablations": "Four short runs from the same start: the recipe, flow loss only, KL off, captions shuffled; each arrow that the "
-    "field notes expect is checked.",
+    "overfit": (
+        "Pass or fail: can this recipe learn a few samples by heart? loss/flow down by more than 20"
+        " %, cosine up, KL steady. A recipe that cannot has a bug in its data or code, not a lack"
+        " of steps."
+    ),
+    "ablations": (
+        "Four short runs from the same start: the recipe, flow loss only, KL off, captions"
+        " shuffled; each arrow that the field notes expect is checked."
+    ),
 }
 _STEPS = {"overfit": 500, "ablations": 200}
 
@@ -46,11 +53,16 @@ def _parser(check: str) -> Parser:
     parser = Parser(
         prog=f"flowray.doctor {check}",
         description=_ABOUT[check],
-        epilog="The recipe as it is, but for a constant lr after a short warm-up, KL from the first step and one worker; key=value "
-        "has the last word. Each arrow is pass, fail, unclear or not judged. Exit code: 0 nothing failed, 1 a check failed, 2 bad input.",
+        epilog=(
+            "The recipe as it is, but for a constant lr after a short warm-up, KL from the first"
+            " step and one worker; key=value has the last word. Each arrow is pass, fail, unclear"
+            " or not judged. Exit code: 0 nothing failed, 1 a check failed, 2 bad input."
+        ),
     )
     parser.add_argument("recipe", help="a packaged recipe's name or the path of a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys, e.g. optim.lr=1e-3")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted recipe keys, e.g. optim.lr=1e-3"
+    )
     if check == "overfit":
         parser.add_argument(
             "--samples",
@@ -66,7 +78,9 @@ def _parser(check: str) -> Parser:
         default=_STEPS[check],
         help=f"steps of each run (default {_STEPS[check]})",
     )
-    parser.add_argument("--dir", type=argument, help="keep the run directories here; a temporary folder otherwise")
+    parser.add_argument(
+        "--dir", type=argument, help="keep the run directories here; a temporary folder otherwise"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
@@ -85,7 +99,16 @@ def main(argv: list[str]) -> int:
         verdicts = judged(recipe, folder, ConsoleProgress())
     passed = all(verdict.verdict != "fail" for verdict in verdicts)
     if args.json:
-        print(json.dumps({"check": check, "passed": passed, "recipe": args.recipe, "checks": [asdict(v) for v in verdicts]}))
+        print(
+            json.dumps(
+                {
+                    "check": check,
+                    "passed": passed,
+                    "recipe": args.recipe,
+                    "checks": [asdict(v) for v in verdicts],
+                }
+            )
+        )
     else:
         _show(check, verdicts)
     return GOOD if passed else FINDINGS
@@ -111,7 +134,8 @@ def _short(source: str, overrides: Sequence[str], steps: int, samples: int | Non
         "train.grad_every=0",
         f"train.steps={steps}",
         f"train.log_every={max(1, steps // 50)}",
-        *(f"train.{what}_every={steps}" for what in ("probe", "sample", "checkpoint")),  # the last probe alone is judged
+        # the last probe alone is judged
+        *(f"train.{what}_every={steps}" for what in ("probe", "sample", "checkpoint")),
         *([f"data.limit={samples}"] if samples is not None else []),
     ]
     return load_recipe(source, [*short, *overrides]).recipe
@@ -131,7 +155,11 @@ def _overfit(recipe: Recipe, folder: Path, progress: Progress) -> list[Verdict]:
 
 
 def _ablations(recipe: Recipe, folder: Path, progress: Progress) -> list[Verdict]:
-    others = [name for name in LossConfig.model_fields if name != "flow" and isinstance(getattr(recipe.loss, name), TermConfig)]
+    others = [
+        name
+        for name in LossConfig.model_fields
+        if name != "flow" and isinstance(getattr(recipe.loss, name), TermConfig)
+    ]
     plans: dict[str, dict[str, Any]] = {
         "whole": {},
         "flow_only": {f"loss.{name}.weight": 0.0 for name in others},
@@ -141,13 +169,21 @@ def _ablations(recipe: Recipe, folder: Path, progress: Progress) -> list[Verdict
     arms = {}
     if recipe.loss.kl.weight == 0:
         del plans["no_kl"]
-        arms["no_kl"] = Arm(refused="loss.kl.weight is 0 in this recipe: there is no KL to switch off")
-    arms |= {name: _train(recipe, folder, name, changes, progress) for name, changes in plans.items()}
+        arms["no_kl"] = Arm(
+            refused="loss.kl.weight is 0 in this recipe: there is no KL to switch off"
+        )
+    arms |= {
+        name: _train(recipe, folder, name, changes, progress) for name, changes in plans.items()
+    }
     return ablation_verdicts(**arms, mu_is_free=free_mu(recipe.loss.kl, recipe.loss.anchor.weight))
 
 
-def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any], progress: Progress) -> Arm:
-    """One short run of the recipe with some keys changed; a recipe that is refused or training that halts is told, not raised."""
+def _train(
+    recipe: Recipe, folder: Path, name: str, changes: dict[str, Any], progress: Progress
+) -> Arm:
+    """One short run of the recipe with some keys changed; a recipe that is refused or training
+    that halts is told, not raised.
+    """
     with progress.task(IMPORTING):
         from flowray.store.latents import ensure_latents, load_training
         from flowray.train.group import Group
@@ -160,10 +196,18 @@ def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any], pro
         return Arm(refused=f"the recipe does not allow it: {error}")
     run = RunDirectory(folder / name)
     changed = recipe_diffs(recipe, varied).keys() - {"name", "storage_path"}
-    progress.say(f"{name}: {recipe.train.steps} steps" + (f", {', '.join(sorted(changed))} changed" if changed else ""))
+    progress.say(
+        f"{name}: {recipe.train.steps} steps"
+        + (f", {', '.join(sorted(changed))} changed" if changed else "")
+    )
     check_shards(varied)
-    folders = ensure_latents(varied.data, varied.model.autoencoder, varied.model.latent, progress, varied.model.text)
-    if varied.data.limit is not None and (there := len(load_training(folders["train"], varied))) < varied.data.limit:
+    folders = ensure_latents(
+        varied.data, varied.model.autoencoder, varied.model.latent, progress, varied.model.text
+    )
+    if (
+        varied.data.limit is not None
+        and (there := len(load_training(folders["train"], varied))) < varied.data.limit
+    ):
         progress.say(f"data.shards holds {there} samples, not {varied.data.limit}: those are taken")
     failure: list[Exception] = []
 
@@ -178,7 +222,9 @@ def _train(recipe: Recipe, folder: Path, name: str, changes: dict[str, Any], pro
         raise failure[0]
     refused = f"training halted: {failure[0]}" if failure else ""
     prefix = "ema/" if varied.sample.weights == "ema" else ""
-    return Arm(read_rows(run.metrics), read_rows(run.probes), recipe.model.latent.dims, refused, prefix)
+    return Arm(
+        read_rows(run.metrics), read_rows(run.probes), recipe.model.latent.dims, refused, prefix
+    )
 
 
 def _show(check: str, verdicts: Sequence[Verdict]) -> None:
@@ -186,7 +232,13 @@ def _show(check: str, verdicts: Sequence[Verdict]) -> None:
     unclear = sum(v.verdict == "unclear" for v in verdicts)
     sources = "; ".join(dict.fromkeys(verdict.source for verdict in verdicts))
     title = f"{check}: {said}" + (f", {unclear} of {len(verdicts)} unclear" if unclear else "")
-    table = Table(title=title, caption=f"expected by: {sources}", title_justify="left", caption_justify="left", show_lines=True)
+    table = Table(
+        title=title,
+        caption=f"expected by: {sources}",
+        title_justify="left",
+        caption_justify="left",
+        show_lines=True,
+    )
     table.add_column("run", no_wrap=True)
     table.add_column("expected", ratio=1, overflow="fold")
     table.add_column("measured", ratio=1, overflow="fold")

@@ -27,7 +27,8 @@ from flowray.data.reader import ShardReader
 from flowray.data.shards import EMBEDDED, find_shards, tars
 
 LOOKED_AT = 32  # pictures and captions, evenly spread over the set
-KNOWN_WORDS = 1.6  # tokens a word; the shipped tokenizer needs 1.1 for its own captions, over 2 for others
+# tokens a word; the shipped tokenizer needs 1.1 for its own captions, over 2 for others
+KNOWN_WORDS = 1.6
 FACTOR, PATCH = 8, 2  # px a latent's cell, and cells a patch of quickstart's network
 SMALL_CELLS = 256  # of a latent; more want a wider network than quickstart's
 
@@ -69,15 +70,29 @@ class Looked:
 def _parser() -> Parser:
     parser = Parser(
         prog="flowray.init",
-        description="Look at shards of your own and write a recipe that trains on them: the models shipped with "
-        "flowray where they fit pictures and captions, else published ones, with the command that gets them.",
+        description=(
+            "Look at shards of your own and write a recipe that trains on them: the models shipped"
+            " with flowray where they fit pictures and captions, else published ones, with the"
+            " command that gets them."
+        ),
         epilog="Example: python -m flowray.init --data shards/ --out mine.yaml",
     )
     parser.add_argument(
-        "--data", type=argument, required=True, metavar="FOLDER", help="shards: a folder with train/ and val/, as pack --val makes"
+        "--data",
+        type=argument,
+        required=True,
+        metavar="FOLDER",
+        help="shards: a folder with train/ and val/, as pack --val makes",
     )
-    parser.add_argument("--val", type=argument, metavar="FOLDER", help="held-out shards, where they are not FOLDER/val")
-    parser.add_argument("--out", type=argument, default=Path("mine.yaml"), help="the recipe to write, %(default)s")
+    parser.add_argument(
+        "--val",
+        type=argument,
+        metavar="FOLDER",
+        help="held-out shards, where they are not FOLDER/val",
+    )
+    parser.add_argument(
+        "--out", type=argument, default=Path("mine.yaml"), help="the recipe to write, %(default)s"
+    )
     parser.add_argument(
         "--text",
         type=model_argument,
@@ -166,43 +181,71 @@ def _refuse_unready(recipe: Recipe, absent: list[str]) -> None:
 
 
 def _look(folder: Path, val: Path | None) -> Looked:
-    """Open the shards and a few samples; InputError with what to type where they are not ready for training."""
+    """Open the shards and a few samples; InputError with what to type where they are not ready
+    for training.
+    """
     if str(folder) in EMBEDDED and not exists(folder):
-        raise InputError(f"--data {folder}: comes with flowray; type python -m flowray.train quickstart data.shards={folder}")
+        raise InputError(
+            f"--data {folder}: comes with flowray; type python -m flowray.train quickstart"
+            f" data.shards={folder}"
+        )
     if not exists(folder):
-        raise InputError(f"--data {folder}: {no_such(folder)}; give the folder of shards that pack made")
+        raise InputError(
+            f"--data {folder}: {no_such(folder)}; give the folder of shards that pack made"
+        )
     below = folder / "train"
     train = below if below.is_dir() and not tars(folder) else folder
     val = val or folder / "val"
     if not tars(train) and any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*")):
-        packing = f"python -m flowray.data pack {shlex.quote(str(folder))} shards --size 64 --val 0.05"
-        raise InputError(f"--data {folder}: pictures, not shards; type {packing}, then --data shards")
+        packing = (
+            f"python -m flowray.data pack {shlex.quote(str(folder))} shards --size 64 --val 0.05"
+        )
+        raise InputError(
+            f"--data {folder}: pictures, not shards; type {packing}, then --data shards"
+        )
     shards = find_shards(str(train))
     if not val.is_dir():
-        raise InputError(f"--data {folder}: no held-out shards in {val}; pack with --val 0.05, or give --val FOLDER")
+        raise InputError(
+            f"--data {folder}: no held-out shards in {val}; pack with --val 0.05, or give --val"
+            " FOLDER"
+        )
     if val.samefile(train):
-        raise InputError(f"--val {val}: the training shards themselves; held-out ones must be others (pack with --val 0.05)")
+        raise InputError(
+            f"--val {val}: the training shards themselves; held-out ones must be others (pack with"
+            " --val 0.05)"
+        )
     held_out = ShardReader(find_shards(str(val)))
     reader = ShardReader(shards)
-    from flowray.store.latents import decode_image  # torch takes seconds to import
+    from flowray.data.pictures import decode_image
 
     chosen = np.unique(np.linspace(0, len(reader) - 1, LOOKED_AT).round().astype(int)).tolist()
     pictures = [decode_image(reader, i) for i in chosen]
     sizes = sorted({f"{picture.shape[1]} x {picture.shape[0]}" for picture in pictures})
     if len(sizes) > 1:
-        raise InputError(f"{train}: pictures of {', '.join(sizes[:3])} px; training needs one size: pack with --size 64")
+        raise InputError(
+            f"{train}: pictures of {', '.join(sizes[:3])} px; training needs one size: pack with"
+            " --size 64"
+        )
     height, width, _ = pictures[0].shape
     if height % (FACTOR * PATCH) or width % (FACTOR * PATCH):
         near = max(1, round(min(height, width) / (FACTOR * PATCH))) * FACTOR * PATCH
-        raise InputError(f"{train}: pictures of {sizes[0]} px; sides must be multiples of {FACTOR * PATCH}: pack with --size {near}")
+        raise InputError(
+            f"{train}: pictures of {sizes[0]} px; sides must be multiples of {FACTOR * PATCH}: pack"
+            f" with --size {near}"
+        )
     captions = [reader.captions(i)[0] for i in chosen]
     if len(set(captions)) == 1:
-        raise InputError(f"{train}: every caption looked at is {captions[0]!r}; a text-to-image model learns from captions that differ")
+        raise InputError(
+            f"{train}: every caption looked at is {captions[0]!r}; a text-to-image model learns"
+            " from captions that differ"
+        )
     return Looked(train, val, len(reader), len(held_out), pictures, captions)
 
 
 def _text(given: str | None, looked: Looked) -> Part:
-    """`model.text`: the shipped model where its tokenizer knows the captions' words, unless one is given."""
+    """`model.text`: the shipped model where its tokenizer knows the captions' words, unless one
+    is given.
+    """
     from tokenizers import Tokenizer
 
     from flowray.model.assets import asset_path
@@ -211,11 +254,15 @@ def _text(given: str | None, looked: Looked) -> Part:
     tokens = [len(tokenizer.encode(caption).ids) for caption in looked.captions]
     a_word = sum(tokens) / sum(len(caption.split()) for caption in looked.captions)
     if given == "embedded" or (given is None and a_word <= KNOWN_WORDS):
-        return Part({"path": "embedded"}, f"the shipped model: {a_word:.1f} tokens a word of the captions")
+        return Part(
+            {"path": "embedded"}, f"the shipped model: {a_word:.1f} tokens a word of the captions"
+        )
     sizes = {"dtype": "bf16", "queries": QUERIES, "max_tokens": MAX_TOKENS}
     section: dict[str, Any] = {"path": TEXT} | sizes
     if given is None:
-        return Part(section | TEXT_FACTS, f"{TEXT}: the shipped model has no words for these captions")
+        return Part(
+            section | TEXT_FACTS, f"{TEXT}: the shipped model has no words for these captions"
+        )
     if given == TEXT:
         return Part(section | TEXT_FACTS, TEXT)
     from flowray.model.backbone import is_encoder
@@ -235,9 +282,7 @@ def _text(given: str | None, looked: Looked) -> Part:
 
 
 def _autoencoder(
-    given: str | None,
-    looked: Looked,
-    factor: float | None,
+    given: str | None, looked: Looked, factor: float | None
 ) -> tuple[Part, tuple[int, int, int]]:
     """`model.autoencoder`, the shipped one where it brings the pictures back, and the shape of its
     latents. factor: the scale of the latents of a `given` one, where its files are not to say it.
@@ -261,7 +306,9 @@ def _autoencoder(
     config = _autoencoder_config(given, factor)
     known = compression(config)
     if known is None:
-        raise InputError(f"--autoencoder {given}: its config.json is no AutoencoderKL's or AutoencoderDC's")
+        raise InputError(
+            f"--autoencoder {given}: its config.json is no AutoencoderKL's or AutoencoderDC's"
+        )
     channels, cell = known
     if height % (cell * PATCH) or width % (cell * PATCH):
         raise InputError(
@@ -299,24 +346,30 @@ def _round_trip(looked: Looked, latent: tuple[int, int, int]) -> float:
 
     from flowray.config.base import LatentSpec
     from flowray.config.model import KLAutoencoder
+    from flowray.data.pixels import to_pictures
     from flowray.model.autoencoder import load_autoencoder
     from flowray.probes.vae import psnr
-    from flowray.store.latents import to_pictures
 
     channels, height, width = latent
-    net = load_autoencoder(KLAutoencoder(), LatentSpec(channels=channels, height=height, width=width))
+    net = load_autoencoder(
+        KLAutoencoder(), LatentSpec(channels=channels, height=height, width=width)
+    )
     pictures = to_pictures(looked.pictures[:16])
     moments = net.encode_moments(pictures)
     noise = torch.randn(moments.mean.shape, generator=torch.Generator().manual_seed(0))
     return psnr(net.decode(net.sample(moments, noise)), pictures)
 
 
-def _recipe(out: Path, looked: Looked, text: Part, autoencoder: Part, latent: tuple[int, int, int]) -> str:
+def _recipe(
+    out: Path, looked: Looked, text: Part, autoencoder: Part, latent: tuple[int, int, int]
+) -> str:
     """The recipe file."""
     import torch
 
     def section(values: dict[str, Any]) -> str:
-        line = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1000)
+        line = yaml.safe_dump(
+            values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1000
+        )
         return str(line).strip()
 
     def place(folder: Path) -> str:  # relative to the recipe, so that both can be moved together
@@ -328,7 +381,8 @@ def _recipe(out: Path, looked: Looked, text: Part, autoencoder: Part, latent: tu
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.stem).strip("-._") or "mine"
     wide = latent[1] * latent[2] > SMALL_CELLS
     pictures = f"{looked.count} pictures of {width} x {height} px, {looked.held_out} held out"
-    card = {"title": name, "purpose": "", "dataset": pictures, "tags": [], "notes": ""}  # not quickstart's
+    # not quickstart's
+    card = {"title": name, "purpose": "", "dataset": pictures, "tags": [], "notes": ""}
     lines = [
         f"# Written by flowray.init: {pictures}.",
         "# Every other key is quickstart's; docs/objective.md lists them all.",
@@ -344,7 +398,9 @@ def _recipe(out: Path, looked: Looked, text: Part, autoencoder: Part, latent: tu
         f"  autoencoder: {section(autoencoder.section)}",
     ]
     if wide:
-        lines.append("  # a DiT-S, for latents larger than quickstart's; widen it where the loss stalls")
+        lines.append(
+            "  # a DiT-S, for latents larger than quickstart's; widen it where the loss stalls"
+        )
         lines.append("  velocity: {width: 384, depth: 12, heads: 6}")
         lines.append("optim: {lr: 1e-3}")
     if gpus:

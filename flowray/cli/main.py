@@ -18,8 +18,6 @@ _VERBS: dict[str, str] = {
     "dashboard": "TensorBoard and optuna-dashboard of a sweep on loopback",
     "data": "make, pack and check webdataset shards",
     "cluster": "check the nodes of a Ray cluster, start a head with a token",
-    "bench": "measurements that end in a ratio",
-    "assets": "train the small models that flowray ships",
 }
 
 
@@ -46,12 +44,10 @@ def _command(verb: str) -> Main:
             from flowray.cli.data import main
         case "cluster":
             from flowray.cli.cluster import main
-        case "bench":
-            from flowray.cli.bench import main
-        case "assets":
-            from flowray.cli.assets import main
         case _:
-            raise InputError(f"unknown verb {verb!r}{did_you_mean(verb, _VERBS)} known: {', '.join(_VERBS)}")
+            raise InputError(
+                f"unknown verb {verb!r}{did_you_mean(verb, _VERBS)} known: {', '.join(_VERBS)}"
+            )
     return main
 
 
@@ -87,5 +83,7 @@ def main() -> NoReturn:
 
 
 def run(verb: str) -> NoReturn:
-    """One verb, as `python -m flowray.VERB` starts it; its imports too are within what Ctrl-C ends with one line."""
+    """One verb, as `python -m flowray.VERB` starts it; its imports too are within what Ctrl-C
+    ends with one line.
+    """
     entry(lambda argv: _command(verb)(argv))

@@ -1,4 +1,6 @@
-"""The argument parser of the commands: what is wrong with a command line is bad input like any other, one line."""
+"""The argument parser of the commands: what is wrong with a command line is bad input like any
+other, one line.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,17 @@ class Parser(argparse.ArgumentParser):
     def parse_intermixed_args(  # type: ignore[override]  # of its overloads the commands use one
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """As argparse does; a key that was typed like an option is told from an option that does not exist."""
+        """As argparse does; a key that was typed like an option is told from an option that does
+        not exist.
+        """
         known, left = self.parse_known_intermixed_args(args, namespace)
         if left and any(action.dest == "overrides" for action in self._actions):
             key, _, value = left[0].lstrip("-").partition("=")
             if "." in key or "=" in left[0]:
-                raise InputError(f"command line: got {left[0]!r}, want no dashes before a key: {key}={value or 'VALUE'}")
+                raise InputError(
+                    f"command line: got {left[0]!r}, want no dashes before a key:"
+                    f" {key}={value or 'VALUE'}"
+                )
         if left:
             self.error(f"unrecognized arguments: {' '.join(left)}")
         return known

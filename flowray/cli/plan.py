@@ -1,8 +1,9 @@
-"""`flowray.train RECIPE --plan`: what a run is made of, what it takes and what would stop it; nothing is written.
+"""`flowray.train RECIPE --plan`: what a run is made of, what it takes and what would stop it;
+nothing is written.
 
-Parts and memory are counted on the meta device. Frozen networks that are not on this machine count as
-the recipe says. Where nothing stands in the way, a few steps of one worker are then timed, with its
-weights loaded and its memory taken; Ray is not started.
+Parts and memory are counted on the meta device. Frozen networks that are not on this machine count
+as the recipe says. Where nothing stands in the way, a few steps of one worker are then timed, with
+its weights loaded and its memory taken; Ray is not started.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ TEXT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
-    """The plan as plain data: disjoint `parameters` by part, the rest in bytes, tokens a sample, steps and images.
+    """The plan as plain data: disjoint `parameters` by part, the rest in bytes, tokens a sample,
+    steps and images.
 
     InputError where the model cannot be made.
     """
@@ -77,20 +79,29 @@ def _work(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _memory(recipe: Recipe, model: FlowModel, trained: int, frozen: dict[str, int]) -> dict[str, int]:
+def _memory(
+    recipe: Recipe, model: FlowModel, trained: int, frozen: dict[str, int]
+) -> dict[str, int]:
     """Bytes on each GPU, by what they hold; activations are an estimate."""
     text = frozen.get("text.backbone", 0)
     batch = recipe.train.batch_size // recipe.resources.num_workers // recipe.train.accumulate
     half = recipe.train.precision != "fp32"
     half_text = half or recipe.model.text.dtype != "fp32"
-    apart = recipe.loss.balance.kind != "none" or recipe.train.grad_every > 0  # each loss's own gradient, all at once
+    # each loss's own gradient, all at once
+    apart = recipe.loss.balance.kind != "none" or recipe.train.grad_every > 0
     memory = {
-        "weights": FP32 * trained + FP32 * (sum(frozen.values()) - text) + TEXT_BYTES[recipe.model.text.dtype] * text,
+        "weights": (
+            FP32 * trained
+            + FP32 * (sum(frozen.values()) - text)
+            + TEXT_BYTES[recipe.model.text.dtype] * text
+        ),
         "gradients": FP32 * trained,
         "adamw": 2 * FP32 * trained,
         "ema": FP32 * trained,
         "activations_estimate": batch * kept_per_sample(model) // (2 if half else 1),
-        "text_activations_estimate": batch * kept_behind_queries(model, text) // (2 if half_text else 1),
+        "text_activations_estimate": (
+            batch * kept_behind_queries(model, text) // (2 if half_text else 1)
+        ),
         "loss_gradients": FP32 * trained * len(active_terms(recipe.loss)) if apart else 0,
         "ddp_buckets": FP32 * trained if recipe.resources.num_workers > 1 else 0,
     }
@@ -98,7 +109,9 @@ def _memory(recipe: Recipe, model: FlowModel, trained: int, frozen: dict[str, in
 
 
 class _Fused(torch.autograd.Function):
-    """Attention as the fused kernels of CPU and GPU keep it, inputs and output; on the meta device its whole matrix would count."""
+    """Attention as the fused kernels of CPU and GPU keep it, inputs and output; on the meta
+    device its whole matrix would count.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -114,26 +127,38 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def kept_per_sample(model: FlowModel) -> int:
-    """Bytes that one sample's forward pass in fp32 keeps for the backward pass, counted on the meta device.
+    """Bytes that one sample's forward pass in fp32 keeps for the backward pass, counted on the meta
+    device.
 
-    Connector, head, velocity network and trainable picture encoders; a frozen language model's part is `kept_behind_queries`.
+    Connector, head, velocity network and trainable picture encoders; a frozen language model's part
+    is `kept_behind_queries`.
     """
     text = model.config.text
 
     def forward() -> object:
         values = torch.zeros(1, text.tokens, model.text.lm_width, requires_grad=True)
-        mu, logvar = model.head(model.text.connect(TextTokens(values, torch.ones(1, text.tokens, dtype=torch.bool))))
+        mu, logvar = model.head(
+            model.text.connect(TextTokens(values, torch.ones(1, text.tokens, dtype=torch.bool)))
+        )
         velocities = model.velocity.levels(mu, torch.zeros(1), torch.zeros(1, dtype=torch.bool))
-        return logvar, velocities, [encoder(torch.zeros(1, 3, encoder.side, encoder.side)) for encoder in _trained_encoders(model)]
+        return (
+            logvar,
+            velocities,
+            [
+                encoder(torch.zeros(1, 3, encoder.side, encoder.side))
+                for encoder in _trained_encoders(model)
+            ],
+        )
 
     return _kept_bytes(model, forward)
 
 
 def kept_behind_queries(model: FlowModel, parameters: int) -> int:
-    """Bytes that a frozen language model in fp32 keeps for one sample's queries, on top of the prompt's cache.
+    """Bytes that a frozen language model in fp32 keeps for one sample's queries, on top of the
+    prompt's cache.
 
-    Where only its number of `parameters` and its width are known, a value for each parameter / width and query: within a fifth
-    of the count for Qwen2 of 0.5, 1.5 and 7 G parameters.
+    Where only its number of `parameters` and its width are known, a value for each parameter /
+    width and query: within a fifth of the count for Qwen2 of 0.5, 1.5 and 7 G parameters.
     """
     text, width = model.config.text, model.text.lm_width
     if not isinstance(text, CausalText):
@@ -143,7 +168,11 @@ def kept_behind_queries(model: FlowModel, parameters: int) -> int:
         return FP32 * text.queries * parameters // width
     cache = DynamicCache(config=net.config)
     with torch.device("meta"), torch.no_grad():
-        net(inputs_embeds=torch.zeros(1, text.max_tokens, width), past_key_values=cache, use_cache=True)
+        net(
+            inputs_embeds=torch.zeros(1, text.max_tokens, width),
+            past_key_values=cache,
+            use_cache=True,
+        )
 
     def forward() -> object:
         queries = torch.zeros(1, text.queries, width, requires_grad=True)
@@ -153,7 +182,9 @@ def kept_behind_queries(model: FlowModel, parameters: int) -> int:
 
 
 def _kept_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes of what autograd saves in `forward` on the meta device, weights apart, each storage once."""
+    """Bytes of what autograd saves in `forward` on the meta device, weights apart, each storage
+    once.
+    """
     weights = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, Any] = {}  # storages, held so that no later one gets the same address
 
@@ -163,7 +194,11 @@ def _kept_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    with torch.device("meta"), _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        torch.device("meta"),
+        _FusedAttention(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         held = forward()  # its graph is alive until all is counted
         size = sum(storage.nbytes() for storage in kept.values())
     del held
@@ -171,11 +206,17 @@ def _kept_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
 
 
 def _trained_encoders(model: nn.Module) -> list[ImageEncoder]:
-    return [module for module in model.modules() if isinstance(module, ImageEncoder) and not module.frozen]
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, ImageEncoder) and not module.frozen
+    ]
 
 
 def _tokens(config: ModelConfig, model: FlowModel) -> dict[str, int]:
-    """Per sample: the longest prompt with its queries, what the head reads, what the velocity network's transformer attends over."""
+    """Per sample: the longest prompt with its queries, what the head reads, what the velocity
+    network's transformer attends over.
+    """
     text, latent, patch = config.text, config.latent, model.velocity.token_blocks().patch
     queries = text.queries if isinstance(text, CausalText) else 0
     return {
@@ -188,7 +229,10 @@ def _tokens(config: ModelConfig, model: FlowModel) -> dict[str, int]:
 def weights(recipe: Recipe) -> list[dict[str, Any]]:
     """Every set of weights that the run would read, and whether it is on this machine."""
     model, loss = recipe.model, recipe.loss
-    named: dict[str, str | None] = {"model.text.path": model.text.path, "model.autoencoder.path": model.autoencoder.path}
+    named: dict[str, str | None] = {
+        "model.text.path": model.text.path,
+        "model.autoencoder.path": model.autoencoder.path,
+    }
     if loss.clip.weight > 0 and isinstance(model.semantic, ImageTower):
         named["model.semantic.net.path"] = model.semantic.net.path
     if loss.dino.weight > 0 and not isinstance(loss.dino.teacher, EmaTeacher):
@@ -197,11 +241,16 @@ def weights(recipe: Recipe) -> list[dict[str, Any]]:
         named["loss.repa.teacher.path"] = loss.repa.teacher.path
     if loss.lpips.weight > 0:
         named |= {"loss.lpips.vgg": loss.lpips.vgg, "loss.lpips.linear": loss.lpips.linear}
-    return [{"key": key, "path": path, "present": local_weights(path) is not None} for key, path in named.items() if path]
+    return [
+        {"key": key, "path": path, "present": local_weights(path) is not None}
+        for key, path in named.items()
+        if path
+    ]
 
 
 def show_plan(recipe: Recipe, progress: Progress, *, as_json: bool, imports_s: float = 0.0) -> bool:
-    """Print the plan, as one JSON object or as tables; whether nothing would stop the run. Of a model
+    """Print the plan, as one JSON object or as tables; whether nothing would stop the run. Of a
+    model
     that cannot be made the sizes are null. imports_s: as for `wall_time`.
     """
     with progress.task("planning"):
@@ -234,14 +283,16 @@ def _print(plan: dict[str, Any], recipe: Recipe) -> None:
     console = Console(highlight=False)
     if plan["parameters"]:
         _print_sizes(plan, console)
-    needed = {w["key"]: f"{w['path']}{'' if w['present'] else ' (not here)'}" for w in plan["weights"]}
+    needed = {
+        w["key"]: f"{w['path']}{'' if w['present'] else ' (not here)'}" for w in plan["weights"]
+    }
     console.print(_table("weights it needs", needed))
     if plan["tokens"]:
         tokens = ", ".join(f"{count} {where}" for where, count in plan["tokens"].items())
         console.print(f"tokens a sample: {tokens}")
     console.print(
-        f"{plan['steps']} steps of {recipe.train.batch_size} = {plan['images']:,} images on {plan['workers']} worker(s), "
-        f"{plan['batch_per_gpu']} at a time on each"
+        f"{plan['steps']} steps of {recipe.train.batch_size} = {plan['images']:,} images on"
+        f" {plan['workers']} worker(s), {plan['batch_per_gpu']} at a time on each"
     )
     console.print(show_wall_time(plan["wall_time"]), soft_wrap=True)
     for problem in plan["problems"]:
@@ -257,8 +308,14 @@ def _print_sizes(plan: dict[str, Any], console: Console) -> None:
     rows = {name.replace("_", " "): _size(size) for name, size in memory.items()}
     console.print(_table("memory per GPU", rows | {"together, about": _size(sum(memory.values()))}))
     if "text.backbone" not in parameters:
-        console.print("the text model is not here and the recipe has no model.text.parameters: it is left out of weights and memory")
-    console.print("activations are estimates of what a backward pass needs; decoders of losses that look at pictures come on top")
+        console.print(
+            "the text model is not here and the recipe has no model.text.parameters: it is left out"
+            " of weights and memory"
+        )
+    console.print(
+        "activations are estimates of what a backward pass needs; decoders of losses that look at"
+        " pictures come on top"
+    )
 
 
 def _size(count: int) -> str:

@@ -1,4 +1,6 @@
-"""What a command shows on stderr while it works, and the live progress of a run, read from its row files."""
+"""What a command shows on stderr while it works, and the live progress of a run, read from its
+row files.
+"""
 
 from __future__ import annotations
 
@@ -27,22 +29,31 @@ FIRST_S = 0.5  # a task that is over sooner says nothing
 BEAT_S, QUIET_S = 2.5, 60.0  # the shortest and longest pause between the lines of a task
 STOPPING_S = 5.0  # for an interrupted run to reach its next logged step
 LOOK_S = 0.5  # how often a run's files are looked at
-SILENT_S = 60.0  # after that long without a row a line says so, and again after twice, four times as long
+# after that long without a row a line says so, and again after twice, four times as long
+SILENT_S = 60.0
 START_S = 25.0  # imports, Ray, loading the models, the report: measured on two cores
 IMPORTING, LOOKING = "importing the libraries", "looking for the newest checkpoint"
-_QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}
 
 
 def quiet_libraries() -> None:
-    """No bars and hints of the model libraries between our own lines; before they are imported, and unless the user set it."""
+    """No bars and hints of the model libraries between our own lines; before they are imported,
+    and unless the user set it.
+    """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
 
 
 class ConsoleProgress:
-    """Live bars on a terminal; elsewhere, as in a job's log, a line soon after a task began, ever fewer while it lasts.
+    """Live bars on a terminal; elsewhere, as in a job's log, a line soon after a task began, ever
+    fewer while it lasts.
 
-    Lines begin with the seconds since the command began. stream: stderr unless given; stdout is for what a command prints.
+    Lines begin with the seconds since the command began. stream: stderr unless given; stdout is for
+    what a command prints.
     """
 
     def __init__(self, stream: TextIO | None = None):
@@ -63,7 +74,10 @@ class ConsoleProgress:
 
     @contextmanager
     def task(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
-        """A bar, or lines, for the block. Tasks may lie in one another: lines come from the innermost alone."""
+        """A bar, or lines, for the block.
+
+        Tasks may lie in one another: lines come from the innermost alone.
+        """
         number = self._bars.add_task(what, total=total, completed=done, note="")
         task = next(task for task in self._bars.tasks if task.id == number)
         self._open.append(task)
@@ -95,7 +109,11 @@ class ConsoleProgress:
 
 
 def _count(task: Task) -> str:
-    return task.description if task.total is None else f"{task.description} {task.completed:.0f}/{task.total:.0f}"
+    return (
+        task.description
+        if task.total is None
+        else f"{task.description} {task.completed:.0f}/{task.total:.0f}"
+    )
 
 
 def _state(task: Task) -> str:
@@ -115,7 +133,8 @@ class _StateColumn(ProgressColumn):
 class RowTail:
     """The rows added to a row file since the last look, after step `start`.
 
-    What lies there at the beginning is no news: whoever continues a run puts a new file in its place.
+    What lies there at the beginning is no news: whoever continues a run puts a new file in its
+    place.
     """
 
     def __init__(self, path: Path, start: int):
@@ -143,7 +162,9 @@ class RowTail:
 
 
 class RunProgress:
-    """What the row files of a run tell: where it is, with loss and speed; a line for every probe and every new finding."""
+    """What the row files of a run tell: where it is, with loss and speed; a line for every probe
+    and every new finding.
+    """
 
     def __init__(self, run: RunDirectory, steps: int, start: int, progress: Progress):
         self.steps, self.start, self._progress = steps, start, progress
@@ -189,8 +210,8 @@ class RunProgress:
 def watch(work: Callable[[], None], seen: RunProgress, progress: Progress) -> None:
     """Run `work` in a thread and show its progress.
 
-    The main thread stays free for signals, which Ray Train would abort on. On KeyboardInterrupt a run
-    that has begun is asked to stop, and given a moment for it.
+    The main thread stays free for signals, which Ray Train would abort on. On KeyboardInterrupt a
+    run that has begun is asked to stop, and given a moment for it.
     """
     thread = threading.Thread(target=work, name="training", daemon=True)
     thread.start()

@@ -1,4 +1,6 @@
-"""Whether this machine has what a run asks for: looked at before any picture is encoded, and by `--plan`."""
+"""Whether this machine has what a run asks for: looked at before any picture is encoded, and by
+`--plan`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def refuse_unready(recipe: Recipe) -> None:
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
-    """A line for whatever would stop the run, cheapest first: GPUs, device, storage, shards, weights.
+    """A line for whatever would stop the run, cheapest first: GPUs, device, storage, shards,
+    weights.
 
     Where RAY_ADDRESS names a cluster, its nodes and not this machine have the GPUs and the weights.
     """
@@ -38,8 +41,9 @@ def problems(recipe: Recipe) -> Iterator[str]:
 
 
 def unusable_weights(recipes: Iterable[Recipe]) -> Iterator[tuple[str, str]]:
-    """Recipe key and a line for each set of weights that the recipes read and this machine could not load: they are
-    not here, nor may they be downloaded, or they are not whole, quantised or of several variants.
+    """Recipe key and a line for each set of weights that the recipes read and this machine could
+    not load: they are not here, nor may they be downloaded, or they are not whole, quantised or of
+    several variants.
     """
     from flowray.cli.plan import weights
     from flowray.model.local import may_download
@@ -68,7 +72,9 @@ def check_device(recipe: Recipe) -> None:
     import torch
 
     if recipe.train.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("train.device: got cuda, but torch can use no GPU here; type train.device=cpu")
+        raise InputError(
+            "train.device: got cuda, but torch can use no GPU here; type train.device=cpu"
+        )
 
 
 def _check_storage(recipe: Recipe) -> None:
@@ -83,7 +89,11 @@ def unusable_shards(recipes: Iterable[Recipe]) -> Iterator[str]:
     """A line for each set of shards that a recipe of these could not train on."""
     seen = set()
     for recipe in recipes:
-        known = recipe.data.model_dump_json(), recipe.model.latent, recipe.model.autoencoder.model_dump_json()
+        known = (
+            recipe.data.model_dump_json(),
+            recipe.model.latent,
+            recipe.model.autoencoder.model_dump_json(),
+        )
         if known in seen:
             continue
         seen.add(known)
@@ -98,7 +108,8 @@ def check_shards(recipe: Recipe) -> None:
     size, or where `model.latent` is not what the autoencoder makes of them.
     """
     from flowray.data.make import picture_side
-    from flowray.store.latents import decode_image, split_shards
+    from flowray.data.pictures import decode_image
+    from flowray.store.latents import split_shards
 
     if recipe.data.shards in EMBEDDED:
         side = picture_side(recipe.data.shards)
@@ -112,13 +123,16 @@ def check_shards(recipe: Recipe) -> None:
     (height, width), *others = sizes
     if others:
         told = "; ".join(f"{w} x {h} px: {label}" for (h, w), label in sizes.items())
-        raise InputError(f"data.shards: pictures are of several sizes, {told}; `flowray.data pack --size PX` makes one size")
+        raise InputError(
+            f"data.shards: pictures are of several sizes, {told}; `flowray.data pack --size PX`"
+            " makes one size"
+        )
     _check_latent(recipe, height, width)
 
 
 def _check_latent(recipe: Recipe, height: int, width: int) -> None:
-    """InputError where pictures of so many px do not become latents of the recipe's shape. Nothing is
-    said where the autoencoder's config is not here, or is the fault.
+    """InputError where pictures of so many px do not become latents of the recipe's shape. Nothing
+    is said where the autoencoder's config is not here, or is the fault.
     """
     from flowray.model.autoencoder import planned_compression
 
@@ -133,13 +147,18 @@ def _check_latent(recipe: Recipe, height: int, width: int) -> None:
     pictures = f"the pictures of {recipe.data.shards} are {width} x {height} px"
     if height % cell or width % cell:
         near = max(1, round(min(height, width) / cell)) * cell
-        raise InputError(f"model.autoencoder: {config.path!r} takes {cell} px a cell, but {pictures}; pack them with --size {near}")
+        raise InputError(
+            f"model.autoencoder: {config.path!r} takes {cell} px a cell, but {pictures}; pack them"
+            f" with --size {near}"
+        )
     made = LatentSpec(channels=channels, height=height // cell, width=width // cell)
     if made != latent:
-        keys = (f"model.latent.{key}={value}" for key, value in made if value != getattr(latent, key))
+        keys = (
+            f"model.latent.{key}={value}" for key, value in made if value != getattr(latent, key)
+        )
         raise InputError(
-            f"model.latent: got {latent.shape}, but {pictures}, of which the autoencoder in {config.path!r} "
-            f"makes {made.shape}; type {' '.join(keys)}"
+            f"model.latent: got {latent.shape}, but {pictures}, of which the autoencoder in"
+            f" {config.path!r} makes {made.shape}; type {' '.join(keys)}"
         )
 
 

@@ -17,11 +17,19 @@ def main(argv: list[str]) -> int:
     """Write `DIR/report.html`, and of a sweep `DIR/report.md`; print their paths."""
     parser = Parser(
         prog="flowray.report",
-        description="Write DIR/report.html, one self-contained page: of a sweep (the best trial, curves, sample grid, what each "
-        "parameter did; also report.md, which keeps the conclusion that you write into it) or of a single run (losses, probes "
-        "against trivial baselines, samples over time).",
+        description=(
+            "Write DIR/report.html, one self-contained page: of a sweep (the best trial, curves,"
+            " sample grid, probes; also report.md, which keeps the conclusion that"
+            " you write into it) or of a single run (losses, probes against trivial baselines,"
+            " samples over time)."
+        ),
     )
-    parser.add_argument("dir", metavar="DIR", type=argument, help="a folder that flowray.tune or flowray.train wrote")
+    parser.add_argument(
+        "dir",
+        metavar="DIR",
+        type=argument,
+        help="a folder that flowray.tune or flowray.train wrote",
+    )
     folder: Path = parser.parse_args(argv).dir
     whole_sweep = is_sweep(folder)
     if not whole_sweep and not is_run(folder):
@@ -43,9 +51,17 @@ def main(argv: list[str]) -> int:
 def _neither(folder: Path) -> str:
     want = "want a sweep (it has sweep.yaml) or a run (config.yaml)"
     if not folder.exists():
-        known = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        known = (
+            [path.name for path in folder.parent.iterdir() if path.is_dir()]
+            if folder.parent.is_dir()
+            else []
+        )
         return f"{folder}: no such folder{did_you_mean(folder.name, known)}; {want}"
     if not folder.is_dir():
         return f"{folder}: a file; {want}"
-    inside = next((path for path in sorted(folder.iterdir()) if is_sweep(path) or is_run(path)), None)
-    return f"{folder}: neither a sweep nor a run; {want}" + (f"; type flowray.report {inside}" if inside else "")
+    inside = next(
+        (path for path in sorted(folder.iterdir()) if is_sweep(path) or is_run(path)), None
+    )
+    return f"{folder}: neither a sweep nor a run; {want}" + (
+        f"; type flowray.report {inside}" if inside else ""
+    )

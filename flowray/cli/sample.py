@@ -21,12 +21,22 @@ MAX_SCALE = 64  # of 64 px pictures, sheets of 4,096 px each
 def _parser() -> Parser:
     parser = Parser(
         prog="flowray.sample",
-        description="Draw pictures from a run, the way its training defined the path. Each prompt gives one row of `count` pictures.",
-        epilog='Example: python -m flowray.sample runs/quickstart "a small red circle in the center on a black background" --count 4',
+        description=(
+            "Draw pictures from a run, the way its training defined the path. Each prompt gives one"
+            " row of `count` pictures."
+        ),
+        epilog=(
+            'Example: python -m flowray.sample runs/quickstart "a small red circle in the center on'
+            ' a black background" --count 4'
+        ),
     )
-    parser.add_argument("run", type=argument, help="a run directory or one of its checkpoints/step_* folders")
+    parser.add_argument(
+        "run", type=argument, help="a run directory or one of its checkpoints/step_* folders"
+    )
     parser.add_argument("prompts", nargs="*", metavar="prompt", help="captions; or --prompts FILE")
-    parser.add_argument("--prompts", dest="file", type=argument, help="a UTF-8 text file, one caption a line")
+    parser.add_argument(
+        "--prompts", dest="file", type=argument, help="a UTF-8 text file, one caption a line"
+    )
     parser.add_argument(
         "--out",
         type=argument,
@@ -40,9 +50,18 @@ def _parser() -> Parser:
     )
     parser.add_argument("--seed", type=whole_number(0), default=0)
     parser.add_argument(
-        "--scale", type=whole_number(1, MAX_SCALE), default=1, help="enlarge the pictures this many times, without smoothing"
+        "--scale",
+        type=whole_number(1, MAX_SCALE),
+        default=1,
+        help="enlarge the pictures this many times, without smoothing",
     )
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="recipe keys, e.g. sample.guidance_scale=3")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="recipe keys, e.g. sample.guidance_scale=3",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
@@ -52,7 +71,9 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; want a text file with one caption a line") from error
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}; want a text file with one caption a line"
+        ) from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8 text; want one caption a line") from error
@@ -80,7 +101,10 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     prompts = args.prompts + (read_prompts(args.file) if args.file else [])
     if not prompts:
-        raise InputError('no prompt; type one in quotes, e.g. "a large red circle on a white background", or --prompts FILE')
+        raise InputError(
+            'no prompt; type one in quotes, e.g. "a large red circle on a white background", or'
+            " --prompts FILE"
+        )
     if empty := [place for place, prompt in enumerate(prompts, 1) if not prompt.strip()]:
         which = f"prompt {empty[0]} of {len(prompts)}"
         raise InputError(f"{which}: is empty; type a caption in quotes, or leave it out")
@@ -114,5 +138,9 @@ def main(argv: list[str]) -> int:
         save_strip(sheet, out)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
-    print(json.dumps({"picture": str(out), "prompts": prompts, "step": opened.step}) if args.json else out)
+    print(
+        json.dumps({"picture": str(out), "prompts": prompts, "step": opened.step})
+        if args.json
+        else out
+    )
     return GOOD

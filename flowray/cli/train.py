@@ -26,19 +26,44 @@ from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory, RunLock
 
-_CARD_METRICS = ("ema/shoot/nmse", "ema/shoot/skill", "ema/flow/cos", "ema/flow/speed_ratio", "ema/std/mean", "ema/text/cos_mu", "vae/psnr")
+_CARD_METRICS = (
+    "ema/shoot/nmse",
+    "ema/shoot/skill",
+    "ema/flow/cos",
+    "ema/flow/speed_ratio",
+    "ema/std/mean",
+    "ema/text/cos_mu",
+    "vae/psnr",
+)
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="flowray.train",
-        description="Train a text-to-image latent flow model under Ray Train. Writes <storage_path>/<name>/.",
-        epilog=f"Packaged recipes: {', '.join(recipe_names())}. Example: python -m flowray.train quickstart optim.lr=2e-3 name=fast",
+        description=(
+            "Train a text-to-image latent flow model under Ray Train. Writes"
+            " <storage_path>/<name>/."
+        ),
+        epilog=(
+            f"Packaged recipes: {', '.join(recipe_names())}. Example: python -m flowray.train"
+            " quickstart optim.lr=2e-3 name=fast"
+        ),
     )
     parser.add_argument("recipe", help="a packaged recipe's name or the path of a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys, e.g. loss.kl.weight=0.3")
-    parser.add_argument("--resume", action="store_true", help="continue <storage_path>/<name> from its newest valid checkpoint")
-    planned = "print parts, cost and problems, exit code 1 for any; times a few steps, starts no run"
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dotted recipe keys, e.g. loss.kl.weight=0.3",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue <storage_path>/<name> from its newest valid checkpoint",
+    )
+    planned = (
+        "print parts, cost and problems, exit code 1 for any; times a few steps, starts no run"
+    )
     parser.add_argument("--plan", action="store_true", help=planned)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
@@ -61,10 +86,14 @@ def main(argv: list[str]) -> int:
     run = RunDirectory(Path(loaded.recipe.storage_path) / loaded.recipe.name)
     checkpoint = newest_checkpoint(run.checkpoints)
     if checkpoint and not args.resume:
-        raise InputError(f"{run.path} holds a run already; type --resume to continue it, or name=OTHER for a new one")
+        raise InputError(
+            f"{run.path} holds a run already; type --resume to continue it, or name=OTHER for a"
+            " new one"
+        )
     if args.resume and not checkpoint:
         progress.say(f"{run.path} has no checkpoint to continue from: it starts at step 0")
-    RunLock(run).refuse_if_held()  # before anything in it is touched; the worker that trains takes the lock
+    # before anything in it is touched; the worker that trains takes the lock
+    RunLock(run).refuse_if_held()
     start = load_state(checkpoint)["step"] if checkpoint else 0
     if start and run.config.is_file():
         before = load_recipe(str(run.config)).recipe
@@ -72,7 +101,9 @@ def main(argv: list[str]) -> int:
     return _train(loaded, run, start, progress, as_json=args.json)
 
 
-def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgress, *, as_json: bool) -> int:
+def _train(
+    loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgress, *, as_json: bool
+) -> int:
     recipe, steps = loaded.recipe, loaded.recipe.train.steps
     if start >= steps:
         progress.say(f"{run.path} has finished its {steps} steps; train.steps=N for more")
@@ -81,9 +112,9 @@ def _train(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgr
             print(_summary(run, stopped=False, seconds=0.0, report=report))
         return GOOD
     with progress.task(IMPORTING):
-        from flowray.rayrun.capacity import machines
-        from flowray.rayrun.session import connected
-        from flowray.rayrun.storage import refuse_unshared
+        from flowray.cluster.capacity import machines
+        from flowray.cluster.session import connected
+        from flowray.cluster.storage import refuse_unshared
         from flowray.store.latents import ensure_latents_apart
         from flowray.tune.room import refuse_without_room
 
@@ -129,10 +160,12 @@ def _taking_over(run: RunDirectory) -> Iterator[None]:
                 run.next_config.unlink()
 
 
-def _run(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgress) -> tuple[int, float]:
+def _run(
+    loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgress
+) -> tuple[int, float]:
     """(exit code, seconds) of the workers; InputError for what only they can see."""
     with progress.task(IMPORTING):
-        from flowray.rayrun.session import started
+        from flowray.cluster.session import started
         from flowray.rayrun.trainer import RunFailed, fit
         from flowray.train.loop import is_finished
 
@@ -142,13 +175,7 @@ def _run(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgres
 
     def work() -> None:
         try:
-            fit(
-                recipe,
-                run.path,
-                name="train",
-                ray_storage=run.path / ".ray",
-                say=progress.say,
-            )
+            fit(recipe, run.path, name="train", ray_storage=run.path / ".ray", say=progress.say)
         except Exception as error:
             failure.append(error)
 
@@ -168,14 +195,18 @@ def _run(loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgres
 
 
 class _StopSignals:
-    """Within the block SIGTERM and SIGINT ask the loop for a checkpoint and a stop; `came` says whether one did.
+    """Within the block SIGTERM and SIGINT ask the loop for a checkpoint and a stop; `came` says
+    whether one did.
 
-    Before a worker has taken the run over there is nothing to keep that was not there: they end the start.
+    Before a worker has taken the run over there is nothing to keep that was not there: they end the
+    start.
     """
 
     def __init__(self, run: RunDirectory, progress: Progress):
         self._run, self._progress, self.came = run, progress, False
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {
+            number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
+        }
 
     def __enter__(self) -> _StopSignals:
         for number in self._before:
@@ -201,7 +232,9 @@ class _StopSignals:
 
 
 def _say_changes(recipe: Recipe, run: RunDirectory, start: int, progress: Progress) -> None:
-    """Tell where a resumed run goes on, and which keys are not what they were: a forgotten override would change it silently."""
+    """Tell where a resumed run goes on, and which keys are not what they were: a forgotten
+    override would change it silently.
+    """
     progress.say(f"continuing {run.path} from step {start}")
     if run.config.is_file():
         before = load_recipe(str(run.config)).recipe
@@ -224,7 +257,16 @@ def _write_card(loaded: Loaded, run: RunDirectory) -> None:
     step, facts = int(last.get("step", 0)), _facts(loaded.recipe)
     judge = load_run(run.path).judge(last, step)
     said = {key: judge(key).text for key in shown}
-    render_card(run.card, loaded.recipe, loaded.diffs, **facts, metrics=shown, step=step, verdicts=said, samples=strips)
+    render_card(
+        run.card,
+        loaded.recipe,
+        loaded.diffs,
+        **facts,
+        metrics=shown,
+        step=step,
+        verdicts=said,
+        samples=strips,
+    )
 
 
 def _write_config(loaded: Loaded, run: RunDirectory) -> None:
@@ -239,7 +281,15 @@ def _hardware(recipe: Recipe) -> str:
     return f"{each.num_workers} worker(s) x {each.cpus_per_worker} CPU{gpus}"
 
 
-def _finish(loaded: Loaded, run: RunDirectory, seconds: float, progress: Progress, *, as_json: bool, stopped: bool) -> None:
+def _finish(
+    loaded: Loaded,
+    run: RunDirectory,
+    seconds: float,
+    progress: Progress,
+    *,
+    as_json: bool,
+    stopped: bool,
+) -> None:
     with progress.task("writing the report"):
         from flowray.report.page import write_run_report
 
@@ -248,7 +298,10 @@ def _finish(loaded: Loaded, run: RunDirectory, seconds: float, progress: Progres
     if as_json:
         print(_summary(run, stopped=stopped, seconds=seconds, report=report))
         return
-    place, prompts = shlex.quote(str(run.path)), (run.samples / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    place, prompts = (
+        shlex.quote(str(run.path)),
+        (run.samples / "prompts.txt").read_text(encoding="utf-8").splitlines(),
+    )
     print(f"{'stopped' if stopped else 'finished'} after {seconds:.0f} s: {run.path}")
     print(f"  report       {report}")
     print(f"  sample       python -m flowray.sample {place} {shlex.quote(prompts[0])}")
@@ -261,5 +314,10 @@ def _finish(loaded: Loaded, run: RunDirectory, seconds: float, progress: Progres
 
 def _summary(run: RunDirectory, *, stopped: bool, seconds: float, report: Path) -> str:
     rows = read_rows(run.probes)
-    facts = {"run": str(run.path), "stopped": stopped, "seconds": round(seconds, 1), "report": str(report)}
+    facts = {
+        "run": str(run.path),
+        "stopped": stopped,
+        "seconds": round(seconds, 1),
+        "report": str(report),
+    }
     return json.dumps({**facts, "metrics": rows[-1] if rows else {}})

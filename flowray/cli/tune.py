@@ -18,31 +18,47 @@ from flowray.config.errors import InputError
 from flowray.config.paths import exists
 from flowray.config.progress import Progress
 from flowray.config.sources import packaged_sweeps
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import base_recipe, check_trials, load_sweep
-from flowray.config.sweepschema import sweep_schema
 from flowray.findings.rules import RULES
+from flowray.sweepconfig.check import base_recipe, check_trials
+from flowray.sweepconfig.file import load_sweep
+from flowray.sweepconfig.schema import sweep_schema
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.folder import sweep_folder
-from flowray.tune.records import Records
+from flowray.tune.ledger import Ledger
 from flowray.tune.stop import check_findings
 
 if TYPE_CHECKING:
     from flowray.rayrun.tuner import SweepResult
 
 
-def main(argv: list[str]) -> int:
-    """Run a sweep, or finish trials of one. 0: a trial did not fail; 1: all failed; 75: stopped by a signal; InputError for bad input."""
+def _parser() -> Parser:
     parser = Parser(
         prog="flowray.tune",
-        description="Search a recipe's keys with Ray Tune and Optuna; trials without hope stop early, and a line says why.",
-        epilog=f"Packaged sweeps: {', '.join(packaged_sweeps()) or 'none'}. Results: <storage_path>/<name>/report.html and best.yaml.",
+        description=(
+            "Search a recipe's keys with Ray Tune and Optuna; trials without hope stop early, and a"
+            " line says why."
+        ),
+        epilog=(
+            f"Packaged sweeps: {', '.join(packaged_sweeps()) or 'none'}. Results:"
+            " <storage_path>/<name>/report.html and best.yaml."
+        ),
     )
-    parser.add_argument("sweep", metavar="SWEEP.yaml", nargs="?", help="a sweep file, or the name of a packaged one")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="sweep keys (run_cap=4), recipe keys under set. (set.train.steps=50)"
+        "sweep", metavar="SWEEP.yaml", nargs="?", help="a sweep file, or the name of a packaged one"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="continue <storage_path>/<name> also where caps, budgets, stops or resources have changed"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="sweep keys (run_cap=4), recipe keys under set. (set.train.steps=50)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help=(
+            "continue <storage_path>/<name> also where caps, budgets, stops or resources have"
+            " changed"
+        ),
     )
     parser.add_argument(
         "--finish",
@@ -51,16 +67,33 @@ def main(argv: list[str]) -> int:
         action="append",
         help="train the stopped trial N to the end, nothing else",
     )
-    planned = "print space, trials, hours, storage and problems, exit code 1 for any; starts no trial"
+    planned = (
+        "print space, trials, hours, storage and problems, exit code 1 for any; starts no trial"
+    )
     parser.add_argument("--plan", action="store_true", help=planned)
-    parser.add_argument("--schema", action="store_true", help="print the JSON schema of sweep files, for editors")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
-    args = parser.parse_intermixed_args(argv)
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON schema of sweep files, for editors"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, the rest on stderr"
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run a sweep, or finish trials of one.
+
+    0: a trial did not fail; 1: all failed; 75: stopped by a signal; InputError for bad input.
+    """
+    args = _parser().parse_intermixed_args(argv)
     if args.schema:
         print(json.dumps(sweep_schema(), indent=1))
         return GOOD
     if args.sweep is None:
-        raise InputError(f"which sweep? type a file, or one of {', '.join(packaged_sweeps())}; see `python -m flowray.tune --help`")
+        raise InputError(
+            f"which sweep? type a file, or one of {', '.join(packaged_sweeps())}; see `python -m"
+            " flowray.tune --help`"
+        )
     sweep = load_sweep(args.sweep, args.overrides, in_place=True)
     base = base_recipe(sweep)
     check_trials(sweep, base)
@@ -82,21 +115,34 @@ def main(argv: list[str]) -> int:
     finish, resume = args.finish or (), args.resume or bool(args.finish)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what comes before the end is progress
-            result = run_sweep(sweep, base, resume=resume, finish=finish, stream=sys.stderr, progress=progress)
+            result = run_sweep(
+                sweep, base, resume=resume, finish=finish, stream=sys.stderr, progress=progress
+            )
             with progress.task("writing the report"):
                 report = _report(result)
     except OSError as error:
         if no_room(error) is None:
             raise
         folder = sweep_folder(sweep)
-        raise InputError(f"{folder}: {error.strerror}; make room and type the same command again: what is done is kept") from error
+        raise InputError(
+            f"{folder}: {error.strerror}; make room and type the same command again: what is done"
+            " is kept"
+        ) from error
     if result.interrupted:
         why = "the time budget ran out" if result.out_of_time else "stopped by a signal"
-        print(f"{why}; to continue: python -m flowray.tune {shlex.join(argv)}", file=sys.stderr, flush=True)
+        print(
+            f"{why}; to continue: python -m flowray.tune {shlex.join(argv)}",
+            file=sys.stderr,
+            flush=True,
+        )
     elif result.left:
         resume = ["--resume"] if args.resume else []
         rest = shlex.join([args.sweep, *args.overrides, *resume])
-        print(f"{result.left} trials of the sweep are left; to go on: python -m flowray.tune {rest}", file=sys.stderr, flush=True)
+        print(
+            f"{result.left} trials of the sweep are left; to go on: python -m flowray.tune {rest}",
+            file=sys.stderr,
+            flush=True,
+        )
     if args.json:
         print(json.dumps(_summary(result)))
     else:
@@ -118,20 +164,18 @@ def _look(sweep: Sweep, resume: bool, finish: Sequence[int], progress: Progress)
             raise InputError(f"--finish {finish[0]}: {folder} holds no sweep; {where}")
         if resume:
             progress.say(f"{folder} holds no sweep to continue: it starts with trial 0; {where}")
-    records = Records(folder / "trials.jsonl")
+    ledger = Ledger(folder / "trials.jsonl")
     for number in finish:
-        records.to_finish(number)
+        ledger.to_finish(number)
 
 
 def _report(result: SweepResult) -> list[str]:
-    """Write report.html; the lines that end the sweep, the verdict last."""
+    """Write report.html and report.md; the lines that end the sweep, the verdict last."""
     from flowray.report.ending import ending
     from flowray.report.lines import columns
-    from flowray.report.load import load_sweep as load_results
-    from flowray.report.sweep_page import write_sweep_report
+    from flowray.report.sweep_page import write_pages
 
-    page = write_sweep_report(result.sweep_dir)
-    return ending(load_results(result.sweep_dir), page, columns())
+    return ending(result.report, write_pages(result.report), columns())
 
 
 def _summary(result: SweepResult) -> dict[str, Any]:

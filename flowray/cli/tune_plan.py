@@ -1,10 +1,12 @@
-"""`flowray.tune --plan`: the sweep's plan on the machines that there are, in a table. No trial is started.
+"""`flowray.tune --plan`: the sweep's plan on the machines that there are, in a table. No trial is
+started.
 
 Where nothing like its trials was timed before, a few steps of one are, on this machine.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -18,12 +20,12 @@ from flowray.cli.progress import START_S
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
-from flowray.config.parameters import ends
 from flowray.config.progress import duration
 from flowray.config.recipe import Recipe
-from flowray.config.rows import read_rows
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import corner, needed
+from flowray.config.sources import packaged
+from flowray.sweepconfig.check import corner, needed
+from flowray.sweepconfig.parameters import ends
+from flowray.sweepconfig.sweep import Sweep
 
 if TYPE_CHECKING:
     from flowray.tune.pace import Pace
@@ -33,10 +35,12 @@ FP32, GIB = 4, 2**30
 
 
 def plan(sweep: Sweep, base: Recipe, *, resume: bool = False) -> dict[str, Any]:
-    """`make_plan` for the cluster that RAY_ADDRESS names, as far as it can grow, else for this machine,
-    and the `problems` that a run there would refuse. InputError where that cluster does not answer.
+    """`make_plan` for the cluster that RAY_ADDRESS names, as far as it can grow, else for this
+    machine, and the `problems` that a run there would refuse. InputError where that cluster does
+    not answer.
     """
-    from flowray.model.assemble import part_sizes, planned_model  # torch takes seconds to import: not for --help
+    # torch takes seconds to import: not for --help
+    from flowray.model.assemble import part_sizes, planned_model
     from flowray.tune.folder import refuse_other
     from flowray.tune.plan import make_plan
     from flowray.tune.room import place
@@ -79,7 +83,11 @@ def needed_weights(sweep: Sweep, base: Recipe) -> list[dict[str, Any]]:
     """Every set of weights that a trial may read, and whether it is on this machine."""
     from flowray.cli.plan import weights
 
-    read = {(each["key"], each["path"]): each for recipe in _corners(sweep, base) for each in weights(recipe)}
+    read = {
+        (each["key"], each["path"]): each
+        for recipe in _corners(sweep, base)
+        for each in weights(recipe)
+    }
     return list(read.values())
 
 
@@ -91,7 +99,9 @@ def _corners(sweep: Sweep, base: Recipe) -> list[Recipe]:
     for key, parameter in sweep.parameters.items():
         for value in ends(parameter):
             whole = [corner(sweep.parameters, {key: value}, end) for end in (0, -1)]
-            made += _trials(base, whole) or _trials(base, [{**needed(sweep.parameters, key), key: value}])
+            made += _trials(base, whole) or _trials(
+                base, [{**needed(sweep.parameters, key), key: value}]
+            )
     return made
 
 
@@ -105,8 +115,8 @@ def _trials(base: Recipe, points: list[dict[str, Any]]) -> list[Recipe]:
 
 
 def problems(sweep: Sweep, base: Recipe) -> Iterator[str]:
-    """A line for whatever of the files and devices here would stop the sweep; nodes of a cluster have
-    weights and GPUs of their own.
+    """A line for whatever of the files and devices here would stop the sweep; nodes of a cluster
+    have weights and GPUs of their own.
     """
     from flowray.cli.ready import check_device, unusable_shards, unusable_weights
 
@@ -127,20 +137,23 @@ def problems(sweep: Sweep, base: Recipe) -> Iterator[str]:
 
 
 def _recorded(base: Recipe) -> Pace | None:
-    """The pace of the trials that `flowray.bench sweep` replays, where the sweep's are like them."""
-    from flowray.bench.pool import packaged_pool
+    """The pace of the trials that were recorded for `python -m benchmarks sweep`, where the
+    sweep's are like them.
+    """
     from flowray.tune.pace import Pace, same_cost
 
-    head, *trials = read_rows(packaged_pool())
-    facts, steps = head["pool"]["facts"], head["pool"]["budget_steps"]
+    recorded = json.loads((packaged("assets") / "pace" / "sweep_proxy.json").read_text())
     try:
-        like = same_cost(Recipe.model_validate(facts["recipe"]), base)
+        like = same_cost(Recipe.model_validate(recorded["recipe"]), base)
     except ValidationError:  # recorded before the recipe changed
         return None
     if not like:
         return None
-    step_s = sum(trial["seconds"] for trial in trials) / (len(trials) * steps)
-    words = f"{step_s:.2g} s a step, all included, as in {len(trials)} trials of {facts['recipe']['name']} recorded on {facts['machine']}"
+    step_s = recorded["seconds_per_step"]
+    words = (
+        f"{step_s:.2g} s a step, all included, as in {recorded['trials']} trials of"
+        f" {recorded['recipe']['name']} recorded on {recorded['machine']}"
+    )
     return Pace(step_s, words, rough=True)
 
 
@@ -178,7 +191,7 @@ def _cluster() -> Cluster:
         from flowray.tune.room import this_machine
 
         return this_machine()
-    from flowray.rayrun.capacity import cluster_of_address
+    from flowray.cluster.capacity import cluster_of_address
 
     return cluster_of_address()
 
@@ -186,7 +199,9 @@ def _cluster() -> Cluster:
 def print_plan(facts: dict[str, Any]) -> None:
     """The plan for people."""
     console = Console(soft_wrap=True, highlight=False)
-    goals = ", ".join(f"{metric['goal']} {metric['name']}" for metric in [facts["metric"], *facts["more_metrics"]])
+    goals = ", ".join(
+        f"{metric['goal']} {metric['name']}" for metric in [facts["metric"], *facts["more_metrics"]]
+    )
     how = facts["search"]["kind"] if facts["method"] == "bayes" else facts["method"]
     table = Table(title=f"{facts['name']}: {how} search, {goals}")
     table.add_column("recipe key")
@@ -194,8 +209,13 @@ def print_plan(facts: dict[str, Any]) -> None:
     for key, spec in facts["parameters"].items():
         table.add_row(key, escape(_space(spec)))
     console.print(table)
-    lines = [f"base {facts['base']}" + "".join(f"  {key}={value}" for key, value in facts["set"].items())]
-    lines += [f"first: {'  '.join(f'{key}={value}' for key, value in point.items())}" for point in facts["points"]]
+    lines = [
+        f"base {facts['base']}" + "".join(f"  {key}={value}" for key, value in facts["set"].items())
+    ]
+    lines += [
+        f"first: {'  '.join(f'{key}={value}' for key, value in point.items())}"
+        for point in facts["points"]
+    ]
     lines += [facts["warm_start"]] if facts["warm_start"] else []
     lines += [_stop(rule) for rule in facts["stop"]]
     if facts["rungs"]:
@@ -205,8 +225,12 @@ def print_plan(facts: dict[str, Any]) -> None:
     if facts["task"] == "train":
         seeds = f" with {facts['seeds']} seeds each" if facts["seeds"] > 1 else ""
         expected = f", about {facts['steps_expected']} with halving" if facts["rungs"] else ""
-        at_most = f"at most {facts['steps_at_most']} steps ({facts['image_steps_at_most']:,} image-steps)"
-        lines.append(f"{facts['trials']} trials of {facts['budget_steps']} steps{seeds}: {at_most}{expected}")
+        at_most = (
+            f"at most {facts['steps_at_most']} steps ({facts['image_steps_at_most']:,} image-steps)"
+        )
+        lines.append(
+            f"{facts['trials']} trials of {facts['budget_steps']} steps{seeds}: {at_most}{expected}"
+        )
     else:
         lines.append(f"{facts['trials']} trials, each one evaluation of the run's pictures")
     if facts["settings"] is not None:
@@ -215,7 +239,9 @@ def print_plan(facts: dict[str, Any]) -> None:
         lines.append(f"the space has {facts['settings']:,} settings, none drawn twice{end}")
     lines += [_resources(facts), _hours(facts)]
     if (seconds := facts["wall_time"]["seconds"]) is not None:
-        lines.append(f"wall time: about {duration(seconds)}" + ", with halving" * bool(facts["rungs"]))
+        lines.append(
+            f"wall time: about {duration(seconds)}" + ", with halving" * bool(facts["rungs"])
+        )
     lines.append(_storage(facts))
     missing = [each for each in facts["weights"] if not each["present"]]
     lines += [f"{each['key']}: {each['path']} is not here" for each in missing]
@@ -228,17 +254,36 @@ def _without_rungs(early: dict[str, Any], steps: int) -> str:
     if early["type"] == "median":
         return f"median rule from step {early['min_iter']}"
     if early["type"] == "asha":
-        return f"asha stops nothing: its first rung, {early['rungs'][0]}, is not below the {steps} steps of a trial"
-    first = f"its first rung, min_iter {early['min_iter']}, is not below the {steps} steps of a trial"
-    return f"hyperband stops nothing: {first}; type early_terminate.min_iter={max(1, round(steps / early['eta'] ** 2))}"
+        return (
+            f"asha stops nothing: its first rung, {early['rungs'][0]}, is not below the {steps}"
+            " steps of a trial"
+        )
+    first = (
+        f"its first rung, min_iter {early['min_iter']}, is not below the {steps} steps of a trial"
+    )
+    return (
+        f"hyperband stops nothing: {first}; type"
+        f" early_terminate.min_iter={max(1, round(steps / early['eta'] ** 2))}"
+    )
 
 
 def _space(spec: dict[str, Any]) -> str:
-    ends = f"{spec['min']:g} .. {spec['max']:g}" if "min" in spec else spec.get("values", spec.get("value"))
+    ends = (
+        f"{spec['min']:g} .. {spec['max']:g}"
+        if "min" in spec
+        else spec.get("values", spec.get("value"))
+    )
     step = f" in steps of {spec['q']:g}" if "q" in spec else ""
     prior = spec.get("prior")
-    near = f"  prior {prior['value']}" + (f" ± {prior['sigma']:g}" if prior.get("sigma") else "") if prior else ""
-    when = "".join(f"  when {key} is {' or '.join(map(str, values))}" for key, values in spec.get("when", {}).items())
+    near = (
+        f"  prior {prior['value']}" + (f" ± {prior['sigma']:g}" if prior.get("sigma") else "")
+        if prior
+        else ""
+    )
+    when = "".join(
+        f"  when {key} is {' or '.join(map(str, values))}"
+        for key, values in spec.get("when", {}).items()
+    )
     return f"{spec['distribution']}  {ends}{step}{near}{when}"
 
 
@@ -246,7 +291,10 @@ def _stop(rule: dict[str, Any]) -> str:
     if "finding" in rule:
         what = f"finding {rule['finding']}"
     elif "gains_less_than" in rule:
-        return f"stop: {rule['metric']} gains less than {rule['gains_less_than']:g} in {rule['patience']} probes, from step {rule['after']}"
+        return (
+            f"stop: {rule['metric']} gains less than {rule['gains_less_than']:g} in"
+            f" {rule['patience']} probes, from step {rule['after']}"
+        )
     else:
         side = "below" if "below" in rule else "above"
         what = f"{rule['metric']} {side} {rule[side]:g}"
@@ -255,10 +303,17 @@ def _stop(rule: dict[str, Any]) -> str:
 
 def _resources(facts: dict[str, Any]) -> str:
     takes, have = facts["takes"], facts["cluster"]
-    workers, cpus, gpus = (takes[f"resources.{name}"] for name in ("num_workers", "cpus_per_worker", "gpus_per_worker"))
-    each = f"{workers} worker{'s' if workers > 1 else ''} x {cpus} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+    workers, cpus, gpus = (
+        takes[f"resources.{name}"] for name in ("num_workers", "cpus_per_worker", "gpus_per_worker")
+    )
+    each = f"{workers} worker{'s' if workers > 1 else ''} x {cpus} CPU" + (
+        f" + {gpus:g} GPU" if gpus else ""
+    )
     nodes = f" on {have['nodes']} nodes" if have["nodes"] > 1 else ""
-    return f"{facts['concurrent']} at once, {each} each; of {have['cpus']} CPUs and {have['gpus']} GPUs{nodes}"
+    return (
+        f"{facts['concurrent']} at once, {each} each; of {have['cpus']} CPUs and {have['gpus']}"
+        f" GPUs{nodes}"
+    )
 
 
 def _hours(facts: dict[str, Any]) -> str:
@@ -266,13 +321,18 @@ def _hours(facts: dict[str, Any]) -> str:
     if bound["cpu"] is None:
         return f"hours at most: not known ({bound['from']})"
     if bound["rough"]:
-        return f"about {bound['gpu']:.3g} GPU-hours, {bound['cpu']:.3g} CPU-hours if none stops early (rough: {bound['from']})"
+        return (
+            f"about {bound['gpu']:.3g} GPU-hours, {bound['cpu']:.3g} CPU-hours if none stops early"
+            f" (rough: {bound['from']})"
+        )
     return f"at most {bound['gpu']:.3g} GPU-hours, {bound['cpu']:.3g} CPU-hours ({bound['from']})"
 
 
 def _storage(facts: dict[str, Any]) -> str:
     storage = facts["storage"]
     state = (
-        storage["problem"] or f"{storage['needed_bytes'] / GIB:.3g} GiB of checkpoints at most, {storage['free_bytes'] / GIB:.3g} GiB free"
+        storage["problem"]
+        or f"{storage['needed_bytes'] / GIB:.3g} GiB of checkpoints at most,"
+        f" {storage['free_bytes'] / GIB:.3g} GiB free"
     )
     return f"results in {facts['sweep_dir']}: {state}"

@@ -1,4 +1,6 @@
-"""Names that other trainers and the logs use, and the recipe key each one means (only for 'did you mean')."""
+"""Names that other trainers and the logs use, and the recipe key each one means (only for 'did
+you mean').
+"""
 
 from __future__ import annotations
 
@@ -122,9 +124,15 @@ HINTS: dict[str, str] = {
     "num_epochs": "length is counted in steps: use train.steps",
     "per_device_batch_size": "train.batch_size is the global batch, over all workers",
     "tensorboard": "TensorBoard events are always written into the run directory; drop the key",
-    "use_wandb": "metrics go to metrics.jsonl and TensorBoard events in the run directory; drop the key",
-    "wandb": "metrics go to metrics.jsonl and TensorBoard events in the run directory; drop the key",
-    "wandb_project": "metrics go to metrics.jsonl and TensorBoard events in the run directory; drop the key",
+    "use_wandb": (
+        "metrics go to metrics.jsonl and TensorBoard events in the run directory; drop the key"
+    ),
+    "wandb": (
+        "metrics go to metrics.jsonl and TensorBoard events in the run directory; drop the key"
+    ),
+    "wandb_project": (
+        "metrics go to metrics.jsonl and TensorBoard events in the run directory; drop the key"
+    ),
     "vae_scale": "the autoencoder owns its scale: use model.autoencoder.scaling_factor",
     "scale_factor": "the autoencoder owns its scale: use model.autoencoder.scaling_factor",
 }

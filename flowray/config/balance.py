@@ -33,7 +33,9 @@ class NoBalance(Config):
 
 
 class ShareTargets(Config):
-    """Weighted gradient norm of each loss relative to the flow loss's: [low, high], one number, or null: the loss keeps its weight."""
+    """Weighted gradient norm of each loss relative to the flow loss's: [low, high], one number,
+    or null: the loss keeps its weight.
+    """
 
     kl: Band | None = (0.1, 0.3)
     clip: Band | None = None
@@ -46,11 +48,13 @@ class ShareTargets(Config):
 
 
 class SharesBalance(Config):
-    """Hold each loss's weighted gradient norm, relative to the flow loss's, inside a band (the logs: dino:flow:kl 0.2-0.5 : 1 : 0.1-0.3).
+    """Hold each loss's weighted gradient norm, relative to the flow loss's, inside a band (the
+    logs: dino:flow:kl 0.2-0.5 : 1 : 0.1-0.3).
 
-    The band holds for the weight before its schedule, so that a warm-up stays a warm-up. The multipliers move every `every`
-    steps, as an exponential average of their logarithm with `smoothing`, inside [1 / limit, limit]. over: gradients with respect
-    to all parameters, or to the `source` side alone (text queries and head), which every loss reaches.
+    The band holds for the weight before its schedule, so that a warm-up stays a warm-up. The
+    multipliers move every `every` steps, as an exponential average of their logarithm with
+    `smoothing`, inside [1 / limit, limit]. over: gradients with respect to all parameters, or to
+    the `source` side alone (text queries and head), which every loss reaches.
     """
 
     kind: Literal["shares"] = "shares"
@@ -62,9 +66,11 @@ class SharesBalance(Config):
 
 
 class GradNormBalance(Config):
-    """GradNorm (Chen et al. 2018, arXiv 1711.02257): losses that fall slowly get larger gradients, the more so the larger alpha.
+    """GradNorm (Chen et al. 2018, arXiv 1711.02257): losses that fall slowly get larger gradients,
+    the more so the larger alpha.
 
-    lr: step of the multipliers, relative to the mean gradient norm. Every measured step costs a backward pass per loss.
+    lr: step of the multipliers, relative to the mean gradient norm. Every measured step costs a
+    backward pass per loss.
     """
 
     kind: Literal["gradnorm"] = "gradnorm"
@@ -75,7 +81,8 @@ class GradNormBalance(Config):
 
 
 class PCGradBalance(Config):
-    """PCGrad (Yu et al. 2020, arXiv 2001.06782): from each loss's gradient, the parts against another's are projected out.
+    """PCGrad (Yu et al. 2020, arXiv 2001.06782): from each loss's gradient, the parts against
+    another's are projected out.
 
     Needs torchjd. Costs a backward pass per loss at every step.
     """
@@ -84,4 +91,6 @@ class PCGradBalance(Config):
     over: Over = "all"
 
 
-BalanceConfig = Annotated[NoBalance | SharesBalance | GradNormBalance | PCGradBalance, Field(discriminator="kind")]
+BalanceConfig = Annotated[
+    NoBalance | SharesBalance | GradNormBalance | PCGradBalance, Field(discriminator="kind")
+]

@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict
 class Config(BaseModel):
     """A frozen, fully validated node of a recipe; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class LatentSpec(Config):

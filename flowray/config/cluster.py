@@ -8,5 +8,7 @@ ADDRESS = "RAY_ADDRESS"  # Ray's own variable
 
 
 def in_cluster() -> bool:
-    """Whether this process is a job of, or pointed at, a running cluster; '' and `local` name none."""
+    """Whether this process is a job of, or pointed at, a running cluster; '' and `local` name
+    none.
+    """
     return os.environ.get(ADDRESS, "").strip() not in ("", "local")

@@ -8,12 +8,15 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from flowray.config.base import Config
+from flowray.config.errors import RuleError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PathConfig(Config):
-    """Noise-free linear path; rho = sigma_min / sigma_max is what remains of z0 at t = 1 (CrossFlow)."""
+    """Noise-free linear path; rho = sigma_min / sigma_max is what remains of z0 at t = 1
+    (CrossFlow).
+    """
 
     sigma_min: float = Field(1e-5, ge=0)
     sigma_max: float = Field(1.0, gt=0)
@@ -40,7 +43,9 @@ class LogitNormalTime(Config):
 
 
 class LogSNRTime(Config):
-    """lambda ~ U[low, high], t = sigmoid(lambda / 2): the logs' log-SNR in [-2, 6] is t in [0.27, 0.95]."""
+    """lambda ~ U[low, high], t = sigmoid(lambda / 2): the logs' log-SNR in [-2, 6] is t in
+    [0.27, 0.95].
+    """
 
     kind: Literal["log_snr"] = "log_snr"
     low: float = -2.0
@@ -50,7 +55,7 @@ class LogSNRTime(Config):
     @model_validator(mode="after")
     def _ordered(self) -> LogSNRTime:
         if self.low >= self.high:
-            raise ValueError(f"low {self.low} must lie below high {self.high}")
+            raise RuleError(f"low {self.low} must lie below high {self.high}", "low", "high")
         return self
 
 
@@ -65,21 +70,28 @@ class AlphaTime(Config):
     @model_validator(mode="after")
     def _ordered(self) -> AlphaTime:
         if self.low >= self.high:
-            raise ValueError(f"low {self.low} must lie below high {self.high}")
+            raise RuleError(f"low {self.low} must lie below high {self.high}", "low", "high")
         return self
 
 
-TimeConfig = Annotated[UniformTime | LogitNormalTime | LogSNRTime | AlphaTime, Field(discriminator="kind")]
+TimeConfig = Annotated[
+    UniformTime | LogitNormalTime | LogSNRTime | AlphaTime, Field(discriminator="kind")
+]
 
 
 def _must_cover_0(time: UniformTime | LogitNormalTime | LogSNRTime | AlphaTime, where: str) -> None:
     covered = time.kind == "uniform" or (time.kind == "alpha" and time.low == 0)
     if not covered and time.uniform_floor == 0:
-        raise ValueError(f"time {time.kind} {where} leaves t = 0 untrained; its uniform_floor must be above 0")
+        raise RuleError(
+            f"time {time.kind} {where} leaves t = 0 untrained; its uniform_floor must be above 0",
+            "time",
+            "uniform_floor",
+        )
 
 
 class TimeStage(Config):
-    """The training times until a step or a fraction of the run; a range must leave a floor, since sampling starts at t = 0.
+    """The training times until a step or a fraction of the run; a range must leave a floor, since
+    sampling starts at t = 0.
 
     The logs' first 30k steps: `{steps: 30000, time: {kind: alpha, low: 0.8, high: 1.0}}`.
     """
@@ -91,7 +103,13 @@ class TimeStage(Config):
     @model_validator(mode="after")
     def _whole(self) -> TimeStage:
         if (self.steps is None) == (self.fraction is None):
-            raise ValueError("a stage of flow.curriculum takes either steps or fraction, the end of the stage counted from step 0")
+            raise RuleError(
+                "a stage of flow.curriculum takes either steps or fraction, the end of the stage"
+                " counted from step 0",
+                "steps",
+                "fraction",
+                exclusive=True,
+            )
         _must_cover_0(self.time, "in flow.curriculum")
         return self
 
@@ -99,8 +117,9 @@ class TimeStage(Config):
 class FlowConfig(Config):
     """Path, training times and the share of null samples that classifier-free guidance needs.
 
-    curriculum: stages of other training times before `time` takes over, in order, such as
-    `[{steps: 30000, time: {kind: alpha, low: 0.8, high: 1.0}}]`. With one, every stage and `time` must cover t = 0.
+    curriculum: stages of other training times before `time` takes over, in order, such as `[{steps:
+    30000, time: {kind: alpha, low: 0.8, high: 1.0}}]`. With one, every stage and `time` must cover
+    t = 0.
     """
 
     path: PathConfig = PathConfig()
@@ -110,16 +129,24 @@ class FlowConfig(Config):
 
     @model_validator(mode="after")
     def _stages_follow(self) -> FlowConfig:
-        for ends in ([stage.steps for stage in self.curriculum if stage.steps], [s.fraction for s in self.curriculum if s.fraction]):
+        for ends in (
+            [stage.steps for stage in self.curriculum if stage.steps],
+            [s.fraction for s in self.curriculum if s.fraction],
+        ):
             if any(later <= earlier for earlier, later in pairwise(ends)):
-                raise ValueError(f"the stages of curriculum must end one after the other, got {ends}")
+                raise RuleError(
+                    f"the stages of curriculum must end one after the other, got {ends}",
+                    "curriculum",
+                )
         if self.curriculum:
             _must_cover_0(self.time, "after flow.curriculum")
         return self
 
 
 class EulerSolver(Config):
-    """Euler steps; the velocity is read at each interval's midpoint (the logs), left edge, or CrossFlow's endpoint grid."""
+    """Euler steps; the velocity is read at each interval's midpoint (the logs), left edge, or
+    CrossFlow's endpoint grid.
+    """
 
     kind: Literal["euler"] = "euler"
     nodes: Literal["midpoint", "left", "endpoint"] = "midpoint"
@@ -146,15 +173,21 @@ class Dopri5Solver(Config):
     max_steps: int = Field(1000, gt=0)
 
 
-SolverConfig = Annotated[EulerSolver | HeunSolver | MidpointSolver | Dopri5Solver, Field(discriminator="kind")]
+SolverConfig = Annotated[
+    EulerSolver | HeunSolver | MidpointSolver | Dopri5Solver, Field(discriminator="kind")
+]
 
 
 class SampleConfig(Config):
-    """How pictures are drawn: solver, time grid, guidance scale s (1 is off; the logs' w is s - 1)."""
+    """How pictures are drawn: solver, time grid, guidance scale s (1 is off; the logs' w is s -
+    1).
+    """
 
     solver: SolverConfig = EulerSolver()
     steps: int = Field(20, gt=0)
     grid: Literal["uniform", "logit_normal"] = "uniform"
     guidance_scale: float = Field(1.0, ge=0)
     weights: Literal["ema", "raw"] = "ema"
-    prompts: tuple[str, ...] = Field((), description="prompts of the sample grid; empty: some of the held-out captions")
+    prompts: tuple[str, ...] = Field(
+        (), description="prompts of the sample grid; empty: some of the held-out captions"
+    )

@@ -1,7 +1,8 @@
-"""Every metric key that flowray writes: what it measures, in which unit, which way is better, what is normal and who says so.
+"""Every metric key that flowray writes: what it measures, in which unit, which way is better, what
+is normal and who says so.
 
-Names may hold alternatives `{a,b}` and `{0..9}` or a free part `<loss>`; `describe` resolves concrete names, and `ema/KEY` to KEY
-measured on the EMA weights.
+Names may hold alternatives `{a,b}` and `{0..9}` or a free part `<loss>`; `describe` resolves
+concrete names, and `ema/KEY` to KEY measured on the EMA weights.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from functools import lru_cache
 from typing import Literal
 
 INF = math.inf
-# vae/psnr in dB: what the logs' autoencoder reads, which is in order; and below which it spoils a run, whatever else is right
+# vae/psnr in dB: what the logs' autoencoder reads, which is in order; and below which it spoils a
+# run, whatever else is right
 GOOD_PSNR, POOR_PSNR = 29.0, 24.0
 Direction = Literal["higher", "lower", "none"]
 
 
 @dataclass(frozen=True)
 class MetricKey:
-    """One metric. good: the (low, high) a healthy run stays in, infinite where a side is open; None where nothing is claimed."""
+    """One metric. good: the (low, high) a healthy run stays in, infinite where a side is open;
+    None where nothing is claimed.
+    """
 
     name: str
     unit: str
@@ -40,7 +44,12 @@ FLOWRAY = "flowray"
 
 
 def _key(
-    name: str, unit: str, direction: Direction, formula: str, source: str = FLOWRAY, good: tuple[float, float] | None = None
+    name: str,
+    unit: str,
+    direction: Direction,
+    formula: str,
+    source: str = FLOWRAY,
+    good: tuple[float, float] | None = None,
 ) -> MetricKey:
     return MetricKey(name, unit, direction, good, formula, source)
 
@@ -48,25 +57,90 @@ def _key(
 KEYS: tuple[MetricKey, ...] = (
     # the objective, unweighted
     _key("loss/flow", "latent^2 per dim", "lower", "mean |u(x_t, t) - v*|^2", CROSSFLOW),
-    _key("loss/kl", "nats per dim (gaussian form)", "none", "KL(N(mu, sigma^2) || N(0, I)) / D on unscaled mu, logvar", LOSSES),
-    _key("loss/kl_raw", "nats (gaussian form)", "none", "loss/kl * D, the sum over latent dims", LOG_0901),
-    _key("loss/clip", "nats", "lower", "symmetric InfoNCE of z0 and the tower's view of z1", CROSSFLOW),
-    _key("loss/dino", "nats", "lower", "cross-entropy of the student with the teacher's soft targets", LOSSES),
-    _key("loss/repa", "-cosine", "lower", "-mean cosine of projected hidden tokens and a frozen encoder's patches", "REPA", (-1.0, 0.0)),
-    _key("loss/lpips", "distance", "lower", "perceptual distance of decoded x1 estimate and picture", LOG_0901),
-    _key("loss/tv", "latent per step", "lower", "mean |difference of neighbouring latent cells| of z0", LOG_0901),
+    _key(
+        "loss/kl",
+        "nats per dim (gaussian form)",
+        "none",
+        "KL(N(mu, sigma^2) || N(0, I)) / D on unscaled mu, logvar",
+        LOSSES,
+    ),
+    _key(
+        "loss/kl_raw",
+        "nats (gaussian form)",
+        "none",
+        "loss/kl * D, the sum over latent dims",
+        LOG_0901,
+    ),
+    _key(
+        "loss/clip",
+        "nats",
+        "lower",
+        "symmetric InfoNCE of z0 and the tower's view of z1",
+        CROSSFLOW,
+    ),
+    _key(
+        "loss/dino",
+        "nats",
+        "lower",
+        "cross-entropy of the student with the teacher's soft targets",
+        LOSSES,
+    ),
+    _key(
+        "loss/repa",
+        "-cosine",
+        "lower",
+        "-mean cosine of projected hidden tokens and a frozen encoder's patches",
+        "REPA",
+        (-1.0, 0.0),
+    ),
+    _key(
+        "loss/lpips",
+        "distance",
+        "lower",
+        "perceptual distance of decoded x1 estimate and picture",
+        LOG_0901,
+    ),
+    _key(
+        "loss/tv",
+        "latent per step",
+        "lower",
+        "mean |difference of neighbouring latent cells| of z0",
+        LOG_0901,
+    ),
     _key("loss/norm", "latent^2", "lower", "mean (||v|| - ||v*||)^2", LOG_0919),
-    _key("loss/anchor", "latent^2", "lower", "mean (mu - z1)^2; at best what the caption leaves open of z1", "arXiv 2106.06406"),
+    _key(
+        "loss/anchor",
+        "latent^2",
+        "lower",
+        "mean (mu - z1)^2; at best what the caption leaves open of z1",
+        "arXiv 2106.06406",
+    ),
     _key("loss/total", "-", "lower", "sum of weight/<loss> * loss/<loss>"),
     _key("weight/<loss>", "-", "none", "the loss's weight at this step, after its schedule"),
     # optimisation
     _key("lr/<group>", "-", "none", "learning rate of the parameter group", LOG_0901),
     _key("amp/scale", "-", "none", "loss scale of mixed precision", LOG_0901),
     _key("amp/backoffs", "count", "lower", "times the loss scale was cut so far", LOG_0901),
-    _key("grad/clip_frac", "share", "none", "share of steps whose gradient norm was above optim.clip_grad", LOG_0901),
-    _key("grad/total", "norm", "none", "norm of the gradient of the weighted sum, before clipping", LOSSES),
     _key(
-        "grad/{flow,kl,clip,dino,repa,lpips,tv,norm,anchor}", "norm", "none", "norm of the gradient of this loss alone, unweighted", LOSSES
+        "grad/clip_frac",
+        "share",
+        "none",
+        "share of steps whose gradient norm was above optim.clip_grad",
+        LOG_0901,
+    ),
+    _key(
+        "grad/total",
+        "norm",
+        "none",
+        "norm of the gradient of the weighted sum, before clipping",
+        LOSSES,
+    ),
+    _key(
+        "grad/{flow,kl,clip,dino,repa,lpips,tv,norm,anchor}",
+        "norm",
+        "none",
+        "norm of the gradient of this loss alone, unweighted",
+        LOSSES,
     ),
     _key(
         "grad/{flow,kl,clip,dino,repa,lpips,tv,norm,anchor}_weighted",
@@ -75,55 +149,257 @@ KEYS: tuple[MetricKey, ...] = (
         "grad/<loss> * weight/<loss> * balance/<loss>",
         LOSSES,
     ),
-    _key("grad/cos_<a>_<b>", "cosine", "none", "cosine of the gradients of two losses; below 0 they conflict", LOSSES),
-    _key("balance/<loss>", "-", "none", "what gradient balancing multiplies weight/<loss> by; for pcgrad, of this step alone", LOSSES),
-    _key("step/{z_head,flow_head}_update_ratio", "-", "none", "mean of ||update|| / ||parameter|| per tensor", LOSSES, (1e-5, INF)),
-    _key("ent/{teacher,student}", "nats", "none", "entropy of the softened outputs; near 0: too sharp to teach", LOSSES),
+    _key(
+        "grad/cos_<a>_<b>",
+        "cosine",
+        "none",
+        "cosine of the gradients of two losses; below 0 they conflict",
+        LOSSES,
+    ),
+    _key(
+        "balance/<loss>",
+        "-",
+        "none",
+        "what gradient balancing multiplies weight/<loss> by; for pcgrad, of this step alone",
+        LOSSES,
+    ),
+    _key(
+        "step/{z_head,flow_head}_update_ratio",
+        "-",
+        "none",
+        "mean of ||update|| / ||parameter|| per tensor",
+        LOSSES,
+        (1e-5, INF),
+    ),
+    _key(
+        "ent/{teacher,student}",
+        "nats",
+        "none",
+        "entropy of the softened outputs; near 0: too sharp to teach",
+        LOSSES,
+    ),
     # the source posterior
     _key("mu/abs_mean", "latent", "none", "mean |mu|; falls where the KL acts", LOSSES),
-    _key("mu/rms", "latent", "none", "root mean mu^2; near 0: the text does not reach the latent", LOSSES),
-    _key("logvar/mean", "nats", "none", "mean log sigma^2; tends to 0 where the KL acts", LOSSES, (-6.0, 6.0)),
-    _key("std/mean", "latent", "none", "mean sigma; tends to 1 where the KL acts, near 0 is a collapsed source", LOSSES, (0.3, 3.0)),
+    _key(
+        "mu/rms",
+        "latent",
+        "none",
+        "root mean mu^2; near 0: the text does not reach the latent",
+        LOSSES,
+    ),
+    _key(
+        "logvar/mean",
+        "nats",
+        "none",
+        "mean log sigma^2; tends to 0 where the KL acts",
+        LOSSES,
+        (-6.0, 6.0),
+    ),
+    _key(
+        "std/mean",
+        "latent",
+        "none",
+        "mean sigma; tends to 1 where the KL acts, near 0 is a collapsed source",
+        LOSSES,
+        (0.3, 3.0),
+    ),
     _key("std/{min,max}", "latent", "none", "least or greatest sigma of the batch", LOSSES),
     _key("z_init/mean", "latent", "none", "mean of the sampled z0, about 0", LOSSES),
     _key("z_init/var", "latent^2", "none", "variance of the sampled z0, about 1", LOSSES),
-    _key("z_init/std_per_dim_mean", "latent", "none", "std over the batch, averaged over latent dims", LOSSES),
-    _key("scale/{z0,z1,xt,v}_norm", "latent", "none", "batch mean of ||.|| over all latent dims", PIPELINE),
-    _key("scale/ratio", "-", "none", "||z1|| / ||z0||; far from 1: check the autoencoder interface", PIPELINE, (1 / 3, 3.0)),
+    _key(
+        "z_init/std_per_dim_mean",
+        "latent",
+        "none",
+        "std over the batch, averaged over latent dims",
+        LOSSES,
+    ),
+    _key(
+        "scale/{z0,z1,xt,v}_norm",
+        "latent",
+        "none",
+        "batch mean of ||.|| over all latent dims",
+        PIPELINE,
+    ),
+    _key(
+        "scale/ratio",
+        "-",
+        "none",
+        "||z1|| / ||z0||; far from 1: check the autoencoder interface",
+        PIPELINE,
+        (1 / 3, 3.0),
+    ),
     # the velocity field on the fixed held-out batch
     _key("flow/cos", "cosine", "higher", "mean over samples of cos(u, v*)", LOG_0919, (0.5, 1.0)),
-    _key("flow/nmse", "-", "lower", "mean |u - v*|^2 / mean |v*|^2; predicting 0 gives 1", LOSSES, (0.0, 1.0)),
-    _key("flow/speed_ratio", "-", "none", "mean over samples of ||u|| / ||v*||", LOG_0919, (0.5, 2.0)),
-    _key("flow/cond_gain_cos", "cosine", "higher", "cos with own z0 minus cos with another caption's z0, same z1", LOSSES, (0.0, 2.0)),
-    _key("flow/nmse_t{0..9}", "-", "lower", "flow/nmse of the samples with t in this tenth", LOSSES, (0.0, 1.0)),
-    _key("flow/cos_t{0..9}", "cosine", "higher", "flow/cos of the samples with t in this tenth", LOSSES, (0.5, 1.0)),
-    _key("flow/endpt_rmse@{8,16,32,64}", "latent", "lower", "root mean (z_end - z1)^2 after K Euler steps; falls with K", LOSSES),
+    _key(
+        "flow/nmse",
+        "-",
+        "lower",
+        "mean |u - v*|^2 / mean |v*|^2; predicting 0 gives 1",
+        LOSSES,
+        (0.0, 1.0),
+    ),
+    _key(
+        "flow/speed_ratio", "-", "none", "mean over samples of ||u|| / ||v*||", LOG_0919, (0.5, 2.0)
+    ),
+    _key(
+        "flow/cond_gain_cos",
+        "cosine",
+        "higher",
+        "cos with own z0 minus cos with another caption's z0, same z1",
+        LOSSES,
+        (0.0, 2.0),
+    ),
+    _key(
+        "flow/nmse_t{0..9}",
+        "-",
+        "lower",
+        "flow/nmse of the samples with t in this tenth",
+        LOSSES,
+        (0.0, 1.0),
+    ),
+    _key(
+        "flow/cos_t{0..9}",
+        "cosine",
+        "higher",
+        "flow/cos of the samples with t in this tenth",
+        LOSSES,
+        (0.5, 1.0),
+    ),
+    _key(
+        "flow/endpt_rmse@{8,16,32,64}",
+        "latent",
+        "lower",
+        "root mean (z_end - z1)^2 after K Euler steps; falls with K",
+        LOSSES,
+    ),
     # the whole path from a sampled z0
-    _key("shoot/mse", "latent^2", "lower", "mean (z_end - z1)^2 after 100 Euler steps from a sampled z0", LOG_0919),
-    _key("shoot/nmse", "-", "lower", "shoot/mse / Var(z1) of the data set; the mean latent gives 1", FLOWRAY, (0.0, 1.0)),
-    _key("shoot/skill", "-", "higher", "1 - shoot/mse / mean (z0 - z1)^2; standing still gives 0", FLOWRAY, (0.0, 1.0)),
-    _key("shoot/cond_gain", "-", "higher", "(mse with captions swapped - mse) / Var(z1)", FLOWRAY, (0.0, INF)),
-    _key("teacher/mse@{5,10,20,50,100}", "latent^2", "lower", "mean (z_end - psi(1))^2, true field, N fp32 steps", LOG_0919, (0.0, 1e-9)),
-    _key("teacher_native/mse@{5,10,20,50,100}", "latent^2", "lower", "teacher/mse in the sampler's own dtype; bf16 grows with N", LOG_0919),
-    _key("gain/best", "-", "none", "the factor on u that fits v* best (least squares)", LOG_0919, (0.5, 2.0)),
+    _key(
+        "shoot/mse",
+        "latent^2",
+        "lower",
+        "mean (z_end - z1)^2 after 100 Euler steps from a sampled z0",
+        LOG_0919,
+    ),
+    _key(
+        "shoot/nmse",
+        "-",
+        "lower",
+        "shoot/mse / Var(z1) of the data set; the mean latent gives 1",
+        FLOWRAY,
+        (0.0, 1.0),
+    ),
+    _key(
+        "shoot/skill",
+        "-",
+        "higher",
+        "1 - shoot/mse / mean (z0 - z1)^2; standing still gives 0",
+        FLOWRAY,
+        (0.0, 1.0),
+    ),
+    _key(
+        "shoot/cond_gain",
+        "-",
+        "higher",
+        "(mse with captions swapped - mse) / Var(z1)",
+        FLOWRAY,
+        (0.0, INF),
+    ),
+    _key(
+        "teacher/mse@{5,10,20,50,100}",
+        "latent^2",
+        "lower",
+        "mean (z_end - psi(1))^2, true field, N fp32 steps",
+        LOG_0919,
+        (0.0, 1e-9),
+    ),
+    _key(
+        "teacher_native/mse@{5,10,20,50,100}",
+        "latent^2",
+        "lower",
+        "teacher/mse in the sampler's own dtype; bf16 grows with N",
+        LOG_0919,
+    ),
+    _key(
+        "gain/best",
+        "-",
+        "none",
+        "the factor on u that fits v* best (least squares)",
+        LOG_0919,
+        (0.5, 2.0),
+    ),
     # text, autoencoder, time code
     _key(
-        "text/cos", "cosine", "lower", "mean cosine of sampled z0 over pairs of prompts; low with mu near 0 is noise", LOG_0919, (-1.0, 0.9)
+        "text/cos",
+        "cosine",
+        "lower",
+        "mean cosine of sampled z0 over pairs of prompts; low with mu near 0 is noise",
+        LOG_0919,
+        (-1.0, 0.9),
     ),
-    _key("text/cos_mu", "cosine", "lower", "mean cosine of mu over pairs of prompts", FLOWRAY, (-1.0, 0.9)),
+    _key(
+        "text/cos_mu",
+        "cosine",
+        "lower",
+        "mean cosine of mu over pairs of prompts",
+        FLOWRAY,
+        (-1.0, 0.9),
+    ),
     _key("text/cos_same", "cosine", "none", "cosine of two z0 of one prompt; the noise's share"),
     _key("text/snr", "-", "higher", "Var over prompts of mu / mean sigma^2"),
-    _key("vae/psnr", "dB", "higher", "10 log10(1 / mean (decode(encode(x)) - x)^2), pixels in [0, 1]", LOG_0919, (GOOD_PSNR, INF)),
-    _key("latent/channel_mean_max", "latent", "lower", "greatest |mean| of a channel of z1, held-out set", LOG_0901, (0.0, 1.0)),
-    _key("latent/channel_std_{min,max}", "latent", "none", "least or greatest std of a channel of z1, held-out set", LOG_0901, (0.5, 2.0)),
-    _key("time/embed_norm", "norm", "none", "norm of the time embedding; too large drowns the rest", PIPELINE),
-    _key("ema/delta_rms", "-", "none", "root mean square of EMA minus raw weights"),
-    # what the doctor adds (flowray/doctor/battery.py); of the weights that are sampled, unless it says raw or training
-    _key("share/<loss>", "-", "none", "grad/<loss>_weighted / grad/flow_weighted; dino 0.2-0.5, kl 0.1-0.3", LOSSES),
     _key(
-        "grad/<loss>_of_total", "share", "none", "grad/<loss>_weighted / grad/total; dino below 0.05-0.1 or flow below 0.1 is weak", LOSSES
+        "vae/psnr",
+        "dB",
+        "higher",
+        "10 log10(1 / mean (decode(encode(x)) - x)^2), pixels in [0, 1]",
+        LOG_0919,
+        (GOOD_PSNR, INF),
     ),
-    _key("grad/<loss>_head", "norm", "none", "norm of the weighted gradient of this loss on the text side and the head alone"),
+    _key(
+        "latent/channel_mean_max",
+        "latent",
+        "lower",
+        "greatest |mean| of a channel of z1, held-out set",
+        LOG_0901,
+        (0.0, 1.0),
+    ),
+    _key(
+        "latent/channel_std_{min,max}",
+        "latent",
+        "none",
+        "least or greatest std of a channel of z1, held-out set",
+        LOG_0901,
+        (0.5, 2.0),
+    ),
+    _key(
+        "time/embed_norm",
+        "norm",
+        "none",
+        "norm of the time embedding; too large drowns the rest",
+        PIPELINE,
+    ),
+    _key("ema/delta_rms", "-", "none", "root mean square of EMA minus raw weights"),
+    # what the doctor adds (flowray/doctor/battery.py); of the weights that are sampled, unless it
+    # says raw or training
+    _key(
+        "share/<loss>",
+        "-",
+        "none",
+        "grad/<loss>_weighted / grad/flow_weighted; dino 0.2-0.5, kl 0.1-0.3",
+        LOSSES,
+    ),
+    _key(
+        "grad/<loss>_of_total",
+        "share",
+        "none",
+        "grad/<loss>_weighted / grad/total; dino below 0.05-0.1 or flow below 0.1 is weak",
+        LOSSES,
+    ),
+    _key(
+        "grad/<loss>_head",
+        "norm",
+        "none",
+        "norm of the weighted gradient of this loss on the text side and the head alone",
+    ),
     _key(
         "step/{z_head,flow_head}_update_ratio_peak",
         "-",
@@ -132,28 +408,90 @@ KEYS: tuple[MetricKey, ...] = (
         FLOWRAY,
         (1e-5, INF),
     ),
-    _key("moved/{head,text,velocity,flow_head}", "-", "none", "||weights - initial|| / ||initial||; 0 where it never trained"),
-    _key("ema/moved", "-", "none", "||EMA - initial|| / ||raw - initial||; 0: never updated", FLOWRAY, (0.05, 2.0)),
+    _key(
+        "moved/{head,text,velocity,flow_head}",
+        "-",
+        "none",
+        "||weights - initial|| / ||initial||; 0 where it never trained",
+    ),
+    _key(
+        "ema/moved",
+        "-",
+        "none",
+        "||EMA - initial|| / ||raw - initial||; 0: never updated",
+        FLOWRAY,
+        (0.05, 2.0),
+    ),
     _key("ema/delta_relative", "-", "none", "||EMA - raw|| / ||raw||"),
-    _key("field/fit_{x1,x0}", "-", "none", "a, b of least squares u ~ a z1 + b z0; v* has 1, -1; flipped -1, 1; x1 as target 1, 0"),
+    _key(
+        "field/fit_{x1,x0}",
+        "-",
+        "none",
+        "a, b of least squares u ~ a z1 + b z0; v* has 1, -1; flipped -1, 1; x1 as target 1, 0",
+    ),
     _key("field/fit_share", "share", "higher", "share of u^2 that this fit explains"),
-    _key("field/cos_{x1,x0,eps}", "cosine", "none", "mean cosine of u with z1, z0, the source noise"),
+    _key(
+        "field/cos_{x1,x0,eps}", "cosine", "none", "mean cosine of u with z1, z0, the source noise"
+    ),
     _key("field/std", "latent per t", "none", "root mean u^2"),
     _key(
-        "same_batch/{train,eval}_loss", "latent^2", "lower", "mean |u - v*|^2 of one training batch, as trained and as probed, raw weights"
+        "same_batch/{train,eval}_loss",
+        "latent^2",
+        "lower",
+        "mean |u - v*|^2 of one training batch, as trained and as probed, raw weights",
     ),
-    _key("same_batch/{train,eval}_nmse", "-", "lower", "same_batch/{train,eval}_loss / mean |v*|^2"),
-    _key("same_batch/ratio", "-", "none", "eval over train loss of the same batch; 1 where both mean the same", FLOWRAY, (0.8, 1.25)),
-    _key("kl/closed_form", "nats per dim (gaussian form)", "none", "the KL of loss.kl.form, written out again, on the same training batch"),
-    _key("kl/ratio", "-", "none", "loss/kl / kl/closed_form; 1 on unscaled mu and logvar", LOSSES, (0.99, 1.01)),
-    _key("clip/cond_gain", "nats", "higher", "loss/clip with captions deranged minus with their own", LOSSES, (0.0, INF)),
+    _key(
+        "same_batch/{train,eval}_nmse", "-", "lower", "same_batch/{train,eval}_loss / mean |v*|^2"
+    ),
+    _key(
+        "same_batch/ratio",
+        "-",
+        "none",
+        "eval over train loss of the same batch; 1 where both mean the same",
+        FLOWRAY,
+        (0.8, 1.25),
+    ),
+    _key(
+        "kl/closed_form",
+        "nats per dim (gaussian form)",
+        "none",
+        "the KL of loss.kl.form, written out again, on the same training batch",
+    ),
+    _key(
+        "kl/ratio",
+        "-",
+        "none",
+        "loss/kl / kl/closed_form; 1 on unscaled mu and logvar",
+        LOSSES,
+        (0.99, 1.01),
+    ),
+    _key(
+        "clip/cond_gain",
+        "nats",
+        "higher",
+        "loss/clip with captions deranged minus with their own",
+        LOSSES,
+        (0.0, INF),
+    ),
     _key("clip/chance", "nats", "none", "ln(batch), what loss/clip is where nothing is told apart"),
     _key("clip/scale", "-", "none", "logit scale of the contrastive loss"),
-    _key("dino/cond_gain", "nats", "higher", "loss/dino with captions deranged minus with their own", LOSSES, (0.0, INF)),
+    _key(
+        "dino/cond_gain",
+        "nats",
+        "higher",
+        "loss/dino with captions deranged minus with their own",
+        LOSSES,
+        (0.0, INF),
+    ),
     _key("ent/chance", "nats", "none", "ln(prototypes), the entropy of a uniform output"),
     _key("guidance/null_cos", "cosine", "higher", "cos(u of null samples, v*) at mid path"),
     _key("guidance/gap", "-", "none", "||u - u_null|| / ||u|| at mid path"),
-    _key("flow/endpt_rmse_heun@{8,16,32,64}", "latent", "lower", "flow/endpt_rmse@K with Heun's steps"),
+    _key(
+        "flow/endpt_rmse_heun@{8,16,32,64}",
+        "latent",
+        "lower",
+        "flow/endpt_rmse@K with Heun's steps",
+    ),
     _key(
         "endpoint/falls_{euler,heun}",
         "-",
@@ -162,25 +500,120 @@ KEYS: tuple[MetricKey, ...] = (
         LOSSES,
         (0.0, 1.05),
     ),
-    _key("shoot/nmse_dt{1,2,3}", "-", "lower", "shoot/nmse in 25 Euler steps, each 1, 2 or 3 times as long", LOG_0919),
-    _key("shoot/nmse_reversed", "-", "none", "shoot/nmse in 25 steps with the network told 1 - t", LOG_0919),
-    _key("time/cos_{reversed,plain,log_snr}", "cosine", "none", "flow/cos with 8t - 4, t or the path's log-SNR in place of the time code"),
-    _key("time/train_gap", "-", "lower", "greatest |time code told in training - (4 - 8t)|", FLOWRAY, (0.0, 1e-3)),
-    _key("time/sample_gap", "-", "lower", "greatest |time code told in sampling - (4 - 8t)|", FLOWRAY, (0.0, 1e-3)),
-    _key("time/share_t{0..9}", "share", "none", "share of the training times so far in this tenth; uniform 0.1"),
-    _key("time/coverage_min", "-", "higher", "10 times the least time/share_t; 0: a part of [0, 1] is untrained", LOSSES, (0.05, 1.0)),
-    _key("time/embed_ratio", "-", "none", "time/embed_norm / norm of an embedded token of white noise", PIPELINE),
-    _key("sampler/nmse", "-", "lower", "mean (z_end - z1)^2 / Var(z1) of the sampler itself, as the recipe samples", FLOWRAY, (0.0, 1.0)),
-    _key("sampler/nmse_plain", "-", "lower", "sampler/nmse of the probes' own integration without guidance", FLOWRAY, (0.0, 1.0)),
-    _key("sampler/gap", "-", "lower", "mean (sampler's z_end - own integration's)^2 / Var(z1)", FLOWRAY, (0.0, 1e-3)),
-    _key("sampler/psnr", "dB", "higher", "pictures of the sampler against own integration and decoding; 99 is equal", FLOWRAY, (40.0, INF)),
     _key(
-        "sampler/psnr_resampled", "dB", "none", "the sampler's pictures against decoding a z_end put through the autoencoder's sample again"
+        "shoot/nmse_dt{1,2,3}",
+        "-",
+        "lower",
+        "shoot/nmse in 25 Euler steps, each 1, 2 or 3 times as long",
+        LOG_0919,
     ),
-    _key("sampler/strip_psnr_{ema,raw}", "dB", "none", "the strip that training wrote against pictures of these weights; 99 is equal"),
-    _key("sampler/bits", "bits", "higher", "significand of the solver's state: 24 is fp32, 8 is bf16", LOG_0919, (24.0, INF)),
+    _key(
+        "shoot/nmse_reversed",
+        "-",
+        "none",
+        "shoot/nmse in 25 steps with the network told 1 - t",
+        LOG_0919,
+    ),
+    _key(
+        "time/cos_{reversed,plain,log_snr}",
+        "cosine",
+        "none",
+        "flow/cos with 8t - 4, t or the path's log-SNR in place of the time code",
+    ),
+    _key(
+        "time/train_gap",
+        "-",
+        "lower",
+        "greatest |time code told in training - (4 - 8t)|",
+        FLOWRAY,
+        (0.0, 1e-3),
+    ),
+    _key(
+        "time/sample_gap",
+        "-",
+        "lower",
+        "greatest |time code told in sampling - (4 - 8t)|",
+        FLOWRAY,
+        (0.0, 1e-3),
+    ),
+    _key(
+        "time/share_t{0..9}",
+        "share",
+        "none",
+        "share of the training times so far in this tenth; uniform 0.1",
+    ),
+    _key(
+        "time/coverage_min",
+        "-",
+        "higher",
+        "10 times the least time/share_t; 0: a part of [0, 1] is untrained",
+        LOSSES,
+        (0.05, 1.0),
+    ),
+    _key(
+        "time/embed_ratio",
+        "-",
+        "none",
+        "time/embed_norm / norm of an embedded token of white noise",
+        PIPELINE,
+    ),
+    _key(
+        "sampler/nmse",
+        "-",
+        "lower",
+        "mean (z_end - z1)^2 / Var(z1) of the sampler itself, as the recipe samples",
+        FLOWRAY,
+        (0.0, 1.0),
+    ),
+    _key(
+        "sampler/nmse_plain",
+        "-",
+        "lower",
+        "sampler/nmse of the probes' own integration without guidance",
+        FLOWRAY,
+        (0.0, 1.0),
+    ),
+    _key(
+        "sampler/gap",
+        "-",
+        "lower",
+        "mean (sampler's z_end - own integration's)^2 / Var(z1)",
+        FLOWRAY,
+        (0.0, 1e-3),
+    ),
+    _key(
+        "sampler/psnr",
+        "dB",
+        "higher",
+        "pictures of the sampler against own integration and decoding; 99 is equal",
+        FLOWRAY,
+        (40.0, INF),
+    ),
+    _key(
+        "sampler/psnr_resampled",
+        "dB",
+        "none",
+        "the sampler's pictures against decoding a z_end put through the autoencoder's sample"
+        " again",
+    ),
+    _key(
+        "sampler/strip_psnr_{ema,raw}",
+        "dB",
+        "none",
+        "the strip that training wrote against pictures of these weights; 99 is equal",
+    ),
+    _key(
+        "sampler/bits",
+        "bits",
+        "higher",
+        "significand of the solver's state: 24 is fp32, 8 is bf16",
+        LOG_0919,
+        (24.0, INF),
+    ),
     _key("trace/{init,end}_std", "latent", "none", "std of z_init, of z_end", LOG_0919),
-    _key("trace/first_dz_rms", "latent", "none", "root mean square of the first step's dz", LOG_0919),
+    _key(
+        "trace/first_dz_rms", "latent", "none", "root mean square of the first step's dz", LOG_0919
+    ),
     _key(
         "trace/{init,end,real}_pixel_std",
         "pixels in [0, 1]",
@@ -189,7 +622,14 @@ KEYS: tuple[MetricKey, ...] = (
         LOG_0919,
     ),
     _key("latent/mean", "latent", "none", "mean of z1, training set"),
-    _key("latent/var", "latent^2", "none", "variance of z1, training set; about 1", PIPELINE, (0.25, 4.0)),
+    _key(
+        "latent/var",
+        "latent^2",
+        "none",
+        "variance of z1, training set; about 1",
+        PIPELINE,
+        (0.25, 4.0),
+    ),
     _key(
         "latent/fit_slope",
         "-",
@@ -198,7 +638,14 @@ KEYS: tuple[MetricKey, ...] = (
         PIPELINE,
         (0.95, 1.05),
     ),
-    _key("latent/fit_residual", "share", "lower", "what that fit leaves; another autoencoder or other pictures", FLOWRAY, (0.0, 0.05)),
+    _key(
+        "latent/fit_residual",
+        "share",
+        "lower",
+        "what that fit leaves; another autoencoder or other pictures",
+        FLOWRAY,
+        (0.0, 0.05),
+    ),
     _key(
         "latent/{fit,batch}_power",
         "-",
@@ -207,8 +654,20 @@ KEYS: tuple[MetricKey, ...] = (
         FLOWRAY,
         (-0.1, 0.1),
     ),
-    _key("latent/{fit,batch}_away", "|ln|", "none", "how far a channel's slope is from scale^k at most; far: another factor", FLOWRAY),
-    _key("latent/std_power", "-", "none", "k with each channel's std of z1 = its scale^k; 0: the scale suits the data", FLOWRAY),
+    _key(
+        "latent/{fit,batch}_away",
+        "|ln|",
+        "none",
+        "how far a channel's slope is from scale^k at most; far: another factor",
+        FLOWRAY,
+    ),
+    _key(
+        "latent/std_power",
+        "-",
+        "none",
+        "k with each channel's std of z1 = its scale^k; 0: the scale suits the data",
+        FLOWRAY,
+    ),
     _key(
         "latent/noise_ratio",
         "-",
@@ -217,44 +676,198 @@ KEYS: tuple[MetricKey, ...] = (
         PIPELINE,
         (0.8, 1.25),
     ),
-    _key("latent/noise_ratio_train", "-", "none", "latent/noise_ratio of the training path's own batch", PIPELINE, (0.8, 1.25)),
-    _key("latent/batch_noise_ratio", "-", "none", "the same about the line that z1 follows on the scaled mean", PIPELINE, (0.8, 1.25)),
-    _key("latent/batch_slope", "-", "none", "least-squares slope of a training batch's z1 on its scaled mean", PIPELINE, (0.8, 1.25)),
-    _key("latent/batch_norm_ratio", "-", "none", "||z1|| of a training batch over what its moments say", PIPELINE, (0.8, 1.25)),
-    _key("vae/psnr_raw", "dB", "higher", "PSNR of decoding the raw posterior mean past the wrapper"),
+    _key(
+        "latent/noise_ratio_train",
+        "-",
+        "none",
+        "latent/noise_ratio of the training path's own batch",
+        PIPELINE,
+        (0.8, 1.25),
+    ),
+    _key(
+        "latent/batch_noise_ratio",
+        "-",
+        "none",
+        "the same about the line that z1 follows on the scaled mean",
+        PIPELINE,
+        (0.8, 1.25),
+    ),
+    _key(
+        "latent/batch_slope",
+        "-",
+        "none",
+        "least-squares slope of a training batch's z1 on its scaled mean",
+        PIPELINE,
+        (0.8, 1.25),
+    ),
+    _key(
+        "latent/batch_norm_ratio",
+        "-",
+        "none",
+        "||z1|| of a training batch over what its moments say",
+        PIPELINE,
+        (0.8, 1.25),
+    ),
+    _key(
+        "vae/psnr_raw", "dB", "higher", "PSNR of decoding the raw posterior mean past the wrapper"
+    ),
     _key("vae/psnr_sf{-2,-1,1,2}", "dB", "none", "PSNR of decode(z * scale^k)", LOG_0919),
-    _key("vae/psnr_{direct,twice}", "dB", "none", "PSNR of decoding z without unscaling, and unscaled twice", LOG_0919),
-    _key("vae/scale_power", "-", "none", "the k that decodes clearly best; 0 right, -1 never unscaled, 1 twice", LOG_0919, (-0.5, 0.5)),
-    _key("vae/training", "0 or 1", "lower", "whether a module of the autoencoder is in train mode", PIPELINE, (0.0, 0.5)),
-    _key("vae/repeat_error", "-", "lower", "relative difference of two encodings of one picture", PIPELINE, (0.0, 1e-4)),
-    _key("gain/median", "-", "none", "median ||v*|| / ||u||, the log's constant; it ignores direction", LOG_0919),
-    _key("gain/{ls,median}_t{0..9}", "-", "none", "the least-squares gain, or the log's, of this tenth"),
-    _key("gain/nmse_{none,ls,ls_t,median}", "-", "lower", "flow/nmse with no gain, the least-squares one, one per tenth, the log's"),
-    _key("gain/shoot_nmse_{none,ls,median}", "-", "lower", "shoot/nmse in 25 steps with no gain, the least-squares one, the log's"),
-    _key("variant/{fp32,bf16,aligned}_cos", "cosine", "higher", "flow/cos in fp32, under bf16, with x at the path's variance", LOG_0919),
-    _key("variant/{fp32,bf16,aligned}_speed_ratio", "-", "none", "flow/speed_ratio of the same three calls", LOG_0919),
-    _key("variant/aligned_shoot_nmse", "-", "lower", "shoot/nmse in 25 steps with x at the path's variance", LOG_0919),
+    _key(
+        "vae/psnr_{direct,twice}",
+        "dB",
+        "none",
+        "PSNR of decoding z without unscaling, and unscaled twice",
+        LOG_0919,
+    ),
+    _key(
+        "vae/scale_power",
+        "-",
+        "none",
+        "the k that decodes clearly best; 0 right, -1 never unscaled, 1 twice",
+        LOG_0919,
+        (-0.5, 0.5),
+    ),
+    _key(
+        "vae/training",
+        "0 or 1",
+        "lower",
+        "whether a module of the autoencoder is in train mode",
+        PIPELINE,
+        (0.0, 0.5),
+    ),
+    _key(
+        "vae/repeat_error",
+        "-",
+        "lower",
+        "relative difference of two encodings of one picture",
+        PIPELINE,
+        (0.0, 1e-4),
+    ),
+    _key(
+        "gain/median",
+        "-",
+        "none",
+        "median ||v*|| / ||u||, the log's constant; it ignores direction",
+        LOG_0919,
+    ),
+    _key(
+        "gain/{ls,median}_t{0..9}",
+        "-",
+        "none",
+        "the least-squares gain, or the log's, of this tenth",
+    ),
+    _key(
+        "gain/nmse_{none,ls,ls_t,median}",
+        "-",
+        "lower",
+        "flow/nmse with no gain, the least-squares one, one per tenth, the log's",
+    ),
+    _key(
+        "gain/shoot_nmse_{none,ls,median}",
+        "-",
+        "lower",
+        "shoot/nmse in 25 steps with no gain, the least-squares one, the log's",
+    ),
+    _key(
+        "variant/{fp32,bf16,aligned}_cos",
+        "cosine",
+        "higher",
+        "flow/cos in fp32, under bf16, with x at the path's variance",
+        LOG_0919,
+    ),
+    _key(
+        "variant/{fp32,bf16,aligned}_speed_ratio",
+        "-",
+        "none",
+        "flow/speed_ratio of the same three calls",
+        LOG_0919,
+    ),
+    _key(
+        "variant/aligned_shoot_nmse",
+        "-",
+        "lower",
+        "shoot/nmse in 25 steps with x at the path's variance",
+        LOG_0919,
+    ),
     _key("data/samples", "count", "none", "training samples"),
     _key("data/epochs", "count", "none", "steps * batch / data/samples"),
     _key(
-        "data/duplicate_share", "share", "lower", "training samples (the first 4096) whose latent is an earlier one's", FLOWRAY, (0.0, 0.2)
+        "data/duplicate_share",
+        "share",
+        "lower",
+        "training samples (the first 4096) whose latent is an earlier one's",
+        FLOWRAY,
+        (0.0, 0.2),
     ),
     _key("data/caption_classes", "count", "none", "distinct first captions among these"),
-    _key("data/agreement", "R^2", "higher", "held-out ridge regression from a caption's words to z1, training path"),
+    _key(
+        "data/agreement",
+        "R^2",
+        "higher",
+        "held-out ridge regression from a caption's words to z1, training path",
+    ),
     _key("data/agreement_shuffled", "R^2", "none", "the same with the pairs shuffled"),
-    _key("data/agreement_z", "-", "higher", "their difference in standard deviations of shuffles", FLOWRAY, (4.0, INF)),
-    _key("train_set/{shoot_nmse,flow_nmse}", "-", "lower", "the probe on training samples; far below the held-out one: memorised"),
+    _key(
+        "data/agreement_z",
+        "-",
+        "higher",
+        "their difference in standard deviations of shuffles",
+        FLOWRAY,
+        (4.0, INF),
+    ),
+    _key(
+        "train_set/{shoot_nmse,flow_nmse}",
+        "-",
+        "lower",
+        "the probe on training samples; far below the held-out one: memorised",
+    ),
     _key("train_set/flow_cos", "cosine", "higher", "flow/cos on training samples"),
-    _key("text/cos_prompts", "cosine", "lower", "mean cosine of mu over the prompts of the sample strip", LOG_0919, (-1.0, 0.9)),
+    _key(
+        "text/cos_prompts",
+        "cosine",
+        "lower",
+        "mean cosine of mu over the prompts of the sample strip",
+        LOG_0919,
+        (-1.0, 0.9),
+    ),
     _key("logvar/{min,max}", "nats", "none", "least or greatest log sigma^2", PIPELINE),
-    _key("logvar/clamped_share", "share", "lower", "share of log sigma^2 at a clamp", PIPELINE, (0.0, 0.05)),
+    _key(
+        "logvar/clamped_share",
+        "share",
+        "lower",
+        "share of log sigma^2 at a clamp",
+        PIPELINE,
+        (0.0, 0.05),
+    ),
     _key("mu/rms_over_std", "-", "none", "rms of mu / rms of sigma"),
-    _key("finite/{parameters,ema,latents,forward,gradients}", "share", "higher", "share that is finite", LOSSES, (1.0, INF)),
+    _key(
+        "finite/{parameters,ema,latents,forward,gradients}",
+        "share",
+        "higher",
+        "share that is finite",
+        LOSSES,
+        (1.0, INF),
+    ),
     # pictures and speed
-    _key("eval/mean_attribute_accuracy", "share", "higher", "mean accuracy over attributes, held-out single-object prompts"),
-    _key("eval/all_correct", "share", "higher", "share of pictures with every attribute right, held-out single-object prompts"),
+    _key(
+        "eval/mean_attribute_accuracy",
+        "share",
+        "higher",
+        "mean accuracy over attributes, held-out single-object prompts",
+    ),
+    _key(
+        "eval/all_correct",
+        "share",
+        "higher",
+        "share of pictures with every attribute right, held-out single-object prompts",
+    ),
     _key("eval/<score>", "share", "higher", "share of pictures that pass this check"),
-    _key("eval/<set>/<score>", "share", "higher", "share of pictures of this set that pass this check"),
+    _key(
+        "eval/<set>/<score>",
+        "share",
+        "higher",
+        "share of pictures of this set that pass this check",
+    ),
     _key("perf/images_per_s", "1/s", "higher", "train.batch_size / perf/step_s"),
     _key("perf/step_s", "s", "lower", "wall time of a training step"),
     _key("perf/data_wait_s", "s", "lower", "time a step waited for its batch"),
@@ -269,7 +882,9 @@ def alternatives(pattern: str) -> Iterator[str]:
         yield pattern
         return
     span = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
-    parts = [str(n) for n in range(int(span[1]), int(span[2]) + 1)] if span else braces[1].split(",")
+    parts = (
+        [str(n) for n in range(int(span[1]), int(span[2]) + 1)] if span else braces[1].split(",")
+    )
     for part in parts:
         yield from alternatives(pattern[: braces.start()] + part + pattern[braces.end() :])
 
@@ -289,12 +904,18 @@ def _table() -> tuple[dict[str, MetricKey], list[tuple[re.Pattern[str], MetricKe
 
 
 def describe(name: str) -> MetricKey | None:
-    """What a concrete metric name means, under that name; None for a name that flowray does not write."""
+    """What a concrete metric name means, under that name; None for a name that flowray does not
+    write.
+    """
     concrete, free = _table()
     if name in concrete:
         return concrete[name]
     found = next((key for pattern, key in free if pattern.fullmatch(name)), None)
     if found is None and name.startswith("ema/") and not name.startswith("ema/ema/"):
         found = describe(name.removeprefix("ema/"))
-        return None if found is None else replace(found, name=name, formula=f"{found.formula} (EMA weights)")
+        return (
+            None
+            if found is None
+            else replace(found, name=name, formula=f"{found.formula} (EMA weights)")
+        )
     return None if found is None else replace(found, name=name)

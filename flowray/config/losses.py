@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from flowray.config.balance import BalanceConfig, NoBalance
 from flowray.config.base import Config
+from flowray.config.errors import RuleError
 from flowray.config.model import ClipNet, DinoV2Net, ImageNetConfig, SiglipNet
 from flowray.config.paths import OptionalPath
 
@@ -21,7 +22,9 @@ class Constant(Config):
 
 
 class Linear(Config):
-    """From 0 to the weight, over a number of steps or a fraction of the run (the logs' KL warm-up: the first 10 %)."""
+    """From 0 to the weight, over a number of steps or a fraction of the run (the logs' KL
+    warm-up: the first 10 %).
+    """
 
     kind: Literal["linear"] = "linear"
     steps: int | None = Field(None, gt=0)
@@ -30,7 +33,12 @@ class Linear(Config):
     @model_validator(mode="after")
     def _one_of(self) -> Linear:
         if (self.steps is None) == (self.fraction is None):
-            raise ValueError("a linear schedule takes either steps or fraction")
+            raise RuleError(
+                "a linear schedule takes either steps or fraction",
+                "steps",
+                "fraction",
+                exclusive=True,
+            )
         return self
 
 
@@ -52,21 +60,28 @@ ScheduleConfig = Annotated[Constant | Linear | Until | Cosine, Field(discriminat
 
 
 class TermConfig(Config):
-    """What every term has: a weight, and the weight as a function of the step. Weight 0: the term is not built."""
+    """What every term has: a weight, and the weight as a function of the step. Weight 0: the
+    term is not built.
+    """
 
     weight: Weight = 0.0
     schedule: ScheduleConfig = Constant()
 
 
 class FlowLossConfig(TermConfig):
-    """Velocity MSE. source_grad: how it reaches the text latent: `full` (x_t and target), `path` (x_t only), `none`."""
+    """Velocity MSE. source_grad: how it reaches the text latent: `full` (x_t and target), `path`
+    (x_t only), `none`.
+    """
 
     weight: Weight = 1.0
     source_grad: Literal["full", "path", "none"] = "full"
 
 
 class KLLossConfig(TermConfig):
-    """KL of the source posterior to N(0, I), mean over latent dims. box: (0.3 mu)^6 in place of mu^2 (CrossFlow; not nats)."""
+    """KL of the source posterior to N(0, I), mean over latent dims.
+
+    box: (0.3 mu)^6 in place of mu^2 (CrossFlow; not nats).
+    """
 
     weight: Weight = 1.0
     schedule: ScheduleConfig = Linear(fraction=0.1)
@@ -74,28 +89,39 @@ class KLLossConfig(TermConfig):
 
 
 class ClipLossConfig(TermConfig):
-    """Symmetric InfoNCE between z0 and the semantic tower's view of z1; a learned, exponentiated, capped logit scale."""
+    """Symmetric InfoNCE between z0 and the semantic tower's view of z1; a learned,
+    exponentiated, capped logit scale.
+    """
 
     temperature: float = Field(0.07, gt=0, description="initial temperature")
     max_scale: float = Field(100.0, gt=0, description="cap of the logit scale")
-    gather: bool = Field(True, description="negatives from every rank, with gradient; false: this rank's only (CrossFlow)")
+    gather: bool = Field(
+        True,
+        description="negatives from every rank, with gradient; false: this rank's only (CrossFlow)",
+    )
 
 
 class EmaTeacher(Config):
-    """The teacher is the student's moving average and sees the image latent z1; nothing to download."""
+    """The teacher is the student's moving average and sees the image latent z1; nothing to
+    download.
+    """
 
     kind: Literal["ema"] = "ema"
     momentum: float = Field(0.996, ge=0, lt=1)
 
 
 class DinoLossConfig(TermConfig):
-    """Cross-entropy of a student head on z0 with a teacher's centred, sharpened view of the same pair's image (DINO).
+    """Cross-entropy of a student head on z0 with a teacher's centred, sharpened view of the same
+    pair's image (DINO).
 
-    teacher: `ema`, on z1, or a frozen picture encoder, on the decoded z1, whose pooled feature is read by its cosines with
-    `prototypes` fixed random directions. Raise a temperature where ent/teacher or ent/student is near 0 (the logs).
+    teacher: `ema`, on z1, or a frozen picture encoder, on the decoded z1, whose pooled feature is
+    read by its cosines with `prototypes` fixed random directions. Raise a temperature where
+    ent/teacher or ent/student is near 0 (the logs).
     """
 
-    teacher: Annotated[EmaTeacher | DinoV2Net | SiglipNet | ClipNet, Field(discriminator="kind")] = EmaTeacher()
+    teacher: Annotated[
+        EmaTeacher | DinoV2Net | SiglipNet | ClipNet, Field(discriminator="kind")
+    ] = EmaTeacher()
     student_temperature: float = Field(0.1, gt=0)
     teacher_temperature: float = Field(0.04, gt=0)
     centre_momentum: float = Field(0.9, ge=0, le=1, description="1 switches the centring off")
@@ -110,7 +136,9 @@ class DinoLossConfig(TermConfig):
 
 
 class RepaLossConfig(TermConfig):
-    """Negative mean cosine of projected hidden tokens of the velocity network and a frozen encoder's patches (arXiv 2410.06940)."""
+    """Negative mean cosine of projected hidden tokens of the velocity network and a frozen
+    encoder's patches (arXiv 2410.06940).
+    """
 
     teacher: ImageNetConfig = DinoV2Net(path="facebook/dinov2-base")
     depth: int = Field(2, gt=0, description="the tokens are the output of this block, 1 the first")
@@ -123,22 +151,32 @@ class RepaLossConfig(TermConfig):
 
 
 class LpipsLossConfig(TermConfig):
-    """LPIPS (arXiv 1801.03924) of the decoded estimate x_t + (1 - t) v and the decoded target, on VGG16 features.
+    """LPIPS (arXiv 1801.03924) of the decoded estimate x_t + (1 - t) v and the decoded target, on
+    VGG16 features.
 
-    vgg: VGG16 weights with torchvision's names (`features.N.weight`), .safetensors or .pth; linear: LPIPS's own layer weights
-    (`linK.model.1.weight`), else all channels count alike. Not computed while its weight is 0: give it an `until` schedule.
+    vgg: VGG16 weights with torchvision's names (`features.N.weight`), .safetensors or .pth; linear:
+    LPIPS's own layer weights (`linK.model.1.weight`), else all channels count alike. Not computed
+    while its weight is 0: give it an `until` schedule.
     """
 
     schedule: ScheduleConfig = Until(steps=50_000)
     vgg: OptionalPath = None
     linear: OptionalPath = None
-    size: int | None = Field(None, ge=16, description="side the pictures are resized to, px; as decoded if left out")
-    samples: int | None = Field(None, gt=0, description="only the first of each rank's batch: decoding with gradient is dear")
+    size: int | None = Field(
+        None, ge=16, description="side the pictures are resized to, px; as decoded if left out"
+    )
+    samples: int | None = Field(
+        None,
+        gt=0,
+        description="only the first of each rank's batch: decoding with gradient is dear",
+    )
 
     @model_validator(mode="after")
     def _has_weights(self) -> LpipsLossConfig:
         if self.weight > 0 and self.vgg is None:
-            raise ValueError("lpips needs vgg, a file of VGG16 weights such as vgg16.safetensors")
+            raise RuleError(
+                "lpips needs vgg, a file of VGG16 weights such as vgg16.safetensors", "vgg"
+            )
         return self
 
 
@@ -151,16 +189,18 @@ class NormLossConfig(TermConfig):
 
 
 class AnchorLossConfig(TermConfig):
-    """Mean (mu - z1)^2: the source starts at the caption's mean picture (a data-dependent prior, arXiv 2106.06406, 2310.03725).
+    """Mean (mu - z1)^2: the source starts at the caption's mean picture (a data-dependent prior,
+    arXiv 2106.06406, 2310.03725).
 
-    The flow loss alone lets mu write down what a caption says in any code, however faint; the velocity network must then learn to
-    read it. Anchored, whatever moves z1 moves mu as far and in the same direction, and the flow only adds what the caption leaves open.
+    The flow loss alone lets mu write down what a caption says in any code, however faint; the
+    velocity network must then learn to read it. Anchored, whatever moves z1 moves mu as far and in
+    the same direction, and the flow only adds what the caption leaves open.
     """
 
 
 def _wants_weights(teacher: Config) -> None:
     if getattr(teacher, "path", "") is None:
-        raise ValueError("a frozen teacher needs a path; random weights teach nothing")
+        raise RuleError("a frozen teacher needs a path; random weights teach nothing", "path")
 
 
 class LossConfig(Config):
@@ -180,9 +220,17 @@ class LossConfig(Config):
     @model_validator(mode="after")
     def _everything_trains(self) -> LossConfig:
         if self.flow.weight == 0:
-            raise ValueError("flow.weight 0 leaves the velocity network untrained; it must be above 0")
-        if self.flow.source_grad == "none" and self.kl.weight == self.clip.weight == self.dino.weight == self.anchor.weight == 0:
-            raise ValueError(
-                "flow.source_grad none with the weights of kl, clip, dino and anchor at 0 leaves the text side untrained; raise one of them"
+            raise RuleError(
+                "flow.weight 0 leaves the velocity network untrained; it must be above 0",
+                "flow.weight",
+            )
+        if (
+            self.flow.source_grad == "none"
+            and self.kl.weight == self.clip.weight == self.dino.weight == self.anchor.weight == 0
+        ):
+            raise RuleError(
+                "flow.source_grad none with the weights of kl, clip, dino and anchor at 0 leaves"
+                " the text side untrained; raise one of them",
+                "flow.source_grad",
             )
         return self

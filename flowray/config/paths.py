@@ -76,7 +76,8 @@ def looks_like_path(text: str) -> bool:
 
 
 def is_hub_name(text: str, *folders: Path) -> bool:
-    """Whether `text` names a model of the hub, `org/name` or `name`; what looks like a path never does.
+    """Whether `text` names a model of the hub, `org/name` or `name`; what looks like a path never
+    does.
 
     A path starts with `/`, `./`, `../`, `~` or `$`, ends with `/`, has more than one slash, a drive
     or the ending of a file of weights, begins with something that exists in the first of `folders`,
@@ -137,7 +138,9 @@ def expand(text: str, *folders: Path) -> str:
         raise InputError(f"got {text!r}{why}") from None
     whole = os.path.expanduser(text)
     if whole.startswith("~"):
-        raise InputError(f"got {text!r}, but no such user is known; `./~...` is a file of that name")
+        raise InputError(
+            f"got {text!r}, but no such user is known; `./~...` is a file of that name"
+        )
     return whole
 
 
@@ -222,7 +225,9 @@ def map_paths(value: Value, change: Callable[[str], str]) -> Value:
     return made
 
 
-def make_absolute(value: Value, field: PathField | None, folders: Sequence[Path], place: str) -> Value:
+def make_absolute(
+    value: Value, field: PathField | None, folders: Sequence[Path], place: str
+) -> Value:
     """A config value with its paths absolute.
 
     folders: as `absolute` takes them.

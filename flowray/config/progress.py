@@ -1,4 +1,6 @@
-"""How long work tells what it does: the one interface for it; flowray/cli/progress.py shows it to people."""
+"""How long work tells what it does: the one interface for it; flowray/cli/progress.py shows it
+to people.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class Progress(Protocol):
     def say(self, text: str) -> None:
         """A remark or a warning that stays to be read."""
 
-    def task(self, what: str, total: int | None = None, done: int = 0) -> AbstractContextManager[Advance]:
+    def task(
+        self, what: str, total: int | None = None, done: int = 0
+    ) -> AbstractContextManager[Advance]:
         """Within the block `what` ("encoding train pictures") is under way.
 
         total: how many there are to do, if that is known; done: how many of them are done already.

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from flowray.config.base import Config
+from flowray.config.errors import RuleError
 from flowray.config.flow import FlowConfig, SampleConfig
 from flowray.config.losses import LossConfig
 from flowray.config.model import ModelConfig
@@ -57,9 +58,23 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _batch_splits(self) -> Recipe:
-        workers, batch, parts = self.resources.num_workers, self.train.batch_size, self.train.accumulate
+        workers, batch, parts = (
+            self.resources.num_workers,
+            self.train.batch_size,
+            self.train.accumulate,
+        )
         if batch % workers:
-            raise ValueError(f"train.batch_size {batch} must be a multiple of resources.num_workers {workers}")
+            raise RuleError(
+                f"train.batch_size {batch} must be a multiple of resources.num_workers {workers}",
+                "train.batch_size",
+                "resources.num_workers",
+            )
         if batch % (workers * parts):
-            raise ValueError(f"train.batch_size {batch} must be a multiple of resources.num_workers {workers} x train.accumulate {parts}")
+            raise RuleError(
+                f"train.batch_size {batch} must be a multiple of resources.num_workers {workers} x"
+                f" train.accumulate {parts}",
+                "train.batch_size",
+                "resources.num_workers",
+                "train.accumulate",
+            )
         return self

@@ -1,4 +1,6 @@
-"""What of a recipe may differ when a run goes on: the schedule and what shows, not what was learnt."""
+"""What of a recipe may differ when a run goes on: the schedule and what shows, not what was
+learnt.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,9 @@ def refuse_changes(before: Recipe, after: Recipe, step: int, where: str) -> None
     for key, (old, new) in recipe_diffs(before, after).items():
         if _is_kept(key, before, after) and not _has_moved(key, old):
             raise InputError(
-                f"{key}: got {show(new)}, but {where} has trained {step} steps with {show(old)}; "
-                f"a resume keeps it: type {shlex.quote(f'{key}={typed_value(old)}')}, or name=OTHER for a new run"
+                f"{key}: got {show(new)}, but {where} has trained {step} steps with {show(old)}; a"
+                f" resume keeps it: type {shlex.quote(f'{key}={typed_value(old)}')}, or name=OTHER"
+                " for a new run"
             )
     if after.train.steps < step:
         raise InputError(

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+
+def finite(value: Any) -> float | None:
+    """The value as a float, or None if it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
 
 def rounded(value: float) -> float:
     """A metric with the six digits that fp32 gives; infinities and NaN as they are.

@@ -1,4 +1,6 @@
-"""Rows of a run's JSON-lines files, read as text: what training, sweeps and reports share. A row is an object on a line of its own."""
+"""Rows of a run's JSON-lines files, read as text: what training, sweeps and reports share. A row
+is an object on a line of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,19 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Every whole row; none where there is no file. A torn last line (a killed writer) is left out."""
-    return parse_rows(path.read_text(encoding="utf-8", errors="replace"))[0] if path.is_file() else []
+    """Every whole row; none where there is no file.
+
+    A torn last line (a killed writer) is left out.
+    """
+    return (
+        parse_rows(path.read_text(encoding="utf-8", errors="replace"))[0] if path.is_file() else []
+    )
 
 
 def parse_rows(text: str) -> tuple[list[Row], list[int]]:
-    """The rows of whole lines, and the numbers, from 1, of the lines before the last that hold none."""
+    """The rows of whole lines, and the numbers, from 1, of the lines before the last that hold
+    none.
+    """
     rows: list[Row] = []
     bad: list[int] = []
     lines = text.split("\n")

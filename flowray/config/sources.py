@@ -1,4 +1,6 @@
-"""What a name or path that was typed is: a recipe, a sweep, a run, a sweep's folder, a checkpoint."""
+"""What a name or path that was typed is: a recipe, a sweep, a run, a sweep's folder, a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from flowray.config.paths import exists, is_file
 
 
 def packaged(what: str) -> Any:
-    """The folder of the `recipes` or `sweeps` that come with the package."""
+    """The folder of the `recipes`, `sweeps` or `assets` that come with the package."""
     return files("flowray") / what
 
 
@@ -46,16 +48,23 @@ def is_run(path: Path) -> bool:
 
 
 # what stands beside the two files once a run or a sweep has begun: not beside one written by hand
-_BEGUN = {"config.yaml": ("checkpoints", "metrics.jsonl"), "sweep.yaml": ("trials.jsonl", "study.journal")}
+_BEGUN = {
+    "config.yaml": ("checkpoints", "metrics.jsonl"),
+    "sweep.yaml": ("trials.jsonl", "study.journal"),
+}
 
 
 def is_kept(file: Path, name: str) -> bool:
-    """Whether `file` is the `name`, config.yaml or sweep.yaml, that a run or sweep keeps in its folder."""
+    """Whether `file` is the `name`, config.yaml or sweep.yaml, that a run or sweep keeps in its
+    folder.
+    """
     return file.name == name and any(exists(file.parent / other) for other in _BEGUN[name])
 
 
 def holds_results(folder: Path) -> bool:
-    """Whether the folder is a run's or a sweep's, and its YAML files are those that flowray wrote."""
+    """Whether the folder is a run's or a sweep's, and its YAML files are those that flowray
+    wrote.
+    """
     return any(is_file(folder / name) and is_kept(folder / name, name) for name in _BEGUN)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from flowray.config.base import Config
+from flowray.config.errors import RuleError
 from flowray.config.paths import OptionalPath, OptionalShards, ShardsPath
 
 Step = Annotated[int, Field(gt=0)]
@@ -20,7 +21,8 @@ class DataConfig(Config):
     shards: `shapes` or `digits` (made on first use), or a folder or glob of webdataset tars.
     val_shards: the held-out shards; the embedded sets bring their own.
     cache: where embedded shards and cached latents live; unless FLOWRAY_CACHE says otherwise,
-    `flowray` in XDG_CACHE_HOME or ~/.cache, and where that cannot be written, in the temporary folder.
+    `flowray` in XDG_CACHE_HOME or ~/.cache, and where that cannot be written, in the temporary
+    folder.
     """
 
     shards: ShardsPath = "shapes"
@@ -28,18 +30,25 @@ class DataConfig(Config):
     cache: OptionalPath = None
     limit: int | None = Field(None, gt=0, description="use only the first `limit` samples")
     shuffle_captions: bool = Field(
-        False, description="every training picture gets the captions of another one, drawn by `seed`: the control without a condition"
+        False,
+        description=(
+            "every training picture gets the captions of another one, drawn by `seed`: the control"
+            " without a condition"
+        ),
     )
 
 
 class TrainSection(Config):
-    """Length, batch and cadence. batch_size is global, over all workers and accumulated micro-batches.
+    """Length, batch and cadence. batch_size is global, over all workers and accumulated
+    micro-batches.
 
-    accumulate: a rank's share goes through the model in this many micro-batches, one after the other. Losses that compare the
-    samples of a batch with each other (contrastive negatives) see one micro-batch at a time; all others give the same gradient.
-    grad_every: how often the norms and cosines of the single losses' gradients and the heads' update ratios are measured, which
-    costs a backward pass per loss; 0 is never.
-    precision: autocast's dtype; weights, path, losses and the optimiser stay fp32. fp16 also scales the loss.
+    accumulate: a rank's share goes through the model in this many micro-batches, one after the
+    other. Losses that compare the samples of a batch with each other (contrastive negatives) see
+    one micro-batch at a time; all others give the same gradient.
+    grad_every: how often the norms and cosines of the single losses' gradients and the heads'
+    update ratios are measured, which costs a backward pass per loss; 0 is never.
+    precision: autocast's dtype; weights, path, losses and the optimiser stay fp32. fp16 also scales
+    the loss.
     """
 
     steps: Step = 1000
@@ -49,11 +58,19 @@ class TrainSection(Config):
     sample_every: Step = 500
     checkpoint_every: Step = 500
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    ema: float = Field(0.999, ge=0, lt=1, description="decay; warmed up as (1 + step) / (10 + step)")
+    ema: float = Field(
+        0.999, ge=0, lt=1, description="decay; warmed up as (1 + step) / (10 + step)"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    velocity_fp32: bool = Field(False, description="the velocity network in fp32 under bf16 or fp16")
+    velocity_fp32: bool = Field(
+        False, description="the velocity network in fp32 under bf16 or fp16"
+    )
     loss_scale: float = Field(
-        65536.0, gt=0, description="fp16's loss scale at the start; halved on overflow, doubled after 2000 good steps"
+        65536.0,
+        gt=0,
+        description=(
+            "fp16's loss scale at the start; halved on overflow, doubled after 2000 good steps"
+        ),
     )
     accumulate: Annotated[int, Field(ge=1)] = 1
     grad_every: Annotated[int, Field(ge=0)] = 0
@@ -62,7 +79,12 @@ class TrainSection(Config):
     @model_validator(mode="after")
     def _measured_is_logged(self) -> TrainSection:
         if self.grad_every % self.log_every:
-            raise ValueError(f"grad_every {self.grad_every} must be a multiple of log_every {self.log_every}, or its rows would be lost")
+            raise RuleError(
+                f"grad_every {self.grad_every} must be a multiple of log_every {self.log_every}, or"
+                " its rows would be lost",
+                "grad_every",
+                "log_every",
+            )
         return self
 
 
@@ -84,10 +106,11 @@ class CosineLR(Config):
 class WarmRestarts(Config):
     """CosineWarmRestarts; the logs take T0 = 20k, T_mult = 1, eta_min = 2.5e-7.
 
-    start: the step at which the first cycle begins, lr being constant before it; `resume`: at the checkpoint from which the run
-    goes on when it first has this schedule (later resumes keep to it). eta_min: the lr at a cycle's end; `current`: the lr with
-    which that checkpoint was reached. The logs' cure for a plateau, at twice the lr: `--resume optim.lr=5e-6
-    'optim.schedule={kind: warm_restarts, start: resume, eta_min: current}'`.
+    start: the step at which the first cycle begins, lr being constant before it; `resume`: at the
+    checkpoint from which the run goes on when it first has this schedule (later resumes keep to
+    it). eta_min: the lr at a cycle's end; `current`: the lr with which that checkpoint was reached.
+    The logs' cure for a plateau, at twice the lr: `--resume optim.lr=5e-6 'optim.schedule={kind:
+    warm_restarts, start: resume, eta_min: current}'`.
     """
 
     kind: Literal["warm_restarts"] = "warm_restarts"
@@ -100,7 +123,11 @@ class WarmRestarts(Config):
     @model_validator(mode="after")
     def _current_of_what(self) -> WarmRestarts:
         if self.eta_min == "current" and self.start != "resume":
-            raise ValueError("eta_min current is the lr of a checkpoint; it needs start resume")
+            raise RuleError(
+                "eta_min current is the lr of a checkpoint; it needs start resume",
+                "eta_min",
+                "start",
+            )
         return self
 
 
@@ -117,7 +144,9 @@ class GroupScales(Config):
 
 
 class GroupCaps(Config):
-    """The most that a group's lr may be, whatever `optim.lr` and its scale; null is no limit (the logs: text 2e-4, trunk 1e-4)."""
+    """The most that a group's lr may be, whatever `optim.lr` and its scale; null is no limit
+    (the logs: text 2e-4, trunk 1e-4).
+    """
 
     text: Positive | None = None
     z_head: Positive | None = None
@@ -148,7 +177,10 @@ class ProbeConfig(Config):
 
 
 class ResourceConfig(Config):
-    """What a run takes from the cluster. max_failures: deaths in a row, without a new checkpoint between them, that are put up with."""
+    """What a run takes from the cluster.
+
+    max_failures: deaths in a row, without a new checkpoint between them, that are put up with.
+    """
 
     num_workers: Annotated[int, Field(ge=1)] = 1
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
@@ -158,5 +190,5 @@ class ResourceConfig(Config):
     @model_validator(mode="after")
     def _whole_gpus(self) -> ResourceConfig:
         if self.gpus_per_worker > 1 and self.gpus_per_worker != int(self.gpus_per_worker):
-            raise ValueError("gpus_per_worker above 1 must be whole")
+            raise RuleError("gpus_per_worker above 1 must be whole", "gpus_per_worker")
         return self

@@ -1,4 +1,6 @@
-"""YAML that remembers the line of every key, so that an error can point at it, and `key=value` from the command line."""
+"""YAML that remembers the line of every key, so that an error can point at it, and `key=value`
+from the command line.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,17 @@ class YamlFile:
     folders: tuple[Path, ...] = field(default_factory=lambda: (Path.cwd(),))
 
     def where(self, key: str) -> str:
-        """'file.yaml:12' for a dotted key (or its nearest enclosing one), 'file.yaml' where none is in the file."""
+        """'file.yaml:12' for a dotted key (or its nearest enclosing one), 'file.yaml' where none
+        is in the file.
+        """
         line = self._line(key)
-        return self.label if line is None else COMMAND_LINE if line == _TYPED else f"{self.label}:{line}"
+        return (
+            self.label
+            if line is None
+            else COMMAND_LINE
+            if line == _TYPED
+            else f"{self.label}:{line}"
+        )
 
     def folders_of(self, key: str) -> tuple[Path, ...]:
         """What a relative path at `key` starts from: the working directory where it was typed."""
@@ -41,7 +51,9 @@ class YamlFile:
 
     def typed(self, key: str) -> YamlFile:
         """The same with `key`, and what is below it, put down to the command line."""
-        kept = {name: line for name, line in self.lines.items() if not f"{name}.".startswith(f"{key}.")}
+        kept = {
+            name: line for name, line in self.lines.items() if not f"{name}.".startswith(f"{key}.")
+        }
         return replace(self, lines={**kept, key: _TYPED})
 
     def _line(self, key: str) -> int | None:
@@ -72,7 +84,10 @@ def parse_yaml(text: str, label: str) -> YamlFile:
     """`read_yaml` for text already in memory; its folder is the working directory."""
     bad = yaml.reader.Reader.NON_PRINTABLE.search(text)
     if bad:
-        raise InputError(f"{label}:{text.count(chr(10), 0, bad.start()) + 1}: not valid YAML: control character {bad.group()!r}")
+        raise InputError(
+            f"{label}:{text.count(chr(10), 0, bad.start()) + 1}: not valid YAML: control character"
+            f" {bad.group()!r}"
+        )
     loader = yaml.SafeLoader(text)
     lines: dict[str, int] = {}
     try:
@@ -80,12 +95,17 @@ def parse_yaml(text: str, label: str) -> YamlFile:
         if node is None:
             raise InputError(f"{label}: is empty, want a mapping of keys, such as `name: my_run`")
         if not isinstance(node, yaml.MappingNode):
-            raise InputError(f"{label}:{node.start_mark.line + 1}: got {_shape(node)}, want a mapping of keys, such as `name: my_run`")
+            raise InputError(
+                f"{label}:{node.start_mark.line + 1}: got {_shape(node)}, want a mapping of keys,"
+                " such as `name: my_run`"
+            )
         data = _mapping(loader, node, "", label, lines, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{label}{line}: not valid YAML: {error.problem or error.context}") from None
+        raise InputError(
+            f"{label}{line}: not valid YAML: {error.problem or error.context}"
+        ) from None
     finally:
         loader.dispose()
     return YamlFile(label, data, lines)
@@ -100,17 +120,27 @@ def parse_value(text: str) -> Any:
 
 
 def key_values(texts: Sequence[str], example: str) -> Iterator[tuple[str, str]]:
-    """('optim.lr', '3e-4') for each 'optim.lr=3e-4' of a command line; InputError, with `example`, for what is none."""
+    """('optim.lr', '3e-4') for each 'optim.lr=3e-4' of a command line; InputError, with
+    `example`, for what is none.
+    """
     for text, following in zip(texts, (*texts[1:], ""), strict=False):
         key, sign, raw = text.partition("=")
         key = key.strip()
         if following.startswith("=") and not sign:
             value = following[1:] or "VALUE"
-            raise InputError(f"{COMMAND_LINE}: got {text!r} before '=', want no space around it: {key}={value}")
+            raise InputError(
+                f"{COMMAND_LINE}: got {text!r} before '=', want no space around it: {key}={value}"
+            )
         if sign and not raw and following and "=" not in following:
-            raise InputError(f"{COMMAND_LINE}: got {text!r} before {following!r}, want no space: {key}={following}")
+            raise InputError(
+                f"{COMMAND_LINE}: got {text!r} before {following!r}, want no space:"
+                f" {key}={following}"
+            )
         if not sign and (text.endswith((".yaml", ".yml")) or is_file(Path(text))):
-            raise InputError(f"{COMMAND_LINE}: got {text!r}, a second file; one is enough, want key=value, such as {example}")
+            raise InputError(
+                f"{COMMAND_LINE}: got {text!r}, a second file; one is enough, want key=value, such"
+                f" as {example}"
+            )
         if not sign or not key:
             raise InputError(f"{COMMAND_LINE}: got {text!r}, want key=value, such as {example}")
         yield key, raw
@@ -121,7 +151,12 @@ def _shape(node: yaml.Node) -> str:
 
 
 def _mapping(
-    loader: yaml.SafeLoader, node: yaml.MappingNode, prefix: str, label: str, lines: dict[str, int], above: tuple[yaml.Node, ...]
+    loader: yaml.SafeLoader,
+    node: yaml.MappingNode,
+    prefix: str,
+    label: str,
+    lines: dict[str, int],
+    above: tuple[yaml.Node, ...],
 ) -> dict[str, Any]:
     if node in above:
         raise InputError(f"{label}:{node.start_mark.line + 1}: the anchor contains itself")
@@ -131,21 +166,31 @@ def _mapping(
             continue
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
-            raise InputError(f"{label}:{line}: key {prefix}{key_node.value} must be plain text; put it in quotes")
+            raise InputError(
+                f"{label}:{line}: key {prefix}{key_node.value} must be plain text; put it in quotes"
+            )
         if key_node.value in seen:
-            raise InputError(f"{label}:{line}: key {prefix}{key_node.value} is given twice, first on line {seen[key_node.value]}")
+            raise InputError(
+                f"{label}:{line}: key {prefix}{key_node.value} is given twice, first on line"
+                f" {seen[key_node.value]}"
+            )
         seen[key_node.value] = line
-    flat = yaml.MappingNode(node.tag, list(node.value))  # a copy: an anchored mapping is visited again at each alias
+    # a copy: an anchored mapping is visited again at each alias
+    flat = yaml.MappingNode(node.tag, list(node.value))
     loader.flatten_mapping(flat)
     out: dict[str, Any] = {}
     for key_node, value_node in flat.value:
         key = prefix + key_node.value
         lines[key] = key_node.start_mark.line + 1
         if isinstance(value_node, yaml.MappingNode):
-            out[key_node.value] = _mapping(loader, value_node, f"{key}.", label, lines, (*above, node))
+            out[key_node.value] = _mapping(
+                loader, value_node, f"{key}.", label, lines, (*above, node)
+            )
             continue
         try:
             out[key_node.value] = loader.construct_object(value_node, deep=True)
         except ValueError as error:
-            raise InputError(f"{label}:{lines[key]}: {key}: got {value_node.value!r}: {error}") from None
+            raise InputError(
+                f"{label}:{lines[key]}: {key}: got {value_node.value!r}: {error}"
+            ) from None
     return out

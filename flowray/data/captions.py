@@ -1,4 +1,6 @@
-"""Captions of a folder of pictures: a text file beside each, or lists as they are written elsewhere."""
+"""Captions of a folder of pictures: a text file beside each, or lists as they are written
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,13 @@ _NAMES, _CAPTIONS = ("image", "file_name"), ("captions", "caption", "text")
 _WANTED = "image (or file_name) and caption (or text)"
 
 
-def captions_of(pictures: list[Path], files: Iterable[Path], faults: list[str]) -> dict[Path, list[str]]:
+def captions_of(
+    pictures: list[Path], files: Iterable[Path], faults: list[str]
+) -> dict[Path, list[str]]:
     """The captions of every picture that has some; what is wrong goes to `faults`.
 
-    files: all there are, in a sorted order. A list's names start from its own folder. Where there is
+    files: all there are, in a sorted order. A list's names start from its own folder. Where there
+    is
     one, text files are not read. InputError: two lists in one folder.
     """
     others = list(files)
@@ -31,7 +36,10 @@ def captions_of(pictures: list[Path], files: Iterable[Path], faults: list[str]) 
         return {path: found for path in pictures if (found := _beside(path, texts, faults))}
     folders = {path.parent: path for path in listed}
     if double := next((path for path in listed if folders[path.parent] != path), None):
-        raise InputError(f"{double.parent}: both {double.name} and {folders[double.parent].name} list captions; keep one of them")
+        raise InputError(
+            f"{double.parent}: both {double.name} and {folders[double.parent].name} list captions;"
+            " keep one of them"
+        )
     captions: dict[Path, list[str]] = {}
     known = set(pictures)
     for path in listed:
@@ -50,7 +58,10 @@ def _beside(picture: Path, texts: dict[Path, Path], faults: list[str]) -> list[s
     """The lines of the picture's text file."""
     path = texts.get(picture.with_suffix(""))
     if path is None:
-        faults.append(f"{picture}: no caption file {picture.with_suffix(TEXT).name}, nor one of the lists {', '.join(LISTS)}")
+        faults.append(
+            f"{picture}: no caption file {picture.with_suffix(TEXT).name}, nor one of the lists"
+            f" {', '.join(LISTS)}"
+        )
         return []
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -67,7 +78,11 @@ def _entries(path: Path, faults: list[str]) -> Iterator[tuple[str, str, list[str
     """(place, a picture's name, its captions) of every entry of a list that can be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        rows = list(_csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text, path.suffix.lower() == ".json"))
+        rows = list(
+            _csv_rows(text)
+            if path.suffix.lower() == ".csv"
+            else _json_rows(text, path.suffix.lower() == ".json")
+        )
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         faults.append(f"{path}: cannot be read ({error})")
         return
@@ -80,7 +95,9 @@ def _entries(path: Path, faults: list[str]) -> Iterator[tuple[str, str, list[str
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, Any]]:
-    """(line, row), each by the names that the first line gives its cells; those alone where they are not a list's."""
+    """(line, row), each by the names that the first line gives its cells; those alone where they
+    are not a list's.
+    """
     reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
     names = reader.fieldnames or ()
     if not any(name in names for name in _NAMES) or not any(name in names for name in _CAPTIONS):
@@ -91,8 +108,8 @@ def _csv_rows(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _json_rows(text: str, whole: bool) -> Iterator[tuple[int, Any]]:
-    """(line, row) of JSON lines, (place in it, row) of one JSON list, which may also stand in a file
-    of lines. What is no JSON is a row as it stands.
+    """(line, row) of JSON lines, (place in it, row) of one JSON list, which may also stand in a
+    file of lines. What is no JSON is a row as it stands.
     """
     if whole or text.lstrip().startswith("["):
         found = json.loads(text)
@@ -109,14 +126,20 @@ def _json_rows(text: str, whole: bool) -> Iterator[tuple[int, Any]]:
 def _entry(row: Any) -> tuple[str, list[str]]:
     """(a picture's name, its captions); ValueError says what is wrong with the row."""
     if not isinstance(row, dict):
-        raise ValueError(f'no entry such as {{"image": "a.png", "caption": "..."}}, but {json.dumps(row)[:40]}')
+        raise ValueError(
+            f'no entry such as {{"image": "a.png", "caption": "..."}}, but {json.dumps(row)[:40]}'
+        )
     if None in row:
-        raise ValueError('more cells than the first line names; a caption with a comma stands in quotes ("")')
+        raise ValueError(
+            'more cells than the first line names; a caption with a comma stands in quotes ("")'
+        )
     name = next((row[key] for key in _NAMES if key in row), None)
     key = next((key for key in _CAPTIONS if key in row), None)
     if key is None or not isinstance(name, str) or not name:
         got = ", ".join(map(str, row))[:80] or "nothing"
-        raise ValueError(f"want {_WANTED}, got {got}; what is no list of captions needs another name")
+        raise ValueError(
+            f"want {_WANTED}, got {got}; what is no list of captions needs another name"
+        )
     given = row[key] if isinstance(row[key], list) else [row[key]]
     if not given or not all(isinstance(caption, str) and caption.strip() for caption in given):
         raise ValueError("empty caption, or one that is no text")

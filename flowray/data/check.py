@@ -25,7 +25,9 @@ PICKLES = ("pkl", "pyd", "pickle", "pth", "pt")
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding. `bad` must be mended; `info` is worth knowing. sample: "" where it concerns the whole shard."""
+    """One finding. `bad` must be mended; `info` is worth knowing. sample: "" where it concerns
+    the whole shard.
+    """
 
     severity: Literal["info", "bad"]
     shard: str
@@ -35,7 +37,10 @@ class Problem:
 
 @dataclass
 class ShardCheck:
-    """What a shard set holds and what is wrong with it. sizes: "WxH" or the array's shape -> samples."""
+    """What a shard set holds and what is wrong with it.
+
+    sizes: "WxH" or the array's shape -> samples.
+    """
 
     shards: int = 0
     samples: int = 0
@@ -54,7 +59,9 @@ class ShardCheck:
 
 
 def check_shards(*specs: str, progress: Progress = SILENT) -> ShardCheck:
-    """Read every sample of a shard set (folders, globs or tars); InputError only where there is nothing to read."""
+    """Read every sample of a shard set (folders, globs or tars); InputError only where there is
+    nothing to read.
+    """
     found = list(dict.fromkeys(path.absolute() for spec in specs for path in find_shards(spec)))
     checker = _Checker(Path(os.path.commonpath([path.parent for path in found])))
     with progress.task("checking shards", len(found)) as advance:
@@ -65,7 +72,9 @@ def check_shards(*specs: str, progress: Progress = SILENT) -> ShardCheck:
 
 
 class _Checker:
-    """Sees shard after shard, each named by its path in `folder`; keeps one hash per image, one key per sample."""
+    """Sees shard after shard, each named by its path in `folder`; keeps one hash per image, one
+    key per sample.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.result = folder, ShardCheck()
@@ -95,7 +104,12 @@ class _Checker:
                 self.result.samples += 1
                 self.sample(name, sample)
         except Exception as error:  # webdataset passes on what tarfile and its own grouping raise
-            self.bad(name, "", f"webdataset stops after {self.result.samples - before} sample(s): {error.args[0] if error.args else error}")
+            self.bad(
+                name,
+                "",
+                f"webdataset stops after {self.result.samples - before} sample(s):"
+                f" {error.args[0] if error.args else error}",
+            )
 
     def sample(self, shard: str, sample: dict[str, Any]) -> None:
         key = sample["__key__"]
@@ -103,7 +117,11 @@ class _Checker:
             self.bad(shard, key, f"the same key is in {self.shard_of[key]}")
         unsafe = [extension for extension in sample if extension.rpartition(".")[2] in PICKLES]
         if unsafe:
-            self.bad(shard, key, f".{unsafe[0]} is a pickle: other readers run code from it; keep arrays as .npy")
+            self.bad(
+                shard,
+                key,
+                f".{unsafe[0]} is a pickle: other readers run code from it; keep arrays as .npy",
+            )
         self._captions(shard, key, sample)
         self._picture(shard, key, sample)
 
@@ -122,18 +140,35 @@ class _Checker:
             self.bad(shard, key, f".txt is not UTF-8: {error}")
             return
         captions = [text] if captions is None else captions
-        if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-            self.bad(shard, key, "no caption: a non-empty .txt, or .json with a list `captions` of non-empty strings, is needed")
+        if (
+            not isinstance(captions, list)
+            or not captions
+            or not all(isinstance(c, str) and c.strip() for c in captions)
+        ):
+            self.bad(
+                shard,
+                key,
+                "no caption: a non-empty .txt, or .json with a list `captions` of non-empty"
+                " strings, is needed",
+            )
             return
         self.result.captions += len(captions)
 
     def _picture(self, shard: str, key: str, sample: dict[str, Any]) -> None:
-        extension = next((e for e in sample if e in IMAGES), None) or next((e for e in sample if e.endswith("npy")), None)
+        extension = next((e for e in sample if e in IMAGES), None) or next(
+            (e for e in sample if e.endswith("npy")), None
+        )
         if extension is None:
-            self.bad(shard, key, f"no image ({', '.join('.' + e for e in IMAGES)}) and no .npy latents")
+            self.bad(
+                shard, key, f"no image ({', '.join('.' + e for e in IMAGES)}) and no .npy latents"
+            )
             return
         try:
-            size = _array_size(sample[extension]) if extension.endswith("npy") else _image_size(sample[extension])
+            size = (
+                _array_size(sample[extension])
+                if extension.endswith("npy")
+                else _image_size(sample[extension])
+            )
         except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
             self.bad(shard, key, f".{extension} does not decode: {error}")
             return
@@ -151,10 +186,16 @@ class _Checker:
         for size, count in common[1:]:
             shard, key = self.first_of_size[size]
             self.bad(
-                shard, key, f"{count} sample(s) are {size}, the most ({common[0][1]}) are {common[0][0]}; all must be alike (pack --size)"
+                shard,
+                key,
+                f"{count} sample(s) are {size}, the most ({common[0][1]}) are {common[0][0]}; all"
+                " must be alike (pack --size)",
             )
         if result.duplicates:
-            what = f"{result.duplicates} of {result.samples} images are byte for byte those of an earlier sample, first {self.twin}"
+            what = (
+                f"{result.duplicates} of {result.samples} images are byte for byte those of an"
+                f" earlier sample, first {self.twin}"
+            )
             result.problems.append(Problem("info", "", "", what))
         return result
 
@@ -171,14 +212,24 @@ def _compare_with_manifest(path: Path, checker: _Checker) -> None:
     if not manifest.is_file():
         return
     try:
-        rows = {row["name"]: row for row in json.loads(manifest.read_text(encoding="utf-8"))["shards"]}
+        rows = {
+            row["name"]: row for row in json.loads(manifest.read_text(encoding="utf-8"))["shards"]
+        }
         row = rows.get(path.name)
         if row is None:
             checker.bad(checker.name(path), "", f"not in {MANIFEST}")
         elif row["bytes"] != path.stat().st_size:
-            checker.bad(checker.name(path), "", f"{path.stat().st_size} bytes, but {MANIFEST} says {row['bytes']}")
+            checker.bad(
+                checker.name(path),
+                "",
+                f"{path.stat().st_size} bytes, but {MANIFEST} says {row['bytes']}",
+            )
         elif row["sha256"] != sha256(path):
-            checker.bad(checker.name(path), "", f"its bytes are not those {MANIFEST} was written for (sha256)")
+            checker.bad(
+                checker.name(path),
+                "",
+                f"its bytes are not those {MANIFEST} was written for (sha256)",
+            )
     except (OSError, ValueError, KeyError, TypeError) as error:
         checker.bad(checker.name(path), "", f"{MANIFEST} cannot be read: {error}")
 

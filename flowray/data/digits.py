@@ -1,6 +1,8 @@
-"""scikit-learn's 1797 handwritten digits (real 8x8 scans), as 64 px pictures with captions templated from their labels.
+"""scikit-learn's 1797 handwritten digits (real 8x8 scans), as 64 px pictures with captions
+templated from their labels.
 
-The captions are templated labels, not descriptions anybody wrote: they say which digit it is and nothing of how it looks.
+The captions are templated labels, not descriptions anybody wrote: they say which digit it is and
+nothing of how it looks.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def facts(label: int) -> list[str]:
 
 
 def samples(split: str) -> Iterator[tuple[np.ndarray, list[str], int]]:
-    """(uint8 (64, 64, 3), captions, label) of a split; every tenth scan is `val`, the rest `train`."""
+    """(uint8 (64, 64, 3), captions, label) of a split; every tenth scan is `val`, the rest
+    `train`.
+    """
     scans = load_digits()
     for index, (scan, label) in enumerate(zip(scans.images, scans.target, strict=True)):
         if (split == "val") != (index % 10 == 0):

@@ -1,4 +1,6 @@
-"""The embedded sets as webdataset shards, made on first use and kept in a cache that cannot go stale."""
+"""The embedded sets as webdataset shards, made on first use and kept in a cache that cannot go
+stale.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ EmbeddedName = Literal["shapes", "digits"]
 
 @dataclass(frozen=True)
 class ShapesSet:
-    """How many shapes samples of each split, from which seed; two_share: share of two-object scenes, in [0, 1]."""
+    """How many shapes samples of each split, from which seed; two_share: share of two-object
+    scenes, in [0, 1].
+    """
 
     train: int = 12_000
     val: int = 1_000
@@ -70,19 +74,25 @@ _DEFAULTS: dict[str, EmbeddedSet] = {"shapes": ShapesSet(), "digits": DigitsSet(
 
 
 def png(picture: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) -> PNG bytes; lightly compressed, because tiny pictures gain nothing from more."""
+    """uint8 (H, W, 3) -> PNG bytes; lightly compressed, because tiny pictures gain nothing from
+    more.
+    """
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="png", compress_level=1)
     return buffer.getvalue()
 
 
-def _sample(key: str, picture: np.ndarray, captions: list[str], extra: dict[str, Any]) -> dict[str, Any]:
+def _sample(
+    key: str, picture: np.ndarray, captions: list[str], extra: dict[str, Any]
+) -> dict[str, Any]:
     row = json.dumps({"captions": captions, **extra})
     return {"__key__": key, "png": png(picture), "txt": captions[0].encode(), "json": row.encode()}
 
 
 def write_set(what: EmbeddedSet, root: Path, progress: Progress = SILENT) -> dict[str, Path]:
-    """Write every split of a set as `root/<split>`, leaving those that are whole already; split -> folder."""
+    """Write every split of a set as `root/<split>`, leaving those that are whole already; split
+    -> folder.
+    """
     for split in what.splits:
         if not (root / split / MANIFEST).is_file():
             meta = {"set": what.name, "split": split, **asdict(what)}
@@ -101,9 +111,11 @@ def fingerprint(what: EmbeddedSet) -> str:
 
 
 def ensure_set(what: EmbeddedSet, cache: Path, progress: Progress = SILENT) -> dict[str, Path]:
-    """The split folders of a set under `cache`, written now if they are not there; several processes may ask at once.
+    """The split folders of a set under `cache`, written now if they are not there; several
+    processes may ask at once.
 
-    The folder's name carries the fingerprint, so a change of arguments or of the generator can never meet old pictures.
+    The folder's name carries the fingerprint, so a change of arguments or of the generator can
+    never meet old pictures.
     """
     root = cache / f"{what.name}-{fingerprint(what)}"
     folders = {split: root / split for split in what.splits}
@@ -117,11 +129,18 @@ def ensure_set(what: EmbeddedSet, cache: Path, progress: Progress = SILENT) -> d
                     shutil.rmtree(left, ignore_errors=True)  # else writes while we hold the lock
             return write_set(what, root, progress)
     except OSError as error:
-        raise InputError(f"{root}: cannot write there: {error.strerror}; set data.cache or FLOWRAY_CACHE to a writable folder") from error
+        raise InputError(
+            f"{root}: cannot write there: {error.strerror}; set data.cache or FLOWRAY_CACHE to a"
+            " writable folder"
+        ) from error
 
 
-def ensure_embedded(name: EmbeddedName, cache: Path, progress: Progress = SILENT) -> dict[str, Path]:
-    """split -> shard folder of an embedded set in its standard size: shapes (train, val, unseen) or digits (train, val)."""
+def ensure_embedded(
+    name: EmbeddedName, cache: Path, progress: Progress = SILENT
+) -> dict[str, Path]:
+    """split -> shard folder of an embedded set in its standard size: shapes (train, val, unseen)
+    or digits (train, val).
+    """
     return ensure_set(_DEFAULTS[name], cache, progress)
 
 
@@ -141,16 +160,19 @@ def unmade_samples(name: str, cache: Path) -> int:
 def cache_dir(configured: str | None) -> Path:
     """The folder of embedded sets and cached latents, created.
 
-    `configured` (data.cache), else FLOWRAY_CACHE, else `flowray` in XDG_CACHE_HOME or ~/.cache; where there is no home that can
-    be written, as in many containers, a folder of the user's own beside the temporary files. InputError where a folder that
-    was asked for cannot be written.
+    `configured` (data.cache), else FLOWRAY_CACHE, else `flowray` in XDG_CACHE_HOME or ~/.cache;
+    where there is no home that can be written, as in many containers, a folder of the user's own
+    beside the temporary files. InputError where a folder that was asked for cannot be written.
     """
     from_env = os.environ.get("FLOWRAY_CACHE")
     if configured or from_env:
         path = (Path(configured) if configured else argument(str(from_env))).absolute()
         if reason := _unwritable(path):
             where = "data.cache" if configured else "FLOWRAY_CACHE"
-            raise InputError(f"{where} {path}: cannot be written: {reason}; set data.cache or FLOWRAY_CACHE to a writable folder")
+            raise InputError(
+                f"{where} {path}: cannot be written: {reason}; set data.cache or FLOWRAY_CACHE to a"
+                " writable folder"
+            )
         return path
     usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "flowray"
     if usual.is_absolute() and not _unwritable(usual):
@@ -158,7 +180,10 @@ def cache_dir(configured: str | None) -> Path:
     spare = Path(tempfile.gettempdir()).absolute() / f"flowray-{os.getuid()}"
     reason = _unwritable(spare, mode=0o700)
     if reason or spare.stat().st_uid != os.getuid():
-        raise InputError(f"neither {usual} nor {spare} can be written; set data.cache or FLOWRAY_CACHE to a writable folder")
+        raise InputError(
+            f"neither {usual} nor {spare} can be written; set data.cache or FLOWRAY_CACHE to a"
+            " writable folder"
+        )
     return spare
 
 

@@ -1,7 +1,8 @@
 """Which sample stands at which place of the training stream: a pure function of (seed, position).
 
-A position counts samples from the start of training over all ranks: step s of batch B takes positions s * B to (s + 1) * B - 1 and
-each rank a slice of them. So the order does not know the number of ranks, and resuming needs nothing but the step.
+A position counts samples from the start of training over all ranks: step s of batch B takes
+positions s * B to (s + 1) * B - 1 and each rank a slice of them. So the order does not know the
+number of ranks, and resuming needs nothing but the step.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import numpy as np
 
 
 class EpochOrder:
-    """Maps global positions to sample indices; every epoch is its own permutation of `size` samples, drawn from [seed, epoch]."""
+    """Maps global positions to sample indices; every epoch is its own permutation of `size`
+    samples, drawn from [seed, epoch].
+    """
 
     KEPT = 2  # permutations held: a batch may straddle two epochs
 
@@ -25,7 +28,9 @@ class EpochOrder:
         if epoch not in self._kept:
             while len(self._kept) >= self.KEPT:
                 del self._kept[next(iter(self._kept))]
-            self._kept[epoch] = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.size)
+            self._kept[epoch] = np.random.Generator(
+                np.random.PCG64([self.seed, epoch])
+            ).permutation(self.size)
         return self._kept[epoch]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
@@ -42,5 +47,7 @@ class EpochOrder:
 
 
 def sample_indices(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """The sample at every global position; keep an `EpochOrder` where this is asked step after step."""
+    """The sample at every global position; keep an `EpochOrder` where this is asked step after
+    step.
+    """
     return EpochOrder(size, seed)(positions)

@@ -27,7 +27,9 @@ _SHOWN = 5  # faults named in the one line
 
 @dataclass
 class Packed:
-    """What was packed: split -> samples (`all` without a held-out share), and a line for every file left out."""
+    """What was packed: split -> samples (`all` without a held-out share), and a line for every
+    file left out.
+    """
 
     samples: dict[str, int] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
@@ -47,8 +49,8 @@ def pack_folder(
 
     Captions: lists, `captions.jsonl` with {"image": path from the list's folder, "caption": text or
     "captions": [text, ...]} a line, `metadata.jsonl` with {"file_name", "text"}, the same as one
-    JSON list or with these columns as .csv, a picture's captions in one entry or in several; without
-    a list, a .txt of the same name beside each picture, one caption a line.
+    JSON list or with these columns as .csv, a picture's captions in one entry or in several;
+    without a list, a .txt of the same name beside each picture, one caption a line.
     size: side in px, at most LARGEST, to which pictures are centre-cropped and resized; None keeps
     them. All become RGB PNG.
     val: share in [0, 1) that goes to `out/val`, the rest to `out/train`; 0: everything to `out`. A
@@ -60,7 +62,10 @@ def pack_folder(
     if size is not None and not 1 <= size <= LARGEST:
         raise InputError(f"size {size}: want 1 to {LARGEST} px, the side of a picture")
     if not 0 <= val < 1:
-        raise InputError(f"val {val}: the share of the pictures to hold out must be at least 0 and below 1, such as 0.05")
+        raise InputError(
+            f"val {val}: the share of the pictures to hold out must be at least 0 and below 1, such"
+            " as 0.05"
+        )
     files = _files(images)
     pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not pictures:
@@ -101,12 +106,16 @@ def pack_folder(
 
 
 def key_of(name: str) -> str:
-    """The key of the sample whose picture has this path in its folder: 16 hex digits, evenly spread."""
+    """The key of the sample whose picture has this path in its folder: 16 hex digits, evenly
+    spread.
+    """
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def load_rgb(path: Path, size: int | None) -> np.ndarray:
-    """A picture upright and on white as uint8 (H, W, 3); centre-cropped and resized to (size, size) when `size` is given."""
+    """A picture upright and on white as uint8 (H, W, 3); centre-cropped and resized to (size,
+    size) when `size` is given.
+    """
     with Image.open(path) as opened:
         upright = ImageOps.exif_transpose(opened)
         if "A" in upright.getbands() or "transparency" in upright.info:
@@ -136,13 +145,21 @@ def _splits(images: Path, pictures: list[Path], val: float) -> dict[str, list[Pa
     """split -> pictures; `val` gets those whose keys lie in the first `val` of all keys."""
     if not val:
         return {"all": pictures}
-    place = {path: int(key_of(path.relative_to(images).as_posix()), 16) / 16**16 for path in pictures}
+    place = {
+        path: int(key_of(path.relative_to(images).as_posix()), 16) / 16**16 for path in pictures
+    }
     if val <= (first := min(place.values())):  # few pictures: by chance none lies that low
         least = math.ceil(first * 1000 + 1) / 1000
-        raise InputError(f"val {val}: of {len(pictures)} pictures none would go to val; the least share that holds one out is {least:g}")
+        raise InputError(
+            f"val {val}: of {len(pictures)} pictures none would go to val; the least share that"
+            f" holds one out is {least:g}"
+        )
     if val > (last := max(place.values())):
         most = math.floor(last * 1000) / 1000
-        raise InputError(f"val {val}: of {len(pictures)} pictures none would go to train; the greatest share that leaves one is {most:g}")
+        raise InputError(
+            f"val {val}: of {len(pictures)} pictures none would go to train; the greatest share"
+            f" that leaves one is {most:g}"
+        )
     return {
         "train": [path for path in pictures if place[path] >= val],
         "val": [path for path in pictures if place[path] < val],

@@ -1,6 +1,7 @@
 """Random access to webdataset tars: a one-pass index per shard, then memory-mapped reads.
 
-Sequential streaming cannot resume in the middle of an epoch without skipping; an index can, and order.py then decides the order.
+Sequential streaming cannot resume in the middle of an epoch without skipping; an index can, and
+order.py then decides the order.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ from flowray.config.errors import InputError
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")  # extensions of a sample's picture
 BLOCK = 512  # tar members start and are padded at multiples of this, bytes
 OPEN_SHARDS = 128  # mapped at a time: each holds a file descriptor
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's rule: a key ends at the first dot after the last slash
+# webdataset's rule: a key ends at the first dot after the last slash
+_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
 
 @dataclass(frozen=True)
 class TarIndex:
     """Where everything in one tar lies.
 
-    members: extension -> (len(keys), 2) int64 of (offset of the first byte, size), (-1, -1) where a sample lacks it.
+    members: extension -> (len(keys), 2) int64 of (offset of the first byte, size), (-1, -1) where a
+    sample lacks it.
     """
 
     size: int
@@ -40,7 +43,9 @@ class TarIndex:
 
 
 def scan_tar(path: Path) -> TarIndex:
-    """Index a tar by reading its headers; InputError where it is truncated or corrupt, or a key comes twice."""
+    """Index a tar by reading its headers; InputError where it is truncated or corrupt, or a key
+    comes twice.
+    """
     rows: dict[str, dict[str, tuple[int, int]]] = {}
     key = ""
     try:
@@ -52,15 +57,20 @@ def scan_tar(path: Path) -> TarIndex:
                 extension, before, key = match[2].lower(), key, match[1]
                 if (key in rows and key != before) or extension in rows.get(key, {}):
                     raise InputError(
-                        f"shard {path}: sample {key!r} comes twice ({member.name}); keys must be unique and their files adjacent"
+                        f"shard {path}: sample {key!r} comes twice ({member.name}); keys must be"
+                        " unique and their files adjacent"
                     )
                 rows.setdefault(key, {})[extension] = (member.offset_data, member.size)
-            # tarfile takes a broken header for the end of the archive; only a block of zeros is the end.
+            # tarfile takes a broken header for the end of the archive; only a block of zeros is the
+            # end.
             file.seek(tar.offset)
             whole = file.read(BLOCK) == bytes(BLOCK)
             size = file.seek(0, io.SEEK_END)
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise InputError(f"shard {path}: truncated or not a plain tar{_near(key)}: {error}; write or copy it again") from error
+        raise InputError(
+            f"shard {path}: truncated or not a plain tar{_near(key)}: {error}; write or copy it"
+            " again"
+        ) from error
     if not whole:
         raise InputError(f"shard {path}: truncated or corrupt{_near(key)}; write or copy it again")
     keys = list(rows)
@@ -76,7 +86,9 @@ def _near(key: str) -> str:
 
 
 def load_index(path: Path) -> TarIndex:
-    """The index of a tar, kept beside it as `NAME.tar.index.json` and made anew when the tar's size or mtime has changed."""
+    """The index of a tar, kept beside it as `NAME.tar.index.json` and made anew when the tar's
+    size or mtime has changed.
+    """
     beside = path.with_name(path.name + ".index.json")
     try:
         stat = path.stat()
@@ -87,7 +99,11 @@ def load_index(path: Path) -> TarIndex:
     if kept is not None:
         return kept
     index = scan_tar(path)
-    row = {**stamp, "keys": index.keys, "members": {extension: table.tolist() for extension, table in index.members.items()}}
+    row = {
+        **stamp,
+        "keys": index.keys,
+        "members": {extension: table.tolist() for extension, table in index.members.items()},
+    }
     partial = beside.with_name(f".{beside.name}.{os.getpid()}")
     try:
         partial.write_text(json.dumps(row, separators=(",", ":")), encoding="utf-8")
@@ -102,7 +118,10 @@ def _kept_index(beside: Path, stamp: dict[str, int]) -> TarIndex | None:
         row = json.loads(beside.read_text(encoding="utf-8"))
         if {name: row[name] for name in stamp} != stamp:
             return None
-        members = {extension: np.array(table, dtype=np.int64).reshape(len(row["keys"]), 2) for extension, table in row["members"].items()}
+        members = {
+            extension: np.array(table, dtype=np.int64).reshape(len(row["keys"]), 2)
+            for extension, table in row["members"].items()
+        }
         if any((table.sum(axis=1) > stamp["size"]).any() for table in members.values()):
             return None
         return TarIndex(stamp["size"], [str(key) for key in row["keys"]], members)
@@ -113,7 +132,8 @@ def _kept_index(beside: Path, stamp: dict[str, int]) -> TarIndex | None:
 class ShardReader:
     """The samples of several tars as one sequence, in tar order; `keys` names them.
 
-    limit: use only the first `limit` samples. Pickles as its paths, so it is cheap to hand to another process.
+    limit: use only the first `limit` samples. Pickles as its paths, so it is cheap to hand to
+    another process.
     """
 
     def __init__(self, paths: Sequence[Path], limit: int | None = None):
@@ -128,13 +148,23 @@ class ShardReader:
             indexes.append(load_index(path))
             self._sizes.append(indexes[-1].size)
             self.keys.extend(indexes[-1].keys)
-        self._shard = np.repeat(np.arange(len(indexes)), [len(index.keys) for index in indexes])[:limit]
+        self._shard = np.repeat(np.arange(len(indexes)), [len(index.keys) for index in indexes])[
+            :limit
+        ]
         del self.keys[len(self._shard) :]
         if not self.keys:
-            raise InputError(f"no samples in {len(self.paths)} shard(s), first {self.paths[0] if self.paths else 'none'}")
+            raise InputError(
+                f"no samples in {len(self.paths)} shard(s), first"
+                f" {self.paths[0] if self.paths else 'none'}"
+            )
         self._refuse_repeats()
         self._members = {
-            extension: np.concatenate([index.members.get(extension, np.full((len(index.keys), 2), -1)) for index in indexes])[:limit]
+            extension: np.concatenate(
+                [
+                    index.members.get(extension, np.full((len(index.keys), 2), -1))
+                    for index in indexes
+                ]
+            )[:limit]
             for extension in sorted({extension for index in indexes for extension in index.members})
         }
 
@@ -145,7 +175,8 @@ class ShardReader:
         for i, key in enumerate(self.keys):
             if key in seen:
                 raise InputError(
-                    f"{self.label(i)}: the same key is in {self.paths[self._shard[seen[key]]]}; keys must differ over all shards"
+                    f"{self.label(i)}: the same key is in {self.paths[self._shard[seen[key]]]};"
+                    " keys must differ over all shards"
                 )
             seen[key] = i
 
@@ -163,7 +194,10 @@ class ShardReader:
         return [extension for extension, table in self._members.items() if table[i, 0] >= 0]
 
     def _missing(self, i: int, extension: str) -> NoReturn:
-        raise InputError(f"{self.label(i)}: no .{extension} member; it has {', '.join('.' + e for e in self.extensions(i))}")
+        raise InputError(
+            f"{self.label(i)}: no .{extension} member; it has"
+            f" {', '.join('.' + e for e in self.extensions(i))}"
+        )
 
     def _map(self, shard: int) -> np.ndarray:
         """One shard's bytes, uint8 (size,), read-only."""
@@ -174,11 +208,16 @@ class ShardReader:
             path = self.paths[shard]
             try:
                 with path.open("rb") as file:
-                    view = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+                    view = np.frombuffer(
+                        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8
+                    )
             except (OSError, ValueError) as error:
                 raise InputError(f"shard {path}: cannot be read: {error}") from error
             if len(view) != self._sizes[shard]:
-                raise InputError(f"shard {path}: was {self._sizes[shard]} bytes when indexed and is {len(view)} now; start again")
+                raise InputError(
+                    f"shard {path}: was {self._sizes[shard]} bytes when indexed and is {len(view)}"
+                    " now; start again"
+                )
             self._maps[shard] = view
         return view
 
@@ -200,14 +239,21 @@ class ShardReader:
                 given = [self.read(i, "txt").decode("utf-8")]
         except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
             raise InputError(f"{self.label(i)}: caption cannot be read: {error}") from error
-        if not isinstance(given, list) or not given or not all(isinstance(caption, str) and caption.strip() for caption in given):
+        if (
+            not isinstance(given, list)
+            or not given
+            or not all(isinstance(caption, str) and caption.strip() for caption in given)
+        ):
             raise InputError(
-                f"{self.label(i)}: no caption; it needs a non-empty .txt, or .json with a list `captions` of non-empty strings"
+                f"{self.label(i)}: no caption; it needs a non-empty .txt, or .json with a list"
+                " `captions` of non-empty strings"
             )
         return [caption.strip() for caption in given]
 
     def gather(self, indices: np.ndarray, extension: str) -> np.ndarray:
-        """The .npy members of the samples `indices` (B,), stacked: (B, *shape); one shape and dtype for all of them."""
+        """The .npy members of the samples `indices` (B,), stacked: (B, *shape); one shape and
+        dtype for all of them.
+        """
         indices = np.asarray(indices, dtype=np.int64)
         if indices.ndim != 1 or not indices.size:
             raise ValueError(f"indices must be 1-D and not empty, got shape {indices.shape}")
@@ -218,7 +264,9 @@ class ShardReader:
         if (places[:, 0] < 0).any():
             self._missing(int(indices[np.argmax(places[:, 0] < 0)]), extension)
         if (places[:, 1] == places[0, 1]).all():
-            stacked = _unpack_equal(self._rows(indices, places[:, 0], int(places[0, 1])), int(places[0, 1]))
+            stacked = _unpack_equal(
+                self._rows(indices, places[:, 0], int(places[0, 1])), int(places[0, 1])
+            )
             if stacked is not None:
                 return stacked
         return self._gather_one_by_one(indices, extension)
@@ -241,14 +289,20 @@ class ShardReader:
             try:
                 arrays.append(np.load(io.BytesIO(self.read(i, extension)), allow_pickle=False))
             except (ValueError, EOFError) as error:
-                raise InputError(f"{self.label(i)}: .{extension} is not a plain .npy array: {error}") from error
+                raise InputError(
+                    f"{self.label(i)}: .{extension} is not a plain .npy array: {error}"
+                ) from error
             if (arrays[-1].shape, arrays[-1].dtype) != (arrays[0].shape, arrays[0].dtype):
                 got, want = (f"{a.dtype} {a.shape}" for a in (arrays[-1], arrays[0]))
-                raise InputError(f"{self.label(i)}: .{extension} is {got}, others are {want}; all must be alike")
+                raise InputError(
+                    f"{self.label(i)}: .{extension} is {got}, others are {want}; all must be alike"
+                )
         return np.stack(arrays)
 
     def fingerprint(self) -> str:
-        """A short hash of the shard names and sizes and of the sample keys in use; it reads no sample."""
+        """A short hash of the shard names and sizes and of the sample keys in use; it reads no
+        sample.
+        """
         digest = hashlib.sha256()
         for path, size in zip(self.paths, self._sizes, strict=False):
             digest.update(f"{path.name}\0{size}\0".encode())
@@ -257,15 +311,26 @@ class ShardReader:
 
 
 def _unpack_equal(rows: np.ndarray, size: int) -> np.ndarray | None:
-    """.npy files of `size` bytes, one a row, as (B, *shape); None where their headers differ or are not plain C order."""
+    """.npy files of `size` bytes, one a row, as (B, *shape); None where their headers differ or
+    are not plain C order.
+    """
     first = io.BytesIO(rows[0, :size].tobytes())
     try:
         version = np.lib.format.read_magic(first)
-        reading = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        reading = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, fortran, dtype = reading(first)
     except ValueError:
         return None
     start = first.tell()
-    if fortran or dtype.hasobject or start + dtype.itemsize * int(np.prod(shape)) != size or (rows[:, :start] != rows[0, :start]).any():
+    if (
+        fortran
+        or dtype.hasobject
+        or start + dtype.itemsize * int(np.prod(shape)) != size
+        or (rows[:, :start] != rows[0, :start]).any()
+    ):
         return None
     return np.ascontiguousarray(rows[:, start:size]).view(dtype).reshape(len(rows), *shape)

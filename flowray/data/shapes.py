@@ -1,11 +1,14 @@
 """Procedural scenes at 64 px whose captions can be checked exactly.
 
-A scene is one or two flat-coloured objects on a flat background. Every word of a caption is decided by the scene and, but for
-a small jitter, the scene is decided by the caption: what a caption leaves out has a fixed meaning (no background: white; no
+A scene is one or two flat-coloured objects on a flat background. Every word of a caption is decided
+by the scene and, but for
+a small jitter, the scene is decided by the caption: what a caption leaves out has a fixed meaning
+(no background: white; no
 position: the centre). Two kinds of scene never reach the training split:
 
 - *held-out scenes*: a tenth of all full descriptions, their parts all seen (the `val` split);
-- *unseen pairs*: the (colour, shape) pairs of `UNSEEN_PAIRS`, never seen together (the `unseen` split).
+- *unseen pairs*: the (colour, shape) pairs of `UNSEEN_PAIRS`, never seen together (the `unseen`
+split).
 """
 
 from __future__ import annotations
@@ -37,8 +40,16 @@ COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 8.0, "large": 13.0}  # radius of the enclosing circle, px
 BACKGROUNDS = ("white", "black", "gray", "pink")
-POSITIONS = {"center": (32, 32), "left": (18, 32), "right": (46, 32), "top": (32, 18), "bottom": (32, 46)}  # (x, y), px
-RELATIONS = {"left of": ((16, 32), (48, 32)), "above": ((32, 16), (32, 48))}  # (first, second) centres
+# (x, y), px
+POSITIONS = {
+    "center": (32, 32),
+    "left": (18, 32),
+    "right": (46, 32),
+    "top": (32, 18),
+    "bottom": (32, 46),
+}
+# (first, second) centres
+RELATIONS = {"left of": ((16, 32), (48, 32)), "above": ((32, 16), (32, 48))}
 UNSEEN_PAIRS = (("red", "triangle"), ("cyan", "square"), ("yellow", "cross"))
 ATTRIBUTES = ("colour", "shape", "size", "position", "background")
 
@@ -58,7 +69,9 @@ _PLACE_WORDS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One object; `position` is a key of POSITIONS for a lone object and "" where a relation places it."""
+    """One object; `position` is a key of POSITIONS for a lone object and "" where a relation
+    places it.
+    """
 
     colour: str
     shape: str
@@ -95,7 +108,9 @@ def single_scenes(split: Split) -> list[Scene]:
     """Every one-object scene of a split, in a fixed order."""
     every = (
         Scene(background, (Thing(colour, shape, size, position),))
-        for colour, shape, size, position, background in product(COLOURS, SHAPES, SIZES, POSITIONS, BACKGROUNDS)
+        for colour, shape, size, position, background in product(
+            COLOURS, SHAPES, SIZES, POSITIONS, BACKGROUNDS
+        )
     )
     return [scene for scene in every if scene.split == split]
 
@@ -109,7 +124,10 @@ def draw_scene(rng: np.random.Generator, split: Split, *, two_objects: bool) -> 
     while True:
         background, relation = pick(BACKGROUNDS), pick(RELATIONS) if two_objects else ""
         position = "" if two_objects else pick(POSITIONS)
-        things = tuple(Thing(pick(COLOURS), pick(SHAPES), pick(SIZES), position) for _ in range(2 if two_objects else 1))
+        things = tuple(
+            Thing(pick(COLOURS), pick(SHAPES), pick(SIZES), position)
+            for _ in range(2 if two_objects else 1)
+        )
         scene = Scene(background, things, relation)
         if scene.split == split:
             return scene
@@ -119,7 +137,8 @@ def mask(shape: str, radius: float, centre: tuple[float, float]) -> np.ndarray:
     """Anti-aliased coverage (64, 64) in [0, 1] of one shape; `centre` is (x, y) in pixels."""
     y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32)
     x, y = x + 0.5 - centre[0], y + 0.5 - centre[1]
-    # Signed distance in px, positive inside; exact for the circle, exact along the edges of the rest.
+    # Signed distance in px, positive inside; exact for the circle, exact along the edges of the
+    # rest.
     if shape == "circle":
         inside = radius - np.hypot(x, y)
     elif shape == "square":
@@ -147,9 +166,15 @@ def centres(scene: Scene) -> list[tuple[int, int]]:
     return [POSITIONS[scene.things[0].position]]
 
 
-def render(scene: Scene, rng: np.random.Generator | None = None, jitter: int = JITTER) -> np.ndarray:
-    """The picture, uint8 (64, 64, 3); where `rng` is given, each object up to `jitter` px off its place."""
-    canvas = np.broadcast_to(np.array(RGB[scene.background], np.float32), (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
+def render(
+    scene: Scene, rng: np.random.Generator | None = None, jitter: int = JITTER
+) -> np.ndarray:
+    """The picture, uint8 (64, 64, 3); where `rng` is given, each object up to `jitter` px off
+    its place.
+    """
+    canvas = np.broadcast_to(
+        np.array(RGB[scene.background], np.float32), (IMAGE_SIZE, IMAGE_SIZE, 3)
+    ).copy()
     for thing, (cx, cy) in zip(scene.things, centres(scene), strict=True):
         dx, dy = rng.integers(-jitter, jitter + 1, size=2) if rng is not None else (0, 0)
         cover = mask(thing.shape, SIZES[thing.size], (cx + dx, cy + dy))[..., None]
@@ -158,7 +183,9 @@ def render(scene: Scene, rng: np.random.Generator | None = None, jitter: int = J
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """One caption; the plain canonical one without `rng`, else a random template and random synonyms."""
+    """One caption; the plain canonical one without `rng`, else a random template and random
+    synonyms.
+    """
 
     def pick(options: tuple[str, ...]) -> str:
         return options[0] if rng is None else str(rng.choice(options))
@@ -191,12 +218,21 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
 
 
 def facts(scene: Scene) -> list[str]:
-    """What a scene says, one word each: every object's colour, shape and size joined to its place ("leftred"), and the background.
+    """What a scene says, one word each: every object's colour, shape and size joined to its place
+    ("leftred"), and the background.
 
     Two objects' facts tell which is which, because each names the place it holds at.
     """
-    places = [_SIDES[scene.relation][i] for i in range(2)] if scene.relation else [scene.things[0].position]
-    words = [place + word for place, thing in zip(places, scene.things, strict=True) for word in (thing.colour, thing.shape, thing.size)]
+    places = (
+        [_SIDES[scene.relation][i] for i in range(2)]
+        if scene.relation
+        else [scene.things[0].position]
+    )
+    words = [
+        place + word
+        for place, thing in zip(places, scene.things, strict=True)
+        for word in (thing.colour, thing.shape, thing.size)
+    ]
     return [*words, f"on{scene.background}"]
 
 

@@ -1,4 +1,6 @@
-"""Writing and finding shards: ordinary webdataset tars (`KEY.png`, `KEY.txt`, `KEY.json`) beside a `manifest.json`."""
+"""Writing and finding shards: ordinary webdataset tars (`KEY.png`, `KEY.txt`, `KEY.json`) beside
+a `manifest.json`.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,18 @@ MANIFEST = "manifest.json"
 EMBEDDED = ("shapes", "digits")  # the names that stand for sets made on first use
 
 
-def write_shards(folder: Path, samples: Iterable[dict[str, Any]], *, per_shard: int = 1000, meta: dict[str, Any]) -> Path:
-    """Write `samples` as `folder/shard-000000.tar` ... and `folder/manifest.json`; returns `folder`.
+def write_shards(
+    folder: Path, samples: Iterable[dict[str, Any]], *, per_shard: int = 1000, meta: dict[str, Any]
+) -> Path:
+    """Write `samples` as `folder/shard-000000.tar` ... and `folder/manifest.json`; returns
+    `folder`.
 
-    samples: dicts of `__key__` (str, no dot after its last slash) and `extension: bytes`, the bytes already encoded.
-    meta: what made the samples; kept in the manifest, never read here.
-    The same samples give the same bytes. Everything goes to a hidden sibling folder that is renamed at the end, so the folder
-    is there whole or not at all. InputError where it exists already with something in it, cannot be written, or no sample came.
+    samples: dicts of `__key__` (str, no dot after its last slash) and `extension: bytes`, the bytes
+    already encoded.
+    meta: what made the samples; kept in the manifest, never read here. The same samples give the
+    same bytes. Everything goes to a hidden sibling folder that is renamed at the end, so the folder
+    is there whole or not at all. InputError where it exists already with something in it, cannot be
+    written, or no sample came.
     """
     with whole_folder(folder) as partial:
         if not fill_folder(partial, samples, per_shard=per_shard, meta=meta):
@@ -35,8 +42,12 @@ def write_shards(folder: Path, samples: Iterable[dict[str, Any]], *, per_shard: 
     return folder
 
 
-def fill_folder(folder: Path, samples: Iterable[dict[str, Any]], *, per_shard: int, meta: dict[str, Any]) -> int:
-    """`write_shards` into a folder that is there, for use within `whole_folder`; how many samples came."""
+def fill_folder(
+    folder: Path, samples: Iterable[dict[str, Any]], *, per_shard: int, meta: dict[str, Any]
+) -> int:
+    """`write_shards` into a folder that is there, for use within `whole_folder`; how many
+    samples came.
+    """
     if per_shard < 1:
         raise InputError(f"per_shard {per_shard}: a shard holds at least 1 sample")
     rest, seen, shards = iter(samples), set[str](), list[dict[str, Any]]()
@@ -44,7 +55,9 @@ def fill_folder(folder: Path, samples: Iterable[dict[str, Any]], *, per_shard: i
         name = f"shard-{len(shards):06d}.tar"
         count = _write_tar(folder / name, chain([first], islice(rest, per_shard - 1)), seen)
         size = (folder / name).stat().st_size
-        shards.append({"name": name, "samples": count, "bytes": size, "sha256": sha256(folder / name)})
+        shards.append(
+            {"name": name, "samples": count, "bytes": size, "sha256": sha256(folder / name)}
+        )
     manifest = {"meta": meta, "samples": len(seen), "shards": shards}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return len(seen)
@@ -53,7 +66,9 @@ def fill_folder(folder: Path, samples: Iterable[dict[str, Any]], *, per_shard: i
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A hidden sibling to write in, renamed to `folder` on success and removed on any exception."""
-    occupied = InputError(f"{folder}: exists already and is not an empty folder; remove it or choose another")
+    occupied = InputError(
+        f"{folder}: exists already and is not an empty folder; remove it or choose another"
+    )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise occupied
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}"
@@ -64,7 +79,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         if folder.is_dir() and any(folder.iterdir()):  # another writer was first
             raise occupied from error
-        raise InputError(f"{folder}: cannot write shards there: {error.strerror or error}") from error
+        raise InputError(
+            f"{folder}: cannot write shards there: {error.strerror or error}"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -78,9 +95,14 @@ def _write_tar(path: Path, samples: Iterable[dict[str, Any]], seen: set[str]) ->
         for sample in samples:
             key = sample["__key__"]
             if not key or "." in key.rpartition("/")[2]:
-                raise InputError(f"sample key {key!r}: webdataset ends a key at its first dot; use letters, digits, '_' and '-'")
+                raise InputError(
+                    f"sample key {key!r}: webdataset ends a key at its first dot; use letters,"
+                    " digits, '_' and '-'"
+                )
             if key in seen:
-                raise InputError(f"sample key {key!r} comes twice; keys must differ over all shards")
+                raise InputError(
+                    f"sample key {key!r} comes twice; keys must differ over all shards"
+                )
             seen.add(key)
             tar.write(sample)
             count += 1
@@ -106,17 +128,29 @@ def find_shards(spec: str) -> tuple[Path, ...]:
             what += f", but these under it do: {names}; did you mean {below[0]}?"
     elif is_file(path):
         if not _is_tar(path):
-            raise InputError(f"shards {spec!r}: not a .tar file; give a folder of .tar files, a glob or one uncompressed .tar")
+            raise InputError(
+                f"shards {spec!r}: not a .tar file; give a folder of .tar files, a glob or one"
+                " uncompressed .tar"
+            )
         found, what = [path], ""
     elif glob.has_magic(spec):
-        found, what = sorted(Path(p) for p in glob.glob(str(path)) if _is_tar(Path(p))), "no .tar file matches"
+        found, what = (
+            sorted(Path(p) for p in glob.glob(str(path)) if _is_tar(Path(p))),
+            "no .tar file matches",
+        )
     else:
         near = "" if exists(path) or path.name in EMBEDDED else did_you_mean(path.name, EMBEDDED)
         found, what = [], f"no such folder{near}" if near else no_such(path)
     if not found:
-        raise InputError(f"shards {spec!r}: {what}; give {', '.join(EMBEDDED)}, a folder of .tar files, a glob or one .tar")
+        raise InputError(
+            f"shards {spec!r}: {what}; give {', '.join(EMBEDDED)}, a folder of .tar files, a glob"
+            " or one .tar"
+        )
     if not any(_starts_with_a_member(tar) for tar in found):
-        raise InputError(f"shards {spec!r}: {len(found)} .tar file(s) but not one sample in them, first {found[0]}")
+        raise InputError(
+            f"shards {spec!r}: {len(found)} .tar file(s) but not one sample in them, first"
+            f" {found[0]}"
+        )
     return tuple(found)
 
 

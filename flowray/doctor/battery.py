@@ -1,4 +1,6 @@
-"""The full battery of a subject: every number that a finding reads, the pictures and the curves that show it."""
+"""The full battery of a subject: every number that a finding reads, the pictures and the curves
+that show it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
-from flowray.data.order import EpochOrder
+from flowray.data.pictures import decode_image
+from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.reader import ShardReader
 from flowray.doctor.sampler import latent_metrics, native_teacher, picture_metrics, strip_psnr
 from flowray.doctor.subject import Subject
@@ -24,7 +27,12 @@ from flowray.flow.path import sample_path, time_code
 from flowray.flow.solver import VelocityFn, time_grid
 from flowray.losses.total import Batch
 from flowray.model.ranks import rank_and_world
-from flowray.probes.agreement import agreement_metrics, coverage_metrics, duplicate_share, time_shares
+from flowray.probes.agreement import (
+    agreement_metrics,
+    coverage_metrics,
+    duplicate_share,
+    time_shares,
+)
 from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
 from flowray.probes.calibrate import (
     aligned,
@@ -50,9 +58,17 @@ from flowray.probes.interface import (
 )
 from flowray.probes.latent import pairwise_cosine
 from flowray.probes.rollout import ENDPOINT_STEPS, per_sample_mse, shoot
-from flowray.probes.shots import falling, gain_shots, heun_metrics, shot_metrics, trace_generation, trace_metrics
+from flowray.probes.shots import (
+    falling,
+    gain_shots,
+    heun_metrics,
+    shot_metrics,
+    trace_generation,
+    trace_metrics,
+)
 from flowray.probes.untouched import untouched
-from flowray.store.latents import channel_metrics, channel_statistics, decode_image, from_pictures, to_pictures
+from flowray.store.latents import channel_metrics, channel_statistics
+from flowray.train.step import whole_batches
 
 # In this order; what each looks at. `standard` and `field` are the dear ones.
 PARTS = {
@@ -91,7 +107,10 @@ def run_battery(
     parts: Collection[str] = PARTS,
     progress: Progress = SILENT,
 ) -> Measured:
-    """The probes of `parts` on `count` samples. One that cannot be made (no pictures left, captions all alike) becomes a note."""
+    """The probes of `parts` on `count` samples.
+
+    One that cannot be made (no pictures left, captions all alike) becomes a note.
+    """
     made = Measured()
 
     @cache
@@ -119,18 +138,34 @@ def run_battery(
 
 
 def _probe_batch(subject: Subject, count: int, seed: int, *, training: bool = False) -> ProbeBatch:
-    """The first `count` held-out (or training) samples; seed 0 is the noise that training's own probes have."""
-    probes = subject.recipe.probes.model_copy(update={"batch_size": max(count, 4), "seed": subject.recipe.probes.seed + seed})
+    """The first `count` held-out (or training) samples; seed 0 is the noise that training's own
+    probes have.
+    """
+    probes = subject.recipe.probes.model_copy(
+        update={"batch_size": max(count, 4), "seed": subject.recipe.probes.seed + seed}
+    )
     recipe = subject.recipe.model_copy(update={"probes": probes})
-    return make_probe_batch(recipe, subject.latents if training else subject.held_out, subject.device)
+    return make_probe_batch(
+        recipe, subject.latents if training else subject.held_out, subject.device
+    )
 
 
 def _standard(subject: Subject, made: Measured, batch: ProbeBatch, count: int) -> None:
-    """The probes of training on raw and EMA weights, and on training samples; end points of the weights that sampling uses."""
+    """The probes of training on raw and EMA weights, and on training samples; end points of the
+    weights that sampling uses.
+    """
     for kind, prefix in {"ema": "ema/", "raw": ""}.items():
         with subject.weights(kind):
-            rows = run_probes(subject.model, subject.recipe, batch, endpoints=kind == subject.recipe.sample.weights)
-        made.metrics |= {key if key.startswith("trivial/") else f"{prefix}{key}": value for key, value in rows.items()}
+            rows = run_probes(
+                subject.model,
+                subject.recipe,
+                batch,
+                endpoints=kind == subject.recipe.sample.weights,
+            )
+        made.metrics |= {
+            key if key.startswith("trivial/") else f"{prefix}{key}": value
+            for key, value in rows.items()
+        }
     ours = _probe_batch(subject, count, 0, training=True)
     with subject.weights(subject.recipe.sample.weights):
         fitted = run_probes(subject.model, subject.recipe, ours, endpoints=False)
@@ -152,34 +187,59 @@ def _field(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
         posterior, z0 = model.source(batch.captions, batch.noise)
         view = view_field(velocity_fn, z0, batch.z1, batch.noise, batch.times, rho)
         null = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
-        rows = fit_metrics(view) | gain_metrics(view) | variant_metrics(velocity_fn, view, z0, batch.z1, rho)
+        rows = (
+            fit_metrics(view)
+            | gain_metrics(view)
+            | variant_metrics(velocity_fn, view, z0, batch.z1, rho)
+        )
         rows |= code_metrics(lambda x, code: model.velocity(x, code, torch.zeros_like(null)), view)
         middle = sample_path(batch.times[len(batch.times) // 2], z0, batch.z1, rho)
-        own, other = (model.velocity(middle.xt, time_code(middle.t), flag).float() for flag in (~null, null))
+        own, other = (
+            model.velocity(middle.xt, time_code(middle.t), flag).float() for flag in (~null, null)
+        )
         rows |= null_metrics(own, other, middle.v_target)
-        rows |= heun_metrics(velocity_fn, z0, batch.z1) | shot_metrics(velocity_fn, z0, batch.z1, variance, QUICK_STEPS)
+        rows |= heun_metrics(velocity_fn, z0, batch.z1) | shot_metrics(
+            velocity_fn, z0, batch.z1, variance, QUICK_STEPS
+        )
         gains = {"ls": float(best_gain(view.v_pred, view.v_target)), "median": rows["gain/median"]}
-        rows |= {"gain/shoot_nmse_none": rows["shoot/nmse_dt1"]} | gain_shots(velocity_fn, z0, batch.z1, variance, QUICK_STEPS, gains)
+        rows |= {"gain/shoot_nmse_none": rows["shoot/nmse_dt1"]} | gain_shots(
+            velocity_fn, z0, batch.z1, variance, QUICK_STEPS, gains
+        )
         straight = aligned(velocity_fn, z0, batch.z1, rho)
-        rows["variant/aligned_shoot_nmse"] = float(per_sample_mse(shoot(straight, z0, QUICK_STEPS), batch.z1).mean()) / variance
-        rows |= _text(subject, made, posterior.logvar, posterior.mu, posterior.std) | _time_embedding(subject, batch.times[:, 0])
+        rows["variant/aligned_shoot_nmse"] = (
+            float(per_sample_mse(shoot(straight, z0, QUICK_STEPS), batch.z1).mean()) / variance
+        )
+        rows |= _text(
+            subject, made, posterior.logvar, posterior.mu, posterior.std
+        ) | _time_embedding(subject, batch.times[:, 0])
     made.metrics |= rows
     prefix = "ema/" if subject.recipe.sample.weights == "ema" else ""
     keys = {f"{prefix}flow/endpt_rmse@{k}": f"flow/endpt_rmse@{k}" for k in ENDPOINT_STEPS}
-    made.metrics |= falling(rows | {key: made.metrics[wanted] for wanted, key in keys.items() if wanted in made.metrics})
+    made.metrics |= falling(
+        rows | {key: made.metrics[wanted] for wanted, key in keys.items() if wanted in made.metrics}
+    )
     made.curves["latents"] = histogram({"z0": z0, "z1": batch.z1, "mu": posterior.mu}, EDGES)
 
 
 def _text(subject: Subject, made: Measured, logvar: Tensor, mu: Tensor, std: Tensor) -> Rows:
     """text/cos_prompts and what the clamp and the noise leave of the posterior."""
     bounds = subject.recipe.model.posterior
-    capped = bounds.logvar_max < 0  # a recipe that keeps sigma under the prior's width means its source to sit there
-    clamped = (logvar <= bounds.logvar_min + 1e-4) | ((logvar >= bounds.logvar_max - 1e-4) & (not capped))
-    rows = {"logvar/min": float(logvar.min()), "logvar/max": float(logvar.max()), "logvar/clamped_share": float(clamped.float().mean())}
+    # a recipe that keeps sigma under the prior's width means its source to sit there
+    capped = bounds.logvar_max < 0
+    clamped = (logvar <= bounds.logvar_min + 1e-4) | (
+        (logvar >= bounds.logvar_max - 1e-4) & (not capped)
+    )
+    rows = {
+        "logvar/min": float(logvar.min()),
+        "logvar/max": float(logvar.max()),
+        "logvar/clamped_share": float(clamped.float().mean()),
+    }
     rows["mu/rms_over_std"] = float(mu.square().mean().sqrt() / std.square().mean().sqrt())
     prompts = made.facts["prompts"] = prompts_of(subject)
     if len(prompts) > 1:
-        rows["text/cos_prompts"] = pairwise_cosine(subject.model.posterior(subject.model.text.tokenize(prompts)).mu)
+        rows["text/cos_prompts"] = pairwise_cosine(
+            subject.model.posterior(subject.model.text.tokenize(prompts)).mu
+        )
     return rows
 
 
@@ -190,7 +250,9 @@ def prompts_of(subject: Subject) -> list[str]:
 
 
 def _time_embedding(subject: Subject, times: Tensor) -> Rows:
-    """time/embed_norm, mean over times, and its ratio to the norm of an embedded token of noise; nothing for a network without one."""
+    """time/embed_norm, mean over times, and its ratio to the norm of an embedded token of noise;
+    nothing for a network without one.
+    """
     velocity = subject.model.velocity
     embed, patch_in = getattr(velocity, "time", None), getattr(velocity, "patch_in", None)
     if embed is None:
@@ -206,24 +268,42 @@ def _time_embedding(subject: Subject, times: Tensor) -> Rows:
 
 @torch.no_grad()
 def _sampler(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
-    """sample.generate against the probes' own integration, the trace of a generation, and which weights the strip shows."""
+    """sample.generate against the probes' own integration, the trace of a generation, and which
+    weights the strip shows.
+    """
     model, config, recipe = subject.model.eval(), subject.recipe.sample, subject.recipe
     prompts, decode = prompts_of(subject), subject.autoencoder.decode
     with subject.weights(config.weights):
         _, z0 = model.source(batch.captions, batch.noise)
         rows, z_end = latent_metrics(model, config, batch, z0)
-        rows |= native_teacher(z0, batch.z1, batch.captions, batch.noise, config, recipe.flow.path.rho)
-        trace = trace_generation(_velocity(subject), config.solver, time_grid(config.grid, config.steps), z0, decode, SHOWN)
+        rows |= native_teacher(
+            z0, batch.z1, batch.captions, batch.noise, config, recipe.flow.path.rho
+        )
+        trace = trace_generation(
+            _velocity(subject),
+            config.solver,
+            time_grid(config.grid, config.steps),
+            z0,
+            decode,
+            SHOWN,
+        )
         rows |= trace_metrics(trace)
-        pictured, made.pictures["samples"] = picture_metrics(model, subject.autoencoder, config, prompts, recipe.probes.seed)
+        pictured, made.pictures["samples"] = picture_metrics(
+            model, subject.autoencoder, config, prompts, recipe.probes.seed
+        )
     made.metrics |= rows | pictured
     made.facts["captions"] = list(batch.captions[:SHOWN])
-    made.pictures |= {"trace_init": from_pictures(trace.init_pictures), "trace_end": from_pictures(trace.end_pictures)}
+    made.pictures |= {
+        "trace_init": from_pictures(trace.init_pictures),
+        "trace_end": from_pictures(trace.end_pictures),
+    }
     made.curves.setdefault("latents", {})["z_end"] = histogram({"z_end": z_end}, EDGES)["z_end"]
     if subject.strip is not None:
         for kind in ("ema", "raw"):
             with subject.weights(kind):
-                _, drawn = picture_metrics(model, subject.autoencoder, config, prompts, recipe.probes.seed)
+                _, drawn = picture_metrics(
+                    model, subject.autoencoder, config, prompts, recipe.probes.seed
+                )
             if (close := strip_psnr(subject.strip, drawn)) is not None:
                 made.metrics[f"sampler/strip_psnr_{kind}"] = close
 
@@ -231,16 +311,24 @@ def _sampler(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
 def _training(subject: Subject, made: Measured, count: int) -> None:
     """Gradients and the same batch in both paths, on the batch of the next step."""
     if rank_and_world()[1] > 1:
-        made.notes.append("training: not measured by one of several ranks; run the doctor on the checkpoint")
+        made.notes.append(
+            "training: not measured by one of several ranks; run the doctor on the checkpoint"
+        )
         return
     batch = first_rows(subject.batches(subject.step), count)
     rows, found = training_rows(subject, batch)
     made.metrics |= rows | same_batch_rows(subject, batch)
     if rows_to_blame := found.pop("rows", []):
-        found["keys"] = [subject.latents.reader.keys[i] for i in _indices(subject, subject.step)[rows_to_blame][:5]]
+        found["keys"] = [
+            subject.latents.reader.keys[i]
+            for i in _indices(subject, subject.step)[rows_to_blame][:5]
+        ]
     made.facts["nonfinite"] = found | made.facts.get("nonfinite", {})
     for name in (key.removeprefix("share/") for key in rows if key.startswith("share/")):
-        made.curves.setdefault("shares", {})[name] = [rows[f"grad/{name}"], rows[f"grad/{name}_weighted"]]
+        made.curves.setdefault("shares", {})[name] = [
+            rows[f"grad/{name}"],
+            rows[f"grad/{name}_weighted"],
+        ]
 
 
 @torch.no_grad()
@@ -249,24 +337,33 @@ def _weights(subject: Subject, made: Measured) -> None:
     raw, average = {name: p.detach() for name, p in subject.parameters.items()}, subject.ema
     finite = {"parameters": raw, "ema": average}
     for name, tensors in finite.items():
-        made.metrics[f"finite/{name}"] = float(np.mean([bool(x.isfinite().all()) for x in tensors.values()]))
+        made.metrics[f"finite/{name}"] = float(
+            np.mean([bool(x.isfinite().all()) for x in tensors.values()])
+        )
         if bad := next((key for key, x in tensors.items() if not bool(x.isfinite().all())), None):
             made.facts.setdefault("nonfinite", {})["parameter"] = bad
     average = {name: x.to(raw[name].device, raw[name].dtype) for name, x in average.items()}
     made.metrics["ema/delta_relative"] = _distance(average, raw)
     numbers = sum(x.numel() for x in raw.values())
-    made.metrics["ema/delta_rms"] = (_norm({n: average[n] - raw[n] for n in raw}) ** 2 / numbers) ** 0.5
+    made.metrics["ema/delta_rms"] = (
+        _norm({n: average[n] - raw[n] for n in raw}) ** 2 / numbers
+    ) ** 0.5
     if (initial := subject.initial) is None:
         return
     initial = {name: x.to(raw[name].device) for name, x in initial.items()}
     gone = _distance(raw, initial)
     made.metrics["ema/moved"] = _distance(average, initial) / gone if gone > 0 else 1.0
-    groups = {group: [n for n in raw if pattern.match(n)] for group, pattern in head_patterns(subject.model).items()}
+    groups = {
+        group: [n for n in raw if pattern.match(n)]
+        for group, pattern in head_patterns(subject.model).items()
+    }
     parts = {"head": groups["z_head"], "flow_head": groups["flow_head"]}
     parts |= {part: [n for n in raw if n.startswith(f"{part}.")] for part in ("text", "velocity")}
     for part, names in parts.items():
         if names:
-            made.metrics[f"moved/{part}"] = _distance({n: raw[n] for n in names}, {n: initial[n] for n in names})
+            made.metrics[f"moved/{part}"] = _distance(
+                {n: raw[n] for n in names}, {n: initial[n] for n in names}
+            )
 
 
 def _norm(tensors: dict[str, Tensor]) -> float:
@@ -279,7 +376,9 @@ def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def _data(subject: Subject, made: Measured, count: int) -> None:
-    """Duplicates, coverage of t, statistics of z1, and whether the training path's captions tell its pictures."""
+    """Duplicates, coverage of t, statistics of z1, and whether the training path's captions tell
+    its pictures.
+    """
     latents, recipe = subject.latents, subject.recipe
     surveyed = np.arange(min(len(latents), SURVEYED))
     means = latents.moments(surveyed).mean
@@ -307,47 +406,66 @@ def _data(subject: Subject, made: Measured, count: int) -> None:
 
 
 def _pairs(subject: Subject) -> tuple[list[str], np.ndarray]:
-    """Captions and z1 of the first epoch's first samples, each once, as the training path joins them."""
+    """Captions and z1 of the first epoch's first samples, each once, as the training path joins
+    them.
+    """
     size = subject.recipe.train.batch_size
     steps = max(min(len(subject.latents), AGREEMENT) // size, 1)
     batches: list[Batch] = [subject.batches(step) for step in range(steps)]
-    return [text for batch in batches for text in batch.captions], torch.cat([batch.z1 for batch in batches]).cpu().numpy()
+    return [text for batch in batches for text in batch.captions], torch.cat(
+        [batch.z1 for batch in batches]
+    ).cpu().numpy()
 
 
 def _indices(subject: Subject, step: int) -> np.ndarray:
     """Which training samples stand in the global batch of a step."""
-    size = subject.recipe.train.batch_size
-    return EpochOrder(len(subject.latents), subject.recipe.seed)(np.arange(step * size, (step + 1) * size))
+    return whole_batches(subject.recipe, subject.latents, subject.device).indices(step)
 
 
 @torch.no_grad()
 def _batch_latents(subject: Subject, batch: Batch, count: int) -> Rows:
-    """latent/batch_*, latent/noise_ratio_train: the training path's z1 against the cached moments, scaled as the autoencoder says."""
+    """latent/batch_*, latent/noise_ratio_train: the training path's z1 against the cached
+    moments, scaled as the autoencoder says.
+    """
     indices = _indices(subject, 0)[:count]
     if len(batch.captions) != subject.recipe.train.batch_size:  # one rank's share
         return {}
-    z1, moments, scale = batch.z1[: len(indices)].cpu(), subject.latents.moments(indices), subject.autoencoder.scale
+    z1, moments, scale = (
+        batch.z1[: len(indices)].cpu(),
+        subject.latents.moments(indices),
+        subject.autoencoder.scale,
+    )
     rows = {}
     if (ratio := noise_ratio(z1, moments, scale)) is not None:
         rows["latent/noise_ratio_train"] = ratio
     if (ratio := line_noise_ratio(z1, moments, scale)) is not None:
         rows["latent/batch_noise_ratio"] = ratio
     fit = latent_fit(z1, scaled(scale, moments.mean), scale)
-    rows |= {key.replace("fit", "batch"): fit[key] for key in ("latent/fit_slope", "latent/fit_power", "latent/fit_away") if key in fit}
-    rows["latent/batch_norm_ratio"] = float(z1.flatten(1).square().sum(1).mean().sqrt()) / max(expected_norm(moments, scale), 1e-12)
+    rows |= {
+        key.replace("fit", "batch"): fit[key]
+        for key in ("latent/fit_slope", "latent/fit_power", "latent/fit_away")
+        if key in fit
+    }
+    rows["latent/batch_norm_ratio"] = float(z1.flatten(1).square().sum(1).mean().sqrt()) / max(
+        expected_norm(moments, scale), 1e-12
+    )
     return rows
 
 
 @torch.no_grad()
 def _autoencoder(subject: Subject, made: Measured) -> None:
-    """The interface of the autoencoder on held-out pictures: cache, round trip with its pictures, modes."""
+    """The interface of the autoencoder on held-out pictures: cache, round trip with its
+    pictures, modes.
+    """
     autoencoder, held_out = subject.autoencoder, subject.held_out
     reader = ShardReader(held_out.pictures)
     indices = np.arange(min(PICTURES, len(reader), len(held_out)))
     images = [decode_image(reader, int(i)) for i in indices]
     pictures = to_pictures(images).to(subject.device)
     fresh = autoencoder.encode_moments(pictures)
-    made.metrics |= mode_metrics(autoencoder, pictures[:SHOWN]) | cache_metrics(autoencoder.scale, held_out, fresh, indices)
+    made.metrics |= mode_metrics(autoencoder, pictures[:SHOWN]) | cache_metrics(
+        autoencoder.scale, held_out, fresh, indices
+    )
     noise = Draws(subject.recipe.probes.seed, 0, len(indices), slice(None), subject.device).normal(
         "posterior", subject.recipe.model.latent.shape
     )
@@ -357,4 +475,6 @@ def _autoencoder(subject: Subject, made: Measured) -> None:
     z1 = held_out.scale.sample(moments, noise.cpu())
     if (ratio := noise_ratio(z1, moments, autoencoder.scale)) is not None:
         made.metrics["latent/noise_ratio"] = ratio
-    made.pictures |= {"orig": np.stack(images[:SHOWN])} | {name: from_pictures(x) for name, x in drawn.items()}
+    made.pictures |= {"orig": np.stack(images[:SHOWN])} | {
+        name: from_pictures(x) for name, x in drawn.items()
+    }

@@ -1,4 +1,5 @@
-"""The doctor's examination: a subject (a run directory, a checkpoint, a live state) becomes numbers, facts, pictures and curves.
+"""The doctor's examination: a subject (a run directory, a checkpoint, a live state) becomes
+numbers, facts, pictures and curves.
 
 It judges nothing; flowray.findings reads what is here.
 """
@@ -24,10 +25,12 @@ Curves = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True)
 class Examination:
-    """metrics: flat, by key; raw weights, or `ema/KEY`, or the sampler's weights where flowray/config/keys.py says so.
+    """metrics: flat, by key; raw weights, or `ema/KEY`, or the sampler's weights where
+    flowray/config/keys.py says so.
 
-    history: rows of metrics.jsonl and probes.jsonl by step. facts: what the recipe and the files say. pictures: uint8
-    (N, H, W, 3). curves: series by name, `x` the axis. What could not be measured is absent, and `facts["notes"]` says why.
+    history: rows of metrics.jsonl and probes.jsonl by step. facts: what the recipe and the files
+    say. pictures: uint8 (N, H, W, 3). curves: series by name, `x` the axis. What could not be
+    measured is absent, and `facts["notes"]` says why.
     """
 
     where: str
@@ -47,11 +50,13 @@ def examine(
     parts: Collection[str] = PARTS,
     progress: Progress = SILENT,
 ) -> Examination:
-    """Examine an opened run or a live state (flowray.doctor.subject); it is the same after it as before.
+    """Examine an opened run or a live state (flowray.doctor.subject); it is the same after it as
+    before.
 
-    batch: samples, as many as the recipe's own probes have unless given; with seed 0 the very same ones. parts: of battery.PARTS;
-    without `standard`, which training's own probes measure, and `field` it takes seconds. A live state's weights, gradients,
-    optimiser, RNG and module modes are not changed.
+    batch: samples, as many as the recipe's own probes have unless given; with seed 0 the very same
+    ones. parts: of battery.PARTS; without `standard`, which training's own probes measure, and
+    `field` it takes seconds. A live state's weights, gradients, optimiser, RNG and module modes are
+    not changed.
     """
     began = time.perf_counter()
     count = batch or subject.recipe.probes.batch_size
@@ -59,7 +64,15 @@ def examine(
     made.metrics |= {f"lr/{group}": rate for group, rate in subject.rates(subject.lr).items()}
     facts = _facts(subject) | _data_facts(subject, made) | made.facts
     facts |= {"notes": made.notes, "seconds": time.perf_counter() - began}
-    return Examination(subject.where, subject.step, made.metrics, subject.history, facts, made.pictures, _curves(made, subject))
+    return Examination(
+        subject.where,
+        subject.step,
+        made.metrics,
+        subject.history,
+        facts,
+        made.pictures,
+        _curves(made, subject),
+    )
 
 
 def _facts(subject: Subject) -> dict[str, Any]:
@@ -75,7 +88,9 @@ def _facts(subject: Subject) -> dict[str, Any]:
 
 
 def _data_facts(subject: Subject, made: Measured) -> dict[str, Any]:
-    """What the files say: sizes, the latent scale in use, in the cache and in the autoencoder's own config."""
+    """What the files say: sizes, the latent scale in use, in the cache and in the autoencoder's
+    own config.
+    """
     scale, own = subject.autoencoder.scale, subject.autoencoder.net.config
     samples, duplicates = len(subject.latents), made.metrics.get("data/duplicate_share", 0.0)
     return {
@@ -99,13 +114,32 @@ def _curves(made: Measured, subject: Subject) -> Curves:
         return [rows.get(pattern.format(value), math.nan) for value in values]
 
     bins, ks, ns = tuple(range(10)), ENDPOINT_STEPS, TEACHER_STEPS
-    over_t = {"nmse": "flow/nmse_t{}", "cos": "flow/cos_t{}", "gain_ls": "gain/ls_t{}", "gain_median": "gain/median_t{}"}
+    over_t = {
+        "nmse": "flow/nmse_t{}",
+        "cos": "flow/cos_t{}",
+        "gain_ls": "gain/ls_t{}",
+        "gain_median": "gain/median_t{}",
+    }
     over_t |= {"ema_nmse": "ema/flow/nmse_t{}", "ema_cos": "ema/flow/cos_t{}"}
-    curves["t"] = curves.get("t", {}) | {"x": [0.05 + 0.1 * b for b in bins]} | {name: series(key, bins) for name, key in over_t.items()}
-    euler = "ema/flow/endpt_rmse@{}" if subject.recipe.sample.weights == "ema" else "flow/endpt_rmse@{}"
-    ends = {"euler": euler, "heun": "flow/endpt_rmse_heun@{}", "standing_still": "trivial/flow/endpt_rmse@{}"}
-    curves["endpoint"] = {"x": [float(k) for k in ks]} | {name: series(key, ks) for name, key in ends.items()}
+    curves["t"] = (
+        curves.get("t", {})
+        | {"x": [0.05 + 0.1 * b for b in bins]}
+        | {name: series(key, bins) for name, key in over_t.items()}
+    )
+    euler = (
+        "ema/flow/endpt_rmse@{}" if subject.recipe.sample.weights == "ema" else "flow/endpt_rmse@{}"
+    )
+    ends = {
+        "euler": euler,
+        "heun": "flow/endpt_rmse_heun@{}",
+        "standing_still": "trivial/flow/endpt_rmse@{}",
+    }
+    curves["endpoint"] = {"x": [float(k) for k in ks]} | {
+        name: series(key, ks) for name, key in ends.items()
+    }
     teacher = {"fp32": "teacher/mse@{}", "native": "teacher_native/mse@{}"}
-    curves["teacher"] = {"x": [float(n) for n in ns]} | {name: series(key, ns) for name, key in teacher.items()}
+    curves["teacher"] = {"x": [float(n) for n in ns]} | {
+        name: series(key, ns) for name, key in teacher.items()
+    }
     curves["dt_scale"] = {"x": [1.0, 2.0, 3.0], "nmse": series("shoot/nmse_dt{}", (1, 2, 3))}
     return curves

@@ -1,4 +1,6 @@
-"""What the doctor looks at: a checkpoint or a live training state, with its data and its autoencoder, in one form."""
+"""What the doctor looks at: a checkpoint or a live training state, with its data and its
+autoencoder, in one form.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import GroupScales
-from flowray.losses.balance import Balancer
 from flowray.losses.total import Batch, Objective
 from flowray.model.assemble import FlowModel, build_model
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
@@ -24,39 +25,23 @@ from flowray.store.found import Found, copy_found
 from flowray.store.latents import LatentSet, ensure_latents, load_latents, load_training
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
+from flowray.train.optim import base_lr, group_lr
+from flowray.train.state import TrainState, load_slots
+from flowray.train.step import whole_batches
 
 Tensors = dict[str, Tensor]
 Row = dict[str, Any]
 BatchOf = Callable[[int], Batch]  # the global batch of a step
-BatchesOf = Callable[[Recipe, LatentSet, torch.device], BatchOf]  # the training path's own: flowray.train.step.whole_batches
 CPU = torch.device("cpu")
-
-
-class Average(Protocol):
-    """The EMA of a training state."""
-
-    average: Tensors
-
-
-class Live(Protocol):
-    """What the doctor reads of a run that trains; flowray.train's state is one."""
-
-    step: int
-    model: FlowModel
-    objective: Objective
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.AdamW
-    balancer: Balancer
-
-    @property
-    def ema(self) -> Average: ...
 
 
 @dataclass(frozen=True)
 class Subject:
-    """step steps are done. slots: the optimiser's state by parameter. lr: base rate of the last step. initial: weights at step 0.
+    """step steps are done. slots: the optimiser's state by parameter. lr: base rate of the last
+    step. initial: weights at step 0.
 
-    multipliers: what gradient balancing multiplies the loss weights by. strip: the samples written at this step, if any.
+    multipliers: what gradient balancing multiplies the loss weights by. strip: the samples written
+    at this step, if any.
     """
 
     where: str
@@ -91,20 +76,16 @@ class Subject:
         with holding(self.parameters, self.ema):
             yield
 
-    def rate(self, group: str, base: float) -> float:
-        """The group's own rate where the base rate is `base`."""
-        part = {"trunk_plain": "trunk"}.get(group, group)
-        cap = getattr(self.recipe.optim.lr_max, part)
-        scaled = base * getattr(self.recipe.optim.lr_scale, part)
-        return scaled if cap is None else min(scaled, cap)
-
     def rates(self, base: float) -> dict[str, float]:
-        """Every group's rate."""
-        return {group: self.rate(group, base) for group in GroupScales.model_fields}
+        """Every group's rate where the base rate is `base`."""
+        optim = self.recipe.optim
+        return {group: group_lr(optim, group, base) for group in GroupScales.model_fields}
 
 
 def merged_history(run: RunDirectory) -> list[Row]:
-    """Rows of metrics.jsonl and probes.jsonl, one per step, in order; what is not finite is None."""
+    """Rows of metrics.jsonl and probes.jsonl, one per step, in order; what is not finite is
+    None.
+    """
     rows: dict[int, Row] = {}
     for row in (*read_rows(run.metrics), *read_rows(run.probes)):
         rows.setdefault(int(row["step"]), {}).update(row)
@@ -118,11 +99,7 @@ def untrained(recipe: Recipe) -> tuple[FlowModel, Tensors]:
 
 
 def open_subject(
-    found: Found,
-    batches: BatchesOf,
-    *,
-    device: torch.device = CPU,
-    progress: Progress = SILENT,
+    found: Found, *, device: torch.device = CPU, progress: Progress = SILENT
 ) -> Subject:
     """A run at a checkpoint, with all that training kept."""
     checkpoint, run, recipe = found.checkpoint, found.run, found.recipe
@@ -135,10 +112,6 @@ def open_subject(
     copy_found(found, parameters, load_tensors(checkpoint, "model"))
     if moving := model.semantic.moving():
         copy_found(found, moving, load_tensors(checkpoint, "moving"))
-    slots: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_tensors(checkpoint, "optim").items():
-        name, slot = key.rsplit("/", 1)
-        slots.setdefault(name, {})[slot] = value
     kept, step = load_state(checkpoint), load_state(checkpoint)["step"]
     strip = run.samples / f"step_{step:06d}.png"
     model = model.to(device).eval()
@@ -147,26 +120,27 @@ def open_subject(
         recipe=recipe,
         step=step,
         model=model,
-        objective=Objective(model, recipe.flow, recipe.loss, velocity_fp32=recipe.train.velocity_fp32),
+        objective=Objective(
+            model, recipe.flow, recipe.loss, velocity_fp32=recipe.train.velocity_fp32
+        ),
         parameters=model.trainable(),
         ema=load_tensors(checkpoint, "ema"),
-        slots=slots,
+        slots=load_slots(checkpoint),
         lr=float(kept.get("lr") or recipe.optim.lr),
         multipliers=(kept.get("balance") or {}).get("multipliers", {}),
         initial=initial,
         latents=latents,
         held_out=held_out,
         autoencoder=autoencoder,
-        batches=batches(recipe, latents, device),
+        batches=whole_batches(recipe, latents, device),
         history=[row for row in merged_history(run) if row["step"] <= step],
         strip=strip if strip.is_file() else None,
     )
 
 
 def live_subject(
-    live: Live,
+    live: TrainState,
     recipe: Recipe,
-    batches: BatchesOf,
     *,
     latents: LatentSet,
     held_out: LatentSet,
@@ -175,8 +149,10 @@ def live_subject(
     initial: Tensors | None = None,
     strip: Path | None = None,
 ) -> Subject:
-    """A training state as it is, between two steps. initial, strip: see Subject; without them what needs them is not measured."""
-    groups = live.optimizer.param_groups
+    """A training state as it is, between two steps.
+
+    initial, strip: see Subject; without them what needs them is not measured.
+    """
     names = {id(p): name for name, p in live.parameters.items()}
     device = next(live.model.velocity.parameters()).device
     return Subject(
@@ -188,13 +164,13 @@ def live_subject(
         parameters=live.parameters,
         ema=live.ema.average,
         slots={names[id(p)]: state for p, state in live.optimizer.state.items()},
-        lr=max((float(g["lr"]) / float(g.get("scale", 1.0)) for g in groups), default=recipe.optim.lr),
+        lr=base_lr(live.optimizer, recipe.optim),
         multipliers=live.balancer.state.multipliers,
         initial=initial,
         latents=latents,
         held_out=held_out,
         autoencoder=autoencoder,
-        batches=batches(recipe, latents, device),
+        batches=whole_batches(recipe, latents, device),
         history=history,
         strip=strip,
     )

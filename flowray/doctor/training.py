@@ -1,4 +1,6 @@
-"""The training path on one of its own batches: gradients, updates, and whether evaluation agrees with it on the very same batch."""
+"""The training path on one of its own batches: gradients, updates, and whether evaluation agrees
+with it on the very same batch.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,16 @@ from flowray.probes.battery import derangement
 from flowray.probes.calibrate import code_gap
 from flowray.probes.grads import gradient_rows, next_update_ratio, step_gradient
 from flowray.probes.untouched import hearing_codes, untouched
+from flowray.train.optim import group_lr
 
 Rows = dict[str, float]
 
 
 def first_rows(batch: Batch, count: int) -> Batch:
     """The first `count` samples of a batch."""
-    return replace(batch, **{part.name: getattr(batch, part.name)[:count] for part in fields(batch)})
+    return replace(
+        batch, **{part.name: getattr(batch, part.name)[:count] for part in fields(batch)}
+    )
 
 
 def without_null(batch: Batch) -> Batch:
@@ -41,7 +46,9 @@ def without_null(batch: Batch) -> Batch:
 
 @contextmanager
 def training_mode(subject: Subject) -> Iterator[None]:
-    """The modes and the precision of a training step; the semantic networks, which count their batches in that mode, stay in eval."""
+    """The modes and the precision of a training step; the semantic networks, which count their
+    batches in that mode, stay in eval.
+    """
     with untouched(subject.model), autocast(subject.recipe, subject.device):
         subject.model.train()
         subject.model.semantic.eval()
@@ -50,7 +57,9 @@ def training_mode(subject: Subject) -> Iterator[None]:
 
 @contextmanager
 def first_bad_module(model: nn.Module) -> Iterator[list[str]]:
-    """Within the block, the list receives the names of modules whose output is not finite, in the order in which they ran."""
+    """Within the block, the list receives the names of modules whose output is not finite, in
+    the order in which they ran.
+    """
     bad: list[str] = []
 
     def listen(name: str) -> Any:
@@ -60,7 +69,11 @@ def first_bad_module(model: nn.Module) -> Iterator[list[str]]:
 
         return hook
 
-    leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
+    leaves = [
+        (name, module)
+        for name, module in model.named_modules()
+        if not any(True for _ in module.children())
+    ]
     hooks = [module.register_forward_hook(listen(name)) for name, module in leaves]
     try:
         yield bad
@@ -70,10 +83,14 @@ def first_bad_module(model: nn.Module) -> Iterator[list[str]]:
 
 
 def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]:
-    """loss/*, weight/*, grad/*, share/*, step/*, clip/*, dino/*, ent/*, time/train_gap of one training batch; and what was not finite."""
+    """loss/*, weight/*, grad/*, share/*, step/*, clip/*, dino/*, ent/*, time/train_gap of one
+    training batch; and what was not finite.
+    """
     recipe, model = subject.recipe, subject.model
     weights = weights_at(recipe.loss, subject.step, recipe.train.steps)
-    factors = {name: weight * subject.multipliers.get(name, 1.0) for name, weight in weights.items()}
+    factors = {
+        name: weight * subject.multipliers.get(name, 1.0) for name, weight in weights.items()
+    }
     idle = frozenset(name for name, weight in weights.items() if weight == 0)
     with training_mode(subject), hearing_codes(model) as heard, first_bad_module(model) as bad:
         losses, forward = subject.objective(batch, idle)
@@ -83,17 +100,28 @@ def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]
         rows |= {name: float(value) for name, value in forward.watched.items()}
         rows |= _semantic_rows(recipe, batch, forward, losses)
     factors = {name: factors[name] for name in losses}
-    rows |= {f"weight/{name}": weight for name, weight in weights.items()} | gradient_rows(gradients, subject.parameters, factors)
-    rows |= update_rows(subject, step_gradient(gradients, subject.parameters, factors, recipe.optim.clip_grad))
+    rows |= {f"weight/{name}": weight for name, weight in weights.items()} | gradient_rows(
+        gradients, subject.parameters, factors
+    )
+    rows |= update_rows(
+        subject, step_gradient(gradients, subject.parameters, factors, recipe.optim.clip_grad)
+    )
     rows["time/train_gap"] = code_gap(heard, [batch.t])
     found: dict[str, Any] = {"module": bad[0]} if bad else {}
-    whole = [x.detach().flatten(1).isfinite().all(dim=1) for x in (forward.z0, batch.z1, batch.target, forward.v_pred)]
+    whole = [
+        x.detach().flatten(1).isfinite().all(dim=1)
+        for x in (forward.z0, batch.z1, batch.target, forward.v_pred)
+    ]
     broken_rows = (~torch.stack(whole).all(dim=0)).nonzero().flatten().tolist()
     if 0 < len(broken_rows) < len(batch.t):  # where all are, no sample is to blame
         found["rows"] = broken_rows
     if wrong := [name for name, loss in losses.items() if not math.isfinite(float(loss.detach()))]:
         found["loss"] = wrong[0]
-    broken = [name for name, block in blocks(gradients, subject.parameters).items() if not bool(block.isfinite().all())]
+    broken = [
+        name
+        for name, block in blocks(gradients, subject.parameters).items()
+        if not bool(block.isfinite().all())
+    ]
     rows["finite/forward"] = float(not bad)
     rows["finite/gradients"] = 1 - len(broken) / len(subject.parameters)
     if broken:
@@ -103,24 +131,35 @@ def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]
 
 def head_patterns(model: FlowModel) -> dict[str, re.Pattern[str]]:
     """Which parameters the two heads are, by the names of their optimiser groups."""
-    return {"z_head": re.compile(r"head\."), "flow_head": re.compile(rf"velocity\.({model.velocity.last_layers})\.")}
+    return {
+        "z_head": re.compile(r"head\."),
+        "flow_head": re.compile(rf"velocity\.({model.velocity.last_layers})\."),
+    }
 
 
 def update_rows(subject: Subject, gradient: Mapping[str, Tensor]) -> Rows:
-    """step/*_update_ratio of the update that AdamW would make of `gradient` next, at the last step's rate and at the peak rate."""
+    """step/*_update_ratio of the update that AdamW would make of `gradient` next, at the last
+    step's rate and at the peak rate.
+    """
     optim = subject.recipe.optim
     rows = {}
     for group, pattern in head_patterns(subject.model).items():
         held = {name: p for name, p in subject.parameters.items() if pattern.match(name)}
         for suffix, base in {"": subject.lr, "_peak": optim.lr}.items():
-            ratio = next_update_ratio(held, gradient, subject.slots, lr=subject.rate(group, base), betas=optim.betas)
+            ratio = next_update_ratio(
+                held, gradient, subject.slots, lr=group_lr(optim, group, base), betas=optim.betas
+            )
             if ratio is not None:
                 rows[f"step/{group}_update_ratio{suffix}"] = ratio
     return rows
 
 
-def _semantic_rows(recipe: Recipe, batch: Batch, forward: Forward, losses: Mapping[str, Tensor]) -> Rows:
-    """The semantic losses with captions deranged minus with their own, and what chance would score."""
+def _semantic_rows(
+    recipe: Recipe, batch: Batch, forward: Forward, losses: Mapping[str, Tensor]
+) -> Rows:
+    """The semantic losses with captions deranged minus with their own, and what chance would
+    score.
+    """
     rows: Rows = {}
     views = forward.views
     try:
@@ -130,36 +169,58 @@ def _semantic_rows(recipe: Recipe, batch: Batch, forward: Forward, losses: Mappi
     if views.clip is not None:
         text, image, scale = (x.detach() for x in views.clip)
         own, swapped = info_nce(text, image, scale), info_nce(text[others], image, scale)
-        rows |= {"clip/cond_gain": float(swapped - own), "clip/chance": math.log(len(text)), "clip/scale": float(scale)}
+        rows |= {
+            "clip/cond_gain": float(swapped - own),
+            "clip/chance": math.log(len(text)),
+            "clip/scale": float(scale),
+        }
     if views.dino is not None:
         student, teacher = (x.detach().float() for x in views.dino)
         config = recipe.loss.dino
         targets = F.softmax(teacher / config.teacher_temperature, dim=-1)
-        swapped = -(targets * F.log_softmax(student[others] / config.student_temperature, dim=-1)).sum(-1).mean()
-        rows |= {"dino/cond_gain": float(swapped - losses["dino"].detach()), "ent/chance": math.log(student.shape[1])}
+        swapped = (
+            -(targets * F.log_softmax(student[others] / config.student_temperature, dim=-1))
+            .sum(-1)
+            .mean()
+        )
+        rows |= {
+            "dino/cond_gain": float(swapped - losses["dino"].detach()),
+            "ent/chance": math.log(student.shape[1]),
+        }
     return rows
 
 
 @torch.no_grad()
 def same_batch_rows(subject: Subject, batch: Batch) -> Rows:
-    """same_batch/*: the flow loss as training computes it against the probes' way, raw weights, no null samples; and kl/*."""
+    """same_batch/*: the flow loss as training computes it against the probes' way, raw weights,
+    no null samples; and kl/*.
+    """
     plain, rho = without_null(batch), subject.recipe.flow.path.rho
     terms = active_terms(subject.recipe.loss)
     with training_mode(subject):
         losses, forward = subject.objective(plain, frozenset(terms) - {"flow", "kl"})
-        lower = [weight * flow_mse(level, box_sum(forward.path.v_target, level)) for weight, level in forward.lower]
+        lower = [
+            weight * flow_mse(level, box_sum(forward.path.v_target, level))
+            for weight, level in forward.lower
+        ]
         trained = float(losses["flow"] - sum(lower, start=torch.zeros(())))
     with untouched(subject.model):
         subject.model.eval()
         posterior, z0 = subject.model.source(plain.captions, plain.noise)
-        v = subject.model.velocity(psi(plain.t, z0, plain.z1, rho), 4.0 - 8.0 * plain.t, plain.null).float()
+        v = subject.model.velocity(
+            psi(plain.t, z0, plain.z1, rho), 4.0 - 8.0 * plain.t, plain.null
+        ).float()
     target = velocity_target(z0, plain.z1, rho)
     evaluated, energy = float((v - target).square().mean()), float(target.square().mean())
     rows = {"same_batch/train_loss": trained, "same_batch/eval_loss": evaluated}
     rows["same_batch/ratio"] = evaluated / max(trained, 1e-12)
     rows |= {"same_batch/train_nmse": trained / energy, "same_batch/eval_nmse": evaluated / energy}
-    square = (0.3 * posterior.mu) ** 6 if subject.recipe.loss.kl.form == "box" else posterior.mu.square()
-    rows["kl/closed_form"] = float((0.5 * (square + posterior.logvar.exp() - 1 - posterior.logvar)).mean())
+    square = (
+        (0.3 * posterior.mu) ** 6 if subject.recipe.loss.kl.form == "box" else posterior.mu.square()
+    )
+    rows["kl/closed_form"] = float(
+        (0.5 * (square + posterior.logvar.exp() - 1 - posterior.logvar)).mean()
+    )
     if "kl" in losses:
         rows["kl/ratio"] = float(losses["kl"]) / max(rows["kl/closed_form"], 1e-12)
     return rows

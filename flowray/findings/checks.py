@@ -25,17 +25,29 @@ class Evidence:
 
 
 Check = Callable[[Reading], Evidence | None]
-MEASURED: Mapping[str, str] = {"flow": "zero velocity", "shoot": "doing nothing", "teacher": "doing nothing", "vae": "mean colour"}
+MEASURED: Mapping[str, str] = {
+    "flow": "zero velocity",
+    "shoot": "doing nothing",
+    "teacher": "doing nothing",
+    "vae": "mean colour",
+}
 Limit = float | Callable[[Reading], float]
 
 
 def text(value: float) -> str:
     """A number in few characters: three significant digits."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else re.sub(r"e([+-])0+", r"e\1", f"{value:.3g}").replace("e+", "e")
+    return (
+        f"{value:,.0f}"
+        if 1000 <= abs(value) < 1e6
+        else re.sub(r"e([+-])0+", r"e\1", f"{value:.3g}").replace("e+", "e")
+    )
 
 
 def above(key: str, limit: Limit, words: str = "", *, share: bool = False) -> Check:
-    """The metric is above the limit. words: what to call it, for derived numbers whose key says little; share: write percents."""
+    """The metric is above the limit.
+
+    words: what to call it, for derived numbers whose key says little; share: write percents.
+    """
     return _compare(key, limit, "above", words, share)
 
 
@@ -153,7 +165,9 @@ def _joined(found: Iterable[Evidence]) -> Evidence:
     return Evidence(words, tuple(judged for one in held for judged in one.judged))
 
 
-def _compare(key: str, limit: Limit, side: Literal["above", "below"], words: str, share: bool) -> Check:
+def _compare(
+    key: str, limit: Limit, side: Literal["above", "below"], words: str, share: bool
+) -> Check:
     show = _percent if share else text
 
     def check(r: Reading) -> Evidence | None:

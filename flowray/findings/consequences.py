@@ -1,10 +1,24 @@
-"""What findings of several kinds share: the groups that faults upstream explain, and the states of a run that excuse one."""
+"""What findings of several kinds share: the groups that faults upstream explain, and the states
+of a run that excuse one.
+"""
 
 from __future__ import annotations
 
 import math
 
-from flowray.findings.checks import Evidence, Limit, above, absent, also, below, every, fact, some, text, unless
+from flowray.findings.checks import (
+    Evidence,
+    Limit,
+    above,
+    absent,
+    also,
+    below,
+    every,
+    fact,
+    some,
+    text,
+    unless,
+)
 from flowray.findings.reading import Reading
 
 # What any fault upstream of the field does to the picture at the end.
@@ -20,19 +34,25 @@ BAD_FIELD = (
 )
 NO_TEXT = ("condition_ignored", "text_unproven", "clip_weak", "dino_weak", "captions_shuffled")
 
-# A run of its first steps, or one whose loss still falls fast, has not had the time to show some faults.
+# A run of its first steps, or one whose loss still falls fast, has not had the time to show some
+# faults.
 YOUNG = some(below("step", 100), above("history/fall", 0.05))
 WEAK_KL = below("kl_weight", 0.1)
 PLATEAU = every(
     unless(fact("lr_schedule", "cosine")),  # its end is flat by intent
     below("history/fall", 0.02, "over its last quarter loss/flow fell by", share=True),
-    some(above("train/nmse", 0.3, "training nmse"), every(absent("train/nmse"), above("loss/flow", 0.5))),
+    some(
+        above("train/nmse", 0.3, "training nmse"),
+        every(absent("train/nmse"), above("loss/flow", 0.5)),
+    ),
     also("loss/flow"),
 )
 
 
 def anchored(r: Reading) -> Evidence | None:
-    """mu is drawn to the mean picture: a narrow source starts where it should, and standing still is hard to beat."""
+    """mu is drawn to the mean picture: a narrow source starts where it should, and standing
+    still is hard to beat.
+    """
     return Evidence() if (r.facts.get("loss_weights") or {}).get("anchor", 0) > 0 else None
 
 
@@ -48,4 +68,8 @@ SKILL_FLOOR = if_anchored(-1.0, -0.05)
 
 def too_high_fix(r: Reading) -> str:
     base = r.get("lr_peak", math.nan)
-    return f"optim.lr={text(base / 10)}" if math.isfinite(base) else "optim.lr=1e-3, or a tenth of what it is"
+    return (
+        f"optim.lr={text(base / 10)}"
+        if math.isfinite(base)
+        else "optim.lr=1e-3, or a tenth of what it is"
+    )

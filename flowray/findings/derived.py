@@ -1,4 +1,6 @@
-"""Numbers that follow from others, by key: for runs of which only some were written down, and for what rules compare."""
+"""Numbers that follow from others, by key: for runs of which only some were written down, and
+for what rules compare.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def _dims(r: Reading) -> int:
 
 
 def _nothing(r: Reading) -> float:
-    """mean (z0 - z1)^2: measured, or Var(z1) + Var(z0) of independent latents, each 1 where it is not known."""
+    """mean (z0 - z1)^2: measured, or Var(z1) + Var(z0) of independent latents, each 1 where it
+    is not known.
+    """
     if math.isfinite(measured := r.get("trivial/shoot/mse", math.nan)):
         return measured
     return r.get("latent/var", 1.0) + r.get("z_init/var", 1.0)
@@ -44,7 +48,11 @@ def _bins(r: Reading) -> list[float]:
 
 def _sampled(key: str) -> Callable[[Reading], float]:
     """The metric of the weights that sampling uses."""
-    return lambda r: r[f"ema/{key}"] if r.facts.get("weights_sampled") == "ema" and f"ema/{key}" in r.metrics else r[key]
+    return lambda r: (
+        r[f"ema/{key}"]
+        if r.facts.get("weights_sampled") == "ema" and f"ema/{key}" in r.metrics
+        else r[key]
+    )
 
 
 def _late(r: Reading) -> tuple[list[float], list[float]]:
@@ -59,8 +67,9 @@ def _fall(r: Reading) -> float:
 
 
 def _rise(r: Reading) -> float:
-    """Median of the last tenth over the least median of any tenth: of the flow loss, and of the training nmse where it was logged; the
-    smaller counts. A source that grows raises the loss and not the nmse, one that narrows on an anchor the nmse and not the loss.
+    """Median of the last tenth over the least median of any tenth: of the flow loss, and of the
+    training nmse where it was logged; the smaller counts. A source that grows raises the loss and
+    not the nmse, one that narrows on an anchor the nmse and not the loss.
     """
     rises = []
     for curve in ("loss/flow", "train/nmse"):
@@ -69,7 +78,9 @@ def _rise(r: Reading) -> float:
         except Absent:
             continue
         size = max(len(values) // 10, 2)
-        tenths = [statistics.median(values[i : i + size]) for i in range(0, len(values) - size + 1, size)]
+        tenths = [
+            statistics.median(values[i : i + size]) for i in range(0, len(values) - size + 1, size)
+        ]
         rises.append(statistics.median(values[-size:]) / min(tenths))
     if not rises:
         raise Absent("loss/flow")
@@ -79,11 +90,16 @@ def _rise(r: Reading) -> float:
 def _train_nmse(r: Reading) -> float:
     if math.isfinite(v := r.get("scale/v_norm", math.nan)):
         return r["loss/flow"] * _dims(r) / v**2
-    return r["loss/flow"] * _dims(r) / (r["scale/z0_norm"] ** 2 + r["scale/z1_norm"] ** 2)  # independent latents
+    # independent latents
+    return r["loss/flow"] * _dims(r) / (r["scale/z0_norm"] ** 2 + r["scale/z1_norm"] ** 2)
 
 
 def _most(r: Reading) -> float:
-    found = [value for part in ("head", "velocity") if math.isfinite(value := r.get(f"moved/{part}", math.nan))]
+    found = [
+        value
+        for part in ("head", "velocity")
+        if math.isfinite(value := r.get(f"moved/{part}", math.nan))
+    ]
     if not found:
         raise Absent("moved/*")
     return max(found)
@@ -92,7 +108,9 @@ def _most(r: Reading) -> float:
 DERIVED: Mapping[str, Callable[[Reading], float]] = {
     # of the field: per sample nmse = 1 + k^2 - 2 k c
     "flow/cos": lambda r: statistics.fmean(_known(r, "flow/cos_t")),
-    "flow/nmse": lambda r: 1 + r["flow/speed_ratio"] ** 2 - 2 * r["flow/speed_ratio"] * r["flow/cos"],
+    "flow/nmse": lambda r: (
+        1 + r["flow/speed_ratio"] ** 2 - 2 * r["flow/speed_ratio"] * r["flow/cos"]
+    ),
     "gain/best": lambda r: r["flow/cos"] / r["flow/speed_ratio"],
     "gain/median": lambda r: 1 / r["flow/speed_ratio"],
     "gain/nmse_ls": lambda r: 1 - r["flow/cos"] ** 2,
@@ -101,7 +119,8 @@ DERIVED: Mapping[str, Callable[[Reading], float]] = {
     "sampled/cos": _sampled("flow/cos"),
     "flow/bin_worst": lambda r: max(_bins(r)),
     "flow/bin_middle": lambda r: statistics.median(_bins(r)),
-    "field/x0_share": lambda r: -r["field/fit_x0"] / r["field/fit_x1"],  # 1 for a velocity, whatever its length
+    # 1 for a velocity, whatever its length
+    "field/x0_share": lambda r: -r["field/fit_x0"] / r["field/fit_x1"],
     "field/x1_share": lambda r: -r["field/fit_x1"] / r["field/fit_x0"],
     # of the whole path
     "shoot/nothing": _nothing,

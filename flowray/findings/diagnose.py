@@ -14,17 +14,24 @@ from flowray.findings.rule import Rule, Words
 from flowray.findings.rules import RULES
 
 
-def diagnose(metrics: Row, facts: Mapping[str, Any], history: Sequence[Row] = (), rules: Sequence[Rule] = RULES) -> list[Finding]:
-    """Every finding: causes first (bad before warn before info, upstream before downstream), then what they explain.
+def diagnose(
+    metrics: Row,
+    facts: Mapping[str, Any],
+    history: Sequence[Row] = (),
+    rules: Sequence[Rule] = RULES,
+) -> list[Finding]:
+    """Every finding: causes first (bad before warn before info, upstream before downstream), then
+    what they explain.
 
-    metrics: one row of probe values, facts: what is known of the run, history: rows with `step`. A rule whose numbers are absent
-    is silent.
+    metrics: one row of probe values, facts: what is known of the run, history: rows with `step`. A
+    rule whose numbers are absent is silent.
     """
     r = Reading(metrics, facts, history, DERIVED)
     found = [(rule, finding) for rule in rules if (finding := _apply(rule, r)) is not None]
     if not healthy([finding for _, finding in found]):
         found = [pair for pair in found if not pair[0].last]
-    found.sort(key=lambda pair: ORDER[pair[1].severity])  # stable: the table goes from cause to consequence
+    # stable: the table goes from cause to consequence
+    found.sort(key=lambda pair: ORDER[pair[1].severity])
     return _settle(found, r)
 
 
@@ -40,19 +47,27 @@ def _apply(rule: Rule, r: Reading) -> Finding | None:
 
 
 def _settle(found: list[tuple[Rule, Finding]], r: Reading) -> list[Finding]:
-    """Causes by the worst that follows from them, then the findings that a cause explains, which name the first that does."""
+    """Causes by the worst that follows from them, then the findings that a cause explains, which
+    name the first that does.
+    """
     reach = {rule.id: _explained(rule, [other for other, _ in found], r) for rule, _ in found}
     place = {rule.id: index for index, (rule, _) in enumerate(found)}
 
     def follows(id: str, other: str) -> bool:
-        return id in reach[other] and not (other in reach[id] and place[id] < place[other])  # of two that explain each other: the first
+        # of two that explain each other: the first
+        return id in reach[other] and not (other in reach[id] and place[id] < place[other])
 
     severity = {finding.id: ORDER[finding.severity] for _, finding in found}
-    roots = [finding for _, finding in found if not any(follows(finding.id, other) for other in reach)]
+    roots = [
+        finding for _, finding in found if not any(follows(finding.id, other) for other in reach)
+    ]
     roots.sort(key=lambda root: min(severity[id] for id in {root.id, *reach[root.id]}))
     ids = [root.id for root in roots]
     rest = [finding for _, finding in found if finding.id not in ids]
-    return roots + [replace(finding, explained_by=next(id for id in ids if finding.id in reach[id])) for finding in rest]
+    return roots + [
+        replace(finding, explained_by=next(id for id in ids if finding.id in reach[id]))
+        for finding in rest
+    ]
 
 
 def _explained(rule: Rule, others: Sequence[Rule], r: Reading) -> set[str]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flowray.config.parameters import flat
+from flowray.config.dotted import dotted
 
 KEYS: Mapping[str, str] = {
     "steps": "train.steps",
@@ -49,9 +49,13 @@ def recipe_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """Facts of a recipe, nested or with dotted keys; what the config of an older run lacks is left
     out.
     """
-    known = flat(config)
+    known = dotted(config)
     facts = {name: known[key] for name, key in KEYS.items() if key in known}
-    weights = {found[1]: weight for key, weight in known.items() if (found := re.fullmatch(r"loss\.(\w+)\.weight", key))}
+    weights = {
+        found[1]: weight
+        for key, weight in known.items()
+        if (found := re.fullmatch(r"loss\.(\w+)\.weight", key))
+    }
     facts["loss_weights"] = {name: weight for name, weight in weights.items() if weight > 0}
     sides = [known.get(f"model.latent.{side}") for side in ("channels", "height", "width")]
     if all(isinstance(side, int) for side in sides):

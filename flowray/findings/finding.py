@@ -50,12 +50,17 @@ def healthy(findings: Sequence[Finding]) -> bool:
 
 
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    """The doctor's object: healthy, the findings, most likely cause first, and which of them follow from which."""
+    """The doctor's object: healthy, the findings, most likely cause first, and which of them
+    follow from which.
+    """
     rows = [asdict(finding) for finding in findings]
     follows = {row["id"]: row["explained_by"] for row in rows if row["explained_by"]}
     return {
         "healthy": healthy(findings),
-        "findings": [{key: row[key] for key in ("id", "severity", "evidence", "cause", "fix")} for row in rows],
+        "findings": [
+            {key: row[key] for key in ("id", "severity", "evidence", "cause", "fix")}
+            for row in rows
+        ],
         "explained_by": follows,
     }
 

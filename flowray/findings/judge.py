@@ -81,7 +81,13 @@ class Judge:
     findings: the doctor's own where it came.
     """
 
-    def __init__(self, metrics: Row, facts: Mapping[str, Any], history: Sequence[Row] = (), findings: Sequence[Finding] | None = None):
+    def __init__(
+        self,
+        metrics: Row,
+        facts: Mapping[str, Any],
+        history: Sequence[Row] = (),
+        findings: Sequence[Finding] | None = None,
+    ):
         self._reading = Reading(metrics, facts, history, DERIVED)
         self.findings = diagnose(metrics, facts, history) if findings is None else list(findings)
         worst_first = sorted(self.findings, key=lambda finding: ORDER[finding.severity])
@@ -93,7 +99,9 @@ class Judge:
         except Absent:
             name, value = key, math.nan
         good = self.healthy(key)
-        finding = next((finding for judged, finding in self._at_fault if self._means(judged, name)), None)
+        finding = next(
+            (finding for judged, finding in self._at_fault if self._means(judged, name)), None
+        )
         shown = value if math.isfinite(value) else None
         if finding is not None and finding.severity != "info":
             return Verdict(key, shown, finding.severity, good, finding.id, finding.evidence)

@@ -25,19 +25,35 @@ class Number(NamedTuple):
 
 
 class Reading:
-    """metrics: one row of probe values; facts: recipe keys (dotted) and what else is known of the run; history: rows with `step`.
+    """metrics: one row of probe values; facts: recipe keys (dotted) and what else is known of the
+    run; history: rows with `step`.
 
-    A metric is the raw weights', else the EMA's (`ema/KEY`), else the history's last, else derived from others; a name without `/` is
-    a numeric fact.
-    Values that are not finite count as absent everywhere but in `broken`.
+    A metric is the raw weights', else the EMA's (`ema/KEY`), else the history's last, else derived
+    from others; a name without `/` is a numeric fact. Values that are not finite count as absent
+    everywhere but in `broken`.
     """
 
-    def __init__(self, metrics: Row, facts: Mapping[str, Any], history: Sequence[Row], derived: Mapping[str, Callable[[Reading], float]]):
+    def __init__(
+        self,
+        metrics: Row,
+        facts: Mapping[str, Any],
+        history: Sequence[Row],
+        derived: Mapping[str, Callable[[Reading], float]],
+    ):
         self.metrics, self.facts = metrics, facts
-        self.history = sorted((row for row in history if isinstance(row.get("step"), int)), key=lambda row: row["step"])
-        self._last = {key: value for row in self.history for key, value in row.items() if _number(value) and math.isfinite(value)}
+        self.history = sorted(
+            (row for row in history if isinstance(row.get("step"), int)),
+            key=lambda row: row["step"],
+        )
+        self._last = {
+            key: value
+            for row in self.history
+            for key, value in row.items()
+            if _number(value) and math.isfinite(value)
+        }
         self._derived = derived
-        self._open: dict[str, set[str]] = {}  # derivations under way, with what each has read: one that needs itself is absent
+        # derivations under way, with what each has read: one that needs itself is absent
+        self._open: dict[str, set[str]] = {}
 
     def __getitem__(self, key: str) -> float:
         return self.find(key).value
@@ -86,7 +102,9 @@ class Reading:
         return bool(self.facts.get(name))
 
     def points(self, key: str, least: int = 2) -> Points:
-        """(step, value) of the history, raw before EMA; Absent where there are fewer than `least`."""
+        """(step, value) of the history, raw before EMA; Absent where there are fewer than
+        `least`.
+        """
         found: dict[int, float] = {}
         for row in self.history:
             value = row.get(key, row.get(f"ema/{key}"))
@@ -102,8 +120,17 @@ class Reading:
         """Metrics that are not finite, the examination's first, without a step, then those of the
         history with theirs.
         """
-        here = [(key, None) for key, value in self.metrics.items() if _number(value) and not math.isfinite(value)]
-        then = [(key, row["step"]) for row in self.history for key, value in row.items() if _number(value) and not math.isfinite(value)]
+        here = [
+            (key, None)
+            for key, value in self.metrics.items()
+            if _number(value) and not math.isfinite(value)
+        ]
+        then = [
+            (key, row["step"])
+            for row in self.history
+            for key, value in row.items()
+            if _number(value) and not math.isfinite(value)
+        ]
         return [*here, *then]
 
 

@@ -14,7 +14,8 @@ Words = str | Callable[[Reading], str]
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table: when it holds, what it then says, and which other findings would follow from it.
+    """One row of the table: when it holds, what it then says, and which other findings would follow
+    from it.
 
     explains: ids of consequences, or an id with the condition under which it is one.
     last: said only where no warn or bad finding was.

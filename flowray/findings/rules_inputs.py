@@ -1,9 +1,25 @@
-"""Findings about what training is given: numbers that are none, the autoencoder and its latents, the data."""
+"""Findings about what training is given: numbers that are none, the autoencoder and its latents,
+the data.
+"""
 
 from __future__ import annotations
 
 from flowray.config.keys import GOOD_PSNR, POOR_PSNR
-from flowray.findings.checks import Check, Evidence, above, absent, also, below, every, fact, given, near, quietly, some, unless
+from flowray.findings.checks import (
+    Check,
+    Evidence,
+    above,
+    absent,
+    also,
+    below,
+    every,
+    fact,
+    given,
+    near,
+    quietly,
+    some,
+    unless,
+)
 from flowray.findings.consequences import BAD_FIELD, BAD_PICTURES, WEAK_KL, too_high_fix
 from flowray.findings.finding import Judged
 from flowray.findings.reading import Reading
@@ -11,16 +27,29 @@ from flowray.findings.rule import Rule
 
 # On prompts like none in training the source is anywhere.
 WILD_SOURCE = (("source_inflated", unless(WEAK_KL)), "text_unproven")
-SF_FIX = "model.autoencoder.scaling_factor=null uses the autoencoder's own factor; then encode again: python -m flowray.data encode RECIPE"
+SF_FIX = (
+    "model.autoencoder.scaling_factor=null uses the autoencoder's own factor; then encode again:"
+    " python -m flowray.data encode RECIPE"
+)
 
 
 def _handled(power: float) -> Check:
-    """Every channel of z1, cached or in a training batch, is what it should be times its own scale to this power."""
-    sides = {"fit": "cached z1 over freshly encoded z1", "batch": "the training batch's z1 over the cached latents"}
+    """Every channel of z1, cached or in a training batch, is what it should be times its own
+    scale to this power.
+    """
+    sides = {
+        "fit": "cached z1 over freshly encoded z1",
+        "batch": "the training batch's z1 over the cached latents",
+    }
     return some(
         *(
             every(
-                near(f"latent/{name}_power", power, 0.25, f"{words}: each channel's scale to the power"),
+                near(
+                    f"latent/{name}_power",
+                    power,
+                    0.25,
+                    f"{words}: each channel's scale to the power",
+                ),
                 quietly(some(below(f"latent/{name}_away", 0.15), absent(f"latent/{name}_away"))),
                 also(f"latent/{name}_slope"),
             )
@@ -31,7 +60,11 @@ def _handled(power: float) -> Check:
 
 def _broken(r: Reading) -> Evidence | None:
     where = r.facts.get("nonfinite") or {}
-    shares = [key for key in ("parameters", "ema", "latents", "forward", "gradients") if r.get(f"finite/{key}", 1.0) < 1]
+    shares = [
+        key
+        for key in ("parameters", "ema", "latents", "forward", "gradients")
+        if r.get(f"finite/{key}", 1.0) < 1
+    ]
     seen = r.broken()
     if not (where or shares or seen):
         return None
@@ -49,11 +82,21 @@ INPUTS: tuple[Rule, ...] = (
         "non_finite",
         "bad",
         _broken,
-        "a value overflowed: a learning rate or loss scale too high, half precision, or a broken sample; the first place is named",
+        "a value overflowed: a learning rate or loss scale too high, half precision, or a broken"
+        " sample; the first place is named",
         lambda r: (
-            f"{too_high_fix(r)}; train.precision=bf16 in place of fp16; python -m flowray.data check SHARDS where one sample is named"
+            f"{too_high_fix(r)}; train.precision=bf16 in place of fp16; python -m flowray.data"
+            " check SHARDS where one sample is named"
         ),
-        (*BAD_FIELD, "lr_too_low", "lr_too_high", "sampler_mismatch", "ema_never_updated", "condition_ignored", "dead_head"),
+        (
+            *BAD_FIELD,
+            "lr_too_low",
+            "lr_too_high",
+            "sampler_mismatch",
+            "ema_never_updated",
+            "condition_ignored",
+            "dead_head",
+        ),
     ),
     # the latents and the autoencoder
     Rule(
@@ -63,10 +106,15 @@ INPUTS: tuple[Rule, ...] = (
             _handled(1),
             every(
                 above("latent/std_power", 0.6, "std(z1) is the autoencoder's scale to the power"),
-                below("vae/scale_power", -0.5, "pictures are best when decoded after multiplying by scale to the power"),
+                below(
+                    "vae/scale_power",
+                    -0.5,
+                    "pictures are best when decoded after multiplying by scale to the power",
+                ),
             ),
         ),
-        "the latent scale is applied twice: the autoencoder's `sample` applies it, and so did something outside",
+        "the latent scale is applied twice: the autoencoder's `sample` applies it, and so did"
+        " something outside",
         f"never multiply by scale_factor outside the autoencoder. {SF_FIX}",
         (*BAD_FIELD, "latent_scale_off", "wrong_autoencoder"),
     ),
@@ -75,7 +123,10 @@ INPUTS: tuple[Rule, ...] = (
         "bad",
         some(
             *(
-                every(below(key, 0.3, f"posterior noise in {which} latents, over its sigma:"), unless(fact("deterministic")))
+                every(
+                    below(key, 0.3, f"posterior noise in {which} latents, over its sigma:"),
+                    unless(fact("deterministic")),
+                )
                 for key, which in (
                     ("latent/batch_noise_ratio", "the training batch's"),
                     ("latent/noise_ratio_train", "the training batch's"),
@@ -90,10 +141,12 @@ INPUTS: tuple[Rule, ...] = (
                 unless(above("latent/noise_ratio_train", 0.3)),
             ),
         ),
-        "the posterior's raw moments are used as the latent: encode_moments without sample, so neither drawn nor scaled; v* = z1 - z0 is "
-        "then ruled by z1 and the head and its KL get stuck",
-        "z1 = autoencoder.sample(autoencoder.encode_moments(x), noise), in one place; encode again: python -m flowray.data encode RECIPE. "
-        "Do not rescale z1 by a norm ratio: it hides the cause",
+        "the posterior's raw moments are used as the latent: encode_moments without sample, so"
+        " neither drawn nor scaled; v* = z1 - z0 is then ruled by z1 and the head and its KL get"
+        " stuck",
+        "z1 = autoencoder.sample(autoencoder.encode_moments(x), noise), in one place; encode again:"
+        " python -m flowray.data encode RECIPE. Do not rescale z1 by a norm ratio: it hides the"
+        " cause",
         (*BAD_FIELD, "scale_never", "latent_scale_off", "kl_crushing", "kl_drowned"),
     ),
     Rule(
@@ -111,7 +164,11 @@ INPUTS: tuple[Rule, ...] = (
             _handled(-1),
             every(
                 below("latent/std_power", -0.6, "std(z1) is the autoencoder's scale to the power"),
-                above("vae/scale_power", 0.5, "pictures are best when decoded after multiplying by scale to the power"),
+                above(
+                    "vae/scale_power",
+                    0.5,
+                    "pictures are best when decoded after multiplying by scale to the power",
+                ),
             ),
         ),
         "the latent scale is never applied on the way in, and undone on the way out",
@@ -123,13 +180,22 @@ INPUTS: tuple[Rule, ...] = (
         "bad",
         every(
             some(above("vae/scale_power", 0.5), below("vae/scale_power", -0.5)),
-            also("vae/psnr", "vae/psnr_raw", "vae/psnr_sf-2", "vae/psnr_sf-1", "vae/psnr_sf1", "vae/psnr_sf2"),
+            also(
+                "vae/psnr",
+                "vae/psnr_raw",
+                "vae/psnr_sf-2",
+                "vae/psnr_sf-1",
+                "vae/psnr_sf1",
+                "vae/psnr_sf2",
+            ),
             unless(above("latent/std_power", 0.6)),
             unless(below("latent/std_power", -0.6)),
         ),
-        "latents are made with the right scale but decoded with a wrong one: decode must divide by the scale exactly once "
-        "(power 0 is right, -1: it does not divide, -2: it multiplies, 1: it divides twice)",
-        "decode(z), with nothing multiplied or divided outside it; model.autoencoder.scaling_factor=null",
+        "latents are made with the right scale but decoded with a wrong one: decode must divide by"
+        " the scale exactly once (power 0 is right, -1: it does not divide, -2: it multiplies, 1:"
+        " it divides twice)",
+        "decode(z), with nothing multiplied or divided outside it;"
+        " model.autoencoder.scaling_factor=null",
         ("vae_poor", "sampler_mismatch"),
     ),
     Rule(
@@ -139,16 +205,24 @@ INPUTS: tuple[Rule, ...] = (
             above("vae/training", 0.5, "modules of the autoencoder in train mode:"),
             above("vae/repeat_error", 1e-3, "two encodings of one picture differ by the share"),
         ),
-        "the autoencoder is in train mode: its dropout or batch norms change what a latent means from call to call",
-        "autoencoder.eval() wherever it is used, then encode again: python -m flowray.data encode RECIPE",
+        "the autoencoder is in train mode: its dropout or batch norms change what a latent means"
+        " from call to call",
+        "autoencoder.eval() wherever it is used, then encode again: python -m flowray.data encode"
+        " RECIPE",
         ("wrong_autoencoder", "decode_scale", "vae_poor", "sampler_mismatch", "latent_scale_off"),
     ),
     Rule(
         "wrong_autoencoder",
         "bad",
-        above("latent/fit_residual", 0.1, "share of the cached latents that the run's autoencoder does not explain:"),
-        "the cached latents were made by another autoencoder (or another resolution) than the one that decodes",
-        "model.autoencoder.path=PATH of the one that made them, or encode again: python -m flowray.data encode RECIPE",
+        above(
+            "latent/fit_residual",
+            0.1,
+            "share of the cached latents that the run's autoencoder does not explain:",
+        ),
+        "the cached latents were made by another autoencoder (or another resolution) than the one"
+        " that decodes",
+        "model.autoencoder.path=PATH of the one that made them, or encode again: python -m"
+        " flowray.data encode RECIPE",
         (
             "vae_poor",
             "decode_scale",
@@ -172,34 +246,52 @@ INPUTS: tuple[Rule, ...] = (
             ),
             also("scale/z0_norm", "scale/z1_norm"),
         ),
-        "source and image latent are not of one size (the logs want ||z1|| and ||z0|| within 3x); where Var(z1) is not about 1 the scale "
-        "factor is not this data's, where it is the source has moved",
-        "check the autoencoder interface and std/mean first, then model.autoencoder.scaling_factor; never rescale by a norm ratio",
+        "source and image latent are not of one size (the logs want ||z1|| and ||z0|| within 3x);"
+        " where Var(z1) is not about 1 the scale factor is not this data's, where it is the source"
+        " has moved",
+        "check the autoencoder interface and std/mean first, then model.autoencoder.scaling_factor;"
+        " never rescale by a norm ratio",
     ),
     Rule(
         "vae_poor",
         "warn",
         below("vae/psnr", POOR_PSNR),
         "the autoencoder does not give its own pictures back; nothing after it can",
-        f"model.autoencoder.path=PATH of an autoencoder that suits the data (the logs' reads {GOOD_PSNR:g} dB)",
+        "model.autoencoder.path=PATH of an autoencoder that suits the data (the logs' reads"
+        f" {GOOD_PSNR:g} dB)",
     ),
     # the data
     Rule(
         "captions_shuffled",
         "bad",
         every(
-            below("data/agreement_z", 2.0, "captions tell the picture, in standard deviations over chance:"),
+            below(
+                "data/agreement_z",
+                2.0,
+                "captions tell the picture, in standard deviations over chance:",
+            ),
             also("data/agreement", "data/agreement_shuffled"),
             given(above("data/samples", 100, "samples")),
         ),
-        "captions do not belong to their pictures: shuffled against them, or paired by the wrong key",
-        "python -m flowray.data check SHARDS, and pair caption and picture by the sample's key; encode again after a change",
-        ("condition_ignored", "clip_weak", "dino_weak", *BAD_PICTURES, "dataset_too_small", "text_unproven"),
+        "captions do not belong to their pictures: shuffled against them, or paired by the"
+        " wrong key",
+        "python -m flowray.data check SHARDS, and pair caption and picture by the sample's key;"
+        " encode again after a change",
+        (
+            "condition_ignored",
+            "clip_weak",
+            "dino_weak",
+            *BAD_PICTURES,
+            "dataset_too_small",
+            "text_unproven",
+        ),
     ),
     Rule(
         "dataset_duplicated",
         "warn",
-        above("data/duplicate_share", 0.3, "share of samples whose latent is that of an earlier one:"),
+        above(
+            "data/duplicate_share", 0.3, "share of samples whose latent is that of an earlier one:"
+        ),
         "the data set repeats itself: fewer pictures than it counts",
         "python -m flowray.data check SHARDS; remove what is double before packing",
         ("dataset_too_small", *BAD_PICTURES, *WILD_SOURCE),
@@ -215,7 +307,8 @@ INPUTS: tuple[Rule, ...] = (
             ),
         ),
         "too few different samples: the model learns them by heart",
-        "data.limit=null, or more shards in data.shards; 128 to 512 samples are for the overfit check only",
+        "data.limit=null, or more shards in data.shards; 128 to 512 samples are for the overfit"
+        " check only",
         (*BAD_PICTURES, *WILD_SOURCE),
     ),
 )

@@ -1,16 +1,33 @@
-"""Findings about what came out: the condition and the semantic losses, the field, solving and sampling, structure and budget."""
+"""Findings about what came out: the condition and the semantic losses, the field, solving and
+sampling, structure and budget.
+"""
 
 from __future__ import annotations
 
 import math
 
-from flowray.findings.checks import Evidence, above, absent, also, below, every, fact, given, quietly, say, some, text, unless
+from flowray.findings.checks import (
+    Evidence,
+    above,
+    absent,
+    also,
+    below,
+    every,
+    fact,
+    given,
+    quietly,
+    say,
+    some,
+    text,
+    unless,
+)
 from flowray.findings.consequences import PLATEAU, SKILL_FLOOR, YOUNG
 from flowray.findings.finding import Judged
 from flowray.findings.reading import Absent, Reading
 from flowray.findings.rule import Rule
 
-REGULARISERS = {"kl", "tv", "anchor"}  # at rest they hold the others' gradient, so they point against it
+# at rest they hold the others' gradient, so they point against it
+REGULARISERS = {"kl", "tv", "anchor"}
 
 
 def _opposed(r: Reading) -> Evidence | None:
@@ -25,7 +42,9 @@ def _opposed(r: Reading) -> Evidence | None:
         first, second = key.removeprefix("grad/cos_").split("_", 1)
         if {first, second} & REGULARISERS:
             continue
-        shares = [1.0 if name == "flow" else r.get(f"share/{name}", 1.0) for name in (first, second)]
+        shares = [
+            1.0 if name == "flow" else r.get(f"share/{name}", 1.0) for name in (first, second)
+        ]
         if (cosine := r.get(key, 0.0)) < -0.5 and min(shares) > 0.1 and max(shares) < 10:
             said.append(f"{key} {text(cosine)}, below -0.5 (unrelated: 0)")
             judged.append(Judged(key, cosine, "below", -0.5))
@@ -35,15 +54,20 @@ def _opposed(r: Reading) -> Evidence | None:
 def _standing_still(r: Reading) -> str:
     if math.isfinite(r.get("trivial/shoot/mse", math.nan)):
         return f"standing still scores {text(r['trivial/shoot/mse'])}"
-    return f"standing still likely scores {text(r['shoot/nothing'])} (estimated as Var(z0) + Var(z1), 1 where it was not measured)"
+    return (
+        f"standing still likely scores {text(r['shoot/nothing'])} (estimated as Var(z0) + Var(z1),"
+        " 1 where it was not measured)"
+    )
 
 
 def _gain_words(r: Reading) -> str:
-    """What multiplying the velocity would do to its error: the least-squares gain and the logs' median."""
+    """What multiplying the velocity would do to its error: the least-squares gain and the logs'
+    median.
+    """
     none, best, median = r["gain/nmse_none"], r["gain/nmse_ls"], r["gain/nmse_median"]
     return (
-        f"gain {text(r['gain/median'])} (the logs' median ||v*||/||u||) takes flow/nmse from {text(none)} to {text(median)}; "
-        f"the best gain {text(r['gain/best'])} to {text(best)}"
+        f"gain {text(r['gain/median'])} (the logs' median ||v*||/||u||) takes flow/nmse from"
+        f" {text(none)} to {text(median)}; the best gain {text(r['gain/best'])} to {text(best)}"
     )
 
 
@@ -57,24 +81,35 @@ OUTCOME: tuple[Rule, ...] = (
         "condition_ignored",
         "bad",
         some(
-            every(below("text/nats", 1e-3, "what mu tells of the prompt, nats:"), also("text/snr", "text/cos_mu", "mu/rms")),
+            every(
+                below("text/nats", 1e-3, "what mu tells of the prompt, nats:"),
+                also("text/snr", "text/cos_mu", "mu/rms"),
+            ),
             every(
                 unless(YOUNG),
                 below("text/nats", 3.0, "what mu tells of the prompt, nats:"),
                 also("text/snr", "text/cos_mu", "mu/rms"),
             ),
-            every(unless(YOUNG), below("shoot/cond_gain", 0.02), below("flow/cond_gain_cos", 0.002)),
+            every(
+                unless(YOUNG), below("shoot/cond_gain", 0.02), below("flow/cond_gain_cos", 0.002)
+            ),
         ),
-        "the caption does not reach the picture: mu is the same for every prompt, or the field does not follow it",
-        "loss.clip.weight=0.3 gets the caption into z0 early; check the prompt template and that text.* and head.* train",
+        "the caption does not reach the picture: mu is the same for every prompt, or the field does"
+        " not follow it",
+        "loss.clip.weight=0.3 gets the caption into z0 early; check the prompt template and that"
+        " text.* and head.* train",
         ("clip_weak", "dino_weak", "worse_than_nothing", "text_unproven"),
     ),
     Rule(
         "guidance_without_null",
         "bad",
-        every(above("guidance_scale", 1.0, "sample.guidance_scale"), below("null_probability", 1e-6, "flow.null_probability")),
+        every(
+            above("guidance_scale", 1.0, "sample.guidance_scale"),
+            below("null_probability", 1e-6, "flow.null_probability"),
+        ),
         "pictures are guided by an unconditional field that was never trained",
-        "sample.guidance_scale=1 for this run; flow.null_probability=0.1 to train one that can be guided",
+        "sample.guidance_scale=1 for this run; flow.null_probability=0.1 to train one that can be"
+        " guided",
         ("worse_than_nothing",),
     ),
     # the semantic losses
@@ -82,17 +117,31 @@ OUTCOME: tuple[Rule, ...] = (
         "clip_weak",
         "warn",
         some(
-            every(below("grad/clip_of_total", 0.01), above("loss/clip", lambda r: 0.15 * r["clip/chance"])),
+            every(
+                below("grad/clip_of_total", 0.01),
+                above("loss/clip", lambda r: 0.15 * r["clip/chance"]),
+            ),
             every(
                 unless(YOUNG),
                 some(
-                    above("loss/clip", lambda r: 0.9 * r["clip/chance"], "loss/clip, of which nothing learnt is ln(batch):"),
-                    every(below("grad/clip_of_total", 0.05), above("loss/clip", lambda r: 0.15 * r["clip/chance"])),
-                    every(below("clip/cond_gain", 0.05, "loss/clip with captions swapped minus own:"), above("loss/clip", 0.05)),
+                    above(
+                        "loss/clip",
+                        lambda r: 0.9 * r["clip/chance"],
+                        "loss/clip, of which nothing learnt is ln(batch):",
+                    ),
+                    every(
+                        below("grad/clip_of_total", 0.05),
+                        above("loss/clip", lambda r: 0.15 * r["clip/chance"]),
+                    ),
+                    every(
+                        below("clip/cond_gain", 0.05, "loss/clip with captions swapped minus own:"),
+                        above("loss/clip", 0.05),
+                    ),
                 ),
             ),
         ),
-        "the contrastive loss teaches nothing: its gradient is too weak, or its temperature too high",
+        "the contrastive loss teaches nothing: its gradient is too weak, or its temperature too"
+        " high",
         "loss.clip.weight=2 (the logs) loss.clip.temperature=0.07",
     ),
     Rule(
@@ -102,7 +151,8 @@ OUTCOME: tuple[Rule, ...] = (
             given(below("loss/clip", lambda r: 0.02 * r["clip/chance"], "loss/clip")),
             some(below("grad/clip_of_total", 0.02), above("clip/scale", 98.0, "logit scale")),
         ),
-        "the contrastive loss is saturated: every pair of the batch is told apart with ease and the gradient is gone",
+        "the contrastive loss is saturated: every pair of the batch is told apart with ease and the"
+        " gradient is gone",
         "loss.clip.max_scale=30, or a larger train.batch_size",
     ),
     Rule(
@@ -116,14 +166,23 @@ OUTCOME: tuple[Rule, ...] = (
                     below("grad/dino_of_total", 0.05),
                     every(below("share/dino", 0.05), also("loss/dino")),
                     every(
-                        above("ent/teacher", lambda r: 0.99 * r["ent/chance"], "the teacher's entropy, of which uniform is"),
+                        above(
+                            "ent/teacher",
+                            lambda r: 0.99 * r["ent/chance"],
+                            "the teacher's entropy, of which uniform is",
+                        ),
                         also("ent/student"),
                     ),
                 ),
             ),
         ),
-        "DINO's supervision is weak: the logs want its gradient at 0.2-0.5 of the flow's and above 5-10 % of the total",
-        lambda r: f"loss.dino.weight={text(4 * r.fact('loss_weights')['dino'])}" if _has_dino(r) else "loss.dino.weight=2, and twice again",
+        "DINO's supervision is weak: the logs want its gradient at 0.2-0.5 of the flow's and above"
+        " 5-10 % of the total",
+        lambda r: (
+            f"loss.dino.weight={text(4 * r.fact('loss_weights')['dino'])}"
+            if _has_dino(r)
+            else "loss.dino.weight=2, and twice again"
+        ),
     ),
     Rule(
         "dino_saturated",
@@ -132,15 +191,18 @@ OUTCOME: tuple[Rule, ...] = (
             below("ent/teacher", 0.1),
             every(below("ent/student", 0.1), below("grad/dino_of_total", 0.1)),
         ),
-        "DINO's targets or outputs are too sharp: entropy near 0, so the student saturates early and its gradient is gone",
-        "loss.dino.teacher_temperature=0.07 loss.dino.student_temperature=0.2 (twice what they are)",
+        "DINO's targets or outputs are too sharp: entropy near 0, so the student saturates early"
+        " and its gradient is gone",
+        "loss.dino.teacher_temperature=0.07 loss.dino.student_temperature=0.2 (twice what they"
+        " are)",
         ("dino_weak",),
     ),
     Rule(
         "losses_opposed",
         "warn",
         _opposed,
-        "the gradients of two losses point against each other: what one step wins for the one it loses for the other",
+        "the gradients of two losses point against each other: what one step wins for the one it"
+        " loses for the other",
         "'loss.balance={kind: pcgrad}', or the weight of the one that may yield",
     ),
     Rule(
@@ -156,9 +218,17 @@ OUTCOME: tuple[Rule, ...] = (
         "worse_than_zero",
         "bad",
         every(above("flow/nmse", 0.98), also("flow/cos", "flow/speed_ratio")),
-        "the velocity field is not learnt: it explains the target no better than predicting zero does",
-        "find the cause above, if there is one; else python -m flowray.doctor overfit RECIPE tells whether the model can learn at all",
-        ("worse_than_nothing", "gain_would_hurt", ("velocity_too_large", below("flow/cos", 0.3)), "field_weak", "plateau"),
+        "the velocity field is not learnt: it explains the target no better than predicting zero"
+        " does",
+        "find the cause above, if there is one; else python -m flowray.doctor overfit RECIPE tells"
+        " whether the model can learn at all",
+        (
+            "worse_than_nothing",
+            "gain_would_hurt",
+            ("velocity_too_large", below("flow/cos", 0.3)),
+            "field_weak",
+            "plateau",
+        ),
     ),
     Rule(
         "velocity_too_small",
@@ -166,12 +236,15 @@ OUTCOME: tuple[Rule, ...] = (
         every(
             below("flow/speed_ratio", 0.5),
             given(above("flow/cos", lambda r: 1.4 * r["flow/speed_ratio"], "with flow/cos")),
-            quietly(below("gain/nmse_ls", lambda r: 0.9 * r["gain/nmse_none"])),  # else the size is not what is wrong
+            # else the size is not what is wrong
+            quietly(below("gain/nmse_ls", lambda r: 0.9 * r["gain/nmse_none"])),
             say(_gain_words),
         ),
-        "the velocity points the right way but is too small: something scales it down (half precision, an output gain, a wrong target "
-        "scale). A gain repairs the amplitude, not the direction",
-        "find what scales it: train.velocity_fp32=true, loss.norm.weight=0.01; a gain on the sampler is a crutch",
+        "the velocity points the right way but is too small: something scales it down (half"
+        " precision, an output gain, a wrong target scale). A gain repairs the amplitude, not the"
+        " direction",
+        "find what scales it: train.velocity_fp32=true, loss.norm.weight=0.01; a gain on the"
+        " sampler is a crutch",
         ("worse_than_nothing", "worse_than_zero", "endpoint_grows", "same_batch_mismatch"),
     ),
     Rule(
@@ -181,10 +254,13 @@ OUTCOME: tuple[Rule, ...] = (
             unless(YOUNG),
             below("flow/speed_ratio", 0.5),
             below("flow/cos", lambda r: 1.4 * r["flow/speed_ratio"], "with flow/cos"),
-            above("gain/nmse_median", lambda r: r["gain/nmse_none"], "flow/nmse after the logs' gain"),
+            above(
+                "gain/nmse_median", lambda r: r["gain/nmse_none"], "flow/nmse after the logs' gain"
+            ),
             say(_gain_words),
         ),
-        "the velocity is small because its direction is not learnt: least squares shrinks what it cannot predict, so a gain adds error",
+        "the velocity is small because its direction is not learnt: least squares shrinks what it"
+        " cannot predict, so a gain adds error",
         "no gain at sampling; train the direction first (flow/cos)",
     ),
     Rule(
@@ -193,14 +269,20 @@ OUTCOME: tuple[Rule, ...] = (
         every(above("flow/speed_ratio", 2.0), say(_gain_words)),
         "the velocity is too large: a scale is missing or applied twice between network and path",
         "find what scales it; loss.norm.weight=0.01 punishes wrong speeds",
-        ("worse_than_nothing", ("worse_than_zero", above("flow/cos", 0.3)), "endpoint_grows", "same_batch_mismatch"),
+        (
+            "worse_than_nothing",
+            ("worse_than_zero", above("flow/cos", 0.3)),
+            "endpoint_grows",
+            "same_batch_mismatch",
+        ),
     ),
     Rule(
         "field_weak",
         "warn",
         every(unless(YOUNG), below("flow/cos", 0.5), quietly(below("flow/nmse", 0.98))),
         "the field's direction is weak (the logs: 0.5 and more is learnt)",
-        "longer training: train.steps=N, a wider velocity network, or another lr; python -m flowray.doctor overfit RECIPE first",
+        "longer training: train.steps=N, a wider velocity network, or another lr; python -m"
+        " flowray.doctor overfit RECIPE first",
         ("worse_than_nothing", "gain_would_hurt"),
     ),
     Rule(
@@ -224,10 +306,19 @@ OUTCOME: tuple[Rule, ...] = (
         "sample_on_latent",
         "bad",
         every(
-            below("sampler/psnr", 40.0, "pictures of the sampler against integrating and decoding, dB:"),
-            above("sampler/psnr_resampled", lambda r: r["sampler/psnr"] + 6, "against sample() on the integrated latent"),
+            below(
+                "sampler/psnr",
+                40.0,
+                "pictures of the sampler against integrating and decoding, dB:",
+            ),
+            above(
+                "sampler/psnr_resampled",
+                lambda r: r["sampler/psnr"] + 6,
+                "against sample() on the integrated latent",
+            ),
         ),
-        "autoencoder.sample() is applied to an integrated latent (log 0826): it takes moments, and scales and adds noise once more",
+        "autoencoder.sample() is applied to an integrated latent (log 0826): it takes moments, and"
+        " scales and adds noise once more",
         "decode(z_end) as it is",
         ("sampler_mismatch",),
     ),
@@ -240,12 +331,15 @@ OUTCOME: tuple[Rule, ...] = (
                     above(f"{curve}/mse@100", 1e-7, f"the true field, {words}, 100 steps: error"),
                     above(f"{curve}/growth", 3.0, "times the error of the fewest steps"),
                 )
-                for curve, words in (("teacher_native", "in the sampler's dtype"), ("teacher", "integrated"))
+                for curve, words in (
+                    ("teacher_native", "in the sampler's dtype"),
+                    ("teacher", "integrated"),
+                )
             ),
             below("sampler/bits", 20, "bits of the solver's state"),
         ),
-        "the solver adds up its steps in half precision: each step's rounding stays, so more steps make it worse. A curve that grows "
-        "with N is no proof that the schedule is right",
+        "the solver adds up its steps in half precision: each step's rounding stays, so more steps"
+        " make it worse. A curve that grows with N is no proof that the schedule is right",
         "keep the solver's state in fp32 (flow/solver.py does, whatever the model's dtype)",
         ("sampler_mismatch",),
     ),
@@ -254,15 +348,24 @@ OUTCOME: tuple[Rule, ...] = (
         "bad",
         some(
             every(
-                below("ema/moved", 0.2, "the EMA has moved from the start, over what the weights have:"),
+                below(
+                    "ema/moved",
+                    0.2,
+                    "the EMA has moved from the start, over what the weights have:",
+                ),
                 given(above("moved/velocity", 0.01)),
             ),
             every(
-                above("ema/flow/nmse", lambda r: 1.5 * r["flow/nmse"] + 0.1, "flow/nmse of the EMA weights"),
+                above(
+                    "ema/flow/nmse",
+                    lambda r: 1.5 * r["flow/nmse"] + 0.1,
+                    "flow/nmse of the EMA weights",
+                ),
                 above("ema/delta_relative", 0.2, "EMA minus raw weights, relative"),
             ),
         ),
-        "the EMA weights were not updated (or are far too slow for this run), and pictures are drawn from them",
+        "the EMA weights were not updated (or are far too slow for this run), and pictures are"
+        " drawn from them",
         "sample.weights=raw shows the run as it is; train.ema=0.99 for short runs",
         ("sampler_mismatch", "worse_than_nothing"),
     ),
@@ -284,7 +387,8 @@ OUTCOME: tuple[Rule, ...] = (
                 ),
             ),
         ),
-        "pictures are drawn from the raw weights; the logs train the raw ones and draw from the EMA",
+        "pictures are drawn from the raw weights; the logs train the raw ones and draw from"
+        " the EMA",
         "sample.weights=ema",
         ("sampler_mismatch",),
     ),
@@ -292,10 +396,17 @@ OUTCOME: tuple[Rule, ...] = (
         "sampler_mismatch",
         "bad",
         some(
-            above("sampler/gap", 0.01, "sampler against the probes' own integration, over Var(z1):"),
-            below("sampler/psnr", 40.0, "pictures of the sampler against integrating and decoding, dB:"),
+            above(
+                "sampler/gap", 0.01, "sampler against the probes' own integration, over Var(z1):"
+            ),
+            below(
+                "sampler/psnr",
+                40.0,
+                "pictures of the sampler against integrating and decoding, dB:",
+            ),
         ),
-        "sampling does not integrate and decode what was trained: sign, time, step, scale or weights differ",
+        "sampling does not integrate and decode what was trained: sign, time, step, scale or"
+        " weights differ",
         "draw with flowray.sample, which integrates z += v dt from t = 0 to 1 and decodes once",
         ("worse_than_nothing",),
     ),
@@ -313,7 +424,8 @@ OUTCOME: tuple[Rule, ...] = (
         "worse_than_nothing",
         "bad",
         every(below("shoot/skill", SKILL_FLOOR), also("shoot/mse"), say(_standing_still)),
-        "integrating the field ends further from the picture than standing still at the text latent",
+        "integrating the field ends further from the picture than standing still at the text"
+        " latent",
         "the field or the source is at fault; no solver setting repairs it",
     ),
     # structure, budget
@@ -321,15 +433,18 @@ OUTCOME: tuple[Rule, ...] = (
         "no_spatial_structure",
         "warn",
         every(fact("head", "pooled"), PLATEAU, unless(below("train/nmse", 0.3))),
-        "the pooled head makes z0 from one global vector, with no place for each part of the picture: colours are learnt, shapes are not",
-        "'model.head={kind: grid}' (queries per cell), or 'model.head={kind: conv}' for the least change",
+        "the pooled head makes z0 from one global vector, with no place for each part of the"
+        " picture: colours are learnt, shapes are not",
+        "'model.head={kind: grid}' (queries per cell), or 'model.head={kind: conv}' for the least"
+        " change",
     ),
     Rule(
         "plateau",
         "warn",
         every(PLATEAU, unless(fact("head", "pooled"))),
         "the flow loss no longer falls and is still high",
-        "optim.lr=1e-3 or a restart, another flow.time, or more capacity; see grad/* and step/* for what holds it",
+        "optim.lr=1e-3 or a restart, another flow.time, or more capacity; see grad/* and step/* for"
+        " what holds it",
     ),
     Rule(
         "text_unproven",
@@ -338,7 +453,8 @@ OUTCOME: tuple[Rule, ...] = (
             given(below("text/cos", 0.9, "cosine of drawn z0 over prompts")),
             some(absent("text/snr"), below("text/snr", 0.1)),
         ),
-        "a low cosine of drawn latents is no evidence that the text arrives: noise alone gives it where mu is near 0",
+        "a low cosine of drawn latents is no evidence that the text arrives: noise alone gives it"
+        " where mu is near 0",
         "look at text/cos_mu and text/snr instead",
     ),
     Rule(
@@ -353,10 +469,16 @@ OUTCOME: tuple[Rule, ...] = (
         "info",
         some(
             above("shoot/nmse", 0.6),
-            above("history/fall", 0.05, "over its last quarter loss/flow still fell by", share=True),
+            above(
+                "history/fall", 0.05, "over its last quarter loss/flow still fell by", share=True
+            ),
         ),
         "nothing is wrong with the run; it has not seen enough yet",
-        lambda r: f"train.steps={round(4 * r['steps'])}" if math.isfinite(r.get("steps", math.nan)) else "more train.steps",
+        lambda r: (
+            f"train.steps={round(4 * r['steps'])}"
+            if math.isfinite(r.get("steps", math.nan))
+            else "more train.steps"
+        ),
         last=True,
     ),
 )

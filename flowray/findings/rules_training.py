@@ -1,10 +1,25 @@
-"""Findings about the training itself: what the network is asked to predict, and when; the optimiser; the source posterior."""
+"""Findings about the training itself: what the network is asked to predict, and when; the
+optimiser; the source posterior.
+"""
 
 from __future__ import annotations
 
 import math
 
-from flowray.findings.checks import above, absent, also, below, every, fact, given, quietly, say, some, text, unless
+from flowray.findings.checks import (
+    above,
+    absent,
+    also,
+    below,
+    every,
+    fact,
+    given,
+    quietly,
+    say,
+    some,
+    text,
+    unless,
+)
 from flowray.findings.consequences import (
     BAD_FIELD,
     BAD_PICTURES,
@@ -22,29 +37,45 @@ from flowray.findings.rule import Rule
 
 
 def _far(r: Reading) -> float:
-    """Multiples of their initial norm that weights may have moved: steps that undo each other go as far as the root of their number."""
+    """Multiples of their initial norm that weights may have moved: steps that undo each other go
+    as far as the root of their number.
+    """
     return 5.0 * math.sqrt(max(1.0, r.get("step", 1000.0) / 1000))
 
 
 def _lr_fix(r: Reading) -> str:
-    """The logs' restart at twice the base lr; where the update ratio is known, the lr that would make it 1e-3."""
+    """The logs' restart at twice the base lr; where the update ratio is known, the lr that would
+    make it 1e-3.
+    """
     base = r.get("lr_peak", math.nan)
-    ratio = max(r.get(f"step/{head}_update_ratio_peak", math.nan) for head in ("z_head", "flow_head"))
+    ratio = max(
+        r.get(f"step/{head}_update_ratio_peak", math.nan) for head in ("z_head", "flow_head")
+    )
     if math.isfinite(base) and ratio > 0 and math.isfinite(ratio):
-        return f"optim.lr={text(base * 1e-3 / ratio)} (update ratios of about 1e-3); from scratch, 1e-4 to 3e-3"
+        return (
+            f"optim.lr={text(base * 1e-3 / ratio)} (update ratios of about 1e-3); from scratch,"
+            " 1e-4 to 3e-3"
+        )
     lr = text(2 * base) if math.isfinite(base) else "5e-6"
     return (
-        f"--resume optim.lr={lr} 'optim.schedule={{kind: warm_restarts, start: resume, eta_min: current}}' "
-        "(the logs' restart, watch loss/flow for 3-5k steps; from scratch, optim.lr=1e-4)"
+        f"--resume optim.lr={lr} 'optim.schedule={{kind: warm_restarts, start: resume, eta_min:"
+        " current}' (the logs' restart, watch loss/flow for 3-5k steps; from scratch,"
+        " optim.lr=1e-4)"
     )
 
 
 def _lost_kl(r: Reading) -> str:
     grad, weight = r.facts.get("source_grad"), r.get("kl_weight", math.nan)
     if grad == "full" and weight < 0.1:
-        return "the flow loss reaches z0 through its target too (source_grad full) and the KL is too weak to hold the variance: it shrinks"
+        return (
+            "the flow loss reaches z0 through its target too (source_grad full) and the KL is too"
+            " weak to hold the variance: it shrinks"
+        )
     if grad == "path" and weight < 0.1:
-        return "the target is detached (source_grad path) and the KL is too weak: z0 drifts along the loss"
+        return (
+            "the target is detached (source_grad path) and the KL is too weak: z0 drifts along the"
+            " loss"
+        )
     return "the KL does not hold the source's variance"
 
 
@@ -52,13 +83,18 @@ def _kl_fix(r: Reading) -> str:
     form = "" if r.facts.get("kl_form", "box") == "box" else "loss.kl.form=box "
     weight = max(1.0, 10 * r.get("kl_weight", 0.1))
     grad = " loss.flow.source_grad=full" if r.facts.get("source_grad") == "path" else ""
-    return f"{form}loss.kl.weight={text(min(weight, 40.0))}{grad} (useful range 0.01 to 40, mean over latent dims)"
+    return (
+        f"{form}loss.kl.weight={text(min(weight, 40.0))}{grad} (useful range 0.01 to 40, mean over"
+        " latent dims)"
+    )
 
 
 def _fix_time(r: Reading) -> str:
     if r.facts.get("time_kind", "uniform") == "uniform":
         return "flow.time.kind=uniform, and a uniform_floor in every stage of flow.curriculum"
-    return "flow.time.uniform_floor=0.2 (or flow.time.kind=uniform); sampling always starts at t = 0"
+    return (
+        "flow.time.uniform_floor=0.2 (or flow.time.kind=uniform); sampling always starts at t = 0"
+    )
 
 
 TRAINING: tuple[Rule, ...] = (
@@ -67,11 +103,16 @@ TRAINING: tuple[Rule, ...] = (
         "velocity_sign",
         "bad",
         some(
-            every(below("field/fit_x1", -0.15, "u is z1 times"), also("field/fit_x0", "field/cos_x1", "field/cos_x0")),
+            every(
+                below("field/fit_x1", -0.15, "u is z1 times"),
+                also("field/fit_x0", "field/cos_x1", "field/cos_x0"),
+            ),
             every(below("flow/cos", -0.3), absent("field/fit_x1")),
         ),
-        "the velocity has the wrong sign: trained on z0 - z1, or negated on the way; healthy is u = a z1 - a z0",
-        "the target is v* = z1 - z0 (flow/path.py), and sampling adds v dt from t = 0 to 1; change neither sign",
+        "the velocity has the wrong sign: trained on z0 - z1, or negated on the way; healthy is u ="
+        " a z1 - a z0",
+        "the target is v* = z1 - z0 (flow/path.py), and sampling adds v dt from t = 0 to 1; change"
+        " neither sign",
         (*BAD_FIELD, "sampler_mismatch", "epsilon_target", "condition_ignored"),
     ),
     Rule(
@@ -81,18 +122,27 @@ TRAINING: tuple[Rule, ...] = (
             above("field/fit_x1", 0.4, "u is z1 times"),
             quietly(below("field/x0_share", 0.15)),  # a velocity from a narrow source shows 0.35
             quietly(some(above("field/fit_share", 0.5), absent("field/fit_share"))),
-            say(lambda r: f"and z0 times {text(r['field/fit_x0'])} (a velocity: -{text(r['field/fit_x1'])})"),
+            say(
+                lambda r: (
+                    f"and z0 times {text(r['field/fit_x0'])} (a velocity:"
+                    f" -{text(r['field/fit_x1'])})"
+                )
+            ),
             also("field/cos_x1", "flow/cos"),
         ),
         "the network predicts the image latent z1 itself, not the velocity z1 - z0",
-        "the target is path.v_target = z1 - z0; do not mix in x1 prediction without converting it: v = (x1 - x_t) / (1 - t)",
+        "the target is path.v_target = z1 - z0; do not mix in x1 prediction without converting it:"
+        " v = (x1 - x_t) / (1 - t)",
         (*BAD_FIELD, "condition_ignored"),
     ),
     Rule(
         "epsilon_target",
         "bad",
         some(
-            every(above("field/cos_eps", 0.5, "cos(u, source noise)"), also("field/cos_x0", "flow/cos")),
+            every(
+                above("field/cos_eps", 0.5, "cos(u, source noise)"),
+                also("field/cos_x0", "flow/cos"),
+            ),
             every(
                 above("field/fit_x0", 0.4, "u is z0 times"),
                 quietly(below("field/x1_share", 0.35)),
@@ -110,12 +160,25 @@ TRAINING: tuple[Rule, ...] = (
             above("time/train_gap", 1e-3, "training's time code minus (4 - 8t), at most"),
             above("time/sample_gap", 1e-3, "the sampler's time code minus (4 - 8t), at most"),
             *(
-                above(f"time/cos_{kind}", lambda r: r["sampled/cos"] + 0.02, f"flow/cos with the time code {words}:")
-                for kind, words in (("reversed", "mirrored"), ("plain", "t itself"), ("log_snr", "the path's log-SNR"))
+                above(
+                    f"time/cos_{kind}",
+                    lambda r: r["sampled/cos"] + 0.02,
+                    f"flow/cos with the time code {words}:",
+                )
+                for kind, words in (
+                    ("reversed", "mirrored"),
+                    ("plain", "t itself"),
+                    ("log_snr", "the path's log-SNR"),
+                )
             ),
-            below("shoot/nmse_reversed", lambda r: 0.6 * r["shoot/nmse_dt1"], "shoot/nmse with time run backwards"),
+            below(
+                "shoot/nmse_reversed",
+                lambda r: 0.6 * r["shoot/nmse_dt1"],
+                "shoot/nmse with time run backwards",
+            ),
         ),
-        "training and sampling tell the network different times for the same x_t; the code is 4 - 8t, which is not the log-SNR",
+        "training and sampling tell the network different times for the same x_t; the code is 4 -"
+        " 8t, which is not the log-SNR",
         "use flow.path.time_code(t) on both sides; t = 0 is the text latent",
         (*BAD_FIELD, "sampler_mismatch"),
     ),
@@ -126,22 +189,33 @@ TRAINING: tuple[Rule, ...] = (
             below("time/coverage_min", 0.05, "least trained tenth of [0, 1], uniform 1:"),
             every(
                 above("flow/bin_worst", 1.0, "flow/nmse of the worst tenth of t"),
-                above("flow/bin_worst", lambda r: 4 * r["flow/bin_middle"], "flow/nmse of the worst tenth"),
+                above(
+                    "flow/bin_worst",
+                    lambda r: 4 * r["flow/bin_middle"],
+                    "flow/nmse of the worst tenth",
+                ),
             ),
         ),
         "part of [0, 1] was never trained, and sampling passes through all of it",
         _fix_time,
-        (*BAD_FIELD, "x1_target", "epsilon_target"),  # near an end of the path the velocity tells that end's latent alone
+        # near an end of the path the velocity tells that end's latent alone
+        (*BAD_FIELD, "x1_target", "epsilon_target"),
     ),
     Rule(
         "same_batch_mismatch",
         "bad",
         every(
-            above("same_batch/gap", math.log(1.3), "|ln(evaluation loss / training loss)| on the very same batch"),
+            above(
+                "same_batch/gap",
+                math.log(1.3),
+                "|ln(evaluation loss / training loss)| on the very same batch",
+            ),
             also("same_batch/train_loss", "same_batch/eval_loss"),
         ),
-        "training and evaluation do not compute the same thing on the same batch: mode, precision, scale, time code or target differ",
-        "compare the two calls; model.eval() with the same path, time code and latents; train.velocity_fp32=true if precision differs",
+        "training and evaluation do not compute the same thing on the same batch: mode, precision,"
+        " scale, time code or target differ",
+        "compare the two calls; model.eval() with the same path, time code and latents;"
+        " train.velocity_fp32=true if precision differs",
         (*BAD_PICTURES, "velocity_too_small", "velocity_too_large", "gain_would_hurt"),
     ),
     # optimisation
@@ -164,7 +238,8 @@ TRAINING: tuple[Rule, ...] = (
                 some(below("lr", 1e-6, "the actual lr"), below("lr_peak", 3e-6, "optim.lr")),
             ),
         ),
-        "the learning rate is far too low: the weights hardly move and the loss stays on its plateau",
+        "the learning rate is far too low: the weights hardly move and the loss stays on its"
+        " plateau",
         _lr_fix,
         (
             *BAD_FIELD,
@@ -219,17 +294,33 @@ TRAINING: tuple[Rule, ...] = (
                 )
                 for one, other in (("z_head", "flow_head"), ("flow_head", "z_head"))
             ),
-            every(below("moved/head", 1e-4, "the head's weights have moved by the share"), unless(below("moved/velocity", 0.01))),
+            every(
+                below("moved/head", 1e-4, "the head's weights have moved by the share"),
+                unless(below("moved/velocity", 0.01)),
+            ),
             every(  # it starts at zero, so its update ratio says nothing of it
                 below("flow/speed_ratio", 1e-3, "the velocity is still what it was before step 1:"),
                 unless(below("moved/head", 0.01)),
                 unless(below("step", 100)),
             ),
-            every(below("grad/flow_head", 1e-9, "gradient of the flow loss in head and text"), unless(fact("source_grad", "none"))),
+            every(
+                below("grad/flow_head", 1e-9, "gradient of the flow loss in head and text"),
+                unless(fact("source_grad", "none")),
+            ),
         ),
         "a head does not learn: frozen, detached, outside the optimiser or with an lr of nothing",
-        "optim.lr_scale.z_head=2 or optim.lr_scale.flow_head=2 (the logs: 2 to 5), and check that its parameters reach the optimiser",
-        (*NO_TEXT, *BAD_PICTURES, "plateau", "velocity_too_small", "gain_would_hurt", "kl_crushing", "kl_drowned", "logvar_saturated"),
+        "optim.lr_scale.z_head=2 or optim.lr_scale.flow_head=2 (the logs: 2 to 5), and check that"
+        " its parameters reach the optimiser",
+        (
+            *NO_TEXT,
+            *BAD_PICTURES,
+            "plateau",
+            "velocity_too_small",
+            "gain_would_hurt",
+            "kl_crushing",
+            "kl_drowned",
+            "logvar_saturated",
+        ),
     ),
     # the source posterior
     Rule(
@@ -243,8 +334,12 @@ TRAINING: tuple[Rule, ...] = (
             every(above("logvar/mean", 5.5), also("std/mean")),
             every(below("logvar/mean", -5.5), also("std/mean")),
         ),
-        "the log-variance sits at its clamp, where it has no gradient: it cannot come back by itself",
-        lambda r: f"start afresh with model.posterior.logvar_min=-6 model.posterior.logvar_max=6 {_kl_fix(r)}",
+        "the log-variance sits at its clamp, where it has no gradient: it cannot come back by"
+        " itself",
+        lambda r: (
+            "start afresh with model.posterior.logvar_min=-6 model.posterior.logvar_max=6"
+            f" {_kl_fix(r)}"
+        ),
         (
             ("source_collapsed", unless(WEAK_KL)),
             ("source_inflated", unless(WEAK_KL)),
@@ -260,17 +355,38 @@ TRAINING: tuple[Rule, ...] = (
         every(
             below("std/mean", STD_FLOOR),
             also("kl_weight", "flow/cos", "shoot/nmse"),
-            say(lambda r: "a high cosine is no merit here: the field only has to undo a constant" if r["flow/cos"] > 0.8 else ""),
+            say(
+                lambda r: (
+                    "a high cosine is no merit here: the field only has to undo a constant"
+                    if r["flow/cos"] > 0.8
+                    else ""
+                )
+            ),
         ),
-        lambda r: f"the source's variance has collapsed: {_lost_kl(r)}; pictures then start from points that training never spread around",
+        lambda r: (
+            f"the source's variance has collapsed: {_lost_kl(r)}; pictures then start from points"
+            " that training never spread around"
+        ),
         _kl_fix,
-        ("worse_than_nothing", "latent_scale_off", ("logvar_saturated", WEAK_KL), "clip_saturated", "losses_opposed"),
+        (
+            "worse_than_nothing",
+            "latent_scale_off",
+            ("logvar_saturated", WEAK_KL),
+            "clip_saturated",
+            "losses_opposed",
+        ),
     ),
     Rule(
         "source_inflated",
         "bad",
-        every(some(above("std/mean", STD_CEILING), above("mu/rms", 5.0, "rms of mu")), also("kl_weight", "mu/rms")),
-        lambda r: f"the source has grown far beyond the prior: {_lost_kl(r)}; v* is then mostly minus z0 and cos looks good for nothing",
+        every(
+            some(above("std/mean", STD_CEILING), above("mu/rms", 5.0, "rms of mu")),
+            also("kl_weight", "mu/rms"),
+        ),
+        lambda r: (
+            f"the source has grown far beyond the prior: {_lost_kl(r)}; v* is then mostly minus z0"
+            " and cos looks good for nothing"
+        ),
         _kl_fix,
         ("worse_than_nothing", "latent_scale_off", ("logvar_saturated", WEAK_KL), "losses_opposed"),
     ),
@@ -281,7 +397,8 @@ TRAINING: tuple[Rule, ...] = (
             above("kl/deviation", 0.05, "|ln(loss/kl / the formula on mu and logvar)|"),
             also("kl/ratio", "loss/kl", "kl/closed_form"),
         ),
-        "the KL is not computed on the unscaled mu and logvar: on scaled latents, or on the drawn z; its target is then not N(0, I)",
+        "the KL is not computed on the unscaled mu and logvar: on scaled latents, or on the drawn"
+        " z; its target is then not N(0, I)",
         "kl_per_dim(posterior.mu, posterior.logvar), before any latent scale",
         ("source_collapsed", "source_inflated", "kl_drowned", "kl_crushing"),
     ),
@@ -289,14 +406,20 @@ TRAINING: tuple[Rule, ...] = (
         "kl_drowned",
         "bad",
         every(
-            some(below("share/kl", 0.02, "weighted KL gradient over the flow's"), below("kl_weight", 0.05)),
             some(
-                every(unless(fact("source_capped", True)), below("std/mean", if_anchored(0.05, 0.5))),
+                below("share/kl", 0.02, "weighted KL gradient over the flow's"),
+                below("kl_weight", 0.05),
+            ),
+            some(
+                every(
+                    unless(fact("source_capped", True)), below("std/mean", if_anchored(0.05, 0.5))
+                ),
                 above("std/mean", 2.0),
                 above("mu/rms", 3.0),
             ),
         ),
-        "the KL is drowned by the other losses: mu and sigma go where the flow loss sends them (the logs hold kl : flow at 0.1-0.3 : 1)",
+        "the KL is drowned by the other losses: mu and sigma go where the flow loss sends them (the"
+        " logs hold kl : flow at 0.1-0.3 : 1)",
         lambda r: f"{_kl_fix(r)}; or 'loss.balance={{kind: shares}}'",
         (("logvar_saturated", WEAK_KL), "latent_scale_off"),
     ),
@@ -314,7 +437,8 @@ TRAINING: tuple[Rule, ...] = (
             also("mu/rms"),
         ),
         "the KL crushes the source onto the prior: every prompt gives the same N(0, 1)",
-        "loss.kl.form=box loss.kl.weight=2 'loss.kl.schedule={kind: linear, fraction: 0.1}' (mu is free within 3 in the box form)",
+        "loss.kl.form=box loss.kl.weight=2 'loss.kl.schedule={kind: linear, fraction: 0.1}' (mu is"
+        " free within 3 in the box form)",
         (*NO_TEXT, *BAD_PICTURES),
     ),
 )

@@ -1,7 +1,7 @@
 """Random numbers as a function of (seed, step, stream, global sample position).
 
-Each call draws for the whole global batch and keeps this rank's rows: the numbers do not depend on the world size, the number
-of workers or a resume.
+Each call draws for the whole global batch and keeps this rank's rows: the numbers do not depend on
+the world size, the number of workers or a resume.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Draws:
 
     def normal(self, stream: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers (rows, *shape), fp32."""
-        return torch.randn((self.batch, *shape), generator=self._generator(stream), device=self.device)[self.rows]
+        return torch.randn(
+            (self.batch, *shape), generator=self._generator(stream), device=self.device
+        )[self.rows]
 
     def uniform_batch(self, stream: str) -> Tensor:
         """Uniform numbers in [0, 1) for the whole global batch, (batch,)."""
@@ -59,11 +61,13 @@ class Draws:
 def null_partners(u: Tensor, probability: float, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Null samples of a global batch and whose target each sample gets.
 
-    u: uniform numbers (B,); samples: which data set sample stands at each place. Returns (null, partner): null (B,) bool;
-    partner (B,) int64, the place itself where it is not null, the next null place (cyclically) where it is. A lone null place
-    borrows from the next place. A batch that straddles two epochs may hold a sample twice: a partner that is the same sample is
-    passed over for the next null place with another one, or the next place of any kind; only where the whole batch is one
-    sample does a null place keep its own target.
+    u: uniform numbers (B,); samples: which data set sample stands at each place. Returns (null,
+    partner): null (B,) bool; partner (B,) int64, the place itself where it is not null, the next
+    null place (cyclically) where it is. A lone null place
+    borrows from the next place. A batch that straddles two epochs may hold a sample twice: a
+    partner that is the same sample is passed over for the next null place with another one, or the
+    next place of any kind; only where the whole batch is one sample does a null place keep its own
+    target.
 
     ValueError where u is not 1-D, probability not in [0, 1] or samples are not as many as u.
     """
@@ -77,5 +81,7 @@ def null_partners(u: Tensor, probability: float, samples: Sequence[int]) -> tupl
     chosen = null.nonzero().flatten().tolist()
     for rank, place in enumerate(chosen):
         candidates = chain(chosen[rank + 1 :], chosen[:rank], places[place + 1 :], places[:place])
-        partner[place] = next((other for other in candidates if samples[other] != samples[place]), place)
+        partner[place] = next(
+            (other for other in candidates if samples[other] != samples[place]), place
+        )
     return null, torch.tensor(partner, device=u.device)

@@ -1,4 +1,6 @@
-"""Classifier-free guidance by a null indicator: v = v_u + s (v_c - v_u); s = 1 is off, the logs' w is s - 1."""
+"""Classifier-free guidance by a null indicator: v = v_u + s (v_c - v_u); s = 1 is off, the logs'
+w is s - 1.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from flowray.flow.solver import VelocityFn
 
 
 class NullableVelocity(Protocol):
-    """A velocity that takes a null indicator: x (B, C, H, W), t (B,), null (B,) bool -> (B, C, H, W)."""
+    """A velocity that takes a null indicator: x (B, C, H, W), t (B,), null (B,) bool -> (B, C,
+    H, W).
+    """
 
     def __call__(self, x: Tensor, t: Tensor, null: Tensor) -> Tensor: ...
 

@@ -1,4 +1,5 @@
-"""The noise-free linear path from a text latent z0 (t = 0) to an image latent z1 (t = 1), CrossFlow (arXiv 2412.15213).
+"""The noise-free linear path from a text latent z0 (t = 0) to an image latent z1 (t = 1), CrossFlow
+(arXiv 2412.15213).
 
 psi(t)    = (1 + t (rho - 1)) x0 + t x1        rho = sigma_min / sigma_max
 Dt_psi(t) = (rho - 1) x0 + x1                   constant in t
@@ -47,11 +48,13 @@ def velocity_target(x0: Tensor, x1: Tensor, rho: float) -> Tensor:
     return (rho - 1) * x0.float() + x1.float()
 
 
-def sample_path(t: Tensor, x0: Tensor, x1: Tensor, rho: float, source_grad: str = "full") -> PathSample:
+def sample_path(
+    t: Tensor, x0: Tensor, x1: Tensor, rho: float, source_grad: str = "full"
+) -> PathSample:
     """Points and targets at times t (B,) in [0, 1].
 
-    source_grad says how a loss on the sample reaches x0: `full` through x_t and the target, `path` through x_t only (the
-    logs' checklist), `none` not at all.
+    source_grad says how a loss on the sample reaches x0: `full` through x_t and the target, `path`
+    through x_t only (the logs' checklist), `none` not at all.
 
     Times outside [0, 1] or not 1-D, latents of different shapes (they might broadcast) and an
     unknown source_grad raise ValueError, other types TypeError.

@@ -1,6 +1,8 @@
-"""Solvers of dx/dt = v(x, t) from t = 0 to t = 1: pure functions of (velocity_fn, x, time grid), state in fp32.
+"""Solvers of dx/dt = v(x, t) from t = 0 to t = 1: pure functions of (velocity_fn, x, time grid),
+state in fp32.
 
-Fixed-step solvers walk `grid`, a list of increasing times from 0 to 1. A read-only `watch(k, t, x, v)` sees every step.
+Fixed-step solvers walk `grid`, a list of increasing times from 0 to 1. A read-only `watch(k, t, x,
+v)` sees every step.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ Watch = Callable[[int, float, Tensor, Tensor], None]
 
 
 def time_grid(kind: str, steps: int) -> list[float]:
-    """steps + 1 edges from 0 to 1. uniform: k / steps. logit_normal: sigmoid of equally spaced normal quantiles (log 0826).
+    """steps + 1 edges from 0 to 1. uniform: k / steps. logit_normal: sigmoid of equally spaced
+    normal quantiles (log 0826).
 
-    The outermost quantiles are infinite, so the edges end exactly at 0 and 1 and the steps sum to 1.
+    The outermost quantiles are infinite, so the edges end exactly at 0 and 1 and the steps sum to
+    1.
     """
     expect.count("steps", steps, 1)
     expect.one_of("time grid", kind, ("uniform", "logit_normal"))
@@ -38,7 +42,9 @@ def _at(velocity_fn: VelocityFn, x: Tensor, t: float) -> Tensor:
     return v.float()
 
 
-def _euler(config: EulerSolver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None) -> Tensor:
+def _euler(
+    config: EulerSolver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None
+) -> Tensor:
     steps = len(grid) - 1
     for k, (t, after) in enumerate(pairwise(grid)):
         if config.nodes == "midpoint":
@@ -54,7 +60,9 @@ def _euler(config: EulerSolver, velocity_fn: VelocityFn, x: Tensor, grid: list[f
     return x
 
 
-def _heun(config: HeunSolver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None) -> Tensor:
+def _heun(
+    config: HeunSolver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None
+) -> Tensor:
     for k, (t, after) in enumerate(pairwise(grid)):
         v = _at(velocity_fn, x, t)
         if watch:
@@ -64,7 +72,13 @@ def _heun(config: HeunSolver, velocity_fn: VelocityFn, x: Tensor, grid: list[flo
     return x
 
 
-def _midpoint(config: MidpointSolver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None) -> Tensor:
+def _midpoint(
+    config: MidpointSolver,
+    velocity_fn: VelocityFn,
+    x: Tensor,
+    grid: list[float],
+    watch: Watch | None,
+) -> Tensor:
     for k, (t, after) in enumerate(pairwise(grid)):
         half = (after - t) / 2
         v = _at(velocity_fn, x, t)
@@ -74,8 +88,9 @@ def _midpoint(config: MidpointSolver, velocity_fn: VelocityFn, x: Tensor, grid: 
     return x
 
 
-# Dormand and Prince 1980: nodes, stages, and the difference of the 5th and 4th order weights. The last stage's row is the
-# 5th order solution itself, so its velocity serves the next step (first same as last).
+# Dormand and Prince 1980: nodes, stages, and the difference of the 5th and 4th order weights. The
+# last stage's row is the 5th order solution itself, so its velocity serves the next step (first
+# same as last).
 _NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
     (),
@@ -89,7 +104,9 @@ _STAGES = (
 _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
 
-def _dopri5(config: Dopri5Solver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None) -> Tensor:
+def _dopri5(
+    config: Dopri5Solver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None
+) -> Tensor:
     """Every sample has its own time and step; a finished one stands still with a step of 0."""
     t = torch.zeros(len(x), device=x.device)
     h = torch.full_like(t, 1 / max(len(grid) - 1, 1))
@@ -103,7 +120,9 @@ def _dopri5(config: Dopri5Solver, velocity_fn: VelocityFn, x: Tensor, grid: list
             increment = torch.stack([a * v for a, v in zip(row, stages, strict=True)]).sum(0)
             new = x + expand(h, x) * increment
             stages.append(velocity_fn(new, t + node * h).float())
-        error = expand(h, x) * torch.stack([e * v for e, v in zip(_ERROR, stages, strict=True)]).sum(0)
+        error = expand(h, x) * torch.stack(
+            [e * v for e, v in zip(_ERROR, stages, strict=True)]
+        ).sum(0)
         tolerance = config.atol + config.rtol * torch.maximum(x.abs(), new.abs())
         norm = (error / tolerance).flatten(1).square().mean(1).sqrt().nan_to_num(nan=torch.inf)
         accept = norm <= 1
@@ -116,7 +135,10 @@ def _dopri5(config: Dopri5Solver, velocity_fn: VelocityFn, x: Tensor, grid: list
         h = h * (0.9 * norm.clamp_min(1e-10).pow(-0.2)).clamp(0.2, 5.0)
         if bool(((h < 1e-7) & (t < 1)).any()):  # too small to advance t in fp32
             break
-    raise RuntimeError(f"dopri5 did not reach t = 1 in {k + 1} steps (t = {float(t.min()):.3f}): stiff or non-finite field")
+    raise RuntimeError(
+        f"dopri5 did not reach t = 1 in {k + 1} steps (t = {float(t.min()):.3f}): stiff or"
+        " non-finite field"
+    )
 
 
 _SOLVERS: dict[type, Callable[[Any, VelocityFn, Tensor, list[float], Watch | None], Tensor]] = {
@@ -127,7 +149,13 @@ _SOLVERS: dict[type, Callable[[Any, VelocityFn, Tensor, list[float], Watch | Non
 }
 
 
-def integrate(config: SolverConfig, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None = None) -> Tensor:
+def integrate(
+    config: SolverConfig,
+    velocity_fn: VelocityFn,
+    x: Tensor,
+    grid: list[float],
+    watch: Watch | None = None,
+) -> Tensor:
     """The state at t = 1, (B, C, H, W) fp32, from x (B, C, H, W) at t = 0.
 
     TypeError where config is no solver's, x no latent, velocity_fn no function; ValueError for a

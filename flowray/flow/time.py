@@ -1,4 +1,6 @@
-"""Training times: each sampler is the quantile function of its distribution, so that a draw is a function of a uniform number."""
+"""Training times: each sampler is the quantile function of its distribution, so that a draw is a
+function of a uniform number.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowray.config.flow import AlphaTime, FlowConfig, LogitNormalTime, LogSNRTime, TimeConfig, UniformTime
+from flowray.config.flow import (
+    AlphaTime,
+    FlowConfig,
+    LogitNormalTime,
+    LogSNRTime,
+    TimeConfig,
+    UniformTime,
+)
 from flowray.flow import expect
 
 
@@ -38,7 +47,9 @@ _QUANTILES: dict[type, Callable[[Any, Tensor], Tensor]] = {
 
 
 def time_config(config: FlowConfig, step: int, total: int) -> TimeConfig:
-    """The sampler in force at `step` (0-based) of a run of `total` steps: that of the first stage which has not ended, else `time`."""
+    """The sampler in force at `step` (0-based) of a run of `total` steps: that of the first
+    stage which has not ended, else `time`.
+    """
     if not isinstance(config, FlowConfig):
         raise TypeError(f"flow: want a FlowConfig, got {expect.described(config)}")
     expect.count("step", step, 0)
@@ -52,8 +63,8 @@ def time_config(config: FlowConfig, step: int, total: int) -> TimeConfig:
 def training_times(config: TimeConfig, u: Tensor) -> Tensor:
     """Times t (B,) in [0, 1] from uniform numbers u (B,) in [0, 1).
 
-    The first `uniform_floor` of the unit interval is spent on t ~ U[0, 1], so that no part of [0, 1] that sampling passes
-    through stays untrained; the rest goes through the quantile function.
+    The first `uniform_floor` of the unit interval is spent on t ~ U[0, 1], so that no part of [0,
+    1] that sampling passes through stays untrained; the rest goes through the quantile function.
     """
     quantile = expect.member("time", config, _QUANTILES)
     expect.floating("u", u, "(B,)", 1)

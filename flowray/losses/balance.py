@@ -1,8 +1,8 @@
 """Gradient balancing: multipliers of the loss weights from the Gramian of the losses' gradients.
 
-All that the methods need to know of the gradients g_i is G_ij = <g_i, g_j>: norms, cosines and, in PCGrad, every projection. So a
-method is a function from (G, losses, weights) to one multiplier per loss, and the step's direction is sum_i m_i w_i g_i. Ranks that
-agree on G agree on the direction.
+All that the methods need to know of the gradients g_i is G_ij = <g_i, g_j>: norms, cosines and, in
+PCGrad, every projection. So a method is a function from (G, losses, weights) to one multiplier per
+loss, and the step's direction is sum_i m_i w_i g_i. Ranks that agree on G agree on the direction.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowray.config.balance import BalanceConfig, GradNormBalance, NoBalance, PCGradBalance, SharesBalance
+from flowray.config.balance import (
+    BalanceConfig,
+    GradNormBalance,
+    NoBalance,
+    PCGradBalance,
+    SharesBalance,
+)
 from flowray.config.errors import InputError
 from flowray.flow import expect
 
@@ -32,10 +38,11 @@ NO_LOSS = 1e-6  # a loss nearer to 0 is 0: fp32 rounds its terms, of order 1, by
 
 @dataclass(frozen=True)
 class Measured:
-    """One step's gradients. gramian (L, L) fp64 on the CPU, of the unweighted losses, in the order of `losses`.
+    """One step's gradients. gramian (L, L) fp64 on the CPU, of the unweighted losses, in the order
+    of `losses`.
 
-    losses: means over the global batch; weights: those of this step; full: the weights before their schedules; seed: what a
-    method may draw random numbers from, the same on every rank.
+    losses: means over the global batch; weights: those of this step; full: the weights before their
+    schedules; seed: what a method may draw random numbers from, the same on every rank.
     """
 
     gramian: Tensor
@@ -77,7 +84,9 @@ def _check_gramian(gramian: Tensor, names: Collection[str]) -> None:
 
 @dataclass
 class BalanceState:
-    """What a method remembers: the multipliers, and GradNorm's losses when they first counted. Plain numbers, kept in JSON."""
+    """What a method remembers: the multipliers, and GradNorm's losses when they first counted.
+    Plain numbers, kept in JSON.
+    """
 
     multipliers: Values = field(default_factory=dict)
     initial: Values = field(default_factory=dict)
@@ -98,7 +107,8 @@ def _shares(config: SharesBalance, state: BalanceState, measured: Measured) -> V
 
 
 def _gradnorm(config: GradNormBalance, state: BalanceState, measured: Measured) -> Values:
-    """One step down sum_i |m_i n_i - mean(m n) r_i^alpha|, its gradient relative to the mean; then the m_i sum to their number again.
+    """One step down sum_i |m_i n_i - mean(m n) r_i^alpha|, its gradient relative to the mean; then
+    the m_i sum to their number again.
 
     r_i: the loss relative to its first value, over the mean of that. A loss that starts at 0 or
     falls below it has no such rate; its r is 1.
@@ -127,7 +137,8 @@ def _gradnorm(config: GradNormBalance, state: BalanceState, measured: Measured) 
 
 
 def _pcgrad(config: PCGradBalance, state: BalanceState, measured: Measured) -> Values:
-    """torchjd's weighting of the weighted gradients, summed as in the paper; its random order is drawn from `measured.seed`.
+    """torchjd's weighting of the weighted gradients, summed as in the paper; its random order is
+    drawn from `measured.seed`.
 
     A vanished gradient takes no part: its direction is rounding error, which must not be projected
     out of the others.
@@ -145,7 +156,9 @@ def _torchjd_pcgrad() -> Callable[[Tensor], Tensor]:
     try:
         from torchjd.aggregation import PCGradWeighting
     except ImportError:
-        raise InputError("loss.balance.kind: got pcgrad, which needs torchjd; type pip install 'flowray[pcgrad]'") from None
+        raise InputError(
+            "loss.balance.kind: got pcgrad, which needs torchjd; type pip install 'flowray[pcgrad]'"
+        ) from None
     return PCGradWeighting()
 
 
@@ -158,7 +171,10 @@ _METHODS: dict[type, Callable[[Any, BalanceState, Measured], Values]] = {
 
 
 class Balancer:
-    """The multipliers of a run, and when they move. `over` says which parameters' gradients the method sees."""
+    """The multipliers of a run, and when they move.
+
+    `over` says which parameters' gradients the method sees.
+    """
 
     def __init__(self, config: BalanceConfig):
         expect.member("balance", config, _METHODS)
@@ -198,15 +214,20 @@ class Balancer:
 
 
 def gradient_metrics(gramian: Tensor, factors: Values) -> Values:
-    """grad/<loss>, grad/<loss>_weighted and grad/cos_<a>_<b> of a Gramian (L, L) of unweighted gradients.
+    """grad/<loss>, grad/<loss>_weighted and grad/cos_<a>_<b> of a Gramian (L, L) of unweighted
+    gradients.
 
-    factors: by loss, in the Gramian's order, its weight at this step times its multiplier. A cosine with a vanished gradient is 0.
+    factors: by loss, in the Gramian's order, its weight at this step times its multiplier. A cosine
+    with a vanished gradient is 0.
     """
     _check_gramian(gramian, factors)
     names, norms = list(factors), gramian.diagonal().sqrt().tolist()
     least = VANISHED * max(norms, default=0.0)
     row = {f"grad/{name}": norm for name, norm in zip(names, norms, strict=True)}
-    row |= {f"grad/{name}_weighted": factors[name] * norm for name, norm in zip(names, norms, strict=True)}
+    row |= {
+        f"grad/{name}_weighted": factors[name] * norm
+        for name, norm in zip(names, norms, strict=True)
+    }
     for i, a in enumerate(names):
         for j in range(i + 1, len(names)):
             apart = min(norms[i], norms[j]) > least

@@ -1,4 +1,6 @@
-"""Each loss's own gradient of one forward pass, their Gramian, and the precision of that pass: what training and its probes share."""
+"""Each loss's own gradient of one forward pass, their Gramian, and the precision of that pass:
+what training and its probes share.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +15,29 @@ from flowray.config.recipe import Recipe
 from flowray.flow import expect
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SOURCE = ("text.", "head.")  # what lies before z0 and every loss reaches, by the start of a parameter's name
+# what lies before z0 and every loss reaches, by the start of a parameter's name
+SOURCE = ("text.", "head.")
 Parameters = Mapping[str, nn.Parameter]
 
 
 def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
-    """bf16 or fp16 autocast where the recipe asks for it; the weights, the path, the losses and the solver state stay fp32."""
+    """bf16 or fp16 autocast where the recipe asks for it; the weights, the path, the losses and
+    the solver state stay fp32.
+    """
     dtype = _DTYPES.get(recipe.train.precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def loss_gradients(losses: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Each loss's gradient as a row, (losses, numbers) fp32; zeros where a loss does not reach a parameter. `.grad` is not touched.
+    """Each loss's gradient as a row, (losses, numbers) fp32; zeros where a loss does not reach a
+    parameter. `.grad` is not touched.
 
     It takes that many times the memory of the gradient itself.
     """
-    rows = [torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True) for loss in losses]
+    rows = [
+        torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+        for loss in losses
+    ]
     return torch.stack([torch.cat([piece.flatten() for piece in row]) for row in rows])
 
 
@@ -43,7 +52,9 @@ def blocks(gradients: Tensor, parameters: Parameters) -> dict[str, Tensor]:
 
 
 def gramian(gradients: Tensor, parameters: Parameters, over: Literal["all", "source"]) -> Tensor:
-    """Inner products of the rows of `gradients`, (L, L) fp64 on the CPU, over all parameters or those of the `source` side."""
+    """Inner products of the rows of `gradients`, (L, L) fp64 on the CPU, over all parameters or
+    those of the `source` side.
+    """
     expect.one_of("over", over, ("all", "source"))
     expect.floating("gradients", gradients, "(losses, numbers)", 2)
     total = gradients.new_zeros(len(gradients), len(gradients), dtype=torch.float64)

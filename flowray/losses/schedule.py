@@ -19,7 +19,9 @@ _FACTORS: dict[type, Callable[[Any, int, int], float]] = {
     Constant: lambda config, step, total: 1.0,
     Linear: _linear,
     Until: lambda config, step, total: float(step < config.steps),
-    Cosine: lambda config, step, total: config.floor + (1 - config.floor) * (1 + math.cos(math.pi * min(step / total, 1))) / 2,
+    Cosine: lambda config, step, total: (
+        config.floor + (1 - config.floor) * (1 + math.cos(math.pi * min(step / total, 1))) / 2
+    ),
 }
 
 

@@ -34,8 +34,9 @@ from flowray.model.semantic import Views
 class Forward:
     """One training forward: latents (B, C, H, W) fp32.
 
-    z1 is each caption's own image latent; path.x1 is another sample's where the sample is null. `views` is what the semantic
-    networks made of it; `watched` what the terms tell besides their losses, by metric key.
+    z1 is each caption's own image latent; path.x1 is another sample's where the sample is null.
+    `views` is what the semantic networks made of it; `watched` what the terms tell besides their
+    losses, by metric key.
     """
 
     posterior: Posterior
@@ -43,7 +44,8 @@ class Forward:
     z1: Tensor
     path: PathSample
     v_pred: Tensor
-    lower: tuple[tuple[float, Tensor], ...] = ()  # a multi-resolution network's coarser velocities (B, C, H/k, W/k) and their weights
+    # a multi-resolution network's coarser velocities (B, C, H/k, W/k) and their weights
+    lower: tuple[tuple[float, Tensor], ...] = ()
     views: Views = field(default_factory=Views)
     watched: dict[str, Tensor] = field(default_factory=dict)
 
@@ -55,7 +57,9 @@ def flow_mse(v_pred: Tensor, v_target: Tensor) -> Tensor:
 
 
 def box_sum(v_target: Tensor, level: Tensor) -> Tensor:
-    """A coarser level's target: the sum over k x k boxes divided by k, which keeps the variance of white noise (DiMR)."""
+    """A coarser level's target: the sum over k x k boxes divided by k, which keeps the variance
+    of white noise (DiMR).
+    """
     for name, value in (("v_target", v_target), ("level", level)):
         expect.floating(name, value, LATENT, 4)
     k = max(v_target.shape[-1] // level.shape[-1], 1)
@@ -78,17 +82,20 @@ def kl_per_dim(mu: Tensor, logvar: Tensor, form: str) -> Tensor:
 
 
 def info_nce(text: Tensor, image: Tensor, scale: Tensor, *, gather: bool = False) -> Tensor:
-    """Symmetric InfoNCE of matched rows: the mean of the two cross-entropies; L2-normalised (B, dim).
+    """Symmetric InfoNCE of matched rows: the mean of the two cross-entropies; L2-normalised (B,
+    dim).
 
-    gather: the negatives are those of every rank, with gradient; the mean over ranks, of losses and of gradients, is then what
-    one process makes of the joined batch. ValueError where the shapes differ or are not (B, dim).
+    gather: the negatives are those of every rank, with gradient; the mean over ranks, of losses and
+    of gradients, is then what one process makes of the joined batch. ValueError where the shapes
+    differ or are not (B, dim).
     """
     expect.floating("text", text, "(B, dim)", 2)
     expect.alike("(B, dim)", text=text, image=image)
     text, image = text.float(), image.float()
     texts, images = (gather_rows(text), gather_rows(image)) if gather else (text, image)
     first = rank_and_world()[0] * len(text) if gather else 0
-    with torch.autocast(text.device.type, enabled=False):  # a bf16 product is off by 0.5 at scale 100
+    # a bf16 product is off by 0.5 at scale 100
+    with torch.autocast(text.device.type, enabled=False):
         of_text, of_image = scale.float() * text @ images.T, scale.float() * image @ texts.T
     labels = torch.arange(first, first + len(text), device=text.device)
     return (F.cross_entropy(of_text, labels) + F.cross_entropy(of_image, labels)) / 2
@@ -121,7 +128,9 @@ def _kl(config: KLLossConfig, forward: Forward) -> Tensor:
 
 def _built(view: Any, name: str) -> Any:
     if view is None:
-        raise RuntimeError(f"loss.{name} needs its semantic network, which is built where its weight is above 0")
+        raise RuntimeError(
+            f"loss.{name} needs its semantic network, which is built where its weight is above 0"
+        )
     return view
 
 
@@ -133,7 +142,11 @@ def _clip(config: ClipLossConfig, forward: Forward) -> Tensor:
 def _dino(config: DinoLossConfig, forward: Forward) -> Tensor:
     student, teacher = _built(forward.views.dino, "dino")
     targets = F.softmax(teacher.float() / config.teacher_temperature, dim=-1)
-    return -(targets * F.log_softmax(student.float() / config.student_temperature, dim=-1)).sum(-1).mean()
+    return (
+        -(targets * F.log_softmax(student.float() / config.student_temperature, dim=-1))
+        .sum(-1)
+        .mean()
+    )
 
 
 def _repa(config: RepaLossConfig, forward: Forward) -> Tensor:
@@ -151,7 +164,9 @@ def _tv(config: TVLossConfig, forward: Forward) -> Tensor:
 
 
 def _norm(config: NormLossConfig, forward: Forward) -> Tensor:
-    predicted, target = (v.float().flatten(1).norm(dim=1) for v in (forward.v_pred, forward.path.v_target.detach()))
+    predicted, target = (
+        v.float().flatten(1).norm(dim=1) for v in (forward.v_pred, forward.path.v_target.detach())
+    )
     return (predicted - target).square().mean()
 
 
@@ -180,7 +195,9 @@ def loss_term(config: TermConfig, forward: Forward) -> Tensor:
 
 @torch.no_grad()
 def watch(config: LossConfig, forward: Forward) -> dict[str, Tensor]:
-    """What the terms tell besides their losses: the KL summed over latent dims in its configured form, DINO's entropies."""
+    """What the terms tell besides their losses: the KL summed over latent dims in its configured
+    form, DINO's entropies.
+    """
     told = {"loss/kl_raw": _kl(config.kl, forward) * forward.posterior.mu[0].numel()}
     if forward.views.dino is not None:
         student, teacher = forward.views.dino

@@ -1,4 +1,6 @@
-"""The training objective as one module: a batch in, every loss and what probes want to see of the forward pass out."""
+"""The training objective as one module: a batch in, every loss and what probes want to see of
+the forward pass out.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from flowray.model.assemble import FlowModel
 class Batch:
     """One rank's share of a step. z1, target, noise (B, C, H, W) fp32; t (B,) fp32; null (B,) bool.
 
-    z1 is each caption's own image latent; target is the latent the velocity is trained towards, another sample's where null.
+    z1 is each caption's own image latent; target is the latent the velocity is trained towards,
+    another sample's where null.
     """
 
     captions: Sequence[str]
@@ -47,43 +50,69 @@ class Batch:
 def active_terms(config: LossConfig) -> dict[str, TermConfig]:
     """Terms of weight above 0, by name."""
     terms = {name: getattr(config, name) for name in LossConfig.model_fields}
-    return {name: term for name, term in terms.items() if isinstance(term, TermConfig) and term.weight > 0}
+    return {
+        name: term
+        for name, term in terms.items()
+        if isinstance(term, TermConfig) and term.weight > 0
+    }
 
 
 def weights_at(config: LossConfig, step: int, total: int) -> dict[str, float]:
     """Every active term's weight at a step."""
-    return {name: weight_at(term.weight, term.schedule, step, total) for name, term in active_terms(config).items()}
+    return {
+        name: weight_at(term.weight, term.schedule, step, total)
+        for name, term in active_terms(config).items()
+    }
 
 
 class Objective(nn.Module):
-    """The model and its losses; what DistributedDataParallel wraps. velocity_fp32: the velocity network ignores autocast."""
+    """The model and its losses; what DistributedDataParallel wraps. velocity_fp32: the velocity
+    network ignores autocast.
+    """
 
-    def __init__(self, model: FlowModel, flow: FlowConfig, loss: LossConfig, *, velocity_fp32: bool = False):
+    def __init__(
+        self, model: FlowModel, flow: FlowConfig, loss: LossConfig, *, velocity_fp32: bool = False
+    ):
         super().__init__()
         self.model, self.flow, self.loss, self.velocity_fp32 = model, flow, loss, velocity_fp32
 
     def run(self, batch: Batch, idle: frozenset[str] = frozenset()) -> Forward:
-        """The forward pass of a batch: text to z0, the path, the velocity, the semantic networks."""
+        """The forward pass of a batch: text to z0, the path, the velocity, the semantic
+        networks.
+        """
         semantic = self.model.semantic
         posterior, z0 = self.model.source(batch.captions, batch.noise)
-        path = sample_path(batch.t, z0, batch.target, self.flow.path.rho, self.loss.flow.source_grad)
-        island = torch.autocast(path.xt.device.type, enabled=False) if self.velocity_fp32 else nullcontext()
+        path = sample_path(
+            batch.t, z0, batch.target, self.flow.path.rho, self.loss.flow.source_grad
+        )
+        island = (
+            torch.autocast(path.xt.device.type, enabled=False)
+            if self.velocity_fp32
+            else nullcontext()
+        )
         with semantic.listen(self.model.velocity) as tokens, island:
             *lower, v_pred = self.model.velocity.levels(path.xt, time_code(path.t), batch.null)
-        weighted = tuple(zip(self.model.velocity.level_weights, lower, strict=False))  # the last weight, 1, is the velocity's own
+        # the last weight, 1, is the velocity's own
+        weighted = tuple(zip(self.model.velocity.level_weights, lower, strict=False))
         estimate = path.xt + (1 - expand(path.t, path.xt)) * v_pred.float()
         views = semantic(z0, batch.z1, path.x1, estimate, tokens, idle)
         forward = Forward(posterior, z0, batch.z1, path, v_pred, weighted, views)
         return replace(forward, watched=watch(self.loss, forward))
 
-    def forward(self, batch: Batch, idle: frozenset[str] = frozenset()) -> tuple[dict[str, Tensor], Forward]:
+    def forward(
+        self, batch: Batch, idle: frozenset[str] = frozenset()
+    ) -> tuple[dict[str, Tensor], Forward]:
         """(unweighted losses by name, the forward pass). idle: terms of weight 0 at this step.
 
-        Of these lpips, which is dear and trains nothing of its own, is not computed; the others are, for their metrics and
-        because every rank must use every parameter.
+        Of these lpips, which is dear and trains nothing of its own, is not computed; the others
+        are, for their metrics and because every rank must use every parameter.
         """
         forward = self.run(batch, idle)
-        terms = {name: term for name, term in active_terms(self.loss).items() if name != "lpips" or name not in idle}
+        terms = {
+            name: term
+            for name, term in active_terms(self.loss).items()
+            if name != "lpips" or name not in idle
+        }
         return {name: loss_term(term, forward) for name, term in terms.items()}, forward
 
 

@@ -19,8 +19,9 @@ from flowray.model.velocity import build_velocity
 class FlowModel(nn.Module):
     """Text side, head, velocity network, and the networks of the semantic losses that are on.
 
-    The autoencoder is not in here: it is frozen, has no part in a training step on cached latents, and is loaded where pictures
-    are made. Only semantic losses that look at pictures bring one, inside `semantic`.
+    The autoencoder is not in here: it is frozen, has no part in a training step on cached latents,
+    and is loaded where pictures are made. Only semantic losses that look at pictures bring one,
+    inside `semantic`.
     """
 
     def __init__(self, config: ModelConfig, loss: LossConfig, text: TextModel):
@@ -36,7 +37,10 @@ class FlowModel(nn.Module):
         mu, logvar = self.head(self.text(prompts))
         expected = (len(prompts.ids), *self.config.latent.shape)
         if mu.shape != expected:
-            raise ValueError(f"the head made a text latent of shape {tuple(mu.shape)}, model.latent wants {expected}")
+            raise ValueError(
+                f"the head made a text latent of shape {tuple(mu.shape)}, model.latent wants"
+                f" {expected}"
+            )
         return make_posterior(self.config.posterior, mu, logvar)
 
     def source(self, captions: Sequence[str], noise: Tensor) -> tuple[Posterior, Tensor]:
@@ -50,7 +54,9 @@ class FlowModel(nn.Module):
 
 
 def build_model(config: ModelConfig, loss: LossConfig, seed: int) -> FlowModel:
-    """A fresh model whose initial weights depend on the seed alone; the global RNG is left as it was."""
+    """A fresh model whose initial weights depend on the seed alone; the global RNG is left as it
+    was.
+    """
     with torch.random.fork_rng(devices=[]):
         text = load_text(config.text)
         torch.manual_seed(seed)
@@ -67,7 +73,8 @@ def planned_model(config: ModelConfig, loss: LossConfig) -> FlowModel:
 
 
 def part_sizes(model: FlowModel, *, trainable: bool | None = None) -> dict[str, int]:
-    """Parameters of every part, disjoint, no totals: `head`, and one level deeper `text.*`, `velocity.*`, `semantic.*`.
+    """Parameters of every part, disjoint, no totals: `head`, and one level deeper `text.*`,
+    `velocity.*`, `semantic.*`.
 
     trainable: count only those that train, or only those that do not.
     """
@@ -75,5 +82,7 @@ def part_sizes(model: FlowModel, *, trainable: bool | None = None) -> dict[str, 
     for name, parameter in model.named_parameters():
         top, inner, *_ = name.split(".")
         part = top if top == "head" else f"{top}.{inner}"
-        parts[part] = parts.get(part, 0) + (parameter.numel() if trainable in (None, parameter.requires_grad) else 0)
+        parts[part] = parts.get(part, 0) + (
+            parameter.numel() if trainable in (None, parameter.requires_grad) else 0
+        )
     return parts

@@ -1,6 +1,7 @@
 """One wrapper around diffusers' autoencoders that owns the latent scale.
 
-The scale is applied once, in `sample`, and undone once, in `decode`; nothing outside multiplies by it.
+The scale is applied once, in `sample`, and undone once, in `decode`; nothing outside multiplies by
+it.
 """
 
 from __future__ import annotations
@@ -20,18 +21,26 @@ from flowray.model.files import AUTOENCODER, ModelFiles, beside, open_autoencode
 from flowray.model.latent import LatentScale, Moments, PerChannel
 from flowray.model.local import local_place
 from flowray.model.pretrained import loading
-from flowray.model.singlefile import ldm_config, load_single_file, read_single_file, refuse_bare_file
+from flowray.model.singlefile import (
+    ldm_config,
+    load_single_file,
+    read_single_file,
+    refuse_bare_file,
+)
 
 SANA_FACTOR = 0.41407  # of DC-AE f32c32 for SANA (diffusers' conversion script, SANA's configs)
 DETERMINISTIC_LOGVAR = -30.0  # exp(0.5 * -30) = 3e-7: a point, in the form of a gaussian
-_NETS: dict[type[KLAutoencoder | DCAutoencoder], Any] = {KLAutoencoder: AutoencoderKL, DCAutoencoder: AutoencoderDC}
+_NETS: dict[type[KLAutoencoder | DCAutoencoder], Any] = {
+    KLAutoencoder: AutoencoderKL,
+    DCAutoencoder: AutoencoderDC,
+}
 
 
 class Autoencoder(nn.Module):
     """A frozen autoencoder with the scale inside. Pictures are float (B, 3, H, W) in [-1, 1].
 
-    It stays in eval mode and without gradients on its parameters, whatever module holds it; `decode_with_grad` lets gradients
-    flow into z.
+    It stays in eval mode and without gradients on its parameters, whatever module holds it;
+    `decode_with_grad` lets gradients flow into z.
     """
 
     def __init__(self, net: Any, latent: LatentSpec, scale: LatentScale):
@@ -54,8 +63,9 @@ class Autoencoder(nn.Module):
             moments = Moments(mean, logvar.clamp(-30.0, 20.0))
         if moments.mean.shape[1:] != self.latent.shape:
             raise ValueError(
-                f"the autoencoder made latents of shape {tuple(moments.mean.shape[1:])} from pictures of "
-                f"{tuple(pictures.shape[1:])}, but model.latent says {self.latent.shape}"
+                f"the autoencoder made latents of shape {tuple(moments.mean.shape[1:])} from"
+                f" pictures of {tuple(pictures.shape[1:])}, but model.latent says"
+                f" {self.latent.shape}"
             )
         return moments
 
@@ -65,18 +75,23 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), about [-1, 1], from scaled latents (B, C, H, W); never with a gradient."""
+        """Pictures (B, 3, H, W), about [-1, 1], from scaled latents (B, C, H, W); never with a
+        gradient.
+        """
         return self.decode_with_grad(z)
 
     def decode_with_grad(self, z: Tensor) -> Tensor:
-        """The same pictures with the gradient kept into z, for losses on decoded latents; the weights never get one."""
+        """The same pictures with the gradient kept into z, for losses on decoded latents; the
+        weights never get one.
+        """
         return self.net.decode(self.scale.unscale(z)).sample
 
 
 def load_autoencoder(config: AutoencoderConfig, latent: LatentSpec) -> Autoencoder:
     """Load the weights and settle the scale: the recipe's, else the one in the model's own config.
 
-    InputError, one line: nothing there, another kind of autoencoder, weights missing, or other channels than `latent` has.
+    InputError, one line: nothing there, another kind of autoencoder, weights missing, or other
+    channels than `latent` has.
     """
     net = _load(config)
     if isinstance(config, DCAutoencoder):
@@ -85,7 +100,10 @@ def load_autoencoder(config: AutoencoderConfig, latent: LatentSpec) -> Autoencod
         scale = _kl_scale(net, config)
     channels = net.config.latent_channels
     if channels != latent.channels:
-        raise InputError(f"model.latent.channels: got {latent.channels}, but the autoencoder in {config.path!r} makes {channels}")
+        raise InputError(
+            f"model.latent.channels: got {latent.channels}, but the autoencoder in {config.path!r}"
+            f" makes {channels}"
+        )
     return Autoencoder(net, latent, scale)
 
 
@@ -132,23 +150,33 @@ def _refuse_other_kind(files: ModelFiles, model_class: Any) -> None:
 
 
 def _dc_factor(net: Any) -> float:
-    """The config's factor; SANA's where an f32c32 states none, for diffusers then reads 1.0, as SANA and OpenUni also do."""
+    """The config's factor; SANA's where an f32c32 states none, for diffusers then reads 1.0, as
+    SANA and OpenUni also do.
+    """
     factor = float(net.config.scaling_factor or 1.0)
     sana = net.config.latent_channels == 32 and net.spatial_compression_ratio == 32
     return SANA_FACTOR if factor == 1.0 and sana else factor
 
 
 def _kl_scale(net: Any, config: KLAutoencoder) -> LatentScale:
-    """(raw - mean) * factor / std with the config's statistics per channel where it has them, else (raw - shift) * factor."""
+    """(raw - mean) * factor / std with the config's statistics per channel where it has them,
+    else (raw - shift) * factor.
+    """
     factor = config.scaling_factor or float(net.config.scaling_factor)
     mean, std = net.config.latents_mean, net.config.latents_std
     scale: PerChannel = tuple(factor / float(s) for s in std) if std else factor
     shift: PerChannel = tuple(map(float, mean)) if mean else float(net.config.shift_factor or 0.0)
-    return LatentScale(scale, config.shift_factor if config.shift_factor is not None else shift, deterministic=False)
+    return LatentScale(
+        scale,
+        config.shift_factor if config.shift_factor is not None else shift,
+        deterministic=False,
+    )
 
 
 def compression(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(channels, px a cell) of the latents, by the config.json of an AutoencoderKL or AutoencoderDC; None of another."""
+    """(channels, px a cell) of the latents, by the config.json of an AutoencoderKL or
+    AutoencoderDC; None of another.
+    """
     blocks = config.get("encoder_block_out_channels") or config.get("block_out_channels")
     channels = config.get("latent_channels")
     return (int(channels), 2 ** (len(blocks) - 1)) if blocks and channels else None
@@ -159,7 +187,11 @@ def planned_compression(config: AutoencoderConfig) -> tuple[int, int] | None:
     if local_place(config.path, "autoencoder") is None:
         return None
     files = open_autoencoder(config.path, weights=False)
-    own = ldm_config(read_single_file(files, AUTOENCODER)) if isinstance(files, Path) else files.config
+    own = (
+        ldm_config(read_single_file(files, AUTOENCODER))
+        if isinstance(files, Path)
+        else files.config
+    )
     return compression(own)
 
 

@@ -1,4 +1,6 @@
-"""Frozen text models from checkpoints in transformers' own formats: a causal LM, the one inside a VLM, or a text encoder."""
+"""Frozen text models from checkpoints in transformers' own formats: a causal LM, the one inside
+a VLM, or a text encoder.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,15 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A VLM's checkpoint names its language model `language_model.model.*`, `model.language_model.*`
 # or, the older Qwen-VL, `model.*`.
 _TO_LANGUAGE_MODEL = {r"^(model\.)?language_model\.(model\.)?": ""}
-# What a pass over padded prompts, and one over queries with the prompts' keys and values, hands over.
+# What a pass over padded prompts, and one over queries with the prompts' keys and values, hands
+# over.
 _CACHED_PASS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
 
 
 def _causal(files: ModelFiles, config: Any, dtype: torch.dtype) -> Any:
-    """A causal LM without its output layer; of a vision-language model only the language model is read."""
+    """A causal LM without its output layer; of a vision-language model only the language model
+    is read.
+    """
     language = config.get_text_config()
     if not _is_causal(config):
         hint = "give a causal language model"
@@ -47,7 +52,9 @@ def _causal(files: ModelFiles, config: Any, dtype: torch.dtype) -> Any:
         raise InputError(f"{_holds(files, config)}, which {why}; {instead}")
     if language is config:
         return load_weights(model_class, files, TEXT, dtype)
-    return load_weights(model_class, files, TEXT, dtype, config=language, key_mapping=_TO_LANGUAGE_MODEL)
+    return load_weights(
+        model_class, files, TEXT, dtype, config=language, key_mapping=_TO_LANGUAGE_MODEL
+    )
 
 
 def _is_causal(config: Any) -> bool:
@@ -63,13 +70,22 @@ def is_encoder(config: Any) -> bool:
 
 
 def _encoder(files: ModelFiles, config: Any, dtype: torch.dtype) -> Any:
-    """The text encoder of a checkpoint: T5's encoder without its decoder, CLIP's text model without its tower, or the model itself."""
+    """The text encoder of a checkpoint: T5's encoder without its decoder, CLIP's text model
+    without its tower, or the model itself.
+    """
     known = _encoder_config(config)
     if known is None:
         hint = "a language model takes model.text.kind=causal_lm"
         raise InputError(f"{_holds(files, config)}, not a text encoder (CLIP, T5, BERT); {hint}")
     # the pooler's output is not read
-    return load_weights(MODEL_FOR_TEXT_ENCODING_MAPPING[type(known)], files, TEXT, dtype, unread="pooler", config=known)
+    return load_weights(
+        MODEL_FOR_TEXT_ENCODING_MAPPING[type(known)],
+        files,
+        TEXT,
+        dtype,
+        unread="pooler",
+        config=known,
+    )
 
 
 def _encoder_config(config: Any) -> Any | None:
@@ -82,11 +98,16 @@ def _holds(files: ModelFiles, config: Any) -> str:
     return f"{TEXT}: {str(files.folder)!r} holds a {config.model_type}"
 
 
-_LOADERS: dict[type, Callable[[ModelFiles, Any, torch.dtype], Any]] = {CausalText: _causal, EncoderText: _encoder}
+_LOADERS: dict[type, Callable[[ModelFiles, Any, torch.dtype], Any]] = {
+    CausalText: _causal,
+    EncoderText: _encoder,
+}
 
 
 def load_backbone(config: TextConfig) -> Any:
-    """The frozen model of a folder, a hub name that is here, or the shipped one; else InputError."""
+    """The frozen model of a folder, a hub name that is here, or the shipped one; else
+    InputError.
+    """
     return _backbone(config, open_model(config.path, TEXT, "text_encoder"))
 
 
@@ -98,7 +119,9 @@ def planned_backbone(config: TextConfig) -> Any | None:
 
 
 def _backbone(config: TextConfig, files: ModelFiles) -> Any:
-    backbone = _LOADERS[type(config)](files, transformers_config(files, TEXT, "text_encoder"), _DTYPES[config.dtype])
+    backbone = _LOADERS[type(config)](
+        files, transformers_config(files, TEXT, "text_encoder"), _DTYPES[config.dtype]
+    )
     width = backbone_width(backbone)
     if config.width not in (None, width):
         have = f"the weights in {str(files.folder)!r} have {width}"

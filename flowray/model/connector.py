@@ -1,6 +1,8 @@
-"""The connector: trainable bidirectional layers between a frozen text model and a head (OpenUni, arXiv 2505.23661).
+"""The connector: trainable bidirectional layers between a frozen text model and a head (OpenUni,
+arXiv 2505.23661).
 
-No position table: meta queries are told apart by what they learnt, an encoder's tokens by the encoder's own positions.
+No position table: meta queries are told apart by what they learnt, an encoder's tokens by the
+encoder's own positions.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ EPS = 1e-6
 
 
 class ConnectorLayer(nn.Module):
-    """Pre-norm self-attention and MLP, as in SigLIP's encoder or in Qwen2's layers without their causal mask."""
+    """Pre-norm self-attention and MLP, as in SigLIP's encoder or in Qwen2's layers without their
+    causal mask.
+    """
 
     def __init__(self, config: ConnectorConfig):
         super().__init__()
@@ -27,12 +31,20 @@ class ConnectorLayer(nn.Module):
         self.norm_attention, self.norm_mlp = norm(hidden, eps=EPS), norm(hidden, eps=EPS)
         self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden, bias=bias)
         head = hidden // config.heads
-        self.norm_q, self.norm_k = (norm(head, eps=EPS) if config.qk_norm else nn.Identity() for _ in range(2))
-        self.up, self.down = nn.Linear(hidden, inner * (2 if self.gated else 1), bias=bias), nn.Linear(inner, hidden, bias=bias)
+        self.norm_q, self.norm_k = (
+            norm(head, eps=EPS) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
+        self.up, self.down = (
+            nn.Linear(hidden, inner * (2 if self.gated else 1), bias=bias),
+            nn.Linear(inner, hidden, bias=bias),
+        )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         query, key, value = self.qkv(self.norm_attention(x)).chunk(3, dim=-1)
-        query, key = (norm(t.unflatten(-1, (self.heads, -1))).flatten(-2) for norm, t in ((self.norm_q, query), (self.norm_k, key)))
+        query, key = (
+            norm(t.unflatten(-1, (self.heads, -1))).flatten(-2)
+            for norm, t in ((self.norm_q, query), (self.norm_k, key))
+        )
         x = x + self.out(attention(query, key, value, self.heads, mask))
         inner = self.up(self.norm_mlp(x))
         if self.gated:
@@ -42,7 +54,8 @@ class ConnectorLayer(nn.Module):
 
 
 class Connector(nn.Module):
-    """Tokens (B, N, width) and mask (B, N) bool -> (B, N, out); every token reads every other that the mask has.
+    """Tokens (B, N, width) and mask (B, N) bool -> (B, N, out); every token reads every other that
+    the mask has.
 
     A linear brings tokens of another width to `hidden` first.
     """
@@ -56,7 +69,9 @@ class Connector(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Draw all weights anew from the global RNG: Xavier-uniform matrices, zero biases, unit norms."""
+        """Draw all weights anew from the global RNG: Xavier-uniform matrices, zero biases, unit
+        norms.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

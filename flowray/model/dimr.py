@@ -1,7 +1,9 @@
-"""DiMR: a velocity network of several resolutions (Liu et al., arXiv 2406.09416, as CrossFlow trains it).
+"""DiMR: a velocity network of several resolutions (Liu et al., arXiv 2406.09416, as CrossFlow
+trains it).
 
-A transformer stage at the lowest resolution, ConvNeXt stages above it, each twice as fine; every stage reads x_t by patches of
-its own size and predicts a velocity of its own resolution. Time enters through the norms alone, the null indicator as one token.
+A transformer stage at the lowest resolution, ConvNeXt stages above it, each twice as fine; every
+stage reads x_t by patches of its own size and predicts a velocity of its own resolution. Time
+enters through the norms alone, the null indicator as one token.
 """
 
 from __future__ import annotations
@@ -18,16 +20,23 @@ from flowray.model.levels import TokenBlocks, VelocityNet, checked, run_block
 
 
 class TimeVector(nn.Module):
-    """A vector that depends on tau = time code / 4: p1 + sigmoid(w tau + b) (p0 - p1), each of size (width,); at first `start`."""
+    """A vector that depends on tau = time code / 4: p1 + sigmoid(w tau + b) (p0 - p1), each of
+    size (width,); at first `start`.
+    """
 
     def __init__(self, width: int, start: float):
         super().__init__()
-        self.p0, self.p1 = nn.Parameter(torch.full((width,), start)), nn.Parameter(torch.full((width,), start))
+        self.p0, self.p1 = (
+            nn.Parameter(torch.full((width,), start)),
+            nn.Parameter(torch.full((width,), start)),
+        )
         self.w, self.b = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
 
     def forward(self, tau: Tensor, like: Tensor) -> Tensor:
         """tau (B,) -> (B, 1, ..., 1, width), with as many dims as `like`."""
-        moved: Tensor = self.p1 + torch.sigmoid(tau[:, None] * self.w + self.b) * (self.p0 - self.p1)
+        moved: Tensor = self.p1 + torch.sigmoid(tau[:, None] * self.w + self.b) * (
+            self.p0 - self.p1
+        )
         return moved.view(len(tau), *[1] * (like.ndim - 2), -1)
 
 
@@ -48,7 +57,9 @@ class TDRMSNorm(nn.Module):
 
 
 class TDLayerNorm(nn.Module):
-    """LayerNorm with a time-dependent scale and shift; the norms between the stages and before the velocities are of this kind."""
+    """LayerNorm with a time-dependent scale and shift; the norms between the stages and before
+    the velocities are of this kind.
+    """
 
     EPS = 1e-5
 
@@ -68,7 +79,11 @@ class GatedMLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.norm = TDRMSNorm(width)
-        self.w0, self.w1, self.w2 = nn.Linear(width, hidden), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.w0, self.w1, self.w2 = (
+            nn.Linear(width, hidden),
+            nn.Linear(width, hidden),
+            nn.Linear(hidden, width),
+        )
 
     def forward(self, x: Tensor, tau: Tensor) -> Tensor:
         x = self.norm(x, tau)
@@ -105,7 +120,8 @@ class ConvNeXtBlock(nn.Module):
 
 
 class NullToken(nn.Module):
-    """One token (B, 1, width) that says whether a sample is null: a learned scalar each, at first -1 null and 1 not, over all channels.
+    """One token (B, 1, width) that says whether a sample is null: a learned scalar each, at first
+    -1 null and 1 not, over all channels.
 
     An RMS norm leaves such a token its sign; a LayerNorm would make nothing of it.
     """
@@ -120,7 +136,9 @@ class NullToken(nn.Module):
 
 
 class Upsample(nn.Module):
-    """All states of the stage below, (B, h, w, below) -> (B, 2h, 2w, width): norm, linear pixel shuffle, norm."""
+    """All states of the stage below, (B, h, w, below) -> (B, 2h, 2w, width): norm, linear pixel
+    shuffle, norm.
+    """
 
     def __init__(self, below: int, width: int):
         super().__init__()
@@ -133,9 +151,11 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """One resolution: patches in, a U of blocks (half in, one in the middle, half out with long skips), a velocity out.
+    """One resolution: patches in, a U of blocks (half in, one in the middle, half out with long
+    skips), a velocity out.
 
-    below: width of the lower stage's states; None for the lowest stage, which is the transformer and takes the null token.
+    below: width of the lower stage's states; None for the lowest stage, which is the transformer
+    and takes the null token.
     """
 
     def __init__(self, config: DiMRVelocity, level: int, latent: LatentSpec, below: int | None):
@@ -144,11 +164,15 @@ class Stage(nn.Module):
         self.again = config.gradient_checkpointing
         hidden = int(width * config.mlp_ratio)
         self.patch_in = nn.Linear(latent.channels * self.patch**2, width)
-        self.positions = nn.Parameter(torch.randn(latent.height // self.patch, latent.width // self.patch, width) * 0.02)
+        self.positions = nn.Parameter(
+            torch.randn(latent.height // self.patch, latent.width // self.patch, width) * 0.02
+        )
         self.upsample = None if below is None else Upsample(below, width)
         self.null = NullToken(width) if below is None else None
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, hidden, config.heads) if below is None else ConvNeXtBlock(width, hidden, config.kernel)
+            TransformerBlock(width, hidden, config.heads)
+            if below is None
+            else ConvNeXtBlock(width, hidden, config.kernel)
             for _ in range(depth)
         )
         self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth // 2))
@@ -157,9 +181,18 @@ class Stage(nn.Module):
         for p in self.out.parameters():
             nn.init.zeros_(p)
 
-    def forward(self, x: Tensor, tau: Tensor, null: Tensor, below: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """x (B, C, H, W) -> velocity (B, C, H/p, W/p) and all states, depth + 1 of (B, H/p, W/p, width); below: the lower stage's."""
-        h = self.patch_in(rearrange(x, "b c (h p) (w q) -> b h w (c p q)", p=self.patch, q=self.patch)) + self.positions
+    def forward(
+        self, x: Tensor, tau: Tensor, null: Tensor, below: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x (B, C, H, W) -> velocity (B, C, H/p, W/p) and all states, depth + 1 of (B, H/p, W/p,
+        width); below: the lower stage's.
+        """
+        h = (
+            self.patch_in(
+                rearrange(x, "b c (h p) (w q) -> b h w (c p q)", p=self.patch, q=self.patch)
+            )
+            + self.positions
+        )
         rows, columns = h.shape[1:3]
         if self.upsample is not None and below is not None:
             h = h + self.upsample(torch.cat(below, dim=-1), tau)
@@ -194,7 +227,9 @@ class DiMR(VelocityNet):
         self.config, self.level_weights = config, config.level_weights
         below = None
         for level, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
-            self.add_module(f"convnext_{level}" if level else "transformer", Stage(config, level, latent, below))
+            self.add_module(
+                f"convnext_{level}" if level else "transformer", Stage(config, level, latent, below)
+            )
             below = width * (depth + 1)
 
     def token_blocks(self) -> TokenBlocks:

@@ -13,7 +13,9 @@ from flowray.model.levels import TimeEmbedding, TokenBlocks, VelocityNet, run_bl
 
 
 class DiTBlock(nn.Module):
-    """Transformer block whose shifts, scales and gates come from the condition; the gates start at zero (adaLN-zero)."""
+    """Transformer block whose shifts, scales and gates come from the condition; the gates start
+    at zero (adaLN-zero).
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
@@ -22,12 +24,18 @@ class DiTBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(width, elementwise_affine=False)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         hidden = int(width * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
+        )
         self.modulation = zero_init(nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
-        query, key, value = self.qkv(self.norm_attention(x) * (1 + scale_a) + shift_a).chunk(3, dim=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+            self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
+        )
+        query, key, value = self.qkv(self.norm_attention(x) * (1 + scale_a) + shift_a).chunk(
+            3, dim=-1
+        )
         x = x + gate_a * self.out(attention(query, key, value, self.heads))
         return x + gate_m * self.mlp(self.norm_mlp(x) * (1 + scale_m) + shift_m)
 
@@ -40,7 +48,8 @@ def zero_init(layer: nn.Linear) -> nn.Linear:
 
 
 class DiT(VelocityNet):
-    """Diffusion transformer (arXiv 2212.09748), conditioned on the time code and the null indicator alone.
+    """Diffusion transformer (arXiv 2212.09748), conditioned on the time code and the null indicator
+    alone.
 
     The caption is in x itself: x starts as the text latent.
     """
@@ -53,11 +62,15 @@ class DiT(VelocityNet):
         rows, columns = latent.height // config.patch, latent.width // config.patch
         self.patch_in = nn.Linear(latent.channels * config.patch**2, config.width)
         self.positions: Tensor
-        self.register_buffer("positions", positions_2d(rows, columns, config.width), persistent=False)
+        self.register_buffer(
+            "positions", positions_2d(rows, columns, config.width), persistent=False
+        )
         self.time = TimeEmbedding(config.time, config.width)
         self.null = nn.Embedding(2, config.width)
         nn.init.normal_(self.null.weight, std=0.02)
-        self.blocks = nn.ModuleList(DiTBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)
+        )
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
         self.modulation = zero_init(nn.Linear(config.width, 2 * config.width))
         self.patch_out = zero_init(nn.Linear(config.width, latent.channels * config.patch**2))
@@ -68,7 +81,10 @@ class DiT(VelocityNet):
     def levels(self, x: Tensor, time_code: Tensor, null: Tensor) -> tuple[Tensor, ...]:
         """One velocity, of the latent's shape."""
         p, rows = self.config.patch, self.latent.height // self.config.patch
-        tokens = self.patch_in(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)) + self.positions
+        tokens = (
+            self.patch_in(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
+            + self.positions
+        )
         condition, indicator = self.time(time_code), self.null(null.long())
         if self.config.indicator == "token":
             tokens = torch.cat([indicator[:, None].to(tokens.dtype), tokens], dim=1)

@@ -38,12 +38,7 @@ class ModelFiles(NamedTuple):
 
 
 def find_model(
-    path: str,
-    where: str,
-    part: Part,
-    embedded: str = "text",
-    *,
-    weights: bool = True,
+    path: str, where: str, part: Part, embedded: str = "text", *, weights: bool = True
 ) -> Path:
     """The folder with the config.json of `path`, or the file it names; of a pipeline its `part`.
 
@@ -83,12 +78,7 @@ def beside(folder: Path, part: Part, where: str) -> str:
 
 
 def open_model(
-    path: str,
-    where: str,
-    part: Part,
-    embedded: str = "text",
-    *,
-    weights: bool = True,
+    path: str, where: str, part: Part, embedded: str = "text", *, weights: bool = True
 ) -> ModelFiles:
     """What a loader needs to know of `path`; weights False: for a plan, config.json is enough.
 
@@ -180,9 +170,7 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
 
 
 def _weight_sets(
-    folder: Path,
-    forms: tuple[tuple[str, str], ...],
-    where: str,
+    folder: Path, forms: tuple[tuple[str, str], ...], where: str
 ) -> dict[str | None, tuple[Path, ...]]:
     """variant -> its files, which an index may name in vain; None: the plain ones."""
     found: dict[str | None, tuple[Path, ...]] = {}

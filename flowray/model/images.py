@@ -27,7 +27,10 @@ from flowray.model.pretrained import load_weights, planning, transformers_config
 
 Channels = tuple[float, float, float]
 IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-OPENAI: tuple[Channels, Channels] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+OPENAI: tuple[Channels, Channels] = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
 HALVES: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -40,7 +43,9 @@ class ImageFeatures(NamedTuple):
 
 @dataclass(frozen=True)
 class _Family:
-    """net: model classes by `model_type`, the first for a tower without weights; extra: tokens before the patches."""
+    """net: model classes by `model_type`, the first for a tower without weights; extra: tokens
+    before the patches.
+    """
 
     nets: dict[str, Any]
     config: Any
@@ -49,21 +54,40 @@ class _Family:
 
 
 _FAMILIES: dict[type, _Family] = {
-    SiglipNet: _Family({"siglip_vision_model": SiglipVisionModel, "siglip": SiglipVisionModel}, SiglipVisionConfig, HALVES, 0),
-    ClipNet: _Family({"clip_vision_model": CLIPVisionModel, "clip": CLIPVisionModel}, CLIPVisionConfig, OPENAI, 1),
-    DinoV2Net: _Family({"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}, Dinov2Config, IMAGENET, 1),
+    SiglipNet: _Family(
+        {"siglip_vision_model": SiglipVisionModel, "siglip": SiglipVisionModel},
+        SiglipVisionConfig,
+        HALVES,
+        0,
+    ),
+    ClipNet: _Family(
+        {"clip_vision_model": CLIPVisionModel, "clip": CLIPVisionModel}, CLIPVisionConfig, OPENAI, 1
+    ),
+    DinoV2Net: _Family(
+        {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel},
+        Dinov2Config,
+        IMAGENET,
+        1,
+    ),
 }
 
 
 class ImageEncoder(nn.Module):
-    """A picture encoder with its own resizing and normalisation. Frozen: eval mode and no gradient, whatever holds it."""
+    """A picture encoder with its own resizing and normalisation.
+
+    Frozen: eval mode and no gradient, whatever holds it.
+    """
 
     def __init__(self, config: ImageNetConfig, net: Any, frozen: bool):
         super().__init__()
         family = _FAMILIES[type(config)]
         self.net: Any = net.eval().requires_grad_(False) if frozen else net
         self.frozen = frozen
-        self.width, self.side, self.patch = int(net.config.hidden_size), int(net.config.image_size), int(net.config.patch_size)
+        self.width, self.side, self.patch = (
+            int(net.config.hidden_size),
+            int(net.config.image_size),
+            int(net.config.patch_size),
+        )
         self.extra = family.extra + int(getattr(net.config, "num_register_tokens", 0))
         mean, std = torch.tensor(family.norm).view(2, 1, 3, 1, 1)
         self.mean: Tensor
@@ -78,22 +102,29 @@ class ImageEncoder(nn.Module):
     def forward(self, pictures: Tensor) -> ImageFeatures:
         """Features of pictures (B, 3, H, W) in [-1, 1] of any size, fp32."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            resized = F.interpolate(pictures.float(), (self.side, self.side), mode="bicubic", antialias=True).clamp(-1, 1)
+            resized = F.interpolate(
+                pictures.float(), (self.side, self.side), mode="bicubic", antialias=True
+            ).clamp(-1, 1)
             out = self.net(pixel_values=((resized + 1) / 2 - self.mean) / self.std)
             rows = self.side // self.patch
-            return ImageFeatures(out.pooler_output.float(), out.last_hidden_state[:, self.extra :].float().unflatten(1, (rows, rows)))
+            return ImageFeatures(
+                out.pooler_output.float(),
+                out.last_hidden_state[:, self.extra :].float().unflatten(1, (rows, rows)),
+            )
 
 
 def load_image_encoder(config: ImageNetConfig, where: str, *, frozen: bool) -> ImageEncoder:
-    """The encoder of a folder or hub name; from `dims`, with random weights, where there is no path.
-    A plan loads no weights.
+    """The encoder of a folder or hub name; from `dims`, with random weights, where there is no
+    path. A plan loads no weights.
 
     where: the recipe key that named it. InputError: the weights are not there, of another kind, or
     not whole.
     """
     if config.dims is not None and (config.path is None or planning()):
         family = _FAMILIES[type(config)]
-        return ImageEncoder(config, next(iter(family.nets.values()))(_shape(family, config.dims)), frozen)
+        return ImageEncoder(
+            config, next(iter(family.nets.values()))(_shape(family, config.dims)), frozen
+        )
     if planning() and local_place(str(config.path)) is None and is_hub_name(str(config.path)):
         raise InputError(f"{where}.path: {_typed_in_a_plan(str(config.path), where)}")
     files = open_model(str(config.path), f"{where}.path", "image_encoder", weights=not planning())
@@ -104,7 +135,9 @@ def load_image_encoder(config: ImageNetConfig, where: str, *, frozen: bool) -> I
         raise InputError(f"{where}.path: {config.path!r} holds a {kind} model, {reads}")
     if planning():
         return ImageEncoder(config, nets[kind](getattr(made, "vision_config", made)), frozen)
-    return ImageEncoder(config, load_weights(nets[kind], files, f"{where}.path", torch.float32), frozen)
+    return ImageEncoder(
+        config, load_weights(nets[kind], files, f"{where}.path", torch.float32), frozen
+    )
 
 
 def _typed_in_a_plan(path: str, where: str) -> str:
@@ -115,7 +148,11 @@ def _typed_in_a_plan(path: str, where: str) -> str:
 
 
 def _shape(family: _Family, dims: VisionDims) -> Any:
-    mlp = {"mlp_ratio": dims.mlp // dims.width} if family.config is Dinov2Config else {"intermediate_size": dims.mlp}
+    mlp = (
+        {"mlp_ratio": dims.mlp // dims.width}
+        if family.config is Dinov2Config
+        else {"intermediate_size": dims.mlp}
+    )
     return family.config(
         hidden_size=dims.width,
         num_hidden_layers=dims.depth,

@@ -1,4 +1,6 @@
-"""Moments of a picture's posterior and the one place where latents are scaled; quick to import, no diffusers."""
+"""Moments of a picture's posterior and the one place where latents are scaled; quick to import,
+no diffusers.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ PerChannel = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class LatentScale:
-    """z = (raw - shift) * scale, applied once in `sample` and undone once in `unscale`; nothing else multiplies by it.
+    """z = (raw - shift) * scale, applied once in `sample` and undone once in `unscale`; nothing
+    else multiplies by it.
 
     scale, shift: one number, or one for each channel.
     """
@@ -35,12 +38,16 @@ class LatentScale:
     deterministic: bool
 
     def sample(self, moments: Moments, noise: Tensor) -> Tensor:
-        """Scaled latent z1 (B, C, H, W), fp32, from moments and standard normal noise of the same shape.
+        """Scaled latent z1 (B, C, H, W), fp32, from moments and standard normal noise of the same
+        shape.
 
         Takes moments, never a latent: an integrated latent goes straight to `decode`.
         """
         if not isinstance(moments, Moments):
-            raise TypeError("sample takes Moments (from encode_moments); an integrated latent is decoded as it is")
+            raise TypeError(
+                "sample takes Moments (from encode_moments); an integrated latent is decoded as"
+                " it is"
+            )
         mean = moments.mean.float()
         raw = mean if self.deterministic else mean + torch.exp(0.5 * moments.logvar.float()) * noise
         return (raw - over_channels(self.shift, raw)) * over_channels(self.scale, raw)
@@ -52,13 +59,19 @@ class LatentScale:
 
 def over_channels(value: PerChannel, like: Tensor) -> float | Tensor:
     """A number as it is, numbers per channel as (C, 1, 1) beside a latent."""
-    return value if isinstance(value, int | float) else torch.tensor(value, device=like.device)[:, None, None]
+    return (
+        value
+        if isinstance(value, int | float)
+        else torch.tensor(value, device=like.device)[:, None, None]
+    )
 
 
 class LatentMap(nn.Module):
-    """(mu, logvar) of one shape to the latent's: by reshape where the sizes agree, else by a learnt linear map each.
+    """(mu, logvar) of one shape to the latent's: by reshape where the sizes agree, else by a learnt
+    linear map each.
 
-    The linear map is what `linear_map` opts in to; it warns, because the source it makes is another than the head's (log 0826).
+    The linear map is what `linear_map` opts in to; it warns, because the source it makes is another
+    than the head's (log 0826).
     """
 
     def __init__(self, made: LatentSpec, latent: LatentSpec):
@@ -67,8 +80,9 @@ class LatentMap(nn.Module):
         self.maps = nn.ModuleList()
         if made.dims != latent.dims:
             warnings.warn(
-                f"model.head.linear_map: {made.shape} to {latent.shape} by a learnt linear map: the text latent's distribution drifts "
-                "from the head's own; watch std/mean and mu/rms",
+                f"model.head.linear_map: {made.shape} to {latent.shape} by a learnt linear map: the"
+                " text latent's distribution drifts from the head's own; watch std/mean and"
+                " mu/rms",
                 Notice,
                 stacklevel=2,
             )

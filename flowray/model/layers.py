@@ -12,8 +12,17 @@ from torch.nn import functional as F
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """Multi-head attention: query (B, N, D), key and value (B, M, D) -> (B, N, D); mask (B, M) bool, True = may be read."""
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Multi-head attention: query (B, N, D), key and value (B, M, D) -> (B, N, D); mask (B, M)
+    bool, True = may be read.
+    """
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (query, key, value))
     readable = None if mask is None else mask[:, None, None, :]
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=readable, dropout_p=dropout)
@@ -22,21 +31,30 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tenso
 
 def sinusoid(values: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Cosines and sines (N, dim) of values (N,) at geometric frequencies 1 to 1 / max_period."""
-    frequencies = torch.exp(-torch.arange(dim // 2, device=values.device).float() * (torch.log(torch.tensor(max_period)) / (dim // 2)))
+    frequencies = torch.exp(
+        -torch.arange(dim // 2, device=values.device).float()
+        * (torch.log(torch.tensor(max_period)) / (dim // 2))
+    )
     angles = values.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def positions_2d(height: int, width: int, dim: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions (height * width, dim): half the dims for the row, half for the column."""
+    """Fixed 2-D sine-cosine positions (height * width, dim): half the dims for the row, half for
+    the column.
+    """
     rows = sinusoid(torch.arange(height).float(), dim // 2)
     columns = sinusoid(torch.arange(width).float(), dim // 2)
-    grid = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1)
+    grid = torch.cat(
+        [rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1
+    )
     return grid.reshape(height * width, dim)
 
 
 def small_init(layer: Layer, std: float = 0.02) -> Layer:
-    """Small weights and no bias: outputs near 0, so that a head starts at the prior (mu = 0, logvar = 0)."""
+    """Small weights and no bias: outputs near 0, so that a head starts at the prior (mu = 0,
+    logvar = 0).
+    """
     nn.init.normal_(layer.weight, std=std)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -44,14 +62,21 @@ def small_init(layer: Layer, std: float = 0.02) -> Layer:
 
 
 class ConvAdaptor(nn.Module):
-    """A flat vector (B, features) -> (B, C, H, W): two linear layers to `planes` images, then three convolutions (CrossFlow)."""
+    """A flat vector (B, features) -> (B, C, H, W): two linear layers to `planes` images, then
+    three convolutions (CrossFlow).
+    """
 
     def __init__(self, features: int, hidden: int, shape: tuple[int, int, int], planes: int = 1):
         super().__init__()
         channels, height, width = shape
         cells = planes * height * width
         self.linear = nn.Sequential(
-            nn.Linear(features, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, cells), nn.LayerNorm(cells), nn.ReLU()
+            nn.Linear(features, hidden),
+            nn.LayerNorm(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, cells),
+            nn.LayerNorm(cells),
+            nn.ReLU(),
         )
         self.convs = nn.Sequential(
             nn.Unflatten(1, (planes, height, width)),

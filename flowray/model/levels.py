@@ -1,4 +1,6 @@
-"""What every velocity network is: velocities of one or more resolutions, and the pieces that the networks share."""
+"""What every velocity network is: velocities of one or more resolutions, and the pieces that the
+networks share.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from flowray.model.layers import sinusoid, small_init
 
 
 class TokenBlocks(NamedTuple):
-    """A network's blocks on tokens (B, N, width), one per patch x patch cells and in their order, after any others."""
+    """A network's blocks on tokens (B, N, width), one per patch x patch cells and in their
+    order, after any others.
+    """
 
     blocks: nn.ModuleList
     width: int
@@ -22,17 +26,21 @@ class TokenBlocks(NamedTuple):
 
 
 class VelocityNet(nn.Module):
-    """u(x_t, time code, null). The last level has the latent's resolution and is the velocity; the ones before it only add losses.
+    """u(x_t, time code, null). The last level has the latent's resolution and is the velocity; the
+    ones before it only add losses.
 
     level_weights: the loss weight of every level, lowest resolution first; the last is 1.
-    last_layers: a pattern of the names, inside the network, of the layers that make the velocities; they are its head.
+    last_layers: a pattern of the names, inside the network, of the layers that make the velocities;
+    they are its head.
     """
 
     level_weights: tuple[float, ...] = (1.0,)
     last_layers: str
 
     def levels(self, x: Tensor, time_code: Tensor, null: Tensor) -> tuple[Tensor, ...]:
-        """(B, C, H, W), (B,) in [-4, 4], (B,) bool -> velocities (B, C, H/k, W/k), lowest resolution first."""
+        """(B, C, H, W), (B,) in [-4, 4], (B,) bool -> velocities (B, C, H/k, W/k), lowest
+        resolution first.
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor, time_code: Tensor, null: Tensor) -> Tensor:
@@ -52,12 +60,16 @@ def checked(time_code: Tensor) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Bounded embedding of the 1-D time code: sinusoid, MLP, then LayerNorm or a small last layer (the logs warn of its amplitude)."""
+    """Bounded embedding of the 1-D time code: sinusoid, MLP, then LayerNorm or a small last
+    layer (the logs warn of its amplitude).
+    """
 
     def __init__(self, config: TimeEmbeddingConfig, width: int):
         super().__init__()
         self.config = config
-        self.mlp = nn.Sequential(nn.Linear(config.frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(config.frequencies, width), nn.SiLU(), nn.Linear(width, width)
+        )
         self.norm = nn.LayerNorm(width) if config.bound == "layer_norm" else nn.Identity()
         if config.bound == "small_init":
             for layer in self.mlp:
@@ -67,14 +79,18 @@ class TimeEmbedding(nn.Module):
     def forward(self, time_code: Tensor) -> Tensor:
         """(B,) in [-4, 4] -> (B, width)."""
         code = checked(time_code)
-        # The sinusoid's frequencies lie in [1e-4, 1]: stretch [-4, 4] so that the fastest turns many times.
+        # The sinusoid's frequencies lie in [1e-4, 1]: stretch [-4, 4] so that the fastest turns
+        # many times.
         value = code * 25.0 if self.config.of == "time_code" else 0.5 - code / 8
         return self.norm(self.mlp(sinusoid(value, self.config.frequencies)))
 
 
 def run_block(block: nn.Module, *inputs: Tensor, again: bool) -> Tensor:
-    """block(*inputs); with `again` its inner activations are computed anew in the backward pass instead of kept."""
+    """block(*inputs); with `again` its inner activations are computed anew in the backward pass
+    instead of kept.
+    """
     call: Callable[..., Tensor] = block
     if again and torch.is_grad_enabled():
-        return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)  # no block here draws random numbers
+        # no block here draws random numbers
+        return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)
     return call(*inputs)

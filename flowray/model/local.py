@@ -40,7 +40,9 @@ def find_place(path: str, where: str, embedded: str = "text", *, weights: bool =
     near = "" if place else did_you_mean(path.partition("/")[0], folders)
     lacks = "lacks weights" if place else "is not"
     typed = f"type `hf download {path}`, the path of a folder, or {DOWNLOAD}=1 before the command"
-    raise InputError(f"{where}: {path!r} {lacks} on this machine{near}; {typed}, which downloads it")
+    raise InputError(
+        f"{where}: {path!r} {lacks} on this machine{near}; {typed}, which downloads it"
+    )
 
 
 def may_download(path: str) -> bool:
@@ -81,7 +83,9 @@ def _has_weights(place: Path) -> bool:
 
 
 def _snapshot(place: Path) -> Path:
-    """Of a folder of the hub's cache (`models--ORG--NAME`) its main revision; others as they are."""
+    """Of a folder of the hub's cache (`models--ORG--NAME`) its main revision; others as they
+    are.
+    """
     main = place / "refs" / "main"
     return place / "snapshots" / main.read_text().strip() if main.is_file() else place
 

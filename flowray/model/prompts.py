@@ -63,7 +63,9 @@ class PromptTokenizer:
         return self.inner(texts, **options)["input_ids"]
 
     def _cut(self, prompt: str) -> str:
-        """A prompt without its end, so that it and the frame fit; without one the tokenizer cuts."""
+        """A prompt without its end, so that it and the frame fit; without one the tokenizer
+        cuts.
+        """
         if self.frame == PROMPT or not self.inner.is_fast:
             return prompt
         tokens = self.inner(prompt, add_special_tokens=False, return_offsets_mapping=True)
@@ -192,7 +194,9 @@ def chat_frame(tokenizer: Any, config: CausalText) -> str:
         system = [] if config.system is None else [{"role": "system", "content": config.system}]
         try:
             messages = [*system, {"role": "user", "content": words}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
         except (TemplateError, TypeError) as error:
             why = error
             continue

@@ -1,4 +1,6 @@
-"""What a loss needs of the ranks that train together: sums, and rows of the others that carry a gradient home."""
+"""What a loss needs of the ranks that train together: sums, and rows of the others that carry a
+gradient home.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ from torch import Tensor
 
 def rank_and_world() -> tuple[int, int]:
     """(0, 1) where torch.distributed has not been started."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -25,7 +31,8 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     """Backward: a rank's rows get the sum of what every rank's loss makes of them.
 
-    With DistributedDataParallel's mean over ranks that is the gradient of the mean of the ranks' losses.
+    With DistributedDataParallel's mean over ranks that is the gradient of the mean of the ranks'
+    losses.
     """
 
     @staticmethod
@@ -42,5 +49,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Rows (B, ...) of all ranks in their order, (world * B, ...), with gradient; every rank must hold B and call backward."""
+    """Rows (B, ...) of all ranks in their order, (world * B, ...), with gradient; every rank
+    must hold B and call backward.
+    """
     return x if rank_and_world()[1] == 1 else _Gather.apply(x)

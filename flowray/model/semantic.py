@@ -1,7 +1,9 @@
-"""The networks of the semantic losses: contrastive tower, DINO student and teacher, REPA projector, perceptual distance.
+"""The networks of the semantic losses: contrastive tower, DINO student and teacher, REPA projector,
+perceptual distance.
 
-Training runs on cached latents and has no pictures. A network that wants to see one gets the decoded latent: the frozen
-autoencoder is loaded beside it and run only where a loss that needs it is on. Nothing here has a part in making pictures.
+Training runs on cached latents and has no pictures. A network that wants to see one gets the
+decoded latent: the frozen autoencoder is loaded beside it and run only where a loss that needs it
+is on. Nothing here has a part in making pictures.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ from torch.nn import functional as F
 
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
-from flowray.config.losses import ClipLossConfig, DinoLossConfig, EmaTeacher, LossConfig, RepaLossConfig
+from flowray.config.losses import (
+    ClipLossConfig,
+    DinoLossConfig,
+    EmaTeacher,
+    LossConfig,
+    RepaLossConfig,
+)
 from flowray.config.model import ImageTower, ModelConfig, TowerConfig
 from flowray.model.autoencoder import load_autoencoder
 from flowray.model.images import ImageEncoder, load_image_encoder
@@ -58,7 +66,9 @@ class SmallTower(nn.Module):
 
 
 class PictureTower(nn.Module):
-    """SigLIP's or CLIP's tower on the decoded z1, brought to the size of z0; the text side is z0 itself."""
+    """SigLIP's or CLIP's tower on the decoded z1, brought to the size of z0; the text side is z0
+    itself.
+    """
 
     wants_pictures = True
 
@@ -70,17 +80,27 @@ class PictureTower(nn.Module):
         if config.output == "adaptor":
             self.out = nn.Sequential(ConvAdaptor(width, config.hidden, latent.shape), nn.Flatten())
         else:
-            self.out = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, latent.dims))
+            self.out = nn.Sequential(
+                nn.Linear(width, hidden),
+                nn.GELU(),
+                nn.LayerNorm(hidden),
+                nn.Linear(hidden, latent.dims),
+            )
 
     def forward(self, z0: Tensor, z1: Tensor, pictures: Tensor | None) -> tuple[Tensor, Tensor]:
         return z0.flatten(1), self.out(self.encoder(_seen(pictures)).pooled)
 
 
-_TOWERS: dict[type, Callable[[Any, LatentSpec], SmallTower | PictureTower]] = {TowerConfig: SmallTower, ImageTower: PictureTower}
+_TOWERS: dict[type, Callable[[Any, LatentSpec], SmallTower | PictureTower]] = {
+    TowerConfig: SmallTower,
+    ImageTower: PictureTower,
+}
 
 
 class SemanticTower(nn.Module):
-    """Embeds text latents z0 and their images into one space (B, dim), L2-normalised, and learns the logit scale."""
+    """Embeds text latents z0 and their images into one space (B, dim), L2-normalised, and learns
+    the logit scale.
+    """
 
     def __init__(self, config: TowerConfig | ImageTower, loss: ClipLossConfig, latent: LatentSpec):
         super().__init__()
@@ -90,7 +110,10 @@ class SemanticTower(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """Logit scale: exponentiated, capped. The cap moves the parameter itself, so that its gradient never vanishes there."""
+        """Logit scale: exponentiated, capped.
+
+        The cap moves the parameter itself, so that its gradient never vanishes there.
+        """
         with torch.no_grad():
             self.log_scale.clamp_(max=math.log(self.max_scale))
         return self.log_scale.exp()
@@ -128,18 +151,26 @@ class AveragedTeacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, student: DinoHead) -> None:
-        torch._foreach_lerp_(list(self.head.parameters()), [p.detach() for p in student.parameters()], 1 - self.momentum)
+        torch._foreach_lerp_(
+            list(self.head.parameters()),
+            [p.detach() for p in student.parameters()],
+            1 - self.momentum,
+        )
 
 
 class EncoderTeacher(nn.Module):
-    """A frozen picture encoder: cosines of its pooled feature with fixed random directions, the same in every run."""
+    """A frozen picture encoder: cosines of its pooled feature with fixed random directions, the
+    same in every run.
+    """
 
     wants_pictures = True
 
     def __init__(self, encoder: ImageEncoder, prototypes: int):
         super().__init__()
         self.encoder = encoder
-        fixed = torch.randn(prototypes, encoder.width, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        fixed = torch.randn(
+            prototypes, encoder.width, generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+        )
         self.directions: Tensor
         self.register_buffer("directions", fixed, persistent=False)
 
@@ -151,10 +182,11 @@ class EncoderTeacher(nn.Module):
 
 
 class Dino(nn.Module):
-    """Student on z0, teacher on the image, and the running centre of the teacher's logits (arXiv 2104.14294).
+    """Student on z0, teacher on the image, and the running centre of the teacher's logits (arXiv
+    2104.14294).
 
-    Nothing moves in a forward pass: `advance`, once a step, moves the centre by the mean over all ranks and micro-batches since
-    the last, and the teacher after the student.
+    Nothing moves in a forward pass: `advance`, once a step, moves the centre by the mean over all
+    ranks and micro-batches since the last, and the teacher after the student.
     """
 
     def __init__(self, config: DinoLossConfig, latent: LatentSpec):
@@ -177,51 +209,73 @@ class Dino(nn.Module):
             logits = self.teacher(z1, pictures)
             if self.training:
                 self._seen.append(torch.cat([logits.sum(0), logits.new_tensor([len(logits)])]))
-            centred = logits - self.centre  # a new tensor: the buffer moves before the backward pass of another micro-batch
+            # a new tensor: the buffer moves before the backward pass of another micro-batch
+            centred = logits - self.centre
         return self.student(z0), centred
 
     @torch.no_grad()
     def advance(self) -> None:
         """After an optimiser step, on every rank."""
         if self._seen:
-            *total, count = sum_over_ranks(torch.stack(self._seen).sum(0)).split([len(self.centre), 1])
+            *total, count = sum_over_ranks(torch.stack(self._seen).sum(0)).split(
+                [len(self.centre), 1]
+            )
             self.centre.lerp_(total[0] / count, 1 - self.momentum)
         self._seen.clear()
         self.teacher.follow(self.student)
 
     def moving(self) -> dict[str, Tensor]:
         """What `advance` moves, by name."""
-        heads = self.teacher.head.named_parameters() if isinstance(self.teacher, AveragedTeacher) else ()
+        heads = (
+            self.teacher.head.named_parameters()
+            if isinstance(self.teacher, AveragedTeacher)
+            else ()
+        )
         return {"centre": self.centre, **{f"teacher.{name}": p.detach() for name, p in heads}}
 
 
 class Repa(nn.Module):
-    """Projects hidden tokens of the velocity network onto a frozen encoder's patch features (arXiv 2410.06940)."""
+    """Projects hidden tokens of the velocity network onto a frozen encoder's patch features
+    (arXiv 2410.06940).
+    """
 
     def __init__(self, config: RepaLossConfig, velocity: VelocityNet, latent: LatentSpec):
         super().__init__()
         blocks, width, patch = velocity.token_blocks()
         if config.depth > len(blocks):
-            raise InputError(f"loss.repa.depth: got {config.depth}, but model.velocity has {len(blocks)} blocks of tokens; lower it")
+            raise InputError(
+                f"loss.repa.depth: got {config.depth}, but model.velocity has {len(blocks)} blocks"
+                " of tokens; lower it"
+            )
         self.depth, self.grid = config.depth, (latent.height // patch, latent.width // patch)
         self.encoder = load_image_encoder(config.teacher, "loss.repa.teacher", frozen=True)
         hidden = config.hidden
         self.projector = nn.Sequential(
-            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, self.encoder.width)
+            nn.Linear(width, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, self.encoder.width),
         )
 
     @contextmanager
     def listen(self, velocity: VelocityNet) -> Iterator[list[Tensor]]:
         """Within the block, the list receives the output of the chosen block, (B, N, width)."""
         heard: list[Tensor] = []
-        hook = velocity.token_blocks().blocks[self.depth - 1].register_forward_hook(lambda module, inputs, output: heard.append(output))
+        hook = (
+            velocity.token_blocks()
+            .blocks[self.depth - 1]
+            .register_forward_hook(lambda module, inputs, output: heard.append(output))
+        )
         try:
             yield heard
         finally:
             hook.remove()
 
     def forward(self, tokens: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """(projected tokens, features of the same places), (B, rows * columns, width of the encoder) each."""
+        """(projected tokens, features of the same places), (B, rows * columns, width of the
+        encoder) each.
+        """
         rows, columns = self.grid
         patches = self.encoder(pictures).patches.permute(0, 3, 1, 2)
         if patches.shape[2:] != self.grid:
@@ -231,9 +285,12 @@ class Repa(nn.Module):
 
 @dataclass(frozen=True)
 class Views:
-    """What the semantic networks made of a forward pass; None where one is not built, or not wanted at this step."""
+    """What the semantic networks made of a forward pass; None where one is not built, or not
+    wanted at this step.
+    """
 
-    clip: tuple[Tensor, Tensor, Tensor] | None = None  # text and image embeddings (B, dim), logit scale
+    # text and image embeddings (B, dim), logit scale
+    clip: tuple[Tensor, Tensor, Tensor] | None = None
     dino: tuple[Tensor, Tensor] | None = None  # student and centred teacher logits (B, K)
     repa: tuple[Tensor, Tensor] | None = None  # projected tokens and features (B, N, width)
     lpips: Tensor | None = None  # distances (B',)
@@ -245,14 +302,20 @@ class Semantics(nn.Module):
     def __init__(self, config: ModelConfig, loss: LossConfig, velocity: VelocityNet):
         super().__init__()
         latent = config.latent
-        self.clip = SemanticTower(config.semantic, loss.clip, latent) if loss.clip.weight > 0 else None
+        self.clip = (
+            SemanticTower(config.semantic, loss.clip, latent) if loss.clip.weight > 0 else None
+        )
         self.dino = Dino(loss.dino, latent) if loss.dino.weight > 0 else None
         self.repa = Repa(loss.repa, velocity, latent) if loss.repa.weight > 0 else None
         self.lpips = Lpips(loss.lpips) if loss.lpips.weight > 0 else None
         self._clip_sees = self.clip is not None and self.clip.tower.wants_pictures
         self._dino_sees = self.dino is not None and self.dino.teacher.wants_pictures
-        wanted = self._clip_sees or self._dino_sees or self.repa is not None or self.lpips is not None
-        self.autoencoder = load_autoencoder(config.autoencoder, latent) if wanted and not planning() else None
+        wanted = (
+            self._clip_sees or self._dino_sees or self.repa is not None or self.lpips is not None
+        )
+        self.autoencoder = (
+            load_autoencoder(config.autoencoder, latent) if wanted and not planning() else None
+        )
 
     @contextmanager
     def listen(self, velocity: VelocityNet) -> Iterator[list[Tensor]]:
@@ -263,18 +326,32 @@ class Semantics(nn.Module):
         with self.repa.listen(velocity) as heard:
             yield heard
 
-    def forward(self, z0: Tensor, z1: Tensor, target: Tensor, estimate: Tensor, tokens: list[Tensor], idle: frozenset[str]) -> Views:
+    def forward(
+        self,
+        z0: Tensor,
+        z1: Tensor,
+        target: Tensor,
+        estimate: Tensor,
+        tokens: list[Tensor],
+        idle: frozenset[str],
+    ) -> Views:
         """Views of latents (B, C, H, W).
 
-        z1 is each caption's own image, which z0 is compared with; target is where the velocity leads, another image where the
-        sample is null, and estimate what it makes of it. idle: losses of weight 0 at this step; of these, lpips is left out.
+        z1 is each caption's own image, which z0 is compared with; target is where the velocity
+        leads, another image where the
+        sample is null, and estimate what it makes of it. idle: losses of weight 0 at this step; of
+        these, lpips is left out.
         """
         own = self._decode(z1) if self._clip_sees or self._dino_sees else None
         return Views(
             clip=None if self.clip is None else (*self.clip(z0, z1, own), self.clip.scale),
             dino=None if self.dino is None else self.dino(z0, z1, own),
             repa=None if self.repa is None else self.repa(tokens[-1], self._decode(target)),
-            lpips=None if self.lpips is None or "lpips" in idle else self._perceive(self.lpips, estimate, target),
+            lpips=(
+                None
+                if self.lpips is None or "lpips" in idle
+                else self._perceive(self.lpips, estimate, target)
+            ),
         )
 
     def _decode(self, z: Tensor) -> Tensor:
@@ -283,10 +360,14 @@ class Semantics(nn.Module):
     def _pictures_of(self, z: Tensor) -> Tensor:
         if self.autoencoder is None:
             raise RuntimeError("the autoencoder is left out of a model that is only planned")
-        return self.autoencoder.decode_with_grad(z) if z.requires_grad else self.autoencoder.decode(z)
+        return (
+            self.autoencoder.decode_with_grad(z) if z.requires_grad else self.autoencoder.decode(z)
+        )
 
     def _perceive(self, lpips: Lpips, estimate: Tensor, target: Tensor) -> Tensor:
-        return lpips(self._pictures_of(estimate[: lpips.samples]), self._decode(target[: lpips.samples]))
+        return lpips(
+            self._pictures_of(estimate[: lpips.samples]), self._decode(target[: lpips.samples])
+        )
 
     def advance(self) -> None:
         """After an optimiser step, on every rank: move what moves without a gradient."""
@@ -295,7 +376,11 @@ class Semantics(nn.Module):
 
     def moving(self) -> dict[str, Tensor]:
         """What `advance` moves, by name; a checkpoint keeps it beside the weights."""
-        return {} if self.dino is None else {f"dino.{name}": tensor for name, tensor in self.dino.moving().items()}
+        return (
+            {}
+            if self.dino is None
+            else {f"dino.{name}": tensor for name, tensor in self.dino.moving().items()}
+        )
 
 
 def _seen(pictures: Tensor | None) -> Tensor:
@@ -305,6 +390,8 @@ def _seen(pictures: Tensor | None) -> Tensor:
 
 
 def _cosines(feature: Tensor, directions: Tensor) -> Tensor:
-    """(B, D), (K, D) -> (B, K) fp32: bf16 cosines over a temperature of 0.04 would be off by a tenth."""
+    """(B, D), (K, D) -> (B, K) fp32: bf16 cosines over a temperature of 0.04 would be off by a
+    tenth.
+    """
     with torch.autocast(feature.device.type, enabled=False):
         return F.normalize(feature.float(), dim=-1) @ F.normalize(directions.float(), dim=-1).T

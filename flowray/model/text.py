@@ -1,8 +1,9 @@
 """The text side: a frozen language model that turns captions into tokens for the head.
 
-A causal model sees the prompt and, after it, learnable meta queries (OpenUni, arXiv 2505.23661); its last hidden states at the
-queries are the tokens. The prompt cannot see the queries, so it runs without gradient into a key-value cache and only the
-queries carry one; `forward_plain` is the single pass it must equal. docs/benchmarks/text-cache.md has what that saves.
+A causal model sees the prompt and, after it, learnable meta queries (OpenUni, arXiv 2505.23661);
+its last hidden states at the queries are the tokens. The prompt cannot see the queries, so it runs
+without gradient into a key-value cache and only the queries carry one; `forward_plain` is the
+single pass it must equal. docs/benchmarks/text-cache.md has what that saves.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Prompts(NamedTuple):
 
 
 class TextTokens(NamedTuple):
-    """What a head reads: values (B, N, width) fp32 and mask (B, N) bool, True where there is a token."""
+    """What a head reads: values (B, N, width) fp32 and mask (B, N) bool, True where there is a
+    token.
+    """
 
     values: Tensor
     mask: Tensor
@@ -74,7 +77,11 @@ class TextModel(nn.Module):
 
     def connect(self, tokens: TextTokens) -> TextTokens:
         """Tokens as the head reads them: through the connector, if there is one."""
-        return tokens if self.connector is None else TextTokens(self.connector(*tokens).float(), tokens.mask)
+        return (
+            tokens
+            if self.connector is None
+            else TextTokens(self.connector(*tokens).float(), tokens.mask)
+        )
 
     def tokenize(self, prompts: Sequence[str]) -> Prompts:
         """Token ids on this module's device, cut to max_tokens as `PromptTokenizer.rows` does.
@@ -116,7 +123,9 @@ class CausalQueries(TextModel):
         return whole, (whole.long().cumsum(1) - 1).clamp_min(0)
 
     def forward(self, prompts: Prompts) -> TextTokens:
-        """Tokens (B, queries, width): the prompt without gradient into a cache, then the queries with gradient."""
+        """Tokens (B, queries, width): the prompt without gradient into a cache, then the queries
+        with gradient.
+        """
         whole, positions = self._positions(prompts.mask)
         length = prompts.ids.shape[1]
         with torch.no_grad():
@@ -140,10 +149,19 @@ class CausalQueries(TextModel):
         """The same tokens in one pass over prompt and queries; the reference of `forward`."""
         whole, positions = self._positions(prompts.mask)
         embedded = self.backbone.get_input_embeddings()(prompts.ids)
-        inputs = torch.cat([embedded, self.queries.expand(len(whole), -1, -1).to(embedded.dtype)], dim=1)
-        out = self.backbone(inputs_embeds=inputs, attention_mask=whole.long(), position_ids=positions, use_cache=False)
+        inputs = torch.cat(
+            [embedded, self.queries.expand(len(whole), -1, -1).to(embedded.dtype)], dim=1
+        )
+        out = self.backbone(
+            inputs_embeds=inputs,
+            attention_mask=whole.long(),
+            position_ids=positions,
+            use_cache=False,
+        )
         count = len(self.queries)
-        return self.connect(TextTokens(out.last_hidden_state[:, -count:].float(), whole[:, -count:]))
+        return self.connect(
+            TextTokens(out.last_hidden_state[:, -count:].float(), whole[:, -count:])
+        )
 
 
 class EncoderTokens(TextModel):

@@ -1,4 +1,6 @@
-"""CrossFlow's text variational encoder as a head: a transformer that narrows, then all tokens flattened (arXiv 2412.15213)."""
+"""CrossFlow's text variational encoder as a head: a transformer that narrows, then all tokens
+flattened (arXiv 2412.15213).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from flowray.model.text import TextTokens
 
 
 class StdNorm(nn.Module):
-    """(x - mean) / (std + 1e-5) over channels, with the unbiased std, then a gain and a bias; not quite nn.LayerNorm."""
+    """(x - mean) / (std + 1e-5) over channels, with the unbiased std, then a gain and a bias;
+    not quite nn.LayerNorm.
+    """
 
     EPS = 1e-5
 
@@ -25,24 +29,38 @@ class StdNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return self.gain * (wide - wide.mean(-1, keepdim=True)) / (wide.std(-1, keepdim=True) + self.EPS) + self.bias
+        return (
+            self.gain
+            * (wide - wide.mean(-1, keepdim=True))
+            / (wide.std(-1, keepdim=True) + self.EPS)
+            + self.bias
+        )
 
 
 class PostNormLayer(nn.Module):
-    """Self-attention and a ReLU MLP, each added and then normed; `narrow` ends it with a linear to half the width."""
+    """Self-attention and a ReLU MLP, each added and then normed; `narrow` ends it with a linear
+    to half the width.
+    """
 
     def __init__(self, width: int, config: TransEncoderHead, *, narrow: bool):
         super().__init__()
         self.heads, self.dropout = config.heads, config.dropout
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, config.ffn), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(config.ffn, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, config.ffn),
+            nn.ReLU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.ffn, width),
+        )
         self.norm_attention, self.norm_mlp = StdNorm(width), StdNorm(width)
         self.narrow = nn.Linear(width, width // 2) if narrow else nn.Identity()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         dropout = self.dropout if self.training else 0.0
-        x = self.norm_attention(x + self.out(attention(query, key, value, self.heads, mask, dropout)))
+        x = self.norm_attention(
+            x + self.out(attention(query, key, value, self.heads, mask, dropout))
+        )
         return self.narrow(self.norm_mlp(x + self.mlp(x)))
 
 
@@ -59,27 +77,42 @@ class TransEncoder(nn.Module):
         narrowest = start >> (config.reductions - 1) if config.reductions else start
         if start % (1 << config.reductions) or narrowest % config.heads:
             raise InputError(
-                f"model.head: {config.reductions} reductions halve the token width {start} to {start / 2**config.reductions:g}, "
-                f"and {config.heads} heads must divide {narrowest}; change reductions, heads or compress"
+                f"model.head: {config.reductions} reductions halve the token width {start} to"
+                f" {start / 2**config.reductions:g}, and {config.heads} heads must divide"
+                f" {narrowest}; change reductions, heads or compress"
             )
-        squeeze = [nn.Linear(width, start), nn.LayerNorm(start), nn.ReLU(), nn.Linear(start, start)] if config.compress else []
+        squeeze = (
+            [nn.Linear(width, start), nn.LayerNorm(start), nn.ReLU(), nn.Linear(start, start)]
+            if config.compress
+            else []
+        )
         self.compress = nn.Sequential(*squeeze)
         widths = [start] * config.layers + [start >> i for i in range(config.reductions)]
-        self.layers = nn.ModuleList(PostNormLayer(w, config, narrow=i >= config.layers) for i, w in enumerate(widths))
+        self.layers = nn.ModuleList(
+            PostNormLayer(w, config, narrow=i >= config.layers) for i, w in enumerate(widths)
+        )
         flat = tokens * (start >> config.reductions)
         self.out: nn.Module
         if config.adaptor == "conv":
-            self.out = ConvAdaptor(flat, config.hidden, (2 * latent.channels, latent.height, latent.width), config.planes)
+            self.out = ConvAdaptor(
+                flat,
+                config.hidden,
+                (2 * latent.channels, latent.height, latent.width),
+                config.planes,
+            )
             small_init(self.out.last)
         else:
             self.out = nn.Sequential(
-                small_init(nn.Linear(flat, 2 * latent.dims)), nn.Unflatten(1, (2 * latent.channels, *latent.shape[1:]))
+                small_init(nn.Linear(flat, 2 * latent.dims)),
+                nn.Unflatten(1, (2 * latent.channels, *latent.shape[1:])),
             )
 
     def forward(self, tokens: TextTokens) -> tuple[Tensor, Tensor]:
         missing = self.tokens - tokens.values.shape[1]
         if missing < 0:
-            raise ValueError(f"the head was built for {self.tokens} tokens, got {tokens.values.shape[1]}")
+            raise ValueError(
+                f"the head was built for {self.tokens} tokens, got {tokens.values.shape[1]}"
+            )
         mask = F.pad(tokens.mask, (0, missing))
         keep = mask.unsqueeze(-1)
         x = self.compress(F.pad(tokens.values, (0, 0, 0, missing)).masked_fill(~keep, 0.0))

@@ -13,7 +13,10 @@ from flowray.model.dimr import DiMR
 from flowray.model.dit import DiT
 from flowray.model.levels import VelocityNet
 
-_VELOCITIES: dict[type, Callable[[Any, LatentSpec], VelocityNet]] = {DiTVelocity: DiT, DiMRVelocity: DiMR}
+_VELOCITIES: dict[type, Callable[[Any, LatentSpec], VelocityNet]] = {
+    DiTVelocity: DiT,
+    DiMRVelocity: DiMR,
+}
 
 
 def build_velocity(config: VelocityConfig, latent: LatentSpec) -> VelocityNet:

@@ -16,14 +16,17 @@ from flowray.model.files import check_file
 from flowray.model.images import IMAGENET
 from flowray.model.pretrained import loading, planning
 
-STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # where torchvision's `features` has its convolutions
+# where torchvision's `features` has its convolutions
+STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 WIDTHS = (64, 128, 256, 512, 512)
 
 
 class Vgg16(nn.Module):
-    """The five stages of VGG16 (arXiv 1409.1556), each ending after its last ReLU; frozen. Pictures of 16 px and more.
+    """The five stages of VGG16 (arXiv 1409.1556), each ending after its last ReLU; frozen. Pictures
+    of 16 px and more.
 
-    convs: weights and biases by torchvision's names, `features.N.weight`; their shapes say how wide each layer is.
+    convs: weights and biases by torchvision's names, `features.N.weight`; their shapes say how wide
+    each layer is.
     """
 
     def __init__(self, convs: dict[str, Tensor]):
@@ -55,32 +58,49 @@ class Vgg16(nn.Module):
 
 
 class Lpips(nn.Module):
-    """Perceptual distance (arXiv 1801.03924): squared difference of unit-length features, weighted over channels, averaged over
-    places, summed over the five stages. Without linear weights every channel counts 1."""
+    """Perceptual distance (arXiv 1801.03924): squared difference of unit-length features, weighted
+    over channels, averaged over places, summed over the five stages. Without linear weights every
+    channel counts 1.
+    """
 
     def __init__(self, config: LpipsLossConfig):
         super().__init__()
         self.size, self.samples = config.size, config.samples
         self.vgg = Vgg16(_standard() if planning() else load_vgg(str(config.vgg)))
         widths = self.vgg.widths
-        weights = [torch.ones(width) for width in widths] if config.linear is None else load_linear(config.linear, widths)
-        self.linear = nn.ParameterList(nn.Parameter(weight, requires_grad=False) for weight in weights)
+        weights = (
+            [torch.ones(width) for width in widths]
+            if config.linear is None
+            else load_linear(config.linear, widths)
+        )
+        self.linear = nn.ParameterList(
+            nn.Parameter(weight, requires_grad=False) for weight in weights
+        )
 
     def forward(self, estimate: Tensor, target: Tensor) -> Tensor:
         """Distances (B,) of pictures (B, 3, H, W) in [-1, 1]; the gradient goes into `estimate`."""
         with torch.no_grad():
             targets = self._features(target)
         distance = estimate.new_zeros(len(estimate), dtype=torch.float32)
-        for ours, theirs, weight in zip(self._features(estimate), targets, self.linear, strict=True):
-            distance = distance + ((ours - theirs).square() * weight.view(1, -1, 1, 1)).sum(1).mean((1, 2))
+        for ours, theirs, weight in zip(
+            self._features(estimate), targets, self.linear, strict=True
+        ):
+            distance = distance + ((ours - theirs).square() * weight.view(1, -1, 1, 1)).sum(1).mean(
+                (1, 2)
+            )
         return distance
 
     def _features(self, pictures: Tensor) -> list[Tensor]:
         if self.size is not None:
-            pictures = F.interpolate(pictures.float(), (self.size, self.size), mode="bilinear", antialias=True)
+            pictures = F.interpolate(
+                pictures.float(), (self.size, self.size), mode="bilinear", antialias=True
+            )
         if min(pictures.shape[2:]) < 16:
             got = min(pictures.shape[2:])
-            raise InputError(f"loss.lpips.size: VGG16 wants 16 px and more, the decoded pictures have {got} px; set it to 64")
+            raise InputError(
+                f"loss.lpips.size: VGG16 wants 16 px and more, the decoded pictures have {got} px;"
+                " set it to 64"
+            )
         return [F.normalize(x.float(), dim=1, eps=1e-10) for x in self.vgg(pictures)]
 
 
@@ -90,12 +110,22 @@ def load_vgg(file: str) -> dict[str, Tensor]:
     wanted: dict[str, Tensor] = {}
     inputs = 3
     for index in (i for stage in STAGES for i in stage):
-        weight, bias = tensors.get(f"features.{index}.weight"), tensors.get(f"features.{index}.bias")
-        if weight is None or bias is None or weight.ndim != 4 or weight.shape[1:] != (inputs, 3, 3) or bias.shape != weight.shape[:1]:
+        weight, bias = (
+            tensors.get(f"features.{index}.weight"),
+            tensors.get(f"features.{index}.bias"),
+        )
+        if (
+            weight is None
+            or bias is None
+            or weight.ndim != 4
+            or weight.shape[1:] != (inputs, 3, 3)
+            or bias.shape != weight.shape[:1]
+        ):
             got = "none" if weight is None else tuple(weight.shape)
             raise InputError(
-                f"loss.lpips.vgg: {file!r} is not VGG16: features.{index}.weight of shape (n, {inputs}, 3, 3) and its bias are wanted, "
-                f"got {got}; save torchvision's vgg16 state dict (not vgg16_bn)"
+                f"loss.lpips.vgg: {file!r} is not VGG16: features.{index}.weight of shape (n,"
+                f" {inputs}, 3, 3) and its bias are wanted, got {got}; save torchvision's vgg16"
+                " state dict (not vgg16_bn)"
             )
         wanted |= {f"features.{index}.weight": weight, f"features.{index}.bias": bias}
         inputs = len(weight)
@@ -103,13 +133,18 @@ def load_vgg(file: str) -> dict[str, Tensor]:
 
 
 def load_linear(file: str, widths: list[int]) -> list[Tensor]:
-    """LPIPS's layer weights, (width,) each, from `linK.model.1.weight` of shape (1, width, 1, 1)."""
+    """LPIPS's layer weights, (width,) each, from `linK.model.1.weight` of shape (1, width, 1,
+    1).
+    """
     tensors = _tensors(file, "loss.lpips.linear")
     for k, width in enumerate(widths):
         weight = tensors.get(f"lin{k}.model.1.weight")
         if weight is None or weight.shape != (1, width, 1, 1):
             got = "none" if weight is None else tuple(weight.shape)
-            raise InputError(f"loss.lpips.linear: {file!r}: lin{k}.model.1.weight of shape (1, {width}, 1, 1) is wanted, got {got}")
+            raise InputError(
+                f"loss.lpips.linear: {file!r}: lin{k}.model.1.weight of shape (1, {width}, 1, 1) is"
+                f" wanted, got {got}"
+            )
     return [tensors[f"lin{k}.model.1.weight"].flatten().float() for k in range(len(widths))]
 
 
@@ -117,13 +152,19 @@ def _tensors(file: str, where: str) -> dict[str, Tensor]:
     """A state dict in safetensors, or in torch's format without running what a pickle holds."""
     place = Path(file)
     if not place.is_file():
-        raise InputError(f"{where}: {file!r}: {'a folder; give the file' if place.is_dir() else no_such(file)}")
+        raise InputError(
+            f"{where}: {file!r}: {'a folder; give the file' if place.is_dir() else no_such(file)}"
+        )
     check_file(place, where)
     with loading(where, place):
         tensors = place.suffix == ".safetensors"
-        kept = load_file(file) if tensors else torch.load(file, map_location="cpu", weights_only=True)
+        kept = (
+            load_file(file) if tensors else torch.load(file, map_location="cpu", weights_only=True)
+        )
     if not isinstance(kept, dict) or not all(isinstance(value, Tensor) for value in kept.values()):
-        raise InputError(f"{where}: {file!r} holds no state dict of tensors; save model.state_dict()")
+        raise InputError(
+            f"{where}: {file!r} holds no state dict of tensors; save model.state_dict()"
+        )
     return kept
 
 
@@ -133,6 +174,9 @@ def _standard() -> dict[str, Tensor]:
     inputs = 3
     for width, stage in zip(WIDTHS, STAGES, strict=True):
         for index in stage:
-            shapes |= {f"features.{index}.weight": torch.empty(width, inputs, 3, 3), f"features.{index}.bias": torch.empty(width)}
+            shapes |= {
+                f"features.{index}.weight": torch.empty(width, inputs, 3, 3),
+                f"features.{index}.bias": torch.empty(width),
+            }
             inputs = width
     return shapes

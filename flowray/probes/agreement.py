@@ -1,4 +1,6 @@
-"""The data as training sees it: duplicates, whether captions tell their pictures, and which times get trained."""
+"""The data as training sees it: duplicates, whether captions tell their pictures, and which
+times get trained.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +30,27 @@ def duplicate_share(latents: np.ndarray) -> float:
 
 
 def word_counts(captions: Sequence[str]) -> np.ndarray:
-    """Log counts (N, words) of the commonest words and word pairs, centred, no word in fewer than two captions."""
+    """Log counts (N, words) of the commonest words and word pairs, centred, no word in fewer
+    than two captions.
+    """
     rows = []
     for caption in captions:
         words = re.findall(r"\w+", caption.lower())
         rows.append(Counter([*words, *(" ".join(pair) for pair in pairwise(words))]))
     common = Counter(word for row in rows for word in row)
     kept = [word for word, count in common.most_common(WORDS) if 1 < count < len(rows)]
-    counts = np.array([[row[word] for word in kept] for row in rows], dtype=np.float64).reshape(len(rows), len(kept))
+    counts = np.array([[row[word] for word in kept] for row in rows], dtype=np.float64).reshape(
+        len(rows), len(kept)
+    )
     return np.log1p(counts)
 
 
-def _r_squared(features: np.ndarray, targets: np.ndarray, orders: Sequence[np.ndarray]) -> list[float]:
-    """Held-out R^2 of ridge regression from features (N, F) to targets[order] (N, D), for each order; fit on half, tested on half."""
+def _r_squared(
+    features: np.ndarray, targets: np.ndarray, orders: Sequence[np.ndarray]
+) -> list[float]:
+    """Held-out R^2 of ridge regression from features (N, F) to targets[order] (N, D), for each
+    order; fit on half, tested on half.
+    """
     fit, test = slice(0, None, 2), slice(1, None, 2)
     x = features - features[fit].mean(0)
     gram = x[fit].T @ x[fit] + RIDGE * np.eye(x.shape[1])
@@ -49,15 +59,21 @@ def _r_squared(features: np.ndarray, targets: np.ndarray, orders: Sequence[np.nd
     for order in orders:
         y = targets[order]
         y = y - y[fit].mean(0)
-        scores.append(1 - float(np.square(y[test] - project @ y[fit]).sum() / np.square(y[test]).sum()))
+        scores.append(
+            1 - float(np.square(y[test] - project @ y[fit]).sum() / np.square(y[test]).sum())
+        )
     return scores
 
 
-def agreement_metrics(captions: Sequence[str], latents: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """data/agreement*: held-out R^2 of z1 from the words of its caption, beside the same with the pairs shuffled.
+def agreement_metrics(
+    captions: Sequence[str], latents: np.ndarray, seed: int = 0
+) -> dict[str, float]:
+    """data/agreement*: held-out R^2 of z1 from the words of its caption, beside the same with the
+    pairs shuffled.
 
-    latents (N, D). z says how many standard deviations of the shuffles the real pairs stand out; about 0 where captions and
-    pictures were mixed up. Empty where the captions have no word that tells them apart.
+    latents (N, D). z says how many standard deviations of the shuffles the real pairs stand out;
+    about 0 where captions and pictures were mixed up. Empty where the captions have no word that
+    tells them apart.
     """
     features = word_counts(captions)
     if not features.shape[1] or len(captions) < 16:
@@ -75,14 +91,20 @@ def agreement_metrics(captions: Sequence[str], latents: np.ndarray, seed: int = 
 
 
 def time_shares(config: FlowConfig, steps_done: int, total: int, moments: int = 20) -> list[float]:
-    """Share of training times in every tenth of [0, 1] over the steps done so far; exact quantiles, no draws."""
+    """Share of training times in every tenth of [0, 1] over the steps done so far; exact
+    quantiles, no draws.
+    """
     u = (torch.arange(2000) + 0.5) / 2000
     counts = torch.zeros(BINS)
     for step in np.linspace(0, max(steps_done - 1, 0), moments).astype(int).tolist():
-        counts += torch.bincount(time_bins(training_times(time_config(config, step, total), u)), minlength=BINS)
+        counts += torch.bincount(
+            time_bins(training_times(time_config(config, step, total), u)), minlength=BINS
+        )
     return (counts / counts.sum()).tolist()
 
 
 def coverage_metrics(shares: Sequence[float]) -> dict[str, float]:
     """time/share_t* and time/coverage_min, the least of them relative to a uniform sampler's."""
-    return {f"time/share_t{b}": share for b, share in enumerate(shares)} | {"time/coverage_min": BINS * min(shares)}
+    return {f"time/share_t{b}": share for b, share in enumerate(shares)} | {
+        "time/coverage_min": BINS * min(shares)
+    }

@@ -1,4 +1,6 @@
-"""The probes of a run on a fixed held-out batch with fixed noise: deterministic, read-only, the same for every trial."""
+"""The probes of a run on a fixed held-out batch with fixed noise: deterministic, read-only, the
+same for every trial.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,24 @@ from flowray.model.latent import Moments
 from flowray.model.posterior import Posterior
 from flowray.probes.field import BINS, cosines, field_metrics
 from flowray.probes.latent import posterior_metrics, scale_metrics, text_metrics
-from flowray.probes.rollout import TEACHER_STEPS, endpoint_metrics, per_sample_mse, shoot, shoot_metrics, teacher_metrics
+from flowray.probes.rollout import (
+    TEACHER_STEPS,
+    endpoint_metrics,
+    per_sample_mse,
+    shoot,
+    shoot_metrics,
+    teacher_metrics,
+)
 from flowray.store.latents import LatentSet
 
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """Held-out captions and latents with the noise that every probe uses; latents and noises (B, C, H, W).
+    """Held-out captions and latents with the noise that every probe uses; latents and noises (B, C,
+    H, W).
 
-    times: (BINS, B), one stratified t per bin and sample. others: a derangement of the batch (B,) across different captions.
+    times: (BINS, B), one stratified t per bin and sample. others: a derangement of the batch (B,)
+    across different captions.
     """
 
     captions: list[str]
@@ -39,15 +50,19 @@ class ProbeBatch:
 
 
 def derangement(captions: list[str]) -> Tensor:
-    """For every sample another one: the smallest cyclic shift of the sorted batch that gives each a different caption.
+    """For every sample another one: the smallest cyclic shift of the sorted batch that gives each a
+    different caption.
 
-    Where one caption fills more than half of the batch no order can; then some of its samples get each other. InputError where
-    all captions are the same.
+    Where one caption fills more than half of the batch no order can; then some of its samples get
+    each other. InputError where all captions are the same.
     """
     order = sorted(range(len(captions)), key=lambda i: captions[i])
     shift = max((captions.count(text) for text in set(captions)), default=1)
     if len(set(captions)) < 2:
-        raise InputError(f"data.val_shards: all of the first {len(captions)} captions are alike; probes need two that differ")
+        raise InputError(
+            f"data.val_shards: all of the first {len(captions)} captions are alike; probes need two"
+            " that differ"
+        )
     others = torch.empty(len(captions), dtype=torch.long)
     for place, index in enumerate(order):
         others[index] = order[(place + shift) % len(order)]
@@ -61,7 +76,9 @@ def make_probe_batch(recipe: Recipe, held_out: LatentSet, device: torch.device) 
     shape = recipe.model.latent.shape
     captions = [held_out.captions(i)[0] for i in range(size)]
     mean, logvar = held_out.moments(np.arange(size))
-    z1 = held_out.scale.sample(Moments(mean.to(device), logvar.to(device)), draws.normal("posterior", shape))
+    z1 = held_out.scale.sample(
+        Moments(mean.to(device), logvar.to(device)), draws.normal("posterior", shape)
+    )
     edges = torch.arange(BINS, device=device, dtype=torch.float32)[:, None]
     times = torch.stack([draws.uniform(f"time{b}") for b in range(BINS)])
     return ProbeBatch(
@@ -76,14 +93,20 @@ def make_probe_batch(recipe: Recipe, held_out: LatentSet, device: torch.device) 
 
 
 @torch.no_grad()
-def run_probes(model: FlowModel, recipe: Recipe, batch: ProbeBatch, *, endpoints: bool) -> dict[str, float]:
-    """Every probe of the model's present weights; leaves weights, gradients, RNG and module modes as they were."""
+def run_probes(
+    model: FlowModel, recipe: Recipe, batch: ProbeBatch, *, endpoints: bool
+) -> dict[str, float]:
+    """Every probe of the model's present weights; leaves weights, gradients, RNG and module
+    modes as they were.
+    """
     was_training = model.training
     model.eval()
     try:
         posterior, z0 = model.source(batch.captions, batch.noise)
         rows = _field(model, recipe, batch, z0)
-        rows |= posterior_metrics(posterior, z0) | text_metrics(posterior, batch.noise, batch.other_noise)
+        rows |= posterior_metrics(posterior, z0) | text_metrics(
+            posterior, batch.noise, batch.other_noise
+        )
         velocity_fn = conditional(lambda x, t, null: model.velocity(x, time_code(t), null))
         z_end = shoot(velocity_fn, z0, recipe.probes.shoot_steps)
         rows |= shoot_metrics(z_end, z0, batch.z1, batch.others, batch.variance)
@@ -96,21 +119,33 @@ def run_probes(model: FlowModel, recipe: Recipe, batch: ProbeBatch, *, endpoints
         model.train(was_training)
 
 
-def trivial_metrics(posterior: Posterior, z0: Tensor, batch: ProbeBatch, rho: float) -> dict[str, float]:
-    """What the same formulas give for a field that stands still and a source that is blind to the caption.
+def trivial_metrics(
+    posterior: Posterior, z0: Tensor, batch: ProbeBatch, rho: float
+) -> dict[str, float]:
+    """What the same formulas give for a field that stands still and a source that is blind to the
+    caption.
 
     The blind source is the batch's mean posterior, given to every prompt.
     """
     paths = [sample_path(times, z0, batch.z1, rho) for times in batch.times]
     v_target = torch.cat([path.v_target for path in paths])
-    rows = field_metrics(torch.zeros_like(v_target), v_target, batch.times.flatten()) | {"flow/cond_gain_cos": 0.0}
+    rows = field_metrics(torch.zeros_like(v_target), v_target, batch.times.flatten()) | {
+        "flow/cond_gain_cos": 0.0
+    }
     rows |= shoot_metrics(z0, z0, batch.z1, batch.others, batch.variance)
     rows |= endpoint_metrics(lambda x, t: torch.zeros_like(x), z0, batch.z1)
     rows |= {f"teacher/mse@{n}": float(per_sample_mse(z0, batch.z1).mean()) for n in TEACHER_STEPS}
-    blind = Posterior(*(x.mean(0, keepdim=True).expand_as(x) for x in (posterior.mu, posterior.logvar)))
+    blind = Posterior(
+        *(x.mean(0, keepdim=True).expand_as(x) for x in (posterior.mu, posterior.logvar))
+    )
     source = blind.sample(batch.noise)
     middle = sample_path(torch.full_like(batch.times[0], 0.5), source, batch.z1, rho)
-    return rows | posterior_metrics(blind, source) | text_metrics(blind, batch.noise, batch.other_noise) | scale_metrics(middle)
+    return (
+        rows
+        | posterior_metrics(blind, source)
+        | text_metrics(blind, batch.noise, batch.other_noise)
+        | scale_metrics(middle)
+    )
 
 
 def _field(model: FlowModel, recipe: Recipe, batch: ProbeBatch, z0: Tensor) -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""What the field predicts and what a correction at sampling would gain: gains, other precisions, other time codes."""
+"""What the field predicts and what a correction at sampling would gain: gains, other precisions,
+other time codes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from flowray.flow.solver import VelocityFn
 from flowray.probes.field import BINS, best_gain, cosines, nmse, speed_ratios, time_bins
 
 Code = Callable[[Tensor], Tensor]
-# Time codes that a training and a sampling might take for each other; the field agrees best with the one it was trained on.
+# Time codes that a training and a sampling might take for each other; the field agrees best with
+# the one it was trained on.
 OTHER_CODES: dict[str, Code] = {
     "reversed": lambda t: 8 * t - 4,
     "plain": lambda t: t,
@@ -24,7 +27,9 @@ OTHER_CODES: dict[str, Code] = {
 
 @dataclass(frozen=True)
 class FieldView:
-    """A field on the true path: x0, x1, eps (source noise), xt, v_pred, v_target (N, C, H, W), t (N,)."""
+    """A field on the true path: x0, x1, eps (source noise), xt, v_pred, v_target (N, C, H, W), t
+    (N,).
+    """
 
     x0: Tensor
     x1: Tensor
@@ -35,7 +40,9 @@ class FieldView:
     v_pred: Tensor
 
 
-def view_field(velocity_fn: VelocityFn, z0: Tensor, z1: Tensor, noise: Tensor, times: Tensor, rho: float) -> FieldView:
+def view_field(
+    velocity_fn: VelocityFn, z0: Tensor, z1: Tensor, noise: Tensor, times: Tensor, rho: float
+) -> FieldView:
     """The field at times (K, B) of the pairs (B, C, H, W): N = K * B points, K calls."""
     paths = [sample_path(t, z0, z1, rho) for t in times]
     predicted = torch.cat([velocity_fn(p.xt, p.t).float() for p in paths])
@@ -52,15 +59,23 @@ def view_field(velocity_fn: VelocityFn, z0: Tensor, z1: Tensor, noise: Tensor, t
 
 
 def fit_metrics(view: FieldView) -> dict[str, float]:
-    """field/*: the least-squares a, b of u ~ a x1 + b x0, the share of u^2 they explain, and cosines with x1, x0 and eps.
+    """field/*: the least-squares a, b of u ~ a x1 + b x0, the share of u^2 they explain, and
+    cosines with x1, x0 and eps.
 
-    The target x1 - x0 gives (1, -1); a field that regresses to the mean gives less of both. Signs and zeros betray the target
+    The target x1 - x0 gives (1, -1); a field that regresses to the mean gives less of both. Signs
+    and zeros betray the target
     that was really learnt: flipped (-, +), x1 (1, 0), x0 or its noise (0, +-1).
     """
     u, x1, x0 = (x.flatten().double() for x in (view.v_pred, view.x1, view.x0))
-    one, both, zero, to_one, to_zero = (float(x) for x in (x1 @ x1, x1 @ x0, x0 @ x0, x1 @ u, x0 @ u))
-    determinant = max(one * zero - both * both, 1e-30)  # solved by hand: a field that is not finite gives nan, not an error
-    a, b = (to_one * zero - to_zero * both) / determinant, (to_zero * one - to_one * both) / determinant
+    one, both, zero, to_one, to_zero = (
+        float(x) for x in (x1 @ x1, x1 @ x0, x0 @ x0, x1 @ u, x0 @ u)
+    )
+    # solved by hand: a field that is not finite gives nan, not an error
+    determinant = max(one * zero - both * both, 1e-30)
+    a, b = (
+        (to_one * zero - to_zero * both) / determinant,
+        (to_zero * one - to_one * both) / determinant,
+    )
     residual = float((u - a * x1 - b * x0).square().sum() / u.square().sum().clamp_min(1e-30))
     targets = {"x1": view.x1, "x0": view.x0, "eps": view.eps}
     return {
@@ -68,7 +83,10 @@ def fit_metrics(view: FieldView) -> dict[str, float]:
         "field/fit_x0": b,
         "field/fit_share": 1 - residual,
         "field/std": float(view.v_pred.square().mean().sqrt()),
-        **{f"field/cos_{name}": float(cosines(view.v_pred, x).mean()) for name, x in targets.items()},
+        **{
+            f"field/cos_{name}": float(cosines(view.v_pred, x).mean())
+            for name, x in targets.items()
+        },
     }
 
 
@@ -78,13 +96,18 @@ def median_gain(v_pred: Tensor, v_target: Tensor) -> float:
 
 
 def gain_metrics(view: FieldView) -> dict[str, float]:
-    """gain/*: the least-squares gain and the logs' median, over all t and per tenth, and the nmse with each of them."""
+    """gain/*: the least-squares gain and the logs' median, over all t and per tenth, and the
+    nmse with each of them.
+    """
     bins, median = time_bins(view.t), median_gain(view.v_pred, view.v_target)
     rows, per_bin = {"gain/median": median}, torch.ones_like(view.t)
     for b in torch.unique(bins).tolist():
         here = bins == b
         least = best_gain(view.v_pred[here], view.v_target[here])
-        rows |= {f"gain/ls_t{b}": float(least), f"gain/median_t{b}": median_gain(view.v_pred[here], view.v_target[here])}
+        rows |= {
+            f"gain/ls_t{b}": float(least),
+            f"gain/median_t{b}": median_gain(view.v_pred[here], view.v_target[here]),
+        }
         per_bin = torch.where(here, least, per_bin)
     gains: dict[str, float | Tensor] = {
         "none": 1.0,
@@ -92,14 +115,23 @@ def gain_metrics(view: FieldView) -> dict[str, float]:
         "ls_t": per_bin[:, None, None, None],
         "median": median,
     }
-    return rows | {f"gain/nmse_{name}": float(nmse(gain * view.v_pred, view.v_target)) for name, gain in gains.items()}
+    return rows | {
+        f"gain/nmse_{name}": float(nmse(gain * view.v_pred, view.v_target))
+        for name, gain in gains.items()
+    }
 
 
 def code_metrics(velocity: Callable[[Tensor, Tensor], Tensor], view: FieldView) -> dict[str, float]:
-    """time/cos_*: flow/cos where the network is told another time code than 4 - 8t. velocity(x, code) -> u."""
+    """time/cos_*: flow/cos where the network is told another time code than 4 - 8t.
+
+    velocity(x, code) -> u.
+    """
     rows = {}
     for name, code in OTHER_CODES.items():
-        parts = [velocity(x, code(t)).float() for x, t in zip(view.xt.chunk(BINS), view.t.chunk(BINS), strict=True)]
+        parts = [
+            velocity(x, code(t)).float()
+            for x, t in zip(view.xt.chunk(BINS), view.t.chunk(BINS), strict=True)
+        ]
         rows[f"time/cos_{name}"] = float(cosines(torch.cat(parts), view.v_target).mean())
     return rows
 
@@ -115,7 +147,9 @@ def in_precision(velocity_fn: VelocityFn, dtype: torch.dtype | None) -> Velocity
 
 
 def aligned(velocity_fn: VelocityFn, z0: Tensor, z1: Tensor, rho: float) -> VelocityFn:
-    """The field read at x scaled, sample by sample, to the standard deviation that the true path has at that time (log 0919)."""
+    """The field read at x scaled, sample by sample, to the standard deviation that the true path
+    has at that time (log 0919).
+    """
 
     def called(x: Tensor, t: Tensor) -> Tensor:
         wanted = sample_path(t[:1].expand(len(z0)), z0, z1, rho).xt.std()
@@ -125,8 +159,12 @@ def aligned(velocity_fn: VelocityFn, z0: Tensor, z1: Tensor, rho: float) -> Velo
     return called
 
 
-def variant_metrics(velocity_fn: VelocityFn, view: FieldView, z0: Tensor, z1: Tensor, rho: float) -> dict[str, float]:
-    """variant/{fp32,bf16,aligned}_{cos,speed_ratio}: the log's single-step test with the velocity call made in three ways."""
+def variant_metrics(
+    velocity_fn: VelocityFn, view: FieldView, z0: Tensor, z1: Tensor, rho: float
+) -> dict[str, float]:
+    """variant/{fp32,bf16,aligned}_{cos,speed_ratio}: the log's single-step test with the
+    velocity call made in three ways.
+    """
     calls = {
         "fp32": in_precision(velocity_fn, None),
         "bf16": in_precision(velocity_fn, torch.bfloat16),
@@ -134,23 +172,39 @@ def variant_metrics(velocity_fn: VelocityFn, view: FieldView, z0: Tensor, z1: Te
     }
     rows = {}
     for name, call in calls.items():
-        v = torch.cat([call(x, t) for x, t in zip(view.xt.split(len(z0)), view.t.split(len(z0)), strict=True)])
+        v = torch.cat(
+            [call(x, t) for x, t in zip(view.xt.split(len(z0)), view.t.split(len(z0)), strict=True)]
+        )
         rows[f"variant/{name}_cos"] = float(cosines(v, view.v_target).mean())
         rows[f"variant/{name}_speed_ratio"] = float(speed_ratios(v, view.v_target).mean())
     return rows
 
 
 def code_gap(heard: list[Tensor], times: list[Tensor]) -> float:
-    """Greatest |time code heard - (4 - 8t)| over calls; infinite where the calls differ in number or size."""
+    """Greatest |time code heard - (4 - 8t)| over calls; infinite where the calls differ in
+    number or size.
+    """
     if [len(code) for code in heard] != [len(t) for t in times]:
         return float("inf")
-    return max((float((code.float() - time_code(t.float())).abs().max()) for code, t in zip(heard, times, strict=True)), default=0.0)
+    return max(
+        (
+            float((code.float() - time_code(t.float())).abs().max())
+            for code, t in zip(heard, times, strict=True)
+        ),
+        default=0.0,
+    )
 
 
 def null_metrics(conditional: Tensor, unconditional: Tensor, v_target: Tensor) -> dict[str, float]:
-    """guidance/*: how far the null velocity is from the conditional one, relative to it, and its cosine with v*."""
-    gap = (conditional - unconditional).flatten(1).norm(dim=1) / conditional.flatten(1).norm(dim=1).clamp_min(1e-12)
+    """guidance/*: how far the null velocity is from the conditional one, relative to it, and its
+    cosine with v*.
+    """
+    gap = (conditional - unconditional).flatten(1).norm(dim=1) / conditional.flatten(1).norm(
+        dim=1
+    ).clamp_min(1e-12)
     return {
         "guidance/gap": float(gap.mean()),
-        "guidance/null_cos": float(F.cosine_similarity(unconditional.flatten(1), v_target.flatten(1)).mean()),
+        "guidance/null_cos": float(
+            F.cosine_similarity(unconditional.flatten(1), v_target.flatten(1)).mean()
+        ),
     }

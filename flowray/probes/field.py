@@ -1,4 +1,6 @@
-"""How well a predicted velocity agrees with the target: the logs' single-step test, per sample and by slices of t."""
+"""How well a predicted velocity agrees with the target: the logs' single-step test, per sample
+and by slices of t.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,25 @@ def cosines(v_pred: Tensor, v_target: Tensor) -> Tensor:
 
 def speed_ratios(v_pred: Tensor, v_target: Tensor) -> Tensor:
     """k = ||v_pred|| / ||v_target|| of every sample, (B,)."""
-    return v_pred.float().flatten(1).norm(dim=1) / v_target.float().flatten(1).norm(dim=1).clamp_min(1e-12)
+    return v_pred.float().flatten(1).norm(dim=1) / v_target.float().flatten(1).norm(
+        dim=1
+    ).clamp_min(1e-12)
 
 
 def nmse(v_pred: Tensor, v_target: Tensor) -> Tensor:
-    """The logs' NMSE: ratio of batch means; per sample it is 1 + k^2 - 2 k c. Predicting zero scores 1."""
-    return F.mse_loss(v_pred.float(), v_target.float()) / v_target.float().square().mean().clamp_min(1e-12)
+    """The logs' NMSE: ratio of batch means; per sample it is 1 + k^2 - 2 k c. Predicting zero
+    scores 1.
+    """
+    return F.mse_loss(
+        v_pred.float(), v_target.float()
+    ) / v_target.float().square().mean().clamp_min(1e-12)
 
 
 def best_gain(v_pred: Tensor, v_target: Tensor) -> Tensor:
     """The factor on v_pred with the least squared error: <v_pred, v_target> / ||v_pred||^2."""
-    return (v_pred.float() * v_target.float()).sum() / v_pred.float().square().sum().clamp_min(1e-12)
+    return (v_pred.float() * v_target.float()).sum() / v_pred.float().square().sum().clamp_min(
+        1e-12
+    )
 
 
 def time_bins(t: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-"""The autoencoder's interface: is its scale applied once and undone once, is its posterior sampled, are the latents really its own.
+"""The autoencoder's interface: is its scale applied once and undone once, is its posterior sampled,
+are the latents really its own.
 
-The scale is written out here once more, (raw - shift) * scale, so that a fault in the code which training uses cannot hide in it.
+The scale is written out here once more, (raw - shift) * scale, so that a fault in the code which
+training uses cannot hide in it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from flowray.store.latents import LatentSet
 
 POWERS = (-2, -1, 1, 2)
 CLEARLY = 1.0  # dB by which another power of the scale must decode better
-FLAT_SCALE = 0.1  # root mean square of ln scale below which applying the scale twice cannot be told from once
+# root mean square of ln scale below which applying the scale twice cannot be told from once
+FLAT_SCALE = 0.1
 
 
 def scaled(scale: LatentScale, raw: Tensor) -> Tensor:
@@ -38,10 +41,11 @@ def _tells(logs: Tensor) -> bool:
 
 
 def scale_power(factors: Tensor, scale: LatentScale) -> tuple[float, float] | None:
-    """(k, away): factors (C,) come closest to each channel's own scale to the power k, and are off it by |ln| `away` at most.
+    """(k, away): factors (C,) come closest to each channel's own scale to the power k, and are off
+    it by |ln| `away` at most.
 
-    A scale for each channel tells a scale applied again (away 0) from any other factor. None where the scales are too near 1, or a
-    factor is not above 0.
+    A scale for each channel tells a scale applied again (away 0) from any other factor. None where
+    the scales are too near 1, or a factor is not above 0.
     """
     logs = _logs(scale, len(factors))
     if not (_tells(logs) and bool((factors > 0).all())):
@@ -52,22 +56,28 @@ def scale_power(factors: Tensor, scale: LatentScale) -> tuple[float, float] | No
 
 
 def _line(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(slope of every channel (C,), what is left of the centred a) of the least-squares line a ~ slope * b + intercept per channel."""
+    """(slope of every channel (C,), what is left of the centred a) of the least-squares line a ~
+    slope * b + intercept per channel.
+    """
     a, b = (x.double() - x.double().mean(dim=(0, 2, 3), keepdim=True) for x in (a, b))
     slopes = (a * b).sum(dim=(0, 2, 3)) / b.square().sum(dim=(0, 2, 3)).clamp_min(1e-30)
     return slopes, a - slopes[:, None, None] * b
 
 
 def latent_fit(cached: Tensor, fresh: Tensor, scale: LatentScale) -> dict[str, float]:
-    """latent/fit_*: least squares cached ~ slope * fresh + intercept per channel, both (B, C, H, W).
+    """latent/fit_*: least squares cached ~ slope * fresh + intercept per channel, both (B, C, H,
+    W).
 
-    slope (mean over channels) 1 and no residual where the cache holds what the autoencoder makes. power, away: the slopes as
-    powers of the channels' scales, 1 where the scale is applied twice, -1 never, -2 inverted. A residual: another autoencoder, or
-    other pictures.
+    slope (mean over channels) 1 and no residual where the cache holds what the autoencoder makes.
+    power, away: the slopes as powers of the channels' scales, 1 where the scale is applied twice,
+    -1 never, -2 inverted. A residual: another autoencoder, or other pictures.
     """
     slopes, rest = _line(cached, fresh)
     spread = cached.double().var(dim=(0, 2, 3), unbiased=False).mean().clamp_min(1e-30)
-    rows = {"latent/fit_slope": float(slopes.mean()), "latent/fit_residual": float(rest.square().mean() / spread)}
+    rows = {
+        "latent/fit_slope": float(slopes.mean()),
+        "latent/fit_residual": float(rest.square().mean() / spread),
+    }
     if (power := scale_power(slopes, scale)) is not None:
         rows["latent/fit_power"], rows["latent/fit_away"] = power
     return rows
@@ -75,12 +85,20 @@ def latent_fit(cached: Tensor, fresh: Tensor, scale: LatentScale) -> dict[str, f
 
 def expected_norm(moments: Moments, scale: LatentScale) -> float:
     """Root mean over samples of E ||z1||^2, posterior noise included, of moments (B, C, H, W)."""
-    spread = 0.0 if scale.deterministic else moments.logvar.float().exp() * over_channels(scale.scale, moments.logvar) ** 2
-    return float((scaled(scale, moments.mean.float()).square() + spread).flatten(1).sum(1).mean().sqrt())
+    spread = (
+        0.0
+        if scale.deterministic
+        else moments.logvar.float().exp() * over_channels(scale.scale, moments.logvar) ** 2
+    )
+    return float(
+        (scaled(scale, moments.mean.float()).square() + spread).flatten(1).sum(1).mean().sqrt()
+    )
 
 
 def noise_ratio(z1: Tensor, moments: Moments, scale: LatentScale) -> float | None:
-    """rms(z1 - scaled mean) / rms(scale * posterior std): 1 for a drawn latent, 0 for a bare mean; None where the posterior is a point."""
+    """rms(z1 - scaled mean) / rms(scale * posterior std): 1 for a drawn latent, 0 for a bare
+    mean; None where the posterior is a point.
+    """
     if scale.deterministic:
         return None
     spread = torch.exp(0.5 * moments.logvar.float()) * over_channels(scale.scale, moments.logvar)
@@ -89,16 +107,26 @@ def noise_ratio(z1: Tensor, moments: Moments, scale: LatentScale) -> float | Non
 
 
 def line_noise_ratio(z1: Tensor, moments: Moments, scale: LatentScale) -> float | None:
-    """noise_ratio about the line that z1 follows on the scaled mean, so that a wrong scale does not hide a bare mean."""
+    """noise_ratio about the line that z1 follows on the scaled mean, so that a wrong scale does
+    not hide a bare mean.
+    """
     if scale.deterministic:
         return None
     slopes, rest = _line(z1, scaled(scale, moments.mean.float()))
-    spread = torch.exp(0.5 * moments.logvar.double()) * over_channels(scale.scale, moments.logvar) * slopes[:, None, None]
+    spread = (
+        torch.exp(0.5 * moments.logvar.double())
+        * over_channels(scale.scale, moments.logvar)
+        * slopes[:, None, None]
+    )
     return math.sqrt(float(rest.square().mean() / spread.square().mean().clamp_min(1e-30)))
 
 
-def cache_metrics(scale: LatentScale, cached: LatentSet, fresh: Moments, indices: np.ndarray) -> dict[str, float]:
-    """Cached z1 (posterior mean, scaled as training scales it) against the moments of a fresh encoding of the same pictures."""
+def cache_metrics(
+    scale: LatentScale, cached: LatentSet, fresh: Moments, indices: np.ndarray
+) -> dict[str, float]:
+    """Cached z1 (posterior mean, scaled as training scales it) against the moments of a fresh
+    encoding of the same pictures.
+    """
     mean, logvar = cached.moments(indices)
     z = cached.scale.sample(Moments(mean, logvar), torch.zeros_like(mean))
     return latent_fit(z, scaled(scale, fresh.mean.float()).cpu(), scale)
@@ -108,11 +136,16 @@ def cache_metrics(scale: LatentScale, cached: LatentSet, fresh: Moments, indices
 def round_trips(
     autoencoder: Autoencoder, pictures: Tensor, moments: Moments, noise: Tensor, few: int
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """vae/*: PSNR of the round trip of pictures (B, 3, H, W), and of the first `few` latents decoded with the scale mishandled.
+    """vae/*: PSNR of the round trip of pictures (B, 3, H, W), and of the first `few` latents
+    decoded with the scale mishandled.
 
-    Returns (rows, `few` pictures by name): recon_wrap the wrapper's, recon_direct without unscaling, recon_twice unscaled twice.
+    Returns (rows, `few` pictures by name): recon_wrap the wrapper's, recon_direct without
+    unscaling, recon_twice unscaled twice.
     """
-    z, factor = autoencoder.sample(moments, noise), over_channels(autoencoder.scale.scale, moments.mean)
+    z, factor = (
+        autoencoder.sample(moments, noise),
+        over_channels(autoencoder.scale.scale, moments.mean),
+    )
     whole, flat = autoencoder.decode(z), pictures.mean(dim=(2, 3), keepdim=True).expand_as(pictures)
     rows = {"vae/psnr": psnr(whole, pictures), "trivial/vae/psnr": psnr(flat, pictures)}
     pictures, z, raw = pictures[:few], z[:few], moments.mean[:few]
@@ -121,9 +154,13 @@ def round_trips(
         "recon_direct": autoencoder.net.decode(z).sample,
         "recon_twice": autoencoder.decode(autoencoder.scale.unscale(z)),
     }
-    rows |= {f"vae/psnr_{name}": psnr(made[f"recon_{name}"], pictures) for name in ("direct", "twice")}
+    rows |= {
+        f"vae/psnr_{name}": psnr(made[f"recon_{name}"], pictures) for name in ("direct", "twice")
+    }
     rows["vae/psnr_raw"] = psnr(autoencoder.net.decode(raw).sample, pictures)
-    by_power = {0: psnr(made["recon_wrap"], pictures)} | {k: psnr(autoencoder.decode(z * factor**k), pictures) for k in POWERS}
+    by_power = {0: psnr(made["recon_wrap"], pictures)} | {
+        k: psnr(autoencoder.decode(z * factor**k), pictures) for k in POWERS
+    }
     rows |= {f"vae/psnr_sf{k}": by_power[k] for k in POWERS}
     if _tells(_logs(autoencoder.scale, z.shape[1])):
         best = max(by_power, key=lambda k: by_power[k])
@@ -133,7 +170,9 @@ def round_trips(
 
 @torch.no_grad()
 def mode_metrics(autoencoder: Autoencoder, pictures: Tensor) -> dict[str, float]:
-    """vae/training: a module is in train mode; vae/repeat_error: relative difference of two encodings of the same pictures."""
+    """vae/training: a module is in train mode; vae/repeat_error: relative difference of two
+    encodings of the same pictures.
+    """
     first, second = (autoencoder.encode_moments(pictures).mean for _ in range(2))
     return {
         "vae/training": float(any(module.training for module in autoencoder.net.modules())),
@@ -148,10 +187,14 @@ def same_pictures(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def histogram(values: dict[str, Tensor], edges: Sequence[float]) -> dict[str, list[float]]:
-    """Densities of the values over bins, `x` their centres; what lies outside is counted in no bin."""
+    """Densities of the values over bins, `x` their centres; what lies outside is counted in no
+    bin.
+    """
     bounds = np.asarray(edges)
     rows = {"x": ((bounds[1:] + bounds[:-1]) / 2).tolist()}
     for name, tensor in values.items():
         flat = tensor.detach().float().flatten().cpu().numpy()
-        rows[name] = (np.histogram(flat, bounds)[0] / (max(len(flat), 1) * np.diff(bounds))).tolist()
+        rows[name] = (
+            np.histogram(flat, bounds)[0] / (max(len(flat), 1) * np.diff(bounds))
+        ).tolist()
     return rows

@@ -29,7 +29,9 @@ def scale_metrics(path: PathSample) -> dict[str, float]:
     """Mean norms of z0, z1, x_t and v*; the logs want ||z1|| / ||z0|| within 3x."""
     latents = {"z0": path.x0, "z1": path.x1, "xt": path.xt, "v": path.v_target}
     norms = {name: float(x.flatten(1).norm(dim=1).mean()) for name, x in latents.items()}
-    return {f"scale/{name}_norm": norm for name, norm in norms.items()} | {"scale/ratio": norms["z1"] / max(norms["z0"], 1e-12)}
+    return {f"scale/{name}_norm": norm for name, norm in norms.items()} | {
+        "scale/ratio": norms["z1"] / max(norms["z0"], 1e-12)
+    }
 
 
 def pairwise_cosine(x: Tensor) -> float:
@@ -42,13 +44,18 @@ def pairwise_cosine(x: Tensor) -> float:
 def text_metrics(posterior: Posterior, noise: Tensor, other_noise: Tensor) -> dict[str, float]:
     """text/* over the rows of a posterior of different prompts.
 
-    cos_mu on mu (near 1: the text does not arrive); cos on drawn z0 (the logs'; low by noise alone where mu ~ 0); cos_same the
-    same prompt with other noise; snr = variance of mu over prompts / mean sigma^2.
+    cos_mu on mu (near 1: the text does not arrive); cos on drawn z0 (the logs'; low by noise alone
+    where mu ~ 0); cos_same the same prompt with other noise; snr = variance of mu over prompts /
+    mean sigma^2.
     """
     a, b = posterior.sample(noise), posterior.sample(other_noise)
     return {
         "text/cos_mu": pairwise_cosine(posterior.mu),
         "text/cos": pairwise_cosine(a),
-        "text/cos_same": float(torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1), dim=1).mean()),
-        "text/snr": float(posterior.mu.var(dim=0, unbiased=False).mean() / posterior.std.square().mean()),
+        "text/cos_same": float(
+            torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1), dim=1).mean()
+        ),
+        "text/snr": float(
+            posterior.mu.var(dim=0, unbiased=False).mean() / posterior.std.square().mean()
+        ),
     }

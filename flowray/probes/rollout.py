@@ -1,4 +1,6 @@
-"""Integrating the field: shooting at the real image latent, and the teacher field that checks the solver itself."""
+"""Integrating the field: shooting at the real image latent, and the teacher field that checks
+the solver itself.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,14 @@ def shoot(velocity_fn: VelocityFn, z0: Tensor, steps: int) -> Tensor:
     return integrate(EulerSolver(), velocity_fn, z0, time_grid("uniform", steps))
 
 
-def shoot_metrics(z_end: Tensor, z0: Tensor, z1: Tensor, others: Tensor, variance: float) -> dict[str, float]:
-    """shoot/*: z_end of z0, the real z1, `others` a derangement (B,) int64, Var(z1) per dim from the dataset.
+def shoot_metrics(
+    z_end: Tensor, z0: Tensor, z1: Tensor, others: Tensor, variance: float
+) -> dict[str, float]:
+    """shoot/*: z_end of z0, the real z1, `others` a derangement (B,) int64, Var(z1) per dim from
+    the dataset.
 
-    nmse 1 is predicting the mean; skill 0 is doing nothing. The field sees no caption but through z0, so the swapped shot of a
-    sample is the shot of the sample whose z0 it borrows.
+    nmse 1 is predicting the mean; skill 0 is doing nothing. The field sees no caption but through
+    z0, so the swapped shot of a sample is the shot of the sample whose z0 it borrows.
     """
     own = float(per_sample_mse(z_end, z1).mean())
     swapped = float(per_sample_mse(z_end[others], z1).mean())
@@ -41,12 +46,22 @@ def shoot_metrics(z_end: Tensor, z0: Tensor, z1: Tensor, others: Tensor, varianc
 
 
 def endpoint_metrics(velocity_fn: VelocityFn, z0: Tensor, z1: Tensor) -> dict[str, float]:
-    """flow/endpt_rmse@K, the distance to z1 after K Euler steps; it should fall with K and settle."""
-    return {f"flow/endpt_rmse@{k}": float(per_sample_mse(shoot(velocity_fn, z0, k), z1).mean().sqrt()) for k in ENDPOINT_STEPS}
+    """flow/endpt_rmse@K, the distance to z1 after K Euler steps; it should fall with K and
+    settle.
+    """
+    return {
+        f"flow/endpt_rmse@{k}": float(per_sample_mse(shoot(velocity_fn, z0, k), z1).mean().sqrt())
+        for k in ENDPOINT_STEPS
+    }
 
 
 def teacher_metrics(z0: Tensor, z1: Tensor, rho: float) -> dict[str, float]:
-    """teacher/mse@N: MSE to psi(1) when the true field is integrated; about 0 in fp32, whatever N."""
+    """teacher/mse@N: MSE to psi(1) when the true field is integrated; about 0 in fp32, whatever
+    N.
+    """
     v = velocity_target(z0, z1, rho)
     end = psi(torch.ones(len(z0), device=z0.device), z0, z1, rho)
-    return {f"teacher/mse@{n}": float(per_sample_mse(shoot(lambda x, t: v, z0, n), end).mean()) for n in TEACHER_STEPS}
+    return {
+        f"teacher/mse@{n}": float(per_sample_mse(shoot(lambda x, t: v, z0, n), end).mean())
+        for n in TEACHER_STEPS
+    }

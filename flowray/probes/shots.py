@@ -1,4 +1,6 @@
-"""Shots at the real latent with something changed: solver, step size, direction of time, gain; and the trace of a generation."""
+"""Shots at the real latent with something changed: solver, step size, direction of time, gain;
+and the trace of a generation.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,26 @@ DT_SCALES = (1, 2, 3)
 
 def heun_metrics(velocity_fn: VelocityFn, z0: Tensor, z1: Tensor) -> dict[str, float]:
     """flow/endpt_rmse_heun@K; the velocity at each step's two ends."""
-    ends = {k: integrate(HeunSolver(), velocity_fn, z0, time_grid("uniform", k)) for k in ENDPOINT_STEPS}
-    return {f"flow/endpt_rmse_heun@{k}": float(per_sample_mse(end, z1).mean().sqrt()) for k, end in ends.items()}
+    ends = {
+        k: integrate(HeunSolver(), velocity_fn, z0, time_grid("uniform", k)) for k in ENDPOINT_STEPS
+    }
+    return {
+        f"flow/endpt_rmse_heun@{k}": float(per_sample_mse(end, z1).mean().sqrt())
+        for k, end in ends.items()
+    }
 
 
 def falling(rows: dict[str, float]) -> dict[str, float]:
-    """endpoint/falls_{euler,heun}, where `rows` has it: the endpoint RMSE with most steps over that with fewest; above 1 it grows."""
+    """endpoint/falls_{euler,heun}, where `rows` has it: the endpoint RMSE with most steps over
+    that with fewest; above 1 it grows.
+    """
     few, many = min(ENDPOINT_STEPS), max(ENDPOINT_STEPS)
     named = {"euler": "flow/endpt_rmse", "heun": "flow/endpt_rmse_heun"}
     known = {name: key for name, key in named.items() if f"{key}@{many}" in rows}
-    return {f"endpoint/falls_{name}": rows[f"{key}@{many}"] / max(rows[f"{key}@{few}"], 1e-12) for name, key in known.items()}
+    return {
+        f"endpoint/falls_{name}": rows[f"{key}@{many}"] / max(rows[f"{key}@{few}"], 1e-12)
+        for name, key in known.items()
+    }
 
 
 def scaled_steps(velocity_fn: VelocityFn, scale: float) -> VelocityFn:
@@ -39,23 +51,44 @@ def backwards(velocity_fn: VelocityFn) -> VelocityFn:
     return lambda x, t: velocity_fn(x, 1 - t)
 
 
-def shot_metrics(velocity_fn: VelocityFn, z0: Tensor, z1: Tensor, variance: float, steps: int) -> dict[str, float]:
-    """shoot/nmse_dt{1,2,3} and shoot/nmse_reversed: mean (z_end - z1)^2 / Var(z1) after `steps` Euler steps."""
-    fields = {f"dt{scale}": scaled_steps(velocity_fn, float(scale)) for scale in DT_SCALES} | {"reversed": backwards(velocity_fn)}
-    return {f"shoot/nmse_{name}": float(per_sample_mse(shoot(field, z0, steps), z1).mean()) / variance for name, field in fields.items()}
+def shot_metrics(
+    velocity_fn: VelocityFn, z0: Tensor, z1: Tensor, variance: float, steps: int
+) -> dict[str, float]:
+    """shoot/nmse_dt{1,2,3} and shoot/nmse_reversed: mean (z_end - z1)^2 / Var(z1) after `steps`
+    Euler steps.
+    """
+    fields = {f"dt{scale}": scaled_steps(velocity_fn, float(scale)) for scale in DT_SCALES} | {
+        "reversed": backwards(velocity_fn)
+    }
+    return {
+        f"shoot/nmse_{name}": float(per_sample_mse(shoot(field, z0, steps), z1).mean()) / variance
+        for name, field in fields.items()
+    }
 
 
-def gain_shots(velocity_fn: VelocityFn, z0: Tensor, z1: Tensor, variance: float, steps: int, gains: dict[str, float]) -> dict[str, float]:
+def gain_shots(
+    velocity_fn: VelocityFn,
+    z0: Tensor,
+    z1: Tensor,
+    variance: float,
+    steps: int,
+    gains: dict[str, float],
+) -> dict[str, float]:
     """gain/shoot_nmse_<name>: shooting with the velocity times a gain."""
     return {
-        f"gain/shoot_nmse_{name}": float(per_sample_mse(shoot(scaled_steps(velocity_fn, gain), z0, steps), z1).mean()) / variance
+        f"gain/shoot_nmse_{name}": float(
+            per_sample_mse(shoot(scaled_steps(velocity_fn, gain), z0, steps), z1).mean()
+        )
+        / variance
         for name, gain in gains.items()
     }
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A generation: z_init and z_end (B, C, H, W), the first step's dz, and the pictures of both ends (B, 3, H', W')."""
+    """A generation: z_init and z_end (B, C, H, W), the first step's dz, and the pictures of both
+    ends (B, 3, H', W').
+    """
 
     z_init: Tensor
     first: Tensor
@@ -65,9 +98,16 @@ class Trace:
 
 
 def trace_generation(
-    velocity_fn: VelocityFn, solver: SolverConfig, grid: Sequence[float], z0: Tensor, decode: Callable[[Tensor], Tensor], pictures: int
+    velocity_fn: VelocityFn,
+    solver: SolverConfig,
+    grid: Sequence[float],
+    z0: Tensor,
+    decode: Callable[[Tensor], Tensor],
+    pictures: int,
 ) -> Trace:
-    """The logs' [A] decode(z_init), [B] first dz, [C] decode(z_end); pictures of the first few samples."""
+    """The logs' [A] decode(z_init), [B] first dz, [C] decode(z_end); pictures of the first few
+    samples.
+    """
     first: list[Tensor] = []
 
     def watch(k: int, t: float, x: Tensor, v: Tensor) -> None:
@@ -79,7 +119,9 @@ def trace_generation(
 
 
 def trace_metrics(trace: Trace) -> dict[str, float]:
-    """trace/*: latent spread of both ends, rms of the first dz, contrast of the pictures (std of pixels in [0, 1])."""
+    """trace/*: latent spread of both ends, rms of the first dz, contrast of the pictures (std of
+    pixels in [0, 1]).
+    """
 
     def contrast(pictures: Tensor) -> float:
         return float(((pictures.clamp(-1, 1) + 1) / 2).std())
@@ -94,13 +136,17 @@ def trace_metrics(trace: Trace) -> dict[str, float]:
 
 
 def significant_bits(x: Tensor) -> int:
-    """How many significand bits the numbers of x use, whatever their dtype: 8 if bf16 can hold them all, 11 if fp16 can, else 24."""
+    """How many significand bits the numbers of x use, whatever their dtype: 8 if bf16 can hold
+    them all, 11 if fp16 can, else 24.
+    """
     for dtype, bits in ((torch.bfloat16, 8), (torch.float16, 11)):
         if torch.equal(x.to(dtype).float(), x.float()):
             return bits
     return 24
 
 
-def teacher_rows(end_of: Callable[[int], Tensor], end: Tensor, steps: Sequence[int], name: str) -> dict[str, float]:
+def teacher_rows(
+    end_of: Callable[[int], Tensor], end: Tensor, steps: Sequence[int], name: str
+) -> dict[str, float]:
     """NAME/mse@N of the true field: end_of(N) integrates it in N steps, `end` is psi(1)."""
     return {f"{name}/mse@{n}": float(per_sample_mse(end_of(n).float(), end).mean()) for n in steps}

@@ -13,10 +13,12 @@ from flowray.model.assemble import FlowModel
 
 @contextmanager
 def untouched(model: FlowModel) -> Iterator[None]:
-    """Within the block the model may be run in any mode; after it modes, RNG and the semantic networks' state are as before.
+    """Within the block the model may be run in any mode; after it modes, RNG and the semantic
+    networks' state are as before.
 
-    The semantic networks are copied because a forward pass of theirs may write: the contrastive scale is capped in place.
-    Gradients are the block's own affair: it takes them with `torch.autograd.grad`, which writes no `.grad`.
+    The semantic networks are copied because a forward pass of theirs may write: the contrastive
+    scale is capped in place. Gradients are the block's own affair: it takes them with
+    `torch.autograd.grad`, which writes no `.grad`.
     """
     modes = [(module, module.training) for module in model.modules()]
     trained = [p for p in model.semantic.parameters() if p.requires_grad]
@@ -36,7 +38,9 @@ def untouched(model: FlowModel) -> Iterator[None]:
 
 @contextmanager
 def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block the parameters hold `values`; after it, the very tensors that they held before."""
+    """Within the block the parameters hold `values`; after it, the very tensors that they held
+    before.
+    """
     before = {name: p.data for name, p in parameters.items()}
     try:
         for name, p in parameters.items():
@@ -49,7 +53,9 @@ def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 
 @contextmanager
 def hearing_codes(model: FlowModel) -> Iterator[list[Tensor]]:
-    """Within the block, the list receives the time code (B,) of every call of the velocity network, in order."""
+    """Within the block, the list receives the time code (B,) of every call of the velocity
+    network, in order.
+    """
     velocity, heard = model.velocity, []
     levels = velocity.levels
 
@@ -57,7 +63,8 @@ def hearing_codes(model: FlowModel) -> Iterator[list[Tensor]]:
         heard.append(time_code.detach().clone())
         return levels(x, time_code, null)
 
-    velocity.__dict__["levels"] = listening  # shadows the method: training calls `levels`, sampling calls the module
+    # shadows the method: training calls `levels`, sampling calls the module
+    velocity.__dict__["levels"] = listening
     try:
         yield heard
     finally:

@@ -6,26 +6,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowray.data.pictures import decode_image
+from flowray.data.pixels import to_pictures
 from flowray.data.reader import ShardReader
 from flowray.flow.draws import Draws
 from flowray.model.autoencoder import Autoencoder
-from flowray.store.latents import LatentSet, decode_image, to_pictures
+from flowray.store.latents import LatentSet
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], from the mean squared error over all of them."""
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], from the mean squared error over
+    all of them.
+    """
     return float(10 * torch.log10(4 / F.mse_loss(a.clamp(-1, 1), b.clamp(-1, 1)).clamp_min(1e-12)))
 
 
 @torch.no_grad()
-def vae_metrics(autoencoder: Autoencoder, held_out: LatentSet, count: int, seed: int) -> dict[str, float]:
-    """vae/psnr of encode, sample, decode on the first held-out pictures, beside the PSNR of each picture's mean colour."""
+def vae_metrics(
+    autoencoder: Autoencoder, held_out: LatentSet, count: int, seed: int
+) -> dict[str, float]:
+    """vae/psnr of encode, sample, decode on the first held-out pictures, beside the PSNR of each
+    picture's mean colour.
+    """
     reader = ShardReader(held_out.pictures)
     images = [decode_image(reader, i) for i in range(min(count, len(reader)))]
     device = next(autoencoder.parameters()).device
     pictures = to_pictures(images).to(device)
     moments = autoencoder.encode_moments(pictures)
-    noise = Draws(seed, 0, len(images), slice(None), device).normal("posterior", tuple(moments.mean.shape[1:]))
+    noise = Draws(seed, 0, len(images), slice(None), device).normal(
+        "posterior", tuple(moments.mean.shape[1:])
+    )
     rebuilt = autoencoder.decode(autoencoder.sample(moments, noise))
     flat = pictures.mean(dim=(2, 3), keepdim=True).expand_as(pictures)
     return {"vae/psnr": psnr(rebuilt, pictures), "trivial/vae/psnr": psnr(flat, pictures)}

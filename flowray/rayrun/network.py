@@ -1,4 +1,6 @@
-"""The network that ranks on different hosts meet on: the one on which Ray's nodes know each other."""
+"""The network that ranks on different hosts meet on: the one on which Ray's nodes know each
+other.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the network interface that has this IPv4 address here; None where none has, or the system has no such question."""
+    """Name of the network interface that has this IPv4 address here; None where none has, or the
+    system has no such question.
+    """
     if sys.platform != "linux":
         return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
@@ -33,11 +37,14 @@ def interface_of(address: str) -> str | None:
 
 
 def bind_gloo() -> None:
-    """Have gloo talk through the interface of this node's address in Ray, unless GLOO_SOCKET_IFNAME says otherwise.
+    """Have gloo talk through the interface of this node's address in Ray, unless GLOO_SOCKET_IFNAME
+    says otherwise.
 
-    Left to itself it announces what the host's name resolves to. On Debian that is 127.0.1.1 (/etc/hosts), on a host with several
-    networks perhaps the wrong one, and ranks on different hosts wait in vain: `connectFullMesh failed ... Connection refused`.
-    NCCL chooses by itself among the interfaces that lead out, and several for speed: it is left alone.
+    Left to itself it announces what the host's name resolves to. On Debian that is 127.0.1.1
+    (/etc/hosts), on a host with several
+    networks perhaps the wrong one, and ranks on different hosts wait in vain: `connectFullMesh
+    failed ... Connection refused`. NCCL chooses by itself among the interfaces that lead out, and
+    several for speed: it is left alone.
     """
     if GLOO_INTERFACE not in os.environ and (name := interface_of(ray.util.get_node_ip_address())):
         os.environ[GLOO_INTERFACE] = name

@@ -1,4 +1,6 @@
-"""Which failures of a run count: those in a row, with no new checkpoint between them. A spot cluster may take a long run's node often."""
+"""Which failures of a run count: those in a row, with no new checkpoint between them. A spot
+cluster may take a long run's node often.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def newest_step(run: RunDirectory) -> int:
 
 
 def goes_on(error: WorkerGroupError, before: int, after: int) -> bool:
-    """Whether a run that Ray Train gave up is started again: workers were lost, and it came on since its start, `before`, in between.
+    """Whether a run that Ray Train gave up is started again: workers were lost, and it came on
+    since its start, `before`, in between.
 
     An error that a worker raised would come again, so max_failures is the end of it.
     """
@@ -37,7 +40,8 @@ def _lost(failure: Exception) -> bool:
 
 
 class Pardons:
-    """Sets the failures that Ray Tune has counted of a trial back to none once the trial has come on since the last one.
+    """Sets the failures that Ray Tune has counted of a trial back to none once the trial has come
+    on since the last one.
 
     come: how far the trial of a number has come, by its checkpoints.
     """

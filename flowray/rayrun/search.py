@@ -1,4 +1,6 @@
-"""Ray Tune's searcher and scheduler of a sweep: thin adapters that let the referee hand out, judge and end trials."""
+"""Ray Tune's searcher and scheduler of a sweep: thin adapters through which a session
+hands out, judges and ends trials.
+"""
 
 from __future__ import annotations
 
@@ -12,80 +14,107 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from flowray.config.errors import InputError
-from flowray.tune.referee import Referee
+from flowray.tune.session import SweepSession
 
 FAILED = "failed"  # key of a row that says, in one line, why its trial ended
-LACKS = "lacks"  # key of a row that says, in one line, which node lacks the storage: the trial has not failed
+# key of a row that says, in one line, which node lacks the storage: the trial has not failed
+LACKS_STORAGE = "lacks_storage"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Unpickled:
-    """Tune pickles all that it is given, to restore from; a sweep never does, so its parts leave their state out."""
+    """Tune pickles all that it is given, to restore from; a sweep never does, so its parts leave
+    their state out.
+    """
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 def no_room(error: Exception | str) -> OSError | None:
-    """The full disk (or spent quota) that an error, or the line it became on another node, is about; None where it is about none."""
-    numbers = [number for number in NO_ROOM if getattr(error, "errno", None) == number or os.strerror(number) in str(error)]
+    """The full disk (or spent quota) that an error, or the line it became on another node, is
+    about; None where it is about none.
+    """
+    numbers = [
+        number
+        for number in NO_ROOM
+        if getattr(error, "errno", None) == number or os.strerror(number) in str(error)
+    ]
     return OSError(numbers[0], str(error)) if numbers else None
 
 
 class StudySearch(Unpickled, Searcher):
-    """Optuna through ask and tell, numbered by the study. Tune's config of a trial is {"number", "params"}."""
+    """Optuna through ask and tell, numbered by the study.
 
-    def __init__(self, referee: Referee):
+    Tune's config of a trial is {"number", "params"}.
+    """
+
+    def __init__(self, session: SweepSession):
         super().__init__()
-        self._referee = referee
+        self._session = session
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         try:
-            chosen = self._referee.next()
+            chosen = self._session.next()
         except OSError as error:
-            self._referee.hold(error)
+            self._session.suspend(error)
             chosen = None
         if chosen is None:
-            return None if self._referee.may_promote() else cast(None, Searcher.FINISHED)  # a string, which the base class does not declare
+            # a string, which the base class does not declare
+            return None if self._session.may_promote() else cast(None, Searcher.FINISHED)
         self._numbers[trial_id], params = chosen
         return {"number": chosen[0], "params": params}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         number = self._numbers[trial_id]
-        if not error and self._referee.records.trials[number].status == "running":  # the error's text comes with the callback that follows
+        # the error's text comes with the callback that follows
+        if not error and self._session.ledger.trials[number].status == "running":
             try:
-                self._referee.ended(number)
+                self._session.end(number)
             except OSError as full:
-                self._referee.hold(full)
+                self._session.suspend(full)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the journal is the state, and a new session rebuilds from it without unpickling."""
+        """Nothing: the journal is the state, and a new session rebuilds from it without
+        unpickling.
+        """
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a sweep is resumed from its study, not from Tune's experiment directory")
+        raise NotImplementedError(
+            "a sweep is resumed from its study, not from Tune's experiment directory"
+        )
 
 
 class ProbeScheduler(Unpickled, FIFOScheduler):
-    """Shows every reported row to the referee and stops the trial when it says so."""
+    """Shows every reported row to the session and stops the trial when it says so."""
 
-    def __init__(self, referee: Referee):
+    def __init__(self, session: SweepSession):
         super().__init__()
-        self._referee = referee
+        self._session = session
 
-    def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
+    def on_trial_result(
+        self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]
+    ) -> str:
         number, failure = trial.config["number"], str(result.get(FAILED, ""))
-        if LACKS in result:  # every trial that lands there would fail; where it is right they all go on
+        # every trial that lands there would fail; where it is right they all go on
+        if LACKS_STORAGE in result:
             words = "the sweep waits: when the node has it, or is gone, type the same command again"
-            self._referee.hold(InputError(f"{result[LACKS]}; {words}"))
+            self._session.suspend(InputError(f"{result[LACKS_STORAGE]}; {words}"))
             return TrialScheduler.STOP
         row = {key: value for key, value in result.items() if not key.startswith("config/")}
         try:
             if full := no_room(failure):
                 raise full
             if not failure:
-                return TrialScheduler.STOP if self._referee.see(number, row) else TrialScheduler.CONTINUE
-            self._referee.ended(number, error=failure)
+                return (
+                    TrialScheduler.STOP
+                    if self._session.report(number, row)
+                    else TrialScheduler.CONTINUE
+                )
+            self._session.end(number, error=failure)
         except OSError as error:
-            self._referee.hold(error)
+            self._session.suspend(error)
         return TrialScheduler.STOP

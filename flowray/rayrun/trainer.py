@@ -15,20 +15,21 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from flowray.cluster.capacity import reach
+from flowray.cluster.session import set_defaults
+from flowray.cluster.storage import Unshared, marked, refusal_here
+from flowray.cluster.waiting import told_of_waiting
 from flowray.config.errors import InputError, last_line
 from flowray.config.recipe import Recipe
-from flowray.rayrun.capacity import reach
-from flowray.rayrun.gauges import RunGauges
+from flowray.doctor.visits import Visits
 from flowray.rayrun.network import NodeNetwork
 from flowray.rayrun.retries import goes_on, newest_step
-from flowray.rayrun.session import set_defaults
-from flowray.rayrun.storage import Unshared, marked, refusal_here
-from flowray.rayrun.waiting import told_of_waiting
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import is_finished, train
 from flowray.train.state import Halted
 from flowray.tune.room import asked_words
+from flowray.views.gauges import RunGauges
 
 
 class RunFailed(RuntimeError):
@@ -43,10 +44,11 @@ Report = Callable[[dict[str, Any]], None]  # takes the rows of probes
 
 
 def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> None:
-    """What each Ray Train worker runs. config: {"recipe": the recipe as JSON, "run_dir": str, "mark": str}.
+    """What each Ray Train worker runs. config: {"recipe": the recipe as JSON, "run_dir": str,
+    "mark": str}.
 
-    A failure that would come again (bad input, a non-finite loss, a full disk) is written down and not raised, so that Ray does
-    not retry it.
+    A failure that would come again (bad input, a non-finite loss, a full disk) is written down and
+    not raised, so that Ray does not retry it.
     """
     recipe = Recipe.model_validate(config["recipe"])
     run = RunDirectory(Path(config["run_dir"]))
@@ -55,7 +57,7 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
     if _refused(run, config["mark"], group) or _failure(run).exists():
         return
     try:
-        train(recipe, run, group, _with_gauges(run, report) if group.lead else report)
+        train(recipe, run, group, _with_gauges(run, report) if group.lead else report, Visits)
     except (InputError, Halted) as error:
         _note(run, error)
         if group.world > 1:
@@ -63,7 +65,10 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
 
 
 def _refused(run: RunDirectory, mark: str, group: Group) -> bool:
-    """Whether a rank's node has another storage. Those that share it write that down, as that node cannot; Unshared where none does."""
+    """Whether a rank's node has another storage.
+
+    Those that share it write that down, as that node cannot; Unshared where none does.
+    """
     refusal = refusal_here(run.path, mark)
     heard = [refusal]
     if group.world > 1:
@@ -107,16 +112,19 @@ def fit(
     worker: Callable[..., None] = train_worker,
     say: Callable[[str], None] | None = None,
 ) -> None:
-    """Train `recipe` in `run_dir` under a TorchTrainer; resumes from its newest valid checkpoint, returns at once if it has finished.
+    """Train `recipe` in `run_dir` under a TorchTrainer; resumes from its newest valid checkpoint,
+    returns at once if it has finished.
 
-    here: train in this very process (Ray Train's local mode, one worker), and give it the rows: no controller and no worker to
-    start. The caller holds the worker's resources and retries where the process dies.
+    here: train in this very process (Ray Train's local mode, one worker), and give it the rows: no
+    controller and no worker to start. The caller holds the worker's resources and retries where the
+    process dies.
     worker: what each worker runs, `train_worker` with something around it.
-    say: takes a line a minute while the cluster has no room for the workers.
-    Needs Ray to be started. `run.stop_request` ends it with a checkpoint, also when it is there before the start. Checkpoints are
-    the run directory's own; Ray's storage holds nothing worth keeping and is removed.
-    Workers lost with their nodes do not count against max_failures where a checkpoint came since the start before.
-    Raises InputError (Unshared, where a node lacks the storage) or RunFailed with one line.
+    say: takes a line a minute while the cluster has no room for the workers. Needs Ray to be
+    started. `run.stop_request` ends it with a checkpoint, also when it is there before the start.
+    Checkpoints are the run directory's own; Ray's storage holds nothing worth keeping and is
+    removed. Workers lost with their nodes do not count against max_failures where a checkpoint came
+    since the start before. Raises InputError (Unshared, where a node lacks the storage) or
+    RunFailed with one line.
     """
     run = RunDirectory(run_dir.absolute())
     if is_finished(recipe, run):
@@ -127,32 +135,46 @@ def fit(
     set_defaults()  # on a cluster a trial that drives workers has none of its sweep's
     resources = recipe.resources
     per_worker = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
-    config = {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run.path)}  # Ray's dashboard shows all of it
+    # Ray's dashboard shows all of it
+    config = {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run.path)}
     workers = resources.num_workers if here is None else 0  # 0: the local mode
-    scaling = ScalingConfig(num_workers=workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker)
+    scaling = ScalingConfig(
+        num_workers=workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
+    )
     work = worker if here is None else partial(worker, report=here)
-    limits: dict[str, Any] = dict.fromkeys(("max_failures", "controller_failure_limit"), resources.max_failures)  # see `_trained`
+    # see `_trained`
+    limits: dict[str, Any] = dict.fromkeys(
+        ("max_failures", "controller_failure_limit"), resources.max_failures
+    )
     kept = RunConfig(
         name=name,
         storage_path=str(ray_storage.absolute()),
         failure_config=FailureConfig(**limits),
         callbacks=list(callbacks),
     )
-    trainer = partial(TorchTrainer, work, scaling_config=scaling, torch_config=NodeNetwork(), run_config=kept)
+    trainer = partial(
+        TorchTrainer, work, scaling_config=scaling, torch_config=NodeNetwork(), run_config=kept
+    )
     try:
         with ExitStack() as closing:
             mark = closing.enter_context(marked(run.path, alone=True))
             if say:
                 closing.enter_context(told_of_waiting(resources, run, say))
-            while not _trained(trainer(train_loop_config={**config, "mark": mark}), run) and not run.stop_request.exists():
+            while (
+                not _trained(trainer(train_loop_config={**config, "mark": mark}), run)
+                and not run.stop_request.exists()
+            ):
                 _check_room(recipe, run)
     except ray.train.TrainingFailedError as error:
         _raise_noted(run)
         cause = _root_cause(error)
         for kind in (InputError, Unshared):
-            if cause.startswith(bad := f"{kind.__module__}.{kind.__name__}: "):  # of a node that cannot write it down
+            # of a node that cannot write it down
+            if cause.startswith(bad := f"{kind.__module__}.{kind.__name__}: "):
                 raise kind(cause.removeprefix(bad)) from error
-        raise RunFailed(f"{run.path}: {cause}; --resume continues from the last checkpoint") from error
+        raise RunFailed(
+            f"{run.path}: {cause}; --resume continues from the last checkpoint"
+        ) from error
     finally:
         shutil.rmtree(ray_storage / name, ignore_errors=True)
     _raise_noted(run)
@@ -161,8 +183,9 @@ def fit(
 def _trained(trainer: TorchTrainer, run: RunDirectory) -> bool:
     """Train; False where it is to be tried again.
 
-    There was no room for the workers, now or again after some were lost: Ray Train has waited for it then, 1 + max_failures times
-    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, 20 minutes by default. Or workers were lost too often for Ray, but see `goes_on`.
+    There was no room for the workers, now or again after some were lost: Ray Train has waited for
+    it then, 1 + max_failures times RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, 20 minutes by default.
+    Or workers were lost too often for Ray, but see `goes_on`.
     """
     before = newest_step(run)
     try:
@@ -179,16 +202,20 @@ def _trained(trainer: TorchTrainer, run: RunDirectory) -> bool:
 
 
 def _check_room(recipe: Recipe, run: RunDirectory) -> None:
-    """RunFailed where the cluster has become too small for the run and no autoscaler brings it back, so that nobody waits for ever.
+    """RunFailed where the cluster has become too small for the run and no autoscaler brings it
+    back, so that nobody waits for ever.
 
     Where others use it, or a node has yet to come, waiting is right.
     """
     each, cluster = recipe.resources, reach()
-    if cluster.grows or cluster.workers(each.cpus_per_worker, each.gpus_per_worker) >= each.num_workers:
+    if (
+        cluster.grows
+        or cluster.workers(each.cpus_per_worker, each.gpus_per_worker) >= each.num_workers
+    ):
         return
     raise RunFailed(
-        f"{run.path}: no room for {asked_words(each)}: {cluster} are left; bring lost hosts back, or type resources.num_workers=N; "
-        "--resume continues from the last checkpoint"
+        f"{run.path}: no room for {asked_words(each)}: {cluster} are left; bring lost hosts back,"
+        " or type resources.num_workers=N; --resume continues from the last checkpoint"
     )
 
 

@@ -1,4 +1,6 @@
-"""A sweep under Ray Tune: every trial is a Tune function that drives its own Ray Train run, judged at every probe."""
+"""A sweep under Ray Tune: every trial is a Tune function that drives its own Ray Train run,
+judged at every probe.
+"""
 
 from __future__ import annotations
 
@@ -21,64 +23,83 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from flowray.cluster import session as ray_session
+from flowray.cluster.capacity import machines
+from flowray.cluster.storage import Unshared, check_here, marked, refuse_unshared
+from flowray.cluster.waiting import RoomWatch, begun
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError, last_line
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import Sweep
-from flowray.rayrun import session
-from flowray.rayrun.capacity import machines
-from flowray.rayrun.console import SweepConsole
-from flowray.rayrun.gauges import SweepGauges, leave_link
-from flowray.rayrun.live import Everyone, Gallery, TrialBoard
 from flowray.rayrun.retries import Pardons, newest_step
-from flowray.rayrun.search import FAILED, LACKS, ProbeScheduler, StudySearch, Unpickled, no_room
-from flowray.rayrun.storage import Unshared, check_here, marked, refuse_unshared
+from flowray.rayrun.search import (
+    FAILED,
+    LACKS_STORAGE,
+    ProbeScheduler,
+    StudySearch,
+    Unpickled,
+    no_room,
+)
 from flowray.rayrun.trainer import RunFailed, fit, train_worker
-from flowray.rayrun.waiting import RoomWatch, begun
 from flowray.report.load import load_sweep as load_report
+from flowray.report.results import Sweep as Report
 from flowray.store.latents import ensure_latents_apart
 from flowray.store.run import RunDirectory, RunLock
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.folder import held_directory, refuse_taken, sweep_folder
-from flowray.tune.halving import make_halving
+from flowray.tune.ledger import Ledger
+from flowray.tune.observers import Observer
 from flowray.tune.plan import longest
-from flowray.tune.records import Records, TrialRecord
-from flowray.tune.referee import Referee, repeat_dir, repeat_of
+from flowray.tune.policy import Policy
+from flowray.tune.records import TrialRecord, repeat_dir, repeat_of
 from flowray.tune.room import Placed, needed_cpus, place
 from flowray.tune.sampling import score_pictures
+from flowray.tune.session import SweepSession
 from flowray.tune.space import ends_with_its_space, left_to_begin, trial_count
 from flowray.tune.warm import earlier_trials
+from flowray.views.console import SweepConsole
+from flowray.views.gauges import SweepGauges, leave_link
+from flowray.views.live import Gallery, TrialBoard
 
 _DATA = {"data", "model.autoencoder", "model.latent"}  # parts of a recipe that latents depend on
 
-TrialFn = Callable[[Recipe, Path], None]  # trains one recipe in one run directory, inside a Tune session
+# trains one recipe in one run directory, inside a Tune session
+TrialFn = Callable[[Recipe, Path], None]
 
 _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 the only way to no output at all
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # metrics.jsonl and TensorBoard are the run directory's
+    # metrics.jsonl and TensorBoard are the run directory's
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own state is never read again
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a stopped trial closes its files before the next one takes its process
+    # a stopped trial closes its files before the next one takes its process
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in recipes keep their meaning
 }
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep came to. best: the best trial's record, None without a value.
+    """What a sweep came to. report: its folder as the report reads it; best: the best trial's
+    record, None without a value.
 
-    interrupted: trials that this session was to train are left to be continued, because of a signal, or where it is out_of_time, because
+    interrupted: trials that this session was to train are left to be continued, because of a
+    signal, or where it is out_of_time, because
     the time budget ran out. left: all that the sweep has still to begin or to continue.
     """
 
-    sweep_dir: Path
+    report: Report
     trials: tuple[TrialRecord, ...]
     best: TrialRecord | None
     saved: float
     interrupted: bool
     out_of_time: bool = False
     left: int = 0
+
+    @property
+    def sweep_dir(self) -> Path:
+        return self.report.path
 
 
 class _SeedReport(TuneReportCallback):
@@ -88,7 +109,9 @@ class _SeedReport(TuneReportCallback):
         super().__init__()
         self._repeat = repeat
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
         super().after_report(run_context, [{**metrics[0], "repeat": self._repeat}], checkpoint)
 
 
@@ -102,7 +125,14 @@ def train_trial(recipe: Recipe, run_dir: Path, worker: Callable[..., None] = tra
         to_tune = {"here": lambda row: tune.report({**row, "repeat": repeat})}
     else:  # made only here: it starts an actor for its queue, of 66 MB and with 0.2 s a look at it
         to_tune = {"callbacks": [_SeedReport(repeat)]}
-    fit(recipe, run_dir, name=name, ray_storage=first.parent / ".ray" / "train", worker=worker, **to_tune)
+    fit(
+        recipe,
+        run_dir,
+        name=name,
+        ray_storage=first.parent / ".ray" / "train",
+        worker=worker,
+        **to_tune,
+    )
 
 
 def sample_trial(source: Path) -> TrialFn:
@@ -124,63 +154,81 @@ def run_sweep(
     trial_fn: TrialFn | None = None,
     stream: TextIO = sys.stderr,
     progress: Progress = SILENT,
+    observers: Sequence[Observer] = (),
 ) -> SweepResult:
-    """Run the trials that are still missing and write sweep.yaml, trials.jsonl, study.journal, best.yaml and the run directories.
+    """Run the trials that are still missing and write sweep.yaml, trials.jsonl, study.journal,
+    best.yaml and the run directories.
 
-    finish: stopped trials to train to their last step, and nothing else. A sweep that has all its trials returns at once, without
-    starting Ray, unless it is on a cluster, which is asked for the storage first. InputError: the nodes do not share the storage; the
-    directory holds another sweep (see `open_directory`). OSError: a full disk; the trials that it cut off go on in the next session,
-    as they do where a node came that lacks the storage, an InputError.
+    finish: stopped trials to train to their last step, and nothing else. observers: who else hears
+    of every trial. A sweep that has all its trials returns at once, without starting Ray, unless it
+    is on a cluster, which is asked for the storage first. InputError: the nodes do not share the
+    storage; the directory holds another sweep (see `open_directory`).
+    OSError: a full disk; the trials that it cut off go on in the next session, as they do where a
+    node came that lacks the storage, an InputError.
     """
-    with session.connected(progress):
+    with ray_session.connected(progress):
         refuse_unshared(Path(sweep.storage_path), base.data, progress)
-        there = Records(sweep_folder(sweep) / "trials.jsonl")
+        there = Ledger(sweep_folder(sweep) / "trials.jsonl")
         for number in finish:
             there.to_finish(number)
         work = _work_left(sweep, there, finish)
         placed = place(sweep, base, machines()) if work else None
     deadline = math.inf if sweep.time_budget is None else time.monotonic() + sweep.time_budget
     trains = trial_fn is None and sweep.task == "train"
-    trial_fn = trial_fn or (train_trial if sweep.task == "train" else sample_trial(Path(sweep.base)))
+    own = train_trial if sweep.task == "train" else sample_trial(Path(sweep.base))
+    trial_fn = trial_fn or own
     earlier = earlier_trials(sweep, base) if sweep.warm_start else None
     if earlier:
         print(earlier, file=stream)
     refuse_taken(sweep, base, resume)
-    if placed and trains and not in_cluster() and not _DATA.intersection(map(_part, sweep.parameters)):
+    same_data = not _DATA.intersection(map(_part, sweep.parameters))
+    if placed and trains and same_data and not in_cluster():
         ensure_latents_apart(base, progress)  # once, before all trials want them
     sweep_dir, out_of_time = sweep_folder(sweep), False
     with held_directory(sweep, base, resume) as lock:
         if placed:
             needed = needed_cpus(placed)
-            with _quiet(), session.started(needed, progress):
+            with _quiet(), ray_session.started(needed, progress):
                 leave_link(sweep_dir)
                 with SweepConsole(sweep, sweep_dir, trial_count(sweep), stream) as console:
-                    budget = longest(sweep, base)
-                    referee = Referee(
+                    session = SweepSession(
                         sweep,
                         sweep_dir,
-                        budget,
-                        make_halving(sweep, budget),
-                        Everyone(console, TrialBoard(sweep, sweep_dir), Gallery(sweep_dir, sweep), SweepGauges(sweep)),
+                        Policy(sweep, longest(sweep, base)),
+                        (*observers, console, *_views(sweep, sweep_dir)),
                         concurrent=placed.concurrent,
                         deadline=deadline,
                         finish=finish,
                         earlier=earlier.trials if earlier else (),
                     )
-                    if referee.due():
-                        _run(referee, placed, trial_fn, _Events(referee, placed, console, lock))
-                    if referee.held:
-                        raise referee.held
-                    out_of_time = referee.out_of_time
-    records = Records(sweep_dir / "trials.jsonl")
-    best = load_report(sweep_dir).best
-    record = records.trials[best.number] if best else None
-    if (settings := ends_with_its_space(sweep)) and not _to_begin(sweep, records):
+                    if session.due():
+                        _run(session, placed, trial_fn, _Events(session, placed, console, lock))
+                    if session.suspended_by:
+                        raise session.suspended_by
+                    out_of_time = session.out_of_time
+    ledger = Ledger(sweep_dir / "trials.jsonl")
+    result = _result(sweep, ledger, load_report(sweep_dir), finish, out_of_time)
+    _conclude(sweep, base, ledger, result.best, stream)
+    return result
+
+
+def _conclude(
+    sweep: Sweep, base: Recipe, ledger: Ledger, best: TrialRecord | None, stream: TextIO
+) -> None:
+    """Write best.yaml; say where the space has no setting left to try."""
+    if (settings := ends_with_its_space(sweep)) and not _to_begin(sweep, ledger):
         more = "for more trials, name=OTHER and more values"
-        print(f"no setting is left of the {settings} in the space, run_cap {sweep.run_cap}; {more}", file=stream)
-    if record:
-        (sweep_dir / "best.yaml").write_text(_best_recipe(sweep, base, record))
-    return _result(sweep, records, record, finish, out_of_time)
+        print(
+            f"no setting is left of the {settings} in the space, run_cap {sweep.run_cap}; {more}",
+            file=stream,
+        )
+    if best:
+        (ledger.path.parent / "best.yaml").write_text(_best_recipe(sweep, base, best))
+
+
+def _views(sweep: Sweep, sweep_dir: Path) -> tuple[Observer, ...]:
+    """Where a sweep is shown beside the console: TensorBoard, optuna-dashboard, Ray's dashboard."""
+    return TrialBoard(sweep, sweep_dir), Gallery(sweep_dir, sweep), SweepGauges(sweep)
 
 
 def _part(key: str) -> str:
@@ -189,33 +237,42 @@ def _part(key: str) -> str:
     return parts[0] if parts[0] != "model" else ".".join(parts[:2])
 
 
-def _result(sweep: Sweep, records: Records, best: TrialRecord | None, finish: Sequence[int], out_of_time: bool) -> SweepResult:
-    """What the records come to. A session that finishes single trials is through with them, whatever the rest of the sweep waits for."""
-    trials = tuple(records.trials[n] for n in sorted(records.trials))
+def _result(
+    sweep: Sweep, ledger: Ledger, report: Report, finish: Sequence[int], out_of_time: bool
+) -> SweepResult:
+    """What the ledger and the folder come to.
+
+    A session that finishes single trials is through with them, whatever the rest of the sweep waits
+    for.
+    """
+    trials = tuple(ledger.trials[n] for n in sorted(ledger.trials))
     unfinished = {trial.trial for trial in trials if trial.status in ("running", "waiting")}
     return SweepResult(
-        records.path.parent,
+        report,
         trials,
-        best,
-        records.saved(),
+        ledger.trials[report.best.number] if report.best else None,
+        ledger.saved(),
         interrupted=bool(unfinished & set(finish) if finish else unfinished),
         out_of_time=out_of_time,
-        left=len(unfinished) + _to_begin(sweep, records),
+        left=len(unfinished) + _to_begin(sweep, ledger),
     )
 
 
-def _work_left(sweep: Sweep, records: Records, finish: Sequence[int]) -> bool:
-    left = _to_begin(sweep, records) or records.by("running", "waiting")
+def _work_left(sweep: Sweep, ledger: Ledger, finish: Sequence[int]) -> bool:
+    left = _to_begin(sweep, ledger) or ledger.by("running", "waiting")
     return bool(left or finish)
 
 
-def _to_begin(sweep: Sweep, records: Records) -> int:
-    return left_to_begin(sweep, (trial.params for trial in records.trials.values()))
+def _to_begin(sweep: Sweep, ledger: Ledger) -> int:
+    return left_to_begin(sweep, (trial.params for trial in ledger.trials.values()))
 
 
-def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -> None:
-    """Tune over all that the referee hands out. A trial of one worker is that worker; one of several takes no CPU, it waits for them."""
-    sweep, sweep_dir, base = referee.sweep, referee.sweep_dir, placed.base
+def _run(session: SweepSession, placed: Placed, trial_fn: TrialFn, events: _Events) -> None:
+    """Tune over all that the session hands out.
+
+    A trial of one worker is that worker; one of several takes no CPU, it waits for them.
+    """
+    sweep, sweep_dir, base = session.sweep, session.sweep_dir, placed.base
     seeds = sweep.seeds
 
     def trial(config: dict[str, Any]) -> None:
@@ -228,7 +285,7 @@ def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -
                 check_here(sweep_dir, mark)
                 trial_fn(override_recipe(base, {**config["params"], **place}), run_dir)
             except Unshared as error:
-                tune.report({LACKS: str(error)})
+                tune.report({LACKS_STORAGE: str(error)})
                 return
             except Exception as error:
                 if not isinstance(error, InputError | RunFailed) and no_room(error) is None:
@@ -238,17 +295,22 @@ def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -
                 return
 
     takes = {"node:__internal_head__": 0.001}
-    if sweep.task == "sample" or base.resources.num_workers == 1:  # the trial's own process does the work
-        takes = {"CPU": float(base.resources.cpus_per_worker), "GPU": float(base.resources.gpus_per_worker)}
-    with marked(sweep_dir, alone=True) as mark, _holding(referee), _sigterm_as_interrupt():
+    # the trial's own process does the work
+    if sweep.task == "sample" or base.resources.num_workers == 1:
+        takes = {
+            "CPU": float(base.resources.cpus_per_worker),
+            "GPU": float(base.resources.gpus_per_worker),
+        }
+    with marked(sweep_dir, alone=True) as mark, _holding(session), _sigterm_as_interrupt():
         tune.Tuner(
             tune.with_resources(trial, takes),
             tune_config=tune.TuneConfig(
-                search_alg=StudySearch(referee),
-                scheduler=ProbeScheduler(referee),
+                search_alg=StudySearch(session),
+                scheduler=ProbeScheduler(session),
                 num_samples=-1,  # the searcher says when there are no more
                 max_concurrent_trials=placed.concurrent,
-                trial_dirname_creator=lambda t: f"{t.config['number']}-{t.trial_id}",  # from its rung on it is another one
+                # from its rung on it is another one
+                trial_dirname_creator=lambda t: f"{t.config['number']}-{t.trial_id}",
                 reuse_actors=True,  # a process starts and imports once, not once a trial
             ),
             run_config=tune.RunConfig(
@@ -262,29 +324,33 @@ def _run(referee: Referee, placed: Placed, trial_fn: TrialFn, events: _Events) -
 
 
 @contextlib.contextmanager
-def _holding(referee: Referee) -> Iterator[None]:
-    """A full disk within the block, be it Tune's own file that cannot be written, holds the sweep."""
+def _holding(session: SweepSession) -> Iterator[None]:
+    """A full disk within the block, be it Tune's own file that cannot be written, holds the
+    sweep.
+    """
     try:
         yield
     except Exception as error:
         full = no_room(error)
         if full is None:
             raise
-        referee.hold(full)
+        session.suspend(full)
 
 
 class _Events(Unpickled, tune.Callback):
-    """Errors to the referee, a pulse to the console and the lock, and to what pardons failures."""
+    """Errors to the session, a pulse to the console and the lock, and to what pardons failures."""
 
-    def __init__(self, referee: Referee, placed: Placed, console: SweepConsole, lock: RunLock):
-        self._referee, self._console, self._lock = referee, console, lock
+    def __init__(self, session: SweepSession, placed: Placed, console: SweepConsole, lock: RunLock):
+        self._session, self._console, self._lock = session, console, lock
         self._room = RoomWatch(placed.base.resources, console.remark)
         self._pardons = Pardons(self._come)
 
     def _come(self, number: int) -> int:
         """Checkpointed steps of a trial, of all its seeds."""
-        run_dir, seeds = self._referee.sweep_dir / str(number), self._referee.sweep.seeds
-        return sum(newest_step(RunDirectory(repeat_dir(run_dir, repeat))) for repeat in range(seeds))
+        run_dir, seeds = self._session.sweep_dir / str(number), self._session.sweep.seeds
+        return sum(
+            newest_step(RunDirectory(repeat_dir(run_dir, repeat))) for repeat in range(seeds)
+        )
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._console.beat()
@@ -296,7 +362,10 @@ class _Events(Unpickled, tune.Callback):
         """Whether it, or its workers where it has several, has no place yet."""
         if trial.status != Trial.RUNNING or self._room.asked.num_workers == 1:
             return bool(trial.status == Trial.PENDING)
-        run_dir, seeds = self._referee.sweep_dir / str(trial.config["number"]), self._referee.sweep.seeds
+        run_dir, seeds = (
+            self._session.sweep_dir / str(trial.config["number"]),
+            self._session.sweep.seeds,
+        )
         return not any(begun(RunDirectory(repeat_dir(run_dir, repeat))) for repeat in range(seeds))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -304,14 +373,15 @@ class _Events(Unpickled, tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number, theirs = trial.config["number"], Path(trial.error_file)
-        mine = self._referee.sweep_dir / str(number) / "error.txt"  # Tune's own goes with its temporary folder
-        with _holding(self._referee):
+        # Tune's own goes with its temporary folder
+        mine = self._session.sweep_dir / str(number) / "error.txt"
+        with _holding(self._session):
             mine.parent.mkdir(exist_ok=True)
             shutil.copyfile(theirs, mine)
             line = _error_line(mine)
             if full := no_room(line):
                 raise full
-            self._referee.ended(number, error=line)
+            self._session.end(number, error=line)
 
 
 def _error_line(path: Path) -> str:
@@ -327,7 +397,9 @@ def _best_recipe(sweep: Sweep, base: Recipe, best: TrialRecord) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Tune without its own output; set before Ray starts, so that the trials' processes inherit it."""
+    """Tune without its own output; set before Ray starts, so that the trials' processes inherit
+    it.
+    """
     logger = logging.getLogger("ray.tune")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # trials that stop or fail have their own lines

@@ -1,4 +1,6 @@
-"""What a sweep's records say: runner-up and noise, the Pareto front, hours, the best recipe against its base."""
+"""What a sweep's records say: runner-up and noise, the Pareto front, hours, the best recipe
+against its base.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowray.config.dotted import dotted
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
+from flowray.config.ranking import Arm, arms
+from flowray.config.rounding import finite
 from flowray.findings.judge import Verdict
-from flowray.report.load import Arm, Sweep, Trial, finite, flat, numeric, ranked, spans_decades
+from flowray.report.results import Sweep, Trial
 
 CLEAR = 2.0  # gaps of this many standard errors are more than noise
 HEAT_KEYS = (
@@ -34,7 +39,11 @@ HEAT_KEYS = (
 
 @dataclass(frozen=True)
 class Hours:
-    """Device hours of all trials. unit: GPU-hours, or core-hours where no trial had a GPU; saved: what the early stops would have cost."""
+    """Device hours of all trials.
+
+    unit: GPU-hours, or core-hours where no trial had a GPU; saved: what the early stops would have
+    cost.
+    """
 
     unit: str
     spent: float
@@ -43,7 +52,10 @@ class Hours:
 
 @dataclass(frozen=True)
 class ScaleGroup:
-    """Trials whose values compare with each other, but not with those of another group. words: what they have in common."""
+    """Trials whose values compare with each other, but not with those of another group.
+
+    words: what they have in common.
+    """
 
     label: str
     words: str
@@ -52,76 +64,91 @@ class ScaleGroup:
 
 
 def scale_groups(sweep: Sweep) -> list[ScaleGroup]:
-    """The groups of a sweep whose trials do not all compare, each with its best trial; [] where they do."""
+    """The groups of a sweep whose trials do not all compare, each with its best trial; [] where
+    they do.
+    """
     if sweep.comparable:
         return []
     groups = []
     for index, (words, numbers) in enumerate(sweep.scales.items()):
-        mine = ranked([trial for trial in sweep.trials if trial.number in numbers], sweep.metric)
-        whole = [trial for trial in mine if trial.status == "finished" and trial.value(sweep.metric.name) is not None]
-        groups.append(ScaleGroup(f"{chr(65 + index)}" if index < 26 else f"{index}", words, numbers, whole[0] if whole else None))
+        finished = arms([t for t in sweep.trials if t.number in numbers], sweep.metric)
+        groups.append(
+            ScaleGroup(
+                f"{chr(65 + index)}" if index < 26 else f"{index}",
+                words,
+                numbers,
+                finished[0].trials[0] if finished else None,
+            )
+        )
     return groups
 
 
-def runner_up(sweep: Sweep) -> Arm | None:
+def runner_up(sweep: Sweep) -> Arm[Trial] | None:
     """The second best setting that has finished."""
-    arms = sweep.arms()
-    return arms[1] if sweep.comparable and len(arms) > 1 else None
+    order = sweep.arms()
+    return order[1] if sweep.comparable and len(order) > 1 else None
 
 
-def noise(arms: Sequence[Arm]) -> float | None:
-    """Standard deviation between seeds, pooled over the settings that were trained more than once; None where none was."""
-    repeated = [arm for arm in arms if len(arm.values) > 1]
+def noise(settings: Sequence[Arm[Trial]]) -> float | None:
+    """Standard deviation between seeds, pooled over those that were trained more than
+    once; None where none was.
+    """
+    repeated = [arm for arm in settings if len(arm.values) > 1]
     if not repeated:
         return None
     return math.sqrt(
-        sum(statistics.variance(arm.values) * (len(arm.values) - 1) for arm in repeated) / sum(len(arm.values) - 1 for arm in repeated)
+        sum(statistics.variance(arm.values) * (len(arm.values) - 1) for arm in repeated)
+        / sum(len(arm.values) - 1 for arm in repeated)
     )
 
 
 def runner_up_words(sweep: Sweep) -> str:
-    """The runner-up, and whether the gap to it is more than the noise between seeds; '' without one."""
+    """The runner-up, and whether the gap to it is more than the noise between seeds; '' without
+    one.
+    """
     second = runner_up(sweep)
     if second is None:
         return ""
     first, spread, key = sweep.arms()[0], noise(sweep.arms()), sweep.metric.name
     gap = abs(second.mean - first.mean)
-    words = f"Runner-up: trial {second.trials[0].number}, {key} {second.mean:.3g}, behind by {gap:.2g}. "
+    words = (
+        f"Runner-up: trial {second.trials[0].number}, {key} {second.mean:.3g}, behind by"
+        f" {gap:.2g}. "
+    )
     if spread is None:
-        return words + (
-            "Every setting was trained with one seed, so whether that is more than noise is not known: "
-            "train both again with another seed, or every setting by seeds: 3 in the sweep."
+        return (
+            words
+            + "Every setting was trained with one seed, so whether that is more than noise is not"
+            " known: train both again with another seed, or every setting by seeds: 3 in the"
+            " sweep."
         )
     error = spread * math.sqrt(1 / len(first.values) + 1 / len(second.values))
     seeds = f"noise between seeds {spread:.2g} ({len(first.values)} and {len(second.values)} seeds)"
     if gap > CLEAR * error:
         return words + f"More than the {seeds}: a clear win."
-    return words + f"Within the {seeds}: a tie; take the cheaper one, or train both with more seeds."
+    return (
+        words + f"Within the {seeds}: a tie; take the cheaper one, or train both with more seeds."
+    )
 
 
 def incomparable_words(sweep: Sweep) -> str:
     """Why the trials are not ranked; '' where they may be."""
     if sweep.comparable:
         return ""
-    groups = "; ".join(f"{words} (trial {', '.join(map(str, numbers))})" for words, numbers in sweep.scales.items())
+    groups = "; ".join(
+        f"{words} (trial {', '.join(map(str, numbers))})" for words, numbers in sweep.scales.items()
+    )
     return (
-        "Not ranked: the trials differ in what sets the scale of every value (autoencoder, resolution, latent size or scale), "
-        f"so their values do not compare: {groups}. Make a sweep of each."
+        "Not ranked: the trials differ in what sets the scale of every value (autoencoder,"
+        f" resolution, latent size or scale), so their values do not compare: {groups}. Make a"
+        " sweep of each."
     )
 
 
-def log_scale(sweep: Sweep, key: str) -> bool:
-    """Whether a parameter belongs on a log axis: it was drawn so, or its values spread over decades."""
-    values = [trial.params[key] for trial in sweep.trials if key in trial.params]
-    if not numeric(values) or not values or min(values) <= 0:
-        return False
-    space = sweep.settings.get("parameters")
-    spec = space.get(key) if isinstance(space, dict) else None
-    return "log" in str(spec.get("distribution")) if isinstance(spec, dict) and "min" in spec else spans_decades(values)
-
-
 def front(sweep: Sweep) -> list[Trial]:
-    """The finished trials that no other beats in every metric; [] with one metric, or where trials do not compare."""
+    """The finished trials that no other beats in every metric; [] with one metric, or where
+    trials do not compare.
+    """
     if len(sweep.metrics) < 2 or not sweep.comparable:
         return []
     signs = [1 if metric.goal == "minimize" else -1 for metric in sweep.metrics]
@@ -129,21 +156,34 @@ def front(sweep: Sweep) -> list[Trial]:
     for trial in sweep.by("finished"):
         values = [trial.value(metric.name) for metric in sweep.metrics]
         if all(value is not None for value in values):
-            points[trial] = tuple(sign * value for sign, value in zip(signs, values, strict=True) if value is not None)
+            points[trial] = tuple(
+                sign * value for sign, value in zip(signs, values, strict=True) if value is not None
+            )
 
     def beaten(point: tuple[float, ...]) -> bool:
-        return any(other != point and all(a <= b for a, b in zip(other, point, strict=True)) for other in points.values())
+        return any(
+            other != point and all(a <= b for a, b in zip(other, point, strict=True))
+            for other in points.values()
+        )
 
     return [trial for trial, point in points.items() if not beaten(point)]
 
 
 def hours(sweep: Sweep) -> Hours:
-    """What the trials took, and what those stopped early would have taken on to their budget, at their own pace."""
+    """What the trials took, and what those stopped early would have taken on to their budget, at
+    their own pace.
+    """
     spent, saved, gpus = 0.0, 0.0, False
     rows = []
     for trial in sweep.trials:
-        config, workers = trial.run.config, finite(trial.run.config.get("resources.num_workers")) or 1.0
-        gpu, cpu = finite(config.get("resources.gpus_per_worker")) or 0.0, finite(config.get("resources.cpus_per_worker")) or 1.0
+        config, workers = (
+            trial.run.config,
+            finite(trial.run.config.get("resources.num_workers")) or 1.0,
+        )
+        gpu, cpu = (
+            finite(config.get("resources.gpus_per_worker")) or 0.0,
+            finite(config.get("resources.cpus_per_worker")) or 1.0,
+        )
         gpus = gpus or gpu > 0
         rows.append((trial, workers * gpu, workers * cpu))
     for trial, gpu, cpu in rows:
@@ -155,7 +195,8 @@ def hours(sweep: Sweep) -> Hours:
 
 
 def best_diff(sweep: Sweep) -> str:
-    """The best trial as a recipe: `base` and what differs from it, with the base's values as comments; '' without a best trial.
+    """The best trial as a recipe: `base` and what differs from it, with the base's values as
+    comments; '' without a best trial.
 
     The base of a sweep over the pictures of a run is the run's own recipe.
     """
@@ -164,7 +205,7 @@ def best_diff(sweep: Sweep) -> str:
     base = str(sweep.settings.get("base") or "")
     if (config := Path(base) / "config.yaml").is_file():
         base = str(config)
-    changes = {**flat(sweep.settings.get("set")), **sweep.best.params}
+    changes = {**dotted(sweep.settings.get("set")), **sweep.best.params}
     old: dict[str, Any] = {}
     try:
         recipe = load_recipe(base).recipe
@@ -195,11 +236,18 @@ def _yaml_lines(tree: Mapping[str, Any], old: Mapping[str, Any], indent: str) ->
 
 
 def yaml_value(value: Any) -> str:
-    """A value on one line, as YAML and as the right side of an override read it back. PyYAML wants a point in 1.0e-05."""
+    """A value on one line, as YAML and as the right side of an override read it back.
+
+    PyYAML wants a point in 1.0e-05.
+    """
     if isinstance(value, float):
         text = f"{value:.6g}"
         return re.sub(r"^(-?\d+)e", r"\1.0e", text)
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value not in ("true", "false", "null", "yes", "no")
+    plain = (
+        isinstance(value, str)
+        and re.fullmatch(r"[A-Za-z_][\w./-]*", value)
+        and value not in ("true", "false", "null", "yes", "no")
+    )
     return str(value) if plain else json.dumps(value)
 
 

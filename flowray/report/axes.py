@@ -13,28 +13,26 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from flowray.findings.checks import text as short
-from flowray.report.load import spans_decades
 from flowray.report.paint import INK, MUTED
+from flowray.report.results import spans_decades
 
-SUBS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))  # ticks of a decade, ever closer
+# ticks of a decade, ever closer
+SUBS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
 TICKS = 3  # that an axis has at least
 LINE = 0.055  # the height of a label, in axes
 
 
-def ticks_between(low: float, high: float, *, log: bool = False) -> list[float]:
-    """Round numbers from low to high, at least three where the range is wider than nothing; log:
-    of a log axis, low > 0.
+def ticks_between(low: float, high: float) -> list[float]:
+    """Round numbers from low to high on a log axis, 0 < low < high, at least three; even ones
+    where the range has too few of its own.
     """
-    if not low < high:
-        return [low]
-    if log:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        every = max(1, len(decades) // 6)
-        for subs in SUBS:
-            marks = [sub * 10.0**decade for decade in decades[::every] for sub in subs]
-            inside = [mark for mark in marks if low * (1 - 1e-9) <= mark <= high * (1 + 1e-9)]
-            if len(inside) >= TICKS:
-                return inside
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = max(1, len(decades) // 6)
+    for subs in SUBS:
+        marks = [sub * 10.0**decade for decade in decades[::every] for sub in subs]
+        inside = [mark for mark in marks if low * (1 - 1e-9) <= mark <= high * (1 + 1e-9)]
+        if len(inside) >= TICKS:
+            return inside
     inside, slack = [], 1e-9 * (high - low)
     for bins in (5, 7, 9):
         even = MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
@@ -54,7 +52,11 @@ def fence(values: Iterable[float], *, log: bool = False, reach: float = 1.5) -> 
     scaled = np.log(known) if log else np.asarray(known)
     first, median, third = np.percentile(scaled, (25, 50, 75))
     far = max(reach * (third - first), 0.05 * (1.0 if log else abs(median)))
-    inside = [value for value, place in zip(known, scaled, strict=True) if first - far <= place <= third + far]
+    inside = [
+        value
+        for value, place in zip(known, scaled, strict=True)
+        if first - far <= place <= third + far
+    ]
     return inside[0], inside[-1]
 
 
@@ -100,15 +102,26 @@ def mark_edges(ax: Axes, points: Iterable[tuple[float, float, str]]) -> None:
         edge = high if above else low
         ax.plot(x, edge, "^" if above else "v", color=colour, markersize=6, clip_on=False, zorder=5)
         right = ax.transAxes.inverted().transform(ax.transData.transform((x, edge)))[0] > 0.85
-        where: dict[str, Any] = {"textcoords": "offset points", "ha": "right" if right else "left", "va": "center"}
-        ax.annotate(short(far), (x, edge), (-6 if right else 6, 0), fontsize=7.5, annotation_clip=False, **where)
+        where: dict[str, Any] = {
+            "textcoords": "offset points",
+            "ha": "right" if right else "left",
+            "va": "center",
+        }
+        ax.annotate(
+            short(far),
+            (x, edge),
+            (-6 if right else 6, 0),
+            fontsize=7.5,
+            annotation_clip=False,
+            **where,
+        )
 
 
 def log_ticks(ax: Axes) -> None:
     """Plain round numbers on every log axis, once its limits stand."""
     for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
         if axis.get_scale() == "log":
-            axis.set_major_locator(FixedLocator(ticks_between(low, high, log=True)))
+            axis.set_major_locator(FixedLocator(ticks_between(low, high)))
             axis.set_minor_locator(NullLocator())
             axis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
             axis.set_minor_formatter(NullFormatter())
@@ -119,7 +132,9 @@ def end_labels(ax: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
     would lie on each other, each then with a line to its end.
     """
     to_axes = ax.transData + ax.transAxes.inverted()
-    places = sorted((float(to_axes.transform((x, y))[1]), name, x, y, colour) for name, x, y, colour in ends)
+    places = sorted(
+        (float(to_axes.transform((x, y))[1]), name, x, y, colour) for name, x, y, colour in ends
+    )
     places = [place for place in places if 0 <= place[0] <= 1]
     if not places:
         return
@@ -132,14 +147,41 @@ def end_labels(ax: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
         at = height - shift
         moved = abs(at - wanted) > LINE / 3
         if moved:
-            to_label = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2}
-            words: dict[str, Any] = {"xycoords": "data", "textcoords": ax.transAxes, "annotation_clip": False}
+            to_label = {
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.7,
+                "shrinkA": 0,
+                "shrinkB": 2,
+            }
+            words: dict[str, Any] = {
+                "xycoords": "data",
+                "textcoords": ax.transAxes,
+                "annotation_clip": False,
+            }
             ax.annotate("", (x, y), (1.022, at), arrowprops=to_label, **words)
-        where: dict[str, Any] = {"va": "center", "ha": "left", "fontsize": 8.5, "fontweight": "bold"}
-        ax.text(1.026, at, name, transform=ax.transAxes, color=INK if colour == MUTED else colour, **where)
+        where: dict[str, Any] = {
+            "va": "center",
+            "ha": "left",
+            "fontsize": 8.5,
+            "fontweight": "bold",
+        }
+        ax.text(
+            1.026,
+            at,
+            name,
+            transform=ax.transAxes,
+            color=INK if colour == MUTED else colour,
+            **where,
+        )
 
 
-def free_labels(ax: Axes, points: Mapping[str, tuple[float, float]], others: Sequence[tuple[float, float]], colour: str) -> None:
+def free_labels(
+    ax: Axes,
+    points: Mapping[str, tuple[float, float]],
+    others: Sequence[tuple[float, float]],
+    colour: str,
+) -> None:
     """Names beside points, on the side where no other point or name lies; a name that has no such
     side is left out.
     """
@@ -150,8 +192,17 @@ def free_labels(ax: Axes, points: Mapping[str, tuple[float, float]], others: Seq
         beside = [(side * (8 + half), rise) for rise in (0, 9, -9) for side in (1, -1)]
         for dx, dy in [*beside[:2], (0, 11), (0, -11), *beside[2:]]:
             free = all(abs(x + dx - a) > half + 5 or abs(y + dy - b) > 8 for a, b in taken)
-            if free and ax.bbox.contains(x + dx - half, y + dy) and ax.bbox.contains(x + dx + half, y + dy):
+            if (
+                free
+                and ax.bbox.contains(x + dx - half, y + dy)
+                and ax.bbox.contains(x + dx + half, y + dy)
+            ):
                 taken.append((x + dx, y + dy))
-                where: dict[str, Any] = {"textcoords": "offset pixels", "ha": "center", "va": "center", "fontsize": 8.5}
+                where: dict[str, Any] = {
+                    "textcoords": "offset pixels",
+                    "ha": "center",
+                    "va": "center",
+                    "fontsize": 8.5,
+                }
                 ax.annotate(name, point, (dx, dy), fontweight="bold", color=colour, **where)
                 break

@@ -1,4 +1,6 @@
-"""doctor.html: the findings of an examination with the plots and pictures behind them, one self-contained page."""
+"""doctor.html: the findings of an examination with the plots and pictures behind them, one
+self-contained page.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,13 @@ import numpy as np
 from PIL import Image
 
 from flowray.config.keys import GOOD_PSNR, describe
+from flowray.config.rounding import finite
 from flowray.findings.baselines import Baseline
 from flowray.findings.finding import Finding, healthy
 from flowray.findings.judge import Judge
 from flowray.report import figures
-from flowray.report.load import finite, series, spans_decades
 from flowray.report.page import GridRow, Number, Plot, data_uri, make_plot, number_text, write_page
+from flowray.report.results import series, spans_decades
 
 Curve = Mapping[str, Sequence[float | None]]
 TILES: Mapping[str, str] = {
@@ -58,7 +61,8 @@ LEGEND: Mapping[str, str] = {
 class DoctorData:
     """What the page shows, as plain data; whatever is empty is left out.
 
-    metrics, facts, history: as the findings read them. pictures: uint8 (N, H, W, 3). curves: series by name, `x` the axis.
+    metrics, facts, history: as the findings read them. pictures: uint8 (N, H, W, 3). curves: series
+    by name, `x` the axis.
     """
 
     where: str
@@ -82,11 +86,19 @@ def write_doctor_page(path: Path, data: DoctorData) -> Path:
         "healthy": healthy(data.findings),
         "roots": [finding for finding in data.findings if not finding.explained_by],
         "consequences": consequences,
-        "tiles": [(key, number_text(value), words) for key, words in TILES.items() if (value := _value(data.metrics, key)) is not None],
+        "tiles": [
+            (key, number_text(value), words)
+            for key, words in TILES.items()
+            if (value := _value(data.metrics, key)) is not None
+        ],
         "plots_shown": doctor_plots(data),
         "grids": _grids(data),
         "numbers": _numbers(data),
-        "facts": {name: value for name, value in data.facts.items() if name not in NOT_FACTS and value is not None},
+        "facts": {
+            name: value
+            for name, value in data.facts.items()
+            if name not in NOT_FACTS and value is not None
+        },
         "notes": data.facts.get("notes") or [],
     }
     return write_page(path, "doctor.html.j2", context)
@@ -95,12 +107,53 @@ def write_doctor_page(path: Path, data: DoctorData) -> Path:
 def doctor_plots(data: DoctorData) -> list[Plot]:
     """Every figure whose numbers are there."""
     panels = [
-        _panel(data, "t", ("nmse", "ema_nmse"), "flow/nmse by time", "t", base=Baseline(1.0, "predicting zero")),
-        _panel(data, "t", ("cos", "ema_cos"), "flow/cos by time", "t", base=Baseline(0.5, "learnt above")),
-        _panel(data, "endpoint", ("euler", "heun", "standing_still"), "endpoint RMSE over K", "K, steps of the solver"),
-        _panel(data, "teacher", ("fp32", "native"), "true field integrated: error", "N, steps", log=True),
-        _panel(data, "dt_scale", ("nmse",), "shoot/nmse over dt_scale", "dt_scale", base=Baseline(1.0, "predicting the mean")),
-        _panel(data, "t", ("gain_ls", "gain_median"), "gain on u that fits v* best", "t", base=Baseline(1.0, "none needed")),
+        _panel(
+            data,
+            "t",
+            ("nmse", "ema_nmse"),
+            "flow/nmse by time",
+            "t",
+            base=Baseline(1.0, "predicting zero"),
+        ),
+        _panel(
+            data,
+            "t",
+            ("cos", "ema_cos"),
+            "flow/cos by time",
+            "t",
+            base=Baseline(0.5, "learnt above"),
+        ),
+        _panel(
+            data,
+            "endpoint",
+            ("euler", "heun", "standing_still"),
+            "endpoint RMSE over K",
+            "K, steps of the solver",
+        ),
+        _panel(
+            data,
+            "teacher",
+            ("fp32", "native"),
+            "true field integrated: error",
+            "N, steps",
+            log=True,
+        ),
+        _panel(
+            data,
+            "dt_scale",
+            ("nmse",),
+            "shoot/nmse over dt_scale",
+            "dt_scale",
+            base=Baseline(1.0, "predicting the mean"),
+        ),
+        _panel(
+            data,
+            "t",
+            ("gain_ls", "gain_median"),
+            "gain on u that fits v* best",
+            "t",
+            base=Baseline(1.0, "none needed"),
+        ),
         _times(data),
         _gradients(data),
         _latents(data),
@@ -110,31 +163,53 @@ def doctor_plots(data: DoctorData) -> list[Plot]:
 
 
 def _panel(
-    data: DoctorData, curve: str, names: Sequence[str], title: str, xlabel: str, *, log: bool = False, base: Baseline | None = None
+    data: DoctorData,
+    curve: str,
+    names: Sequence[str],
+    title: str,
+    xlabel: str,
+    *,
+    log: bool = False,
+    base: Baseline | None = None,
 ) -> Plot | None:
     """Some series of one curve over its x; None where none has two finite points."""
     found = data.curves.get(curve, {})
-    drawn = {LEGEND.get(name, name): points for name in names if len(points := _points(found, name, positive=log)) > 1}
+    drawn = {
+        LEGEND.get(name, name): points
+        for name in names
+        if len(points := _points(found, name, positive=log)) > 1
+    }
     if not drawn:
         return None
-    return make_plot(figures.lines(title, drawn, log=log, base=base, xlabel=xlabel), f"{title}: {', '.join(drawn)}")
+    return make_plot(
+        figures.lines(title, drawn, log=log, base=base, xlabel=xlabel),
+        f"{title}: {', '.join(drawn)}",
+    )
 
 
 def _points(curve: Curve, name: str, *, positive: bool = False) -> list[tuple[float, float]]:
-    pairs = [(finite(x), finite(y)) for x, y in zip(curve.get("x", ()), curve.get(name, ()), strict=False)]
+    pairs = [
+        (finite(x), finite(y))
+        for x, y in zip(curve.get("x", ()), curve.get(name, ()), strict=False)
+    ]
     return [(x, y) for x, y in pairs if x is not None and y is not None and (y > 0 or not positive)]
 
 
 def _latents(data: DoctorData) -> Plot | None:
     """Densities of the latents beside the prior's."""
     found = data.curves.get("latents", {})
-    drawn = {name: points for name in ("z0", "z1", "z_end", "mu") if len(points := _points(found, name)) > 1}
+    drawn = {
+        name: points
+        for name in ("z0", "z1", "z_end", "mu")
+        if len(points := _points(found, name)) > 1
+    }
     if not drawn:
         return None
     xs = [x for x, _ in next(iter(drawn.values()))]
     drawn["N(0, 1)"] = [(x, math.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)) for x in xs]
     return make_plot(
-        figures.lines("latent values: density", drawn, xlabel="value", marks=0), f"histograms of {', '.join(drawn)} over latent values"
+        figures.lines("latent values: density", drawn, xlabel="value", marks=0),
+        f"histograms of {', '.join(drawn)} over latent values",
     )
 
 
@@ -144,18 +219,37 @@ def _times(data: DoctorData) -> Plot | None:
     if not points:
         return None
     labels = [f"{max(x - 0.05, 0):.1f}" for x, _ in points]
-    bars = figures.bars("training times", {"share": [y for _, y in points]}, labels, Baseline(0.1, "uniform"), "t, lower edge of the bin")
+    bars = figures.bars(
+        "training times",
+        {"share": [y for _, y in points]},
+        labels,
+        Baseline(0.1, "uniform"),
+        "t, lower edge of the bin",
+    )
     return make_plot(bars, "share of training times in ten bins of t")
 
 
 def _gradients(data: DoctorData) -> Plot | None:
     """Norms of each loss's gradient, unweighted and weighted."""
-    shares = {name: values for name, values in data.curves.get("shares", {}).items() if name != "x" and len(values) == 2}
+    shares = {
+        name: values
+        for name, values in data.curves.get("shares", {}).items()
+        if name != "x" and len(values) == 2
+    }
     if not shares:
         return None
-    groups = {words: [finite(values[place]) for values in shares.values()] for place, words in enumerate(("unweighted", "weighted"))}
+    groups = {
+        words: [finite(values[place]) for values in shares.values()]
+        for place, words in enumerate(("unweighted", "weighted"))
+    }
     return make_plot(
-        figures.bars("gradient norms", groups, list(shares), None, "the logs: dino 0.2-0.5, kl 0.1-0.3 of flow (weighted)"),
+        figures.bars(
+            "gradient norms",
+            groups,
+            list(shares),
+            None,
+            "the logs: dino 0.2-0.5, kl 0.1-0.3 of flow (weighted)",
+        ),
         f"gradient norms of {', '.join(shares)}, unweighted and weighted",
     )
 
@@ -164,11 +258,27 @@ def _training(data: DoctorData) -> list[Plot]:
     """Losses and learning rates over steps."""
     plots = []
     for prefix, title in (("loss/", "losses"), ("lr/", "learning rate")):
-        keys = sorted({key for row in data.history for key in row if key.startswith(prefix) and key != "loss/kl_raw"})
-        curves = {key.removeprefix(prefix): points for key in keys if len(points := series(data.history, key)) > 1}
+        keys = sorted(
+            {
+                key
+                for row in data.history
+                for key in row
+                if key.startswith(prefix) and key != "loss/kl_raw"
+            }
+        )
+        curves = {
+            key.removeprefix(prefix): points
+            for key in keys
+            if len(points := series(data.history, key)) > 1
+        }
         if curves:
             log = spans_decades([value for points in curves.values() for _, value in points])
-            plots.append(make_plot(figures.lines(title, curves, log=log), f"{title} over steps: {', '.join(curves)}"))
+            plots.append(
+                make_plot(
+                    figures.lines(title, curves, log=log),
+                    f"{title} over steps: {', '.join(curves)}",
+                )
+            )
     return plots
 
 
@@ -180,20 +290,34 @@ def _grids(data: DoctorData) -> list[tuple[list[str], list[GridRow]]]:
     captions, prompts = data.facts.get("captions") or [], data.facts.get("prompts") or []
     if captions == prompts or not prompts:
         return [(captions, rows)] if rows else []
-    sides = [(captions, [row for row in rows if row.head != DRAWN]), (prompts, [row for row in rows if row.head == DRAWN])]
+    sides = [
+        (captions, [row for row in rows if row.head != DRAWN]),
+        (prompts, [row for row in rows if row.head == DRAWN]),
+    ]
     return [(words, found) for words, found in sides if found]
 
 
 def _rows(data: DoctorData) -> list[GridRow]:
-    """Every kind of picture there is, known kinds first, under the logs' names; the logs' [B], a number, stands under [C]."""
+    """Every kind of picture there is, known kinds first, under the logs' names; the logs' [B], a
+    number, stands under [C].
+    """
     pictures = data.pictures
-    names = [*(name for name in PICTURES if name in pictures), *(name for name in pictures if name not in PICTURES)]
+    names = [
+        *(name for name in PICTURES if name in pictures),
+        *(name for name in pictures if name not in PICTURES),
+    ]
     rows = []
     for name in names:
         head, sub = PICTURES.get(name, (name, ""))
-        if name == "trace_end" and (first := finite(data.metrics.get("trace/first_dz_rms"))) is not None:
+        if (
+            name == "trace_end"
+            and (first := finite(data.metrics.get("trace/first_dz_rms"))) is not None
+        ):
             sub = f"{sub}; [B] first |dz| rms {first:.2g}"
-        shown = [data_uri("image/png", figures.png(Image.fromarray(np.asarray(picture, dtype=np.uint8)))) for picture in pictures[name]]
+        shown = [
+            data_uri("image/png", figures.png(Image.fromarray(np.asarray(picture, dtype=np.uint8))))
+            for picture in pictures[name]
+        ]
         if shown:
             rows.append(GridRow(head, sub, shown))
     return rows
@@ -211,7 +335,10 @@ def _numbers(data: DoctorData) -> list[Number]:
     metrics, judge = data.metrics, Judge(data.metrics, data.facts, data.history, data.findings)
     found = []
     for name in sorted({key.removeprefix("ema/") for key in metrics if "trivial/" not in key}):
-        raw, ema = number_text(finite(metrics.get(name))), number_text(finite(metrics.get(f"ema/{name}")))
+        raw, ema = (
+            number_text(finite(metrics.get(name))),
+            number_text(finite(metrics.get(f"ema/{name}"))),
+        )
         trivial = finite(metrics.get(f"trivial/{name}", metrics.get(f"ema/trivial/{name}")))
         found.append(Number(name, raw, ema, describe(name), number_text(trivial), judge(name)))
     return found

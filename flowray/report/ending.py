@@ -14,7 +14,7 @@ from flowray.findings.finding import ORDER
 from flowray.report.analysis import runner_up_words
 from flowray.report.edges import edges
 from flowray.report.lines import wrapped
-from flowray.report.load import Sweep, Trial
+from flowray.report.results import Sweep, Trial
 from flowray.report.sweep_page import mapping, stop_rule_text, sweep_commands, sweep_verdict
 
 REASONS = 3  # groups of stops, and of failures, that are told apart
@@ -60,7 +60,9 @@ def _counted(reasons: Iterable[str]) -> list[tuple[str, int]]:
     return Counter(reasons).most_common()
 
 
-def _reason(trial: Trial, rules: Sequence[Mapping[str, Any]], halving: str, watched: Sequence[str]) -> str:
+def _reason(
+    trial: Trial, rules: Sequence[Mapping[str, Any]], halving: str, watched: Sequence[str]
+) -> str:
     """What of the sweep stopped a trial, in words that are the same for all that it stopped.
 
     watched: the metrics that stop a trial where they are not finite.
@@ -85,7 +87,9 @@ def _not_finite(trial: Trial, watched: Sequence[str]) -> str | None:
 
 
 def _guessed(trial: Trial, rules: Sequence[Mapping[str, Any]], halving: str) -> str:
-    """The same for a row that does not say what stopped it (older sweeps), as far as its numbers tell."""
+    """The same for a row that does not say what stopped it (older sweeps), as far as its numbers
+    tell.
+    """
     if words := _not_finite(trial, list(trial.metrics)):
         return words
     for rule in rules:
@@ -100,6 +104,11 @@ def _holds(rule: Mapping[str, Any], trial: Trial) -> bool:
     """Whether a rule on a bound or on a finding is met by the trial's last probe or visit."""
     if wanted := rule.get("finding"):
         worse = [severity for severity in ORDER if ORDER[severity] <= ORDER.get(wanted, -1)]
-        return any(found["id"] == wanted or found["severity"] in worse for found in trial.run.findings or ())
+        return any(
+            found["id"] == wanted or found["severity"] in worse
+            for found in trial.run.findings or ()
+        )
     value, below, above = trial.value(str(rule.get("metric"))), rule.get("below"), rule.get("above")
-    return value is not None and ((below is not None and value < below) or (above is not None and value > above))
+    return value is not None and (
+        (below is not None and value < below) or (above is not None and value > above)
+    )

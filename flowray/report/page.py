@@ -1,4 +1,6 @@
-"""Self-contained HTML pages, readable offline and on a phone: how they are written, and `report.html` of a run."""
+"""Self-contained HTML pages, readable offline and on a phone: how they are written, and
+`report.html` of a run.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ from markupsafe import Markup, escape
 from flowray.config.errors import InputError
 from flowray.config.keys import KEYS, MetricKey, describe
 from flowray.config.progress import duration
+from flowray.config.rounding import finite
 from flowray.findings.baselines import baseline
 from flowray.findings.judge import Judge, Verdict
 from flowray.report import figures
 from flowray.report.figures import value_text
-from flowray.report.load import Run, Series, Strip, finite, load_run, series
+from flowray.report.load import load_run
+from flowray.report.results import Run, Series, Strip, series
 from flowray.report.stages import SCORE, stages, without_flow
 
 PROBE_PANELS = (
@@ -54,7 +58,9 @@ class Plot:
 
 @dataclass(frozen=True)
 class GridRow:
-    """One row of pictures: its heading, a line below it, the pictures as data URIs, one for each prompt."""
+    """One row of pictures: its heading, a line below it, the pictures as data URIs, one for each
+    prompt.
+    """
 
     head: str
     sub: str
@@ -75,7 +81,9 @@ class Number:
 
 
 def write_run_report(run_dir: Path) -> Path:
-    """Write `<run_dir>/report.html` and return its path; raises InputError when it cannot be written."""
+    """Write `<run_dir>/report.html` and return its path; raises InputError when it cannot be
+    written.
+    """
     return write_page(run_dir / "report.html", "run.html.j2", _run_context(load_run(run_dir)))
 
 
@@ -93,14 +101,23 @@ def number_text(value: float | None) -> str:
 def _run_context(run: Run) -> dict[str, Any]:
     place = run.path.resolve()
     chosen = _spread(run.strips, MAX_ROWS)
-    rows = [GridRow(f"step {strip.step:,}", "", pictures) for strip in chosen if (pictures := pictures_of(strip))]
+    rows = [
+        GridRow(f"step {strip.step:,}", "", pictures)
+        for strip in chosen
+        if (pictures := pictures_of(strip))
+    ]
     open_rows = _spread(rows, SHOWN_ROWS)
     numbers = _numbers(run)
     steps = [row["step"] for row in (*run.metrics, *run.probes) if isinstance(row.get("step"), int)]
-    headline = [key for key in ("shoot/nmse", "shoot/skill", "flow/cos", "std/mean") if _either(run, key) is not None]
+    headline = [
+        key
+        for key in ("shoot/nmse", "shoot/skill", "flow/cos", "std/mean")
+        if _either(run, key) is not None
+    ]
     return {
         "run": run,
-        "name": "/".join(place.parts[-2:]) if place.name.isdigit() else place.name,  # a trial is named by its number
+        # a trial is named by its number
+        "name": "/".join(place.parts[-2:]) if place.name.isdigit() else place.name,
         "last_step": max(steps, default=0),
         "headline": [(key, number_text(_either(run, key)), baseline(key)) for key in headline],
         "scores": _scores(run),
@@ -111,7 +128,9 @@ def _run_context(run: Run) -> dict[str, Any]:
         "stage_rows": stages(run, f"ema/{SCORE}") or stages(run, SCORE),
         "grid_rows": open_rows,
         "grid_more": [row for row in rows if row not in open_rows],
-        "grid_aside": [f"{len(chosen)} of {len(run.strips)} strips, spread over the run."] if len(chosen) < len(run.strips) else [],
+        "grid_aside": [f"{len(chosen)} of {len(run.strips)} strips, spread over the run."]
+        if len(chosen) < len(run.strips)
+        else [],
         "prompts": run.prompts,
         "numbers": [number for number in numbers if not re.search(r"_t\d$", number.name)],
         "bin_numbers": [number for number in numbers if re.search(r"_t\d$", number.name)],
@@ -128,7 +147,11 @@ def _scores(run: Run) -> list[tuple[str, str]]:
         ]
     except (OSError, ValueError, LookupError, TypeError):
         return []
-    return [(f"{100 * value:.0f} %", f"{words}, held-out prompts (flowray.eval)") for value, words in found if value is not None]
+    return [
+        (f"{100 * value:.0f} %", f"{words}, held-out prompts (flowray.eval)")
+        for value, words in found
+        if value is not None
+    ]
 
 
 def _either(run: Run, key: str) -> float | None:
@@ -148,13 +171,34 @@ def _training_plots(run: Run) -> list[Plot]:
     )
     plots = []
     for prefix, title, log in groups:
-        names = ["perf/step_s", "perf/data_wait_s"] if prefix == "perf/" else [key for key in keys if key.startswith(prefix)]
-        known = {name: points for name in names if (points := series(run.metrics, name) or series(run.probes, name))}
-        curves = _merged({name.removeprefix(prefix): points for name, points in known.items() if not name.startswith(NO_NORM)})
-        visible = {name: points for name, points in curves.items() if any(value > 0 for _, value in points)}
+        names = (
+            ["perf/step_s", "perf/data_wait_s"]
+            if prefix == "perf/"
+            else [key for key in keys if key.startswith(prefix)]
+        )
+        known = {
+            name: points
+            for name in names
+            if (points := series(run.metrics, name) or series(run.probes, name))
+        }
+        curves = _merged(
+            {
+                name.removeprefix(prefix): points
+                for name, points in known.items()
+                if not name.startswith(NO_NORM)
+            }
+        )
+        visible = {
+            name: points for name, points in curves.items() if any(value > 0 for _, value in points)
+        }
         if curves:
             shown = visible if log and visible else curves
-            plots.append(make_plot(figures.lines(title, shown, log=log and bool(visible)), f"{title} over steps: {', '.join(shown)}"))
+            plots.append(
+                make_plot(
+                    figures.lines(title, shown, log=log and bool(visible)),
+                    f"{title} over steps: {', '.join(shown)}",
+                )
+            )
     return plots
 
 
@@ -164,14 +208,21 @@ def _merged(curves: Mapping[str, Series]) -> dict[str, Series]:
     for name, points in curves.items():
         names.setdefault(tuple(points), []).append(name)
     return {
-        ", ".join(found) if len(found) < 3 else f"{found[0]} and {len(found) - 1} more": list(points) for points, found in names.items()
+        ", ".join(found) if len(found) < 3 else f"{found[0]} and {len(found) - 1} more": list(
+            points
+        )
+        for points, found in names.items()
     }
 
 
 def _probe_plots(run: Run) -> list[Plot]:
     plots = []
     for key in PROBE_PANELS:
-        curves = {name: points for name, full in (("EMA", f"ema/{key}"), ("raw", key)) if (points := run.series(full))}
+        curves = {
+            name: points
+            for name, full in (("EMA", f"ema/{key}"), ("raw", key))
+            if (points := run.series(full))
+        }
         if not curves:
             continue
         if still := without_flow(run, f"ema/{key}") or without_flow(run, key):
@@ -187,12 +238,22 @@ def _bin_plots(run: Run) -> list[Plot]:
     labels = [f"{index / 10:.1f}" for index in T_BINS]
     plots = []
     for key in ("flow/nmse", "flow/cos"):
-        found = {name: [run.last(f"{prefix}{key}_t{index}") for index in T_BINS] for name, prefix in (("EMA", "ema/"), ("raw", ""))}
-        groups = {name: values for name, values in found.items() if any(value is not None for value in values)}
+        found = {
+            name: [run.last(f"{prefix}{key}_t{index}") for index in T_BINS]
+            for name, prefix in (("EMA", "ema/"), ("raw", ""))
+        }
+        groups = {
+            name: values
+            for name, values in found.items()
+            if any(value is not None for value in values)
+        }
         if groups:
             plots.append(
                 make_plot(
-                    figures.bars(f"{key} by time", groups, labels, baseline(key), "t, lower edge of the bin"), f"{key} in ten bins of t"
+                    figures.bars(
+                        f"{key} by time", groups, labels, baseline(key), "t, lower edge of the bin"
+                    ),
+                    f"{key} in ten bins of t",
                 )
             )
     return plots
@@ -201,12 +262,21 @@ def _bin_plots(run: Run) -> list[Plot]:
 def _numbers(run: Run) -> list[Number]:
     """The last value of every key, raw and EMA on one line, with what it means."""
     rows = (*run.metrics, *run.probes)
-    keys = {key for row in rows for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
+    keys = {
+        key
+        for row in rows
+        for key, value in row.items()
+        if isinstance(value, (int, float)) and key != "step"
+    }
     keys = {key for key in keys if "trivial/" not in key}  # these stand beside their keys
     own = {key.name for key in KEYS}  # ema/delta_rms is a key, not delta_rms of the EMA
-    names = sorted({key if key in own else key.removeprefix("ema/") for key in keys}, key=_by_number)
+    names = sorted(
+        {key if key in own else key.removeprefix("ema/") for key in keys}, key=_by_number
+    )
     last = run.probes[-1] if run.probes else {}
-    judge = run.judge(last, int(last.get("step") or (run.metrics[-1].get("step", 0) if run.metrics else 0)))
+    judge = run.judge(
+        last, int(last.get("step") or (run.metrics[-1].get("step", 0) if run.metrics else 0))
+    )
     return [_number(run, name, judge) for name in names]
 
 
@@ -217,8 +287,17 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 
 def _number(run: Run, name: str, judge: Judge) -> Number:
     raw, ema = run.last(name), run.last(f"ema/{name}")
-    trivial = next((value for at in ("trivial/", "ema/trivial/") if (value := run.last(f"{at}{name}")) is not None), None)
-    return Number(name, number_text(raw), number_text(ema), describe(name), number_text(trivial), judge(name))
+    trivial = next(
+        (
+            value
+            for at in ("trivial/", "ema/trivial/")
+            if (value := run.last(f"{at}{name}")) is not None
+        ),
+        None,
+    )
+    return Number(
+        name, number_text(raw), number_text(ema), describe(name), number_text(trivial), judge(name)
+    )
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
@@ -249,29 +328,43 @@ def _breakable(key: str) -> Markup:
 
 
 def _markdown(text: str) -> Markup:
-    """Markdown as HTML. Tags in it are escaped; of a picture the name stays, for the page is whole without other files."""
+    """Markdown as HTML. Tags in it are escaped; of a picture the name stays, for the page is
+    whole without other files.
+    """
     reader = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table")
-    reader.add_render_rule("image", lambda self, tokens, index, options, env: str(escape(tokens[index].content)))
+    reader.add_render_rule(
+        "image", lambda self, tokens, index, options, env: str(escape(tokens[index].content))
+    )
     return Markup(reader.render(text))
 
 
 def write_page(path: Path, template: str, context: Mapping[str, Any]) -> Path:
-    """Render an HTML template and replace the file in one step; InputError where it cannot be written."""
+    """Render an HTML template and replace the file in one step; InputError where it cannot be
+    written.
+    """
     pages = _environment(autoescape=True)
     pages.filters |= {"breakable": _breakable, "markdown": _markdown}
     return write_text(path, pages.get_template(template).render(**context))
 
 
 def write_markdown(path: Path, template: str, context: Mapping[str, Any]) -> Path:
-    """Render a markdown template and replace the file in one step; InputError where it cannot be written."""
+    """Render a markdown template and replace the file in one step; InputError where it cannot be
+    written.
+    """
     pages = _environment(autoescape=False)
     pages.filters |= {"cell": _cell}
-    return write_text(path, re.sub(r"\n{3,}", "\n\n", pages.get_template(template).render(**context)))
+    return write_text(
+        path, re.sub(r"\n{3,}", "\n\n", pages.get_template(template).render(**context))
+    )
 
 
 def _environment(*, autoescape: bool) -> Environment:
     pages = Environment(
-        loader=PackageLoader("flowray", "report"), autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("flowray", "report"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     pages.filters |= {"number": number_text, "value": value_text, "duration": duration}
     return pages
@@ -287,7 +380,9 @@ def write_text(path: Path, text: str) -> Path:
     try:
         handle, name = tempfile.mkstemp(prefix=".report-", suffix=path.suffix, dir=path.parent)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); make the folder writable") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); make the folder writable"
+        ) from error
     temporary = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -295,7 +390,9 @@ def write_text(path: Path, text: str) -> Path:
         temporary.chmod(0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); free space or make the folder writable") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); free space or make the folder writable"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path

@@ -10,7 +10,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
+BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)
 INK, MUTED, GRID, PAPER = "#334155", "#94a3b8", "#e5e9f0", "#ffffff"
 CYCLE = (BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY, INK)
 DARK: Mapping[str, str] = {
@@ -51,10 +58,15 @@ STYLE: dict[Any, Any] = {
 
 
 def themed(svg: bytes) -> bytes:
-    """The figure with every colour of the palette by name, light or dark as the reader's page is."""
+    """The figure with every colour of the palette by name, light or dark as the reader's page
+    is.
+    """
     names = {colour: f"--c{index}" for index, colour in enumerate(DARK)}
     text = re.sub(r"#[0-9a-f]{6}\b", lambda found: _named(found[0], names), svg.decode())
-    light, dark = ("".join(f"{name}:{pick[colour]};" for colour, name in names.items()) for pick in ({c: c for c in DARK}, DARK))
+    light, dark = (
+        "".join(f"{name}:{pick[colour]};" for colour, name in names.items())
+        for pick in ({c: c for c in DARK}, DARK)
+    )
     style = f"<style>svg{{{light}}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
     return text.replace("<defs>", f"{style}<defs>", 1).encode()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowray.report.load import Run, Series
+from flowray.report.results import Run, Series
 
 SCORE = "shoot/nmse"
 
@@ -38,7 +38,11 @@ def stages(run: Run, key: str) -> list[Stage]:
     still = dict(without_flow(run, key))
     prefix = key.removesuffix(SCORE)
     cos = dict(run.series(f"{prefix}flow/cos"))
-    probes = [Stage(step, value, still[step], cos.get(step)) for step, value in run.series(key) if step in still]
+    probes = [
+        Stage(step, value, still[step], cos.get(step))
+        for step, value in run.series(key)
+        if step in still
+    ]
     if not probes:
         return []
     least = min(probes, key=lambda probe: probe.value)

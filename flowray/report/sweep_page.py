@@ -1,4 +1,6 @@
-"""`report.html` and `report.md` of a sweep: what it found, how sure that is, what each trial did, what to type next."""
+"""`report.html` and `report.md` of a sweep: what it found, how sure that is, what each trial
+did, what to type next.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowray.config.dotted import dotted
 from flowray.findings.baselines import baseline
 from flowray.report import figures
 from flowray.report.analysis import (
@@ -18,53 +21,74 @@ from flowray.report.analysis import (
     heat_map,
     hours,
     incomparable_words,
-    log_scale,
     runner_up_words,
     scale_groups,
     yaml_value,
 )
 from flowray.report.edges import Edge, edges, wider_command
-from flowray.report.figures import Axis, value_text
-from flowray.report.importance import FEW_TRIALS, importances
-from flowray.report.load import Run, Status, Sweep, Trial, flat, load_sweep
-from flowray.report.page import MAX_ROWS, SHOWN_ROWS, GridRow, Plot, make_plot, number_text, pictures_of, write_markdown, write_page
+from flowray.report.figures import value_text
+from flowray.report.load import load_sweep
+from flowray.report.page import (
+    MAX_ROWS,
+    SHOWN_ROWS,
+    GridRow,
+    make_plot,
+    number_text,
+    pictures_of,
+    write_markdown,
+    write_page,
+)
+from flowray.report.results import Run, Status, Sweep, Trial
 from flowray.report.stages import stages, without_flow
 
 TABLE_METRICS = ("shoot/nmse", "flow/cos", "std/mean", "loss/flow")
 EVALUATIONS = ("eval/all_correct", "eval/mean_attribute_accuracy", "perf/images_per_s")
 STATUSES: tuple[Status, ...] = ("finished", "stopped", "waiting", "running", "failed")
 MAX_TRIALS = 30  # in the table that stands open, and in the heat map
-MAX_AXES = 8  # of parallel coordinates, the metric's apart
 CONCLUSION, NEXT = "Conclusion", "Next step"  # the sections of report.md that belong to the reader
 BLANK = {CONCLUSION: "- keep / reject / re-verify: not judged yet", NEXT: "- not written yet"}
 
 
 def write_sweep_report(sweep_dir: Path) -> Path:
-    """Write `<sweep_dir>/report.html`, and `report.md` beside it; returns the first's path.
+    """`write_pages` of a sweep directory; InputError also when sweep.yaml cannot be read."""
+    return write_pages(load_sweep(sweep_dir))
 
-    What a person wrote under Conclusion, Next step and headings of their own in report.md stays, and shows in both.
-    InputError when sweep.yaml cannot be read or a page cannot be written.
+
+def write_pages(sweep: Sweep) -> Path:
+    """Write report.html, and report.md beside it, into a sweep's directory; returns the first's
+    path.
+
+    What a person wrote under Conclusion, Next step and headings of their own in report.md stays,
+    and shows in both. InputError when a page cannot be written.
     """
-    sweep = load_sweep(sweep_dir)
-    kept = hand_written(sweep_dir / "report.md")
+    kept = hand_written(sweep.path / "report.md")
     context = {**_context(sweep), "kept": kept}
-    write_markdown(sweep_dir / "report.md", "sweep.md.j2", context)
-    return write_page(sweep_dir / "report.html", "sweep.html.j2", context)
+    write_markdown(sweep.path / "report.md", "sweep.md.j2", context)
+    return write_page(sweep.path / "report.html", "sweep.html.j2", context)
 
 
 def hand_written(report: Path) -> dict[str, str]:
-    """The sections of a report.md from Conclusion on, by heading: they are the reader's. Conclusion and Next step as new where missing."""
+    """The sections of a report.md from Conclusion on, by heading: they are the reader's.
+    Conclusion and Next step as new where missing.
+    """
     try:
         text = report.read_text("utf-8", errors="replace")
     except OSError:
         return dict(BLANK)
     start = re.search(rf"(?m)^## +({CONCLUSION}|{NEXT}) *$", text)
     parts = re.split(r"(?m)^## +(.+?) *$", text[start.start() :] if start else "")
-    sections = {heading: body.strip() for heading, body in zip(parts[1::2], parts[2::2], strict=True)}
-    return {**BLANK, **{heading: body or BLANK.get(heading, "") for heading, body in sections.items()}}
+    sections = {
+        heading: body.strip() for heading, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
+    return {
+        **BLANK,
+        **{heading: body or BLANK.get(heading, "") for heading, body in sections.items()},
+    }
 
 
-def sweep_commands(sweep: Sweep, found: Sequence[Edge] | None = None, *, brief: bool = False) -> dict[str, str]:
+def sweep_commands(
+    sweep: Sweep, found: Sequence[Edge] | None = None, *, brief: bool = False
+) -> dict[str, str]:
     """The commands that follow a sweep, by label, for the best trial; {} before there is one.
 
     found: its edges, where they are known; brief: without the command that best.yaml says, too,
@@ -72,63 +96,106 @@ def sweep_commands(sweep: Sweep, found: Sequence[Edge] | None = None, *, brief: 
     """
     if sweep.best is None:
         return {}
-    best, place = sweep.best, shlex.quote(str(sweep.path))
+    best = sweep.best
     prompt = best.run.prompts[0] if best.run.prompts else "a small red circle on a white background"
     commands = {}
     if wider := wider_command(sweep, edges(sweep) if found is None else found):
         commands["Search on beyond the edges"] = wider
     if sweep.settings.get("task") == "sample":
-        keys = {**flat(sweep.settings.get("set")), **best.params}
-        values = " ".join(f"--set {shlex.quote(f'{key}={yaml_value(value)}')}" for key, value in keys.items())
+        keys = {**dotted(sweep.settings.get("set")), **best.params}
+        values = " ".join(
+            f"--set {shlex.quote(f'{key}={yaml_value(value)}')}" for key, value in keys.items()
+        )
         source = shlex.quote(str(sweep.settings.get("base")))
-        return {"Sample with the best setting": f"python -m flowray.sample {source} {shlex.quote(prompt)} {values}"}
+        return {
+            "Sample with the best setting": (
+                f"python -m flowray.sample {source} {shlex.quote(prompt)} {values}"
+            )
+        }
     if longer_known := (sweep.path / "best.yaml").is_file():
-        steps = 4 * best.budget_steps // (sweep.settings.get("seeds") or 1)  # a budget counts all seeds
-        longer = f"python -m flowray.train {shlex.quote(str(sweep.path / 'best.yaml'))} train.steps={steps}"
+        # a budget counts all seeds
+        steps = 4 * best.budget_steps // (sweep.settings.get("seeds") or 1)
+        longer = (
+            f"python -m flowray.train {shlex.quote(str(sweep.path / 'best.yaml'))}"
+            f" train.steps={steps}"
+        )
         commands["Train the best recipe longer"] = longer
     if (base := sweep.settings.get("base")) and not (brief and longer_known):
-        keys = {**flat(sweep.settings.get("set")), **best.params, "name": f"{sweep.name}-best"}
+        keys = {**dotted(sweep.settings.get("set")), **best.params, "name": f"{sweep.name}-best"}
         values = " ".join(shlex.quote(f"{key}={yaml_value(value)}") for key, value in keys.items())
-        commands["The same recipe from its base"] = f"python -m flowray.train {shlex.quote(str(base))} {values}"
-    commands["Sample from the best trial"] = f"python -m flowray.sample {shlex.quote(str(best.run.path))} {shlex.quote(prompt)}"
-    commands["Look at all trials (TensorBoard, optuna-dashboard)"] = f"python -m flowray.dashboard {place}"
+        commands["The same recipe from its base"] = (
+            f"python -m flowray.train {shlex.quote(str(base))} {values}"
+        )
+    commands["Sample from the best trial"] = (
+        f"python -m flowray.sample {shlex.quote(str(best.run.path))} {shlex.quote(prompt)}"
+    )
+    commands["Look at all trials (TensorBoard, optuna-dashboard)"] = dashboard_command(sweep)
     return commands
+
+
+def dashboard_command(sweep: Sweep) -> str:
+    """The command that opens what the dashboards draw of a sweep, and the report does not."""
+    return f"python -m flowray.dashboard {shlex.quote(str(sweep.path))}"
 
 
 def sweep_verdict(sweep: Sweep) -> str:
     """One sentence: the best trial, how many ended how, the share of full-budget steps saved."""
-    ended = ", ".join(f"{count} {status}" for status in STATUSES if (count := len(sweep.by(status))))
-    spent = f"{len(sweep.trials)} trials ({ended}); early stopping saved {sweep.saved:.0%} of the full-budget steps"
+    ended = ", ".join(
+        f"{count} {status}" for status in STATUSES if (count := len(sweep.by(status)))
+    )
+    spent = (
+        f"{len(sweep.trials)} trials ({ended}); early stopping saved {sweep.saved:.0%} of the"
+        " full-budget steps"
+    )
     if not sweep.comparable:
         return f"{sweep.name}: {incomparable_words(sweep)} {spent}"
     if sweep.best is None:
         return f"{sweep.name}: no trial has a value of {sweep.metric.name}; {spent}"
     params = ", ".join(f"{key}={value_text(value)}" for key, value in sweep.best.params.items())
     score = sweep.best.value(sweep.metric.name)
-    arm = next((arm for arm in sweep.arms() if sweep.best in arm.trials and len(arm.values) > 1), None)
+    arm = next(
+        (arm for arm in sweep.arms() if sweep.best in arm.trials and len(arm.values) > 1), None
+    )
     mean = ""
     if arm:
         spread = f"± {statistics.stdev(arm.values):.2g} over {len(arm.values)} seeds"
         mean = f" {spread}" if len(arm.trials) == 1 else f" (mean {arm.mean:.3g} {spread})"
-    best = f"best is trial {sweep.best.number}, {sweep.metric.name} {score:.3g}{mean}" + (f", with {params}" if params else "")
+    best = f"best is trial {sweep.best.number}, {sweep.metric.name} {score:.3g}{mean}" + (
+        f", with {params}" if params else ""
+    )
     return f"{sweep.name}: {best}. {_front_words(sweep)}{spent}"
 
 
 def _front_words(sweep: Sweep) -> str:
-    """Of several metrics: that the best is so by the first, and which other trials are as good in their way; '' of one."""
+    """Of several metrics: that the best is so by the first, and which other trials are as good
+    in their way; '' of one.
+    """
     if len(sweep.metrics) < 2 or sweep.best is None:
         return ""
     others = [str(trial.number) for trial in front(sweep) if trial is not sweep.best]
     names = ", ".join(metric.name for metric in sweep.metrics[1:])
-    beside = f"trial {', '.join(others)} trade it for {names} (the front)" if others else f"no other finished trial is better in {names}"
+    beside = (
+        f"trial {', '.join(others)} trade it for {names} (the front)"
+        if others
+        else f"no other finished trial is better in {names}"
+    )
     return f"That is by the first metric; {beside}. "
 
 
 def _context(sweep: Sweep) -> dict[str, Any]:
     key, best, varied = sweep.metric.name, sweep.best, sweep.varied()
-    table = [key, *(metric.name for metric in sweep.metrics), *map(_as_probed(sweep), TABLE_METRICS), *_evaluations(sweep.trials)]
+    table = [
+        key,
+        *(metric.name for metric in sweep.metrics),
+        *map(_as_probed(sweep), TABLE_METRICS),
+        *_evaluations(sweep.trials),
+    ]
     card = mapping(sweep.settings.get("card"))
-    scored = [trial for trial in sweep.trials if trial.value(key) is not None] if sweep.comparable else []
+    scored = (
+        [trial for trial in sweep.trials if trial.value(key) is not None]
+        if sweep.comparable
+        else []
+    )
     heat_keys, heat_rows = heat_map(sweep.trials[:MAX_TRIALS])
     rows, aside = _trial_pictures(sweep)
     edge = edges(sweep)
@@ -140,7 +207,9 @@ def _context(sweep: Sweep) -> dict[str, Any]:
         "best": best,
         "verdict": sweep_verdict(sweep),
         "groups": scale_groups(sweep),
-        "scale_of": {number: group.label for group in scale_groups(sweep) for number in group.numbers},
+        "scale_of": {
+            number: group.label for group in scale_groups(sweep) for number in group.numbers
+        },
         "objectives": [metric.name for metric in sweep.metrics],
         "runner_up": runner_up_words(sweep),
         "edges": edge,
@@ -149,8 +218,16 @@ def _context(sweep: Sweep) -> dict[str, Any]:
         "best_value": number_text(best.value(key)) if best else "",
         "baseline": baseline(key),
         "varied": varied,
-        "fixed": {name: value for name, value in (sweep.trials[0].params if sweep.trials else {}).items() if name not in varied},
-        "columns": list(dict.fromkeys(name for name in table if any(t.value(name) is not None for t in sweep.trials))),
+        "fixed": {
+            name: value
+            for name, value in (sweep.trials[0].params if sweep.trials else {}).items()
+            if name not in varied
+        },
+        "columns": list(
+            dict.fromkeys(
+                name for name in table if any(t.value(name) is not None for t in sweep.trials)
+            )
+        ),
         "shown": sweep.trials[:MAX_TRIALS],
         "folded": sweep.trials[MAX_TRIALS:],
         "counts": {status: len(sweep.by(status)) for status in STATUSES},
@@ -163,26 +240,22 @@ def _context(sweep: Sweep) -> dict[str, Any]:
         "grid_aside": aside,
         "heat_keys": heat_keys,
         "heat_rows": heat_rows,
-        "few_trials": FEW_TRIALS if len(scored) < FEW_TRIALS else 0,
         "failed": sweep.by("failed"),
-        **_plots(sweep, scored, varied, edge),
+        "dashboard": dashboard_command(sweep) if scored and varied else "",
+        **_plots(sweep, scored),
     }
 
 
-def _plots(sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], edge: Sequence[Edge]) -> dict[str, Any]:
-    """The figures: curves, Pareto front, slices, parallel coordinates, importance; None or [] where there is nothing to draw."""
-    key, best = sweep.metric.name, sweep.best
-    important = importances(sweep) if sweep.comparable else {}
-    best_front = front(sweep)
-    found: dict[str, Any] = {"curves": None, "pareto": [], "front": best_front, "slices": [], "parallel": None, "importance": None}
-    if important:
-        said = "importance: " + ", ".join(f"{name} {share:.0%}" for name, share in important.items())
-        found["importance"] = make_plot(figures.shares(important), said)
-    found["shares"] = important
+def _plots(sweep: Sweep, scored: Sequence[Trial]) -> dict[str, Any]:
+    """The figures: curves and Pareto front; None or [] where there is nothing to draw."""
+    key, best, best_front = sweep.metric.name, sweep.best, front(sweep)
+    found: dict[str, Any] = {"curves": None, "pareto": [], "front": best_front}
     if not scored:
         return found
     found["curves"] = make_plot(
-        figures.sweep_curves(f"{key} over steps", scored, best, key, without_flow(best.run, key) if best else ()),
+        figures.sweep_curves(
+            f"{key} over steps", scored, best, key, without_flow(best.run, key) if best else ()
+        ),
         f"{key} over steps of {len(scored)} trials",
         wide=True,
     )
@@ -190,30 +263,10 @@ def _plots(sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], edge: S
         alone = len(sweep.metrics) == 2
         for x, y in itertools.combinations(sweep.metrics, 2):
             svg = figures.pareto(scored, best_front, x, y, joined=alone)
-            found["pareto"].append(make_plot(svg, f"{y.name} over {x.name}" + (", the front joined" if alone else "")))
-    at_edge = {item.key for item in edge}
-    for name in varied:
-        if any(name in trial.params for trial in scored):
-            said = f"{key} over {name}" + (": best at the edge" if name in at_edge else "")
-            svg = figures.slice_panel(name, scored, best, key, log=log_scale(sweep, name))
-            found["slices"].append(make_plot(svg, said))
-    found["parallel"] = _parallel(sweep, scored, varied, important)
+            found["pareto"].append(
+                make_plot(svg, f"{y.name} over {x.name}" + (", the front joined" if alone else ""))
+            )
     return found
-
-
-def _parallel(sweep: Sweep, scored: Sequence[Trial], varied: Sequence[str], important: dict[str, float]) -> Plot | None:
-    """All parameters and the metric at once; of many parameters the most important."""
-    names = [name for name in varied if any(name in trial.params for trial in scored)]
-    if len(names) > MAX_AXES:
-        names = [name for name in important if name in names][:MAX_AXES] or names[:MAX_AXES]
-    if len(names) < 2 or len(scored) < 2:
-        return None
-    axes = [Axis(name, {t: t.params[name] for t in scored if name in t.params}, log_scale(sweep, name)) for name in names]
-    metrics = []
-    for metric in reversed(sweep.metrics):
-        values = {trial: value for trial in scored if (value := trial.value(metric.name)) is not None}
-        metrics.append(Axis(metric.name, values, upside_down=metric.goal == "minimize", robust=True))
-    return make_plot(figures.parallel([*axes, *metrics], scored, sweep.best), f"parallel coordinates of {', '.join(names)}", wide=True)
 
 
 def _as_probed(sweep: Sweep) -> Any:
@@ -223,11 +276,23 @@ def _as_probed(sweep: Sweep) -> Any:
 
 
 def _card_facts(sweep: Sweep, card: dict[str, Any]) -> dict[str, str]:
-    """The experiment card of the sweep (log 0826): what is fixed, what is searched, what it runs on."""
-    settings, config = sweep.settings, next((t.run.config for t in sweep.trials if t.run.config), {})
-    fixed = {**flat(settings.get("set"))}
-    space = {key: _range_text(spec) for key, spec in mapping(settings.get("parameters")).items() if isinstance(spec, dict)}
-    workers, gpus = config.get("resources.num_workers", 1), config.get("resources.gpus_per_worker", 0)
+    """The experiment card of the sweep (log 0826): what is fixed, what is searched, what it runs
+    on.
+    """
+    settings, config = (
+        sweep.settings,
+        next((t.run.config for t in sweep.trials if t.run.config), {}),
+    )
+    fixed = {**dotted(settings.get("set"))}
+    space = {
+        key: _range_text(spec)
+        for key, spec in mapping(settings.get("parameters")).items()
+        if isinstance(spec, dict)
+    }
+    workers, gpus = (
+        config.get("resources.num_workers", 1),
+        config.get("resources.gpus_per_worker", 0),
+    )
     device = f"{gpus:g} GPU" if gpus else f"{config.get('resources.cpus_per_worker', 1)} core(s)"
     given = ", ".join(f"{key}={value_text(value)}" for key, value in fixed.items())
     facts = {
@@ -242,7 +307,9 @@ def _card_facts(sweep: Sweep, card: dict[str, Any]) -> dict[str, str]:
         "METHOD": ", ".join(_method(settings)),
         "STOPS": "; ".join(_stop_texts(settings)),
         "DATASET": card.get("dataset") or config.get("card.dataset") or config.get("data.shards"),
-        "HARDWARE": card.get("hardware") or (f"{workers} worker(s) of {device} a trial" if config else ""),
+        "HARDWARE": (
+            card.get("hardware") or (f"{workers} worker(s) of {device} a trial" if config else "")
+        ),
         "CORE PARAMS": card.get("core_params") or _core(config),
         "TAGS": ", ".join(map(str, card.get("tags") or [])),
         "NOTES": card.get("notes"),
@@ -254,12 +321,24 @@ def _card_facts(sweep: Sweep, card: dict[str, Any]) -> dict[str, str]:
 
 def _method(settings: dict[str, Any]) -> list[str]:
     search = mapping(settings.get("search")).get("kind")
-    words = [f"{settings.get('method', 'bayes')}{f' ({search})' if search else ''}", f"seed {settings.get('seed', 0)}"]
-    return [*words, f"{settings['seeds']} seeds a setting"] if (settings.get("seeds") or 1) > 1 else words
+    words = [
+        f"{settings.get('method', 'bayes')}{f' ({search})' if search else ''}",
+        f"seed {settings.get('seed', 0)}",
+    ]
+    return (
+        [*words, f"{settings['seeds']} seeds a setting"]
+        if (settings.get("seeds") or 1) > 1
+        else words
+    )
 
 
 def _core(config: dict[str, Any] | Any) -> str:
-    named = {"head": "model.head.kind", "velocity": "model.velocity.kind", "batch": "train.batch_size", "steps": "train.steps"}
+    named = {
+        "head": "model.head.kind",
+        "velocity": "model.velocity.kind",
+        "batch": "train.batch_size",
+        "steps": "train.steps",
+    }
     return ", ".join(f"{name} {config[key]}" for name, key in named.items() if key in config)
 
 
@@ -268,7 +347,10 @@ def _stop_texts(settings: dict[str, Any]) -> list[str]:
     texts = []
     if early := mapping(settings.get("early_terminate")):
         if early.get("type") == "asha":
-            places = [f"at step {rung} the best 1/{eta:g} go on" for rung, eta in zip(early["rungs"], early["eta"], strict=True)]
+            places = [
+                f"at step {rung} the best 1/{eta:g} go on"
+                for rung, eta in zip(early["rungs"], early["eta"], strict=True)
+            ]
             texts.append(f"asha: {', '.join(places)}")
         else:
             eta = f", the best 1/{early['eta']:g} go on" if "eta" in early else ""
@@ -279,12 +361,22 @@ def _stop_texts(settings: dict[str, Any]) -> list[str]:
 def stop_rule_text(rule: Mapping[str, Any]) -> str:
     """A stop rule of sweep.yaml in words."""
     what, bounds = rule.get("finding") or rule.get("metric"), ("below", "above", "gains_less_than")
-    bound = next((f" {name.replace('_', ' ')} {rule[name]:g}" for name in bounds if rule.get(name) is not None), "")
+    bound = next(
+        (
+            f" {name.replace('_', ' ')} {rule[name]:g}"
+            for name in bounds
+            if rule.get(name) is not None
+        ),
+        "",
+    )
     return f"{what}{bound} at {rule.get('patience', 1)} probes from step {rule.get('after', 0)}"
 
 
 def _range_text(spec: dict[str, Any]) -> str:
-    when = "".join(f" when {key} is {' or '.join(map(value_text, values))}" for key, values in mapping(spec.get("when")).items())
+    when = "".join(
+        f" when {key} is {' or '.join(map(value_text, values))}"
+        for key, values in mapping(spec.get("when")).items()
+    )
     if "values" in spec:
         return "{" + ", ".join(value_text(value) for value in spec["values"]) + "}" + when
     if "value" in spec:
@@ -300,7 +392,10 @@ def _evaluations(trials: Iterable[Trial]) -> list[str]:
 
 
 def _trial_pictures(sweep: Sweep) -> tuple[list[GridRow], list[str]]:
-    """Rows trials x prompts, best first, and what is not shown and why. Only equal prompts and seeds are comparable."""
+    """Rows trials x prompts, best first, and what is not shown and why.
+
+    Only equal prompts and seeds are comparable.
+    """
     first = next((t.run for t in sweep.trials if t.run.prompts), None)
     rows: list[GridRow] = []
     missing, other, seeds, beyond = list[str](), list[str](), list[str](), list[str]()
@@ -314,7 +409,14 @@ def _trial_pictures(sweep: Sweep) -> tuple[list[GridRow], list[str]]:
             beyond.append(str(trial.number))
         elif strip is not None and (pictures := pictures_of(strip)):
             value = number_text(trial.value(sweep.metric.name))
-            rows.append(GridRow(f"trial {trial.number}", f"{value} at step {strip.step:,}", pictures, trial is sweep.best))
+            rows.append(
+                GridRow(
+                    f"trial {trial.number}",
+                    f"{value} at step {strip.step:,}",
+                    pictures,
+                    trial is sweep.best,
+                )
+            )
         else:
             missing.append(str(trial.number))
     said = (
@@ -323,7 +425,9 @@ def _trial_pictures(sweep: Sweep) -> tuple[list[GridRow], list[str]]:
         ("another seed of the pictures, so not comparable", seeds),
         (f"beyond the best {MAX_ROWS}", beyond),
     )
-    return rows, [f"Not shown ({why}): trial {', '.join(numbers)}." for why, numbers in said if numbers]
+    return rows, [
+        f"Not shown ({why}): trial {', '.join(numbers)}." for why, numbers in said if numbers
+    ]
 
 
 def _drawn_by(run: Run) -> Any:

@@ -1,4 +1,6 @@
-"""Exact evaluation on shapes: pictures of held-out prompts are read back by template matching and compared with the prompt."""
+"""Exact evaluation on shapes: pictures of held-out prompts are read back by template matching
+and compared with the prompt.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import numpy as np
 import torch
 
 from flowray.config.progress import SILENT, Progress, counted
+from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.shapes import ATTRIBUTES, Scene, Split, caption, draw_scene, render, single_scenes
 from flowray.flow.draws import Draws
 from flowray.model.autoencoder import Autoencoder
 from flowray.sample.checker import ShapesChecker, pair_score, single_score
-from flowray.store.latents import from_pictures, to_pictures
 
 PAIRS = 128  # two-object prompts
 BATCH = 64
@@ -25,9 +27,14 @@ def _captions(scenes: list[Scene], seed: int) -> list[str]:
     return [caption(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
 
 
-def _singles(checker: ShapesChecker, scenes: list[Scene], pictures: Iterable[np.ndarray]) -> dict[str, Any]:
+def _singles(
+    checker: ShapesChecker, scenes: list[Scene], pictures: Iterable[np.ndarray]
+) -> dict[str, Any]:
     """Scores of one-object pictures against the scenes they should show."""
-    rows = [single_score(scene, *checker.read(picture)) for scene, picture in zip(scenes, pictures, strict=True)]
+    rows = [
+        single_score(scene, *checker.read(picture))
+        for scene, picture in zip(scenes, pictures, strict=True)
+    ]
     by_attribute = {name: float(np.mean([row[name] for row in rows])) for name in ATTRIBUTES}
     return {
         "mean_attribute_accuracy": float(np.mean(list(by_attribute.values()))),
@@ -37,15 +44,24 @@ def _singles(checker: ShapesChecker, scenes: list[Scene], pictures: Iterable[np.
     }
 
 
-def _pairs(checker: ShapesChecker, scenes: list[Scene], pictures: Iterable[np.ndarray]) -> dict[str, Any]:
+def _pairs(
+    checker: ShapesChecker, scenes: list[Scene], pictures: Iterable[np.ndarray]
+) -> dict[str, Any]:
     """Scores of two-object pictures."""
-    rows = [pair_score(scene, *checker.read(picture)) for scene, picture in zip(scenes, pictures, strict=True)]
-    return {name: float(np.mean([row[name] for row in rows])) for name in ("relation", "binding", "all")} | {"prompts": len(rows)}
+    rows = [
+        pair_score(scene, *checker.read(picture))
+        for scene, picture in zip(scenes, pictures, strict=True)
+    ]
+    return {
+        name: float(np.mean([row[name] for row in rows])) for name in ("relation", "binding", "all")
+    } | {"prompts": len(rows)}
 
 
 def two_object_scenes(split: Split, seed: int) -> list[Scene]:
     """PAIRS random two-object scenes of a split."""
-    return [draw_scene(np.random.default_rng([seed, i]), split, two_objects=True) for i in range(PAIRS)]
+    return [
+        draw_scene(np.random.default_rng([seed, i]), split, two_objects=True) for i in range(PAIRS)
+    ]
 
 
 @torch.no_grad()
@@ -54,16 +70,21 @@ def round_trip(autoencoder: Autoencoder, images: list[np.ndarray], seed: int) ->
     device, rebuilt = next(autoencoder.parameters()).device, []
     for start in range(0, len(images), BATCH):
         moments = autoencoder.encode_moments(to_pictures(images[start : start + BATCH]).to(device))
-        noise = Draws(seed, start, len(moments.mean), slice(None), device).normal("posterior", tuple(moments.mean.shape[1:]))
+        noise = Draws(seed, start, len(moments.mean), slice(None), device).normal(
+            "posterior", tuple(moments.mean.shape[1:])
+        )
         rebuilt.append(from_pictures(autoencoder.decode(autoencoder.sample(moments, noise))))
     return np.concatenate(rebuilt)
 
 
-def evaluate_shapes(paint: Painter, autoencoder: Autoencoder, seed: int, progress: Progress = SILENT) -> dict[str, Any]:
-    """The `shapes` object of `flowray.eval`: held-out single-object prompts, two objects, unseen pairs, and the controls.
+def evaluate_shapes(
+    paint: Painter, autoencoder: Autoencoder, seed: int, progress: Progress = SILENT
+) -> dict[str, Any]:
+    """The `shapes` object of `flowray.eval`: held-out single-object prompts, two objects, unseen
+    pairs, and the controls.
 
-    Controls: `ceiling`, real pictures of the same scenes through the autoencoder; `floor`, the same generated pictures judged
-    against another scene's caption.
+    Controls: `ceiling`, real pictures of the same scenes through the autoencoder; `floor`, the same
+    generated pictures judged against another scene's caption.
     """
     with progress.task("drawing the checker's templates"):
         checker = ShapesChecker()

@@ -1,4 +1,6 @@
-"""Pictures from prompts, exactly the way training defined the path: z0 ~ posterior, integrate from t = 0 to 1, decode x."""
+"""Pictures from prompts, exactly the way training defined the path: z0 ~ posterior, integrate
+from t = 0 to 1, decode x.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +14,39 @@ from torch import Tensor
 
 from flowray.config.flow import SampleConfig
 from flowray.config.progress import Advance
+from flowray.data.pixels import from_pictures
 from flowray.flow.draws import Draws
 from flowray.flow.guidance import guided
 from flowray.flow.path import time_code
 from flowray.flow.solver import integrate, time_grid
 from flowray.model.assemble import FlowModel
 from flowray.model.autoencoder import Autoencoder
-from flowray.store.latents import from_pictures
 
 BATCH = 64
 
 
 def source_noise(model: FlowModel, count: int, seed: int, device: torch.device) -> Tensor:
-    """Noise of `count` prompts (count, C, H, W); the noise of a prompt depends on the seed and its place alone."""
+    """Noise of `count` prompts (count, C, H, W); the noise of a prompt depends on the seed and
+    its place alone.
+    """
     shape = model.config.latent.shape
-    return torch.cat([Draws(seed, place, 1, slice(None), device).normal("sample", shape) for place in range(count)])
+    return torch.cat(
+        [
+            Draws(seed, place, 1, slice(None), device).normal("sample", shape)
+            for place in range(count)
+        ]
+    )
 
 
 @torch.no_grad()
-def generate_latents(model: FlowModel, prompts: Sequence[str], config: SampleConfig, noise: Tensor) -> Tensor:
+def generate_latents(
+    model: FlowModel, prompts: Sequence[str], config: SampleConfig, noise: Tensor
+) -> Tensor:
     """Integrated latents (B, C, H, W) of the prompts; the model should be in eval mode."""
     _, z0 = model.source(prompts, noise)
-    velocity_fn = guided(lambda x, t, null: model.velocity(x, time_code(t), null), config.guidance_scale)
+    velocity_fn = guided(
+        lambda x, t, null: model.velocity(x, time_code(t), null), config.guidance_scale
+    )
     return integrate(config.solver, velocity_fn, z0, time_grid(config.grid, config.steps))
 
 

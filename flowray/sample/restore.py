@@ -28,7 +28,8 @@ class OpenedRun:
 def open_run(found: Found, device: torch.device) -> OpenedRun:
     """The weights are those that `sample.weights` names."""
     recipe = found.recipe
-    model = build_model(recipe.model, LossConfig(), recipe.seed)  # pictures need none of the semantic networks, nor their files
+    # pictures need none of the semantic networks, nor their files
+    model = build_model(recipe.model, LossConfig(), recipe.seed)
     parameters: dict[str, Any] = model.trainable()
     tensors = load_tensors(found.checkpoint, "ema" if recipe.sample.weights == "ema" else "model")
     copy_found(

@@ -1,4 +1,6 @@
-"""Work done in a process of its own, which leaves nothing behind in this one: no memory of a GPU."""
+"""Work done in a process of its own, which leaves nothing behind in this one: no memory of a
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ def apart(work: Callable[[Progress], object], progress: Progress) -> None:
 
     Raises what it raises; RuntimeError where the process dies.
     """
-    context = multiprocessing.get_context("spawn")  # a fork would share the parent's threads and CUDA
+    # a fork would share the parent's threads and CUDA
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_do, args=(work, theirs), daemon=True)
     child.start()
@@ -56,7 +59,8 @@ def _replay(told: Connection, progress: Progress) -> Exception | None:
 
 def _do(work: Callable[[Progress], object], tell: Connection) -> None:
     failure = None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the end of `apart`: nothing half written stays
+    # the end of `apart`: nothing half written stays
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(KeyboardInterrupt):
         try:
             work(_Told(tell))

@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and JSON, no pickle, whole or absent.
 
-`checkpoints/step_000500/` holds `model.safetensors` (trainable weights; frozen ones are named by the recipe), `ema.safetensors`,
-`optim.safetensors`, `moving.safetensors` where a loss keeps a running state, and `state.json` (step and seed, which are all of the
-data cursor and the RNG, since every draw is a function of them; and each file's size and CRC-32). The folder is renamed into place
+`checkpoints/step_000500/` holds `model.safetensors` (trainable weights; frozen ones are named by
+the recipe), `ema.safetensors`, `optim.safetensors`, `moving.safetensors` where a loss keeps a
+running state, and `state.json` (step and seed, which are all of the data cursor and the RNG, since
+every draw is a function of them; and each file's size and CRC-32). The folder is renamed into place
 when complete.
 """
 
@@ -29,8 +30,13 @@ _NAME = re.compile(r"step_(\d+)")
 STATE = "state.json"  # without it a folder is no checkpoint
 
 
-def save_checkpoint(folder: Path, step: int, groups: dict[str, Tensors], state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step_XXXXXX` atomically, then drop all but the newest `keep`. OSError leaves older checkpoints untouched."""
+def save_checkpoint(
+    folder: Path, step: int, groups: dict[str, Tensors], state: dict[str, Any], keep: int
+) -> Path:
+    """Write `folder/step_XXXXXX` atomically, then drop all but the newest `keep`.
+
+    OSError leaves older checkpoints untouched.
+    """
     from safetensors.torch import save_file
 
     final, partial = folder / f"step_{step:06d}", folder / f".partial_{step:06d}"
@@ -39,8 +45,14 @@ def save_checkpoint(folder: Path, step: int, groups: dict[str, Tensors], state: 
     try:
         partial.mkdir(parents=True)
         for name, tensors in groups.items():
-            save_file({key: t.detach().contiguous() for key, t in tensors.items()}, partial / f"{name}.safetensors")
-        files = {file.name: {"size": file.stat().st_size, "crc32": _crc32(file)} for file in partial.iterdir()}
+            save_file(
+                {key: t.detach().contiguous() for key, t in tensors.items()},
+                partial / f"{name}.safetensors",
+            )
+        files = {
+            file.name: {"size": file.stat().st_size, "crc32": _crc32(file)}
+            for file in partial.iterdir()
+        }
         (partial / STATE).write_text(json.dumps({**state, "step": step, "files": files}))
         for file in (*partial.iterdir(), partial):
             sync(file)
@@ -69,7 +81,9 @@ def is_valid(checkpoint: Path) -> bool:
     """Whether every file is there at the size it was written with."""
     try:
         files = json.loads((checkpoint / STATE).read_text())["files"]
-        return all((checkpoint / name).stat().st_size == kept["size"] for name, kept in files.items())
+        return all(
+            (checkpoint / name).stat().st_size == kept["size"] for name, kept in files.items()
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -112,11 +126,22 @@ def load_tensors(checkpoint: Path, group: str) -> Tensors:
 
 
 def copy_into(parameters: dict[str, Any], tensors: Tensors, where: Path) -> None:
-    """Copy loaded tensors into parameters of the same names and shapes; InputError says what differs."""
-    missing, surplus = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    """Copy loaded tensors into parameters of the same names and shapes; InputError says what
+    differs.
+    """
+    missing, surplus = (
+        sorted(parameters.keys() - tensors.keys()),
+        sorted(tensors.keys() - parameters.keys()),
+    )
     if missing or surplus:
-        raise InputError(f"{where}: does not fit the recipe's model: lacks {missing[:3]}, has besides {surplus[:3]}")
+        raise InputError(
+            f"{where}: does not fit the recipe's model: lacks {missing[:3]}, has besides"
+            f" {surplus[:3]}"
+        )
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
-            raise InputError(f"{where}: {name} is {tuple(tensors[name].shape)}, the recipe's model has {tuple(parameter.shape)}")
+            raise InputError(
+                f"{where}: {name} is {tuple(tensors[name].shape)}, the recipe's model has"
+                f" {tuple(parameter.shape)}"
+            )
         parameter.data.copy_(tensors[name])

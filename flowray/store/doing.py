@@ -1,4 +1,6 @@
-"""What a worker of a run is doing before its first step, in a file of the run for whoever watches."""
+"""What a worker of a run is doing before its first step, in a file of the run for whoever
+watches.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def doing(run: RunDirectory) -> str:
 
 
 class WrittenProgress:
-    """Progress for a process that nobody sees: `run.doing` holds the task under way, and only then exists."""
+    """Progress for a process that nobody sees: `run.doing` holds the task under way, and only
+    then exists.
+    """
 
     def __init__(self, run: RunDirectory):
         self._file = run.doing

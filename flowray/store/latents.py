@@ -1,7 +1,8 @@
 """Latents of a shard set, encoded once into shards of their own and keyed by what made them.
 
-A latent shard holds, for every sample, `moments.npy` (fp16, raw mean and log-variance stacked on channels, (2C, H, W)) and the
-sample's `json`/`txt`. The manifest keeps the scale, so training needs no autoencoder.
+A latent shard holds, for every sample, `moments.npy` (fp16, raw mean and log-variance stacked on
+channels, (2C, H, W)) and the sample's `json`/`txt`. The manifest keeps the scale, so training needs
+no autoencoder.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flowray.config.base import LatentSpec
@@ -29,7 +29,9 @@ from flowray.config.progress import SILENT, Advance, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig
 from flowray.data.make import cache_dir, ensure_embedded, unmade_samples
-from flowray.data.reader import IMAGES, ShardReader
+from flowray.data.pictures import decode_image
+from flowray.data.pixels import to_pictures
+from flowray.data.reader import ShardReader
 from flowray.data.shards import EMBEDDED, MANIFEST, find_shards, sha256, write_shards
 from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
 from flowray.model.latent import LatentScale, Moments, over_channels
@@ -45,7 +47,9 @@ CAPTIONED = 256  # samples whose captions are looked at before a run
 
 @dataclass(frozen=True)
 class LatentSet:
-    """A cached split: moments and captions by index, the latent scale, and the variance of z1 per dim over the whole set."""
+    """A cached split: moments and captions by index, the latent scale, and the variance of z1
+    per dim over the whole set.
+    """
 
     reader: ShardReader
     scale: LatentScale
@@ -58,35 +62,16 @@ class LatentSet:
 
     def moments(self, indices: np.ndarray) -> Moments:
         """Raw moments (B, C, H, W) fp32 of the samples."""
-        mean, logvar = torch.from_numpy(self.reader.gather(indices, "moments.npy")).float().chunk(2, dim=1)
+        mean, logvar = (
+            torch.from_numpy(self.reader.gather(indices, "moments.npy")).float().chunk(2, dim=1)
+        )
         return Moments(mean, logvar)
 
     def captions(self, index: int) -> list[str]:
         """All captions of one sample, at least one."""
-        return self.reader.captions(index if self.captioned_by is None else int(self.captioned_by[index]))
-
-
-def to_pictures(images: list[np.ndarray]) -> Tensor:
-    """uint8 (H, W, 3) arrays -> float (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def from_pictures(pictures: Tensor) -> np.ndarray:
-    """float (B, 3, H, W) -> uint8 (B, H, W, 3)."""
-    clipped = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return clipped.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def decode_image(reader: ShardReader, index: int) -> np.ndarray:
-    """The picture of a sample, uint8 (H, W, 3); InputError names shard and sample where it does not decode."""
-    has = [e for e in IMAGES if e in reader.extensions(index)]
-    if not has:
-        raise InputError(f"{reader.label(index)}: no picture (.{', .'.join(IMAGES)})")
-    try:
-        return np.asarray(Image.open(io.BytesIO(reader.read(index, has[0]))).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: pillow on a broken PNG chunk
-        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{reader.label(index)}: .{has[0]} does not decode: {reason}") from error
+        return self.reader.captions(
+            index if self.captioned_by is None else int(self.captioned_by[index])
+        )
 
 
 def _decode_batch(reader: ShardReader, indices: range) -> Tensor:
@@ -95,39 +80,56 @@ def _decode_batch(reader: ShardReader, indices: range) -> Tensor:
     for i, image in zip(indices, images, strict=True):
         if image.shape != images[0].shape:
             got, want = (f"{a.shape[1]} x {a.shape[0]}" for a in (image, images[0]))
-            raise InputError(f"{reader.label(i)}: the picture is {got} px, others are {want}; `flowray.data pack` makes one size")
+            raise InputError(
+                f"{reader.label(i)}: the picture is {got} px, others are {want}; `flowray.data"
+                " pack` makes one size"
+            )
     return to_pictures(images)
 
 
 def split_shards(data: DataConfig, progress: Progress = SILENT) -> dict[str, tuple[Path, ...]]:
-    """Image shards of `train` and `val` (and `unseen` for shapes); the embedded sets are made on first use."""
+    """Image shards of `train` and `val` (and `unseen` for shapes); the embedded sets are made on
+    first use.
+    """
     if data.shards in EMBEDDED:
-        folders = ensure_embedded(data.shards, cache_dir(data.cache), progress)  # type: ignore[arg-type]
+        place = cache_dir(data.cache)
+        folders = ensure_embedded(data.shards, place, progress)  # type: ignore[arg-type]
         return {split: find_shards(str(folder)) for split, folder in folders.items()}
     if data.val_shards is None:
-        raise InputError("data.val_shards: not given; probes need held-out shards beside data.shards")
+        raise InputError(
+            "data.val_shards: not given; probes need held-out shards beside data.shards"
+        )
     return {"train": find_shards(data.shards), "val": find_shards(data.val_shards)}
 
 
 def pictures_fingerprint(reader: ShardReader) -> str:
-    """Short hash of the samples' keys, of where the shards lie, and of their content (small sets) or sizes and times."""
+    """Short hash of the samples' keys, of where the shards lie, and of their content (small
+    sets) or sizes and times.
+    """
     digest = hashlib.sha256(reader.fingerprint().encode())
     small = sum(path.stat().st_size for path in reader.paths) < 2**28
     for path in reader.paths:
-        # The manifest of the latents names the pictures by their place, so a set that has moved is another set.
-        digest.update(f"{path.absolute()} {sha256(path) if small else path.stat().st_mtime_ns}".encode())
+        # The manifest of the latents names the pictures by their place, so a set that has moved is
+        # another set.
+        digest.update(
+            f"{path.absolute()} {sha256(path) if small else path.stat().st_mtime_ns}".encode()
+        )
     return digest.hexdigest()[:12]
 
 
 def autoencoder_fingerprint(config: AutoencoderConfig) -> str:
-    """Short hash of the config and of the files that are read: their names and contents, or sizes and
-    times where they are large.
+    """Short hash of the config and of the files that are read: their names and contents, or sizes
+    and times where they are large.
 
     A hub name stands for itself. InputError where the path holds no autoencoder.
     """
     digest = hashlib.sha256(config.model_dump_json().encode())
     for file in () if is_hub_name(config.path) else _files(open_autoencoder(config.path)):
-        content = file.read_bytes() if file.stat().st_size < 2**25 else f"{file.stat().st_size} {file.stat().st_mtime_ns}".encode()
+        content = (
+            file.read_bytes()
+            if file.stat().st_size < 2**25
+            else f"{file.stat().st_size} {file.stat().st_mtime_ns}".encode()
+        )
         digest.update(file.name.encode() + content)
     return digest.hexdigest()[:12]
 
@@ -167,8 +169,8 @@ def ensure_latents(
 
 
 def ensure_latents_apart(recipe: Recipe, progress: Progress = SILENT) -> None:
-    """`ensure_latents` for a process that starts others: those get the GPU to themselves, as what is
-    to be encoded on one is encoded in a process that then ends.
+    """`ensure_latents` for a process that starts others: those get the GPU to themselves, as what
+    is to be encoded on one is encoded in a process that then ends.
     """
     work = partial(_ensure, recipe)
     if torch.cuda.is_available() and unencoded(recipe.data, recipe.model.autoencoder):
@@ -184,7 +186,8 @@ def _ensure(recipe: Recipe, progress: Progress) -> None:
 
 def _check_captions(text: TextConfig, reader: ShardReader, progress: Progress) -> None:
     with progress.task("reading the tokenizer"):
-        from flowray.model.prompts import check_captions, load_tokenizer  # transformers takes seconds to import
+        # transformers takes seconds to import
+        from flowray.model.prompts import check_captions, load_tokenizer
 
         warning = check_captions(load_tokenizer(text), some_captions(reader))
     if warning:
@@ -202,25 +205,37 @@ def unencoded(data: DataConfig, autoencoder: AutoencoderConfig) -> int:
     if data.shards in EMBEDDED and (unmade := unmade_samples(data.shards, cache_dir(data.cache))):
         return unmade
     readers = {split: ShardReader(shards) for split, shards in split_shards(data).items()}
-    folders = {split: _folder(data, autoencoder, reader, split) for split, reader in readers.items()}
-    return sum(len(readers[split]) for split, at in folders.items() if not (at / MANIFEST).is_file())
+    folders = {
+        split: _folder(data, autoencoder, reader, split) for split, reader in readers.items()
+    }
+    return sum(
+        len(readers[split]) for split, at in folders.items() if not (at / MANIFEST).is_file()
+    )
 
 
-def _folder(data: DataConfig, autoencoder: AutoencoderConfig, reader: ShardReader, split: str) -> Path:
+def _folder(
+    data: DataConfig, autoencoder: AutoencoderConfig, reader: ShardReader, split: str
+) -> Path:
     made_of = f"{autoencoder_fingerprint(autoencoder)}-{pictures_fingerprint(reader)}"
     return cache_dir(data.cache) / f"latents-{made_of}" / split
 
 
 def _encoder(config: AutoencoderConfig, latent: LatentSpec) -> Autoencoder:
-    from flowray.model.autoencoder import load_autoencoder  # diffusers takes seconds to import; a cached run never needs it
+    # diffusers takes seconds to import; a cached run never needs it
+    from flowray.model.autoencoder import load_autoencoder
 
     return load_autoencoder(config, latent).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _encode(reader: ShardReader, folder: Path, autoencoder: Autoencoder, advance: Advance) -> None:
     device, scale = next(autoencoder.parameters()).device, autoencoder.scale
-    # One shared dict: the writer puts it into the manifest after the last sample, when the statistics are known.
-    meta: dict[str, Any] = {"scale": scale.scale, "shift": scale.shift, "deterministic": scale.deterministic}
+    # One shared dict: the writer puts it into the manifest after the last sample, when the
+    # statistics are known.
+    meta: dict[str, Any] = {
+        "scale": scale.scale,
+        "shift": scale.shift,
+        "deterministic": scale.deterministic,
+    }
     meta["pictures"] = [str(path.absolute()) for path in reader.paths]
     total, squares, count = 0.0, 0.0, 0
 
@@ -241,7 +256,9 @@ def _encode(reader: ShardReader, folder: Path, autoencoder: Autoencoder, advance
             for i, row in zip(indices, rows, strict=True):
                 buffer = io.BytesIO()
                 np.save(buffer, row)
-                kept: dict[str, Any] = {e: reader.read(i, e) for e in ("json", "txt") if e in reader.extensions(i)}
+                kept: dict[str, Any] = {
+                    e: reader.read(i, e) for e in ("json", "txt") if e in reader.extensions(i)
+                }
                 yield {"__key__": reader.keys[i], "moments.npy": buffer.getvalue(), **kept}
             advance(len(indices))
         meta["mean"] = total / count
@@ -250,27 +267,46 @@ def _encode(reader: ShardReader, folder: Path, autoencoder: Autoencoder, advance
     try:
         write_shards(folder, samples(), meta=meta)
     except InputError:
-        if not (folder / MANIFEST).is_file():  # else another process encoded the same split meanwhile
+        # else another process encoded the same split meanwhile
+        if not (folder / MANIFEST).is_file():
             raise
 
 
-def load_latents(folder: Path, limit: int | None = None, *, shuffle: int | None = None) -> LatentSet:
-    """Open a cached split. shuffle: a seed, by which every sample gets the captions of another one."""
+def load_latents(
+    folder: Path, limit: int | None = None, *, shuffle: int | None = None
+) -> LatentSet:
+    """Open a cached split.
+
+    shuffle: a seed, by which every sample gets the captions of another one.
+    """
     meta = json.loads((folder / MANIFEST).read_text())["meta"]
-    scale, shift = (tuple(value) if isinstance(value, list) else value for value in (meta["scale"], meta["shift"]))
+    scale, shift = (
+        tuple(value) if isinstance(value, list) else value
+        for value in (meta["scale"], meta["shift"])
+    )
     pictures = tuple(Path(path) for path in meta["pictures"])
     reader = ShardReader(find_shards(str(folder)), limit)
     captioned_by = None if shuffle is None else others(len(reader), shuffle)
-    return LatentSet(reader, LatentScale(scale, shift, meta["deterministic"]), meta["variance"], pictures, captioned_by)
+    return LatentSet(
+        reader,
+        LatentScale(scale, shift, meta["deterministic"]),
+        meta["variance"],
+        pictures,
+        captioned_by,
+    )
 
 
 def load_training(folder: Path, recipe: Recipe) -> LatentSet:
     """The split as a recipe trains on it: `data.limit` and `data.shuffle_captions` applied."""
-    return load_latents(folder, recipe.data.limit, shuffle=recipe.seed if recipe.data.shuffle_captions else None)
+    return load_latents(
+        folder, recipe.data.limit, shuffle=recipe.seed if recipe.data.shuffle_captions else None
+    )
 
 
 def others(count: int, seed: int) -> np.ndarray:
-    """For every sample another one, (count,) int64: one random cycle through all of them. A lone sample has but itself."""
+    """For every sample another one, (count,) int64: one random cycle through all of them. A lone
+    sample has but itself.
+    """
     cycle = np.random.default_rng(seed).permutation(count)
     partner = np.empty(count, dtype=np.int64)
     partner[cycle] = np.roll(cycle, 1)
@@ -279,15 +315,22 @@ def others(count: int, seed: int) -> np.ndarray:
 
 def _posterior_variance(moments: Moments, scale: LatentScale) -> float | Tensor:
     """Variance of a drawn z1 about its mean, fp32, 0 for a deterministic autoencoder."""
-    return 0.0 if scale.deterministic else moments.logvar.exp() * over_channels(scale.scale, moments.logvar) ** 2
+    return (
+        0.0
+        if scale.deterministic
+        else moments.logvar.exp() * over_channels(scale.scale, moments.logvar) ** 2
+    )
 
 
 def channel_statistics(latents: LatentSet) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of z1, posterior noise included, in fp64; each channel should be about N(0, 1).
+    """Mean and standard deviation (C,) of z1, posterior noise included, in fp64; each channel
+    should be about N(0, 1).
 
     Over at most STATISTICS samples, spread evenly over the set.
     """
-    chosen = np.linspace(0, len(latents) - 1, min(len(latents), STATISTICS)).round().astype(np.int64)
+    chosen = (
+        np.linspace(0, len(latents) - 1, min(len(latents), STATISTICS)).round().astype(np.int64)
+    )
     sums = []
     for indices in np.array_split(chosen, -(-len(chosen) // ENCODE_BATCH)):
         moments = latents.moments(indices)
@@ -315,7 +358,7 @@ def channel_warning(metrics: dict[str, float]) -> str | None:
         low, high = key.good if key and key.good else (-INF, INF)
         if not low <= value <= high:
             return (
-                f"warning: {name} is {value:.3g}, good is {low:g} to {high:g}: channels of z1 are far from N(0, 1); "
-                "check model.autoencoder.scaling_factor and shift_factor"
+                f"warning: {name} is {value:.3g}, good is {low:g} to {high:g}: channels of z1 are"
+                " far from N(0, 1); check model.autoencoder.scaling_factor and shift_factor"
             )
     return None

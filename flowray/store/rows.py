@@ -1,4 +1,6 @@
-"""JSON-lines files of metric rows: one row per logged step, flushed as written, no gap and no duplicate after a resume."""
+"""JSON-lines files of metric rows: one row per logged step, flushed as written, no gap and no
+duplicate after a resume.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ __all__ = ["RowWriter", "read_rows"]
 
 
 class RowWriter:
-    """Appends rows with a `step`; opening keeps the rows up to `last_step` and drops the later ones, which will be written again."""
+    """Appends rows with a `step`; opening keeps the rows up to `last_step` and drops the later
+    ones, which will be written again.
+    """
 
     def __init__(self, path: Path, last_step: int):
         kept = [row for row in read_rows(path) if row["step"] <= last_step]
@@ -34,5 +38,8 @@ class RowWriter:
 
 def _line(row: dict[str, Any]) -> str:
     # NaN is not JSON: a non-finite number is kept as null, which every reader treats as missing.
-    plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    plain = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
     return json.dumps(plain) + "\n"

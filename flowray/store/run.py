@@ -33,12 +33,16 @@ class RunDirectory:
 
     @property
     def next_config(self) -> Path:
-        """The recipe of a start that has yet to take over the run's state; it then becomes `config`."""
+        """The recipe of a start that has yet to take over the run's state; it then becomes
+        `config`.
+        """
         return self.path / ".config.next"
 
     @property
     def taken_over(self) -> bool:
-        """Whether a worker of the newest start has restored the state: its steps may be lost, and no start's before."""
+        """Whether a worker of the newest start has restored the state: its steps may be lost,
+        and no start's before.
+        """
         return not self.next_config.exists()
 
     @property
@@ -73,8 +77,8 @@ class RunDirectory:
 
     @property
     def start_lock(self) -> Path:
-        """Of the process that starts the run's workers and waits for them: two would share its hidden
-        files, the next config among them.
+        """Of the process that starts the run's workers and waits for them: two would share its
+        hidden files, the next config among them.
         """
         return self.path / ".lock.start"
 
@@ -94,7 +98,10 @@ class RunDirectory:
             for folder in (self.path, self.samples, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"storage_path: {self.path} cannot be written: {error.strerror}; set storage_path=FOLDER") from error
+            raise InputError(
+                f"storage_path: {self.path} cannot be written: {error.strerror}; set"
+                " storage_path=FOLDER"
+            ) from error
         require_writable(self.path)
 
 
@@ -122,7 +129,9 @@ def require_writable(folder: Path) -> None:
         if mine.read_text() != "new\nmore\n":
             raise OSError(errno.EIO, "it reads back differently")
     except OSError as error:
-        raise InputError(f"storage_path: {folder} {doing}: {error.strerror or error}; set storage_path=FOLDER") from error
+        raise InputError(
+            f"storage_path: {folder} {doing}: {error.strerror or error}; set storage_path=FOLDER"
+        ) from error
     finally:
         for left in (mine, other):
             with suppress(OSError):
@@ -130,16 +139,23 @@ def require_writable(folder: Path) -> None:
 
 
 class RunLock:
-    """Keeps two processes from writing one run. A dead owner's lock (same host: no such process; elsewhere: stale) is taken over.
+    """Keeps two processes from writing one run. A dead owner's lock (same host: no such process;
+    elsewhere: stale) is taken over.
 
-    Whether the owner on another host lives takes up to RENEW_S to see, that it is dead up to STALE_S: a run that moves to another
-    host after a crash waits that long and goes on. patience_s: how long to wait for a live owner to let go.
+    Whether the owner on another host lives takes up to RENEW_S to see, that it is dead up to
+    STALE_S: a run that moves to another
+    host after a crash waits that long and goes on. patience_s: how long to wait for a live owner to
+    let go.
     file: the lock, `run.lock` unless given.
     """
 
     def __init__(self, run: RunDirectory, patience_s: float = 0.0, file: Path | None = None):
         self._file, self._patience_s = file or run.lock, patience_s
-        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+        self._me = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _process_start(os.getpid()),
+        }
         self._left = threading.Event()
 
     def __enter__(self) -> RunLock:
@@ -178,7 +194,9 @@ class RunLock:
         while (owner := self._owner()) is not None and self._alive(owner):
             if time.monotonic() >= deadline:
                 where = f"process {owner['pid']} on {owner['host']}"
-                raise InputError(f"{self._file.parent}: in use by {where}; wait for it or choose another name")
+                raise InputError(
+                    f"{self._file.parent}: in use by {where}; wait for it or choose another name"
+                )
             time.sleep(0.2)
 
     def _keep(self) -> None:
@@ -187,7 +205,10 @@ class RunLock:
                 self.renew()
 
     def _owner(self) -> dict[str, Any] | None:
-        """Who holds it, None where nobody does. A lock that its taker still writes is waited for."""
+        """Who holds it, None where nobody does.
+
+        A lock that its taker still writes is waited for.
+        """
         deadline = time.monotonic() + EMPTY_S
         while not (text := self._text()):
             if text is None or time.monotonic() > deadline:
@@ -207,7 +228,9 @@ class RunLock:
 
     def _alive(self, owner: dict[str, Any]) -> bool:
         if owner["host"] == self._me["host"]:
-            return owner["pid"] != self._me["pid"] and _process_start(owner["pid"]) == owner["started"]
+            return (
+                owner["pid"] != self._me["pid"] and _process_start(owner["pid"]) == owner["started"]
+            )
         try:
             seen = self._file.stat().st_mtime
             while time.time() - seen < STALE_S:
@@ -220,7 +243,9 @@ class RunLock:
 
 
 def _process_start(pid: int) -> str:
-    """Start time of a live process, so that a reused pid is not taken for the owner; '' where there is none."""
+    """Start time of a live process, so that a reused pid is not taken for the owner; '' where
+    there is none.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if fields[0] == "Z" else fields[19]

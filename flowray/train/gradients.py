@@ -1,4 +1,6 @@
-"""A step's gradient in pieces: micro-batches under the recipe's precision, and what the update did to the heads."""
+"""A step's gradient in pieces: micro-batches under the recipe's precision, and what the update
+did to the heads.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +30,28 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
     def cut(value: Any, part: slice) -> Any:
         return None if value is None else value[part]
 
-    return [replace(batch, **{field.name: cut(getattr(batch, field.name), part) for field in fields(batch)}) for part in rows]
+    return [
+        replace(
+            batch, **{field.name: cut(getattr(batch, field.name), part) for field in fields(batch)}
+        )
+        for part in rows
+    ]
 
 
 def forward_passes(
-    objective: nn.Module, batch: Batch, idle: frozenset[str], recipe: Recipe, group: Group, *, alone: bool
+    objective: nn.Module,
+    batch: Batch,
+    idle: frozenset[str],
+    recipe: Recipe,
+    group: Group,
+    *,
+    alone: bool,
 ) -> Iterator[tuple[dict[str, Tensor], Forward]]:
     """(losses, forward pass) of each micro-batch; run its backward pass before asking for the next.
 
-    idle: the losses of weight 0 at this step. The losses come divided by the number of micro-batches. The ranks' gradients are
-    averaged by the last backward pass, or, with `alone`, not at all.
+    idle: the losses of weight 0 at this step. The losses come divided by the number of
+    micro-batches. The ranks' gradients are averaged by the last backward pass, or, with `alone`,
+    not at all.
     """
     parts = micro_batches(batch, recipe.train.accumulate)
     for i, part in enumerate(parts):
@@ -55,11 +69,17 @@ def assign_gradients(gradient: Tensor, parameters: dict[str, nn.Parameter]) -> N
 
 def head_weights(optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
     """Copies of the weights of the two heads, for `update_ratios`."""
-    heads = {g["name"]: g["params"] for g in optimizer.param_groups if g["name"] in ("z_head", "flow_head")}
+    heads = {
+        g["name"]: g["params"]
+        for g in optimizer.param_groups
+        if g["name"] in ("z_head", "flow_head")
+    }
     return {name: [p.detach().clone() for p in parameters] for name, parameters in heads.items()}
 
 
-def update_ratios(optimizer: torch.optim.Optimizer, before: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+def update_ratios(
+    optimizer: torch.optim.Optimizer, before: dict[str, list[Tensor]]
+) -> dict[str, Tensor]:
     """step/{z_head,flow_head}_update_ratio of the step that has just been made."""
     row = {}
     for group in optimizer.param_groups:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flowray.config.errors import InputError
+
+Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,25 @@ class Group:
         rank, world = (dist.get_rank(), dist.get_world_size()) if live else (0, 1)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(rank, world, torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device))
+        return cls(
+            rank,
+            world,
+            (
+                torch.device(device, torch.cuda.current_device())
+                if device == "cuda"
+                else torch.device(device)
+            ),
+        )
 
     def require_gpus(self, wanted: float, device: str) -> None:
-        """InputError where this rank was given `wanted` GPUs and torch can use none: `auto` would leave it on the CPU without a word."""
+        """InputError where this rank was given `wanted` GPUs and torch can use none: `auto`
+        would leave it on the CPU without a word.
+        """
         if wanted and device == "auto" and self.device.type == "cpu":
             raise InputError(
-                f"resources.gpus_per_worker={wanted:g}: torch {torch.__version__} can use no GPU on {socket.gethostname()}; install its "
-                "CUDA build, or mend the driver or the container's GPU access there, or type train.device=cpu to train on the CPU"
+                f"resources.gpus_per_worker={wanted:g}: torch {torch.__version__} can use no GPU on"
+                f" {socket.gethostname()}; install its CUDA build, or mend the driver or the"
+                " container's GPU access there, or type train.device=cpu to train on the CPU"
             )
 
     @property
@@ -54,7 +68,9 @@ class Group:
         """DistributedDataParallel where there are several ranks."""
         if self.world == 1:
             return module
-        return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        return DistributedDataParallel(
+            module, device_ids=[self.device.index] if self.device.type == "cuda" else None
+        )
 
     def unsynced(self, module: nn.Module) -> AbstractContextManager[object]:
         """A block whose forward and backward passes leave the ranks' gradients apart."""
@@ -62,7 +78,9 @@ class Group:
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
-        """A block in which torch's own generators, those that dropout draws from, start from `seed`; after it they go on as before."""
+        """A block in which torch's own generators, those that dropout draws from, start from
+        `seed`; after it they go on as before.
+        """
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
@@ -77,6 +95,14 @@ class Group:
     def mean(self, values: Tensor) -> Tensor:
         """Mean over ranks."""
         return self.mean_(values.clone()) if self.world > 1 else values
+
+    def share(self, value: Shared) -> Shared:
+        """The lead's value, on every rank; it is pickled on the way."""
+        if self.world == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, 0, device=self.device)
+        return held[0]
 
     def agree(self, flag: bool) -> bool:
         """The lead's flag, on every rank."""

@@ -1,11 +1,15 @@
-"""The training loop. It knows nothing of Ray: a caller gives it the ranks (`Group`) and gets a row at every probe (`report`)."""
+"""The training loop.
+
+It knows nothing of Ray: a caller gives it the ranks (`Group`) and gets a row at every probe
+(`report`).
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
-from typing import Literal
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, Literal, Protocol
 
 import torch
 from tensorboardX import SummaryWriter
@@ -18,29 +22,57 @@ from flowray.model.prompts import check_captions
 from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
 from flowray.probes.vae import vae_metrics
 from flowray.sample.generate import generate, save_strip
-from flowray.store.checkpoint import load_state, newest_checkpoint
+from flowray.store.checkpoint import list_checkpoints, load_state, newest_checkpoint
 from flowray.store.doing import WrittenProgress
-from flowray.store.latents import LatentSet, channel_metrics, ensure_latents, load_latents, load_training, some_captions
+from flowray.store.latents import (
+    LatentSet,
+    channel_metrics,
+    ensure_latents,
+    load_latents,
+    load_training,
+    some_captions,
+)
 from flowray.store.rows import RowWriter
 from flowray.store.run import RunDirectory, RunLock
 from flowray.train.group import Group
 from flowray.train.state import TrainState, fresh_state, restore_state, save_state
 from flowray.train.step import BatchMaker, train_step
-from flowray.train.visits import Visits
 
-Row = dict[str, float]
+Row = dict[str, Any]
 Report = Callable[[Row], None]
 Outcome = Literal["finished", "stopped"]
 GRID_PROMPTS = 8
-ORPHANED_S = 90.0  # a worker that was cut off from a dead head trains on for up to a minute before Ray ends it; its successor waits
-PROBED_TOO = ("mu/abs_mean", "std/mean")  # metrics.jsonl has them of the training batch, probes.jsonl of the held-out one
+# a worker that was cut off from a dead head trains on for up to a minute before Ray ends it; its
+# successor waits
+ORPHANED_S = 90.0
+# metrics.jsonl has them of the training batch, probes.jsonl of the held-out one
+PROBED_TOO = ("mu/abs_mean", "std/mean")
 
 
-def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Outcome:
+class Visitor(AbstractContextManager[Any], Protocol):
+    """Whoever examines the run now and then while it trains, and leaves it as it was."""
+
+    def visit(self) -> Any:
+        """Examine the run as it is now; what was found goes into the row of the step."""
+
+
+# of recipe, run, training and held-out data, and the state that is trained
+MakeVisitor = Callable[[Recipe, RunDirectory, LatentSet, LatentSet, TrainState], Visitor]
+
+
+def train(
+    recipe: Recipe,
+    run: RunDirectory,
+    group: Group,
+    report: Report,
+    make_visitor: MakeVisitor | None = None,
+) -> Outcome:
     """Train to `train.steps`, from the newest valid checkpoint of `run` if there is one.
 
-    Probes, samples and a checkpoint also come at the last step. `stopped`: `run.stop_request` appeared and a checkpoint was written.
-    Every rank calls `report`, with the lead's row, at every probe. InputError where a rank cannot use the GPU that it was given.
+    Probes, samples and a checkpoint also come at the last step. `stopped`: `run.stop_request`
+    appeared and a checkpoint was written. Every rank calls `report`, with the lead's row, at every
+    probe. make_visitor: who comes at every `probes.doctor_every`-th probe, on the lead. InputError
+    where a rank cannot use the GPU that it was given.
     """
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     progress = WrittenProgress(run) if group.lead else SILENT
@@ -56,7 +88,7 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
             closing.enter_context(RunLock(run, ORPHANED_S))
         with progress.task("loading the models"):
             state = fresh_state(recipe, group.device)
-            restore_state(state, recipe, run)
+            restore_state(state, recipe, run, group)
         if warning := check_captions(state.model.text.prompts, some_captions(latents)):
             progress.say(warning)
         objective = group.wrap(state.objective)
@@ -64,9 +96,10 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
         sinks = Sinks(recipe, run, held_out, state, group) if group.lead else None
         if sinks:
             closing.callback(sinks.close)
-        doctor = Visits(recipe, run, latents, held_out, state) if group.lead and recipe.probes.doctor_every else None
-        if doctor:
-            closing.enter_context(doctor)
+        visitor = None
+        if make_visitor and group.lead and recipe.probes.doctor_every:
+            visitor = make_visitor(recipe, run, latents, held_out, state)
+            closing.enter_context(visitor)
         cadence, last = recipe.train, recipe.train.steps
         while state.step < last:
             began = time.perf_counter()
@@ -88,10 +121,13 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
             if sinks and (step % cadence.checkpoint_every == 0 or step == last or stop):
                 save_state(state, recipe, run)
                 sinks.flush()
-            if doctor and (step % (cadence.probe_every * recipe.probes.doctor_every) == 0 or step == last):
-                doctor.visit()
-            if probing:  # after all that belongs to the step is on disk: who hears it may end this process
-                report(_share(probed, group))
+            if visitor and (
+                step % (cadence.probe_every * recipe.probes.doctor_every) == 0 or step == last
+            ):
+                probed["findings"] = visitor.visit()
+            # after all that belongs to the step is on disk: who hears it may end this process
+            if probing:
+                report(group.share(probed))
             if stop and step < last:
                 return "stopped"
         return "finished"
@@ -99,8 +135,11 @@ def train(recipe: Recipe, run: RunDirectory, group: Group, report: Report) -> Ou
 
 def is_finished(recipe: Recipe, run: RunDirectory) -> bool:
     """Whether the newest checkpoint has all the steps."""
+    steps, valid = recipe.train.steps, list_checkpoints(run.checkpoints)
+    if not valid or load_state(valid[-1])["step"] < steps:
+        return False  # known without reading every byte of it, as `newest_checkpoint` does
     checkpoint = newest_checkpoint(run.checkpoints)
-    return checkpoint is not None and load_state(checkpoint)["step"] >= recipe.train.steps
+    return checkpoint is not None and load_state(checkpoint)["step"] >= steps
 
 
 def _scalars(row: dict[str, torch.Tensor], group: Group) -> Row:
@@ -109,25 +148,28 @@ def _scalars(row: dict[str, torch.Tensor], group: Group) -> Row:
     return dict(zip(row, stacked.tolist(), strict=True))
 
 
-def _share(row: Row, group: Group) -> Row:
-    """The lead's row on every rank."""
-    if group.world == 1:
-        return row
-    held = [row]
-    torch.distributed.broadcast_object_list(held, 0, device=group.device)
-    return held[0]
-
-
 class Sinks:
     """What the lead writes: metric and probe rows, TensorBoard events, sample strips."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, held_out: LatentSet, state: TrainState, group: Group):
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        held_out: LatentSet,
+        state: TrainState,
+        group: Group,
+    ):
         self.recipe, self.run, self.state, self.device = recipe, run, state, group.device
+        self.start = state.step
         self.held_out = held_out
         self.probe_batch: ProbeBatch = make_probe_batch(recipe, held_out, group.device)
         self.prompts = list(recipe.sample.prompts) or _some_prompts(held_out)
-        self._metrics, self._probes = RowWriter(run.metrics, state.step), RowWriter(run.probes, state.step)
-        # The suffix keeps two starts within one second apart: the writer names its file by the second.
+        self._metrics, self._probes = (
+            RowWriter(run.metrics, state.step),
+            RowWriter(run.probes, state.step),
+        )
+        # The suffix keeps two starts within one second apart: the writer names its file by the
+        # second.
         place = {"logdir": str(run.path / "tensorboard"), "filename_suffix": f".{state.step}"}
         self._board = SummaryWriter(**place, purge_step=state.step + 1, flush_secs=10)
         self._autoencoder: Autoencoder | None = None
@@ -141,38 +183,56 @@ class Sinks:
     def autoencoder(self) -> Autoencoder:
         """Loaded when the first picture is wanted."""
         if self._autoencoder is None:
-            self._autoencoder = load_autoencoder(self.recipe.model.autoencoder, self.recipe.model.latent).to(self.device)
+            self._autoencoder = load_autoencoder(
+                self.recipe.model.autoencoder, self.recipe.model.latent
+            ).to(self.device)
         return self._autoencoder
 
     def log(self, row: Row) -> None:
         """One metrics row, and the same numbers to TensorBoard."""
         row["perf/images_per_s"] = self.recipe.train.batch_size / row["perf/step_s"]
         self._metrics.write({"step": self.state.step, **row})
-        self._to_board({f"train/{key}" if key in PROBED_TOO else key: value for key, value in row.items()})
+        self._to_board(
+            {f"train/{key}" if key in PROBED_TOO else key: value for key, value in row.items()}
+        )
 
     def probe(self, losses: Row, *, final: bool) -> Row:
         """Run the probes on the EMA weights (and the raw ones); returns the row for `report`."""
         model = self.state.model
         row: Row = {}
         with self.state.ema.applied():
-            row |= {f"ema/{key}": value for key, value in run_probes(model, self.recipe, self.probe_batch, endpoints=final).items()}
+            row |= {
+                f"ema/{key}": value
+                for key, value in run_probes(
+                    model, self.recipe, self.probe_batch, endpoints=final
+                ).items()
+            }
         if self.recipe.probes.raw:
             row |= run_probes(model, self.recipe, self.probe_batch, endpoints=final)
         row["ema/delta_rms"] = self.state.ema.delta_rms()
-        if self.state.step == min(self.recipe.train.probe_every, self.recipe.train.steps):  # the first probe, resumed or not
+        # the first probe, resumed or not
+        if self.state.step == min(self.recipe.train.probe_every, self.recipe.train.steps):
             row |= channel_metrics(self.held_out)
         if final:
-            row |= vae_metrics(self.autoencoder, self.held_out, self.recipe.probes.batch_size, self.recipe.probes.seed)
+            row |= vae_metrics(
+                self.autoencoder,
+                self.held_out,
+                self.recipe.probes.batch_size,
+                self.recipe.probes.seed,
+            )
         self._probes.write({"step": self.state.step, **row})
         self._to_board(row)
-        reported = {"step": self.state.step, "budget_steps": self.recipe.train.steps, **row}
+        place = {"step": self.state.step, "start": self.start}
+        reported = {**place, "budget_steps": self.recipe.train.steps, **row}
         return reported | {key: value for key, value in losses.items() if key.startswith("loss/")}
 
     def sample(self) -> None:
         """A strip of pictures of the fixed prompts with the weights that `sample.weights` names."""
         config = self.recipe.sample
         with self.state.ema.applied() if config.weights == "ema" else nullcontext():
-            pictures = generate(self.state.model, self.autoencoder, self.prompts, config, self.recipe.probes.seed)
+            pictures = generate(
+                self.state.model, self.autoencoder, self.prompts, config, self.recipe.probes.seed
+            )
         save_strip(pictures, self.run.samples / f"step_{self.state.step:06d}.png")
         self._board.add_images("samples", pictures, self.state.step, dataformats="NHWC")
 

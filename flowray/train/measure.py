@@ -1,4 +1,6 @@
-"""How long a recipe's work takes on this machine: a few training steps and a forward pass, on latents made up for it."""
+"""How long a recipe's work takes on this machine: a few training steps and a forward pass, on
+latents made up for it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class NotTimed(Exception):
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a training step of one worker, and of the velocity network's pass, without gradient, per sample."""
+    """Seconds of a training step of one worker, and of the velocity network's pass, without
+    gradient, per sample.
+    """
 
     step_s: float
     forward_s: float
@@ -42,7 +46,8 @@ class Timing:
 def measure(recipe: Recipe) -> Timing:
     """Train the recipe's own model for a few steps of a worker's share of the batch, and forget it.
 
-    Needs the weights that the recipe names, and memory for one worker: NotTimed where the GPU has less.
+    Needs the weights that the recipe names, and memory for one worker: NotTimed where the GPU has
+    less.
     """
     train, threads = recipe.train, torch.get_num_threads()
     share = max(2, train.batch_size // recipe.resources.num_workers // train.accumulate)
@@ -54,7 +59,10 @@ def measure(recipe: Recipe) -> Timing:
         step_s = first * share / 2
         if first < LONG_S:
             _seconds(lambda: _step(state, recipe, share, group), group.device)  # allocates
-            took = [_seconds(lambda: _step(state, recipe, share, group), group.device) for _ in range(STEPS)]
+            took = [
+                _seconds(lambda: _step(state, recipe, share, group), group.device)
+                for _ in range(STEPS)
+            ]
             step_s = min(took)
         forward_s = _seconds(lambda: _forward(state, share, group.device), group.device) / share
     except torch.OutOfMemoryError:
@@ -66,14 +74,17 @@ def measure(recipe: Recipe) -> Timing:
 
 @torch.no_grad()
 def encode_seconds(recipe: Recipe) -> float:
-    """Seconds that a picture takes to be encoded, and to be drawn where it belongs to an embedded set.
+    """Seconds that a picture takes to be encoded, and to be drawn where it belongs to an embedded
+    set.
 
     NotTimed where the GPU has too little memory.
     """
     device = Group.current(recipe.train.device).device
     try:
         autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)
-        pictures = autoencoder.decode(torch.zeros(PICTURES, *recipe.model.latent.shape, device=device))
+        pictures = autoencoder.decode(
+            torch.zeros(PICTURES, *recipe.model.latent.shape, device=device)
+        )
         took = min(_seconds(lambda: autoencoder.encode_moments(pictures), device) for _ in range(2))
     except torch.OutOfMemoryError:
         raise NotTimed("encoding takes more memory than the GPU here has free") from None
@@ -91,10 +102,14 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _step(state: TrainState, recipe: Recipe, size: int, group: Group) -> None:
-    """One step on a batch of noise, whose captions differ from step to step, as a cache of texts would help otherwise."""
+    """One step on a batch of noise, whose captions differ from step to step, as a cache of texts
+    would help otherwise.
+    """
     draws = Draws(recipe.seed, state.step, size, slice(None), group.device)
     shape = recipe.model.latent.shape
-    turned = [WORDS[i % 11 :] + WORDS[: i % 11] for i in range(state.step * size, (state.step + 1) * size)]
+    turned = [
+        WORDS[i % 11 :] + WORDS[: i % 11] for i in range(state.step * size, (state.step + 1) * size)
+    ]
     batch = Batch(
         captions=[" ".join(words) for words in turned],
         z1=draws.normal("posterior", shape),

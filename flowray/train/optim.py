@@ -15,11 +15,15 @@ from flowray.config.train import ConstantLR, CosineLR, LRScheduleConfig, OptimCo
 from flowray.probes.untouched import holding
 
 
-def parameter_groups(parameters: dict[str, nn.Parameter], config: OptimConfig, last_layers: str) -> list[dict[str, Any]]:
-    """Five groups: `trunk` (matrices of the velocity network, decayed), `trunk_plain` (its norms and biases), `flow_head` (its last
-    layers, which `last_layers` names), `z_head` (the head) and `text` (queries, connector, semantic tower and all else).
+def parameter_groups(
+    parameters: dict[str, nn.Parameter], config: OptimConfig, last_layers: str
+) -> list[dict[str, Any]]:
+    """Five groups: `trunk` (matrices of the velocity network, decayed), `trunk_plain` (its norms
+    and biases), `flow_head` (its last layers, which `last_layers` names), `z_head` (the head) and
+    `text` (queries, connector, semantic tower and all else).
 
-    Only the trunk decays. Each has its lr relative to `lr` as `scale`, and the most it may be as `lr_max`.
+    Only the trunk decays. Each has its lr relative to `lr` as `scale`, and the most it may be as
+    `lr_max`.
     """
     last = re.compile(rf"velocity\.({last_layers})\.")
 
@@ -31,16 +35,43 @@ def parameter_groups(parameters: dict[str, nn.Parameter], config: OptimConfig, l
         return "z_head" if name.startswith("head.") else "text"
 
     def rule(group: str) -> dict[str, Any]:
-        part = "trunk" if group == "trunk_plain" else group
         decay = config.weight_decay if group == "trunk" else 0.0
-        return {"weight_decay": decay, "scale": getattr(config.lr_scale, part), "lr_max": getattr(config.lr_max, part) or math.inf}
+        scale, most = _scale_and_most(config, group)
+        return {"weight_decay": decay, "scale": scale, "lr_max": most}
 
     names = ("trunk", "trunk_plain", "flow_head", "z_head", "text")
-    groups = [{"name": group, "params": [p for n, p in parameters.items() if group_of(n) == group], **rule(group)} for group in names]
+    groups = [
+        {
+            "name": group,
+            "params": [p for n, p in parameters.items() if group_of(n) == group],
+            **rule(group),
+        }
+        for group in names
+    ]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig, last_layers: str) -> torch.optim.AdamW:
+def _scale_and_most(config: OptimConfig, group: str) -> tuple[float, float]:
+    """Of a group its lr relative to the base rate, and the most that it may be."""
+    part = "trunk" if group == "trunk_plain" else group
+    return getattr(config.lr_scale, part), getattr(config.lr_max, part) or math.inf
+
+
+def group_lr(config: OptimConfig, group: str, base: float) -> float:
+    """The group's learning rate where the base rate is `base`."""
+    scale, most = _scale_and_most(config, group)
+    return min(base * scale, most)
+
+
+def base_lr(optimizer: torch.optim.Optimizer, config: OptimConfig) -> float:
+    """The base rate that the groups were last set to, where none of them is capped."""
+    rates = [float(group["lr"]) / float(group["scale"]) for group in optimizer.param_groups]
+    return max(rates, default=config.lr)
+
+
+def build_optimizer(
+    parameters: dict[str, nn.Parameter], config: OptimConfig, last_layers: str
+) -> torch.optim.AdamW:
     """AdamW over the groups; its lr is set at every step by `set_lr`."""
     groups = parameter_groups(parameters, config, last_layers)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
@@ -54,7 +85,10 @@ def _cosine(config: CosineLR, step: int, total: int, lr: float) -> float:
 def _restarts(config: WarmRestarts, step: int, total: int, lr: float) -> float:
     start, eta_min = config.start, config.eta_min
     if isinstance(start, str) or isinstance(eta_min, str):
-        raise ValueError("a schedule that starts at a resume has no learning rate until `resolve_schedule` has told it the checkpoint")
+        raise ValueError(
+            "a schedule that starts at a resume has no learning rate until `resolve_schedule` has"
+            " told it the checkpoint"
+        )
     step, period = max(step - start, 0), config.t0
     while step >= period:
         step, period = step - period, period * config.t_mult
@@ -70,32 +104,44 @@ _FACTORS: dict[type, Callable[[Any, int, int, float], float]] = {
 
 
 def resolve_schedule(config: LRScheduleConfig, step: int, lr: float) -> LRScheduleConfig:
-    """The schedule with `resume` and `current` replaced by a checkpoint's step and the lr with which it was reached."""
+    """The schedule with `resume` and `current` replaced by a checkpoint's step and the lr with
+    which it was reached.
+    """
     if not isinstance(config, WarmRestarts) or config.start != "resume":
         return config
-    return config.model_copy(update={"start": step, "eta_min": lr if config.eta_min == "current" else config.eta_min})
+    return config.model_copy(
+        update={"start": step, "eta_min": lr if config.eta_min == "current" else config.eta_min}
+    )
 
 
 def lr_at(config: LRScheduleConfig, lr: float, step: int, total: int) -> float:
-    """The base learning rate of `step` (0-based) in a run of `total` steps: a function, so that a resume has nothing to restore."""
+    """The base learning rate of `step` (0-based) in a run of `total` steps: a function, so that
+    a resume has nothing to restore.
+    """
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     return lr * warm * _FACTORS[type(config)](config, step, total, lr)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:
-    """Set every group's lr to its share of `lr`, at most its `lr_max`; returns them by group name."""
+    """Set every group's lr to its share of `lr`, at most its `lr_max`; returns them by group
+    name.
+    """
     for group in optimizer.param_groups:
         group["lr"] = min(lr * group["scale"], group["lr_max"])
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
 class Ema:
-    """Exponential moving average of the trainable parameters, fp32; the decay warms up as (1 + step) / (10 + step)."""
+    """Exponential moving average of the trainable parameters, fp32; the decay warms up as (1 +
+    step) / (10 + step).
+    """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
         self.decay = decay
         self._parameters = parameters
-        self.average: dict[str, Tensor] = {name: p.detach().clone().float() for name, p in parameters.items()}
+        self.average: dict[str, Tensor] = {
+            name: p.detach().clone().float() for name, p in parameters.items()
+        }
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -105,10 +151,15 @@ class Ema:
         torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
 
     def applied(self) -> AbstractContextManager[None]:
-        """Within the block the parameters hold the average; after it, exactly what they held before."""
+        """Within the block the parameters hold the average; after it, exactly what they held
+        before.
+        """
         return holding(self._parameters, self.average)
 
     def delta_rms(self) -> float:
         """Root mean square of average minus weights, over all parameters."""
-        squares = sum(float((self.average[n] - p.detach()).square().sum()) for n, p in self._parameters.items())
+        squares = sum(
+            float((self.average[n] - p.detach()).square().sum())
+            for n, p in self._parameters.items()
+        )
         return math.sqrt(squares / sum(p.numel() for p in self._parameters.values()))

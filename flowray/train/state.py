@@ -14,20 +14,30 @@ from flowray.config.train import LRScheduleConfig, WarmRestarts
 from flowray.losses.balance import Balancer
 from flowray.losses.total import Objective
 from flowray.model.assemble import FlowModel, build_model
-from flowray.store.checkpoint import copy_into, load_state, load_tensors, newest_checkpoint, save_checkpoint
+from flowray.store.checkpoint import (
+    copy_into,
+    load_state,
+    load_tensors,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from flowray.store.run import RunDirectory
+from flowray.train.group import Group
 from flowray.train.optim import Ema, build_optimizer, lr_at, resolve_schedule
 
 
 class Halted(RuntimeError):
-    """Training cannot go on and would fail again from the last checkpoint, which is good; one line, with the step."""
+    """Training cannot go on and would fail again from the last checkpoint, which is good; one
+    line, with the step.
+    """
 
 
 @dataclass
 class TrainState:
     """`step` steps are done. The data cursor and all randomness follow from (recipe.seed, step).
 
-    schedule: the recipe's, with a restart at a checkpoint in numbers; restart: that checkpoint's step and the lr that led to it.
+    schedule: the recipe's, with a restart at a checkpoint in numbers; restart: that checkpoint's
+    step and the lr that led to it.
     backoffs: how often fp16's loss scale has been cut.
     """
 
@@ -58,7 +68,11 @@ def fresh_state(recipe: Recipe, device: torch.device) -> TrainState:
         optimizer=optimizer,
         ema=Ema(parameters, recipe.train.ema),
         balancer=Balancer(recipe.loss.balance),
-        scaler=torch.amp.GradScaler(device.type, init_scale=recipe.train.loss_scale, enabled=recipe.train.precision == "fp16"),
+        scaler=torch.amp.GradScaler(
+            device.type,
+            init_scale=recipe.train.loss_scale,
+            enabled=recipe.train.precision == "fp16",
+        ),
         schedule=resolve_schedule(recipe.optim.schedule, 0, 0.0),
     )
 
@@ -68,12 +82,27 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     return {f"{name}/{slot}": value for name, kept in slots.items() for slot, value in kept.items()}
 
 
+def load_slots(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
+    """The optimiser's state in a checkpoint, by parameter."""
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_tensors(checkpoint, "optim").items():
+        name, slot = key.rsplit("/", 1)
+        slots.setdefault(name, {})[slot] = value
+    return slots
+
+
 def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
-    """Write a checkpoint of the state. Halted, with the older ones untouched: weights are not finite, or it cannot be written."""
+    """Write a checkpoint of the state.
+
+    Halted, with the older ones untouched: weights are not finite, or it cannot be written.
+    """
     weights: dict[str, Tensor] = {name: p.detach() for name, p in state.parameters.items()}
     for name, weight in weights.items():
         if not bool(weight.isfinite().all()):
-            raise Halted(f"step {state.step}: {name} is not finite, so no checkpoint was written; try a lower optim.lr")
+            raise Halted(
+                f"step {state.step}: {name} is not finite, so no checkpoint was written; try a"
+                " lower optim.lr"
+            )
     kept = {
         "seed": recipe.seed,
         "lr": lr_at(state.schedule, recipe.optim.lr, state.step - 1, recipe.train.steps),
@@ -86,27 +115,43 @@ def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
     if moving := state.model.semantic.moving():
         groups["moving"] = moving
     try:
-        return save_checkpoint(run.checkpoints, state.step, groups, kept, recipe.train.keep_checkpoints)
+        return save_checkpoint(
+            run.checkpoints, state.step, groups, kept, recipe.train.keep_checkpoints
+        )
     except OSError as error:
         why = error.strerror or error
-        raise Halted(f"step {state.step}: the checkpoint cannot be written: {why}; the ones before it are kept") from error
+        raise Halted(
+            f"step {state.step}: the checkpoint cannot be written: {why}; the ones before it are"
+            " kept"
+        ) from error
 
 
-def restore_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> None:
-    """Continue from the newest valid checkpoint; none leaves the state as it is."""
-    checkpoint = newest_checkpoint(run.checkpoints)
+def restore_state(
+    state: TrainState, recipe: Recipe, run: RunDirectory, group: Group | None = None
+) -> None:
+    """Continue from the newest intact checkpoint; none leaves the state as it is.
+
+    group: of its ranks the lead alone looks which one that is, as it reads every byte for it.
+    """
+    leads = group is None or group.lead
+    checkpoint = newest_checkpoint(run.checkpoints) if leads else None
+    checkpoint = group.share(checkpoint) if group else checkpoint
     if checkpoint is None:
         return
     kept = load_state(checkpoint)
     if kept["seed"] != recipe.seed:
-        raise InputError(f"seed: got {recipe.seed}, but {checkpoint} was trained with {kept['seed']}; a resume keeps the seed")
+        raise InputError(
+            f"seed: got {recipe.seed}, but {checkpoint} was trained with {kept['seed']}; a resume"
+            " keeps the seed"
+        )
     copy_into(state.parameters, load_tensors(checkpoint, "model"), checkpoint)
     copy_into(state.ema.average, load_tensors(checkpoint, "ema"), checkpoint)
     if moving := state.model.semantic.moving():
         copy_into(moving, load_tensors(checkpoint, "moving"), checkpoint)
-    for key, value in load_tensors(checkpoint, "optim").items():
-        name, slot = key.rsplit("/", 1)
-        state.optimizer.state[state.parameters[name]][slot] = value.to(state.parameters[name].device)  # fused: `step` too
+    for name, slots in load_slots(checkpoint).items():
+        parameter = state.parameters[name]
+        for slot, value in slots.items():  # fused: `step` too lies on the device
+            state.optimizer.state[parameter][slot] = value.to(parameter.device)
     state.step = kept["step"]
     step, lr = kept.get("restart") or (kept["step"], kept.get("lr", 0.0))
     state.restart = (step, lr)
@@ -118,4 +163,6 @@ def restore_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> None:
 
 
 def _restarts_here(recipe: Recipe) -> bool:
-    return isinstance(recipe.optim.schedule, WarmRestarts) and recipe.optim.schedule.start == "resume"
+    return (
+        isinstance(recipe.optim.schedule, WarmRestarts) and recipe.optim.schedule.start == "resume"
+    )

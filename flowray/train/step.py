@@ -45,23 +45,36 @@ class BatchMaker:
         draws = Draws(recipe.seed, step, size, rows, device)
         shape = recipe.model.latent.shape
         indices = self.indices(step)
-        null, partner = null_partners(draws.uniform_batch("null"), recipe.flow.null_probability, indices.tolist())
+        null, partner = null_partners(
+            draws.uniform_batch("null"), recipe.flow.null_probability, indices.tolist()
+        )
         z1 = self._latents(indices[rows], draws.normal("posterior", shape))
-        # A null sample aims at another sample's latent, with that sample's own noise, wherever in the global batch it lies.
-        noise = Draws(recipe.seed, step, size, slice(None), device).normal("posterior", shape)[partner[rows]]
-        target = torch.where(null[rows].view(-1, 1, 1, 1), self._latents(indices[partner[rows].cpu().numpy()], noise), z1)
+        # A null sample aims at another sample's latent, with that sample's own noise, wherever in
+        # the global batch it lies.
+        noise = Draws(recipe.seed, step, size, slice(None), device).normal("posterior", shape)[
+            partner[rows]
+        ]
+        target = torch.where(
+            null[rows].view(-1, 1, 1, 1),
+            self._latents(indices[partner[rows].cpu().numpy()], noise),
+            z1,
+        )
         return Batch(
             captions=self._captions(indices[rows], draws.uniform("caption")),
             z1=z1,
             target=target,
             noise=draws.normal("source", shape),
-            t=training_times(time_config(recipe.flow, step, recipe.train.steps), draws.uniform("time")),
+            t=training_times(
+                time_config(recipe.flow, step, recipe.train.steps), draws.uniform("time")
+            ),
             null=null[rows],
         )
 
     def _latents(self, indices: np.ndarray, noise: torch.Tensor) -> torch.Tensor:
         mean, logvar = self.latents.moments(indices)
-        return self.latents.scale.sample(Moments(mean.to(noise.device), logvar.to(noise.device)), noise)
+        return self.latents.scale.sample(
+            Moments(mean.to(noise.device), logvar.to(noise.device)), noise
+        )
 
     def _captions(self, indices: np.ndarray, u: torch.Tensor) -> list[str]:
         options = [self.latents.captions(int(i)) for i in indices]
@@ -69,32 +82,48 @@ class BatchMaker:
 
 
 def whole_batches(recipe: Recipe, latents: LatentSet, device: torch.device) -> BatchMaker:
-    """Global batches on one device, whatever the number of ranks: what an examination of the training path looks at."""
+    """Global batches on one device, whatever the number of ranks: what an examination of the
+    training path looks at.
+    """
     return BatchMaker(recipe, latents, Group(0, 1, device))
 
 
-def train_step(state: TrainState, objective: nn.Module, batch: Batch, recipe: Recipe, group: Group) -> dict[str, torch.Tensor]:
-    """Forward, backward, clip, update, EMA; advances `state.step`. Returns this step's scalars as tensors.
+def train_step(
+    state: TrainState, objective: nn.Module, batch: Batch, recipe: Recipe, group: Group
+) -> dict[str, torch.Tensor]:
+    """Forward, backward, clip, update, EMA; advances `state.step`. Returns this step's scalars as
+    tensors.
 
-    A loss or gradient that is not finite raises Halted before it reaches the weights; under fp16 it cuts the loss scale and the
-    weights stay as they are, until the scale is down to 1.
+    A loss or gradient that is not finite raises Halted before it reaches the weights; under fp16 it
+    cuts the loss scale and the weights stay as they are, until the scale is down to 1.
     """
     weights = weights_at(recipe.loss, state.step, recipe.train.steps)
-    rates = set_lr(state.optimizer, lr_at(state.schedule, recipe.optim.lr, state.step, recipe.train.steps))
+    rates = set_lr(
+        state.optimizer, lr_at(state.schedule, recipe.optim.lr, state.step, recipe.train.steps)
+    )
     state.optimizer.zero_grad(set_to_none=True)
     probing = recipe.train.grad_every > 0 and (state.step + 1) % recipe.train.grad_every == 0
     with group.seeded(stream_seed(recipe.seed, state.step, f"dropout/{group.rank}")):
-        losses, watched, measured = _backward(state, objective, batch, recipe, group, weights, separate=probing)
+        losses, watched, measured = _backward(
+            state, objective, batch, recipe, group, weights, separate=probing
+        )
     before = head_weights(state.optimizer) if probing else {}
     norm = _update(state, losses, recipe)
     row = {f"loss/{name}": loss for name, loss in losses.items()}
     row |= {f"weight/{name}": torch.tensor(weight) for name, weight in weights.items()}
     row |= {f"lr/{name}": torch.tensor(rate) for name, rate in rates.items()}
-    row |= {"loss/total": total_loss(losses, weights), "grad/total": norm, "grad/clip_frac": (norm > recipe.optim.clip_grad).float()}
+    row |= {
+        "loss/total": total_loss(losses, weights),
+        "grad/total": norm,
+        "grad/clip_frac": (norm > recipe.optim.clip_grad).float(),
+    }
     if state.balancer.active:
         row |= {f"balance/{name}": torch.tensor(state.balancer.multiplier(name)) for name in losses}
     if state.scaler.is_enabled():
-        row |= {"amp/scale": torch.tensor(state.scaler.get_scale()), "amp/backoffs": torch.tensor(state.backoffs)}
+        row |= {
+            "amp/scale": torch.tensor(state.scaler.get_scale()),
+            "amp/backoffs": torch.tensor(state.backoffs),
+        }
     return row | watched | measured | update_ratios(state.optimizer, before)
 
 
@@ -108,10 +137,12 @@ def _backward(
     *,
     separate: bool,
 ) -> tuple[Scalars, Scalars, Scalars]:
-    """Leave the step's gradient, averaged over ranks, in the parameters. Returns (losses, what is watched, gradient metrics).
+    """Leave the step's gradient, averaged over ranks, in the parameters. Returns (losses, what is
+    watched, gradient metrics).
 
-    An ordinary backward pass of the weighted sum; or, where the balancer or a probe wants each loss's gradient (`separate`), one
-    pass per loss, whose gradients are averaged over ranks first and combined after, so that all ranks take the same direction.
+    An ordinary backward pass of the weighted sum; or, where the balancer or a probe wants each
+    loss's gradient (`separate`), one pass per loss, whose gradients are averaged over ranks first
+    and combined after, so that all ranks take the same direction.
     """
     separate = separate or state.balancer.due(state.step)
     parameters = list(state.parameters.values())
@@ -126,14 +157,31 @@ def _backward(
         else:
             state.scaler.scale(total_loss(parts, _factors(state, weights))).backward()
         _add(losses, {name: loss.detach() for name, loss in parts.items()})
-        _add(watched, {name: value.detach() / recipe.train.accumulate for name, value in _watch(forward).items()})
-    return losses, watched, {} if gradients is None else _combine(state, gradients, losses, weights, recipe, group)
+        _add(
+            watched,
+            {
+                name: value.detach() / recipe.train.accumulate
+                for name, value in _watch(forward).items()
+            },
+        )
+    return (
+        losses,
+        watched,
+        {} if gradients is None else _combine(state, gradients, losses, weights, recipe, group),
+    )
 
 
 def _combine(
-    state: TrainState, gradients: torch.Tensor, losses: Scalars, weights: dict[str, float], recipe: Recipe, group: Group
+    state: TrainState,
+    gradients: torch.Tensor,
+    losses: Scalars,
+    weights: dict[str, float],
+    recipe: Recipe,
+    group: Group,
 ) -> Scalars:
-    """Balance the losses' gradients (L, parameters) and write their weighted sum into the parameters; returns gradient metrics."""
+    """Balance the losses' gradients (L, parameters) and write their weighted sum into the
+    parameters; returns gradient metrics.
+    """
     group.mean_(gradients)
     unscale = state.scaler.get_scale() ** -2
     everything = gramian(gradients, state.parameters, "all") * unscale
@@ -141,7 +189,9 @@ def _combine(
         means = group.mean(torch.stack(list(losses.values()))).tolist()
         state.balancer.update(
             Measured(
-                gramian=everything if state.balancer.over == "all" else gramian(gradients, state.parameters, "source") * unscale,
+                gramian=everything
+                if state.balancer.over == "all"
+                else gramian(gradients, state.parameters, "source") * unscale,
                 losses=dict(zip(losses, means, strict=True)),
                 weights=weights,
                 full={name: term.weight for name, term in active_terms(recipe.loss).items()},
@@ -149,8 +199,12 @@ def _combine(
             )
         )
     factors = {name: _factors(state, weights)[name] for name in losses}
-    assign_gradients(torch.tensor(list(factors.values()), device=gradients.device) @ gradients, state.parameters)
-    return {name: torch.tensor(value) for name, value in gradient_metrics(everything, factors).items()}
+    assign_gradients(
+        torch.tensor(list(factors.values()), device=gradients.device) @ gradients, state.parameters
+    )
+    return {
+        name: torch.tensor(value) for name, value in gradient_metrics(everything, factors).items()
+    }
 
 
 def _factors(state: TrainState, weights: dict[str, float]) -> dict[str, float]:
@@ -158,9 +212,13 @@ def _factors(state: TrainState, weights: dict[str, float]) -> dict[str, float]:
 
 
 def _update(state: TrainState, losses: Scalars, recipe: Recipe) -> torch.Tensor:
-    """Clip and apply the gradient, update the EMA, advance the step; returns the gradient's norm before clipping."""
+    """Clip and apply the gradient, update the EMA, advance the step; returns the gradient's norm
+    before clipping.
+    """
     state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(list(state.parameters.values()), recipe.optim.clip_grad).detach()
+    norm = nn.utils.clip_grad_norm_(
+        list(state.parameters.values()), recipe.optim.clip_grad
+    ).detach()
     scale = state.scaler.get_scale()
     if not math.isfinite(float(norm)) and scale <= 1:
         raise Halted(_blame(losses, state.step + 1, norm))

@@ -10,16 +10,36 @@ from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.schema import show
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import dump_sweep, text_sweep
 from flowray.store.run import RunDirectory, RunLock, require_writable
+from flowray.sweepconfig.file import dump_sweep, text_sweep
+from flowray.sweepconfig.sweep import Sweep
+from flowray.tune.ledger import Ledger
 from flowray.tune.plan import check_storage
-from flowray.tune.records import Records
 
-_THE_SWEEP = ("task", "method", "search", "metric", "more_metrics", "parameters", "points", "warm_start", "seeds", "seed")
-_PLACES = ("name", "storage_path", "description", "card", "base", "set")  # what base and set come to stands in base.yaml
+_THE_SWEEP = (
+    "task",
+    "method",
+    "search",
+    "metric",
+    "more_metrics",
+    "parameters",
+    "points",
+    "warm_start",
+    "seeds",
+    "seed",
+)
+# what base and set come to stands in base.yaml
+_PLACES = ("name", "storage_path", "description", "card", "base", "set")
 # may differ: places, where it trains, and checkpoints, of which another halving may need more
-_OF_THE_RECIPE = ("name", "storage_path", "card", "resources", "data.cache", "train.device", "train.checkpoint_every")
+_OF_THE_RECIPE = (
+    "name",
+    "storage_path",
+    "card",
+    "resources",
+    "data.cache",
+    "train.device",
+    "train.checkpoint_every",
+)
 
 
 def sweep_folder(sweep: Sweep) -> Path:
@@ -100,11 +120,14 @@ def refuse_other(sweep: Sweep, base: Recipe, resume: bool) -> None:
     for key, (was, comes) in other.items():
         plain = all(value is None or isinstance(value, str | int | float) for value in (was, comes))
         values = f" ({show(comes)}, there it is {show(was)})" if plain else ""
-        raise InputError(f"{kept}: {key} differs from the sweep to resume{values}; take it back, or type name=OTHER for a new sweep")
+        raise InputError(
+            f"{kept}: {key} differs from the sweep to resume{values}; take it back, or type"
+            " name=OTHER for a new sweep"
+        )
     minor = [field for field in changed if field not in _PLACES]
     if minor and not resume:
-        done = Records(kept.with_name("trials.jsonl")).by("finished", "stopped", "failed")
+        done = Ledger(kept.with_name("trials.jsonl")).by("finished", "stopped", "failed")
         raise InputError(
-            f"{kept}: {minor[0]} differs from the sweep that is there, of which {len(done)} trials are done; "
-            "type --resume to continue it so, or name=OTHER for a new one"
+            f"{kept}: {minor[0]} differs from the sweep that is there, of which {len(done)} trials"
+            " are done; type --resume to continue it so, or name=OTHER for a new one"
         )

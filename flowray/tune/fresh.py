@@ -1,8 +1,9 @@
 """A setting for a new trial that no trial of the sweep has.
 
-Optuna's samplers draw a setting again, and a journal takes nothing back that a trial was given. So a
-setting is drafted beside the study, anew while it is one that is there, and then given to the trial
-as an enqueued one is. (Optuna's BruteForceSampler draws none twice, but knows no range without steps.)
+Optuna's samplers draw a setting again, and a journal takes nothing back that a trial was given. So
+a setting is drafted beside the study, anew while it is one that is there, and then given to the
+trial as an enqueued one is. (Optuna's BruteForceSampler draws none twice, but knows no range
+without steps.)
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FixedTrial, FrozenTrial, Trial
 
-from flowray.config.sweep import Parameter
+from flowray.sweepconfig.distributions import Parameter
 from flowray.tune.space import Params, as_categories, setting_of, settings, suggest
 
 FIXED = "fixed_params"  # Optuna's attribute of an enqueued trial
@@ -32,10 +33,10 @@ def fresh_setting(
 ) -> Params:
     """A setting for the trial as the study holds it.
 
-    planned: what it was enqueued with, which it gets where that leaves a setting. samplers: asked one
-    after the other; then comes the first setting that is left. own: settings of the sweep's other
-    trials, which are never drawn again (see `setting_of`). earlier: those of other sweeps, which come
-    last. Where there is nothing but repeats, it is one.
+    planned: what it was enqueued with, which it gets where that leaves a setting. samplers: asked
+    one after the other; then comes the first setting that is left. own: settings of the sweep's
+    other trials, which are never drawn again (see `setting_of`). earlier: those of other sweeps,
+    which come last. Where there is nothing but repeats, it is one.
     """
     rng = np.random.default_rng(trial.number)
     drafted: Params = {}
@@ -58,7 +59,11 @@ class _Draft(FixedTrial):
     def __init__(self, trial: Trial, sampler: BaseSampler, fixed: Params, *, again: bool):
         self.drawn: Params = dict(fixed)
         super().__init__(self.drawn, number=trial.number)
-        self._sampler, self._of, self._study = sampler, _as_it_stands(trial, fixed, again=again), trial.study
+        self._sampler, self._of, self._study = (
+            sampler,
+            _as_it_stands(trial, fixed, again=again),
+            trial.study,
+        )
         space = sampler.infer_relative_search_space(self._study, self._of)
         self._jointly = sampler.sample_relative(self._study, self._of, space)
 

@@ -1,4 +1,6 @@
-"""What compares the trials of a sweep with each other: asynchronous successive halving, or the median rule."""
+"""What compares the trials of a sweep with each other: asynchronous successive halving, or the
+median rule.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ from typing import Protocol
 
 from flowray.config.base import Config
 from flowray.config.rounding import rounded
-from flowray.config.sweep import Asha, Hyperband, Median, SuccessiveHalving, Sweep, milestones
+from flowray.sweepconfig.sweep import Asha, Hyperband, Median, SuccessiveHalving, Sweep, milestones
 from flowray.tune.median import MedianRule
 
 
-class Halving(Protocol):
+class Pruner(Protocol):
     """Compares trials by number. A replay of the same values leaves the same state."""
 
     def judge(self, number: int, step: int, value: float) -> str | None:
@@ -20,12 +22,15 @@ class Halving(Protocol):
 
 
 class Rungs:
-    """ASHA as published (Li et al. 2020, arXiv 1810.05934): a trial goes on from a rung while it is among the best 1/eta of all that came
-    that far. One that is not stops there, and is taken up again when it is: with more trials the best 1/eta are more.
+    """ASHA as published (Li et al. 2020, arXiv 1810.05934): a trial goes on from a rung while it is
+    among the best 1/eta of all that came
+    that far. One that is not stops there, and is taken up again when it is: with more trials the
+    best 1/eta are more.
 
-    Ray's AsyncHyperBandScheduler never comes back to a trial, so it lets the first ones go on whatever they are worth; on the recorded
-    pool that took two fifths more compute to find one of the best. Every rung compares values at its very step: between two probes on
-    either side of it the value is interpolated.
+    Ray's AsyncHyperBandScheduler never comes back to a trial, so it lets the first ones go on
+    whatever they are worth; on the recorded
+    pool that took two fifths more compute to find one of the best. Every rung compares values at
+    its very step: between two probes on either side of it the value is interpolated.
     """
 
     def __init__(self, sweep: Sweep, budget_steps: int):
@@ -37,39 +42,53 @@ class Rungs:
         self._last: dict[int, tuple[int, float]] = {}
 
     def judge(self, number: int, step: int, value: float) -> str | None:
-        """Record the value at the rungs that the trial has reached since its last probe; why it should stop at one, or None."""
+        """Record the value at the rungs that the trial has reached since its last probe; why it
+        should stop at one, or None.
+        """
         before, old = self._last.get(number, (0, value))
         self._last[number] = (step, value)
         reasons: list[str] = []
         for rung, values in self._rungs.items():
             if before < rung <= step:
-                there = value if before == 0 else old + (value - old) * (rung - before) / (step - before)
+                there = (
+                    value
+                    if before == 0
+                    else old + (value - old) * (rung - before) / (step - before)
+                )
                 values[number] = self._sign * there
                 if number not in self._best(rung):
                     reasons.append(self._place(number, rung, " so far; {} go on"))
-        return reasons[0] if reasons else None  # all rungs have their values, whatever one says: so a replay leaves the same state
+        # all rungs have their values, whatever one says: so a replay leaves the same state
+        return reasons[0] if reasons else None
 
     def promote(self, stopped: Collection[int], *, last: bool) -> int | None:
-        """Which of the trials that it stopped goes on by now: the best of those among the best 1/eta of their rung, at the highest rung
-        that has one; None where none does. last: of all that it stopped the best at the highest rung.
+        """Which of the trials that it stopped goes on by now: the best of those among the best
+        1/eta of their rung, at the highest rung that has one; None where none does. last: of all
+        that it stopped the best at the highest rung.
         """
         further: set[int] = set()
         for rung, values in reversed(self._rungs.items()):
             waiting = [
-                number for number in (self._ranked(rung) if last else self._best(rung)) if number in stopped and number not in further
+                number
+                for number in (self._ranked(rung) if last else self._best(rung))
+                if number in stopped and number not in further
             ]
             if waiting:
                 return waiting[0]
             further |= values.keys()
         return None
 
-    def met(self, number: int) -> bool:
+    def reached(self, number: int) -> bool:
         """Whether the trial has come to a rung."""
         return any(number in values for values in self._rungs.values())
 
     def why(self, number: int) -> str:
         """Its place at the highest rung that it came to, among all that came there by now."""
-        return self._place(number, max(rung for rung, values in self._rungs.items() if number in values), "; {} went on")
+        return self._place(
+            number,
+            max(rung for rung, values in self._rungs.items() if number in values),
+            "; {} went on",
+        )
 
     def _ranked(self, rung: int) -> list[int]:
         """The trials that came to this rung, best first; of equals the earlier."""
@@ -85,12 +104,19 @@ class Rungs:
         place = 1 + sum(rounded(value) < rounded(values[number]) for value in values.values())
         share = f"1/{eta:g}" if eta == int(eta) else f"{1 / eta:.0%}"
         value = self._sign * values[number]
-        return f"{self._metric} {value:.3g} at step {rung} is number {place} of {len(values)}" + rest.format(f"the best {share}")
+        return (
+            f"{self._metric} {value:.3g} at step {rung} is number {place} of {len(values)}"
+            + rest.format(f"the best {share}")
+        )
 
 
-HALVING: Mapping[type[Config], Callable[[Sweep, int], Halving]] = MappingProxyType({Hyperband: Rungs, Asha: Rungs, Median: MedianRule})
+PRUNERS: Mapping[type[Config], Callable[[Sweep, int], Pruner]] = MappingProxyType(
+    {Hyperband: Rungs, Asha: Rungs, Median: MedianRule}
+)
 
 
-def make_halving(sweep: Sweep, budget_steps: int) -> Halving | None:
+def make_pruner(sweep: Sweep, budget_steps: int) -> Pruner | None:
     """What compares the trials of the sweep with each other, None where nothing does."""
-    return HALVING[type(sweep.early_terminate)](sweep, budget_steps) if sweep.early_terminate else None
+    return (
+        PRUNERS[type(sweep.early_terminate)](sweep, budget_steps) if sweep.early_terminate else None
+    )

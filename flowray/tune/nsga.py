@@ -1,7 +1,8 @@
 """NSGA-II whose generations also count the trials that early stopping cut short.
 
-Optuna's counts finished trials only: where halving stops most of them its first generation, drawn at random, hardly ends. Here a trial
-that was stopped, or has come to a rung, is one of its generation, behind all that went further and compared with those that came as far.
+Optuna's counts finished trials only: where halving stops most of them its first generation, drawn
+at random, hardly ends. Here a trial that was stopped, or has come to a rung, is one of its
+generation, behind all that went further and compared with those that came as far.
 """
 
 from __future__ import annotations
@@ -16,43 +17,78 @@ from optuna.samplers import NSGAIISampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-STEP = "flowray:step"  # attribute of a trial of several metrics, which has no intermediate values: the step of its values
+# attribute of a trial of several metrics, which has no intermediate values: the step of its values
+STEP = "flowray:step"
 
 
 class RungNsga(NSGAIISampler):
     """Optuna's NSGA-II on the graded trials."""
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
         return super().infer_relative_search_space(_Graded(study), trial)
 
-    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
         return super().sample_relative(_Graded(study), trial, search_space)
 
     def get_parent_population(self, study: Study, generation: int) -> list[FrozenTrial]:
         """Without the parents that went on from their rung and then failed."""
-        return [parent for parent in super().get_parent_population(study, generation) if parent.state == TrialState.COMPLETE]
+        return [
+            parent
+            for parent in super().get_parent_population(study, generation)
+            if parent.state == TrialState.COMPLETE
+        ]
 
 
 class _Graded(Study):
     """The study as NSGA-II is to see it."""
 
     def __init__(self, study: Study):
-        super().__init__(study.study_name, study._storage, sampler=study.sampler, pruner=study.pruner)
+        super().__init__(
+            study.study_name, study._storage, sampler=study.sampler, pruner=study.pruner
+        )
         self._whole = study
 
-    def _get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False) -> list[FrozenTrial]:
+    def _get_trials(
+        self,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+        use_cache: bool = False,
+    ) -> list[FrozenTrial]:
         seen = graded(self._whole._get_trials(deepcopy, None, use_cache), self.directions)
         return seen if states is None else [trial for trial in seen if trial.state in states]
 
 
-def graded(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[FrozenTrial]:
-    """Stopped trials as finished ones that are worse in every metric than all that went further; among equals their values count."""
-    known = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and t.values and all(map(math.isfinite, t.values))]
+def graded(
+    trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]
+) -> list[FrozenTrial]:
+    """Stopped trials as finished ones that are worse in every metric than all that went further;
+    among equals their values count.
+    """
+    known = [
+        t
+        for t in trials
+        if t.state in (TrialState.COMPLETE, TrialState.PRUNED)
+        and t.values
+        and all(map(math.isfinite, t.values))
+    ]
     rungs = sorted({_reached(trial) for trial in known}, reverse=True)
-    spans = [1 + max(column) - min(column) for column in zip(*(trial.values for trial in known), strict=True)]
-    worse = [span if direction == StudyDirection.MINIMIZE else -span for span, direction in zip(spans, directions, strict=False)]
+    spans = [
+        1 + max(column) - min(column)
+        for column in zip(*(trial.values for trial in known), strict=True)
+    ]
+    worse = [
+        span if direction == StudyDirection.MINIMIZE else -span
+        for span, direction in zip(spans, directions, strict=False)
+    ]
     places = {trial.number: rungs.index(_reached(trial)) for trial in known}
-    return [_moved(trial, places[trial.number], worse) if trial.number in places else trial for trial in trials]
+    return [
+        _moved(trial, places[trial.number], worse) if trial.number in places else trial
+        for trial in trials
+    ]
 
 
 def _moved(trial: FrozenTrial, place: int, worse: Sequence[float]) -> FrozenTrial:

@@ -1,4 +1,6 @@
-"""How long a trial's step takes, as far as anything was measured: the sweep's own trials, or other runs of the same model."""
+"""How long a trial's step takes, as far as anything was measured: the sweep's own trials, or
+other runs of the same model.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,28 @@ from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
-from flowray.config.sweep import Sweep
-from flowray.tune.records import Records
+from flowray.sweepconfig.sweep import Sweep
+from flowray.tune.ledger import Ledger
 
 # what a step's time depends on; the weights of losses that look at latents alone hardly matter
-COSTLY = ("model.", "loss.repa.", "loss.lpips.", "loss.dino.teacher", "train.batch_size", "train.accumulate", "train.precision")
+COSTLY = (
+    "model.",
+    "loss.repa.",
+    "loss.lpips.",
+    "loss.dino.teacher",
+    "train.batch_size",
+    "train.accumulate",
+    "train.precision",
+)
 LATEST = 20  # runs that are looked at
 
 
 @dataclass(frozen=True)
 class Pace:
-    """seconds: of a step of one trial, on its GPU or CPUs. rough: not from this sweep's trials. words: what it is from."""
+    """seconds: of a step of one trial, on its GPU or CPUs.
+
+    rough: not from this sweep's trials. words: what it is from.
+    """
 
     seconds: float
     words: str
@@ -38,24 +51,43 @@ def own_pace(sweep: Sweep) -> Pace | None:
     """From the trials of the sweep, and of those that it starts from."""
     folders = [Path(sweep.storage_path) / sweep.name, *map(Path, sweep.warm_start)]
     step_s = seconds_per_step(folders)
-    return None if step_s is None else Pace(step_s, f"{step_s:.3g} s a step, as in the trials so far", rough=False)
+    return (
+        None
+        if step_s is None
+        else Pace(step_s, f"{step_s:.3g} s a step, as in the trials so far", rough=False)
+    )
 
 
 def pace_of_runs(folder: Path, base: Recipe, *, workers: int, on_gpu: bool) -> Pace | None:
-    """From the latest run in a storage folder whose model, batch and kind of device are the base recipe's; of trials too.
+    """From the latest run in a storage folder whose model, batch and kind of device are the base
+    recipe's; of trials too.
 
-    Its steps alone count: start-up, probes and pictures come on top. workers: those of a run, which share a step's work.
+    Its steps alone count: start-up, probes and pictures come on top. workers: those of a run, which
+    share a step's work.
     """
-    runs = [path.parent for pattern in ("*/metrics.jsonl", "*/*/metrics.jsonl") for path in folder.glob(pattern)]
+    runs = [
+        path.parent
+        for pattern in ("*/metrics.jsonl", "*/*/metrics.jsonl")
+        for path in folder.glob(pattern)
+    ]
     for run in sorted(runs, key=_changed, reverse=True)[:LATEST]:
         try:
             recipe = load_recipe(str(run / "config.yaml")).recipe
         except InputError:  # another version's, or not whole
             continue
-        times = [row["perf/step_s"] for row in read_rows(run / "metrics.jsonl") if isinstance(row.get("perf/step_s"), float)]
+        times = [
+            row["perf/step_s"]
+            for row in read_rows(run / "metrics.jsonl")
+            if isinstance(row.get("perf/step_s"), float)
+        ]
         if times and same_cost(recipe, base) and (recipe.resources.gpus_per_worker > 0) == on_gpu:
             step_s = median(times) * recipe.resources.num_workers / workers
-            return Pace(step_s, f"{step_s:.3g} s a step as in {run}, start-up and probes apart", rough=True, on_gpu=on_gpu)
+            return Pace(
+                step_s,
+                f"{step_s:.3g} s a step as in {run}, start-up and probes apart",
+                rough=True,
+                on_gpu=on_gpu,
+            )
     return None
 
 
@@ -64,6 +96,13 @@ def _changed(run: Path) -> float:
 
 
 def seconds_per_step(sweep_dirs: Sequence[Path]) -> float | None:
-    """Mean wall time of a step, start-up included, over the trials that the sweep directories have; None without any."""
-    done = [t for folder in sweep_dirs for t in Records(folder / "trials.jsonl").trials.values() if t.last_step and t.seconds]
+    """Mean wall time of a step, start-up included, over the trials that the sweep directories
+    have; None without any.
+    """
+    done = [
+        t
+        for folder in sweep_dirs
+        for t in Ledger(folder / "trials.jsonl").trials.values()
+        if t.last_step and t.seconds
+    ]
     return sum(t.seconds for t in done) / sum(t.last_step for t in done) if done else None

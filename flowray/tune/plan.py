@@ -1,4 +1,6 @@
-"""What a sweep would do and take, as plain data, from the sweep, its recipe and the machines that there are; nothing is started."""
+"""What a sweep would do and take, as plain data, from the sweep, its recipe and the machines
+that there are; nothing is started.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from typing import Any
 
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import SuccessiveHalving, Sweep, milestones
-from flowray.config.sweepfile import plain_parameter
 from flowray.store.run import require_writable
+from flowray.sweepconfig.file import plain_parameter
+from flowray.sweepconfig.sweep import SuccessiveHalving, Sweep, milestones
 from flowray.tune.pace import Pace, own_pace, pace_of_runs
 from flowray.tune.space import choices, setting_count, trial_count
 from flowray.tune.warm import earlier_trials
@@ -27,9 +29,9 @@ Node = tuple[int, int]  # CPUs, GPUs
 class Cluster:
     """The machines that a sweep may use: of each its CPUs and GPUs.
 
-    drivers: how many processes the head has memory for, as each trial of several workers has a driver
-    there; None: no bound. grows: more may come than the nodes named. here: it is this machine, where
-    workers may share CPUs.
+    drivers: how many processes the head has memory for, as each trial of several workers has a
+    driver there; None: no bound. grows: more may come than the nodes named. here: it is this
+    machine, where workers may share CPUs.
     """
 
     nodes: tuple[Node, ...]
@@ -62,7 +64,10 @@ class Cluster:
 
     def without_sharing(self, per_cpu: int, per_gpu: float) -> int:
         """How many workers it holds, each with CPUs of its own."""
-        return sum(min(cpus // per_cpu, _places(gpus, per_gpu) if per_gpu else cpus) for cpus, gpus in self.nodes)
+        return sum(
+            min(cpus // per_cpu, _places(gpus, per_gpu) if per_gpu else cpus)
+            for cpus, gpus in self.nodes
+        )
 
 
 def _places(gpus: int, per_gpu: float) -> int:
@@ -87,18 +92,22 @@ def _most(sweep: Sweep, key: str, given: int) -> int:
 
 
 def share_cluster(sweep: Sweep, base: Recipe, cluster: Cluster) -> tuple[dict[str, Any], int]:
-    """What each trial takes, as recipe overrides, and how many run at once; `auto` parts follow from the cluster's nodes.
+    """What each trial takes, as recipe overrides, and how many run at once; `auto` parts follow
+    from the cluster's nodes.
 
-    auto: a GPU for each worker where there are any; as many workers as the GPUs allow and every batch
-    splits into, else one; the CPUs in equal parts, none larger than a node holds; as many trials as then
-    fit. At least one of each, for a cluster that grows when it is asked, and never more trials than there
-    are, nor more drivers than the head has memory for, nor, where the nodes are known, more than fit at
+    auto: a GPU for each worker where there are any; as many workers as the GPUs allow and every
+    batch splits into, else one; the CPUs in equal parts, none larger than a node holds; as many
+    trials as then fit. At least one of each, for a cluster that grows when it is asked, and never
+    more trials than there are, nor more drivers than the head has memory for, nor, where the nodes
+    are known, more than fit at
     once: one too many would wait with its time running. Pictures of a trained run have one worker.
     """
 
     def pick(name: str, auto: float) -> Any:
         value = getattr(sweep.resources, name)
-        return auto if value == "auto" else getattr(base.resources, name) if value is None else value
+        return (
+            auto if value == "auto" else getattr(base.resources, name) if value is None else value
+        )
 
     trials = trial_count(sweep)
     slots = None if sweep.max_concurrent == "auto" else sweep.max_concurrent
@@ -115,7 +124,11 @@ def share_cluster(sweep: Sweep, base: Recipe, cluster: Cluster) -> tuple[dict[st
     fits = fits if slots is None else min(slots, fits) if known else slots
     if workers > 1 and cluster.drivers is not None:
         fits = min(fits, cluster.drivers)
-    chosen = {"resources.num_workers": workers, "resources.cpus_per_worker": per_cpu, "resources.gpus_per_worker": per_gpu}
+    chosen = {
+        "resources.num_workers": workers,
+        "resources.cpus_per_worker": per_cpu,
+        "resources.gpus_per_worker": per_gpu,
+    }
     return chosen, min(fits, trials)
 
 
@@ -137,14 +150,21 @@ def batch_that_does_not_split(sweep: Sweep, base: Recipe, workers: int) -> int |
 
 
 def _room(cluster: Cluster, per_gpu: float) -> int:
-    """CPUs that a worker can have on one node: beside its GPUs on every node that has them, without GPUs on the largest."""
+    """CPUs that a worker can have on one node: beside its GPUs on every node that has them,
+    without GPUs on the largest.
+    """
     if not per_gpu:
         return max((cpus for cpus, _ in cluster.nodes), default=0)
-    return min((cpus // _places(gpus, per_gpu) for cpus, gpus in cluster.nodes if gpus >= per_gpu), default=cluster.cpus)
+    return min(
+        (cpus // _places(gpus, per_gpu) for cpus, gpus in cluster.nodes if gpus >= per_gpu),
+        default=cluster.cpus,
+    )
 
 
 def rungs_and_steps(sweep: Sweep, trials: int, steps: int) -> tuple[list[int], int]:
-    """(rungs of halving, steps that it lets the first seeds train if every rung keeps its best 1/eta and the other seeds follow)."""
+    """(rungs of halving, steps that it lets the first seeds train if every rung keeps its best
+    1/eta and the other seeds follow).
+    """
     halving = sweep.early_terminate
     if not isinstance(halving, SuccessiveHalving):
         return [], trials * steps * sweep.seeds
@@ -156,16 +176,28 @@ def rungs_and_steps(sweep: Sweep, trials: int, steps: int) -> tuple[list[int], i
     return list(rungs), round(expected + left * (steps - start) + left * steps * (sweep.seeds - 1))
 
 
-def make_plan(sweep: Sweep, base: Recipe, cluster: Cluster, *, checkpoint_bytes: int = 0, recorded: Pace | None = None) -> dict[str, Any]:
+def make_plan(
+    sweep: Sweep,
+    base: Recipe,
+    cluster: Cluster,
+    *,
+    checkpoint_bytes: int = 0,
+    recorded: Pace | None = None,
+) -> dict[str, Any]:
     """The plan: space, trials, halving, resources, hours at most and storage.
 
-    checkpoint_bytes: of one checkpoint of a trial. recorded: the pace of such trials elsewhere, for where there is none of this place.
+    checkpoint_bytes: of one checkpoint of a trial. recorded: the pace of such trials elsewhere, for
+    where there is none of this place.
     """
     trials, steps = trial_count(sweep), longest(sweep, base)
     rungs, expected = rungs_and_steps(sweep, trials, steps)
     takes, concurrent = share_cluster(sweep, base, cluster)
     at_most = trials * steps * sweep.seeds
-    kept = trials * sweep.seeds * base.train.keep_checkpoints * checkpoint_bytes if sweep.task == "train" else 0
+    kept = (
+        trials * sweep.seeds * base.train.keep_checkpoints * checkpoint_bytes
+        if sweep.task == "train"
+        else 0
+    )
     return {
         "name": sweep.name,
         "sweep_dir": f"{sweep.storage_path}/{sweep.name}",
@@ -176,7 +208,9 @@ def make_plan(sweep: Sweep, base: Recipe, cluster: Cluster, *, checkpoint_bytes:
         "search": sweep.sampler.model_dump(),
         "metric": sweep.metric.model_dump(),
         "more_metrics": [metric.model_dump() for metric in sweep.more_metrics],
-        "parameters": {key: plain_parameter(parameter) for key, parameter in sweep.parameters.items()},
+        "parameters": {
+            key: plain_parameter(parameter) for key, parameter in sweep.parameters.items()
+        },
         "points": list(sweep.points),
         "warm_start": str(earlier_trials(sweep, base)) if sweep.warm_start else "",
         "early_terminate": sweep.early_terminate.model_dump() if sweep.early_terminate else None,
@@ -189,7 +223,11 @@ def make_plan(sweep: Sweep, base: Recipe, cluster: Cluster, *, checkpoint_bytes:
         "budget_steps": steps,
         "steps_at_most": at_most,
         "steps_expected": expected,
-        "image_steps_at_most": at_most * _most(sweep, "train.batch_size", base.train.batch_size) if sweep.task == "train" else None,
+        "image_steps_at_most": (
+            at_most * _most(sweep, "train.batch_size", base.train.batch_size)
+            if sweep.task == "train"
+            else None
+        ),
         "cluster": {"cpus": cluster.cpus, "gpus": cluster.gpus, "nodes": len(cluster.nodes)},
         "takes": takes,
         "concurrent": concurrent,
@@ -199,8 +237,16 @@ def make_plan(sweep: Sweep, base: Recipe, cluster: Cluster, *, checkpoint_bytes:
     }
 
 
-def _hours(sweep: Sweep, base: Recipe, takes: dict[str, Any], concurrent: int, steps: int, recorded: Pace | None) -> dict[str, Any]:
-    """GPU-hours and CPU-hours at most, None where nothing bounds them, and what the bound comes from.
+def _hours(
+    sweep: Sweep,
+    base: Recipe,
+    takes: dict[str, Any],
+    concurrent: int,
+    steps: int,
+    recorded: Pace | None,
+) -> dict[str, Any]:
+    """GPU-hours and CPU-hours at most, None where nothing bounds them, and what the bound comes
+    from.
 
     rough: no trial of the sweep was timed, so it is no bound, but about what all steps would take.
     """
@@ -217,7 +263,10 @@ def _hours(sweep: Sweep, base: Recipe, takes: dict[str, Any], concurrent: int, s
         if pace is not None and pace.on_gpu == (per_gpu > 0):
             bounds[pace.words] = steps * pace.seconds / 3600
     if not bounds:
-        unknown = "nothing like it has been timed here yet; set time_budget, or run one (run_cap=1) and plan again"
+        unknown = (
+            "nothing like it has been timed here yet; set time_budget, or run one (run_cap=1) and"
+            " plan again"
+        )
         return {"gpu": None, "cpu": None, "rough": False, "from": unknown}
     why = min(bounds, key=lambda name: bounds[name])
     return {
@@ -229,7 +278,10 @@ def _hours(sweep: Sweep, base: Recipe, takes: dict[str, Any], concurrent: int, s
 
 
 def check_storage(folder: Path, needed: int) -> dict[str, Any]:
-    """Whether the sweep can write there and has room. needed: bytes of all checkpoints that are kept; problem: '' where all is well."""
+    """Whether the sweep can write there and has room.
+
+    needed: bytes of all checkpoints that are kept; problem: '' where all is well.
+    """
     there = folder.absolute()
     while not os.path.exists(there) and there != there.parent:  # False also below a closed folder
         there = there.parent
@@ -243,5 +295,13 @@ def check_storage(folder: Path, needed: int) -> dict[str, Any]:
         except InputError as error:
             problem = str(error).removeprefix("storage_path: ")
     if not problem and free < needed:
-        problem = f"{free / GIB:.3g} GiB free, {math.ceil(needed / GIB * 10) / 10:g} GiB of checkpoints to come; type storage_path=FOLDER"
-    return {"folder": str(folder.absolute()), "free_bytes": free, "needed_bytes": needed, "problem": problem}
+        problem = (
+            f"{free / GIB:.3g} GiB free, {math.ceil(needed / GIB * 10) / 10:g} GiB of checkpoints"
+            " to come; type storage_path=FOLDER"
+        )
+    return {
+        "folder": str(folder.absolute()),
+        "free_bytes": free,
+        "needed_bytes": needed,
+        "problem": problem,
+    }

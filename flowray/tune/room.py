@@ -1,4 +1,6 @@
-"""Whether what a run or a trial asks for can be had: asked by `--plan` and before anything starts."""
+"""Whether what a run or a trial asks for can be had: asked by `--plan` and before anything
+starts.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from typing import Any
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import check_trials
 from flowray.config.train import ResourceConfig
 from flowray.store.found import find_checkpoint
+from flowray.sweepconfig.check import check_trials
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.plan import Cluster, batch_that_does_not_split, share_cluster, split_values
 
 WORKER_BYTES = 400 * 2**20  # of a worker that has imported torch and Ray, before its model
@@ -23,8 +25,8 @@ WORKER_BYTES = 400 * 2**20  # of a worker that has imported torch and Ray, befor
 class Placed:
     """A sweep on the machines that there are.
 
-    base: the recipe of every trial, resources included. takes: those as overrides. concurrent: trials
-    at a time.
+    base: the recipe of every trial, resources included. takes: those as overrides. concurrent:
+    trials at a time.
     """
 
     base: Recipe
@@ -42,8 +44,8 @@ def this_machine() -> Cluster:
 
 
 def place(sweep: Sweep, base: Recipe, cluster: Cluster) -> Placed:
-    """The sweep on this cluster. InputError where its trials cannot be placed, its workers do not split
-    a batch, or the run whose pictures it scores has no checkpoint.
+    """The sweep on this cluster. InputError where its trials cannot be placed, its workers do not
+    split a batch, or the run whose pictures it scores has no checkpoint.
     """
     if sweep.task == "sample":
         find_checkpoint(Path(sweep.base))
@@ -52,9 +54,9 @@ def place(sweep: Sweep, base: Recipe, cluster: Cluster) -> Placed:
     _refuse_shared_or_idle_gpus(workers, takes["resources.gpus_per_worker"])
     if (batch := batch_that_does_not_split(sweep, base, workers)) is not None:
         raise InputError(
-            f"sweep {sweep.name}: {workers} workers do not split every batch that is searched, such as "
-            f"train.batch_size {batch}; type resources.num_workers=1, or batch sizes that are multiples "
-            f"of {workers}"
+            f"sweep {sweep.name}: {workers} workers do not split every batch that is searched, such"
+            f" as train.batch_size {batch}; type resources.num_workers=1, or batch sizes that are"
+            f" multiples of {workers}"
         )
     fits = {key: split_values(sweep, key, given)[0] for key, given in _parts(base).items()}
     placed = override_recipe(base, {**fits, **takes})  # of a searched key a value that trials have
@@ -75,8 +77,8 @@ def asked_words(asked: ResourceConfig) -> str:
 
 
 def refuse_without_room(asked: ResourceConfig, cluster: Cluster) -> None:
-    """InputError where the workers could not train, or where the cluster can never hold them. One that
-    may grow beyond what is known of it is not asked.
+    """InputError where the workers could not train, or where the cluster can never hold them. One
+    that may grow beyond what is known of it is not asked.
     """
     _refuse_shared_or_idle_gpus(asked.num_workers, asked.gpus_per_worker)
     if cluster.grows:
@@ -85,13 +87,19 @@ def refuse_without_room(asked: ResourceConfig, cluster: Cluster) -> None:
     cpus, gpus, workers = asked.cpus_per_worker, asked.gpus_per_worker, asked.num_workers
     largest = max((have for have, _ in cluster.nodes), default=0)
     if not largest:
-        raise InputError(f"resources: {where} has no CPUs yet, and no autoscaler of Ray's: add its nodes first")
+        raise InputError(
+            f"resources: {where} has no CPUs yet, and no autoscaler of Ray's: add its nodes first"
+        )
     if gpus and not cluster.places(gpus):
-        raise InputError(f"resources.gpus_per_worker: got {gpus:g}, but {where} has no GPU; type resources.gpus_per_worker=0")
+        raise InputError(
+            f"resources.gpus_per_worker: got {gpus:g}, but {where} has no GPU; type"
+            " resources.gpus_per_worker=0"
+        )
     if cpus > largest:
         node = "" if cluster.here else " on one node"
         raise InputError(
-            f"resources.cpus_per_worker: got {cpus}, but {where} has {largest} CPUs{node}; type resources.cpus_per_worker={largest}"
+            f"resources.cpus_per_worker: got {cpus}, but {where} has {largest} CPUs{node}; type"
+            f" resources.cpus_per_worker={largest}"
         )
     hold = cluster.workers(cpus, gpus)
     if workers > hold:
@@ -111,8 +119,8 @@ def _refuse_shared_or_idle_gpus(workers: int, gpus: float) -> None:
         )
     if workers > 1 and 0 < gpus < 1:
         raise InputError(
-            f"resources.gpus_per_worker: got {gpus:g}, but {workers} workers that train together need "
-            "a GPU each; type resources.gpus_per_worker=1, or resources.num_workers=1"
+            f"resources.gpus_per_worker: got {gpus:g}, but {workers} workers that train together"
+            " need a GPU each; type resources.gpus_per_worker=1, or resources.num_workers=1"
         )
 
 

@@ -1,4 +1,7 @@
-"""From a search config to the Optuna sampler that it describes. A new one is a config class, an entry here and a contract test."""
+"""From a search config to the Optuna sampler that it describes.
+
+A new one is a config class, an entry here and a contract test.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,25 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 from flowray.config.base import Config
-from flowray.config.search import CmaEsSearch, GpSearch, GridSearch, Nsga2Search, RandomSearch, SearchConfig, TpeSearch
+from flowray.sweepconfig.search import (
+    CmaEsSearch,
+    GpSearch,
+    GridSearch,
+    Nsga2Search,
+    RandomSearch,
+    SearchConfig,
+    TpeSearch,
+)
 from flowray.tune.cmaes import CmaEsSampler
 from flowray.tune.nsga import RungNsga
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a sampler depends on beside its own options. seed: of this one trial, so that no draw is repeated by a later session."""
+    """What a sampler depends on beside its own options.
+
+    seed: of this one trial, so that no draw is repeated by a later session.
+    """
 
     seed: int
     startup_trials: int
@@ -51,7 +65,9 @@ def _cmaes(search: CmaEsSearch, at: Setting) -> BaseSampler:
 
 
 def _nsga2(search: Nsga2Search, at: Setting) -> BaseSampler:
-    return RungNsga(seed=at.seed, population_size=search.population, crossover_prob=search.crossover)
+    return RungNsga(
+        seed=at.seed, population_size=search.population, crossover_prob=search.crossover
+    )
 
 
 def _random(search: RandomSearch | GridSearch, at: Setting) -> BaseSampler:
@@ -60,12 +76,20 @@ def _random(search: RandomSearch | GridSearch, at: Setting) -> BaseSampler:
 
 
 SAMPLERS: Mapping[type[Config], Callable[[Any, Setting], BaseSampler]] = MappingProxyType(
-    {TpeSearch: _tpe, GpSearch: _gp, CmaEsSearch: _cmaes, Nsga2Search: _nsga2, RandomSearch: _random, GridSearch: _random}
+    {
+        TpeSearch: _tpe,
+        GpSearch: _gp,
+        CmaEsSearch: _cmaes,
+        Nsga2Search: _nsga2,
+        RandomSearch: _random,
+        GridSearch: _random,
+    }
 )
 
 
 def make_sampler(search: SearchConfig, setting: Setting) -> BaseSampler:
     """The sampler of one trial; what it knows of the others it reads from the study."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # TPE's groups, GP: as they are in the Optuna that is pinned
+        # TPE's groups, GP: as they are in the Optuna that is pinned
+        warnings.simplefilter("ignore", ExperimentalWarning)
         return SAMPLERS[type(search)](search, setting)

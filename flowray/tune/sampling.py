@@ -1,4 +1,6 @@
-"""A trial of `task: sample`: pictures of a trained run, drawn with the trial's `sample.*` keys and scored as flowray.eval does."""
+"""A trial of `task: sample`: pictures of a trained run, drawn with the trial's `sample.*` keys
+and scored as flowray.eval does.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,17 @@ from flowray.sample.restore import open_run
 from flowray.store.found import find_checkpoint
 from flowray.store.rows import RowWriter, read_rows
 from flowray.store.run import RunDirectory
-from flowray.tune.referee import repeat_of
+from flowray.tune.records import repeat_of
 
 Row = dict[str, Any]
 
 
 def score_pictures(recipe: Recipe, source: Path, run_dir: Path) -> Row:
-    """Score the newest checkpoint of the run `source` with `recipe.sample`; writes config.yaml, probes.jsonl (one row) and a strip.
+    """Score the newest checkpoint of the run `source` with `recipe.sample`; writes config.yaml,
+    probes.jsonl (one row) and a strip.
 
-    The noise is that of the trial's seed, so that all configurations start from equal draws. A trial that has its row returns it.
+    The noise is that of the trial's seed, so that all configurations start from equal draws. A
+    trial that has its row returns it.
     """
     run = RunDirectory(run_dir)
     run.create()
@@ -38,7 +42,9 @@ def score_pictures(recipe: Recipe, source: Path, run_dir: Path) -> Row:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sample = json.dumps(recipe.sample.model_dump(mode="json"))
     opened = open_run(find_checkpoint(source, [f"sample={sample}"]), device)
-    autoencoder = load_autoencoder(opened.recipe.model.autoencoder, opened.recipe.model.latent).to(device)
+    autoencoder = load_autoencoder(opened.recipe.model.autoencoder, opened.recipe.model.latent).to(
+        device
+    )
     config, seed, drawn, seconds = opened.recipe.sample, repeat_of(run_dir), 0, 0.0
 
     def paint(prompts: Any) -> np.ndarray:
@@ -52,7 +58,10 @@ def score_pictures(recipe: Recipe, source: Path, run_dir: Path) -> Row:
     prompts = opened.path / "samples" / "prompts.txt"
     if prompts.is_file():
         texts = prompts.read_text(encoding="utf-8").splitlines()
-        save_strip(generate(opened.model, autoencoder, texts, config, recipe.probes.seed), run.samples / "step_000001.png")
+        save_strip(
+            generate(opened.model, autoencoder, texts, config, recipe.probes.seed),
+            run.samples / "step_000001.png",
+        )
         (run.samples / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     row: Row = {"step": 1, "budget_steps": 1, **scores, "perf/images_per_s": drawn / seconds}
     writer = RowWriter(run.probes, 0)
@@ -62,7 +71,9 @@ def score_pictures(recipe: Recipe, source: Path, run_dir: Path) -> Row:
 
 
 def _flat(scores: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """eval/all_correct, eval/size, eval/two_objects/all, ...; counts of prompts and the controls are left out."""
+    """eval/all_correct, eval/size, eval/two_objects/all, ...; counts of prompts and the controls
+    are left out.
+    """
     out: dict[str, float] = {}
     for name, value in scores.items():
         if name in ("prompts", "controls"):

@@ -12,7 +12,7 @@ import numpy as np
 from optuna.trial import BaseTrial
 
 from flowray.config.errors import InputError
-from flowray.config.sweep import (
+from flowray.sweepconfig.distributions import (
     Categorical,
     Constant,
     IntUniform,
@@ -20,11 +20,11 @@ from flowray.config.sweep import (
     Parameter,
     QLogUniform,
     QUniform,
-    Sweep,
     Uniform,
     drawn,
     in_order,
 )
+from flowray.sweepconfig.sweep import Sweep
 
 Params = dict[str, Any]
 
@@ -50,7 +50,9 @@ def choices(parameter: Parameter) -> Sequence[Any]:
 
 
 def suggest(trial: BaseTrial, parameters: Mapping[str, Parameter]) -> Params:
-    """Ask the trial for every parameter whose condition holds; a value that it has (it is resumed or enqueued) comes back as it is."""
+    """Ask the trial for every parameter whose condition holds; a value that it has (it is
+    resumed or enqueued) comes back as it is.
+    """
     params: Params = {}
     for key in in_order(parameters):
         if drawn(parameters[key], params):
@@ -85,7 +87,10 @@ def _rounded(parameter: QLogUniform, value: float) -> float:
 def as_categories(parameters: Mapping[str, Parameter], point: Params) -> Params:
     """A point as the study holds it, to be enqueued."""
     plain = Categorical | Constant
-    return {key: _category(value) if isinstance(parameters[key], plain) else value for key, value in point.items()}
+    return {
+        key: _category(value) if isinstance(parameters[key], plain) else value
+        for key, value in point.items()
+    }
 
 
 def settings(
@@ -114,7 +119,9 @@ def settings(
     return below(0, {})
 
 
-def _values(key: str, parameter: Parameter, fixed: Params, rng: np.random.Generator | None) -> Iterable[Any]:
+def _values(
+    key: str, parameter: Parameter, fixed: Params, rng: np.random.Generator | None
+) -> Iterable[Any]:
     values = choices(parameter)
     if key in fixed and isinstance(parameter, Categorical | Constant):
         return [value for value in values if _category(value) == fixed[key]]
@@ -134,12 +141,16 @@ def _values(key: str, parameter: Parameter, fixed: Params, rng: np.random.Genera
 
 
 def can_repeat(parameters: Mapping[str, Parameter]) -> bool:
-    """Whether a setting may be drawn twice: not where all trials draw from a range without steps."""
+    """Whether a setting may be drawn twice: not where all trials draw from a range without
+    steps.
+    """
     return all(parameter.when or choices(parameter) for parameter in parameters.values())
 
 
 def setting_count(parameters: Mapping[str, Parameter]) -> int | None:
-    """How many settings there are; None where they never run out: a range without steps, or many."""
+    """How many settings there are; None where they never run out: a range without steps, or
+    many.
+    """
     if not all(map(choices, parameters.values())):
         return None
     asked = {parent for parameter in parameters.values() for parent in parameter.when}
@@ -164,14 +175,18 @@ def _plain(value: Any) -> Any:
 
 
 def trial_count(sweep: Sweep) -> int:
-    """How many trials the sweep has, all sessions together: run_cap, or fewer where settings are."""
+    """How many trials the sweep has, all sessions together: run_cap, or fewer where settings
+    are.
+    """
     return left_to_begin(sweep, ())
 
 
 def ends_with_its_space(sweep: Sweep) -> int | None:
     """How many settings there are, where the sweep ends with them before run_cap; else None."""
     count = setting_count(sweep.parameters)
-    return count if sweep.run_cap is not None and count is not None and count < sweep.run_cap else None
+    return (
+        count if sweep.run_cap is not None and count is not None and count < sweep.run_cap else None
+    )
 
 
 def left_to_begin(sweep: Sweep, begun: Iterable[Params]) -> int:
@@ -191,7 +206,8 @@ def left_to_begin(sweep: Sweep, begun: Iterable[Params]) -> int:
 
 
 def from_priors(parameters: Mapping[str, Parameter], rng: np.random.Generator | None) -> Params:
-    """Values for the parameters that have a prior: its own value without an rng, else a draw from the normal around it, cut at the ends.
+    """Values for the parameters that have a prior: its own value without an rng, else a draw from
+    the normal around it, cut at the ends.
 
     Choices are left out of draws.
     """
@@ -209,11 +225,18 @@ def from_priors(parameters: Mapping[str, Parameter], rng: np.random.Generator | 
 
 
 def _near(
-    parameter: Uniform | LogUniform | QUniform | QLogUniform | IntUniform, value: float, sigma: float, rng: np.random.Generator
+    parameter: Uniform | LogUniform | QUniform | QLogUniform | IntUniform,
+    value: float,
+    sigma: float,
+    rng: np.random.Generator,
 ) -> float:
-    """A draw from the normal around a prior's value, cut at the ends of the range; in decades on a log range."""
+    """A draw from the normal around a prior's value, cut at the ends of the range; in decades on
+    a log range.
+    """
     logarithmic = isinstance(parameter, LogUniform | QLogUniform)
-    low, high, middle = (math.log10(x) if logarithmic else float(x) for x in (parameter.min, parameter.max, value))
+    low, high, middle = (
+        math.log10(x) if logarithmic else float(x) for x in (parameter.min, parameter.max, value)
+    )
     inside = [x for x in rng.normal(middle, sigma, 64) if low <= x <= high] or [middle]
     found = 10 ** inside[0] if logarithmic else inside[0]
     if isinstance(parameter, IntUniform):
@@ -225,4 +248,6 @@ def _near(
 
 def _category(value: Any) -> bool | int | float | str | None:
     """Optuna keeps scalars only, so a list stands as its JSON text."""
-    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+    return (
+        value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+    )

@@ -1,4 +1,6 @@
-"""Stop rules of a trial: a pure state machine over its rows, so that a resumed sweep replays it from probes.jsonl and findings.jsonl."""
+"""Stop rules of a trial: a pure state machine over its rows, so that a resumed sweep replays it
+from probes.jsonl and findings.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,16 @@ from typing import Any
 from flowray.config.errors import InputError, did_you_mean
 from flowray.config.keys import describe
 from flowray.config.rounding import rounded
-from flowray.config.sweep import StopRule
 from flowray.findings.finding import ORDER
+from flowray.sweepconfig.sweep import StopRule
 
 _WORST_FIRST: tuple[str, ...] = tuple(ORDER)
 
 
 def check_findings(rules: Sequence[StopRule], ids: Sequence[str]) -> None:
-    """InputError where a rule waits for a finding that is neither one of `ids` nor a severity, or for gains of what has no better side."""
+    """InputError where a rule waits for a finding that is neither one of `ids` nor a severity,
+    or for gains of what has no better side.
+    """
     known = [*ids, *ORDER]
     for rule in rules:
         if rule.metric is not None and rule.gains_less_than is not None:
@@ -29,26 +33,39 @@ def check_findings(rules: Sequence[StopRule], ids: Sequence[str]) -> None:
 
 
 def better(metric: str) -> str:
-    """Which way a metric is better, `higher` or `lower`. InputError for one that has no such way."""
+    """Which way a metric is better, `higher` or `lower`.
+
+    InputError for one that has no such way.
+    """
     key = describe(metric)
     if key is None or key.direction == "none":
-        raise InputError(f"stop: {metric} is neither better high nor low, so it cannot gain; take below or above")
+        raise InputError(
+            f"stop: {metric} is neither better high nor low, so it cannot gain; take below or above"
+        )
     return key.direction
 
 
-class Watch:
-    """All rules of one trial. Rows must come in the order of their steps; a step seen before is ignored, so a replay does no harm."""
+class StopRules:
+    """All rules of one trial.
+
+    Rows must come in the order of their steps; a step seen before is ignored, so a replay does no
+    harm.
+    """
 
     def __init__(self, rules: Sequence[StopRule], metric: str):
         self._rules = tuple(rules)
-        self._watched = dict.fromkeys([metric, *(rule.metric for rule in rules if rule.metric)])  # an ordered set
+        # an ordered set
+        self._watched = dict.fromkeys([metric, *(rule.metric for rule in rules if rule.metric)])
         self._strikes = [0] * len(self._rules)
-        self._best: list[list[float]] = [[] for _ in self._rules]  # of a rule on gains: the best value up to each probe
+        # of a rule on gains: the best value up to each probe
+        self._best: list[list[float]] = [[] for _ in self._rules]
         self.last_step = -1
         self.rule: int | None = None  # which rule stopped it; None: a number that is not finite
 
     def feed(self, row: Mapping[str, Any]) -> str | None:
-        """Why the trial should stop after this row (`step`, metrics, `findings` where the doctor came), in words, or None."""
+        """Why the trial should stop after this row (`step`, metrics, `findings` where the doctor
+        came), in words, or None.
+        """
         step = int(row["step"])
         if step <= self.last_step:
             return None
@@ -58,7 +75,8 @@ class Watch:
             if value is not None and not math.isfinite(value):
                 self.rule = None
                 return f"{name} is {value} at step {step}"
-        words = [self._judge(i, row, step) for i in range(len(self._rules))]  # every rule counts every row
+        # every rule counts every row
+        words = [self._judge(i, row, step) for i in range(len(self._rules))]
         self.rule = next((i for i, text in enumerate(words) if text), None)
         return None if self.rule is None else words[self.rule]
 
@@ -94,7 +112,10 @@ class Watch:
         gain = best[-1] - best[-1 - rule.patience]
         if rounded(gain) >= rounded(rule.gains_less_than):  # 0.9 - 0.8 is 0.09999999999999998
             return None
-        return f"{rule.metric} {value:.3g} gained {gain:.3g} in {rule.patience} probes, less than {rule.gains_less_than:g}, to step {step}"
+        return (
+            f"{rule.metric} {value:.3g} gained {gain:.3g} in {rule.patience} probes, less than"
+            f" {rule.gains_less_than:g}, to step {step}"
+        )
 
     def _judge_findings(self, i: int, row: Mapping[str, Any], step: int) -> str | None:
         findings, rule = row.get("findings"), self._rules[i]

@@ -1,7 +1,9 @@
-"""The Optuna study of a sweep, in a journal file: numbers are trial numbers, stopped trials are told as PRUNED at their step.
+"""The Optuna study of a sweep, in a journal file: numbers are trial numbers, stopped trials are
+told as PRUNED at their step.
 
-Nothing is unpickled: a new session reads the journal and asks the sampler afresh, seeded by (seed, trial number), so that it neither
-repeats the draws of the first session nor depends on where that one ended.
+Nothing is unpickled: a new session reads the journal and asks the sampler afresh, seeded by (seed,
+trial number), so that it neither repeats the draws of the first session nor depends on where that
+one ended.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
 from flowray.config.errors import InputError
-from flowray.config.search import RandomSearch, SearchConfig
-from flowray.config.sweep import Sweep
+from flowray.sweepconfig.search import RandomSearch, SearchConfig
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.fresh import FIXED, fresh_setting
 from flowray.tune.nsga import STEP
 from flowray.tune.samplers import Setting, make_sampler
@@ -42,9 +44,12 @@ from flowray.tune.space import (
 REASON = "flowray"  # the user attribute that holds why a trial ended as it did
 STOPPED_BY = "flowray:stop"  # that of the kind and the rule of a stop
 FROM = "flowray:from"  # that of a trial of an earlier sweep: which one
-FINISHES = "flowray:finishes"  # that of the value of a stopped trial that was finished later: its number
-TRIES = 4  # drafts by the sampler, then as many at random; after them the first unused setting is taken
-LOCK_S = 2.0  # a lock of the journal lasts milliseconds; one that stays so long belonged to a killed process
+# that of the value of a stopped trial that was finished later: its number
+FINISHES = "flowray:finishes"
+# drafts by the sampler, then as many at random; after them the first unused setting is taken
+TRIES = 4
+# a lock of the journal lasts milliseconds; one that stays so long belonged to a killed process
+LOCK_S = 2.0
 
 
 class Journal(JournalFileBackend):
@@ -66,39 +71,54 @@ class Journal(JournalFileBackend):
             raise
 
 
-class Come(NamedTuple):
-    """How far a trial has come, and the metrics there."""
+class PartialResult(NamedTuple):
+    """How far a trial that has not finished came, and the metrics there."""
 
     step: int
     values: list[float]
 
 
-class _Told(Study):
-    """A study whose sampler learns from the trials that have come to a rung, waiting or running, as if they had been pruned there."""
+class _StudyWithPartialResults(Study):
+    """A study whose sampler learns from the trials that have come to a rung, waiting or running,
+    as if they had been pruned there.
+    """
 
-    come: Callable[[int], Come | None]
+    partial_result: Callable[[int], PartialResult | None]
 
-    def _get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False) -> list[FrozenTrial]:
+    def _get_trials(
+        self,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+        use_cache: bool = False,
+    ) -> list[FrozenTrial]:
         trials = super()._get_trials(deepcopy, None, use_cache)
         seen = [self._seen(trial) for trial in trials]
         return seen if states is None else [trial for trial in seen if trial.state in states]
 
     def _seen(self, trial: FrozenTrial) -> FrozenTrial:
-        """The trial, pruned with its last values where the journal does not have them: it still runs, or has several metrics."""
-        if trial.state not in (TrialState.RUNNING, TrialState.PRUNED) or trial.values is not None or not (come := self.come(trial.number)):
+        """The trial, pruned with its last values where the journal does not have them: it still
+        runs, or has several metrics.
+        """
+        if (
+            trial.state not in (TrialState.RUNNING, TrialState.PRUNED)
+            or trial.values is not None
+            or not (partial := self.partial_result(trial.number))
+        ):
             return trial
         pruned = copy.copy(trial)
-        pruned.state, pruned.values = TrialState.PRUNED, come.values
-        pruned.system_attrs = {**trial.system_attrs, STEP: come.step}
+        pruned.state, pruned.values = TrialState.PRUNED, partial.values
+        pruned.system_attrs = {**trial.system_attrs, STEP: partial.step}
         return pruned
 
 
 class SweepStudy:
-    """The study of one sweep; `path` is the journal file, made if it is not there. What a killed writer left in its way is removed.
+    """The study of one sweep; `path` is the journal file, made if it is not there. What a killed
+    writer left in its way is removed.
 
-    earlier: trials of earlier sweeps that the sampler learns from. They have numbers in the study, but are not trials of the sweep.
-    come: how far a trial of this number has come that has not finished; None where a sampler has nothing to learn from it yet.
-    InputError where the journal is spoilt.
+    earlier: trials of earlier sweeps that the sampler learns from. They have numbers in the study,
+    but are not trials of the sweep.
+    partial_result: of a trial that has not finished, by its number; None where a sampler has
+    nothing to learn from it yet. InputError where the journal is spoilt.
     """
 
     def __init__(
@@ -108,25 +128,36 @@ class SweepStudy:
         *,
         concurrent: int = 1,
         earlier: Sequence[FrozenTrial] = (),
-        come: Callable[[int], Come | None] = lambda number: None,
+        partial_result: Callable[[int], PartialResult | None] = lambda number: None,
     ):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         drop_torn_line(path)
         _free_lock(path)
         self.path, self._sweep, self._concurrent = path, sweep, concurrent
         self._repeats = sweep.method != "grid" and can_repeat(sweep.parameters)
-        directions = [StudyDirection.MINIMIZE if m.goal == "minimize" else StudyDirection.MAXIMIZE for m in sweep.objectives]
+        directions = [
+            StudyDirection.MINIMIZE if m.goal == "minimize" else StudyDirection.MAXIMIZE
+            for m in sweep.objectives
+        ]
         sampler, pruner = self._sampler(0), optuna.pruners.NopPruner()
         try:
             storage = JournalStorage(Journal(path))
-            optuna.create_study(storage=storage, study_name=sweep.name, directions=directions, load_if_exists=True)
-            self._study = _Told(sweep.name, storage, sampler=sampler, pruner=pruner)
-            self._study.come = come
+            optuna.create_study(
+                storage=storage, study_name=sweep.name, directions=directions, load_if_exists=True
+            )
+            self._study = _StudyWithPartialResults(
+                sweep.name, storage, sampler=sampler, pruner=pruner
+            )
+            self._study.partial_result = partial_result
         except (ValueError, KeyError) as error:
-            raise InputError(f"{path}: cannot be read: {error}; put back a copy of it, or type name=OTHER for a new sweep") from error
+            raise InputError(
+                f"{path}: cannot be read: {error}; put back a copy of it, or type name=OTHER for a"
+                " new sweep"
+            ) from error
         self._live: dict[int, Trial] = {}
         if not self.trials():
-            there = {t.user_attrs.get(FROM) for t in self._all()}  # some, where a session was killed just here
+            # some, where a session was killed just here
+            there = {t.user_attrs.get(FROM) for t in self._all()}
             for trial in earlier:
                 if trial.user_attrs[FROM] not in there:
                     self._study.add_trial(trial)
@@ -157,10 +188,15 @@ class SweepStudy:
         return trial.number, suggest(trial, self._sweep.parameters)
 
     def unfinished(self) -> list[tuple[int, Params]]:
-        """The trials that a killed session left running, ready to be continued under their numbers."""
-        left = [t for t in self.trials() if t.state == TrialState.RUNNING and t.number not in self._live]
+        """The trials that a killed session left running, ready to be continued under their
+        numbers.
+        """
+        left = [
+            t for t in self.trials() if t.state == TrialState.RUNNING and t.number not in self._live
+        ]
         found: list[tuple[int, Params]] = []
-        for frozen in sorted(left, key=lambda t: not t.params):  # what has none yet avoids the others'
+        # what has none yet avoids the others'
+        for frozen in sorted(left, key=lambda t: not t.params):
             self._study.sampler = self._sampler(frozen.number)
             trial = self._unrepeated(Trial(self._study, frozen._trial_id))
             self._live[frozen.number] = trial
@@ -189,7 +225,9 @@ class SweepStudy:
         return suggest(FixedTrial(trial.params), self._sweep.parameters)
 
     def report(self, number: int, step: int, value: float) -> None:
-        """An intermediate value; a step that has one keeps it. With several metrics a study has none."""
+        """An intermediate value; a step that has one keeps it. With several metrics a study has
+        none.
+        """
         if self._sweep.more_metrics:
             return
         trial = self._live[number]
@@ -201,15 +239,21 @@ class SweepStudy:
         self._study.tell(number, list(values), state=TrialState.COMPLETE)
 
     def finish_later(self, number: int, *values: float) -> None:
-        """A stopped trial has been finished: what the study was told cannot be taken back, so its value comes as a further trial."""
+        """A stopped trial has been finished: what the study was told cannot be taken back, so
+        its value comes as a further trial.
+        """
         told = self._all()[number]
         later = optuna.trial.create_trial(
-            values=list(values), params=told.params, distributions=told.distributions, user_attrs={FINISHES: number}
+            values=list(values),
+            params=told.params,
+            distributions=told.distributions,
+            user_attrs={FINISHES: number},
         )
         self._study.add_trial(later)
 
     def stop(self, number: int, why: str, by: Sequence[Any] = (None, None)) -> None:
-        """PRUNED: Optuna takes the last reported value as the trial's, at its step, and ranks it below trials that went further.
+        """PRUNED: Optuna takes the last reported value as the trial's, at its step, and ranks it
+        below trials that went further.
 
         by: the kind and the rule of its `Stop`, for a session that has lost the account.
         """
@@ -222,13 +266,17 @@ class SweepStudy:
         self._study.tell(number, state=TrialState.FAIL)
 
     def _planned(self, index: int, number: int) -> Params:
-        """What is settled beforehand of the sweep's trial `index`: a point of the grid, a given one, or what the priors say.
+        """What is settled beforehand of the sweep's trial `index`: a point of the grid, a given
+        one, or what the priors say.
 
-        After the points comes a trial at the priors' values; the rest of the start-up trials is drawn from the priors.
+        After the points comes a trial at the priors' values; the rest of the start-up trials is
+        drawn from the priors.
         """
         sweep = self._sweep
         if sweep.method == "grid":
-            return as_categories(sweep.parameters, next(islice(settings(sweep.parameters), index, None)))
+            return as_categories(
+                sweep.parameters, next(islice(settings(sweep.parameters), index, None))
+            )
         if index < len(sweep.points):
             return as_categories(sweep.parameters, sweep.points[index])
         if index == len(sweep.points):
@@ -237,7 +285,9 @@ class SweepStudy:
             return from_priors(sweep.parameters, np.random.default_rng([sweep.seed, number]))
         return {}
 
-    def _sampler(self, number: int, again: int = 0, search: SearchConfig | None = None) -> BaseSampler:
+    def _sampler(
+        self, number: int, again: int = 0, search: SearchConfig | None = None
+    ) -> BaseSampler:
         """again: the place among several draws for the same trial."""
         seed = (self._sweep.seed * 1_000_003 + number + again * 998_244_353) % 2**32
         setting = Setting(seed, self._sweep.startup_trials, self._concurrent)
@@ -245,7 +295,9 @@ class SweepStudy:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut what is not a whole entry off the end of the journal: the next one would join it and make the file unreadable."""
+    """Cut what is not a whole entry off the end of the journal: the next one would join it and
+    make the file unreadable.
+    """
     if not path.exists():
         return
     data = path.read_bytes()
@@ -261,7 +313,9 @@ def drop_torn_line(path: Path) -> None:
 
 
 def _free_lock(path: Path) -> None:
-    """Remove the lock that a killed writer left: Optuna would wait for half a minute, and for ever once the folder was moved."""
+    """Remove the lock that a killed writer left: Optuna would wait for half a minute, and for
+    ever once the folder was moved.
+    """
     lock = path.with_name(f"{path.name}.lock")
     deadline = time.monotonic() + LOCK_S
     while os.path.lexists(lock) and time.monotonic() < deadline:

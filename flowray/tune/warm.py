@@ -1,4 +1,6 @@
-"""Trials of earlier sweeps as a start: what a sampler may learn from them without mixing what does not compare."""
+"""Trials of earlier sweeps as a start: what a sampler may learn from them without mixing what
+does not compare.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,34 @@ from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
-from flowray.config.sweep import Categorical, Constant, Sweep, drawn, in_order, inside
-from flowray.tune.records import Records, TrialRecord
+from flowray.sweepconfig.distributions import Categorical, Constant, drawn, in_order, inside
+from flowray.sweepconfig.sweep import Sweep
+from flowray.tune.ledger import Ledger
+from flowray.tune.records import TrialRecord
 from flowray.tune.space import Params, as_categories, suggest
 from flowray.tune.study import FROM
 
 # what may differ between trials that compare: places, cadence, and what only shows
-_CADENCE = ("log_every", "probe_every", "sample_every", "checkpoint_every", "keep_checkpoints", "grad_every", "device")
-_PLACES = ("name", "storage_path", "seed", "card", "resources", "sample", "data.cache", "probes.raw", "probes.doctor_every")
+_CADENCE = (
+    "log_every",
+    "probe_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "grad_every",
+    "device",
+)
+_PLACES = (
+    "name",
+    "storage_path",
+    "seed",
+    "card",
+    "resources",
+    "sample",
+    "data.cache",
+    "probes.raw",
+    "probes.doctor_every",
+)
 _ABSENT = object()  # null is a value
 _FREE = (*_PLACES, *(f"train.{key}" for key in _CADENCE))
 
@@ -38,18 +60,23 @@ class Earlier:
 
 
 def earlier_trials(sweep: Sweep, base: Recipe) -> Earlier:
-    """The finished and stopped trials of `warm_start` whose recipes differ from this sweep's base in searched keys alone, in range.
+    """The finished and stopped trials of `warm_start` whose recipes differ from this sweep's base
+    in searched keys alone, in range.
 
-    So the data, the autoencoder, the latent and its scale, the losses that are not searched and the number of steps are the same, or
-    the trial stays out. Stopped ones come with their values up to the stop. InputError where a folder holds no sweep.
+    So the data, the autoencoder, the latent and its scale, the losses that are not searched and the
+    number of steps are the same, or the trial stays out. Stopped ones come with their values up to
+    the stop. InputError where a folder holds no sweep.
     """
     trials: list[FrozenTrial] = []
     left_out: Counter[str] = Counter()
     for source in sweep.warm_start:
         folder = Path(source)
         if not (folder / "trials.jsonl").is_file():
-            raise InputError(f"warm_start: {source} holds no sweep (no trials.jsonl); give a sweep directory such as runs/head")
-        for record in Records(folder / "trials.jsonl").trials.values():
+            raise InputError(
+                f"warm_start: {source} holds no sweep (no trials.jsonl); give a sweep directory"
+                " such as runs/head"
+            )
+        for record in Ledger(folder / "trials.jsonl").trials.values():
             if record.status not in ("finished", "stopped", "waiting"):
                 continue
             made = _taken_over(sweep, base, folder / str(record.trial), record)
@@ -60,7 +87,9 @@ def earlier_trials(sweep: Sweep, base: Recipe) -> Earlier:
     return Earlier(tuple(trials), left_out)
 
 
-def _taken_over(sweep: Sweep, base: Recipe, run_dir: Path, record: TrialRecord) -> FrozenTrial | str:
+def _taken_over(
+    sweep: Sweep, base: Recipe, run_dir: Path, record: TrialRecord
+) -> FrozenTrial | str:
     """The trial as the new study has it, or why not."""
     if not (run_dir / "config.yaml").is_file():
         return "no config.yaml"
@@ -69,7 +98,9 @@ def _taken_over(sweep: Sweep, base: Recipe, run_dir: Path, record: TrialRecord) 
     if isinstance(params, str):
         return params
     differing = [
-        key for key in recipe_diffs(override_recipe(base, params), recipe) if not any(f"{key}.".startswith(f"{f}.") for f in _FREE)
+        key
+        for key in recipe_diffs(override_recipe(base, params), recipe)
+        if not any(f"{key}.".startswith(f"{f}.") for f in _FREE)
     ]
     if differing:
         return f"{differing[0]} differs"
@@ -82,7 +113,9 @@ def _taken_over(sweep: Sweep, base: Recipe, run_dir: Path, record: TrialRecord) 
     suggest(asked, sweep.parameters)
     seen: dict[int, float] = {}
     if not sweep.more_metrics:
-        rows = [(row["step"], row.get(sweep.metric.name)) for row in read_rows(run_dir / "probes.jsonl")]
+        rows = [
+            (row["step"], row.get(sweep.metric.name)) for row in read_rows(run_dir / "probes.jsonl")
+        ]
         seen = {step: value for step, value in rows if value is not None}
     stopped = record.status != "finished"
     if stopped and not seen:

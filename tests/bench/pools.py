@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flowray.bench.pool import Entry, Pool
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import dump_sweep
+from benchmarks.pool import Entry, Pool
+from flowray.sweepconfig.file import dump_sweep
+from flowray.sweepconfig.sweep import Sweep
 
 METRIC, LOSS = "ema/shoot/nmse", "loss/flow"
 BUDGET, EVERY = 500, 50
@@ -35,21 +35,43 @@ def make_sweep(**changes) -> Sweep:
 def make_pool(count: int = 60, *, probe: float = 1.0, loss: float = 0.0, seed: int = 0) -> Pool:
     """`count` random configurations whose quality falls off around one point of the space.
 
-    probe, loss: 1, the metric falls over the steps and ranks as the final score does at each; 0, it is noise that knows nothing.
+    probe, loss: 1, the metric falls over the steps and ranks as the final score does at each; 0, it
+    is noise that knows nothing.
     """
     rng = np.random.default_rng(seed)
     entries = []
     for number in range(count):
-        lr, clip, head = 10 ** rng.uniform(-4, -2), rng.uniform(0, 2), ["pooled", "grid"][rng.integers(2)]
-        quality = float(np.exp(-((np.log10(lr) + 3) ** 2) - (clip - 1) ** 2 / 2) * (1.0 if head == "pooled" else 0.9))
+        lr, clip, head = (
+            10 ** rng.uniform(-4, -2),
+            rng.uniform(0, 2),
+            ["pooled", "grid"][rng.integers(2)],
+        )
+        quality = float(
+            np.exp(-((np.log10(lr) + 3) ** 2) - (clip - 1) ** 2 / 2)
+            * (1.0 if head == "pooled" else 0.9)
+        )
         noise = rng.uniform(size=2)
-        level = {METRIC: probe * (1 - quality) + (1 - probe) * noise[0], LOSS: loss * (1 - quality) + (1 - loss) * noise[1]}
+        level = {
+            METRIC: probe * (1 - quality) + (1 - probe) * noise[0],
+            LOSS: loss * (1 - quality) + (1 - loss) * noise[1],
+        }
         rows = tuple(
-            {"step": step, "ema/std/mean": 0.8, **{key: 0.1 + value + 50 / step for key, value in level.items()}}
+            {
+                "step": step,
+                "ema/std/mean": 0.8,
+                **{key: 0.1 + value + 50 / step for key, value in level.items()},
+            }
             for step in range(EVERY, BUDGET + 1, EVERY)
         )
         params = {"optim.lr": lr, "loss.clip.weight": clip, "model.head.kind": head}
-        entries.append(Entry(number, params, rows, {"mean_attribute_accuracy": quality, "all_correct": quality / 2}))
+        entries.append(
+            Entry(
+                number,
+                params,
+                rows,
+                {"mean_attribute_accuracy": quality, "all_correct": quality / 2},
+            )
+        )
     return Pool(make_sweep(), BUDGET, count, tuple(entries))
 
 
@@ -58,6 +80,15 @@ def write_pool(pool: Pool, path: Path) -> Path:
     head = {"sweep": dump_sweep(pool.sweep), "budget_steps": pool.budget_steps, "drawn": pool.drawn}
     lines = [{"pool": {**head, "facts": dict(pool.facts)}}]
     for e in pool.entries:
-        lines.append({"number": e.number, "params": e.params, "score": e.score, "error": e.error, "seconds": 1.0, "rows": e.rows})
+        lines.append(
+            {
+                "number": e.number,
+                "params": e.params,
+                "score": e.score,
+                "error": e.error,
+                "seconds": 1.0,
+                "rows": e.rows,
+            }
+        )
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

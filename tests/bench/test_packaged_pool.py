@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from flowray.bench.pool import packaged_pool, read_pool
-from flowray.bench.replay import sweep_search
-from flowray.bench.sweep import correlations
-from flowray.config.sweepfile import load_sweep
+from benchmarks.pool import packaged_pool, read_pool
+from benchmarks.replay import sweep_search
+from benchmarks.sweep import correlations
+from flowray.sweepconfig.file import load_sweep
 
 POOL = read_pool(packaged_pool())
 
@@ -31,10 +31,14 @@ def test_the_default_sweep_finds_one_of_the_best_for_less_than_half_of_a_random_
     hits = [sweep_search(POOL, POOL.best(3), seed, load_sweep("head"), 50).hit for seed in range(4)]
     drawn = (60 + 1) / (3 + 1)  # full trainings until the first of 3 among 60, on average
     assert np.mean(hits) / POOL.budget_steps < drawn / 2
-    assert hits == [sweep_search(POOL, POOL.best(3), seed, load_sweep("head"), 50).hit for seed in range(4)]
+    assert hits == [
+        sweep_search(POOL, POOL.best(3), seed, load_sweep("head"), 50).hit for seed in range(4)
+    ]
 
 
 @pytest.mark.parametrize("name", ["flow/cos", "std/mean"])
 def test_what_the_logs_warn_of_does_not_rank(name):
-    """A cosine or a width is a floor: neither orders configurations by their pictures at a third of the budget."""
+    """A cosine or a width is a floor: neither orders configurations by their pictures at a third
+    of the budget.
+    """
     assert abs(correlations(POOL)[f"ema/{name}"][0.33]) < 0.5

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from support import tiny_recipe
 
-from flowray.bench.pool import read_pool
-from flowray.bench.record import draw, record
+from benchmarks.pool import read_pool
+from benchmarks.record import draw, record
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import load_sweep
 from flowray.store.rows import read_rows
+from flowray.sweepconfig.file import load_sweep
+from flowray.sweepconfig.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,14 +31,25 @@ def sweep(tmp_path_factory) -> Sweep:
         "model.head.kind": {"values": ["pooled", "conv"]},
     }
     (folder / "sweep.yaml").write_text(
-        json.dumps({"name": "tiny", "base": "tiny.yaml", "metric": {"name": "ema/shoot/nmse"}, "parameters": parameters, "seed": 3})
+        json.dumps(
+            {
+                "name": "tiny",
+                "base": "tiny.yaml",
+                "metric": {"name": "ema/shoot/nmse"},
+                "parameters": parameters,
+                "seed": 3,
+            }
+        )
     )
     return load_sweep(str(folder / "sweep.yaml"), ["set.train.probe_every=4"])
 
 
 def judge(run: Path) -> dict[str, float]:
     """A score that follows from what was trained."""
-    return {"mean_attribute_accuracy": -read_rows(run / "probes.jsonl")[-1]["ema/shoot/nmse"], "all_correct": 0.0}
+    return {
+        "mean_attribute_accuracy": -read_rows(run / "probes.jsonl")[-1]["ema/shoot/nmse"],
+        "all_correct": 0.0,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +68,16 @@ def test_a_line_holds_parameters_rows_and_score(sweep, whole):
         last, logged = read_rows(run / "probes.jsonl")[-1], read_rows(run / "metrics.jsonl")
         assert entry.rows[-1]["ema/shoot/nmse"] == pytest.approx(last["ema/shoot/nmse"], rel=1e-5)
         since = [row["loss/flow"] for row in logged if 8 < row["step"] <= 12]
-        assert entry.rows[-1]["loss/flow"] == pytest.approx(sum(since) / 4, rel=1e-5)  # logged at every step
+        # logged at every step
+        assert entry.rows[-1]["loss/flow"] == pytest.approx(sum(since) / 4, rel=1e-5)
         assert entry.score["mean_attribute_accuracy"] == -last["ema/shoot/nmse"]
         assert not any("trivial" in key for key in entry.rows[-1])
         assert not (run / "checkpoints").exists()
 
 
-def test_a_recording_that_was_ended_goes_on_and_gives_what_an_unbroken_one_gives(sweep, whole, tmp_path):
+def test_a_recording_that_was_ended_goes_on_and_gives_what_an_unbroken_one_gives(
+    sweep, whole, tmp_path
+):
     judged = []
 
     def ended_at_the_second(run: Path) -> dict[str, float]:
@@ -89,7 +103,9 @@ def test_a_recording_that_was_ended_goes_on_and_gives_what_an_unbroken_one_gives
 
 
 def test_a_configuration_that_cannot_be_trained_is_a_line_with_its_error(sweep, tmp_path):
-    pool = record(tmp_path, sweep.model_copy(update={"set": {**sweep.set, "loss.kl.weight": 1e38}}), 1, judge)
+    pool = record(
+        tmp_path, sweep.model_copy(update={"set": {**sweep.set, "loss.kl.weight": 1e38}}), 1, judge
+    )
     (entry,) = pool.entries
     assert entry.error is not None
     assert "not finite" in entry.error
@@ -98,16 +114,30 @@ def test_a_configuration_that_cannot_be_trained_is_a_line_with_its_error(sweep, 
 
 def test_another_sweep_or_count_is_refused(sweep, whole):
     folder, _ = whole
-    for other, count in ((sweep, 3), (sweep.model_copy(update={"seed": 4}), 2), (sweep.model_copy(update={"set": {}}), 2)):
+    for other, count in (
+        (sweep, 3),
+        (sweep.model_copy(update={"seed": 4}), 2),
+        (sweep.model_copy(update={"set": {}}), 2),
+    ):
         with pytest.raises(InputError, match="a record of another sweep or count"):
             record(folder, other, count, judge)
 
 
 @pytest.mark.faults
 def test_kill_9_of_two_real_recording_processes(tmp_path):
-    """The command itself on the packaged proxy, two configurations at a time, killed as soon as both have a checkpoint."""
-    settings = ["set.train.steps=20", "set.train.checkpoint_every=4", "set.train.probe_every=4", "--count", "2", "--processes", "2"]
-    command = [sys.executable, "-m", "flowray.bench", "record", str(tmp_path), *settings]
+    """The command itself on the packaged proxy, two configurations at a time, killed as soon as
+    both have a checkpoint.
+    """
+    settings = [
+        "set.train.steps=20",
+        "set.train.checkpoint_every=4",
+        "set.train.probe_every=4",
+        "--count",
+        "2",
+        "--processes",
+        "2",
+    ]
+    command = [sys.executable, "-m", "benchmarks", "record", str(tmp_path), *settings]
 
     def checkpoints() -> int:
         return len({path.parts[-3] for path in tmp_path.glob("runs/*/checkpoints/step_*")})
@@ -119,7 +149,9 @@ def test_kill_9_of_two_real_recording_processes(tmp_path):
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     done = {row["number"] for row in read_rows(tmp_path / "pool.jsonl")[1:]}
-    steps = {n: [row["step"] for row in read_rows(tmp_path / "runs" / n / "probes.jsonl")] for n in "01"}
+    steps = {
+        n: [row["step"] for row in read_rows(tmp_path / "runs" / n / "probes.jsonl")] for n in "01"
+    }
     assert checkpoints() == 2
     assert len(done) < 2
     subprocess.run(command, cwd=ROOT, check=True, timeout=400)

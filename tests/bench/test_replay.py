@@ -12,13 +12,14 @@ from optuna.storages.journal import JournalFileBackend
 from pools import BUDGET, LOSS, METRIC, make_pool, make_sweep, write_pool
 from scipy.stats import spearmanr
 
-from flowray.bench.pool import Entry, Space, read_pool, spearman, value_at
-from flowray.bench.replay import Correction, Silent, one_rung, random_search, sweep_search
-from flowray.bench.sweep import ORACLE, correlations, foretold, half, ratio
-from flowray.cli.bench import main
+from benchmarks.__main__ import main
+from benchmarks.pool import Entry, Space, read_pool, spearman, value_at
+from benchmarks.replay import Correction, one_rung, random_search, sweep_search
+from benchmarks.sweep import ORACLE, correlations, foretold, half, ratio
 from flowray.config.errors import InputError
-from flowray.config.sweep import Metric
-from flowray.tune.referee import Referee
+from flowray.sweepconfig.sweep import Metric
+from flowray.tune.policy import Policy
+from flowray.tune.session import SweepSession
 
 POOL = make_pool()
 GOAL = POOL.best(3)
@@ -46,17 +47,31 @@ def test_random_search_costs_what_draws_without_replacement_cost():
 
 
 def test_one_rung_with_a_perfect_probe_finds_one_of_the_best_in_the_round_that_has_one():
-    """The best of a round is trained first: 9 first rungs of 100 steps and 3 rests of 400 a round, one rest in the last."""
+    """The best of a round is trained first: 9 first rungs of 100 steps and 3 rests of 400 a
+    round, one rest in the last.
+    """
     for seed in range(50):
-        order = [e.number for e in (POOL.entries[i] for i in np.random.default_rng(seed).permutation(60))]
+        order = [
+            e.number for e in (POOL.entries[i] for i in np.random.default_rng(seed).permutation(60))
+        ]
         rounds = min(order.index(number) for number in GOAL) // 9
         size = min(9, 60 - 9 * rounds)
-        assert one_rung(POOL, GOAL, seed, PROBE, 100).hit == rounds * (9 * 100 + 3 * 400) + size * 100 + 400
+        assert (
+            one_rung(POOL, GOAL, seed, PROBE, 100).hit
+            == rounds * (9 * 100 + 3 * 400) + size * 100 + 400
+        )
 
 
 def test_a_search_that_stops_all_of_the_best_finishes_them_in_its_own_order():
-    """The probe is upside down: the best of every round are stopped, and are the last to be finished afterwards."""
-    upside = replace(POOL, entries=tuple(replace(e, rows=tuple({**r, METRIC: -r[METRIC]} for r in e.rows)) for e in POOL.entries))
+    """The probe is upside down: the best of every round are stopped, and are the last to be
+    finished afterwards.
+    """
+    upside = replace(
+        POOL,
+        entries=tuple(
+            replace(e, rows=tuple({**r, METRIC: -r[METRIC]} for r in e.rows)) for e in POOL.entries
+        ),
+    )
     replay = one_rung(upside, GOAL, 0, PROBE, 100)
     assert set(replay.lost) == GOAL
     assert replay.spent == 60 * 100 + 21 * 400  # 6 rounds of 9 and one of 6, three of each in full
@@ -65,11 +80,18 @@ def test_a_search_that_stops_all_of_the_best_finishes_them_in_its_own_order():
 
 
 def test_failed_configurations_cost_what_they_trained_and_are_never_found():
-    broken = [replace(e, rows=e.rows[:3], score={}, error="not finite") if e.number < 12 else e for e in SMALL.entries]
+    broken = [
+        replace(e, rows=e.rows[:3], score={}, error="not finite") if e.number < 12 else e
+        for e in SMALL.entries
+    ]
     pool = replace(SMALL, entries=tuple(broken))
     goal = pool.best(3)
     assert min(goal) >= 12
-    replays = random_search(pool, goal, 1), one_rung(pool, goal, 1, PROBE, 100), sweep_search(pool, goal, 1, make_sweep(stop=()), 50)
+    replays = (
+        random_search(pool, goal, 1),
+        one_rung(pool, goal, 1, PROBE, 100),
+        sweep_search(pool, goal, 1, make_sweep(stop=()), 50),
+    )
     assert replays[0].spent == 12 * 150 + 12 * BUDGET
     assert all(number >= 12 for replay in replays for _, number in replay.finished)
 
@@ -88,27 +110,42 @@ def test_a_perfect_probe_saves_and_never_loses_the_best_and_a_useless_one_saves_
 
 
 def test_rule_stops_are_the_sweeps_own_and_are_told_in_its_words():
-    """All of the best collapse after step 150; the rule's patience of 2 ends them at the second probe from there on."""
+    """All of the best collapse after step 150; the rule's patience of 2 ends them at the second
+    probe from there on.
+    """
     pool = make_pool(8)
     goal = pool.best(3)
-    rows = {e.number: tuple({**r, "ema/std/mean": 0.05 if r["step"] >= 150 else 0.8} for r in e.rows) for e in pool.entries}
-    pool = replace(pool, entries=tuple(replace(e, rows=rows[e.number]) if e.number in goal else e for e in pool.entries))
+    rows = {
+        e.number: tuple({**r, "ema/std/mean": 0.05 if r["step"] >= 150 else 0.8} for r in e.rows)
+        for e in pool.entries
+    }
+    pool = replace(
+        pool,
+        entries=tuple(
+            replace(e, rows=rows[e.number]) if e.number in goal else e for e in pool.entries
+        ),
+    )
     fine = sweep_search(pool, goal, 0, make_sweep(early_terminate=None), 50)
     assert sweep_search(pool, goal, 0, make_sweep(early_terminate=None), 50) == fine
-    coarse = sweep_search(pool, goal, 0, make_sweep(early_terminate=None), 100)  # sees every other probe
-    assert set(fine.lost.values()) == {"ema/std/mean 0.05 stayed below 0.1 for 2 probes, to step 200"}
-    assert set(coarse.lost.values()) == {"ema/std/mean 0.05 stayed below 0.1 for 2 probes, to step 300"}
+    # sees every other probe
+    coarse = sweep_search(pool, goal, 0, make_sweep(early_terminate=None), 100)
+    assert set(fine.lost.values()) == {
+        "ema/std/mean 0.05 stayed below 0.1 for 2 probes, to step 200"
+    }
+    assert set(coarse.lost.values()) == {
+        "ema/std/mean 0.05 stayed below 0.1 for 2 probes, to step 300"
+    }
     assert (fine.spent, coarse.spent) == (5 * BUDGET + 3 * 200, 5 * BUDGET + 3 * 300)
     assert fine.hit == fine.spent + BUDGET - 200
 
 
 def test_the_study_learns_from_the_configurations_that_were_trained(tmp_path):
     sweep = make_sweep()
-    referee = Referee(sweep, tmp_path, BUDGET, None, Silent())
-    number, _ = referee.next()
+    session = SweepSession(sweep, tmp_path, Policy(sweep, BUDGET))
+    number, _ = session.next()
     Correction(tmp_path / "study.journal", sweep)(number, POOL.entries[7])
-    referee.see(number, {"step": BUDGET, "budget_steps": BUDGET, METRIC: 1.0})
-    referee.ended(number)
+    session.report(number, {"step": BUDGET, "budget_steps": BUDGET, METRIC: 1.0})
+    session.end(number)
     storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.journal")))
     (trial,) = optuna.load_study(study_name=sweep.name, storage=storage).trials
     assert (trial.params, trial.value) == (POOL.entries[7].params, 1.0)
@@ -116,10 +153,19 @@ def test_the_study_learns_from_the_configurations_that_were_trained(tmp_path):
 
 def test_distance_is_in_decades_on_a_log_range_and_a_choice_counts_whole():
     def entry(number, lr, clip, head):
-        return Entry(number, {"optim.lr": lr, "loss.clip.weight": clip, "model.head.kind": head}, (), {})
+        return Entry(
+            number, {"optim.lr": lr, "loss.clip.weight": clip, "model.head.kind": head}, (), {}
+        )
 
-    space, here = Space(make_sweep().parameters), {"optim.lr": 1e-3, "loss.clip.weight": 1.0, "model.head.kind": "grid"}
-    other, decade, unit = entry(0, 1e-3, 1.0, "pooled"), entry(1, 1e-2, 1.0, "grid"), entry(2, 1e-3, 1.9, "grid")
+    space, here = (
+        Space(make_sweep().parameters),
+        {"optim.lr": 1e-3, "loss.clip.weight": 1.0, "model.head.kind": "grid"},
+    )
+    other, decade, unit = (
+        entry(0, 1e-3, 1.0, "pooled"),
+        entry(1, 1e-2, 1.0, "grid"),
+        entry(2, 1e-3, 1.9, "grid"),
+    )
     assert space.nearest(here, [other, decade, unit]) == unit  # 0.45 against 0.5 and 1
     assert space.nearest(here, [other, decade]) == decade
     assert space.nearest(here, [replace(decade, number=5), decade]) == decade
@@ -127,7 +173,10 @@ def test_distance_is_in_decades_on_a_log_range_and_a_choice_counts_whole():
 
 def test_spearman_agrees_with_scipy_also_where_values_tie():
     rng = np.random.default_rng(0)
-    for a, b in ((rng.normal(size=40), rng.normal(size=40)), (rng.integers(0, 5, 40), rng.integers(0, 3, 40))):
+    for a, b in (
+        (rng.normal(size=40), rng.normal(size=40)),
+        (rng.integers(0, 5, 40), rng.integers(0, 3, 40)),
+    ):
         assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
     assert math.isnan(spearman(np.ones(5), np.arange(5)))
     assert math.isnan(spearman(np.arange(2), np.arange(2)))
@@ -135,8 +184,13 @@ def test_spearman_agrees_with_scipy_also_where_values_tie():
 
 def test_correlations_are_taken_at_the_last_probe_up_to_the_share():
     """At a tenth of the budget the probe ranks as the score does, later it is constant."""
-    rows = {e.number: tuple({**r, METRIC: r[METRIC] if r["step"] < 100 else 1.0} for r in e.rows) for e in POOL.entries}
-    found = correlations(replace(POOL, entries=tuple(replace(e, rows=rows[e.number]) for e in POOL.entries)))
+    rows = {
+        e.number: tuple({**r, METRIC: r[METRIC] if r["step"] < 100 else 1.0} for r in e.rows)
+        for e in POOL.entries
+    }
+    found = correlations(
+        replace(POOL, entries=tuple(replace(e, rows=rows[e.number]) for e in POOL.entries))
+    )
     assert found[METRIC][0.1] == pytest.approx(-1)
     assert math.isnan(found[METRIC][0.33])
     assert abs(found[LOSS][0.33]) < 0.4
@@ -152,16 +206,24 @@ def test_ratio_of_computes_with_its_interval():
 
     ours, rng = [Took(100 + i) for i in range(40)], np.random.default_rng(0)
     found = ratio([Took(3 * r.hit) for r in ours], ours, rng)
-    assert (found["median"], found["min"], found["max"], found["rounds"]) == pytest.approx((3, 3, 3, 40))
+    assert (found["median"], found["min"], found["max"], found["rounds"]) == pytest.approx(
+        (3, 3, 3, 40)
+    )
     assert found["interval"] == pytest.approx([3, 3])
-    spread = ratio([Took(float(x)) for x in np.random.default_rng(1).exponential(500, 40)], [Took(100)] * 40, rng)
+    spread = ratio(
+        [Took(float(x)) for x in np.random.default_rng(1).exponential(500, 40)],
+        [Took(100)] * 40,
+        rng,
+    )
     assert spread["of_means_interval"][0] < spread["of_means"] < spread["of_means_interval"][1]
     assert spread["of_means_interval"][1] / spread["of_means_interval"][0] < 2.5
 
 
 def test_the_oracle_sees_the_final_score_and_nothing_else_changes():
     told = foretold(POOL)
-    assert all(row[ORACLE] == e.score["mean_attribute_accuracy"] for e in told.entries for row in e.rows)
+    assert all(
+        row[ORACLE] == e.score["mean_attribute_accuracy"] for e in told.entries for row in e.rows
+    )
     assert [e.params for e in told.entries] == [e.params for e in POOL.entries]
 
 
@@ -169,23 +231,50 @@ def test_the_oracle_sees_the_final_score_and_nothing_else_changes():
 def on_disk(tmp_path_factory):
     """(pool file, sweep file) with 12 configurations."""
     folder = tmp_path_factory.mktemp("pool")
-    sweep = {**make_sweep(set={"train.probe_every": 50}).model_dump(mode="json", include={"name", "base", "set", "metric"})}
+    sweep = {
+        **make_sweep(set={"train.probe_every": 50}).model_dump(
+            mode="json", include={"name", "base", "set", "metric"}
+        )
+    }
     spec = {
         "optim.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2},
         "loss.clip.weight": {"distribution": "uniform", "min": 0, "max": 2},
         "model.head.kind": {"values": ["pooled", "grid"]},
     }
-    (folder / "s.yaml").write_text(json.dumps({**sweep, "parameters": spec, "early_terminate": {"type": "hyperband", "min_iter": 100}}))
+    (folder / "s.yaml").write_text(
+        json.dumps(
+            {**sweep, "parameters": spec, "early_terminate": {"type": "hyperband", "min_iter": 100}}
+        )
+    )
     return write_pool(make_pool(12, loss=1.0), folder / "pool.jsonl"), folder / "s.yaml"
 
 
 def test_command_prints_the_contract_and_writes_page_and_figure(on_disk, tmp_path, capsys):
     pool, sweep = on_disk
     page = tmp_path / "docs" / "bench.md"
-    code = main(["sweep", "--pool", str(pool), "--sweep", str(sweep), "--seeds", "2", "--page", str(page), "--json"])
+    code = main(
+        [
+            "sweep",
+            "--pool",
+            str(pool),
+            "--sweep",
+            str(sweep),
+            "--seeds",
+            "2",
+            "--page",
+            str(page),
+            "--json",
+        ]
+    )
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["bench"], set(facts["ratios"])) == ("sweep", {"vs_random", "vs_one_rung", "vs_loss"})
-    assert all({"median", "min", "max", "rounds"} <= set(r) and r["rounds"] == 2 for r in facts["ratios"].values())
+    assert (facts["bench"], set(facts["ratios"])) == (
+        "sweep",
+        {"vs_random", "vs_one_rung", "vs_loss"},
+    )
+    assert all(
+        {"median", "min", "max", "rounds"} <= set(r) and r["rounds"] == 2
+        for r in facts["ratios"].values()
+    )
     assert facts["ratios"]["vs_loss"]["median"] == 1.0  # the loss ranks as the probe does
     assert facts["guards"] == {"seeds_30": False, "configurations_60": False, "minutes_20": True}
     assert code == 1
@@ -202,15 +291,23 @@ def test_command_prints_the_contract_and_writes_page_and_figure(on_disk, tmp_pat
 def test_what_the_pool_lacks_is_said_in_one_line(on_disk, tmp_path):
     pool, sweep = on_disk
     given = ["sweep", "--pool", str(pool), "--sweep", str(sweep), "--seeds", "1"]
-    with pytest.raises(InputError, match=r"ema/text/snr is not in the record; recorded are ema/shoot/nmse, ema/std/mean, loss/flow"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"ema/text/snr is not in the record; recorded are ema/shoot/nmse, ema/std/mean,"
+            r" loss/flow"
+        ),
+    ):
         main([*given, "metric.name=ema/text/snr"])  # behind options
     with pytest.raises(InputError, match="unrecognized arguments: --sed"):
         main([*given, "--sed"])
     with pytest.raises(InputError, match="loss/total is not in the record"):
         main([*given, "--loss", "loss/total"])
-    with pytest.raises(InputError, match="its parameters are not those that the pool was drawn from"):
+    with pytest.raises(
+        InputError, match="its parameters are not those that the pool was drawn from"
+    ):
         main([*given, "parameters.optim.lr.max=0.1"])
-    with pytest.raises(InputError, match=r"no such record; type python -m flowray.bench record"):
+    with pytest.raises(InputError, match=r"no such record; type python -m benchmarks record"):
         main(["sweep", "--pool", str(tmp_path / "none.jsonl")])
     (tmp_path / "rows.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(InputError, match=r"rows.jsonl:1: not a record"):
@@ -224,5 +321,7 @@ def test_halves_of_a_pool_differ_by_seed_and_have_their_own_best():
     assert len({part.best(3) for part in halves}) > 10
     known = {entry.number: entry for entry in POOL.entries}
     assert all(entry == known[entry.number] for part in halves for entry in part.entries)
-    times_drawn = np.bincount([entry.number for part in halves for entry in part.entries], minlength=60)
+    times_drawn = np.bincount(
+        [entry.number for part in halves for entry in part.entries], minlength=60
+    )
     assert times_drawn.min() > 0

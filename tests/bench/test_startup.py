@@ -1,38 +1,28 @@
-"""The measurement of trial start-up: the real loop on both sides, by the times that the trials themselves leave."""
+"""The measurement of trial start-up: the real loop on both sides, by the times that the trials
+themselves leave.
+"""
 
 import json
-import time
 
 import pytest
 
-from flowray.bench.startup import _medians
-from flowray.cli.bench import main
+from benchmarks.__main__ import main
+from benchmarks.startup import _medians
+from benchmarks.trial_startup import Start
 from flowray.config.errors import InputError
-from flowray.config.sweep import LogUniform, Sweep
-from flowray.rayrun.console import SweepConsole
-from flowray.rayrun.startup import Start, _Heard
-from flowray.tune.records import TrialRecord
 
 
 def test_the_first_trial_is_told_apart():
-    rounds = [[Start(9.0, 19.0), Start(1.0, 2.0), Start(3.0, 6.0)], [Start(8.0, 9.0), Start(4.0, 5.0), Start(4.0, 7.0)]]
-    assert _medians(rounds) == {"loop": [2.0, 4.0], "row": [4.0, 6.0], "first_loop": [9.0, 8.0], "first_row": [19.0, 9.0]}
-
-
-def test_what_the_console_says_is_heard_once_a_trial(tmp_path):
-    sweep = Sweep(name="s", base="b", metric={"name": "shoot/mse"}, parameters={"optim.lr": LogUniform(min=1e-4, max=1e-2)})
-    heard, trial = _Heard(), TrialRecord(12, {"optim.lr": 1e-3}, budget_steps=20)
-    with SweepConsole(sweep, tmp_path, 1, heard) as console:
-        began = time.time()
-        console.started(trial)
-        asked = time.time()
-        for trial.last_step in (10, 20):
-            time.sleep(0.01)
-            console.probed(trial)
-        trial.status = "finished"
-        console.ended(trial)
-    assert list(heard.started) == list(heard.probed) == [12]
-    assert began <= heard.started[12] <= asked < heard.probed[12] < asked + 5
+    rounds = [
+        [Start(9.0, 19.0), Start(1.0, 2.0), Start(3.0, 6.0)],
+        [Start(8.0, 9.0), Start(4.0, 5.0), Start(4.0, 7.0)],
+    ]
+    assert _medians(rounds) == {
+        "loop": [2.0, 4.0],
+        "row": [4.0, 6.0],
+        "first_loop": [9.0, 8.0],
+        "first_row": [19.0, 9.0],
+    }
 
 
 def test_one_trial_is_too_few():
@@ -43,7 +33,12 @@ def test_one_trial_is_too_few():
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_both_sides_train_the_loop(capsys, workers):
-    assert main(["trial-startup", "--trials", "2", "--rounds", "1", "--workers", str(workers), "--json"]) == 0
+    assert (
+        main(
+            ["trial-startup", "--trials", "2", "--rounds", "1", "--workers", str(workers), "--json"]
+        )
+        == 0
+    )
     facts = json.loads(capsys.readouterr().out)
     assert (facts["bench"], facts["workers"], facts["trials"]) == ("trial-startup", workers, 2)
     assert facts["guards"] == {"all_trials_of_flowray": True, "all_trials_of_stock": True}
@@ -51,7 +46,9 @@ def test_both_sides_train_the_loop(capsys, workers):
         assert 0 < seconds["loop"] < seconds["row"]
         assert 0 < seconds["first_loop"] < seconds["first_row"]
     startup = facts["ratios"]["startup"]["median"]
-    assert startup == pytest.approx(facts["seconds"]["stock"]["loop"] / facts["seconds"]["flowray"]["loop"])
+    assert startup == pytest.approx(
+        facts["seconds"]["stock"]["loop"] / facts["seconds"]["flowray"]["loop"]
+    )
     if workers == 1:
         assert startup >= 3
         assert facts["seconds"]["flowray"]["loop"] < facts["seconds"]["flowray"]["first_loop"]

@@ -1,4 +1,6 @@
-"""`flowray.dashboard`: what it would start, that servers end with it, and what it says where one is missing or does not start."""
+"""`flowray.dashboard`: what it would start, that servers end with it, and what it says where one
+is missing or does not start.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from flowray.cli.dashboard import HOST, RAY_LINK, Server, answers, free_port, main, ray_link, servers, serving
+from flowray.cli.dashboard import (
+    HOST,
+    RAY_LINK,
+    Server,
+    answers,
+    free_port,
+    main,
+    ray_link,
+    servers,
+    serving,
+)
 from flowray.config.errors import InputError
 
 
@@ -38,30 +50,51 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(shutil.which("optuna-dashboard") or "")
 
 
-def test_both_servers_are_on_loopback_with_the_study_and_its_pictures(sweep: Path, program: Path) -> None:
+def test_both_servers_are_on_loopback_with_the_study_and_its_pictures(
+    sweep: Path, program: Path
+) -> None:
     board, study = servers(sweep, 7300)
     assert board.command[1:] == (
         *("-m", "tensorboard.main", "--logdir", str(sweep)),
         *("--host", "127.0.0.1", "--port", str(board.port), "--reload_interval", "15"),
     )
-    wanted = (str(sweep / "study.journal"), "--host", "127.0.0.1", "--port", str(study.port), "--artifact-dir", str(sweep / "artifacts"))
+    wanted = (
+        str(sweep / "study.journal"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(study.port),
+        "--artifact-dir",
+        str(sweep / "artifacts"),
+    )
     assert study.command[1:] == wanted
     assert Path(study.command[0]).name == "optuna-dashboard"
     assert 7300 <= board.port < study.port
-    assert [server.link for server in (board, study)] == [f"http://127.0.0.1:{server.port}/" for server in (board, study)]
+    assert [server.link for server in (board, study)] == [
+        f"http://127.0.0.1:{server.port}/" for server in (board, study)
+    ]
 
 
-def test_plan_prints_the_links_and_starts_nothing(sweep: Path, program: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_the_links_and_starts_nothing(
+    sweep: Path, program: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(sweep), "--plan", "--json", "--port", "7310"]) == 0
     out = capsys.readouterr()
     links = json.loads(out.out)
     assert list(links) == ["TensorBoard", "optuna-dashboard"]
     assert "tensorboard.main" in out.err
-    assert not any(answers(HOST, int(link.rpartition(":")[2].strip("/"))) for link in links.values())
+    assert not any(
+        answers(HOST, int(link.rpartition(":")[2].strip("/"))) for link in links.values()
+    )
 
 
-def test_a_missing_optuna_dashboard_is_one_line_with_what_to_install(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if shutil.which("optuna-dashboard") or (Path(sys.executable).parent / "optuna-dashboard").exists():
+def test_a_missing_optuna_dashboard_is_one_line_with_what_to_install(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if (
+        shutil.which("optuna-dashboard")
+        or (Path(sys.executable).parent / "optuna-dashboard").exists()
+    ):
         pytest.skip("it is installed here")
     assert main([str(sweep), "--plan"]) == 0
     told = capsys.readouterr()
@@ -72,7 +105,9 @@ def test_a_missing_optuna_dashboard_is_one_line_with_what_to_install(sweep: Path
     assert any(line.startswith("TensorBoard ") for line in told.out.splitlines())
 
 
-def test_a_run_has_tensorboard_alone(tmp_path: Path, program: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_has_tensorboard_alone(
+    tmp_path: Path, program: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "config.yaml").write_text("name: x\n")
     assert main([str(tmp_path), "--plan", "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == ["TensorBoard"]
@@ -97,7 +132,9 @@ def test_a_taken_port_is_passed_over() -> None:
         assert free_port(taken) > taken
 
 
-def test_rays_own_link_is_shown_while_it_answers(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rays_own_link_is_shown_while_it_answers(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert ray_link(sweep) is None
     (sweep / RAY_LINK).parent.mkdir()
@@ -114,7 +151,16 @@ def test_rays_own_link_is_shown_while_it_answers(sweep: Path, monkeypatch: pytes
 
 def test_a_server_lives_as_long_as_its_block(tmp_path: Path) -> None:
     port = free_port(7400)
-    plain = (sys.executable, "-m", "http.server", str(port), "--bind", HOST, "--directory", str(tmp_path))
+    plain = (
+        sys.executable,
+        "-m",
+        "http.server",
+        str(port),
+        "--bind",
+        HOST,
+        "--directory",
+        str(tmp_path),
+    )
     with serving(Server("files", plain, port)) as started:
         started.wait_until_it_answers()
         assert answers(HOST, port)
@@ -134,8 +180,18 @@ def test_a_server_that_dies_says_its_last_words() -> None:
 
 @pytest.mark.slow
 def test_tensorboard_answers_until_the_command_is_told_to_end(sweep: Path) -> None:
-    command = [sys.executable, "-m", "flowray.dashboard", str(sweep), "--json", "--port", str(free_port(7440))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "flowray.dashboard",
+        str(sweep),
+        "--json",
+        "--port",
+        str(free_port(7440)),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         assert process.stdout is not None
         link = json.loads(process.stdout.readline())["TensorBoard"]
         assert b"TensorBoard" in urllib.request.urlopen(link, timeout=30).read()

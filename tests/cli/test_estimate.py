@@ -1,4 +1,6 @@
-"""The wall time that `--plan` gives: near that of a real run, taken from an earlier run where there is one."""
+"""The wall time that `--plan` gives: near that of a real run, taken from an earlier run where
+there is one.
+"""
 
 import json
 import re
@@ -115,21 +117,29 @@ def unread(folder: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [pointer, quantised, untokenised, unread])
 def test_a_text_model_that_cannot_be_used_is_listed_in_plans(tmp_path, capsys, spoil) -> None:
-    """Of a run, and of a sweep where one value of a choice leads to it. Only shapes that cannot be read are left out."""
+    """Of a run, and of a sweep where one value of a choice leads to it.
+
+    Only shapes that cannot be read are left out.
+    """
     recipe = tiny_recipe(tmp_path)
     bad = tmp_path / "bad"
     shutil.copytree(recipe.model.text.path, bad)
     spoil(bad)
     (tmp_path / "tiny.yaml").write_text(dump_recipe(recipe))
-    assert train.main([str(tmp_path / "tiny.yaml"), "--plan", "--json", f"model.text.path={bad}"]) == 1
+    assert (
+        train.main([str(tmp_path / "tiny.yaml"), "--plan", "--json", f"model.text.path={bad}"]) == 1
+    )
     plan = json.loads(capsys.readouterr().out)
-    assert all(line.startswith("model.text.path:") and str(bad) in line for line in plan["problems"])
+    assert all(
+        line.startswith("model.text.path:") and str(bad) in line for line in plan["problems"]
+    )
     assert plan["problems"]
     assert (plan["steps"], plan["wall_time"]["seconds"]) == (recipe.train.steps, None)
     assert (plan["parameters"] is None) == (spoil is unread)
     (tmp_path / "sweep.yaml").write_text(
-        f"name: s\nbase: {tmp_path / 'tiny.yaml'}\nstorage_path: {tmp_path / 'runs'}\nmethod: grid\nmetric: {{name: ema/shoot/nmse}}\n"
-        f"parameters: {{model.text.path: {{values: [{recipe.model.text.path}, {bad}]}}}}\n"
+        f"name: s\nbase: {tmp_path / 'tiny.yaml'}\nstorage_path: {tmp_path / 'runs'}\nmethod:"
+        " grid\nmetric: {name: ema/shoot/nmse}\nparameters: {model.text.path: {values:"
+        f" [{recipe.model.text.path}, {bad}]}}}}\n"
     )
     assert tune.main([str(tmp_path / "sweep.yaml"), "--plan", "--json"]) == 1
     (line,) = json.loads(capsys.readouterr().out)["problems"]
@@ -138,7 +148,9 @@ def test_a_text_model_that_cannot_be_used_is_listed_in_plans(tmp_path, capsys, s
         tune.main([str(tmp_path / "sweep.yaml")])
 
 
-@pytest.mark.parametrize(("key", "value"), [("data.shards", "nowhere"), ("data.val_shards", "null")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("data.shards", "nowhere"), ("data.val_shards", "null")]
+)
 def test_shards_that_are_not_there_are_listed_in_plans(tmp_path, capsys, key, value) -> None:
     (tmp_path / "tiny.yaml").write_text(dump_recipe(tiny_recipe(tmp_path)))
     assert train.main([str(tmp_path / "tiny.yaml"), "--plan", "--json", f"{key}={value}"]) == 1
@@ -162,7 +174,10 @@ def large_pictures(folder: Path, side: int) -> Path:
     ("changes", "says"),
     [
         (["data.val_shards=shards/val"], "8 x 8 px.*16 x 16 px.*--size"),
-        (["data.shards=shards/train", "data.val_shards=shards/val"], "model.latent.height=8 model.latent.width=8$"),
+        (
+            ["data.shards=shards/train", "data.val_shards=shards/val"],
+            "model.latent.height=8 model.latent.width=8$",
+        ),
         (["data.shards=odd/train", "data.val_shards=odd/val"], "2 px a cell.*9 x 9 px.*--size 8$"),
         (["data.shards=shapes"], "64 x 64 px.*model.latent.height=32 model.latent.width=32$"),
         (["model.latent.height=8"], "type model.latent.height=4$"),
@@ -199,8 +214,16 @@ def test_what_a_run_refuses_its_plan_lists(tmp_path, monkeypatch, capsys, change
 def sweep_of(folder: Path, parameters: dict[str, object], **changes: object) -> str:
     """A sweep file with these parameters, of the tiny recipe with `changes`."""
     (folder / "tiny.yaml").write_text(dump_recipe(tiny_recipe(folder, **changes)))
-    sweep = {"name": "s", "base": "tiny.yaml", "method": "grid", "metric": {"name": "ema/shoot/nmse"}, "time_budget": "1h"}
-    (folder / "s.yaml").write_text(json.dumps({**sweep, "storage_path": str(folder / "out"), "parameters": parameters}))
+    sweep = {
+        "name": "s",
+        "base": "tiny.yaml",
+        "method": "grid",
+        "metric": {"name": "ema/shoot/nmse"},
+        "time_budget": "1h",
+    }
+    (folder / "s.yaml").write_text(
+        json.dumps({**sweep, "storage_path": str(folder / "out"), "parameters": parameters})
+    )
     return str(folder / "s.yaml")
 
 
@@ -229,7 +252,9 @@ def test_each_searched_value_is_looked_at(tmp_path, capsys, key, value) -> None:
 
 
 def test_searched_shards_that_come_with_what_fits_them_are_good(tmp_path, capsys) -> None:
-    """Each set has its own held-out shards and latents; the base's are not there at all, and no trial reads them."""
+    """Each set has its own held-out shards and latents; the base's are not there at all, and no
+    trial reads them.
+    """
     small, large = tiny_recipe(tmp_path).data, large_pictures(tmp_path, 16)
     sets = {"values": [small.shards, str(large / "train")]}
     when = {"when": {"data.shards": [str(large / "train")]}}
@@ -263,8 +288,7 @@ def test_nothing_is_timed_where_a_gpu_has_too_little_room(tmp_path, monkeypatch)
 
 def test_a_sweep_that_nothing_was_timed_for_is_timed(tmp_path: Path, capsys) -> None:
     (tmp_path / "tiny.yaml").write_text(dump_recipe(tiny_recipe(tmp_path)))
-    (tmp_path / "sweep.yaml").write_text(
-        f"""
+    (tmp_path / "sweep.yaml").write_text(f"""
 name: timed
 storage_path: {tmp_path / "runs"}
 base: {tmp_path / "tiny.yaml"}
@@ -272,8 +296,7 @@ method: random
 metric: {{name: ema/shoot/nmse}}
 parameters: {{optim.lr: {{distribution: uniform, min: 1.0e-4, max: 1.0e-3}}}}
 run_cap: 4
-"""
-    )
+""")
     assert tune.main([str(tmp_path / "sweep.yaml"), "--plan", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["hours_at_most"]["cpu"] > 0

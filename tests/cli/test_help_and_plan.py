@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support import remarks, tiny_recipe
 
+from benchmarks import __main__ as benchmarks
 from flowray.cli import main, train
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe
@@ -21,8 +22,10 @@ SUBCOMMANDS = (
     *("doctor overfit", "doctor ablations"),
     *(f"data {name}" for name in ("make", "pack", "check", "encode")),
     *(f"cluster {name}" for name in ("check", "head", "join", "stop")),
-    *(f"bench {name}" for name in ("sweep", "record", "tune-overhead", "trial-startup")),
 )
+BENCHMARKS = [
+    f"benchmarks {name}" for name in ("sweep", "record", "tune-overhead", "trial-startup")
+]
 
 LOADED = """
 import sys
@@ -39,6 +42,10 @@ print(verb, loaded)
 """
 
 
+def command_of(verb):
+    return benchmarks.main if verb == "benchmarks" else main._command(verb)
+
+
 def command(*argv):
     env = {**os.environ, "COLUMNS": "100"}
     done = [sys.executable, *argv]
@@ -46,12 +53,12 @@ def command(*argv):
 
 
 @pytest.mark.parametrize("columns", [80, 100])
-@pytest.mark.parametrize("command", [*main._VERBS, *SUBCOMMANDS])
+@pytest.mark.parametrize("command", [*main._VERBS, *SUBCOMMANDS, "benchmarks", *BENCHMARKS])
 def test_help_fits_a_screen(command, columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     verb, *more = command.split()
     with pytest.raises(SystemExit) as stop:
-        main._command(verb)([*more, "--help"])
+        command_of(verb)([*more, "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0
     assert 5 <= len(lines) <= 40
@@ -59,19 +66,25 @@ def test_help_fits_a_screen(command, columns, capsys, monkeypatch):
     assert lines[0].startswith("usage: ")
 
 
-@pytest.mark.parametrize("verb", ["data", "cluster", "bench"])
+@pytest.mark.parametrize("verb", ["data", "cluster", "benchmarks"])
 def test_every_subcommand_has_its_help_looked_at(verb):
     with pytest.raises(InputError) as refused:
-        main._command(verb)(["nosuch"])
+        command_of(verb)(["nosuch"])
     known = re.findall(r"'([\w-]+)'", str(refused.value).partition("choose from")[2])
-    assert known == [command.split()[1] for command in SUBCOMMANDS if command.startswith(f"{verb} ")]
+    assert known == [
+        command.split()[1]
+        for command in (*SUBCOMMANDS, *BENCHMARKS)
+        if command.startswith(f"{verb} ")
+    ]
 
 
-@pytest.mark.parametrize("command", ["train", "doctor", "sample", "doctor overfit", "data encode", "bench record"])
+@pytest.mark.parametrize(
+    "command", ["train", "doctor", "sample", "doctor overfit", "data encode", "benchmarks record"]
+)
 def test_what_may_be_left_out_is_not_said_to_be_missing(command):
     verb, *more = command.split()
     with pytest.raises(InputError, match="required") as refused:
-        main._command(verb)(more)
+        command_of(verb)(more)
     assert not re.search(r"key=value|prompt", str(refused.value))
 
 
@@ -92,7 +105,10 @@ def test_python_m_flowray_answers():
     done = command("-m", "flowray", "--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"flowray {metadata.version('flowray')} (Python ")
-    same = command("-m", "flowray", "train", "quikstart"), command("-m", "flowray.train", "quikstart")
+    same = (
+        command("-m", "flowray", "train", "quikstart"),
+        command("-m", "flowray.train", "quikstart"),
+    )
     assert same[0].returncode == same[1].returncode == 2
     assert same[0].stderr == same[1].stderr
     assert "did you mean quickstart?" in same[0].stderr
@@ -106,7 +122,11 @@ def test_every_listed_verb_has_its_own_command(verb):
 def test_every_listed_verb_is_a_module_too():
     """`python -m flowray.VERB`: a file, or a folder with the shim."""
     root = Path(main.__file__).parent.parent
-    found = {v for v in main._VERBS if (root / f"{v}.py").is_file() or (root / v / "__main__.py").is_file()}
+    found = {
+        v
+        for v in main._VERBS
+        if (root / f"{v}.py").is_file() or (root / v / "__main__.py").is_file()
+    }
     assert found == main._VERBS.keys()
 
 
@@ -119,14 +139,23 @@ def unread() -> int:
 
 @pytest.mark.parametrize(
     ("unbuffered", "argv"),
-    [*(("1", (verb, "--help")) for verb in main._VERBS), ("", ("train", "--help")), ("", ("train", "quickstart", "--plan"))],
+    [
+        *(("1", (verb, "--help")) for verb in main._VERBS),
+        ("", ("train", "--help")),
+        ("", ("train", "quickstart", "--plan")),
+    ],
 )
 def test_what_cannot_be_printed_is_a_line_and_a_reader_who_has_gone_is_none(unbuffered, argv):
-    """With Python's own buffer and without it, which argparse and rich see to in ways of their own."""
+    """With Python's own buffer and without it, which argparse and rich see to in ways of their
+    own.
+    """
     full, gone = os.open("/dev/full", os.O_WRONLY), unread()
     env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     command = [sys.executable, "-m", "flowray", *argv]
-    started = [subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=env) for out in (full, gone)]
+    started = [
+        subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=env)
+        for out in (full, gone)
+    ]
     said = [remarks(one.communicate(timeout=120)[1]) for one in started]
     os.close(full)
     os.close(gone)

@@ -1,4 +1,6 @@
-"""`flowray.init`: a recipe from a look at the shards, and one line where they are not ready for one."""
+"""`flowray.init`: a recipe from a look at the shards, and one line where they are not ready for
+one.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +30,28 @@ def photos(folder: Path, size: int = 64) -> Path:
     for i in range(12):
         rng = np.random.default_rng(i)
         noise = rng.integers(0, 256, (size // 2, size // 2, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"Portrait of an elderly fisherman mending nets at dawn, photograph {i}")
+        Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC).save(
+            folder / f"{i}.png"
+        )
+        (folder / f"{i}.txt").write_text(
+            f"Portrait of an elderly fisherman mending nets at dawn, photograph {i}"
+        )
     return folder
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `own` (shapes) and `photos`, packed into `shards`, `flat` (no split) and `wild`."""
+    """A folder with `own` (shapes) and `photos`, packed into `shards`, `flat` (no split) and
+    `wild`.
+    """
     folder = tmp_path_factory.mktemp("a place")
     own_pictures(folder / "own")
     photos(folder / "photos")
-    for argv in (["own", "shards", "--val", "0.3"], ["own", "flat"], ["photos", "wild", "--val", "0.3"]):
+    for argv in (
+        ["own", "shards", "--val", "0.3"],
+        ["own", "flat"],
+        ["photos", "wild", "--val", "0.3"],
+    ):
         source, out, *rest = argv
         assert data.main(["pack", str(folder / source), str(folder / out), *rest]) == 0
     return folder
@@ -55,9 +67,13 @@ def test_the_shipped_models_where_they_fit(place: Path, monkeypatch: pytest.Monk
     recipe = init_recipe(place, "my shapes.yaml", "--data", "shards")
     base = load_recipe("quickstart").recipe
     assert recipe.name == "my-shapes"
-    assert (recipe.card.title, recipe.card.purpose, recipe.card.notes) == ("my-shapes", "", "")  # not quickstart's
+    # not quickstart's
+    assert (recipe.card.title, recipe.card.purpose, recipe.card.notes) == ("my-shapes", "", "")
     assert recipe.card.dataset.endswith(" held out")
-    assert (recipe.model.text, recipe.model.autoencoder) == (base.model.text, base.model.autoencoder)
+    assert (recipe.model.text, recipe.model.autoencoder) == (
+        base.model.text,
+        base.model.autoencoder,
+    )
     assert recipe.model.latent.shape == (4, 8, 8)
     assert (recipe.loss, recipe.flow) == (base.loss, base.flow)  # what makes a caption arrive
     assert Path(recipe.data.shards).resolve() == (place / "shards" / "train").resolve()
@@ -65,18 +81,23 @@ def test_the_shipped_models_where_they_fit(place: Path, monkeypatch: pytest.Monk
     assert Path(recipe.data.val_shards).resolve() == (place / "shards" / "val").resolve()
 
 
-def test_published_models_where_the_shipped_ones_do_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_published_models_where_the_shipped_ones_do_not_fit(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = init_recipe(place, "wild.yaml", "--data", str(place / "wild"))
     said = capsys.readouterr().out
     for part in (recipe.model.text, recipe.model.autoencoder):
         assert f"hf download {part.path}" in said
-    assert train.main([str(place / "wild.yaml"), "--plan", "--json"]) == 1  # the weights are missing, every width is in the recipe
+    # the weights are missing, every width is in the recipe
+    assert train.main([str(place / "wild.yaml"), "--plan", "--json"]) == 1
     plan = json.loads(capsys.readouterr().out)
     assert plan["parameters"]["text.backbone"] == 596_049_920
 
 
 def test_the_shipped_autoencoder_is_taken_where_its_run_calls_it_good(place: Path) -> None:
-    """Between what spoils a run and what is good there is no recipe with it: shapes with the grain of a film."""
+    """Between what spoils a run and what is good there is no recipe with it: shapes with the
+    grain of a film.
+    """
     for file in own_pictures(place / "grain").glob("*.png"):
         picture = np.asarray(Image.open(file))
         grain = np.random.default_rng(int(file.stem)).normal(0, 10, picture.shape)
@@ -96,7 +117,12 @@ def test_models_of_ones_own_give_their_sizes(place: Path) -> None:
     assert recipe.model.latent.shape == (4, 32, 32)  # the tiny autoencoder halves the side
     assert (recipe.model.text.path, recipe.model.autoencoder.path) == (str(text), str(autoencoder))
     # The plan times a few steps: of a network that takes no minute on one core.
-    small = ["model.velocity.width=16", "model.velocity.depth=1", "model.velocity.heads=2", "train.batch_size=4"]
+    small = [
+        "model.velocity.width=16",
+        "model.velocity.depth=1",
+        "model.velocity.heads=2",
+        "train.batch_size=4",
+    ]
     assert train.main([str(place / "tiny.yaml"), "--plan", "--json", *small]) == 0
 
 
@@ -104,14 +130,20 @@ def test_an_autoencoder_in_a_pipeline_beside_other_models(place: Path) -> None:
     tiny_autoencoder(place / "pipeline" / "vae")
     tiny_text(place / "pipeline" / "text_encoder")
     (place / "pipeline" / "model_index.json").write_text("{}")
-    recipe = init_recipe(place, "part.yaml", "--data", str(place / "shards"), "--autoencoder", str(place / "pipeline"))
+    recipe = init_recipe(
+        place,
+        "part.yaml",
+        "--data",
+        str(place / "shards"),
+        "--autoencoder",
+        str(place / "pipeline"),
+    )
     assert recipe.model.latent.shape == (4, 32, 32)
     assert recipe.model.autoencoder.path == str(place / "pipeline")
 
 
 def test_an_autoencoder_in_one_file_needs_its_scale(
-    place: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Channels and px a cell come from its weights."""
     monkeypatch.chdir(place)
@@ -155,10 +187,21 @@ def test_an_autoencoder_too_coarse_for_the_pictures_leaves_no_recipe(place: Path
     folder = place / "coarse"
     folder.mkdir()
     blocks = [8] * 7  # 64 px a cell
-    config = {"_class_name": "AutoencoderDC", "encoder_block_out_channels": blocks, "latent_channels": 32}
+    config = {
+        "_class_name": "AutoencoderDC",
+        "encoder_block_out_channels": blocks,
+        "latent_channels": 32,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     save_file({"weight": np.zeros(1, np.float32)}, folder / "diffusion_pytorch_model.safetensors")
-    argv = ["--data", str(place / "shards"), "--autoencoder", str(folder), "--out", str(place / "coarse.yaml")]
+    argv = [
+        "--data",
+        str(place / "shards"),
+        "--autoencoder",
+        str(folder),
+        "--out",
+        str(place / "coarse.yaml"),
+    ]
     with pytest.raises(InputError, match="128"):
         init.main(argv)
     assert not (place / "coarse.yaml").exists()
@@ -179,14 +222,19 @@ def test_an_autoencoder_too_coarse_for_the_pictures_leaves_no_recipe(place: Path
         (["--data", "shards", "--out", "recipe"], "recipe"),
         (["--data", "shards", "--out", "/dev/null/mine.yaml"], "/dev/null/mine.yaml"),
         (["--data", "shards", "--out", "new.yaml", "--text", "org/name"], "hf download org/name"),
-        (["--data", "shards", "--out", "new.yaml", "--autoencoder", "org/name"], "hf download org/name"),
+        (
+            ["--data", "shards", "--out", "new.yaml", "--autoencoder", "org/name"],
+            "hf download org/name",
+        ),
         (["--data", "shards", "--out", "new.yaml", "--scaling-factor", "0.5"], "--autoencoder"),
         (["--data", "shards", "--scaling-factor", "0"], "--scaling-factor: got '0'"),
         (["--data", "shards", "--scaling-factor", "x"], "--scaling-factor: got 'x'"),
         ([], "--data"),
     ],
 )
-def test_one_line_where_a_recipe_cannot_be_written(place: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], says: str) -> None:
+def test_one_line_where_a_recipe_cannot_be_written(
+    place: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], says: str
+) -> None:
     monkeypatch.chdir(place)
     (place / "taken.yaml").write_text("mine\n")
     with pytest.raises(InputError) as caught:
@@ -196,10 +244,7 @@ def test_one_line_where_a_recipe_cannot_be_written(place: Path, monkeypatch: pyt
     assert not (place / "new.yaml").exists()
 
 
-@pytest.mark.parametrize(
-    ("sizes", "says"),
-    [((64, 48), "--size"), ((72, 72), "--size 64")],
-)
+@pytest.mark.parametrize(("sizes", "says"), [((64, 48), "--size"), ((72, 72), "--size 64")])
 def test_pictures_that_no_network_takes(tmp_path: Path, sizes: tuple[int, int], says: str) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

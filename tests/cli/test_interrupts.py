@@ -1,4 +1,6 @@
-"""Ctrl-C and other signals: one line and the exit code of the signal, or 75 with a checkpoint; nothing is left half written."""
+"""Ctrl-C and other signals: one line and the exit code of the signal, or 75 with a checkpoint;
+nothing is left half written.
+"""
 
 import os
 import signal
@@ -13,7 +15,7 @@ from support import own_pictures, remarks, tiny_recipe
 
 from flowray.config.load import dump_recipe
 from flowray.store.checkpoint import newest_checkpoint
-from flowray.tune.records import Records
+from flowray.tune.ledger import Ledger
 
 SWEEP = """
 storage_path: runs
@@ -26,7 +28,9 @@ run_cap: 2
 
 
 def to_all(process: subprocess.Popen) -> None:
-    """SIGTERM to it and to all that it has started in its group, twice, as `timeout` does; schedulers and terminals are alike."""
+    """SIGTERM to it and to all that it has started in its group, twice, as `timeout` does;
+    schedulers and terminals are alike.
+    """
     process.terminate()
     os.killpg(process.pid, signal.SIGTERM)
 
@@ -46,13 +50,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def interrupt(
-    place: Path, said: str, *argv: str, times: int = 1, send: Callable[[subprocess.Popen], None] = to_it
+    place: Path,
+    said: str,
+    *argv: str,
+    times: int = 1,
+    send: Callable[[subprocess.Popen], None] = to_it,
 ) -> tuple[int, list[str]]:
-    """(exit code, remarks) of a command that gets Ctrl-C, or what `send` sends, where a line has `said`."""
+    """(exit code, remarks) of a command that gets Ctrl-C, or what `send` sends, where a line has
+    `said`.
+    """
     environment = {**os.environ, "FLOWRAY_CACHE": str(place / "cache")}
     command = [sys.executable, "-m", "flowray", *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(
+        command, cwd=place, env=environment, start_new_session=True, **pipes
+    ) as process:
         try:
             wanted = (said, *["stopping"] * (times - 1))
             for words in wanted:
@@ -66,7 +78,9 @@ def interrupt(
     return process.returncode, remarks(err)
 
 
-@pytest.mark.parametrize(("send", "ended"), [(to_it, (130, ["interrupted"])), (to_all, (143, ["terminated"]))])
+@pytest.mark.parametrize(
+    ("send", "ended"), [(to_it, (130, ["interrupted"])), (to_all, (143, ["terminated"]))]
+)
 def test_while_importing(place: Path, send, ended) -> None:
     argv = ("doctor", "overfit", "tiny.yaml", "--steps", "20000")
     assert interrupt(place, "importing", *argv, send=send) == ended
@@ -87,7 +101,9 @@ def test_while_a_health_check_trains(place: Path, tmp_path: Path, monkeypatch) -
         (("pack", "own", "out/shards", "--size", "4096"), "packing all"),
     ],
 )
-def test_while_data_are_written(tmp_path: Path, argv: tuple[str, ...], said: str, number: int) -> None:
+def test_while_data_are_written(
+    tmp_path: Path, argv: tuple[str, ...], said: str, number: int
+) -> None:
     own_pictures(tmp_path / "own")
     word = "terminated" if number == signal.SIGTERM else "interrupted"
     send = partial(subprocess.Popen.send_signal, sig=number)
@@ -108,15 +124,22 @@ def test_nohup_holds(tmp_path: Path) -> None:
 
 
 def test_a_start_that_is_ended_leaves_no_run(place: Path) -> None:
-    code = interrupt(place, "starting Ray", "train", "tiny.yaml", "name=none", "--json", send=to_all)
+    code = interrupt(
+        place, "starting Ray", "train", "tiny.yaml", "name=none", "--json", send=to_all
+    )
     assert code == (143, ["terminated"])
     assert not (place / "runs" / "none").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("send", "ended"), [(to_it, (130, ["interrupted"])), (to_all, (143, ["terminated"]))])
+@pytest.mark.parametrize(
+    ("send", "ended"), [(to_it, (130, ["interrupted"])), (to_all, (143, ["terminated"]))]
+)
 def test_so_does_one_whose_workers_are_starting(place: Path, send, ended) -> None:
-    assert interrupt(place, "training 0", "train", "tiny.yaml", "name=none", "--json", send=send) == ended
+    assert (
+        interrupt(place, "training 0", "train", "tiny.yaml", "name=none", "--json", send=send)
+        == ended
+    )
     assert not (place / "runs" / "none").exists()
 
 
@@ -125,7 +148,7 @@ def test_a_sweep_that_is_ended_goes_on_with_the_next_start(place: Path) -> None:
     argv = ("tune", "sweep.yaml", "name=ended", "--json")
     assert interrupt(place, "starting Ray", *argv, send=to_all) == (143, ["terminated"])
     assert interrupt(place, "trial 0", *argv, send=to_all)[0] == 75
-    kept = Records(place / "runs" / "ended" / "trials.jsonl").trials
+    kept = Ledger(place / "runs" / "ended" / "trials.jsonl").trials
     assert {trial.status for trial in kept.values()} <= {"running", "waiting"}
 
 

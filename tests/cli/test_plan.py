@@ -47,7 +47,11 @@ def test_every_packaged_recipe_plans(name: str) -> None:
     assert {"head", "text.backbone", "autoencoder"} <= plan["parameters"].keys()
     assert any(part.startswith("velocity.") for part in plan["parameters"])
     assert plan["images"] == recipe.train.steps * recipe.train.batch_size
-    assert plan["memory_per_gpu"]["adamw"] == 2 * plan["memory_per_gpu"]["gradients"] == 8 * plan["trainable"]
+    assert (
+        plan["memory_per_gpu"]["adamw"]
+        == 2 * plan["memory_per_gpu"]["gradients"]
+        == 8 * plan["trainable"]
+    )
     assert plan["checkpoint_bytes"] == 16 * plan["trainable"]
 
 
@@ -59,7 +63,10 @@ def test_every_packaged_recipe_says_what_it_is(name: str) -> None:
     card = load_recipe(name).recipe.card
     assert card.title
     if name in (*FULL, "overfit", "digits"):
-        assert all(any(line.startswith(f"# {word}:") for line in head) for word in ("Command", "Cost", "Expect"))
+        assert all(
+            any(line.startswith(f"# {word}:") for line in head)
+            for word in ("Command", "Cost", "Expect")
+        )
         named = card.notes.partition("differs from ")[2].partition(": ")[2].split("; ")
         assert 2 <= len(named) <= 4, named
 
@@ -67,8 +74,19 @@ def test_every_packaged_recipe_says_what_it_is(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "millions"),
     [
-        ("crossflow_256", {"velocity.transformer": 749.97, "velocity.convnext_1": 200.81, "head": 110.16}),
-        ("crossflow_512", {"velocity.transformer": 750.02, "velocity.convnext_1": 200.81, "velocity.convnext_2": 34.61, "head": 97.48}),
+        (
+            "crossflow_256",
+            {"velocity.transformer": 749.97, "velocity.convnext_1": 200.81, "head": 110.16},
+        ),
+        (
+            "crossflow_512",
+            {
+                "velocity.transformer": 750.02,
+                "velocity.convnext_1": 200.81,
+                "velocity.convnext_2": 34.61,
+                "head": 97.48,
+            },
+        ),
         ("crossflow_dit", {"velocity.blocks": 1062.37, "velocity.time": 1.969, "head": 142.43}),
     ],
 )
@@ -82,7 +100,9 @@ def test_published_output_heads_of_the_tower() -> None:
     for name, published in (("crossflow_256", 20.988), ("crossflow_512", 21.804)):
         recipe = load_recipe(name).recipe
         tower = planned_model(recipe.model, recipe.loss).semantic.clip.tower.out
-        assert sum(p.numel() for p in tower.parameters()) / 1e6 == pytest.approx(published, rel=0.01)
+        assert sum(p.numel() for p in tower.parameters()) / 1e6 == pytest.approx(
+            published, rel=0.01
+        )
 
 
 def test_units_are_converted() -> None:
@@ -98,11 +118,15 @@ def test_the_cures_of_the_notes_are_overrides_that_load() -> None:
     """Every override that the header of fieldnotes_256 offers."""
     text = (files("flowray") / "recipes" / "fieldnotes_256.yaml").read_text(encoding="utf-8")
     block = text.partition("one override each:")[2].partition("base: base")[0]
-    cures = [word.strip("'") for word in re.findall(r"'[^']+'|\b[a-z_]+(?:\.[a-z0-9_]+)+=\S+", block)]
+    cures = [
+        word.strip("'") for word in re.findall(r"'[^']+'|\b[a-z_]+(?:\.[a-z0-9_]+)+=\S+", block)
+    ]
     assert len(cures) == 11
     together = load_recipe("fieldnotes_256", cures).recipe
     changed = recipe_diffs(load_recipe("fieldnotes_256").recipe, together)
-    assert all(any(key.startswith(cure.partition("=")[0]) for key in changed) for cure in cures), cures
+    assert all(any(key.startswith(cure.partition("=")[0]) for key in changed) for cure in cures), (
+        cures
+    )
 
 
 def test_nothing_is_allocated() -> None:
@@ -120,11 +144,22 @@ def test_nothing_is_allocated() -> None:
 
 def test_counts_are_those_of_the_model_it_would_build(tmp_path: Path) -> None:
     connector = {"layers": 1, "hidden": 32, "intermediate": 16, "heads": 2, "out": 24}
-    recipe = tiny_recipe(tmp_path, **{"loss.clip.weight": 1.0, "model.text.connector": connector, "model.head.kind": "transencoder"})
-    recipe = override_recipe(recipe, {"model.head.heads": 1, "model.head.layers": 1, "model.velocity.kind": "dimr"})
+    recipe = tiny_recipe(
+        tmp_path,
+        **{
+            "loss.clip.weight": 1.0,
+            "model.text.connector": connector,
+            "model.head.kind": "transencoder",
+        },
+    )
+    recipe = override_recipe(
+        recipe, {"model.head.heads": 1, "model.head.layers": 1, "model.velocity.kind": "dimr"}
+    )
     plan = make_plan(recipe)
     real = build_model(recipe.model, recipe.loss, 0)
-    assert {part: n for part, n in plan["parameters"].items() if part != "autoencoder"} == part_sizes(real)
+    assert {
+        part: n for part, n in plan["parameters"].items() if part != "autoencoder"
+    } == part_sizes(real)
     assert plan["trainable"] == sum(p.numel() for p in real.trainable().values())
     assert "text.connector" in plan["parameters"]
 
@@ -137,7 +172,9 @@ def test_absent_text_counts_as_the_recipe_says(tmp_path: Path) -> None:
     assert absent["parameters"] == make_plan(here)["parameters"]
     memory, known = absent["memory_per_gpu"], make_plan(here)["memory_per_gpu"]
     assert {**memory, "text_activations_estimate": 0} == {**known, "text_activations_estimate": 0}
-    assert memory["text_activations_estimate"] == pytest.approx(known["text_activations_estimate"], rel=0.7)
+    assert memory["text_activations_estimate"] == pytest.approx(
+        known["text_activations_estimate"], rel=0.7
+    )
     assert "text.backbone" not in make_plan(override_recipe(here, gone))["parameters"]
     with pytest.raises(InputError, match=r"model\.text\.width"):
         make_plan(override_recipe(here, {"model.text.path": "nobody/nothing"}))
@@ -145,9 +182,13 @@ def test_absent_text_counts_as_the_recipe_says(tmp_path: Path) -> None:
 
 def test_weights_it_needs(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
-    assert [(w["key"], w["present"]) for w in make_plan(recipe)["weights"]] == [("model.text.path", True), ("model.autoencoder.path", True)]
+    assert [(w["key"], w["present"]) for w in make_plan(recipe)["weights"]] == [
+        ("model.text.path", True),
+        ("model.autoencoder.path", True),
+    ]
     named = {w["key"]: w for w in plan_of("crossflow_256")["weights"]}
-    assert named.keys() == {"model.text.path", "model.autoencoder.path"}  # the tower starts from random weights
+    # the tower starts from random weights
+    assert named.keys() == {"model.text.path", "model.autoencoder.path"}
     assert local_weights(str(tiny_text(tmp_path / "text"))) == tmp_path / "text"
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
@@ -173,11 +214,21 @@ def test_memory_follows_the_run(tmp_path: Path) -> None:
     assert memory(**{"train.batch_size": 16})["activations_estimate"] == 2 * plain
     assert memory(**{"train.accumulate": 2})["activations_estimate"] == plain // 2
     assert memory(**{"train.precision": "bf16"})["activations_estimate"] == plain // 2
-    assert memory(**{"model.velocity.gradient_checkpointing": True})["activations_estimate"] < 0.8 * plain
-    assert memory(**{"model.text.dtype": "bf16"})["text_activations_estimate"] == memory()["text_activations_estimate"] // 2
+    assert (
+        memory(**{"model.velocity.gradient_checkpointing": True})["activations_estimate"]
+        < 0.8 * plain
+    )
+    assert (
+        memory(**{"model.text.dtype": "bf16"})["text_activations_estimate"]
+        == memory()["text_activations_estimate"] // 2
+    )
     assert "loss_gradients" not in memory()
     apart = memory(**{"loss.balance.kind": "shares", "loss.clip.weight": 1.0})
-    assert apart["loss_gradients"] == 3 * apart["gradients"] == memory(**{"train.grad_every": 2, "loss.clip.weight": 1.0})["loss_gradients"]
+    assert (
+        apart["loss_gradients"]
+        == 3 * apart["gradients"]
+        == memory(**{"train.grad_every": 2, "loss.clip.weight": 1.0})["loss_gradients"]
+    )
     assert "ddp_buckets" not in memory()
     assert memory(**{"resources.num_workers": 2})["ddp_buckets"] == memory()["gradients"]
 
@@ -200,8 +251,14 @@ def really_kept(model: FlowModel, forward: Callable[[], object]) -> int:
 
 
 def test_activations_are_about_what_a_real_pass_keeps(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, **{"model.velocity.width": 64, "model.velocity.depth": 4, "model.text.queries": 64})
-    planned, model = planned_model(recipe.model, recipe.loss), build_model(recipe.model, recipe.loss, 0)
+    recipe = tiny_recipe(
+        tmp_path,
+        **{"model.velocity.width": 64, "model.velocity.depth": 4, "model.text.queries": 64},
+    )
+    planned, model = (
+        planned_model(recipe.model, recipe.loss),
+        build_model(recipe.model, recipe.loss, 0),
+    )
     prompts = model.text.tokenize([" ".join(["red"] * 39)])
     assert prompts.ids.shape[1] == recipe.model.text.max_tokens
     tokens = model.text(prompts)
@@ -211,22 +268,45 @@ def test_activations_are_about_what_a_real_pass_keeps(tmp_path: Path) -> None:
         return logvar, model.velocity(mu, torch.zeros(1), torch.zeros(1, dtype=torch.bool))
 
     assert kept_per_sample(planned) == pytest.approx(really_kept(model, rest), rel=0.1)
-    assert kept_behind_queries(planned, 0) == pytest.approx(really_kept(model, lambda: model.text(prompts)), rel=0.2)
+    assert kept_behind_queries(planned, 0) == pytest.approx(
+        really_kept(model, lambda: model.text(prompts)), rel=0.2
+    )
 
 
 def test_an_absent_language_model_keeps_about_what_one_of_its_size_does() -> None:
     """InternVL3-1B's language model: 24 layers of Qwen2."""
     recipe = load_recipe("openuni_512").recipe
-    shape = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151674}
-    guess = kept_behind_queries(planned_model(recipe.model, recipe.loss), recipe.model.text.parameters or 0)
+    shape = {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151674,
+    }
+    guess = kept_behind_queries(
+        planned_model(recipe.model, recipe.loss), recipe.model.text.parameters or 0
+    )
     planned = planned_model(recipe.model, recipe.loss)
     with torch.device("meta"):
-        planned.text.backbone = Qwen2Model(Qwen2Config(num_hidden_layers=24, **shape)).requires_grad_(False)
-    assert sum(p.numel() for p in planned.text.backbone.parameters()) == recipe.model.text.parameters
+        planned.text.backbone = Qwen2Model(
+            Qwen2Config(num_hidden_layers=24, **shape)
+        ).requires_grad_(False)
+    assert (
+        sum(p.numel() for p in planned.text.backbone.parameters()) == recipe.model.text.parameters
+    )
     assert guess == pytest.approx(kept_behind_queries(planned, 0), rel=0.2)
 
 
 def test_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     show_plan(tiny_recipe(tmp_path), SILENT, as_json=False)
     shown = capsys.readouterr().out
-    assert all(part in shown for part in ("velocity.blocks", "together, about", "model.text.path", "tokens a sample", "a checkpoint is"))
+    assert all(
+        part in shown
+        for part in (
+            "velocity.blocks",
+            "together, about",
+            "model.text.path",
+            "tokens a sample",
+            "a checkpoint is",
+        )
+    )

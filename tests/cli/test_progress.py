@@ -1,4 +1,6 @@
-"""What commands show while they work: lines for a log, bars for a terminal, the rows of a run as they come."""
+"""What commands show while they work: lines for a log, bars for a terminal, the rows of a run as
+they come.
+"""
 
 import io
 import time
@@ -51,7 +53,9 @@ def test_a_silence_is_told_but_not_at_every_look(tmp_path, monkeypatch):
 
 
 def test_a_probe_of_a_step_that_is_not_logged_counts_too(tmp_path):
-    """train.log_every above train.probe_every: the count goes on, and before the probe's own line."""
+    """train.log_every above train.probe_every: the count goes on, and before the probe's own
+    line.
+    """
     run, said = RunDirectory(tmp_path), []
     heard = Heard()
     progress, probes, metrics = (
@@ -141,6 +145,8 @@ def test_a_terminal_gets_a_bar_and_is_left_clean(monkeypatch):
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is back
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(4.4, "4 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")])
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(4.4, "4 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
 def test_durations(seconds, words):
     assert duration(seconds) == words

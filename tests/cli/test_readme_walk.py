@@ -1,8 +1,10 @@
 """The README from top to bottom, in an empty folder, as somebody types it who has just come.
 
-Every command is taken from README.md and run as it stands, with what `SMALL` has for its verb appended: overrides that
-make trainings short. Not run: `make test` and the set-up (their targets must be there), and what needs a Ray cluster
-(tests/cluster/test_job_submit.py submits that line). The quick walk asks for plans where the slow one trains.
+Every command is taken from README.md and run as it stands, with what `SMALL` has for its verb
+appended: overrides that
+make trainings short. Not run: `make test` and the set-up (their targets must be there), and what
+needs a Ray cluster (tests/cluster/test_job_submit.py submits that line). The quick walk asks for
+plans where the slow one trains.
 """
 
 from __future__ import annotations
@@ -28,21 +30,36 @@ from flowray.config.load import recipe_names
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = {"train.steps": 8, "train.log_every": 4, "train.probe_every": 8, "train.sample_every": 8, "train.checkpoint_every": 8}
+SHORT = {
+    "train.steps": 8,
+    "train.log_every": 4,
+    "train.probe_every": 8,
+    "train.sample_every": 8,
+    "train.checkpoint_every": 8,
+}
 SMALL = {
     "train": [f"{key}={value}" for key, value in SHORT.items()],
-    "tune": ["run_cap=3", "early_terminate=null", *(f"set.{key}={value}" for key, value in SHORT.items())],
+    "tune": [
+        "run_cap=3",
+        "early_terminate=null",
+        *(f"set.{key}={value}" for key, value in SHORT.items()),
+    ],
 }
 PATIENCE_S = 420  # for one command; the first one makes and encodes 12,000 pictures
 SERVES = "dashboard"  # until Ctrl-C
-LACKING = "crossflow_256"  # planned without its weights, which the plan lists as problems: exit code 1
+# planned without its weights, which the plan lists as problems: exit code 1
+LACKING = "crossflow_256"
 
 
 def readme_commands() -> list[list[str]]:
-    """The command lines of the README's blocks, and those in its sentences, in order, comments cut."""
+    """The command lines of the README's blocks, and those in its sentences, in order, comments
+    cut.
+    """
     block = r"^ {4}((?:make|ray|python -m|\. ) ?\S.*)$"
     inline = r"`(python -m flowray\.[^`]+)`"
-    found = (match[1] or match[2] for match in re.finditer(f"{block}|{inline}", README, re.MULTILINE))
+    found = (
+        match[1] or match[2] for match in re.finditer(f"{block}|{inline}", README, re.MULTILINE)
+    )
     return [shlex.split(line, comments=True) for line in found]
 
 
@@ -50,7 +67,9 @@ def dry_make(target: str) -> subprocess.CompletedProcess[str]:
     """What make would run for it, also where make runs these tests and hands its own flags on."""
     inherited = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS")
     env = {key: value for key, value in os.environ.items() if key not in inherited}
-    return subprocess.run(["make", "-n", target], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    return subprocess.run(
+        ["make", "-n", target], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
 
 
 def typed() -> Iterator[list[str]]:
@@ -71,13 +90,17 @@ def test_the_walk_sees_every_command() -> None:
     assert {"tune", "sample", "eval", "doctor", "dashboard", "data", "init"} <= set(verbs)
 
 
-@pytest.mark.parametrize("target", sorted({words[1] for words in readme_commands() if words[0] == "make"} | {"setup"}))
+@pytest.mark.parametrize(
+    "target", sorted({words[1] for words in readme_commands() if words[0] == "make"} | {"setup"})
+)
 def test_the_make_targets_are_there(target: str) -> None:
     assert dry_make(target).stdout
 
 
 def quick(verb: str, argv: list[str], place: Path) -> list[str]:
-    """A command without its hours: the plan of a training, the help of what needs a finished one."""
+    """A command without its hours: the plan of a training, the help of what needs a finished
+    one.
+    """
     if verb in ("data", "init"):
         return argv
     source = argv[0] if argv else ""
@@ -88,7 +111,9 @@ def quick(verb: str, argv: list[str], place: Path) -> list[str]:
 
 
 def test_quick_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data packed, checked and looked at; every plan; in a folder with a space and without a home."""
+    """Data packed, checked and looked at; every plan; in a folder with a space and without a
+    home.
+    """
     place = tmp_path / "an empty folder"
     own_pictures(place / "PHOTOS", 100)
     monkeypatch.chdir(place)
@@ -112,10 +137,20 @@ def cache() -> Iterator[Path]:
 
 
 def run(words: list[str], place: Path, env: dict[str, str]) -> None:
-    """One command to its end, or to its first line and Ctrl-C where it serves: no traceback, no endless wait."""
+    """One command to its end, or to its first line and Ctrl-C where it serves: no traceback, no
+    endless wait.
+    """
     verb, *argv = words
-    command = [sys.executable, "-m", f"flowray.{verb}", *argv, *([] if "--plan" in argv else SMALL.get(verb, []))]
-    process = subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        f"flowray.{verb}",
+        *argv,
+        *([] if "--plan" in argv else SMALL.get(verb, [])),
+    ]
+    process = subprocess.Popen(
+        command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     patience = threading.Timer(PATIENCE_S, process.kill)
     patience.start()
     assert process.stdout

@@ -1,4 +1,6 @@
-"""A command that refuses leaves every byte of what is there as it was: checks come first, writing after."""
+"""A command that refuses leaves every byte of what is there as it was: checks come first,
+writing after.
+"""
 
 from __future__ import annotations
 
@@ -17,34 +19,44 @@ from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
-from flowray.config.sweepfile import base_recipe, load_sweep
 from flowray.store.found import find_checkpoint
 from flowray.store.run import RunDirectory
+from flowray.sweepconfig.check import base_recipe
+from flowray.sweepconfig.file import load_sweep
 from flowray.train.group import Group
 from flowray.train.loop import train as train_loop
 from flowray.tune.folder import open_directory
 
-SWEEP = "name: s\nbase: tiny.yaml\nmetric: {name: ema/shoot/nmse}\nparameters:\n  optim.lr: {min: 1e-4, max: 1e-2}\n"
+SWEEP = (
+    "name: s\nbase: tiny.yaml\nmetric: {name: ema/shoot/nmse}\nparameters:\n  optim.lr: {min: 1e-4,"
+    " max: 1e-2}\n"
+)
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
     """path -> hash of every file of a folder, and every folder in it."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        str(path.relative_to(folder)): (
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        )
         for path in sorted(folder.rglob("*"))
     }
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a space in its name: tiny.yaml, two sets of shards, a sweep, a finished run `runs/tiny` of 2 steps."""
+    """A folder with a space in its name: tiny.yaml, two sets of shards, a sweep, a finished run
+    `runs/tiny` of 2 steps.
+    """
     folder = tmp_path_factory.mktemp("refused") / "my files"
     folder.mkdir()
     recipe = tiny_recipe(folder, **{"train.steps": 2})
     tiny_recipe(folder / "other")
     (folder / "tiny.yaml").write_text(dump_recipe(recipe))
     (folder / "s.yaml").write_text(SWEEP)
-    train_loop(recipe, RunDirectory(folder / "runs" / "tiny"), Group.current("cpu"), lambda row: None)
+    train_loop(
+        recipe, RunDirectory(folder / "runs" / "tiny"), Group.current("cpu"), lambda row: None
+    )
     (folder / "damaged.pth").write_bytes(b"no weights")
     return folder
 
@@ -83,7 +95,9 @@ def test_what_only_the_worker_can_see_leaves_the_recipe_as_it_was(place):
     run = RunDirectory(place / "runs" / "tiny")
     before = bytes_of(run.path)
     recipe = load_recipe(str(place / "tiny.yaml"), ["train.steps=4"]).recipe
-    broken = override_recipe(recipe, {"loss.lpips.vgg": str(place / "damaged.pth"), "loss.lpips.weight": 1.0})
+    broken = override_recipe(
+        recipe, {"loss.lpips.vgg": str(place / "damaged.pth"), "loss.lpips.weight": 1.0}
+    )
     run.next_config.write_text(dump_recipe(broken))
     with pytest.raises(InputError, match=r"damaged\.pth"):
         train_loop(broken, run, Group.current("cpu"), lambda row: None)
@@ -169,7 +183,9 @@ def test_other_commands_that_refuse_write_nothing(place, monkeypatch, main, argv
 
 
 def test_what_encoding_refuses_leaves_sweeps_and_runs_as_they_were(place, tmp_path, monkeypatch):
-    """Captions that the tokenizer cannot tell apart: a new sweep, one with another cap, a new run."""
+    """Captions that the tokenizer cannot tell apart: a new sweep, one with another cap, a new
+    run.
+    """
     monkeypatch.chdir(place)
     shutil.copytree(place / "text", tmp_path / "dumb")
     word_tokenizer(["zebra"]).save_pretrained(tmp_path / "dumb")
@@ -177,7 +193,9 @@ def test_what_encoding_refuses_leaves_sweeps_and_runs_as_they_were(place, tmp_pa
     changes = [f"{key}={value}" for key, value in keys.items()]
     words = ["s.yaml", f"storage_path={tmp_path / 'out'}", *(f"set.{word}" for word in changes)]
     assert "caption" in line_of(tune.main, words)
-    assert "caption" in line_of(train.main, ["tiny.yaml", f"storage_path={tmp_path / 'out'}", *changes])
+    assert "caption" in line_of(
+        train.main, ["tiny.yaml", f"storage_path={tmp_path / 'out'}", *changes]
+    )
     assert not (tmp_path / "out").exists()
     sweep = load_sweep(words[0], words[1:])
     open_directory(sweep, base_recipe(sweep), resume=False)
@@ -204,7 +222,13 @@ def test_what_a_resume_may_change(tmp_path):
     }
     for key, value in allowed.items():
         refuse_changes(before, override_recipe(before, {key: value}), 100, "run")
-    refuse_changes(override_recipe(before, {"data.shards": "/gone/shards"}), before, 100, "run")  # it has moved
-    for key, value in {"loss.repa.hidden": 64, "loss.repa.weight": 0.0, "loss.dino.weight": 1.0, "data.shards": "shapes"}.items():
+    # it has moved
+    refuse_changes(override_recipe(before, {"data.shards": "/gone/shards"}), before, 100, "run")
+    for key, value in {
+        "loss.repa.hidden": 64,
+        "loss.repa.weight": 0.0,
+        "loss.dino.weight": 1.0,
+        "data.shards": "shapes",
+    }.items():
         with pytest.raises(InputError, match=f"^{key}: got "):
             refuse_changes(before, override_recipe(before, {key: value}), 100, "run")

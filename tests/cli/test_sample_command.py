@@ -1,4 +1,6 @@
-"""`flowray.sample` on a real run: which pictures it writes, and that they are those of the run's own sampler."""
+"""`flowray.sample` on a real run: which pictures it writes, and that they are those of the run's
+own sampler.
+"""
 
 import json
 from pathlib import Path
@@ -29,7 +31,21 @@ def pixels(path: Path) -> np.ndarray:
 def test_the_runs_own_strip_comes_out_again(run, tmp_path, capsys):
     """The strip of the last step: same prompts, same seed, EMA weights."""
     out = tmp_path / "sheet.png"
-    assert main([str(run), "--prompts", str(run / "samples" / "prompts.txt"), "--seed", "5", "--out", str(out), "--json"]) == 0
+    assert (
+        main(
+            [
+                str(run),
+                "--prompts",
+                str(run / "samples" / "prompts.txt"),
+                "--seed",
+                "5",
+                "--out",
+                str(out),
+                "--json",
+            ]
+        )
+        == 0
+    )
     told = json.loads(capsys.readouterr().out)
     assert (told["picture"], told["step"]) == (str(out), 4)
     strip = pixels(run / "samples" / "step_000004.png")
@@ -62,7 +78,9 @@ def test_the_default_file_name_comes_from_the_prompt(run, capsys):
 
 
 def test_no_picture_is_written_over_another(run, capsys):
-    """The same prompt again, one of the same file name, several that begin with it; a training strip."""
+    """The same prompt again, one of the same file name, several that begin with it; a training
+    strip.
+    """
     asked = (
         ["a green ring"],
         ["a green ring", "--seed", "1"],

@@ -1,4 +1,6 @@
-"""The right thing in the wrong place: a sweep given to train, a run given to tune, a key typed like an option, a moved run."""
+"""The right thing in the wrong place: a sweep given to train, a run given to tune, a key typed
+like an option, a moved run.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,32 @@ from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import train as train_loop
 
-SWEEP = "name: s\nbase: tiny.yaml\nmetric: {name: ema/shoot/nmse}\nparameters:\n  optim.lr: {min: 1e-4, max: 1e-2}\n"
-KEYS = ("train.log_every", "train.probe_every", "train.sample_every", "train.checkpoint_every", "train.steps")
+SWEEP = (
+    "name: s\nbase: tiny.yaml\nmetric: {name: ema/shoot/nmse}\nparameters:\n  optim.lr: {min: 1e-4,"
+    " max: 1e-2}\n"
+)
+KEYS = (
+    "train.log_every",
+    "train.probe_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.steps",
+)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """tiny.yaml, s.yaml, the finished run runs/tiny, and runs/s: what a sweep leaves, with its best.yaml and a trial."""
+    """tiny.yaml, s.yaml, the finished run runs/tiny, and runs/s: what a sweep leaves, with its
+    best.yaml and a trial.
+    """
     folder = tmp_path_factory.mktemp("wrong") / "a b"
     folder.mkdir()
     recipe = tiny_recipe(folder, **{"train.steps": 2})
     (folder / "tiny.yaml").write_text(dump_recipe(recipe))
     (folder / "s.yaml").write_text(SWEEP)
-    train_loop(recipe, RunDirectory(folder / "runs" / "tiny"), Group.current("cpu"), lambda row: None)
+    train_loop(
+        recipe, RunDirectory(folder / "runs" / "tiny"), Group.current("cpu"), lambda row: None
+    )
     (folder / "runs" / "s").mkdir()
     (folder / "runs" / "s" / "sweep.yaml").write_text(SWEEP)
     shutil.copytree(folder / "runs" / "tiny", folder / "runs" / "s" / "0")
@@ -68,7 +83,9 @@ def place(tmp_path_factory) -> Path:
         (doctor.main, ["s.yaml"], "flowray.tune s.yaml"),
     ],
 )
-def test_a_thing_in_the_wrong_place_says_what_it_is_and_what_takes_it(place, monkeypatch, main, argv, says):
+def test_a_thing_in_the_wrong_place_says_what_it_is_and_what_takes_it(
+    place, monkeypatch, main, argv, says
+):
     monkeypatch.chdir(place)
     line = line_of(main, argv)
     assert says in line
@@ -122,10 +139,14 @@ def test_the_keys_of_a_sweep_are_blamed_where_they_were_typed(place, monkeypatch
 def test_a_key_before_the_recipe(place, monkeypatch):
     monkeypatch.chdir(place)
     for main, source in ((train.main, "tiny.yaml"), (tune.main, "s.yaml")):
-        assert line_of(main, ["optim.lr=1", source]).startswith("error: command line: got 'optim.lr=1'")
+        assert line_of(main, ["optim.lr=1", source]).startswith(
+            "error: command line: got 'optim.lr=1'"
+        )
 
 
-@pytest.mark.parametrize("given", ["runs/tiny/", "~/moved", "$PLACE/moved/", "moved/checkpoints/step_000002", "runs/s/0"])
+@pytest.mark.parametrize(
+    "given", ["runs/tiny/", "~/moved", "$PLACE/moved/", "moved/checkpoints/step_000002", "runs/s/0"]
+)
 def test_a_run_is_found_wherever_it_lies(place, monkeypatch, given):
     monkeypatch.chdir(place)
     monkeypatch.setenv("HOME", str(place))
@@ -152,14 +173,21 @@ def test_own_pictures_by_relative_paths_from_a_folder_with_a_space(tmp_path):
     """Packed, checked and trained as users type it: Ray's worker runs in another folder."""
     place = tmp_path / "my photos"
     own_pictures(place / "PHOTOS", 16)
-    lines = ["base: tiny.yaml", "name: mine", "storage_path: out", "data: {shards: shards/, val_shards: ./shards, cache: cache}"]
+    lines = [
+        "base: tiny.yaml",
+        "name: mine",
+        "storage_path: out",
+        "data: {shards: shards/, val_shards: ./shards, cache: cache}",
+    ]
     (place / "recipes").mkdir()
     recipe = tiny_recipe(tmp_path / "made", **dict.fromkeys(KEYS, 2))
     (place / "recipes" / "tiny.yaml").write_text(dump_recipe(recipe))
     (place / "recipes" / "my.yaml").write_text("\n".join(lines) + "\n")
 
     def command(*words: str) -> str:
-        done = subprocess.run([sys.executable, "-m", *words], cwd=place, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=place, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -1,6 +1,7 @@
 """An autoscaling cluster on one machine, and real sweeps on it, watched second by second.
 
-Ray's `fake_multinode` provider starts and ends real nodes (a raylet each) for Ray's own autoscaler; the head has no CPU.
+Ray's `fake_multinode` provider starts and ends real nodes (a raylet each) for Ray's own autoscaler;
+the head has no CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from pathlib import Path
 
 import yaml
 from heads import Head, free_ports, offspring, own_address, running_head
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
+from ray.autoscaler._private.fake_multi_node.node_provider import (
+    FAKE_HEAD_NODE_ID,
+    FAKE_HEAD_NODE_TYPE,
+)
 from support import tiny_recipe
 
 from flowray.config.load import dump_recipe
@@ -36,7 +40,10 @@ LOSES, LOST = [600] * NODES, 1  # the node under this trial is killed
 
 @dataclass(frozen=True)
 class Moment:
-    """What was seen at one time. waiting: trials handed out that do not train yet; processes: those of trials."""
+    """What was seen at one time.
+
+    waiting: trials handed out that do not train yet; processes: those of trials.
+    """
 
     seconds: float
     nodes: int
@@ -48,7 +55,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class Loss:
-    """The death of the node under trial LOST. step: the last one logged; rows: the trial's metrics.jsonl up to its newest checkpoint."""
+    """The death of the node under trial LOST.
+
+    step: the last one logged; rows: the trial's metrics.jsonl up to its newest checkpoint.
+    """
 
     seconds: float
     step: int
@@ -77,7 +87,12 @@ class Story:
 def autoscaling_head(folder: Path) -> Iterator[Head]:
     """A head without CPUs that grows to NODES nodes of one CPU and shrinks to none."""
     (port,) = free_ports(1)
-    fixed = {"use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True, "launch_multiple": True}
+    fixed = {
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+        "launch_multiple": True,
+    }
     config = {
         "cluster_name": "fake",
         "max_workers": NODES,
@@ -95,8 +110,23 @@ def autoscaling_head(folder: Path) -> Iterator[Head]:
         },
         "upscaling_speed": 1.0,
         **{key: {} for key in ("auth", "docker", "file_mounts")},
-        **{key: [] for key in ("cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands")},
-        **{key: [] for key in ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")},
+        **{
+            key: []
+            for key in (
+                "cluster_synced_files",
+                "initialization_commands",
+                "setup_commands",
+                "head_setup_commands",
+            )
+        },
+        **{
+            key: []
+            for key in (
+                "worker_setup_commands",
+                "head_start_ray_commands",
+                "worker_start_ray_commands",
+            )
+        },
         "file_mounts_sync_continuously": False,
     }
     file = folder / "autoscaling.yaml"
@@ -108,7 +138,9 @@ def autoscaling_head(folder: Path) -> Iterator[Head]:
         "AUTOSCALER_HEARTBEAT_TIMEOUT_S": str(LOST_S),
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
     }
-    with running_head(folder, "--num-cpus=0", f"--autoscaling-config={file}", port=port, **environment) as head:
+    with running_head(
+        folder, "--num-cpus=0", f"--autoscaling-config={file}", port=port, **environment
+    ) as head:
         yield head
 
 
@@ -130,7 +162,8 @@ def tell_loss(head: Head, name: str) -> Story:
         if not killed and owner is not None:
             os.kill(int(_environment(owner)["RAY_RAYLET_PID"]), signal.SIGKILL)
             killed.append((owner, seconds))
-        if not killed or _command(killed[0][0]):  # Ray ends what has lost its node, in up to half a minute
+        # Ray ends what has lost its node, in up to half a minute
+        if not killed or _command(killed[0][0]):
             return None
         lines, step = (run / "metrics.jsonl").read_text().splitlines(), load_state(newest)["step"]
         kept = tuple(line for line in lines if json.loads(line)["step"] <= step)
@@ -139,8 +172,13 @@ def tell_loss(head: Head, name: str) -> Story:
     return _watched(head, name, LOSES, kill)
 
 
-def _watched(head: Head, name: str, steps: Sequence[int], meddle: Callable[[Path, float], Loss | None]) -> Story:
-    recipe = tiny_recipe(head.shared / "made", **{"train.checkpoint_every": CHECKPOINT_EVERY, "train.log_every": LOG_EVERY})
+def _watched(
+    head: Head, name: str, steps: Sequence[int], meddle: Callable[[Path, float], Loss | None]
+) -> Story:
+    recipe = tiny_recipe(
+        head.shared / "made",
+        **{"train.checkpoint_every": CHECKPOINT_EVERY, "train.log_every": LOG_EVERY},
+    )
     recipe_file, sweep_file = head.shared / "tiny.yaml", head.shared / f"{name}.yaml"
     recipe_file.write_text(dump_recipe(recipe))
     sweep = {
@@ -161,7 +199,9 @@ def _watched(head: Head, name: str, steps: Sequence[int], meddle: Callable[[Path
     loss = None
     with log.open("w") as out:
         command = [*head.inside, sys.executable, "-m", "flowray.tune", str(sweep_file)]
-        driver = subprocess.Popen(command, env=head.as_driver, cwd=head.folder, stdout=out, stderr=out)
+        driver = subprocess.Popen(
+            command, env=head.as_driver, cwd=head.folder, stdout=out, stderr=out
+        )
         try:
             began = time.monotonic()
             while (seconds := time.monotonic() - began) < PATIENCE_S:
@@ -181,8 +221,9 @@ def _look(head: Head, folder: Path, seconds: float) -> Moment:
     out = [row["trial"] for row in rows if row["status"] == "running"]
     training = sum(_owner(folder / str(trial)) is not None for trial in out)
     commands = [_command(pid) for pid in offspring(f"FLOWRAY_CLUSTER_TEST={head.folder}")]
-    # A raylet's command names its own socket. What it starts bears the same command until it has become a worker; one that does not get
-    # its ports ends unknown to Ray, and one that was killed is known for a while.
+    # A raylet's command names its own socket. What it starts bears the same command until it has
+    # become a worker; one that does not get its ports ends unknown to Ray, and one that was killed
+    # is known for a while.
     raylets = len({command for command in commands if command.split(b"\0")[0].endswith(b"/raylet")})
     nodes = min(raylets, len(head.alive())) - 1  # one is the head's
     processes = sum(b"ray::ImplicitFunc" in command for command in commands)

@@ -26,11 +26,17 @@ def strings(node: Any) -> Iterator[tuple[str, str]]:
     """(key, text) of every string in a parsed file."""
     if isinstance(node, dict):
         for key, value in node.items():
-            yield from ((key, value),) if isinstance(value, str) else ((key if k == "" else k, v) for k, v in strings(value))
+            yield from (
+                ((key, value),)
+                if isinstance(value, str)
+                else ((key if k == "" else k, v) for k, v in strings(value))
+            )
     elif isinstance(node, list):
         for value in node:
             yield from (("", value),) if isinstance(value, str) else strings(value)
 
 
 def header(name: str) -> str:
-    return "\n".join(line for line in (CLUSTER / name).read_text().splitlines()[:24] if line.startswith("#"))
+    return "\n".join(
+        line for line in (CLUSTER / name).read_text().splitlines()[:24] if line.startswith("#")
+    )

@@ -1,4 +1,6 @@
-"""What a cluster check makes of its facts, who may use a Ray that flowray starts, and what counts as one folder on all nodes."""
+"""What a cluster check makes of its facts, who may use a Ray that flowray starts, and what
+counts as one folder on all nodes.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,24 @@ from rich.console import Console
 from support import remarks
 
 from flowray.cli.cluster import table
+from flowray.cluster import access, session, storage
+from flowray.cluster.check import Prober, bundles, place_of, skew, wait_for
+from flowray.cluster.verdict import NO_CUDA, PAYLOAD_BYTES, ClusterFacts, NodeFacts, healthy, judge
 from flowray.config.errors import InputError
 from flowray.config.paths import storage_folder
 from flowray.config.train import DataConfig
-from flowray.rayrun import access, session, storage
-from flowray.rayrun.cluster_check import Prober, bundles, place_of, skew, wait_for
-from flowray.rayrun.cluster_verdict import NO_CUDA, PAYLOAD_BYTES, ClusterFacts, NodeFacts, healthy, judge
 
 VERSIONS = {"python": "3.11.9", "torch": "2.13.0", "ray": "2.60.0", "flowray": "0.1.0"}
 
 
 def node(name: str, **changes) -> NodeFacts:
-    good = {"versions": VERSIONS, "gpus": ("A10G",), "ray_gpus": 1.0, "storage_mb_s": 300.0, "shards": 4}
+    good = {
+        "versions": VERSIONS,
+        "gpus": ("A10G",),
+        "ray_gpus": 1.0,
+        "storage_mb_s": 300.0,
+        "shards": 4,
+    }
     return NodeFacts(name, **{**good, **changes})
 
 
@@ -44,7 +52,11 @@ def cluster(*nodes: NodeFacts, **changes) -> ClusterFacts:
 
 
 def test_a_sound_cluster_has_a_row_for_every_check_of_every_node():
-    rows = judge(cluster(node("a"), node("b", versions=VERSIONS | {"torch": "2.13.0+cpu"}, gpus=(), ray_gpus=0.0)))
+    rows = judge(
+        cluster(
+            node("a"), node("b", versions=VERSIONS | {"torch": "2.13.0+cpu"}, gpus=(), ray_gpus=0.0)
+        )
+    )
     assert healthy(rows)
     for check in ("python", "torch", "ray", "flowray", "gpus", "storage", "data", "clock"):
         assert [row.node for row in rows if row.check == check] == ["a", "b"]
@@ -60,7 +72,13 @@ def test_a_sound_cluster_has_a_row_for_every_check_of_every_node():
         ({"versions": VERSIONS | {"python": "3.12.1"}}, "python", "bad", "one Python"),
         ({"cuda_problem": NO_CUDA}, "gpus", "bad", "CUDA build"),
         ({"cuda_problem": "The NVIDIA driver on your system is too old"}, "gpus", "bad", "driver"),
-        ({"gpus": (), "cuda_problem": "Found no NVIDIA driver on your system."}, "gpus", "bad", "--gpus all"),  # a container without them
+        # a container without them
+        (
+            {"gpus": (), "cuda_problem": "Found no NVIDIA driver on your system."},
+            "gpus",
+            "bad",
+            "--gpus all",
+        ),
         ({"ray_gpus": 0.0}, "gpus", "warn", "--num-gpus=1"),
         ({"storage_problem": "there is no such folder there"}, "storage", "bad", "/mnt/x"),
         ({"storage_mb_s": 3.0}, "storage", "warn", "faster"),
@@ -86,7 +104,11 @@ def test_nodes_that_may_still_come_are_told_and_those_that_did_not_come_are_a_fa
     rows = judge(cluster(head, may_come=8))
     (told,) = [row for row in rows if row.check == "nodes"]
     assert healthy(rows)
-    assert (told.severity, "1 up; up to 8 more" in told.found, "--workers" in told.fix) == ("info", True, True)
+    assert (told.severity, "1 up; up to 8 more" in told.found, "--workers" in told.fix) == (
+        "info",
+        True,
+        True,
+    )
     assert "the others not seen" in str(table(rows, 1).title)
     asked = judge(cluster(head, may_come=8, missing="1 worker(s) asked for, 0 came in 20 minutes"))
     assert not healthy(asked)
@@ -105,7 +127,9 @@ def test_workers_are_asked_for_whole_and_waited_for():
 @pytest.mark.cluster
 @pytest.mark.timeout(1800)
 def test_a_worker_that_is_asked_for_comes_and_is_checked(tmp_path):
-    """Ray's own autoscaler, with real nodes on this machine; of three that it may add, one is asked for."""
+    """Ray's own autoscaler, with real nodes on this machine; of three that it may add, one is
+    asked for.
+    """
     from autoscaling import NODES, autoscaling_head
 
     with autoscaling_head(tmp_path) as head:
@@ -121,10 +145,22 @@ def test_a_worker_that_is_asked_for_comes_and_is_checked(tmp_path):
 
 
 def test_gloo_and_nccl_have_a_row_each():
-    rows = judge(cluster(node("a"), allreduces=[("gloo", 3, 0.1, ""), ("nccl", 2, 0.0, "ncclSystemError: Socket timed out")]))
+    rows = judge(
+        cluster(
+            node("a"),
+            allreduces=[
+                ("gloo", 3, 0.1, ""),
+                ("nccl", 2, 0.0, "ncclSystemError: Socket timed out"),
+            ],
+        )
+    )
     plain, gpus = [row for row in rows if row.check == "all-reduce"]
     assert (plain.severity, plain.node, "3 rank(s), gloo" in plain.found) == ("ok", "all", True)
-    assert (gpus.severity, gpus.node, "NCCL_SOCKET_IFNAME" in gpus.fix) == ("bad", "nodes with GPUs", True)
+    assert (gpus.severity, gpus.node, "NCCL_SOCKET_IFNAME" in gpus.fix) == (
+        "bad",
+        "nodes with GPUs",
+        True,
+    )
 
 
 def test_faults_between_nodes_and_of_silent_ones():
@@ -134,13 +170,16 @@ def test_faults_between_nodes_and_of_silent_ones():
     assert set(wrong) == {"answer", "network", "all-reduce"}
     assert "flowray" in wrong["answer"].found
     assert all(row.fix for row in wrong.values())
-    assert not [row for row in rows if row.node == "b" and row.check != "answer"]  # nothing is made up for it
+    # nothing is made up for it
+    assert not [row for row in rows if row.node == "b" and row.check != "answer"]
     slow = judge(cluster(node("a"), node("b"), links=[("a", "b", 12.0)]))
     assert [row.severity for row in slow if row.check == "network"] == ["warn"]
 
 
 def test_the_table_has_the_fix_beside_the_fault():
-    rows = judge(cluster(node("a"), node("b", storage_problem="it cannot be written there: [Errno 30]")))
+    rows = judge(
+        cluster(node("a"), node("b", storage_problem="it cannot be written there: [Errno 30]"))
+    )
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(table(rows, 2))
     text = console.export_text()
@@ -157,7 +196,9 @@ def test_a_clock_that_is_off_by_less_than_the_round_trip_is_not_blamed():
 
 
 def test_skew_is_measured_as_ntp_does():
-    """The remote clock is 5 s ahead and the way there and back takes 20 ms: off by no more than half of that."""
+    """The remote clock is 5 s ahead and the way there and back takes 20 ms: off by no more than
+    half of that.
+    """
 
     def clock() -> float:
         time.sleep(0.01)
@@ -171,7 +212,9 @@ def test_skew_is_measured_as_ntp_does():
 
 
 def test_the_prober_measures_this_machine(tmp_path):
-    """The very methods that run on every node, here without one; tests/cluster/test_job_submit.py has them on two."""
+    """The very methods that run on every node, here without one;
+    tests/cluster/test_job_submit.py has them on two.
+    """
     prober = Prober()
     (tmp_path / "mark").touch()
     assert set(prober.versions()) == set(VERSIONS)
@@ -180,7 +223,8 @@ def test_the_prober_measures_this_machine(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mark"]
     assert prober.shards([tmp_path / "mark", tmp_path / "gone"]) == 1
     assert prober.give().nbytes == PAYLOAD_BYTES
-    names, problem = prober.gpus(1.0)  # as if Ray handed one out: torch tries to compute on it, in a process of its own
+    # as if Ray handed one out: torch tries to compute on it, in a process of its own
+    names, problem = prober.gpus(1.0)
     if not torch.cuda.is_available():
         assert problem == (NO_CUDA if torch.version.cuda is None else problem) != ""
         assert names or prober.gpus(0.0) == ((), "")  # nobody asked
@@ -222,7 +266,9 @@ def test_marks_of_a_killed_owner_go_with_the_next(tmp_path):
 def test_storage_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(InputError, match=r"storage_path: .*file.* cannot be written: Not a directory"),
+        pytest.raises(
+            InputError, match=r"storage_path: .*file.* cannot be written: Not a directory"
+        ),
         storage.marked(tmp_path / "file" / "x"),
     ):
         pass
@@ -292,7 +338,9 @@ def test_the_token_is_made_once_and_for_its_owner_alone(home):
 
 def test_without_a_home_a_private_rays_token_is_in_its_environment_alone(home, monkeypatch):
     monkeypatch.setenv("HOME", "/dev/null")
-    with pytest.raises(InputError, match=r"/dev/null/\.ray/auth_token: the token cannot be written"):
+    with pytest.raises(
+        InputError, match=r"/dev/null/\.ray/auth_token: the token cannot be written"
+    ):
         access.require_token()  # of a cluster, where others must be able to get it
     monkeypatch.setenv(access.TOKEN, "")
     assert access.require_token(private=True) is None
@@ -341,12 +389,17 @@ def test_a_node_takes_a_token_and_no_other_clusters_address(home, monkeypatch):
     assert environment[access.MODE] == "token"
     assert not environment.keys() & set(access.ADDRESSES)
     token = (home / ".ray" / "auth_token").read_text()
-    assert not [text for text in (*command, *environment.values()) if token in text]  # neither `ps` nor /proc shows it
+    # neither `ps` nor /proc shows it
+    assert not [text for text in (*command, *environment.values()) if token in text]
 
 
 def test_the_command_refuses_with_one_line_and_exit_code_2(home, monkeypatch):
     monkeypatch.setenv(access.MODE, "disabled")
-    done = subprocess.run([sys.executable, "-m", "flowray.cluster", "head", "--host", "0.0.0.0"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "flowray.cluster", "head", "--host", "0.0.0.0"],
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = remarks(done.stderr)
     assert line.startswith("error: RAY_AUTH_MODE=disabled")

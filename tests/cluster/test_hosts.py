@@ -1,4 +1,6 @@
-"""Several hosts for real, as network namespaces joined by a cable (veth): a run over both, and the cable pulled."""
+"""Several hosts for real, as network namespaces joined by a cable (veth): a run over both, and
+the cable pulled.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,19 @@ from flowray.train.loop import train
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 SLOW_S = 600  # for what takes seconds where nothing else runs
-LONG = ["train.steps=600", "train.probe_every=600", "train.sample_every=600", "train.checkpoint_every=50"]
+LONG = [
+    "train.steps=600",
+    "train.probe_every=600",
+    "train.sample_every=600",
+    "train.checkpoint_every=50",
+]
 
 
 @dataclass(frozen=True)
 class Host:
-    """A network namespace with one cable, and what else makes a host: a name, an /etc/hosts as Debian writes it."""
+    """A network namespace with one cable, and what else makes a host: a name, an /etc/hosts as
+    Debian writes it.
+    """
 
     name: str
     address: str
@@ -40,7 +49,14 @@ class Host:
 
     def inside(self, *mounts: str) -> tuple[str, ...]:
         """Goes before a command that is to run there. mounts: shell lines, seen there alone."""
-        script = " && ".join([f"hostname {self.name}", f"mount --bind {self.names} /etc/hosts", *mounts, 'exec "$0" "$@"'])
+        script = " && ".join(
+            [
+                f"hostname {self.name}",
+                f"mount --bind {self.names} /etc/hosts",
+                *mounts,
+                'exec "$0" "$@"',
+            ]
+        )
         return ("ip", "netns", "exec", self.name, "unshare", "--mount", "--uts", "sh", "-c", script)
 
     def cable(self, state: str) -> None:
@@ -65,14 +81,30 @@ def hosts(tmp_path_factory) -> Iterator[tuple[Host, Host]]:
         try:
             for host in pair:
                 ip("netns", "add", host.name)
-            ip("-n", pair[0].name, "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", pair[1].name)
+            ip(
+                "-n",
+                pair[0].name,
+                "link",
+                "add",
+                "cable",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "cable",
+                "netns",
+                pair[1].name,
+            )
             for host in pair:
                 ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "cable")
                 ip("-n", host.name, "link", "set", "lo", "up")
                 host.cable("up")
             subprocess.run([*pair[0].inside(), "true"], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"this machine gives no network namespaces (ip netns, unshare): {getattr(error, 'stderr', '') or error}")
+            pytest.skip(
+                "this machine gives no network namespaces (ip netns, unshare):"
+                f" {getattr(error, 'stderr', '') or error}"
+            )
         yield pair[0], pair[1]
     finally:
         for host in pair:  # the cable goes with its ends
@@ -83,14 +115,20 @@ def hosts(tmp_path_factory) -> Iterator[tuple[Host, Host]]:
 def head(hosts, tmp_path_factory) -> Iterator[Head]:
     """On the first host, with one CPU: two workers have to lie on different hosts."""
     here = hosts[0]
-    with running_head(tmp_path_factory.mktemp("cluster"), "--num-cpus=1", host=here.address, inside=here.inside()) as head:
+    with running_head(
+        tmp_path_factory.mktemp("cluster"), "--num-cpus=1", host=here.address, inside=here.inside()
+    ) as head:
         yield head
 
 
 @pytest.fixture(scope="module")
 def tiny(head) -> Path:
     path = head.shared / "tiny.yaml"
-    path.write_text(dump_recipe(tiny_recipe(head.shared / "made", storage_path="runs", **{"train.log_every": 1})))
+    path.write_text(
+        dump_recipe(
+            tiny_recipe(head.shared / "made", storage_path="runs", **{"train.log_every": 1})
+        )
+    )
     return path
 
 
@@ -100,7 +138,9 @@ def alive(head: Head) -> set[str]:
     return set(head.alive())
 
 
-def wait_for(what: Callable[[], bool], seconds: float, told: Callable[[], str] = lambda: "") -> None:
+def wait_for(
+    what: Callable[[], bool], seconds: float, told: Callable[[], str] = lambda: ""
+) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, told()
@@ -109,9 +149,13 @@ def wait_for(what: Callable[[], bool], seconds: float, told: Callable[[], str] =
 
 @contextlib.contextmanager
 def joined(head: Head, host: Host, *mounts: str) -> Iterator[Node]:
-    """A node on `host` with a disk of its own for what Ray keeps; it is gone after the block. mounts: shell lines, seen there alone."""
+    """A node on `host` with a disk of its own for what Ray keeps; it is gone after the block.
+    mounts: shell lines, seen there alone.
+    """
     own = Path(tempfile.mkdtemp(dir=head.folder))
-    with heads.joined(head, host.address, host.inside(f"mount --bind {own} {head.files}", *mounts)) as node:
+    with heads.joined(
+        head, host.address, host.inside(f"mount --bind {own} {head.files}", *mounts)
+    ) as node:
         yield node
     wait_for(lambda: alive(head) == {head.host}, SLOW_S)  # the next test is to see its own
 
@@ -121,10 +165,23 @@ def rows_of(head: Head, name: str) -> list[dict]:
     return read_rows(path) if path.exists() else []
 
 
-def start_run(head: Head, tiny: Path, name: str, *overrides: str, **environment: str) -> subprocess.Popen:
-    command = [*head.inside, sys.executable, "-m", "flowray.train", str(tiny), f"name={name}", "resources.num_workers=2", *overrides]
+def start_run(
+    head: Head, tiny: Path, name: str, *overrides: str, **environment: str
+) -> subprocess.Popen:
+    command = [
+        *head.inside,
+        sys.executable,
+        "-m",
+        "flowray.train",
+        str(tiny),
+        f"name={name}",
+        "resources.num_workers=2",
+        *overrides,
+    ]
     with (head.folder / f"{name}.log").open("w") as out:
-        return subprocess.Popen(command, env=head.as_driver | environment, stdout=out, stderr=out, cwd=head.folder)
+        return subprocess.Popen(
+            command, env=head.as_driver | environment, stdout=out, stderr=out, cwd=head.folder
+        )
 
 
 def told(head: Head, name: str) -> str:
@@ -132,7 +189,9 @@ def told(head: Head, name: str) -> str:
 
 
 def test_ddp_over_two_hosts_is_one_run(head, hosts, tiny):
-    """Two ranks on two hosts, each with an address of its own and a name that its /etc/hosts leads astray."""
+    """Two ranks on two hosts, each with an address of its own and a name that its /etc/hosts
+    leads astray.
+    """
     with joined(head, hosts[1]):
         wait_for(lambda: alive(head) == {host.address for host in hosts}, SLOW_S)
         run = start_run(head, tiny, "both")
@@ -142,7 +201,9 @@ def test_ddp_over_two_hosts_is_one_run(head, hosts, tiny):
     workers = api["attempts"][-1]["workers"]
     assert {worker["node_ip"] for worker in workers} == {host.address for host in hosts}
     alone = load_recipe(str(tiny), ["name=alone", f"storage_path={head.shared / 'runs'}"]).recipe
-    train(alone, RunDirectory(head.shared / "runs" / "alone"), Group.current("cpu"), lambda row: None)
+    train(
+        alone, RunDirectory(head.shared / "runs" / "alone"), Group.current("cpu"), lambda row: None
+    )
     one, two = rows_of(head, "alone"), rows_of(head, "both")
     assert [row["step"] for row in two] == [row["step"] for row in one] == list(range(1, 13))
     for mine, theirs in zip(one, two, strict=True):
@@ -169,19 +230,28 @@ def ended(run: subprocess.Popen) -> Iterator[None]:
 
 
 def test_a_host_that_is_cut_off_and_comes_back(head, hosts, tiny):
-    """A short cut is sat out. After a long one the run waits for a node and goes on from its checkpoint."""
+    """A short cut is sat out.
+
+    After a long one the run waits for a node and goes on from its checkpoint.
+    """
     with joined(head, hosts[1]) as node:
         wait_for(lambda: len(alive(head)) == 2, SLOW_S)
         run = start_run(head, tiny, "cut", *LONG)
         with ended(run):
-            wait_for(lambda: len(rows_of(head, "cut")) > 60 or run.poll() is not None, SLOW_S, lambda: told(head, "cut"))
+            wait_for(
+                lambda: len(rows_of(head, "cut")) > 60 or run.poll() is not None,
+                SLOW_S,
+                lambda: told(head, "cut"),
+            )
             hosts[1].cable("down")
             time.sleep(3)
             stood = len(rows_of(head, "cut"))
             time.sleep(1)
             assert len(rows_of(head, "cut")) == stood, "the ranks do not talk over the cable"
             hosts[1].cable("up")
-            wait_for(lambda: len(rows_of(head, "cut")) > stood + 10, SLOW_S, lambda: told(head, "cut"))
+            wait_for(
+                lambda: len(rows_of(head, "cut")) > stood + 10, SLOW_S, lambda: told(head, "cut")
+            )
             hosts[1].cable("down")
             try:
                 before = rows_of(head, "cut")
@@ -200,9 +270,20 @@ def test_a_host_that_does_not_come_back(head, hosts, tiny):
     """The run ends after a while and says why; what is left of the cluster can go on with it."""
     with joined(head, hosts[1]):
         wait_for(lambda: len(alive(head)) == 2, SLOW_S)
-        run = start_run(head, tiny, "lost", *LONG, "resources.max_failures=1", RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="10")
+        run = start_run(
+            head,
+            tiny,
+            "lost",
+            *LONG,
+            "resources.max_failures=1",
+            RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="10",
+        )
         with ended(run):
-            wait_for(lambda: len(rows_of(head, "lost")) > 60 or run.poll() is not None, SLOW_S, lambda: told(head, "lost"))
+            wait_for(
+                lambda: len(rows_of(head, "lost")) > 60 or run.poll() is not None,
+                SLOW_S,
+                lambda: told(head, "lost"),
+            )
             hosts[1].cable("down")
             try:
                 before = rows_of(head, "lost")
@@ -210,7 +291,9 @@ def test_a_host_that_does_not_come_back(head, hosts, tiny):
             finally:
                 hosts[1].cable("up")
     line = told(head, "lost").splitlines()[-1]
-    assert line.startswith(f"error: {head.shared / 'runs' / 'lost'}: no room for 2 worker(s) of 1 CPU: 1 CPUs")
+    assert line.startswith(
+        f"error: {head.shared / 'runs' / 'lost'}: no room for 2 worker(s) of 1 CPU: 1 CPUs"
+    )
     assert "--resume" in line
     again = head.command("flowray.train", str(tiny), "name=lost", *LONG, "--resume")  # one worker
     assert again.returncode == 0, again.stderr
@@ -220,22 +303,35 @@ def test_a_host_that_does_not_come_back(head, hosts, tiny):
 
 
 def test_a_host_with_another_disk_that_comes_late_is_refused(head, hosts, tiny):
-    """It was not there when the nodes were asked. The refusal names path and node, and the run is started where the disk is right."""
+    """It was not there when the nodes were asked.
+
+    The refusal names path and node, and the run is started where the disk is right.
+    """
     run = start_run(head, tiny, "late")
     with ended(run):
-        wait_for(lambda: (head.shared / "runs" / "late").is_dir() or run.poll() is not None, SLOW_S, lambda: told(head, "late"))
+        wait_for(
+            lambda: (head.shared / "runs" / "late").is_dir() or run.poll() is not None,
+            SLOW_S,
+            lambda: told(head, "late"),
+        )
         with joined(head, hosts[1], f"mount -t tmpfs none {head.shared}"):
             assert run.wait(SLOW_S) == 2, told(head, "late")
     path = head.shared / "runs" / "late"
     line = told(head, "late").splitlines()[-1]
-    assert line.startswith(f"error: storage_path: {path} is not shared with node {hosts[1].name} ({hosts[1].address})")
+    assert line.startswith(
+        f"error: storage_path: {path} is not shared with node {hosts[1].name} ({hosts[1].address})"
+    )
     with joined(head, hosts[1]):
         assert start_run(head, tiny, "late").wait(SLOW_S) == 0, told(head, "late")
     assert [row["step"] for row in rows_of(head, "late")] == list(range(1, 13))
 
 
-def test_a_sweep_stands_still_where_a_host_without_the_storage_comes_and_goes_on_without_it(head, hosts, tiny):
-    """The head's one CPU trains a trial; the other lands on the bad host, and its trial waits for the same command."""
+def test_a_sweep_stands_still_where_a_host_without_the_storage_comes_and_goes_on_without_it(
+    head, hosts, tiny
+):
+    """The head's one CPU trains a trial; the other lands on the bad host, and its trial waits
+    for the same command.
+    """
     sweep = [
         "sweeps/head.yaml",
         f"base={tiny}",
@@ -249,14 +345,20 @@ def test_a_sweep_stands_still_where_a_host_without_the_storage_comes_and_goes_on
     sweep += ["set.train.steps=200"]
     command = [*head.inside, sys.executable, "-m", "flowray.tune", *sweep]
     with (head.folder / "bad-host.log").open("w") as out:
-        tune = subprocess.Popen(command, env=head.as_driver, stdout=out, stderr=out, cwd=head.folder)
+        tune = subprocess.Popen(
+            command, env=head.as_driver, stdout=out, stderr=out, cwd=head.folder
+        )
     with ended(tune):
         wait_for(
-            lambda: (head.shared / "runs" / "bad-host" / "0").is_dir() or tune.poll() is not None, SLOW_S, lambda: told(head, "bad-host")
+            lambda: (head.shared / "runs" / "bad-host" / "0").is_dir() or tune.poll() is not None,
+            SLOW_S,
+            lambda: told(head, "bad-host"),
         )
         with joined(head, hosts[1], f"mount -t tmpfs none {head.shared}"):
             assert tune.wait(SLOW_S) == 2, told(head, "bad-host")
-    told_lines = [line for line in told(head, "bad-host").splitlines() if line.startswith("error: ")]
+    told_lines = [
+        line for line in told(head, "bad-host").splitlines() if line.startswith("error: ")
+    ]
     assert len(told_lines) == 1
     assert f"is not shared with node {hosts[1].name}" in told_lines[0]
     rows = read_rows(head.shared / "runs" / "bad-host" / "trials.jsonl")

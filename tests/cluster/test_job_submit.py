@@ -1,4 +1,6 @@
-"""A real cluster on this machine: a head that takes a token, a second node, jobs submitted as users do, storage that is not shared."""
+"""A real cluster on this machine: a head that takes a token, a second node, jobs submitted as
+users do, storage that is not shared.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,16 @@ def test_without_the_token_nothing_is_to_be_had(head):
     wrong = head.folder / "wrong"
     wrong.write_text("f" * 64)
     address = f"http://127.0.0.1:{head.dashboard}"
-    refused = head.ray("job", "submit", "--address", address, "--", "touch", str(head.shared / "was-here"), RAY_AUTH_TOKEN_PATH=str(wrong))
+    refused = head.ray(
+        "job",
+        "submit",
+        "--address",
+        address,
+        "--",
+        "touch",
+        str(head.shared / "was-here"),
+        RAY_AUTH_TOKEN_PATH=str(wrong),
+    )
     assert refused.returncode != 0
     assert not (head.shared / "was-here").exists()
     connect = "import ray; ray.init(address='auto', logging_level='ERROR'); print(ray.nodes())"
@@ -89,20 +100,48 @@ def check_sweep(head: Head, name: str, done: subprocess.CompletedProcess) -> Non
 
 
 def test_job_submit_verbatim(head, tiny):
-    """Only the package is on the cluster: the sweep file is the packaged one, and runs land on the shared folder."""
+    """Only the package is on the cluster: the sweep file is the packaged one, and runs land on
+    the shared folder.
+    """
     assert not (head.shared / "sweeps").exists()
-    done = head.submit("verbatim", "python", "-m", "flowray.tune", "sweeps/head.yaml", f"base={tiny}", "name=verbatim", *SHORT)
+    done = head.submit(
+        "verbatim",
+        "python",
+        "-m",
+        "flowray.tune",
+        "sweeps/head.yaml",
+        f"base={tiny}",
+        "name=verbatim",
+        *SHORT,
+    )
     check_sweep(head, "verbatim", done)
 
 
 def test_job_submit_from_a_clone(head, tiny):
-    """--working-dir: this clone travels, but for what .gitignore and .rayignore name, and is what the job imports."""
+    """--working-dir: this clone travels, but for what .gitignore and .rayignore name, and is
+    what the job imports.
+    """
     clone = head.folder / "clone"
-    shutil.copytree(ROOT, clone, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info"))
+    shutil.copytree(
+        ROOT,
+        clone,
+        symlinks=True,
+        ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info"),
+    )
     sweep = clone / "sweeps" / "clones-own.yaml"
     sweep.write_text((clone / "sweeps" / "head.yaml").read_text())
-    command = ["python", "-m", "flowray.tune", "sweeps/clones-own.yaml", f"base={tiny}", "name=clone", *SHORT]
-    check_sweep(head, "clone", head.submit("clone", *command, options=("--working-dir", str(clone))))
+    command = [
+        "python",
+        "-m",
+        "flowray.tune",
+        "sweeps/clones-own.yaml",
+        f"base={tiny}",
+        "name=clone",
+        *SHORT,
+    ]
+    check_sweep(
+        head, "clone", head.submit("clone", *command, options=("--working-dir", str(clone)))
+    )
 
 
 def test_a_job_trains_one_recipe_and_resumes_it(head, tiny):
@@ -132,7 +171,9 @@ def test_prometheus_can_read_the_metrics(head):
     deadline = time.monotonic() + 120
     text = ""
     while "ray_node_cpu_utilization" not in text and time.monotonic() < deadline:
-        with urllib.request.urlopen(f"http://{head.host}:{head.metrics}/metrics", timeout=60) as answer:
+        with urllib.request.urlopen(
+            f"http://{head.host}:{head.metrics}/metrics", timeout=60
+        ) as answer:
             text = answer.read().decode()
         time.sleep(2)
     assert "ray_node_cpu_utilization" in text
@@ -142,33 +183,58 @@ def test_prometheus_can_read_the_metrics(head):
 def test_storage_in_the_job_folder_is_refused(head, tiny):
     folder = head.folder / "small"
     folder.mkdir()
-    options = ("--working-dir", str(folder), "--runtime-env-json", json.dumps({"env_vars": {"FLOWRAY_STORAGE": ""}}))
-    done = head.submit("vanishing", "python", "-m", "flowray.train", str(tiny), "name=vanishing", options=options)
+    options = (
+        "--working-dir",
+        str(folder),
+        "--runtime-env-json",
+        json.dumps({"env_vars": {"FLOWRAY_STORAGE": ""}}),
+    )
+    done = head.submit(
+        "vanishing", "python", "-m", "flowray.train", str(tiny), "name=vanishing", options=options
+    )
     assert done.returncode != 0
     assert "is removed with the job" in done.stdout
 
 
 def test_the_check_finds_this_cluster_sound(head):
     done = head.submit("check", "python", "-m", "flowray.cluster", "check", "--json")
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"healthy"')))
+    found = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith('{"healthy"'))
+    )
     assert len(found["nodes"]) == 1
     wrong = [row for row in found["rows"] if row["severity"] == "bad"]
     assert wrong == []
     assert (done.returncode == 0) == found["healthy"]  # a slow disk is a finding too
-    assert {row["check"] for row in found["rows"]} >= {"python", "torch", "ray", "flowray", "gpus", "storage", "clock", "all-reduce"}
+    assert {row["check"] for row in found["rows"]} >= {
+        "python",
+        "torch",
+        "ray",
+        "flowray",
+        "gpus",
+        "storage",
+        "clock",
+        "all-reduce",
+    }
 
 
 @pytest.fixture
 def second_node(head) -> Iterator[None]:
-    """A node in a mount namespace of its own, where another file system lies over the shared folder."""
+    """A node in a mount namespace of its own, where another file system lies over the shared
+    folder.
+    """
     mount = f"mount -t tmpfs none {head.shared}"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this machine lets no process have its own mounts (unshare -m)")
     with joined(head, inside=("unshare", "-m", "sh", "-c", f'{mount} && exec "$0" "$@"')) as node:
-        nodes = "import ray; ray.init(logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
+        nodes = (
+            "import ray; ray.init(logging_level='ERROR'); print(sum(n['Alive'] for n in"
+            " ray.nodes()))"
+        )
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
-            asked = subprocess.run([sys.executable, "-c", nodes], env=head.as_driver, capture_output=True, text=True)
+            asked = subprocess.run(
+                [sys.executable, "-c", nodes], env=head.as_driver, capture_output=True, text=True
+            )
             if asked.stdout.strip().endswith("2"):
                 break
         else:
@@ -188,9 +254,13 @@ def test_unshared_storage_is_refused_by_path_and_node(head, tiny, second_node):
     assert not (head.shared / "runs" / "unshared").exists()
     check = head.command("flowray.cluster", "check", "--json")
     assert check.returncode == 1
-    found = json.loads(next(line for line in check.stdout.splitlines() if line.startswith('{"healthy"')))
+    found = json.loads(
+        next(line for line in check.stdout.splitlines() if line.startswith('{"healthy"'))
+    )
     bad = [row for row in found["rows"] if row["severity"] == "bad"]
     assert [row["check"] for row in bad] == ["storage"]
     assert str(head.shared / "runs") in bad[0]["fix"]
     assert len([row for row in found["rows"] if row["check"] == "network"]) == 2
-    assert next(row for row in found["rows"] if row["check"] == "all-reduce")["found"].startswith("2 rank(s), gloo")
+    assert next(row for row in found["rows"] if row["check"] == "all-reduce")["found"].startswith(
+        "2 rank(s), gloo"
+    )

@@ -19,9 +19,9 @@ from heads import BIN
 from support import remarks
 
 from flowray.cli.cluster import main
+from flowray.cluster import nodes, ports
+from flowray.cluster.nodes import MARK, running
 from flowray.config.errors import InputError
-from flowray.rayrun import nodes, ports
-from flowray.rayrun.nodes import MARK, running
 
 SMALL = ["--", "--num-cpus=1", "--object-store-memory=100000000"]
 
@@ -111,15 +111,21 @@ def test_who_joins_needs_the_heads_token_and_makes_none(home):
 # --- their end
 
 
-def test_stop_ends_what_is_marked_and_its_children_and_nothing_else(tmp_path, home, monkeypatch, capsys):
+def test_stop_ends_what_is_marked_and_its_children_and_nothing_else(
+    tmp_path, home, monkeypatch, capsys
+):
     """Processes with the mark, one of them deaf to SIGTERM; the child of one lost the mark."""
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)"
-    child = "import os, subprocess, time; subprocess.Popen(['sleep', '100'], env={}); time.sleep(100)"
+    child = (
+        "import os, subprocess, time; subprocess.Popen(['sleep', '100'], env={}); time.sleep(100)"
+    )
     monkeypatch.setattr(nodes, "END_S", 1.0)
     files = tmp_path / f"{nodes.FOLDERS}files"
     files.mkdir()
     mine = os.environ | {MARK: f"head 192.0.2.9:1 {files}"}
-    started = [subprocess.Popen([sys.executable, "-c", code], env=mine) for code in (deaf, child, "pass")]
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], env=mine) for code in (deaf, child, "pass")
+    ]
     other = os.environ | {MARK: f"worker 192.0.2.8:1 {tmp_path}"}
     foreign = os.environ | {MARK: "1"}  # a variable of that name that is nobody's node
     kept = [subprocess.Popen(["sleep", "100"], env=env) for env in (other, os.environ, foreign)]
@@ -152,7 +158,9 @@ def test_stop_ends_what_is_marked_and_its_children_and_nothing_else(tmp_path, ho
 # --- the real thing
 
 
-def command(*argv: str, before: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess:
+def command(
+    *argv: str, before: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess:
     return subprocess.run(
         [*before, sys.executable, "-m", "flowray.cluster", *argv],
         env=os.environ | environment,
@@ -170,7 +178,9 @@ def printed(done: subprocess.CompletedProcess, word: str) -> str:
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_two_heads_side_by_side(home, monkeypatch):
-    """Each with its own ports; a job, a node and an end by the lines that the second one printed."""
+    """Each with its own ports; a job, a node and an end by the lines that the second one
+    printed.
+    """
     monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
     ours: list[str] = []
     try:
@@ -182,7 +192,9 @@ def test_two_heads_side_by_side(home, monkeypatch):
         assert {node.address for node in running()} >= set(ours)
         first, second = ours
 
-        asks = "import ray; ray.init(logging_level=40); print(ray.get_runtime_context().gcs_address)"
+        asks = (
+            "import ray; ray.init(logging_level=40); print(ray.get_runtime_context().gcs_address)"
+        )
         submit = printed(heads[1], "submit").partition(" -- ")[0]
         job = f"{submit} -- python -c {shlex.quote(asks)}"
         said = subprocess.run(job, shell=True, capture_output=True, text=True, timeout=300)
@@ -199,7 +211,9 @@ def test_two_heads_side_by_side(home, monkeypatch):
         assert turned_away.returncode == 2
         (line,) = remarks(turned_away.stderr)
         assert "token" in line
-        pointed = command("check", "--storage", str(home), RAY_ADDRESS=second, RAY_AUTH_TOKEN_PATH=str(wrong))
+        pointed = command(
+            "check", "--storage", str(home), RAY_ADDRESS=second, RAY_AUTH_TOKEN_PATH=str(wrong)
+        )
         assert pointed.returncode == 2
         assert "token" in pointed.stderr
 

@@ -12,7 +12,18 @@ from flowray.config.card import git_commit, header, key_diffs, render_card
 from flowray.config.load import Loaded, dump_recipe, load_recipe
 
 FACTS = {"exp_id": "exp_20250903_A", "commit": "main / abc1234", "hardware": "2 CPU cores"}
-LOGS_FIELDS = ["EXP_ID", "TITLE", "PURPOSE", "KEY_DIFFS", "DATASET", "HARDWARE", "BRANCH/COMMIT", "CORE PARAMS", "TAGS", "NOTES"]
+LOGS_FIELDS = [
+    "EXP_ID",
+    "TITLE",
+    "PURPOSE",
+    "KEY_DIFFS",
+    "DATASET",
+    "HARDWARE",
+    "BRANCH/COMMIT",
+    "CORE PARAMS",
+    "TAGS",
+    "NOTES",
+]
 
 
 @pytest.fixture
@@ -32,7 +43,11 @@ def loaded() -> Loaded:
 
 
 def fields(block: str) -> dict[str, str]:
-    return {m[1].strip(): m[2] for line in block.splitlines() if (m := re.fullmatch(r"# ([A-Z_/ ]+?) *: ?(.*)", line))}
+    return {
+        m[1].strip(): m[2]
+        for line in block.splitlines()
+        if (m := re.fullmatch(r"# ([A-Z_/ ]+?) *: ?(.*)", line))
+    }
 
 
 def test_the_header_has_the_logs_fields_in_the_logs_order(loaded: Loaded) -> None:
@@ -63,13 +78,25 @@ def test_what_the_recipe_states_wins() -> None:
 def test_key_diffs_are_few() -> None:
     assert key_diffs({"name": ("a", "b"), "seed": (0, 1)}) == "none: the base as it is"
     diffs = {f"train.k{n}": (n, n + 1) for n in range(6)}
-    assert key_diffs(diffs) == ", ".join(f"train.k{n}={n + 1} (was {n})" for n in range(4)) + " and 2 more"
+    assert (
+        key_diffs(diffs)
+        == ", ".join(f"train.k{n}={n + 1} (was {n})" for n in range(4)) + " and 2 more"
+    )
 
 
 def render(path: Path, loaded: Loaded, step: int = 10, **metrics: float) -> str:
     said = {"ema/flow/cos": "good (0.5 to 1)"}
     strips = ["samples/step_10.png"]
-    render_card(path, loaded.recipe, loaded.diffs, **FACTS, metrics=metrics, step=step, verdicts=said, samples=strips)
+    render_card(
+        path,
+        loaded.recipe,
+        loaded.diffs,
+        **FACTS,
+        metrics=metrics,
+        step=step,
+        verdicts=said,
+        samples=strips,
+    )
     return path.read_text(encoding="utf-8")
 
 
@@ -96,8 +123,13 @@ def test_hand_written_text_survives_and_numbers_are_renewed(tmp_path: Path, load
     path = tmp_path / "card.md"
     text = render(path, loaded, **{"shoot/nmse": 0.5})
     mine = "**keep**: 形状出来了\n\n```\n## not a heading\n```"
-    text = text.replace("- keep / reject / re-verify: not judged yet", mine).replace("does a pooled head do?", "my own goal")
-    path.write_text(text.replace("## Next step\n\n-", "## Next step\n\ntry 2x lr\n\n## Remarks\n\nof my own"), encoding="utf-8")
+    text = text.replace("- keep / reject / re-verify: not judged yet", mine).replace(
+        "does a pooled head do?", "my own goal"
+    )
+    path.write_text(
+        text.replace("## Next step\n\n-", "## Next step\n\ntry 2x lr\n\n## Remarks\n\nof my own"),
+        encoding="utf-8",
+    )
     again = render(path, loaded, step=20, **{"shoot/nmse": 0.25})
     assert mine in again
     assert "my own goal" in again

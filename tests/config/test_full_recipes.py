@@ -24,7 +24,10 @@ def test_no_group_learns_faster_than_the_notes_allow(name: str) -> None:
     """Text side and heads of the contrastive loss at most 2e-4, the trunk at most 1e-4."""
     optim = load_recipe(name).recipe.optim
     for group, most in {"text": 2e-4, "z_head": 2e-4, "trunk": 1e-4}.items():
-        assert min(optim.lr * getattr(optim.lr_scale, group), getattr(optim.lr_max, group) or most) <= most, group
+        assert (
+            min(optim.lr * getattr(optim.lr_scale, group), getattr(optim.lr_max, group) or most)
+            <= most
+        ), group
 
 
 def test_the_notes_limits_hold_whatever_the_lr() -> None:

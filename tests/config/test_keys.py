@@ -9,17 +9,22 @@ import pytest
 from flowray.config.keys import KEYS, alternatives, describe
 
 CONTRACT = """
-loss/{flow,kl,kl_raw,clip,dino,lpips,tv,norm,anchor,total} weight/kl lr/head amp/{scale,backoffs} grad/{flow,kl,clip,dino,total}
+loss/{flow,kl,kl_raw,clip,dino,lpips,tv,norm,anchor,total} weight/kl lr/head
+amp/{scale,backoffs} grad/{flow,kl,clip,dino,total}
 grad/clip_frac grad/{flow,kl}_weighted step/{z_head,flow_head}_update_ratio
 ent/{teacher,student} mu/{abs_mean,rms} logvar/mean std/{mean,min,max}
-z_init/{mean,var,std_per_dim_mean} scale/{z0,z1,xt,v}_norm scale/ratio flow/{cos,nmse,speed_ratio,cond_gain_cos} flow/{nmse,cos}_t{0..9}
-flow/endpt_rmse@{8,16,32,64} shoot/{mse,nmse,skill,cond_gain} teacher/mse@{5,10,20,50,100} teacher_native/mse@100
+z_init/{mean,var,std_per_dim_mean} scale/{z0,z1,xt,v}_norm scale/ratio
+flow/{cos,nmse,speed_ratio,cond_gain_cos} flow/{nmse,cos}_t{0..9}
+flow/endpt_rmse@{8,16,32,64} shoot/{mse,nmse,skill,cond_gain}
+teacher/mse@{5,10,20,50,100} teacher_native/mse@100
 text/{cos,cos_mu,cos_same,snr} vae/psnr time/embed_norm gain/best ema/delta_rms eval/all_correct
 perf/{images_per_s,step_s,data_wait_s,mfu}
 """
 
 
-@pytest.mark.parametrize("name", [name for pattern in CONTRACT.split() for name in alternatives(pattern)])
+@pytest.mark.parametrize(
+    "name", [name for pattern in CONTRACT.split() for name in alternatives(pattern)]
+)
 def test_every_contract_key_is_described_under_its_own_name(name: str) -> None:
     key = describe(name)
     assert key is not None
@@ -45,7 +50,12 @@ def test_ema_measures_the_same_thing_on_other_weights() -> None:
     raw, ema = describe("shoot/nmse"), describe("ema/shoot/nmse")
     assert raw is not None
     assert ema is not None
-    assert (ema.name, ema.unit, ema.good, ema.direction) == ("ema/shoot/nmse", raw.unit, raw.good, raw.direction)
+    assert (ema.name, ema.unit, ema.good, ema.direction) == (
+        "ema/shoot/nmse",
+        raw.unit,
+        raw.good,
+        raw.direction,
+    )
     assert "EMA" in ema.formula
     own = describe("ema/delta_rms")
     assert own is not None
@@ -54,7 +64,12 @@ def test_ema_measures_the_same_thing_on_other_weights() -> None:
 
 @pytest.mark.parametrize(
     ("name", "good"),
-    [("flow/cos", (0.5, 1.0)), ("flow/speed_ratio", (0.5, 2.0)), ("scale/ratio", (1 / 3, 3.0)), ("text/cos", (-1.0, 0.9))],
+    [
+        ("flow/cos", (0.5, 1.0)),
+        ("flow/speed_ratio", (0.5, 2.0)),
+        ("scale/ratio", (1 / 3, 3.0)),
+        ("text/cos", (-1.0, 0.9)),
+    ],
 )
 def test_the_logs_thresholds(name: str, good: tuple[float, float]) -> None:
     key = describe(name)
@@ -62,6 +77,19 @@ def test_the_logs_thresholds(name: str, good: tuple[float, float]) -> None:
     assert key.good == good
 
 
-@pytest.mark.parametrize("name", ["flow/nmse_t10", "flow/coss", "loss/foo", "step", "ema/step", "ema/ema/flow/cos", "lr/", "lr/a/b", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flow/nmse_t10",
+        "flow/coss",
+        "loss/foo",
+        "step",
+        "ema/step",
+        "ema/ema/flow/cos",
+        "lr/",
+        "lr/a/b",
+        "",
+    ],
+)
 def test_other_names_are_unknown(name: str) -> None:
     assert describe(name) is None

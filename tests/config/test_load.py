@@ -66,7 +66,9 @@ def test_a_child_merges_deeply_and_its_differences_are_against_its_base(write: W
     assert loaded.diffs == {"optim.lr": (2e-3, 1e-4), "train.steps": (1000, 7)}
 
 
-def test_a_relative_base_is_found_beside_the_file_that_names_it(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_base_is_found_beside_the_file_that_names_it(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "sub").mkdir()
     write("base: ../top.yaml\ntrain:\n  steps: 5\n", "sub/child.yaml")
     write("base: digits\ntrain:\n  batch_size: 8\n", "top.yaml")
@@ -83,8 +85,12 @@ def test_a_path_wins_over_a_packaged_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_another_kind_resets_its_mapping_and_the_same_kind_does_not(write: Write) -> None:
     write("model:\n  head:\n    kind: grid\n    hidden: 64\n    layers: 5\n", "grid.yaml")
-    same = load_recipe(write("base: grid.yaml\nmodel:\n  head: {kind: grid, convs: 3}\n")).recipe.model.head
-    other = load_recipe(write("base: grid.yaml\nmodel:\n  head: {kind: conv, mlp: 9}\n")).recipe.model.head
+    same = load_recipe(
+        write("base: grid.yaml\nmodel:\n  head: {kind: grid, convs: 3}\n")
+    ).recipe.model.head
+    other = load_recipe(
+        write("base: grid.yaml\nmodel:\n  head: {kind: conv, mlp: 9}\n")
+    ).recipe.model.head
     assert same == GridHead(hidden=64, layers=5, convs=3)
     assert other == ConvHead(mlp=9)
 
@@ -95,13 +101,23 @@ def test_differences_across_kinds_are_against_the_new_kind(write: Write) -> None
 
 
 def test_a_section_without_keys_changes_nothing(write: Write) -> None:
-    assert load_recipe(write("optim:\n  # lr: 1\nseed: 0\n")).recipe == Recipe(storage_path=str(Path("runs").absolute()))
+    assert load_recipe(write("optim:\n  # lr: 1\nseed: 0\n")).recipe == Recipe(
+        storage_path=str(Path("runs").absolute())
+    )
 
 
 def test_yaml_anchors_and_merge_keys_work(write: Write) -> None:
-    text = "loss:\n  flow: &w\n    weight: 2\n  kl:\n    <<: *w\n    form: gaussian\n  clip:\n    <<: *w\n    weight: 3\n"
+    text = (
+        "loss:\n  flow: &w\n    weight: 2\n  kl:\n    <<: *w\n    form: gaussian\n  clip:\n    <<:"
+        " *w\n    weight: 3\n"
+    )
     loss = load_recipe(write(text)).recipe.loss
-    assert (loss.flow.weight, loss.kl.weight, loss.kl.form, loss.clip.weight) == (2, 2, "gaussian", 3)
+    assert (loss.flow.weight, loss.kl.weight, loss.kl.form, loss.clip.weight) == (
+        2,
+        2,
+        "gaussian",
+        3,
+    )
     shared = "loss:\n  flow: &w\n    weight: 2\n  kl: &k\n    <<: *w\n    weight: 3\n  clip: *k\n"
     assert load_recipe(write(shared)).recipe.loss.clip.weight == 3
 
@@ -115,7 +131,11 @@ def test_yaml_anchors_and_merge_keys_work(write: Write) -> None:
         ("optim.lr=1e-4", "optim.lr", 1e-4),
         ("train.steps=12", "train.steps", 12),
         ("optim.betas=[0.8, 0.9]", "optim.betas", (0.8, 0.9)),
-        ("sample.prompts=[a red circle, a blue square]", "sample.prompts", ("a red circle", "a blue square")),
+        (
+            "sample.prompts=[a red circle, a blue square]",
+            "sample.prompts",
+            ("a red circle", "a blue square"),
+        ),
         ("name=20250903", "name", "20250903"),
         ("card.notes=warm-up: 50", "card.notes", "warm-up: 50"),
         ("model.text.template={prompt}!", "model.text.template", "{prompt}!"),
@@ -137,14 +157,20 @@ def test_overrides_compose_in_order_and_kinds_come_first() -> None:
         return load_recipe("base", overrides).recipe.model.head
 
     assert head("model.head.kind=pooled") == PooledHead()
-    assert head("model.head.kind=pooled", "model.head.layers=4", "model.head.hidden=8") == PooledHead(layers=4, hidden=8)
+    assert head(
+        "model.head.kind=pooled", "model.head.layers=4", "model.head.hidden=8"
+    ) == PooledHead(layers=4, hidden=8)
     assert head("model.head.layers=4", "model.head.kind=pooled") == PooledHead(layers=4)
-    assert head("model.head={kind: pooled, layers: 4}", "model.head.hidden=8") == PooledHead(layers=4, hidden=8)
+    assert head("model.head={kind: pooled, layers: 4}", "model.head.hidden=8") == PooledHead(
+        layers=4, hidden=8
+    )
     assert head("model.head.layers=4", "model.head.layers=5") == GridHead(layers=5)
 
 
 def test_override_recipe_sets_python_values_in_any_order() -> None:
-    recipe = override_recipe(Recipe(), {"model.head.hidden": 48, "model.head.kind": "conv", "optim.lr": "1e-4"})
+    recipe = override_recipe(
+        Recipe(), {"model.head.hidden": 48, "model.head.kind": "conv", "optim.lr": "1e-4"}
+    )
     assert recipe.model.head == ConvHead(hidden=48)
     assert recipe.optim.lr == 1e-4
     assert override_recipe(recipe, {}) == recipe
@@ -190,45 +216,99 @@ def test_a_dump_reads_back_equal(write: Write) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seed: 0\noptim:\n  learning_rate: 1\n", "r.yaml:3: unknown key optim.learning_rate, did you mean optim.lr?"),
-        ("train:\n  bach_size: 8\n", "r.yaml:2: unknown key train.bach_size, did you mean train.batch_size?"),
+        (
+            "seed: 0\noptim:\n  learning_rate: 1\n",
+            "r.yaml:3: unknown key optim.learning_rate, did you mean optim.lr?",
+        ),
+        (
+            "train:\n  bach_size: 8\n",
+            "r.yaml:2: unknown key train.bach_size, did you mean train.batch_size?",
+        ),
         ("batch: 8\n", "r.yaml:1: unknown key batch, did you mean train.batch_size?"),
         ("lr: 8\n", "r.yaml:1: unknown key lr, did you mean optim.lr?"),
         ("optimizer:\n  lr: 1\n", "r.yaml:1: unknown key optimizer, did you mean optim?"),
-        ("train:\n  epochs: 8\n", "r.yaml:2: unknown key train.epochs; length is counted in steps: use train.steps"),
-        ("cfg_scale: 3\n", "r.yaml:1: unknown key cfg_scale; use sample.guidance_scale, which is the logs' w + 1 (1 is off)"),
-        ("data:\n  zzz: 8\n", f"r.yaml:2: unknown key data.zzz; allowed under data: {', '.join(DataConfig.model_fields)}"),
+        (
+            "train:\n  epochs: 8\n",
+            "r.yaml:2: unknown key train.epochs; length is counted in steps: use train.steps",
+        ),
+        (
+            "cfg_scale: 3\n",
+            (
+                "r.yaml:1: unknown key cfg_scale; use sample.guidance_scale, which is the logs' w +"
+                " 1 (1 is off)"
+            ),
+        ),
+        (
+            "data:\n  zzz: 8\n",
+            (
+                "r.yaml:2: unknown key data.zzz; allowed under data:"
+                f" {', '.join(DataConfig.model_fields)}"
+            ),
+        ),
         ("optim:\n  lr: abc\n", "r.yaml:2: optim.lr: got 'abc', want a number > 0"),
         ("optim:\n  lr: yes\n", "r.yaml:2: optim.lr: got true, want a number > 0"),
         ("optim:\n  lr: .nan\n", "r.yaml:2: optim.lr: got nan, want a number > 0"),
         ("optim:\n  betas: [0.9]\n", "r.yaml:2: optim.betas: got [0.9], want a list of 2 numbers"),
-        ("loss:\n  kl:\n\n    weight: -1\n", "r.yaml:4: loss.kl.weight: got -1, want a number >= 0"),
-        ("loss:\n  kl:\n    form: bx\n", "r.yaml:3: loss.kl.form: got 'bx', want one of box, gaussian"),
+        (
+            "loss:\n  kl:\n\n    weight: -1\n",
+            "r.yaml:4: loss.kl.weight: got -1, want a number >= 0",
+        ),
+        (
+            "loss:\n  kl:\n    form: bx\n",
+            "r.yaml:3: loss.kl.form: got 'bx', want one of box, gaussian",
+        ),
         ("loss:\n  kl: 3\n", "r.yaml:2: loss.kl: got 3, want a mapping"),
-        ("loss:\n  kl: {weight: -1, form: bx}\n", "r.yaml:2: loss.kl.weight: got -1, want a number >= 0 (and 1 more error)"),
+        (
+            "loss:\n  kl: {weight: -1, form: bx}\n",
+            "r.yaml:2: loss.kl.weight: got -1, want a number >= 0 (and 1 more error)",
+        ),
         ("train:\n  ema: 1\n", "r.yaml:2: train.ema: got 1, want a number >= 0 and < 1"),
         ("data:\n  limit: 0\n", "r.yaml:2: data.limit: got 0, want null or a whole number > 0"),
         ("name: 2024\n", "r.yaml:1: name: got 2024, want text in quotes"),
-        ("name: a b\n", "r.yaml:1: name: got 'a b', a name becomes a folder: letters, digits, '.', '_' and '-' only"),
-        ("model:\n  head: pooled\n", "r.yaml:2: model.head: got 'pooled', want a mapping; type model.head.kind=pooled"),
+        (
+            "name: a b\n",
+            (
+                "r.yaml:1: name: got 'a b', a name becomes a folder: letters, digits, '.', '_' and"
+                " '-' only"
+            ),
+        ),
+        (
+            "model:\n  head: pooled\n",
+            "r.yaml:2: model.head: got 'pooled', want a mapping; type model.head.kind=pooled",
+        ),
         (
             "model:\n  head:\n    kind: poled\n",
-            "r.yaml:3: model.head.kind: got 'poled', want one of pooled, grid, conv, transencoder, did you mean pooled?",
+            (
+                "r.yaml:3: model.head.kind: got 'poled', want one of pooled, grid, conv,"
+                " transencoder, did you mean pooled?"
+            ),
         ),
         (
             "model:\n  head:\n    kind: pooled\n    heads: 8\n",
-            "r.yaml:4: model.head.heads belongs to kind grid or transencoder, but model.head.kind is pooled "
-            "(which takes shape, linear_map, hidden, layers); set model.head.kind too, or drop the key",
+            (
+                "r.yaml:4: model.head.heads belongs to kind grid or transencoder, but"
+                " model.head.kind is pooled (which takes shape, linear_map, hidden, layers); set"
+                " model.head.kind too, or drop the key"
+            ),
         ),
-        ("model:\n  text:\n    kind: encoder\n", "r.yaml:3: model.text.path: is missing (kind encoder needs it), want text"),
-        ("model:\n  head:\n    hidden: 63\n", "r.yaml:3: model.head: hidden 63 must be a multiple of heads 4 and of 4"),
+        (
+            "model:\n  text:\n    kind: encoder\n",
+            "r.yaml:3: model.text.path: is missing (kind encoder needs it), want text",
+        ),
+        (
+            "model:\n  head:\n    hidden: 63\n",
+            "r.yaml:3: model.head: hidden 63 must be a multiple of heads 4 and of 4",
+        ),
         (
             "model:\n  latent:\n    height: 9\n  velocity:\n    patch: 2\n  head:\n    layers: 1\n",
             "r.yaml:5: model: velocity.patch 2 must divide the latent's 9 x 8",
         ),
         (
             "loss:\n  kl:\n    schedule:\n      steps: 5\n",
-            "r.yaml:4: loss.kl.schedule: a linear schedule takes either steps or fraction (steps is 5, fraction is 0.1; null unsets one)",
+            (
+                "r.yaml:4: loss.kl.schedule: a linear schedule takes either steps or fraction"
+                " (steps is 5, fraction is 0.1; null unsets one)"
+            ),
         ),
         (
             "resources:\n  num_workers: 3\nseed: 1\n",
@@ -239,14 +319,26 @@ def test_a_dump_reads_back_equal(write: Write) -> None:
         ("", "r.yaml: is empty, want a mapping of keys, such as `name: my_run`"),
         ("# nothing\n", "r.yaml: is empty, want a mapping of keys, such as `name: my_run`"),
         ("\n- a\n", "r.yaml:2: got a list, want a mapping of keys, such as `name: my_run`"),
-        ("seed: 1\na: [1\n", "r.yaml:3: not valid YAML: expected ',' or ']', but got '<stream end>'"),
-        ("seed: 1\n\tb: 2\n", "r.yaml:2: not valid YAML: found character '\\t' that cannot start any token"),
+        (
+            "seed: 1\na: [1\n",
+            "r.yaml:3: not valid YAML: expected ',' or ']', but got '<stream end>'",
+        ),
+        (
+            "seed: 1\n\tb: 2\n",
+            "r.yaml:2: not valid YAML: found character '\\t' that cannot start any token",
+        ),
         ("seed: 1\nname: \x07\n", "r.yaml:2: not valid YAML: control character '\\x07'"),
-        ("seed: !!python/name:os.system\n", "r.yaml:1: not valid YAML: could not determine a constructor for the tag"),
+        (
+            "seed: !!python/name:os.system\n",
+            "r.yaml:1: not valid YAML: could not determine a constructor for the tag",
+        ),
         ("1: 2\n", "r.yaml:1: key 1 must be plain text; put it in quotes"),
         ("card: &x\n  notes: *x\n", "r.yaml:1: the anchor contains itself"),
         ("base: [a]\n", "r.yaml:1: base: got ['a'], want the name or path of a recipe"),
-        ("seed: 0\nbase: quikstart\n", "r.yaml:2: base: unknown recipe 'quikstart', did you mean quickstart?"),
+        (
+            "seed: 0\nbase: quikstart\n",
+            "r.yaml:2: base: unknown recipe 'quikstart', did you mean quickstart?",
+        ),
         ("base: s.yaml\n", "r.yaml:1: base: s.yaml: no such file, did you mean r.yaml?"),
         ("base: r.yaml\n", "r.yaml:1: base: r.yaml leads back to itself: r.yaml -> r.yaml"),
     ],
@@ -266,7 +358,13 @@ def test_a_bad_file_gets_one_line_with_its_place(write: Write, text: str, messag
         ("optimizer.lr=1", "unknown key optimizer.lr, did you mean optim.lr?"),
         ("wandb.project=x", "unknown key wandb.project; metrics go to metrics.jsonl"),
         ("optim.zzz=1", "unknown key optim.zzz; allowed under optim: lr, betas"),
-        ("model.head.kind=poled", "model.head.kind: got 'poled', want one of pooled, grid, conv, transencoder, did you mean pooled?"),
+        (
+            "model.head.kind=poled",
+            (
+                "model.head.kind: got 'poled', want one of pooled, grid, conv, transencoder, did"
+                " you mean pooled?"
+            ),
+        ),
         ("model.velocity.kind=di", "model.velocity.kind: got 'di'"),
         ("foo", "got 'foo', want key=value, such as optim.lr=3e-4"),
         ("=3", "got '=3', want key=value"),
@@ -280,10 +378,16 @@ def test_an_error_points_at_the_layer_that_set_the_value(write: Write) -> None:
     write("optim:\n  lr: 1\n\n  weight_decay: -1\n", "parent.yaml")
     assert "parent.yaml:4: optim.weight_decay" in one_line(write, "base: parent.yaml\nseed: 1\n")
     write("resources:\n  num_workers: 2\n", "parent.yaml")
-    assert one_line(write, "base: parent.yaml\ntrain:\n  batch_size: 33\n").startswith("r.yaml:3: train.batch_size 33")
+    assert one_line(write, "base: parent.yaml\ntrain:\n  batch_size: 33\n").startswith(
+        "r.yaml:3: train.batch_size 33"
+    )
     write("train:\n  batch_size: 32\nresources:\n  num_workers: 2\n", "parent.yaml")
-    assert one_line(write, "base: parent.yaml\ntrain:\n  batch_size: 33\n").startswith("r.yaml:3: train.batch_size 33")
-    assert one_line(write, "train:\n  batch_size: 33\n", "resources.num_workers=2").startswith("command line: train.batch_size 33")
+    assert one_line(write, "base: parent.yaml\ntrain:\n  batch_size: 33\n").startswith(
+        "r.yaml:3: train.batch_size 33"
+    )
+    assert one_line(write, "train:\n  batch_size: 33\n", "resources.num_workers=2").startswith(
+        "command line: train.batch_size 33"
+    )
 
 
 def test_a_source_that_is_no_recipe(tmp_path: Path, write: Write) -> None:
@@ -293,8 +397,13 @@ def test_a_source_that_is_no_recipe(tmp_path: Path, write: Write) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "folder.yaml").mkdir()
-    assert refusal("quickstat").startswith("unknown recipe 'quickstat', did you mean quickstart? (packaged: base, crossflow_256, ")
-    assert refusal(str(tmp_path / "rr.yaml")) == f"{tmp_path}/rr.yaml: no such file, did you mean {tmp_path}/r.yaml?"
+    assert refusal("quickstat").startswith(
+        "unknown recipe 'quickstat', did you mean quickstart? (packaged: base, crossflow_256, "
+    )
+    assert (
+        refusal(str(tmp_path / "rr.yaml"))
+        == f"{tmp_path}/rr.yaml: no such file, did you mean {tmp_path}/r.yaml?"
+    )
     assert refusal("/nowhere/x.yaml") == "/nowhere/x.yaml: no such file; / has no nowhere"
     assert f"{tmp_path}/run/config.yaml --resume" in refusal(str(tmp_path / "run"))
     assert "is a folder" in refusal(str(tmp_path / "empty"))
@@ -307,7 +416,14 @@ def test_a_source_that_is_no_recipe(tmp_path: Path, write: Write) -> None:
 
 def test_known_keys_cover_every_union_member() -> None:
     keys = known_keys()
-    assert {"optim.lr", "model.head", "model.head.heads", "model.head.mlp", "loss.kl.schedule.floor", "flow.time.low"} <= set(keys)
+    assert {
+        "optim.lr",
+        "model.head",
+        "model.head.heads",
+        "model.head.mlp",
+        "loss.kl.schedule.floor",
+        "flow.time.low",
+    } <= set(keys)
     assert {slot.owner for slot in keys["model.head.heads"]} == {GridHead, TransEncoderHead}
     assert len(keys["model.head.kind"]) == 4
 
@@ -332,7 +448,12 @@ def test_aliases_lead_to_keys_that_exist() -> None:
 
 @pytest.mark.parametrize(
     ("key", "given", "value"),
-    [("optim.lr", "1e-4", 1e-4), ("model.head.heads", "8", 8), ("model.head.kind", "conv", "conv"), ("flow.time.low", -2, -2.0)],
+    [
+        ("optim.lr", "1e-4", 1e-4),
+        ("model.head.heads", "8", 8),
+        ("model.head.kind", "conv", "conv"),
+        ("flow.time.low", -2, -2.0),
+    ],
 )
 def test_coerce_takes_any_union_member(key: str, given: object, value: object) -> None:
     got = coerce(key, given)
@@ -345,8 +466,19 @@ def test_coerce_takes_any_union_member(key: str, given: object, value: object) -
     [
         ("optim.lr", True, "optim.lr: got true, want a number > 0"),
         ("train.steps", 2.5, "train.steps: got 2.5, want a whole number > 0"),
-        ("model.head.kind", "poled", "model.head.kind: got 'poled', want one of pooled, grid, conv, transencoder, did you mean pooled?"),
-        ("model.head", 1, "model.head is a section, not a value; set one of its keys: model.head.kind"),
+        (
+            "model.head.kind",
+            "poled",
+            (
+                "model.head.kind: got 'poled', want one of pooled, grid, conv, transencoder, did"
+                " you mean pooled?"
+            ),
+        ),
+        (
+            "model.head",
+            1,
+            "model.head is a section, not a value; set one of its keys: model.head.kind",
+        ),
         ("optim.lrr", 1, "unknown key optim.lrr, did you mean optim.lr?"),
     ],
 )

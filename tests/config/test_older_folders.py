@@ -1,4 +1,6 @@
-"""Runs and sweeps of an older flowray, whose files have relative paths, and ones that were moved."""
+"""Runs and sweeps of an older flowray, whose files have relative paths, and ones that were
+moved.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ import flowray
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.paths import exists, no_such
-from flowray.config.sweepfile import load_sweep
+from flowray.sweepconfig.file import load_sweep
 
 RECORDED = Path(__file__).parent.parent / "report" / "recorded" / "head"
 
@@ -31,7 +33,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def place_of(source: Path | str, *typed: str, in_place: bool = True) -> Path:
-    loader = load_sweep if str(source).endswith("sweep.yaml") else lambda *a, **k: load_recipe(*a, **k).recipe
+    loader = (
+        load_sweep
+        if str(source).endswith("sweep.yaml")
+        else lambda *a, **k: load_recipe(*a, **k).recipe
+    )
     made = loader(str(source), typed, in_place=in_place)
     return Path(made.storage_path, made.name)
 
@@ -119,7 +125,7 @@ os.chdir("/")
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, recipe_names
 from flowray.config.paths import no_such
-from flowray.config.sweepfile import load_sweep
+from flowray.sweepconfig.file import load_sweep
 from flowray.data.shards import find_shards
 here = sys.argv[1]
 recipe_names()  # imports, of files that may be closed next

@@ -1,4 +1,6 @@
-"""Paths of recipes and sweeps: absolute from the moment they are loaded, relative to the file that names them."""
+"""Paths of recipes and sweeps: absolute from the moment they are loaded, relative to the file
+that names them.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from flowray.config.model import EncoderText
 from flowray.config.paths import PathField, absolute, argument, is_hub_name, no_such, path_field
 from flowray.config.recipe import Recipe
 from flowray.config.schema import known_keys
-from flowray.config.sweep import Sweep
-from flowray.config.sweepfile import base_recipe, dump_sweep, load_sweep, text_sweep
+from flowray.sweepconfig.check import base_recipe
+from flowray.sweepconfig.file import dump_sweep, load_sweep, text_sweep
+from flowray.sweepconfig.sweep import Sweep
 
 SWEEP = """\
 name: s
@@ -29,7 +32,9 @@ parameters:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder `my files` with recipes below it, while the working directory is `elsewhere`; $DATA is set."""
+    """A folder `my files` with recipes below it, while the working directory is `elsewhere`;
+    $DATA is set.
+    """
     for name in ("my files/deep", "elsewhere", "data/train"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -63,11 +68,19 @@ def test_every_text_that_is_a_path_says_so() -> None:
     unmarked = [
         key
         for key, field in fields.items()
-        if is_text(field) and any(word in key.rpartition(".")[2] for word in words) and path_field(field) is None
+        if is_text(field)
+        and any(word in key.rpartition(".")[2] for word in words)
+        and path_field(field) is None
     ]
     assert unmarked == []
     marked = {key for key, field in fields.items() if path_field(field)}
-    assert {"data.shards", "data.val_shards", "data.cache", "storage_path", "loss.lpips.vgg"} <= marked
+    assert {
+        "data.shards",
+        "data.val_shards",
+        "data.cache",
+        "storage_path",
+        "loss.lpips.vgg",
+    } <= marked
     assert {"model.text.path", "model.autoencoder.path", "loss.dino.teacher.path"} <= marked
     assert {"sweep.storage_path", "sweep.warm_start", "model.semantic.net.path"} <= marked
 
@@ -93,7 +106,9 @@ def test_every_text_that_is_a_path_says_so() -> None:
         ("loss.lpips.vgg", "vgg16.pth", "my files/vgg16.pth"),
     ],
 )
-def test_a_path_starts_from_the_file_that_names_it(home: Path, key: str, text: str, want: str | None) -> None:
+def test_a_path_starts_from_the_file_that_names_it(
+    home: Path, key: str, text: str, want: str | None
+) -> None:
     nested: object = text
     for name in reversed(key.split(".")):
         nested = {name: nested}
@@ -109,7 +124,9 @@ def test_a_path_starts_from_the_file_that_names_it(home: Path, key: str, text: s
 
 def test_a_typed_path_starts_from_the_working_directory(home: Path) -> None:
     here = home.parent / "elsewhere"
-    recipe = load_recipe("quickstart", ["data.shards=here/", "model.text={kind: encoder, path: ./t5}"]).recipe
+    recipe = load_recipe(
+        "quickstart", ["data.shards=here/", "model.text={kind: encoder, path: ./t5}"]
+    ).recipe
     assert recipe.data.shards == str(here / "here")
     assert isinstance(recipe.model.text, EncoderText)
     assert recipe.model.text.path == str(here / "t5")
@@ -126,7 +143,9 @@ def test_a_glob_in_a_folder_with_brackets(home: Path) -> None:
     assert find_shards(data.shards) == find_shards(str(data.val_shards)) == (odd / "a.tar",)
 
 
-def test_relative_storage_lies_in_flowray_storage(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_storage_lies_in_flowray_storage(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FLOWRAY_STORAGE", "/mnt/shared")
     (home / "r.yaml").write_text("storage_path: mine\ndata: {cache: cache}\n")
     recipe = load_recipe(str(home / "r.yaml")).recipe
@@ -138,8 +157,19 @@ def test_relative_storage_lies_in_flowray_storage(home: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("key", "text", "says"),
     [
-        ("data.shards", "$NOWHERE/x", "r.yaml:2: data.shards: got '$NOWHERE/x', but the environment variable NOWHERE is not set"),
-        ("data.shards", "s3://bucket/x", "r.yaml:2: data.shards: got 's3://bucket/x', want a folder"),
+        (
+            "data.shards",
+            "$NOWHERE/x",
+            (
+                "r.yaml:2: data.shards: got '$NOWHERE/x', but the environment variable NOWHERE is"
+                " not set"
+            ),
+        ),
+        (
+            "data.shards",
+            "s3://bucket/x",
+            "r.yaml:2: data.shards: got 's3://bucket/x', want a folder",
+        ),
         ("data.cache", "~nobody-here/x", "no such user"),
         ("data.cache", "''", "want a path"),
     ],
@@ -154,9 +184,29 @@ def test_a_path_that_is_none_is_one_line(home: Path, key: str, text: str, says: 
 
 def test_names_of_the_hub_and_paths(home: Path) -> None:
     (home / "org").mkdir()
-    for name in ("gpt2", "Qwen/Qwen3-0.6B", "google/t5-v1_1-xxl", "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"):
+    for name in (
+        "gpt2",
+        "Qwen/Qwen3-0.6B",
+        "google/t5-v1_1-xxl",
+        "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers",
+    ):
         assert is_hub_name(name, home)
-    for path in ("/a/b", "./a", "../a", "~/a", "$A/b", "a/", "a/b/c", "C:\\a", "a.safetensors", "a/b.pth", "org/x", "org", "..", "~"):
+    for path in (
+        "/a/b",
+        "./a",
+        "../a",
+        "~/a",
+        "$A/b",
+        "a/",
+        "a/b/c",
+        "C:\\a",
+        "a.safetensors",
+        "a/b.pth",
+        "org/x",
+        "org",
+        "..",
+        "~",
+    ):
         assert not is_hub_name(path, home), path
         assert path.startswith("$") or Path(absolute(path, PathField(hub=True), home)).is_absolute()
 
@@ -172,7 +222,12 @@ def test_the_nearest_name_that_is_there(home: Path) -> None:
 def test_what_is_there_is_never_the_nearest_name(home: Path) -> None:
     os.mkfifo(home / "pipe")
     (home / "file").touch()
-    for path, kind in (("pipe", "a pipe"), ("file", "a file"), (".", "a folder"), ("/dev/null", "a device")):
+    for path, kind in (
+        ("pipe", "a pipe"),
+        ("file", "a file"),
+        (".", "a folder"),
+        ("/dev/null", "a device"),
+    ):
         assert kind in no_such(home / path)
         assert "did you mean" not in no_such(home / path)
 
@@ -185,9 +240,15 @@ def test_an_argument_has_what_the_shell_left(home: Path) -> None:
 
 def test_the_paths_of_a_sweep(home: Path) -> None:
     (home / "small.yaml").write_text("base: sweep_proxy\ndata: {shards: shards/}\n")
-    more = "  data.shards: {values: [a/, shapes, $DATA/b], prior: {value: a/}}\n  model.text.path: {value: ./llm}\n"
+    more = (
+        "  data.shards: {values: [a/, shapes, $DATA/b], prior: {value: a/}}\n  model.text.path:"
+        " {value: ./llm}\n"
+    )
     more += "  data.limit: {values: [8], when: {data.shards: [a/]}}\n"
-    more += "set: {data.cache: ~/cache}\npoints: [{data.shards: a}]\nstorage_path: out\nmethod: random\nwarm_start: [old]\n"
+    more += (
+        "set: {data.cache: ~/cache}\npoints: [{data.shards: a}]\nstorage_path: out\nmethod:"
+        " random\nwarm_start: [old]\n"
+    )
     (home / "s.yaml").write_text(SWEEP.format(base="small.yaml") + more)
     sweep = load_sweep(str(home / "s.yaml"))
     shards = sweep.parameters["data.shards"]
@@ -196,7 +257,10 @@ def test_the_paths_of_a_sweep(home: Path) -> None:
     assert sweep.parameters["model.text.path"].value == str(home / "llm")  # type: ignore[union-attr]
     assert sweep.set == {"data.cache": str(home.parent / "cache")}
     assert sweep.points == ({"data.shards": str(home / "a")},)
-    assert (sweep.base, sweep.storage_path) == (str(home / "small.yaml"), str(home.parent / "elsewhere/out"))
+    assert (sweep.base, sweep.storage_path) == (
+        str(home / "small.yaml"),
+        str(home.parent / "elsewhere/out"),
+    )
     assert sweep.warm_start == (str(home / "old"),)
     assert base_recipe(sweep).data.shards == str(home / "shards")
     assert text_sweep(dump_sweep(sweep), "again") == sweep
@@ -205,17 +269,28 @@ def test_the_paths_of_a_sweep(home: Path) -> None:
 def test_the_typed_paths_of_a_sweep(home: Path) -> None:
     here = home.parent / "elsewhere"
     (home / "s.yaml").write_text(SWEEP.format(base="sweep_proxy") + "set: {data.cache: cache}\n")
-    typed = ["set.data.cache=cache", "parameters.data.shards={values: [a, shapes]}", "storage_path=$DATA/out", "method=random"]
+    typed = [
+        "set.data.cache=cache",
+        "parameters.data.shards={values: [a, shapes]}",
+        "storage_path=$DATA/out",
+        "method=random",
+    ]
     sweep = load_sweep(str(home / "s.yaml"), [*typed, "warm_start=[old]"])
     assert sweep.set["data.cache"] == str(here / "cache")
     assert sweep.parameters["data.shards"].values == (str(here / "a"), "shapes")  # type: ignore[union-attr]
-    assert (sweep.base, sweep.storage_path, sweep.warm_start) == ("sweep_proxy", str(home.parent / "data/out"), (str(here / "old"),))
+    assert (sweep.base, sweep.storage_path, sweep.warm_start) == (
+        "sweep_proxy",
+        str(home.parent / "data/out"),
+        (str(here / "old"),),
+    )
     assert load_sweep(str(home / "s.yaml")).storage_path == str(here / "runs")
     (here / "own.yaml").write_text("seed: 3\n")
     assert load_sweep(str(home / "s.yaml"), ["base=own.yaml"]).base == str(here / "own.yaml")
 
 
-def test_earlier_runs_are_also_found_from_the_working_directory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_earlier_runs_are_also_found_from_the_working_directory(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = home.parent / "elsewhere"
     (home / "s.yaml").write_text(SWEEP.format(base="sweep_proxy") + "warm_start: [runs/old]\n")
     (here / "runs" / "old").mkdir(parents=True)
@@ -227,9 +302,7 @@ def test_earlier_runs_are_also_found_from_the_working_directory(home: Path, monk
 
 @pytest.mark.parametrize("folder", ["my$1 files", "a$b", "${c}", "100$"])
 def test_a_path_that_is_there_keeps_its_dollar(
-    home: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    folder: str,
+    home: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
     """And so does a new file in it. Where nothing is there, a `$` begins a variable."""
     here = home.parent / "elsewhere"

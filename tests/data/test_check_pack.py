@@ -25,7 +25,13 @@ def picture(seed: int, width: int = 16, height: int = 16) -> np.ndarray:
 
 
 def sample(i: int, **over: Any) -> dict[str, Any]:
-    row = {"__key__": f"{i:04d}", "png": png(picture(i)), "txt": b"a thing", "json": b'{"captions": ["a thing", "it"]}', **over}
+    row = {
+        "__key__": f"{i:04d}",
+        "png": png(picture(i)),
+        "txt": b"a thing",
+        "json": b'{"captions": ["a thing", "it"]}',
+        **over,
+    }
     return {name: value for name, value in row.items() if value is not None}
 
 
@@ -37,7 +43,12 @@ def test_a_good_set(tmp_path: Path) -> None:
     result = check(tmp_path, [sample(i) for i in range(6)])
     assert result.good
     assert result.problems == []
-    assert (result.shards, result.samples, result.captions, result.sizes) == (2, 6, 12, {"16x16": 6})
+    assert (result.shards, result.samples, result.captions, result.sizes) == (
+        2,
+        6,
+        12,
+        {"16x16": 6},
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,10 +66,14 @@ def test_a_good_set(tmp_path: Path) -> None:
         ({"png": None, "npy": b"\x93NUMPY"}, ".npy does not decode"),
     ],
 )
-def test_each_fault_is_named_with_its_sample(tmp_path: Path, over: dict[str, Any], says: str) -> None:
+def test_each_fault_is_named_with_its_sample(
+    tmp_path: Path, over: dict[str, Any], says: str
+) -> None:
     result = check(tmp_path, [sample(0), sample(1), sample(2, **over), sample(3), sample(4)])
     assert not result.good
-    assert [(p.severity, p.shard, p.sample) for p in result.problems] == [("bad", "shard-000000.tar", "0002")]
+    assert [(p.severity, p.shard, p.sample) for p in result.problems] == [
+        ("bad", "shard-000000.tar", "0002")
+    ]
     assert says in result.problems[0].what
     assert result.samples == 5
 
@@ -71,7 +86,15 @@ def test_cached_latents_are_a_good_set_and_nan_is_not(tmp_path: Path) -> None:
 
     rows = [sample(i, png=None, **{"moments.npy": latents(i)}) for i in range(3)]
     assert check(tmp_path, rows).good
-    bad = check_shards(str(write_shards(tmp_path / "nan", [*rows, sample(3, png=None, **{"moments.npy": latents(np.nan)})], meta={})))
+    bad = check_shards(
+        str(
+            write_shards(
+                tmp_path / "nan",
+                [*rows, sample(3, png=None, **{"moments.npy": latents(np.nan)})],
+                meta={},
+            )
+        )
+    )
     assert [(p.sample, "NaN" in p.what) for p in bad.problems] == [("0003", True)]
 
 
@@ -96,7 +119,9 @@ def test_a_copied_shard_and_a_changed_shard(tmp_path: Path) -> None:
     assert "the same key is in copy.tar" in problems["shard-000000.tar", "0000"]
 
 
-def test_several_sets_are_checked_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_sets_are_checked_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As a shell hands them over: tars by name, a folder, one of them twice."""
     folder = write_shards(tmp_path / "set", [sample(i) for i in range(6)], per_shard=2, meta={})
     other = write_shards(tmp_path / "other", [sample(5)], meta={})
@@ -107,9 +132,11 @@ def test_several_sets_are_checked_together(tmp_path: Path, monkeypatch: pytest.M
     assert main(["check", str(folder), str(other), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert (report["samples"], report["shards"]) == (7, 4)
-    assert [f"{each['shard']}: {each['what']}" for each in report["problems"] if each["severity"] == "bad"] == [
-        "other/shard-000000.tar: the same key is in set/shard-000002.tar"
-    ]
+    assert [
+        f"{each['shard']}: {each['what']}"
+        for each in report["problems"]
+        if each["severity"] == "bad"
+    ] == ["other/shard-000000.tar: the same key is in set/shard-000002.tar"]
     with pytest.raises(InputError, match="nowhere"):
         main(["check", str(folder), "nowhere"])
 
@@ -137,11 +164,18 @@ def test_pack_crops_and_keeps_captions(tmp_path: Path) -> None:
     folder = fill(tmp_path / "in")
     assert pack_folder(folder, tmp_path / "out", size=20) == Packed({"all": 2})
     reader = ShardReader(find_shards(str(tmp_path / "out")))
-    assert [reader.captions(i) for i in range(2)] == [["a wide one", "something wide"], ["ein schönes Bild"]]
+    assert [reader.captions(i) for i in range(2)] == [
+        ["a wide one", "something wide"],
+        ["ein schönes Bild"],
+    ]
     assert json.loads(reader.read(1, "json"))["source"] == "sub/b.c.jpg"
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(reader.read(0, "png")))), picture(1, 40, 20)[:, 10:30])
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(io.BytesIO(reader.read(0, "png")))), picture(1, 40, 20)[:, 10:30]
+    )
     with Image.open(folder / "sub" / "b.c.jpg") as tall:
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(reader.read(1, "png")))), np.asarray(tall)[10:30])
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(io.BytesIO(reader.read(1, "png")))), np.asarray(tall)[10:30]
+        )
     assert check_shards(str(tmp_path / "out")).good
 
 
@@ -152,13 +186,18 @@ def test_pack_without_size_keeps_pixels_and_puts_alpha_on_white(tmp_path: Path) 
     pack_folder(folder, tmp_path / "out", size=None, per_shard=1)
     reader = ShardReader(find_shards(str(tmp_path / "out")))
     assert len(reader.paths) == 3
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(reader.read(0, "png")))), picture(1, 40, 20))
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(io.BytesIO(reader.read(0, "png")))), picture(1, 40, 20)
+    )
     assert (np.asarray(Image.open(io.BytesIO(reader.read(2, "png")))) == 255).all()
 
 
 def test_pack_reads_a_caption_list(tmp_path: Path) -> None:
     folder = fill(tmp_path / "in")
-    rows = [{"image": "a.png", "caption": "listed"}, {"image": "sub/b.c.jpg", "captions": ["one", "two"]}]
+    rows = [
+        {"image": "a.png", "caption": "listed"},
+        {"image": "sub/b.c.jpg", "captions": ["one", "two"]},
+    ]
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     pack_folder(folder, tmp_path / "out", size=8)
     assert check_shards(str(tmp_path / "out")).sizes == {"8x8": 2}
@@ -173,7 +212,9 @@ def test_pack_names_the_faults_and_writes_nothing(tmp_path: Path) -> None:
     data = (folder / "a.png").read_bytes()
     (folder / "broken.png").write_bytes(data[: len(data) // 2])
     (folder / "broken.txt").write_text("fine")
-    with pytest.raises(InputError, match=r"2 fault\(s\).*a.png: no caption file a.txt.*b.c.txt: cannot be read"):
+    with pytest.raises(
+        InputError, match=r"2 fault\(s\).*a.png: no caption file a.txt.*b.c.txt: cannot be read"
+    ):
         pack_folder(folder, tmp_path / "out", size=16)
     (folder / "a.txt").write_text("fine")
     (folder / "sub" / "b.c.txt").write_text("fine")
@@ -182,14 +223,36 @@ def test_pack_names_the_faults_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     rows = ['{"image": "a.png", "caption": ""}', "{", '{"image": "gone.png", "caption": "x"}']
     (folder / "captions.jsonl").write_text("\n".join(rows))
-    with pytest.raises(InputError, match=r"captions.jsonl:1: .*empty caption.*captions.jsonl:2: .*gone.png: no such picture.*; and 1 more"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"captions.jsonl:1: .*empty caption.*captions.jsonl:2: .*gone.png: no such picture.*;"
+            r" and 1 more"
+        ),
+    ):
         pack_folder(folder, tmp_path / "out", size=16)
     assert not (tmp_path / "out").exists()
 
 
 def test_command_line_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "shapes"
-    assert main(["make", "shapes", "--out", str(out), "--samples", "32", "--two-share", "0", "--seed", "3"]) == 0
+    assert (
+        main(
+            [
+                "make",
+                "shapes",
+                "--out",
+                str(out),
+                "--samples",
+                "32",
+                "--two-share",
+                "0",
+                "--seed",
+                "3",
+            ]
+        )
+        == 0
+    )
     assert json.loads((out / "val" / "manifest.json").read_text())["samples"] == 2
     reader = ShardReader(find_shards(str(out / "train")))
     assert {len(json.loads(reader.read(i, "json"))["scene"]["things"]) for i in range(32)} == {1}
@@ -218,7 +281,9 @@ def test_command_line_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ["make", "digits", "--out", "/proc/nowhere"],
     ],
 )
-def test_bad_input_is_one_line(argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_one_line(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
         main(argv)

@@ -19,7 +19,14 @@ from PIL import Image
 
 from flowray.config.errors import InputError
 from flowray.data import shapes
-from flowray.data.make import DigitsSet, ShapesSet, cache_dir, ensure_embedded, ensure_set, fingerprint
+from flowray.data.make import (
+    DigitsSet,
+    ShapesSet,
+    cache_dir,
+    ensure_embedded,
+    ensure_set,
+    fingerprint,
+)
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards
 
@@ -32,11 +39,17 @@ def _ensure(cache: Path) -> dict[str, Path]:
 
 def test_shapes_hold_what_the_generator_drew(tmp_path: Path) -> None:
     folders = ensure_set(SMALL, tmp_path)
-    assert {split: len(ShardReader(find_shards(str(folder)))) for split, folder in folders.items()} == {"train": 60, "val": 8, "unseen": 4}
+    assert {
+        split: len(ShardReader(find_shards(str(folder)))) for split, folder in folders.items()
+    } == {"train": 60, "val": 8, "unseen": 4}
     for split in SMALL.splits:
         reader = ShardReader(find_shards(str(folders[split])))
-        for i, (picture, captions, scene) in enumerate(shapes.samples(getattr(SMALL, split), split, 0, SMALL.two_share)):
-            np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(reader.read(i, "png")))), picture)
+        for i, (picture, captions, scene) in enumerate(
+            shapes.samples(getattr(SMALL, split), split, 0, SMALL.two_share)
+        ):
+            np.testing.assert_array_equal(
+                np.asarray(Image.open(io.BytesIO(reader.read(i, "png")))), picture
+            )
             assert reader.captions(i) == captions
             assert reader.read(i, "txt").decode() == captions[0]
             assert shapes.Scene.from_json(json.loads(reader.read(i, "json"))["scene"]) == scene
@@ -61,8 +74,24 @@ def test_second_call_writes_nothing(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in folders["train"].parent.rglob("*")} == before
 
 
-def test_fingerprint_follows_arguments_and_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len({fingerprint(s) for s in (SMALL, ShapesSet(), ShapesSet(seed=1), ShapesSet(two_share=0.1), DigitsSet())}) == 5
+def test_fingerprint_follows_arguments_and_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        len(
+            {
+                fingerprint(s)
+                for s in (
+                    SMALL,
+                    ShapesSet(),
+                    ShapesSet(seed=1),
+                    ShapesSet(two_share=0.1),
+                    DigitsSet(),
+                )
+            }
+        )
+        == 5
+    )
     before = fingerprint(SMALL)
     changed = tmp_path / "shapes.py"
     changed.write_text(Path(shapes.__file__).read_text() + "# changed\n")
@@ -95,7 +124,11 @@ make.ensure_set(make.ShapesSet(train=60, val=8, unseen=4), Path({str(tmp_path)!r
     child = subprocess.Popen([sys.executable, "-c", code])
     root = tmp_path / f"shapes-{fingerprint(SMALL)}"
     deadline = time.monotonic() + 60
-    while not list(root.glob(".train.*/*.tar")) and time.monotonic() < deadline and child.poll() is None:
+    while (
+        not list(root.glob(".train.*/*.tar"))
+        and time.monotonic() < deadline
+        and child.poll() is None
+    ):
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
@@ -121,7 +154,9 @@ def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("home", ["/dev/null", "/proc/nobody", "relative"])
-def test_without_a_home_the_cache_lies_beside_the_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+def test_without_a_home_the_cache_lies_beside_the_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
     monkeypatch.delenv("FLOWRAY_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", home)

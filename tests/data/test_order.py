@@ -1,4 +1,6 @@
-"""The order of samples: each epoch complete, ranks disjoint, resume and world size without effect."""
+"""The order of samples: each epoch complete, ranks disjoint, resume and world size without
+effect.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,13 @@ def test_ranks_are_disjoint_complete_and_together_the_one_rank_order(world: int)
     per_rank = batch // world
     seen: list[np.ndarray] = []
     for step in range(size // batch):
-        slices = [order(step * batch + rank * per_rank + np.arange(per_rank)) for rank, order in enumerate(ranks)]
-        np.testing.assert_array_equal(np.concatenate(slices), alone[step * batch : (step + 1) * batch])
+        slices = [
+            order(step * batch + rank * per_rank + np.arange(per_rank))
+            for rank, order in enumerate(ranks)
+        ]
+        np.testing.assert_array_equal(
+            np.concatenate(slices), alone[step * batch : (step + 1) * batch]
+        )
         seen += slices
     assert sorted(np.concatenate(seen).tolist()) == list(range(size))
 

@@ -1,4 +1,6 @@
-"""Packing what people have: a stable held-out share, bad files named and left out, each picture decoded once."""
+"""Packing what people have: a stable held-out share, bad files named and left out, each picture
+decoded once.
+"""
 
 from __future__ import annotations
 
@@ -58,12 +60,16 @@ def test_each_picture_is_decoded_once(tmp_path: Path, monkeypatch: pytest.Monkey
     photos(tmp_path / "in", [f"{i}.png" for i in range(30)])
     seen: list[str] = []
     load = pack.load_rgb
-    monkeypatch.setattr(pack, "load_rgb", lambda path, size: (seen.append(path.name), load(path, size))[1])
+    monkeypatch.setattr(
+        pack, "load_rgb", lambda path, size: (seen.append(path.name), load(path, size))[1]
+    )
     pack_folder(tmp_path / "in", tmp_path / "out", 8, val=0.3)
     assert sorted(seen) == sorted(f"{i}.png" for i in range(30))
 
 
-def test_bad_files_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files_are_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = photos(tmp_path / "in", [f"{i}.png" for i in range(40)])
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
     (folder / "5.png").write_bytes(b"")
@@ -129,7 +135,9 @@ def test_keys_of_names_that_webdataset_would_cut_or_skip(tmp_path: Path) -> None
     photos(tmp_path / "in", names)
     pack_folder(tmp_path / "in", tmp_path / "out", 8)
     assert sources(tmp_path / "out") == set(names)
-    assert set(ShardReader(find_shards(str(tmp_path / "out"))).keys) == {key_of(name) for name in names}
+    assert set(ShardReader(find_shards(str(tmp_path / "out"))).keys) == {
+        key_of(name) for name in names
+    }
 
 
 ROWS = [
@@ -146,20 +154,27 @@ CSV = 'file_name, text\r\na.png,"one, ""quoted"""\r\n\r\nb.png, b\u2028ü\r\na.p
         ("metadata.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)),
         ("captions.jsonl", json.dumps(ROWS)),
         ("captions.json", json.dumps(ROWS, indent=1)),
-        ("captions.csv", 'id,caption,image\n1,"one, ""quoted""",a.png\n2,b\u2028ü,b.png\n3,two,a.png\n'),
+        (
+            "captions.csv",
+            'id,caption,image\n1,"one, ""quoted""",a.png\n2,b\u2028ü,b.png\n3,two,a.png\n',
+        ),
         ("metadata.csv", CSV),
         ("METADATA.CSV", CSV.replace(" text", "caption")),
         ("sub/metadata.csv", CSV),
     ],
 )
 def test_caption_lists_as_others_write_them(tmp_path: Path, name: str, text: str) -> None:
-    """Of Hugging Face's image folders, with a byte order mark, as one JSON list, at the pictures' depth."""
+    """Of Hugging Face's image folders, with a byte order mark, as one JSON list, at the
+    pictures' depth.
+    """
     folder = tmp_path / "in"
     photos((folder / name).parent, ["a.png", "b.png"])
     (folder / name).write_text("\ufeff" + text, encoding="utf-8", newline="")
     pack_folder(folder, tmp_path / "out", 8)
     reader = ShardReader(find_shards(str(tmp_path / "out")))
-    captions = {json.loads(reader.read(i, "json"))["source"][-5:]: reader.captions(i) for i in range(2)}
+    captions = {
+        json.loads(reader.read(i, "json"))["source"][-5:]: reader.captions(i) for i in range(2)
+    }
     assert captions == {"a.png": ['one, "quoted"', "two"], "b.png": ["b\u2028ü"]}
 
 
@@ -170,7 +185,10 @@ def test_caption_lists_as_others_write_them(tmp_path: Path, name: str, text: str
         ({"captions.json": '{"a.png": "one"}'}, "captions.json:1: want image"),
         ({"captions.json": '[{"image": "a.png",}]'}, "captions.json: cannot be read"),
         ({"captions.jsonl": '{"image": 3, "caption": "one"}'}, "captions.jsonl:1: want image"),
-        ({"captions.jsonl": '{"image": "a.png", "captions": [3]}'}, "captions.jsonl:1: empty caption"),
+        (
+            {"captions.jsonl": '{"image": "a.png", "captions": [3]}'},
+            "captions.jsonl:1: empty caption",
+        ),
         ({"metadata.csv": "file_name,label\na.png,3\n"}, "metadata.csv:1: want image"),
         ({"metadata.csv": "file_name;text\na.png;one\n"}, "metadata.csv:1: want image"),
         ({"metadata.csv": "file_name,text\na.png,red, blue\n"}, "metadata.csv:2: more cells"),
@@ -181,7 +199,9 @@ def test_caption_lists_as_others_write_them(tmp_path: Path, name: str, text: str
         ({"metadata.csv": "file_name,text\na.png,one\n", "captions.jsonl": ""}, "keep one"),
     ],
 )
-def test_a_list_that_is_none_is_one_line_in_plain_words(tmp_path: Path, files: dict[str, str | bytes], says: str) -> None:
+def test_a_list_that_is_none_is_one_line_in_plain_words(
+    tmp_path: Path, files: dict[str, str | bytes], says: str
+) -> None:
     folder = photos(tmp_path / "in", ["a.png"])
     for name, text in files.items():
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -227,8 +247,14 @@ def test_a_share_that_holds_none_out_names_the_least_that_does(tmp_path: Path) -
     with pytest.raises(InputError) as caught:
         pack_folder(tmp_path / "in", tmp_path / "out", 8, val=0.0001)
     least = float(str(caught.value).split()[-1])
-    assert pack_folder(tmp_path / "in", tmp_path / "out", 8, val=least).samples == {"train": 2, "val": 1}
+    assert pack_folder(tmp_path / "in", tmp_path / "out", 8, val=least).samples == {
+        "train": 2,
+        "val": 1,
+    }
     with pytest.raises(InputError) as caught:
         pack_folder(tmp_path / "in", tmp_path / "other", 8, val=0.9999)
     most = float(str(caught.value).split()[-1])
-    assert pack_folder(tmp_path / "in", tmp_path / "other", 8, val=most).samples == {"train": 1, "val": 2}
+    assert pack_folder(tmp_path / "in", tmp_path / "other", 8, val=most).samples == {
+        "train": 1,
+        "val": 2,
+    }

@@ -1,4 +1,6 @@
-"""Writing, finding and reading shards: stock webdataset and ShardReader must agree, and damage must be named."""
+"""Writing, finding and reading shards: stock webdataset and ShardReader must agree, and damage
+must be named.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,13 @@ def samples(count: int, start: int = 0) -> Iterator[dict[str, Any]]:
     for i in range(start, start + count):
         latent = np.random.default_rng(i).standard_normal((8, 4, 4)).astype(np.float16)
         row = json.dumps({"captions": [f"caption {i}", f"other {i}"]}).encode()
-        yield {"__key__": f"{i:05d}", "txt": f"text {i}".encode(), "json": row, "moments.npy": npy(latent), "bin": b"x" * (i * 37 % 1500)}
+        yield {
+            "__key__": f"{i:05d}",
+            "txt": f"text {i}".encode(),
+            "json": row,
+            "moments.npy": npy(latent),
+            "bin": b"x" * (i * 37 % 1500),
+        }
 
 
 def latent(i: int) -> np.ndarray:
@@ -65,7 +73,9 @@ def test_manifest_counts_what_is_there(folder: Path) -> None:
     assert manifest["meta"] == {"made": "here"}
     assert manifest["samples"] == 25
     assert [row["samples"] for row in manifest["shards"]] == [10, 10, 5]
-    assert [row["bytes"] for row in manifest["shards"]] == [p.stat().st_size for p in find_shards(str(folder))]
+    assert [row["bytes"] for row in manifest["shards"]] == [
+        p.stat().st_size for p in find_shards(str(folder))
+    ]
 
 
 def test_same_samples_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -81,9 +91,16 @@ def test_gather_equals_the_arrays_across_shards_in_any_order(folder: Path) -> No
     np.testing.assert_array_equal(got, np.stack([latent(i) for i in indices]))
 
 
-@pytest.mark.parametrize("odd", [np.ones((2, 3), np.float16).T.copy(order="F"), np.zeros((3, 2), np.float32), np.int16(4)])
+@pytest.mark.parametrize(
+    "odd",
+    [np.ones((2, 3), np.float16).T.copy(order="F"), np.zeros((3, 2), np.float32), np.int16(4)],
+)
 def test_gather_of_odd_arrays_is_right_or_refused(tmp_path: Path, odd: np.ndarray) -> None:
-    rows = [{"__key__": "a", "npy": npy(odd)}, {"__key__": "b", "npy": npy(odd * 2)}, {"__key__": "c", "npy": npy(np.ones((9, 9)))}]
+    rows = [
+        {"__key__": "a", "npy": npy(odd)},
+        {"__key__": "b", "npy": npy(odd * 2)},
+        {"__key__": "c", "npy": npy(np.ones((9, 9)))},
+    ]
     reader = ShardReader(find_shards(str(write_shards(tmp_path / "odd", rows, meta={}))))
     np.testing.assert_array_equal(reader.gather(np.array([1, 0]), "npy"), np.stack([odd * 2, odd]))
     with pytest.raises(InputError, match=r"shard-000000.tar, sample 'c'.*float64 \(9, 9\)"):
@@ -95,7 +112,9 @@ def test_gather_refuses_equal_bytes_of_another_shape(tmp_path: Path) -> None:
     assert len(wide) == len(tall)
     rows = [{"__key__": "a", "npy": wide}, {"__key__": "b", "npy": tall}]
     reader = ShardReader(find_shards(str(write_shards(tmp_path / "s", rows, meta={}))))
-    with pytest.raises(InputError, match=r"sample 'b': .npy is float16 \(3, 2\), others are float16 \(2, 3\)"):
+    with pytest.raises(
+        InputError, match=r"sample 'b': .npy is float16 \(3, 2\), others are float16 \(2, 3\)"
+    ):
         reader.gather(np.array([0, 1]), "npy")
 
 
@@ -146,7 +165,13 @@ def test_kept_index_is_used_and_made_anew_when_the_tar_changes(folder: Path) -> 
     row["keys"][0] = "renamed"
     beside.write_text(json.dumps(row))
     assert ShardReader([tar]).keys[0] == "renamed"  # so it is really read
-    for broken in ("", "{", "[]", json.dumps({**row, "members": {"txt": [[0, 10**12]] * 10}}), json.dumps({**row, "keys": []})):
+    for broken in (
+        "",
+        "{",
+        "[]",
+        json.dumps({**row, "members": {"txt": [[0, 10**12]] * 10}}),
+        json.dumps({**row, "keys": []}),
+    ):
         beside.write_text(broken)
         assert ShardReader([tar]).keys[0] == "00000"
     hand_tar(tar, [("new.txt", b"hello")])
@@ -157,7 +182,9 @@ def test_missing_member_names_shard_and_sample(tmp_path: Path) -> None:
     rows = [{"__key__": "a", "txt": b"1", "npy": npy(np.ones(2))}, {"__key__": "b", "txt": b"2"}]
     reader = ShardReader(find_shards(str(write_shards(tmp_path / "m", rows, meta={}))))
     for call in (lambda: reader.read(1, "npy"), lambda: reader.gather(np.array([0, 1]), "npy")):
-        with pytest.raises(InputError, match=r"shard-000000.tar, sample 'b': no .npy member; it has .txt"):
+        with pytest.raises(
+            InputError, match=r"shard-000000.tar, sample 'b': no .npy member; it has .txt"
+        ):
             call()
     with pytest.raises(InputError, match=r"sample 'a': no .gif"):
         reader.gather(np.array([0]), "gif")
@@ -196,14 +223,23 @@ def test_duplicate_keys_within_and_across_shards(tmp_path: Path) -> None:
     for path in (apart, twice):
         with pytest.raises(InputError, match=f"{path.name}: sample 'a' comes twice"):
             ShardReader([path])
-    one, two = (hand_tar(tmp_path / f"{n}.tar", [("a.txt", b"1"), (f"{n}.txt", b"1")]) for n in ("one", "two"))
+    one, two = (
+        hand_tar(tmp_path / f"{n}.tar", [("a.txt", b"1"), (f"{n}.txt", b"1")])
+        for n in ("one", "two")
+    )
     with pytest.raises(InputError, match=r"two.tar, sample 'a': the same key is in .*one.tar"):
         ShardReader([one, two])
 
 
 def test_folders_long_names_and_meta_members_index_as_webdataset_does(tmp_path: Path) -> None:
     long = "deep/" * 60 + "x"
-    members = [("__meta__/info.json", b"{}"), ("d.1/a.TXT", b"1"), ("d.1/a.seg.png", b"2"), (f"{long}.txt", b"3"), ("noext", b"")]
+    members = [
+        ("__meta__/info.json", b"{}"),
+        ("d.1/a.TXT", b"1"),
+        ("d.1/a.seg.png", b"2"),
+        (f"{long}.txt", b"3"),
+        ("noext", b""),
+    ]
     path = hand_tar(tmp_path / "h.tar", members)
     stock = list(webdataset.WebDataset([str(path)], shardshuffle=False))
     reader = ShardReader([path])
@@ -234,7 +270,12 @@ def test_the_slower_of_two_writers_leaves_the_other_whole(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("rows", "says"), [([], "no samples"), ([{"__key__": "a.b", "txt": b""}], "'a.b'"), ([{"__key__": "a"}] * 2, "twice")]
+    ("rows", "says"),
+    [
+        ([], "no samples"),
+        ([{"__key__": "a.b", "txt": b""}], "'a.b'"),
+        ([{"__key__": "a"}] * 2, "twice"),
+    ],
 )
 def test_writer_refuses(tmp_path: Path, rows: list[dict[str, Any]], says: str) -> None:
     with pytest.raises(InputError, match=says):
@@ -251,7 +292,12 @@ def test_writer_never_overwrites(folder: Path) -> None:
 
 def test_find_shards(folder: Path, tmp_path: Path) -> None:
     tars = tuple(sorted(folder.glob("*.tar")))
-    assert find_shards(str(folder)) == find_shards(str(folder / "*.tar")) == find_shards(str(folder / "shard*")) == tars
+    assert (
+        find_shards(str(folder))
+        == find_shards(str(folder / "*.tar"))
+        == find_shards(str(folder / "shard*"))
+        == tars
+    )
     assert find_shards(str(tars[1])) == (tars[1],)
     (tmp_path / "none").mkdir()
     empty = hand_tar(tmp_path / "empty.tar", [])

@@ -1,4 +1,6 @@
-"""The examination of a real tiny run: complete, read-only, the same live as from disk, and its numbers move with planted faults."""
+"""The examination of a real tiny run: complete, read-only, the same live as from disk, and its
+numbers move with planted faults.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import pkgutil
 import random
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FrameType
@@ -32,7 +34,8 @@ from flowray.config.recipe import Recipe
 from flowray.doctor import battery
 from flowray.doctor.battery import PARTS
 from flowray.doctor.examine import Examination, examine
-from flowray.doctor.subject import BatchesOf, live_subject, merged_history, open_subject
+from flowray.doctor.subject import BatchOf, live_subject, merged_history, open_subject
+from flowray.doctor.visits import Visits
 from flowray.findings.diagnose import diagnose
 from flowray.losses import terms
 from flowray.losses.total import Batch
@@ -56,20 +59,36 @@ CPU = torch.device("cpu")
 GROUP = Group(0, 1, CPU)
 
 
-def opened(path: Path, batches: BatchesOf = whole_batches, parts: Collection[str] = PARTS) -> Examination:
-    return examine(open_subject(find_checkpoint(path), batches), batch=8, parts=parts)
+def opened(
+    path: Path,
+    batches: Callable[[Recipe, LatentSet, torch.device], BatchOf] = whole_batches,
+    parts: Collection[str] = PARTS,
+) -> Examination:
+    subject = open_subject(find_checkpoint(path))
+    made = batches(subject.recipe, subject.latents, subject.device)
+    return examine(replace(subject, batches=made), batch=8, parts=parts)
 
 
-def living(state: TrainState, recipe: Recipe, history: list[Any], parts: Collection[str] = PARTS) -> Examination:
-    return examine(live_subject(state, recipe, whole_batches, history=history, **sets(recipe)), batch=8, parts=parts)
+def living(
+    state: TrainState, recipe: Recipe, history: list[Any], parts: Collection[str] = PARTS
+) -> Examination:
+    return examine(
+        live_subject(state, recipe, history=history, **sets(recipe)), batch=8, parts=parts
+    )
 
 
 def trained(home: Path, name: str) -> tuple[Recipe, RunDirectory]:
     losses = {"loss.clip.weight": 0.3, "loss.dino.weight": 0.1, "loss.dino.prototypes": 16}
     visited = {"probes.doctor_every": 3}  # at step 12
-    recipe = tiny_recipe(home, name=name, **losses, **visited, **{"optim.schedule": {"kind": "constant"}, "train.grad_every": 4})
+    recipe = tiny_recipe(
+        home,
+        name=name,
+        **losses,
+        **visited,
+        **{"optim.schedule": {"kind": "constant"}, "train.grad_every": 4},
+    )
     run = RunDirectory(Path(recipe.storage_path) / name)
-    train(recipe, run, GROUP, lambda row: None)
+    train(recipe, run, GROUP, lambda row: None, Visits)
     return recipe, run
 
 
@@ -96,7 +115,11 @@ def again(ran: tuple[Recipe, RunDirectory], *parts: str) -> dict[str, float]:
 def sets(recipe: Recipe) -> dict[str, Any]:
     folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
     autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
-    return {"latents": load_latents(folders["train"]), "held_out": load_latents(folders["val"]), "autoencoder": autoencoder}
+    return {
+        "latents": load_latents(folders["train"]),
+        "held_out": load_latents(folders["val"]),
+        "autoencoder": autoencoder,
+    }
 
 
 def test_everything_is_measured_declared_and_finite(healthy: Examination) -> None:
@@ -104,21 +127,40 @@ def test_everything_is_measured_declared_and_finite(healthy: Examination) -> Non
     assert healthy.step == 12
     assert {key: value for key, value in healthy.metrics.items() if not math.isfinite(value)} == {}
     assert {f"trivial/flow/{key}" for key in ("nmse", "endpt_rmse@8")} <= healthy.metrics.keys()
-    assert [key for key in healthy.metrics if not key.startswith("trivial/") and describe(key) is None] == []
+    assert [
+        key for key in healthy.metrics if not key.startswith("trivial/") and describe(key) is None
+    ] == []
     assert len(healthy.metrics) > 250
     assert json.loads(json.dumps(healthy.facts))["head"] == "grid"
     assert [row["step"] for row in healthy.history] == [2, 4, 6, 8, 10, 12]
     assert "grad/flow" in healthy.history[1]
     assert "ema/shoot/nmse" in healthy.history[1]
-    shown = {"orig", "recon_wrap", "recon_direct", "recon_twice", "trace_init", "trace_end", "samples"}
-    assert {name: pictures.shape for name, pictures in healthy.pictures.items()} == dict.fromkeys(shown, (8, 8, 8, 3))
+    shown = {
+        "orig",
+        "recon_wrap",
+        "recon_direct",
+        "recon_twice",
+        "trace_init",
+        "trace_end",
+        "samples",
+    }
+    assert {name: pictures.shape for name, pictures in healthy.pictures.items()} == dict.fromkeys(
+        shown, (8, 8, 8, 3)
+    )
     for curve in healthy.curves.values():
         assert len({len(values) for values in curve.values()}) <= 1 or "x" not in curve
 
 
 def test_a_healthy_run_agrees_with_itself(healthy: Examination) -> None:
     rows = healthy.metrics
-    same = ("same_batch/ratio", "kl/ratio", "latent/fit_slope", "finite/parameters", "finite/gradients", "finite/forward")
+    same = (
+        "same_batch/ratio",
+        "kl/ratio",
+        "latent/fit_slope",
+        "finite/parameters",
+        "finite/gradients",
+        "finite/forward",
+    )
     assert {key: rows[key] for key in same} == pytest.approx(dict.fromkeys(same, 1.0), abs=1e-4)
     zero = (
         "sampler/gap",
@@ -137,11 +179,14 @@ def test_a_healthy_run_agrees_with_itself(healthy: Examination) -> None:
     assert rows["sampler/bits"] == 24
     assert max(value for key, value in rows.items() if key.startswith("teacher")) < 1e-9
     last = healthy.history[-1]
-    assert rows["ema/flow/nmse"] == pytest.approx(last["ema/flow/nmse"], rel=1e-5)  # the probes of training, on the same batch
+    # the probes of training, on the same batch
+    assert rows["ema/flow/nmse"] == pytest.approx(last["ema/flow/nmse"], rel=1e-5)
     assert rows["ema/flow/endpt_rmse@64"] == pytest.approx(last["ema/flow/endpt_rmse@64"], rel=1e-5)
 
 
-def test_a_checkpoint_and_what_is_not_there(ran: tuple[Recipe, RunDirectory], tmp_path: Path) -> None:
+def test_a_checkpoint_and_what_is_not_there(
+    ran: tuple[Recipe, RunDirectory], tmp_path: Path
+) -> None:
     older = opened(ran[1].checkpoints / "step_000008", parts=["weights", "field"])
     assert older.step == 8
     assert older.history[-1]["step"] == 8
@@ -159,11 +204,15 @@ def words_and_numbers(value: Any) -> tuple[str, list[float]]:
     return re.sub(number, "#", text), [float(each) for each in re.findall(number, text)]
 
 
-def test_training_heard_from_its_doctor_what_the_checkpoint_tells(ran: tuple[Recipe, RunDirectory], healthy: Examination) -> None:
+def test_training_heard_from_its_doctor_what_the_checkpoint_tells(
+    ran: tuple[Recipe, RunDirectory], healthy: Examination
+) -> None:
     (visit,) = read_rows(ran[1].findings)
     assert visit["step"] == healthy.step == 12
     found = diagnose(healthy.metrics, healthy.facts, healthy.history)
-    (said, numbers), (again, others) = (words_and_numbers(findings) for findings in (visit["findings"], list(map(asdict, found))))
+    (said, numbers), (again, others) = (
+        words_and_numbers(findings) for findings in (visit["findings"], list(map(asdict, found)))
+    )
     assert said == again
     assert numbers == pytest.approx(others, rel=0.02, abs=1e-6)  # text/snr is 5e-8 here
     assert visit["findings"], "12 steps on 64 pictures"
@@ -172,13 +221,21 @@ def test_training_heard_from_its_doctor_what_the_checkpoint_tells(ran: tuple[Rec
 def snapshot(state: TrainState, autoencoder: Autoencoder) -> dict[str, Tensor]:
     """Everything that a probe could change, as copies."""
     model, nets = state.model, (state.model, autoencoder.net)
-    tensors = {f"{i} {name}": x for i, net in enumerate(nets) for name, x in (*net.named_parameters(), *net.named_buffers())}
+    tensors = {
+        f"{i} {name}": x
+        for i, net in enumerate(nets)
+        for name, x in (*net.named_parameters(), *net.named_buffers())
+    }
     modules = [module for net in nets for module in net.modules()]
     slots = {name: state.optimizer.state[p] for name, p in state.parameters.items()}
     kept = {
         **{f"tensor {name}": x.detach() for name, x in tensors.items()},
         **{f"grad {name}": p.grad for name, p in state.parameters.items() if p.grad is not None},
-        **{f"optimiser {name}/{slot}": x for name, held in slots.items() for slot, x in held.items()},
+        **{
+            f"optimiser {name}/{slot}": x
+            for name, held in slots.items()
+            for slot, x in held.items()
+        },
         **{f"EMA {name}": x for name, x in state.ema.average.items()},
         "requires_grad": torch.tensor([x.requires_grad for x in tensors.values()]),
         "modes": torch.tensor([module.training for module in modules]),
@@ -201,7 +258,11 @@ def public_probes() -> dict[str, CodeType]:
     for info in pkgutil.iter_modules(flowray.probes.__path__):
         module = importlib.import_module(f"flowray.probes.{info.name}")
         for name, value in vars(module).items():
-            if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
+            if (
+                inspect.isfunction(value)
+                and value.__module__ == module.__name__
+                and not name.startswith("_")
+            ):
                 found[f"{info.name}.{name}"] = inspect.unwrap(value).__code__
     return found
 
@@ -247,20 +308,27 @@ def test_every_probe_leaves_a_live_state_as_it_was_and_reads_like_its_checkpoint
 
     monkeypatch.setattr(battery, "untouched", watched)
     with recorded() as code:
-        live = examine(live_subject(state, recipe, whole_batches, history=merged_history(run), **data), batch=8)
+        live = examine(live_subject(state, recipe, history=merged_history(run), **data), batch=8)
         vae_metrics(data["autoencoder"], data["held_out"], 4, 0)  # training's own
     assert dict(zip(PARTS, changed, strict=True)) == {part: [] for part in PARTS}
     assert live.facts["notes"] == []
     assert [name for name, made in public_probes().items() if made not in code] == []
     after = snapshot(state, data["autoencoder"])
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    only_files_know = {"ema/moved"} | {key for key in healthy.metrics if key.startswith(("moved/", "sampler/strip"))}
+    only_files_know = {"ema/moved"} | {
+        key for key in healthy.metrics if key.startswith(("moved/", "sampler/strip"))
+    }
     assert healthy.metrics.keys() - live.metrics.keys() == only_files_know
-    assert live.metrics == pytest.approx({key: healthy.metrics[key] for key in live.metrics}, rel=1e-4, abs=1e-6)
+    assert live.metrics == pytest.approx(
+        {key: healthy.metrics[key] for key in live.metrics}, rel=1e-4, abs=1e-6
+    )
 
 
 def test_the_command_says_every_number_and_looks_first_whether_it_can_write(
-    ran: tuple[Recipe, RunDirectory], healthy: Examination, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ran: tuple[Recipe, RunDirectory],
+    healthy: Examination,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = str(ran[1].path)
     with pytest.raises(InputError, match=r"--out .*nowhere: no such folder; make it first"):
@@ -268,7 +336,16 @@ def test_the_command_says_every_number_and_looks_first_whether_it_can_write(
     code = command([path, "--json", "--batch", "8", "--out", str(tmp_path / "page.html")])
     said = json.loads(capsys.readouterr().out)
     assert code == (0 if said["healthy"] else 1)
-    assert {"run", "step", "page", "healthy", "findings", "explained_by", "metrics", "not_measured"} == said.keys()
+    assert {
+        "run",
+        "step",
+        "page",
+        "healthy",
+        "findings",
+        "explained_by",
+        "metrics",
+        "not_measured",
+    } == said.keys()
     assert said["metrics"] == pytest.approx(healthy.metrics, rel=1e-6)
     assert said["not_measured"] == []
     assert (tmp_path / "page.html").is_file()
@@ -280,20 +357,31 @@ def test_a_capped_logit_scale_stays_above_its_cap(ran: tuple[Recipe, RunDirector
     restore_state(state, recipe, run)
     assert state.model.semantic.clip is not None
     with torch.no_grad():
-        state.model.semantic.clip.log_scale.fill_(9.0)  # training caps it in place in its next forward pass
+        # training caps it in place in its next forward pass
+        state.model.semantic.clip.log_scale.fill_(9.0)
     living(state, recipe, [], parts=["training"])
     assert float(state.model.semantic.clip.log_scale.detach()) == 9.0
 
 
-def test_gradients_and_updates_are_those_of_the_next_step(ran: tuple[Recipe, RunDirectory], healthy: Examination) -> None:
+def test_gradients_and_updates_are_those_of_the_next_step(
+    ran: tuple[Recipe, RunDirectory], healthy: Examination
+) -> None:
     recipe, run = ran
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"grad_every": 1})})
     state, data = fresh_state(recipe, CPU), sets(recipe)
     restore_state(state, recipe, run)
-    row = train_step(state, state.objective, BatchMaker(recipe, data["latents"], GROUP)(12), recipe, GROUP)
-    keys = [key for key in row if key.startswith(("grad/", "step/", "loss/", "ent/")) and key != "grad/clip_frac"]
+    row = train_step(
+        state, state.objective, BatchMaker(recipe, data["latents"], GROUP)(12), recipe, GROUP
+    )
+    keys = [
+        key
+        for key in row
+        if key.startswith(("grad/", "step/", "loss/", "ent/")) and key != "grad/clip_frac"
+    ]
     assert len(keys) > 20
-    assert {key: float(row[key]) for key in keys} == pytest.approx({key: healthy.metrics[key] for key in keys}, rel=2e-3, abs=1e-6)
+    assert {key: float(row[key]) for key in keys} == pytest.approx(
+        {key: healthy.metrics[key] for key in keys}, rel=2e-3, abs=1e-6
+    )
 
 
 def test_a_weight_that_is_not_finite_is_named(ran: tuple[Recipe, RunDirectory]) -> None:
@@ -327,35 +415,48 @@ def test_a_sample_that_is_not_finite_is_named(ran: tuple[Recipe, RunDirectory]) 
 
     found = opened(run.path, poisoned, parts=["training"])
     latents = sets(recipe)["latents"]
-    assert found.facts["nonfinite"]["keys"] == [latents.reader.keys[BatchMaker(recipe, latents, GROUP).indices(12)[2]]]
+    assert found.facts["nonfinite"]["keys"] == [
+        latents.reader.keys[BatchMaker(recipe, latents, GROUP).indices(12)[2]]
+    ]
     assert found.facts["nonfinite"]["loss"] in ("flow", "clip", "dino")
     assert found.metrics["finite/gradients"] < 1
 
 
-def test_an_ema_that_never_moves(home: Path, monkeypatch: pytest.MonkeyPatch, healthy: Examination) -> None:
+def test_an_ema_that_never_moves(
+    home: Path, monkeypatch: pytest.MonkeyPatch, healthy: Examination
+) -> None:
     monkeypatch.setattr(Ema, "update", lambda self, step: None)
     _, run = trained(home, "stale")
     assert opened(run.path, parts=["weights"]).metrics["ema/moved"] == pytest.approx(0.0, abs=1e-6)
     assert healthy.metrics["ema/moved"] > 0.1
 
 
-def test_a_sampler_with_another_time_code(ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_with_another_time_code(
+    ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(generate, "time_code", lambda t: 8 * t - 4)
     rows = again(ran, "sampler", "training")
-    assert rows["time/sample_gap"] == pytest.approx(6.0, abs=1e-4)  # four midpoint steps: the first is at 1/8
+    # four midpoint steps: the first is at 1/8
+    assert rows["time/sample_gap"] == pytest.approx(6.0, abs=1e-4)
     assert rows["time/train_gap"] == 0
     assert rows["sampler/gap"] > 0
 
 
-def test_training_with_another_time_code(ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_with_another_time_code(
+    ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("flowray.losses.total.time_code", lambda t: t)
     rows = again(ran, "sampler", "training")
     assert rows["time/train_gap"] > 2
     assert rows["time/sample_gap"] == 0
 
 
-def test_a_bf16_solver_state(ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_bf16(config: Any, velocity_fn: Any, x: Tensor, grid: list[float], watch: Any = None) -> Tensor:
+def test_a_bf16_solver_state(
+    ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_bf16(
+        config: Any, velocity_fn: Any, x: Tensor, grid: list[float], watch: Any = None
+    ) -> Tensor:
         x = x.bfloat16()
         for t, after in pairwise(grid):
             v = velocity_fn(x.float(), torch.full((len(x),), (t + after) / 2)).bfloat16()
@@ -369,7 +470,9 @@ def test_a_bf16_solver_state(ran: tuple[Recipe, RunDirectory], monkeypatch: pyte
     assert rows["teacher/mse@100"] < 1e-9
 
 
-def test_sample_applied_to_an_integrated_latent(ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_applied_to_an_integrated_latent(
+    ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
     true, scale = generate.generate_latents, sets(ran[0])["autoencoder"].scale
 
     def resampled(*args: Any) -> Tensor:
@@ -382,21 +485,34 @@ def test_sample_applied_to_an_integrated_latent(ran: tuple[Recipe, RunDirectory]
     assert rows["sampler/psnr_resampled"] == 99
 
 
-def test_a_posterior_that_is_not_sampled(ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_posterior_that_is_not_sampled(
+    ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
     true = LatentScale.sample
-    monkeypatch.setattr(LatentScale, "sample", lambda self, moments, noise: true(self, moments, torch.zeros_like(noise)))
+    monkeypatch.setattr(
+        LatentScale,
+        "sample",
+        lambda self, moments, noise: true(self, moments, torch.zeros_like(noise)),
+    )
     rows = again(ran, "data", "autoencoder")
     assert rows["latent/noise_ratio"] == pytest.approx(0.0, abs=1e-5)
     assert rows["latent/noise_ratio_train"] == pytest.approx(0.0, abs=1e-5)
-    monkeypatch.setattr(LatentScale, "sample", lambda self, moments, noise: moments.mean.float())  # neither drawn nor scaled
+    # neither drawn nor scaled
+    monkeypatch.setattr(LatentScale, "sample", lambda self, moments, noise: moments.mean.float())
     rows = again(ran, "data", "autoencoder")
     assert rows["latent/fit_power"] == pytest.approx(-1.0, abs=1e-3)
     assert rows["latent/batch_slope"] == pytest.approx(2.0, abs=1e-4)
 
 
-def test_a_kl_on_scaled_moments(ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kl_on_scaled_moments(
+    ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
     true = terms.kl_per_dim
-    monkeypatch.setattr(terms, "kl_per_dim", lambda mu, logvar, form: true(0.5 * mu, logvar + 2 * math.log(0.5), form))
+    monkeypatch.setattr(
+        terms,
+        "kl_per_dim",
+        lambda mu, logvar, form: true(0.5 * mu, logvar + 2 * math.log(0.5), form),
+    )
     assert again(ran, "training")["kl/ratio"] > 1.5
 
 
@@ -417,9 +533,27 @@ def test_a_flipped_field(ran: tuple[Recipe, RunDirectory], healthy: Examination)
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"model.velocity": {"kind": "dimr", "widths": [16, 8], "depths": [3, 1], "heads": 2, "kernel": 3}, "sample.guidance_scale": 3.0},
-        {"train.precision": "bf16", "sample.solver": {"kind": "dopri5", "max_steps": 50}, "model.head": {"kind": "pooled", "hidden": 8}},
-        {"sample.weights": "raw", "sample.grid": "logit_normal", "loss.kl.weight": 0.0, "sample.solver": {"kind": "heun"}},
+        {
+            "model.velocity": {
+                "kind": "dimr",
+                "widths": [16, 8],
+                "depths": [3, 1],
+                "heads": 2,
+                "kernel": 3,
+            },
+            "sample.guidance_scale": 3.0,
+        },
+        {
+            "train.precision": "bf16",
+            "sample.solver": {"kind": "dopri5", "max_steps": 50},
+            "model.head": {"kind": "pooled", "hidden": 8},
+        },
+        {
+            "sample.weights": "raw",
+            "sample.grid": "logit_normal",
+            "loss.kl.weight": 0.0,
+            "sample.solver": {"kind": "heun"},
+        },
     ],
     ids=["dimr, guidance", "bf16, dopri5", "raw, heun, no KL"],
 )
@@ -428,7 +562,11 @@ def test_every_kind_of_recipe_is_examined(home: Path, overrides: dict[str, Any])
     state = fresh_state(recipe, CPU)
     live = living(state, recipe, [])
     assert live.facts["notes"] == []
-    assert [key for key, x in live.metrics.items() if not math.isfinite(x) or not (describe(key) or key.startswith("trivial/"))] == []
+    assert [
+        key
+        for key, x in live.metrics.items()
+        if not math.isfinite(x) or not (describe(key) or key.startswith("trivial/"))
+    ] == []
     assert live.metrics["sampler/gap"] == pytest.approx(0.0, abs=1e-9)
     assert live.metrics["same_batch/ratio"] == pytest.approx(1.0, abs=0.02)
     assert live.metrics["sampler/psnr"] == 99

@@ -1,4 +1,6 @@
-"""Every rule: it fires on the numbers of its fault, first or second, and not on those of a healthy run; nothing absent crashes it."""
+"""Every rule: it fires on the numbers of its fault, first or second, and not on those of a
+healthy run; nothing absent crashes it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ HEALTHY: dict[str, float] = {
     "flow/nmse": 0.13,
     "flow/speed_ratio": 0.93,
     "flow/cond_gain_cos": 0.03,
-    **{f"flow/nmse_t{b}": value for b, value in enumerate((0.15, 0.11, 0.1, 0.09, 0.08, 0.08, 0.09, 0.11, 0.17, 0.35))},
+    **{
+        f"flow/nmse_t{b}": value
+        for b, value in enumerate((0.15, 0.11, 0.1, 0.09, 0.08, 0.08, 0.09, 0.11, 0.17, 0.35))
+    },
     "shoot/mse": 0.56,
     "shoot/nmse": 0.55,
     "shoot/skill": 0.72,
@@ -110,7 +115,11 @@ HEALTHY: dict[str, float] = {
     "data/agreement_shuffled": -0.1,
     "data/agreement_z": 40.0,
     "train_set/shoot_nmse": 0.5,
-    **{f"{curve}/mse@{n}": 1e-14 * n for curve in ("teacher", "teacher_native") for n in (5, 10, 20, 50, 100)},
+    **{
+        f"{curve}/mse@{n}": 1e-14 * n
+        for curve in ("teacher", "teacher_native")
+        for n in (5, 10, 20, 50, 100)
+    },
 }
 FACTS: dict[str, Any] = {
     "step": 3400,
@@ -136,7 +145,10 @@ FACTS: dict[str, Any] = {
 
 def falling(start: float, end: float, rows: int = 60) -> list[dict[str, Any]]:
     """A loss curve that falls fast at first."""
-    return [{"step": 50 * (i + 1), "loss/flow": end + (start - end) * math.exp(-9 * i / rows)} for i in range(rows)]
+    return [
+        {"step": 50 * (i + 1), "loss/flow": end + (start - end) * math.exp(-9 * i / rows)}
+        for i in range(rows)
+    ]
 
 
 class Case(NamedTuple):
@@ -150,15 +162,35 @@ class Case(NamedTuple):
 
 FLAT = falling(0.93, 0.925)
 CASES = (
-    Case("non_finite", {"loss/flow": math.nan, "finite/parameters": 0.5}, {"nonfinite": {"module": "velocity.blocks.1", "step": 41}}),
+    Case(
+        "non_finite",
+        {"loss/flow": math.nan, "finite/parameters": 0.5},
+        {"nonfinite": {"module": "velocity.blocks.1", "step": 41}},
+    ),
     Case("scale_twice", {"latent/fit_power": 1.0}),
-    Case("scale_twice", {"latent/batch_power": 1.02, "latent/noise_ratio_train": 4.0, "flow/cos": 0.7}),
-    Case("scale_twice", {"latent/std_power": 1.0, "latent/var": 0.3, "vae/scale_power": -1, "vae/psnr": 22.0}),
+    Case(
+        "scale_twice",
+        {"latent/batch_power": 1.02, "latent/noise_ratio_train": 4.0, "flow/cos": 0.7},
+    ),
+    Case(
+        "scale_twice",
+        {"latent/std_power": 1.0, "latent/var": 0.3, "vae/scale_power": -1, "vae/psnr": 22.0},
+    ),
     Case("scale_never", {"latent/fit_power": -1.0, "latent/var": 3.3}),
-    Case("scale_never", {"latent/std_power": -1.0, "latent/var": 3.3, "vae/scale_power": 1, "vae/psnr": 20.0}),
+    Case(
+        "scale_never",
+        {"latent/std_power": -1.0, "latent/var": 3.3, "vae/scale_power": 1, "vae/psnr": 20.0},
+    ),
     Case("scale_inverted", {"latent/fit_power": -2.0, "latent/var": 11.0}),
     Case("moments_as_latents", {"latent/noise_ratio_train": 0.0, "latent/batch_noise_ratio": 0.0}),
-    Case("moments_as_latents", {"latent/batch_power": -1.0, "latent/noise_ratio_train": 9.0, "latent/batch_noise_ratio": 0.0}),
+    Case(
+        "moments_as_latents",
+        {
+            "latent/batch_power": -1.0,
+            "latent/noise_ratio_train": 9.0,
+            "latent/batch_noise_ratio": 0.0,
+        },
+    ),
     Case("decode_scale", {"vae/scale_power": -2, "vae/psnr": 15.0}),
     Case("autoencoder_in_train_mode", {"vae/training": 1}),
     Case("autoencoder_in_train_mode", {"vae/repeat_error": 0.1, "latent/fit_residual": 0.2}),
@@ -169,38 +201,106 @@ CASES = (
     Case("dataset_duplicated", {"data/duplicate_share": 0.9, "data/samples": 512}),
     Case("dataset_too_small", {"data/samples": 128}),
     Case("dataset_too_small", {"data/epochs": 900, "train_set/shoot_nmse": 0.05}),
-    Case("velocity_sign", {"field/fit_x1": -0.9, "field/fit_x0": 0.9, "flow/cos": -0.9, "flow/nmse": 3.6, "shoot/skill": -2.0}),
-    Case("x1_target", {"field/fit_x1": 0.9, "field/fit_x0": -0.05, "flow/cos": 0.6, "same_batch/ratio": 2.0}),
-    Case("epsilon_target", {"field/fit_x1": 0.1, "field/fit_x0": 0.9, "flow/cos": -0.6, "flow/nmse": 2.5, "same_batch/ratio": 2.0}),
-    Case("epsilon_target", {"field/cos_eps": 0.8, "field/fit_x1": 0.2, "field/fit_x0": 0.5, "flow/cos": -0.4}),
+    Case(
+        "velocity_sign",
+        {
+            "field/fit_x1": -0.9,
+            "field/fit_x0": 0.9,
+            "flow/cos": -0.9,
+            "flow/nmse": 3.6,
+            "shoot/skill": -2.0,
+        },
+    ),
+    Case(
+        "x1_target",
+        {"field/fit_x1": 0.9, "field/fit_x0": -0.05, "flow/cos": 0.6, "same_batch/ratio": 2.0},
+    ),
+    Case(
+        "epsilon_target",
+        {
+            "field/fit_x1": 0.1,
+            "field/fit_x0": 0.9,
+            "flow/cos": -0.6,
+            "flow/nmse": 2.5,
+            "same_batch/ratio": 2.0,
+        },
+    ),
+    Case(
+        "epsilon_target",
+        {"field/cos_eps": 0.8, "field/fit_x1": 0.2, "field/fit_x0": 0.5, "flow/cos": -0.4},
+    ),
     Case("time_code_mismatch", {"time/train_gap": 8.0}),
     Case("time_code_mismatch", {"time/cos_reversed": 0.96}),
     Case("time_untrained", {"time/coverage_min": 0.0, "shoot/skill": -0.2}, {"time_kind": "alpha"}),
-    Case("time_untrained", {"flow/nmse_t0": 1.4, "time/coverage_min": 0.1}, {"time_kind": "log_snr"}),
+    Case(
+        "time_untrained", {"flow/nmse_t0": 1.4, "time/coverage_min": 0.1}, {"time_kind": "log_snr"}
+    ),
     Case("same_batch_mismatch", {"same_batch/ratio": 1.6, "shoot/skill": -0.2}),
-    Case("lr_too_low", {"step/z_head_update_ratio_peak": 4e-6, "step/flow_head_update_ratio_peak": 2e-6}, {"lr_peak": 2.5e-7}),
-    Case("lr_too_low", {"moved/head": 2e-4, "moved/velocity": 1e-4, "flow/nmse": 0.99, "train/nmse": 1.0, "flow/cos": 0.1}),
-    Case("lr_too_low", {"train/nmse": 0.6}, {"lr": 2.5e-7, "lr_peak": 1e-4, "lr_schedule": "warm_restarts"}, FLAT),
-    Case("lr_too_high", {"step/z_head_update_ratio_peak": 2.0, "flow/nmse": 4.0, "shoot/skill": -3.0}),
-    Case("lr_too_high", {}, {}, [*falling(1.5, 0.3), *({"step": 3000 + 50 * i, "loss/flow": 1.2} for i in range(1, 9))]),
+    Case(
+        "lr_too_low",
+        {"step/z_head_update_ratio_peak": 4e-6, "step/flow_head_update_ratio_peak": 2e-6},
+        {"lr_peak": 2.5e-7},
+    ),
+    Case(
+        "lr_too_low",
+        {
+            "moved/head": 2e-4,
+            "moved/velocity": 1e-4,
+            "flow/nmse": 0.99,
+            "train/nmse": 1.0,
+            "flow/cos": 0.1,
+        },
+    ),
+    Case(
+        "lr_too_low",
+        {"train/nmse": 0.6},
+        {"lr": 2.5e-7, "lr_peak": 1e-4, "lr_schedule": "warm_restarts"},
+        FLAT,
+    ),
+    Case(
+        "lr_too_high", {"step/z_head_update_ratio_peak": 2.0, "flow/nmse": 4.0, "shoot/skill": -3.0}
+    ),
+    Case(
+        "lr_too_high",
+        {},
+        {},
+        [*falling(1.5, 0.3), *({"step": 3000 + 50 * i, "loss/flow": 1.2} for i in range(1, 9))],
+    ),
     Case("lr_too_high", {"moved/head": 12.0, "text/snr": 0.0, "shoot/skill": -0.2}, {"step": 150}),
     Case("dead_head", {"step/z_head_update_ratio_peak": 1e-9, "text/snr": 0.0}),
     Case("dead_head", {"moved/head": 0.0, "text/snr": 0.0}),
     Case("dead_head", {"grad/flow_head": 0.0}),
     Case("dead_head", {"flow/speed_ratio": 5e-8, "flow/nmse": 1.0, "flow/cos": 0.11}),
     Case("logvar_saturated", {"logvar/clamped_share": 0.9, "std/mean": 0.05}),
-    Case("source_collapsed", {"std/mean": 0.08, "shoot/nmse": 1.6, "shoot/skill": -0.3}, {"kl_weight": 0.01}),
+    Case(
+        "source_collapsed",
+        {"std/mean": 0.08, "shoot/nmse": 1.6, "shoot/skill": -0.3},
+        {"kl_weight": 0.01},
+    ),
     Case("source_collapsed", {"std/mean": 0.05, "logvar/clamped_share": 0.9}, {"kl_weight": 0.01}),
-    Case("source_inflated", {"std/mean": 6.0, "scale/ratio": 0.2, "shoot/skill": -0.3}, {"kl_weight": 0.01, "source_grad": "path"}),
+    Case(
+        "source_inflated",
+        {"std/mean": 6.0, "scale/ratio": 0.2, "shoot/skill": -0.3},
+        {"kl_weight": 0.01, "source_grad": "path"},
+    ),
     Case("kl_on_scaled", {"kl/ratio": 3.0}),
     Case("kl_drowned", {"share/kl": 0.001, "std/mean": 0.25}, {"kl_weight": 1e-5}),
-    Case("kl_crushing", {"text/snr": 1e-4, "std/mean": 1.0, "mu/rms": 0.01}, {"kl_weight": 300.0, "kl_form": "gaussian"}),
+    Case(
+        "kl_crushing",
+        {"text/snr": 1e-4, "std/mean": 1.0, "mu/rms": 0.01},
+        {"kl_weight": 300.0, "kl_form": "gaussian"},
+    ),
     Case("condition_ignored", {"text/snr": 0.0, "text/cos_mu": 1.0}),
     Case("condition_ignored", {"shoot/cond_gain": 0.001, "flow/cond_gain_cos": 0.0}),
     Case("guidance_without_null", {}, {"guidance_scale": 4.0, "null_probability": 0.0}),
     Case("clip_weak", {"loss/clip": 4.1, "clip/cond_gain": 0.05}),
     Case("clip_weak", {"grad/clip_of_total": 0.001, "loss/clip": 2.0}),
-    Case("clip_weak", {"grad/clip_of_total": 4e-4, "loss/clip": 0.7, "clip/cond_gain": 10.0}, {}, falling(1.5, 0.27, 20)),
+    Case(
+        "clip_weak",
+        {"grad/clip_of_total": 4e-4, "loss/clip": 0.7, "clip/cond_gain": 10.0},
+        {},
+        falling(1.5, 0.27, 20),
+    ),
     Case("clip_saturated", {"loss/clip": 1e-4, "clip/scale": 100.0}),
     Case("dino_weak", {"grad/dino_of_total": 0.02}, {"loss_weights": {"flow": 1.0, "dino": 0.5}}),
     Case("dino_weak", {"ent/teacher": 6.93, "ent/chance": math.log(1024), "ent/student": 6.9}),
@@ -208,13 +308,23 @@ CASES = (
     Case("losses_opposed", {"grad/cos_flow_clip": -0.9}),
     Case("flow_drowned", {"grad/flow_of_total": 0.03}),
     Case("worse_than_zero", {"flow/cos": 0.0365, "flow/speed_ratio": 0.288, "flow/nmse": 1.06}),
-    Case("velocity_too_small", {"flow/cos": 0.9, "flow/speed_ratio": 0.28, "flow/nmse": 0.58, "gain/nmse_none": 0.58}),
+    Case(
+        "velocity_too_small",
+        {"flow/cos": 0.9, "flow/speed_ratio": 0.28, "flow/nmse": 0.58, "gain/nmse_none": 0.58},
+    ),
     Case("gain_would_hurt", {"flow/cos": 0.55, "flow/speed_ratio": 0.45, "flow/nmse": 0.71}),
     Case("velocity_too_large", {"flow/speed_ratio": 3.0, "flow/nmse": 4.6}),
     Case("field_weak", {"flow/cos": 0.35, "flow/nmse": 0.9, "flow/speed_ratio": 0.6}),
-    Case("half_precision_velocity", {"variant/fp32_cos": 0.93, "variant/bf16_cos": 0.8}, {"precision": "bf16"}),
+    Case(
+        "half_precision_velocity",
+        {"variant/fp32_cos": 0.93, "variant/bf16_cos": 0.8},
+        {"precision": "bf16"},
+    ),
     Case("sample_on_latent", {"sampler/psnr": 18.0, "sampler/psnr_resampled": 99.0}),
-    Case("half_precision_solver", {"teacher_native/mse@5": 5.42e-5, "teacher_native/mse@100": 1.51e-2, "sampler/psnr": 38.0}),
+    Case(
+        "half_precision_solver",
+        {"teacher_native/mse@5": 5.42e-5, "teacher_native/mse@100": 1.51e-2, "sampler/psnr": 38.0},
+    ),
     Case("half_precision_solver", {"sampler/bits": 8}),
     Case("ema_never_updated", {"ema/moved": 0.0, "ema/flow/nmse": 1.0, "ema/flow/cos": 0.0}),
     Case("raw_sampled", {}, {"weights_sampled": "raw"}),
@@ -222,8 +332,18 @@ CASES = (
     Case("sampler_mismatch", {"sampler/gap": 0.4, "sampler/psnr": 12.0}),
     Case("endpoint_grows", {"endpoint/falls_euler": 1.6}),
     Case("worse_than_nothing", {"shoot/skill": -0.4}),
-    Case("no_spatial_structure", {"train/nmse": 0.4}, {"lr_schedule": "warm_restarts", "lr": 1e-4}, FLAT),
-    Case("plateau", {"train/nmse": 0.4}, {"lr_schedule": "constant", "head": "grid", "lr": 1e-4}, FLAT),
+    Case(
+        "no_spatial_structure",
+        {"train/nmse": 0.4},
+        {"lr_schedule": "warm_restarts", "lr": 1e-4},
+        FLAT,
+    ),
+    Case(
+        "plateau",
+        {"train/nmse": 0.4},
+        {"lr_schedule": "constant", "head": "grid", "lr": 1e-4},
+        FLAT,
+    ),
     Case("text_unproven", {"text/cos": 0.1, "text/snr": 0.05}),
     Case("time_embedding_loud", {"time/embed_ratio": 50.0}),
     Case("undertrained", {"shoot/nmse": 1.4}),
@@ -256,14 +376,30 @@ def test_the_fault_is_named_first_or_second(case: Case) -> None:
 
 
 def test_a_small_velocity_that_no_gain_would_mend_is_not_called_too_small() -> None:
-    """What remains of an anchored source's path after 150 steps: mostly noise, which least squares rightly shrinks."""
+    """What remains of an anchored source's path after 150 steps: mostly noise, which least
+    squares rightly shrinks.
+    """
     field = {"flow/cos": 0.32, "flow/speed_ratio": 0.0942, "flow/nmse": 0.967}
-    gains = {"gain/nmse_none": 0.967, "gain/nmse_ls": 0.949, "gain/nmse_median": 1.6, "gain/best": 2.46, "gain/median": 11.2}
-    assert "velocity_too_small" not in [finding.id for finding in diagnose({**HEALTHY, **field, **gains}, FACTS)]
+    gains = {
+        "gain/nmse_none": 0.967,
+        "gain/nmse_ls": 0.949,
+        "gain/nmse_median": 1.6,
+        "gain/best": 2.46,
+        "gain/median": 11.2,
+    }
+    assert "velocity_too_small" not in [
+        finding.id for finding in diagnose({**HEALTHY, **field, **gains}, FACTS)
+    ]
 
 
 def test_an_anchored_source_may_be_narrow_but_not_a_point() -> None:
-    narrow = {**HEALTHY, "std/mean": 0.147, "logvar/clamped_share": 0.3, "shoot/skill": -0.4, "share/kl": 0.001}
+    narrow = {
+        **HEALTHY,
+        "std/mean": 0.147,
+        "logvar/clamped_share": 0.3,
+        "shoot/skill": -0.4,
+        "share/kl": 0.001,
+    }
     facts = {**FACTS, "kl_weight": 0.03, "loss_weights": {"flow": 1.0, "kl": 0.03, "anchor": 4.0}}
     assert healthy(diagnose(narrow, facts))
     assert not healthy(diagnose(narrow, {**facts, "loss_weights": {"flow": 1.0, "kl": 0.03}}))
@@ -274,35 +410,57 @@ def test_an_anchored_source_may_be_narrow_but_not_a_point() -> None:
 def test_a_loss_that_grows_with_the_source_is_no_high_learning_rate() -> None:
     """The flow loss of a source that grows rises with v*; the nmse falls all the same."""
     grown = [{"step": 5 * i, "loss/flow": 2.0 + 0.3 * i, "train/nmse": 1 / i} for i in range(1, 31)]
-    found = diagnose({**HEALTHY, "std/mean": 2.4, "mu/rms": 5.2}, {**FACTS, "kl_weight": 0.003, "step": 150}, grown)
+    found = diagnose(
+        {**HEALTHY, "std/mean": 2.4, "mu/rms": 5.2},
+        {**FACTS, "kl_weight": 0.003, "step": 150},
+        grown,
+    )
     assert found[0].id == "source_inflated"
     assert "lr_too_high" not in [finding.id for finding in found]
-    narrowed = [{"step": 5 * i, "loss/flow": 2 / i, "train/nmse": 0.3 + 0.02 * i} for i in range(1, 31)]
+    narrowed = [
+        {"step": 5 * i, "loss/flow": 2 / i, "train/nmse": 0.3 + 0.02 * i} for i in range(1, 31)
+    ]
     assert "lr_too_high" not in [finding.id for finding in diagnose(HEALTHY, FACTS, narrowed)]
     undone = [{**row, "train/nmse": row["loss/flow"]} for row in grown]
     assert "lr_too_high" in [finding.id for finding in diagnose(HEALTHY, FACTS, undone)]
 
 
 def test_a_run_that_halts_at_once_is_not_said_to_learn_too_slowly() -> None:
-    seen = {**HEALTHY, "moved/head": 1e-4, "moved/velocity": 1e-4, "flow/nmse": 1.0, "train/nmse": 1.0, "finite/forward": 0.5}
+    seen = {
+        **HEALTHY,
+        "moved/head": 1e-4,
+        "moved/velocity": 1e-4,
+        "flow/nmse": 1.0,
+        "train/nmse": 1.0,
+        "finite/forward": 0.5,
+    }
     found = diagnose(seen, {**FACTS, "nonfinite": {"step": 3}})
     assert found[0].id == "non_finite"
-    assert next(finding for finding in found if finding.id == "lr_too_low").explained_by == "non_finite"
+    assert (
+        next(finding for finding in found if finding.id == "lr_too_low").explained_by
+        == "non_finite"
+    )
 
 
 def test_a_velocity_from_a_narrow_source_is_no_x1_prediction() -> None:
     fitted = {**HEALTHY, "field/fit_x1": 0.665}
-    assert "x1_target" not in [finding.id for finding in diagnose({**fitted, "field/fit_x0": -0.231}, FACTS)]
+    assert "x1_target" not in [
+        finding.id for finding in diagnose({**fitted, "field/fit_x0": -0.231}, FACTS)
+    ]
     assert diagnose({**fitted, "field/fit_x0": 0.14}, FACTS)[0].id == "x1_target"
 
 
 @pytest.mark.parametrize("data", [{"data/duplicate_share": 0.98}, {"data/samples": 8}])
-def test_a_wild_source_on_unseen_prompts_follows_from_too_little_data(data: dict[str, float]) -> None:
+def test_a_wild_source_on_unseen_prompts_follows_from_too_little_data(
+    data: dict[str, float],
+) -> None:
     first, second = diagnose({**HEALTHY, **data, "std/mean": 1.76}, FACTS)[:2]
     assert (first.id, second.id, second.explained_by) == (first.id, "source_inflated", first.id)
     assert first.id.startswith("dataset_")
     loose = diagnose({**HEALTHY, **data, "std/mean": 1.76}, {**FACTS, "kl_weight": 0.01})
-    assert next(finding for finding in loose if finding.id == "source_inflated").explained_by is None
+    assert (
+        next(finding for finding in loose if finding.id == "source_inflated").explained_by is None
+    )
 
 
 def test_a_missing_number_crashes_nothing_and_is_never_evidence() -> None:
@@ -311,13 +469,17 @@ def test_a_missing_number_crashes_nothing_and_is_never_evidence() -> None:
     for case in CASES:
         everything |= case.metrics
         for key in case.metrics:
-            left = {name: value for name, value in {**HEALTHY, **case.metrics}.items() if name != key}
+            left = {
+                name: value for name, value in {**HEALTHY, **case.metrics}.items() if name != key
+            }
             looked += diagnose(left, {**FACTS, **case.facts})
     metrics = {**HEALTHY, **everything}
     for key in metrics:
         looked += diagnose({name: value for name, value in metrics.items() if name != key}, FACTS)
     for name in FACTS:
-        looked += diagnose(metrics, {key: value for key, value in FACTS.items() if key != name}, FLAT)
+        looked += diagnose(
+            metrics, {key: value for key, value in FACTS.items() if key != name}, FLAT
+        )
     assert looked
     assert [finding.evidence for finding in looked if re.search(r"\bnan\b", finding.evidence)] == []
 
@@ -337,7 +499,11 @@ def test_rules_read_keys_that_exist() -> None:
 
     for case in CASES:
         diagnose(Noted({**HEALTHY, **case.metrics}), {**FACTS, **case.facts}, case.history)
-    plain = {name for key in asked if "/" in (name := key.removeprefix("ema/").removeprefix("ema/").removeprefix("trivial/"))}
+    plain = {
+        name
+        for key in asked
+        if "/" in (name := key.removeprefix("ema/").removeprefix("ema/").removeprefix("trivial/"))
+    }
     assert {key for key in plain if describe(key) is None and key not in DERIVED} == set()
     assert len(plain) > 80
 
@@ -347,7 +513,10 @@ def test_the_fixes_are_overrides_that_the_recipe_takes() -> None:
     typed = set()
     for case in CASES:
         for finding in read(case):
-            words = re.findall(r"'[\w.]+=[^']*'|\b(?:model|loss|optim|flow|train|data|sample)\.[\w.]+=[^\s,;)]+", finding.fix)
+            words = re.findall(
+                r"'[\w.]+=[^']*'|\b(?:model|loss|optim|flow|train|data|sample)\.[\w.]+=[^\s,;)]+",
+                finding.fix,
+            )
             typed |= {shlex.split(word)[0] for word in words if not re.search(r"=[A-Z]+$", word)}
     assert len(typed) > 20
     for override in sorted(typed):
@@ -356,7 +525,9 @@ def test_the_fixes_are_overrides_that_the_recipe_takes() -> None:
 
 def test_explanations_name_rules_and_never_lose_a_finding() -> None:
     ids = {rule.id for rule in RULES}
-    assert {entry[0] if isinstance(entry, tuple) else entry for rule in RULES for entry in rule.explains} <= ids
+    assert {
+        entry[0] if isinstance(entry, tuple) else entry for rule in RULES for entry in rule.explains
+    } <= ids
     everything: dict[str, float] = {}
     for case in CASES:
         everything |= case.metrics
@@ -364,11 +535,22 @@ def test_explanations_name_rules_and_never_lose_a_finding() -> None:
     roots = [finding.id for finding in found if finding.explained_by is None]
     assert roots
     assert {finding.explained_by for finding in found} - {None} <= set(roots)
-    assert [finding.explained_by is None for finding in found] == sorted((f.explained_by is None for f in found), reverse=True)
+    assert [finding.explained_by is None for finding in found] == sorted(
+        (f.explained_by is None for f in found), reverse=True
+    )
 
 
 def test_a_root_cause_has_its_consequences_under_it() -> None:
-    found = diagnose({**HEALTHY, "latent/fit_power": 1.0, "flow/nmse": 1.1, "shoot/skill": -1.0, "same_batch/ratio": 2.0}, FACTS)
+    found = diagnose(
+        {
+            **HEALTHY,
+            "latent/fit_power": 1.0,
+            "flow/nmse": 1.1,
+            "shoot/skill": -1.0,
+            "same_batch/ratio": 2.0,
+        },
+        FACTS,
+    )
     assert [(finding.id, finding.explained_by) for finding in found] == [
         ("scale_twice", None),
         ("same_batch_mismatch", "scale_twice"),
@@ -376,13 +558,17 @@ def test_a_root_cause_has_its_consequences_under_it() -> None:
         ("worse_than_nothing", "scale_twice"),
     ]
     assert as_json(found)["explained_by"] == {finding.id: "scale_twice" for finding in found[1:]}
-    assert [set(row) for row in as_json(found)["findings"]] == [{"id", "severity", "evidence", "cause", "fix"}] * 4
+    assert [set(row) for row in as_json(found)["findings"]] == [
+        {"id", "severity", "evidence", "cause", "fix"}
+    ] * 4
 
 
 def test_undertrained_is_said_of_healthy_runs_only() -> None:
     short = {**HEALTHY, "shoot/nmse": 1.4}
     assert [finding.id for finding in diagnose(short, FACTS)] == ["undertrained"]
-    assert "undertrained" not in [finding.id for finding in diagnose({**short, "vae/psnr": 10.0}, FACTS)]
+    assert "undertrained" not in [
+        finding.id for finding in diagnose({**short, "vae/psnr": 10.0}, FACTS)
+    ]
 
 
 def test_no_finding_blames_a_number_for_lying_on_its_better_side() -> None:
@@ -403,12 +589,19 @@ def test_no_finding_blames_a_number_for_lying_on_its_better_side() -> None:
 
 def test_every_warning_says_which_numbers_are_at_fault() -> None:
     """But for those that judge the recipe alone."""
-    silent = {finding.id for case in CASES for finding in read(case) if finding.severity != "info" and not finding.judged}
+    silent = {
+        finding.id
+        for case in CASES
+        for finding in read(case)
+        if finding.severity != "info" and not finding.judged
+    }
     assert silent <= {"raw_sampled"}
 
 
 def test_a_derived_number_tells_the_one_it_follows_from() -> None:
-    (condition,) = [f for f in diagnose(HEALTHY | {"text/snr": 1e-9}, FACTS) if f.id == "condition_ignored"]
+    (condition,) = [
+        f for f in diagnose(HEALTHY | {"text/snr": 1e-9}, FACTS) if f.id == "condition_ignored"
+    ]
     assert ("text/nats", "text/snr") in [(judged.key, judged.of) for judged in condition.judged]
 
 

@@ -1,4 +1,6 @@
-"""Guidance by the null indicator, the pairing of null samples, and draws that depend on nothing but their place."""
+"""Guidance by the null indicator, the pairing of null samples, and draws that depend on nothing
+but their place.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,10 @@ class Toy:
         return x * factor + t.view(-1, 1, 1, 1)
 
 
-X, T = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 0.9])
+X, T = (
+    torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)),
+    torch.tensor([0.1, 0.5, 0.9]),
+)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1 + 3 * 0.3, 1 + 1e-15])
@@ -70,7 +75,11 @@ def test_draws_do_not_depend_on_the_ranks() -> None:
 
 def test_draws_differ_by_seed_step_and_stream_and_leave_the_global_rng() -> None:
     before = torch.get_rng_state()
-    made = [Draws(*place, 8, slice(None), CPU).normal(s, (3,)) for place in ((0, 0), (0, 1), (1, 0), (1, 1)) for s in ("a", "b")]
+    made = [
+        Draws(*place, 8, slice(None), CPU).normal(s, (3,))
+        for place in ((0, 0), (0, 1), (1, 0), (1, 1))
+        for s in ("a", "b")
+    ]
     again = Draws(0, 1, 8, slice(None), CPU).normal("a", (3,))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(again, made[2])
@@ -112,13 +121,18 @@ def test_a_lone_null_sample_borrows_the_next_ones_target() -> None:
 @pytest.mark.parametrize(
     ("null", "samples", "partner"),
     [
-        ((1, 0, 1, 0), (5, 6, 5, 7), [1, 1, 3, 3]),  # both null places hold sample 5: each takes the next place
-        ((1, 1, 1, 0), (5, 5, 6, 7), [2, 2, 0, 3]),  # the next null place holds the same sample, the one after it another
-        ((0, 0, 0, 1), (5, 6, 7, 5), [0, 1, 2, 1]),  # a lone null place, whose next place holds its own sample
+        # both null places hold sample 5: each takes the next place
+        ((1, 0, 1, 0), (5, 6, 5, 7), [1, 1, 3, 3]),
+        # the next null place holds the same sample, the one after it another
+        ((1, 1, 1, 0), (5, 5, 6, 7), [2, 2, 0, 3]),
+        # a lone null place, whose next place holds its own sample
+        ((0, 0, 0, 1), (5, 6, 7, 5), [0, 1, 2, 1]),
         ((0, 1, 0, 1), (5, 6, 7, 8), [0, 3, 2, 1]),  # nothing twice: they exchange
         ((1, 1), (5, 5), [0, 1]),  # there is no other sample
     ],
 )
-def test_a_sample_that_stands_twice_in_a_batch_is_no_partner_of_itself(null, samples, partner) -> None:
+def test_a_sample_that_stands_twice_in_a_batch_is_no_partner_of_itself(
+    null, samples, partner
+) -> None:
     u = torch.tensor([0.0 if flag else 0.9 for flag in null])
     assert null_partners(u, 0.5, samples)[1].tolist() == partner

@@ -21,7 +21,9 @@ def test_target_is_the_derivative_of_psi(rho: float) -> None:
     for seed in range(3):  # a random direction in latent space at a time
         w = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
         (derivative,) = torch.autograd.grad((psi(t, x0, x1, rho) * w).sum(), t)
-        assert torch.allclose(derivative, (velocity_target(x0, x1, rho) * w).flatten(1).sum(1), atol=1e-4)
+        assert torch.allclose(
+            derivative, (velocity_target(x0, x1, rho) * w).flatten(1).sum(1), atol=1e-4
+        )
 
 
 def test_end_points_and_the_line_between() -> None:
@@ -29,7 +31,9 @@ def test_end_points_and_the_line_between() -> None:
     assert torch.equal(psi(torch.zeros(6), x0, x1, RHO), x0)
     assert torch.allclose(psi(torch.ones(6), x0, x1, RHO), RHO * x0 + x1, atol=1e-6)
     t = torch.rand(6, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(psi(t, x0, x1, RHO), x0 + t.view(-1, 1, 1, 1) * velocity_target(x0, x1, RHO), atol=1e-6)
+    assert torch.allclose(
+        psi(t, x0, x1, RHO), x0 + t.view(-1, 1, 1, 1) * velocity_target(x0, x1, RHO), atol=1e-6
+    )
 
 
 def test_fp32_from_bf16() -> None:
@@ -44,7 +48,9 @@ def test_fp32_from_bf16() -> None:
 
 @pytest.mark.parametrize("mode", ["full", "path", "none"])
 def test_source_gradient_by_hand(mode: str) -> None:
-    """u(x) = a x and L = sum (u(x_t) - v*)^2: dL/dx0 = 2 r (a dx_t/dx0 - dv*/dx0), each factor present or not by mode."""
+    """u(x) = a x and L = sum (u(x_t) - v*)^2: dL/dx0 = 2 r (a dx_t/dx0 - dv*/dx0), each factor
+    present or not by mode.
+    """
     a, rho = 0.7, 0.1
     x0, x1 = latents()
     x0.requires_grad_(True)
@@ -64,7 +70,10 @@ def test_modes_agree_on_values() -> None:
     x0, x1 = latents()
     t = torch.linspace(0, 1, 6)
     samples = [sample_path(t, x0, x1, RHO, mode) for mode in ("full", "path", "none")]
-    assert all(torch.equal(s.xt, samples[0].xt) and torch.equal(s.v_target, samples[0].v_target) for s in samples)
+    assert all(
+        torch.equal(s.xt, samples[0].xt) and torch.equal(s.v_target, samples[0].v_target)
+        for s in samples
+    )
 
 
 def test_time_code_is_not_log_snr() -> None:

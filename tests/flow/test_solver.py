@@ -33,11 +33,19 @@ def positive(batch: int = 3) -> Tensor:
     return 0.3 + 1.5 * torch.rand(batch, 2, 2, 2, generator=torch.Generator().manual_seed(1))
 
 
-def fitted_order(config: EulerSolver | HeunSolver | MidpointSolver | Dopri5Solver, kind: str, velocity=curved, exact=None) -> float:
+def fitted_order(
+    config: EulerSolver | HeunSolver | MidpointSolver | Dopri5Solver,
+    kind: str,
+    velocity=curved,
+    exact=None,
+) -> float:
     x0 = positive()
     truth = x0 / (1 + x0) if exact is None else exact(x0)
     counts = [8, 16, 32, 64]
-    errors = [float((integrate(config, velocity, x0, time_grid(kind, n)) - truth).abs().max()) for n in counts]
+    errors = [
+        float((integrate(config, velocity, x0, time_grid(kind, n)) - truth).abs().max())
+        for n in counts
+    ]
     logs = torch.tensor([[math.log(n), math.log(e)] for n, e in zip(counts, errors, strict=True)])
     centred = logs - logs.mean(0)
     return float(-(centred[:, 0] * centred[:, 1]).sum() / centred[:, 0].square().sum())
@@ -56,7 +64,11 @@ class SolverContract:
         v = velocity_target(x0, x1, RHO)
         end = psi(torch.ones(len(x0)), x0, x1, RHO)
         for n in range(1, 101):
-            mse = float((integrate(self.config, lambda x, t: v, x0, time_grid(kind, n)) - end).square().mean())
+            mse = float(
+                (integrate(self.config, lambda x, t: v, x0, time_grid(kind, n)) - end)
+                .square()
+                .mean()
+            )
             assert mse <= 1e-9, (n, mse)
 
     def test_order_of_convergence(self) -> None:
@@ -67,7 +79,12 @@ class SolverContract:
         """More slowly: the outermost steps shrink only as 1 / (N sqrt(log N))."""
         x0 = positive()
         coarse, fine = (
-            float((integrate(self.config, curved, x0, time_grid("logit_normal", n)) - x0 / (1 + x0)).abs().max()) for n in (4, 64)
+            float(
+                (integrate(self.config, curved, x0, time_grid("logit_normal", n)) - x0 / (1 + x0))
+                .abs()
+                .max()
+            )
+            for n in (4, 64)
         )
         assert fine < max(coarse / 3, 1e-5)
 
@@ -102,7 +119,11 @@ class SolverContract:
         kept, rows = x0.clone(), []
         plain = integrate(self.config, curved, x0, time_grid("uniform", 6))
         watched = integrate(
-            self.config, curved, x0, time_grid("uniform", 6), watch=lambda k, t, x, v: rows.append((k, t, x.clone(), v.clone()))
+            self.config,
+            curved,
+            x0,
+            time_grid("uniform", 6),
+            watch=lambda k, t, x, v: rows.append((k, t, x.clone(), v.clone())),
         )
         assert torch.equal(x0, kept)
         assert torch.equal(plain, watched)
@@ -116,7 +137,12 @@ class SolverContract:
     def test_batch_equals_samples_alone(self) -> None:
         x0 = positive(5)
         together = integrate(self.config, curved, x0, time_grid("uniform", 4))
-        alone = torch.cat([integrate(self.config, curved, x0[i : i + 1], time_grid("uniform", 4)) for i in range(5)])
+        alone = torch.cat(
+            [
+                integrate(self.config, curved, x0[i : i + 1], time_grid("uniform", 4))
+                for i in range(5)
+            ]
+        )
         assert torch.allclose(together, alone, atol=1e-6)
 
 
@@ -127,7 +153,9 @@ class TestEulerMidpoint(SolverContract):
         def field(x: Tensor, t: Tensor) -> Tensor:
             return (3 * t).exp().view(-1, 1, 1, 1).expand_as(x)
 
-        assert fitted_order(self.config, "uniform", field, lambda x0: x0 + (math.e**3 - 1) / 3) == pytest.approx(2.0, abs=0.1)
+        assert fitted_order(
+            self.config, "uniform", field, lambda x0: x0 + (math.e**3 - 1) / 3
+        ) == pytest.approx(2.0, abs=0.1)
 
 
 class TestEulerLeft(SolverContract):
@@ -139,7 +167,13 @@ class TestEulerEndpoint(SolverContract):
 
     def test_nodes_run_from_0_to_1(self) -> None:
         times: list[float] = []
-        integrate(self.config, lambda x, t: 0 * x, positive(), time_grid("uniform", 5), watch=lambda k, t, x, v: times.append(t))
+        integrate(
+            self.config,
+            lambda x, t: 0 * x,
+            positive(),
+            time_grid("uniform", 5),
+            watch=lambda k, t, x, v: times.append(t),
+        )
         assert times == [0.0, 0.25, 0.5, 0.75, 1.0]
 
     def test_first_order(self) -> None:
@@ -166,7 +200,12 @@ class TestDopri5(SolverContract):
 
         x0, _ = pair()
         reference = odeint(
-            lambda t, x: swirl(x, t), x0.double(), torch.tensor([0.0, 1.0]).double(), rtol=1e-10, atol=1e-10, method="dopri5"
+            lambda t, x: swirl(x, t),
+            x0.double(),
+            torch.tensor([0.0, 1.0]).double(),
+            rtol=1e-10,
+            atol=1e-10,
+            method="dopri5",
         )[-1]
         got = integrate(self.config, swirl, x0, time_grid("uniform", 10))
         assert torch.allclose(got.double(), reference, atol=1e-5)
@@ -174,14 +213,23 @@ class TestDopri5(SolverContract):
     def test_known_solution_and_tolerance(self) -> None:
         x0 = positive()
         errors = [
-            float((integrate(Dopri5Solver(rtol=tol, atol=tol), curved, x0, time_grid("uniform", 1)) - x0 / (1 + x0)).abs().max())
+            float(
+                (
+                    integrate(Dopri5Solver(rtol=tol, atol=tol), curved, x0, time_grid("uniform", 1))
+                    - x0 / (1 + x0)
+                )
+                .abs()
+                .max()
+            )
             for tol in (1e-2, 1e-4, 1e-6)
         ]
         assert errors[2] < errors[0]
         assert all(error < 5 * tol for error, tol in zip(errors, (1e-2, 1e-4, 1e-6), strict=True))
 
     def test_every_sample_has_its_own_step(self) -> None:
-        """A stiff neighbour costs evaluations, never a different answer; at a loose tolerance other steps would show."""
+        """A stiff neighbour costs evaluations, never a different answer; at a loose tolerance
+        other steps would show.
+        """
         rates = torch.tensor([3.0, 60.0, 1.0]).view(-1, 1, 1, 1)
         config, grid = Dopri5Solver(rtol=1e-2, atol=1e-2), time_grid("uniform", 2)
         times: list[Tensor] = []
@@ -196,18 +244,28 @@ class TestDopri5(SolverContract):
         x0 = torch.ones(3, 1, 2, 2)
         out = integrate(config, decay(rates), x0, grid)
         assert torch.allclose(out, (-rates).exp() * x0, atol=3e-2)
-        assert sum(bool(t[0] >= 1) for t in times) > len(times) / 2  # the easy sample waits at t = 1 for the stiff one
-        alone = torch.cat([integrate(config, decay(rates[i : i + 1]), x0[i : i + 1], grid) for i in range(3)])
+        # the easy sample waits at t = 1 for the stiff one
+        assert sum(bool(t[0] >= 1) for t in times) > len(times) / 2
+        alone = torch.cat(
+            [integrate(config, decay(rates[i : i + 1]), x0[i : i + 1], grid) for i in range(3)]
+        )
         assert torch.allclose(out, alone, atol=1e-6, rtol=1e-5)
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_non_finite_field_raises(self, bad: float) -> None:
         with pytest.raises(RuntimeError, match="non-finite"):
-            integrate(self.config, lambda x, t: torch.where(t.view(-1, 1, 1, 1) > 0.5, bad, x), positive(), time_grid("uniform", 4))
+            integrate(
+                self.config,
+                lambda x, t: torch.where(t.view(-1, 1, 1, 1) > 0.5, bad, x),
+                positive(),
+                time_grid("uniform", 4),
+            )
 
 
 def test_every_member_has_its_contract_test() -> None:
-    assert {type(cls.config) for cls in SolverContract.__subclasses__()} == set(members(SolverConfig))
+    assert {type(cls.config) for cls in SolverContract.__subclasses__()} == set(
+        members(SolverConfig)
+    )
 
 
 @pytest.mark.parametrize("kind", GRIDS)
@@ -226,7 +284,9 @@ def test_logit_normal_grid_is_normal_quantiles() -> None:
     from statistics import NormalDist
 
     middle = time_grid("logit_normal", 10)[1:-1]
-    assert [math.log(t / (1 - t)) for t in middle] == pytest.approx([NormalDist().inv_cdf(k / 10) for k in range(1, 10)])
+    assert [math.log(t / (1 - t)) for t in middle] == pytest.approx(
+        [NormalDist().inv_cdf(k / 10) for k in range(1, 10)]
+    )
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("uniform", 0), ("logit_normal", -1), ("cosine", 4)])
@@ -236,7 +296,9 @@ def test_bad_grids(kind: str, steps: int) -> None:
 
 
 def test_the_logs_growing_teacher_error_is_bf16_accumulation() -> None:
-    """The users' 'teacher Euler passed' curve grows with N: a bf16 state rounds N times. An fp32 state does not."""
+    """The users' 'teacher Euler passed' curve grows with N: a bf16 state rounds N times. An fp32
+    state does not.
+    """
     x0, x1 = pair()
     v = velocity_target(x0, x1, RHO)
     end = psi(torch.ones(len(x0)), x0, x1, RHO)
@@ -250,7 +312,12 @@ def test_the_logs_growing_teacher_error_is_bf16_accumulation() -> None:
     theirs = [in_bf16(n) for n in (5, 20, 100)]
     ours = [
         float(
-            (integrate(EulerSolver(), lambda x, t: v.bfloat16(), x0, time_grid("uniform", n)) - (x0 + v.bfloat16().float())).square().mean()
+            (
+                integrate(EulerSolver(), lambda x, t: v.bfloat16(), x0, time_grid("uniform", n))
+                - (x0 + v.bfloat16().float())
+            )
+            .square()
+            .mean()
         )
         for n in (5, 20, 100)
     ]

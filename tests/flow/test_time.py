@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowray.config.flow import AlphaTime, FlowConfig, LogitNormalTime, LogSNRTime, TimeConfig, TimeStage, UniformTime
+from flowray.config.flow import (
+    AlphaTime,
+    FlowConfig,
+    LogitNormalTime,
+    LogSNRTime,
+    TimeConfig,
+    TimeStage,
+    UniformTime,
+)
 from flowray.config.schema import members
 from flowray.flow.draws import Draws
 from flowray.flow.time import time_config, training_times
@@ -16,7 +24,9 @@ KS_LIMIT = 1.95 / POINTS**0.5  # exceeded once in a thousand
 
 
 class TimeSamplerContract:
-    """What every member of TimeConfig must do; subclasses give `config` and `cdf`, the distribution without the floor."""
+    """What every member of TimeConfig must do; subclasses give `config` and `cdf`, the
+    distribution without the floor.
+    """
 
     config: UniformTime | LogitNormalTime | LogSNRTime | AlphaTime
 
@@ -51,7 +61,9 @@ class TimeSamplerContract:
             t = training_times(self.with_floor(floor), u).double().sort().values
             expected = floor * t + (1 - floor) * self.cdf(t)
             ranks = torch.arange(POINTS + 1, dtype=torch.float64) / POINTS
-            distance = torch.maximum((expected - ranks[:-1]).abs().max(), (expected - ranks[1:]).abs().max())
+            distance = torch.maximum(
+                (expected - ranks[:-1]).abs().max(), (expected - ranks[1:]).abs().max()
+            )
             assert float(distance) < KS_LIMIT, (floor, float(distance))
 
     def test_the_floor_reaches_every_tenth(self) -> None:
@@ -77,9 +89,17 @@ class TimeSamplerContract:
         if isinstance(self.config, UniformTime):
             return
         bare, first = self.with_floor(0.0), TimeStage(steps=10, time=UniformTime())
-        with pytest.raises(ValueError, match=r"in flow\.curriculum leaves t = 0 untrained; its uniform_floor must be above 0"):
+        with pytest.raises(
+            ValueError,
+            match=r"in flow\.curriculum leaves t = 0 untrained; its uniform_floor must be above 0",
+        ):
             TimeStage(steps=10, time=bare)
-        with pytest.raises(ValueError, match=r"after flow\.curriculum leaves t = 0 untrained; its uniform_floor must be above 0"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                r"after flow\.curriculum leaves t = 0 untrained; its uniform_floor must be above 0"
+            ),
+        ):
             FlowConfig(curriculum=(first,), time=bare)
         FlowConfig(curriculum=(first,), time=self.with_floor(0.1))
 
@@ -118,13 +138,25 @@ class TestAlpha(TimeSamplerContract):
 
     def test_a_range_from_0_needs_no_floor(self) -> None:
         whole = AlphaTime(low=0.0, high=0.5, uniform_floor=0.0)
-        assert FlowConfig(curriculum=(TimeStage(steps=10, time=whole),), time=whole).curriculum[0].time == whole
+        assert (
+            FlowConfig(curriculum=(TimeStage(steps=10, time=whole),), time=whole).curriculum[0].time
+            == whole
+        )
 
 
 def test_stages_follow_each_other() -> None:
     narrow, wide = AlphaTime(low=0.8, high=1.0), AlphaTime(low=0.5, high=1.0)
-    config = FlowConfig(curriculum=(TimeStage(steps=10, time=narrow), TimeStage(fraction=0.5, time=wide)), time=LogSNRTime())
-    assert [time_config(config, step, 100) for step in (0, 9, 10, 49, 50)] == [narrow, narrow, wide, wide, LogSNRTime()]
+    config = FlowConfig(
+        curriculum=(TimeStage(steps=10, time=narrow), TimeStage(fraction=0.5, time=wide)),
+        time=LogSNRTime(),
+    )
+    assert [time_config(config, step, 100) for step in (0, 9, 10, 49, 50)] == [
+        narrow,
+        narrow,
+        wide,
+        wide,
+        LogSNRTime(),
+    ]
     with pytest.raises(ValueError, match="one after the other"):
         FlowConfig(curriculum=(TimeStage(steps=10, time=narrow), TimeStage(steps=10, time=wide)))
     with pytest.raises(ValueError, match="either steps or fraction"):
@@ -135,14 +167,18 @@ def test_the_logs_curriculum_is_biased_and_still_starts_at_0() -> None:
     """First 30k steps biased to alpha > 0.8."""
     config = FlowConfig(curriculum=(TimeStage(steps=30_000, time=AlphaTime(low=0.8, high=1.0)),))
     u = torch.linspace(0, 1, POINTS + 1)[:-1]
-    early, late = (training_times(time_config(config, step, 100_000), u) for step in (29_999, 30_000))
+    early, late = (
+        training_times(time_config(config, step, 100_000), u) for step in (29_999, 30_000)
+    )
     assert float((early >= 0.8).float().mean()) == pytest.approx(0.84, abs=0.01)
     assert float((late >= 0.8).float().mean()) == pytest.approx(0.2, abs=0.01)
     assert float((early < 0.1).float().mean()) == pytest.approx(0.02, abs=0.002)
 
 
 def test_every_member_has_its_contract_test() -> None:
-    assert {type(cls.config) for cls in TimeSamplerContract.__subclasses__()} == set(members(TimeConfig))
+    assert {type(cls.config) for cls in TimeSamplerContract.__subclasses__()} == set(
+        members(TimeConfig)
+    )
 
 
 @pytest.mark.parametrize("fraction", [0.07, 0.14, 0.28, 0.29, 0.55, 0.57, 0.58])

@@ -1,4 +1,6 @@
-"""Gradient balancing against closed forms, autograd and the projections written out; nothing here trains a model."""
+"""Gradient balancing against closed forms, autograd and the projections written out; nothing
+here trains a model.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowray.config.balance import BalanceConfig, GradNormBalance, NoBalance, PCGradBalance, SharesBalance, ShareTargets
+from flowray.config.balance import (
+    BalanceConfig,
+    GradNormBalance,
+    NoBalance,
+    PCGradBalance,
+    SharesBalance,
+    ShareTargets,
+)
 from flowray.config.errors import InputError
 from flowray.config.keys import describe
 from flowray.config.load import override_recipe
@@ -24,11 +33,19 @@ NAMES = ("flow", "kl", "dino")
 
 def gradients(*norms: float, seed: int = 0) -> Tensor:
     """Rows of these norms in random directions, (L, 50) fp64."""
-    rows = torch.randn(len(norms), 50, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    rows = torch.randn(
+        len(norms), 50, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     return rows / rows.norm(dim=1, keepdim=True) * torch.tensor(norms, dtype=torch.float64)[:, None]
 
 
-def measured(rows: Tensor, weights: tuple[float, ...], losses: tuple[float, ...] = (1.0, 1.0, 1.0), now=None, seed: int = 0) -> Measured:
+def measured(
+    rows: Tensor,
+    weights: tuple[float, ...],
+    losses: tuple[float, ...] = (1.0, 1.0, 1.0),
+    now=None,
+    seed: int = 0,
+) -> Measured:
     names = NAMES[: len(rows)]
     scheduled = weights if now is None else now
     return Measured(
@@ -42,7 +59,10 @@ def measured(rows: Tensor, weights: tuple[float, ...], losses: tuple[float, ...]
 
 def shares(balancer: Balancer, what: Measured) -> dict[str, float]:
     """Weighted gradient norms relative to flow's, as balanced."""
-    pull = {name: what.full[name] * norm * balancer.multiplier(name) for name, norm in what.norms.items()}
+    pull = {
+        name: what.full[name] * norm * balancer.multiplier(name)
+        for name, norm in what.norms.items()
+    }
     return {name: value / pull["flow"] for name, value in pull.items()}
 
 
@@ -59,7 +79,12 @@ class BalanceContract:
     def test_conflicting_losses_get_finite_positive_multipliers_and_the_state_is_json(self) -> None:
         balancer, again = Balancer(self.config), Balancer(self.config)
         for step in range(8):
-            what = measured(gradients(3.0, 0.01, 8.0, seed=step), (1.0, 0.5, 2.0), (1.0, 0.1 + step, 2.0), seed=step)
+            what = measured(
+                gradients(3.0, 0.01, 8.0, seed=step),
+                (1.0, 0.5, 2.0),
+                (1.0, 0.1 + step, 2.0),
+                seed=step,
+            )
             balancer.update(what)
             again.restore(json.loads(json.dumps(again.kept())))  # a resume before every step
             again.update(what)
@@ -97,7 +122,9 @@ class TestShares(BalanceContract):
         assert shares(balancer, what) == pytest.approx({"flow": 1.0, "kl": 0.005, "dino": 4.0})
         for _ in range(60):
             balancer.update(what)
-        assert shares(balancer, what) == pytest.approx({"flow": 1.0, "kl": 0.1, "dino": 0.5}, rel=1e-3)
+        assert shares(balancer, what) == pytest.approx(
+            {"flow": 1.0, "kl": 0.1, "dino": 0.5}, rel=1e-3
+        )
         inside = Balancer(self.config)
         inside.update(measured(gradients(2.0, 0.4, 0.8), (1.0, 1.0, 1.0)))
         assert [inside.multiplier(name) for name in NAMES] == [1.0] * 3
@@ -107,7 +134,9 @@ class TestShares(BalanceContract):
         what = measured(gradients(2.0, 4.0, 8.0), (1.0, 3.0, 1.0))
         for _ in range(60):
             balancer.update(what)
-        assert shares(balancer, what) == pytest.approx({"flow": 1.0, "kl": 0.25, "dino": 4.0}, rel=1e-3)
+        assert shares(balancer, what) == pytest.approx(
+            {"flow": 1.0, "kl": 0.25, "dino": 4.0}, rel=1e-3
+        )
 
     def test_the_multiplier_is_an_exponential_average(self) -> None:
         balancer = Balancer(SharesBalance(targets=ShareTargets(kl=0.2), smoothing=0.75))
@@ -118,7 +147,9 @@ class TestShares(BalanceContract):
         assert bounded.multiplier("kl") == 3
 
     def test_a_warm_up_stays_one(self) -> None:
-        """The band is for the full weight: at a tenth of it the same multiplier is found, and the schedule still cuts the weight."""
+        """The band is for the full weight: at a tenth of it the same multiplier is found, and
+        the schedule still cuts the weight.
+        """
         ramp, whole = Balancer(self.config), Balancer(self.config)
         rows = gradients(2.0, 0.01, 8.0)
         ramp.update(measured(rows, (1.0, 1.0, 1.0), now=(1.0, 0.1, 1.0)))
@@ -133,13 +164,21 @@ class TestShares(BalanceContract):
         with pytest.raises(ValueError, match="low <= high"):
             ShareTargets(kl=(0.3, 0.1))
         with pytest.raises(InputError, match=r"loss\.balance\.targets\.kl"):
-            override_recipe(Recipe(), {"loss.balance.kind": "shares", "loss.balance.targets.kl": [0.3, 0.1]})
-        recipe = override_recipe(Recipe(), {"loss.balance.targets.kl": 0.2, "loss.balance.kind": "shares"})
+            override_recipe(
+                Recipe(), {"loss.balance.kind": "shares", "loss.balance.targets.kl": [0.3, 0.1]}
+            )
+        recipe = override_recipe(
+            Recipe(), {"loss.balance.targets.kl": 0.2, "loss.balance.kind": "shares"}
+        )
         assert isinstance(recipe.loss.balance, SharesBalance)
         assert recipe.loss.balance.targets.kl == (0.2, 0.2)
 
     def test_every_loss_but_flow_can_have_a_target(self) -> None:
-        terms = {name for name, field in LossConfig.model_fields.items() if issubclass(members(field.annotation)[0], TermConfig)}
+        terms = {
+            name
+            for name, field in LossConfig.model_fields.items()
+            if issubclass(members(field.annotation)[0], TermConfig)
+        }
         assert set(ShareTargets.model_fields) == terms - {"flow"}
 
 
@@ -147,7 +186,9 @@ class TestGradNorm(BalanceContract):
     config = GradNormBalance(alpha=1.5, lr=0.1)
 
     def test_one_step_is_autograds(self) -> None:
-        """L_grad = sum |G_i - mean(G) r_i^alpha|, the target held fixed, its slope relative to mean(G); then sum m = L."""
+        """L_grad = sum |G_i - mean(G) r_i^alpha|, the target held fixed, its slope relative to
+        mean(G); then sum m = L.
+        """
         weights, first, later = (1.0, 0.5, 2.0), (2.0, 1.0, 0.5), (1.0, 0.9, 0.1)
         balancer, rows = Balancer(self.config), gradients(3.0, 0.4, 1.5)
         m = torch.ones(3, dtype=torch.float64)
@@ -155,15 +196,22 @@ class TestGradNorm(BalanceContract):
             balancer.update(measured(rows, weights, losses))
             m = m.detach().requires_grad_()
             norms = m * torch.tensor(weights) * rows.norm(dim=1)
-            rate = torch.tensor(losses, dtype=torch.float64) / torch.tensor(first, dtype=torch.float64)
+            rate = torch.tensor(losses, dtype=torch.float64) / torch.tensor(
+                first, dtype=torch.float64
+            )
             target = (norms.mean() * (rate / rate.mean()) ** 1.5).detach()
             (slope,) = torch.autograd.grad((norms - target).abs().sum(), m)
             m = m - 0.1 * slope / norms.detach().mean()
             m = m * 3 / m.sum()
-            assert [balancer.multiplier(name) for name in NAMES] == pytest.approx(m.tolist(), rel=1e-6)
+            assert [balancer.multiplier(name) for name in NAMES] == pytest.approx(
+                m.tolist(), rel=1e-6
+            )
 
     def test_alpha_0_makes_the_weighted_norms_equal(self) -> None:
-        balancer, what = Balancer(GradNormBalance(alpha=0, lr=0.002)), measured(gradients(3.0, 0.4, 1.5), (1.0, 1.0, 1.0))
+        balancer, what = (
+            Balancer(GradNormBalance(alpha=0, lr=0.002)),
+            measured(gradients(3.0, 0.4, 1.5), (1.0, 1.0, 1.0)),
+        )
         for _ in range(4000):
             balancer.update(what)
         assert list(shares(balancer, what).values()) == pytest.approx([1.0, 1.0, 1.0], rel=0.03)
@@ -182,13 +230,21 @@ class TestPCGrad(BalanceContract):
     def direction(self, rows: Tensor, weights: tuple[float, ...], seed: int = 0) -> Tensor:
         balancer = Balancer(self.config)
         balancer.update(measured(rows, weights, seed=seed))
-        factors = [balancer.multiplier(name) * weight for name, weight in zip(NAMES, weights, strict=False)]
+        factors = [
+            balancer.multiplier(name) * weight for name, weight in zip(NAMES, weights, strict=False)
+        ]
         return torch.tensor(factors, dtype=torch.float64) @ rows
 
     def test_two_losses_in_closed_form(self) -> None:
-        a, b = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([-1.0, 1.0], dtype=torch.float64)
+        a, b = (
+            torch.tensor([1.0, 0.0], dtype=torch.float64),
+            torch.tensor([-1.0, 1.0], dtype=torch.float64),
+        )
         # a without its part along b is (0.5, 0.5); b without its part along a is (0, 1)
-        torch.testing.assert_close(self.direction(torch.stack([a, b]), (1.0, 1.0)), torch.tensor([0.5, 1.5], dtype=torch.float64))
+        torch.testing.assert_close(
+            self.direction(torch.stack([a, b]), (1.0, 1.0)),
+            torch.tensor([0.5, 1.5], dtype=torch.float64),
+        )
 
     def test_without_a_conflict_it_is_the_weighted_sum(self) -> None:
         rows = torch.tensor([[1.0, 0.2, 0.0], [0.1, 1.0, 0.3]], dtype=torch.float64)
@@ -216,14 +272,21 @@ class TestPCGrad(BalanceContract):
         rows = gradients(3.0, 1.0, 2.0, seed=4)
         rows[1] -= rows[0]
         before = torch.get_rng_state()
-        found = {tuple(self.direction(rows, (1.0, 1.0, 1.0), seed).tolist()) for seed in (0, 1, 2, 3, 0)}
+        found = {
+            tuple(self.direction(rows, (1.0, 1.0, 1.0), seed).tolist()) for seed in (0, 1, 2, 3, 0)
+        }
         assert len(found) > 1
         assert torch.equal(torch.get_rng_state(), before)
-        assert all(torch.equal(*pair) for pair in pairwise(self.direction(rows, (1.0, 1.0, 1.0), 7) for _ in range(3)))
+        assert all(
+            torch.equal(*pair)
+            for pair in pairwise(self.direction(rows, (1.0, 1.0, 1.0), 7) for _ in range(3))
+        )
 
 
 def test_every_member_has_its_contract_test() -> None:
-    assert {type(cls.config) for cls in BalanceContract.__subclasses__()} == set(members(BalanceConfig))
+    assert {type(cls.config) for cls in BalanceContract.__subclasses__()} == set(
+        members(BalanceConfig)
+    )
 
 
 def test_metrics_of_a_gramian() -> None:
@@ -232,5 +295,7 @@ def test_metrics_of_a_gramian() -> None:
     cos = float(torch.cosine_similarity(rows[0], rows[1], dim=0))
     expected = {"grad/flow": 3.0, "grad/kl": 0.4, "grad/dino": 0.0}
     expected |= {"grad/flow_weighted": 6.0, "grad/kl_weighted": 0.2, "grad/dino_weighted": 0.0}
-    assert row == pytest.approx(expected | {"grad/cos_flow_kl": cos, "grad/cos_flow_dino": 0.0, "grad/cos_kl_dino": 0.0})
+    assert row == pytest.approx(
+        expected | {"grad/cos_flow_kl": cos, "grad/cos_flow_dino": 0.0, "grad/cos_kl_dino": 0.0}
+    )
     assert all(describe(name) is not None for name in row)

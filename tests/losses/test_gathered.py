@@ -1,4 +1,6 @@
-"""Losses on two gloo ranks against one process on the joined batch: values, gradients, DINO's centre."""
+"""Losses on two gloo ranks against one process on the joined batch: values, gradients, DINO's
+centre.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from flowray.model.semantic import Dino, SemanticTower, Views
 
 LATENT = LatentSpec(channels=2, height=4, width=4)
 CLIP = ClipLossConfig(weight=1.0, temperature=0.2)
-DINO = DinoLossConfig(weight=1.0, prototypes=12, hidden=4, bottleneck=8, centre_momentum=0.5, teacher_temperature=0.1)
+DINO = DinoLossConfig(
+    weight=1.0, prototypes=12, hidden=4, bottleneck=8, centre_momentum=0.5, teacher_temperature=0.1
+)
 GLOBAL = 8
 
 
@@ -38,14 +42,18 @@ class Losses(nn.Module):
 
     def forward(self, x: Tensor, z1: Tensor) -> dict[str, Tensor]:
         z0 = self.source(x)
-        views = Views(clip=(*self.tower(z0, z1, None), self.tower.scale), dino=self.dino(z0, z1, None))
+        views = Views(
+            clip=(*self.tower(z0, z1, None), self.tower.scale), dino=self.dino(z0, z1, None)
+        )
         path = sample_path(torch.full((len(x),), 0.5), z0, z1, 0.0)
         forward = Forward(Posterior(z0, z0), z0, z1, path, z0, (), views)
         return {"clip": loss_term(self.config, forward), "dino": loss_term(DINO, forward)}
 
 
 def run(rank: int, world: int, gather: bool) -> dict[str, Tensor]:
-    """Two SGD steps on this rank's rows of fixed batches: losses, the last gradients and what moved without one."""
+    """Two SGD steps on this rank's rows of fixed batches: losses, the last gradients and what
+    moved without one.
+    """
     torch.manual_seed(0)
     losses = Losses(CLIP.model_copy(update={"gather": gather}))
     wrapped = DistributedDataParallel(losses) if world > 1 else losses
@@ -82,17 +90,26 @@ def test_two_ranks_make_what_one_makes_of_the_joined_batch(tmp_path: Path) -> No
     alone = run(0, 1, True)
     first, second = (torch.load(tmp_path / f"True-{rank}", weights_only=True) for rank in (0, 1))
     assert first.keys() == second.keys() == alone.keys()
-    assert {"grad.source.weight", "grad.tower.log_scale", "grad.dino.student.prototypes", "centre"} <= alone.keys()
+    assert {
+        "grad.source.weight",
+        "grad.tower.log_scale",
+        "grad.dino.student.prototypes",
+        "centre",
+    } <= alone.keys()
     for name, expected in alone.items():
-        if name.partition("_")[0] in ("clip", "dino"):  # a rank's own share of the loss: the mean over ranks is the joined batch's
-            torch.testing.assert_close((first[name] + second[name]) / 2, expected, rtol=1e-5, atol=1e-6)
+        # a rank's own share of the loss: the mean over ranks is the joined batch's
+        if name.partition("_")[0] in ("clip", "dino"):
+            torch.testing.assert_close(
+                (first[name] + second[name]) / 2, expected, rtol=1e-5, atol=1e-6
+            )
         else:
             assert bool(expected.any()), name
             # Against the whole tensor: single numbers are what is left of larger ones.
             assert (first[name] - expected).norm() < 1e-3 * expected.norm(), name
             assert torch.equal(first[name], second[name]), name
     few, others = (torch.load(tmp_path / f"False-{rank}", weights_only=True) for rank in (0, 1))
-    assert float((few["clip_0"] + others["clip_0"]) / 2) < float(alone["clip_0"]) - 0.1  # half the negatives: an easier task
+    # half the negatives: an easier task
+    assert float((few["clip_0"] + others["clip_0"]) / 2) < float(alone["clip_0"]) - 0.1
 
 
 def test_the_centre_is_the_mean_of_every_micro_batch_since_the_last_step() -> None:
@@ -101,7 +118,8 @@ def test_the_centre_is_the_mean_of_every_micro_batch_since_the_last_step() -> No
     z0, z1 = torch.randn(2, 6, *LATENT.shape)
     logits = dino.teacher(z1, None)
     for rows in (slice(0, 2), slice(2, 6)):
-        torch.testing.assert_close(dino(z0[rows], z1[rows], None)[1], logits[rows])  # nothing moves between two advances
+        # nothing moves between two advances
+        torch.testing.assert_close(dino(z0[rows], z1[rows], None)[1], logits[rows])
     student = [p.detach().clone() for p in dino.student.parameters()]
     with torch.no_grad():
         for p in dino.student.parameters():

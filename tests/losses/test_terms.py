@@ -1,4 +1,6 @@
-"""Loss terms: one contract for all, each formula against an independent one, and the objective that joins them."""
+"""Loss terms: one contract for all, each formula against an independent one, and the objective
+that joins them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Normal, kl_divergence
 from torch.nn.functional import normalize
 
+from flowray.config.keys import describe
 from flowray.config.losses import (
     AnchorLossConfig,
     ClipLossConfig,
@@ -31,7 +34,16 @@ from flowray.config.losses import (
 from flowray.config.schema import members
 from flowray.flow.path import sample_path
 from flowray.losses.schedule import weight_at
-from flowray.losses.terms import Forward, flow_mse, info_nce, kl_per_dim, loss_term, soft_entropy, total_variation, watch
+from flowray.losses.terms import (
+    Forward,
+    flow_mse,
+    info_nce,
+    kl_per_dim,
+    loss_term,
+    soft_entropy,
+    total_variation,
+    watch,
+)
 from flowray.losses.total import Batch, Objective, active_terms, total_loss, weights_at
 from flowray.model.assemble import build_model
 from flowray.model.posterior import Posterior
@@ -45,7 +57,13 @@ def noise(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
 
 
 def make_leaves() -> dict[str, Tensor]:
-    leaves = {"mu": noise(0), "logvar": 0.3 * noise(1), "v": noise(2), "image": noise(3, (4, 8)), "scale": torch.tensor(10.0)}
+    leaves = {
+        "mu": noise(0),
+        "logvar": 0.3 * noise(1),
+        "v": noise(2),
+        "image": noise(3, (4, 8)),
+        "scale": torch.tensor(10.0),
+    }
     leaves |= {"head": noise(7, (18, 6)), "projector": noise(8, (9, 5))}
     for leaf in leaves.values():
         leaf.requires_grad_(True)
@@ -53,14 +71,22 @@ def make_leaves() -> dict[str, Tensor]:
 
 
 def forward_of(leaves: dict[str, Tensor], source_grad: str = "full") -> Forward:
-    """A forward pass made by hand: linear stand-ins for the networks, so that the terms alone decide where gradients go."""
+    """A forward pass made by hand: linear stand-ins for the networks, so that the terms alone
+    decide where gradients go.
+    """
     posterior = Posterior(leaves["mu"], leaves["logvar"])
     z0, z1 = posterior.sample(noise(4)), noise(5)
-    path = sample_path(torch.rand(4, generator=torch.Generator().manual_seed(6)), z0, z1, 1e-5, source_grad)
+    path = sample_path(
+        torch.rand(4, generator=torch.Generator().manual_seed(6)), z0, z1, 1e-5, source_grad
+    )
     v_pred = 0.5 * path.xt + leaves["v"]
     estimate = path.xt + (1 - path.t).view(-1, 1, 1, 1) * v_pred
     views = Views(
-        clip=(normalize(z0.flatten(1)[:, :8], dim=1), normalize(leaves["image"], dim=1), leaves["scale"]),
+        clip=(
+            normalize(z0.flatten(1)[:, :8], dim=1),
+            normalize(leaves["image"], dim=1),
+            leaves["scale"],
+        ),
         dino=(z0.flatten(1) @ leaves["head"], noise(9, (4, 6))),
         repa=((v_pred.flatten(2) @ leaves["projector"]), noise(10, (4, 2, 5))),
         lpips=(estimate - z1).square().flatten(1).mean(1),
@@ -75,7 +101,9 @@ def forward_pass(source_grad: str = "full") -> tuple[Forward, dict[str, Tensor]]
 
 
 class LossContract:
-    """What every term must do; `reaches`: the leaves of `forward_pass` that its gradient must and may reach."""
+    """What every term must do; `reaches`: the leaves of `forward_pass` that its gradient must
+    and may reach.
+    """
 
     config: TermConfig
     reaches: set[str]
@@ -95,7 +123,9 @@ class LossContract:
     def test_gradient_reaches_exactly_what_it_should(self) -> None:
         forward, leaves = forward_pass()
         loss_term(self.config, forward).backward()
-        assert {name for name, leaf in leaves.items() if leaf.grad is not None and bool(leaf.grad.any())} == self.reaches
+        assert {
+            name for name, leaf in leaves.items() if leaf.grad is not None and bool(leaf.grad.any())
+        } == self.reaches
 
     def test_lowest_at_its_ideal(self) -> None:
         ideal = self.perfect(forward_pass()[0])
@@ -131,7 +161,9 @@ class TestFlow(LossContract):
     def test_source_grad(self, mode: str) -> None:
         forward, leaves = forward_pass(mode)
         loss_term(self.config, forward).backward()
-        reached = {name for name, leaf in leaves.items() if leaf.grad is not None and bool(leaf.grad.any())}
+        reached = {
+            name for name, leaf in leaves.items() if leaf.grad is not None and bool(leaf.grad.any())
+        }
         assert reached == ({"v"} if mode == "none" else {"mu", "logvar", "v"})
 
     def test_is_the_mean_square_in_fp32(self) -> None:
@@ -176,14 +208,20 @@ class TestDino(NeedsItsNetwork):
         config = DinoLossConfig(weight=1.0, student_temperature=0.5, teacher_temperature=0.25)
         aim, guess = Categorical(logits=teacher / 0.25), Categorical(logits=student / 0.5)
         expected = (aim.entropy() + kl_divergence(aim, guess)).mean().detach()
-        assert float(loss_term(config, forward).detach()) == pytest.approx(float(expected), rel=1e-5)
+        assert float(loss_term(config, forward).detach()) == pytest.approx(
+            float(expected), rel=1e-5
+        )
         told = watch(LossConfig(dino=config), forward)
         assert float(told["ent/teacher"]) == pytest.approx(float(aim.entropy().mean()), rel=1e-5)
-        assert float(told["ent/student"]) == pytest.approx(float(guess.entropy().mean().detach()), rel=1e-5)
+        assert float(told["ent/student"]) == pytest.approx(
+            float(guess.entropy().mean().detach()), rel=1e-5
+        )
 
     def test_a_sharper_teacher_has_less_entropy(self) -> None:
         logits = noise(0, (4, 6))
-        entropies = [float(soft_entropy(logits, temperature)) for temperature in (0.04, 0.2, 1.0, 100.0)]
+        entropies = [
+            float(soft_entropy(logits, temperature)) for temperature in (0.04, 0.2, 1.0, 100.0)
+        ]
         assert entropies == sorted(entropies)
         assert entropies[-1] == pytest.approx(float(torch.tensor(6.0).log()), abs=1e-3)
 
@@ -201,7 +239,9 @@ class TestRepa(NeedsItsNetwork):
         forward, _ = forward_pass()
         ours, theirs = (x.detach().double().flatten(0, 1) for x in forward.views.repa)
         cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in zip(ours, theirs, strict=True)]
-        assert float(loss_term(self.config, forward).detach()) == pytest.approx(-sum(cosines) / len(cosines), abs=1e-6)
+        assert float(loss_term(self.config, forward).detach()) == pytest.approx(
+            -sum(cosines) / len(cosines), abs=1e-6
+        )
 
 
 class TestLpips(NeedsItsNetwork):
@@ -221,9 +261,23 @@ class TestTV(LossContract):
 
     def test_is_the_mean_over_all_pairs_of_neighbours(self) -> None:
         z = noise(0, (2, 3, 2, 4))
-        down = [float((z[b, c, i + 1, j] - z[b, c, i, j]).abs()) for b in range(2) for c in range(3) for i in range(1) for j in range(4)]
-        across = [float((z[b, c, i, j + 1] - z[b, c, i, j]).abs()) for b in range(2) for c in range(3) for i in range(2) for j in range(3)]
-        assert float(total_variation(z)) == pytest.approx(sum(down + across) / len(down + across), rel=1e-5)
+        down = [
+            float((z[b, c, i + 1, j] - z[b, c, i, j]).abs())
+            for b in range(2)
+            for c in range(3)
+            for i in range(1)
+            for j in range(4)
+        ]
+        across = [
+            float((z[b, c, i, j + 1] - z[b, c, i, j]).abs())
+            for b in range(2)
+            for c in range(3)
+            for i in range(2)
+            for j in range(3)
+        ]
+        assert float(total_variation(z)) == pytest.approx(
+            sum(down + across) / len(down + across), rel=1e-5
+        )
 
     def test_a_single_cell_varies_not_at_all(self) -> None:
         assert float(total_variation(noise(0, (2, 3, 1, 1)))) == 0
@@ -256,8 +310,12 @@ class TestNorm(LossContract):
     def test_is_the_squared_difference_of_lengths(self) -> None:
         forward, _ = forward_pass()
         pairs = zip(forward.v_pred.detach(), forward.path.v_target.detach(), strict=True)
-        expected = [(float(v.square().sum()) ** 0.5 - float(w.square().sum()) ** 0.5) ** 2 for v, w in pairs]
-        assert float(loss_term(self.config, forward).detach()) == pytest.approx(sum(expected) / 4, rel=1e-5)
+        expected = [
+            (float(v.square().sum()) ** 0.5 - float(w.square().sum()) ** 0.5) ** 2 for v, w in pairs
+        ]
+        assert float(loss_term(self.config, forward).detach()) == pytest.approx(
+            sum(expected) / 4, rel=1e-5
+        )
 
     def test_the_target_is_detached_and_a_silent_network_is_finite(self) -> None:
         forward, leaves = forward_pass()
@@ -270,25 +328,47 @@ class TestNorm(LossContract):
 
 
 def contracts(cls: type[LossContract] = LossContract) -> list[type[LossContract]]:
-    return [found for sub in cls.__subclasses__() for found in ([sub] if hasattr(sub, "config") else []) + contracts(sub)]
+    return [
+        found
+        for sub in cls.__subclasses__()
+        for found in ([sub] if hasattr(sub, "config") else []) + contracts(sub)
+    ]
+
+
+def terms_of(name: str) -> set[type]:
+    """The term that LossConfig has under a name; none of what is not a term."""
+    found = members(LossConfig.model_fields[name].annotation)
+    return {term for term in found if issubclass(term, TermConfig)}
+
+
+def term_names() -> list[str]:
+    return [name for name in LossConfig.model_fields if terms_of(name)]
 
 
 def all_terms() -> set[type]:
-    found = {term for field in LossConfig.model_fields.values() for term in members(field.annotation)}
-    return {term for term in found if issubclass(term, TermConfig)}
+    return set().union(*map(terms_of, LossConfig.model_fields))
 
 
 def test_every_term_has_its_contract_test() -> None:
     assert {type(cls.config) for cls in contracts()} == all_terms()
-    weighed = {name: {"weight": 1.0} for name in ("clip", "dino", "repa", "tv", "norm", "anchor")} | {
-        "lpips": {"weight": 1.0, "vgg": "vgg.pth"}
-    }
-    assert {type(term) for term in active_terms(LossConfig.model_validate(weighed)).values()} == all_terms()
+    needs = {"lpips": {"vgg": "vgg.pth"}}
+    weighed = {name: {"weight": 1.0, **needs.get(name, {})} for name in term_names()}
+    assert {
+        type(term) for term in active_terms(LossConfig.model_validate(weighed)).values()
+    } == all_terms()
+
+
+def test_every_term_has_its_metric_keys() -> None:
+    keys = [f"{kind}/{name}" for name in term_names() for kind in ("loss", "grad", "weight")]
+    keys += [f"grad/{name}_weighted" for name in term_names()]
+    assert [key for key in keys if describe(key) is None] == []
 
 
 def test_gaussian_kl_is_torch_distributions() -> None:
     mu, logvar = noise(0), noise(1)
-    expected = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(torch.zeros(SHAPE), torch.ones(SHAPE)))
+    expected = kl_divergence(
+        Normal(mu, (logvar / 2).exp()), Normal(torch.zeros(SHAPE), torch.ones(SHAPE))
+    )
     assert torch.allclose(kl_per_dim(mu, logvar, "gaussian"), expected, atol=1e-5)
 
 
@@ -324,7 +404,8 @@ def test_info_nce_is_the_plain_formula() -> None:
     rows = sum(float(torch.logsumexp(table[i], 0) - table[i, i]) for i in range(6)) / 6
     columns = sum(float(torch.logsumexp(table[:, i], 0) - table[i, i]) for i in range(6)) / 6
     assert float(info_nce(text, image, scale)) == pytest.approx((rows + columns) / 2, abs=1e-5)
-    assert float(info_nce(text, image, scale, gather=True)) == float(info_nce(text, image, scale))  # alone there is nobody to ask
+    # alone there is nobody to ask
+    assert float(info_nce(text, image, scale, gather=True)) == float(info_nce(text, image, scale))
 
 
 def test_info_nce_keeps_fp32_under_autocast() -> None:
@@ -335,9 +416,25 @@ def test_info_nce_keeps_fp32_under_autocast() -> None:
 
 
 def test_schedules() -> None:
-    assert [weight_at(2.0, Linear(steps=4), step, 100) for step in (0, 1, 2, 4, 50)] == [0.0, 0.5, 1.0, 2.0, 2.0]
-    assert [weight_at(2.0, Linear(fraction=0.1), step, 100) for step in (0, 5, 10, 99)] == [0.0, 1.0, 2.0, 2.0]
-    assert [weight_at(2.0, Until(steps=3), step, 100) for step in (0, 2, 3, 99)] == [2.0, 2.0, 0.0, 0.0]
+    assert [weight_at(2.0, Linear(steps=4), step, 100) for step in (0, 1, 2, 4, 50)] == [
+        0.0,
+        0.5,
+        1.0,
+        2.0,
+        2.0,
+    ]
+    assert [weight_at(2.0, Linear(fraction=0.1), step, 100) for step in (0, 5, 10, 99)] == [
+        0.0,
+        1.0,
+        2.0,
+        2.0,
+    ]
+    assert [weight_at(2.0, Until(steps=3), step, 100) for step in (0, 2, 3, 99)] == [
+        2.0,
+        2.0,
+        0.0,
+        0.0,
+    ]
     cosine = [weight_at(2.0, Cosine(floor=0.25), step, 100) for step in (0, 50, 100, 200)]
     assert cosine == pytest.approx([2.0, 1.25, 0.5, 0.5])
     assert weight_at(2.0, FlowLossConfig().schedule, 0, 100) == 2.0
@@ -345,7 +442,11 @@ def test_schedules() -> None:
 
 @pytest.mark.parametrize("term", sorted(all_terms(), key=lambda term: term.__name__))
 def test_every_terms_weight_takes_every_schedule(term: type[TermConfig]) -> None:
-    cases = [({"kind": "constant"}, 4, 1.0), ({"kind": "linear", "steps": 8}, 4, 0.5), ({"kind": "linear", "fraction": 0.1}, 4, 0.4)]
+    cases = [
+        ({"kind": "constant"}, 4, 1.0),
+        ({"kind": "linear", "steps": 8}, 4, 0.5),
+        ({"kind": "linear", "fraction": 0.1}, 4, 0.4),
+    ]
     cases += [({"kind": "until", "steps": 4}, 4, 0.0), ({"kind": "cosine", "floor": 0.5}, 50, 0.75)]
     for schedule, step, factor in cases:
         made = term.model_validate({"schedule": schedule})
@@ -353,7 +454,9 @@ def test_every_terms_weight_takes_every_schedule(term: type[TermConfig]) -> None
 
 
 def test_active_terms_weights_and_total() -> None:
-    config = LossConfig(kl=KLLossConfig(weight=3.0, schedule=Linear(steps=10)), clip=ClipLossConfig(weight=0.0))
+    config = LossConfig(
+        kl=KLLossConfig(weight=3.0, schedule=Linear(steps=10)), clip=ClipLossConfig(weight=0.0)
+    )
     assert list(active_terms(config)) == ["flow", "kl"]
     assert weights_at(config, 5, 100) == {"flow": 1.0, "kl": 1.5}
     losses = {"flow": torch.tensor(0.5), "kl": torch.tensor(2.0)}
@@ -371,8 +474,12 @@ def test_a_loss_without_the_weights_it_needs_is_refused() -> None:
 
 
 def test_objective_end_to_end(tmp_path: Path) -> None:
-    """Null samples train towards another latent, while KL and contrastive losses keep the true pair; every parameter learns."""
-    recipe = tiny_recipe(tmp_path, **{"loss.clip.weight": 1.0, "model.semantic.hidden": 4, "model.semantic.dim": 8})
+    """Null samples train towards another latent, while KL and contrastive losses keep the true
+    pair; every parameter learns.
+    """
+    recipe = tiny_recipe(
+        tmp_path, **{"loss.clip.weight": 1.0, "model.semantic.hidden": 4, "model.semantic.dim": 8}
+    )
     model = build_model(recipe.model, recipe.loss, 0)
     with torch.no_grad():
         for p in model.velocity.parameters():
@@ -380,14 +487,27 @@ def test_objective_end_to_end(tmp_path: Path) -> None:
     shape = (3, *recipe.model.latent.shape)
     z1 = noise(1, shape)
     null = torch.tensor([False, True, False])
-    batch = Batch(["a red circle", "a blue square", "cross"], z1, z1[[0, 2, 2]], noise(2, shape), torch.tensor([0.1, 0.5, 0.9]), null)
+    batch = Batch(
+        ["a red circle", "a blue square", "cross"],
+        z1,
+        z1[[0, 2, 2]],
+        noise(2, shape),
+        torch.tensor([0.1, 0.5, 0.9]),
+        null,
+    )
     losses, forward = Objective(model, recipe.flow, recipe.loss)(batch)
     assert list(losses) == ["flow", "kl", "clip"]
     assert torch.equal(forward.path.x1, batch.target)
     assert torch.equal(forward.z1, z1)
-    assert torch.allclose(losses["flow"], (forward.v_pred - (forward.path.x1 - forward.path.x0)).square().mean(), rtol=1e-3)
+    assert torch.allclose(
+        losses["flow"],
+        (forward.v_pred - (forward.path.x1 - forward.path.x0)).square().mean(),
+        rtol=1e-3,
+    )
     total_loss(losses, {"flow": 1.0, "kl": 1.0, "clip": 1.0}).backward()
-    assert [name for name, p in model.trainable().items() if p.grad is None or not p.grad.any()] == []
+    assert [
+        name for name, p in model.trainable().items() if p.grad is None or not p.grad.any()
+    ] == []
     swapped, _ = Objective(model, recipe.flow, recipe.loss)(replace(batch, target=z1))
     assert float(swapped["flow"].detach()) != float(losses["flow"].detach())
     assert torch.equal(swapped["kl"], losses["kl"])

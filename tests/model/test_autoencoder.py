@@ -1,4 +1,6 @@
-"""The autoencoder wrapper: it owns the scale, takes moments, stays frozen, and refuses what does not fit."""
+"""The autoencoder wrapper: it owns the scale, takes moments, stays frozen, and refuses what does
+not fit.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,14 @@ def dc_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ae") / "dc"
     layers = {"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1)}
     scales = {"encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ())}
-    sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "attention_head_dim": 4}
-    AutoencoderDC(latent_channels=4, scaling_factor=0.41407, **layers, **scales, **sizes).save_pretrained(path)
+    sizes = {
+        "encoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8),
+        "attention_head_dim": 4,
+    }
+    AutoencoderDC(
+        latent_channels=4, scaling_factor=0.41407, **layers, **scales, **sizes
+    ).save_pretrained(path)
     return path
 
 
@@ -61,7 +69,9 @@ def test_scale_is_applied_once_and_undone_once(kl: Autoencoder) -> None:
 
 
 def test_recipe_overrides_scale_and_shift(kl_folder: Path) -> None:
-    net = load_autoencoder(KLAutoencoder(path=str(kl_folder), scaling_factor=0.2301, shift_factor=0.0), SPEC)
+    net = load_autoencoder(
+        KLAutoencoder(path=str(kl_folder), scaling_factor=0.2301, shift_factor=0.0), SPEC
+    )
     assert net.scale == LatentScale(0.2301, 0.0, deterministic=False)
 
 
@@ -77,7 +87,9 @@ def test_half_precision_moments_are_scaled_in_fp32() -> None:
     moments = Moments(NOISE.half(), NOISE.half() - 4)
     exact = (NOISE.half().float() + ((NOISE.half() - 4).float() / 2).exp() * NOISE - 0.1) * 0.18215
     assert torch.allclose(scale.sample(moments, NOISE), exact, atol=1e-6)
-    assert torch.allclose(scale.unscale(scale.sample(Moments(NOISE, NOISE), 0 * NOISE)), NOISE, atol=1e-6)
+    assert torch.allclose(
+        scale.unscale(scale.sample(Moments(NOISE, NOISE), 0 * NOISE)), NOISE, atol=1e-6
+    )
 
 
 def test_frozen_whatever_holds_it(kl: Autoencoder) -> None:
@@ -106,19 +118,29 @@ def test_deterministic_autoencoder(dc_folder: Path) -> None:
     z = dc.sample(moments, NOISE)
     assert torch.allclose(z, 0.41407 * moments.mean)
     assert torch.allclose(dc.decode(z), dc.net.decode(moments.mean).sample, atol=1e-5)
-    assert load_autoencoder(DCAutoencoder(path=str(dc_folder), scaling_factor=2.0), SPEC).scale.scale == 2.0
+    assert (
+        load_autoencoder(DCAutoencoder(path=str(dc_folder), scaling_factor=2.0), SPEC).scale.scale
+        == 2.0
+    )
 
 
 def test_wrong_latent_names_both_shapes(kl_folder: Path) -> None:
-    net = load_autoencoder(KLAutoencoder(path=str(kl_folder)), LatentSpec(channels=4, height=8, width=8))
+    net = load_autoencoder(
+        KLAutoencoder(path=str(kl_folder)), LatentSpec(channels=4, height=8, width=8)
+    )
     with pytest.raises(ValueError, match=r"\(4, 4, 4\).*\(4, 8, 8\)"):
         net.encode_moments(PICTURES)
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, kl_folder: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for config in (KLAutoencoder(path=str(tmp_path / "nowhere")), DCAutoencoder(path=str(tmp_path / "empty"))):
-        with pytest.raises(InputError, match=r"model\.autoencoder\.path: .*(no such folder|no config.json)"):
+    for config in (
+        KLAutoencoder(path=str(tmp_path / "nowhere")),
+        DCAutoencoder(path=str(tmp_path / "empty")),
+    ):
+        with pytest.raises(
+            InputError, match=r"model\.autoencoder\.path: .*(no such folder|no config.json)"
+        ):
             load_autoencoder(config, SPEC)
 
 

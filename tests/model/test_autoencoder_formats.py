@@ -1,4 +1,6 @@
-"""Autoencoders of the published shapes, in the formats that diffusers saves, loaded back by path: SD's 8x and SANA's f32c32."""
+"""Autoencoders of the published shapes, in the formats that diffusers saves, loaded back by
+path: SD's 8x and SANA's f32c32.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from flowray.config.model import AutoencoderConfig, DCAutoencoder, KLAutoencoder
 from flowray.model.autoencoder import SANA_FACTOR, Autoencoder, load_autoencoder
 from flowray.model.latent import LatentScale
 
-SD_256, DC_256, DC_512 = (LatentSpec(channels=c, height=n, width=n) for c, n in ((4, 32), (32, 8), (32, 16)))
+SD_256, DC_256, DC_512 = (
+    LatentSpec(channels=c, height=n, width=n) for c, n in ((4, 32), (32, 8), (32, 16))
+)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -32,7 +36,12 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     net = AutoencoderKL(
-        down_block_types=down, up_block_types=up, block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2
+        down_block_types=down,
+        up_block_types=up,
+        block_out_channels=(4, 4, 4, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
     )
     path = tmp_path_factory.mktemp("sd")
     net.save_pretrained(path)
@@ -41,7 +50,9 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SANA's layout: six stages (32x), the last three with linear attention, 32 channels; its config states no factor."""
+    """SANA's layout: six stages (32x), the last three with linear attention, 32 channels; its
+    config states no factor.
+    """
     from diffusers import AutoencoderDC
 
     torch.manual_seed(0)
@@ -65,7 +76,9 @@ def copy_with(path: Path, folder: Path, **changes: Any) -> str:
     """The checkpoint again with other entries in its config; None takes one out."""
     folder.mkdir()
     config = json.loads((path / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
     (folder / WEIGHTS).symlink_to(path / WEIGHTS)
     return str(folder)
 
@@ -98,9 +111,13 @@ def test_dc_at_256_and_512(dc: Path, side: int, latent: LatentSpec) -> None:
 
 @pytest.mark.parametrize("stated", [None, 1.0, 0.3189])
 def test_dc_factor(dc: Path, tmp_path: Path, stated: float | None) -> None:
-    """None stated, or diffusers' default written out: SANA's; another model's own is kept, and the recipe's is above all."""
+    """None stated, or diffusers' default written out: SANA's; another model's own is kept, and
+    the recipe's is above all.
+    """
     path = copy_with(dc, tmp_path / "dc", scaling_factor=stated)
-    assert load_autoencoder(DCAutoencoder(path=path), DC_256).scale.scale == (stated if stated == 0.3189 else SANA_FACTOR)
+    assert load_autoencoder(DCAutoencoder(path=path), DC_256).scale.scale == (
+        stated if stated == 0.3189 else SANA_FACTOR
+    )
     assert load_autoencoder(DCAutoencoder(path=path, scaling_factor=1.0), DC_256).scale.scale == 1.0
 
 
@@ -110,7 +127,9 @@ def test_other_dcs_keep_a_factor_of_one(tmp_path: Path) -> None:
     layers = {f"{part}_layers_per_block": (1, 1) for part in ("encoder", "decoder")}
     sizes = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
     scales = {f"{part}_qkv_multiscales": ((), ()) for part in ("encoder", "decoder")}
-    AutoencoderDC(latent_channels=4, attention_head_dim=4, **layers, **sizes, **scales).save_pretrained(tmp_path)
+    AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, **layers, **sizes, **scales
+    ).save_pretrained(tmp_path)
     assert load_autoencoder(DCAutoencoder(path=str(tmp_path)), LatentSpec()).scale.scale == 1.0
 
 
@@ -118,7 +137,12 @@ def test_statistics_per_channel(sd: Path, tmp_path: Path) -> None:
     """diffusers' rule where a config has them: (raw - mean) * factor / std, undone by decode."""
     mean, std = [0.5, -1.0, 0.25, 2.0], [1.0, 2.0, 0.5, 4.0]
     net = load_autoencoder(
-        KLAutoencoder(path=copy_with(sd, tmp_path / "sd", latents_mean=mean, latents_std=std, scaling_factor=0.5)), SD_256
+        KLAutoencoder(
+            path=copy_with(
+                sd, tmp_path / "sd", latents_mean=mean, latents_std=std, scaling_factor=0.5
+            )
+        ),
+        SD_256,
     )
     raw = net.net.encode(pictures(256)).latent_dist.mean
     m, s = (torch.tensor(values)[:, None, None] for values in (mean, std))
@@ -129,12 +153,16 @@ def test_statistics_per_channel(sd: Path, tmp_path: Path) -> None:
 
 def test_shift_factor(sd: Path, tmp_path: Path) -> None:
     path = copy_with(sd, tmp_path / "sd", shift_factor=0.1159, scaling_factor=0.3611)
-    assert load_autoencoder(KLAutoencoder(path=path), SD_256).scale == LatentScale(0.3611, 0.1159, deterministic=False)
+    assert load_autoencoder(KLAutoencoder(path=path), SD_256).scale == LatentScale(
+        0.3611, 0.1159, deterministic=False
+    )
     assert load_autoencoder(KLAutoencoder(path=path, shift_factor=0.0), SD_256).scale.shift == 0.0
 
 
 def test_checkpoints_with_the_old_names_of_attention(sd: Path, tmp_path: Path) -> None:
-    """sd-vae-ft-mse and other early VAEs call to_q, to_k, to_v, to_out.0: query, key, value, proj_attn."""
+    """sd-vae-ft-mse and other early VAEs call to_q, to_k, to_v, to_out.0: query, key, value,
+    proj_attn.
+    """
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def name(key: str) -> str:
@@ -147,12 +175,18 @@ def test_checkpoints_with_the_old_names_of_attention(sd: Path, tmp_path: Path) -
     renamed = {name(key): value for key, value in weights.items()}
     assert renamed.keys() != weights.keys()
     save_file(renamed, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    now, before = (load_autoencoder(KLAutoencoder(path=str(path)), SD_256).net.state_dict() for path in (sd, tmp_path))
+    now, before = (
+        load_autoencoder(KLAutoencoder(path=str(path)), SD_256).net.state_dict()
+        for path in (sd, tmp_path)
+    )
     assert all(torch.equal(now[key], before[key]) for key in now)
 
 
 def test_frozen_and_in_eval_mode(sd: Path, dc: Path) -> None:
-    for config, latent in ((KLAutoencoder(path=str(sd)), SD_256), (DCAutoencoder(path=str(dc)), DC_256)):
+    for config, latent in (
+        (KLAutoencoder(path=str(sd)), SD_256),
+        (DCAutoencoder(path=str(dc)), DC_256),
+    ):
         net = load_autoencoder(config, latent)
         net.train()
         assert not any(module.training for module in net.modules())
@@ -166,7 +200,8 @@ def test_frozen_and_in_eval_mode(sd: Path, dc: Path) -> None:
         (gradient,) = torch.autograd.grad(net.decode_with_grad(z).square().sum(), z)
         step = 1e-5 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
         rise = (net.decode(z + step).square().sum() - net.decode(z - step).square().sum()) / 2
-        assert torch.allclose(rise, (gradient * step).sum(), rtol=0.02)  # linear attention works in fp32
+        # linear attention works in fp32
+        assert torch.allclose(rise, (gradient * step).sum(), rtol=0.02)
         assert all(p.grad is None for p in net.parameters())
 
 
@@ -178,12 +213,20 @@ def one_line(config: AutoencoderConfig, latent: LatentSpec) -> str:
 
 
 def test_what_does_not_fit_is_one_line(sd: Path, dc: Path, tmp_path: Path) -> None:
-    assert "holds AutoencoderKL, not AutoencoderDC; type model.autoencoder.kind=kl" in one_line(DCAutoencoder(path=str(sd)), SD_256)
-    assert "holds AutoencoderDC, not AutoencoderKL; type model.autoencoder.kind=dc" in one_line(KLAutoencoder(path=str(dc)), DC_256)
-    assert "model.latent.channels: got 32, but the autoencoder" in one_line(KLAutoencoder(path=str(sd)), DC_256)
+    assert "holds AutoencoderKL, not AutoencoderDC; type model.autoencoder.kind=kl" in one_line(
+        DCAutoencoder(path=str(sd)), SD_256
+    )
+    assert "holds AutoencoderDC, not AutoencoderKL; type model.autoencoder.kind=dc" in one_line(
+        KLAutoencoder(path=str(dc)), DC_256
+    )
+    assert "model.latent.channels: got 32, but the autoencoder" in one_line(
+        KLAutoencoder(path=str(sd)), DC_256
+    )
     assert "no such folder" in one_line(KLAutoencoder(path=str(tmp_path / "nowhere")), SD_256)
     (tmp_path / "config.json").write_text((sd / "config.json").read_text())
     weights = load_file(sd / WEIGHTS)
     del weights["decoder.conv_out.weight"]
     save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    assert "lacks 1 weights, such as decoder.conv_out.weight" in one_line(KLAutoencoder(path=str(tmp_path)), SD_256)
+    assert "lacks 1 weights, such as decoder.conv_out.weight" in one_line(
+        KLAutoencoder(path=str(tmp_path)), SD_256
+    )

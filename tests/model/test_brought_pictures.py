@@ -50,7 +50,11 @@ def pictures(side: int = PICTURE) -> torch.Tensor:
 
 
 def mean(path: Path, **options: Any) -> torch.Tensor:
-    return load_autoencoder(KLAutoencoder(path=str(path), **options), SPEC).encode_moments(pictures()).mean
+    return (
+        load_autoencoder(KLAutoencoder(path=str(path), **options), SPEC)
+        .encode_moments(pictures())
+        .mean
+    )
 
 
 def one_line(config: KLAutoencoder | DCAutoencoder | Path, *words: str) -> None:
@@ -66,10 +70,15 @@ def test_folders_as_downloads_and_clones_leave_them(folder: Path, original: Path
     for hidden in (".cache/huggingface", ".git/lfs", "images"):
         (folder / hidden).mkdir(parents=True)
     (folder / "README.md").write_text("new words")
-    assert autoencoder_fingerprint(KLAutoencoder(path=str(folder))) == before  # it is of what is read
+    # it is of what is read
+    assert autoencoder_fingerprint(KLAutoencoder(path=str(folder))) == before
     assert torch.equal(mean(folder), mean(original))
     weights = load_file(folder / WEIGHTS)
-    save_file({key: value + 1 for key, value in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {key: value + 1 for key, value in weights.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
     assert autoencoder_fingerprint(KLAutoencoder(path=str(folder))) != before
 
 
@@ -81,8 +90,19 @@ def test_the_autoencoder_of_a_pipeline(original: Path, tmp_path: Path) -> None:
     (root / "unet").mkdir()
     (root / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     assert torch.equal(mean(root), mean(original))
-    assert planned_autoencoder(KLAutoencoder(path=str(root))) == planned_autoencoder(KLAutoencoder(path=str(original)))
-    assert len({autoencoder_fingerprint(KLAutoencoder(path=str(path))) for path in (root, root / "vae")}) == 2  # by path
+    assert planned_autoencoder(KLAutoencoder(path=str(root))) == planned_autoencoder(
+        KLAutoencoder(path=str(original))
+    )
+    # by path
+    assert (
+        len(
+            {
+                autoencoder_fingerprint(KLAutoencoder(path=str(path)))
+                for path in (root, root / "vae")
+            }
+        )
+        == 2
+    )
     for part in ("unet", "text_encoder"):
         shutil.copyfile(original / WEIGHTS, root / part / WEIGHTS)
         one_line(root / part, "holds", f"type model.autoencoder.path={root}/vae")
@@ -92,7 +112,9 @@ def test_the_autoencoder_of_a_pipeline(original: Path, tmp_path: Path) -> None:
 
 
 def lfs(folder: Path) -> None:
-    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 334643276\n")
+    (folder / WEIGHTS).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 334643276\n"
+    )
 
 
 def cut_off(folder: Path) -> None:
@@ -104,30 +126,47 @@ def gone(folder: Path) -> None:
 
 
 def fp8(folder: Path) -> None:
-    weights = {key: value.to(torch.float8_e5m2) for key, value in load_file(folder / WEIGHTS).items()}
+    weights = {
+        key: value.to(torch.float8_e5m2) for key, value in load_file(folder / WEIGHTS).items()
+    }
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def quantised(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}})
+    )
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [(lfs, "lfs pull"), (cut_off, "cut off"), (gone, "no weights"), (fp8, "F8_E5M2"), (quantised, "bitsandbytes")],
+    [
+        (lfs, "lfs pull"),
+        (cut_off, "cut off"),
+        (gone, "no weights"),
+        (fp8, "F8_E5M2"),
+        (quantised, "bitsandbytes"),
+    ],
 )
-def test_what_cannot_be_read_is_one_line(damage: Callable[[Path], None], words: str, folder: Path) -> None:
+def test_what_cannot_be_read_is_one_line(
+    damage: Callable[[Path], None], words: str, folder: Path
+) -> None:
     damage(folder)
     one_line(folder, words, str(folder))
-    with pytest.raises(InputError, match=r"^model\.autoencoder\.path"):  # before anything is encoded
+    # before anything is encoded
+    with pytest.raises(InputError, match=r"^model\.autoencoder\.path"):
         autoencoder_fingerprint(KLAutoencoder(path=str(folder)))
 
 
 def test_half_precision_and_pickled_weights_load(folder: Path, original: Path) -> None:
     weights = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
-    save_file({key: value.half() for key, value in weights.items()}, folder / HALVES, metadata={"format": "pt"})
+    save_file(
+        {key: value.half() for key, value in weights.items()},
+        folder / HALVES,
+        metadata={"format": "pt"},
+    )
     net = load_autoencoder(KLAutoencoder(path=str(folder)), SPEC)
     assert {p.dtype for p in net.parameters()} == {torch.float32}
     assert torch.allclose(mean(folder), mean(original), atol=1e-2)
@@ -148,8 +187,13 @@ def ldm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    stages = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    net = AutoencoderKL(**stages, block_out_channels=(32, 64), layers_per_block=2, latent_channels=4)
+    stages = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    net = AutoencoderKL(
+        **stages, block_out_channels=(32, 64), layers_per_block=2, latent_channels=4
+    )
     folder = tmp_path_factory.mktemp("ldm") / "vae"
     net.save_pretrained(folder)
     file = folder.parent / "vae-ft-mse.safetensors"
@@ -158,16 +202,22 @@ def ldm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("form", ["vae", "whole", "ckpt"])
-def test_one_file_in_stable_diffusions_form(form: str, ldm: tuple[Path, Path], tmp_path: Path) -> None:
+def test_one_file_in_stable_diffusions_form(
+    form: str, ldm: tuple[Path, Path], tmp_path: Path
+) -> None:
     folder, file = ldm
     weights = load_file(file)
     if form == "whole":
         weights = {f"first_stage_model.{key}": value for key, value in weights.items()}
-        save_file(weights | {"model.diffusion_model.out.weight": torch.zeros(2)}, file := tmp_path / "v1-5.safetensors")
+        save_file(
+            weights | {"model.diffusion_model.out.weight": torch.zeros(2)},
+            file := tmp_path / "v1-5.safetensors",
+        )
     elif form == "ckpt":
         torch.save({"state_dict": weights}, file := tmp_path / "vae.ckpt")
     elif form == "vae":
-        shutil.copyfile(file, file := folder / "sdxl_vae.safetensors")  # beside another one's config.json
+        # beside another one's config.json
+        shutil.copyfile(file, file := folder / "sdxl_vae.safetensors")
     one = load_autoencoder(KLAutoencoder(path=str(file), scaling_factor=0.18215), LATENT)
     whole = load_autoencoder(KLAutoencoder(path=str(folder)), LATENT)
     moments = whole.encode_moments(pictures(16))
@@ -189,7 +239,10 @@ def test_one_file_of_another_form(ldm: tuple[Path, Path], tmp_path: Path) -> Non
     weights = load_file(file)
     del weights["decoder.conv_out.weight"]
     save_file(weights, tmp_path / "less.safetensors")
-    one_line(KLAutoencoder(path=str(tmp_path / "less.safetensors"), scaling_factor=1.0), "lacks 1 weights, such as decoder.conv_out")
+    one_line(
+        KLAutoencoder(path=str(tmp_path / "less.safetensors"), scaling_factor=1.0),
+        "lacks 1 weights, such as decoder.conv_out",
+    )
 
 
 def named(name: str) -> list[Callable[[], object]]:
@@ -207,13 +260,17 @@ def test_hub_names_ask_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: asked.append(args))
     monkeypatch.setattr(socket.socket, "connect", lambda *args: asked.append(args))
     for load in named("org/absent"):
-        with pytest.raises(InputError, match=r"^\S+\.path: 'org/absent' .*type `hf download org/absent`") as caught:
+        with pytest.raises(
+            InputError, match=r"^\S+\.path: 'org/absent' .*type `hf download org/absent`"
+        ) as caught:
             load()
         assert len(str(caught.value).splitlines()) == 1
     assert asked == []
 
 
-def test_what_looks_like_a_path_is_no_hub_name(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_looks_like_a_path_is_no_hub_name(
+    original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(original.parent)
     for name in (f"{original}x", "./klx"):
         for load in named(name):
@@ -233,7 +290,9 @@ def test_what_looks_like_a_path_is_no_hub_name(original: Path, monkeypatch: pyte
             Lpips(LpipsLossConfig(vgg=name))
 
 
-def test_a_hub_name_that_was_downloaded(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_that_was_downloaded(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As `hf download` leaves it; with config.json alone a plan knows the sizes."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     cache = tmp_path / "models--org--vae"
@@ -247,11 +306,15 @@ def test_a_hub_name_that_was_downloaded(original: Path, tmp_path: Path, monkeypa
     one_line(config, "'org/vae' lacks weights", "`hf download org/vae`")
     shutil.copy(original / WEIGHTS, cache / "snapshots" / "abc")
     assert isinstance(load_autoencoder(config, SPEC), Autoencoder)
-    assert autoencoder_fingerprint(config) != autoencoder_fingerprint(KLAutoencoder(path=str(original)))
+    assert autoencoder_fingerprint(config) != autoencoder_fingerprint(
+        KLAutoencoder(path=str(original))
+    )
 
 
 def part_of_a_text_model(cache: Path, whole: Path) -> Path:
-    """The snapshot of `org/lm` in the hub's cache, as `hf download org/lm config.json` leaves it."""
+    """The snapshot of `org/lm` in the hub's cache, as `hf download org/lm config.json` leaves
+    it.
+    """
     snapshot = cache / "models--org--lm" / "snapshots" / "aaaa"
     snapshot.mkdir(parents=True)
     (snapshot.parent.parent / "refs").mkdir()
@@ -260,7 +323,9 @@ def part_of_a_text_model(cache: Path, whole: Path) -> Path:
     return snapshot
 
 
-def test_a_snapshot_without_weights_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_without_weights_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = tiny_text(tmp_path / "lm")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     snapshot = part_of_a_text_model(tmp_path / "hub", whole)
@@ -295,14 +360,18 @@ def test_a_snapshot_that_lacks_a_shard(tmp_path: Path, monkeypatch: pytest.Monke
     assert find_place("org/lm", "model.text.path") == local_weights("org/lm") == snapshot
 
 
-def test_a_download_that_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_download_that_cannot_be_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no network in this test")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv(DOWNLOAD, "1")
-    with pytest.raises(InputError, match=r"^model\.text\.path: cannot download 'org/absent'") as caught:
+    with pytest.raises(
+        InputError, match=r"^model\.text\.path: cannot download 'org/absent'"
+    ) as caught:
         load_text(CausalText(path="org/absent"))
     assert len(str(caught.value).splitlines()) == 1
     part_of_a_text_model(tmp_path, tiny_text(tmp_path / "lm"))

@@ -85,18 +85,27 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_text_encoder_of_a_pipeline(pipeline: Path) -> None:
-    given = [load_text(EncoderText(path=str(path), max_tokens=16)) for path in (pipeline, pipeline / "text_encoder")]
+    given = [
+        load_text(EncoderText(path=str(path), max_tokens=16))
+        for path in (pipeline, pipeline / "text_encoder")
+    ]
     ids = [text.tokenize(PROMPTS).ids for text in given]
     assert torch.equal(ids[0], ids[1])
     assert ids[0].unique().numel() > 6
-    one_line(EncoderText(path=str(pipeline / "vae")), "holds Other", f"type model.text.path={pipeline}/text_encoder")
+    one_line(
+        EncoderText(path=str(pipeline / "vae")),
+        "holds Other",
+        f"type model.text.path={pipeline}/text_encoder",
+    )
 
 
 def test_two_text_encoders_are_named(pipeline: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(pipeline, tmp_path / "sdxl"))
     for name in ("text_encoder", "tokenizer"):
         shutil.copytree(root / name, root / f"{name}_2")
-    one_line(EncoderText(path=str(root)), f"type model.text.path={root}/text_encoder", "text_encoder_2")
+    one_line(
+        EncoderText(path=str(root)), f"type model.text.path={root}/text_encoder", "text_encoder_2"
+    )
     assert load_text(EncoderText(path=str(root / "text_encoder_2"), max_tokens=16)).width == 32
 
 
@@ -106,7 +115,8 @@ def test_a_folder_of_models_and_an_empty_one(original: Path, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     one_line(tmp_path / "empty", "no config.json")
     one_line(original / WEIGHTS.replace("model", "other"), "no such file")
-    assert torch.equal(tokens(original / WEIGHTS), tokens(original))  # the weights' file for their folder
+    # the weights' file for their folder
+    assert torch.equal(tokens(original / WEIGHTS), tokens(original))
 
 
 def lfs_weights(folder: Path) -> None:
@@ -137,7 +147,9 @@ def half_a_vocabulary(folder: Path) -> None:
     """GPT-2's two files, and one of them lost: every word would fall into letters."""
     edit(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     (folder / "tokenizer.json").rename(folder / "vocab.json")
-    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyzĠ")}))
+    (folder / "vocab.json").write_text(
+        json.dumps({letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyzĠ")})
+    )
 
 
 def no_weights(folder: Path) -> None:
@@ -159,7 +171,9 @@ def reshard(folder: Path) -> None:
 
 
 def stored_as_fp8(folder: Path) -> None:
-    weights = {key: value.to(torch.float8_e4m3fn) for key, value in load_file(folder / WEIGHTS).items()}
+    weights = {
+        key: value.to(torch.float8_e4m3fn) for key, value in load_file(folder / WEIGHTS).items()
+    }
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -172,7 +186,9 @@ def own_code(folder: Path) -> None:
 
 
 def own_tokenizer(folder: Path) -> None:
-    (folder / "tokenization_own.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
+    (folder / "tokenization_own.py").write_text(
+        "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
+    )
     (folder / "tokenizer.json").rename(folder / "own.tiktoken")
     parts = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
     edit(folder / "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=parts)
@@ -194,8 +210,12 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "words"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
-def test_what_cannot_be_read_is_one_line(damage: Callable[[Path], None], words: str, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "words"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES]
+)
+def test_what_cannot_be_read_is_one_line(
+    damage: Callable[[Path], None], words: str, folder: Path
+) -> None:
     damage(folder)
     one_line(folder, words, str(folder))
     assert not (folder / "ran").exists()
@@ -205,14 +225,21 @@ def test_what_cannot_be_read_is_one_line(damage: Callable[[Path], None], words: 
 def test_quantised_checkpoints_are_refused(method: str, folder: Path) -> None:
     edit(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
     one_line(folder, method)
-    edit(folder / "config.json", quantization_config=None, text_config={"quantization_config": {"quant_method": method}})
+    edit(
+        folder / "config.json",
+        quantization_config=None,
+        text_config={"quantization_config": {"quant_method": method}},
+    )
     one_line(folder, method)
 
 
 def test_own_code_beside_a_class_of_transformers_is_not_run(folder: Path) -> None:
     before = tokens(folder)
     (folder / "modeling_own.py").write_text("raise SystemExit")
-    edit(folder / "config.json", auto_map={"AutoModel": "modeling_own.OwnModel", "AutoConfig": "modeling_own.OwnConfig"})
+    edit(
+        folder / "config.json",
+        auto_map={"AutoModel": "modeling_own.OwnModel", "AutoConfig": "modeling_own.OwnConfig"},
+    )
     assert torch.equal(tokens(folder), before)
 
 
@@ -220,7 +247,11 @@ def test_shards_a_pickle_and_a_variant_load(folder: Path) -> None:
     before = tokens(folder)
     reshard(folder)
     assert torch.equal(tokens(folder), before)
-    weights = {key: value for file in folder.glob("model-*.safetensors") for key, value in load_file(file).items()}
+    weights = {
+        key: value
+        for file in folder.glob("model-*.safetensors")
+        for key, value in load_file(file).items()
+    }
     for file in folder.glob("model*"):
         file.unlink()
     torch.save(weights, folder / "pytorch_model.bin")
@@ -230,7 +261,9 @@ def test_shards_a_pickle_and_a_variant_load(folder: Path) -> None:
     save_file(halves, folder / "model.fp16.safetensors", metadata={"format": "pt"})
     assert torch.allclose(tokens(folder), before, atol=1e-2)
     save_file(halves, folder / "model.non_ema.safetensors", metadata={"format": "pt"})
-    one_line(folder, f"type model.text.path={folder}/model.fp16.safetensors or model.non_ema.safetensors")
+    one_line(
+        folder, f"type model.text.path={folder}/model.fp16.safetensors or model.non_ema.safetensors"
+    )
     assert torch.allclose(tokens(folder / "model.fp16.safetensors"), before, atol=1e-2)
 
 
@@ -268,7 +301,12 @@ def sentencepiece_model(path: Path) -> None:
     from transformers.utils import sentencepiece_model_pb2_new as format
 
     model = format.ModelProto()
-    pieces = [("<pad>", 3), ("</s>", 3), ("<unk>", 2), *((f"▁{word}", 1) for word in sorted(set(" ".join(PROMPTS).split())))]
+    pieces = [
+        ("<pad>", 3),
+        ("</s>", 3),
+        ("<unk>", 2),
+        *((f"▁{word}", 1) for word in sorted(set(" ".join(PROMPTS).split()))),
+    ]
     for i, (piece, kind) in enumerate(pieces):
         model.pieces.add(piece=piece, score=-float(i), type=kind)
     model.trainer_spec.model_type, model.trainer_spec.unk_id, model.trainer_spec.eos_id = 1, 2, 1
@@ -290,30 +328,46 @@ def test_a_tokenizer_of_sentencepiece_alone(tmp_path: Path) -> None:
 def mamba(path: Path) -> None:
     from transformers import MambaConfig, MambaModel
 
-    MambaModel(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(path)
+    MambaModel(
+        MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+    ).save_pretrained(path)
 
 
 def rwkv(path: Path) -> None:
     from transformers import RwkvConfig, RwkvModel
 
-    RwkvModel(RwkvConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)).save_pretrained(path)
+    RwkvModel(
+        RwkvConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
+    ).save_pretrained(path)
 
 
 def lfm2(path: Path) -> None:
     from transformers import Lfm2Config, Lfm2Model
 
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
-    Lfm2Model(Lfm2Config(**sizes, num_hidden_layers=2, layer_types=["conv", "full_attention"])).save_pretrained(path)
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    Lfm2Model(
+        Lfm2Config(**sizes, num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    ).save_pretrained(path)
 
 
 def bloom(path: Path) -> None:
     from transformers import BloomConfig, BloomModel
 
-    BloomModel(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(path)
+    BloomModel(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(
+        path
+    )
 
 
 @pytest.mark.parametrize("make", [mamba, rwkv, lfm2, bloom])
-def test_models_without_a_cache_of_attention_are_refused(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_models_without_a_cache_of_attention_are_refused(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
     make(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
     one_line(tmp_path, make.__name__, "running state")
@@ -356,7 +410,12 @@ def test_positions_that_begin_behind_the_padding(tmp_path: Path) -> None:
 
     tokenizer = word_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+    }
     config = RobertaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=20, pad_token_id=0)
     RobertaModel(config).save_pretrained(tmp_path)
     one_line(EncoderText(path=str(tmp_path), max_tokens=20), "19 positions")
@@ -374,7 +433,10 @@ def test_widths_come_from_config_json_without_weights(folder: Path) -> None:
     assert sum(p.numel() for p in plan.backbone.parameters()) > 10_000
     with pytest.raises(InputError, match=r"^model\.text\.width: .*64.*32"), torch.device("meta"):
         planned_text(CausalText(path=str(folder), width=64))
-    for path, words in (("org/absent", r"^model\.text\.width: .*hf download org/absent config\.json"), (f"{folder}x", "did you mean")):
+    for path, words in (
+        ("org/absent", r"^model\.text\.width: .*hf download org/absent config\.json"),
+        (f"{folder}x", "did you mean"),
+    ):
         with pytest.raises(InputError, match=words):
             planned_text(CausalText(path=path))
 
@@ -388,19 +450,30 @@ def test_different_captions_give_different_tokens(original: Path) -> None:
     assert checked(config, captions(64)) is None
     assert checked(CausalText(), captions(64)) is None  # the shipped one
     assert checked(config, ["a red circle"]) is None
-    assert checked(config, ["A red  circle", "a red circle "]) is not None  # the captions are the same, no fault of the model's
+    # the captions are the same, no fault of the model's
+    assert checked(config, ["A red  circle", "a red circle "]) is not None
     assert "all the same" in str(checked(config, ["a red circle"] * 3))
 
 
 @pytest.mark.parametrize(
     ("changes", "texts", "key"),
     [
-        ({"max_tokens": 2}, [f"a large {colour} square" for colour in ("red", "blue", "green")], r"model\.text\.max_tokens"),
-        ({"template": "a small red circle on the left {prompt}", "max_tokens": 8}, captions(40), r"model\.text\.max_tokens"),
+        (
+            {"max_tokens": 2},
+            [f"a large {colour} square" for colour in ("red", "blue", "green")],
+            r"model\.text\.max_tokens",
+        ),
+        (
+            {"template": "a small red circle on the left {prompt}", "max_tokens": 8},
+            captions(40),
+            r"model\.text\.max_tokens",
+        ),
         ({}, ["红色的圆形", "蓝色的正方形", "绿色"], r"model\.text\.path: .*0%"),
     ],
 )
-def test_captions_that_all_become_the_same_are_refused(changes: dict[str, Any], texts: list[str], key: str, original: Path) -> None:
+def test_captions_that_all_become_the_same_are_refused(
+    changes: dict[str, Any], texts: list[str], key: str, original: Path
+) -> None:
     with pytest.raises(InputError, match=f"^{key}"):
         checked(CausalText(path=str(original), **changes), texts)
 

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
-from flowray.config.model import ConvHead, GridHead, HeadConfig, ModelConfig, PooledHead, PosteriorConfig, TransEncoderHead
+from flowray.config.model import (
+    ConvHead,
+    GridHead,
+    HeadConfig,
+    ModelConfig,
+    PooledHead,
+    PosteriorConfig,
+    TransEncoderHead,
+)
 from flowray.config.schema import members
 from flowray.model.heads import Mapped, build_head
 from flowray.model.latent import LatentMap
@@ -54,7 +62,9 @@ class HeadContract:
         mu, logvar = head(tokens())
         w = torch.randn(2, *mu.shape, generator=torch.Generator().manual_seed(1))
         (w[0] * mu + w[1] * logvar).sum().backward()
-        without = [name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()]
+        without = [
+            name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()
+        ]
         assert without == []
 
     def test_gradient_reaches_the_tokens(self) -> None:
@@ -112,12 +122,16 @@ class TestGrid(HeadContract):
     config = GridHead(hidden=32, heads=4)
 
     def test_cells_differ(self) -> None:
-        """By what they learnt, or by their places; without both all would be alike. No convolution here: at the edges it differs."""
+        """By what they learnt, or by their places; without both all would be alike. No
+        convolution here: at the edges it differs.
+        """
 
         def spread(*forgotten: str) -> float:
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(0)
-                head = build_head(self.config.model_copy(update={"convs": 0}), WIDTH, COUNT, SPECS[0])
+                head = build_head(
+                    self.config.model_copy(update={"convs": 0}), WIDTH, COUNT, SPECS[0]
+                )
                 for name in forgotten:
                     getattr(head, name).zero_()
                 return float(head(tokens())[0].flatten(2).std(dim=2).mean())
@@ -134,7 +148,9 @@ class TestConv(HeadContract):
     config = ConvHead(hidden=8, mlp=32)
 
     def test_three_by_three_convolutions_bring_locality(self) -> None:
-        """A cell of the pooled image moves its neighbours: one ring for each of two layers and the last convolution."""
+        """A cell of the pooled image moves its neighbours: one ring for each of two layers and
+        the last convolution.
+        """
         head = self.head()
         for conv in head.convs:
             conv[0] = nn.Identity()  # the group norm sees the whole image
@@ -142,7 +158,9 @@ class TestConv(HeadContract):
         bump[:, :, 4, 4] = 1.0
         outputs = []
         for add in (0.0, 1.0):
-            hook = head.mlp.register_forward_hook(lambda module, inputs, out, add=add: out + add * bump.flatten(1))
+            hook = head.mlp.register_forward_hook(
+                lambda module, inputs, out, add=add: out + add * bump.flatten(1)
+            )
             outputs.append(head(tokens())[0].detach())
             hook.remove()
         moved = (outputs[1] - outputs[0]).abs().amax((0, 1)) > 1e-7
@@ -154,7 +172,9 @@ class TestConv(HeadContract):
 @pytest.mark.parametrize("config", [TestPooled.config, TestConv.config])
 def test_pooled_heads_read_the_mean_of_the_tokens_alone(config: HeadConfig) -> None:
     head, given = build_head(config, WIDTH, COUNT, SPECS[0]), tokens()
-    means = torch.stack([values[mask].mean(0) for values, mask in zip(given.values, given.mask, strict=True)])
+    means = torch.stack(
+        [values[mask].mean(0) for values, mask in zip(given.values, given.mask, strict=True)]
+    )
     pooled = head(TextTokens(means[:, None], torch.ones(3, 1, dtype=torch.bool)))
     torch.testing.assert_close(head(given), pooled, rtol=1e-4, atol=1e-5)
 
@@ -174,7 +194,9 @@ class TestTransEncoder(HeadContract):
 
 
 class TestTransEncoderConv(HeadContract):
-    config = TransEncoderHead(layers=1, reductions=1, heads=2, ffn=16, compress=8, adaptor="conv", hidden=32, planes=2)
+    config = TransEncoderHead(
+        layers=1, reductions=1, heads=2, ffn=16, compress=8, adaptor="conv", hidden=32, planes=2
+    )
 
 
 class TestTransEncoderPlain(HeadContract):
@@ -184,7 +206,9 @@ class TestTransEncoderPlain(HeadContract):
 class TestReshaped(HeadContract):
     """A 4 x 4 grid for an 8 x 8 latent: as many values, so a reshape and no map."""
 
-    config = GridHead(hidden=16, heads=2, layers=1, shape=LatentSpec(channels=16, height=4, width=4))
+    config = GridHead(
+        hidden=16, heads=2, layers=1, shape=LatentSpec(channels=16, height=4, width=4)
+    )
 
     @pytest.mark.parametrize("spec", SPECS[:1], ids=str)
     def test_shape(self, spec: LatentSpec) -> None:
@@ -197,25 +221,38 @@ class TestReshaped(HeadContract):
 
 def test_norm_divides_by_the_unbiased_std() -> None:
     x = torch.tensor([[1.0, 2.0, 6.0]])
-    assert torch.allclose(StdNorm(3)(x), (x - 3) / (7**0.5 + 1e-5), atol=1e-7)  # ((-2)^2 + 1 + 9) / (3 - 1) = 7
+    # ((-2)^2 + 1 + 9) / (3 - 1) = 7
+    assert torch.allclose(StdNorm(3)(x), (x - 3) / (7**0.5 + 1e-5), atol=1e-7)
 
 
 def test_layer_is_the_post_norm_transformer_layer() -> None:
-    """torch's own encoder layer with our norm in place of its LayerNorm, given the same weights and mask."""
+    """torch's own encoder layer with our norm in place of its LayerNorm, given the same weights
+    and mask.
+    """
     ours = PostNormLayer(12, TransEncoderHead(heads=2, ffn=8), narrow=False)
     theirs = nn.TransformerEncoderLayer(12, 2, 8, dropout=0.0, batch_first=True, norm_first=False)
     theirs.norm1, theirs.norm2 = StdNorm(12), StdNorm(12)
-    theirs.self_attn.in_proj_weight.data, theirs.self_attn.in_proj_bias.data = ours.qkv.weight.data, ours.qkv.bias.data
+    theirs.self_attn.in_proj_weight.data, theirs.self_attn.in_proj_bias.data = (
+        ours.qkv.weight.data,
+        ours.qkv.bias.data,
+    )
     theirs.self_attn.out_proj.load_state_dict(ours.out.state_dict())
     theirs.linear1.load_state_dict(ours.mlp[0].state_dict())
     theirs.linear2.load_state_dict(ours.mlp[3].state_dict())
-    x, mask = 5 + 3 * torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4, dtype=torch.bool)
+    x, mask = (
+        5 + 3 * torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0)),
+        torch.ones(2, 4, dtype=torch.bool),
+    )
     mask[1, 2:] = False
-    assert torch.allclose(ours(x, mask)[mask], theirs(x, src_key_padding_mask=~mask)[mask], atol=1e-5)
+    assert torch.allclose(
+        ours(x, mask)[mask], theirs(x, src_key_padding_mask=~mask)[mask], atol=1e-5
+    )
 
 
 def test_absent_tokens_are_zero_where_the_tokens_are_flattened() -> None:
-    head = build_head(TransEncoderHead(layers=1, reductions=1, heads=2, ffn=16), WIDTH, COUNT, SPECS[0])
+    head = build_head(
+        TransEncoderHead(layers=1, reductions=1, heads=2, ffn=16), WIDTH, COUNT, SPECS[0]
+    )
     given = tokens()
     head(TextTokens(given.values[1:2], given.mask[1:2]))[0].square().sum().backward()
     grad = head.out[0].weight.grad.unflatten(1, (COUNT, WIDTH // 2)).abs().sum((0, 2))
@@ -235,7 +272,9 @@ def test_dropout_acts_in_training_alone() -> None:
 
 @pytest.mark.parametrize("silent", ["attention", "mlp"])
 def test_dropout_acts_in_attention_and_in_the_mlp(silent: str) -> None:
-    """Either alone still draws when the other's output is at zero; with both at zero nothing does."""
+    """Either alone still draws when the other's output is at zero; with both at zero nothing
+    does.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer = PostNormLayer(12, TransEncoderHead(heads=2, ffn=32, dropout=0.5), narrow=False)
@@ -249,7 +288,9 @@ def test_dropout_acts_in_attention_and_in_the_mlp(silent: str) -> None:
 
 
 def test_transencoder_refuses_widths_that_cannot_be_halved() -> None:
-    with pytest.raises(InputError, match="2 reductions halve the token width 24 to 6, and 5 heads must divide 12"):
+    with pytest.raises(
+        InputError, match="2 reductions halve the token width 24 to 6, and 5 heads must divide 12"
+    ):
         build_head(TransEncoderHead(reductions=2, heads=5), 24, COUNT, SPECS[0])
     with pytest.raises(InputError, match=r"halve the token width 20 to 2\.5"):
         build_head(TransEncoderHead(reductions=3, heads=1), 20, COUNT, SPECS[0])
@@ -264,10 +305,13 @@ def test_transencoder_refuses_widths_that_cannot_be_halved() -> None:
     ],
     ids=["CLIP 256", "CLIP 512", "T5 512"],
 )
-def test_transencoder_has_the_published_parameters(config: TransEncoderHead, width: int, side: int, millions: float) -> None:
+def test_transencoder_has_the_published_parameters(
+    config: TransEncoderHead, width: int, side: int, millions: float
+) -> None:
     with torch.device("meta"):
         head = build_head(config, width, 77, LatentSpec(channels=4, height=side, width=side))
-    assert count_parameters(head) / 1e6 == pytest.approx(millions, abs=5.1e-4)  # as many decimals as given
+    # as many decimals as given
+    assert count_parameters(head) / 1e6 == pytest.approx(millions, abs=5.1e-4)
 
 
 def test_a_mismatch_names_both_shapes() -> None:
@@ -290,7 +334,9 @@ def test_linear_map_warns_of_drift_and_maps() -> None:
 
 
 def test_reshape_neither_warns_nor_learns(recwarn: pytest.WarningsRecorder) -> None:
-    layer = LatentMap(LatentSpec(channels=1, height=4, width=4), LatentSpec(channels=4, height=2, width=2))
+    layer = LatentMap(
+        LatentSpec(channels=1, height=4, width=4), LatentSpec(channels=4, height=2, width=2)
+    )
     assert not recwarn.list
     assert not list(layer.parameters())
 
@@ -300,7 +346,10 @@ def test_every_member_has_its_contract_test() -> None:
 
 
 def test_posterior_clamps_and_draws() -> None:
-    mu, logvar = torch.full((2, 1, 2, 2), 3.0), torch.tensor([-50.0, 50.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+    mu, logvar = (
+        torch.full((2, 1, 2, 2), 3.0),
+        torch.tensor([-50.0, 50.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2),
+    )
     posterior = make_posterior(PosteriorConfig(), mu.bfloat16(), logvar)
     assert posterior.mu.dtype == posterior.logvar.dtype == torch.float32
     assert posterior.logvar.flatten(1)[:, 0].tolist() == [-6.0, 6.0]

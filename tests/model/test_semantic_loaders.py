@@ -1,4 +1,6 @@
-"""Picture encoders and VGG16 from files in the real formats, against the libraries' own forward passes."""
+"""Picture encoders and VGG16 from files in the real formats, against the libraries' own forward
+passes.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,21 @@ from flowray.model.images import load_image_encoder
 from flowray.model.semantic import PictureTower
 from flowray.model.vgg import STAGES, WIDTHS, Lpips, Vgg16, _standard, load_linear, load_vgg
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 VISION = SIZES | {"intermediate_size": 32}
-TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+}
 
 
 def make(kind: str) -> Any:
@@ -43,15 +57,20 @@ def make(kind: str) -> Any:
     torch.manual_seed(3)
     models = {
         "dinov2": lambda: Dinov2Model(Dinov2Config(**SIZES, mlp_ratio=2)),
-        "dinov2_registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, num_register_tokens=3)),
+        "dinov2_registers": lambda: Dinov2WithRegistersModel(
+            Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, num_register_tokens=3)
+        ),
         "siglip": lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION)),
         "siglip_vision": lambda: SiglipVisionModel(SiglipVisionConfig(**VISION)),
-        "clip": lambda: CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8)),
+        "clip": lambda: CLIPModel(
+            CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8)
+        ),
         "clip_vision": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)),
     }
     net = models[kind]().eval()
     with torch.no_grad():
-        for p in net.parameters():  # some weights start at zero, which a loader that drops them would also give
+        # some weights start at zero, which a loader that drops them would also give
+        for p in net.parameters():
             p += 0.05 * torch.randn_like(p)
     return net
 
@@ -85,7 +104,9 @@ def test_an_encoder_read_back_by_path_sees_what_the_library_sees(kind: str, tmp_
         expected = getattr(net, "vision_model", net)(pixel_values=values)
     seen = encoder(x)
     torch.testing.assert_close(seen.pooled, expected.pooler_output, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(seen.patches.flatten(1, 2), expected.last_hidden_state[:, extra:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        seen.patches.flatten(1, 2), expected.last_hidden_state[:, extra:], rtol=1e-4, atol=1e-5
+    )
     assert seen.patches.shape == (3, 4, 4, 16)
     assert encoder(pictures(2, side=40)).patches.shape == (2, 4, 4, 16)  # other sizes are resized
 
@@ -105,12 +126,21 @@ def test_frozen_stays_frozen_and_trainable_trains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "kind", "words"),
-    [(SiglipNet, "clip", "holds a clip model.*set here.kind"), (DinoV2Net, None, "no config.json"), (DinoV2Net, "cut", "lacks 18 weights")],
+    [
+        (SiglipNet, "clip", "holds a clip model.*set here.kind"),
+        (DinoV2Net, None, "no config.json"),
+        (DinoV2Net, "cut", "lacks 18 weights"),
+    ],
 )
-def test_weights_of_another_kind_or_not_whole_are_named(family: Any, kind: str | None, words: str, tmp_path: Path) -> None:
+def test_weights_of_another_kind_or_not_whole_are_named(
+    family: Any, kind: str | None, words: str, tmp_path: Path
+) -> None:
     if kind == "cut":
         net = make("dinov2")
-        net.save_pretrained(tmp_path, state_dict={name: x for name, x in net.state_dict().items() if "layer.1" not in name})
+        net.save_pretrained(
+            tmp_path,
+            state_dict={name: x for name, x in net.state_dict().items() if "layer.1" not in name},
+        )
     elif kind:
         make(kind).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=words) as error:
@@ -122,19 +152,35 @@ def test_the_published_contrastive_heads_have_their_size() -> None:
     """CrossFlow's output heads on SigLIP L/16 at 256 px: 20.988 M at 256 px, 21.804 M at 512 px."""
     dims = VisionDims(width=1024, depth=24, heads=16, mlp=4096, image=256, patch=16)
     with torch.device("meta"):
-        small = PictureTower(ImageTower(net=SiglipNet(dims=dims)), LatentSpec(channels=4, height=32, width=32))
-        large = PictureTower(ImageTower(net=SiglipNet(dims=dims), output="adaptor"), LatentSpec(channels=4, height=64, width=64))
+        small = PictureTower(
+            ImageTower(net=SiglipNet(dims=dims)), LatentSpec(channels=4, height=32, width=32)
+        )
+        large = PictureTower(
+            ImageTower(net=SiglipNet(dims=dims), output="adaptor"),
+            LatentSpec(channels=4, height=64, width=64),
+        )
     sizes = [sum(p.numel() for p in tower.out.parameters()) / 1e6 for tower in (small, large)]
     assert sizes == pytest.approx([20.988, 21.804], rel=1e-4)
-    assert sum(p.numel() for p in small.encoder.parameters()) / 1e6 == pytest.approx(316, rel=0.01)  # SigLIP L/16's image half
+    # SigLIP L/16's image half
+    assert sum(p.numel() for p in small.encoder.parameters()) / 1e6 == pytest.approx(316, rel=0.01)
 
 
 def vgg_weights(widths: tuple[int, ...] = (4, 6, 8, 10, 12), seed: int = 0) -> dict[str, Tensor]:
-    """Random weights under the names of torchvision's vgg16 state dict, its classifier's included."""
-    generator, inputs, weights = torch.Generator().manual_seed(seed), 3, {"classifier.0.weight": torch.zeros(2, 2)}
-    for width, stage in zip(widths, ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)), strict=True):
+    """Random weights under the names of torchvision's vgg16 state dict, its classifier's
+    included.
+    """
+    generator, inputs, weights = (
+        torch.Generator().manual_seed(seed),
+        3,
+        {"classifier.0.weight": torch.zeros(2, 2)},
+    )
+    for width, stage in zip(
+        widths, ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)), strict=True
+    ):
         for index in stage:
-            weights[f"features.{index}.weight"] = torch.randn(width, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
+            weights[f"features.{index}.weight"] = (
+                torch.randn(width, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
+            )
             weights[f"features.{index}.bias"] = 0.1 * torch.randn(width, generator=generator)
             inputs = width
     return weights
@@ -142,13 +188,21 @@ def vgg_weights(widths: tuple[int, ...] = (4, 6, 8, 10, 12), seed: int = 0) -> d
 
 def torchvision_stack(weights: dict[str, Tensor], x: Tensor) -> list[Tensor]:
     """The published layer list run in order: the maps after layers 3, 8, 15, 22 and 29."""
-    plan, index, maps = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"], 0, []
+    plan, index, maps = (
+        [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"],
+        0,
+        [],
+    )
     for layer in plan:
         if layer == "M":
             maps.append(x)
             x, index = F.max_pool2d(x, 2, 2) if len(maps) < 5 else x, index + 1
             continue
-        x = F.relu(F.conv2d(x, weights[f"features.{index}.weight"], weights[f"features.{index}.bias"], padding=1))
+        x = F.relu(
+            F.conv2d(
+                x, weights[f"features.{index}.weight"], weights[f"features.{index}.bias"], padding=1
+            )
+        )
         index += 2
     return maps
 
@@ -162,7 +216,9 @@ def test_vgg_reads_a_local_state_dict(form: str, tmp_path: Path) -> None:
         save_file(weights, file)
     stack = Vgg16(load_vgg(file))
     x = pictures(2, side=32)
-    inputs = ((x + 1) / 2 - torch.tensor(IMAGENET[0]).view(3, 1, 1)) / torch.tensor(IMAGENET[1]).view(3, 1, 1)
+    inputs = ((x + 1) / 2 - torch.tensor(IMAGENET[0]).view(3, 1, 1)) / torch.tensor(
+        IMAGENET[1]
+    ).view(3, 1, 1)
     for ours, theirs in zip(stack(x), torchvision_stack(weights, inputs), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert not any(p.requires_grad for p in stack.parameters())
@@ -178,11 +234,18 @@ def lpips_by_hand(weights: dict[str, Tensor], linear: list[Tensor], a: Tensor, b
     """The distance as the paper writes it, one place at a time."""
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in IMAGENET)
     total = torch.zeros(len(a), dtype=torch.float64)
-    for fa, fb, w in zip(*(torchvision_stack(weights, ((x + 1) / 2 - mean) / std) for x in (a, b)), linear, strict=True):
+    for fa, fb, w in zip(
+        *(torchvision_stack(weights, ((x + 1) / 2 - mean) / std) for x in (a, b)),
+        linear,
+        strict=True,
+    ):
         for n in range(len(a)):
             places = [(i, j) for i in range(fa.shape[2]) for j in range(fa.shape[3])]
             for i, j in places:
-                ua, ub = (f[n, :, i, j].double() / (f[n, :, i, j].double().norm() + 1e-10) for f in (fa, fb))
+                ua, ub = (
+                    f[n, :, i, j].double() / (f[n, :, i, j].double().norm() + 1e-10)
+                    for f in (fa, fb)
+                )
                 total[n] += float((w.double() * (ua - ub) ** 2).sum()) / len(places)
     return total
 
@@ -190,14 +253,26 @@ def lpips_by_hand(weights: dict[str, Tensor], linear: list[Tensor], a: Tensor, b
 def test_lpips_is_the_papers_formula_and_its_gradient_reaches_the_estimate(tmp_path: Path) -> None:
     weights = vgg_weights()
     save_file(weights, tmp_path / "vgg.safetensors")
-    linear = [torch.rand(width, generator=torch.Generator().manual_seed(width)) for width in (4, 6, 8, 10, 12)]
-    torch.save({f"lin{k}.model.1.weight": w.view(1, -1, 1, 1) for k, w in enumerate(linear)}, tmp_path / "lin.pth")
+    linear = [
+        torch.rand(width, generator=torch.Generator().manual_seed(width))
+        for width in (4, 6, 8, 10, 12)
+    ]
+    torch.save(
+        {f"lin{k}.model.1.weight": w.view(1, -1, 1, 1) for k, w in enumerate(linear)},
+        tmp_path / "lin.pth",
+    )
     a, b = pictures(2, seed=1), pictures(2, seed=2)
     plain = Lpips(LpipsLossConfig(vgg=str(tmp_path / "vgg.safetensors")))
-    weighted = Lpips(LpipsLossConfig(vgg=str(tmp_path / "vgg.safetensors"), linear=str(tmp_path / "lin.pth")))
+    weighted = Lpips(
+        LpipsLossConfig(vgg=str(tmp_path / "vgg.safetensors"), linear=str(tmp_path / "lin.pth"))
+    )
     ones = [torch.ones_like(w) for w in linear]
-    torch.testing.assert_close(plain(a, b).double(), lpips_by_hand(weights, ones, a, b), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(weighted(a, b).double(), lpips_by_hand(weights, linear, a, b), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        plain(a, b).double(), lpips_by_hand(weights, ones, a, b), rtol=1e-4, atol=1e-6
+    )
+    torch.testing.assert_close(
+        weighted(a, b).double(), lpips_by_hand(weights, linear, a, b), rtol=1e-4, atol=1e-6
+    )
     assert plain(a, a).tolist() == [0, 0]
     guess, target = a.clone().requires_grad_(True), b.clone().requires_grad_(True)
     plain(guess, target).sum().backward()
@@ -206,7 +281,9 @@ def test_lpips_is_the_papers_formula_and_its_gradient_reaches_the_estimate(tmp_p
     assert bool(guess.grad.any())
     assert target.grad is None
     still = torch.zeros(1, 3, 16, 16, requires_grad=True)
-    Lpips(LpipsLossConfig(vgg=str(tmp_path / "vgg.safetensors")))(still, torch.zeros(1, 3, 16, 16)).sum().backward()
+    Lpips(LpipsLossConfig(vgg=str(tmp_path / "vgg.safetensors")))(
+        still, torch.zeros(1, 3, 16, 16)
+    ).sum().backward()
     assert still.grad is not None
     assert bool(still.grad.isfinite().all())
     with pytest.raises(InputError, match=r"loss\.lpips\.size: .*8 px"):

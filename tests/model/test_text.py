@@ -1,4 +1,6 @@
-"""The text side on real checkpoints: the cached pass equals the plain one, padding changes nothing, nothing frozen learns."""
+"""The text side on real checkpoints: the cached pass equals the plain one, padding changes
+nothing, nothing frozen learns.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ from flowray.config.model import CausalText, EncoderText, GridHead, ModelConfig
 from flowray.model.assemble import build_model, part_sizes
 from flowray.model.text import CausalQueries, Prompts, load_text
 
-PROMPTS = ["a small red circle", "a large blue square on the left on a pink background", "circle", "unknownword , a cross"]
+PROMPTS = [
+    "a small red circle",
+    "a large blue square on the left on a pink background",
+    "circle",
+    "unknownword , a cross",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +46,24 @@ def llama(path: Path) -> Path:
 
     tokenizer = word_tokenizer()
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, **sizes)).save_pretrained(path)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, **sizes)
+    ).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
 
 @pytest.mark.parametrize("family", ["qwen", "llama"])
 def test_cached_pass_equals_the_plain_one(family: str, folder: Path, tmp_path: Path) -> None:
-    model = load_text(CausalText(path=str(folder if family == "qwen" else llama(tmp_path / "llama")), queries=5))
+    model = load_text(
+        CausalText(path=str(folder if family == "qwen" else llama(tmp_path / "llama")), queries=5)
+    )
     assert isinstance(model, CausalQueries)
     prompts = model.tokenize(PROMPTS)
     assert len({int(n) for n in prompts.mask.sum(1)}) > 2  # ragged
@@ -72,7 +88,8 @@ def test_queries_read_the_prompt_and_each_other(text: CausalQueries) -> None:
     with torch.no_grad():
         text.queries[0] += 1
     after = text(text.tokenize(PROMPTS)).values
-    assert float((after[:, 1:] - before[:, 1:]).abs().mean()) > 1e-3  # later queries see earlier ones
+    # later queries see earlier ones
+    assert float((after[:, 1:] - before[:, 1:]).abs().mean()) > 1e-3
 
 
 def test_256_queries_by_default() -> None:
@@ -88,7 +105,9 @@ def test_padding_changes_nothing(text: CausalQueries) -> None:
     assert torch.allclose(together, alone, atol=1e-5)
     ids, mask = text.tokenize(PROMPTS)
     garbage = torch.where(mask, ids, 7)
-    assert torch.allclose(text(type(text.tokenize(PROMPTS))(garbage, mask)).values, together, atol=1e-5)
+    assert torch.allclose(
+        text(type(text.tokenize(PROMPTS))(garbage, mask)).values, together, atol=1e-5
+    )
 
 
 def test_a_prompt_of_no_tokens_gives_finite_tokens(text: CausalQueries) -> None:
@@ -104,7 +123,9 @@ def test_template_and_cut(folder: Path) -> None:
     assert plain.tokenize(PROMPTS).ids.shape == (len(PROMPTS), 4)
     framed = load_text(CausalText(path=str(folder), queries=2, template="a picture with {prompt}"))
     longer = load_text(CausalText(path=str(folder), queries=2))
-    assert torch.equal(framed.tokenize(["circle"]).ids, longer.tokenize(["a picture with circle"]).ids)
+    assert torch.equal(
+        framed.tokenize(["circle"]).ids, longer.tokenize(["a picture with circle"]).ids
+    )
 
 
 def test_backbone_is_frozen_and_stays_in_eval_mode(text: CausalQueries) -> None:
@@ -120,28 +141,53 @@ def test_backbone_is_frozen_and_stays_in_eval_mode(text: CausalQueries) -> None:
 def clip() -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return CLIPTextModel(CLIPTextConfig(vocab_size=64, eos_token_id=1, pad_token_id=0, **sizes))
 
 
 def whole_clip() -> Any:
     from transformers import CLIPConfig, CLIPModel
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     vision = {**sizes, "image_size": 8, "patch_size": 4, "hidden_size": 16}
-    return CLIPModel(CLIPConfig(text_config={**sizes, "vocab_size": 64, "eos_token_id": 1, "pad_token_id": 0}, vision_config=vision))
+    return CLIPModel(
+        CLIPConfig(
+            text_config={**sizes, "vocab_size": 64, "eos_token_id": 1, "pad_token_id": 0},
+            vision_config=vision,
+        )
+    )
 
 
 def t5() -> Any:
     from transformers import T5Config, T5EncoderModel
 
-    return T5EncoderModel(T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2))
+    return T5EncoderModel(
+        T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    )
 
 
 def bert() -> Any:
     from transformers import BertConfig, BertModel
 
-    return BertModel(BertConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2))
+    return BertModel(
+        BertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+    )
 
 
 @pytest.mark.parametrize("make", [clip, whole_clip, t5, bert])
@@ -157,7 +203,9 @@ def test_encoders_by_path(make: Any, tmp_path: Path) -> None:
     assert out.values.shape == (*prompts.ids.shape, 32)
     assert torch.equal(out.mask, prompts.mask)
     assert not out.values.requires_grad
-    reference = getattr(original, "text_model", original)(input_ids=prompts.ids, attention_mask=prompts.mask.long()).last_hidden_state
+    reference = getattr(original, "text_model", original)(
+        input_ids=prompts.ids, attention_mask=prompts.mask.long()
+    ).last_hidden_state
     assert torch.allclose(out.values, 2 * reference, atol=1e-5)  # the saved weights, not fresh ones
     alone = model(model.tokenize(PROMPTS[2:3])).values
     assert torch.allclose(out.values[2, : alone.shape[1]], alone[0], atol=1e-4)
@@ -168,7 +216,9 @@ def test_encoders_by_path(make: Any, tmp_path: Path) -> None:
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     for config in (CausalText(path=str(tmp_path / "nowhere")), EncoderText(path=str(tmp_path))):
-        with pytest.raises(InputError, match=r"model\.text\.path: .*(no such folder|no config.json)") as caught:
+        with pytest.raises(
+            InputError, match=r"model\.text\.path: .*(no such folder|no config.json)"
+        ) as caught:
             load_text(config)
         assert "\n" not in str(caught.value)
 
@@ -181,7 +231,9 @@ def test_corrupt_weights_are_one_line(tmp_path: Path) -> None:
 
 
 def config(folder: Path) -> ModelConfig:
-    return ModelConfig(text=CausalText(path=str(folder), queries=3), head=GridHead(hidden=16, heads=2))
+    return ModelConfig(
+        text=CausalText(path=str(folder), queries=3), head=GridHead(hidden=16, heads=2)
+    )
 
 
 def test_build_model_depends_on_the_seed_alone(folder: Path) -> None:
@@ -190,9 +242,15 @@ def test_build_model_depends_on_the_seed_alone(folder: Path) -> None:
     first = build_model(config(folder), LossConfig(), 1)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    second, third = build_model(config(folder), LossConfig(), 1), build_model(config(folder), LossConfig(), 2)
+    second, third = (
+        build_model(config(folder), LossConfig(), 1),
+        build_model(config(folder), LossConfig(), 2),
+    )
     assert first.trainable().keys() == second.trainable().keys()
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
     assert not torch.equal(first.text.queries, third.text.queries)
     assert not torch.equal(first.velocity.patch_in.weight, third.velocity.patch_in.weight)
 
@@ -203,13 +261,20 @@ def test_parts_are_disjoint_and_complete(folder: Path) -> None:
     assert sum(sizes.values()) == sum(p.numel() for p in model.parameters())
     assert sizes["text.queries"] == 3 * 32
     assert {"text.backbone", "head", "velocity.blocks"} <= sizes.keys()
-    assert not any(name.startswith(("text.backbone", "velocity.backbone")) for name in model.trainable())
+    assert not any(
+        name.startswith(("text.backbone", "velocity.backbone")) for name in model.trainable()
+    )
 
 
 def test_the_prompt_keeps_nothing_for_the_backward(tmp_path: Path) -> None:
-    """With a prompt nine times as long as the queries the cached pass keeps well under half of what the plain one does."""
+    """With a prompt nine times as long as the queries the cached pass keeps well under half of
+    what the plain one does.
+    """
     text = load_text(CausalText(path=str(tiny_text(tmp_path)), queries=5, max_tokens=50))
     assert isinstance(text, CausalQueries)
     prompts = Prompts(torch.randint(2, 20, (4, 45)), torch.ones(4, 45, dtype=torch.bool))
-    cached, plain = (kept_for_backward(text, forward, prompts)[0] for forward in (text.forward, text.forward_plain))
+    cached, plain = (
+        kept_for_backward(text, forward, prompts)[0]
+        for forward in (text.forward, text.forward_plain)
+    )
     assert 0 < cached < 0.4 * plain

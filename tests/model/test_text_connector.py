@@ -1,4 +1,6 @@
-"""The connector against transformers' own layers, its mask and width, and that it trains and is kept."""
+"""The connector against transformers' own layers, its mask and width, and that it trains and is
+kept.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,13 @@ def spread(layer: torch.nn.Module) -> None:
 
 
 def halves(qkv: torch.nn.Linear) -> dict[str, tuple[Tensor, Tensor]]:
-    return dict(zip(("q_proj", "k_proj", "v_proj"), zip(qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True), strict=True))
+    return dict(
+        zip(
+            ("q_proj", "k_proj", "v_proj"),
+            zip(qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True),
+            strict=True,
+        )
+    )
 
 
 @torch.no_grad()
@@ -42,9 +50,15 @@ def test_siglip_layer_is_siglips() -> None:
     layer = ConnectorLayer(SMALL)
     spread(layer)
     reference = SiglipEncoderLayer(
-        SiglipVisionConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, attn_implementation="sdpa")
+        SiglipVisionConfig(
+            hidden_size=16, intermediate_size=24, num_attention_heads=2, attn_implementation="sdpa"
+        )
     )
-    state = {f"self_attn.{name}.{part}": t for name, pair in halves(layer.qkv).items() for part, t in zip(PARTS, pair, strict=True)}
+    state = {
+        f"self_attn.{name}.{part}": t
+        for name, pair in halves(layer.qkv).items()
+        for part, t in zip(PARTS, pair, strict=True)
+    }
     for ours, theirs in [
         ("out", "self_attn.out_proj"),
         ("norm_attention", "layer_norm1"),
@@ -65,16 +79,36 @@ def test_qwen2_layer_is_qwen2s_without_its_causal_mask() -> None:
 
     layer = ConnectorLayer(SMALL.model_copy(update={"style": "qwen2"}))
     spread(layer)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     reference = Qwen2DecoderLayer(Qwen2Config(**sizes, attn_implementation="sdpa"), 0)
-    state = {f"self_attn.{name}.{part}": t for name, pair in halves(layer.qkv).items() for part, t in zip(PARTS, pair, strict=True)}
+    state = {
+        f"self_attn.{name}.{part}": t
+        for name, pair in halves(layer.qkv).items()
+        for part, t in zip(PARTS, pair, strict=True)
+    }
     gate, up = layer.up.weight.chunk(2)
-    state |= {"self_attn.o_proj.weight": layer.out.weight, "mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
-    state |= {"mlp.down_proj.weight": layer.down.weight, "input_layernorm.weight": layer.norm_attention.weight}
+    state |= {
+        "self_attn.o_proj.weight": layer.out.weight,
+        "mlp.gate_proj.weight": gate,
+        "mlp.up_proj.weight": up,
+    }
+    state |= {
+        "mlp.down_proj.weight": layer.down.weight,
+        "input_layernorm.weight": layer.norm_attention.weight,
+    }
     reference.load_state_dict(state | {"post_attention_layernorm.weight": layer.norm_mlp.weight})
     still = (torch.ones(2, 5, 8), torch.zeros(2, 5, 8))  # no rotation
-    wanted = reference(X, attention_mask=MASK[:, None, None, :].expand(2, 1, 5, 5), position_embeddings=still)
-    assert torch.allclose(layer(X, MASK), wanted[0] if isinstance(wanted, tuple) else wanted, atol=1e-5)
+    wanted = reference(
+        X, attention_mask=MASK[:, None, None, :].expand(2, 1, 5, 5), position_embeddings=still
+    )
+    assert torch.allclose(
+        layer(X, MASK), wanted[0] if isinstance(wanted, tuple) else wanted, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -83,7 +117,9 @@ def test_qk_norm_bounds_the_attention_logits(style: str) -> None:
     """With normalised queries and keys their size does not matter, without it does."""
     change = []
     for qk_norm in (True, False):
-        layer = ConnectorLayer(ConnectorConfig(**(SMALL.model_dump() | {"style": style, "qk_norm": qk_norm})))
+        layer = ConnectorLayer(
+            ConnectorConfig(**(SMALL.model_dump() | {"style": style, "qk_norm": qk_norm}))
+        )
         torch.nn.init.normal_(layer.qkv.weight)
         before = layer(X, MASK)
         layer.qkv.weight[:32] *= 100
@@ -106,7 +142,9 @@ def test_every_token_reads_every_other_that_is_there() -> None:
 
 
 def test_parameters_of_openuni() -> None:
-    """OpenUni-B: 6 SigLIP layers 896/3072, 14 heads, then 896 -> 2304; no entry where the widths agree."""
+    """OpenUni-B: 6 SigLIP layers 896/3072, 14 heads, then 896 -> 2304; no entry where the widths
+    agree.
+    """
     with torch.device("meta"):
         count = sum(p.numel() for p in Connector(ConnectorConfig(), 896).parameters())
         wider = sum(p.numel() for p in Connector(ConnectorConfig(), 1536).parameters())
@@ -123,7 +161,11 @@ def test_a_head_reads_what_the_connector_gives(kind: str, tmp_path: Path) -> Non
         tiny_text(tmp_path)
     path = str(tmp_path)
     plain, joined = (
-        load_text(EncoderText(path=path, connector=c) if kind == "encoder" else CausalText(path=path, queries=16, connector=c))
+        load_text(
+            EncoderText(path=path, connector=c)
+            if kind == "encoder"
+            else CausalText(path=path, queries=16, connector=c)
+        )
         for c in (None, SMALL)
     )
     if isinstance(plain, CausalQueries):
@@ -134,10 +176,16 @@ def test_a_head_reads_what_the_connector_gives(kind: str, tmp_path: Path) -> Non
     assert torch.allclose(joined(prompts).values, joined.connector(tokens, mask), atol=1e-5)
     assert (plain.width, joined.width, joined(prompts).values.shape[-1]) == (32, 20, 20)
     if isinstance(joined, CausalQueries):
-        assert torch.allclose(joined(prompts).values, joined.forward_plain(prompts).values, atol=1e-5)
+        assert torch.allclose(
+            joined(prompts).values, joined.forward_plain(prompts).values, atol=1e-5
+        )
     joined(prompts).values.square().sum().backward()
-    trained = {name for name, p in joined.named_parameters() if p.grad is not None and bool(p.grad.any())}
-    assert trained == {name for name, p in joined.named_parameters() if not name.startswith("backbone.")}
+    trained = {
+        name for name, p in joined.named_parameters() if p.grad is not None and bool(p.grad.any())
+    }
+    assert trained == {
+        name for name, p in joined.named_parameters() if not name.startswith("backbone.")
+    }
 
 
 def test_the_connector_starts_from_the_seed_trains_and_is_kept(tmp_path: Path) -> None:
@@ -151,7 +199,9 @@ def test_the_connector_starts_from_the_seed_trains_and_is_kept(tmp_path: Path) -
     names = {name for name in state.parameters if name.startswith("text.connector.")}
     assert len(names) == len(list(Connector(SMALL, 32).parameters()))
     assert all(torch.equal(state.parameters[name], again.parameters[name]) for name in names)
-    posterior = state.model.posterior(state.model.text.tokenize(["a small red circle", "a blue square"]))
+    posterior = state.model.posterior(
+        state.model.text.tokenize(["a small red circle", "a blue square"])
+    )
     posterior.mu.square().sum().backward()
     before = {name: state.parameters[name].detach().clone() for name in names}
     state.optimizer.step()

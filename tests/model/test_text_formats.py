@@ -1,4 +1,6 @@
-"""Text models in the formats that transformers saves, loaded back by path: LMs, LMs inside vision-language models, encoders."""
+"""Text models in the formats that transformers saves, loaded back by path: LMs, LMs inside
+vision-language models, encoders.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import tiny_text
-from text_support import CAUSAL, WINDOW, Maker, bert, clip, internvl, mistral_sliding, qwen2, save, t5
+from text_support import (
+    CAUSAL,
+    WINDOW,
+    Maker,
+    bert,
+    clip,
+    internvl,
+    mistral_sliding,
+    qwen2,
+    save,
+    t5,
+)
 
 from flowray.config.errors import InputError
 from flowray.config.model import CausalText, ConnectorConfig, EncoderText
@@ -25,18 +38,23 @@ def test_language_models_by_path(make: Maker, tmp_path: Path) -> None:
     text = load_text(CausalText(path=str(tmp_path), queries=5))
     assert isinstance(text, CausalQueries)
     saved, loaded = language.state_dict(), text.backbone.state_dict()
-    assert loaded.keys() == saved.keys()  # the language model alone: no tower, no projector, no output layer
+    # the language model alone: no tower, no projector, no output layer
+    assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[key], saved[key]) for key in saved)
     assert len(loaded) < len(net.state_dict())
     cached_equals_plain(text)
 
 
 def test_a_sliding_window_that_cuts_the_prompt_off(tmp_path: Path) -> None:
-    """The two passes agree even there; but padding takes places in the window, so such a length is refused."""
+    """The two passes agree even there; but padding takes places in the window, so such a length
+    is refused.
+    """
     save(mistral_sliding, tmp_path)
     config = CausalText(path=str(tmp_path), queries=5)
     cached_equals_plain(CausalQueries(load_backbone(config), load_tokenizer(config), config))
-    assert f"40 + 5 queries, but {str(tmp_path)!r} sees a window of {WINDOW} tokens" in one_line(config)
+    assert f"40 + 5 queries, but {str(tmp_path)!r} sees a window of {WINDOW} tokens" in one_line(
+        config
+    )
     load_text(CausalText(path=str(tmp_path), queries=1, max_tokens=WINDOW - 1))
 
 
@@ -66,12 +84,17 @@ def test_the_last_hidden_states_are_the_whole_models(make: Maker, tmp_path: Path
         ids = torch.tensor([text.prompts.inner(prompt)["input_ids"]])
         assert len(set(ids[0].tolist())) > 1
         inputs = torch.cat([net.get_input_embeddings()(ids), text.queries[None]], dim=1)
-        assert torch.allclose(row, language(inputs_embeds=inputs).last_hidden_state[0, -3:], atol=1e-5)
+        assert torch.allclose(
+            row, language(inputs_embeds=inputs).last_hidden_state[0, -3:], atol=1e-5
+        )
 
 
 def test_bf16_weights_give_fp32_tokens_and_gradients(tmp_path: Path) -> None:
     save(qwen2, tmp_path)
-    exact, half = (load_text(CausalText(path=str(tmp_path), queries=5, dtype=dtype)) for dtype in ("fp32", "bf16"))  # type: ignore[arg-type]
+    exact, half = (
+        load_text(CausalText(path=str(tmp_path), queries=5, dtype=dtype))
+        for dtype in ("fp32", "bf16")
+    )  # type: ignore[arg-type]
     half.load_state_dict({"queries": exact.queries.detach()}, strict=False)
     assert {p.dtype for p in half.backbone.parameters()} == {torch.bfloat16}
     assert half.queries.dtype == torch.float32
@@ -84,9 +107,14 @@ def test_bf16_weights_give_fp32_tokens_and_gradients(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [clip, t5, bert])
 def test_encoders_inside_whole_checkpoints(make: Maker, tmp_path: Path) -> None:
-    """CLIP beside its tower, T5 beside its decoder, BERT under its output layer: only the encoder is read, and exactly."""
+    """CLIP beside its tower, T5 beside its decoder, BERT under its output layer: only the
+    encoder is read, and exactly.
+    """
     net, encoder = save(make, tmp_path)
-    plain, scaled = (load_text(EncoderText(path=str(tmp_path), max_tokens=16, scale=scale)) for scale in (1.0, 10.0))
+    plain, scaled = (
+        load_text(EncoderText(path=str(tmp_path), max_tokens=16, scale=scale))
+        for scale in (1.0, 10.0)
+    )
     assert sum(p.numel() for p in plain.parameters()) < sum(p.numel() for p in net.parameters())
     prompts = plain.tokenize(PROMPTS)
     reference = encoder(input_ids=prompts.ids, attention_mask=prompts.mask.long()).last_hidden_state
@@ -95,19 +123,25 @@ def test_encoders_inside_whole_checkpoints(make: Maker, tmp_path: Path) -> None:
     assert torch.allclose(scaled(prompts).values, 10 * out.values)  # CrossFlow's T5
     assert torch.equal(out.mask, prompts.mask)
     garbage = prompts._replace(ids=torch.where(prompts.mask, prompts.ids, 7))
-    assert torch.allclose(plain(garbage).values[prompts.mask], out.values[prompts.mask], atol=1e-5)  # padding is not read
+    # padding is not read
+    assert torch.allclose(plain(garbage).values[prompts.mask], out.values[prompts.mask], atol=1e-5)
 
 
 def test_tokens_of_a_fixed_number(tmp_path: Path) -> None:
     save(t5, tmp_path)
-    short, full = (load_text(EncoderText(path=str(tmp_path), max_tokens=14, pad_to_max=pad)) for pad in (False, True))
+    short, full = (
+        load_text(EncoderText(path=str(tmp_path), max_tokens=14, pad_to_max=pad))
+        for pad in (False, True)
+    )
     for prompts in (PROMPTS[:1], PROMPTS):
         a, b = (text(text.tokenize(prompts)) for text in (short, full))
         assert b.values.shape == (len(prompts), 14, 32)
         assert torch.equal(a.mask.sum(1), b.mask.sum(1))
         assert torch.allclose(a.values[a.mask], b.values[b.mask], atol=1e-5)
     with pytest.warns(UserWarning, match="was cut to 4"):
-        assert load_text(EncoderText(path=str(tmp_path), max_tokens=4, pad_to_max=True)).tokenize(PROMPTS).ids.shape == (3, 4)
+        assert load_text(EncoderText(path=str(tmp_path), max_tokens=4, pad_to_max=True)).tokenize(
+            PROMPTS
+        ).ids.shape == (3, 4)
 
 
 def one_line(config: CausalText | EncoderText) -> str:
@@ -122,7 +156,9 @@ def test_the_wrong_kind_of_checkpoint(tmp_path: Path) -> None:
     for make in (bert, t5, clip, qwen2):
         save(make, tmp_path / make.__name__)
     for name in ("bert", "t5", "clip"):
-        assert f"a {name}, not a causal language model; use model.text.kind=encoder" in one_line(CausalText(path=str(tmp_path / name)))
+        assert f"a {name}, not a causal language model; use model.text.kind=encoder" in one_line(
+            CausalText(path=str(tmp_path / name))
+        )
     assert "a qwen2, not a text encoder" in one_line(EncoderText(path=str(tmp_path / "qwen2")))
     assert "no such folder" in one_line(EncoderText(path=str(tmp_path / "nowhere")))
 
@@ -133,7 +169,9 @@ def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
     weights = load_file(file)
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, file, metadata={"format": "pt"})
-    assert "lacks 1 weights of Qwen2Model, such as layers.1.mlp.up_proj.weight" in one_line(CausalText(path=str(tmp_path)))
+    assert "lacks 1 weights of Qwen2Model, such as layers.1.mlp.up_proj.weight" in one_line(
+        CausalText(path=str(tmp_path))
+    )
 
 
 def test_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
@@ -141,7 +179,9 @@ def test_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
     assert "has 20 positions" in one_line(EncoderText(path=str(tmp_path), max_tokens=21))
     load_text(EncoderText(path=str(tmp_path), max_tokens=20))
     tiny_text(tmp_path / "lm")
-    assert "100 + 29 queries" in one_line(CausalText(path=str(tmp_path / "lm"), max_tokens=100, queries=29))
+    assert "100 + 29 queries" in one_line(
+        CausalText(path=str(tmp_path / "lm"), max_tokens=100, queries=29)
+    )
 
 
 def test_width_of_recipe_and_weights(tmp_path: Path) -> None:
@@ -152,8 +192,12 @@ def test_width_of_recipe_and_weights(tmp_path: Path) -> None:
     assert "have 32" in message
 
 
-@pytest.mark.parametrize("connector", [None, ConnectorConfig(layers=2, hidden=16, intermediate=24, heads=2, out=20)])
-def test_a_plan_has_the_trainable_parts_without_the_weights(tmp_path: Path, connector: ConnectorConfig | None) -> None:
+@pytest.mark.parametrize(
+    "connector", [None, ConnectorConfig(layers=2, hidden=16, intermediate=24, heads=2, out=20)]
+)
+def test_a_plan_has_the_trainable_parts_without_the_weights(
+    tmp_path: Path, connector: ConnectorConfig | None
+) -> None:
     save(qwen2, tmp_path)
     config = CausalText(path=str(tmp_path), queries=6, connector=connector)
     real: TextModel = load_text(config)

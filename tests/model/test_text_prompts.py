@@ -1,4 +1,6 @@
-"""How prompts are worded and cut: templates, the tokenizer's own chat template, frames that stay whole; dead queries are none."""
+"""How prompts are worded and cut: templates, the tokenizer's own chat template, frames that stay
+whole; dead queries are none.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from flowray.config.errors import InputError
 from flowray.config.model import CausalText
 from flowray.model.text import CausalQueries, load_text
 
-LONG = "a large blue square on the left and a small red circle on the right on a pink background " * 8
+LONG = (
+    "a large blue square on the left and a small red circle on the right on a pink background " * 8
+)
 
 
 def model(folder: Path, **options: Any) -> CausalQueries:
@@ -38,13 +42,22 @@ def text_of(text: CausalQueries, prompt: str) -> str:
 
 def test_chat_template_around_the_prompt(folder: Path) -> None:
     """OpenUni's wording, letter by letter, its `<img>` a single token."""
-    text = model(folder, chat=True, template="Generate an image: {prompt}", suffix="<img>", max_tokens=128)
-    wanted = "<|im_start|>user\nGenerate an image: a red circle<|im_end|>\n<|im_start|>assistant\n<img>"
+    text = model(
+        folder, chat=True, template="Generate an image: {prompt}", suffix="<img>", max_tokens=128
+    )
+    wanted = (
+        "<|im_start|>user\nGenerate an image: a red circle<|im_end|>\n<|im_start|>assistant\n<img>"
+    )
     assert text_of(text, "a red circle") == wanted
-    assert int(text.tokenize(["a red circle"]).ids[0, -1]) == text.prompts.inner.convert_tokens_to_ids("<img>")
+    assert int(
+        text.tokenize(["a red circle"]).ids[0, -1]
+    ) == text.prompts.inner.convert_tokens_to_ids("<img>")
     system = model(folder, chat=True, system="You draw.", max_tokens=128)
-    assert text_of(system, "a cross") == "<|im_start|>system\nYou draw.<|im_end|>\n" + wanted.split("Generate")[0] + (
-        "a cross<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        text_of(system, "a cross")
+        == "<|im_start|>system\nYou draw.<|im_end|>\n"
+        + wanted.split("Generate")[0]
+        + "a cross<|im_end|>\n<|im_start|>assistant\n"
     )
     assert text_of(model(folder, max_tokens=128), "a cross") == "a cross"
 
@@ -59,13 +72,18 @@ def test_chat_template_reaches_the_tokens(folder: Path) -> None:
 def test_chat_template_that_wants_a_list(folder: Path, tmp_path: Path) -> None:
     """As vision-language models' templates do: a content is a list of parts."""
     save(qwen2, tmp_path)
-    template = "{% for m in messages %}[{{ m['role'] }}]{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}>"
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}]{% for part in m['content'] %}{{ part['text'] }}{%"
+        " endfor %}{% endfor %}>"
+    )
     chat_tokenizer(template).save_pretrained(tmp_path)
     assert text_of(model(tmp_path, chat=True), "a cross") == "[user]a cross>"
 
 
 def test_chat_adds_no_special_tokens_of_its_own(tmp_path: Path) -> None:
-    """The template has them all: a tokenizer that ends every text with <eos> (id 1) does not put one behind the reply's opening."""
+    """The template has them all: a tokenizer that ends every text with <eos> (id 1) does not put
+    one behind the reply's opening.
+    """
     text = model(tiny_text(tmp_path))
     assert text.tokenize(["circle"]).ids[0].tolist().count(1) == 1
     text.prompts.inner.chat_template = "{% for m in messages %}a {{ m['content'] }} on{% endfor %}"
@@ -91,7 +109,9 @@ def test_chat_templates_that_do_not_serve(template: str | None, said: str, tmp_p
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("options", [{"system": "You draw."}, {"suffix": "<img>"}, {"template": "a picture"}])
+@pytest.mark.parametrize(
+    "options", [{"system": "You draw."}, {"suffix": "<img>"}, {"template": "a picture"}]
+)
 def test_wording_that_would_be_lost_is_refused(options: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"chat: true|\{prompt\}"):
         CausalText(**options)  # type: ignore[arg-type]
@@ -99,15 +119,21 @@ def test_wording_that_would_be_lost_is_refused(options: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("limit", [36, 40, 41, 42])
 def test_a_long_prompt_is_cut_and_its_frame_is_not(folder: Path, limit: int) -> None:
-    text = model(folder, chat=True, template="Generate an image: {prompt}", suffix="<img>", max_tokens=limit)
-    with pytest.warns(UserWarning, match=rf"model\.text\.max_tokens: a prompt of \d+ tokens was cut to {limit}"):
+    text = model(
+        folder, chat=True, template="Generate an image: {prompt}", suffix="<img>", max_tokens=limit
+    )
+    with pytest.warns(
+        UserWarning, match=rf"model\.text\.max_tokens: a prompt of \d+ tokens was cut to {limit}"
+    ):
         prompts = text.tokenize([LONG, "a"])
     assert limit - 2 <= int(prompts.mask[0].sum()) <= limit
     left = text_of(text, LONG)
     start, end = left.split("Generate an image: ")[1].split("<|im_end|>")
     assert LONG.startswith(start)
     assert end == "\n<|im_start|>assistant\n<img>"
-    assert text_of(text, "a").endswith("Generate an image: a<|im_end|>\n<|im_start|>assistant\n<img>")
+    assert text_of(text, "a").endswith(
+        "Generate an image: a<|im_end|>\n<|im_start|>assistant\n<img>"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         text.tokenize([LONG])  # said once
@@ -115,7 +141,9 @@ def test_a_long_prompt_is_cut_and_its_frame_is_not(folder: Path, limit: int) -> 
 
 def test_a_plain_prompt_is_cut_as_the_tokenizer_cuts(tmp_path: Path) -> None:
     text = model(tiny_text(tmp_path), max_tokens=6)
-    wanted = text.prompts.inner([LONG, "circle"], truncation=True, max_length=6, padding=True, return_tensors="pt")
+    wanted = text.prompts.inner(
+        [LONG, "circle"], truncation=True, max_length=6, padding=True, return_tensors="pt"
+    )
     with pytest.warns(UserWarning, match="was cut to 6"):
         prompts = text.tokenize([LONG, "circle"])
     assert torch.equal(prompts.ids, wanted["input_ids"])
@@ -124,7 +152,10 @@ def test_a_plain_prompt_is_cut_as_the_tokenizer_cuts(tmp_path: Path) -> None:
 
 
 def test_a_template_that_leaves_no_room(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"model\.text\.max_tokens: got 10, but the template alone takes \d+ tokens"):
+    with pytest.raises(
+        InputError,
+        match=r"model\.text\.max_tokens: got 10, but the template alone takes \d+ tokens",
+    ):
         model(folder, chat=True, template="Generate an image: {prompt}", max_tokens=10)
 
 

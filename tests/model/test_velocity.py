@@ -19,7 +19,15 @@ from flowray.flow.path import sample_path
 from flowray.losses.terms import Forward, box_sum, loss_term
 from flowray.losses.total import Batch, Objective
 from flowray.model.assemble import build_model
-from flowray.model.dimr import ConvNeXtBlock, GatedMLP, NullToken, Stage, TDLayerNorm, TDRMSNorm, TimeVector
+from flowray.model.dimr import (
+    ConvNeXtBlock,
+    GatedMLP,
+    NullToken,
+    Stage,
+    TDLayerNorm,
+    TDRMSNorm,
+    TimeVector,
+)
 from flowray.model.dit import DiTBlock
 from flowray.model.levels import TimeEmbedding, VelocityNet
 from flowray.model.posterior import Posterior
@@ -78,15 +86,22 @@ class VelocityContract:
     def test_gradients_reach_every_parameter(self) -> None:
         net, (x, code, null) = perturbed(self.net()), self.inputs()
         w = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-        sum((level * w[:, :, : level.shape[2], : level.shape[3]]).sum() for level in net.levels(x, code, null)).backward()
-        assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+        sum(
+            (level * w[:, :, : level.shape[2], : level.shape[3]]).sum()
+            for level in net.levels(x, code, null)
+        ).backward()
+        assert [
+            name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()
+        ] == []
 
     @pytest.mark.parametrize("shape", [(4, 32, 32), (32, 8, 8)], ids=str)
     def test_other_latents(self, shape: tuple[int, int, int]) -> None:
         channels, height, width = shape
         _, code, null = self.inputs()
         x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
-        levels = perturbed(self.net(LatentSpec(channels=channels, height=height, width=width))).levels(x, code, null)
+        levels = perturbed(
+            self.net(LatentSpec(channels=channels, height=height, width=width))
+        ).levels(x, code, null)
         assert levels[-1].shape == x.shape
         assert all(bool(level.isfinite().all()) for level in levels)
 
@@ -133,11 +148,15 @@ class VelocityContract:
         assert found[1][2] < 0.6 * found[0][2]
 
     def test_last_layers_name_every_output(self) -> None:
-        """The pattern by which the optimiser finds the velocity head: exactly the layers that are zero at the start."""
+        """The pattern by which the optimiser finds the velocity head: exactly the layers that
+        are zero at the start.
+        """
         net = self.net()
         named = {name for name, _ in net.named_modules() if re.fullmatch(net.last_layers, name)}
         assert len(named) == len(net.level_weights)
-        assert not any(bool(p.any()) for name, p in net.named_parameters() if name.rpartition(".")[0] in named)
+        assert not any(
+            bool(p.any()) for name, p in net.named_parameters() if name.rpartition(".")[0] in named
+        )
 
     @pytest.mark.parametrize("shape", [(3, 1), (3, 1, 1, 1), ()])
     def test_time_code_must_be_one_dimensional(self, shape: tuple[int, ...]) -> None:
@@ -152,9 +171,15 @@ class TestDiT(VelocityContract):
 
 @torch.no_grad()
 def test_dit_block_is_ada_ln_zero() -> None:
-    """Nothing at the start; then x + gate * f((1 + scale) * norm(x) + shift) for attention and MLP, all six from the condition."""
+    """Nothing at the start; then x + gate * f((1 + scale) * norm(x) + shift) for attention and
+    MLP, all six from the condition.
+    """
     draw = torch.Generator().manual_seed(0)
-    block, x, condition = DiTBlock(8, 2, 2.0), torch.randn(2, 5, 8, generator=draw), torch.randn(2, 8, generator=draw)
+    block, x, condition = (
+        DiTBlock(8, 2, 2.0),
+        torch.randn(2, 5, 8, generator=draw),
+        torch.randn(2, 8, generator=draw),
+    )
     assert torch.equal(block(x, condition), x)
     for p in block.parameters():
         p.copy_(0.5 * torch.randn(p.shape, generator=draw))
@@ -162,7 +187,9 @@ def test_dit_block_is_ada_ln_zero() -> None:
     reference.in_proj_weight.copy_(block.qkv.weight)
     reference.in_proj_bias.copy_(block.qkv.bias)
     reference.out_proj.load_state_dict(block.out.state_dict())
-    shift, scale, gate, shift_m, scale_m, gate_m = (part[:, None] for part in block.modulation(condition).chunk(6, dim=1))
+    shift, scale, gate, shift_m, scale_m, gate_m = (
+        part[:, None] for part in block.modulation(condition).chunk(6, dim=1)
+    )
     read = (1 + scale) * F.layer_norm(x, (8,)) + shift
     wanted = x + gate * reference(read, read, read)[0]
     wanted = wanted + gate_m * block.mlp((1 + scale_m) * F.layer_norm(wanted, (8,)) + shift_m)
@@ -175,7 +202,14 @@ def test_dit_tells_places_apart() -> None:
     net, one = perturbed(build_velocity(TestDiT.config, SPEC)), torch.ones(1, *SPEC.shape)
     spread = []
     for _ in range(2):
-        spread.append(float(net(one, torch.zeros(1), torch.zeros(1, dtype=torch.bool)).flatten(2).std(dim=2).mean()))
+        spread.append(
+            float(
+                net(one, torch.zeros(1), torch.zeros(1, dtype=torch.bool))
+                .flatten(2)
+                .std(dim=2)
+                .mean()
+            )
+        )
         net.positions.zero_()
     assert spread[0] > 1e-2
     assert spread[1] < 1e-5
@@ -198,7 +232,9 @@ class TestDiTPatch2(VelocityContract):
 
 
 class TestDiTToken(VelocityContract):
-    config = DiTVelocity(width=16, depth=2, heads=2, indicator="token", time=TimeEmbeddingConfig(bound="small_init"))
+    config = DiTVelocity(
+        width=16, depth=2, heads=2, indicator="token", time=TimeEmbeddingConfig(bound="small_init")
+    )
 
     def test_null_is_a_token_and_not_in_the_condition(self) -> None:
         net = self.net()
@@ -213,14 +249,18 @@ class TestDiTToken(VelocityContract):
 class TestDiTOnT(VelocityContract):
     """CrossFlow's DiT: a sinusoid of t itself."""
 
-    config = DiTVelocity(width=16, depth=2, heads=2, patch=2, time=TimeEmbeddingConfig(of="t", frequencies=8))
+    config = DiTVelocity(
+        width=16, depth=2, heads=2, patch=2, time=TimeEmbeddingConfig(of="t", frequencies=8)
+    )
 
 
 class TestDiMR(VelocityContract):
     config = DiMRVelocity(widths=(16, 8), depths=(5, 3), heads=2)
 
     def test_long_skips_and_states(self) -> None:
-        """depth // 2 skips a stage; the stage above reads the input and every block's output, upsampled by 4 values a cell."""
+        """depth // 2 skips a stage; the stage above reads the input and every block's output,
+        upsampled by 4 values a cell.
+        """
         net = self.net()
         lower, upper = net.transformer, net.convnext_1
         assert isinstance(lower, Stage)
@@ -228,7 +268,10 @@ class TestDiMR(VelocityContract):
         assert [len(lower.skips), len(upper.skips)] == [2, 1]
         assert [(s.in_features, s.out_features) for s in lower.skips] == [(32, 16)] * 2
         assert upper.upsample is not None
-        assert (upper.upsample.linear.in_features, upper.upsample.linear.out_features) == (16 * 6, 8 * 4)
+        assert (upper.upsample.linear.in_features, upper.upsample.linear.out_features) == (
+            16 * 6,
+            8 * 4,
+        )
 
     def test_tau_is_the_time_code_over_4_in_every_stage(self) -> None:
         net, taus = self.net(), []
@@ -248,7 +291,9 @@ class TestDiMR(VelocityContract):
         assert all(state.grad is not None and bool(state.grad.any()) for state in given)
 
     def test_skips_pair_the_first_block_with_the_last(self) -> None:
-        """With every block the identity, a skip that keeps its second half returns what the paired block was given."""
+        """With every block the identity, a skip that keeps its second half returns what the
+        paired block was given.
+        """
         net = self.net().transformer
         for block in net.blocks:
             for p in block.parameters():
@@ -270,15 +315,23 @@ class TestDiMR(VelocityContract):
         x, code, null = self.inputs()
         net = perturbed(self.net())
         below = net.transformer(x, code / 4, null, None)[1]
-        assert torch.equal(net.convnext_1(x, code / 4, null, below)[0], net.convnext_1(x, code / 4, ~null, below)[0])
-        assert [name for name, m in net.named_modules() if isinstance(m, NullToken)] == ["transformer.null"]
+        assert torch.equal(
+            net.convnext_1(x, code / 4, null, below)[0],
+            net.convnext_1(x, code / 4, ~null, below)[0],
+        )
+        assert [name for name, m in net.named_modules() if isinstance(m, NullToken)] == [
+            "transformer.null"
+        ]
         fresh = self.net().transformer.null(null)
         assert fresh.shape == (3, 1, 16)
-        assert fresh[:, 0].tolist() == [[value] * 16 for value in (1.0, -1.0, 1.0)]  # the published start: -1 where null
+        # the published start: -1 where null
+        assert fresh[:, 0].tolist() == [[value] * 16 for value in (1.0, -1.0, 1.0)]
 
 
 class TestDiMRThreeStages(VelocityContract):
-    config = DiMRVelocity(widths=(16, 8, 4), depths=(3, 3, 1), level_weights=(0.25, 0.5, 1), heads=2, kernel=3)
+    config = DiMRVelocity(
+        widths=(16, 8, 4), depths=(3, 3, 1), level_weights=(0.25, 0.5, 1), heads=2, kernel=3
+    )
 
 
 class TestDiMROneStage(VelocityContract):
@@ -313,14 +366,20 @@ def test_td_layer_norm_formula() -> None:
         for p in norm.parameters():
             p.copy_(torch.randn(6, generator=generator))
     for i in range(2):
-        assert torch.allclose(norm(x, tau)[i], plain[i] * at(norm.scale, tau[i]) + at(norm.shift, tau[i]), atol=1e-5)
+        assert torch.allclose(
+            norm(x, tau)[i], plain[i] * at(norm.scale, tau[i]) + at(norm.shift, tau[i]), atol=1e-5
+        )
 
 
 def test_gated_mlp_formula() -> None:
     mlp, x = GatedMLP(4, 6), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     normed = F.rms_norm(x, (4,), eps=TDRMSNorm.EPS)
-    gated = F.gelu(F.linear(normed, mlp.w0.weight, mlp.w0.bias)) * F.linear(normed, mlp.w1.weight, mlp.w1.bias)
-    assert torch.allclose(mlp(x, torch.zeros(2)), F.linear(gated, mlp.w2.weight, mlp.w2.bias), atol=1e-6)
+    gated = F.gelu(F.linear(normed, mlp.w0.weight, mlp.w0.bias)) * F.linear(
+        normed, mlp.w1.weight, mlp.w1.bias
+    )
+    assert torch.allclose(
+        mlp(x, torch.zeros(2)), F.linear(gated, mlp.w2.weight, mlp.w2.bias), atol=1e-6
+    )
 
 
 def test_convnext_block_is_depthwise() -> None:
@@ -346,7 +405,9 @@ def test_box_sum_keeps_the_variance_of_white_noise(k: int) -> None:
 
 
 def test_flow_loss_weighs_the_levels() -> None:
-    """loss/flow of a multi-resolution network is the sum of the levels' weighted errors; full and coarse targets agree on one field."""
+    """loss/flow of a multi-resolution network is the sum of the levels' weighted errors; full
+    and coarse targets agree on one field.
+    """
     generator = torch.Generator().manual_seed(0)
     z0, z1 = (torch.randn(2, 3, 4, 8, generator=generator) for _ in range(2))
     path = sample_path(torch.tensor([0.2, 0.7]), z0, z1, 1e-5, "full")
@@ -364,13 +425,32 @@ def test_flow_loss_weighs_the_levels() -> None:
 
 
 def test_a_multi_resolution_network_trains_on_all_its_levels(tmp_path: Path) -> None:
-    """loss/flow of a recipe with dimr: each level's error against its box sum, under its own weight, lowest resolution first."""
-    options = {"model.velocity": {"kind": "dimr", "widths": [8, 8, 8], "depths": [1, 1, 1], "heads": 2, "level_weights": [0.25, 0.5, 1]}}
+    """loss/flow of a recipe with dimr: each level's error against its box sum, under its own
+    weight, lowest resolution first.
+    """
+    options = {
+        "model.velocity": {
+            "kind": "dimr",
+            "widths": [8, 8, 8],
+            "depths": [1, 1, 1],
+            "heads": 2,
+            "level_weights": [0.25, 0.5, 1],
+        }
+    }
     recipe = tiny_recipe(tmp_path, **options)
     model = build_model(recipe.model, recipe.loss, 0)
     perturbed(model.velocity)
-    z1, noise = torch.randn(2, 2, *recipe.model.latent.shape, generator=torch.Generator().manual_seed(1))
-    batch = Batch(["a red circle", "cross"], z1, z1, noise, torch.tensor([0.2, 0.7]), torch.tensor([False, True]))
+    z1, noise = torch.randn(
+        2, 2, *recipe.model.latent.shape, generator=torch.Generator().manual_seed(1)
+    )
+    batch = Batch(
+        ["a red circle", "cross"],
+        z1,
+        z1,
+        noise,
+        torch.tensor([0.2, 0.7]),
+        torch.tensor([False, True]),
+    )
     losses, forward = Objective(model, recipe.flow, recipe.loss)(batch)
     levels = model.velocity.levels(forward.path.xt, 4 - 8 * batch.t, batch.null)
     target, expected = forward.path.v_target, 0.0
@@ -380,9 +460,13 @@ def test_a_multi_resolution_network_trains_on_all_its_levels(tmp_path: Path) -> 
     assert float(losses["flow"].detach()) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("bound", "at_first", "later"), [("layer_norm", 1.01, 1.01), ("small_init", 0.05, None)])
+@pytest.mark.parametrize(
+    ("bound", "at_first", "later"), [("layer_norm", 1.01, 1.01), ("small_init", 0.05, None)]
+)
 def test_time_embedding_is_bounded(bound: str, at_first: float, later: float | None) -> None:
-    """A LayerNorm holds its root mean square at 1 whatever is learnt before it; small weights start it far below an MLP's 0.15."""
+    """A LayerNorm holds its root mean square at 1 whatever is learnt before it; small weights
+    start it far below an MLP's 0.15.
+    """
 
     def amplitude(embedding: TimeEmbedding) -> float:
         with torch.no_grad():
@@ -412,25 +496,42 @@ def test_time_embedding_of_t_sees_t() -> None:
 @pytest.mark.parametrize(
     ("config", "side", "published"),
     [
-        (DiMRVelocity(widths=(1024, 512), depths=(65, 33), heads=16), 32, {"transformer": 749.972, "convnext_1": 200.806}),
         (
-            DiMRVelocity(widths=(1024, 512, 256), depths=(65, 33, 33), heads=16, level_weights=(0.25, 0.5, 1)),
+            DiMRVelocity(widths=(1024, 512), depths=(65, 33), heads=16),
+            32,
+            {"transformer": 749.972, "convnext_1": 200.806},
+        ),
+        (
+            DiMRVelocity(
+                widths=(1024, 512, 256), depths=(65, 33, 33), heads=16, level_weights=(0.25, 0.5, 1)
+            ),
             64,
             {"transformer": 750.022, "convnext_1": 200.813, "convnext_2": 34.605},
         ),
         (
-            DiTVelocity(width=1280, depth=36, heads=20, patch=2, time=TimeEmbeddingConfig(of="t", frequencies=256, bound="small_init")),
+            DiTVelocity(
+                width=1280,
+                depth=36,
+                heads=20,
+                patch=2,
+                time=TimeEmbeddingConfig(of="t", frequencies=256, bound="small_init"),
+            ),
             64,
             {"blocks": 1062.374, "patch_in": 0.022, "time": 1.969, "null": 0.003},
         ),
     ],
     ids=["DiMR 256", "DiMR 512", "DiT-H/2"],
 )
-def test_trunks_have_the_published_parameters(config: VelocityConfig, side: int, published: dict[str, float]) -> None:
+def test_trunks_have_the_published_parameters(
+    config: VelocityConfig, side: int, published: dict[str, float]
+) -> None:
     with torch.device("meta"):
         net = build_velocity(config, LatentSpec(channels=4, height=side, width=side))
     for part, millions in published.items():
-        assert count_parameters(net.get_submodule(part)) / 1e6 == pytest.approx(millions, abs=5.1e-4), part  # as many decimals as given
+        # as many decimals as given
+        assert count_parameters(net.get_submodule(part)) / 1e6 == pytest.approx(
+            millions, abs=5.1e-4
+        ), part
 
 
 @pytest.mark.parametrize(

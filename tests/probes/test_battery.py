@@ -1,4 +1,6 @@
-"""The battery on a real tiny model: read-only, deterministic, and its parts agree with doing it by hand."""
+"""The battery on a real tiny model: read-only, deterministic, and its parts agree with doing it
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +63,14 @@ def test_probe_batch(recipe: Recipe, held_out: LatentSet, batch: ProbeBatch) -> 
     assert torch.equal(time_bins(batch.times), torch.arange(10)[:, None].expand(10, 8))
     mean, logvar = held_out.moments(torch.arange(8).numpy())
     scaled = held_out.scale.sample(Moments(mean, logvar), torch.zeros_like(mean))
-    assert float((batch.z1 - scaled).abs().max()) < 1.0  # the same latents, scaled once, plus posterior noise
+    # the same latents, scaled once, plus posterior noise
+    assert float((batch.z1 - scaled).abs().max()) < 1.0
     assert not torch.equal(batch.z1, scaled)
     again = make_probe_batch(recipe, held_out, CPU)
-    assert all(torch.equal(getattr(batch, name), getattr(again, name)) for name in ("z1", "noise", "other_noise", "times", "others"))
+    assert all(
+        torch.equal(getattr(batch, name), getattr(again, name))
+        for name in ("z1", "noise", "other_noise", "times", "others")
+    )
     assert not torch.equal(batch.noise, batch.other_noise)
 
 
@@ -73,17 +79,26 @@ def test_a_small_held_out_set_gives_a_small_batch(recipe: Recipe, home: Path) ->
     assert len(make_probe_batch(recipe, few, CPU).captions) == 5
 
 
-def test_probes_leave_training_as_it_was(model: FlowModel, recipe: Recipe, batch: ProbeBatch) -> None:
+def test_probes_leave_training_as_it_was(
+    model: FlowModel, recipe: Recipe, batch: ProbeBatch
+) -> None:
     model.train()
     sum(p.square().sum() for p in model.trainable().values()).backward()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     grads = {name: p.grad.clone() for name, p in model.trainable().items() if p.grad is not None}
     modes = [module.training for module in model.modules()]
-    rng, inputs = torch.get_rng_state(), {name: getattr(batch, name).clone() for name in ("z1", "noise", "other_noise", "times")}
+    rng, inputs = (
+        torch.get_rng_state(),
+        {name: getattr(batch, name).clone() for name in ("z1", "noise", "other_noise", "times")},
+    )
     first = run_probes(model, recipe, batch, endpoints=True)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert len(grads) == len(model.trainable())
-    assert all(torch.equal(p.grad, grads[name]) for name, p in model.trainable().items() if p.grad is not None)
+    assert all(
+        torch.equal(p.grad, grads[name])
+        for name, p in model.trainable().items()
+        if p.grad is not None
+    )
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(getattr(batch, name), value) for name, value in inputs.items())
@@ -92,7 +107,9 @@ def test_probes_leave_training_as_it_was(model: FlowModel, recipe: Recipe, batch
     assert run_probes(model, recipe, batch, endpoints=True) == first
 
 
-def test_modes_come_back_after_an_error(model: FlowModel, recipe: Recipe, batch: ProbeBatch) -> None:
+def test_modes_come_back_after_an_error(
+    model: FlowModel, recipe: Recipe, batch: ProbeBatch
+) -> None:
     model.train()
     short = ProbeBatch(**{**vars(batch), "noise": batch.noise[:3]})
     with pytest.raises(RuntimeError):
@@ -100,7 +117,9 @@ def test_modes_come_back_after_an_error(model: FlowModel, recipe: Recipe, batch:
     assert model.training
 
 
-def test_every_key_is_declared_and_finite(model: FlowModel, recipe: Recipe, batch: ProbeBatch) -> None:
+def test_every_key_is_declared_and_finite(
+    model: FlowModel, recipe: Recipe, batch: ProbeBatch
+) -> None:
     rows = run_probes(model, recipe, batch, endpoints=True)
     assert all(math.isfinite(value) for value in rows.values())
     assert [key for key in rows if not key.startswith("trivial/") and describe(key) is None] == []
@@ -110,17 +129,28 @@ def test_every_key_is_declared_and_finite(model: FlowModel, recipe: Recipe, batc
 
 
 @torch.no_grad()
-def test_every_probe_stands_beside_its_trivial_baseline(model: FlowModel, recipe: Recipe, batch: ProbeBatch) -> None:
+def test_every_probe_stands_beside_its_trivial_baseline(
+    model: FlowModel, recipe: Recipe, batch: ProbeBatch
+) -> None:
     rows = run_probes(model, recipe, batch, endpoints=True)
     measured = {key for key in rows if not key.startswith("trivial/")}
     assert {key.removeprefix("trivial/") for key in rows if key.startswith("trivial/")} == measured
     blind = {key: rows[f"trivial/{key}"] for key in measured}
-    assert (blind["flow/nmse"], blind["flow/cos"], blind["flow/speed_ratio"], blind["shoot/skill"]) == (1.0, 0.0, 0.0, 0.0)
+    assert (
+        blind["flow/nmse"],
+        blind["flow/cos"],
+        blind["flow/speed_ratio"],
+        blind["shoot/skill"],
+    ) == (1.0, 0.0, 0.0, 0.0)
     assert blind["text/cos_mu"] == pytest.approx(1.0, abs=1e-5)
     assert blind["text/snr"] == pytest.approx(0.0, abs=1e-9)
     _, z0 = model.source(batch.captions, batch.noise)
-    assert blind["shoot/nmse"] == pytest.approx(float((z0 - batch.z1).square().mean()) / batch.variance, rel=1e-5)
-    assert blind["flow/endpt_rmse@64"] == pytest.approx(float((z0 - batch.z1).square().mean().sqrt()), rel=1e-5)
+    assert blind["shoot/nmse"] == pytest.approx(
+        float((z0 - batch.z1).square().mean()) / batch.variance, rel=1e-5
+    )
+    assert blind["flow/endpt_rmse@64"] == pytest.approx(
+        float((z0 - batch.z1).square().mean().sqrt()), rel=1e-5
+    )
 
 
 @torch.no_grad()
@@ -136,11 +166,15 @@ def test_field_and_shoot_by_hand(model: FlowModel, recipe: Recipe, batch: ProbeB
     cos = {}
     for name, source in (("own", z0), ("other", z0[batch.others])):
         paths = [sample_path(t, source, batch.z1, rho) for t in batch.times]
-        cos[name] = torch.stack([cosines(model.velocity(p.xt, time_code(p.t), null), p.v_target) for p in paths]).mean()
+        cos[name] = torch.stack(
+            [cosines(model.velocity(p.xt, time_code(p.t), null), p.v_target) for p in paths]
+        ).mean()
     assert rows["flow/cond_gain_cos"] == pytest.approx(float(cos["own"] - cos["other"]), abs=1e-5)
     field = conditional(lambda x, t, n: model.velocity(x, time_code(t), n))
     end = shoot(field, z0, recipe.probes.shoot_steps)
-    assert rows["shoot/nmse"] == pytest.approx(float((end - batch.z1).square().mean()) / batch.variance, rel=1e-5)
+    assert rows["shoot/nmse"] == pytest.approx(
+        float((end - batch.z1).square().mean()) / batch.variance, rel=1e-5
+    )
     end = shoot(field, z0[batch.others], recipe.probes.shoot_steps)
     gain = float((end - batch.z1).square().mean()) / batch.variance - rows["shoot/nmse"]
     assert rows["shoot/cond_gain"] == pytest.approx(gain, abs=1e-5)

@@ -12,7 +12,13 @@ from flowray.model.posterior import Posterior
 from flowray.probes.battery import derangement
 from flowray.probes.field import best_gain, cosines, field_metrics, nmse, speed_ratios, time_bins
 from flowray.probes.latent import pairwise_cosine, posterior_metrics, scale_metrics, text_metrics
-from flowray.probes.rollout import endpoint_metrics, per_sample_mse, shoot, shoot_metrics, teacher_metrics
+from flowray.probes.rollout import (
+    endpoint_metrics,
+    per_sample_mse,
+    shoot,
+    shoot_metrics,
+    teacher_metrics,
+)
 from flowray.probes.vae import psnr
 
 
@@ -36,15 +42,22 @@ def with_ratio_and_cosine(k: float, c: float) -> tuple[Tensor, Tensor]:
 
 
 def test_nmse_identity_per_sample() -> None:
-    v_pred, v_target = noise(0) * torch.linspace(0.01, 5, 32).view(-1, 1, 1, 1) + 0.5 * noise(1), noise(1)
+    v_pred, v_target = (
+        noise(0) * torch.linspace(0.01, 5, 32).view(-1, 1, 1, 1) + 0.5 * noise(1),
+        noise(1),
+    )
     k, c = speed_ratios(v_pred, v_target), cosines(v_pred, v_target)
     assert torch.allclose(sample_nmse(v_pred, v_target), 1 + k**2 - 2 * k * c, rtol=1e-4)
 
 
 def test_nmse_is_the_ratio_of_batch_means() -> None:
     v_pred, v_target = noise(0), noise(1) * torch.linspace(0.1, 3, 32).view(-1, 1, 1, 1)
-    assert float(nmse(v_pred, v_target)) == pytest.approx(float((v_pred - v_target).square().mean() / v_target.square().mean()), rel=1e-5)
-    assert float(nmse(v_pred, v_target)) != pytest.approx(float(sample_nmse(v_pred, v_target).mean()), rel=0.1)
+    assert float(nmse(v_pred, v_target)) == pytest.approx(
+        float((v_pred - v_target).square().mean() / v_target.square().mean()), rel=1e-5
+    )
+    assert float(nmse(v_pred, v_target)) != pytest.approx(
+        float(sample_nmse(v_pred, v_target).mean()), rel=0.1
+    )
 
 
 def test_trivial_predictors() -> None:
@@ -56,7 +69,9 @@ def test_trivial_predictors() -> None:
 
 
 def test_the_logs_gain_makes_it_worse() -> None:
-    """Ratio 0.29, cosine 0.05: nmse 1.06; the logs' gain of 3.5 restores the speed and gives 1.9."""
+    """Ratio 0.29, cosine 0.05: nmse 1.06; the logs' gain of 3.5 restores the speed and gives
+    1.9.
+    """
     v_pred, v_target = with_ratio_and_cosine(0.29, 0.05)
     assert float(nmse(v_pred, v_target)) == pytest.approx(1.06, abs=0.01)
     assert float(nmse(3.5 * v_pred, v_target)) == pytest.approx(1.93, abs=0.03)
@@ -72,7 +87,14 @@ def test_best_gain_is_the_least_squares_one() -> None:
 
 
 def test_time_bins_hold_both_ends() -> None:
-    assert time_bins(torch.tensor([0.0, 0.0999, 0.1, 0.55, 0.95, 1.0])).tolist() == [0, 0, 1, 5, 9, 9]
+    assert time_bins(torch.tensor([0.0, 0.0999, 0.1, 0.55, 0.95, 1.0])).tolist() == [
+        0,
+        0,
+        1,
+        5,
+        9,
+        9,
+    ]
 
 
 def test_field_metrics_by_bin() -> None:
@@ -84,9 +106,12 @@ def test_field_metrics_by_bin() -> None:
     assert rows["flow/cos"] == pytest.approx(0.5)
     assert rows["flow/speed_ratio"] == pytest.approx(0.5)
     assert rows["gain/best"] == pytest.approx(1.0)
-    assert set(field_metrics(v_pred[:3], v_target[:3], t[:3])) == {"flow/cos", "flow/nmse", "flow/speed_ratio", "gain/best"} | {
-        f"flow/{name}_t{b}" for name in ("cos", "nmse") for b in (0, 1)
-    }
+    assert set(field_metrics(v_pred[:3], v_target[:3], t[:3])) == {
+        "flow/cos",
+        "flow/nmse",
+        "flow/speed_ratio",
+        "gain/best",
+    } | {f"flow/{name}_t{b}" for name in ("cos", "nmse") for b in (0, 1)}
 
 
 def test_perfect_field_hits_and_doing_nothing_scores_zero() -> None:
@@ -96,7 +121,8 @@ def test_perfect_field_hits_and_doing_nothing_scores_zero() -> None:
     rows = shoot_metrics(shoot(lambda x, t: v, z0, 100), z0, z1, others, variance)
     assert rows["shoot/nmse"] < 1e-8
     assert rows["shoot/skill"] == pytest.approx(1.0)
-    assert rows["shoot/cond_gain"] == pytest.approx(2.0, abs=0.1)  # another's picture: E(a - b)^2 = 2 Var
+    # another's picture: E(a - b)^2 = 2 Var
+    assert rows["shoot/cond_gain"] == pytest.approx(2.0, abs=0.1)
     idle = shoot_metrics(shoot(lambda x, t: 0 * x, z0, 100), z0, z1, others, variance)
     assert idle["shoot/skill"] == pytest.approx(0.0, abs=1e-6)
     assert idle["shoot/nmse"] == pytest.approx((1 + variance) / variance, rel=0.05)
@@ -106,7 +132,11 @@ def test_perfect_field_hits_and_doing_nothing_scores_zero() -> None:
 
 
 def test_swapped_shot_is_a_shot_from_the_borrowed_source() -> None:
-    z0, z1, others = noise(0), noise(1), torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    z0, z1, others = (
+        noise(0),
+        noise(1),
+        torch.randperm(32, generator=torch.Generator().manual_seed(0)),
+    )
 
     def field(x: Tensor, t: Tensor) -> Tensor:
         return torch.sin(x) + t.view(-1, 1, 1, 1)
@@ -123,13 +153,20 @@ def test_teacher_and_endpoint_metrics() -> None:
     teacher = teacher_metrics(z0, z1, 1e-5)
     assert set(teacher) == {f"teacher/mse@{n}" for n in (5, 10, 20, 50, 100)}
     assert max(teacher.values()) <= 1e-9
-    falling = endpoint_metrics(lambda x, t: 3 * (t.view(-1, 1, 1, 1) * 3).cos() * x, z0, z0 * torch.sin(torch.tensor(3.0)).exp())
+    falling = endpoint_metrics(
+        lambda x, t: 3 * (t.view(-1, 1, 1, 1) * 3).cos() * x,
+        z0,
+        z0 * torch.sin(torch.tensor(3.0)).exp(),
+    )
     values = [falling[f"flow/endpt_rmse@{k}"] for k in (8, 16, 32, 64)]
     assert values == sorted(values, reverse=True)
     assert values[-1] < values[0] / 4
 
 
-@pytest.mark.parametrize("captions", [["a", "b"], list("aabb"), list("abcabcab"), list("aaabbbccd"), [str(i) for i in range(9)]])
+@pytest.mark.parametrize(
+    "captions",
+    [["a", "b"], list("aabb"), list("abcabcab"), list("aaabbbccd"), [str(i) for i in range(9)]],
+)
 def test_derangement_gives_everyone_another_caption(captions: list[str]) -> None:
     others = derangement(captions)
     assert sorted(others.tolist()) == list(range(len(captions)))
@@ -158,26 +195,49 @@ def test_text_metrics() -> None:
     assert rows["text/cos_same"] > 0.99
     assert abs(rows["text/cos_mu"]) < 0.1
     assert rows["text/snr"] == pytest.approx(
-        float((3 * noise(0, 8)).var(0, unbiased=False).mean()) / torch.tensor(-6.0).exp().item(), rel=1e-4
+        float((3 * noise(0, 8)).var(0, unbiased=False).mean()) / torch.tensor(-6.0).exp().item(),
+        rel=1e-4,
     )
 
 
 def test_pairwise_cosine_is_the_mean_over_pairs() -> None:
     x = noise(0, 5).flatten(1)
-    pairs = [float(torch.cosine_similarity(x[i], x[j], dim=0)) for i in range(5) for j in range(5) if i != j]
+    pairs = [
+        float(torch.cosine_similarity(x[i], x[j], dim=0))
+        for i in range(5)
+        for j in range(5)
+        if i != j
+    ]
     assert pairwise_cosine(x) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
 
 
 def test_posterior_and_scale_metrics() -> None:
-    posterior = Posterior(2 * torch.ones(2, 1, 2, 2), torch.log(torch.tensor([0.25, 4.0])).view(2, 1, 1, 1).expand(2, 1, 2, 2))
+    posterior = Posterior(
+        2 * torch.ones(2, 1, 2, 2),
+        torch.log(torch.tensor([0.25, 4.0])).view(2, 1, 1, 1).expand(2, 1, 2, 2),
+    )
     z0 = posterior.sample(torch.zeros(2, 1, 2, 2))
     rows = posterior_metrics(posterior, z0)
     assert [
-        rows[key] for key in ("mu/abs_mean", "mu/rms", "std/min", "std/max", "std/mean", "logvar/mean", "z_init/mean", "z_init/var")
+        rows[key]
+        for key in (
+            "mu/abs_mean",
+            "mu/rms",
+            "std/min",
+            "std/max",
+            "std/mean",
+            "logvar/mean",
+            "z_init/mean",
+            "z_init/var",
+        )
     ] == (pytest.approx([2, 2, 0.5, 2, 1.25, 0, 2, 0]))
-    path = sample_path(torch.full((2,), 0.5), torch.ones(2, 1, 2, 2), 3 * torch.ones(2, 1, 2, 2), 0.0)
+    path = sample_path(
+        torch.full((2,), 0.5), torch.ones(2, 1, 2, 2), 3 * torch.ones(2, 1, 2, 2), 0.0
+    )
     rows = scale_metrics(path)
-    assert [rows[f"scale/{name}"] for name in ("z0_norm", "z1_norm", "xt_norm", "v_norm", "ratio")] == pytest.approx([2, 6, 4, 4, 3])
+    assert [
+        rows[f"scale/{name}"] for name in ("z0_norm", "z1_norm", "xt_norm", "v_norm", "ratio")
+    ] == pytest.approx([2, 6, 4, 4, 3])
 
 
 def test_psnr() -> None:

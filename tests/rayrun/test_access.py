@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from ray._raylet import AuthenticationTokenLoader
 
+from flowray.cluster.access import MODE, TOKEN, TOKEN_PATH, require_token, take_token
 from flowray.config.errors import InputError
-from flowray.rayrun.access import MODE, TOKEN, TOKEN_PATH, require_token, take_token
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,6 @@
-"""RAY_ADDRESS names no cluster, TMPDIR no folder for a Ray: one line within seconds, or it works."""
+"""RAY_ADDRESS names no cluster, TMPDIR no folder for a Ray: one line within seconds, or it
+works.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,10 @@ import ray
 from support import remarks
 
 from flowray.cli.main import _command as command
+from flowray.cluster import address, session
+from flowray.cluster.address import host_and_port, problem_at, refuse_unreachable
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
-from flowray.rayrun import address, session
-from flowray.rayrun.address import host_and_port, problem_at, refuse_unreachable
 
 
 @pytest.fixture(autouse=True)
@@ -95,9 +97,18 @@ def test_nothing_is_begun_for_a_dead_cluster(tmp_path, monkeypatch, argv):
 
 @pytest.mark.parametrize(
     "given",
-    ["10.0.0.9", "10.0.0.9:", ":6379", "10.0.0.9:x", "10.0.0.9:99999", "10.0.0.9:0", "::1", "/tmp/ray",
-     "a/b:1"],
-)  # fmt: skip
+    [
+        "10.0.0.9",
+        "10.0.0.9:",
+        ":6379",
+        "10.0.0.9:x",
+        "10.0.0.9:99999",
+        "10.0.0.9:0",
+        "::1",
+        "/tmp/ray",
+        "a/b:1",
+    ],
+)
 def test_what_is_no_address_is_refused(given, monkeypatch):
     with pytest.raises(InputError, match="want HOST:PORT"):
         host_and_port(given)
@@ -161,9 +172,16 @@ def test_something_other_than_a_ray_listens(monkeypatch):
 def test_a_ray_that_does_not_start_is_one_line_with_its_own_words(tmp_path):
     """What Ray makes of a variable that it cannot read; nothing of it stays."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
-    given = {"TMPDIR": str(folder), "RAY_GCS_SERVER_PORT": "any", "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+    given = {
+        "TMPDIR": str(folder),
+        "RAY_GCS_SERVER_PORT": "any",
+        "HOME": str(tmp_path),
+        "RAY_AUTH_MODE": "token",
+    }
     command = [sys.executable, "-m", "flowray.cluster", "check", "--storage", str(tmp_path)]
-    done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command, env=os.environ | given, capture_output=True, text=True, timeout=200
+    )
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = remarks(done.stderr)
     assert line.startswith("error: Ray did not start: ")

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as kuberay_config
+from ray.autoscaler._private.kuberay.autoscaling_config import (
+    _derive_autoscaling_config_from_ray_cr as kuberay_config,
+)
 from ray.autoscaler._private.util import prepare_config
 
+from flowray.cluster.capacity import read_config, workers_at_most
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import Sweep
-from flowray.rayrun.capacity import read_config, workers_at_most
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.plan import Cluster, share_cluster
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
@@ -36,7 +38,14 @@ def config(name: str) -> dict:
 
 def sweep(**changes) -> Sweep:
     parameters = {"optim.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}}
-    plain = {"name": "s", "base": "unused", "metric": {"name": "loss/total"}, "parameters": parameters, "method": "random", "run_cap": 100}
+    plain = {
+        "name": "s",
+        "base": "unused",
+        "metric": {"name": "loss/total"},
+        "parameters": parameters,
+        "method": "random",
+        "run_cap": 100,
+    }
     return Sweep.model_validate(plain | changes)
 
 
@@ -72,7 +81,8 @@ def test_auto_on_a_head_without_cpus_follows_the_nodes_that_may_come():
     takes, at_once = share_cluster(sweep(resources=AUTO), Recipe(), aws)
     assert list(takes.values()) == [1, 8, 1]
     assert at_once == 8
-    assert share_cluster(sweep(resources=AUTO, run_cap=3), Recipe(), aws)[1] == 3  # no more than there are trials
+    # no more than there are trials
+    assert share_cluster(sweep(resources=AUTO, run_cap=3), Recipe(), aws)[1] == 3
     wide, at_once = share_cluster(sweep(resources=AUTO, max_concurrent=2), Recipe(), aws)
     assert (list(wide.values()), at_once) == ([4, 8, 1], 2)
 
@@ -90,18 +100,23 @@ def test_drivers_of_trials_with_several_workers_fit_in_the_heads_memory():
     pairs = {"num_workers": 2, "gpus_per_worker": 1}
     assert share_cluster(sweep(resources=pairs), Recipe(), aws)[1] == 3
     assert share_cluster(sweep(resources=pairs, max_concurrent=4), Recipe(), aws)[1] == 3
-    assert share_cluster(sweep(resources={"gpus_per_worker": 1}), Recipe(), aws)[1] == 8  # such a trial is its own driver
+    # such a trial is its own driver
+    assert share_cluster(sweep(resources={"gpus_per_worker": 1}), Recipe(), aws)[1] == 8
 
 
 def test_the_configuration_is_read_where_the_autoscaler_of_this_cluster_reads_it(tmp_path):
-    """Two processes with an autoscaler's arguments, of two clusters; none of a third, outside Kubernetes."""
+    """Two processes with an autoscaler's arguments, of two clusters; none of a third, outside
+    Kubernetes.
+    """
     sleeper = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"]
     started = []
     try:
         for port, most in ((6379, 3), (6380, 5)):
             (tmp_path / f"{port}.yaml").write_text(yaml.safe_dump({"max_workers": most}))
             words = [f"--gcs-address=10.0.0.1:{port}", f"--autoscaling-config={port}.yaml"]
-            started.append(subprocess.Popen([*sleeper, *words], cwd=tmp_path, stdout=subprocess.PIPE))
+            started.append(
+                subprocess.Popen([*sleeper, *words], cwd=tmp_path, stdout=subprocess.PIPE)
+            )
         for process in started:  # its words show a moment after it was started
             assert process.stdout.readline() == b"here\n"
         assert read_config("10.0.0.1:6380") == {"max_workers": 5}
@@ -116,8 +131,26 @@ def test_the_configuration_is_read_where_the_autoscaler_of_this_cluster_reads_it
 def test_kuberays_cluster_is_read_from_the_kubernetes_api(tmp_path):
     """A server of that API on loopback, asked by a process in a pod's environment."""
     certificate = tmp_path / "server.pem"
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-    make += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(tmp_path / "key.pem"), "-out", str(certificate)]
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=localhost",
+    ]
+    make += [
+        "-addext",
+        "subjectAltName=DNS:localhost",
+        "-keyout",
+        str(tmp_path / "key.pem"),
+        "-out",
+        str(certificate),
+    ]
     if subprocess.run(make, capture_output=True).returncode:
         pytest.skip("no openssl to make a certificate with")
     cluster = yaml.safe_load((CLUSTER / "kuberay" / "raycluster.yaml").read_text())
@@ -151,17 +184,24 @@ def test_kuberays_cluster_is_read_from_the_kubernetes_api(tmp_path):
     ask = f"""if True:
         import os
         from pathlib import Path
-        from flowray.rayrun import capacity
+        from flowray.cluster import capacity
         def told():
             return capacity.workers_at_most(capacity.read_config("10.0.0.1:6379") or {{}})
         for os.environ["RAY_CLUSTER_NAME"] in ("another", "flowray"):
             print(told())
         del os.environ["RAY_CLUSTER_NAMESPACE"]
-        for capacity.POD_NAMESPACE in (Path({str(tmp_path)!r}, "namespace"), Path({str(tmp_path)!r}, "none")):
+        folder = Path({str(tmp_path)!r})
+        for capacity.POD_NAMESPACE in (folder / "namespace", folder / "none"):
             print(told())
     """
     try:
-        asked = subprocess.run([sys.executable, "-c", ask], env={**os.environ, **pod}, capture_output=True, text=True, timeout=240)
+        asked = subprocess.run(
+            [sys.executable, "-c", ask],
+            env={**os.environ, **pod},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
         grown = str([(8, 1)] * 8)
         assert asked.stdout.splitlines() == ["[]", grown, grown, "[]"], asked.stderr[-2000:]
     finally:

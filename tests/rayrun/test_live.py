@@ -1,4 +1,6 @@
-"""The views of a running sweep: TensorBoard's HParams read by TensorBoard, pictures read by Optuna, the console's table, gauge names."""
+"""The views of a running sweep: TensorBoard's HParams read by TensorBoard, pictures read by
+Optuna, the console's table, gauge names.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,13 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 from tensorboardX import SummaryWriter
 
 from flowray.config.keys import describe
-from flowray.config.sweep import Sweep
-from flowray.rayrun.console import METRICS, SweepConsole
-from flowray.rayrun.gauges import GAUGES, RUN_GAUGES, exported_names, run_label
-from flowray.rayrun.live import ARTIFACTS, Everyone, Gallery, TrialBoard
+from flowray.sweepconfig.sweep import Sweep
+from flowray.tune.observers import Observers
 from flowray.tune.records import TrialRecord
 from flowray.tune.study import SweepStudy
+from flowray.views.console import METRICS, SweepConsole
+from flowray.views.gauges import GAUGES, RUN_GAUGES, exported_names, run_label
+from flowray.views.live import ARTIFACTS, Gallery, TrialBoard
 
 METRIC = "ema/shoot/nmse"
 
@@ -46,7 +49,11 @@ def make(**changes: Any) -> Sweep:
 
 
 def record(number: int, **changes: Any) -> TrialRecord:
-    params = {"optim.lr": 1e-3 * (number + 1), "model.head.kind": ["pooled", "conv"][number % 2], "train.batch_size": 32}
+    params = {
+        "optim.lr": 1e-3 * (number + 1),
+        "model.head.kind": ["pooled", "conv"][number % 2],
+        "train.batch_size": 32,
+    }
     return TrialRecord(**{"trial": number, "params": params, "budget_steps": 400, **changes})
 
 
@@ -56,13 +63,27 @@ def hparam_rows(folder: Path) -> list[Any]:
     runs.AddRunsFromDirectory(str(folder))
     runs.Reload()
     backend = backend_context.Context(
-        type("TBContext", (), {"data_provider": data_provider.MultiplexerDataProvider(runs, str(folder)), "logdir": str(folder)})()
+        type(
+            "TBContext",
+            (),
+            {
+                "data_provider": data_provider.MultiplexerDataProvider(runs, str(folder)),
+                "logdir": str(folder),
+            },
+        )()
     )
     context = RequestContext()
-    experiment = backend.experiment_from_metadata(context, "", True, backend.hparams_metadata(context, ""), [])
+    experiment = backend.experiment_from_metadata(
+        context, "", True, backend.hparams_metadata(context, ""), []
+    )
     assert sorted(info.name for info in experiment.hparam_infos) == ["model.head.kind", "optim.lr"]
     wanted = api_pb2.ListSessionGroupsRequest(
-        allowed_statuses=[api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE, api_pb2.STATUS_RUNNING],
+        allowed_statuses=[
+            api_pb2.STATUS_UNKNOWN,
+            api_pb2.STATUS_SUCCESS,
+            api_pb2.STATUS_FAILURE,
+            api_pb2.STATUS_RUNNING,
+        ],
         col_params=[api_pb2.ColParams(metric=info.name) for info in experiment.metric_infos],
         slice_size=100,
         include_metrics=True,
@@ -76,7 +97,8 @@ def test_tensorboard_has_one_row_for_every_trial(tmp_path: Path) -> None:
     for number, value in enumerate(values):
         trial = record(number)
         board.started(trial)
-        with SummaryWriter(str(tmp_path / str(number) / "tensorboard")) as writer:  # as the trial itself does
+        # as the trial itself does
+        with SummaryWriter(str(tmp_path / str(number) / "tensorboard")) as writer:
             writer.add_scalar(METRIC, 9.0, 100)
             writer.add_scalar(METRIC, value, 200)
     board.started(record(0, last_step=200))  # continued after a crash
@@ -86,10 +108,18 @@ def test_tensorboard_has_one_row_for_every_trial(tmp_path: Path) -> None:
     rows = hparam_rows(tmp_path)
     assert [row.name for row in rows] == ["trial 0", "trial 1", "trial 2"]
     assert [row.hparams["optim.lr"].number_value for row in rows] == [0.001, 0.002, 0.003]
-    assert [row.hparams["model.head.kind"].string_value for row in rows] == ["pooled", "conv", "pooled"]
+    assert [row.hparams["model.head.kind"].string_value for row in rows] == [
+        "pooled",
+        "conv",
+        "pooled",
+    ]
     found = [{value.name.tag: value.value for value in row.metric_values} for row in rows]
     assert [row[METRIC] for row in found] == values
-    assert [row.sessions[0].status for row in rows] == [api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE, api_pb2.STATUS_UNKNOWN]
+    assert [row.sessions[0].status for row in rows] == [
+        api_pb2.STATUS_SUCCESS,
+        api_pb2.STATUS_FAILURE,
+        api_pb2.STATUS_UNKNOWN,
+    ]
     assert [len(row.sessions) for row in rows] == [1, 1, 1]
 
 
@@ -111,17 +141,23 @@ def test_pictures_are_attached_to_their_trial_once(tmp_path: Path) -> None:
     study.stop(1, "hopeless")
     (samples / "step_000300.png").write_bytes(b"later")
     gallery.probed(record(1, last_step=300))  # the study takes no more: no error either
-    storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.journal")))  # as optuna-dashboard opens it
+    # as optuna-dashboard opens it
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.journal")))
     stored = optuna.load_study(study_name="s", storage=storage)
     assert stored.metric_names == [METRIC]
     trials = stored.trials
-    found = {meta.filename: meta for meta in get_all_artifact_meta(study_or_trial=trials[1], storage=storage)}
+    found = {
+        meta.filename: meta
+        for meta in get_all_artifact_meta(study_or_trial=trials[1], storage=storage)
+    }
     assert sorted(found) == ["step_000100.png", "step_000200.png"]
     assert {meta.mimetype for meta in found.values()} == {"image/png"}
     assert get_all_artifact_meta(study_or_trial=trials[0], storage=storage) == []
     out = tmp_path / "out.png"
     store = FileSystemArtifactStore(str(tmp_path / ARTIFACTS))
-    download_artifact(artifact_store=store, file_path=str(out), artifact_id=found["step_000200.png"].artifact_id)
+    download_artifact(
+        artifact_store=store, file_path=str(out), artifact_id=found["step_000200.png"].artifact_id
+    )
     assert out.read_bytes() == b"picture 200"
 
 
@@ -152,28 +188,39 @@ class Diary:
 
 def test_a_full_disk_costs_one_view_only() -> None:
     first, second = Diary(full_from=1), Diary()
-    both = Everyone(first, second)
+    both = Observers(first, second)
     for number in range(2):
         both.started(record(number))
         both.probed(record(number))
         both.ended(record(number))
     assert first.heard == [("started", 0), ("probed", 0), ("ended", 0)]
-    assert second.heard == [(what, number) for number in range(2) for what in ("started", "probed", "ended")]
+    assert second.heard == [
+        (what, number) for number in range(2) for what in ("started", "probed", "ended")
+    ]
 
 
 def test_a_resumed_sweep_shows_the_trials_that_there_were(tmp_path: Path) -> None:
-    """Counted, ranked and in the last table; none of them runs before it is started, and the pace is this session's."""
+    """Counted, ranked and in the last table; none of them runs before it is started, and the
+    pace is this session's.
+    """
     out = io.StringIO()
     console = SweepConsole(make(), tmp_path, 6, out)
-    both = Everyone(console, TrialBoard(make(), tmp_path))
-    for number, (status, nmse) in enumerate([("finished", 0.4), ("stopped", 0.9), ("running", 0.6)]):
-        both.known(record(number, status=status, last_step=100, budget_steps=400, metrics={METRIC: nmse}))
+    both = Observers(console, TrialBoard(make(), tmp_path))
+    for number, (status, nmse) in enumerate(
+        [("finished", 0.4), ("stopped", 0.9), ("running", 0.6)]
+    ):
+        both.known(
+            record(number, status=status, last_step=100, budget_steps=400, metrics={METRIC: nmse})
+        )
     assert out.getvalue() == ""
     assert not list(tmp_path.iterdir())
     assert "2 of 6 trials done" in console._headline()
     assert "best 0.4 (trial 0)" in console._headline()
     assert "left" not in console._headline()  # nothing was done in this session yet
-    again, new = record(2, last_step=100, budget_steps=400, metrics={METRIC: 0.6}), record(3, budget_steps=400)
+    again, new = (
+        record(2, last_step=100, budget_steps=400, metrics={METRIC: 0.6}),
+        record(3, budget_steps=400),
+    )
 
     def states() -> list[tuple[str, str]]:
         return re.findall(r"(?m)^ *(\d\*?) *(waiting|running|finished|stopped)", drawn(console, 6))
@@ -208,7 +255,13 @@ def shown(tmp_path: Path, width: int, trials: list[TrialRecord]) -> str:
 
 
 def some_trials() -> list[TrialRecord]:
-    metrics = {METRIC: 0.5, "text/snr": 2.0, "ema/flow/cos": 0.9, "ema/std/mean": 0.8, "loss/flow": 0.7}
+    metrics = {
+        METRIC: 0.5,
+        "text/snr": 2.0,
+        "ema/flow/cos": 0.9,
+        "ema/std/mean": 0.8,
+        "loss/flow": 0.7,
+    }
     why = f"{METRIC} 1.4 at step 100 is outside the best 1/3 of 3 trials (cutoff 1.36)"
     return [
         record(0, status="finished", last_step=400, metrics=metrics),
@@ -225,14 +278,17 @@ def test_console_table_is_compact(tmp_path: Path) -> None:
     header = re.sub(r"\s+", " ", text.partition("─")[0])
     assert sum(name in header for name in ("nmse", "snr", "cos", "mean", "flow ")) <= METRICS + 1
     lines = [line.split() for line in text.splitlines() if re.match(r" ?\d", line)]
-    assert [line[0] for line in lines] == ["4", "2*", "0", "1", "3"]  # what runs, then best first, failures last
+    # what runs, then best first, failures last
+    assert [line[0] for line in lines] == ["4", "2*", "0", "1", "3"]
     assert lines[1][1:] == ["finished", "400/400", "0.25", "2", "0.9", "0.8", "0.003", "pooled"]
     assert "outside the best 1/3 of 3 trials" in " ".join(lines[3])
     assert "ValueError: [bold]x" in text
     assert lines[0][1:3] == ["running", "start-up"]
 
 
-def test_a_quiet_sweep_shows_signs_of_life_ever_more_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quiet_sweep_shows_signs_of_life_ever_more_rarely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Clock:
         now = 0.0
 
@@ -240,7 +296,7 @@ def test_a_quiet_sweep_shows_signs_of_life_ever_more_rarely(tmp_path: Path, monk
             return self.now
 
     clock, log = Clock(), io.StringIO()
-    monkeypatch.setattr("flowray.rayrun.console.time", clock)
+    monkeypatch.setattr("flowray.views.console.time", clock)
     console = SweepConsole(make(), tmp_path, 8, log)
 
     def beats(until: float) -> list[int]:
@@ -248,7 +304,9 @@ def test_a_quiet_sweep_shows_signs_of_life_ever_more_rarely(tmp_path: Path, monk
         while clock.now < until:
             clock.now += 1
             console.beat()
-        return [int(seconds) for seconds in re.findall(r"(?m)^ *(\d+) s  0 of 8 done", log.getvalue())]
+        return [
+            int(seconds) for seconds in re.findall(r"(?m)^ *(\d+) s  0 of 8 done", log.getvalue())
+        ]
 
     assert beats(1000) == [3, 8, 18, 38, 78, 158, 318, 618, 918]
     console.started(record(0))
@@ -256,7 +314,10 @@ def test_a_quiet_sweep_shows_signs_of_life_ever_more_rarely(tmp_path: Path, monk
 
 
 def test_progress_counts_the_steps_of_all_seeds(tmp_path: Path) -> None:
-    console, trial = SweepConsole(make(seeds=2), tmp_path, 8, io.StringIO()), record(0, budget_steps=800)
+    console, trial = (
+        SweepConsole(make(seeds=2), tmp_path, 8, io.StringIO()),
+        record(0, budget_steps=800),
+    )
     said = []
     for folder, step in (("0", 400), ("0/seeds/1", 50)):
         said.append(console._progress(trial, brief=True))
@@ -289,14 +350,21 @@ def test_sweep_ends_with_the_table_in_a_file_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
-def test_events_are_broken_between_words_at_the_width_of_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+def test_events_are_broken_between_words_at_the_width_of_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    log, why = io.StringIO(), "ema/shoot/nmse 0.801 at step 50 is number 25 of 30 so far; the best 1/8 go on"
+    log, why = (
+        io.StringIO(),
+        "ema/shoot/nmse 0.801 at step 50 is number 25 of 30 so far; the best 1/8 go on",
+    )
     console = SweepConsole(make(), tmp_path, 40, log)
     for number in range(30):
         waits = number % 2 == 0
         status = "waiting" if waits else "stopped"
-        trial = record(number, status=status, last_step=50, budget_steps=500, stopped_by=why, waits=waits)
+        trial = record(
+            number, status=status, last_step=50, budget_steps=500, stopped_by=why, waits=waits
+        )
         console.started(trial)
         console.ended(trial)
     lines = log.getvalue().splitlines()
@@ -316,6 +384,9 @@ def test_gauges_are_declared_once_and_name_known_metrics() -> None:
     assert [spec.shows for spec in RUN_GAUGES if "/" not in spec.shows] == ["step", "budget_steps"]
 
 
-@pytest.mark.parametrize(("path", "label"), [("/r/quick", "quick"), ("/r/head/3", "head/3"), ("/r/head/3/seeds/1", "head/3/seeds/1")])
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [("/r/quick", "quick"), ("/r/head/3", "head/3"), ("/r/head/3/seeds/1", "head/3/seeds/1")],
+)
 def test_runs_are_labelled_by_name(path: str, label: str) -> None:
     assert run_label(Path(path)) == label

@@ -1,4 +1,6 @@
-"""Which failures count against max_failures: Ray Tune's own count of a trial, and the decision about a run that Ray Train gave up."""
+"""Which failures count against max_failures: Ray Tune's own count of a trial, and the decision
+about a run that Ray Train gave up.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,11 @@ from flowray.store.run import RunDirectory
 
 
 def save(run_dir: Path, step: int) -> None:
-    groups = {"model": {"w": torch.zeros(1)}, "ema": {"w": torch.zeros(1)}, "optim": {"w": torch.zeros(1)}}
+    groups = {
+        "model": {"w": torch.zeros(1)},
+        "ema": {"w": torch.zeros(1)},
+        "optim": {"w": torch.zeros(1)},
+    }
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     save_checkpoint(run_dir / "checkpoints", step, groups, {"step": step, "seed": 0}, keep=3)
 
@@ -34,7 +40,9 @@ def tune_trial(folder: Path, number: int, max_failures: int) -> Trial:
 
 
 class Sweeping:
-    """A Tune trial of two seeds in `folder`, whose process dies, and what the sweep's callback makes of it."""
+    """A Tune trial of two seeds in `folder`, whose process dies, and what the sweep's callback
+    makes of it.
+    """
 
     def __init__(self, folder: Path, max_failures: int):
         self.folder = folder
@@ -59,7 +67,9 @@ def _look_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "LOOK_S", 0.0)
 
 
-def test_a_trial_that_loses_its_node_again_and_again_goes_on_as_long_as_it_comes_on(tmp_path: Path) -> None:
+def test_a_trial_that_loses_its_node_again_and_again_goes_on_as_long_as_it_comes_on(
+    tmp_path: Path,
+) -> None:
     sweeping = Sweeping(tmp_path, max_failures=2)
     for step in range(10, 60, 10):
         save(tmp_path / "4", step)
@@ -77,7 +87,10 @@ def test_failures_in_a_row_are_counted_as_ray_does(tmp_path: Path) -> None:
 
 def test_only_the_trial_that_came_on_is_pardoned(tmp_path: Path) -> None:
     come = {0: 0, 1: 0}
-    pardons, trials = Pardons(come.__getitem__), [tune_trial(tmp_path, number, 3) for number in come]
+    pardons, trials = (
+        Pardons(come.__getitem__),
+        [tune_trial(tmp_path, number, 3) for number in come],
+    )
     for trial in trials:
         trial.handle_error(RayActorError())
         pardons.failed(trial)
@@ -86,16 +99,24 @@ def test_only_the_trial_that_came_on_is_pardoned(tmp_path: Path) -> None:
     assert [trial.num_failures for trial in trials] == [1, 0]
 
 
-def test_a_run_that_ray_train_gave_up_goes_on_where_workers_were_lost_after_a_new_checkpoint() -> None:
+def test_a_run_that_ray_train_gave_up_goes_on_where_workers_were_lost_after_a_new_checkpoint() -> (
+    None
+):
     lost = WorkerHealthCheckFailedError("no heartbeat", RayActorError())
-    for failures in ({0: RayActorError()}, {1: lost}, {0: RuntimeError("connection reset"), 1: lost}):
+    for failures in (
+        {0: RayActorError()},
+        {1: lost},
+        {0: RuntimeError("connection reset"), 1: lost},
+    ):
         error = WorkerGroupError("gone", failures)
         assert goes_on(error, before=100, after=200)
         assert not goes_on(error, before=100, after=100)
     assert not goes_on(WorkerGroupError("a bug", {0: ValueError("shapes")}), before=100, after=200)
 
 
-def test_a_run_is_started_again_only_after_a_loss_that_followed_a_checkpoint(tmp_path: Path) -> None:
+def test_a_run_is_started_again_only_after_a_loss_that_followed_a_checkpoint(
+    tmp_path: Path,
+) -> None:
     run, lost = RunDirectory(tmp_path), WorkerGroupError("gone", {0: RayActorError()})
 
     def ends(error: Exception | None, step: int) -> bool:

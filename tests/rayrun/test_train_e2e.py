@@ -1,4 +1,6 @@
-"""`python -m flowray.train` as users run it: two Ray Train workers, a killed driver, a polite stop, and what a resume repeats."""
+"""`python -m flowray.train` as users run it: two Ray Train workers, a killed driver, a polite
+stop, and what a resume repeats.
+"""
 
 import json
 import os
@@ -23,9 +25,16 @@ TIMEOUT_S = 150
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with tiny.yaml: two workers; long enough to be killed on the way, short enough to end in seconds."""
+    """A folder with tiny.yaml: two workers; long enough to be killed on the way, short enough to
+    end in seconds.
+    """
     folder = tmp_path_factory.mktemp("e2e")
-    cadence = {"train.log_every": 1, "train.probe_every": 100, "train.sample_every": 1000, "train.checkpoint_every": EVERY}
+    cadence = {
+        "train.log_every": 1,
+        "train.probe_every": 100,
+        "train.sample_every": 1000,
+        "train.checkpoint_every": EVERY,
+    }
     recipe = tiny_recipe(folder, **cadence, **{"train.steps": STEPS, "resources.num_workers": 2})
     (folder / "tiny.yaml").write_text(dump_recipe(recipe))
     return folder
@@ -53,7 +62,9 @@ def started(place) -> Iterator:
 
 
 def offspring(place: Path) -> list[int]:
-    """Live processes that carry this test's mark in their environment: the command, Ray's own and the workers."""
+    """Live processes that carry this test's mark in their environment: the command, Ray's own
+    and the workers.
+    """
     found, mark = [], f"FLOWRAY_E2E={place}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -115,7 +126,9 @@ def test_two_workers_killed_and_resumed(place, whole, started):
     told = finish(started("name=killed", "--resume"))
     assert str(run.path / "report.html") in told
     assert losses(run) == losses(whole)  # every step once, the same number bit for bit
-    assert [row["ema/shoot/nmse"] for row in read_rows(run.probes)] == [row["ema/shoot/nmse"] for row in read_rows(whole.probes)]
+    assert [row["ema/shoot/nmse"] for row in read_rows(run.probes)] == [
+        row["ema/shoot/nmse"] for row in read_rows(whole.probes)
+    ]
     assert (run.path / "card.md").is_file()
     assert not list(run.path.glob(".*"))  # no lock, no stop request, nothing of Ray's
 
@@ -142,7 +155,8 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(place, whole, started):
     run = run_of(place, "maimed")
     driver = started("name=maimed")
     until(lambda: newest_checkpoint(run.checkpoints), "the first checkpoint", driver)
-    os.kill(json.loads((run.path / ".lock").read_text())["pid"], signal.SIGKILL)  # the worker that leads
+    # the worker that leads
+    os.kill(json.loads((run.path / ".lock").read_text())["pid"], signal.SIGKILL)
     finish(driver)
     assert losses(run) == losses(whole)
 

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from flowray.cluster.waiting import RoomWatch, begun, told_of_waiting
 from flowray.config.recipe import Recipe
-from flowray.rayrun.waiting import RoomWatch, begun, told_of_waiting
 from flowray.store.doing import WrittenProgress, doing
 from flowray.store.run import STALE_S, RunDirectory, RunLock
 from flowray.tune.plan import Cluster
@@ -15,7 +15,9 @@ from flowray.tune.plan import Cluster
 def said(waiting_until: int, count: int, seconds: int) -> list[str]:
     """The lines of so many seconds, of which `count` wait up to a second."""
     lines, clock = [], [0.0]
-    watch = RoomWatch(Recipe().resources, lines.append, lambda: clock[0], lambda: Cluster(((4, 0), (8, 2))))
+    watch = RoomWatch(
+        Recipe().resources, lines.append, lambda: clock[0], lambda: Cluster(((4, 0), (8, 2)))
+    )
     for tenth in range(10 * seconds):
         clock[0] = tenth / 10
         watch.look(lambda: count if clock[0] < waiting_until else 0)

@@ -12,7 +12,9 @@ METRIC = "ema/shoot/nmse"
 
 
 def make(folder: Path, trials: list[dict[str, Any]], **settings: Any) -> Path:
-    """A sweep of these records; a `config` among a record's keys becomes the trial's config.yaml."""
+    """A sweep of these records; a `config` among a record's keys becomes the trial's
+    config.yaml.
+    """
     folder.mkdir(exist_ok=True)
     plain = {"name": "s", "base": "sweep_proxy", "metric": {"name": METRIC, "goal": "minimize"}}
     (folder / "sweep.yaml").write_text(yaml.safe_dump({**plain, **settings}))
@@ -22,7 +24,15 @@ def make(folder: Path, trials: list[dict[str, Any]], **settings: Any) -> Path:
         if config is not None:
             (folder / str(number)).mkdir(exist_ok=True)
             (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(config))
-        row = {"trial": number, "params": {}, "status": "finished", "last_step": 400, "budget_steps": 400, "metrics": {}, "seconds": 0.0}
+        row = {
+            "trial": number,
+            "params": {},
+            "status": "finished",
+            "last_step": 400,
+            "budget_steps": 400,
+            "metrics": {},
+            "seconds": 0.0,
+        }
         rows.append(row | {"stopped_by": None, "error": None} | trial)
     (folder / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 
+from flowray.cli.tune import _report
 from flowray.config.card import render_card
 from flowray.config.load import load_recipe
 from flowray.findings.facts import recipe_facts
 from flowray.findings.judge import Judge
+from flowray.rayrun.tuner import SweepResult
 from flowray.report.analysis import heat_map
 from flowray.report.ending import ending, failures, stop_reasons
-from flowray.report.load import Sweep, load_sweep
-from flowray.report.sweep_page import stop_rule_text, sweep_verdict
+from flowray.report.load import load_sweep
+from flowray.report.results import Sweep
+from flowray.report.sweep_page import stop_rule_text, sweep_verdict, write_sweep_report
 
 RECORDED = Path(__file__).parent / "recorded" / "head"
 BEST = 27
@@ -79,7 +82,9 @@ def test_the_card_of_a_run_says_what_the_doctor_says(sweep: Sweep, tmp_path: Pat
     card, values = tmp_path / "card.md", {key: float(last[key]) for key in said}
     known = {"exp_id": "x", "commit": "", "hardware": "", "step": 500}
     render_card(card, loaded.recipe, loaded.diffs, **known, metrics=values, verdicts=said)
-    lines = {line.split("`")[1]: line for line in card.read_text().splitlines() if line.startswith("| `")}
+    lines = {
+        line.split("`")[1]: line for line in card.read_text().splitlines() if line.startswith("| `")
+    }
     assert lines["ema/std/mean"].endswith("| good (0.05 to 1.6) |")
     assert lines["ema/shoot/skill"].endswith("| good (-1 to 1) |")
     assert lines["ema/mu/rms"].endswith("|  |")  # of which nothing is claimed
@@ -98,19 +103,31 @@ def test_without_its_recipe_the_same_numbers_were_condemned(folder: Path) -> Non
     ("metrics", "key", "word"),
     [
         ({"ema/mu/rms": 6.0}, "mu/rms", "bad"),
-        ({"ema/flow/cos": 0.9, "ema/flow/speed_ratio": 0.3, "ema/flow/nmse": 0.55}, "flow/cos", "good"),
-        ({"ema/flow/cos": 0.9, "ema/flow/speed_ratio": 0.3, "ema/flow/nmse": 0.55}, "flow/speed_ratio", "bad"),
+        (
+            {"ema/flow/cos": 0.9, "ema/flow/speed_ratio": 0.3, "ema/flow/nmse": 0.55},
+            "flow/cos",
+            "good",
+        ),
+        (
+            {"ema/flow/cos": 0.9, "ema/flow/speed_ratio": 0.3, "ema/flow/nmse": 0.55},
+            "flow/speed_ratio",
+            "bad",
+        ),
         ({"ema/std/mean": 0.01}, "flow/cos", "good"),  # named in the evidence of the collapse
         ({"ema/std/mean": 0.01}, "std/mean", "bad"),
         ({"ema/text/snr": 1e-9}, "text/snr", "bad"),  # by the nats that follow from it
         ({"ema/scale/ratio": 4.0}, "scale/ratio", "bad"),
     ],
 )
-def test_a_number_has_the_colour_of_what_it_is_at_fault_in(folder: Path, metrics: dict, key: str, word: str) -> None:
+def test_a_number_has_the_colour_of_what_it_is_at_fault_in(
+    folder: Path, metrics: dict, key: str, word: str
+) -> None:
     probes = folder / str(BEST) / "probes.jsonl"
     rows = [json.loads(line) for line in probes.read_text().splitlines()]
     probes.write_text("".join(json.dumps(row | metrics) + "\n" for row in rows))
-    best = next(trial for trial in change(folder, BEST, metrics=metrics).trials if trial.number == BEST)
+    best = next(
+        trial for trial in change(folder, BEST, metrics=metrics).trials if trial.number == BEST
+    )
     keys, ((_, cells),) = heat_map([best])
     assert dict(zip(keys, cells, strict=True))[key].word == word
 
@@ -130,11 +147,38 @@ def test_the_end_is_whole_on_a_screen_and_the_verdict_is_last(sweep: Sweep, widt
     assert sum(line.startswith(("  trial ", "trial ")) for line in lines) == 0
 
 
+def test_a_sweep_that_ends_is_read_once(folder: Path, sweep: Sweep) -> None:
+    """A sweep of hundreds of trials ends in seconds: its page and its last lines are of what was
+    read to find its best trial.
+    """
+    page = write_sweep_report(folder).read_text()
+    wanted = ending(sweep, folder / "report.html", 80)
+    shutil.rmtree(folder / str(BEST))
+    (folder / "trials.jsonl").unlink()
+    lines = _report(SweepResult(sweep, (), None, sweep.saved, False))
+    assert (folder / "report.html").read_text() == page
+    assert " ".join(lines).split() == " ".join(wanted).split()
+
+
 def test_stops_and_failures_are_counted_by_reason(folder: Path) -> None:
     floor = {"ema/flow/cos": 0.1}
-    change(folder, 0, last_step=250, metrics=floor, stopped_by="ema/flow/cos 0.1 stayed below 0.15 for 2 probes")
-    change(folder, 1, last_step=300, metrics=floor, stopped_by="ema/flow/cos 0.1 stayed below 0.15 for 2 probes")
-    change(folder, 2, metrics={"ema/shoot/nmse": None}, stopped_by="ema/shoot/nmse is nan at step 50")
+    change(
+        folder,
+        0,
+        last_step=250,
+        metrics=floor,
+        stopped_by="ema/flow/cos 0.1 stayed below 0.15 for 2 probes",
+    )
+    change(
+        folder,
+        1,
+        last_step=300,
+        metrics=floor,
+        stopped_by="ema/flow/cos 0.1 stayed below 0.15 for 2 probes",
+    )
+    change(
+        folder, 2, metrics={"ema/shoot/nmse": None}, stopped_by="ema/shoot/nmse is nan at step 50"
+    )
     for number in (3, 4):
         change(folder, number, status="failed", stopped_by=None, error="OutOfMemoryError: 3 GiB")
     sweep = change(folder, 5, waits=True)

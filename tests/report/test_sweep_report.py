@@ -1,7 +1,10 @@
-"""What a sweep's report concludes: runner-up and noise, edges, front, hours, the best recipe as YAML, refusals, what a person wrote."""
+"""What a sweep's report concludes: runner-up and noise, edges, front, hours, the best recipe as
+YAML, refusals, what a person wrote.
+"""
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import math
@@ -17,28 +20,44 @@ import yaml
 from PIL import Image
 from sweep_records import METRIC, make
 
+from flowray.cli.dashboard import main as dashboard
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
-from flowray.config.sweepfile import base_recipe, check_trials, dump_sweep, text_sweep
-from flowray.config.sweepfile import load_sweep as load_file
-from flowray.report import analysis, figures
+from flowray.report import analysis
 from flowray.report.edges import edges
-from flowray.report.importance import importances
-from flowray.report.load import Sweep, load_sweep
-from flowray.report.paint import BLUE, VERMILLION
-from flowray.report.sweep_page import hand_written, sweep_commands, sweep_verdict, write_sweep_report
+from flowray.report.load import load_sweep
+from flowray.report.results import Sweep
+from flowray.report.sweep_page import (
+    hand_written,
+    sweep_commands,
+    sweep_verdict,
+    write_sweep_report,
+)
+from flowray.sweepconfig.check import base_recipe, check_trials
+from flowray.sweepconfig.file import dump_sweep, text_sweep
+from flowray.sweepconfig.file import load_sweep as load_file
 
 LR = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
 
 
 def seeded(lr: float, values: list[float]) -> dict[str, Any]:
     repeats = [{METRIC: value} for value in values]
-    return {"params": {"optim.lr": lr}, "metrics": {METRIC: statistics.fmean(values)}, "repeats": repeats}
+    return {
+        "params": {"optim.lr": lr},
+        "metrics": {METRIC: statistics.fmean(values)},
+        "repeats": repeats,
+    }
 
 
-@pytest.mark.parametrize(("second", "words"), [([0.62, 0.66, 0.64], "a clear win"), ([0.36, 0.52, 0.44], "a tie")])
-def test_runner_up_is_held_against_the_noise_between_seeds(tmp_path: Path, second: list[float], words: str) -> None:
+@pytest.mark.parametrize(
+    ("second", "words"), [([0.62, 0.66, 0.64], "a clear win"), ([0.36, 0.52, 0.44], "a tie")]
+)
+def test_runner_up_is_held_against_the_noise_between_seeds(
+    tmp_path: Path, second: list[float], words: str
+) -> None:
     first = [0.40, 0.44, 0.36]
-    sweep = load_sweep(make(tmp_path / "s", [seeded(1e-3, second), seeded(2e-3, first), seeded(3e-3, [0.9])]))
+    sweep = load_sweep(
+        make(tmp_path / "s", [seeded(1e-3, second), seeded(2e-3, first), seeded(3e-3, [0.9])])
+    )
     assert sweep.best is not None
     assert sweep.best.number == 1
     pooled = math.sqrt((statistics.variance(first) + statistics.variance(second)) / 2)
@@ -46,7 +65,9 @@ def test_runner_up_is_held_against_the_noise_between_seeds(tmp_path: Path, secon
     gap, error = statistics.fmean(second) - statistics.fmean(first), pooled * math.sqrt(2 / 3)
     assert (gap > 2 * error) is (words == "a clear win")
     said = analysis.runner_up_words(sweep)
-    assert said.startswith(f"Runner-up: trial 0, {METRIC} {statistics.fmean(second):.3g}, behind by {gap:.2g}. ")
+    assert said.startswith(
+        f"Runner-up: trial 0, {METRIC} {statistics.fmean(second):.3g}, behind by {gap:.2g}. "
+    )
     assert words in said
     assert f"{METRIC} 0.4 ± 0.04 over 3 seeds, with" in sweep_verdict(sweep)
 
@@ -54,7 +75,10 @@ def test_runner_up_is_held_against_the_noise_between_seeds(tmp_path: Path, secon
 def test_trials_that_differ_in_the_seed_are_one_setting(tmp_path: Path) -> None:
     """A lucky seed does not win: the setting with the better mean does."""
     values = [(1e-3, 0, 0.30), (1e-3, 1, 0.70), (2e-3, 0, 0.40), (2e-3, 1, 0.44)]
-    trials = [{"params": {"optim.lr": lr, "seed": seed}, "metrics": {METRIC: value}} for lr, seed, value in values]
+    trials = [
+        {"params": {"optim.lr": lr, "seed": seed}, "metrics": {METRIC: value}}
+        for lr, seed, value in values
+    ]
     sweep = load_sweep(make(tmp_path / "s", trials))
     assert [arm.values for arm in sweep.arms()] == [(0.40, 0.44), (0.30, 0.70)]
     assert "(mean 0.42 ± 0.028 over 2 seeds)" in sweep_verdict(sweep)
@@ -78,16 +102,27 @@ def test_without_repeats_the_noise_is_not_known(tmp_path: Path) -> None:
         (LR, 1e-3, None),
         ({"distribution": "uniform", "min": -2.0, "max": 6.0}, 5.9, "parameters.k.max=10"),
         ({"distribution": "uniform", "min": -2.0, "max": 6.0}, -1.9, "parameters.k.min=-6"),
-        ({"distribution": "uniform", "min": 0.0, "max": 1.0}, 0.01, None),  # 0 is where such a range ends
+        # 0 is where such a range ends
+        ({"distribution": "uniform", "min": 0.0, "max": 1.0}, 0.01, None),
         ({"distribution": "int_uniform", "min": 2, "max": 8}, 8, "parameters.k.max=11"),
-        ({"distribution": "categorical", "values": [0.3, 1, 2]}, 2, "parameters.k.values=[0.3,1,2,3]"),
-        ({"distribution": "categorical", "values": [0.3, 1, 2]}, 0.3, "parameters.k.values=[0.15,0.3,1,2]"),
+        (
+            {"distribution": "categorical", "values": [0.3, 1, 2]},
+            2,
+            "parameters.k.values=[0.3,1,2,3]",
+        ),
+        (
+            {"distribution": "categorical", "values": [0.3, 1, 2]},
+            0.3,
+            "parameters.k.values=[0.15,0.3,1,2]",
+        ),
         ({"distribution": "categorical", "values": [0, 1, 2]}, 0, None),
         ({"distribution": "categorical", "values": [1, 2]}, 2, None),
         ({"distribution": "categorical", "values": ["a", "b", "c"]}, "c", None),
     ],
 )
-def test_the_edge_of_a_range_is_named_with_what_widens_it(tmp_path: Path, spec: dict, value: Any, widen: str | None) -> None:
+def test_the_edge_of_a_range_is_named_with_what_widens_it(
+    tmp_path: Path, spec: dict, value: Any, widen: str | None
+) -> None:
     trials = [{"params": {"k": value}, "metrics": {METRIC: 0.4}}]
     found = edges(load_sweep(make(tmp_path / "s", trials, parameters={"k": spec})))
     assert [edge.widen for edge in found] == ([] if widen is None else [widen])
@@ -112,80 +147,106 @@ def uniform(low: float, high: float, kind: str = "uniform", **more: float) -> di
         ("model.velocity.depth", uniform(1, 8, "int_uniform"), 1, None),
         ("model.velocity.depth", uniform(2, 8, "int_uniform"), 2, "min=1"),
         ("train.batch_size", uniform(32, 256, "q_uniform", q=32), 32.0, None),
-        ("train.batch_size", uniform(32, 250, "q_uniform", q=32), 224.0, "max=320"),  # 224 is the last that is drawn
-        ("train.batch_size", uniform(2**20, 2**21, "int_uniform"), 2**21, "max=2621440"),  # whole, not 2.62144e+06
-        ("train.steps", {"values": [1000000, 1000001, 1000002]}, 1000002, "values=[1000000,1000001,1000002,1000003]"),
+        # 224 is the last that is drawn
+        ("train.batch_size", uniform(32, 250, "q_uniform", q=32), 224.0, "max=320"),
+        # whole, not 2.62144e+06
+        ("train.batch_size", uniform(2**20, 2**21, "int_uniform"), 2**21, "max=2621440"),
+        (
+            "train.steps",
+            {"values": [1000000, 1000001, 1000002]},
+            1000002,
+            "values=[1000000,1000001,1000002,1000003]",
+        ),
         ("flow.time.low", uniform(-10, -3), -3, "max=0.5"),
         ("flow.time.low", uniform(-10, -3), -3.1, "max=0.5"),
     ],
 )
-def test_flowray_tune_takes_what_widens_a_range(tmp_path: Path, key: str, spec: dict, value: Any, widen: str | None) -> None:
+def test_flowray_tune_takes_what_widens_a_range(
+    tmp_path: Path, key: str, spec: dict, value: Any, widen: str | None
+) -> None:
     """The sweep loads with the override, and recipes can be made at the ends of its space."""
-    plain = {"name": "s", "base": "sweep_proxy", "metric": {"name": METRIC}, "set": {"flow.time.kind": "log_snr"}, "method": "random"}
+    plain = {
+        "name": "s",
+        "base": "sweep_proxy",
+        "metric": {"name": METRIC},
+        "set": {"flow.time.kind": "log_snr"},
+        "method": "random",
+    }
     text = yaml.safe_dump({**plain, "parameters": {key: spec}})
     trials = [{"params": {key: value}, "metrics": {METRIC: 0.4}}]
     folder = make(tmp_path / "s", trials, **yaml.safe_load(dump_sweep(text_sweep(text, "s"))))
     found = edges(load_sweep(folder))
-    assert [edge.widen for edge in found] == ([] if widen is None else [f"parameters.{key}.{widen}"])
+    assert [edge.widen for edge in found] == (
+        [] if widen is None else [f"parameters.{key}.{widen}"]
+    )
     for edge in found:
         wider = load_file(str(folder / "sweep.yaml"), shlex.split(edge.typed))
         check_trials(wider, base_recipe(wider))
-        assert str(wider.parameters[key].model_dump()) != str(load_file(str(folder / "sweep.yaml")).parameters[key].model_dump())
+        assert str(wider.parameters[key].model_dump()) != str(
+            load_file(str(folder / "sweep.yaml")).parameters[key].model_dump()
+        )
 
 
-def test_the_command_beyond_all_edges_is_a_sweep_of_its_own_that_starts_from_this_one(tmp_path: Path) -> None:
+def test_the_command_beyond_all_edges_is_a_sweep_of_its_own_that_starts_from_this_one(
+    tmp_path: Path,
+) -> None:
     params = {"optim.lr": LR, "train.ema": {"values": [0.9, 0.99, 0.999]}}
-    text = {"name": "s", "base": "sweep_proxy", "metric": {"name": METRIC}, "parameters": params, "points": [{"optim.lr": 1e-3}]}
+    text = {
+        "name": "s",
+        "base": "sweep_proxy",
+        "metric": {"name": METRIC},
+        "parameters": params,
+        "points": [{"optim.lr": 1e-3}],
+    }
     trials = [{"params": {"optim.lr": 9e-3, "train.ema": 0.999}, "metrics": {METRIC: 0.4}}]
-    folder = make(tmp_path / "a sweep", trials, **yaml.safe_load(dump_sweep(text_sweep(yaml.safe_dump(text), "s"))))
+    folder = make(
+        tmp_path / "a sweep",
+        trials,
+        **yaml.safe_load(dump_sweep(text_sweep(yaml.safe_dump(text), "s"))),
+    )
     typed = shlex.split(sweep_commands(load_sweep(folder))["Search on beyond the edges"])
     assert typed[:4] == ["python", "-m", "flowray.tune", str(folder / "sweep.yaml")]
     wider = load_file(typed[3], typed[4:])
     check_trials(wider, base_recipe(wider))
     assert (wider.name, wider.warm_start, wider.points) == ("s-wider", (str(folder),), ())
-    assert (wider.parameters["optim.lr"].max, wider.parameters["train.ema"].values[-1]) == (0.03, 0.999563)
-    inside = make(tmp_path / "b", [{"params": {"optim.lr": 1e-3}, "metrics": {METRIC: 0.4}}], parameters={"optim.lr": LR})
+    assert (wider.parameters["optim.lr"].max, wider.parameters["train.ema"].values[-1]) == (
+        0.03,
+        0.999563,
+    )
+    inside = make(
+        tmp_path / "b",
+        [{"params": {"optim.lr": 1e-3}, "metrics": {METRIC: 0.4}}],
+        parameters={"optim.lr": LR},
+    )
     assert "Search on beyond the edges" not in sweep_commands(load_sweep(inside))
 
 
-def test_null_is_a_value_beside_numbers(tmp_path: Path) -> None:
-    """Of importance, which then takes the whole column as choices, and of parallel coordinates, where it has a place."""
-    trials = [
-        {"params": {"data.limit": (None, 500)[i % 2], "optim.lr": 1e-3 * (i + 1)}, "metrics": {METRIC: 0.3 + i % 2}} for i in range(12)
-    ]
-    space = {"data.limit": {"values": [None, 500]}, "optim.lr": LR}
-    sweep = load_sweep(make(tmp_path / "s", trials, parameters=space))
-    shares = importances(sweep)
-    assert next(iter(shares)) == "data.limit"
-    assert sum(shares.values()) == pytest.approx(1)
-    axis = figures.Axis("data.limit", {trial: trial.params["data.limit"] for trial in sweep.trials})
-    assert len(axis.places()[0]) == len(trials)
-    page = write_sweep_report(sweep.path).read_text()
-    assert "importance: data.limit" in page
-    assert "parallel coordinates of data.limit, optim.lr" in page
-
-
-def test_a_parameter_of_trials_without_a_value_alone_has_no_axis(tmp_path: Path) -> None:
-    """A head's own option, searched with a head whose trials have all failed."""
-    trials = [{"params": {"kind": "pooled", "lr": 1e-3 * (i + 1)}, "metrics": {METRIC: 0.3 + 0.01 * i}} for i in range(3)]
-    trials += [{"params": {"kind": "grid", "convs": n, "lr": 1e-3}, "status": "failed", "error": "OOM"} for n in (1, 2)]
-    page = write_sweep_report(make(tmp_path / "s", trials)).read_text()
-    assert "parallel coordinates of kind, lr" in page
-    assert "OOM" in page
-
-
-def test_the_best_trials_star_lies_on_top(tmp_path: Path) -> None:
-    """Where many trials share a value it was under their dots."""
-    trials = [{"params": {"w": 0.3}, "metrics": {METRIC: 0.4 + 0.001 * i}} for i in range(5)]
-    sweep = load_sweep(make(tmp_path / "s", trials))
-    svg = figures.slice_panel("w", sweep.trials, sweep.best, METRIC).decode().partition("</style>")[2]
-    assert svg.index(VERMILLION) > svg.rindex(BLUE)
+def test_what_the_dashboards_draw_is_named_with_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make(tmp_path / "a sweep", [seeded(1e-3, [0.5]), seeded(2e-3, [0.4])])
+    page = write_sweep_report(folder).read_text()
+    words = "What each parameter did, parallel coordinates and importance are in optuna-dashboard: "
+    (shown,) = re.findall(rf"{words}<code>(.*?)</code>", page)
+    (said,) = re.findall(rf"{words}`(.*?)`", (folder / "report.md").read_text())
+    assert html.unescape(shown) == said
+    program, flag, module, *typed = shlex.split(said)
+    assert (program, flag, module) == ("python", "-m", "flowray.dashboard")
+    assert dashboard([*typed, "--plan"]) == 0  # it takes the folder
+    assert str(folder) in capsys.readouterr().out
+    alone = write_sweep_report(make(tmp_path / "s", [{"metrics": {METRIC: 0.4}}])).read_text()
+    assert words not in alone  # of a sweep without parameters there is nothing to draw
 
 
 def test_a_long_error_is_short_in_the_table_and_whole_among_the_failures(tmp_path: Path) -> None:
-    """In the table a long one made its row as high as a page, with the error itself off a phone's screen."""
+    """In the table a long one made its row as high as a page, with the error itself off a
+    phone's screen.
+    """
     error = "OutOfMemoryError: " + "no memory " * 60
-    trials = [{"params": {"w": 1}, "metrics": {METRIC: 0.4}}, {"params": {"w": 2}, "status": "failed", "error": error}]
+    trials = [
+        {"params": {"w": 1}, "metrics": {METRIC: 0.4}},
+        {"params": {"w": 2}, "status": "failed", "error": error},
+    ]
     page = write_sweep_report(make(tmp_path / "s", trials)).read_text()
     assert page.count(f'<td class="words"><span title="{error}">') == 1
     assert f'<td class="error">{error}</td>' in page
@@ -193,8 +254,14 @@ def test_a_long_error_is_short_in_the_table_and_whole_among_the_failures(tmp_pat
 
 
 def two_metrics(tmp_path: Path, points: np.ndarray) -> Sweep:
-    trials = [{"params": {"k": float(i)}, "metrics": {METRIC: float(a), "eval/all_correct": float(b)}} for i, (a, b) in enumerate(points)]
-    metrics = [{"name": METRIC, "goal": "minimize"}, {"name": "eval/all_correct", "goal": "maximize"}]
+    trials = [
+        {"params": {"k": float(i)}, "metrics": {METRIC: float(a), "eval/all_correct": float(b)}}
+        for i, (a, b) in enumerate(points)
+    ]
+    metrics = [
+        {"name": METRIC, "goal": "minimize"},
+        {"name": "eval/all_correct", "goal": "maximize"},
+    ]
     return load_sweep(make(tmp_path / "s", trials, metric=metrics[0], more_metrics=metrics[1:]))
 
 
@@ -215,15 +282,24 @@ def test_the_verdict_of_several_metrics_says_which_it_is_by(tmp_path: Path) -> N
     points = np.array([[0.5, 0.9], [0.4, 0.8], [0.6, 0.7], [0.45, 0.85]])
     sweep = two_metrics(tmp_path, points)
     assert "best is trial 1" in sweep_verdict(sweep)
-    assert "That is by the first metric; trial 3, 0 trade it for eval/all_correct (the front). " in sweep_verdict(sweep)
+    assert (
+        "That is by the first metric; trial 3, 0 trade it for eval/all_correct (the front). "
+        in sweep_verdict(sweep)
+    )
     alone = two_metrics(tmp_path, points[1:3])
     assert "no other finished trial is better in eval/all_correct. " in sweep_verdict(alone)
 
 
 def test_three_metrics_are_drawn_in_pairs(tmp_path: Path) -> None:
     names = (METRIC, "ema/flow/cos", "ema/std/mean")
-    trials = [{"metrics": dict(zip(names, values, strict=True))} for values in ((0.5, 0.9, 0.8), (0.4, 0.8, 0.7), (0.6, 0.7, 0.9))]
-    metrics = [{"name": name, "goal": goal} for name, goal in zip(names, ("minimize", "maximize", "maximize"), strict=True)]
+    trials = [
+        {"metrics": dict(zip(names, values, strict=True))}
+        for values in ((0.5, 0.9, 0.8), (0.4, 0.8, 0.7), (0.6, 0.7, 0.9))
+    ]
+    metrics = [
+        {"name": name, "goal": goal}
+        for name, goal in zip(names, ("minimize", "maximize", "maximize"), strict=True)
+    ]
     page = write_sweep_report(make(tmp_path / "s", trials, metric=metrics)).read_text()
     assert [f"{y} over {x}" in page for x, y in itertools.combinations(names, 2)] == [True] * 3
     assert "the front joined" not in page  # of three metrics a pair shows no edge
@@ -234,7 +310,10 @@ def test_a_setting_that_was_trained_again_from_the_same_seed_says_nothing_of_the
 ) -> None:
     """Of such sweeps there are folders from before no setting was drawn twice."""
     grid, pooled = {"model.head.kind": "grid"}, {"model.head.kind": "pooled"}
-    trials = [{"params": params, "metrics": {METRIC: value}} for params, value in ((grid, 0.4), (pooled, 0.5), (grid, 0.4), (grid, 0.4))]
+    trials = [
+        {"params": params, "metrics": {METRIC: value}}
+        for params, value in ((grid, 0.4), (pooled, 0.5), (grid, 0.4), (grid, 0.4))
+    ]
     sweep = load_sweep(make(tmp_path / "s", trials))
     assert [arm.values for arm in sweep.arms()] == [(0.4,), (0.5,)]
     assert analysis.noise(sweep.arms()) is None
@@ -243,14 +322,22 @@ def test_a_setting_that_was_trained_again_from_the_same_seed_says_nothing_of_the
 
 def test_a_searched_seed_tells_the_trials_of_a_setting_apart(tmp_path: Path) -> None:
     values = {(0, 1): 0.4, (1, 1): 0.44, (0, 2): 0.6, (1, 2): 0.64, (1, 3): 0.61}
-    trials = [{"params": {"seed": seed, "optim.lr": lr / 1e3}, "metrics": {METRIC: value}} for (seed, lr), value in values.items()]
-    trials += [{"params": {"seed": 1, "optim.lr": 1e-3}, "metrics": {METRIC: 0.9}}]  # again, on another machine
+    trials = [
+        {"params": {"seed": seed, "optim.lr": lr / 1e3}, "metrics": {METRIC: value}}
+        for (seed, lr), value in values.items()
+    ]
+    # again, on another machine
+    trials += [{"params": {"seed": 1, "optim.lr": 1e-3}, "metrics": {METRIC: 0.9}}]
     sweep = load_sweep(make(tmp_path / "s", trials))
     assert [arm.values for arm in sweep.arms()] == [(0.4, 0.44), (0.61,), (0.6, 0.64)]
 
 
 def test_the_table_and_the_next_command_know_of_seeds(tmp_path: Path) -> None:
-    folder = make(tmp_path / "s", [seeded(1e-3, [0.40, 0.44, 0.36]) | {"budget_steps": 1200, "last_step": 1200}], seeds=3)
+    folder = make(
+        tmp_path / "s",
+        [seeded(1e-3, [0.40, 0.44, 0.36]) | {"budget_steps": 1200, "last_step": 1200}],
+        seeds=3,
+    )
     (folder / "best.yaml").write_text("base: sweep_proxy\n")
     page = write_sweep_report(folder).read_text()
     assert '0.400 <span class="soft">± 0.04</span>' in page
@@ -259,7 +346,10 @@ def test_the_table_and_the_next_command_know_of_seeds(tmp_path: Path) -> None:
 
 
 def test_where_all_trials_failed_the_first_error_is_the_verdict(tmp_path: Path) -> None:
-    folder = make(tmp_path / "s", [{"status": "failed", "last_step": 7, "error": "ValueError: latent is (4, 8, 8)"}])
+    folder = make(
+        tmp_path / "s",
+        [{"status": "failed", "last_step": 7, "error": "ValueError: latent is (4, 8, 8)"}],
+    )
     page = write_sweep_report(folder).read_text()
     verdict = page.partition("<h2>Verdict</h2>")[2].partition("<h2>Trials")[0]
     assert "No trial has a value of ema/shoot/nmse</p>" in verdict
@@ -276,9 +366,15 @@ def test_what_was_expected_stands_beside_what_came_out(tmp_path: Path) -> None:
     folder = make(tmp_path / "s", [seeded(1e-3, [0.5])])
     (folder / "sweep.yaml").write_text(dump_sweep(sweep))
     page = write_sweep_report(folder).read_text()
-    assert f"Expected beforehand: {expects}" in page.partition("<h2>Verdict</h2>")[2].partition("<h2>Trials")[0]
+    assert (
+        f"Expected beforehand: {expects}"
+        in page.partition("<h2>Verdict</h2>")[2].partition("<h2>Trials")[0]
+    )
     text = (folder / "report.md").read_text()
-    assert "- KEY_DIFFS: loss.kl.weight 0 to 40 (mean over latent dims), loss.kl.form box or gaussian\n" in text
+    assert (
+        "- KEY_DIFFS: loss.kl.weight 0 to 40 (mean over latent dims), loss.kl.form box or"
+        " gaussian\n" in text
+    )
     assert "- PURPOSE: the weight and the form of the KL on the source" in text
 
 
@@ -290,26 +386,48 @@ def test_hours_count_devices_and_what_early_stops_saved(tmp_path: Path) -> None:
     resources = {"resources": {"num_workers": 2, "cpus_per_worker": 4, "gpus_per_worker": 0.5}}
     trials = [
         {"seconds": 3600.0, "metrics": {METRIC: 0.5}, "config": resources},
-        {"seconds": 1800.0, "status": "stopped", "last_step": 100, "metrics": {METRIC: 0.9}, "config": resources},
+        {
+            "seconds": 1800.0,
+            "status": "stopped",
+            "last_step": 100,
+            "metrics": {METRIC: 0.9},
+            "config": resources,
+        },
     ]
-    assert analysis.hours(load_sweep(make(tmp_path / "s", trials))) == analysis.Hours("GPU-hours", 1.5, 0.5 * 3)
+    assert analysis.hours(load_sweep(make(tmp_path / "s", trials))) == analysis.Hours(
+        "GPU-hours", 1.5, 0.5 * 3
+    )
     for trial in trials:
-        trial["config"] = {"resources": {"num_workers": 2, "cpus_per_worker": 4, "gpus_per_worker": 0}}
-    assert analysis.hours(load_sweep(make(tmp_path / "t", trials))) == analysis.Hours("core-hours", 12.0, 4.0 * 3)
+        trial["config"] = {
+            "resources": {"num_workers": 2, "cpus_per_worker": 4, "gpus_per_worker": 0}
+        }
+    assert analysis.hours(load_sweep(make(tmp_path / "t", trials))) == analysis.Hours(
+        "core-hours", 12.0, 4.0 * 3
+    )
 
 
 def test_best_recipe_as_yaml_and_as_a_command_is_the_best_trial(tmp_path: Path) -> None:
     """Both are read back by the recipe loader and make the recipe that the trial had."""
     fixed = {"flow.time.kind": "log_snr"}
-    params = {"optim.lr": 1e-05, "model.head.kind": "conv", "flow.time.low": -7.25, "train.ema": 0.99, "data.limit": 128}
-    sweep = load_sweep(make(tmp_path / "s", [{"params": params, "metrics": {METRIC: 0.4}}], set=fixed))
+    params = {
+        "optim.lr": 1e-05,
+        "model.head.kind": "conv",
+        "flow.time.low": -7.25,
+        "train.ema": 0.99,
+        "data.limit": 128,
+    }
+    sweep = load_sweep(
+        make(tmp_path / "s", [{"params": params, "metrics": {METRIC: 0.4}}], set=fixed)
+    )
     base = load_recipe("sweep_proxy").recipe
     wanted = override_recipe(base, {**fixed, **params})
     text = analysis.best_diff(sweep)
     (tmp_path / "best.yaml").write_text(text)
     assert load_recipe(str(tmp_path / "best.yaml")).recipe == wanted
     assert f"lr: 1.0e-05  # {base.optim.lr} in the base" in text
-    program, module, verb, source, *overrides = shlex.split(sweep_commands(sweep)["The same recipe from its base"])
+    program, module, verb, source, *overrides = shlex.split(
+        sweep_commands(sweep)["The same recipe from its base"]
+    )
     assert (program, module, verb) == ("python", "-m", "flowray.train")
     assert load_recipe(source, overrides).recipe == override_recipe(wanted, {"name": "s-best"})
 
@@ -319,12 +437,23 @@ def test_a_sweep_over_pictures_ends_with_the_way_to_draw_them(tmp_path: Path) ->
     run.mkdir()
     base = load_recipe("sweep_proxy").recipe
     (run / "config.yaml").write_text(dump_recipe(base))
-    trials = [{"params": {"sample.guidance_scale": s}, "metrics": {"eval/all_correct": 0.1 * s, "eval/size": 1.0}} for s in (1.0, 3.0)]
+    trials = [
+        {
+            "params": {"sample.guidance_scale": s},
+            "metrics": {"eval/all_correct": 0.1 * s, "eval/size": 1.0},
+        }
+        for s in (1.0, 3.0)
+    ]
     metric = {"name": "eval/all_correct", "goal": "maximize"}
     sweep = load_sweep(make(tmp_path / "s", trials, task="sample", base=str(run), metric=metric))
-    command = "python -m flowray.sample {} 'a small red circle on a white background' --set sample.guidance_scale=3"
+    command = (
+        "python -m flowray.sample {} 'a small red circle on a white background' --set"
+        " sample.guidance_scale=3"
+    )
     assert sweep_commands(sweep) == {"Sample with the best setting": command.format(run)}
-    assert f"guidance_scale: 3  # {base.sample.guidance_scale} in the base" in analysis.best_diff(sweep)
+    assert f"guidance_scale: 3  # {base.sample.guidance_scale} in the base" in analysis.best_diff(
+        sweep
+    )
 
 
 def test_what_a_person_wrote_stays_and_shows(tmp_path: Path) -> None:
@@ -333,7 +462,9 @@ def test_what_a_person_wrote_stays_and_shows(tmp_path: Path) -> None:
     report = folder / "report.md"
     assert "keep / reject / re-verify: not judged yet" in page
     assert list(hand_written(report)) == ["Conclusion", "Next step"]
-    text = report.read_text().replace("- keep / reject / re-verify: not judged yet", "**keep** <script>x</script>")
+    text = report.read_text().replace(
+        "- keep / reject / re-verify: not judged yet", "**keep** <script>x</script>"
+    )
     report.write_text(text + "\n## Doubts\n\n- only one seed\n")
     make(folder, [seeded(1e-3, [0.5]), seeded(2e-3, [0.25])])
     page = write_sweep_report(folder).read_text()
@@ -352,7 +483,11 @@ def test_what_a_person_wrote_stays_and_shows(tmp_path: Path) -> None:
 
 
 def test_markdown_has_a_row_for_every_trial(tmp_path: Path) -> None:
-    trials = [seeded(1e-3, [0.5]), seeded(2e-3, [0.25]), {"status": "failed", "error": "ValueError: a|b", "params": {"optim.lr": 1.0}}]
+    trials = [
+        seeded(1e-3, [0.5]),
+        seeded(2e-3, [0.25]),
+        {"status": "failed", "error": "ValueError: a|b", "params": {"optim.lr": 1.0}},
+    ]
     write_sweep_report(make(tmp_path / "s", trials))
     text = (tmp_path / "s" / "report.md").read_text()
     rows = re.findall(r"(?m)^\| (\d+)( \*\*best\*\*)? \|.*$", text)
@@ -365,11 +500,29 @@ def test_markdown_has_a_row_for_every_trial(tmp_path: Path) -> None:
 
 def test_heat_map_takes_the_colours_of_the_findings(tmp_path: Path) -> None:
     healthy = {METRIC: 0.4, "ema/flow/cos": 0.8, "ema/std/mean": 0.9, "ema/mu/rms": 0.5}
-    collapsed = {METRIC: 1.4, "ema/shoot/skill": -0.8, "ema/flow/cos": 0.99, "ema/std/mean": 0.05, "ema/mu/rms": 0.01}
-    folder = make(tmp_path / "s", [{"metrics": healthy}, {"metrics": collapsed}, {"metrics": healthy, "config": {}}])
+    collapsed = {
+        METRIC: 1.4,
+        "ema/shoot/skill": -0.8,
+        "ema/flow/cos": 0.99,
+        "ema/std/mean": 0.05,
+        "ema/mu/rms": 0.01,
+    }
+    folder = make(
+        tmp_path / "s",
+        [{"metrics": healthy}, {"metrics": collapsed}, {"metrics": healthy, "config": {}}],
+    )
     judged = [{"key": "flow/cos", "value": 0.8, "side": "below", "bound": 0.9, "of": ""}]
-    visit = {"id": "plateau", "severity": "warn", "evidence": "flow/cos 0.8; std/mean 0.9", "cause": "", "fix": "", "judged": judged}
-    (folder / "2" / "findings.jsonl").write_text(json.dumps({"step": 400, "findings": [visit]}) + "\n")
+    visit = {
+        "id": "plateau",
+        "severity": "warn",
+        "evidence": "flow/cos 0.8; std/mean 0.9",
+        "cause": "",
+        "fix": "",
+        "judged": judged,
+    }
+    (folder / "2" / "findings.jsonl").write_text(
+        json.dumps({"step": 400, "findings": [visit]}) + "\n"
+    )
     keys, rows = analysis.heat_map(load_sweep(folder).trials)
     cells = {trial.number: dict(zip(keys, row, strict=True)) for trial, row in rows}
     assert keys == ["shoot/nmse", "shoot/skill", "flow/cos", "std/mean", "mu/rms"]
@@ -378,36 +531,27 @@ def test_heat_map_takes_the_colours_of_the_findings(tmp_path: Path) -> None:
     assert cells[1]["std/mean"].why.startswith("source_collapsed: std/mean 0.05, below 0.3")
     assert cells[1]["shoot/skill"].word == "bad"
     assert cells[1]["flow/cos"].word == "good"  # named in the evidence, and not what is wrong
-    assert cells[1]["shoot/nmse"].word == ""  # above 1, of which no rule says more than its skill does
+    # above 1, of which no rule says more than its skill does
+    assert cells[1]["shoot/nmse"].word == ""
     assert cells[2]["flow/cos"].word == "warn"  # as the doctor said; and it judged nothing else
     assert cells[2]["std/mean"].word == "good"
     page = write_sweep_report(folder).read_text()
-    assert re.search(r'<td class="num heat bad" title="std/mean, source_collapsed[^"]*">0\.050</td>', page)
-
-
-def test_parallel_axes_space_numbers_as_they_were_drawn(tmp_path: Path) -> None:
-    trials = [{"params": {"lr": lr, "head": head}, "metrics": {METRIC: lr}} for lr, head in ((1e-4, "a"), (1e-3, "b"), (1e-2, "a"))]
-    trials.append({"params": {"lr": 1e-3}, "metrics": {METRIC: 0.5}})
-    sweep = load_sweep(make(tmp_path / "s", trials))
-    by_number = {trial.number: trial for trial in sweep.trials}
-    places, ticks = figures.Axis("lr", {t: t.params["lr"] for t in sweep.trials}, log=True).places()
-    assert [places[by_number[n]] for n in range(3)] == pytest.approx([0, 0.5, 1])
-    assert [text for _, text in ticks] == ["0.0001", "0.001", "0.01"]
-    places, ticks = figures.Axis("head", {t: t.params["head"] for t in sweep.trials if "head" in t.params}).places()
-    assert by_number[3] not in places
-    assert ticks == [(0.0, "a"), (1.0, "b")]
-    upside_down = figures.Axis(METRIC, {t: t.value(METRIC) for t in sweep.trials}, upside_down=True).places()[0]
-    assert upside_down[by_number[0]] == 1  # the best is on top
-    page = write_sweep_report(sweep.path).read_text()
-    assert "parallel coordinates of lr, head" in page
+    assert re.search(
+        r'<td class="num heat bad" title="std/mean, source_collapsed[^"]*">0\.050</td>', page
+    )
 
 
 def test_pictures_of_another_seed_are_not_compared(tmp_path: Path) -> None:
     seeds = (1234, 1234, 7)
-    folder = make(tmp_path / "s", [{"metrics": {METRIC: 0.5 + s}, "config": {"probes": {"seed": s}}} for s in seeds])
+    folder = make(
+        tmp_path / "s",
+        [{"metrics": {METRIC: 0.5 + s}, "config": {"probes": {"seed": s}}} for s in seeds],
+    )
     for number in range(3):
         (folder / str(number) / "samples").mkdir()
-        Image.fromarray(np.zeros((8, 16, 3), np.uint8)).save(folder / str(number) / "samples" / "step_000400.png")
+        Image.fromarray(np.zeros((8, 16, 3), np.uint8)).save(
+            folder / str(number) / "samples" / "step_000400.png"
+        )
         (folder / str(number) / "samples" / "prompts.txt").write_text("a\nb\n")
     page = write_sweep_report(folder).read_text()
     shown = re.findall(r'<th scope="row">trial (\d+)<span>', page)
@@ -423,18 +567,45 @@ def test_long_sweeps_fold_the_rest_of_the_table(tmp_path: Path) -> None:
 
 
 def test_the_card_says_what_was_searched(tmp_path: Path) -> None:
-    config = {"data": {"shards": "shapes"}, "model": {"head": {"kind": "conv"}}, "train": {"batch_size": 32, "steps": 400}}
-    card = {"title": "Heads", "purpose": "which head", "tags": ["a", "b"], "notes": "read shoot/nmse", "expects": "pooled wins"}
+    config = {
+        "data": {"shards": "shapes"},
+        "model": {"head": {"kind": "conv"}},
+        "train": {"batch_size": 32, "steps": 400},
+    }
+    card = {
+        "title": "Heads",
+        "purpose": "which head",
+        "tags": ["a", "b"],
+        "notes": "read shoot/nmse",
+        "expects": "pooled wins",
+    }
     stop = [{"metric": "ema/flow/cos", "below": 0.3, "after": 150, "patience": 2}]
-    more = {"early_terminate": {"type": "hyperband", "min_iter": 100, "eta": 3.0}, "stop": stop, "seeds": 3, "card": card}
+    more = {
+        "early_terminate": {"type": "hyperband", "min_iter": 100, "eta": 3.0},
+        "stop": stop,
+        "seeds": 3,
+        "card": card,
+    }
     trials = [{"metrics": {METRIC: 0.5}, "config": config}]
-    space = {"optim.lr": LR, "model.head.convs": {"values": [0, 1], "when": {"model.head.kind": ["grid", "conv"]}}}
-    text = (write_sweep_report(make(tmp_path / "s", trials, parameters=space, **more)).parent / "report.md").read_text()
+    space = {
+        "optim.lr": LR,
+        "model.head.convs": {"values": [0, 1], "when": {"model.head.kind": ["grid", "conv"]}},
+    }
+    text = (
+        write_sweep_report(make(tmp_path / "s", trials, parameters=space, **more)).parent
+        / "report.md"
+    ).read_text()
     for line in (
         "# Heads",
-        "- SEARCHED: model.head.convs {0, 1} when model.head.kind is grid or conv; optim.lr 0.0001 .. 0.01 log",
+        (
+            "- SEARCHED: model.head.convs {0, 1} when model.head.kind is grid or conv; optim.lr"
+            " 0.0001 .. 0.01 log"
+        ),
         "- METHOD: bayes, seed 0, 3 seeds a setting",
-        "- STOPS: hyperband from step 100, the best 1/3 go on; ema/flow/cos below 0.3 at 2 probes from step 150",
+        (
+            "- STOPS: hyperband from step 100, the best 1/3 go on; ema/flow/cos below 0.3 at 2"
+            " probes from step 150"
+        ),
         "- DATASET: shapes",
         "- CORE PARAMS: head conv, batch 32, steps 400",
         "- TAGS: a, b",

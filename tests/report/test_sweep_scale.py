@@ -16,7 +16,12 @@ from flowray.report.sweep_page import sweep_commands, write_sweep_report
 
 
 def scaled(value: float, **autoencoder: Any) -> dict[str, Any]:
-    config = {"model": {"autoencoder": {"kind": "kl", "path": "embedded", "scaling_factor": None} | autoencoder, "latent": {"height": 8}}}
+    config = {
+        "model": {
+            "autoencoder": {"kind": "kl", "path": "embedded", "scaling_factor": None} | autoencoder,
+            "latent": {"height": 8},
+        }
+    }
     return {"params": {"k": value}, "metrics": {METRIC: value}, "config": config}
 
 
@@ -24,12 +29,18 @@ def test_trials_on_another_scale_are_not_ranked(tmp_path: Path) -> None:
     folder = make(tmp_path / "s", [scaled(0.5), scaled(0.3), scaled(0.1, scaling_factor=0.2)])
     sweep = load_sweep(folder)
     assert sweep.best is None
-    assert sweep.scales == {"model.autoencoder.scaling_factor=null": (0, 1), "model.autoencoder.scaling_factor=0.2": (2,)}
+    assert sweep.scales == {
+        "model.autoencoder.scaling_factor=null": (0, 1),
+        "model.autoencoder.scaling_factor=0.2": (2,),
+    }
     assert sweep_commands(sweep) == {}
     assert edges(sweep) == []
     page = write_sweep_report(folder).read_text()
     assert '<p class="big">Not ranked</p>' in page
-    assert [(group.label, group.best.number if group.best else None) for group in analysis.scale_groups(sweep)] == [("A", 1), ("B", 2)]
+    assert [
+        (group.label, group.best.number if group.best else None)
+        for group in analysis.scale_groups(sweep)
+    ] == [("A", 1), ("B", 2)]
     assert "Trial 0, 1; best of these: trial 1, ema/shoot/nmse 0.300" in page
     assert re.findall(r"</span></td><td>([AB])</td>", page) == ["A", "A", "B"]
     assert "Trials (not ranked)" in page
@@ -52,7 +63,10 @@ def test_trials_on_another_scale_are_not_ranked(tmp_path: Path) -> None:
 def test_what_sets_the_scale(tmp_path: Path, key: str, other: Any, comparable: bool) -> None:
     trials = []
     for value in (None, other):
-        config: dict[str, Any] = {"data": {"shards": "shapes"}, "model": {"latent": {"height": 8}, "autoencoder": {"path": "embedded"}}}
+        config: dict[str, Any] = {
+            "data": {"shards": "shapes"},
+            "model": {"latent": {"height": 8}, "autoencoder": {"path": "embedded"}},
+        }
         *sections, last = key.split(".")
         inner = config
         for name in sections:
@@ -64,4 +78,6 @@ def test_what_sets_the_scale(tmp_path: Path, key: str, other: Any, comparable: b
 
 def test_held_out_shards_of_their_own_make_training_shards_comparable(tmp_path: Path) -> None:
     configs = [{"data": {"shards": shards, "val_shards": "held"}} for shards in ("a", "b")]
-    assert load_sweep(make(tmp_path / "s", [{"metrics": {METRIC: 0.5}, "config": c} for c in configs])).comparable
+    assert load_sweep(
+        make(tmp_path / "s", [{"metrics": {METRIC: 0.5}, "config": c} for c in configs])
+    ).comparable

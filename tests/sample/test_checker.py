@@ -1,4 +1,6 @@
-"""The checker reads scenes back exactly, sees nothing where there is nothing, and the evaluation's ends are 1 and chance."""
+"""The checker reads scenes back exactly, sees nothing where there is nothing, and the
+evaluation's ends are 1 and chance.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,17 @@ import torch
 from support import SPEC, tiny_autoencoder
 
 from flowray.config.model import KLAutoencoder
-from flowray.data.shapes import ATTRIBUTES, BACKGROUNDS, RGB, Scene, Thing, caption, draw_scene, render, single_scenes
+from flowray.data.shapes import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    RGB,
+    Scene,
+    Thing,
+    caption,
+    draw_scene,
+    render,
+    single_scenes,
+)
 from flowray.model.autoencoder import load_autoencoder
 from flowray.sample import evaluate
 from flowray.sample.checker import FLAT, ShapesChecker, pair_score, single_score
@@ -31,7 +43,11 @@ def checker() -> ShapesChecker:
 def noisy(scene: Scene, seed: int, sigma: float = 10.0) -> np.ndarray:
     """The scene with jitter and pixel noise."""
     rng = np.random.default_rng([1, seed])
-    return np.clip(render(scene, rng) + sigma * rng.standard_normal((64, 64, 3)), 0, 255).round().astype(np.uint8)
+    return (
+        np.clip(render(scene, rng) + sigma * rng.standard_normal((64, 64, 3)), 0, 255)
+        .round()
+        .astype(np.uint8)
+    )
 
 
 def test_every_single_scene_with_jitter_and_noise(checker: ShapesChecker) -> None:
@@ -50,7 +66,9 @@ def test_clean_pictures_have_little_error(checker: ShapesChecker, scene: Scene) 
     found, error = checker.read(render(scene))
     assert found == scene
     assert error < 80  # soft edges: a half-covered pixel is near neither colour
-    score = single_score(scene, found, error) if not scene.relation else pair_score(scene, found, error)
+    score = (
+        single_score(scene, found, error) if not scene.relation else pair_score(scene, found, error)
+    )
     assert all(score.values())
 
 
@@ -83,12 +101,22 @@ def test_scores_name_what_is_wrong(checker: ShapesChecker) -> None:
     }.items():
         score = single_score(wanted, *checker.read(render(other)))
         assert [key for key, right in score.items() if not right] == [name]
-    two = Scene("white", (Thing("red", "circle", "small"), Thing("blue", "square", "large")), "left of")
+    two = Scene(
+        "white", (Thing("red", "circle", "small"), Thing("blue", "square", "large")), "left of"
+    )
     assert not single_score(wanted, *checker.read(render(two)))["position"]
     swapped = Scene("white", two.things[::-1], "left of")
-    assert pair_score(two, *checker.read(render(swapped))) == {"relation": True, "binding": False, "all": False}
+    assert pair_score(two, *checker.read(render(swapped))) == {
+        "relation": True,
+        "binding": False,
+        "all": False,
+    }
     sizes = Scene("white", (Thing("red", "circle", "large"), two.things[1]), "left of")
-    assert pair_score(two, *checker.read(render(sizes))) == {"relation": True, "binding": True, "all": False}
+    assert pair_score(two, *checker.read(render(sizes))) == {
+        "relation": True,
+        "binding": True,
+        "all": False,
+    }
     stacked = Scene("white", two.things, "above")
     assert not any(pair_score(two, *checker.read(render(stacked))).values())
 
@@ -125,12 +153,21 @@ class Painter:
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         self.asked.append(prompts)
-        order = np.random.default_rng(3).permutation(len(prompts)) if self.shuffle else np.arange(len(prompts))
-        return np.stack([render(parse(prompts[j]), np.random.default_rng([9, i])) for i, j in enumerate(order)])
+        order = (
+            np.random.default_rng(3).permutation(len(prompts))
+            if self.shuffle
+            else np.arange(len(prompts))
+        )
+        return np.stack(
+            [render(parse(prompts[j]), np.random.default_rng([9, i])) for i, j in enumerate(order)]
+        )
 
 
 def scores(painter: Painter, tmp_path: Path) -> dict[str, Any]:
-    autoencoder = load_autoencoder(KLAutoencoder(path=str(tiny_autoencoder(tmp_path))), SPEC.model_copy(update={"height": 32, "width": 32}))
+    autoencoder = load_autoencoder(
+        KLAutoencoder(path=str(tiny_autoencoder(tmp_path))),
+        SPEC.model_copy(update={"height": 32, "width": 32}),
+    )
     return evaluate_shapes(painter, autoencoder, seed=0)
 
 
@@ -147,18 +184,28 @@ def test_a_painter_of_the_truth_scores_one(tmp_path: Path, monkeypatch: pytest.M
     floor = rows["controls"]["floor"]
     assert floor["all_correct"] < 0.1  # right pictures for another's caption
     assert 0.15 < floor["mean_attribute_accuracy"] < 0.5
-    assert rows["controls"]["ceiling"]["all_correct"] < 0.1  # this autoencoder is random: the control says so
-    assert [len(prompts) for prompts in painter.asked] == [rows["prompts"], 24, rows["unseen"]["prompts"]]
+    # this autoencoder is random: the control says so
+    assert rows["controls"]["ceiling"]["all_correct"] < 0.1
+    assert [len(prompts) for prompts in painter.asked] == [
+        rows["prompts"],
+        24,
+        rows["unseen"]["prompts"],
+    ]
     train = {caption(scene) for scene in single_scenes("train")}
     assert not train & {caption(parse(text)) for text in painter.asked[0]}
 
 
-def test_a_painter_of_other_prompts_scores_at_the_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_painter_of_other_prompts_scores_at_the_floor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(evaluate, "PAIRS", 24)
-    monkeypatch.setattr(evaluate, "single_scenes", lambda split: single_scenes(split)[::2])  # half the time
+    # half the time
+    monkeypatch.setattr(evaluate, "single_scenes", lambda split: single_scenes(split)[::2])
     rows = scores(Painter(shuffle=True), tmp_path)
     assert rows["all_correct"] < 0.1
-    assert rows["mean_attribute_accuracy"] == pytest.approx(rows["controls"]["floor"]["mean_attribute_accuracy"], abs=0.12)
+    assert rows["mean_attribute_accuracy"] == pytest.approx(
+        rows["controls"]["floor"]["mean_attribute_accuracy"], abs=0.12
+    )
     assert rows["two_objects"]["all"] < 0.2
 
 

@@ -1,4 +1,6 @@
-"""Pictures from prompts: noise by place, guidance, the path of training, and nothing left behind."""
+"""Pictures from prompts: noise by place, guidance, the path of training, and nothing left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ from support import tiny_recipe
 
 from flowray.config.flow import Dopri5Solver, HeunSolver, SampleConfig
 from flowray.config.recipe import Recipe
+from flowray.data.pixels import from_pictures
 from flowray.flow.path import time_code
 from flowray.model.assemble import FlowModel, build_model
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
 from flowray.sample.generate import generate, generate_latents, save_strip, source_noise
-from flowray.store.latents import from_pictures
 
 PROMPTS = ["a small red circle on the left", "a large blue square", "cross"]
 CPU = torch.device("cpu")
@@ -43,7 +45,11 @@ def autoencoder(recipe: Recipe) -> Autoencoder:
 
 
 def test_noise_depends_on_seed_and_place_alone(model: FlowModel) -> None:
-    three, five, other = source_noise(model, 3, 7, CPU), source_noise(model, 5, 7, CPU), source_noise(model, 3, 8, CPU)
+    three, five, other = (
+        source_noise(model, 3, 7, CPU),
+        source_noise(model, 5, 7, CPU),
+        source_noise(model, 3, 8, CPU),
+    )
     assert three.shape == (3, 4, 4, 4)
     assert torch.equal(three, five[:3])
     assert not torch.equal(three[0], three[1])
@@ -55,7 +61,9 @@ def test_a_batch_equals_its_prompts_alone(model: FlowModel, guidance: float) -> 
     config = SampleConfig(steps=6, guidance_scale=guidance)
     noise = source_noise(model, 3, 7, CPU)
     together = generate_latents(model, PROMPTS, config, noise)
-    alone = torch.cat([generate_latents(model, PROMPTS[i : i + 1], config, noise[i : i + 1]) for i in range(3)])
+    alone = torch.cat(
+        [generate_latents(model, PROMPTS[i : i + 1], config, noise[i : i + 1]) for i in range(3)]
+    )
     assert torch.allclose(together, alone, atol=1e-4)
 
 
@@ -74,7 +82,10 @@ def test_the_path_of_training_by_hand(model: FlowModel) -> None:
 
 def test_guidance_1_is_off_and_more_moves_away_from_null(model: FlowModel) -> None:
     noise = source_noise(model, 3, 7, CPU)
-    off, same, more = (generate_latents(model, PROMPTS, SampleConfig(steps=1, guidance_scale=s), noise) for s in (1.0, 1.0, 4.0))
+    off, same, more = (
+        generate_latents(model, PROMPTS, SampleConfig(steps=1, guidance_scale=s), noise)
+        for s in (1.0, 1.0, 4.0)
+    )
     assert torch.equal(off, same)
     with torch.no_grad():
         _, z0 = model.source(PROMPTS, noise)
@@ -87,9 +98,13 @@ def test_guidance_1_is_off_and_more_moves_away_from_null(model: FlowModel) -> No
 
 def test_solvers_agree_in_the_limit(model: FlowModel) -> None:
     noise = source_noise(model, 3, 7, CPU)
-    exact = generate_latents(model, PROMPTS, SampleConfig(solver=Dopri5Solver(rtol=1e-6, atol=1e-6)), noise)
+    exact = generate_latents(
+        model, PROMPTS, SampleConfig(solver=Dopri5Solver(rtol=1e-6, atol=1e-6)), noise
+    )
     heun = generate_latents(model, PROMPTS, SampleConfig(solver=HeunSolver(), steps=128), noise)
-    quantiles = generate_latents(model, PROMPTS, SampleConfig(solver=HeunSolver(), steps=256, grid="logit_normal"), noise)
+    quantiles = generate_latents(
+        model, PROMPTS, SampleConfig(solver=HeunSolver(), steps=256, grid="logit_normal"), noise
+    )
     assert torch.allclose(exact, heun, atol=5e-3)
     assert torch.allclose(exact, quantiles, atol=5e-2)
 

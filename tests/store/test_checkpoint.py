@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from flowray.config.errors import InputError
-from flowray.store.checkpoint import copy_into, list_checkpoints, load_state, load_tensors, newest_checkpoint, save_checkpoint
+from flowray.store.checkpoint import (
+    copy_into,
+    list_checkpoints,
+    load_state,
+    load_tensors,
+    newest_checkpoint,
+    save_checkpoint,
+)
 
 
 def groups(value: float = 0.0) -> dict[str, dict[str, torch.Tensor]]:
@@ -16,7 +23,11 @@ def groups(value: float = 0.0) -> dict[str, dict[str, torch.Tensor]]:
     return {
         "model": {"a.weight": weight, "a.half": weight.bfloat16(), "turned": weight.T},
         "ema": {"a.weight": weight * 0.5},
-        "optim": {"a.weight/step": torch.tensor(7.0), "count": torch.arange(4), "flags": torch.tensor([True, False])},
+        "optim": {
+            "a.weight/step": torch.tensor(7.0),
+            "count": torch.arange(4),
+            "flags": torch.tensor([True, False]),
+        },
     }
 
 
@@ -35,8 +46,15 @@ def test_round_trip_is_exact_in_every_type_and_holds_no_pickle(tmp_path):
         for key, tensor in tensors.items():
             assert loaded[key].dtype == tensor.dtype
             assert torch.equal(loaded[key], tensor)
-    assert names(saved) == ["ema.safetensors", "model.safetensors", "optim.safetensors", "state.json"]
-    assert not any(file.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04", b"PK") for file in saved.iterdir())
+    assert names(saved) == [
+        "ema.safetensors",
+        "model.safetensors",
+        "optim.safetensors",
+        "state.json",
+    ]
+    assert not any(
+        file.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04", b"PK") for file in saved.iterdir()
+    )
 
 
 def test_keeps_the_newest_and_sweeps_up_after_a_killed_writer(tmp_path):
@@ -68,7 +86,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage
 def test_a_full_disk_raises_oserror_and_leaves_the_older_checkpoint(tmp_path):
     first = save_checkpoint(tmp_path, 1, groups(), {"seed": 0}, keep=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # the kernel refuses the write, as it does on a full disk
+    # the kernel refuses the write, as it does on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OSError, match="too large"):
             save_checkpoint(tmp_path, 2, {"model": {"a": torch.zeros(1000)}}, {"seed": 0}, keep=2)
@@ -82,7 +101,10 @@ def test_the_same_step_again_replaces_an_invalid_one(tmp_path):
     (save_checkpoint(tmp_path, 4, groups(), {"seed": 0}, keep=2) / "ema.safetensors").unlink()
     assert list_checkpoints(tmp_path) == []
     save_checkpoint(tmp_path, 4, groups(1.0), {"seed": 0}, keep=2)
-    assert torch.equal(load_tensors(newest_checkpoint(tmp_path), "model")["a.weight"], groups(1.0)["model"]["a.weight"])
+    assert torch.equal(
+        load_tensors(newest_checkpoint(tmp_path), "model")["a.weight"],
+        groups(1.0)["model"]["a.weight"],
+    )
 
 
 def test_copy_into_names_what_does_not_fit():

@@ -26,7 +26,7 @@ import os, sys
 from pathlib import Path
 import torch
 from flowray.config.errors import InputError
-from flowray.config.sweep import Sweep
+from flowray.sweepconfig.sweep import Sweep
 from flowray.data.make import ShapesSet, ensure_set
 from flowray.store.checkpoint import newest_checkpoint, save_checkpoint
 from flowray.store.run import RunDirectory, RunLock
@@ -194,6 +194,8 @@ def test_a_sweep_on_exfat(tmp_path):
         assert newest_checkpoint(RunDirectory(mounted / "runs" / "s" / "0").checkpoints)
     finally:
         subprocess.run(["umount", mounted], check=True)
-        listed = subprocess.run(["losetup", "-j", tmp_path / "image"], capture_output=True, text=True)
+        listed = subprocess.run(
+            ["losetup", "-j", tmp_path / "image"], capture_output=True, text=True
+        )
         if device := listed.stdout.partition(":")[0]:
             subprocess.run(["losetup", "-d", device], check=True)

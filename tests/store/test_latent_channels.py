@@ -1,4 +1,6 @@
-"""Latent statistics per channel against N(0, 1): exact, told in one line where they are far off, in the run's first probe row."""
+"""Latent statistics per channel against N(0, 1): exact, told in one line where they are far off,
+in the run's first probe row.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from flowray.config.train import DataConfig
 from flowray.data.shards import MANIFEST
 from flowray.model.latent import LatentScale, Moments
 from flowray.store import latents as store
-from flowray.store.latents import channel_metrics, channel_statistics, channel_warning, ensure_latents, load_latents
+from flowray.store.latents import (
+    channel_metrics,
+    channel_statistics,
+    channel_warning,
+    ensure_latents,
+    load_latents,
+)
 
 
 def test_statistics_are_those_of_drawn_latents(tmp_path: Path) -> None:
@@ -25,13 +33,19 @@ def test_statistics_are_those_of_drawn_latents(tmp_path: Path) -> None:
     mean, std = channel_statistics(latents)
     moments = latents.moments(np.arange(40))
     noise = torch.randn(400, *moments.mean.shape, generator=torch.Generator().manual_seed(0))
-    drawn = ((moments.mean + (moments.logvar / 2).exp() * noise - SHIFT) * SCALE).transpose(2, 0).flatten(1)
+    drawn = (
+        ((moments.mean + (moments.logvar / 2).exp() * noise - SHIFT) * SCALE)
+        .transpose(2, 0)
+        .flatten(1)
+    )
     assert torch.allclose(mean, drawn.mean(1).double(), atol=2e-3)
     assert torch.allclose(std, drawn.std(1).double(), rtol=2e-3)
     assert float(std.std()) > 0  # the channels differ
     metrics = channel_metrics(latents)
     assert metrics["latent/channel_mean_max"] == pytest.approx(float(mean.abs().max()))
-    assert (metrics["latent/channel_std_min"], metrics["latent/channel_std_max"]) == pytest.approx((float(std.min()), float(std.max())))
+    assert (metrics["latent/channel_std_min"], metrics["latent/channel_std_max"]) == pytest.approx(
+        (float(std.min()), float(std.max()))
+    )
     assert all(describe(key) for key in metrics)
 
 
@@ -40,7 +54,9 @@ def test_a_large_set_is_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyP
     whole = channel_statistics(latents)
     monkeypatch.setattr(store, "STATISTICS", 7)
     part = channel_statistics(latents)
-    mean = latents.scale.sample(latents.moments(np.linspace(0, 39, 7).round().astype(int)), torch.zeros(7, *SPEC.shape))
+    mean = latents.scale.sample(
+        latents.moments(np.linspace(0, 39, 7).round().astype(int)), torch.zeros(7, *SPEC.shape)
+    )
     assert torch.allclose(part[0], mean.double().mean((0, 2, 3)))
     assert not torch.allclose(part[0], whole[0])
 
@@ -51,23 +67,38 @@ def test_scale_per_channel_is_kept_on_disk(tmp_path: Path) -> None:
     manifest["meta"] |= {"scale": [0.5, 1.0, 2.0, 4.0], "shift": [0.0, 1.0, 2.0, 3.0]}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     latents = load_latents(folder)
-    assert latents.scale == LatentScale((0.5, 1.0, 2.0, 4.0), (0.0, 1.0, 2.0, 3.0), deterministic=False)
+    assert latents.scale == LatentScale(
+        (0.5, 1.0, 2.0, 4.0), (0.0, 1.0, 2.0, 3.0), deterministic=False
+    )
     raw = torch.randn(2, *SPEC.shape)
     z = latents.scale.sample(Moments(raw, torch.full_like(raw, -30)), torch.zeros_like(raw))
     assert torch.allclose(z[:, 3], (raw[:, 3] - 3.0) * 4.0)
     assert torch.allclose(latents.scale.unscale(z), raw, atol=1e-6)
     mean, std = channel_statistics(latents)
     plain_mean, plain_std = channel_statistics(load_latents(tiny_latents(tmp_path / "plain", 16)))
-    assert torch.allclose(std, plain_std / SCALE * torch.tensor([0.5, 1.0, 2.0, 4.0]).double(), rtol=1e-5)
+    assert torch.allclose(
+        std, plain_std / SCALE * torch.tensor([0.5, 1.0, 2.0, 4.0]).double(), rtol=1e-5
+    )
     assert float((mean - plain_mean).abs().min()) > 1e-3
 
 
 @pytest.mark.parametrize(
     ("mean", "least", "most", "named"),
-    [(0.2, 0.8, 1.2, None), (1.5, 0.8, 1.2, "mean_max is 1.5"), (0.2, 0.1, 1.2, "std_min is 0.1"), (0.2, 0.8, 9.0, "std_max is 9")],
+    [
+        (0.2, 0.8, 1.2, None),
+        (1.5, 0.8, 1.2, "mean_max is 1.5"),
+        (0.2, 0.1, 1.2, "std_min is 0.1"),
+        (0.2, 0.8, 9.0, "std_max is 9"),
+    ],
 )
-def test_warning_above_the_thresholds(mean: float, least: float, most: float, named: str | None) -> None:
-    metrics = {"latent/channel_mean_max": mean, "latent/channel_std_min": least, "latent/channel_std_max": most}
+def test_warning_above_the_thresholds(
+    mean: float, least: float, most: float, named: str | None
+) -> None:
+    metrics = {
+        "latent/channel_mean_max": mean,
+        "latent/channel_std_min": least,
+        "latent/channel_std_max": most,
+    }
     warning = channel_warning(metrics)
     if named is None:
         assert warning is None
@@ -100,7 +131,9 @@ def test_encoding_warns_of_a_scale_that_is_off(tmp_path: Path) -> None:
     assert len(warned[10.0]) == 2  # train and val
 
 
-def test_encode_prints_and_the_first_probe_row_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_encode_prints_and_the_first_probe_row_has_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from support import tiny_recipe
 
     from flowray.config.load import dump_recipe
@@ -123,5 +156,7 @@ def test_encode_prints_and_the_first_probe_row_has_them(tmp_path: Path, capsys: 
     train(recipe, run, Group(0, 1, torch.device("cpu")), lambda row: None)
     rows = [json.loads(line) for line in run.probes.read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
-    assert {key: value for key, value in rows[0].items() if key.startswith("latent/")} == pytest.approx(metrics)
+    assert {
+        key: value for key, value in rows[0].items() if key.startswith("latent/")
+    } == pytest.approx(metrics)
     assert not any(key.startswith("latent/") for key in rows[1])

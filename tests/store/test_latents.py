@@ -1,4 +1,6 @@
-"""Latent shards: made once from pictures, made again when pictures or autoencoder change, exact and checked."""
+"""Latent shards: made once from pictures, made again when pictures or autoencoder change, exact
+and checked.
+"""
 
 import io
 import json
@@ -15,9 +17,11 @@ from flowray.config.errors import InputError
 from flowray.config.model import KLAutoencoder
 from flowray.config.train import DataConfig
 from flowray.data.make import png
+from flowray.data.pictures import decode_image
+from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards, write_shards
-from flowray.store.latents import decode_image, ensure_latents, from_pictures, load_latents, others, to_pictures
+from flowray.store.latents import ensure_latents, load_latents, others
 
 
 @pytest.fixture
@@ -39,7 +43,9 @@ def ensure(data: DataConfig, config: KLAutoencoder) -> tuple[dict[str, Path], di
 
 
 def write(folder: Path, pictures: list[np.ndarray]) -> str:
-    rows = ({"__key__": f"k{i}", "png": png(p), "txt": b"a picture"} for i, p in enumerate(pictures))
+    rows = (
+        {"__key__": f"k{i}", "png": png(p), "txt": b"a picture"} for i, p in enumerate(pictures)
+    )
     return str(write_shards(folder, rows, meta={}))
 
 
@@ -47,21 +53,28 @@ def test_moments_scale_and_variance_are_those_of_the_pictures(data, config):
     folders, encoded = ensure(data, config)
     assert encoded == {"encoding train pictures": 40, "encoding val pictures": 8}
     latents = load_latents(folders["train"])
-    assert (latents.scale.scale, latents.scale.shift, latents.scale.deterministic) == (SCALE, SHIFT, False)
+    assert (latents.scale.scale, latents.scale.shift, latents.scale.deterministic) == (
+        SCALE,
+        SHIFT,
+        False,
+    )
     reader = ShardReader(find_shards(data.shards))
     pictures = to_pictures([decode_image(reader, i) for i in range(40)])
     assert np.array_equal(from_pictures(pictures)[3], decode_image(reader, 3))
     with torch.no_grad():
         direct = AutoencoderKL.from_pretrained(config.path).eval().encode(pictures).latent_dist
     moments = latents.moments(np.arange(40))
-    torch.testing.assert_close(moments.mean, direct.mean, rtol=2e-3, atol=2e-3)  # kept in half precision
+    # kept in half precision
+    torch.testing.assert_close(moments.mean, direct.mean, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(moments.logvar, direct.logvar, rtol=2e-3, atol=2e-3)
     assert [latents.captions(i) for i in (0, 39)] == [reader.captions(i) for i in (0, 39)]
 
     generator = torch.Generator().manual_seed(0)
     noises = [torch.randn(40, *SPEC.shape, generator=generator) for _ in range(64)]
     drawn = torch.stack([latents.scale.sample(moments, noise) for noise in noises])
-    torch.testing.assert_close(drawn[0], (direct.mean + direct.std * noises[0] - SHIFT) * SCALE, rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(
+        drawn[0], (direct.mean + direct.std * noises[0] - SHIFT) * SCALE, rtol=5e-3, atol=5e-3
+    )
     assert latents.variance == pytest.approx(float(drawn.var()), rel=0.01)
 
 
@@ -95,12 +108,15 @@ def test_encoded_once_and_again_when_something_changes(data, config, tmp_path):
     assert other["val"] != changed["val"]
     assert len(lines) == 2
     assert not np.array_equal(
-        load_latents(other["val"]).moments(np.arange(2)).mean, load_latents(changed["val"]).moments(np.arange(2)).mean
+        load_latents(other["val"]).moments(np.arange(2)).mean,
+        load_latents(changed["val"]).moments(np.arange(2)).mean,
     )
 
 
 def test_moved_pictures_are_found_again(data, config, tmp_path):
-    """The manifest names the pictures, which the last probes read: a stale name would fail a run at its end."""
+    """The manifest names the pictures, which the last probes read: a stale name would fail a run
+    at its end.
+    """
     ensure(data, config)
     Path(data.shards).rename(tmp_path / "moved")
     folders, _ = ensure(data.model_copy(update={"shards": str(tmp_path / "moved")}), config)
@@ -121,7 +137,9 @@ def test_a_corrupt_picture_names_shard_and_sample_and_leaves_no_cache(tmp_path, 
     with tarfile.open(tar) as opened:
         member = next(m for m in opened if m.name == "k3.png")
     rng = np.random.default_rng(seed)
-    content[member.offset_data + 8 + seed * 9 : member.offset_data + member.size] = rng.bytes(member.size - 8 - seed * 9)
+    content[member.offset_data + 8 + seed * 9 : member.offset_data + member.size] = rng.bytes(
+        member.size - 8 - seed * 9
+    )
     tar.write_bytes(content)
     data = DataConfig(shards=str(folder), val_shards=str(folder), cache=str(tmp_path / "cache"))
     with pytest.raises(InputError, match=r"shard-000000.tar, sample 'k3': .png does not decode"):
@@ -130,7 +148,9 @@ def test_a_corrupt_picture_names_shard_and_sample_and_leaves_no_cache(tmp_path, 
 
 
 def test_pictures_of_two_sizes_or_of_no_fitting_size_are_input_errors(tmp_path, config):
-    mixed = write(tmp_path / "mixed", [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)])
+    mixed = write(
+        tmp_path / "mixed", [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)]
+    )
     with pytest.raises(InputError, match="sample 'k1': the picture is 16 x 8 px, others are 8 x 8"):
         ensure(DataConfig(shards=mixed, val_shards=mixed, cache=str(tmp_path / "cache")), config)
     large = write(tmp_path / "large", [np.zeros((16, 16, 3), np.uint8)])
@@ -141,16 +161,27 @@ def test_pictures_of_two_sizes_or_of_no_fitting_size_are_input_errors(tmp_path, 
 def test_a_sample_without_a_picture_and_missing_val_shards(tmp_path, config):
     buffer = io.BytesIO()
     np.save(buffer, np.zeros(3))
-    folder = write_shards(tmp_path / "bare", [{"__key__": "k0", "npy": buffer.getvalue(), "json": json.dumps({}).encode()}], meta={})
+    folder = write_shards(
+        tmp_path / "bare",
+        [{"__key__": "k0", "npy": buffer.getvalue(), "json": json.dumps({}).encode()}],
+        meta={},
+    )
     with pytest.raises(InputError, match=r"sample 'k0': no picture \(.png"):
-        ensure(DataConfig(shards=str(folder), val_shards=str(folder), cache=str(tmp_path / "cache")), config)
+        ensure(
+            DataConfig(shards=str(folder), val_shards=str(folder), cache=str(tmp_path / "cache")),
+            config,
+        )
     with pytest.raises(InputError, match=r"data.val_shards: not given"):
         ensure(DataConfig(shards=str(folder), cache=str(tmp_path / "cache")), config)
 
 
 def test_shuffled_captions_are_all_there_and_none_is_in_its_place(tmp_path):
     folder = tiny_latents(tmp_path / "latents", 40)
-    own, shuffled, again = load_latents(folder), load_latents(folder, shuffle=3), load_latents(folder, shuffle=3)
+    own, shuffled, again = (
+        load_latents(folder),
+        load_latents(folder, shuffle=3),
+        load_latents(folder, shuffle=3),
+    )
     texts = [latents.captions(i)[0] for latents in (own, shuffled, again) for i in range(40)]
     assert sorted(texts[:40]) == sorted(texts[40:80])
     assert all(mine != theirs for mine, theirs in zip(texts[:40], texts[40:80], strict=True))

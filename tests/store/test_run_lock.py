@@ -36,10 +36,17 @@ def lock_of_another_host(run: RunDirectory, age: float) -> None:
 
 
 def test_live_owner_refused_dead_owner_taken_over(run):
-    owner = subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert owner.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=f"in use by process {owner.pid} on {socket.gethostname()}"), RunLock(run):
+        with (
+            pytest.raises(
+                InputError, match=f"in use by process {owner.pid} on {socket.gethostname()}"
+            ),
+            RunLock(run),
+        ):
             pass
         with pytest.raises(InputError, match="in use"):
             RunLock(run).refuse_if_held()
@@ -53,7 +60,9 @@ def test_live_owner_refused_dead_owner_taken_over(run):
 
 
 def test_a_reused_process_id_is_not_the_owner(run):
-    (run.path / ".lock").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getppid(), "started": "12"}))
+    (run.path / ".lock").write_text(
+        json.dumps({"host": socket.gethostname(), "pid": os.getppid(), "started": "12"})
+    )
     with RunLock(run):
         pass
 

@@ -19,7 +19,9 @@ def losses(folder: Path) -> dict[str, list[float]]:
     """KEYS at each of the 50 steps of a fresh run in `folder`."""
     often = {"train.steps": 50, "train.log_every": 1, "train.batch_size": 16}
     seldom = {"train.probe_every": 100, "train.sample_every": 100, "train.checkpoint_every": 100}
-    recipe = tiny_recipe(folder, **often, **seldom, **{"loss.clip.weight": 0.5, "flow.time.kind": "log_snr"})
+    recipe = tiny_recipe(
+        folder, **often, **seldom, **{"loss.clip.weight": 0.5, "flow.time.kind": "log_snr"}
+    )
     run = RunDirectory(folder / "runs" / recipe.name)
     torch.set_num_threads(1)
     train(recipe, run, Group(0, 1, torch.device("cpu")), lambda row: None)

@@ -1,4 +1,6 @@
-"""Write golden_losses.json anew: `python tests/train/make_golden.py`, after a change that is meant to change the losses."""
+"""Write golden_losses.json anew: `python tests/train/make_golden.py`, after a change that is
+meant to change the losses.
+"""
 
 import json
 import os
@@ -13,4 +15,9 @@ from golden_case import FILE, losses
 
 with tempfile.TemporaryDirectory() as folder:
     rows = losses(Path(folder))
-FILE.write_text(json.dumps({key: [float(f"{value:.8g}") for value in values] for key, values in rows.items()}, indent=1) + "\n")
+FILE.write_text(
+    json.dumps(
+        {key: [float(f"{value:.8g}") for value in values] for key, values in rows.items()}, indent=1
+    )
+    + "\n"
+)

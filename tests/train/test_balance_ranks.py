@@ -1,4 +1,6 @@
-"""Two gloo ranks take the direction that one process takes, whatever the balancing; accumulation sends gradients once."""
+"""Two gloo ranks take the direction that one process takes, whatever the balancing; accumulation
+sends gradients once.
+"""
 
 from __future__ import annotations
 
@@ -26,26 +28,42 @@ STEPS = 4
 CASES: dict[str, dict[str, Any]] = {
     "accumulated": {"train.accumulate": 2},
     "probed": {"train.grad_every": 1, "train.log_every": 1},
-    "shares": {"loss.balance.kind": "shares", "loss.balance.every": 2, "loss.balance.over": "source"},
-    "gradnorm": {"loss.balance.kind": "gradnorm", "loss.balance.lr": 0.1, "loss.clip.weight": 0.5},  # negatives from both ranks
+    "shares": {
+        "loss.balance.kind": "shares",
+        "loss.balance.every": 2,
+        "loss.balance.over": "source",
+    },
+    # negatives from both ranks
+    "gradnorm": {"loss.balance.kind": "gradnorm", "loss.balance.lr": 0.1, "loss.clip.weight": 0.5},
     "pcgrad": {"loss.balance.kind": "pcgrad", "train.accumulate": 2, "loss.kl.weight": 50.0},
 }
 
 
 def steps(recipe: Recipe, group: Group) -> dict[str, Any]:
     """Rows and last weights of a few steps, and how many gradient buckets DDP sent in each step."""
-    latents = load_latents(ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)["train"])
+    latents = load_latents(
+        ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)["train"]
+    )
     state, sent = fresh_state(recipe, group.device), []
     objective, make_batch = group.wrap(state.objective), BatchMaker(recipe, latents, group)
     if isinstance(objective, DistributedDataParallel):
-        objective.register_comm_hook(None, lambda _, bucket: (sent.append(state.step), allreduce_hook(None, bucket))[1])
+        objective.register_comm_hook(
+            None, lambda _, bucket: (sent.append(state.step), allreduce_hook(None, bucket))[1]
+        )
     rows = []
     for step in range(STEPS):
         row = train_step(state, objective, make_batch(step), recipe, group)
         rows.append({key: float(group.mean(value.float())) for key, value in row.items()})
     weights = torch.cat([p.detach().flatten() for p in state.parameters.values()])
-    gradient = torch.cat([p.grad.flatten() for p in state.parameters.values() if p.grad is not None])
-    return {"rows": rows, "weights": weights, "gradient": gradient, "sent": [sent.count(step) for step in range(STEPS)]}
+    gradient = torch.cat(
+        [p.grad.flatten() for p in state.parameters.values() if p.grad is not None]
+    )
+    return {
+        "rows": rows,
+        "weights": weights,
+        "gradient": gradient,
+        "sent": [sent.count(step) for step in range(STEPS)],
+    }
 
 
 def worker(rank: int, plain: dict, port: int, folder: str) -> None:
@@ -53,14 +71,20 @@ def worker(rank: int, plain: dict, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     recipe = Recipe.model_validate(plain)
-    found = {name: steps(override_recipe(recipe, options), Group.current("cpu")) for name, options in CASES.items()}
+    found = {
+        name: steps(override_recipe(recipe, options), Group.current("cpu"))
+        for name, options in CASES.items()
+    }
     torch.save(found, Path(folder) / f"rank-{rank}")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Recipe:
-    return tiny_recipe(tmp_path_factory.mktemp("ranks"), **{"loss.kl.schedule.kind": "constant", "resources.num_workers": 2})
+    return tiny_recipe(
+        tmp_path_factory.mktemp("ranks"),
+        **{"loss.kl.schedule.kind": "constant", "resources.num_workers": 2},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +95,12 @@ def ranks(base, tmp_path_factory) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(worker, args=(base.model_dump(mode="json"), port, str(folder)), nprocs=2, start_method="spawn")
+    mp.start_processes(
+        worker,
+        args=(base.model_dump(mode="json"), port, str(folder)),
+        nprocs=2,
+        start_method="spawn",
+    )
     return [torch.load(folder / f"rank-{rank}", weights_only=True) for rank in (0, 1)]
 
 
@@ -80,7 +109,10 @@ def test_ranks_agree_with_each_other_and_with_one_process(base, ranks, case):
     lead, other = (found[case] for found in ranks)
     assert torch.equal(lead["weights"], other["weights"])
     assert torch.equal(lead["gradient"], other["gradient"])
-    alone = steps(override_recipe(base, {"resources.num_workers": 1, **CASES[case]}), Group(0, 1, torch.device("cpu")))
+    alone = steps(
+        override_recipe(base, {"resources.num_workers": 1, **CASES[case]}),
+        Group(0, 1, torch.device("cpu")),
+    )
     assert len(alone["rows"]) == STEPS
     for row, pair in zip(alone["rows"], lead["rows"], strict=True):
         assert row.keys() == pair.keys()

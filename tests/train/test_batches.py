@@ -1,4 +1,6 @@
-"""What a step is made of: the same global batch for any number of ranks, every sample once an epoch, null samples."""
+"""What a step is made of: the same global batch for any number of ranks, every sample once an
+epoch, null samples.
+"""
 
 import numpy as np
 import pytest
@@ -23,12 +25,19 @@ def latents(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    overrides = {"train.batch_size": SIZE, "flow.null_probability": 0.4, "flow.time.kind": "logit_normal"}
+    overrides = {
+        "train.batch_size": SIZE,
+        "flow.null_probability": 0.4,
+        "flow.time.kind": "logit_normal",
+    }
     return tiny_recipe(tmp_path_factory.mktemp("recipe"), **overrides)
 
 
 def ranks(recipe, latents, world: int, step: int) -> list[Batch]:
-    return [BatchMaker(recipe, latents, Group(rank, world, torch.device("cpu")))(step) for rank in range(world)]
+    return [
+        BatchMaker(recipe, latents, Group(rank, world, torch.device("cpu")))(step)
+        for rank in range(world)
+    ]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -38,12 +47,17 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks(recipe, latents
         assert [len(part.captions) for part in parts] == [SIZE // world] * world
         assert [text for part in parts for text in part.captions] == list(alone.captions)
         for field in FIELDS:
-            assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(alone, field)), field
+            assert torch.equal(
+                torch.cat([getattr(part, field) for part in parts]), getattr(alone, field)
+            ), field
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_are_disjoint_and_an_epoch_is_complete(recipe, latents, world):
-    own = {round(float(mean.sum()), 4): i for i, mean in enumerate(latents.moments(np.arange(SAMPLES)).mean)}
+    own = {
+        round(float(mean.sum()), 4): i
+        for i, mean in enumerate(latents.moments(np.arange(SAMPLES)).mean)
+    }
     assert len(own) == SAMPLES
     caption_of = {text: i for i in range(SAMPLES) for text in latents.captions(i)}
     for epoch in range(2):
@@ -63,8 +77,12 @@ def test_null_samples_aim_at_another_samples_latent_and_keep_their_own(recipe, l
         maker = BatchMaker(recipe, latents, Group(0, 1, torch.device("cpu")))
         draws = Draws(recipe.seed, step, SIZE, slice(None), torch.device("cpu"))
         indices = maker.indices(step)
-        _, partner = null_partners(draws.uniform_batch("null"), recipe.flow.null_probability, indices.tolist())
-        own = latents.scale.sample(latents.moments(indices), draws.normal("posterior", recipe.model.latent.shape))
+        _, partner = null_partners(
+            draws.uniform_batch("null"), recipe.flow.null_probability, indices.tolist()
+        )
+        own = latents.scale.sample(
+            latents.moments(indices), draws.normal("posterior", recipe.model.latent.shape)
+        )
         assert torch.equal(batch.z1, own)  # captions, KL and semantic losses keep the true pair
         assert torch.equal(batch.target[~batch.null], own[~batch.null])
         for i in batch.null.nonzero().flatten().tolist():
@@ -83,7 +101,9 @@ def test_a_batch_that_straddles_two_epochs_pairs_no_sample_with_itself(latents, 
         maker = BatchMaker(recipe, latents, Group(0, 1, torch.device("cpu")))
         indices, batch = maker.indices(step), maker(step)
         draws = Draws(recipe.seed, step, 20, slice(None), torch.device("cpu"))
-        own = latents.scale.sample(latents.moments(indices), draws.normal("posterior", recipe.model.latent.shape))
+        own = latents.scale.sample(
+            latents.moments(indices), draws.normal("posterior", recipe.model.latent.shape)
+        )
         for i in batch.null.nonzero().flatten().tolist():
             (place,) = [j for j in range(20) if torch.equal(batch.target[i], own[j])]
             assert indices[place] != indices[i], step

@@ -34,7 +34,9 @@ class Heard(Silent):
 
 def encode(recipe: Recipe) -> list[str]:
     heard = Heard()
-    ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, heard, recipe.model.text)
+    ensure_latents(
+        recipe.data, recipe.model.autoencoder, recipe.model.latent, heard, recipe.model.text
+    )
     return heard.said
 
 

@@ -1,4 +1,6 @@
-"""50 CPU steps against the losses kept in golden_losses.json: an unmeant change of the numbers shows here."""
+"""50 CPU steps against the losses kept in golden_losses.json: an unmeant change of the numbers
+shows here.
+"""
 
 import pytest
 from golden_case import KEYS, kept, losses
@@ -10,4 +12,5 @@ def test_fifty_steps_repeat_the_golden_losses(tmp_path):
     for key in KEYS:
         assert len(golden[key]) == 50
         assert now[key][:20] == pytest.approx(golden[key][:20], rel=1e-4, abs=1e-7), key
-        assert now[key] == pytest.approx(golden[key], rel=1e-2, abs=1e-5), key  # another machine's rounding grows with the steps
+        # another machine's rounding grows with the steps
+        assert now[key] == pytest.approx(golden[key], rel=1e-2, abs=1e-5), key

@@ -1,4 +1,6 @@
-"""A step's gradient: micro-batches, single losses' gradients, mixed precision, and what a checkpoint keeps of them."""
+"""A step's gradient: micro-batches, single losses' gradients, mixed precision, and what a
+checkpoint keeps of them.
+"""
 
 from __future__ import annotations
 
@@ -28,22 +30,36 @@ from flowray.train.state import Halted, TrainState, fresh_state
 from flowray.train.step import BatchMaker, train_step
 
 CPU = Group(0, 1, torch.device("cpu"))
-OFTEN = {"train.log_every": 1, "train.probe_every": 100, "train.sample_every": 100, "train.checkpoint_every": 3, "train.steps": 6}
+OFTEN = {
+    "train.log_every": 1,
+    "train.probe_every": 100,
+    "train.sample_every": 100,
+    "train.checkpoint_every": 3,
+    "train.steps": 6,
+}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Recipe:
-    return tiny_recipe(tmp_path_factory.mktemp("gradients"), **OFTEN, **{"loss.kl.schedule.kind": "constant", "loss.clip.weight": 0.0})
+    return tiny_recipe(
+        tmp_path_factory.mktemp("gradients"),
+        **OFTEN,
+        **{"loss.kl.schedule.kind": "constant", "loss.clip.weight": 0.0},
+    )
 
 
 @pytest.fixture(scope="module")
 def batch(base) -> Batch:
-    latents = load_latents(ensure_latents(base.data, base.model.autoencoder, base.model.latent)["train"])
+    latents = load_latents(
+        ensure_latents(base.data, base.model.autoencoder, base.model.latent)["train"]
+    )
     return BatchMaker(base, latents, CPU)(0)
 
 
 def moved(recipe: Recipe) -> TrainState:
-    """A state whose velocity network's last layers are not at zero, so that gradients reach all parameters."""
+    """A state whose velocity network's last layers are not at zero, so that gradients reach all
+    parameters.
+    """
     state, generator = fresh_state(recipe, CPU.device), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in state.parameters.values():
@@ -51,7 +67,9 @@ def moved(recipe: Recipe) -> TrainState:
     return state
 
 
-def gradient(recipe: Recipe, batch: Batch, **overrides: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def gradient(
+    recipe: Recipe, batch: Batch, **overrides: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(gradient of each parameter after one step without clipping, the step's row)."""
     recipe = override_recipe(recipe, {"optim.clip_grad": 1e9, **overrides})
     state = moved(recipe)
@@ -84,7 +102,13 @@ def test_micro_batches_are_the_batch_cut_up(batch):
 
 
 def test_a_batch_that_does_not_divide_is_refused(base):
-    with pytest.raises(InputError, match=r"train\.batch_size 8 must be a multiple of resources\.num_workers 1 x train\.accumulate 3"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"train\.batch_size 8 must be a multiple of resources\.num_workers 1 x"
+            r" train\.accumulate 3"
+        ),
+    ):
         override_recipe(base, {"train.accumulate": 3})
 
 
@@ -100,22 +124,39 @@ def test_measured_gradients_are_each_losss_own_and_their_sum_is_the_step(base, b
     losses, _ = state.objective(batch)
     own = {}
     for name, loss in losses.items():
-        pieces = torch.autograd.grad(loss, list(state.parameters.values()), retain_graph=True, allow_unused=True)
+        pieces = torch.autograd.grad(
+            loss, list(state.parameters.values()), retain_graph=True, allow_unused=True
+        )
         zeros = [torch.zeros(p.numel()) for p in state.parameters.values()]
-        own[name] = torch.cat([zero if g is None else g.flatten() for g, zero in zip(pieces, zeros, strict=True)])
+        own[name] = torch.cat(
+            [zero if g is None else g.flatten() for g, zero in zip(pieces, zeros, strict=True)]
+        )
     for name, weight in {"flow": 1.0, "kl": 3.0, "clip": 0.5}.items():
         assert float(row[f"grad/{name}"]) == pytest.approx(float(own[name].norm()), rel=1e-4)
-        assert float(row[f"grad/{name}_weighted"]) == pytest.approx(weight * float(own[name].norm()), rel=1e-4)
+        assert float(row[f"grad/{name}_weighted"]) == pytest.approx(
+            weight * float(own[name].norm()), rel=1e-4
+        )
     for a, b in (("flow", "kl"), ("flow", "clip"), ("kl", "clip")):
         expected = float(torch.cosine_similarity(own[a], own[b], dim=0))
         assert float(row[f"grad/cos_{a}_{b}"]) == pytest.approx(expected, abs=1e-4)
-    assert float(row["grad/total"]) == pytest.approx(float((own["flow"] + 3 * own["kl"] + 0.5 * own["clip"]).norm()), rel=1e-4)
+    assert float(row["grad/total"]) == pytest.approx(
+        float((own["flow"] + 3 * own["kl"] + 0.5 * own["clip"]).norm()), rel=1e-4
+    )
 
 
 NETWORKS = {
     "checkpointed": {"model.velocity.gradient_checkpointing": True},
-    "dimr": {"model.velocity.kind": "dimr", "model.velocity.widths": [16, 16], "model.velocity.depths": [3, 1]},
-    "semantic": {"loss.clip.weight": 0.5, "loss.dino.weight": 0.5, "loss.tv.weight": 0.1, "loss.norm.weight": 0.01},
+    "dimr": {
+        "model.velocity.kind": "dimr",
+        "model.velocity.widths": [16, 16],
+        "model.velocity.depths": [3, 1],
+    },
+    "semantic": {
+        "loss.clip.weight": 0.5,
+        "loss.dino.weight": 0.5,
+        "loss.tv.weight": 0.1,
+        "loss.norm.weight": 0.01,
+    },
 }
 
 
@@ -124,7 +165,10 @@ def test_measuring_leaves_the_step_as_it_is_whatever_is_trained(base, batch, net
     plain, _ = gradient(base, batch, **NETWORKS[network])
     measured, row = gradient(base, batch, **NETWORKS[network], **{"train.grad_every": 1})
     assert far(measured, plain) < 2e-6
-    losses = {name.removeprefix("loss/") for name in row if name.startswith("loss/")} - {"total", "kl_raw"}
+    losses = {name.removeprefix("loss/") for name in row if name.startswith("loss/")} - {
+        "total",
+        "kl_raw",
+    }
     assert all(float(row[f"grad/{name}"]) > 0 for name in losses)
 
 
@@ -135,10 +179,18 @@ def test_update_ratios_are_those_of_the_heads(base, batch):
     row = train_step(state, state.objective, batch, recipe, CPU)
     for head, prefix in (("z_head", "head."), ("flow_head", "velocity.patch_out.")):
         names = [name for name in before if name.startswith(prefix)]
-        ratios = [(state.parameters[name].detach() - before[name]).norm() / before[name].norm() for name in names]
-        assert float(row[f"step/{head}_update_ratio"]) == pytest.approx(float(sum(ratios) / len(ratios)), rel=1e-5)
-    fresh = fresh_state(recipe, CPU.device)  # its last layer starts at zero: no ratio, rather than an infinite one
-    assert "step/flow_head_update_ratio" not in train_step(fresh, fresh.objective, batch, recipe, CPU)
+        ratios = [
+            (state.parameters[name].detach() - before[name]).norm() / before[name].norm()
+            for name in names
+        ]
+        assert float(row[f"step/{head}_update_ratio"]) == pytest.approx(
+            float(sum(ratios) / len(ratios)), rel=1e-5
+        )
+    # its last layer starts at zero: no ratio, rather than an infinite one
+    fresh = fresh_state(recipe, CPU.device)
+    assert "step/flow_head_update_ratio" not in train_step(
+        fresh, fresh.objective, batch, recipe, CPU
+    )
 
 
 def run(recipe: Recipe, name: str, **overrides: Any) -> tuple[RunDirectory, list[dict]]:
@@ -150,16 +202,29 @@ def run(recipe: Recipe, name: str, **overrides: Any) -> tuple[RunDirectory, list
 
 def timeless(rows: list[dict]) -> list[dict]:
     """Rows without the clock's numbers."""
-    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows
+    ]
 
 
 def test_cadence_0_measures_nothing_and_k_every_kth_step(base):
     _, off = run(base, "unmeasured")
     _, rows = run(base, "measured", **{"train.grad_every": 2})
-    keys = {"grad/flow", "grad/kl", "grad/cos_flow_kl", "grad/kl_weighted", "step/z_head_update_ratio"}
+    keys = {
+        "grad/flow",
+        "grad/kl",
+        "grad/cos_flow_kl",
+        "grad/kl_weighted",
+        "step/z_head_update_ratio",
+    }
     assert not any(keys & row.keys() for row in off)
     assert [keys <= row.keys() for row in rows] == [False, True] * 3
-    assert all(describe(key) is not None for row in rows for key in row if key not in {"step", "train/nmse", "train/cos"})
+    assert all(
+        describe(key) is not None
+        for row in rows
+        for key in row
+        if key not in {"step", "train/nmse", "train/cos"}
+    )
     for row, plain in zip(rows, off, strict=True):  # the same path but for the order of the sums
         assert row["loss/flow"] == pytest.approx(plain["loss/flow"], rel=1e-4)
     with pytest.raises(InputError, match=r"grad_every 3 must be a multiple of log_every 2"):
@@ -174,11 +239,15 @@ def test_balancing_changes_the_step_and_survives_a_resume_bit_for_bit(base, kind
     place, rows = run(base, kind, **options)
     for row in rows:
         if "grad/kl_weighted" in row:
-            assert row["grad/kl_weighted"] == pytest.approx(20 * row["balance/kl"] * row["grad/kl"], rel=1e-5)
+            assert row["grad/kl_weighted"] == pytest.approx(
+                20 * row["balance/kl"] * row["grad/kl"], rel=1e-5
+            )
     if kind != "pcgrad":
         assert ["grad/kl" in row for row in rows] == [True, False] * 3
         assert len({row["balance/kl"] for row in rows}) == 3
-    _, plain = run(base, f"plain-{kind}", **{"loss.kl.weight": 20.0, "optim.schedule.kind": "constant"})
+    _, plain = run(
+        base, f"plain-{kind}", **{"loss.kl.weight": 20.0, "optim.schedule.kind": "constant"}
+    )
     assert rows[0]["loss/flow"] == plain[0]["loss/flow"]
     assert rows[-1]["loss/flow"] != pytest.approx(plain[-1]["loss/flow"], rel=1e-5)
     assert not any("balance/kl" in row for row in plain)
@@ -195,11 +264,20 @@ def test_the_gradient_is_clipped_to_its_norm(base, batch):
     norm = torch.cat([g.flatten() for g in whole.values()]).norm()
     assert float(row["grad/total"]) == pytest.approx(float(norm), rel=1e-5)
     clipped, cut = gradient(base, batch, **{"optim.clip_grad": 0.25 * float(norm)})
-    assert all(torch.allclose(clipped[name], 0.25 * g, rtol=1e-3, atol=1e-7) for name, g in whole.items())
+    assert all(
+        torch.allclose(clipped[name], 0.25 * g, rtol=1e-3, atol=1e-7) for name, g in whole.items()
+    )
     assert (float(row["grad/clip_frac"]), float(cut["grad/clip_frac"])) == (0.0, 1.0)
 
 
-DROPOUT = {"kind": "transencoder", "layers": 1, "reductions": 1, "heads": 2, "ffn": 16, "dropout": 0.3}
+DROPOUT = {
+    "kind": "transencoder",
+    "layers": 1,
+    "reductions": 1,
+    "heads": 2,
+    "ffn": 16,
+    "dropout": 0.3,
+}
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank_so_that_a_resume_repeats_it(base):
@@ -219,7 +297,9 @@ def test_dropout_differs_by_step_and_rank_and_leaves_the_global_generator(base, 
     def loss(rank: int, step: int) -> float:
         state = moved(recipe)
         state.step = step
-        return float(train_step(state, state.objective, batch, recipe, Group(rank, 1, CPU.device))["loss/kl"])
+        return float(
+            train_step(state, state.objective, batch, recipe, Group(rank, 1, CPU.device))["loss/kl"]
+        )
 
     before = torch.get_rng_state()
     first = loss(0, 0)
@@ -236,39 +316,66 @@ class Seen(nn.Module):
         self.dtypes: set[torch.dtype] = set()
         for layer in module.modules():
             if isinstance(layer, nn.Linear):
-                layer.register_forward_hook(lambda _layer, _inputs, output: self.dtypes.add(output.dtype))
+                layer.register_forward_hook(
+                    lambda _layer, _inputs, output: self.dtypes.add(output.dtype)
+                )
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 @pytest.mark.parametrize("island", [False, True])
-def test_autocast_computes_in_half_and_keeps_weights_path_and_losses_in_fp32(base, batch, precision, dtype, island):
-    recipe = override_recipe(base, {"train.precision": precision, "train.velocity_fp32": island, "loss.clip.weight": 0.5})
+def test_autocast_computes_in_half_and_keeps_weights_path_and_losses_in_fp32(
+    base, batch, precision, dtype, island
+):
+    recipe = override_recipe(
+        base, {"train.precision": precision, "train.velocity_fp32": island, "loss.clip.weight": 0.5}
+    )
     state = moved(recipe)
     head, velocity = Seen(state.model.head), Seen(state.model.velocity)
     with autocast(recipe, CPU.device):
         losses, forward = state.objective(batch)
     assert head.dtypes == {dtype}
     assert velocity.dtypes == ({torch.float32} if island else {dtype})
-    fp32 = [forward.z0, forward.posterior.mu, forward.path.xt, forward.path.v_target, *losses.values()]
+    fp32 = [
+        forward.z0,
+        forward.posterior.mu,
+        forward.path.xt,
+        forward.path.v_target,
+        *losses.values(),
+    ]
     assert {tensor.dtype for tensor in fp32} == {torch.float32}
     train_step(state, state.objective, batch, recipe, CPU)
     assert {p.dtype for p in state.parameters.values()} == {torch.float32}
-    assert {p.grad.dtype for p in state.parameters.values() if p.grad is not None} == {torch.float32}
+    assert {p.grad.dtype for p in state.parameters.values() if p.grad is not None} == {
+        torch.float32
+    }
 
 
-@pytest.mark.parametrize("options", [{}, {"train.grad_every": 1}, {"train.accumulate": 2}, {"loss.balance.kind": "pcgrad"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"train.grad_every": 1}, {"train.accumulate": 2}, {"loss.balance.kind": "pcgrad"}],
+)
 @pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.05), ("fp16", 0.01)])
-def test_half_precision_gradients_are_the_fp32_ones_to_their_accuracy(base, batch, precision, limit, options):
+def test_half_precision_gradients_are_the_fp32_ones_to_their_accuracy(
+    base, batch, precision, limit, options
+):
     exact, plain = gradient(base, batch, **options)
     # fp16's scale must not show in what is reported or applied
-    rough, row = gradient(base, batch, **options, **{"train.precision": precision, "train.loss_scale": 1024.0})
+    rough, row = gradient(
+        base, batch, **options, **{"train.precision": precision, "train.loss_scale": 1024.0}
+    )
     assert 0 < far(rough, exact) < limit
     for key in plain.keys() & {"grad/total", "grad/flow", "grad/kl", "loss/total"}:
         assert float(row[key]) == pytest.approx(float(plain[key]), rel=limit), key
 
 
 def test_fp16_cuts_its_scale_on_overflow_and_keeps_the_weights(base):
-    place, rows = run(base, "backs-off", **{"train.precision": "fp16", "train.loss_scale": 2.0**40, "train.steps": 30})
+    place, rows = run(
+        base,
+        "backs-off",
+        **{"train.precision": "fp16", "train.loss_scale": 2.0**40, "train.steps": 30},
+    )
     backoffs = [row["amp/backoffs"] for row in rows]
     assert 5 < backoffs[-1] < 30
     assert backoffs == sorted(backoffs)
@@ -298,7 +405,11 @@ def test_a_gradient_that_stays_infinite_halts_fp16_too(base, batch):
 
 
 def test_the_scaler_survives_a_resume(base):
-    options = {"train.precision": "fp16", "train.loss_scale": 2.0**30, "optim.schedule.kind": "constant"}
+    options = {
+        "train.precision": "fp16",
+        "train.loss_scale": 2.0**30,
+        "optim.schedule.kind": "constant",
+    }
     _, whole = run(base, "scaled", **options)
     run(base, "scaled-resumed", **options, **{"train.steps": 3})
     _, resumed = run(base, "scaled-resumed", **options)
@@ -310,9 +421,21 @@ def test_the_scaler_survives_a_resume(base):
 def test_a_restart_takes_the_lr_of_the_checkpoint_as_its_floor_and_keeps_to_it(base):
     first = {"optim.schedule.kind": "constant", "optim.lr": 1e-4, "train.steps": 3}
     run(base, "restarted", **first)
-    again = {"optim.schedule": {"kind": "warm_restarts", "start": "resume", "eta_min": "current", "t0": 4}, "optim.lr": 2e-4}
+    again = {
+        "optim.schedule": {
+            "kind": "warm_restarts",
+            "start": "resume",
+            "eta_min": "current",
+            "t0": 4,
+        },
+        "optim.lr": 2e-4,
+    }
     run(base, "restarted", **again, **{"train.steps": 6})
-    _, rows = run(base, "restarted", **again, **{"train.steps": 12})  # a second resume does not restart again
+    # a second resume does not restart again
+    _, rows = run(base, "restarted", **again, **{"train.steps": 12})
     rates = [row["lr/trunk"] for row in rows]
-    cosine = [1e-4 * (1 + (1 + torch.cos(torch.tensor(torch.pi * (i % 4) / 4)).item()) / 2) for i in range(9)]
+    cosine = [
+        1e-4 * (1 + (1 + torch.cos(torch.tensor(torch.pi * (i % 4) / 4)).item()) / 2)
+        for i in range(9)
+    ]
     assert rates == pytest.approx([1e-4] * 3 + cosine, rel=1e-5)

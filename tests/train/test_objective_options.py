@@ -1,4 +1,6 @@
-"""What a recipe says of the objective is what the objective does: gradient into the source, null indicator, fractions of the run."""
+"""What a recipe says of the objective is what the objective does: gradient into the source, null
+indicator, fractions of the run.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def batch_of(recipe: Recipe, *, null: bool = False) -> Batch:
-    z1, noise = torch.randn(2, 2, *recipe.model.latent.shape, generator=torch.Generator().manual_seed(0))
-    return Batch(["a red circle", "cross"], z1, z1, noise, torch.tensor([0.2, 0.7]), torch.full((2,), null))
+    z1, noise = torch.randn(
+        2, 2, *recipe.model.latent.shape, generator=torch.Generator().manual_seed(0)
+    )
+    return Batch(
+        ["a red circle", "cross"], z1, z1, noise, torch.tensor([0.2, 0.7]), torch.full((2,), null)
+    )
 
 
 def test_source_grad_decides_how_the_flow_loss_reaches_the_head(recipe: Recipe) -> None:
@@ -43,7 +49,10 @@ def test_source_grad_decides_how_the_flow_loss_reaches_the_head(recipe: Recipe) 
 def test_the_null_indicator_reaches_the_velocity(recipe: Recipe) -> None:
     model = answering_model(recipe)
     with torch.no_grad():
-        own, null = (Objective(model, recipe.flow, recipe.loss)(batch_of(recipe, null=null))[1] for null in (False, True))
+        own, null = (
+            Objective(model, recipe.flow, recipe.loss)(batch_of(recipe, null=null))[1]
+            for null in (False, True)
+        )
     assert torch.equal(own.path.xt, null.path.xt)
     assert float((own.v_pred - null.v_pred).abs().mean()) > 1e-3
 
@@ -51,5 +60,7 @@ def test_the_null_indicator_reaches_the_velocity(recipe: Recipe) -> None:
 @pytest.mark.parametrize("total", [50, 2000])
 def test_a_warm_up_by_fraction_follows_the_length_of_the_run(total: int) -> None:
     config = LossConfig(kl=KLLossConfig(weight=3.0, schedule=Linear(fraction=0.1)))
-    weights = [weights_at(config, step, total)["kl"] for step in (0, total // 20, total // 10, total - 1)]
+    weights = [
+        weights_at(config, step, total)["kl"] for step in (0, total // 20, total // 10, total - 1)
+    ]
     assert weights == pytest.approx([0.0, 3.0 * (total // 20) / (total / 10), 3.0, 3.0])

@@ -12,7 +12,14 @@ from flowray.config.base import LatentSpec
 from flowray.config.model import VelocityConfig
 from flowray.config.schema import kind_of
 from flowray.config.schema import members as schema_members
-from flowray.config.train import ConstantLR, CosineLR, GroupCaps, GroupScales, OptimConfig, WarmRestarts
+from flowray.config.train import (
+    ConstantLR,
+    CosineLR,
+    GroupCaps,
+    GroupScales,
+    OptimConfig,
+    WarmRestarts,
+)
 from flowray.model.velocity import build_velocity
 from flowray.train.optim import Ema, build_optimizer, lr_at, resolve_schedule, set_lr
 from flowray.train.state import fresh_state
@@ -37,20 +44,26 @@ def torch_rates(make, steps: int) -> list[float]:
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_cosine_is_torchs(floor):
     ours = [lr_at(CosineLR(floor=floor), LR, step, 50) for step in range(50)]
-    assert ours == pytest.approx(torch_rates(lambda o: CosineAnnealingLR(o, T_max=50, eta_min=floor * LR), 50), rel=1e-6)
+    assert ours == pytest.approx(
+        torch_rates(lambda o: CosineAnnealingLR(o, T_max=50, eta_min=floor * LR), 50), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(("t0", "t_mult"), [(7, 1), (5, 2)])
 def test_warm_restarts_are_torchs(t0, t_mult):
     config = WarmRestarts(t0=t0, t_mult=t_mult, eta_min=1e-5)
     ours = [lr_at(config, LR, step, 1) for step in range(60)]
-    theirs = torch_rates(lambda o: CosineAnnealingWarmRestarts(o, T_0=t0, T_mult=t_mult, eta_min=1e-5), 60)
+    theirs = torch_rates(
+        lambda o: CosineAnnealingWarmRestarts(o, T_0=t0, T_mult=t_mult, eta_min=1e-5), 60
+    )
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 def test_warm_up_is_linear_and_ends_at_the_schedule():
     config = ConstantLR(warmup=4)
-    assert [lr_at(config, LR, step, 10) for step in range(6)] == pytest.approx([LR / 4, LR / 2, LR * 0.75, LR, LR, LR])
+    assert [lr_at(config, LR, step, 10) for step in range(6)] == pytest.approx(
+        [LR / 4, LR / 2, LR * 0.75, LR, LR, LR]
+    )
     assert lr_at(CosineLR(warmup=4), LR, 20, 40) == lr_at(CosineLR(), LR, 20, 40)
 
 
@@ -62,20 +75,30 @@ def state(tmp_path_factory):
 
 def members(optimizer: torch.optim.Optimizer, state) -> dict[str, set[str]]:
     names = {id(p): name for name, p in state.parameters.items()}
-    return {group["name"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    return {
+        group["name"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups
+    }
 
 
 def test_only_the_trunks_matrices_decay(state):
     scales = GroupScales(text=0.5, z_head=2.0, trunk=0.25, flow_head=3.0)
     config = OptimConfig(weight_decay=0.3, lr_scale=scales, lr_max=GroupCaps(z_head=0.3))
     optimizer = build_optimizer(state.parameters, config, state.model.velocity.last_layers)
-    groups, parts = {group["name"]: group for group in optimizer.param_groups}, members(optimizer, state)
+    groups, parts = (
+        {group["name"]: group for group in optimizer.param_groups},
+        members(optimizer, state),
+    )
     decays = {"trunk": 0.3, "trunk_plain": 0.0, "flow_head": 0.0, "z_head": 0.0, "text": 0.0}
     assert {name: group["weight_decay"] for name, group in groups.items()} == decays
     assert sum(map(len, parts.values())) == len(state.parameters)
     assert set().union(*parts.values()) == state.parameters.keys()
-    assert all(name.startswith("velocity.") and state.parameters[name].ndim >= 2 for name in parts["trunk"])
-    assert all(name.startswith("velocity.") and state.parameters[name].ndim < 2 for name in parts["trunk_plain"])
+    assert all(
+        name.startswith("velocity.") and state.parameters[name].ndim >= 2 for name in parts["trunk"]
+    )
+    assert all(
+        name.startswith("velocity.") and state.parameters[name].ndim < 2
+        for name in parts["trunk_plain"]
+    )
     assert parts["flow_head"] == {"velocity.patch_out.weight", "velocity.patch_out.bias"}
     assert {name.split(".")[0] for name in parts["z_head"]} == {"head"}
     assert {name.split(".")[0] for name in parts["text"]} == {"text", "semantic"}
@@ -91,7 +114,10 @@ def test_every_velocity_network_has_a_last_layer_that_makes_the_velocity(tmp_pat
     config = TypeAdapter(VelocityConfig).validate_python({"kind": kind, **SMALL[kind]})
     net = build_velocity(config, LatentSpec(channels=4, height=8, width=8))
     parameters = {f"velocity.{name}": p for name, p in net.named_parameters()}
-    groups = {g["name"]: g["params"] for g in build_optimizer(parameters, OptimConfig(), net.last_layers).param_groups}
+    groups = {
+        g["name"]: g["params"]
+        for g in build_optimizer(parameters, OptimConfig(), net.last_layers).param_groups
+    }
     x, t, null = torch.randn(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.bool)
     with torch.no_grad():
         for p in parameters.values():
@@ -107,7 +133,9 @@ def test_a_restart_takes_over_at_its_step():
     config = WarmRestarts(t0=7, eta_min=1e-5, start=10)
     assert [lr_at(config, LR, step, 1) for step in range(10)] == [LR] * 10
     plain = WarmRestarts(t0=7, eta_min=1e-5)
-    assert [lr_at(config, LR, step, 1) for step in range(10, 40)] == [lr_at(plain, LR, step, 1) for step in range(30)]
+    assert [lr_at(config, LR, step, 1) for step in range(10, 40)] == [
+        lr_at(plain, LR, step, 1) for step in range(30)
+    ]
 
 
 def test_a_restart_from_a_checkpoint_has_its_lr_as_floor():
@@ -132,7 +160,8 @@ def test_ema_formula_and_exact_restore():
         ema.update(step)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * weight.detach()
-        torch.testing.assert_close(ema.average["w"], expected)  # at every step: the warm-up is forgotten in the end
+        # at every step: the warm-up is forgotten in the end
+        torch.testing.assert_close(ema.average["w"], expected)
     delta = (ema.average["w"] - weight.detach()).square().mean().sqrt()
     assert ema.delta_rms() == pytest.approx(float(delta), rel=1e-5)
 

@@ -1,6 +1,8 @@
-"""The notes' first health check, on real pictures: every head with every velocity network overfits 128 of them.
+"""The notes' first health check, on real pictures: every head with every velocity network overfits
+128 of them.
 
-Pass: the flow loss falls by more than 20 %, the cosine of predicted and true velocity rises, the KL is steady.
+Pass: the flow loss falls by more than 20 %, the cosine of predicted and true velocity rises, the KL
+is steady.
 """
 
 from __future__ import annotations
@@ -29,8 +31,19 @@ VELOCITIES: dict[str, dict[str, Any]] = {
     "dit": {"patch": 2, "width": 64, "depth": 2, "heads": 4},
     "dimr": {"widths": [64, 32], "depths": [3, 1], "heads": 4, "level_weights": [0.25, 1.0]},
 }
-SMALL = {"train.steps": 80, "train.batch_size": 16, "optim.lr": 3e-3, "probes.batch_size": 16, "probes.shoot_steps": 10}
-OFTEN = {"train.log_every": 1, "train.probe_every": 20, "train.sample_every": 1000, "train.checkpoint_every": 1000}
+SMALL = {
+    "train.steps": 80,
+    "train.batch_size": 16,
+    "optim.lr": 3e-3,
+    "probes.batch_size": 16,
+    "probes.shoot_steps": 10,
+}
+OFTEN = {
+    "train.log_every": 1,
+    "train.probe_every": 20,
+    "train.sample_every": 1000,
+    "train.checkpoint_every": 1000,
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +55,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("velocity", VELOCITIES)
 @pytest.mark.parametrize("head", HEADS)
 def test_overfits(head: str, velocity: str, pictures: Path, tmp_path: Path) -> None:
-    data = {"data.shards": str(pictures), "data.val_shards": str(pictures), "data.cache": str(pictures.parent.parent / "cache")}
-    parts = {"model.head": {"kind": head, **HEADS[head]}, "model.velocity": {"kind": velocity, **VELOCITIES[velocity]}}
-    recipe = override_recipe(load_recipe("overfit").recipe, {**data, **parts, **SMALL, **OFTEN, "storage_path": str(tmp_path)})
+    data = {
+        "data.shards": str(pictures),
+        "data.val_shards": str(pictures),
+        "data.cache": str(pictures.parent.parent / "cache"),
+    }
+    parts = {
+        "model.head": {"kind": head, **HEADS[head]},
+        "model.velocity": {"kind": velocity, **VELOCITIES[velocity]},
+    }
+    recipe = override_recipe(
+        load_recipe("overfit").recipe,
+        {**data, **parts, **SMALL, **OFTEN, "storage_path": str(tmp_path)},
+    )
     run = RunDirectory(tmp_path / recipe.name)
     train(recipe, run, Group(0, 1, torch.device("cpu")), lambda row: None)
     rows, probes = read_rows(run.metrics), read_rows(run.probes)

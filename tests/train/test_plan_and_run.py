@@ -1,4 +1,6 @@
-"""What a plan says of a run is what the run does: tokens, micro-batches, the size of a checkpoint."""
+"""What a plan says of a run is what the run does: tokens, micro-batches, the size of a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,22 @@ CPU = Group(0, 1, torch.device("cpu"))
 
 
 def test_a_plan_is_what_the_run_does(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, **{"train.accumulate": 2, "model.velocity.patch": 2, "model.text.queries": 6})
+    recipe = tiny_recipe(
+        tmp_path, **{"train.accumulate": 2, "model.velocity.patch": 2, "model.text.queries": 6}
+    )
     plan, state = make_plan(recipe), fresh_state(recipe, CPU.device)
     shapes: dict[str, set[tuple[int, ...]]] = {"head": set(), "velocity": set()}
-    state.model.head.register_forward_pre_hook(lambda module, args: shapes["head"].add(tuple(args[0].values.shape[:2])))
+    state.model.head.register_forward_pre_hook(
+        lambda module, args: shapes["head"].add(tuple(args[0].values.shape[:2]))
+    )
     first = state.model.velocity.token_blocks().blocks[0]
-    first.register_forward_pre_hook(lambda module, args: shapes["velocity"].add(tuple(args[0].shape[:2])))
+    first.register_forward_pre_hook(
+        lambda module, args: shapes["velocity"].add(tuple(args[0].shape[:2]))
+    )
 
-    latents = load_latents(ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)["train"])
+    latents = load_latents(
+        ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)["train"]
+    )
     train_step(state, state.objective, BatchMaker(recipe, latents, CPU)(0), recipe, CPU)
     tokens, batch = plan["tokens"], plan["batch_per_gpu"]
     assert shapes == {"head": {(batch, tokens["head"])}, "velocity": {(batch, tokens["velocity"])}}
@@ -38,5 +48,10 @@ def test_a_plan_is_what_the_run_does(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create()
     save_state(state, recipe, run)
-    size = sum(tensor.nbytes for file in run.checkpoints.rglob("*.safetensors") for tensor in load_file(file).values())
-    assert size == pytest.approx(plan["checkpoint_bytes"], rel=0.01)  # AdamW's step counts are not planned
+    size = sum(
+        tensor.nbytes
+        for file in run.checkpoints.rglob("*.safetensors")
+        for tensor in load_file(file).values()
+    )
+    # AdamW's step counts are not planned
+    assert size == pytest.approx(plan["checkpoint_bytes"], rel=0.01)

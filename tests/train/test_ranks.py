@@ -23,7 +23,9 @@ def go(recipe: Recipe, world: int, rank: int = 0, port: int = 0) -> None:
     """One rank of a run; leaves the rows it was reported in reported-RANK."""
     torch.set_num_threads(1)
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+        )
     run = RunDirectory(Path(recipe.storage_path) / recipe.name)
     reported: list[dict] = []
     train(recipe, run, Group.current("cpu"), reported.append)
@@ -39,8 +41,14 @@ def worker(rank: int, plain: dict, port: int) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can be used here")
 def test_a_rank_that_cannot_use_its_gpu_does_not_train_on_the_cpu(tmp_path):
-    recipe, run = override_recipe(Recipe(), {"resources.gpus_per_worker": 1}), RunDirectory(tmp_path / "run")
-    with pytest.raises(InputError, match=r"resources.gpus_per_worker=1: torch .* can use no GPU on .* train.device=cpu") as told:
+    recipe, run = (
+        override_recipe(Recipe(), {"resources.gpus_per_worker": 1}),
+        RunDirectory(tmp_path / "run"),
+    )
+    with pytest.raises(
+        InputError,
+        match=r"resources.gpus_per_worker=1: torch .* can use no GPU on .* train.device=cpu",
+    ) as told:
         train(recipe, run, Group.current(), lambda row: None)
     assert "\n" not in str(told.value)
     assert not run.path.exists()
@@ -49,19 +57,31 @@ def test_a_rank_that_cannot_use_its_gpu_does_not_train_on_the_cpu(tmp_path):
 
 
 def test_two_ranks_equal_one(tmp_path):
-    recipe = tiny_recipe(tmp_path, **{"train.log_every": 1, "train.sample_every": 100, "train.steps": 8})
+    recipe = tiny_recipe(
+        tmp_path, **{"train.log_every": 1, "train.sample_every": 100, "train.steps": 8}
+    )
     go(recipe, 1)
     two = override_recipe(recipe, {"name": "two", "resources.num_workers": 2})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(worker, args=(two.model_dump(mode="json"), port), nprocs=2, start_method="spawn")
+    mp.start_processes(
+        worker, args=(two.model_dump(mode="json"), port), nprocs=2, start_method="spawn"
+    )
 
     alone, both = (RunDirectory(tmp_path / "runs" / name) for name in ("tiny", "two"))
     rows, pairs = read_rows(alone.metrics), read_rows(both.metrics)
     assert [row["step"] for row in pairs] == list(range(1, 9))
     for row, pair in zip(rows, pairs, strict=True):
-        for key in ("loss/flow", "loss/kl", "loss/total", "loss/kl_raw", "grad/total", "std/mean", "mu/abs_mean"):
+        for key in (
+            "loss/flow",
+            "loss/kl",
+            "loss/total",
+            "loss/kl_raw",
+            "grad/total",
+            "std/mean",
+            "mu/abs_mean",
+        ):
             assert pair[key] == pytest.approx(row[key], rel=1e-5, abs=1e-6), (key, row["step"])
     for row, pair in zip(read_rows(alone.probes), read_rows(both.probes), strict=True):
         assert pair["ema/shoot/nmse"] == pytest.approx(row["ema/shoot/nmse"], rel=1e-5)

@@ -1,7 +1,9 @@
-"""Real sweeps of real training, killed at seeded moments: the driver, a trial's process, a train worker, a node, the disk.
+"""Real sweeps of real training, killed at seeded moments: the driver, a trial's process, a train
+worker, a node, the disk.
 
-What was killed is simply started again, as a user or a cluster's retry would. Where one trial runs at a time all of it repeats bit for
-bit, so a killed sweep must come to the very account, study and losses of one that nobody touched.
+What was killed is simply started again, as a user or a cluster's retry would. Where one trial runs
+at a time all of it repeats bit for bit, so a killed sweep must come to the very account, study and
+losses of one that nobody touched.
 """
 
 import contextlib
@@ -27,8 +29,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from support import tiny_recipe
 
+from flowray.cluster import session
 from flowray.config.load import dump_recipe
-from flowray.rayrun import session
 from flowray.store.rows import read_rows
 
 pytestmark = pytest.mark.faults
@@ -38,11 +40,18 @@ STATES = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
 
 
 class Place:
-    """A folder with tiny.yaml and sweep.yaml, and the commands that run there; `tmp` is for Ray's own files."""
+    """A folder with tiny.yaml and sweep.yaml, and the commands that run there; `tmp` is for
+    Ray's own files.
+    """
 
     def __init__(self, folder: Path, tmp: Path):
         self.folder, self.tmp, self.processes = folder, tmp, []
-        cadence = {"train.log_every": 1, "train.probe_every": 40, "train.sample_every": 1000, "train.checkpoint_every": EVERY}
+        cadence = {
+            "train.log_every": 1,
+            "train.probe_every": 40,
+            "train.sample_every": 1000,
+            "train.checkpoint_every": EVERY,
+        }
         recipe = tiny_recipe(folder, **cadence, **{"train.steps": STEPS})
         (folder / "tiny.yaml").write_text(dump_recipe(recipe))
         sweep = {
@@ -50,7 +59,9 @@ class Place:
             "storage_path": str(folder / "sweeps"),
             "base": "tiny.yaml",
             "metric": {"name": "ema/shoot/nmse"},
-            "parameters": {"optim.lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 3e-2}},
+            "parameters": {
+                "optim.lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 3e-2}
+            },
             "early_terminate": {"type": "hyperband", "min_iter": 40, "eta": 2},
             "startup_trials": 2,
             "run_cap": TRIALS,
@@ -62,19 +73,35 @@ class Place:
         return self.folder / "sweeps" / name
 
     def start(self, name: str, *arguments: str, **environment: str) -> subprocess.Popen:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "FLOWRAY_"))}
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("RAY_", "FLOWRAY_"))
+        }
         given = {**kept, "TMPDIR": str(self.tmp), "FLOWRAY_CHAOS": str(self.folder), **environment}
         command = [sys.executable, "-m", "flowray.tune", "sweep.yaml", f"name={name}", *arguments]
         with (self.folder / f"{name}.log").open("w") as log:
-            self.processes.append(subprocess.Popen(command, cwd=self.folder, env=given, stdout=log, stderr=log))
+            self.processes.append(
+                subprocess.Popen(command, cwd=self.folder, env=given, stdout=log, stderr=log)
+            )
         return self.processes[-1]
 
-    def live(self, name: str, until: Callable[[], Any], *arguments: str, **environment: str) -> subprocess.Popen:
-        """Start the command and wait until something is so. A Ray that does not start within its 30 s is started again."""
+    def live(
+        self, name: str, until: Callable[[], Any], *arguments: str, **environment: str
+    ) -> subprocess.Popen:
+        """Start the command and wait until something is so.
+
+        A Ray that does not start within its 30 s is started again.
+        """
         for _ in range(6):
-            process, deadline = self.start(name, *arguments, **environment), time.monotonic() + TIMEOUT_S
+            process, deadline = (
+                self.start(name, *arguments, **environment),
+                time.monotonic() + TIMEOUT_S,
+            )
             while process.poll() is None and not until():
-                assert time.monotonic() < deadline, (self.folder / f"{name}.log").read_text()[-3000:]
+                assert time.monotonic() < deadline, (self.folder / f"{name}.log").read_text()[
+                    -3000:
+                ]
                 time.sleep(0.05)
             if process.poll() is None or "timed out during startup" not in self.log(name):
                 break
@@ -89,7 +116,9 @@ class Place:
 
     def steps(self, name: str) -> int:
         """How many steps all trials together have logged."""
-        return sum(path.read_bytes().count(b"\n") for path in self.sweep(name).glob("[0-9]*/metrics.jsonl"))
+        return sum(
+            path.read_bytes().count(b"\n") for path in self.sweep(name).glob("[0-9]*/metrics.jsonl")
+        )
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +151,9 @@ def marked(folder: Path) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if f"FLOWRAY_CHAOS={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
+            if f"FLOWRAY_CHAOS={folder}".encode() in (process / "environ").read_bytes().split(
+                b"\0"
+            ):
                 found.append(int(process.name))
     return found
 
@@ -147,11 +178,17 @@ def account(folder: Path) -> list[dict]:
 
 
 def told(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name=folder.name, storage=JournalStorage(JournalFileBackend(str(folder / "study.journal")))).trials
+    return optuna.load_study(
+        study_name=folder.name,
+        storage=JournalStorage(JournalFileBackend(str(folder / "study.journal"))),
+    ).trials
 
 
 def losses(folder: Path, number: int) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss/total"]) for row in read_rows(folder / str(number) / "metrics.jsonl")]
+    return [
+        (row["step"], row["loss/total"])
+        for row in read_rows(folder / str(number) / "metrics.jsonl")
+    ]
 
 
 def starts(folder: Path, number: int) -> list[int]:
@@ -165,13 +202,23 @@ def all_starts(folder: Path) -> list[int]:
 
 
 def sound(folder: Path) -> None:
-    """No trial lost, none twice, no step twice or left out, and the study says what the account says."""
+    """No trial lost, none twice, no step twice or left out, and the study says what the account
+    says.
+    """
     rows, trials = account(folder), told(folder)
-    assert [row["trial"] for row in rows] == [trial.number for trial in trials] == list(range(len(rows)))
+    assert (
+        [row["trial"] for row in rows]
+        == [trial.number for trial in trials]
+        == list(range(len(rows)))
+    )
     for row, trial in zip(rows, trials, strict=True):
         assert trial.state == STATES[row["status"]], row
         assert trial.last_step == row["last_step"]
-        assert trial.value == trial.intermediate_values[row["last_step"]] == row["metrics"]["ema/shoot/nmse"]
+        assert (
+            trial.value
+            == trial.intermediate_values[row["last_step"]]
+            == row["metrics"]["ema/shoot/nmse"]
+        )
         steps = [step for step, _ in losses(folder, row["trial"])]
         assert steps == list(range(1, len(steps) + 1))
         assert len(steps) >= row["last_step"]
@@ -187,7 +234,10 @@ def same(folder: Path, whole: Path) -> None:
     for row, expected in zip(account(folder), account(whole), strict=True):
         assert {**row, "seconds": 0} == {**expected, "seconds": 0}
         assert losses(folder, row["trial"]) == losses(whole, row["trial"])
-    facts = [[(t.params, t.state, t.value, t.intermediate_values, t.user_attrs) for t in told(one)] for one in (folder, whole)]
+    facts = [
+        [(t.params, t.state, t.value, t.intermediate_values, t.user_attrs) for t in told(one)]
+        for one in (folder, whole)
+    ]
     assert facts[0] == facts[1]
 
 
@@ -196,16 +246,26 @@ def lead(folder: Path) -> int | None:
     for lock in folder.glob("[0-9]*/.lock"):
         with contextlib.suppress(OSError, ValueError):
             pid = json.loads(lock.read_text())["pid"]
-            if any((lock.parent / "checkpoints").glob("step_*")) and Path(f"/proc/{pid}/cmdline").read_bytes():  # a zombie has none
+            # a zombie has none
+            if (
+                any((lock.parent / "checkpoints").glob("step_*"))
+                and Path(f"/proc/{pid}/cmdline").read_bytes()
+            ):
                 return pid
     return None
 
 
-def test_a_driver_killed_three_times_and_typed_again_ends_as_if_untouched(place, whole, monkeypatch):
+def test_a_driver_killed_three_times_and_typed_again_ends_as_if_untouched(
+    place, whole, monkeypatch
+):
     folder, total = place.sweep("driver"), place.steps("whole")
     moments = sorted(random.Random(7).sample(range(total // 10, total * 9 // 10), 3))
     for kill, moment in enumerate(moments):
-        driver = place.live("driver", lambda moment=moment: place.steps("driver") >= moment, *(["--resume"] if kill == 1 else []))
+        driver = place.live(
+            "driver",
+            lambda moment=moment: place.steps("driver") >= moment,
+            *(["--resume"] if kill == 1 else []),
+        )
         assert driver.poll() is None, place.log("driver")[-3000:]
         driver.kill()
         driver.wait()  # its Ray may still be about to die: the next command does not wait for it
@@ -213,8 +273,10 @@ def test_a_driver_killed_three_times_and_typed_again_ends_as_if_untouched(place,
     same(folder, whole)
     again = all_starts(folder)
     untouched = all_starts(whole)  # with those of trials that waited at a rung and were taken up
-    assert len(untouched) <= len(again) <= len(untouched) + 3  # a trial that had finished was not begun again
-    assert sum(map(bool, again)) > sum(map(bool, untouched))  # and one of those cut off went on from a checkpoint
+    # a trial that had finished was not begun again
+    assert len(untouched) <= len(again) <= len(untouched) + 3
+    # and one of those cut off went on from a checkpoint
+    assert sum(map(bool, again)) > sum(map(bool, untouched))
     monkeypatch.setattr("tempfile.tempdir", str(place.tmp))
     deadline = time.monotonic() + 60  # for the last of their Rays to have ended
     while list(place.tmp.glob("fr-*")) and time.monotonic() < deadline:
@@ -259,8 +321,11 @@ def test_of_a_trial_of_two_workers_a_worker_and_the_trial_itself_are_killed(plac
     assert driver.poll() is None, place.log("pair")[-3000:]
     workers = [pid for pid, name in below(driver.pid).items() if "RayTrainWorker" in name]
     assert len(workers) == 2
-    os.kill(next(pid for pid in workers if pid != lead(folder)), signal.SIGKILL)  # the one that does not lead
-    while driver.poll() is None and not (any((folder / "1" / "checkpoints").glob("step_*")) and lead(folder)):
+    # the one that does not lead
+    os.kill(next(pid for pid in workers if pid != lead(folder)), signal.SIGKILL)
+    while driver.poll() is None and not (
+        any((folder / "1" / "checkpoints").glob("step_*")) and lead(folder)
+    ):
         time.sleep(0.05)
     (actor,) = [pid for pid, name in below(driver.pid).items() if "ImplicitFunc" in name]
     os.kill(actor, signal.SIGKILL)
@@ -282,7 +347,11 @@ def test_trials_of_a_lost_node_go_on_on_another(place, tmp_path):
         assert driver.poll() is None, place.log("node")[-3000:]
         victim = lead(folder)
         (lost,) = [node for node in (one, other) if victim in node.pids]
-        number = next(lock.parent.name for lock in folder.glob("[0-9]*/.lock") if json.loads(lock.read_text())["pid"] == victim)
+        number = next(
+            lock.parent.name
+            for lock in folder.glob("[0-9]*/.lock")
+            if json.loads(lock.read_text())["pid"] == victim
+        )
         lost.kill()
         assert driver.wait(TIMEOUT_S) == 0, place.log("node")[-3000:]
     sound(folder)
@@ -297,7 +366,9 @@ def test_a_full_disk_is_one_line_and_with_room_the_same_command_goes_on(place, w
     disk = place.folder / "disk"
     disk.mkdir()
     size = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "none", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "none", disk], capture_output=True
+    ).returncode:
         pytest.skip("this machine lets no process mount")
     try:
         full = place.live("full", lambda: False, f"storage_path={disk}")

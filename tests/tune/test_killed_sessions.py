@@ -1,4 +1,6 @@
-"""What a sweep's files are worth after SIGKILL: a real process, killed at seeded moments, must end as if nobody had touched it. No Ray."""
+"""What a sweep's files are worth after SIGKILL: a real process, killed at seeded moments, must
+end as if nobody had touched it. No Ray.
+"""
 
 import contextlib
 import errno
@@ -14,54 +16,59 @@ import tempfile
 import time
 from collections import deque as consume
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import optuna
 import pytest
+from builders import make_sweep, open_session
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from flowray.bench.replay import Silent
+from flowray.cluster import session
 from flowray.config.errors import InputError
-from flowray.config.search import CmaEsSearch, Nsga2Search
-from flowray.config.sweep import Hyperband, LogUniform, StopRule, Sweep
-from flowray.rayrun import session
 from flowray.store.rows import RowWriter, read_rows
+from flowray.sweepconfig.search import CmaEsSearch, Nsga2Search
+from flowray.sweepconfig.sweep import Hyperband, StopRule, Sweep
 from flowray.tune import study
-from flowray.tune.halving import make_halving
-from flowray.tune.referee import Referee
+from flowray.tune.session import SweepSession
 
 METRIC, STEPS, EVERY, TRIALS = "ema/shoot/nmse", 80, 20, 6
 FORK = multiprocessing.get_context("fork")  # a killed process a few milliseconds old
 
 
-def make(**changes) -> Sweep:
-    plain = {
-        "name": "s",
-        "base": "b",
-        "metric": {"name": METRIC},
-        "parameters": {"optim.lr": LogUniform(min=1e-4, max=1e-2)},
-        "early_terminate": Hyperband(min_iter=20, eta=2),
-        "stop": (StopRule(metric="ema/flow/cos", below=0.3, after=30, patience=2),),
-        "run_cap": TRIALS,
-        "startup_trials": 3,
-    }
-    return Sweep(**{**plain, **changes})
+make = partial(
+    make_sweep,
+    metric={"name": METRIC},
+    early_terminate=Hyperband(min_iter=20, eta=2),
+    stop=(StopRule(metric="ema/flow/cos", below=0.3, after=30, patience=2),),
+    run_cap=TRIALS,
+    startup_trials=3,
+)
 
 
 def rows_at(lr: float, step: int) -> tuple[dict, dict]:
     """What a run logs and probes: better towards lr 1e-3, the direction lost above 5e-3."""
     value = (math.log10(lr) + 3) ** 2 + 10 / step
-    return {"step": step, "loss/flow": 2 * value}, {"step": step, METRIC: value, "ema/flow/cos": 0.2 if lr > 5e-3 else 0.9}
+    return {"step": step, "loss/flow": 2 * value}, {
+        "step": step,
+        METRIC: value,
+        "ema/flow/cos": 0.2 if lr > 5e-3 else 0.9,
+    }
 
 
-def train(judge: Referee, number: int, lr: float) -> None:
-    """A run as the training loop keeps it: rows first, a checkpoint at every 20 steps, then the report."""
+def train(judge: SweepSession, number: int, lr: float) -> None:
+    """A run as the training loop keeps it: rows first, a checkpoint at every 20 steps, then the
+    report.
+    """
     run = judge.sweep_dir / str(number)
     run.mkdir(exist_ok=True)
     checkpoint = run / "checkpoint"
     start = int(checkpoint.read_text()) if checkpoint.exists() else 0
-    metrics, probes = RowWriter(run / "metrics.jsonl", start), RowWriter(run / "probes.jsonl", start)
+    metrics, probes = (
+        RowWriter(run / "metrics.jsonl", start),
+        RowWriter(run / "probes.jsonl", start),
+    )
     for step in range(start + 10, STEPS + 1, 10):
         logged, probed = rows_at(lr, step)
         metrics.write(logged)
@@ -71,16 +78,24 @@ def train(judge: Referee, number: int, lr: float) -> None:
             (run / "part").replace(checkpoint)
         with (run / "trained").open("a") as file:
             file.write(f"{step}\n")
-        if judge.see(number, {**probed, **{key: value for key, value in logged.items() if "/" in key}, "budget_steps": STEPS}):
+        if judge.report(
+            number,
+            {
+                **probed,
+                **{key: value for key, value in logged.items() if "/" in key},
+                "budget_steps": STEPS,
+                "start": start,
+            },
+        ):
             return
 
 
 def whole_session(sweep: Sweep, folder: Path) -> None:
-    judge = Referee(sweep, folder, STEPS, make_halving(sweep, STEPS), Silent())
+    judge = open_session(sweep, folder, STEPS)
     while chosen := judge.next():
         number, params = chosen
         train(judge, number, params["optim.lr"])
-        judge.ended(number)
+        judge.end(number)
 
 
 def mortal_session(sweep: Sweep, folder: Path, last: int) -> None:
@@ -103,7 +118,9 @@ def run_until_done(sweep: Sweep, folder: Path, seed: int) -> int:
     moments = random.Random(seed)
     folder.mkdir(exist_ok=True)
     for kills in range(100):
-        process = FORK.Process(target=mortal_session, args=(sweep, folder, moments.randrange(20, 120)))
+        process = FORK.Process(
+            target=mortal_session, args=(sweep, folder, moments.randrange(20, 120))
+        )
         process.start()
         process.join(60)
         if process.exitcode == 0:
@@ -117,7 +134,11 @@ def outcome(folder: Path) -> list[tuple]:
     storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
     told = optuna.load_study(study_name="s", storage=storage).trials
     account = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
-    assert [row["trial"] for row in account] == [trial.number for trial in told] == list(range(len(told)))
+    assert (
+        [row["trial"] for row in account]
+        == [trial.number for trial in told]
+        == list(range(len(told)))
+    )
     return [
         (
             {key: value for key, value in row.items() if key != "seconds"},
@@ -155,8 +176,16 @@ def test_a_sweep_killed_at_any_file_operation_ends_as_if_it_had_not_been(tmp_pat
     assert {row["status"] for row, *_ in found} == {"finished", "stopped"}
     repeated = 0
     for number in range(TRIALS):
-        trained = [int(step) for step in (tmp_path / "killed" / str(number) / "trained").read_text().split()]
-        assert all(step % EVERY == 10 for step, before in zip(trained[1:], trained, strict=False) if step <= before)  # from a checkpoint
+        trained = [
+            int(step)
+            for step in (tmp_path / "killed" / str(number) / "trained").read_text().split()
+        ]
+        # from a checkpoint
+        assert all(
+            step % EVERY == 10
+            for step, before in zip(trained[1:], trained, strict=False)
+            if step <= before
+        )
         repeated += len(trained) - len(set(trained))
     assert repeated <= kills * EVERY // 10
 
@@ -179,8 +208,13 @@ def halfway(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "cut"), [("study.journal", 1), ("study.journal", 9), ("trials.jsonl", 1), ("trials.jsonl", 40)])
-def test_a_last_line_that_is_cut_off_or_spoilt_costs_nothing(tmp_path, untouched, halfway, name, cut):
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [("study.journal", 1), ("study.journal", 9), ("trials.jsonl", 1), ("trials.jsonl", 40)],
+)
+def test_a_last_line_that_is_cut_off_or_spoilt_costs_nothing(
+    tmp_path, untouched, halfway, name, cut
+):
     subprocess.run(["cp", "-a", halfway, tmp_path / "cut"], check=True)
     file = tmp_path / "cut" / name
     assert file.stat().st_size > 2 * cut
@@ -193,13 +227,17 @@ def test_a_last_line_that_is_cut_off_or_spoilt_costs_nothing(tmp_path, untouched
 
 
 @pytest.mark.parametrize("lost", ["study.journal", "trials.jsonl"])
-def test_without_one_of_its_files_a_sweep_is_rebuilt_or_refused_but_never_run_twice(tmp_path, untouched, lost):
+def test_without_one_of_its_files_a_sweep_is_rebuilt_or_refused_but_never_run_twice(
+    tmp_path, untouched, lost
+):
     sweep, folder = make(method="random"), tmp_path / "copy"
     subprocess.run(["cp", "-a", untouched, folder], check=True)
     kept = (folder / lost).read_bytes()
     (folder / lost).unlink()
     if lost == "study.journal":
-        with pytest.raises(InputError, match=r"study.journal: lacks trial 0, which trials.jsonl has"):
+        with pytest.raises(
+            InputError, match=r"study.journal: lacks trial 0, which trials.jsonl has"
+        ):
             whole_session(sweep, folder)
         (folder / lost).write_bytes(kept[:1000] + b"\n" + kept[1000:])
         with pytest.raises(InputError, match=r"study.journal: cannot be read: .*name=OTHER"):
@@ -224,27 +262,32 @@ def small_disk(tmp_path):
     """A file system of 256 KB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True
+    ).returncode:
         pytest.skip("this machine lets no process mount")
     yield folder
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_costs_no_finished_trial_and_leaves_a_journal_that_goes_on(untouched, small_disk):
+def test_a_full_disk_costs_no_finished_trial_and_leaves_a_journal_that_goes_on(
+    untouched, small_disk
+):
     sweep = make(method="random")
-    judge = Referee(sweep, small_disk, STEPS, make_halving(sweep, STEPS), Silent())
+    judge = open_session(sweep, small_disk, STEPS)
     for _ in range(3):
         number, params = judge.next()
         train(judge, number, params["optim.lr"])
-        judge.ended(number)
+        judge.end(number)
     with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
         while True:
             filler.write(b"0" * 512)
     journal = (small_disk / "study.journal").read_bytes()
     with pytest.raises(OSError, match="No space left"):
-        consume(iter(judge.next, None), maxlen=0)  # the last page of the file may hold a little more
+        # the last page of the file may hold a little more
+        consume(iter(judge.next, None), maxlen=0)
     assert (small_disk / "study.journal").read_bytes().startswith(journal)
-    judge.hold(OSError(errno.ENOSPC, "No space left on device"))
+    judge.suspend(OSError(errno.ENOSPC, "No space left on device"))
     assert judge.next() is None
     (small_disk / "filler").unlink()
     whole_session(sweep, small_disk)
@@ -267,7 +310,9 @@ def short_folder(monkeypatch) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_the_folder_of_a_killed_driver_is_removed_by_the_next_and_that_of_a_live_one_stays(short_folder):
+def test_the_folder_of_a_killed_driver_is_removed_by_the_next_and_that_of_a_live_one_stays(
+    short_folder,
+):
     tmp_path = short_folder
     (tmp_path / "fr-foreign").mkdir()  # without a lock: not known to be ours
     here, there = multiprocessing.Pipe()
@@ -289,7 +334,8 @@ def test_the_folder_of_a_killed_driver_is_removed_by_the_next_and_that_of_a_live
         for driver in drivers:
             driver.kill()
             driver.join()
-    waits = [sys.executable, "-c", "print(flush=True); input()", str(alive)]  # a process of its Ray that still writes
+    # a process of its Ray that still writes
+    waits = [sys.executable, "-c", "print(flush=True); input()", str(alive)]
     left = subprocess.Popen(waits, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert left.stdout.readline()  # it is there under its own command
     with left, session.local_folder() as mine:

@@ -1,4 +1,6 @@
-"""trials.jsonl as it is written: what it holds after every event of a sweep, and what a process that is killed leaves of it."""
+"""trials.jsonl as it is written: what it holds after every event of a sweep, and what a process
+that is killed leaves of it.
+"""
 
 import json
 import math
@@ -10,38 +12,19 @@ import time
 from dataclasses import asdict
 
 import pytest
+from builders import METRIC, make_sweep, open_session
 
 from flowray.config.errors import InputError
-from flowray.config.sweep import LogUniform, StopRule, Sweep
-from flowray.tune.records import Records, TrialRecord
-from flowray.tune.referee import Referee
+from flowray.sweepconfig.sweep import StopRule
+from flowray.tune.ledger import Ledger
+from flowray.tune.records import TrialRecord
 
-METRIC = "shoot/nmse"
 SEEDS = 2
 
 
-class Silent:
-    def known(self, trial): ...
-
-    def started(self, trial): ...
-
-    def probed(self, trial): ...
-
-    def ended(self, trial): ...
-
-
-def referee(folder):
-    sweep = Sweep(
-        name="s",
-        base="b",
-        metric={"name": METRIC},
-        parameters={"optim.lr": LogUniform(min=1e-4, max=1e-2)},
-        stop=[StopRule(metric=METRIC, above=5)],
-        method="random",
-        run_cap=4,
-        seeds=SEEDS,
-    )
-    return Referee(sweep, folder, 20, None, Silent())
+def open_it(folder):
+    stop = [StopRule(metric=METRIC, above=5)]
+    return open_session(make_sweep(stop=stop, method="random", run_cap=4, seeds=SEEDS), folder, 20)
 
 
 def row(step, value, repeat=0):
@@ -49,54 +32,67 @@ def row(step, value, repeat=0):
 
 
 def test_the_file_is_all_trials_after_every_event(tmp_path):
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
 
     def whole():
-        trials = judge.records.trials
-        expected = "".join(json.dumps(asdict(trials[number]), allow_nan=False) + "\n" for number in sorted(trials))
+        trials = judge.ledger.trials
+        expected = "".join(
+            json.dumps(asdict(trials[number]), allow_nan=False) + "\n" for number in sorted(trials)
+        )
         assert (tmp_path / "trials.jsonl").read_text() == expected
         return [(trial.status, trial.last_step) for _, trial in sorted(trials.items())]
 
     events = [(judge.next,), (judge.next,)]
-    events += [(judge.see, 0, row(10, 0.5)), (judge.see, 1, row(10, 9.0)), (judge.ended, 1), (judge.next,)]
-    events += [(judge.see, 2, {**row(10, 1.0), "flow/cos": math.nan}), (judge.see, 0, row(20, 0.4)), (judge.ended, 2, "ValueError: no")]
     events += [
-        (judge.see, 0, row(10, 0.3, 1)),
-        (judge.see, 0, row(20, 0.2, 1)),
-        (judge.ended, 0),
+        (judge.report, 0, row(10, 0.5)),
+        (judge.report, 1, row(10, 9.0)),
+        (judge.end, 1),
         (judge.next,),
-        (judge.see, 3, row(10, 1.0)),
+    ]
+    events += [
+        (judge.report, 2, {**row(10, 1.0), "flow/cos": math.nan}),
+        (judge.report, 0, row(20, 0.4)),
+        (judge.end, 2, "ValueError: no"),
+    ]
+    events += [
+        (judge.report, 0, row(10, 0.3, 1)),
+        (judge.report, 0, row(20, 0.2, 1)),
+        (judge.end, 0),
+        (judge.next,),
+        (judge.report, 3, row(10, 1.0)),
     ]
     for call, *given in events:
         call(*given)
         last = whole()
     assert last == [("finished", 40), ("stopped", 10), ("failed", 10), ("running", 10)]
-    assert judge.records.trials[0].noise[METRIC] == pytest.approx(0.2 / 2**0.5)
+    assert judge.ledger.trials[0].noise[METRIC] == pytest.approx(0.2 / 2**0.5)
 
-    judge = referee(tmp_path)  # a new session has the file alone
+    judge = open_it(tmp_path)  # a new session has the file alone
     assert judge.next()[0] == 3
     assert [status for status, _ in whole()] == ["finished", "stopped", "failed", "running"]
 
 
 def test_a_save_that_names_trials_writes_those_and_the_new_ones(tmp_path):
-    records = Records(tmp_path / "trials.jsonl")
+    records = Ledger(tmp_path / "trials.jsonl")
     records.trials = {0: TrialRecord(0, {}), 1: TrialRecord(1, {})}
     records.save(0)
     records.trials[0].last_step, records.trials[1].last_step = 10, 20
     records.trials[2] = TrialRecord(2, {})
     records.save(1)
-    assert [t.last_step for t in Records(tmp_path / "trials.jsonl").trials.values()] == [0, 20, 0]
+    assert [t.last_step for t in Ledger(tmp_path / "trials.jsonl").trials.values()] == [0, 20, 0]
     records.save()
-    assert Records(tmp_path / "trials.jsonl").trials == records.trials
+    assert Ledger(tmp_path / "trials.jsonl").trials == records.trials
 
 
 SAVES = """
 import sys
 from pathlib import Path
-from flowray.tune.records import Records, TrialRecord
+from flowray.tune.ledger import Ledger
+from flowray.tune.records import TrialRecord
 
-records = Records(Path(sys.argv[1]))
-records.trials = {n: TrialRecord(n, {"a": n}, metrics={f"m/{i}": 1 / 3 for i in range(50)}) for n in range(100)}
+records = Ledger(Path(sys.argv[1]))
+METRICS = {f"m/{i}": 1 / 3 for i in range(50)}
+records.trials = {n: TrialRecord(n, {"a": n}, metrics=METRICS) for n in range(100)}
 step = 0
 while True:
     step += 1
@@ -113,7 +109,11 @@ def test_a_reader_and_a_killed_writer_leave_it_whole(tmp_path):
         deadline = time.monotonic() + 60
         seen = 0
         while seen < 5 and time.monotonic() < deadline:
-            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            rows = (
+                [json.loads(line) for line in path.read_text().splitlines()]
+                if path.exists()
+                else []
+            )
             steps = {row["last_step"] for row in rows}
             assert len(steps) <= 1  # all from one save
             assert len(rows) in (0, 100)
@@ -122,7 +122,7 @@ def test_a_reader_and_a_killed_writer_leave_it_whole(tmp_path):
     finally:
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
-    left = Records(path)
+    left = Ledger(path)
     assert len(left.trials) == 100
     assert len({trial.last_step for trial in left.trials.values()}) == 1
     left.save(0)  # a new session writes over what the killed one left half done
@@ -131,14 +131,35 @@ def test_a_reader_and_a_killed_writer_leave_it_whole(tmp_path):
 
 def test_a_trial_that_waits_is_neither_stopped_nor_done_also_in_older_files(tmp_path):
     path = tmp_path / "trials.jsonl"
-    older = [{"trial": 0, "params": {}, "status": "stopped", "last_step": 20, "budget_steps": 40, "waits": True}]
-    older += [{"trial": 1, "params": {}, "status": "stopped", "last_step": 20, "budget_steps": 40, "stopped_by": "worse"}]
+    older = [
+        {
+            "trial": 0,
+            "params": {},
+            "status": "stopped",
+            "last_step": 20,
+            "budget_steps": 40,
+            "waits": True,
+        }
+    ]
+    older += [
+        {
+            "trial": 1,
+            "params": {},
+            "status": "stopped",
+            "last_step": 20,
+            "budget_steps": 40,
+            "stopped_by": "worse",
+        }
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in older))
-    records = Records(path)
+    records = Ledger(path)
     assert ([trial.trial for trial in records.by("stopped")], records.waiting()) == ([1], [0])
     assert records.saved() == 0.5  # of the one that is through
     records.save()
-    assert [json.loads(line)["status"] for line in path.read_text().splitlines()] == ["waiting", "stopped"]
+    assert [json.loads(line)["status"] for line in path.read_text().splitlines()] == [
+        "waiting",
+        "stopped",
+    ]
     assert [records.to_finish(number).trial for number in (0, 1)] == [0, 1]
     records.trials[1].status = "finished"
     for number in (1, 7):

@@ -1,4 +1,6 @@
-"""What `auto` means on a described cluster, and what is refused before anything starts: one set of checks."""
+"""What `auto` means on a described cluster, and what is refused before anything starts: one set
+of checks.
+"""
 
 import json
 import os
@@ -9,12 +11,13 @@ import pytest
 
 from flowray.cli.ready import problems
 from flowray.cli.tune import main
+from flowray.cluster.capacity import of_unknown_size
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.recipe import Recipe
-from flowray.config.sweepfile import base_recipe, load_sweep, packaged_sweeps
-from flowray.rayrun.capacity import of_unknown_size
 from flowray.rayrun.tuner import run_sweep
+from flowray.sweepconfig.check import base_recipe
+from flowray.sweepconfig.file import load_sweep, packaged_sweeps
 from flowray.tune.plan import Cluster
 from flowray.tune.room import place, refuse_without_room, this_machine
 
@@ -44,7 +47,13 @@ def placed(name: str, cluster: Cluster, *overrides: str):
 def test_packaged_sweeps_use_what_is_there(name, trained):
     words = [f"base={trained}"] if name == "cfg.yaml" else []
     sweep = load_sweep(name, words)
-    trials = {"head.yaml": 30, "cfg.yaml": 21, "kl.yaml": 10, "source_grad.yaml": 6, "lr_restart.yaml": 12}.get(name, 14)
+    trials = {
+        "head.yaml": 30,
+        "cfg.yaml": 21,
+        "kl.yaml": 10,
+        "source_grad.yaml": 6,
+        "lr_restart.yaml": 12,
+    }.get(name, 14)
     there = placed(name, GPUS, *words)
     assert (there.concurrent, there.base.resources.gpus_per_worker) == (trials, 1)
     here = placed(name, LAPTOP, *words)
@@ -58,14 +67,19 @@ def test_packaged_sweeps_use_what_is_there(name, trained):
     [
         (["resources.num_workers=auto"], (1, 8, 1), 30),  # 32 GPUs, 30 trials
         (["resources.num_workers=auto", "run_cap=4"], (8, 8, 1), 4),
-        (["resources.num_workers=auto", "run_cap=5", "points=[]"], (4, 8, 1), 5),  # six GPUs each, and a batch of 32 does not split in six
+        # six GPUs each, and a batch of 32 does not split in six
+        (["resources.num_workers=auto", "run_cap=5", "points=[]"], (4, 8, 1), 5),
         (["resources.num_workers=auto", "run_cap=4", "set.train.accumulate=8"], (4, 8, 1), 4),
-        (["resources.num_workers=8", "max_concurrent=9"], (8, 8, 1), 4),  # the fifth would wait with its time running
+        # the fifth would wait with its time running
+        (["resources.num_workers=8", "max_concurrent=9"], (8, 8, 1), 4),
     ],
 )
 def test_auto_splits_every_batch_and_no_trial_waits(overrides, takes, at_once):
     found = placed("head", GPUS, "resources.cpus_per_worker=8", *overrides)
-    assert (tuple(found.takes[f"resources.{name}"] for name in TAKES), found.concurrent) == (takes, at_once)
+    assert (tuple(found.takes[f"resources.{name}"] for name in TAKES), found.concurrent) == (
+        takes,
+        at_once,
+    )
 
 
 BATCHES = "parameters.train.batch_size={distribution: q_uniform, min: 8, max: 64, q: 4}"
@@ -76,12 +90,22 @@ BATCHES = "parameters.train.batch_size={distribution: q_uniform, min: 8, max: 64
     [
         (LAPTOP, ["gpus_per_worker=1"], "gpus_per_worker"),
         (LAPTOP, ["cpus_per_worker=64"], "cpus_per_worker"),
-        (LAPTOP, ["num_workers=64", BATCHES.replace("min: 8, max: 64, q: 4", "min: 64, max: 128, q: 64")], "num_workers"),  # memory
+        # memory
+        (
+            LAPTOP,
+            [
+                "num_workers=64",
+                BATCHES.replace("min: 8, max: 64, q: 4", "min: 64, max: 128, q: 64"),
+            ],
+            "num_workers",
+        ),
         (GPUS, ["cpus_per_worker=65"], "cpus_per_worker"),
-        (GPUS, ["cpus_per_worker=32", "num_workers=16"], "num_workers"),  # 32 GPUs, but CPUs for eight
+        # 32 GPUs, but CPUs for eight
+        (GPUS, ["cpus_per_worker=32", "num_workers=16"], "num_workers"),
         (GPUS, ["gpus_per_worker=8"], "num_workers=8"),
         (GPUS, ["gpus_per_worker=1.5"], "gpus_per_worker=1"),
-        (GPUS, ["gpus_per_worker=0.5", "num_workers=2"], "gpus_per_worker=1"),  # NCCL has a GPU for each rank
+        # NCCL has a GPU for each rank
+        (GPUS, ["gpus_per_worker=0.5", "num_workers=2"], "gpus_per_worker=1"),
         (GPUS, ["num_workers=3"], "train.batch_size 32"),
         (GPUS, ["num_workers=8", BATCHES], "train.batch_size 12"),  # both ends do split
     ],
@@ -105,7 +129,9 @@ def test_a_cluster_that_may_grow_beyond_what_is_known_is_waited_for():
     asked = {"resources.num_workers": 4, "resources.gpus_per_worker": 1}
     refuse_without_room(override_recipe(Recipe(), asked).resources, hosts)
     with pytest.raises(InputError, match="gpus_per_worker"):
-        refuse_without_room(override_recipe(Recipe(), {"resources.gpus_per_worker": 2}).resources, hosts)
+        refuse_without_room(
+            override_recipe(Recipe(), {"resources.gpus_per_worker": 2}).resources, hosts
+        )
     assert placed("head", hosts, "resources.gpus_per_worker=1", "max_concurrent=3").concurrent == 3
 
 
@@ -113,17 +139,48 @@ def test_a_cluster_that_may_grow_beyond_what_is_known_is_waited_for():
     ("config", "grows"),
     [
         ({}, True),  # there is one, and it cannot be read
-        ({"max_workers": 3, "head_node_type": "local", "available_node_types": {"local": {"resources": {}}}}, True),
-        ({"max_workers": 0, "head_node_type": "local", "available_node_types": {"local": {"resources": {}}}}, False),
-        ({"max_workers": 3, "head_node_type": "h", "available_node_types": {"h": {}, "w": {"resources": {"CPU": 8}}}}, False),
-        ({"max_workers": 3, "head_node_type": "h", "available_node_types": {"h": {"resources": {"CPU": 8}}, "w": {}}}, True),
+        (
+            {
+                "max_workers": 3,
+                "head_node_type": "local",
+                "available_node_types": {"local": {"resources": {}}},
+            },
+            True,
+        ),
+        (
+            {
+                "max_workers": 0,
+                "head_node_type": "local",
+                "available_node_types": {"local": {"resources": {}}},
+            },
+            False,
+        ),
+        (
+            {
+                "max_workers": 3,
+                "head_node_type": "h",
+                "available_node_types": {"h": {}, "w": {"resources": {"CPU": 8}}},
+            },
+            False,
+        ),
+        (
+            {
+                "max_workers": 3,
+                "head_node_type": "h",
+                "available_node_types": {"h": {"resources": {"CPU": 8}}, "w": {}},
+            },
+            True,
+        ),
     ],
 )
 def test_which_autoscalers_state_no_size(config, grows):
     assert of_unknown_size(config) == grows
 
 
-@pytest.mark.parametrize("resource", ["gpus_per_worker=64", f"cpus_per_worker={(os.cpu_count() or 1) + 1}", "num_workers=5"])
+@pytest.mark.parametrize(
+    "resource",
+    ["gpus_per_worker=64", f"cpus_per_worker={(os.cpu_count() or 1) + 1}", "num_workers=5"],
+)
 def test_plan_and_run_refuse_the_same_before_anything_is_written(resource, tmp_path, capsys):
     """And a run of flowray.train does, for what is no matter of a batch."""
     words = ["head", f"resources.{resource}", f"storage_path={tmp_path / 'out'}"]
@@ -146,7 +203,10 @@ def test_a_plan_refuses_the_folder_that_a_run_would(tmp_path, capsys):
     out = f"storage_path={tmp_path}"
     sweep = load_sweep("head", [out])
     open_directory(sweep, base_recipe(sweep), resume=False)
-    for word, says in (("seed=7", "seed differs"), ("run_cap=40", r"run_cap differs .* type --resume")):
+    for word, says in (
+        ("seed=7", "seed differs"),
+        ("run_cap=40", r"run_cap differs .* type --resume"),
+    ):
         assert main(["head", out, word, "--plan", "--json"]) == 1
         (problem,) = json.loads(capsys.readouterr().out)["problems"]
         assert re.search(says, problem)
@@ -159,7 +219,9 @@ def test_this_machine_counts_its_memory():
     assert here.workers(1, 0) == here.drivers
 
 
-def test_pictures_of_a_run_that_is_not_there_or_has_no_checkpoint(trained, tmp_path, monkeypatch, capsys):
+def test_pictures_of_a_run_that_is_not_there_or_has_no_checkpoint(
+    trained, tmp_path, monkeypatch, capsys
+):
     """Planned and run alike, with what makes it."""
     monkeypatch.chdir(tmp_path)
     assert main(["cfg", "--plan", "--json"]) == 0

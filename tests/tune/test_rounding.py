@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowray.bench.pool import Entry, Space
-from flowray.config.parameters import LogUniform, Uniform
+from benchmarks.pool import Entry, Space
+from flowray.config.ranking import ranked, setting
 from flowray.config.rounding import rounded
-from flowray.config.sweep import Asha, Hyperband, Median, StopRule, Sweep
 from flowray.findings.checks import above, below, near
 from flowray.findings.reading import Reading
 from flowray.report.edges import edges
-from flowray.report.load import Metric, Trial, load_run, ranked
-from flowray.report.load import Sweep as Loaded
+from flowray.report.load import load_run
+from flowray.report.results import Metric, Trial
+from flowray.report.results import Sweep as Loaded
+from flowray.sweepconfig.parameters import LogUniform, Uniform
+from flowray.sweepconfig.sweep import Asha, Hyperband, Median, StopRule, Sweep
 from flowray.tune.cmaes import Strategy
 from flowray.tune.halving import Rungs
 from flowray.tune.median import MedianRule
-from flowray.tune.stop import Watch
+from flowray.tune.stop import StopRules
 
 METRIC = "ema/shoot/nmse"
 FP32, FP64 = 1e-7, 1e-16
@@ -87,9 +89,9 @@ def test_a_trial_like_all_others_is_not_worse_than_the_median(value: float, nois
 
 @pytest.mark.parametrize("noise", [0.0, FP32, -FP32, FP64, -FP64])
 def test_a_bound_that_is_just_met_is_met(noise: float) -> None:
-    one = Watch([StopRule(metric="flow/cos", below=0.3)], METRIC)
+    one = StopRules([StopRule(metric="flow/cos", below=0.3)], METRIC)
     assert one.feed({"step": 1, "flow/cos": 0.3 * (1 + noise)}) is None
-    two = Watch([StopRule(metric="flow/cos", gains_less_than=0.1, patience=1)], METRIC)
+    two = StopRules([StopRule(metric="flow/cos", gains_less_than=0.1, patience=1)], METRIC)
     for step, value in enumerate((0.7, 0.8, 0.9, 1.0)):
         assert two.feed({"step": step, "flow/cos": value * (1 + noise)}) is None
     assert two.feed({"step": 9, "flow/cos": 1.09}) is not None
@@ -130,9 +132,9 @@ def test_equal_trials_are_ranked_by_number(noise: float) -> None:
 
 
 def test_steps_of_a_range_are_one_setting_with_the_number_that_was_typed() -> None:
-    assert trial(0, params={"x": 0.1 + 2 * 0.1}).setting == trial(1, params={"x": 0.3}).setting
-    assert trial(0, params={"x": [0.1 + 0.2]}).setting == trial(1, params={"x": [0.3]}).setting
-    assert trial(0, params={"x": 0.3001}).setting != trial(1, params={"x": 0.3}).setting
+    assert setting({"x": 0.1 + 2 * 0.1}) == setting({"x": 0.3})
+    assert setting({"x": [0.1 + 0.2]}) == setting({"x": [0.3]})
+    assert setting({"x": 0.3001}) != setting({"x": 0.3})
 
 
 @pytest.mark.parametrize("low", [0.0, 0.1, 0.7, 3.0])

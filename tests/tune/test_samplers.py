@@ -8,8 +8,17 @@ import pytest
 from optuna.samplers import TPESampler
 
 from flowray.config.schema import members
-from flowray.config.search import CmaEsSearch, GpSearch, GridSearch, LearningSearch, Nsga2Search, RandomSearch, TpeSearch
-from flowray.config.sweep import Categorical, LogUniform, QUniform, Sweep, Uniform
+from flowray.sweepconfig.distributions import Categorical, LogUniform, QUniform, Uniform
+from flowray.sweepconfig.search import (
+    CmaEsSearch,
+    GpSearch,
+    GridSearch,
+    LearningSearch,
+    Nsga2Search,
+    RandomSearch,
+    TpeSearch,
+)
+from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.cmaes import Strategy
 from flowray.tune.samplers import SAMPLERS, Setting, make_sampler
 from flowray.tune.space import suggest
@@ -34,7 +43,11 @@ def sweep_of(search, parameters=None, **changes) -> Sweep:
         "run_cap": 100,
         "startup_trials": 4,
     }
-    how = {"method": search.kind} if isinstance(search, RandomSearch | GridSearch) else {"search": search}
+    how = (
+        {"method": search.kind}
+        if isinstance(search, RandomSearch | GridSearch)
+        else {"search": search}
+    )
     return Sweep(**{**plain, **how, **changes})
 
 
@@ -72,7 +85,10 @@ def in_memory(search, space, count: int, seed: int = 0) -> list[dict]:
 
 
 class SamplerContract:
-    """What every sampler does. search: its config; count: how many trials a test of it can afford."""
+    """What every sampler does.
+
+    search: its config; count: how many trials a test of it can afford.
+    """
 
     search = RandomSearch()
     count = 30
@@ -85,7 +101,9 @@ class SamplerContract:
             assert ("model.head.convs" in params) == (params["model.head.kind"] == "grid")
 
     def test_sessions_leave_no_trace(self, tmp_path):
-        """The same trials in one session and in two, the second of them finding an unfinished trial."""
+        """The same trials in one session and in two, the second of them finding an unfinished
+        trial.
+        """
         sweep = sweep_of(self.search)
         whole = run(SweepStudy(sweep, tmp_path / "a"), 7)
         split = run(SweepStudy(sweep, tmp_path / "b"), 5)
@@ -109,20 +127,29 @@ class SamplerContract:
         if self.learns is None:
             return
         random = [loss(params) for params in in_memory(RandomSearch(), self.learns, 100)]
-        late = [loss(params) for params in in_memory(self.search, self.learns, self.count)[self.count // 2 :]]
+        late = [
+            loss(params)
+            for params in in_memory(self.search, self.learns, self.count)[self.count // 2 :]
+        ]
         assert np.median(late) < 0.6 * np.median(random)
 
     def test_several_metrics(self, tmp_path):
         if isinstance(self.search, CmaEsSearch):
             with pytest.raises(ValueError, match="cmaes has one metric"):
-                sweep_of(self.search, RANGES, more_metrics=({"name": "text/snr", "goal": "maximize"},))
+                sweep_of(
+                    self.search, RANGES, more_metrics=({"name": "text/snr", "goal": "maximize"},)
+                )
             return
-        sweep = sweep_of(self.search, RANGES, more_metrics=({"name": "text/snr", "goal": "maximize"},))
+        sweep = sweep_of(
+            self.search, RANGES, more_metrics=({"name": "text/snr", "goal": "maximize"},)
+        )
         study = SweepStudy(sweep, tmp_path / "j")
         for i in range(6):
             number, params = study.ask()
             study.report(number, 10, 1.0)
-            study.stop(number, "worse") if i == 3 else study.finish(number, loss(params), params["loss.clip.weight"])
+            study.stop(number, "worse") if i == 3 else study.finish(
+                number, loss(params), params["loss.clip.weight"]
+            )
         told = SweepStudy(sweep, tmp_path / "j").trials()
         assert [t.state.name for t in told] == ["COMPLETE"] * 3 + ["PRUNED"] + ["COMPLETE"] * 2
         assert len(told[0].values) == 2
@@ -156,12 +183,18 @@ def test_every_search_has_one_entry_and_options_reach_the_sampler():
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_groups_leave_the_draws_of_an_unconditional_space_as_they_were():
     """TPE with groups, without conditions, is plain multivariate TPE."""
-    space = {**RANGES, "model.head.kind": Categorical(values=("grid", "conv")), "train.batch_size": QUniform(min=8, max=64, q=8)}
+    space = {
+        **RANGES,
+        "model.head.kind": Categorical(values=("grid", "conv")),
+        "train.batch_size": QUniform(min=8, max=64, q=8),
+    }
 
     def drawn(group):
         study, out = optuna.create_study(), []
         for number in range(12):
-            study.sampler = TPESampler(seed=number, multivariate=True, group=group, n_startup_trials=4)
+            study.sampler = TPESampler(
+                seed=number, multivariate=True, group=group, n_startup_trials=4
+            )
             trial = study.ask()
             out.append(suggest(trial, space))
             study.tell(trial, loss(out[-1]))
@@ -171,7 +204,9 @@ def test_groups_leave_the_draws_of_an_unconditional_space_as_they_were():
 
 
 def test_cma_es_finds_the_minimum_of_a_rotated_ellipsoid_and_adapts_to_it():
-    """Condition number 100 in 4 dimensions: within 150 generations below 1e-8, where random search stays above 1e-3."""
+    """Condition number 100 in 4 dimensions: within 150 generations below 1e-8, where random
+    search stays above 1e-3.
+    """
     rng = np.random.default_rng(0)
     turn, _ = np.linalg.qr(rng.normal(size=(4, 4)))
     matrix = turn @ np.diag([1.0, 4.6, 21.5, 100.0]) @ turn.T

@@ -9,8 +9,9 @@ import torch
 from flowray.config.keys import describe
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.progress import SILENT
-from flowray.config.sweepfile import base_recipe, check_trials, load_sweep
 from flowray.store.run import RunDirectory
+from flowray.sweepconfig.check import base_recipe, check_trials
+from flowray.sweepconfig.file import load_sweep
 from flowray.train.state import fresh_state, save_state
 from flowray.tune.sampling import score_pictures
 
@@ -19,8 +20,15 @@ from flowray.tune.sampling import score_pictures
 def source(tmp_path_factory):
     """A run of shapes with a small velocity network, at its first checkpoint."""
     place = tmp_path_factory.mktemp("runs")
-    small = {"model.velocity.width": 16, "model.velocity.depth": 1, "model.velocity.heads": 2, "train.device": "cpu"}
-    recipe = override_recipe(load_recipe("quickstart").recipe, {**small, "storage_path": str(place), "name": "source"})
+    small = {
+        "model.velocity.width": 16,
+        "model.velocity.depth": 1,
+        "model.velocity.heads": 2,
+        "train.device": "cpu",
+    }
+    recipe = override_recipe(
+        load_recipe("quickstart").recipe, {**small, "storage_path": str(place), "name": "source"}
+    )
     run = RunDirectory(place / "source")
     run.create()
     run.config.write_text(dump_recipe(recipe))
@@ -35,12 +43,20 @@ def test_a_sweep_over_guidance_scores_one_run_as_eval_does_and_trains_nothing(so
     from flowray.rayrun.tuner import run_sweep
 
     scales = "parameters.sample.guidance_scale={values: [1, 3]}"
-    words = [f"base={source}", f"storage_path={tmp_path}", scales, "parameters.sample.steps={value: 2}"]
+    words = [
+        f"base={source}",
+        f"storage_path={tmp_path}",
+        scales,
+        "parameters.sample.steps={value: 2}",
+    ]
     sweep = load_sweep("cfg", words)
     base = base_recipe(sweep)
     check_trials(sweep, base)
     result = run_sweep(sweep, base, resume=False, stream=io.StringIO())
-    assert [(t.status, t.params["sample.guidance_scale"]) for t in result.trials] == [("finished", 1.0), ("finished", 3.0)]
+    assert [(t.status, t.params["sample.guidance_scale"]) for t in result.trials] == [
+        ("finished", 1.0),
+        ("finished", 3.0),
+    ]
     by_hand = evaluate(source, ["sample.guidance_scale=3", "sample.steps=2"], 0, SILENT)["shapes"]
     scored = result.trials[1].metrics
     for name in ("mean_attribute_accuracy", "all_correct"):
@@ -53,4 +69,5 @@ def test_a_sweep_over_guidance_scores_one_run_as_eval_does_and_trains_nothing(so
     best = load_recipe(str(tmp_path / "cfg" / "best.yaml")).recipe
     assert best.sample.guidance_scale == result.best.params["sample.guidance_scale"]
     row = json.loads((tmp_path / "cfg" / "1" / "probes.jsonl").read_text())
-    assert score_pictures(base, source, tmp_path / "cfg" / "1") == row  # what is scored is not scored again
+    # what is scored is not scored again
+    assert score_pictures(base, source, tmp_path / "cfg" / "1") == row

@@ -1,49 +1,51 @@
-"""The same command typed again, without Ray: which sweep goes on, which is refused, and what becomes of trials that were cut off."""
+"""The same command typed again, without Ray: which sweep goes on, which is refused, and what
+becomes of trials that were cut off.
+"""
 
 import json
 import multiprocessing
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from builders import METRIC, make_sweep, open_session
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from support import assert_refused
 
-from flowray.bench.replay import Silent
 from flowray.cli.tune import main
+from flowray.cluster.storage import Unshared
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
-from flowray.config.sweep import Hyperband, LogUniform, StopRule, Sweep
-from flowray.config.sweepfile import load_sweep
-from flowray.rayrun.search import FAILED, LACKS, ProbeScheduler, StudySearch, no_room
-from flowray.rayrun.storage import Unshared
+from flowray.rayrun.search import FAILED, LACKS_STORAGE, ProbeScheduler, StudySearch, no_room
 from flowray.rayrun.trainer import RunFailed, _note, _raise_noted
 from flowray.rayrun.tuner import SweepResult, _result
+from flowray.report.results import Metric
+from flowray.report.results import Sweep as Results
 from flowray.store.run import RunDirectory, RunLock
+from flowray.sweepconfig.distributions import LogUniform
+from flowray.sweepconfig.file import load_sweep
+from flowray.sweepconfig.sweep import Hyperband, StopRule, Sweep
 from flowray.train.state import Halted
 from flowray.tune.folder import held_directory, open_directory, refuse_taken
-from flowray.tune.halving import make_halving
-from flowray.tune.records import Records, TrialRecord
-from flowray.tune.referee import Referee
+from flowray.tune.ledger import Ledger
+from flowray.tune.records import TrialRecord
+from flowray.tune.session import SweepSession
 
-METRIC = "ema/shoot/nmse"
 FORK = multiprocessing.get_context("fork")
 
 
 def make(folder, **changes) -> Sweep:
     plain = {
-        "name": "s",
         "storage_path": str(folder),
         "base": "b.yaml",
-        "metric": {"name": METRIC},
-        "parameters": {"optim.lr": LogUniform(min=1e-4, max=1e-2)},
         "early_terminate": Hyperband(min_iter=20, eta=2),
         "method": "random",
         "run_cap": 3,
     }
-    return Sweep(**{**plain, **changes})
+    return make_sweep(**{**plain, **changes})
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def ended(folder, *states):
     """The records of a sweep whose trials have come to these states, in its folder."""
     folder.mkdir(exist_ok=True)
     (folder / "sweep.yaml").touch()
-    records = Records(folder / "trials.jsonl")
+    records = Ledger(folder / "trials.jsonl")
     for number, state in enumerate(states):
         records.trials[number] = TrialRecord(number, {}, state, 20, 80, waits=state == "waiting")
     records.save()
@@ -70,7 +72,14 @@ def test_the_same_sweep_goes_on_also_where_only_places_differ(there, resume):
     assert open_directory(make(there), Recipe(), resume) == there / "s"
     moved = make(there, base="/another/working/dir/b.yaml", description="typed again")
     other = override_recipe(
-        Recipe(), {"resources.num_workers": 2, "data.cache": "/elsewhere", "name": "x", "train.checkpoint_every": 7, "storage_path": "/x"}
+        Recipe(),
+        {
+            "resources.num_workers": 2,
+            "data.cache": "/elsewhere",
+            "name": "x",
+            "train.checkpoint_every": 7,
+            "storage_path": "/x",
+        },
     )
     open_directory(moved, other, resume)
     assert load_recipe(str(there / "s" / "base.yaml")).recipe == other
@@ -81,15 +90,48 @@ def test_the_same_sweep_goes_on_also_where_only_places_differ(there, resume):
 @pytest.mark.parametrize(
     ("changes", "keys", "resume", "words"),
     [
-        ({"seed": 4}, {}, True, r"seed differs from the sweep to resume \(4, there it is 0\); take it back, or type name=OTHER"),
-        ({"parameters": {"optim.lr": LogUniform(min=1e-5, max=1e-2)}}, {}, True, "parameters differs"),
-        ({}, {"train.steps": 7}, True, r"train\.steps differs from the sweep to resume \(7, there it is 1000\)"),
+        (
+            {"seed": 4},
+            {},
+            True,
+            (
+                r"seed differs from the sweep to resume \(4, there it is 0\); take it back, or type"
+                r" name=OTHER"
+            ),
+        ),
+        (
+            {"parameters": {"optim.lr": LogUniform(min=1e-5, max=1e-2)}},
+            {},
+            True,
+            "parameters differs",
+        ),
+        (
+            {},
+            {"train.steps": 7},
+            True,
+            r"train\.steps differs from the sweep to resume \(7, there it is 1000\)",
+        ),
         ({"set": {"loss.kl.weight": 2.0}}, {"loss.kl.weight": 2.0}, True, "loss.kl.weight differs"),
-        ({"run_cap": 5}, {}, False, "run_cap differs from the sweep that is there, of which 0 trials are done; type --resume"),
-        ({"stop": (StopRule(metric=METRIC, above=5),)}, {}, False, "stop differs from the sweep that is there"),
+        (
+            {"run_cap": 5},
+            {},
+            False,
+            (
+                "run_cap differs from the sweep that is there, of which 0 trials are done; type"
+                " --resume"
+            ),
+        ),
+        (
+            {"stop": (StopRule(metric=METRIC, above=5),)},
+            {},
+            False,
+            "stop differs from the sweep that is there",
+        ),
     ],
 )
-def test_another_sweep_is_refused_in_one_line_and_nothing_is_written(there, changes, keys, resume, words):
+def test_another_sweep_is_refused_in_one_line_and_nothing_is_written(
+    there, changes, keys, resume, words
+):
     before = {path.name: path.read_text() for path in (there / "s").iterdir()}
     with pytest.raises(InputError, match=words):
         open_directory(make(there, **changes), override_recipe(Recipe(), keys), resume)
@@ -97,7 +139,9 @@ def test_another_sweep_is_refused_in_one_line_and_nothing_is_written(there, chan
 
 
 def test_caps_and_stops_may_differ_where_that_is_said(there):
-    open_directory(make(there, run_cap=5, stop=(StopRule(metric=METRIC, above=5),)), Recipe(), resume=True)
+    open_directory(
+        make(there, run_cap=5, stop=(StopRule(metric=METRIC, above=5),)), Recipe(), resume=True
+    )
     kept = load_sweep(str(there / "s" / "sweep.yaml"))
     assert (kept.run_cap, kept.stop[0].above) == (5, 5)
 
@@ -135,7 +179,10 @@ def test_a_sweep_that_another_process_runs_is_not_touched_until_that_is_killed(t
             open_directory(make(there, run_cap=5), Recipe(), resume=True)
         assert load_sweep(str(there / "s" / "sweep.yaml")).run_cap == 3
         began = time.monotonic()
-        with pytest.raises(InputError, match="in use"), RunLock(RunDirectory(there / "s"), patience_s=0.5):
+        with (
+            pytest.raises(InputError, match="in use"),
+            RunLock(RunDirectory(there / "s"), patience_s=0.5),
+        ):
             pass
         assert time.monotonic() - began >= 0.5
     finally:
@@ -147,9 +194,9 @@ def test_a_sweep_that_another_process_runs_is_not_touched_until_that_is_killed(t
 # trials that were cut off
 
 
-def referee(folder, **changes) -> Referee:
+def open_it(folder, **changes) -> SweepSession:
     sweep = make(folder, **changes)
-    return Referee(sweep, folder, 80, make_halving(sweep, 80), Silent())
+    return open_session(sweep, folder, 80)
 
 
 def write(folder, number, *values, start=10) -> list[dict]:
@@ -162,65 +209,95 @@ def write(folder, number, *values, start=10) -> list[dict]:
 
 
 def test_rows_that_a_killed_process_wrote_and_could_not_report_are_judged_with_the_next(tmp_path):
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
     for value in (1.0, 2.0):
         number, _ = judge.next()
         rows = write(tmp_path, number, value, value, value)
-        assert judge.see(number, rows[0]) is False
-        assert judge.see(number, rows[2])  # the one at step 20, a rung, comes from the disk
-        judge.ended(number)
-    assert judge.records.trials[1].last_step == 20
-    assert judge.records.trials[1].stopped_by.endswith("at step 20 is number 2 of 2 so far; the best 1/2 go on")
+        assert judge.report(number, rows[0]) is False
+        assert judge.report(
+            number, rows[2] | {"start": 10}
+        )  # the one at step 20, a rung, comes from the disk
+        judge.end(number)
+    assert judge.ledger.trials[1].last_step == 20
+    assert judge.ledger.trials[1].stopped_by.endswith(
+        "at step 20 is number 2 of 2 so far; the best 1/2 go on"
+    )
     assert judge.next()[0] == 0
 
 
 def test_a_trial_that_was_killed_after_its_last_checkpoint_has_finished(tmp_path):
     """Started again it has nothing to do, and reports nothing."""
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
     judge.next()
-    judge.see(0, write(tmp_path, 0, 3.0)[0])
+    judge.report(0, write(tmp_path, 0, 3.0)[0])
     write(tmp_path, 0, *[2.0] * 6, 0.5, start=20)
     with (tmp_path / "0" / "metrics.jsonl").open("w") as file:
         file.write(json.dumps({"step": 80, "loss/flow": 0.25, "perf/step_s": 1.0}) + "\n")
-    judge.ended(0)
-    record = judge.records.trials[0]
-    assert (record.status, record.last_step, record.metrics) == ("finished", 80, {METRIC: 0.5, "loss/flow": 0.25})
+    judge.end(0)
+    record = judge.ledger.trials[0]
+    assert (record.status, record.last_step, record.metrics) == (
+        "finished",
+        80,
+        {METRIC: 0.5, "loss/flow": 0.25},
+    )
 
 
 def test_a_stop_that_the_killed_driver_had_not_told_is_told_by_the_next_session(tmp_path):
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
     for value in (1.0, 2.0):
         number, _ = judge.next()
         rows = write(tmp_path, number, value, value)
-        assert [judge.see(number, row) for row in rows] == [False, True]  # and killed, before `ended`
-    again = referee(tmp_path)
-    assert [again.records.trials[number].status for number in (0, 1)] == ["waiting", "waiting"]
+        # and killed, before `ended`
+        assert [judge.report(number, row) for row in rows] == [False, True]
+    again = open_it(tmp_path)
+    assert [again.ledger.trials[number].status for number in (0, 1)] == ["waiting", "waiting"]
     assert again.next()[0] == 0
     assert again.next()[0] == 2
 
 
 def test_a_node_that_lacks_the_storage_fails_no_trial(tmp_path):
-    """It may come late, on a growing cluster: the sweep waits, with a line that names path and node, and goes on where it is right."""
-    judge = referee(tmp_path)
+    """It may come late, on a growing cluster: the sweep waits, with a line that names path and
+    node, and goes on where it is right.
+    """
+    judge = open_it(tmp_path)
     search, scheduler = StudySearch(judge), ProbeScheduler(judge)
-    there, here = SimpleNamespace(config=search.suggest("a")), SimpleNamespace(config=search.suggest("b"))
-    words = f"storage_path: {tmp_path} is not shared with node late (10.0.0.9): there is no such folder there"
-    assert scheduler.on_trial_result(None, there, {LACKS: words}) == TrialScheduler.STOP
+    there, here = (
+        SimpleNamespace(config=search.suggest("a")),
+        SimpleNamespace(config=search.suggest("b")),
+    )
+    words = (
+        f"storage_path: {tmp_path} is not shared with node late (10.0.0.9): there is no such folder"
+        " there"
+    )
+    assert scheduler.on_trial_result(None, there, {LACKS_STORAGE: words}) == TrialScheduler.STOP
     search.on_trial_complete("a")
     assert search.suggest("c") == Searcher.FINISHED
-    assert scheduler.on_trial_result(None, here, write(tmp_path, 1, 1.0)[0]) == TrialScheduler.STOP  # it pauses
+    # it pauses
+    assert scheduler.on_trial_result(None, here, write(tmp_path, 1, 1.0)[0]) == TrialScheduler.STOP
     search.on_trial_complete("b")
-    assert isinstance(judge.held, InputError)
-    assert str(judge.held) == f"{words}; the sweep waits: when the node has it, or is gone, type the same command again"
-    again = referee(tmp_path)
+    assert isinstance(judge.suspended_by, InputError)
+    assert (
+        str(judge.suspended_by)
+        == f"{words}; the sweep waits: when the node has it, or is gone, type the same command"
+        " again"
+    )
+    again = open_it(tmp_path)
     assert [again.next()[0] for _ in range(3)] == [0, 1, 2]
-    assert [(t.status, t.last_step) for t in again.records.trials.values()] == [("running", 0), ("running", 10), ("running", 0)]
+    assert [(t.status, t.last_step) for t in again.ledger.trials.values()] == [
+        ("running", 0),
+        ("running", 10),
+        ("running", 0),
+    ]
 
 
 def test_what_a_worker_wrote_down_of_a_node_without_the_storage_is_told_as_that(tmp_path):
     """From the file by which workers tell the process that drives them."""
     run = RunDirectory(tmp_path)
-    for wrote, kind in ((Unshared("storage_path: /x"), Unshared), (InputError("optim.lr"), InputError), (Halted("nan"), RunFailed)):
+    for wrote, kind in (
+        (Unshared("storage_path: /x"), Unshared),
+        (InputError("optim.lr"), InputError),
+        (Halted("nan"), RunFailed),
+    ):
         _note(run, wrote)
         with pytest.raises((InputError, RunFailed), match=str(wrote)) as caught:
             _raise_noted(run)
@@ -231,17 +308,37 @@ def test_what_a_worker_wrote_down_of_a_node_without_the_storage_is_told_as_that(
 # finished by hand
 
 
+def results(folder: Path) -> Results:
+    return Results(folder, "s", {}, (Metric(METRIC, "minimize"),), (), {}, ())
+
+
 @pytest.mark.parametrize(("finish", "interrupted"), [((), True), ((0,), False), ((1,), True)])
-def test_a_session_that_finished_its_trials_was_not_interrupted_whatever_the_sweep_has_left(tmp_path, finish, interrupted):
+def test_a_session_that_finished_its_trials_was_not_interrupted_whatever_the_sweep_has_left(
+    tmp_path, finish, interrupted
+):
     records = ended(tmp_path, "finished", "running", "stopped", "waiting")
-    result = _result(make(tmp_path, run_cap=6), records, None, finish, False)
+    result = _result(make(tmp_path, run_cap=6), records, results(tmp_path), finish, False)
     assert (result.interrupted, result.left) == (interrupted, 4)
 
 
-@pytest.mark.parametrize(("out_of_time", "interrupted", "code"), [(False, False, 0), (True, True, 0), (False, True, 75)])
-def test_what_is_left_is_said_with_the_command_that_goes_on(there, monkeypatch, capsys, out_of_time, interrupted, code):
-    """A session that finished trial 1 does not call the rest of the sweep interrupted, nor does its command finish 1 again."""
-    result = SweepResult(there / "s", (TrialRecord(1, {}, "finished", 80, 80),), None, 0.0, interrupted, out_of_time, left=4)
+@pytest.mark.parametrize(
+    ("out_of_time", "interrupted", "code"), [(False, False, 0), (True, True, 0), (False, True, 75)]
+)
+def test_what_is_left_is_said_with_the_command_that_goes_on(
+    there, monkeypatch, capsys, out_of_time, interrupted, code
+):
+    """A session that finished trial 1 does not call the rest of the sweep interrupted, nor does
+    its command finish 1 again.
+    """
+    result = SweepResult(
+        results(there / "s"),
+        (TrialRecord(1, {}, "finished", 80, 80),),
+        None,
+        0.0,
+        interrupted,
+        out_of_time,
+        left=4,
+    )
     monkeypatch.setattr("flowray.rayrun.tuner.run_sweep", lambda *args, **options: result)
     monkeypatch.setattr("flowray.cli.tune._report", lambda found: [])
     ended(there / "lr_restart", "finished", "stopped")
@@ -249,7 +346,10 @@ def test_what_is_left_is_said_with_the_command_that_goes_on(there, monkeypatch, 
     said = capsys.readouterr().err
     rest = f"python -m flowray.tune lr_restart run_cap=5 storage_path={there}\n"
     if interrupted:
-        assert f"to continue: python -m flowray.tune lr_restart run_cap=5 --finish 1 storage_path={there}" in said
+        assert (
+            "to continue: python -m flowray.tune lr_restart run_cap=5 --finish 1"
+            f" storage_path={there}" in said
+        )
     else:
         assert said == f"4 trials of the sweep are left; to go on: {rest}"
 
@@ -275,17 +375,23 @@ def test_where_there_is_nothing_to_continue_a_line_says_so(tmp_path, capsys):
 
 
 def test_a_full_disk_fails_no_trial(tmp_path):
-    judge = referee(tmp_path)
+    judge = open_it(tmp_path)
     search, scheduler = StudySearch(judge), ProbeScheduler(judge)
     trial = SimpleNamespace(config=search.suggest("a"))
     scheduler.on_trial_result(None, trial, write(tmp_path, 0, 1.0)[0])
-    words = "RunFailed: s/0: step 14: the checkpoint cannot be written: No space left on device; the ones before it are kept"
+    words = (
+        "RunFailed: s/0: step 14: the checkpoint cannot be written: No space left on device; the"
+        " ones before it are kept"
+    )
     assert no_room("RunFailed: s/0: loss/flow is not finite") is None
     assert scheduler.on_trial_result(None, trial, {FAILED: words}) == TrialScheduler.STOP
     search.on_trial_complete("a")
     assert search.suggest("b") == Searcher.FINISHED
-    assert judge.held.strerror == words
-    again = referee(tmp_path)
-    assert (again.records.trials[0].status, again.next()[0]) == ("running", 0)
-    assert scheduler.on_trial_result(None, trial, {FAILED: "RunFailed: s/0: loss/flow is not finite"}) == TrialScheduler.STOP
-    assert judge.records.trials[0].status == "failed"
+    assert judge.suspended_by.strerror == words
+    again = open_it(tmp_path)
+    assert (again.ledger.trials[0].status, again.next()[0]) == ("running", 0)
+    assert (
+        scheduler.on_trial_result(None, trial, {FAILED: "RunFailed: s/0: loss/flow is not finite"})
+        == TrialScheduler.STOP
+    )
+    assert judge.ledger.trials[0].status == "failed"

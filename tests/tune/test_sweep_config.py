@@ -7,16 +7,10 @@ import pytest
 from flowray.cli.common import entry
 from flowray.cli.tune import main, plan
 from flowray.config.errors import InputError
-from flowray.config.sweep import (
-    Asha,
-    Categorical,
-    IntUniform,
-    LogUniform,
-    Median,
-    QUniform,
-    Uniform,
-)
-from flowray.config.sweepfile import base_recipe, check_trials, dump_sweep, load_sweep, packaged_sweeps, text_sweep
+from flowray.sweepconfig.check import base_recipe, check_trials
+from flowray.sweepconfig.distributions import Categorical, IntUniform, LogUniform, QUniform, Uniform
+from flowray.sweepconfig.file import dump_sweep, load_sweep, packaged_sweeps, text_sweep
+from flowray.sweepconfig.sweep import Asha, Median
 
 GOOD = """\
 name: s
@@ -39,7 +33,9 @@ stop:
 
 @pytest.fixture
 def write(tmp_path):
-    (tmp_path / "base.yaml").write_text("name: b\ntrain: {steps: 900, batch_size: 32, probe_every: 50, checkpoint_every: 50}\n")
+    (tmp_path / "base.yaml").write_text(
+        "name: b\ntrain: {steps: 900, batch_size: 32, probe_every: 50, checkpoint_every: 50}\n"
+    )
 
     def to(text: str) -> str:
         path = tmp_path / "s.yaml"
@@ -50,7 +46,15 @@ def write(tmp_path):
 
 
 def test_a_good_sweep_with_values_of_the_recipes_types(write):
-    sweep = load_sweep(write(GOOD), ["run_cap=3", "metric.goal=maximize", "set.optim.weight_decay=1e-3", "parameters.optim.lr.max=2e-2"])
+    sweep = load_sweep(
+        write(GOOD),
+        [
+            "run_cap=3",
+            "metric.goal=maximize",
+            "set.optim.weight_decay=1e-3",
+            "parameters.optim.lr.max=2e-2",
+        ],
+    )
     assert sweep.parameters == {
         "optim.lr": LogUniform(min=1e-4, max=2e-2),  # PyYAML reads 1e-4 as text
         "loss.clip.weight": Uniform(min=0, max=2),  # a float field, though both ends are whole
@@ -58,10 +62,23 @@ def test_a_good_sweep_with_values_of_the_recipes_types(write):
         "model.head.kind": Categorical(values=("pooled", "grid", "conv")),
         "flow.time.low": QUniform(min=-8, max=-2, q=2),
     }
-    assert sweep.set == {"train.steps": 300, "flow.time.kind": "log_snr", "optim.weight_decay": 1e-3}
-    assert (sweep.run_cap, sweep.minimise, sweep.startup_trials, sweep.early_terminate.eta) == (3, False, 4, 3.0)
+    assert sweep.set == {
+        "train.steps": 300,
+        "flow.time.kind": "log_snr",
+        "optim.weight_decay": 1e-3,
+    }
+    assert (sweep.run_cap, sweep.minimise, sweep.startup_trials, sweep.early_terminate.eta) == (
+        3,
+        False,
+        4,
+        3.0,
+    )
     recipe = base_recipe(sweep)
-    assert (recipe.train.steps, recipe.train.batch_size, recipe.flow.time.kind) == (300, 32, "log_snr")
+    assert (recipe.train.steps, recipe.train.batch_size, recipe.flow.time.kind) == (
+        300,
+        32,
+        "log_snr",
+    )
     check_trials(sweep, recipe)
     assert text_sweep(dump_sweep(sweep), "again") == sweep
 
@@ -80,41 +97,141 @@ def test_a_good_sweep_with_values_of_the_recipes_types(write):
             10,
             "of which uniform draws none; type distribution: int_uniform",
         ),
-        ("{min: 8, max: 64}", "{distribution: q_uniform, min: 8, max: 64, q: 0.5}", 10, "got q 0.5; type a whole q"),
+        (
+            "{min: 8, max: 64}",
+            "{distribution: q_uniform, min: 8, max: 64, q: 0.5}",
+            10,
+            "got q 0.5; type a whole q",
+        ),
         ("q: 2}", "q: 9}", 12, "q 9 is wider than the range -8 to -2"),
         ("[pooled, grid, conv]", "[pooled, grid, pooled]", 11, "values has 'pooled' twice"),
-        ("optim.lr: {dist", "optim: {lr: {value: 1}}\n  optim.lr: {dist", 7, "optim.lr is given twice, dotted and nested"),
-        ("min_iter: 50}", "max_iter: 27, s: 2}", 13, "type min_iter, the first rung in steps, max_iter / eta^s; yours is min_iter: 3"),
+        (
+            "optim.lr: {dist",
+            "optim: {lr: {value: 1}}\n  optim.lr: {dist",
+            7,
+            "optim.lr is given twice, dotted and nested",
+        ),
+        (
+            "min_iter: 50}",
+            "max_iter: 27, s: 2}",
+            13,
+            "type min_iter, the first rung in steps, max_iter / eta^s; yours is min_iter: 3",
+        ),
         ("{type: hyperband", "{type: bohb", 13, "with type one of hyperband, asha, median"),
         ("train.steps: 300", "storage_path: there", 4, "stand at the top of the file"),
-        ("optim.lr:", "resources.num_workers: {values: [1, 2]}\n  optim.lr:", 8, "resources.num_workers belongs to the whole sweep"),
+        (
+            "optim.lr:",
+            "resources.num_workers: {values: [1, 2]}\n  optim.lr:",
+            8,
+            "resources.num_workers belongs to the whole sweep",
+        ),
         ("log_uniform_values", "log_uniform_value", 8, "did you mean log_uniform_values?"),
-        ("{min: 0, max: 2}", "{min: 0}", 9, "loss.clip.weight: got min, want min and max, values or value"),
-        ("{min: 0, max: 2}", "{min: 0, max: 2, q: 1, distribution: uniform}", 9, "q has no meaning for uniform"),
+        (
+            "{min: 0, max: 2}",
+            "{min: 0}",
+            9,
+            "loss.clip.weight: got min, want min and max, values or value",
+        ),
+        (
+            "{min: 0, max: 2}",
+            "{min: 0, max: 2, q: 1, distribution: uniform}",
+            9,
+            "q has no meaning for uniform",
+        ),
         ("{min: 0, max: 2}", "{min: 0, maxx: 2}", 9, "unknown key maxx, did you mean max?"),
-        ("[pooled, grid, conv]", "[pooled, gird]", 11, "want one of pooled, grid, conv, transencoder, did you mean grid?"),
+        (
+            "[pooled, grid, conv]",
+            "[pooled, gird]",
+            11,
+            "want one of pooled, grid, conv, transencoder, did you mean grid?",
+        ),
         ("[pooled, grid, conv]", "[]", 11, "want a list of at least one value"),
-        ("train.steps: 300", "train.steps: many", 4, "train.steps: got 'many', want a whole number > 0"),
+        (
+            "train.steps: 300",
+            "train.steps: many",
+            4,
+            "train.steps: got 'many', want a whole number > 0",
+        ),
         ("train.steps: 300", "optim.lr: 1e-3", 4, "optim.lr is both set and searched"),
         ("below: 0.3", "below: 0.3, above: 1", 14, "takes either below or above"),
-        ("below: 0.3", "under: 0.3", 14, "allowed: metric, finding, below, above, gains_less_than, after, patience"),
-        ("flow/cos, below: 0.3", "flow/cos, finding: bad, below: 0.3", 14, "takes either metric or finding"),
-        ("metric: flow/cos, below", "finding: source_collapsed, below", 14, "takes neither below nor above"),
+        (
+            "below: 0.3",
+            "under: 0.3",
+            14,
+            "allowed: metric, finding, below, above, gains_less_than, after, patience",
+        ),
+        (
+            "flow/cos, below: 0.3",
+            "flow/cos, finding: bad, below: 0.3",
+            14,
+            "takes either metric or finding",
+        ),
+        (
+            "metric: flow/cos, below",
+            "finding: source_collapsed, below",
+            14,
+            "takes neither below nor above",
+        ),
         ("min_iter: 50", "min_iter: 0", 13, "min_iter: got 0"),
         ("metric: {name: ema/shoot/nmse}", "metric: []", 6, "metric: got []"),
-        ("metric: {name: ema/shoot/nmse}", "metric: ema/shoot/nmse", 6, "such as metric: {name: ema/shoot/nmse, goal: minimize}"),
-        ("metric: {name: ema/shoot/nmse}", "metric: {name: val_loss}", 6, "trials are judged by a probe, such as ema/shoot/nmse"),
-        ("metric: {name: ema/shoot/nmse}", "metric: [{name: loss/flow}, {name: loss/flow}]", 6, "loss/flow is named twice"),
-        ("metric: {name: ema/shoot/nmse}", "metric: {name: loss/flow, target: 1}", 6, "ends with run_cap or time_budget"),
+        (
+            "metric: {name: ema/shoot/nmse}",
+            "metric: ema/shoot/nmse",
+            6,
+            "such as metric: {name: ema/shoot/nmse, goal: minimize}",
+        ),
+        (
+            "metric: {name: ema/shoot/nmse}",
+            "metric: {name: val_loss}",
+            6,
+            "trials are judged by a probe, such as ema/shoot/nmse",
+        ),
+        (
+            "metric: {name: ema/shoot/nmse}",
+            "metric: [{name: loss/flow}, {name: loss/flow}]",
+            6,
+            "loss/flow is named twice",
+        ),
+        (
+            "metric: {name: ema/shoot/nmse}",
+            "metric: {name: loss/flow, target: 1}",
+            6,
+            "ends with run_cap or time_budget",
+        ),
         ("name: s\n", "name: s\nnum_samples: 3\n", 2, "is called otherwise here; type run_cap"),
         ("name: s\n", "name: s\nmax_concurrent: 0\n", 2, "want a number > 0 or auto"),
-        ("name: s\n", "name: s\npoints: [{optim: {lr: 1e-3}}, 3]\n", 2, "points: got 3, want a mapping"),
-        ("metric: {name: ema/shoot/nmse}", "metric: [{name: a/b}, {name: flow/cos}]", 6, "unknown metric a/b"),
-        ("ema/shoot/nmse", "ema/shoot/nsme", 6, "unknown metric ema/shoot/nsme, did you mean ema/shoot/nmse?"),
+        (
+            "name: s\n",
+            "name: s\npoints: [{optim: {lr: 1e-3}}, 3]\n",
+            2,
+            "points: got 3, want a mapping",
+        ),
+        (
+            "metric: {name: ema/shoot/nmse}",
+            "metric: [{name: a/b}, {name: flow/cos}]",
+            6,
+            "unknown metric a/b",
+        ),
+        (
+            "ema/shoot/nmse",
+            "ema/shoot/nsme",
+            6,
+            "unknown metric ema/shoot/nsme, did you mean ema/shoot/nmse?",
+        ),
         ("flow/cos, below", "flow/cosine, below", 14, "did you mean flow/cos?"),
-        ("name: s\n", "name: s\ntask: sample\n", 2, "task sample draws pictures of a trained run, got optim.lr"),
+        (
+            "name: s\n",
+            "name: s\ntask: sample\n",
+            2,
+            "task sample draws pictures of a trained run, got optim.lr",
+        ),
         ("name: s\n", "name: s\nmethods: grid\n", 2, "unknown key methods, did you mean method?"),
-        ("name: s\n", "name: s\noptim.lr: 3\n", 2, "is a recipe key; for every trial type set.optim.lr="),
+        (
+            "name: s\n",
+            "name: s\noptim.lr: 3\n",
+            2,
+            "is a recipe key; for every trial type set.optim.lr=",
+        ),
         ("name: s\n", "name: s\nprogram: train.py\n", 2, "known to W&B only"),
         ("name: s\n", "name: a/b\n", 1, "a name becomes a folder"),
     ],
@@ -163,7 +280,9 @@ def test_bad_overrides(write, text, words):
     ],
 )
 def test_a_typed_kind_begins_its_section_anew(write, typed):
-    """As in a recipe: nothing of the kind in the file is left; the new one's keys may stand before it."""
+    """As in a recipe: nothing of the kind in the file is left; the new one's keys may stand
+    before it.
+    """
     rungs, eta = "early_terminate.rungs=[20, 60]", "early_terminate.eta=[2, 3]"
     sweep = load_sweep(write(GOOD), [*typed, rungs, eta])
     assert sweep.early_terminate == Asha(rungs=(20, 60), eta=(2, 3))
@@ -187,12 +306,18 @@ def test_missing_keys_and_grid_over_a_continuous_range(write):
 
 def test_a_range_that_the_recipe_refuses_is_found_before_anything_runs(write):
     sweep = load_sweep(write(GOOD), ["parameters.flow.time.low={min: 3, max: 9}"])
-    with pytest.raises(InputError, match=r"no recipe can be made with flow.time.low=9.0.*must lie below high"):
+    with pytest.raises(
+        InputError, match=r"no recipe can be made with flow.time.low=9.0.*must lie below high"
+    ):
         check_trials(sweep, base_recipe(sweep))
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("grad/total", "in the training log only"), ("ema/loss/flow", "not measured on the EMA weights; type loss/flow")]
+    ("name", "words"),
+    [
+        ("grad/total", "in the training log only"),
+        ("ema/loss/flow", "not measured on the EMA weights; type loss/flow"),
+    ],
 )
 def test_a_metric_that_no_probe_reports_is_refused(write, name, words):
     sweep = load_sweep(write(GOOD), [f"metric.name={name}"])
@@ -202,14 +327,21 @@ def test_a_metric_that_no_probe_reports_is_refused(write, name, words):
 
 def test_bad_input_ends_with_2_and_writes_nothing(write, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
-    for text in ("name: s\n", GOOD.replace("base.yaml", "ring.yaml"), GOOD.replace("min: 1e-4", "min: 0")):
+    for text in (
+        "name: s\n",
+        GOOD.replace("base.yaml", "ring.yaml"),
+        GOOD.replace("min: 1e-4", "min: 0"),
+    ):
         (tmp_path / "ring.yaml").write_text("base: ring.yaml\n")
         with pytest.raises(SystemExit) as ended:
             entry(main, [write(text), f"storage_path={tmp_path}/out"])
         said = capsys.readouterr()
         assert (ended.value.code, said.out, said.err.count("\n")) == (2, "", 1)
         assert said.err.startswith("error: ")
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in before} | {"s.yaml", "ring.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in before} | {
+        "s.yaml",
+        "ring.yaml",
+    }
 
 
 def test_a_raw_metric_is_refused_where_only_the_ema_is_probed(write):
@@ -235,7 +367,8 @@ def test_unknown_files_and_packaged_sweeps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"no such sweep file, did you mean head\?"):
         load_sweep("sweeps/heads.yaml")
-    for source in ("sweeps/head.yaml", "head"):  # as `ray job submit -- python -m flowray.tune sweeps/head.yaml` finds it
+    # as `ray job submit -- python -m flowray.tune sweeps/head.yaml` finds it
+    for source in ("sweeps/head.yaml", "head"):
         sweep = load_sweep(source)
         assert sweep.name == "head"
 
@@ -245,7 +378,8 @@ def test_head_sweep_fits_its_recipe():
     base = base_recipe(sweep)
     check_trials(sweep, base)
     assert set(sweep.parameters["model.head.kind"].values) == {"pooled", "grid", "conv"}
-    assert plan(sweep, base)["steps_expected"] <= 0.6 * plan(sweep, base)["steps_at_most"]  # at least 40 % of the steps saved
+    # at least 40 % of the steps saved
+    assert plan(sweep, base)["steps_expected"] <= 0.6 * plan(sweep, base)["steps_at_most"]
 
 
 @pytest.mark.parametrize(
@@ -254,12 +388,22 @@ def test_head_sweep_fits_its_recipe():
         (["set.train.checkpoint_every=100"], "wait at step 50, 150 "),
         (["set.train.probe_every=60", "set.train.checkpoint_every=120"], "wait at step 60, 180 "),
         (["set.train.probe_every=100", "set.train.checkpoint_every=500"], "wait at step 100, 200 "),
-        (["parameters.train.probe_every={values: [10, 25]}", "set.train.checkpoint_every=20"], "wait at step 50, 150 "),
-        (["parameters.train.steps={values: [300, 1200]}", "set.train.checkpoint_every=100"], "wait at step 50, 150, 450 "),
+        (
+            ["parameters.train.probe_every={values: [10, 25]}", "set.train.checkpoint_every=20"],
+            "wait at step 50, 150 ",
+        ),
+        (
+            ["parameters.train.steps={values: [300, 1200]}", "set.train.checkpoint_every=100"],
+            "wait at step 50, 150, 450 ",
+        ),
     ],
 )
-def test_without_a_checkpoint_where_a_trial_waits_a_sweep_is_refused_with_what_cures_it(write, overrides, words):
-    path = write(GOOD.replace("  train.steps: 300\n", "") if "train.steps" in overrides[0] else GOOD)
+def test_without_a_checkpoint_where_a_trial_waits_a_sweep_is_refused_with_what_cures_it(
+    write, overrides, words
+):
+    path = write(
+        GOOD.replace("  train.steps: 300\n", "") if "train.steps" in overrides[0] else GOOD
+    )
     sweep = load_sweep(path, overrides)
     with pytest.raises(InputError) as caught:
         check_trials(sweep, base_recipe(sweep))
@@ -272,7 +416,14 @@ def test_without_a_checkpoint_where_a_trial_waits_a_sweep_is_refused_with_what_c
     check_trials(cured, base_recipe(cured))
 
 
-@pytest.mark.parametrize("words", ["early_terminate={type: median, min_iter: 50}", "early_terminate=null", "set.train.probe_every=300"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "early_terminate={type: median, min_iter: 50}",
+        "early_terminate=null",
+        "set.train.probe_every=300",
+    ],
+)
 def test_where_no_trial_waits_checkpoints_may_lie_anywhere(write, words):
     sweep = load_sweep(write(GOOD), ["set.train.checkpoint_every=77", words])
     check_trials(sweep, base_recipe(sweep))
@@ -282,9 +433,17 @@ def test_where_no_trial_waits_checkpoints_may_lie_anywhere(write, words):
     ("searched", "settings", "cure"),
     [
         ("data.shards={values: [shapes, digits]}", [], "early_terminate=null method=random"),
-        ("data.shards={values: [shapes, digits]}", ["search={kind: gp}"], "early_terminate=null method=random search=null"),
+        (
+            "data.shards={values: [shapes, digits]}",
+            ["search={kind: gp}"],
+            "early_terminate=null method=random search=null",
+        ),
         ("data.val_shards={values: [null, digits]}", ["early_terminate=null"], "method=random"),
-        ("model.autoencoder.path={values: [embedded, elsewhere]}", ["method=random"], "early_terminate=null"),
+        (
+            "model.autoencoder.path={values: [embedded, elsewhere]}",
+            ["method=random"],
+            "early_terminate=null",
+        ),
         ("model.latent.height={values: [8, 16]}", ["method=random"], "early_terminate=null"),
     ],
 )
@@ -293,8 +452,12 @@ def test_what_does_not_compare_is_not_ranked(write, searched, settings, cure):
     sweep = load_sweep(path, [f"parameters.{searched}", *settings])
     with pytest.raises(InputError) as caught:
         check_trials(sweep, base_recipe(sweep))
-    assert str(caught.value).startswith(f"sweep s: {searched.partition('=')[0]} sets the scale of every value, and ")
-    assert f"would rank across it; type {cure}, or make a sweep for each value of it" in str(caught.value)
+    assert str(caught.value).startswith(
+        f"sweep s: {searched.partition('=')[0]} sets the scale of every value, and "
+    )
+    assert f"would rank across it; type {cure}, or make a sweep for each value of it" in str(
+        caught.value
+    )
     cured = load_sweep(path, [f"parameters.{searched}", *settings, *cure.split()])
     check_trials(cured, base_recipe(cured))
 
@@ -307,9 +470,14 @@ def test_sets_that_are_judged_on_the_same_pictures_compare(write):
 
 
 def test_a_rule_on_a_finding_needs_a_doctor_who_comes(write):
-    sweep = load_sweep(write(GOOD.replace("metric: flow/cos, below: 0.3", "finding: source_collapsed")))
+    sweep = load_sweep(
+        write(GOOD.replace("metric: flow/cos, below: 0.3", "finding: source_collapsed"))
+    )
     assert (sweep.stop[0].finding, sweep.stop[0].patience) == ("source_collapsed", 2)
     with pytest.raises(InputError, match="no doctor comes"):
         check_trials(sweep, base_recipe(sweep))
-    visited = load_sweep(write(GOOD.replace("metric: flow/cos, below: 0.3", "finding: bad")), ["set.probes.doctor_every=1"])
+    visited = load_sweep(
+        write(GOOD.replace("metric: flow/cos, below: 0.3", "finding: bad")),
+        ["set.probes.doctor_every=1"],
+    )
     check_trials(visited, base_recipe(visited))

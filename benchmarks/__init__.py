@@ -1,0 +1,1 @@
+"""Measurements of flowray that end in a ratio: run `python -m benchmarks` in a checkout."""

@@ -1,0 +1,326 @@
+"""`python -m benchmarks`: measurements that end in a ratio, and the record that one needs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flowray.cli.common import FINDINGS, GOOD, entry
+from flowray.cli.parser import Parser
+from flowray.cli.progress import quiet_libraries
+from flowray.config.errors import InputError
+from flowray.config.paths import argument
+from flowray.config.progress import SILENT
+from flowray.sweepconfig.file import load_sweep
+
+SHOWN = 8  # metrics in the table; --page has more, --json all
+
+
+def main(argv: list[str]) -> int:
+    """Run one subcommand.
+
+    0: all guards hold; 1: one does not, or a record is not complete; InputError for bad input.
+    """
+    parser = Parser(
+        prog="benchmarks",
+        description="Measurements that end in a ratio, stated so that higher is better.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for add in (_add_sweep, _add_record, _add_overhead, _add_startup):
+        add(commands)
+    args, more = parser.parse_known_args(argv)  # argparse gives up on key=value after an option
+    if wrong := [
+        text for text in more if text.startswith("-") or "=" not in text or "overrides" not in args
+    ]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if more:
+        args.overrides += more
+    quiet_libraries()
+    return int(args.run(args))
+
+
+def _add_sweep(commands: argparse._SubParsersAction[Parser]) -> None:
+    about = (
+        "compute until one of the best configurations is found: the default sweep against simpler"
+        " searches, on a recorded pool"
+    )
+    parser = commands.add_parser(
+        "sweep", help=about, description=f"What the probes save: {about}. Trains nothing."
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="sweep keys: metric.name=ema/flow/nmse early_terminate.min_iter=50",
+    )
+    parser.add_argument("--sweep", default="head", help="the sweep that is judged, default head")
+    parser.add_argument(
+        "--pool",
+        type=argument,
+        metavar="FILE",
+        help="what `record` wrote; left out: the record that comes with flowray",
+    )
+    parser.add_argument("--seeds", type=int, default=40, help="replays of every search, default 40")
+    parser.add_argument(
+        "--loss",
+        default="loss/flow",
+        help="the metric of the search on the training loss, default loss/flow",
+    )
+    parser.add_argument(
+        "--page", type=argument, metavar="FILE.md", help="write a page and, beside it, its figure"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, the rest on stderr"
+    )
+    parser.set_defaults(run=_sweep)
+
+
+def _add_record(commands: argparse._SubParsersAction[Parser]) -> None:
+    about = (
+        "train configurations of a sweep in full and judge their pictures; again after a kill, it"
+        " goes on where it stopped"
+    )
+    parser = commands.add_parser(
+        "record",
+        help=about,
+        description=f"For `benchmarks sweep`: {about}. Writes FOLDER/pool.jsonl.",
+    )
+    parser.add_argument("folder", type=argument, metavar="FOLDER")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="sweep keys and, under set., recipe keys: set.train.steps=400",
+    )
+    parser.add_argument(
+        "--sweep",
+        default="head",
+        help="the sweep whose space is drawn from, with its seed; default head",
+    )
+    parser.add_argument("--count", type=int, default=60, help="configurations, default 60")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="configurations trained at once, one core each; default 1",
+    )
+    parser.set_defaults(run=_record)
+
+
+def _add_overhead(commands: argparse._SubParsersAction[Parser]) -> None:
+    about = (
+        "seconds a trial and metric rows a second of a synthetic sweep, against stock Ray Tune with"
+        " Optuna and ASHA"
+    )
+    parser = commands.add_parser(
+        "tune-overhead", help=about, description=f"What the tuner costs: {about}."
+    )
+    parser.add_argument(
+        "--trials", type=int, default=200, help="trials of a round on each side, default 200"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=10, help="rows that a trial reports, default 10"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="rounds, the sides one after the other in each; default 3",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, the rest on stderr"
+    )
+    parser.set_defaults(run=_overhead)
+
+
+def _add_startup(commands: argparse._SubParsersAction[Parser]) -> None:
+    about = (
+        "seconds from a trial being asked for to its training loop and to its first row, against"
+        " stock Ray Tune with a TorchTrainer"
+    )
+    parser = commands.add_parser(
+        "trial-startup", help=about, description=f"What a trial costs before it trains: {about}."
+    )
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=5,
+        help="trials of a round on each side, one after the other; default 5, at least 2",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="workers of a trial, default 1; with more, flowray has them started as well",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="rounds, the sides one after the other in each; default 3",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, the rest on stderr"
+    )
+    parser.set_defaults(run=_startup)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from benchmarks.page import write_page
+    from benchmarks.pool import packaged_pool, read_pool
+    from benchmarks.sweep import ranked, run, summary
+
+    pool = read_pool(args.pool or packaged_pool())
+    bench = run(
+        pool, load_sweep(args.sweep, args.overrides), seeds=args.seeds, loss=args.loss, say=_say
+    )
+    facts = summary(bench)
+    if args.page:
+        write_page(bench, args.page)
+        _say(f"wrote {args.page} and {args.page.with_suffix('.png').name} beside it")
+    if not args.json:
+        _print_arms(facts)
+        known = Table(
+            "metric", "10 %", "33 %", "end", title="Spearman's rho with the final picture score"
+        )
+        for name in ranked(bench)[:SHOWN]:
+            known.add_row(name, *(f"{rho:+.2f}" for rho in bench.correlations[name].values()))
+        Console(highlight=False).print(known)
+    return _end(facts, args.json)
+
+
+def _print_arms(facts: Mapping[str, Any]) -> None:
+    table = Table(
+        "search",
+        "full budgets, mean",
+        "median",
+        "best lost to stops",
+        title="Compute until one of the best is trained in full",
+    )
+    for name, arm in facts["arms"].items():
+        table.add_row(
+            name,
+            f"{arm['mean_budgets']:.1f}",
+            f"{arm['median_budgets']:.1f}",
+            f"{arm['best_lost']:.0%}",
+        )
+    Console(highlight=False).print(table)
+
+
+def _record(args: argparse.Namespace) -> int:
+    from benchmarks.record import record
+
+    pool = record(
+        args.folder,
+        load_sweep(args.sweep, args.overrides),
+        args.count,
+        picture_score,
+        processes=args.processes,
+    )
+    _say(f"{len(pool.entries)} of {pool.drawn} configurations in {args.folder / 'pool.jsonl'}")
+    if len(pool.entries) < pool.drawn:
+        _say("the rest comes when the same command is run again")
+        return FINDINGS
+    return GOOD
+
+
+def picture_score(run: Path) -> dict[str, float]:
+    """What `flowray.eval` says of a run's pictures of held-out prompts."""
+    from flowray.cli.eval import evaluate
+
+    shapes = evaluate(run, [], 0, SILENT)["shapes"]
+    return {
+        "mean_attribute_accuracy": shapes["mean_attribute_accuracy"],
+        "all_correct": shapes["all_correct"],
+        **shapes["by_attribute"],
+    }
+
+
+def _overhead(args: argparse.Namespace) -> int:
+    from benchmarks.overhead import run
+
+    with contextlib.redirect_stdout(sys.stderr):  # Tune has a word to say at every start
+        facts = run(args.trials, args.rows, args.rounds, _say)
+    if not args.json:
+        table = Table(
+            "side",
+            "seconds a trial",
+            "rows a second",
+            title=f"{args.trials} trials that only report",
+        )
+        for name, seconds in facts["seconds_per_trial"].items():
+            table.add_row(name, f"{seconds:.3f}", f"{facts['rows_per_second'][name]:.1f}")
+        Console(highlight=False).print(table)
+    return _end(facts, args.json)
+
+
+def _startup(args: argparse.Namespace) -> int:
+    from benchmarks.startup import run
+
+    if args.trials < 2:
+        raise InputError(
+            f"--trials: got {args.trials}, want at least 2, as the first is told apart; type"
+            " --trials 2"
+        )
+    with contextlib.redirect_stdout(sys.stderr):
+        facts = run(args.trials, args.rounds, args.workers, _say)
+    if not args.json:
+        table = Table(
+            "side",
+            "to the loop",
+            "to the first row",
+            "first trial: loop",
+            "row",
+            title="Seconds from being asked for",
+        )
+        for name, seconds in facts["seconds"].items():
+            table.add_row(
+                name, *(f"{seconds[key]:.2f}" for key in ("loop", "row", "first_loop", "first_row"))
+            )
+        Console(highlight=False).print(table)
+    return _end(facts, args.json)
+
+
+def _end(facts: Mapping[str, Any], as_json: bool) -> int:
+    """Print the ratios; the exit code from the guards."""
+    if as_json:
+        print(json.dumps(_plain(facts), allow_nan=False))
+    else:
+        table = Table("ratio", "median", "min", "max", "rounds", title="higher is better")
+        for name, ratio in facts["ratios"].items():
+            table.add_row(
+                name,
+                *(f"{ratio[key]:.2f}" for key in ("median", "min", "max")),
+                str(ratio["rounds"]),
+            )
+        Console(highlight=False).print(table)
+    failed = [name for name, holds in facts["guards"].items() if not holds]
+    if failed:
+        _say(f"guards that do not hold: {', '.join(failed)}")
+    return FINDINGS if failed else GOOD
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that JSON has no word for become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,188 @@
+"""Is a folder one and the same on every node? Asked before a cluster starts to work, and again
+by every worker that comes later.
+"""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from flowray.cluster.session import started
+from flowray.config.cluster import in_cluster
+from flowray.config.errors import InputError, last_line
+from flowray.config.progress import SILENT, Progress
+from flowray.config.train import DataConfig
+from flowray.data.shards import EMBEDDED, find_shards
+
+MARK = ".shared-"  # begins the name of the file that nodes look for
+PATIENCE_S = 60.0  # for a node to answer, or to have mounted its folders
+# a part of the path of a job's working directory, which Ray removes
+JOB_FOLDER = "runtime_resources"
+
+
+class Unshared(InputError):
+    """A node does not have the storage; the message names both."""
+
+
+@contextmanager
+def marked(folder: Path, *, alone: bool = False, make: bool = True) -> Iterator[str]:
+    """A file in `folder` for the block, with a name that never was before; yields the name.
+
+    alone: marks of a killed owner go. make: the folder is made where it is not there, and stays.
+    New names, as NFS clients remember for a while what was not there.
+    """
+    mark = folder / f"{MARK}{uuid.uuid4().hex}"
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{MARK}*") if alone else ():
+            old.unlink(missing_ok=True)
+        mark.touch()
+    except OSError as error:
+        raise InputError(
+            f"storage_path: {folder} cannot be written: {error.strerror}; set storage_path=FOLDER"
+        ) from error
+    try:
+        yield mark.name
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def problem_here(folder: Path, mark: str) -> str:
+    """What is wrong with `folder` on this node, '' if it holds the mark and can be written."""
+    if not folder.is_dir():
+        return "there is no such folder there"
+    if not (folder / mark).exists():
+        return "the folder of that name there is another one"
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"it cannot be written there: {error.strerror}"
+
+
+def this_node() -> str:
+    """Host name and address, for messages."""
+    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+
+
+def check_here(folder: Path, mark: str) -> None:
+    """Unshared, naming folder and node, where this worker's node does not share `folder` with
+    the driver.
+    """
+    if refusal := refusal_here(folder, mark):
+        raise Unshared(refusal)
+
+
+def refusal_here(folder: Path, mark: str, patience_s: float = PATIENCE_S) -> str:
+    """What to tell where this worker's node does not share `folder` with the driver, '' where it
+    does.
+
+    A node that has only just started may still be mounting it: that long it is given.
+    """
+    deadline = time.monotonic() + patience_s
+    while problem := problem_here(folder, mark):
+        if time.monotonic() > deadline:
+            return _unshared(folder, this_node(), problem)
+        time.sleep(1.0)
+    return ""
+
+
+def refuse_unshared(storage: Path, data: DataConfig, progress: Progress = SILENT) -> None:
+    """On a cluster: InputError, naming path and node, unless every node shares `storage` and sees
+    the shards. Elsewhere nothing.
+
+    Starts Ray for the questions where it is not started.
+    """
+    if not in_cluster():
+        return
+    if JOB_FOLDER in storage.parts:
+        raise InputError(
+            f"storage_path: {storage} lies in the job's working directory, which is removed with"
+            " the job; type storage_path=/SHARED/FOLDER, or set FLOWRAY_STORAGE on the cluster"
+        )
+    with started(progress=progress), progress.task("asking the nodes for the storage"):
+        require_shared(storage, [] if data.shards in EMBEDDED else _shards(data))
+
+
+def require_shared(storage: Path, shards: Sequence[Path] = ()) -> None:
+    """InputError unless every other live node shares `storage` with this process and sees all
+    `shards`. Ray is started.
+
+    Nodes that an autoscaler adds later are not asked; there `check_here` speaks.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    if not nodes:
+        return
+    with marked(storage) as mark:
+        answers = [_look_on(node).remote(storage, mark, shards) for node in nodes]
+        for node, answer in zip(nodes, answers, strict=True):
+            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            try:
+                problem, unseen = _heard(answer, name)
+            except InputError:
+                if _alive(node):
+                    raise
+                continue  # it has gone meanwhile, as spot nodes do
+            if problem:
+                raise InputError(_unshared(storage, name, problem))
+            if unseen:
+                more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
+                raise InputError(
+                    f"data.shards: node {name} does not see {unseen[0]}{more}; put the shards where"
+                    " every node reads them"
+                )
+
+
+def _alive(node: dict[str, Any]) -> bool:
+    return any(known["Alive"] for known in ray.nodes() if known["NodeID"] == node["NodeID"])
+
+
+def _look(storage: Path, mark: str, shards: Sequence[Path]) -> tuple[str, list[Path]]:
+    """What is wrong with `storage` on this node, and the shards that it does not see."""
+    return problem_here(storage, mark), [path for path in shards if not path.is_file()]
+
+
+def _look_on(node: dict[str, Any]) -> Any:
+    place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return ray.remote(_look).options(num_cpus=0, scheduling_strategy=place, max_retries=0)
+
+
+def _heard(answer: Any, node: str) -> tuple[str, list[Path]]:
+    try:
+        problem, unseen = ray.get(answer, timeout=PATIENCE_S)
+    except ray.exceptions.RayError as error:
+        timed_out = isinstance(error, ray.exceptions.GetTimeoutError)
+        why = "no answer" if timed_out else last_line(str(error))
+        raise InputError(
+            f"node {node} cannot be asked about storage_path: {why[:200]}; type `python -m"
+            " flowray.cluster check`"
+        ) from error
+    return problem, unseen
+
+
+def _unshared(folder: Path, node: str, problem: str) -> str:
+    return (
+        f"storage_path: {folder} is not shared with node {node}: {problem}; type"
+        " storage_path=/FOLDER with one that every node mounts (`python -m flowray.cluster check`"
+        " shows which do)"
+    )
+
+
+def _shards(data: DataConfig) -> list[Path]:
+    return [
+        path.absolute()
+        for name in (data.shards, data.val_shards)
+        if name
+        for path in find_shards(name)
+    ]

@@ -1,0 +1,295 @@
+"""What the health checks expect of their short runs: the field notes' arrows as rules over
+metric and probe rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flowray.config.losses import KLLossConfig
+
+Row = dict[str, Any]
+Word = Literal["pass", "fail", "unclear", "not judged"]
+
+FALL = 0.2  # log 0901: the flow loss of a few samples must fall by more than this
+LEARNT_COS = 0.5  # the logs' healthy flow cosine
+# a steady KL: the last quarter at most 1.5x the quarter before, but for this much (per dim)
+KL_GROWTH, KL_FLOOR = 1.5, 0.05
+# a change of a cosine, or share of an error, that is clear; one that is none
+CLEAR, NONE = 0.2, 0.05
+MARGIN = 0.1  # by which share a statistic must differ between two runs to count
+
+CHECKLIST = "pipeline checklist 2025-09-07, step 5"
+LOG_0901 = "log 0901, health checks"
+QUICK = "loss debugging notes, quick ablations"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One arrow: in which run (`arm`), what was expected, what was measured, and which note expects
+    it.
+
+    unclear: too little changed to say; not judged: the recipe gives the arrow no ground, `measured`
+    says why.
+    """
+
+    arm: str
+    expected: str
+    verdict: Word
+    measured: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The rows of one short run; refused: why it could not run or did not finish, in words.
+
+    prefix: `ema/` where pictures are drawn from the EMA: a few hundred steps at a constant rate
+    leave the raw weights noisy.
+    """
+
+    rows: Sequence[Row] = ()
+    probes: Sequence[Row] = ()
+    dims: int = 1
+    refused: str = ""
+    prefix: str = ""
+
+    def last(self, key: str) -> float:
+        """A number of the last probe, nan where there is none."""
+        row = self.probes[-1] if self.probes else {}
+        value = row.get(key if key.startswith("trivial/") else f"{self.prefix}{key}")
+        return math.nan if value is None else float(value)
+
+    def series(self, key: str) -> list[float]:
+        """A metric over the logged steps."""
+        return [float(row[key]) for row in self.rows if row.get(key) is not None]
+
+
+def overfit_verdicts(arm: Arm) -> list[Verdict]:
+    """A few samples learnt by heart: flow loss down by more than FALL, cosine up to LEARNT_COS, KL
+    steady.
+
+    With loss.anchor the source starts as noise, whose flow is easy to predict, and narrows onto the
+    pictures: the cosine falls from about 0.5 before it rises, for hundreds of steps, in a sound
+    run. There mu must come nearer to the pictures and the velocity explain CLEAR of its target.
+    """
+    name = "overfit"
+    if arm.refused or len(arm.rows) < 8:
+        why = arm.refused or f"only {len(arm.rows)} logged steps; take more --steps"
+        return [Verdict(name, "it trains", "fail" if arm.refused else "unclear", why, CHECKLIST)]
+    flow, cos, anchor = arm.series("loss/flow"), arm.series("train/cos"), arm.series("loss/anchor")
+    kl = [value / arm.dims for value in arm.series("loss/kl_raw")]
+    fall, quarter = 1 - _end(flow) / flow[0], max(1, len(kl) // 4)
+    late, before = _mean(kl[-quarter:]), _mean(kl[-2 * quarter : -quarter])
+    steady = _word(late <= max(KL_GROWTH * before, before + KL_FLOOR)) if kl else "not judged"
+    risen = f"{cos[0]:.3f} -> {_end(cos):.3f}"
+    learnt = [
+        Verdict(
+            name,
+            f"train/cos rises, to {LEARNT_COS} or more",
+            _word(_end(cos) > max(cos[0], LEARNT_COS)),
+            risen,
+            CHECKLIST,
+        )
+    ]
+    if anchor:
+        nmse, held = _end(arm.series("train/nmse")), 1 - _end(anchor) / anchor[0]
+        size = _change(1 - nmse)
+        if size == "fail" and _end(cos) > NONE and abs(1 - nmse) > 1e-3:
+            # it points the right way; a dead velocity is 0, or next to it whatever its direction
+            size = "unclear"
+        learnt = [
+            Verdict(
+                name,
+                "train/cos rises",
+                "not judged",
+                f"{risen}; loss.anchor narrows the source, and with it what is left",
+                CHECKLIST,
+            ),
+            Verdict(
+                name,
+                f"train/nmse down from 1, by {CLEAR:.0%} or more",
+                size,
+                f"{nmse:.3f}",
+                CHECKLIST,
+            ),
+            Verdict(
+                name,
+                f"loss/anchor falls by more than {FALL:.0%}",
+                _word(held > FALL),
+                f"{anchor[0]:.3f} -> {_end(anchor):.3f} ({-held:+.0%})",
+                CHECKLIST,
+            ),
+        ]
+    return [
+        Verdict(
+            name,
+            f"loss/flow falls by more than {FALL:.0%}",
+            _word(fall > FALL),
+            f"{flow[0]:.3f} -> {_end(flow):.3f} ({-fall:+.0%})",
+            LOG_0901,
+        ),
+        *learnt,
+        Verdict(
+            name,
+            f"KL steady: the last quarter at most {KL_GROWTH}x the one before",
+            steady,
+            f"{before:.3f} -> {late:.3f} per dim" if kl else "loss.kl.weight is 0 in this recipe",
+            CHECKLIST,
+        ),
+    ]
+
+
+def free_mu(kl: KLLossConfig, anchor: float) -> str:
+    """Why the KL does not pull mu towards 0 by a share that would show, in words; empty where it
+    does.
+
+    The notes' arrow is about the gaussian form, whose pull is the weight times mu. With
+    loss.anchor, a (mu - z1)^2, the two settle at mu = E[z1] / (1 + kl / 2a) where nothing else
+    acts.
+    """
+    if kl.form == "box":
+        return "the box form leaves mu free within about 3"
+    if anchor > 0 and (shrunk := kl.weight / (2 * anchor)) < MARGIN:
+        return (
+            f"loss.anchor holds mu at the mean picture; the KL shortens it by {100 * shrunk:.1g} %"
+        )
+    return ""
+
+
+def ablation_verdicts(
+    whole: Arm, flow_only: Arm, no_kl: Arm, shuffled: Arm, mu_is_free: str = ""
+) -> list[Verdict]:
+    """The notes' arrows, one by one.
+
+    whole: the recipe as it is; the others: see flowray/cli/health.py; mu_is_free: see `free_mu`.
+    """
+    return [*_flow_only(flow_only), *_kl_off(whole, no_kl, mu_is_free), *_shuffled(whole, shuffled)]
+
+
+def _flow_only(arm: Arm) -> list[Verdict]:
+    name = "flow only"
+    if arm.refused:
+        return [Verdict(name, "the flow is learnt", "unclear", arm.refused, QUICK)]
+    cos, nmse = arm.last("flow/cos"), arm.last("flow/nmse")
+    rmse, still = arm.last("flow/endpt_rmse@32"), arm.last("trivial/flow/endpt_rmse@32")
+    # Before step 1 the velocity is 0 and mu about 0: the distance of a source of the first width
+    # from the pictures.
+    start = math.sqrt(
+        arm.last("shoot/mse") / arm.last("shoot/nmse") + (arm.series("std/mean") or [1.0])[0] ** 2
+    )
+    nearer = _change(1 - rmse / start) if rmse < (1 - NONE) * still else "fail"
+    return [
+        Verdict(name, f"flow/cos up from 0, by {CLEAR} or more", _change(cos), f"{cos:.3f}", QUICK),
+        Verdict(
+            name,
+            f"flow/nmse down from 1, by {CLEAR:.0%} or more",
+            _change(1 - nmse),
+            f"{nmse:.3f}",
+            QUICK,
+        ),
+        Verdict(
+            name,
+            f"flow/endpt_rmse@32 down from the start, by {CLEAR:.0%} or more, and below standing"
+            " still",
+            nearer,
+            f"{rmse:.3f}, at the start {start:.3f}, standing still {still:.3f}",
+            QUICK,
+        ),
+    ]
+
+
+def _kl_off(whole: Arm, off: Arm, mu_is_free: str) -> list[Verdict]:
+    name, source = "KL off", QUICK
+    if refused := whole.refused or off.refused:
+        return [Verdict(name, "the KL is seen to work", "unclear", refused, source)]
+    mu, std = (tuple(arm.last(key) for arm in (whole, off)) for key in ("mu/rms", "std/mean"))
+    # |ln std|: a width of 0.1 is as far from 1 as one of 10, and |std - 1| cannot tell a narrow
+    # source from a collapsed one
+    width = (abs(math.log(max(value, 1e-12))) for value in std)
+    pulled = "mu/rms no longer pulled to 0: larger"
+    both = f"{mu[0]:.3f} with, {mu[1]:.3f} without"
+    return [
+        (
+            Verdict(name, pulled, "not judged", f"{both}; {mu_is_free}", source)
+            if mu_is_free
+            else Verdict(name, pulled, _larger(*mu), both, source)
+        ),
+        Verdict(
+            name,
+            "std/mean no longer pulled to 1: further off",
+            _larger(*width),
+            f"{std[0]:.3f} with, {std[1]:.3f} without",
+            source,
+        ),
+    ]
+
+
+def _shuffled(whole: Arm, shuffled: Arm) -> list[Verdict]:
+    name = "captions shuffled"
+    if refused := whole.refused or shuffled.refused:
+        return [Verdict(name, "the condition is seen to work", "unclear", refused, QUICK)]
+    verdicts = []
+    for key in ("shoot/cond_gain", "flow/cond_gain_cos"):
+        with_text, without = whole.last(key), shuffled.last(key)
+        # a cosine gains little: neighbouring sources are much alike
+        noise = NONE if key.startswith("shoot") else NONE / 10
+        if with_text > max(2 * abs(without), noise):
+            word: Word = "pass"
+        elif with_text <= max(without, 0.0):
+            word = "fail"
+        else:
+            word = "unclear"
+        verdicts.append(
+            Verdict(
+                name,
+                f"{key} clearly down",
+                word,
+                f"{with_text:.3f} with, {without:.3f} shuffled",
+                QUICK,
+            )
+        )
+    for key in ("loss/clip", "loss/dino", "loss/anchor"):
+        pair = [_end(arm.series(key)) for arm in (whole, shuffled) if arm.series(key)]
+        if len(pair) == 2:
+            verdicts.append(
+                Verdict(
+                    name,
+                    f"{key} worse",
+                    _larger(*pair),
+                    f"{pair[0]:.3f} with, {pair[1]:.3f} shuffled",
+                    QUICK,
+                )
+            )
+    return verdicts
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _end(values: Sequence[float]) -> float:
+    """Mean of the last tenth, at least three: a single batch is noise."""
+    return _mean(values[-max(3, len(values) // 10) :])
+
+
+def _word(good: bool) -> Word:
+    return "pass" if good else "fail"
+
+
+def _change(gained: float) -> Word:
+    return "pass" if gained >= CLEAR else "unclear" if gained > NONE else "fail"
+
+
+def _larger(before: float, after: float) -> Word:
+    """Whether `after` is larger by MARGIN; smaller by as much fails; of two next to nothing
+    neither is.
+    """
+    if max(before, after) < NONE:
+        return "unclear"
+    if after > before * (1 + MARGIN):
+        return "pass"
+    return "fail" if after < before * (1 - MARGIN) else "unclear"

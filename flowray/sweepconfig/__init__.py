@@ -1,0 +1,1 @@
+"""Sweep files: what they may hold, how they are read and checked."""

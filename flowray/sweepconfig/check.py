@@ -1,0 +1,211 @@
+"""Whether every trial of a sweep can be made and judged, found before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowray.config.errors import InputError, OtherKind
+from flowray.config.load import load_recipe, override_recipe, recipe_names
+from flowray.config.paths import exists, is_file, no_such
+from flowray.config.recipe import Recipe
+from flowray.config.scale import scale_keys
+from flowray.config.schema import show
+from flowray.sweepconfig.distributions import Parameter, drawn, in_order
+from flowray.sweepconfig.parameters import ends
+from flowray.sweepconfig.sweep import SuccessiveHalving, Sweep, milestones
+
+
+def base_recipe(sweep: Sweep) -> Recipe:
+    """The recipe that every trial starts from: `base`, for task sample that of the run `base`,
+    with `set` applied.
+    """
+    if sweep.task == "train":
+        return override_recipe(load_recipe(sweep.base).recipe, sweep.set)
+    config = Path(sweep.base) / "config.yaml"
+    if not is_file(config):
+        run = Path(sweep.base)
+        what = f"{no_such(sweep.base)}" if not exists(run) else "no trained run"
+        recipe = run.name if run.name in recipe_names() else "RECIPE"
+        raise InputError(
+            f"sweep {sweep.name}: it scores the pictures of a trained run, and base {sweep.base}:"
+            f" {what}; type python -m flowray.train {recipe} first, or base=runs/NAME of"
+            " another run"
+        )
+    return override_recipe(load_recipe(str(config)).recipe, sweep.set)
+
+
+def check_trials(sweep: Sweep, base: Recipe) -> None:
+    """Make the recipes at the ends of the space, so that a range that the recipe refuses is found
+    before anything runs.
+
+    Also refuses metrics of the raw weights where the recipe probes the EMA only, as they would
+    never be seen; a ranking of what does not compare; rungs without a checkpoint.
+    """
+    if base.probes.doctor_every == 0 and any(rule.finding for rule in sweep.stop):
+        raise InputError(
+            f"sweep {sweep.name}: a stop rule waits for a finding, but no doctor comes; type"
+            " set.probes.doctor_every=1"
+        )
+    if sweep.task == "sample" and base.data.shards != "shapes":
+        shards = base.data.shards
+        raise InputError(
+            f"sweep {sweep.name}: {sweep.base} has data.shards {shards}; only pictures of shapes"
+            " have an exact score"
+        )
+    for name in (
+        *(metric.name for metric in sweep.objectives),
+        *(rule.metric for rule in sweep.stop if rule.metric),
+    ):
+        if sweep.task == "train" and name.startswith(_NOT_REPORTED):
+            raise InputError(
+                f"sweep {sweep.name}: {name} is in the training log only; trials are judged by"
+                " their probes: ema/shoot/nmse, loss/flow, ..."
+            )
+        if name.startswith(_NO_EMA):
+            raise InputError(
+                f"sweep {sweep.name}: {name} is not measured on the EMA weights; type"
+                f" {name.removeprefix('ema/')}"
+            )
+        if not base.probes.raw and name.startswith(_PROBED):
+            raise InputError(
+                f"sweep {sweep.name}: {name} is not probed, as probes.raw is false; type"
+                f" ema/{name}, or set probes.raw: true"
+            )
+        if sweep.task == "train" and name.startswith("eval/"):
+            raise InputError(
+                f"sweep {sweep.name}: {name} is no probe of a training run; take ema/shoot/nmse, or"
+                " task: sample"
+            )
+    _check_scale(sweep, base)
+    for case in _cases(sweep):
+        try:
+            trial = override_recipe(base, case)
+        except InputError as error:
+            words = ", ".join(f"{key}={show(value)}" for key, value in case.items())
+            raise InputError(
+                f"sweep {sweep.name}: no recipe can be made with {words}:"
+                f" {error}{_condition_hint(sweep, error)}"
+            ) from None
+        _check_rungs(sweep, base, trial)
+
+
+def _check_scale(sweep: Sweep, base: Recipe) -> None:
+    """InputError where trials of another scale would be ranked with each other, as halving and a
+    learning sampler do with all there are.
+    """
+    searched = [key for key, parameter in sweep.parameters.items() if len(ends(parameter)) > 1]
+    mixed = scale_keys(
+        searched, own_pictures=bool(base.data.val_shards) and "data.val_shards" not in searched
+    )
+    instead = {"early_terminate": "early_terminate=null"} if sweep.early_terminate else {}
+    instead |= (
+        {"method bayes": "method=random search=null" if sweep.search else "method=random"}
+        if sweep.method == "bayes"
+        else {}
+    )
+    if mixed and instead:
+        raise InputError(
+            f"sweep {sweep.name}: {mixed[0]} sets the scale of every value, and"
+            f" {' and '.join(instead)} would rank across it; type {' '.join(instead.values())}, or"
+            " make a sweep for each value of it"
+        )
+
+
+def _check_rungs(sweep: Sweep, base: Recipe, trial: Recipe) -> None:
+    """InputError where a trial that waits at a rung would have no checkpoint there and train a
+    part of its steps again.
+    """
+    if not isinstance(sweep.early_terminate, SuccessiveHalving):
+        return
+    longest = (
+        max(ends(sweep.parameters["train.steps"]))
+        if "train.steps" in sweep.parameters
+        else base.train.steps
+    )
+    rungs, every, cadence = (
+        milestones(sweep.early_terminate, longest),
+        trial.train.probe_every,
+        trial.train.checkpoint_every,
+    )
+    waits = sorted(
+        {
+            math.ceil(rung / every) * every
+            for rung in rungs
+            if math.ceil(rung / every) * every < trial.train.steps
+        }
+    )
+    if any(step % cadence for step in waits):
+        at = ", ".join(map(str, waits))
+        raise InputError(
+            f"sweep {sweep.name}: train.checkpoint_every is {cadence}, but trials wait at step {at}"
+            " (the first probe from a rung on) and go on from a checkpoint there; type"
+            f" set.train.checkpoint_every={math.gcd(*waits)}"
+        )
+
+
+def _cases(sweep: Sweep) -> list[dict[str, Any]]:
+    """Points at the ends of the space: every parameter alone, with what its condition asks for;
+    all at one end, for every kind.
+    """
+    parameters = sweep.parameters
+    cases = [
+        {**needed(parameters, key), key: value}
+        for key, parameter in parameters.items()
+        for value in ends(parameter)
+    ]
+    kinds = {key: ends(parameters[key]) for key in parameters if key.endswith(".kind")}
+    cases += [
+        corner(parameters, {key: kind}, end)
+        for key, values in kinds.items()
+        for kind in values
+        for end in (0, -1)
+    ]
+    cases += [corner(parameters, {}, end) for end in (0, -1)]
+    return cases + [dict(point) for point in sweep.points]
+
+
+def corner(
+    parameters: Mapping[str, Parameter], given: Mapping[str, Any], end: int
+) -> dict[str, Any]:
+    """A whole trial with these values, and what their conditions ask for; all others at one end,
+    0 or -1.
+    """
+    fixed = {k: v for key in given for k, v in needed(parameters, key).items()} | dict(given)
+    point: dict[str, Any] = {}
+    for key in in_order(parameters):
+        if drawn(parameters[key], point):
+            point[key] = fixed.get(key, ends(parameters[key])[end])
+    return point
+
+
+def needed(parameters: Mapping[str, Parameter], key: str) -> dict[str, Any]:
+    """Values of other parameters with which this one is drawn."""
+    wanted = {parent: values[0] for parent, values in parameters[key].when.items()}
+    return {**{k: v for parent in wanted for k, v in needed(parameters, parent).items()}, **wanted}
+
+
+def _condition_hint(sweep: Sweep, error: InputError) -> str:
+    """What to type where an option of one kind is searched together with another kind."""
+    if not isinstance(error, OtherKind) or f"{error.section}.kind" not in sweep.parameters:
+        return ""
+    return (
+        f"; to search it with that kind only, type when: {{{error.section}.kind:"
+        f" [{', '.join(error.kinds)}]}}"
+    )
+
+
+# measured for raw and EMA weights
+_PROBED = ("flow/", "shoot/", "text/", "mu/", "logvar/", "std/", "z_init/", "scale/", "teacher/")
+
+
+_NO_EMA = ("ema/loss/", "ema/vae/", "ema/latent/")
+
+
+_NOT_REPORTED = tuple(
+    f"{ema}{group}/"
+    for ema in ("", "ema/")
+    for group in ("grad", "lr", "perf", "amp", "weight", "step", "ent")
+)

@@ -1,0 +1,50 @@
+"""Whoever shows a sweep as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from flowray.tune.records import TrialRecord
+
+
+class Observer(Protocol):
+    """Hears of every trial what happens to it."""
+
+    def known(self, trial: TrialRecord) -> None:
+        """A trial that an earlier session left, as this one begins."""
+
+    def started(self, trial: TrialRecord) -> None: ...
+
+    def probed(self, trial: TrialRecord) -> None: ...
+
+    def ended(self, trial: TrialRecord) -> None: ...
+
+
+class Observers:
+    """Several observers as one.
+
+    A full disk costs whoever writes there its view, never the sweep.
+    """
+
+    def __init__(self, *observers: Observer):
+        self._observers = list(observers)
+
+    def known(self, trial: TrialRecord) -> None:
+        self._tell(lambda observer: observer.known(trial))
+
+    def started(self, trial: TrialRecord) -> None:
+        self._tell(lambda observer: observer.started(trial))
+
+    def probed(self, trial: TrialRecord) -> None:
+        self._tell(lambda observer: observer.probed(trial))
+
+    def ended(self, trial: TrialRecord) -> None:
+        self._tell(lambda observer: observer.ended(trial))
+
+    def _tell(self, event: Callable[[Observer], None]) -> None:
+        for observer in list(self._observers):
+            try:
+                event(observer)
+            except OSError:
+                self._observers.remove(observer)

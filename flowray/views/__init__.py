@@ -1,0 +1,1 @@
+"""What shows a sweep as it goes: the console, TensorBoard and Optuna, Ray's gauges."""

@@ -1,0 +1,70 @@
+"""Sweeps, sessions and probe rows as the tests of this folder need them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from flowray.sweepconfig.distributions import LogUniform
+from flowray.sweepconfig.sweep import Sweep
+from flowray.tune.halving import Pruner
+from flowray.tune.observers import Observer
+from flowray.tune.policy import Policy
+from flowray.tune.records import repeat_dir
+from flowray.tune.session import SweepSession
+
+METRIC = "shoot/nmse"
+
+
+def make_sweep(**changes: Any) -> Sweep:
+    """A sweep over the learning rate, with `changes`."""
+    plain = {
+        "name": "s",
+        "base": "b",
+        "metric": {"name": METRIC},
+        "parameters": {"optim.lr": LogUniform(min=1e-4, max=1e-2)},
+    }
+    return Sweep(**{**plain, **changes})
+
+
+def open_session(
+    sweep: Sweep,
+    folder: Path,
+    steps: int,
+    *,
+    pruner: Pruner | None = None,
+    observers: Sequence[Observer] = (),
+    **options: Any,
+) -> SweepSession:
+    """A session of the sweep in `folder`, trials of `steps` steps."""
+    return SweepSession(sweep, folder, Policy(sweep, steps, pruner), observers, **options)
+
+
+def study_trials(folder: Path, name: str = "s") -> list[optuna.trial.FrozenTrial]:
+    """The study as anyone else would open it."""
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    return optuna.load_study(study_name=name, storage=storage).trials
+
+
+def probe(
+    folder: Path,
+    number: int,
+    step: int,
+    value: float,
+    repeat: int = 0,
+    *,
+    budget: int = 40,
+    metric: str = METRIC,
+    **more: Any,
+) -> dict[str, Any]:
+    """A probe row, written as a run writes it and returned as its trial reports it."""
+    run = repeat_dir(folder / str(number), repeat)
+    run.mkdir(parents=True, exist_ok=True)
+    row = {"step": step, metric: value, **more}
+    with (run / "probes.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    return {**row, "budget_steps": budget, "repeat": repeat}

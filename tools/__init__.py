@@ -1,0 +1,1 @@
+"""What makes the models that flowray ships, and what `make setup` runs."""
