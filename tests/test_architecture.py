@@ -31,7 +31,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "doctor": ("train", "findings"),
     "tune": ("train", "sweepconfig", "findings"),
     "cluster": ("tune",),
-    "views": ("tune", "store"),
+    "views": ("tune", "report"),
     "rayrun": ("cluster", "views", "report", "doctor"),
     "report": ("findings", "sweepconfig"),
     "cli": ("rayrun",),

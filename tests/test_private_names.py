@@ -131,10 +131,10 @@ def test_studies_hand_trials_on_as_optuna_asks_for_them() -> None:
 
 
 def test_the_backend_is_started_as_ray_starts_it() -> None:
-    """flowray/rayrun/network.py overrides `on_start` of Ray Train's torch backend."""
+    """flowray/cluster/network.py overrides `on_start` of Ray Train's torch backend."""
     from ray.train.torch.config import _TorchBackend
 
-    from flowray.rayrun.network import _Bound
+    from flowray.cluster.network import _Bound
 
     wanted = inspect.signature(_TorchBackend.on_start).parameters
     assert list(inspect.signature(_Bound.on_start).parameters) == list(wanted)

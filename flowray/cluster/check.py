@@ -23,12 +23,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flowray.cluster.capacity import HEAD, reach
 from flowray.cluster.gpus import reduced, seeing_gpus
+from flowray.cluster.network import bind_gloo
 from flowray.cluster.storage import marked, problem_here
 from flowray.cluster.verdict import MEGABYTE, PACKAGES, PAYLOAD_BYTES, ClusterFacts, NodeFacts
 from flowray.config.errors import InputError, last_line
 from flowray.config.progress import Progress, counted
 from flowray.data.shards import find_shards
-from flowray.rayrun.network import bind_gloo
 from flowray.tune.plan import Node
 
 PATIENCE_S = 120.0  # for an answer

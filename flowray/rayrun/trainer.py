@@ -16,13 +16,13 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from flowray.cluster.capacity import reach
+from flowray.cluster.network import NodeNetwork
 from flowray.cluster.session import set_defaults
 from flowray.cluster.storage import Unshared, marked, refusal_here
 from flowray.cluster.waiting import told_of_waiting
 from flowray.config.errors import InputError, last_line
 from flowray.config.recipe import Recipe
 from flowray.doctor.visits import Visits
-from flowray.rayrun.network import NodeNetwork
 from flowray.rayrun.retries import goes_on, newest_step
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group

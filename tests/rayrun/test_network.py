@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flowray.rayrun.network import interface_of
+from flowray.cluster.network import interface_of
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the question is Linux's")
