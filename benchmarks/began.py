@@ -1,5 +1,5 @@
-"""A training loop that writes down when it began: what `benchmarks trial-startup` trains, in
-a module that costs no further import.
+"""A training loop that writes down when it began: what `benchmarks trial-startup` trains, in a
+module that costs no further import.
 """
 
 from __future__ import annotations

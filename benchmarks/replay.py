@@ -3,8 +3,8 @@ configurations has been trained in full.
 
 Nothing is trained. Trials run one after another; a trial's probe rows are those that were recorded.
 Every search goes on until it has drawn the whole pool, so that what it loses to early stops can be
-counted. One that has stopped all of the best by then finishes what
-it stopped, the most promising first, until one of them is through: its compute has an end too.
+counted. One that has stopped all of the best by then finishes what it stopped, the most promising
+first, until one of them is through: its compute has an end too.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`benchmarks sweep`: what the probes save a sweep, replayed on a recorded pool, and what
-each knows of the final pictures.
+"""`benchmarks sweep`: what the probes save a sweep, replayed on a recorded pool, and what each
+knows of the final pictures.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ WANTED = {"seeds_30": 30, "configurations_60": 60, "minutes_20": 20}
 @dataclass(frozen=True)
 class Bench:
     """What the replay gave. arms: per search its replays, one per seed; correlations: metric ->
-    share of the budget -> Spearman's rho
-    with the final picture score, and at 1.0 that of its last value. halves: random and the default
-    on a random half of the pool per seed.
+    share of the budget -> Spearman's rho with the final picture score, and at 1.0 that of its last
+    value. halves: random and the default on a random half of the pool per seed.
     """
 
     pool: Pool

@@ -50,7 +50,7 @@ def report_rows(recipe: Recipe, run_dir: Path) -> None:
 
 
 def through_flowray(folder: Path, trials: int, rows: int) -> Cost:
-    """The sweep as `flowray.tune` runs it: study journal, records, referee, console. Needs Ray
+    """The sweep as `flowray.tune` runs it: study journal, ledger, session, console. Needs Ray
     to be started.
     """
     sweep = Sweep.model_validate(

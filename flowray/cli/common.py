@@ -34,8 +34,7 @@ class Ended(KeyboardInterrupt):
 
 def end(number: int, _: object = None) -> NoReturn:
     """The handler of SIGTERM and SIGHUP. `timeout` sends the signal twice, to the command and to
-    its
-    group: the second one cuts nothing off.
+    its group: the second one cuts nothing off.
     """
     signal.signal(number, lambda *_: None)
     raise Ended(number)

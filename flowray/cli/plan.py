@@ -250,8 +250,7 @@ def weights(recipe: Recipe) -> list[dict[str, Any]]:
 
 def show_plan(recipe: Recipe, progress: Progress, *, as_json: bool, imports_s: float = 0.0) -> bool:
     """Print the plan, as one JSON object or as tables; whether nothing would stop the run. Of a
-    model
-    that cannot be made the sizes are null. imports_s: as for `wall_time`.
+    model that cannot be made the sizes are null. imports_s: as for `wall_time`.
     """
     with progress.task("planning"):
         plan = _work(recipe) | dict.fromkeys(SIZES) | {"problems": list(problems(recipe))}

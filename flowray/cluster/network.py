@@ -41,10 +41,9 @@ def bind_gloo() -> None:
     says otherwise.
 
     Left to itself it announces what the host's name resolves to. On Debian that is 127.0.1.1
-    (/etc/hosts), on a host with several
-    networks perhaps the wrong one, and ranks on different hosts wait in vain: `connectFullMesh
-    failed ... Connection refused`. NCCL chooses by itself among the interfaces that lead out, and
-    several for speed: it is left alone.
+    (/etc/hosts), on a host with several networks perhaps the wrong one, and ranks on different
+    hosts wait in vain: `connectFullMesh failed ... Connection refused`. NCCL chooses by itself
+    among the interfaces that lead out, and several for speed: it is left alone.
     """
     if GLOO_INTERFACE not in os.environ and (name := interface_of(ray.util.get_node_ip_address())):
         os.environ[GLOO_INTERFACE] = name

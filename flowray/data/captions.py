@@ -26,8 +26,7 @@ def captions_of(
     """The captions of every picture that has some; what is wrong goes to `faults`.
 
     files: all there are, in a sorted order. A list's names start from its own folder. Where there
-    is
-    one, text files are not read. InputError: two lists in one folder.
+    is one, text files are not read. InputError: two lists in one folder.
     """
     others = list(files)
     listed = [path for path in others if path.name.lower() in LISTS]

@@ -1,10 +1,9 @@
 """Procedural scenes at 64 px whose captions can be checked exactly.
 
 A scene is one or two flat-coloured objects on a flat background. Every word of a caption is decided
-by the scene and, but for
-a small jitter, the scene is decided by the caption: what a caption leaves out has a fixed meaning
-(no background: white; no
-position: the centre). Two kinds of scene never reach the training split:
+by the scene and, but for a small jitter, the scene is decided by the caption: what a caption leaves
+out has a fixed meaning (no background: white; no position: the centre). Two kinds of scene never
+reach the training split:
 
 - *held-out scenes*: a tenth of all full descriptions, their parts all seen (the `val` split);
 - *unseen pairs*: the (colour, shape) pairs of `UNSEEN_PAIRS`, never seen together (the `unseen`

@@ -63,11 +63,10 @@ def null_partners(u: Tensor, probability: float, samples: Sequence[int]) -> tupl
 
     u: uniform numbers (B,); samples: which data set sample stands at each place. Returns (null,
     partner): null (B,) bool; partner (B,) int64, the place itself where it is not null, the next
-    null place (cyclically) where it is. A lone null place
-    borrows from the next place. A batch that straddles two epochs may hold a sample twice: a
-    partner that is the same sample is passed over for the next null place with another one, or the
-    next place of any kind; only where the whole batch is one sample does a null place keep its own
-    target.
+    null place (cyclically) where it is. A lone null place borrows from the next place. A batch that
+    straddles two epochs may hold a sample twice: a partner that is the same sample is passed over
+    for the next null place with another one, or the next place of any kind; only where the whole
+    batch is one sample does a null place keep its own target.
 
     ValueError where u is not 1-D, probability not in [0, 1] or samples are not as many as u.
     """

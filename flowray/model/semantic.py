@@ -338,9 +338,8 @@ class Semantics(nn.Module):
         """Views of latents (B, C, H, W).
 
         z1 is each caption's own image, which z0 is compared with; target is where the velocity
-        leads, another image where the
-        sample is null, and estimate what it makes of it. idle: losses of weight 0 at this step; of
-        these, lpips is left out.
+        leads, another image where the sample is null, and estimate what it makes of it. idle:
+        losses of weight 0 at this step; of these, lpips is left out.
         """
         own = self._decode(z1) if self._clip_sees or self._dino_sees else None
         return Views(

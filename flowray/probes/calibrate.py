@@ -63,8 +63,8 @@ def fit_metrics(view: FieldView) -> dict[str, float]:
     cosines with x1, x0 and eps.
 
     The target x1 - x0 gives (1, -1); a field that regresses to the mean gives less of both. Signs
-    and zeros betray the target
-    that was really learnt: flipped (-, +), x1 (1, 0), x0 or its noise (0, +-1).
+    and zeros betray the target that was really learnt: flipped (-, +), x1 (1, 0), x0 or its noise
+    (0, +-1).
     """
     u, x1, x0 = (x.flatten().double() for x in (view.v_pred, view.x1, view.x0))
     one, both, zero, to_one, to_zero = (

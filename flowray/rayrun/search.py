@@ -1,5 +1,5 @@
-"""Ray Tune's searcher and scheduler of a sweep: thin adapters through which a session
-hands out, judges and ends trials.
+"""Ray Tune's searcher and scheduler of a sweep: thin adapters through which a session hands out,
+judges and ends trials.
 """
 
 from __future__ import annotations

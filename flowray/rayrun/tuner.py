@@ -85,8 +85,8 @@ class SweepResult:
     record, None without a value.
 
     interrupted: trials that this session was to train are left to be continued, because of a
-    signal, or where it is out_of_time, because
-    the time budget ran out. left: all that the sweep has still to begin or to continue.
+    signal, or where it is out_of_time, because the time budget ran out. left: all that the sweep
+    has still to begin or to continue.
     """
 
     report: Report

@@ -90,8 +90,8 @@ def runner_up(sweep: Sweep) -> Arm[Trial] | None:
 
 
 def noise(settings: Sequence[Arm[Trial]]) -> float | None:
-    """Standard deviation between seeds, pooled over those that were trained more than
-    once; None where none was.
+    """Standard deviation between seeds, pooled over those that were trained more than once; None
+    where none was.
     """
     repeated = [arm for arm in settings if len(arm.values) > 1]
     if not repeated:

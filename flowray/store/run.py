@@ -143,10 +143,8 @@ class RunLock:
     elsewhere: stale) is taken over.
 
     Whether the owner on another host lives takes up to RENEW_S to see, that it is dead up to
-    STALE_S: a run that moves to another
-    host after a crash waits that long and goes on. patience_s: how long to wait for a live owner to
-    let go.
-    file: the lock, `run.lock` unless given.
+    STALE_S: a run that moves to another host after a crash waits that long and goes on. patience_s:
+    how long to wait for a live owner to let go. file: the lock, `run.lock` unless given.
     """
 
     def __init__(self, run: RunDirectory, patience_s: float = 0.0, file: Path | None = None):

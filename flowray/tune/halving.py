@@ -23,14 +23,13 @@ class Pruner(Protocol):
 
 class Rungs:
     """ASHA as published (Li et al. 2020, arXiv 1810.05934): a trial goes on from a rung while it is
-    among the best 1/eta of all that came
-    that far. One that is not stops there, and is taken up again when it is: with more trials the
-    best 1/eta are more.
+    among the best 1/eta of all that came that far. One that is not stops there, and is taken up
+    again when it is: with more trials the best 1/eta are more.
 
     Ray's AsyncHyperBandScheduler never comes back to a trial, so it lets the first ones go on
-    whatever they are worth; on the recorded
-    pool that took two fifths more compute to find one of the best. Every rung compares values at
-    its very step: between two probes on either side of it the value is interpolated.
+    whatever they are worth; on the recorded pool that took two fifths more compute to find one of
+    the best. Every rung compares values at its very step: between two probes on either side of it
+    the value is interpolated.
     """
 
     def __init__(self, sweep: Sweep, budget_steps: int):

@@ -99,8 +99,8 @@ def share_cluster(sweep: Sweep, base: Recipe, cluster: Cluster) -> tuple[dict[st
     batch splits into, else one; the CPUs in equal parts, none larger than a node holds; as many
     trials as then fit. At least one of each, for a cluster that grows when it is asked, and never
     more trials than there are, nor more drivers than the head has memory for, nor, where the nodes
-    are known, more than fit at
-    once: one too many would wait with its time running. Pictures of a trained run have one worker.
+    are known, more than fit at once: one too many would wait with its time running. Pictures of a
+    trained run have one worker.
     """
 
     def pick(name: str, auto: float) -> Any:

@@ -1,10 +1,9 @@
 """The README from top to bottom, in an empty folder, as somebody types it who has just come.
 
 Every command is taken from README.md and run as it stands, with what `SMALL` has for its verb
-appended: overrides that
-make trainings short. Not run: `make test` and the set-up (their targets must be there), and what
-needs a Ray cluster (tests/cluster/test_job_submit.py submits that line). The quick walk asks for
-plans where the slow one trains.
+appended: overrides that make trainings short. Not run: `make test` and the set-up (their targets
+must be there), and what needs a Ray cluster (tests/cluster/test_job_submit.py submits that line).
+The quick walk asks for plans where the slow one trains.
 """
 
 from __future__ import annotations

@@ -47,10 +47,10 @@ class Sweeping:
     def __init__(self, folder: Path, max_failures: int):
         self.folder = folder
         self.trial = tune_trial(folder, 4, max_failures)
-        referee = SimpleNamespace(sweep_dir=folder, sweep=SimpleNamespace(seeds=2))
+        session = SimpleNamespace(sweep_dir=folder, sweep=SimpleNamespace(seeds=2))
         placed = SimpleNamespace(base=SimpleNamespace(resources=ResourceConfig()))
         quiet = SimpleNamespace(beat=lambda: None, renew=lambda: None, remark=lambda text: None)
-        self.events = _Events(referee, placed, quiet, quiet)
+        self.events = _Events(session, placed, quiet, quiet)
 
     def dies(self, error: Exception) -> bool:
         """Whether Tune starts it again, by Tune's own count."""
