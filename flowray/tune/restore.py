@@ -91,7 +91,12 @@ class Restoration:
     def _restore_ended(self, frozen: FrozenTrial, *, finished_later: bool) -> None:
         """A trial that has ended, as the study has it; the ledger may be behind it."""
         known = frozen.number in self._ledger.trials
-        record = self._state.record(frozen.number, self._study.params(frozen))
+        # what the ledger has is not drawn again: of an early failure the study may lack a part
+        record = (
+            self._ledger.trials[frozen.number]
+            if known
+            else self._state.record(frozen.number, self._study.params(frozen))
+        )
         record.status = "finished" if finished_later else _FINAL[frozen.state]
         record.resume()
         if record.status == "stopped":

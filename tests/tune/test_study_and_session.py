@@ -274,3 +274,16 @@ def test_suggest_returns_what_a_trial_has(tmp_path):
     study = optuna.create_study()
     study.enqueue_trial({"optim.lr": 2e-3, "model.head.kind": "conv"})
     assert suggest(study.ask(), make().parameters) == {"optim.lr": 2e-3, "model.head.kind": "conv"}
+
+
+def test_a_new_session_takes_the_parameters_of_an_ended_trial_from_the_ledger(tmp_path):
+    """The study of a trial that ended while it was drawn lacks a part of them."""
+    first = open_it(tmp_path)
+    number, params = first.next()
+    first.end(number, error="ValueError: boom")
+    journal = tmp_path / "study.journal"
+    drawn = [line for line in journal.read_text().splitlines() if '"model.head.kind"' not in line]
+    journal.write_text("\n".join(drawn) + "\n")
+    second = open_it(tmp_path)
+    record = second.ledger.trials[number]
+    assert (record.status, record.params) == ("failed", params)
