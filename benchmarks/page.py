@@ -32,13 +32,18 @@ def write_page(bench: Bench, page: Path) -> None:
 
 
 def _lines(bench: Bench, facts: dict[str, Any], picture: str) -> list[str]:
-    pool, sweep, halving = bench.pool, bench.sweep, bench.sweep.early_terminate
-    seeds = len(bench.arms["default"])
-    rules = [
-        f"- {rule.metric or rule.finding}:"
-        f" {rule.model_dump(exclude_none=True, exclude={'metric', 'finding'})}"
-        for rule in sweep.stop
+    return [
+        *_about(bench, facts, picture),
+        *_compute(bench, facts),
+        *_default(bench, facts),
+        *_why(facts),
+        *_knowledge(bench),
     ]
+
+
+def _about(bench: Bench, facts: dict[str, Any], picture: str) -> list[str]:
+    """What was recorded, and what is counted."""
+    pool, seeds = bench.pool, len(bench.arms["default"])
     return [
         "# What the probes save a sweep",
         "",
@@ -73,6 +78,13 @@ def _lines(bench: Bench, facts: dict[str, Any], picture: str) -> list[str]:
             f" pictures]({picture})"
         ),
         "",
+    ]
+
+
+def _compute(bench: Bench, facts: dict[str, Any]) -> list[str]:
+    """What every search took, and the ratios."""
+    pool, sweep = bench.pool, bench.sweep
+    return [
         "| search | full budgets, mean | median | for the whole pool | best lost to stops |",
         "|---|---|---|---|---|",
         *(
@@ -111,6 +123,18 @@ def _lines(bench: Bench, facts: dict[str, Any], picture: str) -> list[str]:
         ),
         _limit(facts),
         "",
+    ]
+
+
+def _default(bench: Bench, facts: dict[str, Any]) -> list[str]:
+    """What the default stops by, and how it does on pools that it was not chosen with."""
+    sweep, halving = bench.sweep, bench.sweep.early_terminate
+    rules = [
+        f"- {rule.metric or rule.finding}:"
+        f" {rule.model_dump(exclude_none=True, exclude={'metric', 'finding'})}"
+        for rule in sweep.stop
+    ]
+    return [
         (
             "The default's rungs and sampler were chosen with this pool in sight. On a random half"
             " of it for each seed, with the best"
@@ -126,7 +150,12 @@ def _lines(bench: Bench, facts: dict[str, Any], picture: str) -> list[str]:
         ),
         *(rules or ["- none"]),
         "",
-        *_why(facts),
+    ]
+
+
+def _knowledge(bench: Bench) -> list[str]:
+    """How well each metric foretells the final pictures."""
+    return [
         "## What a probe knows of the final pictures",
         "",
         (
