@@ -39,6 +39,19 @@ def to_it(process: subprocess.Popen) -> None:
     process.send_signal(signal.SIGINT)
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Signals as a terminal leaves them: under nohup, or behind `&`, commands would inherit that
+    some are ignored.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny.yaml, a recipe that would train for minutes, and sweep.yaml."""
