@@ -1,0 +1,37 @@
+"""What the GPU benchmark counts, on a tiny trunk and a CPU, and that it runs to its end."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.gpu import main
+from benchmarks.trunk import Bench, counted_flops, made_up_latents, trunk_flops, trunk_recipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("gpu")
+
+
+def test_the_formula_counts_what_torch_counts(folder):
+    latents = made_up_latents(folder / "latents", (4, 32, 32))
+    recipe = trunk_recipe("tiny", 4, "model.velocity.width=256", "train.precision=fp32")
+    bench = Bench.of(recipe, latents, torch.device("cpu"))
+    counted = counted_flops(bench, bench.batch())
+    # torch does not count attention on a CPU; patches, time and last layer are not in the formula
+    attention = 3 * 4 * recipe.model.velocity.depth * 4 * 256 * 256 * 256
+    formula = trunk_flops(recipe.model.velocity, 256, 4) - attention
+    assert formula == pytest.approx(counted["trunk"], rel=0.05)
+    assert counted["step"] > counted["trunk"]
+
+
+def test_parts_write_their_figures(folder, capsys):
+    typed = ["--size", "tiny", "--batches", "4", "--timed", "1"]
+    parts = ["--parts", "plain", "checkpoint"]
+    assert main(["--out", str(folder / "out"), *typed, *parts]) == 0
+    figures = json.loads((folder / "out" / "gpu.json").read_text())
+    assert figures["plain"]["images_per_s"] > 0
+    assert figures["checkpoint"]["resume_exact"]
+    # weights, average and two moments in fp32
+    assert figures["checkpoint"]["bytes"] > 4 * 4 * 170_000
