@@ -171,14 +171,12 @@ def trunk(args: argparse.Namespace, latents: LatentSet, device: torch.device) ->
 def _arm(
     args: argparse.Namespace, latents: LatentSet, device: torch.device, batch: int, arm: str
 ) -> Figures:
-    recipe = trunk_recipe(args.size, batch)
+    recipe = trunk_recipe(args.size, batch, f"train.compile={str(arm == 'compiled').lower()}")
     bench = Bench.of(recipe, latents, device)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     kept = bench.batch()
-    if arm == "compiled":
-        bench.compile_blocks()
     first_s = seconds(lambda: bench.step(kept), 1, device)
     seconds(bench.step, 6, device)  # each length of caption has kernels of its own to choose
     alone_s = seconds(lambda: bench.step(kept), args.timed, device)

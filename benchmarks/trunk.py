@@ -94,11 +94,6 @@ class Bench:
         batch = batch or self.batch()
         return train_step(self.state, self.state.objective, batch, self.recipe, self.group)
 
-    def compile_blocks(self) -> None:
-        """Each block of the trunk on its own: one compilation serves all of them."""
-        for block in self.state.model.velocity.token_blocks().blocks:
-            block.compile(fullgraph=True, dynamic=False)
-
 
 def seconds(work: Callable[[], object], count: int, device: torch.device) -> float:
     """Seconds of one call, the mean of `count` between two synchronisations."""

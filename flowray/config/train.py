@@ -75,6 +75,13 @@ class TrainSection(Config):
     accumulate: Annotated[int, Field(ge=1)] = 1
     grad_every: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = Field(
+        False,
+        description=(
+            "each block of the velocity network through torch.compile, in training steps alone:"
+            " the first step takes some 10 s on a GPU, a minute or two on a CPU"
+        ),
+    )
 
     @model_validator(mode="after")
     def _measured_is_logged(self) -> TrainSection:

@@ -40,21 +40,22 @@ class Draws:
             got = expect.described(self.rows)
             raise ValueError(f"rows: want a slice of the {self.batch} samples, got {got}")
 
-    def _generator(self, stream: str) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(stream_seed(self.seed, self.step, stream))
-
     def normal(self, stream: str, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal numbers (rows, *shape), fp32."""
-        return torch.randn(
-            (self.batch, *shape), generator=self._generator(stream), device=self.device
-        )[self.rows]
+        """Standard normal numbers (rows, *shape), fp32, on the device."""
+        seed = stream_seed(self.seed, self.step, stream)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        whole = torch.randn((self.batch, *shape), generator=generator, device=self.device)
+        return whole[self.rows]
 
     def uniform_batch(self, stream: str) -> Tensor:
-        """Uniform numbers in [0, 1) for the whole global batch, (batch,)."""
-        return torch.rand((self.batch,), generator=self._generator(stream), device=self.device)
+        """Uniform numbers in [0, 1) for the whole global batch, (batch,), on the CPU: the host
+        chooses samples and captions by them, and would wait for a GPU to draw them.
+        """
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, self.step, stream))
+        return torch.rand((self.batch,), generator=generator)
 
     def uniform(self, stream: str) -> Tensor:
-        """This rank's uniform numbers in [0, 1), (rows,)."""
+        """This rank's uniform numbers in [0, 1), (rows,), on the CPU."""
         return self.uniform_batch(stream)[self.rows]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flowray.config.base import LatentSpec
 from flowray.config.errors import Notice
+from flowray.model.layers import to_device
 
 
 class Moments(NamedTuple):
@@ -59,11 +60,9 @@ class LatentScale:
 
 def over_channels(value: PerChannel, like: Tensor) -> float | Tensor:
     """A number as it is, numbers per channel as (C, 1, 1) beside a latent."""
-    return (
-        value
-        if isinstance(value, int | float)
-        else torch.tensor(value, device=like.device)[:, None, None]
-    )
+    if isinstance(value, int | float):
+        return value
+    return to_device(torch.tensor(value), like.device)[:, None, None]
 
 
 class LatentMap(nn.Module):

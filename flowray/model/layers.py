@@ -12,6 +12,11 @@ from torch.nn import functional as F
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; the host does not wait for a GPU to have it."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
+
+
 def attention(
     query: Tensor,
     key: Tensor,

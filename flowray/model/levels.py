@@ -51,6 +51,13 @@ class VelocityNet(nn.Module):
         """Where a loss on hidden tokens listens."""
         raise NotImplementedError
 
+    def compile_blocks(self) -> None:
+        """Compile the blocks on tokens, one graph that serves them all, for training steps alone:
+        probes and samples have other shapes, each of which would be compiled.
+        """
+        for block in self.token_blocks().blocks:
+            block.forward = _compiled_in_training(block)
+
 
 def checked(time_code: Tensor) -> Tensor:
     """The time code as it is; ValueError unless it is one number per sample."""
@@ -83,6 +90,17 @@ class TimeEmbedding(nn.Module):
         # many times.
         value = code * 25.0 if self.config.of == "time_code" else 0.5 - code / 8
         return self.norm(self.mlp(sinusoid(value, self.config.frequencies)))
+
+
+def _compiled_in_training(block: nn.Module) -> Callable[..., Tensor]:
+    eager = block.forward
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+
+    def forward(*inputs: Tensor) -> Tensor:
+        made: Tensor = (compiled if block.training and torch.is_grad_enabled() else eager)(*inputs)
+        return made
+
+    return forward
 
 
 def run_block(block: nn.Module, *inputs: Tensor, again: bool) -> Tensor:

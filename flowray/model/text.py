@@ -22,6 +22,7 @@ from flowray.config.paths import is_hub_name
 from flowray.model.backbone import backbone_width, load_backbone, planned_backbone
 from flowray.model.connector import Connector
 from flowray.model.files import TEXT, open_model
+from flowray.model.layers import to_device
 from flowray.model.local import find_place
 from flowray.model.prompts import PromptTokenizer, load_tokenizer
 
@@ -100,9 +101,10 @@ class TextModel(nn.Module):
         padding = next(known, 0)
         length = self.prompts.max_tokens if self.pad_to_max else max([1, *map(len, rows)])
         device = embeddings.device
-        ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows], device=device)
-        counts = torch.tensor([len(row) for row in rows], device=device)
-        return Prompts(ids, torch.arange(length, device=device) < counts[:, None])
+        ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+        counts = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(length) < counts[:, None]
+        return Prompts(to_device(ids, device), to_device(mask, device))
 
 
 class CausalQueries(TextModel):

@@ -79,14 +79,14 @@ def make_probe_batch(recipe: Recipe, held_out: LatentSet, device: torch.device) 
     z1 = held_out.scale.sample(
         Moments(mean.to(device), logvar.to(device)), draws.normal("posterior", shape)
     )
-    edges = torch.arange(BINS, device=device, dtype=torch.float32)[:, None]
+    edges = torch.arange(BINS, dtype=torch.float32)[:, None]
     times = torch.stack([draws.uniform(f"time{b}") for b in range(BINS)])
     return ProbeBatch(
         captions=captions,
         z1=z1,
         noise=draws.normal("source", shape),
         other_noise=draws.normal("other source", shape),
-        times=(edges + times) / BINS,
+        times=((edges + times) / BINS).to(device),
         others=derangement(captions).to(device),
         variance=held_out.variance,
     )

@@ -34,6 +34,7 @@ from flowray.store.latents import (
 )
 from flowray.store.rows import RowWriter
 from flowray.store.run import RunDirectory, RunLock
+from flowray.train.ahead import BatchesAhead
 from flowray.train.group import Group
 from flowray.train.state import TrainState, fresh_state, restore_state, save_state
 from flowray.train.step import BatchMaker, train_step
@@ -92,7 +93,8 @@ def train(
         if warning := check_captions(state.model.text.prompts, some_captions(latents)):
             progress.say(warning)
         objective = group.wrap(state.objective)
-        make_batch = BatchMaker(recipe, latents, group)
+        make_batch = BatchesAhead(BatchMaker(recipe, latents, group), recipe.train.steps)
+        closing.enter_context(make_batch)
         sinks = Sinks(recipe, run, held_out, state, group) if group.lead else None
         if sinks:
             closing.callback(sinks.close)

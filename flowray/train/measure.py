@@ -19,6 +19,7 @@ from flowray.flow.path import time_code
 from flowray.flow.time import training_times
 from flowray.losses.total import Batch
 from flowray.model.autoencoder import load_autoencoder
+from flowray.model.layers import to_device
 from flowray.train.group import Group
 from flowray.train.state import TrainState, fresh_state
 from flowray.train.step import train_step
@@ -115,7 +116,7 @@ def _step(state: TrainState, recipe: Recipe, size: int, group: Group) -> None:
         z1=draws.normal("posterior", shape),
         target=draws.normal("target", shape),
         noise=draws.normal("source", shape),
-        t=training_times(recipe.flow.time, draws.uniform("time")),
+        t=to_device(training_times(recipe.flow.time, draws.uniform("time")), group.device),
         null=torch.zeros(size, dtype=torch.bool, device=group.device),
     )
     train = recipe.train.model_copy(update={"batch_size": size, "accumulate": 1, "grad_every": 0})

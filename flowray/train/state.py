@@ -57,6 +57,8 @@ class TrainState:
 def fresh_state(recipe: Recipe, device: torch.device) -> TrainState:
     """A new model on `device` at step 0; its weights depend on the seed alone."""
     model = build_model(recipe.model, recipe.loss, recipe.seed).to(device)
+    if recipe.train.compile:
+        model.velocity.compile_blocks()
     parameters = model.trainable()
     objective = Objective(model, recipe.flow, recipe.loss, velocity_fp32=recipe.train.velocity_fp32)
     optimizer = build_optimizer(parameters, recipe.optim, model.velocity.last_layers)

@@ -17,6 +17,7 @@ from flowray.losses.gradients import gramian, loss_gradients
 from flowray.losses.terms import Forward
 from flowray.losses.total import Batch, active_terms, total_loss, weights_at
 from flowray.model.latent import Moments
+from flowray.model.layers import to_device
 from flowray.probes.field import cosines, nmse
 from flowray.store.latents import LatentSet
 from flowray.train.gradients import assign_gradients, forward_passes, head_weights, update_ratios
@@ -51,30 +52,26 @@ class BatchMaker:
         z1 = self._latents(indices[rows], draws.normal("posterior", shape))
         # A null sample aims at another sample's latent, with that sample's own noise, wherever in
         # the global batch it lies.
-        noise = Draws(recipe.seed, step, size, slice(None), device).normal("posterior", shape)[
-            partner[rows]
-        ]
-        target = torch.where(
-            null[rows].view(-1, 1, 1, 1),
-            self._latents(indices[partner[rows].cpu().numpy()], noise),
-            z1,
-        )
+        target, places = z1, null[rows].nonzero().flatten()
+        if len(places):
+            others = partner[rows][places]
+            noise = Draws(recipe.seed, step, size, slice(None), device).normal("posterior", shape)
+            borrowed = self._latents(indices[others.numpy()], noise[to_device(others, device)])
+            target = z1.index_copy(0, to_device(places, device), borrowed)
+        times = time_config(recipe.flow, step, recipe.train.steps)
         return Batch(
             captions=self._captions(indices[rows], draws.uniform("caption")),
             z1=z1,
             target=target,
             noise=draws.normal("source", shape),
-            t=training_times(
-                time_config(recipe.flow, step, recipe.train.steps), draws.uniform("time")
-            ),
-            null=null[rows],
+            t=to_device(training_times(times, draws.uniform("time")), device),
+            null=to_device(null[rows], device),
         )
 
     def _latents(self, indices: np.ndarray, noise: torch.Tensor) -> torch.Tensor:
         mean, logvar = self.latents.moments(indices)
-        return self.latents.scale.sample(
-            Moments(mean.to(noise.device), logvar.to(noise.device)), noise
-        )
+        moments = Moments(to_device(mean, noise.device), to_device(logvar, noise.device))
+        return self.latents.scale.sample(moments, noise)
 
     def _captions(self, indices: np.ndarray, u: torch.Tensor) -> list[str]:
         options = [self.latents.captions(int(i)) for i in indices]
