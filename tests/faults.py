@@ -1,5 +1,5 @@
 """Faults planted in an otherwise healthy small run, by config or by a bug in the code, and what the
-doctor makes of them.
+doctor makes of them; and bugs in the source that `flowray.doctor --selfcheck` finds without a run.
 
 The doctor is told nothing: it gets the run directory. A bug in the code is there while training
 and, unless `mended`, while the doctor looks, because whoever runs the doctor runs the same code.
@@ -31,6 +31,7 @@ from flowray.doctor.subject import open_subject
 from flowray.findings.diagnose import diagnose
 from flowray.findings.finding import Finding
 from flowray.flow import path as flow_path
+from flowray.flow import solver
 from flowray.losses import terms, total
 from flowray.model import autoencoder as autoencoder_module
 from flowray.model.assemble import FlowModel
@@ -302,6 +303,39 @@ def _of_its_own(info_nce: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda text, image, scale, gather: info_nce(text, text, scale, gather=gather)
 
 
+def _scaled_raw(original: Any) -> Any:
+    def encode_moments(self: Autoencoder, pictures: Tensor) -> Moments:
+        mean, logvar = original(self, pictures)
+        return Moments(mean * over_channels(self.scale.scale, mean), logvar)
+
+    return encode_moments
+
+
+def _wide(original: Any) -> Any:
+    return lambda self, moments, noise: original(
+        self, moments, (0.5 * moments.logvar).exp() * noise * 1.2
+    )
+
+
+def _mean_in_training(original: Any) -> Any:
+    def source(self: FlowModel, captions: Any, noise: Tensor) -> Any:
+        return original(self, captions, torch.zeros_like(noise) if self.training else noise)
+
+    return source
+
+
+def _shifted(original: Any) -> Any:
+    return lambda text, image, scale, gather: original(text, image.roll(1, 0), scale, gather=gather)
+
+
+def _halved(original: Any) -> Any:
+    return lambda *args: original(*args) / 2
+
+
+def _negated(original: Any) -> Any:
+    return lambda *args: -original(*args)
+
+
 # ---- faults of the data
 
 
@@ -334,49 +368,13 @@ HEALTHY_RUNS = tuple(
     for seed in (0, 1, 2)
 ) + tuple(Fault(f"healthy_anchored_{seed}", (), {**ANCHORED, "seed": seed}) for seed in (0, 1, 2))
 FAULTS: tuple[Fault, ...] = (
-    # the latent's scale and the autoencoder
-    Fault(
-        "scale_twice",
-        ("scale_twice",),
-        bug=training_latents(
-            lambda m, noise: _healthy_latent(m, noise) * over_channels(SCALE, noise)
-        ),
-    ),
-    Fault("scale_never", ("scale_never",), bug=training_latents(_unscaled)),
-    Fault(
-        "scale_inverted_at_decode",
-        ("decode_scale", "scale_inverted"),
-        bug=replacing(LatentScale, "unscale", _inverted_unscale),
-        late=True,
-    ),
-    Fault(
-        "moments_as_latent", ("moments_as_latents",), bug=training_latents(lambda m, noise: m.mean)
-    ),
-    Fault(
-        "sample_on_latent",
-        ("sample_on_latent",),
-        bug=replacing(generate_module, "generate_latents", _resampled),
-        late=True,
-    ),
-    Fault(
-        "autoencoder_train_mode",
-        ("autoencoder_in_train_mode",),
-        bug=_train_mode_everywhere,
-        late=True,
-    ),
+    # the autoencoder
     Fault(
         "autoencoder_wrong",
         ("wrong_autoencoder",),
         bug=replacing(autoencoder_module, "_load", _other_weights),
         late=True,
     ),
-    # the target
-    Fault("sign_flipped", ("velocity_sign",), bug=target(lambda x0, x1: x0 - x1)),
-    Fault(
-        "sign_flipped_anchored", ("velocity_sign",), ANCHORED, bug=target(lambda x0, x1: x0 - x1)
-    ),
-    Fault("target_x1", ("x1_target",), bug=target(lambda x0, x1: x1)),
-    Fault("target_epsilon", ("epsilon_target",), bug=target(lambda x0, x1: x0)),
     Fault(
         "velocity_small",
         ("velocity_too_small",),
@@ -391,7 +389,6 @@ FAULTS: tuple[Fault, ...] = (
         {"loss.kl.weight": 0.003, "loss.flow.source_grad": "path"},
     ),
     Fault("logvar_saturated", ("logvar_saturated",), {"model.posterior.logvar_min": -0.3}),
-    Fault("kl_on_scaled", ("kl_on_scaled",), bug=replacing(terms, "kl_per_dim", _scaled_kl)),
     Fault("kl_drowned", ("kl_drowned", "source_collapsed"), {"loss.kl.weight": 1e-5}),
     Fault("kl_crushing", ("kl_crushing",), {"loss.kl.weight": 300.0, "loss.kl.form": "gaussian"}),
     Fault(
@@ -438,17 +435,6 @@ FAULTS: tuple[Fault, ...] = (
     ),
     # time and the sampler
     Fault(
-        "time_code_mismatch",
-        ("time_code_mismatch",),
-        bug=replacing(total, "time_code", lambda _: lambda t: 8 * t - 4),
-    ),
-    Fault(
-        "time_code_sampling",
-        ("time_code_mismatch",),
-        bug=replacing(generate_module, "time_code", lambda _: lambda t: 8 * t - 4),
-        late=True,
-    ),
-    Fault(
         "time_untrained",
         ("time_untrained",),
         {"flow.time": {"kind": "alpha", "low": 0.6, "high": 0.98, "uniform_floor": 0.0}},
@@ -469,6 +455,67 @@ FAULTS: tuple[Fault, ...] = (
     Fault("dataset_small", ("dataset_too_small",), {"data.limit": 8}),
     Fault("dataset_duplicated", ("dataset_duplicated",), data=few_pictures_many_times),
     Fault("undertrained", ("undertrained",), {"train.steps": 40, "train.probe_every": 40}),
+)
+
+# Bugs in the source, which `flowray.doctor --selfcheck` finds without a run; named by the check
+# that fails first.
+SOURCE_FAULTS: tuple[Fault, ...] = (
+    Fault("moments_scaled", ("encode",), bug=replacing(Autoencoder, "encode_moments", _scaled_raw)),
+    Fault("autoencoder_train_mode", ("frozen",), bug=_train_mode_everywhere),
+    Fault("sigma_is_variance", ("sample",), bug=replacing(LatentScale, "sample", _wide)),
+    Fault(
+        "scale_twice",
+        ("latent_scale",),
+        bug=training_latents(
+            lambda m, noise: _healthy_latent(m, noise) * over_channels(SCALE, noise)
+        ),
+    ),
+    Fault("scale_never", ("latent_scale",), bug=training_latents(_unscaled)),
+    Fault("moments_as_latent", ("latent_scale",), bug=training_latents(lambda m, noise: m.mean)),
+    Fault(
+        "mean_as_latent",
+        ("latent_drawn",),
+        bug=training_latents(lambda m, noise: _healthy_latent(m, torch.zeros_like(noise))),
+    ),
+    Fault(
+        "scale_inverted_at_decode",
+        ("decode",),
+        bug=replacing(LatentScale, "unscale", _inverted_unscale),
+    ),
+    Fault("sign_flipped", ("path",), bug=target(lambda x0, x1: x0 - x1)),
+    Fault("target_x1", ("path",), bug=target(lambda x0, x1: x1)),
+    Fault("target_epsilon", ("path",), bug=target(lambda x0, x1: x0)),
+    Fault("mean_as_source", ("source",), bug=replacing(FlowModel, "source", _mean_in_training)),
+    Fault(
+        "time_code_mismatch",
+        ("trained_code",),
+        bug=replacing(total, "time_code", lambda _: lambda t: 8 * t - 4),
+    ),
+    Fault("flow_halved", ("flow_loss",), bug=replacing(terms, "flow_mse", _halved)),
+    Fault("kl_on_scaled", ("kl",), bug=replacing(terms, "kl_per_dim", _scaled_kl)),
+    Fault("kl_negated", ("kl",), bug=replacing(terms, "kl_per_dim", _negated)),
+    Fault("labels_shifted", ("contrastive",), bug=replacing(terms, "info_nce", _shifted)),
+    Fault("text_with_itself", ("contrastive",), bug=replacing(terms, "info_nce", _of_its_own)),
+    Fault(
+        "ema_forgotten", ("ema",), bug=replacing(Ema, "update", lambda _: lambda self, step: None)
+    ),
+    Fault("steps_halved", ("solvers",), bug=replacing(solver, "_at", _halved)),
+    Fault(
+        "sampling_in_bf16",
+        ("precision",),
+        bug=replacing(generate_module, "integrate", _bf16_integrate),
+    ),
+    Fault(
+        "time_code_sampling",
+        ("sampled_code",),
+        bug=replacing(generate_module, "time_code", lambda _: lambda t: 8 * t - 4),
+    ),
+    Fault(
+        "sample_on_latent",
+        ("sampler",),
+        bug=replacing(generate_module, "generate_latents", _resampled),
+    ),
+    Fault("pictures_negated", ("pictures",), bug=replacing(generate_module, "generate", _negated)),
 )
 
 # The rules' thresholds were chosen with the runs above in sight, so the same faults are planted in

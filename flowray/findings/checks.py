@@ -56,19 +56,6 @@ def below(key: str, limit: Limit, words: str = "", *, share: bool = False) -> Ch
     return _compare(key, limit, "below", words, share)
 
 
-def near(key: str, want: float, within: float, words: str = "") -> Check:
-    """The metric differs from `want` by `within` at most."""
-
-    def check(r: Reading) -> Evidence | None:
-        name, value, of = r.find(key)
-        if rounded(abs(rounded(value) - want)) > within:
-            return None
-        judged = Judged(name, value, "near", want, of)
-        return Evidence(f"{words or key} {text(value)}, about {text(want)}", (judged,))
-
-    return check
-
-
 def fact(name: str, *values: Any) -> Check:
     """The recipe or the run has one of these values; without values: it is set and not empty."""
 

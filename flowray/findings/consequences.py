@@ -28,7 +28,6 @@ BAD_FIELD = (
     "velocity_too_small",
     "velocity_too_large",
     "gain_would_hurt",
-    "time_code_mismatch",
     "same_batch_mismatch",
     "plateau",
 )

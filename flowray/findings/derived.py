@@ -119,9 +119,6 @@ DERIVED: Mapping[str, Callable[[Reading], float]] = {
     "sampled/cos": _sampled("flow/cos"),
     "flow/bin_worst": lambda r: max(_bins(r)),
     "flow/bin_middle": lambda r: statistics.median(_bins(r)),
-    # 1 for a velocity, whatever its length
-    "field/x0_share": lambda r: -r["field/fit_x0"] / r["field/fit_x1"],
-    "field/x1_share": lambda r: -r["field/fit_x1"] / r["field/fit_x0"],
     # of the whole path
     "shoot/nothing": _nothing,
     "shoot/nmse": lambda r: r["shoot/mse"] / r["latent/var"],
@@ -130,10 +127,8 @@ DERIVED: Mapping[str, Callable[[Reading], float]] = {
     "teacher_native/growth": _growth("teacher_native"),
     "data/gap": lambda r: r["shoot/nmse"] - r["train_set/shoot_nmse"],
     # of the latents and the text
-    "latent/rms": lambda r: math.sqrt(r["latent/var"]),
     "scale/ratio": lambda r: r["scale/z1_norm"] / r["scale/z0_norm"],
     "text/nats": lambda r: 0.5 * _dims(r) * math.log1p(r["text/snr"]),
-    "kl/deviation": lambda r: abs(math.log(r["kl/ratio"])),
     # of training
     "history/fall": _fall,
     "history/rise": _rise,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowray.flow.path import path_log_snr, sample_path, time_code
+from flowray.flow.path import path_log_snr, sample_path
 from flowray.flow.solver import VelocityFn
 from flowray.probes.field import BINS, best_gain, cosines, nmse, speed_ratios, time_bins
 
@@ -178,21 +178,6 @@ def variant_metrics(
         rows[f"variant/{name}_cos"] = float(cosines(v, view.v_target).mean())
         rows[f"variant/{name}_speed_ratio"] = float(speed_ratios(v, view.v_target).mean())
     return rows
-
-
-def code_gap(heard: list[Tensor], times: list[Tensor]) -> float:
-    """Greatest |time code heard - (4 - 8t)| over calls; infinite where the calls differ in
-    number or size.
-    """
-    if [len(code) for code in heard] != [len(t) for t in times]:
-        return float("inf")
-    return max(
-        (
-            float((code.float() - time_code(t.float())).abs().max())
-            for code, t in zip(heard, times, strict=True)
-        ),
-        default=0.0,
-    )
 
 
 def null_metrics(conditional: Tensor, unconditional: Tensor, v_target: Tensor) -> dict[str, float]:
