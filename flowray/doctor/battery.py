@@ -59,7 +59,7 @@ from flowray.probes.untouched import untouched
 from flowray.store.latents import channel_metrics, channel_statistics
 from flowray.train.step import whole_batches
 
-# In this order; what each looks at. `standard` and `field` are the dear ones.
+# In this order; what each looks at. `standard` and `field` take most of the time.
 PARTS = {
     "weights": "how far the weights have moved",
     "data": "the data, and whether captions tell its pictures",

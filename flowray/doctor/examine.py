@@ -58,12 +58,12 @@ def examine(
     `field` it takes seconds. A live state's weights, gradients, optimiser, RNG and module modes are
     not changed.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     count = batch or subject.recipe.probes.batch_size
     made = run_battery(subject, count, seed, parts, progress)
     made.metrics |= {f"lr/{group}": rate for group, rate in subject.rates(subject.lr).items()}
     facts = _facts(subject) | _data_facts(subject, made) | made.facts
-    facts |= {"notes": made.notes, "seconds": time.perf_counter() - began}
+    facts |= {"notes": made.notes, "seconds": time.perf_counter() - start}
     return Examination(
         subject.where,
         subject.step,

@@ -100,7 +100,7 @@ INPUTS: tuple[Rule, ...] = (
             ),
             also("scale/z0_norm", "scale/z1_norm"),
         ),
-        "source and image latent are not of one size (the logs want ||z1|| and ||z0|| within 3x);"
+        "source and image latent are not of one size (||z1|| and ||z0|| should be within 3x);"
         " where Var(z1) is not about 1 the scale factor is not this data's, where it is the source"
         " has moved",
         "check the autoencoder interface and std/mean first, then model.autoencoder.scaling_factor;"
@@ -111,7 +111,7 @@ INPUTS: tuple[Rule, ...] = (
         "warn",
         below("vae/psnr", POOR_PSNR),
         "the autoencoder does not give its own pictures back; nothing after it can",
-        "model.autoencoder.path=PATH of an autoencoder that suits the data (the logs' reads"
+        "model.autoencoder.path=PATH of an autoencoder that suits the data (one in order reads"
         f" {GOOD_PSNR:g} dB)",
     ),
     # the data

@@ -61,12 +61,12 @@ def _standing_still(r: Reading) -> str:
 
 
 def _gain_words(r: Reading) -> str:
-    """What multiplying the velocity would do to its error: the least-squares gain and the logs'
-    median.
+    """What multiplying the velocity would do to its error: the least-squares gain and the median
+    of ||v*|| / ||u||.
     """
     none, best, median = r["gain/nmse_none"], r["gain/nmse_ls"], r["gain/nmse_median"]
     return (
-        f"gain {text(r['gain/median'])} (the logs' median ||v*||/||u||) takes flow/nmse from"
+        f"gain {text(r['gain/median'])} (the median ||v*||/||u||) takes flow/nmse from"
         f" {text(none)} to {text(median)}; the best gain {text(r['gain/best'])} to {text(best)}"
     )
 
@@ -142,7 +142,7 @@ OUTCOME: tuple[Rule, ...] = (
         ),
         "the contrastive loss teaches nothing: its gradient is too weak, or its temperature too"
         " high",
-        "loss.clip.weight=2 (the logs) loss.clip.temperature=0.07",
+        "loss.clip.weight=2 loss.clip.temperature=0.07",
     ),
     Rule(
         "clip_saturated",
@@ -176,7 +176,7 @@ OUTCOME: tuple[Rule, ...] = (
                 ),
             ),
         ),
-        "DINO's supervision is weak: the logs want its gradient at 0.2-0.5 of the flow's and above"
+        "DINO's supervision is weak: its gradient should be 0.2-0.5 of the flow's and above"
         " 5-10 % of the total",
         lambda r: (
             f"loss.dino.weight={text(4 * r.fact('loss_weights')['dino'])}"
@@ -209,7 +209,7 @@ OUTCOME: tuple[Rule, ...] = (
         "flow_drowned",
         "warn",
         below("grad/flow_of_total", 0.1, "the flow loss's share of the gradient"),
-        "the flow loss is drowned by the other losses (the logs: under 10 % for long, raise it)",
+        "the flow loss is drowned by the other losses (raise its weight where that lasts)",
         "loss.flow.weight=4, or 'loss.balance={kind: shares}'",
         ("worse_than_nothing", "field_weak"),
     ),
@@ -254,9 +254,7 @@ OUTCOME: tuple[Rule, ...] = (
             unless(YOUNG),
             below("flow/speed_ratio", 0.5),
             below("flow/cos", lambda r: 1.4 * r["flow/speed_ratio"], "with flow/cos"),
-            above(
-                "gain/nmse_median", lambda r: r["gain/nmse_none"], "flow/nmse after the logs' gain"
-            ),
+            above("gain/nmse_median", lambda r: r["gain/nmse_none"], "flow/nmse after that gain"),
             say(_gain_words),
         ),
         "the velocity is small because its direction is not learnt: least squares shrinks what it"
@@ -280,7 +278,7 @@ OUTCOME: tuple[Rule, ...] = (
         "field_weak",
         "warn",
         every(unless(YOUNG), below("flow/cos", 0.5), quietly(below("flow/nmse", 0.98))),
-        "the field's direction is weak (the logs: 0.5 and more is learnt)",
+        "the field's direction is weak (0.5 and more is learnt)",
         "longer training: train.steps=N, a wider velocity network, or another lr; python -m"
         " flowray.doctor overfit RECIPE first",
         ("worse_than_nothing", "gain_would_hurt"),
@@ -369,8 +367,7 @@ OUTCOME: tuple[Rule, ...] = (
                 ),
             ),
         ),
-        "pictures are drawn from the raw weights; the logs train the raw ones and draw from"
-        " the EMA",
+        "pictures are drawn from the raw weights, which are noisier than their average, the EMA",
         "sample.weights=ema",
         ("sampler_mismatch",),
     ),

@@ -43,8 +43,8 @@ def _far(r: Reading) -> float:
 
 
 def _lr_fix(r: Reading) -> str:
-    """The logs' restart at twice the base lr; where the update ratio is known, the lr that would
-    make it 1e-3.
+    """A warm restart at twice the base lr; where the update ratio is known, the lr that would make
+    it 1e-3.
     """
     base = r.get("lr_peak", math.nan)
     ratio = max(
@@ -58,7 +58,7 @@ def _lr_fix(r: Reading) -> str:
     lr = text(2 * base) if math.isfinite(base) else "5e-6"
     return (
         f"--resume optim.lr={lr} 'optim.schedule={{kind: warm_restarts, start: resume, eta_min:"
-        " current}' (the logs' restart, watch loss/flow for 3-5k steps; from scratch,"
+        " current}' (a restart: watch loss/flow for 3-5k steps; from scratch,"
         " optim.lr=1e-4)"
     )
 
@@ -221,7 +221,7 @@ TRAINING: tuple[Rule, ...] = (
             ),
         ),
         "a head does not learn: frozen, detached, outside the optimiser or with an lr of nothing",
-        "optim.lr_scale.z_head=2 or optim.lr_scale.flow_head=2 (the logs: 2 to 5), and check that"
+        "optim.lr_scale.z_head=2 or optim.lr_scale.flow_head=2 (2 to 5), and check that"
         " its parameters reach the optimiser",
         (
             *NO_TEXT,
@@ -318,8 +318,8 @@ TRAINING: tuple[Rule, ...] = (
                 above("mu/rms", 3.0),
             ),
         ),
-        "the KL is drowned by the other losses: mu and sigma go where the flow loss sends them (the"
-        " logs hold kl : flow at 0.1-0.3 : 1)",
+        "the KL is drowned by the other losses: mu and sigma go where the flow loss sends them"
+        " (kl : flow should be 0.1-0.3 : 1)",
         lambda r: f"{_kl_fix(r)}; or 'loss.balance={{kind: shares}}'",
         (("logvar_saturated", WEAK_KL), "latent_scale_off"),
     ),

@@ -14,8 +14,8 @@ from flowray.config.losses import KLLossConfig
 Row = dict[str, Any]
 Word = Literal["pass", "fail", "unclear", "not judged"]
 
-FALL = 0.2  # log 0901: the flow loss of a few samples must fall by more than this
-LEARNT_COS = 0.5  # the logs' healthy flow cosine
+FALL = 0.2  # the flow loss of a few samples must fall by more than this
+LEARNT_COS = 0.5  # from here on a direction counts as learnt
 # a steady KL: the last quarter at most 1.5x the quarter before, but for this much (per dim)
 KL_GROWTH, KL_FLOOR = 1.5, 0.05
 # a change of a cosine, or share of an error, that is clear; one that is none

@@ -21,7 +21,7 @@ def per_sample_mse(a: Tensor, b: Tensor) -> Tensor:
 
 
 def shoot(velocity_fn: VelocityFn, z0: Tensor, steps: int) -> Tensor:
-    """z_end after `steps` midpoint-evaluated Euler steps from z0, as in the logs."""
+    """z_end after `steps` midpoint-evaluated Euler steps from z0."""
     return integrate(EulerSolver(), velocity_fn, z0, time_grid("uniform", steps))
 
 

@@ -42,12 +42,12 @@ def falling(rows: dict[str, float]) -> dict[str, float]:
 
 
 def scaled_steps(velocity_fn: VelocityFn, scale: float) -> VelocityFn:
-    """The log's dt_scale: every step `scale` times as long, at the times of the plain one."""
+    """dt_scale: every step `scale` times as long, at the times of the plain one."""
     return lambda x, t: scale * velocity_fn(x, t)
 
 
 def backwards(velocity_fn: VelocityFn) -> VelocityFn:
-    """The log's time_dir 1 -> 0: the same steps from z0, with the network told 1 - t."""
+    """Time told backwards: the same steps from z0, with the network told 1 - t."""
     return lambda x, t: velocity_fn(x, 1 - t)
 
 
@@ -105,7 +105,7 @@ def trace_generation(
     decode: Callable[[Tensor], Tensor],
     pictures: int,
 ) -> Trace:
-    """The logs' [A] decode(z_init), [B] first dz, [C] decode(z_end); pictures of the first few
+    """[A] decode(z_init), [B] the first dz, [C] decode(z_end); pictures of the first few
     samples.
     """
     first: list[Tensor] = []

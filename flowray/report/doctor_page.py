@@ -30,7 +30,7 @@ TILES: Mapping[str, str] = {
     "flow/nmse": "1: predicting zero",
     "std/mean": "1: the prior's width",
     "text/snr": "0: the caption does not arrive",
-    "vae/psnr": f"dB; {GOOD_PSNR:g} in the logs",
+    "vae/psnr": f"dB; {GOOD_PSNR:g} is in order",
 }
 PICTURES: Mapping[str, tuple[str, str]] = {
     "orig": ("orig", "held-out pictures"),
@@ -248,7 +248,7 @@ def _gradients(data: DoctorData) -> Plot | None:
             groups,
             list(shares),
             None,
-            "the logs: dino 0.2-0.5, kl 0.1-0.3 of flow (weighted)",
+            "usual: dino 0.2-0.5, kl 0.1-0.3 of flow (weighted)",
         ),
         f"gradient norms of {', '.join(shares)}, unweighted and weighted",
     )
@@ -298,9 +298,7 @@ def _grids(data: DoctorData) -> list[tuple[list[str], list[GridRow]]]:
 
 
 def _rows(data: DoctorData) -> list[GridRow]:
-    """Every kind of picture there is, known kinds first, under the logs' names; the logs' [B], a
-    number, stands under [C].
-    """
+    """Every kind of picture there is, known kinds first; [B], a number, stands under [C]."""
     pictures = data.pictures
     names = [
         *(name for name in PICTURES if name in pictures),

@@ -144,7 +144,7 @@ class Sweep:
 
     scales: trial numbers by the scale that their values are measured on (autoencoder, latent,
     held-out pictures), as changed keys in words; with more than one, values do not compare and
-    there is no best trial (the logs' rule).
+    there is no best trial.
     """
 
     path: Path
