@@ -4,8 +4,6 @@ sampling, structure and budget.
 
 from __future__ import annotations
 
-import math
-
 from flowray.findings.checks import (
     Evidence,
     above,
@@ -52,7 +50,7 @@ def _opposed(r: Reading) -> Evidence | None:
 
 
 def _standing_still(r: Reading) -> str:
-    if math.isfinite(r.get("trivial/shoot/mse", math.nan)):
+    if r.has("trivial/shoot/mse"):
         return f"standing still scores {text(r['trivial/shoot/mse'])}"
     return (
         f"standing still likely scores {text(r['shoot/nothing'])} (estimated as Var(z0) + Var(z1),"
@@ -456,11 +454,7 @@ OUTCOME: tuple[Rule, ...] = (
             ),
         ),
         "nothing is wrong with the run; it has not seen enough yet",
-        lambda r: (
-            f"train.steps={round(4 * r['steps'])}"
-            if math.isfinite(r.get("steps", math.nan))
-            else "more train.steps"
-        ),
+        lambda r: f"train.steps={round(4 * r['steps'])}" if r.has("steps") else "more train.steps",
         last=True,
     ),
 )
