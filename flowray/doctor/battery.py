@@ -43,10 +43,10 @@ from flowray.probes.calibrate import (
     variant_metrics,
     view_field,
 )
-from flowray.probes.field import best_gain
+from flowray.probes.field import BIN_CENTRES, best_gain
 from flowray.probes.interface import cache_metrics, histogram, round_trips
 from flowray.probes.latent import pairwise_cosine
-from flowray.probes.rollout import ENDPOINT_STEPS, per_sample_mse, shoot
+from flowray.probes.rollout import ENDPOINT_STEPS, mse, shoot
 from flowray.probes.shots import (
     falling,
     gain_shots,
@@ -196,7 +196,7 @@ def _field(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
         )
         straight = aligned(velocity_fn, z0, batch.z1, rho)
         rows["variant/aligned_shoot_nmse"] = (
-            float(per_sample_mse(shoot(straight, z0, QUICK_STEPS), batch.z1).mean()) / variance
+            mse(shoot(straight, z0, QUICK_STEPS), batch.z1) / variance
         )
         rows |= _text(
             subject, made, posterior.logvar, posterior.mu, posterior.std
@@ -384,7 +384,7 @@ def _data(subject: Subject, made: Measured) -> None:
     rows |= channel_metrics(subject.held_out)
     shares = time_shares(recipe.flow, subject.step, recipe.train.steps)
     made.metrics |= rows | coverage_metrics(shares)
-    made.curves["t"] = {"x": [0.05 + 0.1 * b for b in range(10)], "train_share": shares}
+    made.curves["t"] = {"x": BIN_CENTRES, "train_share": shares}
     if rank_and_world()[1] > 1:
         return
     captions, z1 = _pairs(subject)

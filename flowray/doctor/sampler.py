@@ -23,7 +23,7 @@ from flowray.model.assemble import FlowModel
 from flowray.model.autoencoder import Autoencoder
 from flowray.probes.battery import ProbeBatch
 from flowray.probes.interface import same_pictures
-from flowray.probes.rollout import TEACHER_STEPS, per_sample_mse
+from flowray.probes.rollout import TEACHER_STEPS, mse
 from flowray.probes.shots import significant_bits, teacher_rows
 from flowray.sample.generate import generate, generate_latents, source_noise
 
@@ -84,7 +84,7 @@ def latent_metrics(
     plain = own if config.guidance_scale == 1.0 else own_latents(model, z0, config, 1.0)
 
     def over_variance(a: Tensor, b: Tensor) -> float:
-        return float(per_sample_mse(a, b).mean()) / batch.variance
+        return mse(a, b) / batch.variance
 
     return {
         "sampler/nmse": over_variance(z_end, batch.z1),

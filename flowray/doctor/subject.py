@@ -92,6 +92,12 @@ def merged_history(run: RunDirectory) -> list[Row]:
     return [rows[step] for step in sorted(rows)]
 
 
+def written_strip(run: RunDirectory, step: int) -> Path | None:
+    """The sample strip that training wrote at this step, if any."""
+    strip = run.samples / f"step_{step:06d}.png"
+    return strip if strip.is_file() else None
+
+
 def untrained(recipe: Recipe) -> tuple[FlowModel, Tensors]:
     """The recipe's model as it is before step 1, and a copy of its trainable weights."""
     model = build_model(recipe.model, recipe.loss, recipe.seed)
@@ -113,7 +119,6 @@ def open_subject(
     if moving := model.semantic.moving():
         copy_found(found, moving, load_tensors(checkpoint, "moving"))
     kept, step = load_state(checkpoint), load_state(checkpoint)["step"]
-    strip = run.samples / f"step_{step:06d}.png"
     model = model.to(device).eval()
     return Subject(
         where=found.where,
@@ -134,7 +139,7 @@ def open_subject(
         autoencoder=autoencoder,
         batches=whole_batches(recipe, latents, device),
         history=[row for row in merged_history(run) if row["step"] <= step],
-        strip=strip if strip.is_file() else None,
+        strip=written_strip(run, step),
     )
 
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
 from flowray.doctor.subject import Subject
 from flowray.flow.path import psi, time_code, velocity_target
 from flowray.losses.gradients import autocast, blocks, loss_gradients
-from flowray.losses.terms import Forward, box_sum, flow_mse, info_nce
+from flowray.losses.terms import Forward, box_sum, flow_mse, loss_term
 from flowray.losses.total import Batch, active_terms, total_loss, weights_at
 from flowray.model.assemble import FlowModel
+from flowray.model.semantic import Views
 from flowray.probes.battery import derangement
 from flowray.probes.grads import gradient_rows, next_update_ratio, step_gradient
 from flowray.probes.untouched import untouched
@@ -158,31 +158,28 @@ def _semantic_rows(
     """The semantic losses with captions deranged minus with their own, and what chance would
     score.
     """
-    rows: Rows = {}
-    views = forward.views
+    clip, dino = forward.views.clip, forward.views.dino
     try:
         others = derangement(list(batch.captions)).to(batch.t.device)
     except InputError:  # all captions alike
-        return rows
-    if views.clip is not None:
-        text, image, scale = (x.detach() for x in views.clip)
-        own, swapped = info_nce(text, image, scale), info_nce(text[others], image, scale)
+        return {}
+
+    def gain(name: str, views: Views) -> float:
+        swapped = loss_term(getattr(recipe.loss, name), replace(forward, views=views))
+        return float(swapped.detach() - losses[name].detach())
+
+    rows: Rows = {}
+    if clip is not None:
+        text, image, scale = clip
         rows |= {
-            "clip/cond_gain": float(swapped - own),
+            "clip/cond_gain": gain("clip", Views(clip=(text[others], image, scale))),
             "clip/chance": math.log(len(text)),
-            "clip/scale": float(scale),
+            "clip/scale": float(scale.detach()),
         }
-    if views.dino is not None:
-        student, teacher = (x.detach().float() for x in views.dino)
-        config = recipe.loss.dino
-        targets = F.softmax(teacher / config.teacher_temperature, dim=-1)
-        swapped = (
-            -(targets * F.log_softmax(student[others] / config.student_temperature, dim=-1))
-            .sum(-1)
-            .mean()
-        )
+    if dino is not None:
+        student, teacher = dino
         rows |= {
-            "dino/cond_gain": float(swapped - losses["dino"].detach()),
+            "dino/cond_gain": gain("dino", Views(dino=(student[others], teacher))),
             "ent/chance": math.log(student.shape[1]),
         }
     return rows

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BINS = 10
+BIN_CENTRES = [0.05 + 0.1 * b for b in range(BINS)]
 
 
 def cosines(v_pred: Tensor, v_target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowray.model.autoencoder import Autoencoder
 from flowray.model.latent import Moments
-from flowray.probes.vae import psnr
+from flowray.probes.vae import psnr, round_trip
 from flowray.store.latents import LatentSet
 
 
@@ -54,10 +54,8 @@ def round_trips(
     Returns (rows, `few` pictures by name): recon_wrap the wrapper's, recon_direct without
     unscaling, recon_twice unscaled twice.
     """
-    z = autoencoder.sample(moments, noise)
-    whole, flat = autoencoder.decode(z), pictures.mean(dim=(2, 3), keepdim=True).expand_as(pictures)
-    rows = {"vae/psnr": psnr(whole, pictures), "trivial/vae/psnr": psnr(flat, pictures)}
-    pictures, z = pictures[:few], z[:few]
+    rows, whole = round_trip(autoencoder, pictures, moments, noise)
+    pictures, z = pictures[:few], autoencoder.sample(moments, noise)[:few]
     made = {
         "recon_wrap": whole[:few],
         "recon_direct": autoencoder.net.decode(z).sample,
