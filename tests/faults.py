@@ -26,6 +26,7 @@ from flowray.config.recipe import Recipe
 from flowray.data.make import ShapesSet, write_set
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards, write_shards
+from flowray.doctor import subject as subject_module
 from flowray.doctor.examine import Examination, examine
 from flowray.doctor.subject import open_subject
 from flowray.findings.diagnose import diagnose
@@ -33,7 +34,6 @@ from flowray.findings.finding import Finding
 from flowray.flow import path as flow_path
 from flowray.flow import solver
 from flowray.losses import terms, total
-from flowray.model import autoencoder as autoencoder_module
 from flowray.model.assemble import FlowModel
 from flowray.model.assets import asset_path
 from flowray.model.autoencoder import Autoencoder
@@ -256,17 +256,14 @@ def _corrupt_sample(original: Any) -> Any:
 def _other_weights(original: Any) -> Any:
     """Another autoencoder under the same name: every weight a little off."""
 
-    def load(config: Any) -> Any:
-        net = original(config)
+    def load(*args: Any) -> Autoencoder:
+        autoencoder = original(*args)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for parameter in net.parameters():
-                parameter += (
-                    0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-                    if parameter.numel() > 1
-                    else 0.0
-                )
-        return net
+            for p in autoencoder.net.parameters():
+                if p.numel() > 1:
+                    p += 0.5 * p.std() * torch.randn(p.shape, generator=generator)
+        return autoencoder
 
     return load
 
@@ -289,11 +286,15 @@ def _train_mode_everywhere() -> Bug:
     return planted()
 
 
-def _against_the_flow() -> Bug:
-    def contrary(config: Any, forward: Any) -> Tensor:
-        return -0.7 * terms.flow_mse(forward.v_pred, forward.path.v_target)
+def _against_the_flow(original: Any) -> Any:
+    """The contrastive loss pulls against the flow's."""
 
-    return patch.dict(terms._TERMS, {ClipLossConfig: contrary})
+    def loss_term(config: Any, forward: Any) -> Tensor:
+        if isinstance(config, ClipLossConfig):
+            return -0.7 * terms.flow_mse(forward.v_pred, forward.path.v_target)
+        return original(config, forward)
+
+    return loss_term
 
 
 def _of_its_own(info_nce: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -372,7 +373,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "autoencoder_wrong",
         ("wrong_autoencoder",),
-        bug=replacing(autoencoder_module, "_load", _other_weights),
+        bug=replacing(subject_module, "load_autoencoder", _other_weights),
         late=True,
     ),
     Fault(
@@ -412,7 +413,7 @@ FAULTS: tuple[Fault, ...] = (
         "losses_opposed",
         ("losses_opposed",),
         {"loss.clip.weight": 1.0, "train.grad_every": 50},
-        bug=_against_the_flow,
+        bug=replacing(total, "loss_term", _against_the_flow),
     ),
     Fault("contrastive_weak", ("clip_weak",), {"loss.clip.weight": 1e-4}),
     Fault(
