@@ -26,6 +26,7 @@ from flowray.report.page import (
     data_uri,
     make_number,
     make_plot,
+    number_names,
     number_text,
     write_page,
 )
@@ -304,8 +305,7 @@ def _numbers(data: DoctorData) -> list[Number]:
     predictor scores.
     """
     judge = Judge(data.metrics, data.facts, data.history, data.findings)
-    names = {key.removeprefix("ema/") for key in data.metrics if "trivial/" not in key}
     return [
         make_number(name, lambda key: finite(data.metrics.get(key)), judge)
-        for name in sorted(names)
+        for name in number_names(data.metrics)
     ]

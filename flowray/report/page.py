@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -262,16 +262,22 @@ def _numbers(run: Run) -> list[Number]:
         for key, value in row.items()
         if isinstance(value, (int, float)) and key != "step"
     }
-    keys = {key for key in keys if "trivial/" not in key}  # these stand beside their keys
-    own = {key.name for key in KEYS}  # ema/delta_rms is a key, not delta_rms of the EMA
-    names = sorted(
-        {key if key in own else key.removeprefix("ema/") for key in keys}, key=_by_number
-    )
     last = run.probes[-1] if run.probes else {}
     judge = run.judge(
         last, int(last.get("step") or (run.metrics[-1].get("step", 0) if run.metrics else 0))
     )
-    return [make_number(name, run.last, judge) for name in names]
+    return [make_number(name, run.last, judge) for name in number_names(keys)]
+
+
+def number_names(keys: Iterable[str]) -> list[str]:
+    """The lines of these keys, sorted: raw and EMA share one, a trivial value stands beside its
+    key's.
+    """
+    own = {key.name for key in KEYS}  # ema/delta_rms is a key, not delta_rms of the EMA
+    names = {
+        key if key in own else key.removeprefix("ema/") for key in keys if "trivial/" not in key
+    }
+    return sorted(names, key=_by_number)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
