@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from flowray.config.progress import SILENT, Progress
+from flowray.config.rows import Row
 from flowray.doctor.battery import PARTS, Measured, run_battery
-from flowray.doctor.subject import Row, Subject
+from flowray.doctor.subject import Subject
 from flowray.findings.facts import recipe_facts
 from flowray.probes.field import BIN_CENTRES, BINS
 from flowray.probes.rollout import ENDPOINT_STEPS, TEACHER_STEPS

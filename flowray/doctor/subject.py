@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
+from flowray.config.rows import Row
 from flowray.config.train import GroupScales
 from flowray.losses.total import Batch, Objective
 from flowray.model.assemble import FlowModel, build_model
@@ -30,7 +30,6 @@ from flowray.train.state import TrainState, load_slots
 from flowray.train.step import whole_batches
 
 Tensors = dict[str, Tensor]
-Row = dict[str, Any]
 BatchOf = Callable[[int], Batch]  # the global batch of a step
 CPU = torch.device("cpu")
 

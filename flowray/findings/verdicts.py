@@ -1,5 +1,5 @@
-"""What the health checks expect of their short runs: the field notes' arrows as rules over
-metric and probe rows.
+"""What the health checks expect of their short runs: arrows, each a number and which way it should
+go, as the field notes list them.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from flowray.config.losses import KLLossConfig
+from flowray.config.rows import Row
 
-Row = dict[str, Any]
 Word = Literal["pass", "fail", "unclear", "not judged"]
 
 FALL = 0.2  # the flow loss of a few samples must fall by more than this
