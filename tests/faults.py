@@ -8,7 +8,7 @@ and, unless `mended`, while the doctor looks, because whoever runs the doctor ru
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -27,6 +27,7 @@ from flowray.data.make import ShapesSet, write_set
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards, write_shards
 from flowray.doctor import subject as subject_module
+from flowray.doctor.battery import PARTS
 from flowray.doctor.examine import Examination, examine
 from flowray.doctor.subject import open_subject
 from flowray.findings.diagnose import diagnose
@@ -149,10 +150,12 @@ def plant(fault: Fault, home: Path, steps: int | None = None) -> RunDirectory:
     return run
 
 
-def look(fault: Fault, run: RunDirectory, batch: int = 32) -> Examination:
+def look(
+    fault: Fault, run: RunDirectory, batch: int = 32, parts: Collection[str] = PARTS
+) -> Examination:
     """The doctor's examination of the run, the bug still there unless it was mended."""
     with nullcontext() if fault.mended else fault.bug():
-        return examine(open_subject(find_checkpoint(run.path)), batch=batch)
+        return examine(open_subject(find_checkpoint(run.path)), batch=batch, parts=parts)
 
 
 def judge(seen: Examination) -> list[Finding]:
