@@ -148,7 +148,8 @@ def _source(rows: Sequence[tuple[str, str, list[str]]]) -> list[str]:
         "## In the source, by `flowray.doctor --selfcheck`",
         "",
         f"Bugs that only changed source can have: no run is trained. Named first: {first} of"
-        f" {len(rows)}.",
+        f" {len(rows)}. The checks were written with these bugs in sight: this shows that each check"
+        " works, not how many other bugs they would find.",
         "",
         "| planted | check | checks that fail |",
         "|---|---|---|",
