@@ -24,17 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faults import (
-    ELSEWHERE,
-    FAULTS,
-    HEALTHY_RUNS,
-    HELD_OUT,
-    SOURCE_FAULTS,
-    Fault,
-    look,
-    plant,
-    rank,
-)
+from faults import ELSEWHERE, FAULTS, HEALTHY_RUNS, HELD_OUT, Fault, look, plant, rank
+from source_faults import SOURCE_FAULTS
 
 from flowray.config.load import load_recipe
 from flowray.doctor.selfcheck import selfcheck
@@ -148,8 +139,8 @@ def _source(rows: Sequence[tuple[str, str, list[str]]]) -> list[str]:
         "## In the source, by `flowray.doctor --selfcheck`",
         "",
         f"Bugs that only changed source can have: no run is trained. Named first: {first} of"
-        f" {len(rows)}. The checks were written with these bugs in sight: this shows that each check"
-        " works, not how many other bugs they would find.",
+        f" {len(rows)}. The checks were written with these bugs in sight: each check works,"
+        " and nothing is said of other bugs.",
         "",
         "| planted | check | checks that fail |",
         "|---|---|---|",

@@ -1,5 +1,5 @@
 """Faults planted in an otherwise healthy small run, by config or by a bug in the code, and what the
-doctor makes of them; and bugs in the source that `flowray.doctor --selfcheck` finds without a run.
+doctor makes of them.
 
 The doctor is told nothing: it gets the run directory. A bug in the code is there while training
 and, unless `mended`, while the doctor looks, because whoever runs the doctor runs the same code.
@@ -7,9 +7,8 @@ and, unless `mended`, while the doctor looks, because whoever runs the doctor ru
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,13 +32,11 @@ from flowray.doctor.subject import open_subject
 from flowray.findings.diagnose import diagnose
 from flowray.findings.finding import Finding
 from flowray.flow import path as flow_path
-from flowray.flow import solver
 from flowray.losses import terms, total
 from flowray.model.assemble import FlowModel
-from flowray.model.assets import asset_path
 from flowray.model.autoencoder import Autoencoder
 from flowray.model.dit import DiT
-from flowray.model.latent import LatentScale, Moments, over_channels
+from flowray.model.latent import Moments
 from flowray.sample import generate as generate_module
 from flowray.store.checkpoint import newest_checkpoint
 from flowray.store.found import find_checkpoint
@@ -49,13 +46,9 @@ from flowray.train.group import Group
 from flowray.train.loop import train
 from flowray.train.optim import Ema
 from flowray.train.state import Halted
-from flowray.train.step import BatchMaker
 
 Bug = AbstractContextManager[Any]
 SETS = {"train": 768, "val": 64, "unseen": 1}
-SHIPPED = json.loads((asset_path("autoencoder") / "config.json").read_text())
-# per channel
-SCALE, SHIFT = tuple(1 / std for std in SHIPPED["latents_std"]), tuple(SHIPPED["latents_mean"])
 
 # on top of the packaged quickstart; a source of its own making, since an anchored one leaves the
 # velocity little to do
@@ -178,23 +171,6 @@ def replacing(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[],
     return lambda: patch.object(owner, name, make(getattr(owner, name)))
 
 
-def training_latents(spoil: Callable[[Moments, Tensor], Tensor]) -> Callable[[], Bug]:
-    """z1 of the training batches as `spoil(moments, noise)` makes it."""
-
-    def spoilt(self: BatchMaker, indices: np.ndarray, noise: Tensor) -> Tensor:
-        return spoil(self.latents.moments(indices), noise)
-
-    return replacing(BatchMaker, "_latents", lambda _: spoilt)
-
-
-def _healthy_latent(moments: Moments, noise: Tensor) -> Tensor:
-    return LatentScale(SCALE, SHIFT, False).sample(moments, noise)
-
-
-def _unscaled(moments: Moments, noise: Tensor) -> Tensor:
-    return LatentScale(SCALE, SHIFT, False).unscale(_healthy_latent(moments, noise))
-
-
 def target(make: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Bug]:
     """The velocity that the loss asks for, of (x0, x1)."""
     return replacing(
@@ -202,19 +178,7 @@ def target(make: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Bug]:
     )
 
 
-def _inverted_unscale(original: Any) -> Any:
-    return lambda self, z: z * over_channels(self.scale, z) + over_channels(self.shift, z)
-
-
-def _resampled(original: Any) -> Any:
-    def generate_latents(*args: Any) -> Tensor:
-        z = original(*args)
-        return LatentScale(SCALE, SHIFT, True).sample(Moments(z, torch.zeros_like(z)), z)
-
-    return generate_latents
-
-
-def _bf16_integrate(original: Any) -> Any:
+def in_bf16(original: Any) -> Any:
     def integrate(
         config: Any, velocity_fn: Any, x: Tensor, grid: list[float], *rest: Any
     ) -> Tensor:
@@ -225,10 +189,6 @@ def _bf16_integrate(original: Any) -> Any:
         return x.float()
 
     return integrate
-
-
-def _scaled_kl(original: Any) -> Any:
-    return lambda mu, logvar, form: original(mu * 0.18215, logvar + 2 * np.log(0.18215), form)
 
 
 def _one_text(original: Any) -> Any:
@@ -271,24 +231,6 @@ def _other_weights(original: Any) -> Any:
     return load
 
 
-def _train_mode_everywhere() -> Bug:
-    original = Autoencoder.__init__
-
-    def start(self: Autoencoder, *args: Any) -> None:
-        original(self, *args)
-        self.net.train()
-
-    @contextmanager
-    def planted() -> Iterator[None]:
-        with (
-            patch.object(Autoencoder, "__init__", start),
-            patch.object(Autoencoder, "train", lambda self, mode=True: self),
-        ):
-            yield
-
-    return planted()
-
-
 def _against_the_flow(original: Any) -> Any:
     """The contrastive loss pulls against the flow's."""
 
@@ -300,44 +242,11 @@ def _against_the_flow(original: Any) -> Any:
     return loss_term
 
 
-def _of_its_own(info_nce: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def of_its_own(info_nce: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The text contrasted with itself: every pair is found at once, and nothing is learnt from
     it.
     """
     return lambda text, image, scale, gather: info_nce(text, text, scale, gather=gather)
-
-
-def _scaled_raw(original: Any) -> Any:
-    def encode_moments(self: Autoencoder, pictures: Tensor) -> Moments:
-        mean, logvar = original(self, pictures)
-        return Moments(mean * over_channels(self.scale.scale, mean), logvar)
-
-    return encode_moments
-
-
-def _wide(original: Any) -> Any:
-    return lambda self, moments, noise: original(
-        self, moments, (0.5 * moments.logvar).exp() * noise * 1.2
-    )
-
-
-def _mean_in_training(original: Any) -> Any:
-    def source(self: FlowModel, captions: Any, noise: Tensor) -> Any:
-        return original(self, captions, torch.zeros_like(noise) if self.training else noise)
-
-    return source
-
-
-def _shifted(original: Any) -> Any:
-    return lambda text, image, scale, gather: original(text, image.roll(1, 0), scale, gather=gather)
-
-
-def _halved(original: Any) -> Any:
-    return lambda *args: original(*args) / 2
-
-
-def _negated(original: Any) -> Any:
-    return lambda *args: -original(*args)
 
 
 # ---- faults of the data
@@ -423,7 +332,7 @@ FAULTS: tuple[Fault, ...] = (
         "contrastive_saturated",
         ("clip_saturated",),
         {"loss.clip.weight": 3.0},
-        bug=replacing(terms, "info_nce", _of_its_own),
+        bug=replacing(terms, "info_nce", of_its_own),
     ),
     Fault("dino_weak", ("dino_weak",), {"loss.dino.weight": 1e-3}),
     Fault(
@@ -446,7 +355,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "solver_bf16",
         ("half_precision_solver",),
-        bug=replacing(generate_module, "integrate", _bf16_integrate),
+        bug=replacing(generate_module, "integrate", in_bf16),
         late=True,
     ),
     Fault(
@@ -459,67 +368,6 @@ FAULTS: tuple[Fault, ...] = (
     Fault("dataset_small", ("dataset_too_small",), {"data.limit": 8}),
     Fault("dataset_duplicated", ("dataset_duplicated",), data=few_pictures_many_times),
     Fault("undertrained", ("undertrained",), {"train.steps": 40, "train.probe_every": 40}),
-)
-
-# Bugs in the source, which `flowray.doctor --selfcheck` finds without a run; named by the check
-# that fails first.
-SOURCE_FAULTS: tuple[Fault, ...] = (
-    Fault("moments_scaled", ("encode",), bug=replacing(Autoencoder, "encode_moments", _scaled_raw)),
-    Fault("autoencoder_train_mode", ("frozen",), bug=_train_mode_everywhere),
-    Fault("sigma_is_variance", ("sample",), bug=replacing(LatentScale, "sample", _wide)),
-    Fault(
-        "scale_twice",
-        ("latent_scale",),
-        bug=training_latents(
-            lambda m, noise: _healthy_latent(m, noise) * over_channels(SCALE, noise)
-        ),
-    ),
-    Fault("scale_never", ("latent_scale",), bug=training_latents(_unscaled)),
-    Fault("moments_as_latent", ("latent_scale",), bug=training_latents(lambda m, noise: m.mean)),
-    Fault(
-        "mean_as_latent",
-        ("latent_drawn",),
-        bug=training_latents(lambda m, noise: _healthy_latent(m, torch.zeros_like(noise))),
-    ),
-    Fault(
-        "scale_inverted_at_decode",
-        ("decode",),
-        bug=replacing(LatentScale, "unscale", _inverted_unscale),
-    ),
-    Fault("sign_flipped", ("path",), bug=target(lambda x0, x1: x0 - x1)),
-    Fault("target_x1", ("path",), bug=target(lambda x0, x1: x1)),
-    Fault("target_epsilon", ("path",), bug=target(lambda x0, x1: x0)),
-    Fault("mean_as_source", ("source",), bug=replacing(FlowModel, "source", _mean_in_training)),
-    Fault(
-        "time_code_mismatch",
-        ("trained_code",),
-        bug=replacing(total, "time_code", lambda _: lambda t: 8 * t - 4),
-    ),
-    Fault("flow_halved", ("flow_loss",), bug=replacing(terms, "flow_mse", _halved)),
-    Fault("kl_on_scaled", ("kl",), bug=replacing(terms, "kl_per_dim", _scaled_kl)),
-    Fault("kl_negated", ("kl",), bug=replacing(terms, "kl_per_dim", _negated)),
-    Fault("labels_shifted", ("contrastive",), bug=replacing(terms, "info_nce", _shifted)),
-    Fault("text_with_itself", ("contrastive",), bug=replacing(terms, "info_nce", _of_its_own)),
-    Fault(
-        "ema_forgotten", ("ema",), bug=replacing(Ema, "update", lambda _: lambda self, step: None)
-    ),
-    Fault("steps_halved", ("solvers",), bug=replacing(solver, "_at", _halved)),
-    Fault(
-        "sampling_in_bf16",
-        ("precision",),
-        bug=replacing(generate_module, "integrate", _bf16_integrate),
-    ),
-    Fault(
-        "time_code_sampling",
-        ("sampled_code",),
-        bug=replacing(generate_module, "time_code", lambda _: lambda t: 8 * t - 4),
-    ),
-    Fault(
-        "sample_on_latent",
-        ("sampler",),
-        bug=replacing(generate_module, "generate_latents", _resampled),
-    ),
-    Fault("pictures_negated", ("pictures",), bug=replacing(generate_module, "generate", _negated)),
 )
 
 # The rules' thresholds were chosen with the runs above in sight, so the same faults are planted in

@@ -4,7 +4,8 @@ A few in the normal suite, on runs of a second; all of them, at full length, by 
 """
 
 import pytest
-from faults import FAULTS, HEALTHY, HEALTHY_RUNS, SOURCE_FAULTS, judge, look, plant, rank
+from faults import FAULTS, HEALTHY, HEALTHY_RUNS, judge, look, plant, rank
+from source_faults import SOURCE_FAULTS
 
 from flowray.doctor.battery import PARTS
 from flowray.findings.finding import healthy

@@ -5,7 +5,7 @@ in its source is named by the check of what it breaks.
 import json
 
 import pytest
-from faults import SOURCE_FAULTS
+from source_faults import SOURCE_FAULTS
 
 from flowray.cli.doctor import main
 from flowray.doctor.selfcheck import CHECKS, selfcheck
