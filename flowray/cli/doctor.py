@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 STYLES: dict[Severity, str] = {"bad": "bold red", "warn": "yellow", "info": "cyan"}
 SHOWN = 6  # causes on the first screen
 PROG = "flowray.doctor"
+SELFCHECK = "--selfcheck"
 
 
 def _parser() -> Parser:
@@ -39,7 +41,8 @@ def _parser() -> Parser:
         "and trivial baselines, the most likely cause first, and the recipe override to type. "
         "Writes RUN/doctor.html with plots and pictures.",
         epilog=f"Health checks that train for a minute: {PROG} overfit RECIPE, {PROG} ablations "
-        "RECIPE (see their --help). "
+        f"RECIPE (see their --help). Without a run, whether this installation computes what the "
+        f"method prescribes: {PROG} {SELFCHECK}. "
         "Exit code: 0 healthy, 1 a finding is warn or bad, 2 bad input.",
     )
     parser.add_argument(
@@ -106,6 +109,8 @@ def main(argv: list[str]) -> int:
 
     if argv and argv[0] in health.CHECKS and not Path(argv[0]).is_dir():
         return health.main(argv)
+    if SELFCHECK in argv:
+        return _selfcheck(argv)
     args = _parser().parse_intermixed_args(argv)
     quiet_libraries()
     progress = ConsoleProgress()
@@ -137,6 +142,33 @@ def main(argv: list[str]) -> int:
     else:
         show(Console(highlight=False), found, findings, page)
     return GOOD if healthy(findings) else FINDINGS
+
+
+def _selfcheck(argv: list[str]) -> int:
+    """Hold the installation's formulas against theory, a line for each check."""
+    parser = Parser(
+        prog=f"{PROG} {SELFCHECK}",
+        description="Hold the formulas of this installation against theory on tiny tensors, in "
+        "seconds and without a run: for those who have changed its source.",
+        epilog="Exit code: 0 all hold, 1 one does not, 2 bad input.",
+    )
+    parser.add_argument(SELFCHECK, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    with ConsoleProgress().task(IMPORTING):
+        from flowray.doctor.selfcheck import selfcheck
+    checks = selfcheck()
+    passed = all(check.passed for check in checks)
+    if args.json:
+        rows = [asdict(check) for check in checks]
+        print(json.dumps({"check": "selfcheck", "passed": passed, "checks": rows}))
+    else:
+        for check in checks:
+            where = "" if check.passed else f"; {check.where}"
+            word = "ok" if check.passed else "FAILED"
+            print(f"{word:<7}{check.id:<14}{check.theory} ({check.measured}{where})")
+    return GOOD if passed else FINDINGS
 
 
 def show(console: Console, found: Any, findings: Sequence[Finding], page: Path) -> None:

@@ -43,21 +43,10 @@ from flowray.probes.calibrate import (
     variant_metrics,
     view_field,
 )
-from flowray.probes.field import best_gain
-from flowray.probes.interface import (
-    cache_metrics,
-    expected_norm,
-    histogram,
-    latent_fit,
-    line_noise_ratio,
-    mode_metrics,
-    noise_ratio,
-    round_trips,
-    scale_power,
-    scaled,
-)
+from flowray.probes.field import BIN_CENTRES, best_gain
+from flowray.probes.interface import cache_metrics, histogram, round_trips
 from flowray.probes.latent import pairwise_cosine
-from flowray.probes.rollout import ENDPOINT_STEPS, per_sample_mse, shoot
+from flowray.probes.rollout import ENDPOINT_STEPS, mse, shoot
 from flowray.probes.shots import (
     falling,
     gain_shots,
@@ -70,7 +59,7 @@ from flowray.probes.untouched import untouched
 from flowray.store.latents import channel_metrics, channel_statistics
 from flowray.train.step import whole_batches
 
-# In this order; what each looks at. `standard` and `field` are the dear ones.
+# In this order; what each looks at. `standard` and `field` take most of the time.
 PARTS = {
     "weights": "how far the weights have moved",
     "data": "the data, and whether captions tell its pictures",
@@ -119,7 +108,7 @@ def run_battery(
 
     probes: dict[str, Callable[[], None]] = {
         "weights": lambda: _weights(subject, made),
-        "data": lambda: _data(subject, made, count),
+        "data": lambda: _data(subject, made),
         "autoencoder": lambda: _autoencoder(subject, made),
         "training": lambda: _training(subject, made, count),
         "standard": lambda: _standard(subject, made, batch(), count),
@@ -207,7 +196,7 @@ def _field(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
         )
         straight = aligned(velocity_fn, z0, batch.z1, rho)
         rows["variant/aligned_shoot_nmse"] = (
-            float(per_sample_mse(shoot(straight, z0, QUICK_STEPS), batch.z1).mean()) / variance
+            mse(shoot(straight, z0, QUICK_STEPS), batch.z1) / variance
         )
         rows |= _text(
             subject, made, posterior.logvar, posterior.mu, posterior.std
@@ -375,7 +364,7 @@ def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return _norm({n: a[n] - b[n] for n in b}) / max(_norm(b) or _norm(a), 1e-12)
 
 
-def _data(subject: Subject, made: Measured, count: int) -> None:
+def _data(subject: Subject, made: Measured) -> None:
     """Duplicates, coverage of t, statistics of z1, and whether the training path's captions tell
     its pictures.
     """
@@ -392,17 +381,14 @@ def _data(subject: Subject, made: Measured, count: int) -> None:
     mean, std = channel_statistics(latents)
     rows["latent/mean"] = float(mean.mean())
     rows["latent/var"] = float((std.square() + mean.square()).mean() - mean.mean().square())
-    if (power := scale_power(std, subject.autoencoder.scale)) is not None:
-        rows["latent/std_power"] = power[0]
     rows |= channel_metrics(subject.held_out)
     shares = time_shares(recipe.flow, subject.step, recipe.train.steps)
     made.metrics |= rows | coverage_metrics(shares)
-    made.curves["t"] = {"x": [0.05 + 0.1 * b for b in range(10)], "train_share": shares}
+    made.curves["t"] = {"x": BIN_CENTRES, "train_share": shares}
     if rank_and_world()[1] > 1:
         return
     captions, z1 = _pairs(subject)
     made.metrics |= agreement_metrics(captions, z1)
-    made.metrics |= _batch_latents(subject, subject.batches(0), count)
 
 
 def _pairs(subject: Subject) -> tuple[list[str], np.ndarray]:
@@ -423,58 +409,20 @@ def _indices(subject: Subject, step: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def _batch_latents(subject: Subject, batch: Batch, count: int) -> Rows:
-    """latent/batch_*, latent/noise_ratio_train: the training path's z1 against the cached
-    moments, scaled as the autoencoder says.
-    """
-    indices = _indices(subject, 0)[:count]
-    if len(batch.captions) != subject.recipe.train.batch_size:  # one rank's share
-        return {}
-    z1, moments, scale = (
-        batch.z1[: len(indices)].cpu(),
-        subject.latents.moments(indices),
-        subject.autoencoder.scale,
-    )
-    rows = {}
-    if (ratio := noise_ratio(z1, moments, scale)) is not None:
-        rows["latent/noise_ratio_train"] = ratio
-    if (ratio := line_noise_ratio(z1, moments, scale)) is not None:
-        rows["latent/batch_noise_ratio"] = ratio
-    fit = latent_fit(z1, scaled(scale, moments.mean), scale)
-    rows |= {
-        key.replace("fit", "batch"): fit[key]
-        for key in ("latent/fit_slope", "latent/fit_power", "latent/fit_away")
-        if key in fit
-    }
-    rows["latent/batch_norm_ratio"] = float(z1.flatten(1).square().sum(1).mean().sqrt()) / max(
-        expected_norm(moments, scale), 1e-12
-    )
-    return rows
-
-
-@torch.no_grad()
 def _autoencoder(subject: Subject, made: Measured) -> None:
-    """The interface of the autoencoder on held-out pictures: cache, round trip with its
-    pictures, modes.
-    """
+    """The autoencoder on held-out pictures: is the cache its own, and its round trip."""
     autoencoder, held_out = subject.autoencoder, subject.held_out
     reader = ShardReader(held_out.pictures)
     indices = np.arange(min(PICTURES, len(reader), len(held_out)))
     images = [decode_image(reader, int(i)) for i in indices]
     pictures = to_pictures(images).to(subject.device)
     fresh = autoencoder.encode_moments(pictures)
-    made.metrics |= mode_metrics(autoencoder, pictures[:SHOWN]) | cache_metrics(
-        autoencoder.scale, held_out, fresh, indices
-    )
+    made.metrics |= cache_metrics(autoencoder, held_out, fresh, indices)
     noise = Draws(subject.recipe.probes.seed, 0, len(indices), slice(None), subject.device).normal(
         "posterior", subject.recipe.model.latent.shape
     )
     rows, drawn = round_trips(autoencoder, pictures, fresh, noise, SHOWN)
     made.metrics |= rows | {"trace/real_pixel_std": float(((pictures[:SHOWN] + 1) / 2).std())}
-    moments = held_out.moments(indices)
-    z1 = held_out.scale.sample(moments, noise.cpu())
-    if (ratio := noise_ratio(z1, moments, autoencoder.scale)) is not None:
-        made.metrics["latent/noise_ratio"] = ratio
     made.pictures |= {"orig": np.stack(images[:SHOWN])} | {
         name: from_pictures(x) for name, x in drawn.items()
     }

@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from flowray.config.progress import SILENT, Progress
+from flowray.config.rows import Row
 from flowray.doctor.battery import PARTS, Measured, run_battery
-from flowray.doctor.subject import Row, Subject
+from flowray.doctor.subject import Subject
 from flowray.findings.facts import recipe_facts
+from flowray.probes.field import BIN_CENTRES, BINS
 from flowray.probes.rollout import ENDPOINT_STEPS, TEACHER_STEPS
+from flowray.probes.shots import DT_SCALES
 
 Curves = dict[str, dict[str, list[float]]]
 
@@ -58,12 +61,12 @@ def examine(
     `field` it takes seconds. A live state's weights, gradients, optimiser, RNG and module modes are
     not changed.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     count = batch or subject.recipe.probes.batch_size
     made = run_battery(subject, count, seed, parts, progress)
     made.metrics |= {f"lr/{group}": rate for group, rate in subject.rates(subject.lr).items()}
     facts = _facts(subject) | _data_facts(subject, made) | made.facts
-    facts |= {"notes": made.notes, "seconds": time.perf_counter() - began}
+    facts |= {"notes": made.notes, "seconds": time.perf_counter() - start}
     return Examination(
         subject.where,
         subject.step,
@@ -108,38 +111,34 @@ def _data_facts(subject: Subject, made: Measured) -> dict[str, Any]:
 
 def _curves(made: Measured, subject: Subject) -> Curves:
     """The series that a report draws, from the rows."""
-    rows, curves = made.metrics, dict(made.curves)
+    curves, sampled = dict(made.curves), "ema/" if subject.recipe.sample.weights == "ema" else ""
 
-    def series(pattern: str, values: Sequence[int]) -> list[float]:
-        return [rows.get(pattern.format(value), math.nan) for value in values]
+    def series(places: Sequence[float], **keys: str) -> dict[str, list[float]]:
+        found = {
+            name: [made.metrics.get(key.format(place), math.nan) for place in places]
+            for name, key in keys.items()
+        }
+        return {"x": [float(place) for place in places]} | found
 
-    bins, ks, ns = tuple(range(10)), ENDPOINT_STEPS, TEACHER_STEPS
-    over_t = {
-        "nmse": "flow/nmse_t{}",
-        "cos": "flow/cos_t{}",
-        "gain_ls": "gain/ls_t{}",
-        "gain_median": "gain/median_t{}",
-    }
-    over_t |= {"ema_nmse": "ema/flow/nmse_t{}", "ema_cos": "ema/flow/cos_t{}"}
     curves["t"] = (
         curves.get("t", {})
-        | {"x": [0.05 + 0.1 * b for b in bins]}
-        | {name: series(key, bins) for name, key in over_t.items()}
+        | series(
+            range(BINS),
+            nmse="flow/nmse_t{}",
+            cos="flow/cos_t{}",
+            gain_ls="gain/ls_t{}",
+            gain_median="gain/median_t{}",
+            ema_nmse="ema/flow/nmse_t{}",
+            ema_cos="ema/flow/cos_t{}",
+        )
+        | {"x": BIN_CENTRES}
     )
-    euler = (
-        "ema/flow/endpt_rmse@{}" if subject.recipe.sample.weights == "ema" else "flow/endpt_rmse@{}"
+    curves["endpoint"] = series(
+        ENDPOINT_STEPS,
+        euler=f"{sampled}flow/endpt_rmse@{{}}",
+        heun="flow/endpt_rmse_heun@{}",
+        standing_still="trivial/flow/endpt_rmse@{}",
     )
-    ends = {
-        "euler": euler,
-        "heun": "flow/endpt_rmse_heun@{}",
-        "standing_still": "trivial/flow/endpt_rmse@{}",
-    }
-    curves["endpoint"] = {"x": [float(k) for k in ks]} | {
-        name: series(key, ks) for name, key in ends.items()
-    }
-    teacher = {"fp32": "teacher/mse@{}", "native": "teacher_native/mse@{}"}
-    curves["teacher"] = {"x": [float(n) for n in ns]} | {
-        name: series(key, ns) for name, key in teacher.items()
-    }
-    curves["dt_scale"] = {"x": [1.0, 2.0, 3.0], "nmse": series("shoot/nmse_dt{}", (1, 2, 3))}
+    curves["teacher"] = series(TEACHER_STEPS, fp32="teacher/mse@{}", native="teacher_native/mse@{}")
+    curves["dt_scale"] = series(DT_SCALES, nmse="shoot/nmse_dt{}")
     return curves

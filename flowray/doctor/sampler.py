@@ -14,20 +14,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowray.config.flow import Dopri5Solver, SampleConfig
+from flowray.config.flow import SampleConfig
 from flowray.data.pixels import from_pictures
 from flowray.flow.guidance import guided
-from flowray.flow.path import psi, velocity_target
+from flowray.flow.path import psi, time_code, velocity_target
 from flowray.flow.solver import integrate, time_grid
 from flowray.model.assemble import FlowModel
 from flowray.model.autoencoder import Autoencoder
-from flowray.model.latent import Moments
 from flowray.probes.battery import ProbeBatch
-from flowray.probes.calibrate import code_gap
 from flowray.probes.interface import same_pictures
-from flowray.probes.rollout import TEACHER_STEPS, per_sample_mse
+from flowray.probes.rollout import TEACHER_STEPS, mse
 from flowray.probes.shots import significant_bits, teacher_rows
-from flowray.probes.untouched import hearing_codes
 from flowray.sample.generate import generate, generate_latents, source_noise
 
 
@@ -67,42 +64,33 @@ def native_teacher(
     return rows | {"sampler/bits": float(true.bits)}
 
 
-def own_latents(
-    model: FlowModel, z0: Tensor, config: SampleConfig, guidance: float
-) -> tuple[Tensor, list[Tensor]]:
-    """(z_end, times of every network call) of the recipe's solver and grid on the time code as
-    it is defined, 4 - 8t.
-    """
-    times: list[Tensor] = []
+def own_latents(model: FlowModel, z0: Tensor, config: SampleConfig, guidance: float) -> Tensor:
+    """z_end of the recipe's solver and grid, called here as the probes call the network."""
 
     def velocity(x: Tensor, t: Tensor, null: Tensor) -> Tensor:
-        times.append(t)
-        return model.velocity(x, 4.0 - 8.0 * t, null)
+        return model.velocity(x, time_code(t), null)
 
-    return integrate(
-        config.solver, guided(velocity, guidance), z0, time_grid(config.grid, config.steps)
-    ), times
+    grid = time_grid(config.grid, config.steps)
+    return integrate(config.solver, guided(velocity, guidance), z0, grid)
 
 
 @torch.no_grad()
 def latent_metrics(
     model: FlowModel, config: SampleConfig, batch: ProbeBatch, z0: Tensor
 ) -> tuple[dict[str, float], Tensor]:
-    """sampler/{nmse,nmse_plain,gap} and time/sample_gap on the probe batch; also the sampler's
-    z_end.
-    """
-    with hearing_codes(model) as heard:
-        z_end = generate_latents(model, batch.captions, config, batch.noise)
-    own, times = own_latents(model, z0, config, config.guidance_scale)
-    plain = own if config.guidance_scale == 1.0 else own_latents(model, z0, config, 1.0)[0]
-    rows = {
-        "sampler/nmse": float(per_sample_mse(z_end, batch.z1).mean()) / batch.variance,
-        "sampler/nmse_plain": float(per_sample_mse(plain, batch.z1).mean()) / batch.variance,
-        "sampler/gap": float(per_sample_mse(z_end, own).mean()) / batch.variance,
-    }
-    if not isinstance(config.solver, Dopri5Solver):  # its own steps depend on the field
-        rows["time/sample_gap"] = code_gap(heard, times)
-    return rows, z_end
+    """sampler/{nmse,nmse_plain,gap} on the probe batch; also the sampler's z_end."""
+    z_end = generate_latents(model, batch.captions, config, batch.noise)
+    own = own_latents(model, z0, config, config.guidance_scale)
+    plain = own if config.guidance_scale == 1.0 else own_latents(model, z0, config, 1.0)
+
+    def over_variance(a: Tensor, b: Tensor) -> float:
+        return mse(a, b) / batch.variance
+
+    return {
+        "sampler/nmse": over_variance(z_end, batch.z1),
+        "sampler/nmse_plain": over_variance(plain, batch.z1),
+        "sampler/gap": over_variance(z_end, own),
+    }, z_end
 
 
 @torch.no_grad()
@@ -113,24 +101,14 @@ def picture_metrics(
     prompts: Sequence[str],
     seed: int,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """sampler/psnr of `generate` against own integration and decoding, and against decoding a
-    latent put through `sample` again.
-
-    Also the sampler's pictures, uint8 (B, H, W, 3).
+    """sampler/psnr of `generate` against own integration and decoding; also the sampler's
+    pictures, uint8 (B, H, W, 3).
     """
     device = next(model.velocity.parameters()).device
     made = generate(model, autoencoder, prompts, config, seed)
     _, z0 = model.source(prompts, source_noise(model, len(prompts), seed, device))
-    z_end, _ = own_latents(model, z0, config, config.guidance_scale)
-    again = autoencoder.sample(
-        Moments(z_end, torch.full_like(z_end, -30.0)), torch.zeros_like(z_end)
-    )
-    own = from_pictures(autoencoder.decode(z_end))
-    resampled = from_pictures(autoencoder.decode(again))
-    return {
-        "sampler/psnr": same_pictures(made, own),
-        "sampler/psnr_resampled": same_pictures(made, resampled),
-    }, made
+    own = autoencoder.decode(own_latents(model, z0, config, config.guidance_scale))
+    return {"sampler/psnr": same_pictures(made, from_pictures(own))}, made
 
 
 def strip_psnr(strip: Path, pictures: np.ndarray) -> float | None:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
+from flowray.config.rows import Row
 from flowray.config.train import GroupScales
 from flowray.losses.total import Batch, Objective
 from flowray.model.assemble import FlowModel, build_model
@@ -30,7 +30,6 @@ from flowray.train.state import TrainState, load_slots
 from flowray.train.step import whole_batches
 
 Tensors = dict[str, Tensor]
-Row = dict[str, Any]
 BatchOf = Callable[[int], Batch]  # the global batch of a step
 CPU = torch.device("cpu")
 
@@ -92,6 +91,12 @@ def merged_history(run: RunDirectory) -> list[Row]:
     return [rows[step] for step in sorted(rows)]
 
 
+def written_strip(run: RunDirectory, step: int) -> Path | None:
+    """The sample strip that training wrote at this step, if any."""
+    strip = run.samples / f"step_{step:06d}.png"
+    return strip if strip.is_file() else None
+
+
 def untrained(recipe: Recipe) -> tuple[FlowModel, Tensors]:
     """The recipe's model as it is before step 1, and a copy of its trainable weights."""
     model = build_model(recipe.model, recipe.loss, recipe.seed)
@@ -113,7 +118,6 @@ def open_subject(
     if moving := model.semantic.moving():
         copy_found(found, moving, load_tensors(checkpoint, "moving"))
     kept, step = load_state(checkpoint), load_state(checkpoint)["step"]
-    strip = run.samples / f"step_{step:06d}.png"
     model = model.to(device).eval()
     return Subject(
         where=found.where,
@@ -134,7 +138,7 @@ def open_subject(
         autoencoder=autoencoder,
         batches=whole_batches(recipe, latents, device),
         history=[row for row in merged_history(run) if row["step"] <= step],
-        strip=strip if strip.is_file() else None,
+        strip=written_strip(run, step),
     )
 
 

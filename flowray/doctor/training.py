@@ -13,20 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
 from flowray.doctor.subject import Subject
-from flowray.flow.path import psi, velocity_target
+from flowray.flow.path import psi, time_code, velocity_target
 from flowray.losses.gradients import autocast, blocks, loss_gradients
-from flowray.losses.terms import Forward, box_sum, flow_mse, info_nce
+from flowray.losses.terms import Forward, box_sum, flow_mse, loss_term
 from flowray.losses.total import Batch, active_terms, total_loss, weights_at
 from flowray.model.assemble import FlowModel
+from flowray.model.semantic import Views
 from flowray.probes.battery import derangement
-from flowray.probes.calibrate import code_gap
 from flowray.probes.grads import gradient_rows, next_update_ratio, step_gradient
-from flowray.probes.untouched import hearing_codes, untouched
+from flowray.probes.untouched import untouched
 from flowray.train.optim import group_lr
 
 Rows = dict[str, float]
@@ -83,8 +82,8 @@ def first_bad_module(model: nn.Module) -> Iterator[list[str]]:
 
 
 def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]:
-    """loss/*, weight/*, grad/*, share/*, step/*, clip/*, dino/*, ent/*, time/train_gap of one
-    training batch; and what was not finite.
+    """loss/*, weight/*, grad/*, share/*, step/*, clip/*, dino/*, ent/* of one training batch; and
+    what was not finite.
     """
     recipe, model = subject.recipe, subject.model
     weights = weights_at(recipe.loss, subject.step, recipe.train.steps)
@@ -92,7 +91,7 @@ def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]
         name: weight * subject.multipliers.get(name, 1.0) for name, weight in weights.items()
     }
     idle = frozenset(name for name, weight in weights.items() if weight == 0)
-    with training_mode(subject), hearing_codes(model) as heard, first_bad_module(model) as bad:
+    with training_mode(subject), first_bad_module(model) as bad:
         losses, forward = subject.objective(batch, idle)
         gradients = loss_gradients(list(losses.values()), list(subject.parameters.values()))
         rows = {f"loss/{name}": float(loss.detach()) for name, loss in losses.items()}
@@ -106,7 +105,6 @@ def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]
     rows |= update_rows(
         subject, step_gradient(gradients, subject.parameters, factors, recipe.optim.clip_grad)
     )
-    rows["time/train_gap"] = code_gap(heard, [batch.t])
     found: dict[str, Any] = {"module": bad[0]} if bad else {}
     whole = [
         x.detach().flatten(1).isfinite().all(dim=1)
@@ -160,31 +158,28 @@ def _semantic_rows(
     """The semantic losses with captions deranged minus with their own, and what chance would
     score.
     """
-    rows: Rows = {}
-    views = forward.views
+    clip, dino = forward.views.clip, forward.views.dino
     try:
         others = derangement(list(batch.captions)).to(batch.t.device)
     except InputError:  # all captions alike
-        return rows
-    if views.clip is not None:
-        text, image, scale = (x.detach() for x in views.clip)
-        own, swapped = info_nce(text, image, scale), info_nce(text[others], image, scale)
+        return {}
+
+    def gain(name: str, views: Views) -> float:
+        swapped = loss_term(getattr(recipe.loss, name), replace(forward, views=views))
+        return float(swapped.detach() - losses[name].detach())
+
+    rows: Rows = {}
+    if clip is not None:
+        text, image, scale = clip
         rows |= {
-            "clip/cond_gain": float(swapped - own),
+            "clip/cond_gain": gain("clip", Views(clip=(text[others], image, scale))),
             "clip/chance": math.log(len(text)),
-            "clip/scale": float(scale),
+            "clip/scale": float(scale.detach()),
         }
-    if views.dino is not None:
-        student, teacher = (x.detach().float() for x in views.dino)
-        config = recipe.loss.dino
-        targets = F.softmax(teacher / config.teacher_temperature, dim=-1)
-        swapped = (
-            -(targets * F.log_softmax(student[others] / config.student_temperature, dim=-1))
-            .sum(-1)
-            .mean()
-        )
+    if dino is not None:
+        student, teacher = dino
         rows |= {
-            "dino/cond_gain": float(swapped - losses["dino"].detach()),
+            "dino/cond_gain": gain("dino", Views(dino=(student[others], teacher))),
             "ent/chance": math.log(student.shape[1]),
         }
     return rows
@@ -193,12 +188,12 @@ def _semantic_rows(
 @torch.no_grad()
 def same_batch_rows(subject: Subject, batch: Batch) -> Rows:
     """same_batch/*: the flow loss as training computes it against the probes' way, raw weights,
-    no null samples; and kl/*.
+    no null samples.
     """
     plain, rho = without_null(batch), subject.recipe.flow.path.rho
     terms = active_terms(subject.recipe.loss)
     with training_mode(subject):
-        losses, forward = subject.objective(plain, frozenset(terms) - {"flow", "kl"})
+        losses, forward = subject.objective(plain, frozenset(terms) - {"flow"})
         lower = [
             weight * flow_mse(level, box_sum(forward.path.v_target, level))
             for weight, level in forward.lower
@@ -206,21 +201,16 @@ def same_batch_rows(subject: Subject, batch: Batch) -> Rows:
         trained = float(losses["flow"] - sum(lower, start=torch.zeros(())))
     with untouched(subject.model):
         subject.model.eval()
-        posterior, z0 = subject.model.source(plain.captions, plain.noise)
+        _, z0 = subject.model.source(plain.captions, plain.noise)
         v = subject.model.velocity(
-            psi(plain.t, z0, plain.z1, rho), 4.0 - 8.0 * plain.t, plain.null
+            psi(plain.t, z0, plain.z1, rho), time_code(plain.t), plain.null
         ).float()
     target = velocity_target(z0, plain.z1, rho)
     evaluated, energy = float((v - target).square().mean()), float(target.square().mean())
-    rows = {"same_batch/train_loss": trained, "same_batch/eval_loss": evaluated}
-    rows["same_batch/ratio"] = evaluated / max(trained, 1e-12)
-    rows |= {"same_batch/train_nmse": trained / energy, "same_batch/eval_nmse": evaluated / energy}
-    square = (
-        (0.3 * posterior.mu) ** 6 if subject.recipe.loss.kl.form == "box" else posterior.mu.square()
-    )
-    rows["kl/closed_form"] = float(
-        (0.5 * (square + posterior.logvar.exp() - 1 - posterior.logvar)).mean()
-    )
-    if "kl" in losses:
-        rows["kl/ratio"] = float(losses["kl"]) / max(rows["kl/closed_form"], 1e-12)
-    return rows
+    return {
+        "same_batch/train_loss": trained,
+        "same_batch/eval_loss": evaluated,
+        "same_batch/ratio": evaluated / max(trained, 1e-12),
+        "same_batch/train_nmse": trained / energy,
+        "same_batch/eval_nmse": evaluated / energy,
+    }

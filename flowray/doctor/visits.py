@@ -10,7 +10,7 @@ from typing import Any
 
 from flowray.config.recipe import Recipe
 from flowray.doctor.examine import examine
-from flowray.doctor.subject import live_subject, merged_history, untrained
+from flowray.doctor.subject import live_subject, merged_history, untrained, written_strip
 from flowray.findings.diagnose import diagnose
 from flowray.model.autoencoder import load_autoencoder
 from flowray.store.latents import LatentSet
@@ -54,7 +54,6 @@ class Visits:
 
     def visit(self) -> list[dict[str, Any]]:
         """Examine the run as it is now; the findings, the most likely cause first."""
-        strip = self.run.samples / f"step_{self.state.step:06d}.png"
         subject = live_subject(
             self.state,
             self.recipe,
@@ -63,7 +62,7 @@ class Visits:
             autoencoder=self.autoencoder,
             history=merged_history(self.run),
             initial=self._initial,
-            strip=strip if strip.is_file() else None,
+            strip=written_strip(self.run, self.state.step),
         )
         seen = examine(subject)
         findings = [asdict(f) for f in diagnose(seen.metrics, seen.facts, seen.history)]

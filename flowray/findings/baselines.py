@@ -1,4 +1,4 @@
-"""What trivial predictors score, and the logs' thresholds, in words."""
+"""What trivial predictors score, and the usual thresholds, in words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowray.config.keys import GOOD_PSNR
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a trivial predictor scores, or the logs' threshold, in words."""
+    """What a trivial predictor scores, or the usual threshold, in words."""
 
     value: float
     words: str

@@ -56,19 +56,6 @@ def below(key: str, limit: Limit, words: str = "", *, share: bool = False) -> Ch
     return _compare(key, limit, "below", words, share)
 
 
-def near(key: str, want: float, within: float, words: str = "") -> Check:
-    """The metric differs from `want` by `within` at most."""
-
-    def check(r: Reading) -> Evidence | None:
-        name, value, of = r.find(key)
-        if rounded(abs(rounded(value) - want)) > within:
-            return None
-        judged = Judged(name, value, "near", want, of)
-        return Evidence(f"{words or key} {text(value)}, about {text(want)}", (judged,))
-
-    return check
-
-
 def fact(name: str, *values: Any) -> Check:
     """The recipe or the run has one of these values; without values: it is set and not empty."""
 
@@ -95,7 +82,7 @@ def some(*checks: Check) -> Check:
     """At least one of them; those whose numbers are absent do not count."""
 
     def check(r: Reading) -> Evidence | None:
-        held = [found for one in checks if (found := _asked(one, r)) is not None]
+        held = [found for one in checks if (found := asked(one, r)) is not None]
         return _joined(held) if held else None
 
     return check
@@ -103,14 +90,14 @@ def some(*checks: Check) -> Check:
 
 def unless(check: Check) -> Check:
     """Not this, or not known; says nothing."""
-    return lambda r: Evidence() if _asked(check, r) is None else None
+    return lambda r: Evidence() if asked(check, r) is None else None
 
 
 def absent(key: str) -> Check:
     """This number is not known; says nothing."""
 
     def check(r: Reading) -> Evidence | None:
-        return Evidence() if math.isnan(r.get(key, math.nan)) else None
+        return None if r.has(key) else Evidence()
 
     return check
 
@@ -194,7 +181,8 @@ def _trivial(r: Reading, key: str) -> str:
     return f" ({'; '.join(said)})" if said else ""
 
 
-def _asked(check: Check, r: Reading) -> Evidence | None:
+def asked(check: Check, r: Reading) -> Evidence | None:
+    """The check, where a number that it lacks counts as not found."""
     try:
         return check(r)
     except Absent:

@@ -4,8 +4,6 @@ of a run that excuse one.
 
 from __future__ import annotations
 
-import math
-
 from flowray.findings.checks import (
     Evidence,
     Limit,
@@ -28,7 +26,6 @@ BAD_FIELD = (
     "velocity_too_small",
     "velocity_too_large",
     "gain_would_hurt",
-    "time_code_mismatch",
     "same_batch_mismatch",
     "plateau",
 )
@@ -67,9 +64,6 @@ SKILL_FLOOR = if_anchored(-1.0, -0.05)
 
 
 def too_high_fix(r: Reading) -> str:
-    base = r.get("lr_peak", math.nan)
-    return (
-        f"optim.lr={text(base / 10)}"
-        if math.isfinite(base)
-        else "optim.lr=1e-3, or a tenth of what it is"
-    )
+    if not r.has("lr_peak"):
+        return "optim.lr=1e-3, or a tenth of what it is"
+    return f"optim.lr={text(r['lr_peak'] / 10)}"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from flowray.findings.reading import Absent, Reading
 
@@ -18,32 +18,31 @@ def _dims(r: Reading) -> int:
     return math.prod(r.fact("latent"))
 
 
+def _known(r: Reading, prefix: str, names: Iterable[object], least: int = 1) -> list[float]:
+    """The measured ones of the keys PREFIX + name; Absent where they are fewer than `least`."""
+    found = [r[key] for name in names if r.has(key := f"{prefix}{name}")]
+    if len(found) < least:
+        raise Absent(prefix)
+    return found
+
+
 def _nothing(r: Reading) -> float:
     """mean (z0 - z1)^2: measured, or Var(z1) + Var(z0) of independent latents, each 1 where it
     is not known.
     """
-    if math.isfinite(measured := r.get("trivial/shoot/mse", math.nan)):
-        return measured
+    if r.has("trivial/shoot/mse"):
+        return r["trivial/shoot/mse"]
     return r.get("latent/var", 1.0) + r.get("z_init/var", 1.0)
 
 
-def _growth(curve: str) -> Callable[[Reading], float]:
+def _growth(r: Reading, curve: str) -> float:
     """Error at the most steps over that at the fewest."""
-
-    def grow(r: Reading) -> float:
-        known = [value for n in ENDS if math.isfinite(value := r.get(f"{curve}/mse@{n}", math.nan))]
-        if len(known) < 2:
-            raise Absent(curve)
-        return known[-1] / max(known[0], 1e-12)
-
-    return grow
+    errors = _known(r, f"{curve}/mse@", ENDS, least=2)
+    return errors[-1] / max(errors[0], 1e-12)
 
 
 def _bins(r: Reading) -> list[float]:
-    found = [value for b in BINS if math.isfinite(value := r.get(f"flow/nmse_t{b}", math.nan))]
-    if len(found) < 5:
-        raise Absent("flow/nmse_t*")
-    return found
+    return _known(r, "flow/nmse_t", BINS, least=5)
 
 
 def _sampled(key: str) -> Callable[[Reading], float]:
@@ -88,26 +87,15 @@ def _rise(r: Reading) -> float:
 
 
 def _train_nmse(r: Reading) -> float:
-    if math.isfinite(v := r.get("scale/v_norm", math.nan)):
-        return r["loss/flow"] * _dims(r) / v**2
+    if r.has("scale/v_norm"):
+        return r["loss/flow"] * _dims(r) / r["scale/v_norm"] ** 2
     # independent latents
     return r["loss/flow"] * _dims(r) / (r["scale/z0_norm"] ** 2 + r["scale/z1_norm"] ** 2)
 
 
-def _most(r: Reading) -> float:
-    found = [
-        value
-        for part in ("head", "velocity")
-        if math.isfinite(value := r.get(f"moved/{part}", math.nan))
-    ]
-    if not found:
-        raise Absent("moved/*")
-    return max(found)
-
-
 DERIVED: Mapping[str, Callable[[Reading], float]] = {
     # of the field: per sample nmse = 1 + k^2 - 2 k c
-    "flow/cos": lambda r: statistics.fmean(_known(r, "flow/cos_t")),
+    "flow/cos": lambda r: statistics.fmean(_known(r, "flow/cos_t", BINS)),
     "flow/nmse": lambda r: (
         1 + r["flow/speed_ratio"] ** 2 - 2 * r["flow/speed_ratio"] * r["flow/cos"]
     ),
@@ -119,32 +107,20 @@ DERIVED: Mapping[str, Callable[[Reading], float]] = {
     "sampled/cos": _sampled("flow/cos"),
     "flow/bin_worst": lambda r: max(_bins(r)),
     "flow/bin_middle": lambda r: statistics.median(_bins(r)),
-    # 1 for a velocity, whatever its length
-    "field/x0_share": lambda r: -r["field/fit_x0"] / r["field/fit_x1"],
-    "field/x1_share": lambda r: -r["field/fit_x1"] / r["field/fit_x0"],
     # of the whole path
     "shoot/nothing": _nothing,
     "shoot/nmse": lambda r: r["shoot/mse"] / r["latent/var"],
     "shoot/skill": lambda r: 1 - r["shoot/mse"] / r["shoot/nothing"],
-    "teacher/growth": _growth("teacher"),
-    "teacher_native/growth": _growth("teacher_native"),
+    "teacher/growth": lambda r: _growth(r, "teacher"),
+    "teacher_native/growth": lambda r: _growth(r, "teacher_native"),
     "data/gap": lambda r: r["shoot/nmse"] - r["train_set/shoot_nmse"],
     # of the latents and the text
-    "latent/rms": lambda r: math.sqrt(r["latent/var"]),
     "scale/ratio": lambda r: r["scale/z1_norm"] / r["scale/z0_norm"],
     "text/nats": lambda r: 0.5 * _dims(r) * math.log1p(r["text/snr"]),
-    "kl/deviation": lambda r: abs(math.log(r["kl/ratio"])),
     # of training
     "history/fall": _fall,
     "history/rise": _rise,
     "train/nmse": _train_nmse,
-    "moved/most": _most,
+    "moved/most": lambda r: max(_known(r, "moved/", ("head", "velocity"))),
     "same_batch/gap": lambda r: abs(math.log(r["same_batch/ratio"])),
 }
-
-
-def _known(r: Reading, prefix: str) -> list[float]:
-    found = [value for b in BINS if math.isfinite(value := r.get(f"{prefix}{b}", math.nan))]
-    if not found:
-        raise Absent(prefix)
-    return found

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from flowray.findings.checks import Check
+from flowray.findings.checks import asked
 from flowray.findings.derived import DERIVED
 from flowray.findings.finding import ORDER, Finding, healthy
-from flowray.findings.reading import Absent, Reading, Row
+from flowray.findings.reading import Reading, Row
 from flowray.findings.rule import Rule, Words
 from flowray.findings.rules import RULES
 
@@ -36,10 +36,7 @@ def diagnose(
 
 
 def _apply(rule: Rule, r: Reading) -> Finding | None:
-    try:
-        evidence = rule.when(r)
-    except Absent:
-        return None
+    evidence = asked(rule.when, r)
     if evidence is None:
         return None
     cause, fix = _words(rule.cause, r), _words(rule.fix, r)
@@ -87,16 +84,9 @@ def _direct(rule: Rule, found: Mapping[str, Rule], r: Reading) -> set[str]:
     names = set()
     for entry in rule.explains:
         name, check = entry if isinstance(entry, tuple) else (entry, None)
-        if name in found and (check is None or _holds(check, r)):
+        if name in found and (check is None or asked(check, r) is not None):
             names.add(name)
     return names
-
-
-def _holds(check: Check, r: Reading) -> bool:
-    try:
-        return check(r) is not None
-    except Absent:
-        return False
 
 
 def _words(words: Words, r: Reading) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 Severity = Literal["info", "warn", "bad"]
-Side = Literal["above", "below", "near", "not finite"]
+Side = Literal["above", "below", "not finite"]
 ORDER: Mapping[Severity, int] = {"bad": 0, "warn": 1, "info": 2}
 
 

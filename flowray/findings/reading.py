@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
+
+from flowray.config.rounding import finite
 
 Row = Mapping[str, Any]
 Points = list[tuple[int, float]]
@@ -49,7 +51,7 @@ class Reading:
             key: value
             for row in self.history
             for key, value in row.items()
-            if _number(value) and math.isfinite(value)
+            if finite(value) is not None
         }
         self._derived = derived
         # derivations under way, with what each has read: one that needs itself is absent
@@ -64,13 +66,12 @@ class Reading:
         """
         for row in (self.metrics, self._last):
             for name in (key, f"ema/{key}"):
-                value = row.get(name)
-                if _number(value) and math.isfinite(value):
+                if (measured := finite(row.get(name))) is not None:
                     for seen in self._open.values():
                         seen.add(name)
-                    return Number(name, float(value))
-        if "/" not in key and _number(self.facts.get(key)) and math.isfinite(self.facts[key]):
-            return Number(key, float(self.facts[key]))
+                    return Number(name, measured)
+        if "/" not in key and (known := finite(self.facts.get(key))) is not None:
+            return Number(key, known)
         if key not in self._derived or key in self._open:
             raise Absent(key)
         self._open[key] = set()
@@ -91,15 +92,15 @@ class Reading:
         except Absent:
             return default
 
+    def has(self, key: str) -> bool:
+        """Whether the metric was measured or follows from what was."""
+        return math.isfinite(self.get(key, math.nan))
+
     def fact(self, name: str) -> Any:
         """What is known under this name; Absent where nothing is."""
         if name not in self.facts:
             raise Absent(name)
         return self.facts[name]
-
-    def known(self, name: str) -> bool:
-        """Whether there is such a fact and it is neither empty nor false."""
-        return bool(self.facts.get(name))
 
     def points(self, key: str, least: int = 2) -> Points:
         """(step, value) of the history, raw before EMA; Absent where there are fewer than
@@ -107,9 +108,9 @@ class Reading:
         """
         found: dict[int, float] = {}
         for row in self.history:
-            value = row.get(key, row.get(f"ema/{key}"))
-            if _number(value) and math.isfinite(value):
-                found[row["step"]] = float(value)
+            value = finite(row.get(key, row.get(f"ema/{key}")))
+            if value is not None:
+                found[row["step"]] = value
         if len(found) < least:
             raise Absent(key)
         for seen in self._open.values():
@@ -120,19 +121,10 @@ class Reading:
         """Metrics that are not finite, the examination's first, without a step, then those of the
         history with theirs.
         """
-        here = [
-            (key, None)
-            for key, value in self.metrics.items()
-            if _number(value) and not math.isfinite(value)
-        ]
-        then = [
-            (key, row["step"])
-            for row in self.history
+        rows = [(self.metrics, None), *((row, row["step"]) for row in self.history)]
+        return [
+            (key, step)
+            for row, step in rows
             for key, value in row.items()
-            if _number(value) and not math.isfinite(value)
+            if isinstance(value, float) and not math.isfinite(value)
         ]
-        return [*here, *then]
-
-
-def _number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

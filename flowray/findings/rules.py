@@ -1,7 +1,11 @@
 """The table of findings: conditions on metrics, what they mean, what to type. From upstream to
 downstream, causes before effects.
 
-Thresholds are the logs' where the logs have one (DESIGN, numbers from the logs); the others lie
+Each can be the fault of a recipe, data or weights; those that only code of one's own brings about
+say so where they stand. Whether the source itself computes what the method prescribes is asked by
+`flowray.doctor --selfcheck` (flowray/doctor/selfcheck.py), which needs no run.
+
+Thresholds are those of the field notes (docs/glossary.md) where these have one; the others lie
 between what healthy small runs and runs with the fault planted show.
 """
 

@@ -1,5 +1,5 @@
-"""What the health checks expect of their short runs: the field notes' arrows as rules over
-metric and probe rows.
+"""What the health checks expect of their short runs: arrows, each a number and which way it should
+go, as the field notes list them.
 """
 
 from __future__ import annotations
@@ -7,15 +7,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from flowray.config.losses import KLLossConfig
+from flowray.config.rows import Row
 
-Row = dict[str, Any]
 Word = Literal["pass", "fail", "unclear", "not judged"]
 
-FALL = 0.2  # log 0901: the flow loss of a few samples must fall by more than this
-LEARNT_COS = 0.5  # the logs' healthy flow cosine
+FALL = 0.2  # the flow loss of a few samples must fall by more than this
+LEARNT_COS = 0.5  # from here on a direction counts as learnt
 # a steady KL: the last quarter at most 1.5x the quarter before, but for this much (per dim)
 KL_GROWTH, KL_FLOOR = 1.5, 0.05
 # a change of a cosine, or share of an error, that is clear; one that is none
@@ -76,69 +77,47 @@ def overfit_verdicts(arm: Arm) -> list[Verdict]:
     pictures: the cosine falls from about 0.5 before it rises, for hundreds of steps, in a sound
     run. There mu must come nearer to the pictures and the velocity explain CLEAR of its target.
     """
-    name = "overfit"
+    verdict = partial(Verdict, "overfit", source=CHECKLIST)
     if arm.refused or len(arm.rows) < 8:
         why = arm.refused or f"only {len(arm.rows)} logged steps; take more --steps"
-        return [Verdict(name, "it trains", "fail" if arm.refused else "unclear", why, CHECKLIST)]
+        return [verdict("it trains", "fail" if arm.refused else "unclear", why)]
     flow, cos, anchor = arm.series("loss/flow"), arm.series("train/cos"), arm.series("loss/anchor")
     kl = [value / arm.dims for value in arm.series("loss/kl_raw")]
     fall, quarter = 1 - _end(flow) / flow[0], max(1, len(kl) // 4)
     late, before = _mean(kl[-quarter:]), _mean(kl[-2 * quarter : -quarter])
     steady = _word(late <= max(KL_GROWTH * before, before + KL_FLOOR)) if kl else "not judged"
     risen = f"{cos[0]:.3f} -> {_end(cos):.3f}"
-    learnt = [
-        Verdict(
-            name,
-            f"train/cos rises, to {LEARNT_COS} or more",
-            _word(_end(cos) > max(cos[0], LEARNT_COS)),
-            risen,
-            CHECKLIST,
-        )
-    ]
     if anchor:
         nmse, held = _end(arm.series("train/nmse")), 1 - _end(anchor) / anchor[0]
         size = _change(1 - nmse)
         if size == "fail" and _end(cos) > NONE and abs(1 - nmse) > 1e-3:
             # it points the right way; a dead velocity is 0, or next to it whatever its direction
             size = "unclear"
+        narrows = f"{risen}; loss.anchor narrows the source, and with it what is left"
         learnt = [
-            Verdict(
-                name,
-                "train/cos rises",
-                "not judged",
-                f"{risen}; loss.anchor narrows the source, and with it what is left",
-                CHECKLIST,
-            ),
-            Verdict(
-                name,
-                f"train/nmse down from 1, by {CLEAR:.0%} or more",
-                size,
-                f"{nmse:.3f}",
-                CHECKLIST,
-            ),
-            Verdict(
-                name,
+            verdict("train/cos rises", "not judged", narrows),
+            verdict(f"train/nmse down from 1, by {CLEAR:.0%} or more", size, f"{nmse:.3f}"),
+            verdict(
                 f"loss/anchor falls by more than {FALL:.0%}",
                 _word(held > FALL),
                 f"{anchor[0]:.3f} -> {_end(anchor):.3f} ({-held:+.0%})",
-                CHECKLIST,
             ),
         ]
+    else:
+        rises = _word(_end(cos) > max(cos[0], LEARNT_COS))
+        learnt = [verdict(f"train/cos rises, to {LEARNT_COS} or more", rises, risen)]
     return [
-        Verdict(
-            name,
+        verdict(
             f"loss/flow falls by more than {FALL:.0%}",
             _word(fall > FALL),
             f"{flow[0]:.3f} -> {_end(flow):.3f} ({-fall:+.0%})",
-            LOG_0901,
+            source=LOG_0901,
         ),
         *learnt,
-        Verdict(
-            name,
+        verdict(
             f"KL steady: the last quarter at most {KL_GROWTH}x the one before",
             steady,
             f"{before:.3f} -> {late:.3f} per dim" if kl else "loss.kl.weight is 0 in this recipe",
-            CHECKLIST,
         ),
     ]
 
@@ -171,9 +150,9 @@ def ablation_verdicts(
 
 
 def _flow_only(arm: Arm) -> list[Verdict]:
-    name = "flow only"
+    verdict = partial(Verdict, "flow only", source=QUICK)
     if arm.refused:
-        return [Verdict(name, "the flow is learnt", "unclear", arm.refused, QUICK)]
+        return [verdict("the flow is learnt", "unclear", arm.refused)]
     cos, nmse = arm.last("flow/cos"), arm.last("flow/nmse")
     rmse, still = arm.last("flow/endpt_rmse@32"), arm.last("trivial/flow/endpt_rmse@32")
     # Before step 1 the velocity is 0 and mu about 0: the distance of a source of the first width
@@ -182,89 +161,58 @@ def _flow_only(arm: Arm) -> list[Verdict]:
         arm.last("shoot/mse") / arm.last("shoot/nmse") + (arm.series("std/mean") or [1.0])[0] ** 2
     )
     nearer = _change(1 - rmse / start) if rmse < (1 - NONE) * still else "fail"
+    by = f"by {CLEAR:.0%} or more"
     return [
-        Verdict(name, f"flow/cos up from 0, by {CLEAR} or more", _change(cos), f"{cos:.3f}", QUICK),
-        Verdict(
-            name,
-            f"flow/nmse down from 1, by {CLEAR:.0%} or more",
-            _change(1 - nmse),
-            f"{nmse:.3f}",
-            QUICK,
-        ),
-        Verdict(
-            name,
-            f"flow/endpt_rmse@32 down from the start, by {CLEAR:.0%} or more, and below standing"
-            " still",
+        verdict(f"flow/cos up from 0, by {CLEAR} or more", _change(cos), f"{cos:.3f}"),
+        verdict(f"flow/nmse down from 1, {by}", _change(1 - nmse), f"{nmse:.3f}"),
+        verdict(
+            f"flow/endpt_rmse@32 down from the start, {by}, and below standing still",
             nearer,
             f"{rmse:.3f}, at the start {start:.3f}, standing still {still:.3f}",
-            QUICK,
         ),
     ]
 
 
 def _kl_off(whole: Arm, off: Arm, mu_is_free: str) -> list[Verdict]:
-    name, source = "KL off", QUICK
+    verdict = partial(Verdict, "KL off", source=QUICK)
     if refused := whole.refused or off.refused:
-        return [Verdict(name, "the KL is seen to work", "unclear", refused, source)]
+        return [verdict("the KL is seen to work", "unclear", refused)]
     mu, std = (tuple(arm.last(key) for arm in (whole, off)) for key in ("mu/rms", "std/mean"))
     # |ln std|: a width of 0.1 is as far from 1 as one of 10, and |std - 1| cannot tell a narrow
     # source from a collapsed one
     width = (abs(math.log(max(value, 1e-12))) for value in std)
-    pulled = "mu/rms no longer pulled to 0: larger"
-    both = f"{mu[0]:.3f} with, {mu[1]:.3f} without"
+    pulled: Word = "not judged" if mu_is_free else _larger(*mu)
+    why = f"; {mu_is_free}" if mu_is_free else ""
     return [
-        (
-            Verdict(name, pulled, "not judged", f"{both}; {mu_is_free}", source)
-            if mu_is_free
-            else Verdict(name, pulled, _larger(*mu), both, source)
-        ),
-        Verdict(
-            name,
-            "std/mean no longer pulled to 1: further off",
-            _larger(*width),
-            f"{std[0]:.3f} with, {std[1]:.3f} without",
-            source,
+        verdict("mu/rms no longer pulled to 0: larger", pulled, f"{_pair(mu, 'without')}{why}"),
+        verdict(
+            "std/mean no longer pulled to 1: further off", _larger(*width), _pair(std, "without")
         ),
     ]
 
 
 def _shuffled(whole: Arm, shuffled: Arm) -> list[Verdict]:
-    name = "captions shuffled"
+    verdict = partial(Verdict, "captions shuffled", source=QUICK)
     if refused := whole.refused or shuffled.refused:
-        return [Verdict(name, "the condition is seen to work", "unclear", refused, QUICK)]
+        return [verdict("the condition is seen to work", "unclear", refused)]
     verdicts = []
     for key in ("shoot/cond_gain", "flow/cond_gain_cos"):
-        with_text, without = whole.last(key), shuffled.last(key)
+        with_text, without = gains = whole.last(key), shuffled.last(key)
         # a cosine gains little: neighbouring sources are much alike
         noise = NONE if key.startswith("shoot") else NONE / 10
+        word: Word = "fail" if with_text <= max(without, 0.0) else "unclear"
         if with_text > max(2 * abs(without), noise):
-            word: Word = "pass"
-        elif with_text <= max(without, 0.0):
-            word = "fail"
-        else:
-            word = "unclear"
-        verdicts.append(
-            Verdict(
-                name,
-                f"{key} clearly down",
-                word,
-                f"{with_text:.3f} with, {without:.3f} shuffled",
-                QUICK,
-            )
-        )
+            word = "pass"
+        verdicts.append(verdict(f"{key} clearly down", word, _pair(gains, "shuffled")))
     for key in ("loss/clip", "loss/dino", "loss/anchor"):
         pair = [_end(arm.series(key)) for arm in (whole, shuffled) if arm.series(key)]
         if len(pair) == 2:
-            verdicts.append(
-                Verdict(
-                    name,
-                    f"{key} worse",
-                    _larger(*pair),
-                    f"{pair[0]:.3f} with, {pair[1]:.3f} shuffled",
-                    QUICK,
-                )
-            )
+            verdicts.append(verdict(f"{key} worse", _larger(*pair), _pair(pair, "shuffled")))
     return verdicts
+
+
+def _pair(values: Sequence[float], other: str) -> str:
+    return f"{values[0]:.3f} with, {values[1]:.3f} {other}"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -23,7 +23,7 @@ from flowray.probes.latent import posterior_metrics, scale_metrics, text_metrics
 from flowray.probes.rollout import (
     TEACHER_STEPS,
     endpoint_metrics,
-    per_sample_mse,
+    mse,
     shoot,
     shoot_metrics,
     teacher_metrics,
@@ -134,7 +134,7 @@ def trivial_metrics(
     }
     rows |= shoot_metrics(z0, z0, batch.z1, batch.others, batch.variance)
     rows |= endpoint_metrics(lambda x, t: torch.zeros_like(x), z0, batch.z1)
-    rows |= {f"teacher/mse@{n}": float(per_sample_mse(z0, batch.z1).mean()) for n in TEACHER_STEPS}
+    rows |= {f"teacher/mse@{n}": mse(z0, batch.z1) for n in TEACHER_STEPS}
     blind = Posterior(
         *(x.mean(0, keepdim=True).expand_as(x) for x in (posterior.mu, posterior.logvar))
     )

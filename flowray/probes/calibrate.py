@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowray.flow.path import path_log_snr, sample_path, time_code
+from flowray.flow.path import path_log_snr, sample_path
 from flowray.flow.solver import VelocityFn
 from flowray.probes.field import BINS, best_gain, cosines, nmse, speed_ratios, time_bins
 
@@ -91,12 +91,12 @@ def fit_metrics(view: FieldView) -> dict[str, float]:
 
 
 def median_gain(v_pred: Tensor, v_target: Tensor) -> float:
-    """The logs' deployment constant, the median over samples of ||v*|| / ||u||."""
+    """The median over samples of ||v*|| / ||u||: it mends the speed, whatever the direction."""
     return float((1 / speed_ratios(v_pred, v_target).clamp_min(1e-12)).median())
 
 
 def gain_metrics(view: FieldView) -> dict[str, float]:
-    """gain/*: the least-squares gain and the logs' median, over all t and per tenth, and the
+    """gain/*: the least-squares gain and the median one, over all t and per tenth, and the
     nmse with each of them.
     """
     bins, median = time_bins(view.t), median_gain(view.v_pred, view.v_target)
@@ -148,7 +148,7 @@ def in_precision(velocity_fn: VelocityFn, dtype: torch.dtype | None) -> Velocity
 
 def aligned(velocity_fn: VelocityFn, z0: Tensor, z1: Tensor, rho: float) -> VelocityFn:
     """The field read at x scaled, sample by sample, to the standard deviation that the true path
-    has at that time (log 0919).
+    has at that time.
     """
 
     def called(x: Tensor, t: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def aligned(velocity_fn: VelocityFn, z0: Tensor, z1: Tensor, rho: float) -> Velo
 def variant_metrics(
     velocity_fn: VelocityFn, view: FieldView, z0: Tensor, z1: Tensor, rho: float
 ) -> dict[str, float]:
-    """variant/{fp32,bf16,aligned}_{cos,speed_ratio}: the log's single-step test with the
+    """variant/{fp32,bf16,aligned}_{cos,speed_ratio}: single steps with the
     velocity call made in three ways.
     """
     calls = {
@@ -178,21 +178,6 @@ def variant_metrics(
         rows[f"variant/{name}_cos"] = float(cosines(v, view.v_target).mean())
         rows[f"variant/{name}_speed_ratio"] = float(speed_ratios(v, view.v_target).mean())
     return rows
-
-
-def code_gap(heard: list[Tensor], times: list[Tensor]) -> float:
-    """Greatest |time code heard - (4 - 8t)| over calls; infinite where the calls differ in
-    number or size.
-    """
-    if [len(code) for code in heard] != [len(t) for t in times]:
-        return float("inf")
-    return max(
-        (
-            float((code.float() - time_code(t.float())).abs().max())
-            for code, t in zip(heard, times, strict=True)
-        ),
-        default=0.0,
-    )
 
 
 def null_metrics(conditional: Tensor, unconditional: Tensor, v_target: Tensor) -> dict[str, float]:

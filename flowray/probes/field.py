@@ -1,4 +1,4 @@
-"""How well a predicted velocity agrees with the target: the logs' single-step test, per sample
+"""How well a predicted velocity agrees with the target in single steps, per sample
 and by slices of t.
 """
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BINS = 10
+BIN_CENTRES = [0.05 + 0.1 * b for b in range(BINS)]
 
 
 def cosines(v_pred: Tensor, v_target: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def speed_ratios(v_pred: Tensor, v_target: Tensor) -> Tensor:
 
 
 def nmse(v_pred: Tensor, v_target: Tensor) -> Tensor:
-    """The logs' NMSE: ratio of batch means; per sample it is 1 + k^2 - 2 k c. Predicting zero
+    """Ratio of batch means; per sample it is 1 + k^2 - 2 k c. Predicting zero
     scores 1.
     """
     return F.mse_loss(

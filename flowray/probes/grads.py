@@ -70,7 +70,7 @@ def next_adamw_update(
 
 
 def mean_ratio(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """The logs' update ratio of (update, tensor before it): mean of ||update|| / ||tensor||;
+    """The update ratio of (update, tensor before it): mean of ||update|| / ||tensor||;
     tensors at zero are left out.
     """
     ratios = [update.norm() / before.norm() for update, before in pairs if bool(before.any())]

@@ -10,7 +10,7 @@ from flowray.model.posterior import Posterior
 
 
 def posterior_metrics(posterior: Posterior, z0: Tensor) -> dict[str, float]:
-    """mu/*, logvar/*, std/*, z_init/* of the logs."""
+    """mu/*, logvar/*, std/*, z_init/* of a posterior and what was drawn from it."""
     mu, std = posterior.mu, posterior.std
     return {
         "mu/abs_mean": float(mu.abs().mean()),
@@ -26,7 +26,7 @@ def posterior_metrics(posterior: Posterior, z0: Tensor) -> dict[str, float]:
 
 
 def scale_metrics(path: PathSample) -> dict[str, float]:
-    """Mean norms of z0, z1, x_t and v*; the logs want ||z1|| / ||z0|| within 3x."""
+    """Mean norms of z0, z1, x_t and v*; healthy is ||z1|| / ||z0|| within 3x."""
     latents = {"z0": path.x0, "z1": path.x1, "xt": path.xt, "v": path.v_target}
     norms = {name: float(x.flatten(1).norm(dim=1).mean()) for name, x in latents.items()}
     return {f"scale/{name}_norm": norm for name, norm in norms.items()} | {
@@ -44,7 +44,7 @@ def pairwise_cosine(x: Tensor) -> float:
 def text_metrics(posterior: Posterior, noise: Tensor, other_noise: Tensor) -> dict[str, float]:
     """text/* over the rows of a posterior of different prompts.
 
-    cos_mu on mu (near 1: the text does not arrive); cos on drawn z0 (the logs'; low by noise alone
+    cos_mu on mu (near 1: the text does not arrive); cos on drawn z0 (low by noise alone
     where mu ~ 0); cos_same the same prompt with other noise; snr = variance of mu over prompts /
     mean sigma^2.
     """

@@ -20,8 +20,13 @@ def per_sample_mse(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).flatten(1).square().mean(1)
 
 
+def mse(a: Tensor, b: Tensor) -> float:
+    """Mean squared difference over all."""
+    return float(per_sample_mse(a, b).mean())
+
+
 def shoot(velocity_fn: VelocityFn, z0: Tensor, steps: int) -> Tensor:
-    """z_end after `steps` midpoint-evaluated Euler steps from z0, as in the logs."""
+    """z_end after `steps` midpoint-evaluated Euler steps from z0."""
     return integrate(EulerSolver(), velocity_fn, z0, time_grid("uniform", steps))
 
 
@@ -34,9 +39,9 @@ def shoot_metrics(
     nmse 1 is predicting the mean; skill 0 is doing nothing. The field sees no caption but through
     z0, so the swapped shot of a sample is the shot of the sample whose z0 it borrows.
     """
-    own = float(per_sample_mse(z_end, z1).mean())
-    swapped = float(per_sample_mse(z_end[others], z1).mean())
-    nothing = float(per_sample_mse(z0, z1).mean())
+    own = mse(z_end, z1)
+    swapped = mse(z_end[others], z1)
+    nothing = mse(z0, z1)
     return {
         "shoot/mse": own,
         "shoot/nmse": own / variance,
@@ -61,7 +66,4 @@ def teacher_metrics(z0: Tensor, z1: Tensor, rho: float) -> dict[str, float]:
     """
     v = velocity_target(z0, z1, rho)
     end = psi(torch.ones(len(z0), device=z0.device), z0, z1, rho)
-    return {
-        f"teacher/mse@{n}": float(per_sample_mse(shoot(lambda x, t: v, z0, n), end).mean())
-        for n in TEACHER_STEPS
-    }
+    return {f"teacher/mse@{n}": mse(shoot(lambda x, t: v, z0, n), end) for n in TEACHER_STEPS}

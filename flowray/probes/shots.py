@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowray.config.flow import HeunSolver, SolverConfig
 from flowray.flow.solver import VelocityFn, integrate, time_grid
-from flowray.probes.rollout import ENDPOINT_STEPS, per_sample_mse, shoot
+from flowray.probes.rollout import ENDPOINT_STEPS, mse, per_sample_mse, shoot
 
 DT_SCALES = (1, 2, 3)
 
@@ -42,12 +42,12 @@ def falling(rows: dict[str, float]) -> dict[str, float]:
 
 
 def scaled_steps(velocity_fn: VelocityFn, scale: float) -> VelocityFn:
-    """The log's dt_scale: every step `scale` times as long, at the times of the plain one."""
+    """dt_scale: every step `scale` times as long, at the times of the plain one."""
     return lambda x, t: scale * velocity_fn(x, t)
 
 
 def backwards(velocity_fn: VelocityFn) -> VelocityFn:
-    """The log's time_dir 1 -> 0: the same steps from z0, with the network told 1 - t."""
+    """Time told backwards: the same steps from z0, with the network told 1 - t."""
     return lambda x, t: velocity_fn(x, 1 - t)
 
 
@@ -61,7 +61,7 @@ def shot_metrics(
         "reversed": backwards(velocity_fn)
     }
     return {
-        f"shoot/nmse_{name}": float(per_sample_mse(shoot(field, z0, steps), z1).mean()) / variance
+        f"shoot/nmse_{name}": mse(shoot(field, z0, steps), z1) / variance
         for name, field in fields.items()
     }
 
@@ -76,9 +76,7 @@ def gain_shots(
 ) -> dict[str, float]:
     """gain/shoot_nmse_<name>: shooting with the velocity times a gain."""
     return {
-        f"gain/shoot_nmse_{name}": float(
-            per_sample_mse(shoot(scaled_steps(velocity_fn, gain), z0, steps), z1).mean()
-        )
+        f"gain/shoot_nmse_{name}": mse(shoot(scaled_steps(velocity_fn, gain), z0, steps), z1)
         / variance
         for name, gain in gains.items()
     }
@@ -105,7 +103,7 @@ def trace_generation(
     decode: Callable[[Tensor], Tensor],
     pictures: int,
 ) -> Trace:
-    """The logs' [A] decode(z_init), [B] first dz, [C] decode(z_end); pictures of the first few
+    """[A] decode(z_init), [B] the first dz, [C] decode(z_end); pictures of the first few
     samples.
     """
     first: list[Tensor] = []
@@ -149,4 +147,4 @@ def teacher_rows(
     end_of: Callable[[int], Tensor], end: Tensor, steps: Sequence[int], name: str
 ) -> dict[str, float]:
     """NAME/mse@N of the true field: end_of(N) integrates it in N steps, `end` is psi(1)."""
-    return {f"{name}/mse@{n}": float(per_sample_mse(end_of(n).float(), end).mean()) for n in steps}
+    return {f"{name}/mse@{n}": mse(end_of(n).float(), end) for n in steps}

@@ -49,23 +49,3 @@ def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
     finally:
         for name, p in parameters.items():
             p.data = before[name]
-
-
-@contextmanager
-def hearing_codes(model: FlowModel) -> Iterator[list[Tensor]]:
-    """Within the block, the list receives the time code (B,) of every call of the velocity
-    network, in order.
-    """
-    velocity, heard = model.velocity, []
-    levels = velocity.levels
-
-    def listening(x: Tensor, time_code: Tensor, null: Tensor) -> tuple[Tensor, ...]:
-        heard.append(time_code.detach().clone())
-        return levels(x, time_code, null)
-
-    # shadows the method: training calls `levels`, sampling calls the module
-    velocity.__dict__["levels"] = listening
-    try:
-        yield heard
-    finally:
-        del velocity.__dict__["levels"]

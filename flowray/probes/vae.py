@@ -11,6 +11,7 @@ from flowray.data.pixels import to_pictures
 from flowray.data.reader import ShardReader
 from flowray.flow.draws import Draws
 from flowray.model.autoencoder import Autoencoder
+from flowray.model.latent import Moments
 from flowray.store.latents import LatentSet
 
 
@@ -22,12 +23,21 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
+def round_trip(
+    autoencoder: Autoencoder, pictures: Tensor, moments: Moments, noise: Tensor
+) -> tuple[dict[str, float], Tensor]:
+    """vae/psnr of sampling and decoding the moments of pictures (B, 3, H, W), beside the PSNR of
+    each picture's mean colour; and the pictures that come back.
+    """
+    rebuilt = autoencoder.decode(autoencoder.sample(moments, noise))
+    flat = pictures.mean(dim=(2, 3), keepdim=True).expand_as(pictures)
+    return {"vae/psnr": psnr(rebuilt, pictures), "trivial/vae/psnr": psnr(flat, pictures)}, rebuilt
+
+
 def vae_metrics(
     autoencoder: Autoencoder, held_out: LatentSet, count: int, seed: int
 ) -> dict[str, float]:
-    """vae/psnr of encode, sample, decode on the first held-out pictures, beside the PSNR of each
-    picture's mean colour.
-    """
+    """`round_trip` of the first held-out pictures."""
     reader = ShardReader(held_out.pictures)
     images = [decode_image(reader, i) for i in range(min(count, len(reader)))]
     device = next(autoencoder.parameters()).device
@@ -36,6 +46,4 @@ def vae_metrics(
     noise = Draws(seed, 0, len(images), slice(None), device).normal(
         "posterior", tuple(moments.mean.shape[1:])
     )
-    rebuilt = autoencoder.decode(autoencoder.sample(moments, noise))
-    flat = pictures.mean(dim=(2, 3), keepdim=True).expand_as(pictures)
-    return {"vae/psnr": psnr(rebuilt, pictures), "trivial/vae/psnr": psnr(flat, pictures)}
+    return round_trip(autoencoder, pictures, moments, noise)[0]

@@ -13,13 +13,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flowray.config.keys import GOOD_PSNR, describe
+from flowray.config.keys import GOOD_PSNR
 from flowray.config.rounding import finite
 from flowray.findings.baselines import Baseline
 from flowray.findings.finding import Finding, healthy
 from flowray.findings.judge import Judge
 from flowray.report import figures
-from flowray.report.page import GridRow, Number, Plot, data_uri, make_plot, number_text, write_page
+from flowray.report.page import (
+    GridRow,
+    Number,
+    Plot,
+    data_uri,
+    make_number,
+    make_plot,
+    number_names,
+    number_text,
+    write_page,
+)
 from flowray.report.results import series, spans_decades
 
 Curve = Mapping[str, Sequence[float | None]]
@@ -30,7 +40,7 @@ TILES: Mapping[str, str] = {
     "flow/nmse": "1: predicting zero",
     "std/mean": "1: the prior's width",
     "text/snr": "0: the caption does not arrive",
-    "vae/psnr": f"dB; {GOOD_PSNR:g} in the logs",
+    "vae/psnr": f"dB; {GOOD_PSNR:g} is in order",
 }
 PICTURES: Mapping[str, tuple[str, str]] = {
     "orig": ("orig", "held-out pictures"),
@@ -106,54 +116,18 @@ def write_doctor_page(path: Path, data: DoctorData) -> Path:
 
 def doctor_plots(data: DoctorData) -> list[Plot]:
     """Every figure whose numbers are there."""
+    learnt, mean = Baseline(0.5, "learnt above"), Baseline(1.0, "predicting the mean")
+    zero, none_needed = Baseline(1.0, "predicting zero"), Baseline(1.0, "none needed")
+    ends = ("euler", "heun", "standing_still")
+    error = "true field integrated: error"
+    gain = "gain on u that fits v* best"
     panels = [
-        _panel(
-            data,
-            "t",
-            ("nmse", "ema_nmse"),
-            "flow/nmse by time",
-            "t",
-            base=Baseline(1.0, "predicting zero"),
-        ),
-        _panel(
-            data,
-            "t",
-            ("cos", "ema_cos"),
-            "flow/cos by time",
-            "t",
-            base=Baseline(0.5, "learnt above"),
-        ),
-        _panel(
-            data,
-            "endpoint",
-            ("euler", "heun", "standing_still"),
-            "endpoint RMSE over K",
-            "K, steps of the solver",
-        ),
-        _panel(
-            data,
-            "teacher",
-            ("fp32", "native"),
-            "true field integrated: error",
-            "N, steps",
-            log=True,
-        ),
-        _panel(
-            data,
-            "dt_scale",
-            ("nmse",),
-            "shoot/nmse over dt_scale",
-            "dt_scale",
-            base=Baseline(1.0, "predicting the mean"),
-        ),
-        _panel(
-            data,
-            "t",
-            ("gain_ls", "gain_median"),
-            "gain on u that fits v* best",
-            "t",
-            base=Baseline(1.0, "none needed"),
-        ),
+        _panel(data, "t", ("nmse", "ema_nmse"), "flow/nmse by time", "t", base=zero),
+        _panel(data, "t", ("cos", "ema_cos"), "flow/cos by time", "t", base=learnt),
+        _panel(data, "endpoint", ends, "endpoint RMSE over K", "K, steps of the solver"),
+        _panel(data, "teacher", ("fp32", "native"), error, "N, steps", log=True),
+        _panel(data, "dt_scale", ("nmse",), "shoot/nmse over dt_scale", "dt_scale", base=mean),
+        _panel(data, "t", ("gain_ls", "gain_median"), gain, "t", base=none_needed),
         _times(data),
         _gradients(data),
         _latents(data),
@@ -248,7 +222,7 @@ def _gradients(data: DoctorData) -> Plot | None:
             groups,
             list(shares),
             None,
-            "the logs: dino 0.2-0.5, kl 0.1-0.3 of flow (weighted)",
+            "usual: dino 0.2-0.5, kl 0.1-0.3 of flow (weighted)",
         ),
         f"gradient norms of {', '.join(shares)}, unweighted and weighted",
     )
@@ -298,9 +272,7 @@ def _grids(data: DoctorData) -> list[tuple[list[str], list[GridRow]]]:
 
 
 def _rows(data: DoctorData) -> list[GridRow]:
-    """Every kind of picture there is, known kinds first, under the logs' names; the logs' [B], a
-    number, stands under [C].
-    """
+    """Every kind of picture there is, known kinds first; [B], a number, stands under [C]."""
     pictures = data.pictures
     names = [
         *(name for name in PICTURES if name in pictures),
@@ -332,13 +304,8 @@ def _numbers(data: DoctorData) -> list[Number]:
     """Every measured number, raw and EMA on one line, what is said of it, and what a trivial
     predictor scores.
     """
-    metrics, judge = data.metrics, Judge(data.metrics, data.facts, data.history, data.findings)
-    found = []
-    for name in sorted({key.removeprefix("ema/") for key in metrics if "trivial/" not in key}):
-        raw, ema = (
-            number_text(finite(metrics.get(name))),
-            number_text(finite(metrics.get(f"ema/{name}"))),
-        )
-        trivial = finite(metrics.get(f"trivial/{name}", metrics.get(f"ema/trivial/{name}")))
-        found.append(Number(name, raw, ema, describe(name), number_text(trivial), judge(name)))
-    return found
+    judge = Judge(data.metrics, data.facts, data.history, data.findings)
+    return [
+        make_number(name, lambda key: finite(data.metrics.get(key)), judge)
+        for name in number_names(data.metrics)
+    ]

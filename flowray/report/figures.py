@@ -136,7 +136,7 @@ def sweep_curves(
     """The metric over steps of every trial (best first), an x where one stopped early, the best
     one and the next four in colour.
 
-    still: what the best trial scores where its field stands still. A value far out is marked at
+    still: what the best trial scores where its field stands still. A value far out is shown at
     the edge.
     """
     curves = {trial: _curve(trial, key) for trial in trials}

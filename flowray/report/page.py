@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from flowray.config.keys import KEYS, MetricKey, describe
 from flowray.config.progress import duration
 from flowray.config.rounding import finite
 from flowray.findings.baselines import baseline
-from flowray.findings.judge import Judge, Verdict
+from flowray.findings.judge import Verdict
 from flowray.report import figures
 from flowray.report.figures import value_text
 from flowray.report.load import load_run
@@ -112,14 +112,14 @@ def _run_context(run: Run) -> dict[str, Any]:
     headline = [
         key
         for key in ("shoot/nmse", "shoot/skill", "flow/cos", "std/mean")
-        if _either(run, key) is not None
+        if run.either(key) is not None
     ]
     return {
         "run": run,
         # a trial is named by its number
         "name": "/".join(place.parts[-2:]) if place.name.isdigit() else place.name,
         "last_step": max(steps, default=0),
-        "headline": [(key, number_text(_either(run, key)), baseline(key)) for key in headline],
+        "headline": [(key, number_text(run.either(key)), baseline(key)) for key in headline],
         "scores": _scores(run),
         "header": "\n".join(line for line in run.header.splitlines() if line.strip("=- ")),
         "training": _training_plots(run),
@@ -152,12 +152,6 @@ def _scores(run: Run) -> list[tuple[str, str]]:
         for value, words in found
         if value is not None
     ]
-
-
-def _either(run: Run, key: str) -> float | None:
-    """The EMA's value, which is what gets sampled, else the raw one."""
-    ema = run.last(f"ema/{key}")
-    return run.last(key) if ema is None else ema
 
 
 def _training_plots(run: Run) -> list[Plot]:
@@ -268,16 +262,22 @@ def _numbers(run: Run) -> list[Number]:
         for key, value in row.items()
         if isinstance(value, (int, float)) and key != "step"
     }
-    keys = {key for key in keys if "trivial/" not in key}  # these stand beside their keys
-    own = {key.name for key in KEYS}  # ema/delta_rms is a key, not delta_rms of the EMA
-    names = sorted(
-        {key if key in own else key.removeprefix("ema/") for key in keys}, key=_by_number
-    )
     last = run.probes[-1] if run.probes else {}
     judge = run.judge(
         last, int(last.get("step") or (run.metrics[-1].get("step", 0) if run.metrics else 0))
     )
-    return [_number(run, name, judge) for name in names]
+    return [make_number(name, run.last, judge) for name in number_names(keys)]
+
+
+def number_names(keys: Iterable[str]) -> list[str]:
+    """The lines of these keys, sorted: raw and EMA share one, a trivial value stands beside its
+    key's.
+    """
+    own = {key.name for key in KEYS}  # ema/delta_rms is a key, not delta_rms of the EMA
+    names = {
+        key if key in own else key.removeprefix("ema/") for key in keys if "trivial/" not in key
+    }
+    return sorted(names, key=_by_number)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
@@ -285,19 +285,14 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _number(run: Run, name: str, judge: Judge) -> Number:
-    raw, ema = run.last(name), run.last(f"ema/{name}")
-    trivial = next(
-        (
-            value
-            for at in ("trivial/", "ema/trivial/")
-            if (value := run.last(f"{at}{name}")) is not None
-        ),
-        None,
-    )
-    return Number(
-        name, number_text(raw), number_text(ema), describe(name), number_text(trivial), judge(name)
-    )
+def make_number(
+    name: str, value: Callable[[str], float | None], judge: Callable[[str], Verdict]
+) -> Number:
+    """The line of a key. value: of a whole key, as measured on raw or EMA weights."""
+    trivial = value(f"trivial/{name}")
+    trivial = value(f"ema/trivial/{name}") if trivial is None else trivial
+    raw, ema = number_text(value(name)), number_text(value(f"ema/{name}"))
+    return Number(name, raw, ema, describe(name), number_text(trivial), judge(name))
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:

@@ -66,6 +66,11 @@ class Run:
                 return finite(values[-1])
         return None
 
+    def either(self, key: str) -> float | None:
+        """The EMA's last value, which is what gets sampled, else the raw one."""
+        ema = self.last(f"ema/{key}")
+        return self.last(key) if ema is None else ema
+
     def judge(self, row: Row, step: int) -> Judge:
         """The doctor's verdicts on a row of probes: by its own findings where it came at that
         step, else by its rules.
@@ -144,7 +149,7 @@ class Sweep:
 
     scales: trial numbers by the scale that their values are measured on (autoencoder, latent,
     held-out pictures), as changed keys in words; with more than one, values do not compare and
-    there is no best trial (the logs' rule).
+    there is no best trial.
     """
 
     path: Path

@@ -276,7 +276,7 @@ def _as_probed(sweep: Sweep) -> Any:
 
 
 def _card_facts(sweep: Sweep, card: dict[str, Any]) -> dict[str, str]:
-    """The experiment card of the sweep (log 0826): what is fixed, what is searched, what it runs
+    """The experiment card of the sweep: what is fixed, what is searched, what it runs
     on.
     """
     settings, config = (

@@ -54,6 +54,7 @@ def data(**changes: object) -> DoctorData:
             "trivial/flow/cos": 0.0,
             "shoot/nmse": math.nan,
             "vae/psnr": 12.0,
+            "ema/delta_rms": 0.01,
         }
         | TRACE,
         "facts": {"head": "pooled", "notes": ["vae: no pictures"], "nonfinite": {}},
@@ -153,6 +154,7 @@ def test_numbers_outside_their_range_are_marked(tmp_path: Path) -> None:
     assert "outside" not in rows["flow/cos"]
     assert "0.940" in rows["flow/cos"]
     assert "–" in rows["shoot/nmse"]
+    assert "minus raw weights" in rows["ema/delta_rms"]
 
 
 def test_the_terminal_shows_causes_with_what_they_explain_on_one_screen(tmp_path: Path) -> None:

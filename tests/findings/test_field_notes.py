@@ -153,11 +153,6 @@ def test_the_logs_thresholds_of_the_training_losses() -> None:
     assert [finding.id for finding in diagnose({"ent/teacher": 0.001}, {})] == ["dino_saturated"]
 
 
-def test_log_0826_an_integrated_latent_is_not_sampled_again() -> None:
-    found = diagnose(
-        {"sampler/psnr": 14.0, "sampler/psnr_resampled": 60.0}, {"guidance_scale": 1.0}
-    )
-    assert [finding.id for finding in found] == ["sample_on_latent", "sampler_mismatch"]
-    assert found[1].explained_by == "sample_on_latent"
+def test_log_0826_guidance_needs_null_samples() -> None:
     guided = {"guidance_scale": 5.5, "null_probability": 0.0}  # the log's w = 4.5
     assert [finding.id for finding in diagnose({}, guided)] == ["guidance_without_null"]

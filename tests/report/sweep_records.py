@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 METRIC = "ema/shoot/nmse"
+LR = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
 
 
 def make(folder: Path, trials: list[dict[str, Any]], **settings: Any) -> Path:

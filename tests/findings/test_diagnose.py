@@ -1,0 +1,131 @@
+"""What follows from what, and single rules on the runs that taught them."""
+
+from __future__ import annotations
+
+import pytest
+from healthy import FACTS, HEALTHY
+
+from flowray.findings.diagnose import diagnose
+from flowray.findings.finding import as_json, healthy
+
+
+def test_a_small_velocity_that_no_gain_would_mend_is_not_called_too_small() -> None:
+    """What remains of an anchored source's path after 150 steps: mostly noise, which least
+    squares rightly shrinks.
+    """
+    field = {"flow/cos": 0.32, "flow/speed_ratio": 0.0942, "flow/nmse": 0.967}
+    gains = {
+        "gain/nmse_none": 0.967,
+        "gain/nmse_ls": 0.949,
+        "gain/nmse_median": 1.6,
+        "gain/best": 2.46,
+        "gain/median": 11.2,
+    }
+    assert "velocity_too_small" not in [
+        finding.id for finding in diagnose({**HEALTHY, **field, **gains}, FACTS)
+    ]
+
+
+def test_an_anchored_source_may_be_narrow_but_not_a_point() -> None:
+    narrow = {
+        **HEALTHY,
+        "std/mean": 0.147,
+        "logvar/clamped_share": 0.3,
+        "shoot/skill": -0.4,
+        "share/kl": 0.001,
+    }
+    facts = {**FACTS, "kl_weight": 0.03, "loss_weights": {"flow": 1.0, "kl": 0.03, "anchor": 4.0}}
+    assert healthy(diagnose(narrow, facts))
+    assert not healthy(diagnose(narrow, {**facts, "loss_weights": {"flow": 1.0, "kl": 0.03}}))
+    point = diagnose({**narrow, "std/mean": 0.03}, facts)
+    assert point[0].id == "source_collapsed"
+
+
+def test_a_loss_that_grows_with_the_source_is_no_high_learning_rate() -> None:
+    """The flow loss of a source that grows rises with v*; the nmse falls all the same."""
+    grown = [{"step": 5 * i, "loss/flow": 2.0 + 0.3 * i, "train/nmse": 1 / i} for i in range(1, 31)]
+    found = diagnose(
+        {**HEALTHY, "std/mean": 2.4, "mu/rms": 5.2},
+        {**FACTS, "kl_weight": 0.003, "step": 150},
+        grown,
+    )
+    assert found[0].id == "source_inflated"
+    assert "lr_too_high" not in [finding.id for finding in found]
+    narrowed = [
+        {"step": 5 * i, "loss/flow": 2 / i, "train/nmse": 0.3 + 0.02 * i} for i in range(1, 31)
+    ]
+    assert "lr_too_high" not in [finding.id for finding in diagnose(HEALTHY, FACTS, narrowed)]
+    undone = [{**row, "train/nmse": row["loss/flow"]} for row in grown]
+    assert "lr_too_high" in [finding.id for finding in diagnose(HEALTHY, FACTS, undone)]
+
+
+def test_a_run_that_halts_at_once_is_not_said_to_learn_too_slowly() -> None:
+    seen = {
+        **HEALTHY,
+        "moved/head": 1e-4,
+        "moved/velocity": 1e-4,
+        "flow/nmse": 1.0,
+        "train/nmse": 1.0,
+        "finite/forward": 0.5,
+    }
+    found = diagnose(seen, {**FACTS, "nonfinite": {"step": 3}})
+    assert found[0].id == "non_finite"
+    assert (
+        next(finding for finding in found if finding.id == "lr_too_low").explained_by
+        == "non_finite"
+    )
+
+
+@pytest.mark.parametrize("data", [{"data/duplicate_share": 0.98}, {"data/samples": 8}])
+def test_a_wild_source_on_unseen_prompts_follows_from_too_little_data(
+    data: dict[str, float],
+) -> None:
+    first, second = diagnose({**HEALTHY, **data, "std/mean": 1.76}, FACTS)[:2]
+    assert (first.id, second.id, second.explained_by) == (first.id, "source_inflated", first.id)
+    assert first.id.startswith("dataset_")
+    loose = diagnose({**HEALTHY, **data, "std/mean": 1.76}, {**FACTS, "kl_weight": 0.01})
+    assert (
+        next(finding for finding in loose if finding.id == "source_inflated").explained_by is None
+    )
+
+
+def test_a_root_cause_has_its_consequences_under_it() -> None:
+    found = diagnose(
+        {
+            **HEALTHY,
+            "time/coverage_min": 0.0,
+            "flow/nmse": 1.1,
+            "shoot/skill": -1.0,
+            "same_batch/ratio": 2.0,
+        },
+        FACTS,
+    )
+    assert [(finding.id, finding.explained_by) for finding in found] == [
+        ("time_untrained", None),
+        ("same_batch_mismatch", "time_untrained"),
+        ("worse_than_zero", "time_untrained"),
+        ("worse_than_nothing", "time_untrained"),
+    ]
+    assert as_json(found)["explained_by"] == {finding.id: "time_untrained" for finding in found[1:]}
+    assert [set(row) for row in as_json(found)["findings"]] == [
+        {"id", "severity", "evidence", "cause", "fix"}
+    ] * 4
+
+
+def test_undertrained_is_said_of_healthy_runs_only() -> None:
+    short = {**HEALTHY, "shoot/nmse": 1.4}
+    assert [finding.id for finding in diagnose(short, FACTS)] == ["undertrained"]
+    assert "undertrained" not in [
+        finding.id for finding in diagnose({**short, "vae/psnr": 10.0}, FACTS)
+    ]
+
+
+def test_a_derived_number_tells_the_one_it_follows_from() -> None:
+    (condition,) = [
+        f for f in diagnose(HEALTHY | {"text/snr": 1e-9}, FACTS) if f.id == "condition_ignored"
+    ]
+    assert ("text/nats", "text/snr") in [(judged.key, judged.of) for judged in condition.judged]
+
+
+def test_nothing_measured_is_nothing_found() -> None:
+    assert diagnose({}, {}, []) == []
