@@ -222,13 +222,13 @@ class _StopSignals:
             end(number)
         if not self._run.taken_over:
             raise KeyboardInterrupt
-        if not self.came:
+        again, self.came = self.came, True  # before all else: the next one may come meanwhile
+        self._run.stop_request.touch()
+        if not again:
             after = "the next logged step writes a checkpoint and ends the run"
             self._progress.say(f"stopping: {after}; Ctrl-C again ends it without")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.came = True
-        self._run.stop_request.touch()
 
 
 def _say_changes(recipe: Recipe, run: RunDirectory, start: int, progress: Progress) -> None:
