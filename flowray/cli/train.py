@@ -166,7 +166,8 @@ def _run(
     """(exit code, seconds) of the workers; InputError for what only they can see."""
     with progress.task(IMPORTING):
         from flowray.cluster.session import started
-        from flowray.rayrun.trainer import RunFailed, fit
+        from flowray.rayrun.failures import RunFailed
+        from flowray.rayrun.trainer import fit
         from flowray.train.loop import is_finished
 
     recipe, steps = loaded.recipe, loaded.recipe.train.steps

@@ -16,6 +16,7 @@ import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flowray.cluster.ray_private import HEAD
 from flowray.cluster.session import started
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
@@ -23,17 +24,16 @@ from flowray.tune.plan import Cluster, Node
 from flowray.tune.room import WORKER_BYTES, this_machine
 
 PATIENCE_S = 60.0  # for the head to answer
-HEAD = "node:__internal_head__"  # Ray's own resource of the head
 # Kubernetes puts it into every pod with an account
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 def machines() -> Cluster:
     """What a command may use: the started Ray, else this machine, where a private one would run."""
-    return reach() if ray.is_initialized() else this_machine()
+    return capacity() if ray.is_initialized() else this_machine()
 
 
-def reach() -> Cluster:
+def capacity() -> Cluster:
     """The nodes that the started Ray has or could grow to; where no maximum can be read, those that
     are there now.
 
@@ -69,10 +69,10 @@ def _present() -> tuple[list[dict[str, Any]], list[Node]]:
 
 
 def cluster_of_address() -> Cluster:
-    """`reach` of the cluster that RAY_ADDRESS names. InputError where none answers."""
+    """`capacity` of the cluster that RAY_ADDRESS names. InputError where none answers."""
     try:
         with started():
-            return reach()
+            return capacity()
     except (ConnectionError, RuntimeError) as error:
         address = os.environ["RAY_ADDRESS"]
         raise InputError(
@@ -161,10 +161,7 @@ def _ray_cluster() -> dict[str, Any] | None:
         namespace = POD_NAMESPACE.read_text().strip()
     if not name or not namespace:
         return None
-    from ray.autoscaler._private.kuberay.autoscaling_config import (
-        _derive_autoscaling_config_from_ray_cr as derive,
-    )
-    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+    from flowray.cluster.ray_private import KubernetesClient, kuberay_config
 
-    cluster = KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}")
-    return derive(cluster) if cluster["spec"].get("enableInTreeAutoscaling") else None
+    cluster = KubernetesClient(namespace).get(f"rayclusters/{name}")
+    return kuberay_config(cluster) if cluster["spec"].get("enableInTreeAutoscaling") else None
