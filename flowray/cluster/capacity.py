@@ -8,7 +8,7 @@ hosted services fill), so it is read where the autoscaler itself reads it, on th
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,31 @@ def present() -> Cluster:
     return Cluster((*(_size(node["Resources"]) for node in heads), *workers))
 
 
+def alive_nodes() -> list[dict[str, Any]]:
+    """The nodes of the started Ray, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def node_name(node: Mapping[str, Any]) -> str:
+    """Host name and address, for messages."""
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+
+
+def only_on(node: Mapping[str, Any]) -> NodeAffinitySchedulingStrategy:
+    """Puts a task or an actor on this node and no other."""
+    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+
+
+def ask_on(node: Mapping[str, Any], question: Callable[..., Any], *arguments: Any) -> Any:
+    """Ray's reference to the answer of `question(*arguments)`, called on this node."""
+    where = only_on(node)
+    task = ray.remote(question).options(num_cpus=0, scheduling_strategy=where, max_retries=0)
+    return task.remote(*arguments)
+
+
 def _present() -> tuple[list[dict[str, Any]], list[Node]]:
     """(heads as Ray describes them, the sizes of the other nodes)."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
+    alive = alive_nodes()
     heads = [node for node in alive if HEAD in node["Resources"]]
     return heads, [_size(node["Resources"]) for node in alive if node not in heads]
 
@@ -117,10 +139,8 @@ def _on_head(head: Mapping[str, Any]) -> dict[str, Any] | None:
     context = ray.get_runtime_context()
     if head["NodeID"] == context.get_node_id():
         return read_config(context.gcs_address)
-    place = NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
-    task = ray.remote(read_config).options(num_cpus=0, scheduling_strategy=place, max_retries=0)
     try:
-        return ray.get(task.remote(context.gcs_address), timeout=PATIENCE_S)
+        return ray.get(ask_on(head, read_config, context.gcs_address), timeout=PATIENCE_S)
     except ray.exceptions.RayError:
         return {}
 

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from flowray.cluster.capacity import capacity
+from flowray.cluster.capacity import alive_nodes, capacity, node_name, only_on
 from flowray.cluster.gpus import reduced, seeing_gpus
 from flowray.cluster.network import bind_gloo
 from flowray.cluster.ray_private import HEAD
@@ -217,7 +216,7 @@ def _brought_up(workers: int, progress: Progress) -> Iterator[str]:
 
 
 def _workers_up() -> int:
-    return sum(node["Alive"] and HEAD not in node["Resources"] for node in ray.nodes())
+    return sum(HEAD not in node["Resources"] for node in alive_nodes())
 
 
 def bundles(sizes: Sequence[Node]) -> list[dict[str, float]]:
@@ -241,19 +240,13 @@ def _places() -> Iterator[list[_Place]]:
     """An actor on every live node; gone after the block."""
     actor, found = ray.remote(Prober), list[_Place]()
     try:
-        for node in ray.nodes():
-            if node["Alive"]:
-                name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-                # several nodes on one host
-                taken = sum(place.name.startswith(name) for place in found)
-                where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                prober = actor.options(num_cpus=0, scheduling_strategy=where).remote()
-                name = f"{name} #{taken + 1}" if taken else name
-                found.append(
-                    _Place(
-                        name, node["NodeManagerHostname"], node["Resources"].get("GPU", 0.0), prober
-                    )
-                )
+        for node in alive_nodes():
+            name, host = node_name(node), node["NodeManagerHostname"]
+            # several nodes on one host
+            taken = sum(place.name.startswith(name) for place in found)
+            prober = actor.options(num_cpus=0, scheduling_strategy=only_on(node)).remote()
+            name = f"{name} #{taken + 1}" if taken else name
+            found.append(_Place(name, host, node["Resources"].get("GPU", 0.0), prober))
         yield found
     finally:
         for place in found:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flowray.cluster.capacity import alive_nodes, ask_on, node_name
 from flowray.cluster.session import started
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError, last_line
@@ -116,17 +116,17 @@ def require_shared(storage: Path, shards: Sequence[Path] = ()) -> None:
     Nodes that an autoscaler adds later are not asked; their workers ask `refusal_here`.
     """
     here = ray.get_runtime_context().get_node_id()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    nodes = [node for node in alive_nodes() if node["NodeID"] != here]
     if not nodes:
         return
     with marker_file(storage) as marker:
-        answers = [_look_on(node).remote(storage, marker, shards) for node in nodes]
+        answers = [ask_on(node, _look, storage, marker, shards) for node in nodes]
         for node, answer in zip(nodes, answers, strict=True):
-            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            name = node_name(node)
             try:
                 problem, unseen = _heard(answer, name)
             except InputError:
-                if _alive(node):
+                if node["NodeID"] in {other["NodeID"] for other in alive_nodes()}:
                     raise
                 continue  # it has gone meanwhile, as spot nodes do
             if problem:
@@ -139,18 +139,9 @@ def require_shared(storage: Path, shards: Sequence[Path] = ()) -> None:
                 )
 
 
-def _alive(node: dict[str, Any]) -> bool:
-    return any(known["Alive"] for known in ray.nodes() if known["NodeID"] == node["NodeID"])
-
-
 def _look(storage: Path, marker: str, shards: Sequence[Path]) -> tuple[str, list[Path]]:
     """What is wrong with `storage` on this node, and the shards that it does not see."""
     return problem_here(storage, marker), [path for path in shards if not path.is_file()]
-
-
-def _look_on(node: dict[str, Any]) -> Any:
-    place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return ray.remote(_look).options(num_cpus=0, scheduling_strategy=place, max_retries=0)
 
 
 def _heard(answer: Any, node: str) -> tuple[str, list[Path]]:

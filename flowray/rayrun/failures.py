@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flowray.cluster.storage import StorageNotShared
 from flowray.config.errors import InputError
+from flowray.store.run import RunDirectory
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _INPUT = (StorageNotShared, InputError)  # the narrower one first
@@ -44,19 +45,24 @@ def no_room(error: BaseException) -> OSError | None:
     return OSError(number, str(error)) if number in NO_ROOM else None
 
 
-def write_failure(file: Path, error: Exception) -> None:
+def failure_file(run: RunDirectory) -> Path:
+    return run.path / ".failure"
+
+
+def write_failure(run: RunDirectory, error: Exception) -> None:
     """Leave it for the process that drives the run; RunFailed where that cannot be written."""
     kind = next((kind.__name__ for kind in _INPUT if isinstance(error, kind)), "")
     fields = {"kind": kind, "message": str(error), "errno": errno_of(error)}
     try:
-        file.write_text(json.dumps(fields), encoding="utf-8")
+        failure_file(run).write_text(json.dumps(fields), encoding="utf-8")
     except OSError:
-        file.unlink(missing_ok=True)
+        failure_file(run).unlink(missing_ok=True)
         raise RunFailed(str(error), errno_of(error)) from None
 
 
-def raise_failure(file: Path, run: Path) -> None:
-    """Raise what a worker of `run` has left there, if one has."""
+def raise_failure(run: RunDirectory) -> None:
+    """Raise what a worker of the run has left, if one has."""
+    file = failure_file(run)
     if not file.exists():
         return
     fields = json.loads(file.read_text(encoding="utf-8"))
@@ -64,4 +70,4 @@ def raise_failure(file: Path, run: Path) -> None:
     for kind in _INPUT:
         if fields["kind"] == kind.__name__:
             raise kind(fields["message"])
-    raise RunFailed(f"{run}: {fields['message']}", fields["errno"])
+    raise RunFailed(f"{run.path}: {fields['message']}", fields["errno"])

@@ -1,5 +1,5 @@
-"""Which failures of a run count: those in a row, with no new checkpoint between them. A spot
-cluster may take a long run's node often.
+"""Which failures of a run count against max_failures: those in a row, with no new checkpoint
+between them. On a spot cluster a long run loses nodes again and again.
 """
 
 from __future__ import annotations

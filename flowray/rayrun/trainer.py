@@ -23,7 +23,7 @@ from flowray.cluster.waiting import told_of_waiting
 from flowray.config.errors import InputError, last_line
 from flowray.config.recipe import Recipe
 from flowray.doctor.visits import Visits
-from flowray.rayrun.failures import RunFailed, errno_of, raise_failure, write_failure
+from flowray.rayrun.failures import RunFailed, errno_of, failure_file, raise_failure, write_failure
 from flowray.rayrun.retries import newest_step, should_retry
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
@@ -31,11 +31,6 @@ from flowray.train.loop import is_finished, train
 from flowray.train.state import Halted
 from flowray.tune.room import asked_words
 from flowray.views.gauges import RunGauges
-
-
-def _failure(run: RunDirectory) -> Path:
-    return run.path / ".failure"
-
 
 Report = Callable[[dict[str, Any]], None]  # takes the rows of probes
 
@@ -51,12 +46,12 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
     run = RunDirectory(Path(config["run_dir"]))
     torch.set_num_threads(recipe.resources.cpus_per_worker)
     group = Group.current(recipe.train.device)
-    if _lacks_storage(run, config["marker"], group) or _failure(run).exists():
+    if _lacks_storage(run, config["marker"], group) or failure_file(run).exists():
         return
     try:
         train(recipe, run, group, _with_gauges(run, report) if group.lead else report, Visits)
     except (InputError, Halted) as error:
-        write_failure(_failure(run), error)
+        write_failure(run, error)
         if group.world > 1:
             raise  # the other ranks wait in a collective; only tearing the group down frees them
 
@@ -76,7 +71,7 @@ def _lacks_storage(run: RunDirectory, marker: str, group: Group) -> bool:
     if all(of_ranks):
         raise StorageNotShared(first)
     if first and not mine:
-        write_failure(_failure(run), StorageNotShared(first))
+        write_failure(run, StorageNotShared(first))
     return bool(first)
 
 
@@ -120,7 +115,7 @@ def fit(
     if is_finished(recipe, run):
         return
     run.create()
-    _failure(run).unlink(missing_ok=True)
+    failure_file(run).unlink(missing_ok=True)
     run.doing.unlink(missing_ok=True)  # of a worker that was killed
     set_defaults()  # on a cluster a trial that drives workers has none of its sweep's
     resources = recipe.resources
@@ -156,11 +151,11 @@ def fit(
             ):
                 _check_room(recipe, run)
     except ray.train.TrainingFailedError as error:
-        raise_failure(_failure(run), run.path)
+        raise_failure(run)
         raise _failure_of(error, run) from error
     finally:
         shutil.rmtree(ray_storage / name, ignore_errors=True)
-    raise_failure(_failure(run), run.path)
+    raise_failure(run)
 
 
 def _trained(trainer: TorchTrainer, run: RunDirectory) -> bool:
@@ -174,7 +169,7 @@ def _trained(trainer: TorchTrainer, run: RunDirectory) -> bool:
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
-        if _failure(run).exists() or not should_retry(error, before, newest_step(run)):
+        if failure_file(run).exists() or not should_retry(error, before, newest_step(run)):
             raise
         return False
     except ray.train.ControllerError as error:

@@ -106,7 +106,7 @@ class SweepResult:
 
 
 class _SeedReport(TuneReportCallback):
-    """Probe rows on their way to Tune, with the place of their seed among the trial's."""
+    """Reports probe rows to Tune, each with the number of its seed within the trial."""
 
     def __init__(self, repeat: int):
         super().__init__()
@@ -243,10 +243,9 @@ def _part(key: str) -> str:
 def _result(
     sweep: Sweep, ledger: Ledger, report: Report, finish: Sequence[int], out_of_time: bool
 ) -> SweepResult:
-    """What the ledger and the folder come to.
+    """The result, from the ledger and the folder.
 
-    A session that finishes single trials is through with them, whatever the rest of the sweep waits
-    for.
+    finish: the trials that this session was to finish; then only these count as interrupted.
     """
     trials = tuple(ledger.trials[n] for n in sorted(ledger.trials))
     unfinished = {trial.trial for trial in trials if trial.status in ("running", "waiting")}

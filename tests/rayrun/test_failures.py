@@ -46,20 +46,20 @@ def halted(why: OSError) -> Halted:
 def test_what_a_worker_wrote_is_raised_as_what_it_was(
     tmp_path: Path, wrote: Exception, kind: type[Exception], full: bool
 ) -> None:
-    file = tmp_path / ".failure"
-    write_failure(file, wrote)
+    run = RunDirectory(tmp_path)
+    write_failure(run, wrote)
     with pytest.raises(kind) as caught:
-        raise_failure(file, tmp_path)
+        raise_failure(run)
     assert type(caught.value) is kind
     assert str(caught.value) == (f"{tmp_path}: " if kind is RunFailed else "") + str(wrote)
     assert (no_room(caught.value) is not None) is full
-    raise_failure(file, tmp_path)  # once
+    raise_failure(run)  # once
 
 
 def test_where_it_cannot_be_written_ray_carries_it(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     with pytest.raises(RunFailed) as caught:
-        write_failure(tmp_path / "none" / ".failure", halted(FULL))
+        write_failure(RunDirectory(tmp_path / "none"), halted(FULL))
     travelled = pickle.loads(pickle.dumps(UserError(caught.value, "Traceback ...\nRunFailed: x")))
     driver = _failure_of(WorkerGroupError("died", {0: travelled}), run)
     assert isinstance(driver, RunFailed)

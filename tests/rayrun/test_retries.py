@@ -132,7 +132,7 @@ def test_a_run_is_started_again_only_after_a_loss_that_followed_a_checkpoint(
     for error, step in ((lost, 20), (WorkerGroupError("a bug", {0: ValueError("shapes")}), 30)):
         with pytest.raises(WorkerGroupError):
             ends(error, step)
-    write_failure(tmp_path / ".failure", InputError("optim.lr"))  # it would come again
+    write_failure(run, InputError("optim.lr"))  # it would come again
     with pytest.raises(WorkerGroupError):
         ends(lost, 40)
 
