@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import heads
 import pytest
-from heads import Head, Node, running_head
+import ray_nodes
+from ray_nodes import Head, Node, running_head
 from support import tiny_recipe
 
 from flowray.config.load import dump_recipe, load_recipe
@@ -153,7 +153,7 @@ def joined(head: Head, host: Host, *mounts: str) -> Iterator[Node]:
     mounts: shell lines, seen there alone.
     """
     own = Path(tempfile.mkdtemp(dir=head.folder))
-    with heads.joined(
+    with ray_nodes.joined(
         head, host.address, host.inside(f"mount --bind {own} {head.files}", *mounts)
     ) as node:
         yield node
