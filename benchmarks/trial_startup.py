@@ -19,7 +19,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search.optuna import OptunaSearch
 
 from benchmarks.began import BEGAN, began
-from flowray.cluster.storage import marked
+from flowray.cluster.storage import marker_file
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
 from flowray.rayrun.tuner import run_sweep, train_trial
@@ -124,13 +124,13 @@ def through_stock(folder: Path, recipe: Recipe, trials: int) -> list[Start]:
     def trial(config: dict[str, Any]) -> None:
         run_dir = folder / tune.get_context().get_trial_id()
         to_tune: list[Any] = [TuneReportCallback()]
-        with marked(run_dir) as mark:
+        with marker_file(run_dir) as marker:
             TorchTrainer(
                 began,
                 train_loop_config={
                     "recipe": override_recipe(recipe, config).model_dump(mode="json"),
                     "run_dir": str(run_dir),
-                    "mark": mark,
+                    "marker": marker,
                 },
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=recipe.resources.num_workers, resources_per_worker={"CPU": 1}

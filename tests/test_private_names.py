@@ -1,7 +1,8 @@
 """What flowray uses of other packages without their promise: the next version may lack it.
 
-Each is touched in the installed version and named with the file that uses it, so that a version
-that moved one says at once what broke. The ranges in pyproject.toml are those that pass here.
+What is imported stands in flowray/cluster/ray_private.py alone. Each name is touched in the
+installed version, so that a version that moved one says what broke. The ranges in pyproject.toml
+are those that pass here.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +21,11 @@ import pytest
 import ray
 import torch
 
+from flowray.cluster import ray_private
+
 ROOT = Path(__file__).parent.parent
 WATCHED = ("ray", "optuna", "torch", "transformers", "diffusers", "tensorboardX")
 KUBERAY = {"RAY_CLUSTER_NAME", "RAY_CLUSTER_NAMESPACE"}  # set in its pods, not read by Ray
-HEAD = "node:__internal_head__"  # the resource with which Ray marks the head node
 
 
 def parsed() -> Iterator[tuple[str, ast.Module]]:
@@ -35,10 +37,10 @@ def private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
-def private_imports() -> list[tuple[str, str, str]]:
+def private_imports(files: Iterable[tuple[str, ast.Module]]) -> list[tuple[str, str, str]]:
     """(file, module, name) of every import of which a part begins with an underscore."""
     found = []
-    for file, tree in parsed():
+    for file, tree in files:
         for node in ast.walk(tree):
             names: list[tuple[str, str]] = []
             if isinstance(node, ast.ImportFrom) and node.module:
@@ -89,21 +91,27 @@ HOLDERS: dict[str, Callable[[], Any]] = {
     "_trial_id": lambda: (study := _study(), study.ask(), study.trials[0])[-1],
     "_foreach_lerp_": lambda: torch,
     "_cdata": lambda: torch.zeros(1).untyped_storage(),
+    "_base_exc": lambda: ray_private.UserError(ValueError(), ""),
     "_is_stateful": lambda: import_module("transformers").PreTrainedModel,
     "_exit": lambda: import_module("os"),  # Python's own, and documented
     "_SubParsersAction": lambda: import_module("argparse"),  # in annotations only
 }
 
 
-@pytest.mark.parametrize(("file", "module", "name"), private_imports())
-def test_imports(file: str, module: str, name: str) -> None:
-    package = module.partition(".")[0]
-    said = f"{file} needs {module}.{name}, which {package} {version(package)} lacks"
+@pytest.mark.parametrize("name", ray_private.PLACES)
+def test_rays(name: str) -> None:
+    """All that is Ray's stands in one module, by which the others have it."""
     try:
-        there = import_module(module)
-    except ImportError as error:
-        pytest.fail(f"{said}: {error}")
-    assert not name or hasattr(there, name), said
+        assert getattr(ray_private, name) is not None
+    except (ImportError, AttributeError) as error:
+        pytest.fail(f"Ray {version('ray')} lacks {ray_private.PLACES[name]}: {error}")
+
+
+def test_nothing_else_is_imported() -> None:
+    assert private_imports(parsed()) == []
+    code = ast.parse("from ray._private import services\nimport torch._inductor")
+    found = [("ray._private", "services"), ("torch._inductor", "")]
+    assert private_imports([("a.py", code)]) == [("a.py", *each) for each in found]
 
 
 @pytest.mark.parametrize(("file", "name"), private_attributes())
@@ -114,7 +122,6 @@ def test_attributes(file: str, name: str) -> None:
 
 def test_there_are_some() -> None:
     """The search finds what is known to be there."""
-    assert "_TorchBackend" in {name for _, _, name in private_imports()}
     assert {"_foreach_lerp_", "_storage"} <= {name for _, name in private_attributes()}
 
 
@@ -132,11 +139,9 @@ def test_studies_hand_trials_on_as_optuna_asks_for_them() -> None:
 
 def test_the_backend_is_started_as_ray_starts_it() -> None:
     """flowray/cluster/network.py overrides `on_start` of Ray Train's torch backend."""
-    from ray.train.torch.config import _TorchBackend
-
     from flowray.cluster.network import _Bound
 
-    wanted = inspect.signature(_TorchBackend.on_start).parameters
+    wanted = inspect.signature(ray_private.TorchBackend.on_start).parameters
     assert list(inspect.signature(_Bound.on_start).parameters) == list(wanted)
 
 
@@ -161,6 +166,7 @@ def test_rays_variables_are_still_read() -> None:
 
 
 def test_the_heads_resource_has_its_name() -> None:
-    users = [file for file, tree in parsed() if HEAD in ast.unparse(tree)]
-    assert users
-    assert HEAD in ray_sources().replace('NODE_ID_PREFIX + "', '"node:'), users
+    assert [file for file, tree in parsed() if ray_private.HEAD in ast.unparse(tree)] == [
+        "flowray/cluster/ray_private.py"
+    ]
+    assert ray_private.HEAD in ray_sources().replace('NODE_ID_PREFIX + "', '"node:')

@@ -166,7 +166,8 @@ def _run(
     """(exit code, seconds) of the workers; InputError for what only they can see."""
     with progress.task(IMPORTING):
         from flowray.cluster.session import started
-        from flowray.rayrun.trainer import RunFailed, fit
+        from flowray.rayrun.failures import RunFailed
+        from flowray.rayrun.trainer import fit
         from flowray.train.loop import is_finished
 
     recipe, steps = loaded.recipe, loaded.recipe.train.steps
@@ -222,13 +223,13 @@ class _StopSignals:
             end(number)
         if not self._run.taken_over:
             raise KeyboardInterrupt
-        if not self.came:
+        again, self.came = self.came, True  # before all else: the next one may come meanwhile
+        self._run.stop_request.touch()
+        if not again:
             after = "the next logged step writes a checkpoint and ends the run"
             self._progress.say(f"stopping: {after}; Ctrl-C again ends it without")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.came = True
-        self._run.stop_request.touch()
 
 
 def _say_changes(recipe: Recipe, run: RunDirectory, start: int, progress: Progress) -> None:

@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(facts)) if args.json else print_plan(facts)
         return FINDINGS if facts["problems"] else GOOD
     with progress.task(IMPORTING):
-        from flowray.rayrun.search import no_room
+        from flowray.rayrun.failures import no_room
         from flowray.rayrun.tuner import run_sweep
 
     for problem in problems(sweep, base):

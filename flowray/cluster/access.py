@@ -85,14 +85,14 @@ def take_token() -> None:
     Ray keeps the first token that a process reads; its processes read it anew, and refuse a driver
     whose token has changed since (another HOME or RAY_AUTH_TOKEN).
     """
-    from ray._private.authentication import authentication_token_setup as setup
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
-    AuthenticationTokenLoader.instance().reset_cache()
-    with _quiet(setup.logger):
+    from flowray.cluster.ray_private import TokenLoader, token_setup
+
+    TokenLoader.instance().reset_cache()
+    with _quiet(token_setup.logger):
         try:
-            setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+            token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         except AuthenticationError as error:
             raise InputError(last_line(error.message)) from None
 

@@ -7,19 +7,13 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import grpc
 import ray
-from ray._private import services
-from ray._private.gcs_utils import create_gcs_channel
-from ray.core.generated import gcs_service_pb2
-from ray.core.generated import gcs_service_pb2_grpc as rpc
 
+from flowray.cluster.ray_private import gcs_channel, gcs_messages, gcs_stubs, services
 from flowray.config.cluster import ADDRESS
 from flowray.config.errors import InputError
-
-messages: Any = gcs_service_pb2  # its classes are made when it is imported
 
 PROBE_S = 5.0  # for an answer
 PORT = 6379  # on which heads listen where nothing else is said
@@ -94,7 +88,7 @@ def address_of(host: str, port: int) -> str:
 
 @contextmanager
 def _channel(host: str, port: int) -> Iterator[grpc.Channel]:
-    channel = create_gcs_channel(address_of(host, port))
+    channel = gcs_channel(address_of(host, port))
     try:
         yield channel
     finally:
@@ -114,8 +108,8 @@ def problem_at(host: str, port: int) -> str:
         return f"nothing listens there: {error.strerror}"
     try:
         with _channel(host, port) as channel:
-            ask = rpc.NodeInfoGcsServiceStub(channel).CheckAlive
-            reply = ask(messages.CheckAliveRequest(), timeout=PROBE_S)
+            ask = gcs_stubs.NodeInfoGcsServiceStub(channel).CheckAlive
+            reply = ask(gcs_messages.CheckAliveRequest(), timeout=PROBE_S)
     except grpc.RpcError as error:
         return _WHY.get(error.code(), str(error.details()))
     if reply.ray_version != ray.__version__:
@@ -126,8 +120,8 @@ def problem_at(host: str, port: int) -> str:
 def session_at(host: str, port: int) -> str:
     """The name of the session of the Ray whose head answers there."""
     with _channel(host, port) as channel:
-        asked = messages.InternalKVGetRequest(key=b"session_name", namespace=b"session")
-        reply = rpc.InternalKVGcsServiceStub(channel).InternalKVGet(asked, timeout=PROBE_S)
+        asked = gcs_messages.InternalKVGetRequest(key=b"session_name", namespace=b"session")
+        reply = gcs_stubs.InternalKVGcsServiceStub(channel).InternalKVGet(asked, timeout=PROBE_S)
     return str(reply.value.decode())
 
 
@@ -137,9 +131,9 @@ def _runs_here(host: str, port: int) -> bool:
     while True:
         here = {bytes.fromhex(node) for node in services.find_node_ids()}
         with _channel(host, port) as channel:
-            ask = rpc.NodeInfoGcsServiceStub(channel).GetAllNodeInfo
+            ask = gcs_stubs.NodeInfoGcsServiceStub(channel).GetAllNodeInfo
             try:
-                nodes = ask(messages.GetAllNodeInfoRequest(), timeout=PROBE_S).node_info_list
+                nodes = ask(gcs_messages.GetAllNodeInfoRequest(), timeout=PROBE_S).node_info_list
             except grpc.RpcError as error:  # it has ended since it answered, or is overloaded
                 why = _WHY.get(error.code(), str(error.details()))
                 raise InputError(f"{ADDRESS}={address_of(host, port)}: {why}") from None

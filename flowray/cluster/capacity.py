@@ -8,7 +8,7 @@ hosted services fill), so it is read where the autoscaler itself reads it, on th
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flowray.cluster.ray_private import HEAD
 from flowray.cluster.session import started
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
@@ -23,17 +24,16 @@ from flowray.tune.plan import Cluster, Node
 from flowray.tune.room import WORKER_BYTES, this_machine
 
 PATIENCE_S = 60.0  # for the head to answer
-HEAD = "node:__internal_head__"  # Ray's own resource of the head
 # Kubernetes puts it into every pod with an account
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 def machines() -> Cluster:
     """What a command may use: the started Ray, else this machine, where a private one would run."""
-    return reach() if ray.is_initialized() else this_machine()
+    return capacity() if ray.is_initialized() else this_machine()
 
 
-def reach() -> Cluster:
+def capacity() -> Cluster:
     """The nodes that the started Ray has or could grow to; where no maximum can be read, those that
     are there now.
 
@@ -61,18 +61,40 @@ def present() -> Cluster:
     return Cluster((*(_size(node["Resources"]) for node in heads), *workers))
 
 
+def alive_nodes() -> list[dict[str, Any]]:
+    """The nodes of the started Ray, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def node_name(node: Mapping[str, Any]) -> str:
+    """Host name and address, for messages."""
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+
+
+def only_on(node: Mapping[str, Any]) -> NodeAffinitySchedulingStrategy:
+    """Puts a task or an actor on this node and no other."""
+    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+
+
+def ask_on(node: Mapping[str, Any], question: Callable[..., Any], *arguments: Any) -> Any:
+    """Ray's reference to the answer of `question(*arguments)`, called on this node."""
+    where = only_on(node)
+    task = ray.remote(question).options(num_cpus=0, scheduling_strategy=where, max_retries=0)
+    return task.remote(*arguments)
+
+
 def _present() -> tuple[list[dict[str, Any]], list[Node]]:
     """(heads as Ray describes them, the sizes of the other nodes)."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
+    alive = alive_nodes()
     heads = [node for node in alive if HEAD in node["Resources"]]
     return heads, [_size(node["Resources"]) for node in alive if node not in heads]
 
 
 def cluster_of_address() -> Cluster:
-    """`reach` of the cluster that RAY_ADDRESS names. InputError where none answers."""
+    """`capacity` of the cluster that RAY_ADDRESS names. InputError where none answers."""
     try:
         with started():
-            return reach()
+            return capacity()
     except (ConnectionError, RuntimeError) as error:
         address = os.environ["RAY_ADDRESS"]
         raise InputError(
@@ -117,10 +139,8 @@ def _on_head(head: Mapping[str, Any]) -> dict[str, Any] | None:
     context = ray.get_runtime_context()
     if head["NodeID"] == context.get_node_id():
         return read_config(context.gcs_address)
-    place = NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
-    task = ray.remote(read_config).options(num_cpus=0, scheduling_strategy=place, max_retries=0)
     try:
-        return ray.get(task.remote(context.gcs_address), timeout=PATIENCE_S)
+        return ray.get(ask_on(head, read_config, context.gcs_address), timeout=PATIENCE_S)
     except ray.exceptions.RayError:
         return {}
 
@@ -161,10 +181,7 @@ def _ray_cluster() -> dict[str, Any] | None:
         namespace = POD_NAMESPACE.read_text().strip()
     if not name or not namespace:
         return None
-    from ray.autoscaler._private.kuberay.autoscaling_config import (
-        _derive_autoscaling_config_from_ray_cr as derive,
-    )
-    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+    from flowray.cluster.ray_private import KubernetesClient, kuberay_config
 
-    cluster = KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}")
-    return derive(cluster) if cluster["spec"].get("enableInTreeAutoscaling") else None
+    cluster = KubernetesClient(namespace).get(f"rayclusters/{name}")
+    return kuberay_config(cluster) if cluster["spec"].get("enableInTreeAutoscaling") else None

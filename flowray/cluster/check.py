@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from flowray.cluster.capacity import HEAD, reach
+from flowray.cluster.capacity import alive_nodes, capacity, node_name, only_on
 from flowray.cluster.gpus import reduced, seeing_gpus
 from flowray.cluster.network import bind_gloo
-from flowray.cluster.storage import marked, problem_here
+from flowray.cluster.ray_private import HEAD
+from flowray.cluster.storage import marker_file, problem_here
 from flowray.cluster.verdict import MEGABYTE, PACKAGES, PAYLOAD_BYTES, ClusterFacts, NodeFacts
 from flowray.config.errors import InputError, last_line
 from flowray.config.progress import Progress, counted
@@ -66,13 +66,13 @@ class Prober:
         """Seconds since the epoch."""
         return time.time()
 
-    def storage(self, folder: Path, mark: str) -> tuple[str, float]:
+    def storage(self, folder: Path, marker: str) -> tuple[str, float]:
         """(what is wrong with `folder`, MB/s of writing, syncing and reading back a file)."""
-        if problem := problem_here(folder, mark):
+        if problem := problem_here(folder, marker):
             return problem, 0.0
-        file = folder / f"{mark}-{socket.gethostname()}-{os.getpid()}"
+        file = folder / f"{marker}-{socket.gethostname()}-{os.getpid()}"
         payload = os.urandom(STORED_BYTES)
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             with file.open("wb") as out:
                 out.write(payload)
@@ -83,7 +83,7 @@ class Prober:
             return f"a file cannot be written there: {error.strerror}", 0.0
         finally:
             file.unlink(missing_ok=True)
-        speed = 2 * STORED_BYTES / MEGABYTE / max(time.perf_counter() - began, 1e-9)
+        speed = 2 * STORED_BYTES / MEGABYTE / max(time.perf_counter() - start, 1e-9)
         return "" if whole else "what was written there reads back differently", speed
 
     def shards(self, paths: list[Path]) -> int:
@@ -98,10 +98,10 @@ class Prober:
         """Seconds to fetch another node's object; boxed: its reference in a list, so that Ray
         does not fetch it beforehand.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         size = ray.get(boxed[0]).nbytes
         assert size == PAYLOAD_BYTES
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     def address(self) -> tuple[str, int]:
         """This node's address and a port that is free now."""
@@ -143,8 +143,13 @@ def gather(storage: Path, data: str | None, progress: Progress, workers: int = 0
     shards = [path.absolute() for path in find_shards(data)] if data else None
     with _brought_up(workers, progress) as missing, _places() as places:
         asking = f"asking the nodes: versions, GPUs, clock, storage{', data' if shards else ''}"
-        with marked(tried, make=False) as mark, progress.task(asking, len(places)) as advance:
-            facts = [_node_facts(place, tried, mark, shards) for place in counted(places, advance)]
+        with (
+            marker_file(tried, make=False) as marker,
+            progress.task(asking, len(places)) as advance,
+        ):
+            facts = [
+                _node_facts(place, tried, marker, shards) for place in counted(places, advance)
+            ]
         sound = [place for place, node in zip(places, facts, strict=True) if not node.error]
         with progress.task("sending from node to node"):
             links = list(_links(sound))
@@ -159,7 +164,7 @@ def gather(storage: Path, data: str | None, progress: Progress, workers: int = 0
         if training := list({place.host: place for place in sound if place.host in able}.values()):
             with progress.task("all-reduce of the nodes with GPUs, NCCL"):
                 reduces.append(_all_reduce("nccl", training))
-        may_come = max(0, len(reach().nodes) - len(places))
+        may_come = max(0, len(capacity().nodes) - len(places))
         wanted = None if shards is None else len(shards)
         return ClusterFacts(
             facts, tried, wanted, links, reduces, may_come, missing, absent=tried != storage
@@ -190,7 +195,7 @@ def _brought_up(workers: int, progress: Progress) -> Iterator[str]:
     """Have the autoscaler bring up nodes until this many workers are there; after the block they
     may go. Yields why not all came, or ''.
     """
-    sizes = reach().nodes[1:] if workers else ()  # the first is the head's
+    sizes = capacity().nodes[1:] if workers else ()  # the first is the head's
     if len(sizes) < workers:
         yield f"{workers} worker(s) asked for; the cluster has or may have {len(sizes)}"
         return
@@ -211,7 +216,7 @@ def _brought_up(workers: int, progress: Progress) -> Iterator[str]:
 
 
 def _workers_up() -> int:
-    return sum(node["Alive"] and HEAD not in node["Resources"] for node in ray.nodes())
+    return sum(HEAD not in node["Resources"] for node in alive_nodes())
 
 
 def bundles(sizes: Sequence[Node]) -> list[dict[str, float]]:
@@ -235,32 +240,26 @@ def _places() -> Iterator[list[_Place]]:
     """An actor on every live node; gone after the block."""
     actor, found = ray.remote(Prober), list[_Place]()
     try:
-        for node in ray.nodes():
-            if node["Alive"]:
-                name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-                # several nodes on one host
-                taken = sum(place.name.startswith(name) for place in found)
-                where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                prober = actor.options(num_cpus=0, scheduling_strategy=where).remote()
-                name = f"{name} #{taken + 1}" if taken else name
-                found.append(
-                    _Place(
-                        name, node["NodeManagerHostname"], node["Resources"].get("GPU", 0.0), prober
-                    )
-                )
+        for node in alive_nodes():
+            name, host = node_name(node), node["NodeManagerHostname"]
+            # several nodes on one host
+            taken = sum(place.name.startswith(name) for place in found)
+            prober = actor.options(num_cpus=0, scheduling_strategy=only_on(node)).remote()
+            name = f"{name} #{taken + 1}" if taken else name
+            found.append(_Place(name, host, node["Resources"].get("GPU", 0.0), prober))
         yield found
     finally:
         for place in found:
             ray.kill(place.actor)
 
 
-def _node_facts(place: _Place, storage: Path, mark: str, shards: list[Path] | None) -> NodeFacts:
+def _node_facts(place: _Place, storage: Path, marker: str, shards: list[Path] | None) -> NodeFacts:
     facts = NodeFacts(place.name, ray_gpus=place.gpus)
     try:
         facts.versions = place.ask("versions")
         facts.gpus, facts.cuda_problem = place.ask("gpus", place.gpus)
         facts.skew_s, facts.skew_error_s = skew(lambda: place.ask("clock"))
-        facts.storage_problem, facts.storage_mb_s = place.ask("storage", storage, mark)
+        facts.storage_problem, facts.storage_mb_s = place.ask("storage", storage, marker)
         facts.shards = None if shards is None else place.ask("shards", shards)
     except Exception as error:  # whatever it was, it is this node's finding
         facts.error = last_line(str(error))[:200] or type(error).__name__

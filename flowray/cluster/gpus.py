@@ -55,10 +55,10 @@ def reduced(backend: str, host: str, port: int, rank: int, world: int) -> float:
         for _ in range(2):
             tensor = torch.full((PAYLOAD_BYTES // 4,), float(rank + 1), device=device)
             tensor[0].item()  # it is there before the clock starts
-            began = time.perf_counter()
+            start = time.perf_counter()
             dist.all_reduce(tensor)
             tensor[0].item()
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - start
         want = world * (world + 1) / 2
         if not bool((tensor == want).all()):
             raise RuntimeError(f"the sum over {world} ranks is {tensor[0].item():g}, not {want:g}")

@@ -13,7 +13,8 @@ from typing import Any
 
 import ray
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
+
+from flowray.cluster.ray_private import TorchBackend
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 SIOCGIFADDR = 0x8915  # Linux: the address of an interface
@@ -49,7 +50,7 @@ def bind_gloo() -> None:
         os.environ[GLOO_INTERFACE] = name
 
 
-class _Bound(_TorchBackend):
+class _Bound(TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(bind_gloo)
         super().on_start(worker_group, backend_config)
@@ -59,5 +60,5 @@ class NodeNetwork(TorchConfig):
     """Ray Train's process group on the network of Ray's nodes."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[_Bound]:
         return _Bound

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
-from ray._private.services import psutil  # type: ignore[attr-defined]  # Ray has its own copy
 
 from flowray.cluster.access import LOOPBACK, require_token, start_command, take_token
 from flowray.cluster.address import PROBE_S, address_of, host_and_port, problem_at, session_at
 from flowray.cluster.ports import AGENT, DASHBOARD, OF_A_HEAD, OF_A_NODE, chosen, value_of
+from flowray.cluster.ray_private import psutil, token_headers
 from flowray.cluster.session import new_folder
 from flowray.config.errors import InputError, last_line
 from flowray.config.progress import Progress
@@ -254,7 +253,7 @@ def _agent_problem(host: str, port: int) -> str:
 
 
 def _get(url: str) -> Any:
-    headers = get_auth_headers_if_auth_enabled({})
+    headers = token_headers({})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(urllib.request.Request(url, headers=headers), timeout=PROBE_S) as answer:
         return answer.read()

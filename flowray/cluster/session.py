@@ -17,11 +17,10 @@ from functools import partial
 from pathlib import Path
 
 import ray
-from ray._private import services, utils
-from ray._private.services import psutil  # type: ignore[attr-defined]  # Ray has its own copy
 
 from flowray.cluster.access import LOOPBACK, require_token, take_token
 from flowray.cluster.address import refuse_unreachable
+from flowray.cluster.ray_private import psutil, services, utils
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError, last_line
 from flowray.config.progress import SILENT, Progress
@@ -140,12 +139,12 @@ def _signals_kept() -> Iterator[None]:
     )
     # they end with this process; elsewhere Ray ends them by their group
     if utils.detect_fate_sharing_support():
-        services.ConsolePopen = partial(start, process_group=0)  # type: ignore[misc, assignment]
+        services.ConsolePopen = partial(start, process_group=0)
     utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
-        services.ConsolePopen, utils.set_sigterm_handler = start, take  # type: ignore[misc]
+        services.ConsolePopen, utils.set_sigterm_handler = start, take
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)  # Ray's C++ has one too, which prints a stack
 

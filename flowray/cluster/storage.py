@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flowray.cluster.capacity import alive_nodes, ask_on, node_name
 from flowray.cluster.session import started
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError, last_line
@@ -23,45 +23,48 @@ from flowray.config.progress import SILENT, Progress
 from flowray.config.train import DataConfig
 from flowray.data.shards import EMBEDDED, find_shards
 
-MARK = ".shared-"  # begins the name of the file that nodes look for
+MARKER = ".shared-"  # begins the name of the file that nodes look for
 PATIENCE_S = 60.0  # for a node to answer, or to have mounted its folders
 # a part of the path of a job's working directory, which Ray removes
 JOB_FOLDER = "runtime_resources"
 
 
-class Unshared(InputError):
-    """A node does not have the storage; the message names both."""
+class StorageNotShared(InputError):
+    """A node does not see the storage of the process that drives the run; the message names
+    both.
+    """
 
 
 @contextmanager
-def marked(folder: Path, *, alone: bool = False, make: bool = True) -> Iterator[str]:
-    """A file in `folder` for the block, with a name that never was before; yields the name.
+def marker_file(folder: Path, *, sole: bool = False, make: bool = True) -> Iterator[str]:
+    """A file in `folder` for the block, by which other nodes know that they see the same folder;
+    yields its name, which is always a new one: NFS clients remember for a while what was not there.
 
-    alone: marks of a killed owner go. make: the folder is made where it is not there, and stays.
-    New names, as NFS clients remember for a while what was not there.
+    sole: markers that killed owners left are removed. make: the folder is made where it is not
+    there, and stays.
     """
-    mark = folder / f"{MARK}{uuid.uuid4().hex}"
+    marker = folder / f"{MARKER}{uuid.uuid4().hex}"
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob(f"{MARK}*") if alone else ():
+        for old in folder.glob(f"{MARKER}*") if sole else ():
             old.unlink(missing_ok=True)
-        mark.touch()
+        marker.touch()
     except OSError as error:
         raise InputError(
             f"storage_path: {folder} cannot be written: {error.strerror}; set storage_path=FOLDER"
         ) from error
     try:
-        yield mark.name
+        yield marker.name
     finally:
-        mark.unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
 
 
-def problem_here(folder: Path, mark: str) -> str:
-    """What is wrong with `folder` on this node, '' if it holds the mark and can be written."""
+def problem_here(folder: Path, marker: str) -> str:
+    """What is wrong with `folder` on this node, '' if it holds the marker and can be written."""
     if not folder.is_dir():
         return "there is no such folder there"
-    if not (folder / mark).exists():
+    if not (folder / marker).exists():
         return "the folder of that name there is another one"
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -75,22 +78,14 @@ def this_node() -> str:
     return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
 
 
-def check_here(folder: Path, mark: str) -> None:
-    """Unshared, naming folder and node, where this worker's node does not share `folder` with
-    the driver.
-    """
-    if refusal := refusal_here(folder, mark):
-        raise Unshared(refusal)
-
-
-def refusal_here(folder: Path, mark: str, patience_s: float = PATIENCE_S) -> str:
-    """What to tell where this worker's node does not share `folder` with the driver, '' where it
-    does.
+def refusal_here(folder: Path, marker: str, patience_s: float = PATIENCE_S) -> str:
+    """The message of a StorageNotShared where this worker's node does not see the driver's
+    `folder`, '' where it does.
 
     A node that has only just started may still be mounting it: that long it is given.
     """
     deadline = time.monotonic() + patience_s
-    while problem := problem_here(folder, mark):
+    while problem := problem_here(folder, marker):
         if time.monotonic() > deadline:
             return _unshared(folder, this_node(), problem)
         time.sleep(1.0)
@@ -118,20 +113,20 @@ def require_shared(storage: Path, shards: Sequence[Path] = ()) -> None:
     """InputError unless every other live node shares `storage` with this process and sees all
     `shards`. Ray is started.
 
-    Nodes that an autoscaler adds later are not asked; there `check_here` speaks.
+    Nodes that an autoscaler adds later are not asked; their workers ask `refusal_here`.
     """
     here = ray.get_runtime_context().get_node_id()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    nodes = [node for node in alive_nodes() if node["NodeID"] != here]
     if not nodes:
         return
-    with marked(storage) as mark:
-        answers = [_look_on(node).remote(storage, mark, shards) for node in nodes]
+    with marker_file(storage) as marker:
+        answers = [ask_on(node, _look, storage, marker, shards) for node in nodes]
         for node, answer in zip(nodes, answers, strict=True):
-            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            name = node_name(node)
             try:
                 problem, unseen = _heard(answer, name)
             except InputError:
-                if _alive(node):
+                if node["NodeID"] in {other["NodeID"] for other in alive_nodes()}:
                     raise
                 continue  # it has gone meanwhile, as spot nodes do
             if problem:
@@ -144,18 +139,9 @@ def require_shared(storage: Path, shards: Sequence[Path] = ()) -> None:
                 )
 
 
-def _alive(node: dict[str, Any]) -> bool:
-    return any(known["Alive"] for known in ray.nodes() if known["NodeID"] == node["NodeID"])
-
-
-def _look(storage: Path, mark: str, shards: Sequence[Path]) -> tuple[str, list[Path]]:
+def _look(storage: Path, marker: str, shards: Sequence[Path]) -> tuple[str, list[Path]]:
     """What is wrong with `storage` on this node, and the shards that it does not see."""
-    return problem_here(storage, mark), [path for path in shards if not path.is_file()]
-
-
-def _look_on(node: dict[str, Any]) -> Any:
-    place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return ray.remote(_look).options(num_cpus=0, scheduling_strategy=place, max_retries=0)
+    return problem_here(storage, marker), [path for path in shards if not path.is_file()]
 
 
 def _heard(answer: Any, node: str) -> tuple[str, list[Path]]:

@@ -22,9 +22,9 @@ LOOK_S = 1.0
 
 @dataclass
 class RoomWatch:
-    """Says what is waited for.
+    """Says once a minute what trials or runs wait for.
 
-    asked: of each waiting one; now: seconds; there: what the cluster has.
+    asked: what each of them asks for; now: a clock, in seconds; there: what the cluster has.
     """
 
     asked: ResourceConfig
@@ -36,7 +36,9 @@ class RoomWatch:
     _looked: float = field(default=float("-inf"))
 
     def look(self, waiting: Callable[[], int]) -> None:
-        """Called often. waiting: how many there are that have been asked for and have not begun."""
+        """To be called about once a second. waiting: how many have been asked for and have not
+        begun.
+        """
         now = self.now()
         if now - self._looked < LOOK_S:
             return
@@ -47,16 +49,15 @@ class RoomWatch:
             self._since = self._said = now
         elif now - self._said >= SAY_S:
             self._said = now
-            asked = (
-                f"{count} x ({asked_words(self.asked)})" if count > 1 else asked_words(self.asked)
-            )
+            asked = asked_words(self.asked)
+            asked = f"{count} x ({asked})" if count > 1 else asked
             self.say(
                 f"waiting for room for {now - self._since:.0f} s: asked {asked}; present"
                 f" {self.there()}"
             )
 
 
-def begun(run: RunDirectory) -> bool:
+def is_active(run: RunDirectory) -> bool:
     """Whether a worker of the run is at work, as far as its files tell."""
     try:
         return bool(doing(run)) or time.time() - run.lock.stat().st_mtime < STALE_S
@@ -72,6 +73,6 @@ def told_of_waiting(
 
     def look(over: threading.Event) -> None:
         while not over.wait(LOOK_S):
-            watch.look(lambda: int(not begun(run)))
+            watch.look(lambda: int(not is_active(run)))
 
     return beside(look, "room")

@@ -1,5 +1,5 @@
-"""Which failures of a run count: those in a row, with no new checkpoint between them. A spot
-cluster may take a long run's node often.
+"""Which failures of a run count against max_failures: those in a row, with no new checkpoint
+between them. On a spot cluster a long run loses nodes again and again.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from flowray.cluster.ray_private import HealthCheckFailed
 from flowray.store.checkpoint import list_checkpoints
 from flowray.store.run import RunDirectory
 
@@ -24,9 +24,9 @@ def newest_step(run: RunDirectory) -> int:
     return int(found[-1].name.removeprefix("step_")) if found else 0
 
 
-def goes_on(error: WorkerGroupError, before: int, after: int) -> bool:
-    """Whether a run that Ray Train gave up is started again: workers were lost, and it came on
-    since its start, `before`, in between.
+def should_retry(error: WorkerGroupError, before: int, after: int) -> bool:
+    """Whether a run that Ray Train gave up is started again: workers were lost, and since its start
+    at step `before` it has reached a later checkpoint, `after`.
 
     An error that a worker raised would come again, so max_failures is the end of it.
     """
@@ -34,35 +34,35 @@ def goes_on(error: WorkerGroupError, before: int, after: int) -> bool:
 
 
 def _lost(failure: Exception) -> bool:
-    if isinstance(failure, WorkerHealthCheckFailedError):
+    if isinstance(failure, HealthCheckFailed):
         failure = failure.health_check_failure
     return isinstance(failure, RayActorError)
 
 
-class Pardons:
-    """Sets the failures that Ray Tune has counted of a trial back to none once the trial has come
-    on since the last one.
+class FailureReset:
+    """Sets Ray Tune's count of a trial's failures back to 0 once the trial has made progress since
+    the last one.
 
-    come: how far the trial of a number has come, by its checkpoints.
+    progress: checkpointed steps of the trial of a number.
     """
 
-    def __init__(self, come: Callable[[int], int]):
-        self._come = come
+    def __init__(self, progress: Callable[[int], int]):
+        self._progress = progress
         self._failed_at: dict[int, int] = {}
         self._next_look = 0.0
 
-    def failed(self, trial: Any) -> None:
+    def on_failure(self, trial: Any) -> None:
         """A Tune trial failed, and starts again."""
         number = trial.config["number"]
-        self._failed_at[number] = self._come(number)
+        self._failed_at[number] = self._progress(number)
 
-    def look(self, trials: Iterable[Any]) -> None:
-        """Called often."""
+    def update(self, trials: Iterable[Any]) -> None:
+        """To be called about once a second."""
         if not self._failed_at or time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + LOOK_S
         for trial in trials:
             number = trial.config["number"]
-            if number in self._failed_at and self._come(number) > self._failed_at[number]:
+            if number in self._failed_at and self._progress(number) > self._failed_at[number]:
                 del self._failed_at[number]
                 trial.run_metadata.num_failures = 0

@@ -4,8 +4,6 @@ judges and ends trials.
 
 from __future__ import annotations
 
-import errno
-import os
 from typing import Any, cast
 
 from ray.tune.execution.tune_controller import TuneController
@@ -14,36 +12,24 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from flowray.config.errors import InputError
+from flowray.rayrun.failures import NO_ROOM
 from flowray.tune.session import SweepSession
 
-FAILED = "failed"  # key of a row that says, in one line, why its trial ended
-# key of a row that says, in one line, which node lacks the storage: the trial has not failed
-LACKS_STORAGE = "lacks_storage"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# Keys of a row with which a trial ends: why it failed, in one line; the number of the system's
+# error behind that, if any; which node lacks the storage, in one line, and it has not failed.
+FAILED, ERRNO, NO_STORAGE = "failed", "errno", "no_storage"
 
 
-class Unpickled:
-    """Tune pickles all that it is given, to restore from; a sweep never does, so its parts leave
-    their state out.
+class NotRestored:
+    """Tune pickles all that it is given, to restore a sweep from; flowray restores from its own
+    files instead, so what derives from this is pickled without its state.
     """
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-def no_room(error: Exception | str) -> OSError | None:
-    """The full disk (or spent quota) that an error, or the line it became on another node, is
-    about; None where it is about none.
-    """
-    numbers = [
-        number
-        for number in NO_ROOM
-        if getattr(error, "errno", None) == number or os.strerror(number) in str(error)
-    ]
-    return OSError(numbers[0], str(error)) if numbers else None
-
-
-class StudySearch(Unpickled, Searcher):
+class StudySearch(NotRestored, Searcher):
     """Optuna through ask and tell, numbered by the study.
 
     Tune's config of a trial is {"number", "params"}.
@@ -88,7 +74,7 @@ class StudySearch(Unpickled, Searcher):
         )
 
 
-class ProbeScheduler(Unpickled, FIFOScheduler):
+class ProbeScheduler(NotRestored, FIFOScheduler):
     """Shows every reported row to the session and stops the trial when it says so."""
 
     def __init__(self, session: SweepSession):
@@ -100,14 +86,14 @@ class ProbeScheduler(Unpickled, FIFOScheduler):
     ) -> str:
         number, failure = trial.config["number"], str(result.get(FAILED, ""))
         # every trial that lands there would fail; where it is right they all go on
-        if LACKS_STORAGE in result:
+        if NO_STORAGE in result:
             words = "the sweep waits: when the node has it, or is gone, type the same command again"
-            self._session.suspend(InputError(f"{result[LACKS_STORAGE]}; {words}"))
+            self._session.suspend(InputError(f"{result[NO_STORAGE]}; {words}"))
             return TrialScheduler.STOP
         row = {key: value for key, value in result.items() if not key.startswith("config/")}
         try:
-            if full := no_room(failure):
-                raise full
+            if result.get(ERRNO) in NO_ROOM:
+                raise OSError(result[ERRNO], failure)
             if not failure:
                 return (
                     TrialScheduler.STOP

@@ -13,17 +13,18 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from flowray.cluster.capacity import reach
+from flowray.cluster.capacity import capacity
 from flowray.cluster.network import NodeNetwork
+from flowray.cluster.ray_private import StartTimeout, cause_of
 from flowray.cluster.session import set_defaults
-from flowray.cluster.storage import Unshared, marked, refusal_here
+from flowray.cluster.storage import StorageNotShared, marker_file, refusal_here
 from flowray.cluster.waiting import told_of_waiting
 from flowray.config.errors import InputError, last_line
 from flowray.config.recipe import Recipe
 from flowray.doctor.visits import Visits
-from flowray.rayrun.retries import goes_on, newest_step
+from flowray.rayrun.failures import RunFailed, errno_of, failure_file, raise_failure, write_failure
+from flowray.rayrun.retries import newest_step, should_retry
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import is_finished, train
@@ -31,55 +32,47 @@ from flowray.train.state import Halted
 from flowray.tune.room import asked_words
 from flowray.views.gauges import RunGauges
 
-
-class RunFailed(RuntimeError):
-    """A run ended without finishing; the message is one line."""
-
-
-def _failure(run: RunDirectory) -> Path:
-    return run.path / ".failure"
-
-
 Report = Callable[[dict[str, Any]], None]  # takes the rows of probes
 
 
 def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> None:
     """What each Ray Train worker runs. config: {"recipe": the recipe as JSON, "run_dir": str,
-    "mark": str}.
+    "marker": the name of the driver's marker file}.
 
-    A failure that would come again (bad input, a non-finite loss, a full disk) is written down and
-    not raised, so that Ray does not retry it.
+    A failure that would come again (bad input, a non-finite loss, a full disk) is written to a file
+    for the driver and not raised, so that Ray does not retry it.
     """
     recipe = Recipe.model_validate(config["recipe"])
     run = RunDirectory(Path(config["run_dir"]))
     torch.set_num_threads(recipe.resources.cpus_per_worker)
     group = Group.current(recipe.train.device)
-    if _refused(run, config["mark"], group) or _failure(run).exists():
+    if _lacks_storage(run, config["marker"], group) or failure_file(run).exists():
         return
     try:
         train(recipe, run, group, _with_gauges(run, report) if group.lead else report, Visits)
     except (InputError, Halted) as error:
-        _note(run, error)
+        write_failure(run, error)
         if group.world > 1:
             raise  # the other ranks wait in a collective; only tearing the group down frees them
 
 
-def _refused(run: RunDirectory, mark: str, group: Group) -> bool:
-    """Whether a rank's node has another storage.
+def _lacks_storage(run: RunDirectory, marker: str, group: Group) -> bool:
+    """Whether the node of any rank does not see the driver's storage; asked of all ranks together.
 
-    Those that share it write that down, as that node cannot; Unshared where none does.
+    The ranks that do see it write the failure file there, which the others cannot. Where none does,
+    StorageNotShared is raised instead.
     """
-    refusal = refusal_here(run.path, mark)
-    heard = [refusal]
+    mine = refusal_here(run.path, marker)
+    of_ranks = [mine]
     if group.world > 1:
-        heard = [""] * group.world
-        torch.distributed.all_gather_object(heard, refusal)
-    refusals = [told for told in heard if told]
-    if len(refusals) == group.world:
-        raise Unshared(refusals[0])
-    if refusals and not refusal:
-        _note(run, Unshared(refusals[0]))
-    return bool(refusals)
+        of_ranks = [""] * group.world
+        torch.distributed.all_gather_object(of_ranks, mine)
+    first = next(filter(None, of_ranks), "")
+    if all(of_ranks):
+        raise StorageNotShared(first)
+    if first and not mine:
+        write_failure(run, StorageNotShared(first))
+    return bool(first)
 
 
 def _with_gauges(run: RunDirectory, report: Report) -> Report:
@@ -91,14 +84,6 @@ def _with_gauges(run: RunDirectory, report: Report) -> Report:
         report(row)
 
     return tell
-
-
-def _note(run: RunDirectory, error: Exception) -> None:
-    try:
-        _failure(run).write_text(f"{type(error).__name__}: {error}")
-    except OSError:  # no room even for that: then Ray hears of it
-        _failure(run).unlink(missing_ok=True)
-        raise error from None
 
 
 def fit(
@@ -123,14 +108,14 @@ def fit(
     started. `run.stop_request` ends it with a checkpoint, also when it is there before the start.
     Checkpoints are the run directory's own; Ray's storage holds nothing worth keeping and is
     removed. Workers lost with their nodes do not count against max_failures where a checkpoint came
-    since the start before. Raises InputError (Unshared, where a node lacks the storage) or
+    since the start before. Raises InputError (StorageNotShared, where a node lacks the storage) or
     RunFailed with one line.
     """
     run = RunDirectory(run_dir.absolute())
     if is_finished(recipe, run):
         return
     run.create()
-    _failure(run).unlink(missing_ok=True)
+    failure_file(run).unlink(missing_ok=True)
     run.doing.unlink(missing_ok=True)  # of a worker that was killed
     set_defaults()  # on a cluster a trial that drives workers has none of its sweep's
     resources = recipe.resources
@@ -157,27 +142,20 @@ def fit(
     )
     try:
         with ExitStack() as closing:
-            mark = closing.enter_context(marked(run.path, alone=True))
+            config["marker"] = closing.enter_context(marker_file(run.path, sole=True))
             if say:
                 closing.enter_context(told_of_waiting(resources, run, say))
             while (
-                not _trained(trainer(train_loop_config={**config, "mark": mark}), run)
+                not _trained(trainer(train_loop_config=config), run)
                 and not run.stop_request.exists()
             ):
                 _check_room(recipe, run)
     except ray.train.TrainingFailedError as error:
-        _raise_noted(run)
-        cause = _root_cause(error)
-        for kind in (InputError, Unshared):
-            # of a node that cannot write it down
-            if cause.startswith(bad := f"{kind.__module__}.{kind.__name__}: "):
-                raise kind(cause.removeprefix(bad)) from error
-        raise RunFailed(
-            f"{run.path}: {cause}; --resume continues from the last checkpoint"
-        ) from error
+        raise_failure(run)
+        raise _failure_of(error, run) from error
     finally:
         shutil.rmtree(ray_storage / name, ignore_errors=True)
-    _raise_noted(run)
+    raise_failure(run)
 
 
 def _trained(trainer: TorchTrainer, run: RunDirectory) -> bool:
@@ -185,17 +163,17 @@ def _trained(trainer: TorchTrainer, run: RunDirectory) -> bool:
 
     There was no room for the workers, now or again after some were lost: Ray Train has waited for
     it then, 1 + max_failures times RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, 20 minutes by default.
-    Or workers were lost too often for Ray, but see `goes_on`.
+    Or workers were lost too often for Ray, but see `should_retry`.
     """
     before = newest_step(run)
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
-        if _failure(run).exists() or not goes_on(error, before, newest_step(run)):
+        if failure_file(run).exists() or not should_retry(error, before, newest_step(run)):
             raise
         return False
     except ray.train.ControllerError as error:
-        if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+        if isinstance(error.controller_failure, StartTimeout):
             return False
         raise
     return True
@@ -207,7 +185,7 @@ def _check_room(recipe: Recipe, run: RunDirectory) -> None:
 
     Where others use it, or a node has yet to come, waiting is right.
     """
-    each, cluster = recipe.resources, reach()
+    each, cluster = recipe.resources, capacity()
     if (
         cluster.grows
         or cluster.workers(each.cpus_per_worker, each.gpus_per_worker) >= each.num_workers
@@ -219,19 +197,15 @@ def _check_room(recipe: Recipe, run: RunDirectory) -> None:
     )
 
 
-def _raise_noted(run: RunDirectory) -> None:
-    """Raise the failure that a worker wrote down, if one did."""
-    if not _failure(run).exists():
-        return
-    kind, _, message = _failure(run).read_text().partition(": ")
-    _failure(run).unlink()
-    for known in (InputError, Unshared):
-        if kind == known.__name__:
-            raise known(message)
-    raise RunFailed(f"{run.path}: {message}")
-
-
-def _root_cause(error: BaseException) -> str:
-    """The last line of the first worker's traceback: what went wrong, without the way there."""
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    return last_line(str(next(iter(failures.values())))) or type(error).__name__
+def _failure_of(error: ray.train.TrainingFailedError, run: RunDirectory) -> Exception:
+    """What a worker raised and could not write to the failure file, as the driver raises it."""
+    failures = list((getattr(error, "worker_failures", None) or {0: error}).values())
+    for failure in failures:
+        if isinstance(bad_input := cause_of(failure), InputError):
+            return bad_input
+    # of a traceback the last line says what went wrong, without the way there
+    said = last_line(str(failures[0])) or type(error).__name__
+    return RunFailed(
+        f"{run.path}: {said}; --resume continues from the last checkpoint",
+        errno_of(cause_of(failures[0])),
+    )

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -25,23 +26,25 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from flowray.cluster import session as ray_session
 from flowray.cluster.capacity import machines
-from flowray.cluster.storage import Unshared, check_here, marked, refuse_unshared
-from flowray.cluster.waiting import RoomWatch, begun
+from flowray.cluster.ray_private import HEAD, dashboard_url
+from flowray.cluster.storage import StorageNotShared, marker_file, refusal_here, refuse_unshared
+from flowray.cluster.waiting import RoomWatch, is_active
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError, last_line
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
-from flowray.rayrun.retries import Pardons, newest_step
+from flowray.rayrun.failures import RunFailed, no_room
+from flowray.rayrun.retries import FailureReset, newest_step
 from flowray.rayrun.search import (
+    ERRNO,
     FAILED,
-    LACKS_STORAGE,
+    NO_STORAGE,
+    NotRestored,
     ProbeScheduler,
     StudySearch,
-    Unpickled,
-    no_room,
 )
-from flowray.rayrun.trainer import RunFailed, fit, train_worker
+from flowray.rayrun.trainer import fit, train_worker
 from flowray.report.load import load_sweep as load_report
 from flowray.report.results import Sweep as Report
 from flowray.store.latents import ensure_latents_apart
@@ -103,7 +106,7 @@ class SweepResult:
 
 
 class _SeedReport(TuneReportCallback):
-    """Probe rows on their way to Tune, with the place of their seed among the trial's."""
+    """Reports probe rows to Tune, each with the number of its seed within the trial."""
 
     def __init__(self, repeat: int):
         super().__init__()
@@ -189,7 +192,7 @@ def run_sweep(
         if placed:
             needed = needed_cpus(placed)
             with _quiet(), ray_session.started(needed, progress):
-                leave_link(sweep_dir)
+                leave_link(sweep_dir, dashboard_url())
                 with SweepConsole(sweep, sweep_dir, trial_count(sweep), stream) as console:
                     session = SweepSession(
                         sweep,
@@ -240,10 +243,9 @@ def _part(key: str) -> str:
 def _result(
     sweep: Sweep, ledger: Ledger, report: Report, finish: Sequence[int], out_of_time: bool
 ) -> SweepResult:
-    """What the ledger and the folder come to.
+    """The result, from the ledger and the folder.
 
-    A session that finishes single trials is through with them, whatever the rest of the sweep waits
-    for.
+    finish: the trials that this session was to finish; then only these count as interrupted.
     """
     trials = tuple(ledger.trials[n] for n in sorted(ledger.trials))
     unfinished = {trial.trial for trial in trials if trial.status in ("running", "waiting")}
@@ -282,26 +284,33 @@ def _run(session: SweepSession, placed: Placed, trial_fn: TrialFn, events: _Even
             if repeat:
                 place["seed"] = base.seed + repeat
             try:
-                check_here(sweep_dir, mark)
+                if refusal := refusal_here(sweep_dir, marker):
+                    raise StorageNotShared(refusal)
                 trial_fn(override_recipe(base, {**config["params"], **place}), run_dir)
-            except Unshared as error:
-                tune.report({LACKS_STORAGE: str(error)})
+            except StorageNotShared as error:
+                tune.report({NO_STORAGE: str(error)})
                 return
             except Exception as error:
-                if not isinstance(error, InputError | RunFailed) and no_room(error) is None:
+                full = no_room(error)
+                if full is None and not isinstance(error, InputError | RunFailed):
                     raise
-                # it would come again, so it is told and not raised: Tune tries again what raises
-                tune.report({FAILED: f"{type(error).__name__}: {error}"})
+                # it would come again, so it is reported: Tune tries again what raises
+                line = f"{type(error).__name__}: {error}"
+                tune.report({FAILED: line, ERRNO: full.errno if full else None})
                 return
 
-    takes = {"node:__internal_head__": 0.001}
+    takes = {HEAD: 0.001}
     # the trial's own process does the work
     if sweep.task == "sample" or base.resources.num_workers == 1:
         takes = {
             "CPU": float(base.resources.cpus_per_worker),
             "GPU": float(base.resources.gpus_per_worker),
         }
-    with marked(sweep_dir, alone=True) as mark, _holding(session), _sigterm_as_interrupt():
+    with (
+        marker_file(sweep_dir, sole=True) as marker,
+        _suspending_without_room(session),
+        _sigterm_as_interrupt(),
+    ):
         tune.Tuner(
             tune.with_resources(trial, takes),
             tune_config=tune.TuneConfig(
@@ -324,8 +333,8 @@ def _run(session: SweepSession, placed: Placed, trial_fn: TrialFn, events: _Even
 
 
 @contextlib.contextmanager
-def _holding(session: SweepSession) -> Iterator[None]:
-    """A full disk within the block, be it Tune's own file that cannot be written, holds the
+def _suspending_without_room(session: SweepSession) -> Iterator[None]:
+    """A full disk within the block, also where it is Tune that cannot write a file, suspends the
     sweep.
     """
     try:
@@ -337,51 +346,51 @@ def _holding(session: SweepSession) -> Iterator[None]:
         session.suspend(full)
 
 
-class _Events(Unpickled, tune.Callback):
-    """Errors to the session, a pulse to the console and the lock, and to what pardons failures."""
+class _Events(NotRestored, tune.Callback):
+    """Hands on what Tune tells: errors to the session, a heartbeat to the rest."""
 
     def __init__(self, session: SweepSession, placed: Placed, console: SweepConsole, lock: RunLock):
         self._session, self._console, self._lock = session, console, lock
         self._room = RoomWatch(placed.base.resources, console.remark)
-        self._pardons = Pardons(self._come)
+        self._failures = FailureReset(self._progress)
 
-    def _come(self, number: int) -> int:
+    def _runs(self, number: int) -> Iterator[RunDirectory]:
+        """A trial's runs, one for each seed."""
+        run_dir = self._session.sweep_dir / str(number)
+        for repeat in range(self._session.sweep.seeds):
+            yield RunDirectory(repeat_dir(run_dir, repeat))
+
+    def _progress(self, number: int) -> int:
         """Checkpointed steps of a trial, of all its seeds."""
-        run_dir, seeds = self._session.sweep_dir / str(number), self._session.sweep.seeds
-        return sum(
-            newest_step(RunDirectory(repeat_dir(run_dir, repeat))) for repeat in range(seeds)
-        )
+        return sum(map(newest_step, self._runs(number)))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._console.beat()
         self._lock.renew()
-        self._pardons.look(trials)
+        self._failures.update(trials)
         self._room.look(lambda: sum(map(self._waits_for_room, trials)))
 
     def _waits_for_room(self, trial: Any) -> bool:
         """Whether it, or its workers where it has several, has no place yet."""
         if trial.status != Trial.RUNNING or self._room.asked.num_workers == 1:
             return bool(trial.status == Trial.PENDING)
-        run_dir, seeds = (
-            self._session.sweep_dir / str(trial.config["number"]),
-            self._session.sweep.seeds,
-        )
-        return not any(begun(RunDirectory(repeat_dir(run_dir, repeat))) for repeat in range(seeds))
+        return not any(map(is_active, self._runs(trial.config["number"])))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._pardons.failed(trial)
+        self._failures.on_failure(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number, theirs = trial.config["number"], Path(trial.error_file)
         # Tune's own goes with its temporary folder
         mine = self._session.sweep_dir / str(number) / "error.txt"
-        with _holding(self._session):
+        with _suspending_without_room(self._session):
             mine.parent.mkdir(exist_ok=True)
             shutil.copyfile(theirs, mine)
-            line = _error_line(mine)
-            if full := no_room(line):
-                raise full
-            self._session.end(number, error=line)
+            if trial.pickled_error_file:  # of what the trial's process raised; ours, of just now
+                raised = pickle.loads(Path(trial.pickled_error_file).read_bytes())
+                if full := no_room(raised):
+                    raise full
+            self._session.end(number, error=_error_line(mine))
 
 
 def _error_line(path: Path) -> str:

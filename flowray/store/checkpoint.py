@@ -9,6 +9,7 @@ when complete.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -61,8 +62,9 @@ def save_checkpoint(
         sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
+        if isinstance(error, SafetensorError):  # which has the system's number in its text alone
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
         raise
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

@@ -104,9 +104,10 @@ def refuse_without_room(asked: ResourceConfig, cluster: Cluster) -> None:
     hold = cluster.workers(cpus, gpus)
     if workers > hold:
         room = "the memory of this machine" if cluster.here and not gpus else where
+        more = "" if cluster.here else ", or add nodes first"
         raise InputError(
             f"resources.num_workers: asked {asked_words(asked)}, but {room} holds {hold} of them "
-            f"({cluster}); type resources.num_workers={max(1, hold)} or less"
+            f"({cluster}); type resources.num_workers={max(1, hold)} or less{more}"
         )
 
 

@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ray._private.worker import get_dashboard_url
 from ray.util.metrics import Gauge
 
 from flowray.config.keys import describe
@@ -103,11 +102,11 @@ def run_label(run_dir: Path) -> str:
     return "/".join(parts[-4:] if further else parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
-def leave_link(sweep_dir: Path) -> None:
+def leave_link(sweep_dir: Path, url: str) -> None:
     """Write down where Ray's own dashboard is, for `flowray.dashboard`, in
     `<sweep_dir>/.ray/dashboard`.
     """
-    if url := get_dashboard_url():
+    if url:
         (sweep_dir / ".ray").mkdir(exist_ok=True)
         (sweep_dir / ".ray" / "dashboard").write_text(f"http://{url}\n")
 

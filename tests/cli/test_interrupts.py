@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from support import own_pictures, remarks, tiny_recipe
 
+from flowray.cli.train import _StopSignals
 from flowray.config.load import dump_recipe
 from flowray.store.checkpoint import newest_checkpoint
+from flowray.store.run import RunDirectory
 from flowray.tune.ledger import Ledger
 
 SWEEP = """
@@ -182,3 +184,20 @@ def test_a_run_leaves_a_checkpoint(place: Path, send) -> None:
 def test_twice_ends_without_waiting(place: Path) -> None:
     argv = ("train", "tiny.yaml", "name=twice", "train.log_every=10000", "train.grad_every=0")
     assert interrupt(place, "probe 4", *argv, times=2) == (130, ["interrupted"])
+
+
+def test_a_second_one_while_the_first_is_being_answered(tmp_path: Path) -> None:
+    """Whoever presses Ctrl-C twice at once means the second one too."""
+    run, said = RunDirectory(tmp_path), []
+    run.create()
+
+    class Impatient:
+        def say(self, text: str) -> None:
+            said.append(text)
+            if len(said) == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), _StopSignals(run, Impatient()):
+        signal.raise_signal(signal.SIGINT)
+    assert len(said) == 1
+    assert run.stop_request.exists()

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from heads import Head, free_ports, offspring, own_address, running_head
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
     FAKE_HEAD_NODE_TYPE,
 )
+from ray_nodes import Head, free_ports, offspring, own_address, running_head
 from support import tiny_recipe
 
 from flowray.config.load import dump_recipe

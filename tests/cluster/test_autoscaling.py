@@ -21,10 +21,10 @@ from autoscaling import (
     tell_growth,
     tell_loss,
 )
-from heads import Head
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from ray_nodes import Head
 
 from flowray.store.rows import read_rows
 

@@ -249,7 +249,7 @@ def test_nccl_without_a_gpu_says_why():
 
 def test_a_folder_is_shared_when_it_holds_the_mark(tmp_path):
     other = tmp_path / "other"
-    with storage.marked(tmp_path / "storage") as mark:
+    with storage.marker_file(tmp_path / "storage") as mark:
         assert storage.problem_here(tmp_path / "storage", mark) == ""
         assert "no such folder" in storage.problem_here(other, mark)
         other.mkdir()
@@ -258,8 +258,8 @@ def test_a_folder_is_shared_when_it_holds_the_mark(tmp_path):
 
 
 def test_marks_of_a_killed_owner_go_with_the_next(tmp_path):
-    (tmp_path / f"{storage.MARK}old").touch()
-    with storage.marked(tmp_path, alone=True) as mark:
+    (tmp_path / f"{storage.MARKER}old").touch()
+    with storage.marker_file(tmp_path, sole=True) as mark:
         assert [path.name for path in tmp_path.iterdir()] == [mark]
 
 
@@ -269,7 +269,7 @@ def test_storage_that_cannot_be_written_is_one_line(tmp_path):
         pytest.raises(
             InputError, match=r"storage_path: .*file.* cannot be written: Not a directory"
         ),
-        storage.marked(tmp_path / "file" / "x"),
+        storage.marker_file(tmp_path / "file" / "x"),
     ):
         pass
 
@@ -293,7 +293,7 @@ def test_a_check_makes_no_storage(tmp_path):
     for bad in (tmp_path / "a" / "b" / "runs", tmp_path / "file"):
         with pytest.raises(InputError, match=f"--storage {bad}: "):
             place_of(bad)
-    with pytest.raises(InputError), storage.marked(there, make=False):
+    with pytest.raises(InputError), storage.marker_file(there, make=False):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     rows = judge(cluster(node("a"), storage=tmp_path, absent=True))

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import heads
 import pytest
-from heads import Head, Node, running_head
+import ray_nodes
+from ray_nodes import Head, Node, running_head
 from support import tiny_recipe
 
 from flowray.config.load import dump_recipe, load_recipe
@@ -153,7 +153,7 @@ def joined(head: Head, host: Host, *mounts: str) -> Iterator[Node]:
     mounts: shell lines, seen there alone.
     """
     own = Path(tempfile.mkdtemp(dir=head.folder))
-    with heads.joined(
+    with ray_nodes.joined(
         head, host.address, host.inside(f"mount --bind {own} {head.files}", *mounts)
     ) as node:
         yield node
@@ -302,35 +302,49 @@ def test_a_host_that_does_not_come_back(head, hosts, tiny):
     assert after[:50] == before[:50]
 
 
-def test_a_host_with_another_disk_that_comes_late_is_refused(head, hosts, tiny):
-    """It was not there when the nodes were asked.
+def test_more_workers_than_the_hosts_hold_are_refused_at_once(head, tiny):
+    """Whatever storage hosts might have that are still to come: no autoscaler will bring them."""
+    run = start_run(head, tiny, "early")
+    assert run.wait(SLOW_S) == 2, told(head, "early")
+    line = told(head, "early").splitlines()[-1]
+    assert line.startswith("error: resources.num_workers: asked 2 worker(s)")
+    assert "resources.num_workers=1" in line
+    assert "nodes" in line
+    assert not (head.shared / "runs" / "early").exists()
 
-    The refusal names path and node, and the run is started where the disk is right.
+
+def test_a_host_that_is_replaced_by_one_with_another_disk_is_refused(head, hosts, tiny):
+    """The new one was not there when the nodes were asked.
+
+    The refusal names path and node, and the run goes on where the disk is right.
     """
-    run = start_run(head, tiny, "late")
-    with ended(run):
+    with joined(head, hosts[1]):
+        run = start_run(head, tiny, "late", *LONG)
         wait_for(
-            lambda: (head.shared / "runs" / "late").is_dir() or run.poll() is not None,
+            lambda: len(rows_of(head, "late")) > 60 or run.poll() is not None,
             SLOW_S,
             lambda: told(head, "late"),
         )
-        with joined(head, hosts[1], f"mount -t tmpfs none {head.shared}"):
-            assert run.wait(SLOW_S) == 2, told(head, "late")
+    with ended(run), joined(head, hosts[1], f"mount -t tmpfs none {head.shared}"):
+        before = rows_of(head, "late")
+        assert run.wait(SLOW_S) == 2, told(head, "late")
     path = head.shared / "runs" / "late"
     line = told(head, "late").splitlines()[-1]
     assert line.startswith(
         f"error: storage_path: {path} is not shared with node {hosts[1].name} ({hosts[1].address})"
     )
     with joined(head, hosts[1]):
-        assert start_run(head, tiny, "late").wait(SLOW_S) == 0, told(head, "late")
-    assert [row["step"] for row in rows_of(head, "late")] == list(range(1, 13))
+        again = start_run(head, tiny, "late", *LONG, "--resume")
+        assert again.wait(SLOW_S) == 0, told(head, "late")
+    assert 60 < len(before) < 600
+    same_run(before, rows_of(head, "late"))
 
 
-def test_a_sweep_stands_still_where_a_host_without_the_storage_comes_and_goes_on_without_it(
+def test_a_sweep_waits_for_the_storage_of_a_host_that_was_replaced_and_goes_on_without_it(
     head, hosts, tiny
 ):
-    """The head's one CPU trains a trial; the other lands on the bad host, and its trial waits
-    for the same command.
+    """The head's one CPU trains a trial; the other one lands on the bad host, and waits for the
+    same command.
     """
     sweep = [
         "sweeps/head.yaml",
@@ -338,33 +352,32 @@ def test_a_sweep_stands_still_where_a_host_without_the_storage_comes_and_goes_on
         "name=bad-host",
         "points=[]",
         "run_cap=4",
-        "max_concurrent=2",
         "early_terminate=null",
         "stop=[]",
+        "set.train.steps=400",
     ]
-    sweep += ["set.train.steps=200"]
     command = [*head.inside, sys.executable, "-m", "flowray.tune", *sweep]
-    with (head.folder / "bad-host.log").open("w") as out:
-        tune = subprocess.Popen(
-            command, env=head.as_driver, stdout=out, stderr=out, cwd=head.folder
-        )
-    with ended(tune):
+    folder = head.shared / "runs" / "bad-host"
+    with joined(head, hosts[1]):
+        with (head.folder / "bad-host.log").open("w") as out:
+            tune = subprocess.Popen(
+                command, env=head.as_driver, stdout=out, stderr=out, cwd=head.folder
+            )
         wait_for(
-            lambda: (head.shared / "runs" / "bad-host" / "0").is_dir() or tune.poll() is not None,
+            lambda: (
+                ((folder / "0").is_dir() and (folder / "1").is_dir()) or tune.poll() is not None
+            ),
             SLOW_S,
             lambda: told(head, "bad-host"),
         )
-        with joined(head, hosts[1], f"mount -t tmpfs none {head.shared}"):
-            assert tune.wait(SLOW_S) == 2, told(head, "bad-host")
-    told_lines = [
-        line for line in told(head, "bad-host").splitlines() if line.startswith("error: ")
-    ]
-    assert len(told_lines) == 1
-    assert f"is not shared with node {hosts[1].name}" in told_lines[0]
-    rows = read_rows(head.shared / "runs" / "bad-host" / "trials.jsonl")
+    with ended(tune), joined(head, hosts[1], f"mount -t tmpfs none {head.shared}"):
+        assert tune.wait(SLOW_S) == 2, told(head, "bad-host")
+    (line,) = [line for line in told(head, "bad-host").splitlines() if line.startswith("error: ")]
+    assert f"is not shared with node {hosts[1].name}" in line
+    rows = read_rows(folder / "trials.jsonl")
     assert not [row for row in rows if row["status"] == "failed"]
     again = head.command("flowray.tune", *sweep)
     assert again.returncode == 0, again.stderr[-3000:]
-    rows = read_rows(head.shared / "runs" / "bad-host" / "trials.jsonl")
+    rows = read_rows(folder / "trials.jsonl")
     assert [row["trial"] for row in rows] == [0, 1, 2, 3]
     assert {row["status"] for row in rows} == {"finished"}

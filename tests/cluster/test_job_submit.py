@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from heads import Head, joined, running_head
+from ray_nodes import Head, joined, running_head
 from support import tiny_recipe
 
 from flowray.config.load import dump_recipe

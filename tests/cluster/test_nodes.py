@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from heads import BIN
+from ray_nodes import BIN
 from support import remarks
 
 from flowray.cli.cluster import main

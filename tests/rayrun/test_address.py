@@ -238,11 +238,11 @@ def test_a_disk_without_room_is_passed_over_and_no_room_anywhere_is_one_line(tmp
         pass
 
 
-class _Ending(address.rpc.NodeInfoGcsServiceServicer):
+class _Ending(address.gcs_stubs.NodeInfoGcsServiceServicer):
     """A head that says it is alive and is gone at the next question."""
 
     def CheckAlive(self, request, context):
-        return address.messages.CheckAliveReply(ray_version=ray.__version__)
+        return address.gcs_messages.CheckAliveReply(ray_version=ray.__version__)
 
     def GetAllNodeInfo(self, request, context):
         context.abort(grpc.StatusCode.UNAVAILABLE, "ending")
@@ -250,7 +250,7 @@ class _Ending(address.rpc.NodeInfoGcsServiceServicer):
 
 def test_a_head_that_ends_between_two_questions_is_one_line(monkeypatch):
     server = grpc.server(ThreadPoolExecutor(1))
-    address.rpc.add_NodeInfoGcsServiceServicer_to_server(_Ending(), server)
+    address.gcs_stubs.add_NodeInfoGcsServiceServicer_to_server(_Ending(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:

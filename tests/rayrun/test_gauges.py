@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from flowray.cluster import session
+from flowray.cluster.ray_private import dashboard_url
 from flowray.report.load import load_sweep
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.sweep import Sweep
@@ -196,7 +197,7 @@ def test_rays_metrics_port_serves_the_declared_names(tmp_path: Path) -> None:
         }
         RunGauges(tmp_path / "s" / "0").show(row)
         RunGauges(tmp_path / "s" / "1").show(row | {"ema/shoot/nmse": 0.25})
-        leave_link(tmp_path)
+        leave_link(tmp_path, dashboard_url())
         until, found = time.monotonic() + 120, {}
         while ("ray_flowray_shoot_nmse", "s/1") not in found and time.monotonic() < until:
             time.sleep(1)

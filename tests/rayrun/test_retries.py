@@ -9,14 +9,15 @@ import pytest
 import torch
 from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.tune.experiment.trial import Trial
 
+from flowray.cluster.ray_private import HealthCheckFailed
 from flowray.config.errors import InputError
 from flowray.config.train import ResourceConfig
 from flowray.rayrun import retries
-from flowray.rayrun.retries import Pardons, goes_on, newest_step
-from flowray.rayrun.trainer import _note, _trained
+from flowray.rayrun.failures import write_failure
+from flowray.rayrun.retries import FailureReset, newest_step, should_retry
+from flowray.rayrun.trainer import _trained
 from flowray.rayrun.tuner import _Events
 from flowray.store.checkpoint import save_checkpoint
 from flowray.store.run import RunDirectory
@@ -85,33 +86,32 @@ def test_failures_in_a_row_are_counted_as_ray_does(tmp_path: Path) -> None:
     assert Sweeping(tmp_path, max_failures=0).dies(RayActorError()) is False
 
 
-def test_only_the_trial_that_came_on_is_pardoned(tmp_path: Path) -> None:
+def test_only_the_trial_that_came_on_starts_to_count_anew(tmp_path: Path) -> None:
     come = {0: 0, 1: 0}
-    pardons, trials = (
-        Pardons(come.__getitem__),
-        [tune_trial(tmp_path, number, 3) for number in come],
-    )
+    reset = FailureReset(come.__getitem__)
+    trials = [tune_trial(tmp_path, number, 3) for number in come]
     for trial in trials:
         trial.handle_error(RayActorError())
-        pardons.failed(trial)
+        reset.on_failure(trial)
     come[1] = 10
-    pardons.look(trials)
+    reset.update(trials)
     assert [trial.num_failures for trial in trials] == [1, 0]
 
 
 def test_a_run_that_ray_train_gave_up_goes_on_where_workers_were_lost_after_a_new_checkpoint() -> (
     None
 ):
-    lost = WorkerHealthCheckFailedError("no heartbeat", RayActorError())
+    lost = HealthCheckFailed("no heartbeat", RayActorError())
     for failures in (
         {0: RayActorError()},
         {1: lost},
         {0: RuntimeError("connection reset"), 1: lost},
     ):
         error = WorkerGroupError("gone", failures)
-        assert goes_on(error, before=100, after=200)
-        assert not goes_on(error, before=100, after=100)
-    assert not goes_on(WorkerGroupError("a bug", {0: ValueError("shapes")}), before=100, after=200)
+        assert should_retry(error, before=100, after=200)
+        assert not should_retry(error, before=100, after=100)
+    bug = WorkerGroupError("a bug", {0: ValueError("shapes")})
+    assert not should_retry(bug, before=100, after=200)
 
 
 def test_a_run_is_started_again_only_after_a_loss_that_followed_a_checkpoint(
@@ -132,7 +132,7 @@ def test_a_run_is_started_again_only_after_a_loss_that_followed_a_checkpoint(
     for error, step in ((lost, 20), (WorkerGroupError("a bug", {0: ValueError("shapes")}), 30)):
         with pytest.raises(WorkerGroupError):
             ends(error, step)
-    _note(run, InputError("optim.lr"))  # it would come again
+    write_failure(run, InputError("optim.lr"))  # it would come again
     with pytest.raises(WorkerGroupError):
         ends(lost, 40)
 

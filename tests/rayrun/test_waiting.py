@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from flowray.cluster.waiting import RoomWatch, begun, told_of_waiting
+from flowray.cluster.waiting import RoomWatch, is_active, told_of_waiting
 from flowray.config.recipe import Recipe
 from flowray.store.doing import WrittenProgress, doing
 from flowray.store.run import STALE_S, RunDirectory, RunLock
@@ -40,14 +40,14 @@ def test_a_start_that_takes_seconds_says_nothing():
 def test_a_run_has_begun_while_a_worker_of_it_is_at_work(tmp_path):
     run = RunDirectory(tmp_path)
     run.create()
-    assert not begun(run)
+    assert not is_active(run)
     with WrittenProgress(run).task("encoding"):
-        assert begun(run)
+        assert is_active(run)
     with RunLock(run):
-        assert begun(run)
+        assert is_active(run)
         long_ago = time.time() - 2 * STALE_S
         os.utime(run.lock, (long_ago, long_ago))  # of a node that was lost
-        assert not begun(run)
+        assert not is_active(run)
 
 
 def test_what_a_killed_worker_was_doing_is_soon_nothing(tmp_path):
@@ -61,7 +61,7 @@ def test_what_a_killed_worker_was_doing_is_soon_nothing(tmp_path):
     long_ago = time.time() - 2 * STALE_S
     os.utime(run.doing, (long_ago, long_ago))
     assert doing(run) == ""
-    assert not begun(run)
+    assert not is_active(run)
 
 
 @pytest.mark.parametrize("failing", [False, True])

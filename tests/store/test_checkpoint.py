@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, and hold exactly what was saved."""
 
+import errno
 import resource
 from pathlib import Path
 
@@ -89,10 +90,11 @@ def test_a_full_disk_raises_oserror_and_leaves_the_older_checkpoint(tmp_path):
     # the kernel refuses the write, as it does on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(OSError, match="too large") as caught:
             save_checkpoint(tmp_path, 2, {"model": {"a": torch.zeros(1000)}}, {"seed": 0}, keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
     assert names(tmp_path) == ["step_000001"]
     assert newest_checkpoint(tmp_path) == first
 

@@ -23,17 +23,17 @@ from typing import Any
 import optuna
 import pytest
 import yaml
-from heads import joined, running_head
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from ray_nodes import joined, running_head
 from support import tiny_recipe
 
 from flowray.cluster import session
 from flowray.config.load import dump_recipe
 from flowray.store.rows import read_rows
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 STEPS, EVERY, TRIALS = 240, 20, 4
 TIMEOUT_S = 900  # a session, on a busy machine
 STATES = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}

@@ -2,6 +2,7 @@
 becomes of trials that were cut off.
 """
 
+import errno
 import json
 import multiprocessing
 import time
@@ -15,12 +16,10 @@ from ray.tune.search import Searcher
 from support import assert_refused
 
 from flowray.cli.tune import main
-from flowray.cluster.storage import Unshared
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.recipe import Recipe
-from flowray.rayrun.search import FAILED, LACKS_STORAGE, ProbeScheduler, StudySearch, no_room
-from flowray.rayrun.trainer import RunFailed, _note, _raise_noted
+from flowray.rayrun.search import ERRNO, FAILED, NO_STORAGE, ProbeScheduler, StudySearch
 from flowray.rayrun.tuner import SweepResult, _result
 from flowray.report.results import Metric
 from flowray.report.results import Sweep as Results
@@ -28,7 +27,6 @@ from flowray.store.run import RunDirectory, RunLock
 from flowray.sweepconfig.distributions import LogUniform
 from flowray.sweepconfig.file import load_sweep
 from flowray.sweepconfig.sweep import Hyperband, StopRule, Sweep
-from flowray.train.state import Halted
 from flowray.tune.folder import held_directory, open_directory, refuse_taken
 from flowray.tune.ledger import Ledger
 from flowray.tune.records import TrialRecord
@@ -269,7 +267,7 @@ def test_a_node_that_lacks_the_storage_fails_no_trial(tmp_path):
         f"storage_path: {tmp_path} is not shared with node late (10.0.0.9): there is no such folder"
         " there"
     )
-    assert scheduler.on_trial_result(None, there, {LACKS_STORAGE: words}) == TrialScheduler.STOP
+    assert scheduler.on_trial_result(None, there, {NO_STORAGE: words}) == TrialScheduler.STOP
     search.on_trial_complete("a")
     assert search.suggest("c") == Searcher.FINISHED
     # it pauses
@@ -288,21 +286,6 @@ def test_a_node_that_lacks_the_storage_fails_no_trial(tmp_path):
         ("running", 10),
         ("running", 0),
     ]
-
-
-def test_what_a_worker_wrote_down_of_a_node_without_the_storage_is_told_as_that(tmp_path):
-    """From the file by which workers tell the process that drives them."""
-    run = RunDirectory(tmp_path)
-    for wrote, kind in (
-        (Unshared("storage_path: /x"), Unshared),
-        (InputError("optim.lr"), InputError),
-        (Halted("nan"), RunFailed),
-    ):
-        _note(run, wrote)
-        with pytest.raises((InputError, RunFailed), match=str(wrote)) as caught:
-            _raise_noted(run)
-        assert type(caught.value) is kind
-    _raise_noted(run)
 
 
 # finished by hand
@@ -379,19 +362,14 @@ def test_a_full_disk_fails_no_trial(tmp_path):
     search, scheduler = StudySearch(judge), ProbeScheduler(judge)
     trial = SimpleNamespace(config=search.suggest("a"))
     scheduler.on_trial_result(None, trial, write(tmp_path, 0, 1.0)[0])
-    words = (
-        "RunFailed: s/0: step 14: the checkpoint cannot be written: No space left on device; the"
-        " ones before it are kept"
-    )
-    assert no_room("RunFailed: s/0: loss/flow is not finite") is None
-    assert scheduler.on_trial_result(None, trial, {FAILED: words}) == TrialScheduler.STOP
+    words = "RunFailed: s/0: step 14: the checkpoint cannot be written: kein Platz"
+    full = {FAILED: words, ERRNO: errno.ENOSPC}
+    assert scheduler.on_trial_result(None, trial, full) == TrialScheduler.STOP
     search.on_trial_complete("a")
     assert search.suggest("b") == Searcher.FINISHED
     assert judge.suspended_by.strerror == words
     again = open_it(tmp_path)
     assert (again.ledger.trials[0].status, again.next()[0]) == ("running", 0)
-    assert (
-        scheduler.on_trial_result(None, trial, {FAILED: "RunFailed: s/0: loss/flow is not finite"})
-        == TrialScheduler.STOP
-    )
+    other = {FAILED: "InputError: No space left on device: no such file", ERRNO: None}
+    assert scheduler.on_trial_result(None, trial, other) == TrialScheduler.STOP
     assert judge.ledger.trials[0].status == "failed"

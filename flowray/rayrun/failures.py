@@ -1,0 +1,73 @@
+"""Why a run ended without finishing: carried as fields from the process that knows to the one that
+tells.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+from flowray.cluster.storage import StorageNotShared
+from flowray.config.errors import InputError
+from flowray.store.run import RunDirectory
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_INPUT = (StorageNotShared, InputError)  # the narrower one first
+
+
+class RunFailed(RuntimeError):
+    """A run ended without finishing; the message is one line.
+
+    errno: of the system's error that was behind it, None where none was.
+    """
+
+    def __init__(self, message: str, errno: int | None = None):
+        super().__init__(message)
+        self.errno = errno
+
+
+def errno_of(error: BaseException | None) -> int | None:
+    """The number of the system's error that this one is or came from, through what Ray wraps it
+    in.
+    """
+    while error is not None:
+        if isinstance(number := getattr(error, "errno", None), int):
+            return number
+        context = None if error.__suppress_context__ else error.__context__
+        error = getattr(error, "cause", None) or error.__cause__ or context
+    return None
+
+
+def no_room(error: BaseException) -> OSError | None:
+    """The full disk (or spent quota) that an error came from; None where it came from none."""
+    number = errno_of(error)
+    return OSError(number, str(error)) if number in NO_ROOM else None
+
+
+def failure_file(run: RunDirectory) -> Path:
+    return run.path / ".failure"
+
+
+def write_failure(run: RunDirectory, error: Exception) -> None:
+    """Leave it for the process that drives the run; RunFailed where that cannot be written."""
+    kind = next((kind.__name__ for kind in _INPUT if isinstance(error, kind)), "")
+    fields = {"kind": kind, "message": str(error), "errno": errno_of(error)}
+    try:
+        failure_file(run).write_text(json.dumps(fields), encoding="utf-8")
+    except OSError:
+        failure_file(run).unlink(missing_ok=True)
+        raise RunFailed(str(error), errno_of(error)) from None
+
+
+def raise_failure(run: RunDirectory) -> None:
+    """Raise what a worker of the run has left, if one has."""
+    file = failure_file(run)
+    if not file.exists():
+        return
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    file.unlink()
+    for kind in _INPUT:
+        if fields["kind"] == kind.__name__:
+            raise kind(fields["message"])
+    raise RunFailed(f"{run.path}: {fields['message']}", fields["errno"])

@@ -1,0 +1,94 @@
+"""What ends a run, from the worker that knows it to the process that tells it: by fields, whatever
+the words are.
+"""
+
+import errno
+import pickle
+from pathlib import Path
+
+import pytest
+from ray import cloudpickle
+from ray.exceptions import RayTaskError
+from ray.train import WorkerGroupError
+
+from flowray.cluster.ray_private import UserError
+from flowray.cluster.storage import StorageNotShared
+from flowray.config.errors import InputError, OtherKind
+from flowray.rayrun.failures import RunFailed, no_room, raise_failure, write_failure
+from flowray.rayrun.trainer import _failure_of
+from flowray.store.run import RunDirectory
+from flowray.train.state import Halted
+
+FULL = OSError(errno.ENOSPC, "kein Platz")  # as another locale, or another library, says it
+
+
+def halted(why: OSError) -> Halted:
+    """As the loop raises it where a checkpoint cannot be written."""
+    try:
+        raise Halted(f"step 14: {why.strerror}") from why
+    except Halted as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("wrote", "kind", "full"),
+    [
+        (StorageNotShared("storage_path: /x"), StorageNotShared, False),
+        (InputError("InputError: optim.lr"), InputError, False),
+        (OtherKind("model.head.heads", "model.head", ["grid"]), InputError, False),
+        (Halted("InputError: nan"), RunFailed, False),
+        (Halted("caption 'No space left on device'"), RunFailed, False),
+        (halted(FULL), RunFailed, True),
+        (halted(OSError(errno.EDQUOT, "quota")), RunFailed, True),
+        (halted(OSError(errno.EIO, "No space left on device")), RunFailed, False),
+    ],
+)
+def test_what_a_worker_wrote_is_raised_as_what_it_was(
+    tmp_path: Path, wrote: Exception, kind: type[Exception], full: bool
+) -> None:
+    run = RunDirectory(tmp_path)
+    write_failure(run, wrote)
+    with pytest.raises(kind) as caught:
+        raise_failure(run)
+    assert type(caught.value) is kind
+    assert str(caught.value) == (f"{tmp_path}: " if kind is RunFailed else "") + str(wrote)
+    assert (no_room(caught.value) is not None) is full
+    raise_failure(run)  # once
+
+
+def test_where_it_cannot_be_written_ray_carries_it(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    with pytest.raises(RunFailed) as caught:
+        write_failure(RunDirectory(tmp_path / "none"), halted(FULL))
+    travelled = pickle.loads(pickle.dumps(UserError(caught.value, "Traceback ...\nRunFailed: x")))
+    driver = _failure_of(WorkerGroupError("died", {0: travelled}), run)
+    assert isinstance(driver, RunFailed)
+    assert no_room(driver).errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_bad_input_of_any_rank_is_told_as_that(tmp_path: Path, rank: int) -> None:
+    """The others end with it, as a connection that is reset."""
+    failures = [RuntimeError("reset"), RuntimeError("reset")]
+    failures[rank] = UserError(StorageNotShared("storage_path: /x"), "Traceback ...")
+    told = _failure_of(WorkerGroupError("died", dict(enumerate(failures))), RunDirectory(tmp_path))
+    assert type(told) is StorageNotShared
+    assert str(told) == "storage_path: /x"
+
+
+def as_tune_raises() -> None:
+    try:
+        raise FULL
+    except OSError:
+        raise RuntimeError("the traceback as text")  # noqa: B904
+
+
+def test_a_full_disk_is_known_through_what_ray_and_tune_wrap_it_in() -> None:
+    task = RayTaskError("train", "Traceback ...", FULL)
+    assert no_room(task).errno == errno.ENOSPC
+    of_tune = pickle.loads(cloudpickle.dumps(task.as_instanceof_cause()))
+    assert no_room(of_tune).errno == errno.ENOSPC
+    with pytest.raises(RuntimeError) as caught:
+        as_tune_raises()
+    assert no_room(caught.value).errno == errno.ENOSPC
+    assert no_room(RuntimeError("No space left on device")) is None
