@@ -12,7 +12,8 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +23,15 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.study import Study, StudyDirection
+from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
 from flowray.config.errors import InputError
 from flowray.sweepconfig.search import RandomSearch, SearchConfig
 from flowray.sweepconfig.sweep import Sweep
-from flowray.tune.fresh import FIXED, fresh_setting
+from flowray.tune.fresh import fresh_setting
 from flowray.tune.nsga import STEP
+from flowray.tune.optuna_private import FIXED, ViewedStudy, reopen_trial, set_attribute
 from flowray.tune.samplers import Setting, make_sampler
 from flowray.tune.space import (
     Params,
@@ -78,37 +80,28 @@ class PartialResult(NamedTuple):
     values: list[float]
 
 
-class _StudyWithPartialResults(Study):
-    """A study whose sampler learns from the trials that have come to a rung, waiting or running,
-    as if they had been pruned there.
+PartialResultOf = Callable[[int], PartialResult | None]
+
+
+def with_partial_results(
+    partial_result: PartialResultOf, trials: Sequence[FrozenTrial]
+) -> list[FrozenTrial]:
+    """The trials as a sampler is to learn from them: those that have come to a rung, waiting or
+    running, and stopped ones of several metrics, of which the journal has no values, are pruned
+    with their values there.
     """
 
-    partial_result: Callable[[int], PartialResult | None]
-
-    def _get_trials(
-        self,
-        deepcopy: bool = True,
-        states: Container[TrialState] | None = None,
-        use_cache: bool = False,
-    ) -> list[FrozenTrial]:
-        trials = super()._get_trials(deepcopy, None, use_cache)
-        seen = [self._seen(trial) for trial in trials]
-        return seen if states is None else [trial for trial in seen if trial.state in states]
-
-    def _seen(self, trial: FrozenTrial) -> FrozenTrial:
-        """The trial, pruned with its last values where the journal does not have them: it still
-        runs, or has several metrics.
-        """
-        if (
-            trial.state not in (TrialState.RUNNING, TrialState.PRUNED)
-            or trial.values is not None
-            or not (partial := self.partial_result(trial.number))
-        ):
+    def seen(trial: FrozenTrial) -> FrozenTrial:
+        unfinished = trial.state in (TrialState.RUNNING, TrialState.PRUNED)
+        found = partial_result(trial.number) if unfinished and trial.values is None else None
+        if found is None:
             return trial
         pruned = copy.copy(trial)
-        pruned.state, pruned.values = TrialState.PRUNED, partial.values
-        pruned.system_attrs = {**trial.system_attrs, STEP: partial.step}
+        pruned.state, pruned.values = TrialState.PRUNED, found.values
+        pruned.system_attrs = {**trial.system_attrs, STEP: found.step}
         return pruned
+
+    return [seen(trial) for trial in trials]
 
 
 class SweepStudy:
@@ -128,7 +121,7 @@ class SweepStudy:
         *,
         concurrent: int = 1,
         earlier: Sequence[FrozenTrial] = (),
-        partial_result: Callable[[int], PartialResult | None] = lambda number: None,
+        partial_result: PartialResultOf = lambda number: None,
     ):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         drop_torn_line(path)
@@ -139,16 +132,17 @@ class SweepStudy:
             StudyDirection.MINIMIZE if m.goal == "minimize" else StudyDirection.MAXIMIZE
             for m in sweep.objectives
         ]
-        sampler, pruner = self._sampler(0), optuna.pruners.NopPruner()
         try:
             storage = JournalStorage(Journal(path))
-            optuna.create_study(
-                storage=storage, study_name=sweep.name, directions=directions, load_if_exists=True
+            self._stored = optuna.create_study(
+                storage=storage,
+                sampler=self._sampler(0),
+                pruner=optuna.pruners.NopPruner(),
+                study_name=sweep.name,
+                directions=directions,
+                load_if_exists=True,
             )
-            self._study = _StudyWithPartialResults(
-                sweep.name, storage, sampler=sampler, pruner=pruner
-            )
-            self._study.partial_result = partial_result
+            self._study = ViewedStudy(self._stored, partial(with_partial_results, partial_result))
         except (ValueError, KeyError) as error:
             raise InputError(
                 f"{path}: cannot be read: {error}; put back a copy of it, or type name=OTHER for a"
@@ -163,7 +157,7 @@ class SweepStudy:
                     self._study.add_trial(trial)
 
     def _all(self) -> list[FrozenTrial]:
-        return Study._get_trials(self._study, deepcopy=False)  # as they stand, also those that wait
+        return self._stored.get_trials(deepcopy=False)  # as they stand, also those that wait
 
     def trials(self) -> list[FrozenTrial]:
         """Every trial of the sweep as it stands in the journal."""
@@ -198,7 +192,7 @@ class SweepStudy:
         # what has none yet avoids the others'
         for frozen in sorted(left, key=lambda t: not t.params):
             self._study.sampler = self._sampler(frozen.number)
-            trial = self._unrepeated(Trial(self._study, frozen._trial_id))
+            trial = self._unrepeated(reopen_trial(self._study, frozen))
             self._live[frozen.number] = trial
             found.append((frozen.number, suggest(trial, self._sweep.parameters)))
         return sorted(found, key=lambda each: each[0])
@@ -217,8 +211,8 @@ class SweepStudy:
         samplers = [self._sampler(trial.number, i) for i in range(TRIES)]
         samplers += [self._sampler(trial.number, i, RandomSearch()) for i in range(TRIES)]
         setting = fresh_setting(trial, planned, sweep.parameters, samplers, own, earlier)
-        self._study._storage.set_trial_system_attr(trial._trial_id, FIXED, setting)
-        return Trial(self._study, trial._trial_id)
+        set_attribute(self._study, trial, FIXED, setting)
+        return reopen_trial(self._study, trial)
 
     def params(self, trial: FrozenTrial) -> Params:
         """What a trial that has ended was given, as the recipe takes it."""

@@ -109,12 +109,11 @@ def test_cma_es_draws_alike_whatever_directions_its_eigenvectors_have(monkeypatc
         return values, turned
 
     def points() -> np.ndarray:
-        rng, strategy = np.random.default_rng(0), Strategy(3, 0.2, None)
-        out = []
+        strategy, out = Strategy(3, 0.2, None, seed=0), []
         for _ in range(4):
-            out += [strategy.draw(rng) for _ in range(strategy.population)]
-            born = out[-strategy.population :]
-            strategy.learn(np.array(sorted(born, key=lambda x: float(x @ [1.0, 2.0, -1.0]))))
+            born = [strategy.ask() for _ in range(strategy.population_size)]
+            strategy.learn(sorted(born, key=lambda x: float(x @ [1.0, 2.0, -1.0])))
+            out += born
         return np.array(out)
 
     plain = points()
