@@ -44,7 +44,7 @@ def check_trials(sweep: Sweep, base: Recipe) -> None:
     Also refuses metrics of the raw weights where the recipe probes the EMA only, as they would
     never be seen; a ranking of what does not compare; rungs without a checkpoint.
     """
-    if base.probes.doctor_every == 0 and any(rule.finding for rule in sweep.stop):
+    if base.probes.doctor_every == 0 and any(rule.examines for rule in sweep.stop):
         raise InputError(
             f"sweep {sweep.name}: a stop rule waits for a finding, but no doctor comes; type"
             " set.probes.doctor_every=1"
@@ -55,10 +55,7 @@ def check_trials(sweep: Sweep, base: Recipe) -> None:
             f"sweep {sweep.name}: {sweep.base} has data.shards {shards}; only pictures of shapes"
             " have an exact score"
         )
-    for name in (
-        *(metric.name for metric in sweep.objectives),
-        *(rule.metric for rule in sweep.stop if rule.metric),
-    ):
+    for name in (*(metric.name for metric in sweep.objectives), *sweep.rule_metrics):
         if sweep.task == "train" and name.startswith(_NOT_REPORTED):
             raise InputError(
                 f"sweep {sweep.name}: {name} is in the training log only; trials are judged by"

@@ -35,10 +35,9 @@ class Restoration:
     def __init__(self, state: SweepState):
         self._state, sweep = state, state.sweep
         self._study, self._ledger, self._policy = state.study, state.ledger, state.policy
-        named = [metric.name for metric in sweep.objectives]
-        named += [rule.metric or "" for rule in sweep.stop]
+        named = [*(metric.name for metric in sweep.objectives), *sweep.rule_metrics]
         self._needs_whole_rows = any(name.startswith("loss/") for name in named) or any(
-            rule.finding for rule in sweep.stop
+            rule.examines for rule in sweep.stop
         )
 
     def run(self) -> tuple[list[tuple[int, Params]], list[TrialRecord]]:

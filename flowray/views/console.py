@@ -60,13 +60,9 @@ class SweepConsole:
             ]
         )
         prefix = "ema/" if sweep.metric.name.startswith("ema/") else ""
-        rules = [rule.metric for rule in sweep.stop if rule.metric]
-        objectives = [metric.name for metric in sweep.objectives]
-        self._shown = list(
-            dict.fromkeys(
-                [*objectives, *rules, f"{prefix}flow/cos", f"{prefix}std/mean", "loss/flow"]
-            )
-        )[:METRICS]
+        shown = [metric.name for metric in sweep.objectives] + list(sweep.rule_metrics)
+        shown += [f"{prefix}flow/cos", f"{prefix}std/mean", "loss/flow"]
+        self._shown = list(dict.fromkeys(shown))[:METRICS]
         self._trials: dict[int, TrialRecord] = {}
         self._paused: set[int] = set()  # trials to be continued, in this session or by a later one
         self._before = 0  # trials that were through when this session began

@@ -65,11 +65,10 @@ class TrialBoard:
             for key, parameter in sweep.parameters.items()
             if not isinstance(parameter, Constant)
         ]
-        rules = [rule.metric for rule in sweep.stop if rule.metric]
         metrics = [
             Metric(name)
             for name in dict.fromkeys(
-                [*(metric.name for metric in sweep.objectives), *SHOWN, *rules]
+                [*(metric.name for metric in sweep.objectives), *SHOWN, *sweep.rule_metrics]
             )
         ]
         self._space = hparams_config_pb(space, metrics)

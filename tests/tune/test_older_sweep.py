@@ -12,7 +12,8 @@ from builders import make_sweep, open_session, study_trials
 
 from flowray.sweepconfig.distributions import LogUniform, Uniform
 from flowray.sweepconfig.search import CmaEsSearch
-from flowray.sweepconfig.sweep import Hyperband, StopRule, Sweep
+from flowray.sweepconfig.stop import BoundRule
+from flowray.sweepconfig.sweep import Hyperband, Sweep
 from flowray.tune.cmaes import GENERATION
 
 METRIC, STEPS = "ema/shoot/nmse", 80
@@ -46,7 +47,7 @@ def test_it_goes_on_as_it_would_have(tmp_path):
     sweep = make_sweep(
         metric={"name": METRIC},
         early_terminate=Hyperband(min_iter=20, eta=2),
-        stop=(StopRule(metric="ema/flow/cos", below=0.3, after=30, patience=2),),
+        stop=(BoundRule(metric="ema/flow/cos", below=0.3, after=30, patience=2),),
         run_cap=9,
         startup_trials=3,
     )

@@ -204,7 +204,7 @@ def test_a_good_sweep_with_values_of_the_recipes_types(write):
             "name: s\n",
             "name: s\npoints: [{optim: {lr: 1e-3}}, 3]\n",
             2,
-            "points: got 3, want a mapping",
+            "points[1]: got 3, want a mapping",
         ),
         (
             "metric: {name: ema/shoot/nmse}",

@@ -406,7 +406,7 @@ def test_points_come_first_as_given_and_are_checked(tmp_path):
     assert "optim.weight_decay is not searched" in refused(
         CONDITIONAL, "points: [{optim.weight_decay: 0.1}]"
     )
-    assert "points: 3 is 1 again; seeds: 2 trains every setting twice" in refused(
+    assert "points[2] is points[0] again; seeds: 2 trains every setting twice" in refused(
         "  optim.lr: {min: 1e-4, max: 1e-2}", "points: [{optim.lr: 1e-3}, {}, {optim.lr: 1e-3}, {}]"
     )
     assert "run_cap 1 is less than the 2 points" in refused(
