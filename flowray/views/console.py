@@ -19,13 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 from flowray.config.progress import duration
-from flowray.config.ranking import best, ranked, steps
+from flowray.config.ranking import steps
 from flowray.report.lines import columns, wrapped
 from flowray.store.doing import doing
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.distributions import Constant
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.records import TrialRecord, repeat_dir
+from flowray.views.standing import Standing
 
 # a quiet sweep says where it is after BEAT_S, then after twice as long, at last every QUIET_S
 BEAT_S, QUIET_S = 2.5, 300.0
@@ -52,6 +53,7 @@ class SweepConsole:
 
     def __init__(self, sweep: Sweep, sweep_dir: Path, total: int, stream: TextIO):
         self._sweep, self._dir, self._total = sweep, sweep_dir, total
+        self._standing = Standing(sweep)
         self._names = short_names(
             [
                 key
@@ -245,10 +247,10 @@ class SweepConsole:
         return sum(t.waits or t.status not in ("running", "waiting") for t in self._trials.values())
 
     def _best(self) -> TrialRecord | None:
-        return best(self._trials.values(), self._sweep.metric)
+        return self._standing.best(self._trials.values())
 
     def _ranked(self) -> list[TrialRecord]:
-        order = ranked(self._trials.values(), self._sweep.metric)
+        order = self._standing.in_order(self._trials.values())
         return sorted(order, key=lambda trial: trial.status != "running")
 
     def _say(self, trial: TrialRecord, words: str) -> None:

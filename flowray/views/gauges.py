@@ -7,6 +7,7 @@ is what a query asks for.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from ray._private.worker import get_dashboard_url
 from ray.util.metrics import Gauge
 
 from flowray.config.keys import describe
-from flowray.config.ranking import best
 from flowray.config.rows import parse_rows
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.records import TrialRecord
+from flowray.views.standing import Standing
 
 EXPORTED = "ray_"  # what Ray puts before every name
 SPEED = "perf/images_per_s"
@@ -148,7 +149,8 @@ class SweepGauges:
     """The sweep as a whole, the trials of earlier sessions too: an observer of the session."""
 
     def __init__(self, sweep: Sweep):
-        self._sweep, self._metric = sweep.name, sweep.metric
+        self._sweep, self._metric, self._standing = sweep.name, sweep.metric, Standing(sweep)
+        self._named = False  # whether the gauge names a best value
         self._trials, self._best = _open(TRIALS), _open(BEST)
         self._records: dict[int, TrialRecord] = {}
 
@@ -169,6 +171,9 @@ class SweepGauges:
         counts = Counter(record.status for record in self._records.values())
         for state in ("running", "waiting", "finished", "stopped", "failed"):
             self._trials.set(counts[state], tags={"sweep": self._sweep, "state": state})
-        first = best(self._records.values(), self._metric)
-        if first and (value := first.value(self._metric.name)) is not None:
-            self._best.set(value, tags={"sweep": self._sweep, "metric": self._metric.name})
+        first = self._standing.best(self._records.values())
+        value = first.value(self._metric.name) if first else None
+        if value is not None or self._named:  # NaN once there is none any more
+            tags = {"sweep": self._sweep, "metric": self._metric.name}
+            self._best.set(math.nan if value is None else value, tags=tags)
+        self._named = value is not None

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import time
 import urllib.request
@@ -99,6 +100,11 @@ def seeds(number: int, lr: float, seed: int, value: float) -> TrialRecord:
     return finished(number, value, params={"optim.lr": lr, "seed": seed})
 
 
+def latent(number: int, channels: int, value: float) -> TrialRecord:
+    return finished(number, value, params={"optim.lr": 0.1 * number, CHANNELS: channels})
+
+
+CHANNELS = "model.latent.channels"
 NEVER = {"status": "stopped", "last_step": 10}
 
 
@@ -118,6 +124,9 @@ NEVER = {"status": "stopped", "last_step": 10}
         ([seeds(0, 1, 0, 0.3), seeds(1, 1, 1, 0.7), seeds(2, 2, 0, 0.45)], "minimize", 2),
         ([seeds(0, 1, 0, 0.3), seeds(1, 1, 1, 0.5), seeds(2, 2, 0, 0.45)], "minimize", 0),
         ([finished(0, 0.1, status="failed"), finished(1, None)], "minimize", None),
+        # values of another latent do not compare
+        ([latent(0, 4, 0.3), latent(1, 4, 0.2)], "minimize", 1),
+        ([latent(0, 4, 0.3), latent(1, 16, 0.2)], "minimize", None),
     ],
 )
 def test_console_gauges_and_report_name_the_same_best_trial(
@@ -127,7 +136,8 @@ def test_console_gauges_and_report_name_the_same_best_trial(
     goal: str,
     wanted: int | None,
 ) -> None:
-    space = {"optim.lr": {"distribution": "uniform", "min": 0.0, "max": 1.0}}
+    space: dict[str, Any] = {"optim.lr": {"distribution": "uniform", "min": 0.0, "max": 1.0}}
+    space |= {CHANNELS: {"distribution": "categorical", "values": [4, 16]}}
     plain = {"name": "s", "base": "unused", "metric": {"name": METRIC, "goal": goal}}
     sweep = Sweep.model_validate({**plain, "parameters": space})
     (tmp_path / "sweep.yaml").write_text(json.dumps(plain))
@@ -135,6 +145,11 @@ def test_console_gauges_and_report_name_the_same_best_trial(
     console, whole = SweepConsole(sweep, tmp_path, len(trials), screen), SweepGauges(sweep)
     for trial in trials:
         ledger.trials[trial.trial] = trial
+        run = tmp_path / str(trial.trial)
+        run.mkdir()
+        (run / "config.yaml").write_text(
+            f"model: {{latent: {{channels: {trial.params.get(CHANNELS, 4)}}}}}\n"
+        )
         console.known(trial)
         whole.known(trial)
     ledger.save()
@@ -146,7 +161,8 @@ def test_console_gauges_and_report_name_the_same_best_trial(
         str(number) for number in (wanted,) if number is not None
     ]
     value = None if wanted is None else trials[wanted].metrics[METRIC]
-    assert seen.get(("flowray_best", "s", METRIC)) == value
+    shown = seen.get(("flowray_best", "s", METRIC))
+    assert shown == value or (value is None and math.isnan(shown))
     assert f"{ledger.saved():.6f}" == f"{report.saved:.6f}"
     share = f"{report.saved:.0%} of the steps saved"
     assert (share in console._headline()) is bool(report.budget_steps)
