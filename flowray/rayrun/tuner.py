@@ -353,7 +353,7 @@ class _Events(Unpickled, tune.Callback):
         )
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._console.beat()
+        self._console.heartbeat()
         self._lock.renew()
         self._pardons.look(trials)
         self._room.look(lambda: sum(map(self._waits_for_room, trials)))

@@ -17,7 +17,6 @@ from flowray.config.keys import describe
 from flowray.config.rounding import rounded
 from flowray.findings.finding import ORDER
 
-Row = Mapping[str, Any]  # `step`, metrics, `findings` where the doctor came
 After = Annotated[int, Field(ge=0)]
 Patience = Annotated[int, Field(gt=0)]
 
@@ -44,8 +43,10 @@ class _Rule(Config):
         """Why it could never be met, if so."""
         return None
 
-    def read(self, row: Row) -> Any:
-        """What of a row it judges; None where the row has nothing for it."""
+    def read(self, row: Mapping[str, Any]) -> Any:
+        """What it judges of a probe row, which has metrics and, where the doctor came, `findings`;
+        None where the row has nothing for it.
+        """
         raise NotImplementedError
 
     def judge(self, read: Sequence[Any], step: int) -> str | None:
@@ -73,7 +74,7 @@ class _MetricRule(_Rule):
         key = describe(self.metric)
         return {"higher": 1.0, "lower": -1.0}.get(key.direction if key else "none", 0.0)
 
-    def read(self, row: Row) -> Any:
+    def read(self, row: Mapping[str, Any]) -> Any:
         return row.get(self.metric)
 
 
@@ -157,7 +158,7 @@ class FindingRule(_Rule):
             f" ({', '.join(ORDER)}) or one of {', '.join(finding_ids)}"
         )
 
-    def read(self, row: Row) -> Any:
+    def read(self, row: Mapping[str, Any]) -> Any:
         return row.get("findings")
 
     def judge(self, read: Sequence[Sequence[Mapping[str, Any]]], step: int) -> str | None:

@@ -76,7 +76,7 @@ class CmaEsSampler(BaseSampler):
         drawn: dict[str, float] = trial.system_attrs.get(DRAW, {})
         # else it is resumed, maybe from before it was given all that was drawn
         if GENERATION not in trial.system_attrs:
-            strategy = self._told(study, list(search_space))
+            strategy = self._replayed(study, list(search_space))
             drawn = dict(zip(search_space, strategy.ask().tolist(), strict=True))
             set_attribute(study, trial, DRAW, drawn)
             set_attribute(study, trial, GENERATION, strategy.generation)  # last: it has both then
@@ -91,7 +91,7 @@ class CmaEsSampler(BaseSampler):
     ) -> Any:
         return self._random.sample_independent(study, trial, param_name, param_distribution)
 
-    def _told(self, study: Study, keys: Sequence[str]) -> Strategy:
+    def _replayed(self, study: Study, keys: Sequence[str]) -> Strategy:
         """The strategy after every generation of the study that is full; late trials of an older
         generation are left out.
         """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowray.sweepconfig.sweep import Sweep
-from flowray.tune.halving import Pruner, Rungs, make_pruner
+from flowray.tune.pruners import Pruner, Rungs, make_pruner
 from flowray.tune.records import StopKind
 from flowray.tune.stop import StopRules
 

@@ -5,10 +5,10 @@ from probes.jsonl and findings.jsonl.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowray.sweepconfig.stop import Row, StopRule
+from flowray.sweepconfig.stop import StopRule
 
 
 class StopRules:
@@ -26,7 +26,7 @@ class StopRules:
         self.last_step = -1
         self.rule: int | None = None  # which rule stopped it; None: a number that is not finite
 
-    def feed(self, row: Row) -> str | None:
+    def feed(self, row: Mapping[str, Any]) -> str | None:
         """Why the trial should stop after this row (`step`, metrics, `findings` where the doctor
         came), in words, or None.
         """

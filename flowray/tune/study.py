@@ -43,11 +43,11 @@ from flowray.tune.space import (
     suggest,
 )
 
-REASON = "flowray"  # the user attribute that holds why a trial ended as it did
-STOPPED_BY = "flowray:stop"  # that of the kind and the rule of a stop
-FROM = "flowray:from"  # that of a trial of an earlier sweep: which one
-# that of the value of a stopped trial that was finished later: its number
-FINISHES = "flowray:finishes"
+# user attributes of the study's trials
+REASON = "flowray"  # why the trial was stopped or failed, in words
+STOPPED_BY = "flowray:stop"  # [kind, rule] of the decision that stopped it
+FROM = "flowray:from"  # the run directory of a trial that an earlier sweep trained
+FINISHES = "flowray:finishes"  # the number of the stopped trial whose value after all this one has
 # drafts by the sampler, then as many at random; after them the first unused setting is taken
 TRIES = 4
 # a lock of the journal lasts milliseconds; one that stays so long belonged to a killed process
@@ -157,7 +157,12 @@ class SweepStudy:
                     self._study.add_trial(trial)
 
     def _all(self) -> list[FrozenTrial]:
-        return self._stored.get_trials(deepcopy=False)  # as they stand, also those that wait
+        """As they stand in the journal, those of earlier sweeps too."""
+        return self._stored.get_trials(deepcopy=False)
+
+    def as_sampled(self) -> list[FrozenTrial]:
+        """Every trial that the sampler learns from, as it sees them."""
+        return self._study.get_trials(deepcopy=False)
 
     def trials(self) -> list[FrozenTrial]:
         """Every trial of the sweep as it stands in the journal."""

@@ -25,11 +25,12 @@ from flowray.store.doing import doing
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.distributions import Constant
 from flowray.sweepconfig.sweep import Sweep
+from flowray.tune.observers import Observer
 from flowray.tune.records import TrialRecord, repeat_dir
 from flowray.views.standing import Standing
 
-# a quiet sweep says where it is after BEAT_S, then after twice as long, at last every QUIET_S
-BEAT_S, QUIET_S = 2.5, 300.0
+# a quiet sweep says where it is after HEARTBEAT_S, then after twice as long, at last every QUIET_S
+HEARTBEAT_S, QUIET_S = 2.5, 300.0
 GENERIC = {"kind", "weight", "low", "high"}  # last parts of a key that say nothing alone
 METRICS = 4
 ROWS = 16  # of the live table; the report has them all
@@ -46,7 +47,7 @@ STATES = {
 INDENT = " " * 9  # of an event's second line: below its words
 
 
-class SweepConsole:
+class SweepConsole(Observer):
     """Prints to `stream`; use it as a context manager around the sweep. No Ray: between probes
     it reads each run's metrics.jsonl.
     """
@@ -69,7 +70,7 @@ class SweepConsole:
         self._paused: set[int] = set()  # trials to be continued, in this session or by a later one
         self._before = 0  # trials that were through when this session began
         self._begin = self._last = time.monotonic()
-        self._pause = BEAT_S
+        self._pause = HEARTBEAT_S
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         if not self._console.is_terminal:
             self._console.width = columns()
@@ -116,7 +117,7 @@ class SweepConsole:
         place = f"({trial.last_step} of {trial.budget_steps} steps, {trial.seconds:.0f} s)"
         self._say(trial, f"{self._state(trial).upper():<10} {words}  {place}")
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Called often; prints a line when nothing was printed for a while, ever longer while
         nothing happens.
         """
@@ -254,7 +255,7 @@ class SweepConsole:
         return sorted(order, key=lambda trial: trial.status != "running")
 
     def _say(self, trial: TrialRecord, words: str) -> None:
-        self._trials[trial.trial], self._pause = trial, BEAT_S
+        self._trials[trial.trial], self._pause = trial, HEARTBEAT_S
         self._print(f"trial {trial.trial:<3} {words}")
 
     def _print(self, words: str) -> None:

@@ -22,6 +22,7 @@ from flowray.config.keys import describe
 from flowray.config.rows import parse_rows
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.sweep import Sweep
+from flowray.tune.observers import Observer
 from flowray.tune.records import TrialRecord
 from flowray.views.standing import Standing
 
@@ -145,7 +146,7 @@ class RunGauges:
         return rows[-1].get(SPEED) if rows else None
 
 
-class SweepGauges:
+class SweepGauges(Observer):
     """The sweep as a whole, the trials of earlier sessions too: an observer of the session."""
 
     def __init__(self, sweep: Sweep):
@@ -153,18 +154,6 @@ class SweepGauges:
         self._named = False  # whether the gauge names a best value
         self._trials, self._best = _open(TRIALS), _open(BEST)
         self._records: dict[int, TrialRecord] = {}
-
-    def known(self, trial: TrialRecord) -> None:
-        self._show(trial)
-
-    def started(self, trial: TrialRecord) -> None:
-        self._show(trial)
-
-    def probed(self, trial: TrialRecord) -> None:
-        self._show(trial)
-
-    def ended(self, trial: TrialRecord) -> None:
-        self._show(trial)
 
     def _show(self, trial: TrialRecord) -> None:
         self._records[trial.trial] = trial
@@ -177,3 +166,5 @@ class SweepGauges:
             tags = {"sweep": self._sweep, "metric": self._metric.name}
             self._best.set(math.nan if value is None else value, tags=tags)
         self._named = value is not None
+
+    known = started = probed = ended = _show

@@ -41,6 +41,7 @@ from flowray.sweepconfig.distributions import (
     Uniform,
 )
 from flowray.sweepconfig.sweep import Sweep
+from flowray.tune.observers import Observer
 from flowray.tune.records import TrialRecord
 from flowray.tune.study import Journal
 
@@ -50,7 +51,7 @@ HPARAMS = ".hparams"  # ends the name of an event file that holds no scalars
 SHOWN = ("ema/shoot/nmse", "ema/shoot/skill", "ema/flow/cos", "ema/std/mean", "loss/flow")
 
 
-class TrialBoard:
+class TrialBoard(Observer):
     """A row in TensorBoard's HParams tab for every trial, beside the scalars in the trial's own
     event files.
 
@@ -73,18 +74,12 @@ class TrialBoard:
         ]
         self._space = hparams_config_pb(space, metrics)
 
-    def known(self, trial: TrialRecord) -> None:
-        """It has its row."""
-
     def started(self, trial: TrialRecord) -> None:
         folder = self._folder(trial)
         if any(folder.glob(f"*{HPARAMS}")):  # continued: it has its row
             return
         params = {key: _scalar(value) for key, value in trial.params.items() if value is not None}
         _write(folder, self._space, hparams_pb(params, trial_id=f"trial {trial.trial}"))
-
-    def probed(self, trial: TrialRecord) -> None:
-        """Its scalars are written by the trial."""
 
     def ended(self, trial: TrialRecord) -> None:
         # paused, to be continued by a later session
@@ -133,7 +128,7 @@ def _scalar(value: Any) -> bool | float | str:
     return float(value) if isinstance(value, int | float) else json.dumps(value)
 
 
-class Gallery:
+class Gallery(Observer):
     """Attaches each new sample strip to its trial in the study, through Optuna's artifacts:
     optuna-dashboard shows them there.
 
@@ -156,11 +151,8 @@ class Gallery:
         (self._dir / ARTIFACTS).mkdir(exist_ok=True)
         return FileSystemArtifactStore(str(self._dir / ARTIFACTS))
 
-    def known(self, trial: TrialRecord) -> None:
-        """It has its pictures."""
-
     def started(self, trial: TrialRecord) -> None:
-        """No pictures yet; with the first trial the study is there to be given its names."""
+        """With the first trial the study is there, to be given its names."""
         if self._named:
             return
         with warnings.catch_warnings():
@@ -190,9 +182,6 @@ class Gallery:
                     study_or_trial=frozen,
                     storage=self._storage,
                 )
-
-    def ended(self, trial: TrialRecord) -> None:
-        """Its pictures came with the last probe."""
 
     def _frozen(self, number: int) -> FrozenTrial:
         study = self._storage.get_study_id_from_name(self._study)

@@ -23,8 +23,7 @@ from flowray.sweepconfig.parameters import LogUniform, Uniform
 from flowray.sweepconfig.stop import BoundRule, GainRule
 from flowray.sweepconfig.sweep import Asha, Hyperband, Median, Sweep
 from flowray.tune.cmaes import Strategy
-from flowray.tune.halving import Rungs
-from flowray.tune.median import MedianRule
+from flowray.tune.pruners import MedianRule, Rungs
 from flowray.tune.stop import StopRules
 
 METRIC = "ema/shoot/nmse"

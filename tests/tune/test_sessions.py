@@ -15,9 +15,8 @@ from optuna.trial import TrialState
 from flowray.config.errors import InputError
 from flowray.sweepconfig.stop import BoundRule
 from flowray.sweepconfig.sweep import Asha, Hyperband, Median
-from flowray.tune.halving import PRUNERS, Rungs, make_pruner
 from flowray.tune.ledger import Ledger
-from flowray.tune.median import MedianRule
+from flowray.tune.pruners import PRUNERS, MedianRule, Rungs, make_pruner
 from flowray.tune.records import repeat_dir, repeat_of
 
 make = partial(make_sweep, method="random", run_cap=3)
