@@ -15,7 +15,6 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.trial import FrozenTrial
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
@@ -167,7 +166,9 @@ class Gallery(Observer):
         strips = sorted((self._dir / str(trial.trial) / "samples").glob("step_*.png"))
         if not strips:
             return
-        frozen = self._frozen(trial.trial)
+        study = self._storage.get_study_id_from_name(self._study)
+        number = self._storage.get_trial_id_from_study_id_trial_number(study, trial.trial)
+        frozen = self._storage.get_trial(number)
         if frozen.state.is_finished():  # a stopped trial that is finished after all
             return
         known = {
@@ -182,9 +183,3 @@ class Gallery(Observer):
                     study_or_trial=frozen,
                     storage=self._storage,
                 )
-
-    def _frozen(self, number: int) -> FrozenTrial:
-        study = self._storage.get_study_id_from_name(self._study)
-        return self._storage.get_trial(
-            self._storage.get_trial_id_from_study_id_trial_number(study, number)
-        )
