@@ -5,7 +5,6 @@ next session), stopped, finished or failed.
 
 from __future__ import annotations
 
-import json
 import textwrap
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from flowray.store.run import RunDirectory
 from flowray.sweepconfig.distributions import Constant
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.observers import Observer
-from flowray.tune.records import TrialRecord, repeat_dir
+from flowray.tune.records import TrialRecord, last_row, repeat_dir
 from flowray.views.standing import Standing
 
 # a quiet sweep says where it is after HEARTBEAT_S, then after twice as long, at last every QUIET_S
@@ -299,18 +298,6 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
         ]
         names[key] = clear[0] if clear else key
     return names
-
-
-def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole row of a JSON-lines file, or None; reads only its end."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 16_384))
-            lines = file.read().split(b"\n")[:-1]
-        row: dict[str, Any] = json.loads(lines[-1])
-    except (OSError, IndexError, json.JSONDecodeError):
-        return None
-    return row
 
 
 def _brief(value: Any, digits: int = 3) -> str:

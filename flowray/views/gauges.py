@@ -19,16 +19,14 @@ from ray._private.worker import get_dashboard_url
 from ray.util.metrics import Gauge
 
 from flowray.config.keys import describe
-from flowray.config.rows import parse_rows
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.observers import Observer
-from flowray.tune.records import TrialRecord
+from flowray.tune.records import TrialRecord, last_row
 from flowray.views.standing import Standing
 
 EXPORTED = "ray_"  # what Ray puts before every name
 SPEED = "perf/images_per_s"
-LAST_BYTES = 2**16  # of metrics.jsonl, for its last row
 
 
 @dataclass(frozen=True)
@@ -129,21 +127,12 @@ class RunGauges:
         """Set the gauges to a reported row; what it lacks stays as it was. Speed is from the
         run's metrics: rows of training have none.
         """
-        speed = {SPEED: self._speed()} if SPEED not in row else {}
+        speed = row if SPEED in row else last_row(self._run.metrics) or {}
+        shown = {SPEED: speed.get(SPEED), **row}
         for key, gauge in self._gauges.items():
-            value = row.get(f"ema/{key}", row.get(key, speed.get(key)))
+            value = shown.get(f"ema/{key}", shown.get(key))
             if isinstance(value, int | float):
                 gauge.set(float(value), tags=self._labels)
-
-    def _speed(self) -> float | None:
-        """Of the last whole row of metrics.jsonl, of which no more is read than its end."""
-        try:
-            with self._run.metrics.open("rb") as file:
-                file.seek(max(0, self._run.metrics.stat().st_size - LAST_BYTES))
-                rows, _ = parse_rows(file.read().decode(errors="replace"))
-        except OSError:
-            return None
-        return rows[-1].get(SPEED) if rows else None
 
 
 class SweepGauges(Observer):

@@ -17,7 +17,7 @@ from flowray.report.load import load_sweep
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.ledger import Ledger
-from flowray.tune.records import TrialRecord
+from flowray.tune.records import LAST_BYTES, TrialRecord
 from flowray.views import gauges
 from flowray.views.console import SweepConsole
 from flowray.views.gauges import RunGauges, SweepGauges, exported_names, leave_link
@@ -183,7 +183,7 @@ def test_speed_is_of_the_last_step_logged(
                 + "\n"
             )
         file.write('{"step": 2000, "perf/im')  # is being written
-    assert run.metrics.stat().st_size > gauges.LAST_BYTES
+    assert run.metrics.stat().st_size > LAST_BYTES
     shown.show({"step": 2000})
     assert seen["flowray_images_per_s", "s/4"] == 2999.0
     shown.show({"step": 1, "perf/images_per_s": 7.0})  # of a sweep over samplers
