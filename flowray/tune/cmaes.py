@@ -33,8 +33,8 @@ class Strategy(CMA):
         super().__init__(np.full(n, 0.5), sigma, seed=seed, population_size=population)
 
     def ask(self) -> np.ndarray:
-        """A point (n,) of the cube, those beyond it on its side: drawn again, as the package does
-        with bounds, they would come to a best value at an end of a range much later.
+        """A point (n,) of the cube; one that falls outside is moved to its side. The package would
+        draw it again, and come to a best value at the end of a range much later.
         """
         return np.clip(super().ask(), 0.0, 1.0)
 
@@ -118,7 +118,9 @@ def _reached(trial: FrozenTrial) -> float:
 
 
 def _as_drawn(trial: FrozenTrial) -> bool:
-    """Whether it was given what was drawn for it, and not another setting as that was there."""
+    """Whether the trial has the setting that was drawn for it; it was given another where some
+    trial had that one already.
+    """
     drawn = {
         key: _from_unit(trial.distributions[key], x) for key, x in trial.system_attrs[DRAW].items()
     }

@@ -24,7 +24,7 @@ STEP = "flowray:step"
 
 
 class RungNsga(NSGAIISampler):
-    """Optuna's NSGA-II on the graded trials."""
+    """Optuna's NSGA-II on the trials as `graded` ranks them. Its name stands in studies on disk."""
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial

@@ -1,4 +1,4 @@
-"""Whoever shows a sweep as it goes."""
+"""Observers of a sweep: the console, TensorBoard, the pictures in the study, Ray's gauges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flowray.tune.records import TrialRecord
 
 
 class Observer:
-    """Hears of every trial what happens to it; what it does not define is nothing to it."""
+    """Is called with every trial's record as it changes; a method left out does nothing."""
 
     def known(self, trial: TrialRecord) -> None:
         """A trial that an earlier session left, as this one begins."""

@@ -147,8 +147,8 @@ class SweepSession:
         return bool(self.ledger.by("running"))
 
     def _promoted(self) -> int | None:
-        """The trial that belongs on from the rung it waits at. Where no trial came through, the
-        most promising one does in the end.
+        """The trial that is to go on from its rung now. Where all wait and none was good enough to
+        go on, the most promising one does, so that a sweep ends with a finished trial.
         """
         if self._finishing:
             return None
@@ -185,8 +185,8 @@ class SweepSession:
         return record.stopped_by is not None or number in self._pausing
 
     def end(self, number: int, error: str | None = None) -> None:
-        """The trial runs no more: finished, ended as `report` said (also to pause), or failed with
-        `error` (one line).
+        """Take note that the trial's process has ended: at its last step, because `report` said so
+        (to stop or to pause), or with `error` (one line).
         """
         record = self.ledger.trials[number]
         if error is None and record.stopped_by is None:

@@ -86,9 +86,9 @@ PartialResultOf = Callable[[int], PartialResult | None]
 def with_partial_results(
     partial_result: PartialResultOf, trials: Sequence[FrozenTrial]
 ) -> list[FrozenTrial]:
-    """The trials as a sampler is to learn from them: those that have come to a rung, waiting or
-    running, and stopped ones of several metrics, of which the journal has no values, are pruned
-    with their values there.
+    """The trials as a sampler learns from them: each with a partial result counts as pruned, with
+    that result as its values. These are the ones that have come to a rung, waiting or running, and
+    in a sweep of several metrics the stopped ones, of which the journal keeps no values.
     """
 
     def seen(trial: FrozenTrial) -> FrozenTrial:
@@ -203,9 +203,8 @@ class SweepStudy:
         return sorted(found, key=lambda each: each[0])
 
     def _unrepeated(self, trial: Trial) -> Trial:
-        """The trial with its setting settled, where it might be one that another trial has.
-
-        One that was given a part of its parameters by a killed session keeps what it has.
+        """The trial, with a setting fixed for it that no other trial has, where the sampler might
+        draw one again. A trial that a killed session gave some of its parameters keeps them.
         """
         sweep, planned = self._sweep, self._all()[trial.number].system_attrs.get(FIXED, {})
         if trial.params or not (self._repeats or planned):
@@ -238,8 +237,8 @@ class SweepStudy:
         self._study.tell(number, list(values), state=TrialState.COMPLETE)
 
     def finish_later(self, number: int, *values: float) -> None:
-        """A stopped trial has been finished: what the study was told cannot be taken back, so
-        its value comes as a further trial.
+        """Record the values of a stopped trial that was trained to its end after all. A study
+        does not let a pruned trial change, so they become those of a further trial.
         """
         told = self._all()[number]
         later = optuna.trial.create_trial(
@@ -254,7 +253,7 @@ class SweepStudy:
         """PRUNED: Optuna takes the last reported value as the trial's, at its step, and ranks it
         below trials that went further.
 
-        by: the kind and the rule of its `Stop`, for a session that has lost the account.
+        by: the kind and the rule of its `Stop`, for a session whose ledger is lost or behind.
         """
         self._live[number].set_user_attr(REASON, why)
         self._live[number].set_user_attr(STOPPED_BY, list(by))

@@ -1,4 +1,4 @@
-"""Who else looks on while a sweep runs: TensorBoard's HParams tab and the pictures of the trials
+"""Observers that write for other tools: TensorBoard's HParams tab and the pictures of the trials
 in the Optuna study. No Ray.
 """
 
