@@ -130,7 +130,7 @@ def _default(bench: Bench, facts: dict[str, Any]) -> list[str]:
     """What the default stops by, and how it does on pools that it was not chosen with."""
     sweep, halving = bench.sweep, bench.sweep.early_terminate
     rules = [
-        f"- {rule.metric or rule.finding}:"
+        f"- {''.join(rule.metrics) or rule.what}:"
         f" {rule.model_dump(exclude_none=True, exclude={'metric', 'finding'})}"
         for rule in sweep.stop
     ]
@@ -235,11 +235,7 @@ def _rho(value: float) -> str:
 
 def _shown(bench: Bench) -> list[str]:
     """The metrics that say most, and those that decide, whatever they say."""
-    named = [
-        bench.sweep.metric.name,
-        bench.loss,
-        *(rule.metric for rule in bench.sweep.stop if rule.metric),
-    ]
+    named = [bench.sweep.metric.name, bench.loss, *bench.sweep.rule_metrics]
     return list(dict.fromkeys([*ranked(bench)[:SHOWN], *named]))
 
 

@@ -186,7 +186,7 @@ def _run(
     not.
     """
     sweep = session.sweep
-    watched = {sweep.metric.name, *(rule.metric for rule in sweep.stop if rule.metric)}
+    watched = {sweep.metric.name, *sweep.rule_metrics}
     for row in entry.rows:
         step = int(row["step"])
         if (step % every and step < budget) or step <= session.ledger.trials[number].last_step:

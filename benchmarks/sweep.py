@@ -136,7 +136,7 @@ def _check(pool: Pool, sweep: Sweep, loss: str) -> int:
             " a pool of it"
         )
     known = {key for entry in pool.entries for row in entry.rows for key in row}
-    for name in (sweep.metric.name, loss, *(rule.metric for rule in sweep.stop if rule.metric)):
+    for name in (sweep.metric.name, loss, *sweep.rule_metrics):
         if name not in known:
             raise InputError(
                 f"{name} is not in the record; recorded are {', '.join(sorted(known - {'step'}))}"

@@ -18,12 +18,13 @@ from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search.optuna import OptunaSearch
 
-from benchmarks.began import BEGAN, began
+from benchmarks.timed_loop import FIRST_LINE, timed_loop
 from flowray.cluster.storage import marker_file
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
 from flowray.rayrun.tuner import run_sweep, train_trial
 from flowray.sweepconfig.sweep import Sweep
+from flowray.tune.observers import Observer
 from flowray.tune.records import TrialRecord
 
 METRIC, KEY = "ema/shoot/nmse", "optim.lr"
@@ -40,22 +41,18 @@ class Start:
     row: float
 
 
-class _Times:
-    """An observer that notes when a trial started, and when its first row came."""
+class _Times(Observer):
+    """Notes when a trial started, and when its first row came."""
 
     def __init__(self) -> None:
         self.started_at: dict[int, float] = {}
         self.probed_at: dict[int, float] = {}
-
-    def known(self, trial: TrialRecord) -> None: ...
 
     def started(self, trial: TrialRecord) -> None:
         self.started_at.setdefault(trial.trial, time.time())
 
     def probed(self, trial: TrialRecord) -> None:
         self.probed_at.setdefault(trial.trial, time.time())
-
-    def ended(self, trial: TrialRecord) -> None: ...
 
 
 def through_flowray(folder: Path, recipe: Recipe, trials: int) -> list[Start]:
@@ -77,7 +74,7 @@ def through_flowray(folder: Path, recipe: Recipe, trials: int) -> list[Start]:
         sweep,
         recipe,
         resume=False,
-        trial_fn=partial(train_trial, worker=began),
+        trial_fn=partial(train_trial, worker=timed_loop),
         stream=io.StringIO(),
         observers=[times],
     )
@@ -88,7 +85,7 @@ def through_flowray(folder: Path, recipe: Recipe, trials: int) -> list[Start]:
 
 
 def _start(asked: float, run_dir: Path, probed: float) -> Start:
-    return Start(float((run_dir / BEGAN).read_text()) - asked, probed - asked)
+    return Start(float((run_dir / FIRST_LINE).read_text()) - asked, probed - asked)
 
 
 class _Asked(OptunaSearch):
@@ -126,7 +123,7 @@ def through_stock(folder: Path, recipe: Recipe, trials: int) -> list[Start]:
         to_tune: list[Any] = [TuneReportCallback()]
         with marker_file(run_dir) as marker:
             TorchTrainer(
-                began,
+                timed_loop,
                 train_loop_config={
                     "recipe": override_recipe(recipe, config).model_dump(mode="json"),
                     "run_dir": str(run_dir),

@@ -19,7 +19,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py"))
 BELOW: dict[str, tuple[str, ...]] = {
     "config": (),
     "findings": ("config",),
-    "sweepconfig": ("config",),
+    "sweepconfig": ("findings",),
     "data": ("config",),
     "flow": ("config",),
     "model": ("config",),

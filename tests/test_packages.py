@@ -20,6 +20,7 @@ PACKAGES = {  # import name -> name in pyproject.toml
     "einops": "einops",
     "webdataset": "webdataset",
     "optuna": "optuna",
+    "cmaes": "cmaes",
     "tensorboardX": "tensorboardX",
     "pydantic": "pydantic",
     "rich": "rich",
@@ -107,7 +108,7 @@ def test_what_is_tested_lies_in_the_declared_ranges() -> None:
     assert outside == []
 
 
-@pytest.mark.parametrize("name", ["ray", "optuna", "torch"])
+@pytest.mark.parametrize("name", ["cmaes", "ray", "optuna", "torch"])
 def test_a_range_has_an_end_where_private_names_are_used(name: str) -> None:
     specifiers = [each.specifier for each in requirements() if each.name == name]
     assert any(part.operator in ("<", "<=", "==", "~=") for each in specifiers for part in each)

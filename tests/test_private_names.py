@@ -16,15 +16,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cmaes
+import numpy as np
 import optuna
 import pytest
 import ray
 import torch
 
 from flowray.cluster import ray_private
+from flowray.tune import optuna_private
+from flowray.tune.cmaes import Strategy
 
 ROOT = Path(__file__).parent.parent
-WATCHED = ("ray", "optuna", "torch", "transformers", "diffusers", "tensorboardX")
+WATCHED = ("ray", "optuna", "cmaes", "torch", "transformers", "diffusers", "tensorboardX")
 KUBERAY = {"RAY_CLUSTER_NAME", "RAY_CLUSTER_NAMESPACE"}  # set in its pods, not read by Ray
 
 
@@ -84,11 +88,14 @@ def _study() -> optuna.Study:
     return optuna.create_study(storage=optuna.storages.InMemoryStorage())
 
 
+def _trial() -> optuna.Trial:
+    return _study().ask()
+
+
 # Where a private attribute is found: an object of the class that flowray reads it from.
 HOLDERS: dict[str, Callable[[], Any]] = {
     "_storage": _study,
-    "_get_trials": _study,
-    "_trial_id": lambda: (study := _study(), study.ask(), study.trials[0])[-1],
+    "_trial_id": _trial,
     "_foreach_lerp_": lambda: torch,
     "_cdata": lambda: torch.zeros(1).untyped_storage(),
     "_base_exc": lambda: ray_private.UserError(ValueError(), ""),
@@ -125,16 +132,36 @@ def test_there_are_some() -> None:
     assert {"_foreach_lerp_", "_storage"} <= {name for _, name in private_attributes()}
 
 
-def test_studies_hand_trials_on_as_optuna_asks_for_them() -> None:
-    """flowray/tune/study.py and nsga.py override `_get_trials`, which Optuna's samplers call."""
-    import flowray.tune.nsga as nsga
-    import flowray.tune.study as study
+def test_optunas_private_names_stand_in_one_file() -> None:
+    """In no other file that imports Optuna, `self` of a class derived from one of its apart."""
+    only = "flowray/tune/optuna_private.py"
+    holders = {name for name, make in HOLDERS.items() if make in (_study, _trial)}
+    assert {file for file, name in private_attributes() if name in holders} == {only}
+    assert [file for file, module, _ in private_imports() if module.startswith("optuna")] == []
 
-    wanted = list(inspect.signature(optuna.Study._get_trials).parameters.values())
-    for ours in (study._StudyWithPartialResults, nsga._Graded):
-        got = inspect.signature(ours._get_trials).parameters
-        assert list(got) == [each.name for each in wanted], ours
-        assert [each.default for each in got.values()] == [each.default for each in wanted], ours
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "name"),
+    [
+        (optuna_private.ViewedStudy, optuna.Study, "_get_trials"),
+        (optuna_private.DraftTrial, optuna.trial.FixedTrial, "_suggest"),
+        (Strategy, cmaes.CMA, "_sample_solution"),
+    ],
+)
+def test_what_is_overridden_is_called_as_it_was(ours: type, theirs: type, name: str) -> None:
+    assert issubclass(ours, theirs)
+    got, wanted = (inspect.signature(getattr(each, name)).parameters for each in (ours, theirs))
+    assert [(each.name, each.default) for each in got.values()] == [
+        (each.name, each.default) for each in wanted.values()
+    ]
+
+
+def test_cma_es_has_what_its_draws_are_made_of() -> None:
+    """flowray/tune/cmaes.py reads these of its own `self`."""
+    strategy = cmaes.CMA(mean=np.zeros(2), sigma=1.0, seed=0)
+    vectors, lengths = strategy._eigen_decomposition()
+    assert (vectors.shape, lengths.shape, strategy._sigma) == ((2, 2), (2,), 1.0)
+    assert strategy._mean.shape == strategy._rng.randn(2).shape == (2,)
 
 
 def test_the_backend_is_started_as_ray_starts_it() -> None:

@@ -22,10 +22,10 @@ from flowray.findings.rules import RULES
 from flowray.sweepconfig.check import base_recipe, check_trials
 from flowray.sweepconfig.file import load_sweep
 from flowray.sweepconfig.schema import sweep_schema
+from flowray.sweepconfig.stop import check_rules
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.folder import sweep_folder
 from flowray.tune.ledger import Ledger
-from flowray.tune.stop import check_findings
 
 if TYPE_CHECKING:
     from flowray.rayrun.tuner import SweepResult
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
     sweep = load_sweep(args.sweep, args.overrides, in_place=True)
     base = base_recipe(sweep)
     check_trials(sweep, base)
-    check_findings(sweep.stop, [rule.id for rule in RULES])
+    check_rules(sweep.stop, [rule.id for rule in RULES])
     quiet_libraries()
     progress = ConsoleProgress()
     _look(sweep, args.resume, args.finish or (), progress)

@@ -25,6 +25,7 @@ from flowray.config.recipe import Recipe
 from flowray.config.sources import packaged
 from flowray.sweepconfig.check import corner, needed
 from flowray.sweepconfig.parameters import ends
+from flowray.sweepconfig.stop import rule_words
 from flowray.sweepconfig.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def print_plan(facts: dict[str, Any]) -> None:
         for point in facts["points"]
     ]
     lines += [facts["warm_start"]] if facts["warm_start"] else []
-    lines += [_stop(rule) for rule in facts["stop"]]
+    lines += [f"stop: {rule_words(rule)}" for rule in facts["stop"]]
     if facts["rungs"]:
         lines.append(f"halving at steps {', '.join(map(str, facts['rungs']))}")
     elif facts["early_terminate"]:
@@ -285,20 +286,6 @@ def _space(spec: dict[str, Any]) -> str:
         for key, values in spec.get("when", {}).items()
     )
     return f"{spec['distribution']}  {ends}{step}{near}{when}"
-
-
-def _stop(rule: dict[str, Any]) -> str:
-    if "finding" in rule:
-        what = f"finding {rule['finding']}"
-    elif "gains_less_than" in rule:
-        return (
-            f"stop: {rule['metric']} gains less than {rule['gains_less_than']:g} in"
-            f" {rule['patience']} probes, from step {rule['after']}"
-        )
-    else:
-        side = "below" if "below" in rule else "above"
-        what = f"{rule['metric']} {side} {rule[side]:g}"
-    return f"stop: {what} from step {rule['after']}, {rule['patience']} probes in a row"
 
 
 def _resources(facts: dict[str, Any]) -> str:

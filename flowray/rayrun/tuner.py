@@ -365,7 +365,7 @@ class _Events(NotRestored, tune.Callback):
         return sum(map(newest_step, self._runs(number)))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._console.beat()
+        self._console.heartbeat()
         self._lock.renew()
         self._failures.update(trials)
         self._room.look(lambda: sum(map(self._waits_for_room, trials)))

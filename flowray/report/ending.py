@@ -15,7 +15,8 @@ from flowray.report.analysis import runner_up_words
 from flowray.report.edges import edges
 from flowray.report.lines import wrapped
 from flowray.report.results import Sweep, Trial
-from flowray.report.sweep_page import mapping, stop_rule_text, sweep_commands, sweep_verdict
+from flowray.report.sweep_page import mapping, sweep_commands, sweep_verdict
+from flowray.sweepconfig.stop import rule_words
 
 REASONS = 3  # groups of stops, and of failures, that are told apart
 
@@ -72,7 +73,7 @@ def _reason(
     if trial.stop_kind == "comparison":
         return _compared(trial, halving)
     if trial.stop_kind == "rule" and trial.stop_rule is not None and trial.stop_rule < len(rules):
-        return stop_rule_text(rules[trial.stop_rule])
+        return rule_words(rules[trial.stop_rule])
     return _not_finite(trial, watched) or trial.stopped_by
 
 
@@ -94,8 +95,8 @@ def _guessed(trial: Trial, rules: Sequence[Mapping[str, Any]], halving: str) -> 
         return words
     for rule in rules:
         if trial.last_step >= rule.get("after", 0) and _holds(rule, trial):
-            return stop_rule_text(rule)
-    others = [stop_rule_text(rule) for rule in rules if rule.get("gains_less_than") is not None]
+            return rule_words(rule)
+    others = [rule_words(rule) for rule in rules if rule.get("gains_less_than") is not None]
     others += [_compared(trial, halving)] if halving else []
     return others[0] if len(others) == 1 else trial.stopped_by or "no reason was recorded"
 

@@ -8,7 +8,7 @@ import itertools
 import re
 import shlex
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from flowray.report.page import (
 )
 from flowray.report.results import Run, Status, Sweep, Trial
 from flowray.report.stages import stages, without_flow
+from flowray.sweepconfig.stop import rule_words
 
 TABLE_METRICS = ("shoot/nmse", "flow/cos", "std/mean", "loss/flow")
 EVALUATIONS = ("eval/all_correct", "eval/mean_attribute_accuracy", "perf/images_per_s")
@@ -355,21 +356,7 @@ def _stop_texts(settings: dict[str, Any]) -> list[str]:
         else:
             eta = f", the best 1/{early['eta']:g} go on" if "eta" in early else ""
             texts.append(f"{early.get('type')} from step {early.get('min_iter')}{eta}")
-    return [*texts, *map(stop_rule_text, settings.get("stop") or [])]
-
-
-def stop_rule_text(rule: Mapping[str, Any]) -> str:
-    """A stop rule of sweep.yaml in words."""
-    what, bounds = rule.get("finding") or rule.get("metric"), ("below", "above", "gains_less_than")
-    bound = next(
-        (
-            f" {name.replace('_', ' ')} {rule[name]:g}"
-            for name in bounds
-            if rule.get(name) is not None
-        ),
-        "",
-    )
-    return f"{what}{bound} at {rule.get('patience', 1)} probes from step {rule.get('after', 0)}"
+    return [*texts, *map(rule_words, settings.get("stop") or [])]
 
 
 def _range_text(spec: dict[str, Any]) -> str:

@@ -44,52 +44,51 @@ def check_trials(sweep: Sweep, base: Recipe) -> None:
     Also refuses metrics of the raw weights where the recipe probes the EMA only, as they would
     never be seen; a ranking of what does not compare; rungs without a checkpoint.
     """
-    if base.probes.doctor_every == 0 and any(rule.finding for rule in sweep.stop):
-        raise InputError(
-            f"sweep {sweep.name}: a stop rule waits for a finding, but no doctor comes; type"
-            " set.probes.doctor_every=1"
-        )
+
+    def refuse(words: str) -> InputError:
+        return InputError(f"sweep {sweep.name}: {words}")
+
+    if base.probes.doctor_every == 0 and any(rule.examines for rule in sweep.stop):
+        words = "a stop rule waits for a finding, but no doctor comes"
+        raise refuse(f"{words}; type set.probes.doctor_every=1")
     if sweep.task == "sample" and base.data.shards != "shapes":
-        shards = base.data.shards
-        raise InputError(
-            f"sweep {sweep.name}: {sweep.base} has data.shards {shards}; only pictures of shapes"
-            " have an exact score"
-        )
-    for name in (
-        *(metric.name for metric in sweep.objectives),
-        *(rule.metric for rule in sweep.stop if rule.metric),
-    ):
-        if sweep.task == "train" and name.startswith(_NOT_REPORTED):
-            raise InputError(
-                f"sweep {sweep.name}: {name} is in the training log only; trials are judged by"
-                " their probes: ema/shoot/nmse, loss/flow, ..."
-            )
-        if name.startswith(_NO_EMA):
-            raise InputError(
-                f"sweep {sweep.name}: {name} is not measured on the EMA weights; type"
-                f" {name.removeprefix('ema/')}"
-            )
-        if not base.probes.raw and name.startswith(_PROBED):
-            raise InputError(
-                f"sweep {sweep.name}: {name} is not probed, as probes.raw is false; type"
-                f" ema/{name}, or set probes.raw: true"
-            )
-        if sweep.task == "train" and name.startswith("eval/"):
-            raise InputError(
-                f"sweep {sweep.name}: {name} is no probe of a training run; take ema/shoot/nmse, or"
-                " task: sample"
-            )
+        words = f"{sweep.base} has data.shards {base.data.shards}"
+        raise refuse(f"{words}; only pictures of shapes have an exact score")
+    for name in (*(metric.name for metric in sweep.objectives), *sweep.rule_metrics):
+        if words := _unseen(name, sweep, base):
+            raise refuse(f"{name} {words}")
     _check_scale(sweep, base)
     for case in _cases(sweep):
         try:
             trial = override_recipe(base, case)
         except InputError as error:
-            words = ", ".join(f"{key}={show(value)}" for key, value in case.items())
-            raise InputError(
-                f"sweep {sweep.name}: no recipe can be made with {words}:"
-                f" {error}{_condition_hint(sweep, error)}"
-            ) from None
+            values = ", ".join(f"{key}={show(value)}" for key, value in case.items())
+            words = f"no recipe can be made with {values}: {error}{_condition_hint(sweep, error)}"
+            raise refuse(words) from None
         _check_rungs(sweep, base, trial)
+
+
+# measured for raw and EMA weights
+_PROBED = ("flow/", "shoot/", "text/", "mu/", "logvar/", "std/", "z_init/", "scale/", "teacher/")
+_NO_EMA = ("ema/loss/", "ema/vae/", "ema/latent/")
+_LOGGED = ("grad/", "lr/", "perf/", "amp/", "weight/", "step/", "ent/")
+
+
+def _unseen(name: str, sweep: Sweep, base: Recipe) -> str:
+    """Why the probes of a trial would never have the metric, and what to type; '' where they do."""
+    trains = sweep.task == "train"
+    if trains and name.removeprefix("ema/").startswith(_LOGGED):
+        return (
+            "is in the training log only; trials are judged by their probes: ema/shoot/nmse,"
+            " loss/flow, ..."
+        )
+    if name.startswith(_NO_EMA):
+        return f"is not measured on the EMA weights; type {name.removeprefix('ema/')}"
+    if not base.probes.raw and name.startswith(_PROBED):
+        return f"is not probed, as probes.raw is false; type ema/{name}, or set probes.raw: true"
+    if trains and name.startswith("eval/"):
+        return "is no probe of a training run; take ema/shoot/nmse, or task: sample"
+    return ""
 
 
 def _check_scale(sweep: Sweep, base: Recipe) -> None:
@@ -97,15 +96,11 @@ def _check_scale(sweep: Sweep, base: Recipe) -> None:
     learning sampler do with all there are.
     """
     searched = [key for key, parameter in sweep.parameters.items() if len(ends(parameter)) > 1]
-    mixed = scale_keys(
-        searched, own_pictures=bool(base.data.val_shards) and "data.val_shards" not in searched
-    )
+    fixed = bool(base.data.val_shards) and "data.val_shards" not in searched
+    mixed = scale_keys(searched, own_pictures=fixed)
     instead = {"early_terminate": "early_terminate=null"} if sweep.early_terminate else {}
-    instead |= (
-        {"method bayes": "method=random search=null" if sweep.search else "method=random"}
-        if sweep.method == "bayes"
-        else {}
-    )
+    if sweep.method == "bayes":
+        instead["method bayes"] = "method=random" + (" search=null" if sweep.search else "")
     if mixed and instead:
         raise InputError(
             f"sweep {sweep.name}: {mixed[0]} sets the scale of every value, and"
@@ -118,25 +113,14 @@ def _check_rungs(sweep: Sweep, base: Recipe, trial: Recipe) -> None:
     """InputError where a trial that waits at a rung would have no checkpoint there and train a
     part of its steps again.
     """
-    if not isinstance(sweep.early_terminate, SuccessiveHalving):
+    halving = sweep.early_terminate
+    if not isinstance(halving, SuccessiveHalving):
         return
-    longest = (
-        max(ends(sweep.parameters["train.steps"]))
-        if "train.steps" in sweep.parameters
-        else base.train.steps
-    )
-    rungs, every, cadence = (
-        milestones(sweep.early_terminate, longest),
-        trial.train.probe_every,
-        trial.train.checkpoint_every,
-    )
-    waits = sorted(
-        {
-            math.ceil(rung / every) * every
-            for rung in rungs
-            if math.ceil(rung / every) * every < trial.train.steps
-        }
-    )
+    steps = sweep.parameters.get("train.steps")
+    longest = max(ends(steps)) if steps else base.train.steps
+    every, cadence = trial.train.probe_every, trial.train.checkpoint_every
+    seen_at = {math.ceil(rung / every) * every for rung in milestones(halving, longest)}
+    waits = sorted(step for step in seen_at if step < trial.train.steps)
     if any(step % cadence for step in waits):
         at = ", ".join(map(str, waits))
         raise InputError(
@@ -195,17 +179,3 @@ def _condition_hint(sweep: Sweep, error: InputError) -> str:
         f"; to search it with that kind only, type when: {{{error.section}.kind:"
         f" [{', '.join(error.kinds)}]}}"
     )
-
-
-# measured for raw and EMA weights
-_PROBED = ("flow/", "shoot/", "text/", "mu/", "logvar/", "std/", "z_init/", "scale/", "teacher/")
-
-
-_NO_EMA = ("ema/loss/", "ema/vae/", "ema/latent/")
-
-
-_NOT_REPORTED = tuple(
-    f"{ema}{group}/"
-    for ema in ("", "ema/")
-    for group in ("grad", "lr", "perf", "amp", "weight", "step", "ent")
-)

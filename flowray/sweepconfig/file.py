@@ -54,6 +54,7 @@ from flowray.sweepconfig.parameters import (
     read_parameters,
     wanted,
 )
+from flowray.sweepconfig.stop import TAG
 from flowray.sweepconfig.sweep import Sweep
 from flowray.sweepconfig.words import allowed_words, check_halving, check_metrics, unknown_key_words
 
@@ -136,18 +137,16 @@ def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
     try:
         return Sweep.model_validate({**places, "parameters": made, "set": fixed, "points": points})
     except ValidationError as error:
-        first = error.errors()[0]
-        section, *rest = map(str, first["loc"]) if first["loc"] else ("",)
-        if any(key.startswith(f"{section}.") for key in _KINDS):
-            rest = rest[1:]  # without its kind, which pydantic names too
-        key = ".".join(part for part in (section, *rest) if not re.match(_UNION_PART, part))
+        # what a misspelt key leaves missing is its fault
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        key = _name_of(first["loc"])
+        section = re.split(r"[.\[]", key)[0]
+        where = file.where(key.partition("[")[0])
         if first["type"] == "missing":
             example = _EXAMPLES.get(key, _EXAMPLES.get(section, ""))
-            raise InputError(f"{file.where(key)}: {key} is missing{example}") from None
+            raise InputError(f"{where}: {key} is missing{example}") from None
         if first["type"] == "extra_forbidden":
-            raise InputError(
-                f"{file.where(key)}: unknown key {key}{allowed_words(first['loc'])}"
-            ) from None
+            raise InputError(f"{where}: unknown key {key}{allowed_words(first['loc'])}") from None
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, RuleError) and not key:
             raise InputError(f"{file.where(cause.keys[0])}: {cause}") from None
@@ -161,9 +160,24 @@ def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
             if cause
             else f"got {show(first['input'])}, {wanted(first)}{auto}{_EXAMPLES.get(key, '')}"
         )
-        raise InputError(
-            f"{file.where(key)}: {key}: {words}" if key else f"{file.label}: {words}"
-        ) from None
+        raise InputError(f"{where}: {key}: {words}" if key else f"{file.label}: {words}") from None
+
+
+def _name_of(loc: Sequence[int | str]) -> str:
+    """The place of an error as a file has it: stop[0].below, metric[1].goal; without the kinds,
+    which pydantic names too.
+    """
+    if loc[:1] == ("more_metrics",):
+        return _name_of(("metric", int(loc[1]) + 1, *loc[2:]))
+    section = str(loc[0]) if loc else ""
+    tagged = any(key.startswith(f"{section}.") for key in _KINDS)
+    name = section
+    for part in loc[2 if tagged else 1 :]:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif not re.match(_UNION_PART, part):
+            name += f".{part}"
+    return name
 
 
 def dump_sweep(sweep: Sweep) -> str:
@@ -218,7 +232,7 @@ _OWN = "name, storage_path and resources stand at the top of the file"
 _KINDS = ("early_terminate.type", "search.kind")
 
 
-_UNION_PART = r"constrained-|literal\[|function-"  # pydantic's words for a member of a union
+_UNION_PART = rf"constrained-|literal\[|function-|{TAG}"  # pydantic's words for a member of a union
 
 
 _EXAMPLES = {
@@ -259,44 +273,37 @@ def _points(
             f"{file.where('points')}: points: got {show(points)}, want a list of mappings, such as"
             " [{optim.lr: 1e-3}]"
         )
-    made = [_point(point, parameters, file) for point in points or ()]
+    made = [
+        _point(point, f"points[{index}]", parameters, file)
+        for index, point in enumerate(points or ())
+    ]
     for index, point in enumerate(made):
         if point in made[:index] and all(
             key in point for key in parameters if drawn(parameters[key], point)
         ):
             raise InputError(
-                f"{file.where('points')}: points: {index + 1} is {made.index(point) + 1} again;"
+                f"{file.where('points')}: points[{index}] is points[{made.index(point)}] again;"
                 " seeds: 2 trains every setting twice"
             )
     return made
 
 
-def _point(point: Any, parameters: Mapping[str, Parameter], file: YamlFile) -> dict[str, Any]:
+def _point(
+    point: Any, name: str, parameters: Mapping[str, Parameter], file: YamlFile
+) -> dict[str, Any]:
     """A known good point, as dotted keys with values of the recipe's types, each one that could
     be drawn.
     """
     made: dict[str, Any] = {}
-    for key, value in flat(point, f"{file.where('points')}: points").items():
+    where = f"{file.where('points')}: {name}"
+    for key, value in flat(point, where).items():
         if key not in parameters:
-            raise InputError(
-                f"{file.where('points')}: points: {key} is not"
-                f" searched{did_you_mean(key, parameters)}"
-            )
+            raise InputError(f"{where}: {key} is not searched{did_you_mean(key, parameters)}")
         made[key] = checked("points", key, value, file)
         if not inside(parameters[key], made[key]):
-            low, *_, high = (
-                (*ends(parameters[key]), None)
-                if len(ends(parameters[key])) == 1
-                else ends(parameters[key])
-            )
-            allowed = (
-                f"{show(low)} to {show(high)}"
-                if hasattr(parameters[key], "min")
-                else ", ".join(map(show, ends(parameters[key])))
-            )
-            raise InputError(
-                f"{file.where('points')}: points: {key}: got {show(value)}, want {allowed}"
-            )
+            between = " to " if hasattr(parameters[key], "min") else ", "
+            allowed = between.join(map(show, ends(parameters[key])))
+            raise InputError(f"{where}: {key}: got {show(value)}, want {allowed}")
     return made
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -174,35 +175,50 @@ def checked(at: str, key: str, value: Any, file: YamlFile) -> Any:
     return make_absolute(accepted, key_paths(key), file.folders_of(at), f"{file.where(at)}: {key}")
 
 
+@dataclass(frozen=True)
+class _Searched:
+    """A searched key, in its file."""
+
+    key: str
+    file: YamlFile
+
+    def checked(self, field: str, value: Any, key: str = "") -> Any:
+        """A value in one of its fields, as its own recipe key, or another, takes it."""
+        return checked(f"parameters.{self.key}.{field}", key or self.key, value, self.file)
+
+    def error(self, words: str, line: str = "") -> InputError:
+        """line: the field that is to blame, else the key."""
+        at = f"parameters.{self.key}.{line}".removesuffix(".")
+        return InputError(f"{self.file.where(at)}: {self.key}: {words}")
+
+    def error_in(self, field: str, words: str) -> InputError:
+        """The same, named by the field."""
+        at = f"parameters.{self.key}.{field}"
+        return InputError(f"{self.file.where(at)}: {self.key}.{field}: {words}")
+
+
 def read_parameters(section: Mapping[str, Any], file: YamlFile) -> dict[str, Parameter]:
     """Every parameter of a flat mapping; conditions must name parameters beside them and not
     wait for each other.
     """
-    made = {key: _parameter(key, spec, file) for key, spec in section.items()}
+    made = {key: _parameter(_Searched(key, file), spec) for key, spec in section.items()}
     for key, parameter in made.items():
+        at = _Searched(key, file)
         for parent, values in parameter.when.items():
-            where = f"{file.where(f'parameters.{key}.when')}: {key}.when"
             if parent not in made:
-                raise InputError(
-                    f"{where}: {parent} is not searched{did_you_mean(parent, made)}; search it, or"
-                    " leave the condition out"
-                )
+                near = did_you_mean(parent, made)
+                words = f"{parent} is not searched{near}; search it, or leave the condition out"
+                raise at.error_in("when", words)
             known = made[parent]
             if isinstance(known, Uniform | LogUniform | QLogUniform):
-                raise InputError(
-                    f"{where}: {parent} is drawn from a range, which hits no single value; search"
-                    " values: [...] of it"
-                )
+                words = f"{parent} is drawn from a range, which hits no single value"
+                raise at.error_in("when", f"{words}; search values: [...] of it")
             for value in values:
                 if not inside(known, value):
-                    raise InputError(
-                        f"{where}: {parent} is never {show(value)}, it is {_drawn_words(known)}"
-                    )
+                    words = f"{parent} is never {show(value)}, it is {_drawn_words(known)}"
+                    raise at.error_in("when", words)
         if _waits_for(key, key, made, set()):
-            raise InputError(
-                f"{file.where(f'parameters.{key}.when')}: {key}.when: the conditions lead back to"
-                f" {key} itself"
-            )
+            raise at.error_in("when", f"the conditions lead back to {key} itself")
     return made
 
 
@@ -222,74 +238,47 @@ def _is_section(key: str) -> bool:
     return bool(slots) and all(slot.sections for slot in slots)
 
 
-def _parameter(key: str, spec: Any, file: YamlFile) -> Parameter:
-    at = f"parameters.{key}"
-    where = file.where(at)
+def _parameter(at: _Searched, spec: Any) -> Parameter:
+    key, file = at.key, at.file
     if key not in known_keys():
-        raise InputError(f"{where}: parameters: {unknown_key(key)}")
+        raise InputError(f"{file.where(f'parameters.{key}')}: parameters: {unknown_key(key)}")
     if not isinstance(spec, Mapping):
-        raise InputError(
-            f"{where}: {key}: got {show(spec)}, want {{distribution, min, max}}, {{values: [...]}}"
-            " or {value: ...}"
-        )
+        want = "{distribution, min, max}, {values: [...]} or {value: ...}"
+        raise at.error(f"got {show(spec)}, want {want}")
     if instead := _undrawable(spec):
-        raise InputError(f"{file.where(at + '.distribution')}: {key}: {instead}")
-    given = _wandb(key, spec, at, file)
+        raise at.error(instead, "distribution")
+    given = _wandb(at, spec)
     for field in given:
         if field not in FIELDS:
-            near = (
-                f", did you mean {_RAY_FIELDS[field]}?"
-                if field in _RAY_FIELDS
-                else did_you_mean(field, FIELDS)
-            )
-            raise InputError(
-                f"{file.where(f'{at}.{field}')}: {key}: unknown key {field}{near}; allowed:"
-                f" {', '.join(FIELDS)}"
-            )
-    given |= {
-        field: checked(f"{at}.{field}", key, given[field], file)
-        for field in ("min", "max", "value")
-        if field in given
-    }
+            ours = _RAY_FIELDS.get(field)
+            near = f", did you mean {ours}?" if ours else did_you_mean(field, FIELDS)
+            raise at.error(f"unknown key {field}{near}; allowed: {', '.join(FIELDS)}", field)
+    for field in ("min", "max", "value"):
+        if field in given:
+            given[field] = at.checked(field, given[field])
     if "values" in given:
         if not isinstance(given["values"], list) or not given["values"]:
-            raise InputError(
-                f"{file.where(at + '.values')}: {key}.values: got {show(given['values'])}, want a"
-                " list of at least one value"
-            )
-        given["values"] = [checked(f"{at}.values", key, value, file) for value in given["values"]]
+            words = f"got {show(given['values'])}, want a list of at least one value"
+            raise at.error_in("values", words)
+        given["values"] = [at.checked("values", value) for value in given["values"]]
     if given.get("when") is not None:
-        given["when"] = _condition(key, given["when"], at, file)
+        given["when"] = _condition(at, given["when"])
     ends = [given[field] for field in ("min", "max") if field in given]
-    name = given.get("distribution") or infer_distribution(
-        given, all(isinstance(end, int) for end in ends)
-    )
+    whole = all(isinstance(end, int) for end in ends)
+    name = given.get("distribution") or infer_distribution(given, whole)
     if name is None:
-        raise InputError(
-            f"{where}: {key}: got {', '.join(spec) or 'nothing'}, want min and max, values or value"
-        )
+        raise at.error(f"got {', '.join(spec) or 'nothing'}, want min and max, values or value")
     if name not in DISTRIBUTIONS:
         near = did_you_mean(str(name), accepted_distributions())
-        raise InputError(
-            f"{file.where(at + '.distribution')}: {key}: got distribution {show(name)}, allowed:"
-            f" {', '.join(DISTRIBUTIONS)}{near}"
-        )
+        words = f"got distribution {show(name)}, allowed: {', '.join(DISTRIBUTIONS)}{near}"
+        raise at.error(words, "distribution")
     if given.get("prior") is not None:
-        given["prior"] = _prior(key, name, given["prior"], at, file)
-    if len(ends) == 2 and all(isinstance(end, int) for end in ends):
-        _check_whole(key, name, given.get("q", 1.0), where)
-    return _made(
-        key,
-        name,
-        {field: value for field, value in given.items() if value is not None or field == "value"},
-        at,
-        file,
-    )
-
-
-def _made(key: str, name: str, given: Mapping[str, Any], at: str, file: YamlFile) -> Parameter:
+        given["prior"] = _prior(at, name, given["prior"])
+    if len(ends) == 2 and whole:
+        _check_whole(at, name, given.get("q", 1.0))
+    said = {field: x for field, x in given.items() if x is not None or field == "value"}
     try:
-        return _PARAMETER.validate_python({**given, "distribution": name})
+        return _PARAMETER.validate_python({**said, "distribution": name})
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][-1]) if len(first["loc"]) > 1 else ""
@@ -297,23 +286,19 @@ def _made(key: str, name: str, given: Mapping[str, Any], at: str, file: YamlFile
         words = {
             "missing": f"{field} is missing",
             "extra_forbidden": f"{field} has no meaning for {name}",
-        }.get(first["type"])
-        words = words or (
-            str(cause) if cause else f"{field}: got {show(first['input'])}, {wanted(first)}"
-        )
-        raise InputError(f"{file.where(f'{at}.{field}'.rstrip('.'))}: {key}: {words}") from None
+        }.get(first["type"], "")
+        got = f"{field}: got {show(first['input'])}, {wanted(first)}"
+        raise at.error(words or (str(cause) if cause else got), field) from None
 
 
-def _check_whole(key: str, name: str, q: Any, where: str) -> None:
+def _check_whole(at: _Searched, name: str, q: Any) -> None:
     """Refuse what draws broken numbers for a field of whole ones: every such trial would fail."""
     if name in ("uniform", "log_uniform_values"):
         whole = "int_uniform" if name == "uniform" else "q_log_uniform_values with q: 1"
-        raise InputError(
-            f"{where}: {key}: takes whole numbers, of which {name} draws none; type distribution:"
-            f" {whole}"
-        )
+        words = f"takes whole numbers, of which {name} draws none; type distribution: {whole}"
+        raise at.error(words)
     if name.startswith("q_") and isinstance(q, int | float) and q != round(q):
-        raise InputError(f"{where}: {key}: takes whole numbers, got q {q:g}; type a whole q")
+        raise at.error(f"takes whole numbers, got q {q:g}; type a whole q")
 
 
 def _drawn_words(parameter: Parameter) -> str:
@@ -384,7 +369,7 @@ def _bell(name: str, spec: Mapping[str, Any]) -> str:
     return f"{{distribution: {drawn}, min: {low:.4g}, max: {high:.4g}{step}, {near}}}"
 
 
-def _wandb(key: str, spec: Mapping[str, Any], at: str, file: YamlFile) -> dict[str, Any]:
+def _wandb(at: _Searched, spec: Mapping[str, Any]) -> dict[str, Any]:
     """The spec in W&B's words: Ray's names and fields, and ranges given by their exponents,
     translated.
     """
@@ -392,98 +377,83 @@ def _wandb(key: str, spec: Mapping[str, Any], at: str, file: YamlFile) -> dict[s
     if name in RAY_FIELDS_WITH:
         for field in _RAY_FIELDS.keys() & spec.keys():
             if (ours := _RAY_FIELDS[field]) in spec:
-                raise InputError(
-                    f"{file.where(f'{at}.{field}')}: {key}: {field} is Ray's word for {ours}; leave"
-                    " one of them out"
-                )
+                words = f"{field} is Ray's word for {ours}; leave one of them out"
+                raise at.error(words, field)
         given = {_RAY_FIELDS.get(field, field): value for field, value in spec.items()}
     if name in _RAY:
         given["distribution"] = _RAY[name]
     if name in _UPPER_EXCLUDED:
         if "upper" not in spec:
-            raise InputError(
-                f"{file.where(at)}: {key}: {name} takes lower and upper, which itself is not drawn;"
-                " for min and max take int_uniform"
+            raise at.error(
+                f"{name} takes lower and upper, which itself is not drawn; for min and max take"
+                " int_uniform"
             )
-        given["max"] = checked(f"{at}.upper", key, spec["upper"], file) - 1
+        given["max"] = at.checked("upper", spec["upper"]) - 1
     if name == "lograndint":
         given["q"] = 1
     if name == _INVERSE:
         given["distribution"] = "log_uniform_values"
     if name in _EXPONENTS:
-        given |= _from_exponents(key, spec, at, file) | {"distribution": _EXPONENTS[name]}
+        given |= _from_exponents(at, spec) | {"distribution": _EXPONENTS[name]}
     return given
 
 
-def _from_exponents(key: str, spec: Mapping[str, Any], at: str, file: YamlFile) -> dict[str, float]:
+def _from_exponents(at: _Searched, spec: Mapping[str, Any]) -> dict[str, float]:
     """W&B's log_uniform draws between e^min and e^max.
 
     Ends inside (0, 1] are nearly always meant as values: refused.
     """
+    name = spec["distribution"]
     try:
         ends = {field: float(spec[field]) for field in ("min", "max") if field in spec}
     except (TypeError, ValueError):
-        raise InputError(
-            f"{file.where(at)}: {key}: {spec['distribution']} takes numbers as min and max,"
-            " exponents of e"
-        ) from None
+        raise at.error(f"{name} takes numbers as min and max, exponents of e") from None
     if len(ends) == 2 and 0 < ends["min"] < ends["max"] <= 1:
         took = f"{math.exp(ends['min']):.4g} to {math.exp(ends['max']):.4g}"
-        raise InputError(
-            f"{file.where(at)}: {key}: {spec['distribution']} takes exponents of e, so this is"
-            f" {took}; for values type distribution: {_EXPONENTS[spec['distribution']]}"
-        )
-    if spec["distribution"] == "inv_log_uniform":
+        words = f"{name} takes exponents of e, so this is {took}"
+        raise at.error(f"{words}; for values type distribution: {_EXPONENTS[name]}")
+    if name == "inv_log_uniform":
         ends = {{"min": "max", "max": "min"}[field]: -end for field, end in ends.items()}
     try:
         values = {field: math.exp(end) for field, end in ends.items()}
-        step = float(spec.get("q", 1)) if spec["distribution"] == "q_log_uniform" else 0.0
+        step = float(spec.get("q", 1)) if name == "q_log_uniform" else 0.0
     except (OverflowError, TypeError, ValueError):
-        raise InputError(
-            f"{file.where(at)}: {key}: {spec['distribution']} takes exponents of e and a number q;"
-            f" got {show(spec)}"
-        ) from None
+        words = f"{name} takes exponents of e and a number q; got {show(spec)}"
+        raise at.error(words) from None
     return {
         field: max(step, round(value / step) * step) if step > 0 else value
         for field, value in values.items()
     }
 
 
-def _condition(key: str, when: Any, at: str, file: YamlFile) -> dict[str, tuple[Any, ...]]:
+def _condition(at: _Searched, when: Any) -> dict[str, tuple[Any, ...]]:
     if not isinstance(when, Mapping) or not when:
-        raise InputError(
-            f"{file.where(at + '.when')}: {key}.when: got {show(when)}, want another parameter and"
-            " its values, such as when: {model.head.kind: grid}"
+        raise at.error_in(
+            "when",
+            f"got {show(when)}, want another parameter and its values, such as when:"
+            " {model.head.kind: grid}",
         )
-    plain = flat(when, f"{file.where(at + '.when')}: {key}.when")
-    asked = {
-        parent: values if isinstance(values, list) else [values] for parent, values in plain.items()
-    }
+    line = at.file.where(f"parameters.{at.key}.when")
     return {
-        parent: tuple(checked(f"{at}.when", parent, value, file) for value in values)
-        for parent, values in asked.items()
+        parent: tuple(
+            at.checked("when", value, parent)
+            for value in (values if isinstance(values, list) else [values])
+        )
+        for parent, values in flat(when, f"{line}: {at.key}.when").items()
     }
 
 
-def _prior(key: str, distribution: str, prior: Any, at: str, file: YamlFile) -> dict[str, Any]:
-    where = f"{file.where(at + '.prior')}: {key}.prior"
+def _prior(at: _Searched, distribution: str, prior: Any) -> dict[str, Any]:
     if prior == "field_notes":
-        if key not in FIELD_NOTES:
-            raise InputError(
-                f"{where}: the field notes say nothing of {key}; they do of"
-                f" {', '.join(FIELD_NOTES)}"
-            )
-        return field_notes_prior(key, distribution).model_dump(exclude_none=True)
-    if (
-        not isinstance(prior, Mapping)
-        or "value" not in prior
-        or not set(prior) <= {"value", "sigma"}
-    ):
-        raise InputError(
-            f"{where}: got {show(prior)}, want {{value: ..., sigma: ...}} (sigma in decades on a"
-            " log range), or field_notes"
-        )
-    return {**prior, "value": checked(f"{at}.prior", key, prior["value"], file)}
+        if at.key not in FIELD_NOTES:
+            words = f"the field notes say nothing of {at.key}; they do of {', '.join(FIELD_NOTES)}"
+            raise at.error_in("prior", words)
+        return field_notes_prior(at.key, distribution).model_dump(exclude_none=True)
+    fields = set(prior) if isinstance(prior, Mapping) else set()
+    if not {"value"} <= fields <= {"value", "sigma"}:
+        want = "{value: ..., sigma: ...} (sigma in decades on a log range), or field_notes"
+        raise at.error_in("prior", f"got {show(prior)}, want {want}")
+    return {**prior, "value": at.checked("prior", prior["value"])}
 
 
 def ends(parameter: Parameter) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from flowray.config.keys import KEYS, alternatives
 from flowray.config.schema import known_keys, want
 from flowray.sweepconfig.parameters import RAY_FIELDS_WITH, accepted_distributions
 from flowray.sweepconfig.priors import FIELD_NOTES
+from flowray.sweepconfig.stop import KINDS
 from flowray.sweepconfig.sweep import Sweep
 
 # an editor reads 1e-4 as a number, PyYAML as text: both are taken
@@ -35,7 +36,10 @@ def sweep_schema() -> dict[str, Any]:
     ]:
         del defs[name]
     defs["Drawn"] = _drawn()
-    defs["Metric"]["properties"]["name"] = defs["StopRule"]["properties"]["metric"] = _metric_name()
+    defs["Metric"]["properties"]["name"] = _metric_name()
+    for rule in KINDS:
+        if "metric" in rule.model_fields:
+            defs[rule.__name__]["properties"]["metric"] = _metric_name()
     properties["metric"] = {
         "anyOf": [
             {"$ref": "#/$defs/Metric"},

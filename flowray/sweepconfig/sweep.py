@@ -25,6 +25,7 @@ from flowray.sweepconfig.search import (
     SearchConfig,
     TpeSearch,
 )
+from flowray.sweepconfig.stop import StopRule
 
 Auto = Literal["auto"]
 
@@ -100,47 +101,6 @@ class Median(Config):
     type: Literal["median"] = "median"
     min_iter: Count
     min_trials: Count = 3
-
-
-class StopRule(Config):
-    """A trial whose metric is below (or above) a bound at `patience` probes in a row, from step
-    `after` on, is stopped.
-
-    gains_less_than, in place of a bound: so is one whose best value of the metric improved by less
-    than this over the last `patience`
-    probes. finding, in place of a metric: the id of one of the doctor's findings, or a severity,
-    which the worse ones meet too; its patience counts examinations, and the base recipe must ask
-    for them (`probes.doctor_every`).
-    """
-
-    metric: str | None = None
-    finding: str | None = None
-    below: float | None = None
-    above: float | None = None
-    gains_less_than: float | None = Field(None, gt=0)
-    after: int = Field(0, ge=0)
-    patience: Count = 1
-
-    @model_validator(mode="after")
-    def _one_bound(self) -> StopRule:
-        if (self.metric is None) == (self.finding is None):
-            raise RuleError(
-                "a stop rule takes either metric or finding", "metric", "finding", exclusive=True
-            )
-        bounds = sum(bound is not None for bound in (self.below, self.above, self.gains_less_than))
-        if self.finding is not None and bounds:
-            raise ValueError(
-                "a stop rule on a finding takes neither below nor above nor gains_less_than"
-            )
-        if self.metric is not None and bounds != 1:
-            raise RuleError(
-                "a stop rule takes either below or above or gains_less_than",
-                "below",
-                "above",
-                "gains_less_than",
-                exclusive=True,
-            )
-        return self
 
 
 class SweepResources(Config):
@@ -320,6 +280,11 @@ class Sweep(Config):
     def objectives(self) -> tuple[Metric, ...]:
         """Every metric, the one that stops look at first."""
         return self.metric, *self.more_metrics
+
+    @property
+    def rule_metrics(self) -> tuple[str, ...]:
+        """Every metric that a stop rule reads."""
+        return tuple(dict.fromkeys(name for rule in self.stop for name in rule.metrics))
 
     @property
     def sampler(self) -> SearchConfig:

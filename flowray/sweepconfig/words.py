@@ -11,12 +11,12 @@ from flowray.config.keys import KEYS, alternatives, describe
 from flowray.config.schema import kind_of, known_keys, members
 from flowray.config.yamlfile import YamlFile
 from flowray.sweepconfig.search import LearningSearch
+from flowray.sweepconfig.stop import rule_keys
 from flowray.sweepconfig.sweep import (
     Asha,
     Hyperband,
     Median,
     Metric,
-    StopRule,
     Sweep,
     SweepCard,
     SweepResources,
@@ -69,11 +69,11 @@ def allowed_words(loc: tuple[int | str, ...]) -> str:
     models: dict[str, Any] = {name: field.annotation for name, field in Sweep.model_fields.items()}
     sections: dict[str, type[Config]] = {
         "metric": Metric,
-        "stop": StopRule,
         "card": SweepCard,
         "resources": SweepResources,
     }
     kinds = {name: ", ".join(model.model_fields) for name, model in sections.items()}
+    kinds["stop"] = ", ".join(rule_keys())
     if loc[0] == "search":
         kinds["search"] = ", ".join(
             next(
@@ -90,28 +90,30 @@ def allowed_words(loc: tuple[int | str, ...]) -> str:
 
 def check_metrics(data: Mapping[str, Any], file: YamlFile) -> None:
     """A misspelt metric would never stop a trial, and end the sweep without a value."""
-    metric, rules = data.get("metric"), data.get("stop") or []
-    metrics = metric if isinstance(metric, list) else [metric]
-    named = [
-        ("metric.name", one.get("name") if isinstance(one, Mapping) else None) for one in metrics
-    ]
-    named += [
-        ("stop", rule.get("metric") if isinstance(rule, Mapping) else None)
-        for rule in (rules if isinstance(rules, list) else [])
-    ]
+    metric, rules = data.get("metric"), data.get("stop")
+    named = {"metric.name": _at(metric, "name")}
+    for index, each in enumerate(metric if isinstance(metric, list) else ()):
+        named[f"metric[{index}].name"] = _at(each, "name")
+    for index, each in enumerate(rules if isinstance(rules, list) else ()):
+        named[f"stop[{index}].metric"] = _at(each, "metric")
     known = [name for key in KEYS for name in alternatives(key.name)]
-    for at, name in named:
+    for key, name in named.items():
         if isinstance(name, str) and describe(name) is None:
             near = (
                 did_you_mean(name, [*known, *(f"ema/{k}" for k in known)])
                 or "; trials are judged by a probe, such as ema/shoot/nmse"
             )
-            raise InputError(f"{file.where(at)}: unknown metric {name}{near}")
-        if isinstance(one := metric, Mapping) and "target" in one:
-            raise InputError(
-                f"{file.where('metric.target')}: metric.target: a sweep has no target; it ends with"
-                " run_cap or time_budget"
-            )
+            where = file.where(key.partition("[")[0])
+            raise InputError(f"{where}: {key}: unknown metric {name}{near}")
+    if _at(metric, "target") is not None:
+        raise InputError(
+            f"{file.where('metric.target')}: metric.target: a sweep has no target; it ends with"
+            " run_cap or time_budget"
+        )
+
+
+def _at(section: Any, key: str) -> Any:
+    return section.get(key) if isinstance(section, Mapping) else None
 
 
 def check_halving(early: Any, file: YamlFile) -> None:

@@ -1,9 +1,8 @@
-"""CMA-ES as an Optuna sampler whose state is the study itself.
+"""CMA-ES of the `cmaes` package as an Optuna sampler whose state is the study itself.
 
-Optuna's own needs a further package and keeps its state pickled in the study, which a sweep never
-unpickles. Here every trial carries two plain attributes, its generation and its draw, and the mean,
-step size and covariance are worked out from them anew. Hansen, The CMA Evolution Strategy: A
-Tutorial (arXiv 1604.00772), equations in its order; non-negative recombination weights.
+Optuna's own sampler keeps the strategy pickled in the study, which a sweep never unpickles, and
+counts no trial that was stopped. Here every trial carries two plain attributes, its generation and
+its draw, and the strategy is told every full generation anew.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from cmaes import CMA
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import intersection_search_space
@@ -20,83 +20,43 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from flowray.config.rounding import rounded
+from flowray.tune.optuna_private import FIXED, set_attribute
 
 # attributes of a trial; the draw is a point of the unit cube, possibly clipped
 GENERATION, DRAW = "flowray:generation", "flowray:draw"
 
 
-class Strategy:
-    """Mean, step size, covariance and evolution paths in the unit cube of n ranges."""
+class Strategy(CMA):
+    """CMA-ES in the unit cube of n ranges; sigma: the first step size."""
 
-    def __init__(self, n: int, sigma: float, population: int | None):
-        self.n, self.sigma = n, sigma
-        self.population = population or 4 + int(3 * math.log(n))
-        self.mean, self.cov = np.full(n, 0.5), np.eye(n)
-        self._path_s, self._path_c = np.zeros(n), np.zeros(n)
-        parents = self.population // 2
-        raw = math.log((self.population + 1) / 2) - np.log(np.arange(1, parents + 1))
-        self._weights = raw / raw.sum()
-        self._mu = 1 / float((self._weights**2).sum())
-        self._c_s = (self._mu + 2) / (n + self._mu + 5)
-        self._damp = 1 + 2 * max(0.0, math.sqrt((self._mu - 1) / (n + 1)) - 1) + self._c_s
-        self._c_c = (4 + self._mu / n) / (n + 4 + 2 * self._mu / n)
-        self._c_1 = 2 / ((n + 1.3) ** 2 + self._mu)
-        self._c_mu = min(
-            1 - self._c_1, 2 * (self._mu - 2 + 1 / self._mu) / ((n + 2) ** 2 + self._mu)
-        )
-        self._expected = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))
-        self.generation = 0
+    def __init__(self, n: int, sigma: float, population: int | None, seed: int):
+        super().__init__(np.full(n, 0.5), sigma, seed=seed, population_size=population)
 
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """A point (n,) of the unit cube."""
-        steps = self._root(0.5) @ rng.standard_normal(self.n)
-        return np.clip(self.mean + self.sigma * steps, 0.0, 1.0)
-
-    def _root(self, power: float) -> np.ndarray:
-        """The covariance to a power, (n, n), symmetric.
-
-        Eigenvectors alone have no sign, and none of equal eigenvalues has a direction: each
-        LAPACK gives others, and points drawn along them would differ between machines.
+    def ask(self) -> np.ndarray:
+        """A point (n,) of the cube; one that falls outside is moved to its side. The package would
+        draw it again, and come to a best value at the end of a range much later.
         """
-        values, vectors = np.linalg.eigh(self.cov)
-        return (vectors * np.maximum(values, 1e-20) ** power) @ vectors.T
+        return np.clip(super().ask(), 0.0, 1.0)
 
-    def learn(self, points: np.ndarray) -> None:
-        """Go on to the next generation; points (population, n), best first."""
-        self.generation += 1
-        steps = (points[: len(self._weights)] - self.mean) / self.sigma
-        shift = self._weights @ steps
-        self.mean = self.mean + self.sigma * shift
-        whitened = self._root(-0.5) @ shift
-        self._path_s = (1 - self._c_s) * self._path_s + math.sqrt(
-            self._c_s * (2 - self._c_s) * self._mu
-        ) * whitened
-        length = float(np.linalg.norm(self._path_s))
-        settled = (
-            length / math.sqrt(1 - (1 - self._c_s) ** (2 * self.generation))
-            < (1.4 + 2 / (self.n + 1)) * self._expected
-        )
-        self._path_c = (1 - self._c_c) * self._path_c + settled * math.sqrt(
-            self._c_c * (2 - self._c_c) * self._mu
-        ) * shift
-        rank_one = (
-            np.outer(self._path_c, self._path_c)
-            + (not settled) * self._c_c * (2 - self._c_c) * self.cov
-        )
-        rank_mu = (self._weights[:, None] * steps).T @ steps
-        self.cov = (
-            (1 - self._c_1 - self._c_mu) * self.cov + self._c_1 * rank_one + self._c_mu * rank_mu
-        )
-        self.sigma *= math.exp(self._c_s / self._damp * (length / self._expected - 1))
+    def _sample_solution(self) -> np.ndarray:
+        """Along the covariance's symmetric root: eigenvectors have no sign, and those of equal
+        eigenvalues no direction. Each LAPACK gives others, and so would draws along them.
+        """
+        vectors, lengths = self._eigen_decomposition()
+        root = (vectors * lengths) @ vectors.T
+        return np.asarray(self._mean + self._sigma * root @ self._rng.randn(self.dim))
+
+    def learn(self, best_first: Sequence[np.ndarray]) -> None:
+        """Go on to the next generation, told all points of this one."""
+        self.tell([(point, place) for place, point in enumerate(best_first)])
 
 
 class CmaEsSampler(BaseSampler):
     """Draws the numeric parameters that every trial has; all others at random."""
 
     def __init__(self, *, seed: int, sigma: float, population: int | None):
-        self._rng = np.random.default_rng(seed)
         self._random = RandomSampler(seed=seed)
-        self._sigma, self._population = sigma, population
+        self._seed, self._sigma, self._population = seed, sigma, population
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -111,26 +71,16 @@ class CmaEsSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        if "fixed_params" in trial.system_attrs or not search_space:  # it was enqueued
+        if FIXED in trial.system_attrs or not search_space:  # it was enqueued
             return {}
-        # it is resumed, maybe from before it was given all that was drawn
-        if GENERATION in trial.system_attrs:
-            drawn = trial.system_attrs[DRAW]
-            return {
-                key: _from_unit(d, drawn[key]) for key, d in search_space.items() if key in drawn
-            }
-        strategy = self._replayed(study, list(search_space))
-        point = strategy.draw(self._rng)
-        storage = study._storage
-        storage.set_trial_system_attr(
-            trial._trial_id, DRAW, dict(zip(search_space, point.tolist(), strict=True))
-        )
-        # after it: what has one has both
-        storage.set_trial_system_attr(trial._trial_id, GENERATION, strategy.generation)
-        return {
-            key: _from_unit(d, float(x))
-            for (key, d), x in zip(search_space.items(), point, strict=True)
-        }
+        drawn: dict[str, float] = trial.system_attrs.get(DRAW, {})
+        # else it is resumed, maybe from before it was given all that was drawn
+        if GENERATION not in trial.system_attrs:
+            strategy = self._replayed(study, list(search_space))
+            drawn = dict(zip(search_space, strategy.ask().tolist(), strict=True))
+            set_attribute(study, trial, DRAW, drawn)
+            set_attribute(study, trial, GENERATION, strategy.generation)  # last: it has both then
+        return {key: _from_unit(d, drawn[key]) for key, d in search_space.items() if key in drawn}
 
     def sample_independent(
         self,
@@ -146,7 +96,7 @@ class CmaEsSampler(BaseSampler):
         generation are left out.
         """
         sign = 1.0 if study.direction == StudyDirection.MINIMIZE else -1.0
-        strategy = Strategy(len(keys), self._sigma, self._population)
+        strategy = Strategy(len(keys), self._sigma, self._population, self._seed)
         ended = [
             t
             for t in study.get_trials(deepcopy=False)
@@ -155,11 +105,11 @@ class CmaEsSampler(BaseSampler):
         while True:
             same = [t for t in ended if t.system_attrs.get(GENERATION) == strategy.generation]
             born = [t for t in same if set(t.system_attrs[DRAW]) == set(keys) and _as_drawn(t)]
-            if len(born) < strategy.population:
+            if len(born) < strategy.population_size:
                 return strategy
-            full = born[: strategy.population]
+            full = born[: strategy.population_size]
             best = sorted(full, key=lambda t: (-_reached(t), sign * rounded(t.value or 0.0)))
-            strategy.learn(np.array([[t.system_attrs[DRAW][key] for key in keys] for t in best]))
+            strategy.learn([np.array([t.system_attrs[DRAW][key] for key in keys]) for t in best])
 
 
 def _reached(trial: FrozenTrial) -> float:
@@ -168,7 +118,9 @@ def _reached(trial: FrozenTrial) -> float:
 
 
 def _as_drawn(trial: FrozenTrial) -> bool:
-    """Whether it was given what was drawn for it, and not another setting as that was there."""
+    """Whether the trial has the setting that was drawn for it; it was given another where some
+    trial had that one already.
+    """
     drawn = {
         key: _from_unit(trial.distributions[key], x) for key, x in trial.system_attrs[DRAW].items()
     }

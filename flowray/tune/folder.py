@@ -50,7 +50,7 @@ def sweep_folder(sweep: Sweep) -> Path:
 def open_directory(sweep: Sweep, base: Recipe, resume: bool) -> Path:
     """Make `<storage_path>/<name>`, or check that the sweep there is this one, to go on with it.
 
-    InputError as `refuse_taken`'s, before anything is written.
+    InputError where `refuse_taken` has one, before anything is written.
     """
     sweep_dir = sweep_folder(sweep)
     kept, recipe = sweep_dir / "sweep.yaml", sweep_dir / "base.yaml"
@@ -90,8 +90,8 @@ def _unwritable(sweep_dir: Path, error: OSError) -> InputError:
 
 
 def refuse_taken(sweep: Sweep, base: Recipe, resume: bool) -> None:
-    """InputError as `refuse_other`'s, or where another process runs the sweep, or where its folder
-    could not be written. Writes nothing.
+    """InputError where the folder holds another sweep (see `refuse_other`), where another process
+    runs it, or where the folder cannot be written. Writes nothing.
     """
     sweep_dir = sweep_folder(sweep)
     if problem := check_storage(sweep_dir.parent, 0)["problem"]:

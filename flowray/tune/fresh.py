@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
-from optuna.trial import FixedTrial, FrozenTrial, Trial
+from optuna.trial import Trial
 
 from flowray.sweepconfig.distributions import Parameter
+from flowray.tune.optuna_private import FIXED, DraftTrial, stored_trial
 from flowray.tune.space import Params, as_categories, setting_of, settings, suggest
-
-FIXED = "fixed_params"  # Optuna's attribute of an enqueued trial
 
 
 def fresh_setting(
@@ -43,8 +42,7 @@ def fresh_setting(
     for fixed in (planned, {}) if planned else ({},):
         for avoided in (own | earlier, own) if earlier else (own,):
             for again, sampler in enumerate(samplers):
-                draft = _Draft(trial, sampler, fixed, again=again > 0)
-                drafted = draft.drawn
+                draft, drafted = _draft(trial, sampler, fixed, again=again > 0)
                 if setting_of(suggest(draft, parameters)) not in avoided:
                     return drafted
             left = (s for s in settings(parameters, fixed, rng) if setting_of(s) not in avoided)
@@ -53,38 +51,27 @@ def fresh_setting(
     return drafted
 
 
-class _Draft(FixedTrial):
-    """What the sampler would give the trial; nothing is written into the study."""
+def _draft(
+    trial: Trial, sampler: BaseSampler, fixed: Params, *, again: bool
+) -> tuple[DraftTrial, Params]:
+    """What the sampler would give the trial: as a trial to be asked, and the parameters that it
+    has been asked for by then. The study's trial is given none of them.
 
-    def __init__(self, trial: Trial, sampler: BaseSampler, fixed: Params, *, again: bool):
-        self.drawn: Params = dict(fixed)
-        super().__init__(self.drawn, number=trial.number)
-        self._sampler, self._of, self._study = (
-            sampler,
-            _as_it_stands(trial, fixed, again=again),
-            trial.study,
-        )
-        space = sampler.infer_relative_search_space(self._study, self._of)
-        self._jointly = sampler.sample_relative(self._study, self._of, space)
-
-    def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
-        self._params = self.drawn
-        if name not in self.drawn:
-            self.drawn[name] = self._value(name, distribution)
-        return super()._suggest(name, distribution)
-
-    def _value(self, name: str, distribution: BaseDistribution) -> Any:
-        if isinstance(distribution, CategoricalDistribution) and distribution.single():
-            return distribution.choices[0]
-        if name in self._jointly:
-            return self._jointly[name]
-        return self._sampler.sample_independent(self._study, self._of, name, distribution)
-
-
-def _as_it_stands(trial: Trial, fixed: Params, *, again: bool) -> FrozenTrial:
-    """again: without what the sampler noted of an earlier draft, which it would give again."""
-    frozen: FrozenTrial = trial.study._storage.get_trial(trial._trial_id)
+    again: without what the sampler noted of an earlier draft, which it would give again.
+    """
+    study, frozen = trial.study, stored_trial(trial)
     if again:
         frozen = copy.copy(frozen)
         frozen.system_attrs = {FIXED: fixed} if fixed else {}
-    return frozen
+    space = sampler.infer_relative_search_space(study, frozen)
+    jointly = sampler.sample_relative(study, frozen, space)
+
+    def draw(name: str, distribution: BaseDistribution) -> Any:
+        if isinstance(distribution, CategoricalDistribution) and distribution.single():
+            return distribution.choices[0]
+        if name in jointly:
+            return jointly[name]
+        return sampler.sample_independent(study, frozen, name, distribution)
+
+    drafted = dict(fixed)
+    return DraftTrial(drafted, trial.number, draw), drafted

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -17,22 +17,24 @@ from optuna.samplers import NSGAIISampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from flowray.tune.optuna_private import ViewedStudy
+
 # attribute of a trial of several metrics, which has no intermediate values: the step of its values
 STEP = "flowray:step"
 
 
 class RungNsga(NSGAIISampler):
-    """Optuna's NSGA-II on the graded trials."""
+    """Optuna's NSGA-II on the trials as `graded` ranks them. Its name stands in studies on disk."""
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        return super().infer_relative_search_space(_Graded(study), trial)
+        return super().infer_relative_search_space(_graded_study(study), trial)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return super().sample_relative(_Graded(study), trial, search_space)
+        return super().sample_relative(_graded_study(study), trial, search_space)
 
     def get_parent_population(self, study: Study, generation: int) -> list[FrozenTrial]:
         """Without the parents that went on from their rung and then failed."""
@@ -43,23 +45,8 @@ class RungNsga(NSGAIISampler):
         ]
 
 
-class _Graded(Study):
-    """The study as NSGA-II is to see it."""
-
-    def __init__(self, study: Study):
-        super().__init__(
-            study.study_name, study._storage, sampler=study.sampler, pruner=study.pruner
-        )
-        self._whole = study
-
-    def _get_trials(
-        self,
-        deepcopy: bool = True,
-        states: Container[TrialState] | None = None,
-        use_cache: bool = False,
-    ) -> list[FrozenTrial]:
-        seen = graded(self._whole._get_trials(deepcopy, None, use_cache), self.directions)
-        return seen if states is None else [trial for trial in seen if trial.state in states]
+def _graded_study(study: Study) -> Study:
+    return ViewedStudy(study, lambda trials: graded(trials, study.directions))
 
 
 def graded(

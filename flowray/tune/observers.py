@@ -1,27 +1,29 @@
-"""Whoever shows a sweep as it goes."""
+"""Observers of a sweep: the console, TensorBoard, the pictures in the study, Ray's gauges."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from flowray.tune.records import TrialRecord
 
 
-class Observer(Protocol):
-    """Hears of every trial what happens to it."""
+class Observer:
+    """Is called with every trial's record as it changes; a method left out does nothing."""
 
     def known(self, trial: TrialRecord) -> None:
         """A trial that an earlier session left, as this one begins."""
 
-    def started(self, trial: TrialRecord) -> None: ...
+    def started(self, trial: TrialRecord) -> None:
+        """It trains from now on, from its first step or from where it was."""
 
-    def probed(self, trial: TrialRecord) -> None: ...
+    def probed(self, trial: TrialRecord) -> None:
+        """It has reported a row."""
 
-    def ended(self, trial: TrialRecord) -> None: ...
+    def ended(self, trial: TrialRecord) -> None:
+        """It trains no more, for good or for now."""
 
 
-class Observers:
+class Observers(Observer):
     """Several observers as one.
 
     A full disk costs whoever writes there its view, never the sweep.

@@ -65,19 +65,16 @@ def pace_of_runs(folder: Path, base: Recipe, *, workers: int, on_gpu: bool) -> P
     Its steps alone count: start-up, probes and pictures come on top. workers: those of a run, which
     share a step's work.
     """
-    runs = [
-        path.parent
-        for pattern in ("*/metrics.jsonl", "*/*/metrics.jsonl")
-        for path in folder.glob(pattern)
-    ]
-    for run in sorted(runs, key=_changed, reverse=True)[:LATEST]:
+    logs = [*folder.glob("*/metrics.jsonl"), *folder.glob("*/*/metrics.jsonl")]
+    for log in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)[:LATEST]:
+        run = log.parent
         try:
             recipe = load_recipe(str(run / "config.yaml")).recipe
         except InputError:  # another version's, or not whole
             continue
         times = [
             row["perf/step_s"]
-            for row in read_rows(run / "metrics.jsonl")
+            for row in read_rows(log)
             if isinstance(row.get("perf/step_s"), float)
         ]
         if times and same_cost(recipe, base) and (recipe.resources.gpus_per_worker > 0) == on_gpu:
@@ -89,10 +86,6 @@ def pace_of_runs(folder: Path, base: Recipe, *, workers: int, on_gpu: bool) -> P
                 on_gpu=on_gpu,
             )
     return None
-
-
-def _changed(run: Path) -> float:
-    return (run / "metrics.jsonl").stat().st_mtime
 
 
 def seconds_per_step(sweep_dirs: Sequence[Path]) -> float | None:

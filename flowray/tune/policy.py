@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowray.sweepconfig.sweep import Sweep
-from flowray.tune.halving import Pruner, Rungs, make_pruner
+from flowray.tune.pruners import Pruner, Rungs, make_pruner
 from flowray.tune.records import StopKind
 from flowray.tune.stop import StopRules
 
@@ -74,21 +74,17 @@ class Policy:
             return Continue()
         rules = self._rules.setdefault(number, StopRules(self._sweep.stop, self._sweep.metric.name))
         # both see every row, whatever one of them says: so a replay leaves the same state
-        broken, pruned = rules.feed(row), self._prune(number, row)
+        broken, pruned = rules.feed(row), None
         if row["step"] >= row["budget_steps"]:
             return Continue()
+        value = row.get(self._sweep.metric.name)
+        if self._pruner is not None and value is not None and math.isfinite(value):
+            pruned = self._pruner.judge(number, int(row["step"]), value)
         if broken:
             return Stop(broken, "not_finite" if rules.rule is None else "rule", rules.rule)
         if pruned:
             return Pause(pruned) if self.pauses else Stop(pruned, "comparison")
         return Continue()
-
-    def _prune(self, number: int, row: Mapping[str, Any]) -> str | None:
-        value = row.get(self._sweep.metric.name)
-        over = row["step"] >= row["budget_steps"]
-        if self._pruner is None or over or value is None or not math.isfinite(value):
-            return None
-        return self._pruner.judge(number, int(row["step"]), value)
 
     def promote(self, waiting: Collection[int], *, last: bool) -> int | None:
         """Which of the trials that wait at a rung goes on by now; None where none does.

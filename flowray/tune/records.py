@@ -10,9 +10,11 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from flowray.config.rounding import finite
+from flowray.config.rows import parse_rows
 
 Status = Literal["running", "waiting", "finished", "stopped", "failed"]
 StopKind = Literal["rule", "not_finite", "comparison"]
+LAST_BYTES = 2**16  # of a file of rows, for its last one
 
 
 @dataclass
@@ -106,3 +108,14 @@ def repeat_dir(run_dir: Path, repeat: int) -> Path:
 def repeat_of(run_dir: Path) -> int:
     """The inverse of `repeat_dir`."""
     return int(run_dir.name) if run_dir.parent.name == "seeds" else 0
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole row of a file of JSON lines, None where there is none; reads only its end."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LAST_BYTES))
+            rows, _ = parse_rows(file.read().decode(errors="replace"))
+    except OSError:
+        return None
+    return rows[-1] if rows else None

@@ -23,28 +23,26 @@ _FINAL: dict[TrialState, Status] = {
 
 
 class Restoration:
-    """Restores a sweep from what the study, the ledger and the run directories hold of a sweep.
+    """Restores a sweep from what the study, the ledger and the run directories hold of it.
 
-    What the earlier sessions judged comes first, for all trials, and no decision of theirs is taken
-    again: so the rungs stand as they stood. Then comes what was written and never reported, as if
-    it were reported now; it may stop a trial that was left running. A trial that waited at a rung
-    which there is no more, as the pruner was changed, goes on: it is judged where the new one has
-    its say.
+    The rows that earlier sessions decided on are replayed first, for all trials and without
+    deciding anew, so that the rungs stand as they stood. Then the rows that were written and never
+    reported count as if they were reported now; they may stop a trial that was left running. A
+    trial that waits at a rung which a changed pruner no longer has goes on to the next that it has.
     """
 
     def __init__(self, state: SweepState):
         self._state, sweep = state, state.sweep
         self._study, self._ledger, self._policy = state.study, state.ledger, state.policy
-        named = [metric.name for metric in sweep.objectives]
-        named += [rule.metric or "" for rule in sweep.stop]
+        named = [*(metric.name for metric in sweep.objectives), *sweep.rule_metrics]
         self._needs_whole_rows = any(name.startswith("loss/") for name in named) or any(
-            rule.finding for rule in sweep.stop
+            rule.examines for rule in sweep.stop
         )
 
     def run(self) -> tuple[list[tuple[int, Params]], list[TrialRecord]]:
         """The trials to continue, by number, with their parameters; and those that are to stop, or
-        to wait, for what they wrote and nobody heard (noted in their records, not told to the
-        study).
+        to wait, for rows that they wrote and did not report. The records of these say why already,
+        the study does not yet.
 
         InputError where the study lacks a trial that the ledger has.
         """
@@ -119,8 +117,8 @@ class Restoration:
             self._state.take(record, row, tell=running)
 
     def _catch_up(self, record: TrialRecord) -> bool:
-        """Judge what an unfinished trial wrote and nobody heard. True where it is to end, for that
-        or for what was heard last.
+        """Decide on the rows that an unfinished trial wrote and did not report. True where one of
+        them, or a decision of the earlier session, ends it.
         """
         rows = self._ledger.rows(record, after=record.last_step)
         for row in self._ledger.as_reported(record, rows):

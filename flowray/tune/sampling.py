@@ -22,12 +22,11 @@ from flowray.sample.restore import open_run
 from flowray.store.found import find_checkpoint
 from flowray.store.rows import RowWriter, read_rows
 from flowray.store.run import RunDirectory
+from flowray.tune.ledger import ProbeRow
 from flowray.tune.records import repeat_of
 
-Row = dict[str, Any]
 
-
-def score_pictures(recipe: Recipe, source: Path, run_dir: Path) -> Row:
+def score_pictures(recipe: Recipe, source: Path, run_dir: Path) -> ProbeRow:
     """Score the newest checkpoint of the run `source` with `recipe.sample`; writes config.yaml,
     probes.jsonl (one row) and a strip.
 
@@ -49,9 +48,9 @@ def score_pictures(recipe: Recipe, source: Path, run_dir: Path) -> Row:
 
     def paint(prompts: Any) -> np.ndarray:
         nonlocal drawn, seconds
-        began = time.perf_counter()
+        start = time.perf_counter()
         pictures = generate(opened.model, autoencoder, prompts, config, seed)
-        drawn, seconds = drawn + len(prompts), seconds + time.perf_counter() - began
+        drawn, seconds = drawn + len(prompts), seconds + time.perf_counter() - start
         return pictures
 
     scores = _flat(evaluate_shapes(paint, autoencoder, seed), "eval/")
@@ -63,7 +62,7 @@ def score_pictures(recipe: Recipe, source: Path, run_dir: Path) -> Row:
             run.samples / "step_000001.png",
         )
         (run.samples / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    row: Row = {"step": 1, "budget_steps": 1, **scores, "perf/images_per_s": drawn / seconds}
+    row: ProbeRow = {"step": 1, "budget_steps": 1, **scores, "perf/images_per_s": drawn / seconds}
     writer = RowWriter(run.probes, 0)
     writer.write(row)
     writer.close()

@@ -24,6 +24,7 @@ from flowray.tune.records import TrialRecord
 from flowray.tune.restore import Restoration
 from flowray.tune.space import Params, left_to_begin
 from flowray.tune.state import SweepState
+from flowray.tune.study import SweepStudy
 
 GIVE_UP = 3  # where the first trials of a session have all failed, the rest would too
 
@@ -51,9 +52,10 @@ class SweepSession:
     ):
         self.sweep, self.sweep_dir = sweep, sweep_dir
         self._state = SweepState(sweep, sweep_dir, policy, concurrent=concurrent, earlier=earlier)
-        self._policy, self._study = policy, self._state.study
+        self._policy = policy
         self._observers, self._deadline = Observers(*observers), deadline
-        self._began: dict[int, float] = {}  # time.monotonic(), less the seconds of earlier sessions
+        # time.monotonic(), less the seconds of earlier sessions
+        self._started_at: dict[int, float] = {}
         # the step that a seed's process started from, as its last row said
         self._starts: dict[tuple[int, int], int] = {}
         self._ended = self._failed = 0  # in this session
@@ -79,6 +81,10 @@ class SweepSession:
     @property
     def ledger(self) -> Ledger:
         return self._state.ledger
+
+    @property
+    def study(self) -> SweepStudy:
+        return self._state.study
 
     @property
     def out_of_time(self) -> bool:
@@ -123,13 +129,13 @@ class SweepSession:
             number, params = promoted, self.ledger.trials[promoted].params
             self.ledger.trials[promoted].resume()
         elif self.remaining():
-            number, params = self._study.ask()
+            number, params = self.study.ask()
         else:
             self._end_waiting()
             return None
         record = self._state.record(number, params)
         record.status = "running"
-        self._began[number] = time.monotonic() - record.seconds
+        self._started_at[number] = time.monotonic() - record.seconds
         self.ledger.save(number)
         self._observers.started(record)
         return number, params
@@ -141,8 +147,8 @@ class SweepSession:
         return bool(self.ledger.by("running"))
 
     def _promoted(self) -> int | None:
-        """The trial that belongs on from the rung it waits at. Where no trial came through, the
-        most promising one does in the end.
+        """The trial that is to go on from its rung now. Where all wait and none was good enough to
+        go on, the most promising one does, so that a sweep ends with a finished trial.
         """
         if self._finishing:
             return None
@@ -179,8 +185,8 @@ class SweepSession:
         return record.stopped_by is not None or number in self._pausing
 
     def end(self, number: int, error: str | None = None) -> None:
-        """The trial runs no more: finished, ended as `report` said (also to pause), or failed with
-        `error` (one line).
+        """Take note that the trial's process has ended: at its last step, because `report` said so
+        (to stop or to pause), or with `error` (one line).
         """
         record = self.ledger.trials[number]
         if error is None and record.stopped_by is None:
@@ -200,15 +206,15 @@ class SweepSession:
         elif error is not None:
             record.status, record.error = "failed", error
             if number not in self._stopped_before:
-                self._study.fail(number, error)
+                self.study.fail(number, error)
         else:
             record.status = "finished"
             found = [record.metrics.get(metric.name) for metric in self.sweep.objectives]
             values = [value for value in found if value is not None]
             if number in self._stopped_before:
-                self._study.finish_later(number, *values)
+                self.study.finish_later(number, *values)
             else:
-                self._study.finish(number, *values)
+                self.study.finish(number, *values)
         self._ended += 1
         self._failed += record.status == "failed"
         self._wrote(record)
@@ -241,5 +247,5 @@ class SweepSession:
         return self.ledger.as_reported(record, rows)
 
     def _wrote(self, record: TrialRecord) -> None:
-        record.seconds = time.monotonic() - self._began[record.trial]
+        record.seconds = time.monotonic() - self._started_at[record.trial]
         self.ledger.save(record.trial)

@@ -71,7 +71,9 @@ class SweepState:
                 pass
 
     def stop(self, record: TrialRecord) -> None:
-        """A trial ends as was noted. One that waits at a rung stays running in the study."""
+        """End a trial for the reason in its record. One that waits at a rung stays running in the
+        study.
+        """
         record.status = "waiting" if record.waits else "stopped"
         if not record.waits:
             by = record.stop_kind, record.stop_rule

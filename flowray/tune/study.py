@@ -12,7 +12,8 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +23,15 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.study import Study, StudyDirection
+from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
 from flowray.config.errors import InputError
 from flowray.sweepconfig.search import RandomSearch, SearchConfig
 from flowray.sweepconfig.sweep import Sweep
-from flowray.tune.fresh import FIXED, fresh_setting
+from flowray.tune.fresh import fresh_setting
 from flowray.tune.nsga import STEP
+from flowray.tune.optuna_private import FIXED, ViewedStudy, reopen_trial, set_attribute
 from flowray.tune.samplers import Setting, make_sampler
 from flowray.tune.space import (
     Params,
@@ -41,11 +43,11 @@ from flowray.tune.space import (
     suggest,
 )
 
-REASON = "flowray"  # the user attribute that holds why a trial ended as it did
-STOPPED_BY = "flowray:stop"  # that of the kind and the rule of a stop
-FROM = "flowray:from"  # that of a trial of an earlier sweep: which one
-# that of the value of a stopped trial that was finished later: its number
-FINISHES = "flowray:finishes"
+# user attributes of the study's trials
+REASON = "flowray"  # why the trial was stopped or failed, in words
+STOPPED_BY = "flowray:stop"  # [kind, rule] of the decision that stopped it
+FROM = "flowray:from"  # the run directory of a trial that an earlier sweep trained
+FINISHES = "flowray:finishes"  # the number of the stopped trial whose value after all this one has
 # drafts by the sampler, then as many at random; after them the first unused setting is taken
 TRIES = 4
 # a lock of the journal lasts milliseconds; one that stays so long belonged to a killed process
@@ -78,37 +80,28 @@ class PartialResult(NamedTuple):
     values: list[float]
 
 
-class _StudyWithPartialResults(Study):
-    """A study whose sampler learns from the trials that have come to a rung, waiting or running,
-    as if they had been pruned there.
+PartialResultOf = Callable[[int], PartialResult | None]
+
+
+def with_partial_results(
+    partial_result: PartialResultOf, trials: Sequence[FrozenTrial]
+) -> list[FrozenTrial]:
+    """The trials as a sampler learns from them: each with a partial result counts as pruned, with
+    that result as its values. These are the ones that have come to a rung, waiting or running, and
+    in a sweep of several metrics the stopped ones, of which the journal keeps no values.
     """
 
-    partial_result: Callable[[int], PartialResult | None]
-
-    def _get_trials(
-        self,
-        deepcopy: bool = True,
-        states: Container[TrialState] | None = None,
-        use_cache: bool = False,
-    ) -> list[FrozenTrial]:
-        trials = super()._get_trials(deepcopy, None, use_cache)
-        seen = [self._seen(trial) for trial in trials]
-        return seen if states is None else [trial for trial in seen if trial.state in states]
-
-    def _seen(self, trial: FrozenTrial) -> FrozenTrial:
-        """The trial, pruned with its last values where the journal does not have them: it still
-        runs, or has several metrics.
-        """
-        if (
-            trial.state not in (TrialState.RUNNING, TrialState.PRUNED)
-            or trial.values is not None
-            or not (partial := self.partial_result(trial.number))
-        ):
+    def seen(trial: FrozenTrial) -> FrozenTrial:
+        unfinished = trial.state in (TrialState.RUNNING, TrialState.PRUNED)
+        found = partial_result(trial.number) if unfinished and trial.values is None else None
+        if found is None:
             return trial
         pruned = copy.copy(trial)
-        pruned.state, pruned.values = TrialState.PRUNED, partial.values
-        pruned.system_attrs = {**trial.system_attrs, STEP: partial.step}
+        pruned.state, pruned.values = TrialState.PRUNED, found.values
+        pruned.system_attrs = {**trial.system_attrs, STEP: found.step}
         return pruned
+
+    return [seen(trial) for trial in trials]
 
 
 class SweepStudy:
@@ -128,7 +121,7 @@ class SweepStudy:
         *,
         concurrent: int = 1,
         earlier: Sequence[FrozenTrial] = (),
-        partial_result: Callable[[int], PartialResult | None] = lambda number: None,
+        partial_result: PartialResultOf = lambda number: None,
     ):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         drop_torn_line(path)
@@ -139,16 +132,17 @@ class SweepStudy:
             StudyDirection.MINIMIZE if m.goal == "minimize" else StudyDirection.MAXIMIZE
             for m in sweep.objectives
         ]
-        sampler, pruner = self._sampler(0), optuna.pruners.NopPruner()
         try:
             storage = JournalStorage(Journal(path))
-            optuna.create_study(
-                storage=storage, study_name=sweep.name, directions=directions, load_if_exists=True
+            self._stored = optuna.create_study(
+                storage=storage,
+                sampler=self._sampler(0),
+                pruner=optuna.pruners.NopPruner(),
+                study_name=sweep.name,
+                directions=directions,
+                load_if_exists=True,
             )
-            self._study = _StudyWithPartialResults(
-                sweep.name, storage, sampler=sampler, pruner=pruner
-            )
-            self._study.partial_result = partial_result
+            self._study = ViewedStudy(self._stored, partial(with_partial_results, partial_result))
         except (ValueError, KeyError) as error:
             raise InputError(
                 f"{path}: cannot be read: {error}; put back a copy of it, or type name=OTHER for a"
@@ -163,7 +157,12 @@ class SweepStudy:
                     self._study.add_trial(trial)
 
     def _all(self) -> list[FrozenTrial]:
-        return Study._get_trials(self._study, deepcopy=False)  # as they stand, also those that wait
+        """As they stand in the journal, those of earlier sweeps too."""
+        return self._stored.get_trials(deepcopy=False)
+
+    def as_sampled(self) -> list[FrozenTrial]:
+        """Every trial that the sampler learns from, as it sees them."""
+        return self._study.get_trials(deepcopy=False)
 
     def trials(self) -> list[FrozenTrial]:
         """Every trial of the sweep as it stands in the journal."""
@@ -198,15 +197,14 @@ class SweepStudy:
         # what has none yet avoids the others'
         for frozen in sorted(left, key=lambda t: not t.params):
             self._study.sampler = self._sampler(frozen.number)
-            trial = self._unrepeated(Trial(self._study, frozen._trial_id))
+            trial = self._unrepeated(reopen_trial(self._study, frozen))
             self._live[frozen.number] = trial
             found.append((frozen.number, suggest(trial, self._sweep.parameters)))
         return sorted(found, key=lambda each: each[0])
 
     def _unrepeated(self, trial: Trial) -> Trial:
-        """The trial with its setting settled, where it might be one that another trial has.
-
-        One that was given a part of its parameters by a killed session keeps what it has.
+        """The trial, with a setting fixed for it that no other trial has, where the sampler might
+        draw one again. A trial that a killed session gave some of its parameters keeps them.
         """
         sweep, planned = self._sweep, self._all()[trial.number].system_attrs.get(FIXED, {})
         if trial.params or not (self._repeats or planned):
@@ -217,8 +215,8 @@ class SweepStudy:
         samplers = [self._sampler(trial.number, i) for i in range(TRIES)]
         samplers += [self._sampler(trial.number, i, RandomSearch()) for i in range(TRIES)]
         setting = fresh_setting(trial, planned, sweep.parameters, samplers, own, earlier)
-        self._study._storage.set_trial_system_attr(trial._trial_id, FIXED, setting)
-        return Trial(self._study, trial._trial_id)
+        set_attribute(self._study, trial, FIXED, setting)
+        return reopen_trial(self._study, trial)
 
     def params(self, trial: FrozenTrial) -> Params:
         """What a trial that has ended was given, as the recipe takes it."""
@@ -239,8 +237,8 @@ class SweepStudy:
         self._study.tell(number, list(values), state=TrialState.COMPLETE)
 
     def finish_later(self, number: int, *values: float) -> None:
-        """A stopped trial has been finished: what the study was told cannot be taken back, so
-        its value comes as a further trial.
+        """Record the values of a stopped trial that was trained to its end after all. A study
+        does not let a pruned trial change, so they become those of a further trial.
         """
         told = self._all()[number]
         later = optuna.trial.create_trial(
@@ -255,7 +253,7 @@ class SweepStudy:
         """PRUNED: Optuna takes the last reported value as the trial's, at its step, and ranks it
         below trials that went further.
 
-        by: the kind and the rule of its `Stop`, for a session that has lost the account.
+        by: the kind and the rule of its `Stop`, for a session whose ledger is lost or behind.
         """
         self._live[number].set_user_attr(REASON, why)
         self._live[number].set_user_attr(STOPPED_BY, list(by))

@@ -5,7 +5,6 @@ next session), stopped, finished or failed.
 
 from __future__ import annotations
 
-import json
 import textwrap
 import time
 from collections.abc import Sequence
@@ -19,16 +18,18 @@ from rich.table import Table
 from rich.text import Text
 
 from flowray.config.progress import duration
-from flowray.config.ranking import best, ranked, steps
+from flowray.config.ranking import steps
 from flowray.report.lines import columns, wrapped
 from flowray.store.doing import doing
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.distributions import Constant
 from flowray.sweepconfig.sweep import Sweep
-from flowray.tune.records import TrialRecord, repeat_dir
+from flowray.tune.observers import Observer
+from flowray.tune.records import TrialRecord, last_row, repeat_dir
+from flowray.views.standing import Standing
 
-# a quiet sweep says where it is after BEAT_S, then after twice as long, at last every QUIET_S
-BEAT_S, QUIET_S = 2.5, 300.0
+# a quiet sweep says where it is after HEARTBEAT_S, then after twice as long, at last every QUIET_S
+HEARTBEAT_S, QUIET_S = 2.5, 300.0
 GENERIC = {"kind", "weight", "low", "high"}  # last parts of a key that say nothing alone
 METRICS = 4
 ROWS = 16  # of the live table; the report has them all
@@ -45,13 +46,14 @@ STATES = {
 INDENT = " " * 9  # of an event's second line: below its words
 
 
-class SweepConsole:
+class SweepConsole(Observer):
     """Prints to `stream`; use it as a context manager around the sweep. No Ray: between probes
     it reads each run's metrics.jsonl.
     """
 
     def __init__(self, sweep: Sweep, sweep_dir: Path, total: int, stream: TextIO):
         self._sweep, self._dir, self._total = sweep, sweep_dir, total
+        self._standing = Standing(sweep)
         self._names = short_names(
             [
                 key
@@ -60,18 +62,14 @@ class SweepConsole:
             ]
         )
         prefix = "ema/" if sweep.metric.name.startswith("ema/") else ""
-        rules = [rule.metric for rule in sweep.stop if rule.metric]
-        objectives = [metric.name for metric in sweep.objectives]
-        self._shown = list(
-            dict.fromkeys(
-                [*objectives, *rules, f"{prefix}flow/cos", f"{prefix}std/mean", "loss/flow"]
-            )
-        )[:METRICS]
+        shown = [metric.name for metric in sweep.objectives] + list(sweep.rule_metrics)
+        shown += [f"{prefix}flow/cos", f"{prefix}std/mean", "loss/flow"]
+        self._shown = list(dict.fromkeys(shown))[:METRICS]
         self._trials: dict[int, TrialRecord] = {}
         self._paused: set[int] = set()  # trials to be continued, in this session or by a later one
         self._before = 0  # trials that were through when this session began
         self._begin = self._last = time.monotonic()
-        self._pause = BEAT_S
+        self._pause = HEARTBEAT_S
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         if not self._console.is_terminal:
             self._console.width = columns()
@@ -118,7 +116,7 @@ class SweepConsole:
         place = f"({trial.last_step} of {trial.budget_steps} steps, {trial.seconds:.0f} s)"
         self._say(trial, f"{self._state(trial).upper():<10} {words}  {place}")
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Called often; prints a line when nothing was printed for a while, ever longer while
         nothing happens.
         """
@@ -249,14 +247,14 @@ class SweepConsole:
         return sum(t.waits or t.status not in ("running", "waiting") for t in self._trials.values())
 
     def _best(self) -> TrialRecord | None:
-        return best(self._trials.values(), self._sweep.metric)
+        return self._standing.best(self._trials.values())
 
     def _ranked(self) -> list[TrialRecord]:
-        order = ranked(self._trials.values(), self._sweep.metric)
+        order = self._standing.in_order(self._trials.values())
         return sorted(order, key=lambda trial: trial.status != "running")
 
     def _say(self, trial: TrialRecord, words: str) -> None:
-        self._trials[trial.trial], self._pause = trial, BEAT_S
+        self._trials[trial.trial], self._pause = trial, HEARTBEAT_S
         self._print(f"trial {trial.trial:<3} {words}")
 
     def _print(self, words: str) -> None:
@@ -300,18 +298,6 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
         ]
         names[key] = clear[0] if clear else key
     return names
-
-
-def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole row of a JSON-lines file, or None; reads only its end."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 16_384))
-            lines = file.read().split(b"\n")[:-1]
-        row: dict[str, Any] = json.loads(lines[-1])
-    except (OSError, IndexError, json.JSONDecodeError):
-        return None
-    return row
 
 
 def _brief(value: Any, digits: int = 3) -> str:

@@ -7,6 +7,7 @@ is what a query asks for.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +18,14 @@ from typing import Any
 from ray.util.metrics import Gauge
 
 from flowray.config.keys import describe
-from flowray.config.ranking import best
-from flowray.config.rows import parse_rows
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.sweep import Sweep
-from flowray.tune.records import TrialRecord
+from flowray.tune.observers import Observer
+from flowray.tune.records import TrialRecord, last_row
+from flowray.views.standing import Standing
 
 EXPORTED = "ray_"  # what Ray puts before every name
 SPEED = "perf/images_per_s"
-LAST_BYTES = 2**16  # of metrics.jsonl, for its last row
 
 
 @dataclass(frozen=True)
@@ -126,48 +126,33 @@ class RunGauges:
         """Set the gauges to a reported row; what it lacks stays as it was. Speed is from the
         run's metrics: rows of training have none.
         """
-        speed = {SPEED: self._speed()} if SPEED not in row else {}
+        speed = row if SPEED in row else last_row(self._run.metrics) or {}
+        shown = {SPEED: speed.get(SPEED), **row}
         for key, gauge in self._gauges.items():
-            value = row.get(f"ema/{key}", row.get(key, speed.get(key)))
+            value = shown.get(f"ema/{key}", shown.get(key))
             if isinstance(value, int | float):
                 gauge.set(float(value), tags=self._labels)
 
-    def _speed(self) -> float | None:
-        """Of the last whole row of metrics.jsonl, of which no more is read than its end."""
-        try:
-            with self._run.metrics.open("rb") as file:
-                file.seek(max(0, self._run.metrics.stat().st_size - LAST_BYTES))
-                rows, _ = parse_rows(file.read().decode(errors="replace"))
-        except OSError:
-            return None
-        return rows[-1].get(SPEED) if rows else None
 
-
-class SweepGauges:
+class SweepGauges(Observer):
     """The sweep as a whole, the trials of earlier sessions too: an observer of the session."""
 
     def __init__(self, sweep: Sweep):
-        self._sweep, self._metric = sweep.name, sweep.metric
+        self._sweep, self._metric, self._standing = sweep.name, sweep.metric, Standing(sweep)
+        self._named = False  # whether the gauge names a best value
         self._trials, self._best = _open(TRIALS), _open(BEST)
         self._records: dict[int, TrialRecord] = {}
-
-    def known(self, trial: TrialRecord) -> None:
-        self._show(trial)
-
-    def started(self, trial: TrialRecord) -> None:
-        self._show(trial)
-
-    def probed(self, trial: TrialRecord) -> None:
-        self._show(trial)
-
-    def ended(self, trial: TrialRecord) -> None:
-        self._show(trial)
 
     def _show(self, trial: TrialRecord) -> None:
         self._records[trial.trial] = trial
         counts = Counter(record.status for record in self._records.values())
         for state in ("running", "waiting", "finished", "stopped", "failed"):
             self._trials.set(counts[state], tags={"sweep": self._sweep, "state": state})
-        first = best(self._records.values(), self._metric)
-        if first and (value := first.value(self._metric.name)) is not None:
-            self._best.set(value, tags={"sweep": self._sweep, "metric": self._metric.name})
+        first = self._standing.best(self._records.values())
+        value = first.value(self._metric.name) if first else None
+        if value is not None or self._named:  # NaN once there is none any more
+            tags = {"sweep": self._sweep, "metric": self._metric.name}
+            self._best.set(math.nan if value is None else value, tags=tags)
+        self._named = value is not None
+
+    known = started = probed = ended = _show

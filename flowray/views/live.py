@@ -1,4 +1,4 @@
-"""Who else looks on while a sweep runs: TensorBoard's HParams tab and the pictures of the trials
+"""Observers that write for other tools: TensorBoard's HParams tab and the pictures of the trials
 in the Optuna study. No Ray.
 """
 
@@ -15,7 +15,6 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.trial import FrozenTrial
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
@@ -41,6 +40,7 @@ from flowray.sweepconfig.distributions import (
     Uniform,
 )
 from flowray.sweepconfig.sweep import Sweep
+from flowray.tune.observers import Observer
 from flowray.tune.records import TrialRecord
 from flowray.tune.study import Journal
 
@@ -50,7 +50,7 @@ HPARAMS = ".hparams"  # ends the name of an event file that holds no scalars
 SHOWN = ("ema/shoot/nmse", "ema/shoot/skill", "ema/flow/cos", "ema/std/mean", "loss/flow")
 
 
-class TrialBoard:
+class TrialBoard(Observer):
     """A row in TensorBoard's HParams tab for every trial, beside the scalars in the trial's own
     event files.
 
@@ -65,17 +65,13 @@ class TrialBoard:
             for key, parameter in sweep.parameters.items()
             if not isinstance(parameter, Constant)
         ]
-        rules = [rule.metric for rule in sweep.stop if rule.metric]
         metrics = [
             Metric(name)
             for name in dict.fromkeys(
-                [*(metric.name for metric in sweep.objectives), *SHOWN, *rules]
+                [*(metric.name for metric in sweep.objectives), *SHOWN, *sweep.rule_metrics]
             )
         ]
         self._space = hparams_config_pb(space, metrics)
-
-    def known(self, trial: TrialRecord) -> None:
-        """It has its row."""
 
     def started(self, trial: TrialRecord) -> None:
         folder = self._folder(trial)
@@ -83,9 +79,6 @@ class TrialBoard:
             return
         params = {key: _scalar(value) for key, value in trial.params.items() if value is not None}
         _write(folder, self._space, hparams_pb(params, trial_id=f"trial {trial.trial}"))
-
-    def probed(self, trial: TrialRecord) -> None:
-        """Its scalars are written by the trial."""
 
     def ended(self, trial: TrialRecord) -> None:
         # paused, to be continued by a later session
@@ -134,7 +127,7 @@ def _scalar(value: Any) -> bool | float | str:
     return float(value) if isinstance(value, int | float) else json.dumps(value)
 
 
-class Gallery:
+class Gallery(Observer):
     """Attaches each new sample strip to its trial in the study, through Optuna's artifacts:
     optuna-dashboard shows them there.
 
@@ -157,11 +150,8 @@ class Gallery:
         (self._dir / ARTIFACTS).mkdir(exist_ok=True)
         return FileSystemArtifactStore(str(self._dir / ARTIFACTS))
 
-    def known(self, trial: TrialRecord) -> None:
-        """It has its pictures."""
-
     def started(self, trial: TrialRecord) -> None:
-        """No pictures yet; with the first trial the study is there to be given its names."""
+        """With the first trial the study is there, to be given its names."""
         if self._named:
             return
         with warnings.catch_warnings():
@@ -176,7 +166,9 @@ class Gallery:
         strips = sorted((self._dir / str(trial.trial) / "samples").glob("step_*.png"))
         if not strips:
             return
-        frozen = self._frozen(trial.trial)
+        study = self._storage.get_study_id_from_name(self._study)
+        number = self._storage.get_trial_id_from_study_id_trial_number(study, trial.trial)
+        frozen = self._storage.get_trial(number)
         if frozen.state.is_finished():  # a stopped trial that is finished after all
             return
         known = {
@@ -191,12 +183,3 @@ class Gallery:
                     study_or_trial=frozen,
                     storage=self._storage,
                 )
-
-    def ended(self, trial: TrialRecord) -> None:
-        """Its pictures came with the last probe."""
-
-    def _frozen(self, number: int) -> FrozenTrial:
-        study = self._storage.get_study_id_from_name(self._study)
-        return self._storage.get_trial(
-            self._storage.get_trial_id_from_study_id_trial_number(study, number)
-        )

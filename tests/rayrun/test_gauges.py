@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import time
 import urllib.request
@@ -17,7 +18,7 @@ from flowray.report.load import load_sweep
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.ledger import Ledger
-from flowray.tune.records import TrialRecord
+from flowray.tune.records import LAST_BYTES, TrialRecord
 from flowray.views import gauges
 from flowray.views.console import SweepConsole
 from flowray.views.gauges import RunGauges, SweepGauges, exported_names, leave_link
@@ -100,6 +101,11 @@ def seeds(number: int, lr: float, seed: int, value: float) -> TrialRecord:
     return finished(number, value, params={"optim.lr": lr, "seed": seed})
 
 
+def latent(number: int, channels: int, value: float) -> TrialRecord:
+    return finished(number, value, params={"optim.lr": 0.1 * number, CHANNELS: channels})
+
+
+CHANNELS = "model.latent.channels"
 NEVER = {"status": "stopped", "last_step": 10}
 
 
@@ -119,6 +125,9 @@ NEVER = {"status": "stopped", "last_step": 10}
         ([seeds(0, 1, 0, 0.3), seeds(1, 1, 1, 0.7), seeds(2, 2, 0, 0.45)], "minimize", 2),
         ([seeds(0, 1, 0, 0.3), seeds(1, 1, 1, 0.5), seeds(2, 2, 0, 0.45)], "minimize", 0),
         ([finished(0, 0.1, status="failed"), finished(1, None)], "minimize", None),
+        # values of another latent do not compare
+        ([latent(0, 4, 0.3), latent(1, 4, 0.2)], "minimize", 1),
+        ([latent(0, 4, 0.3), latent(1, 16, 0.2)], "minimize", None),
     ],
 )
 def test_console_gauges_and_report_name_the_same_best_trial(
@@ -128,7 +137,8 @@ def test_console_gauges_and_report_name_the_same_best_trial(
     goal: str,
     wanted: int | None,
 ) -> None:
-    space = {"optim.lr": {"distribution": "uniform", "min": 0.0, "max": 1.0}}
+    space: dict[str, Any] = {"optim.lr": {"distribution": "uniform", "min": 0.0, "max": 1.0}}
+    space |= {CHANNELS: {"distribution": "categorical", "values": [4, 16]}}
     plain = {"name": "s", "base": "unused", "metric": {"name": METRIC, "goal": goal}}
     sweep = Sweep.model_validate({**plain, "parameters": space})
     (tmp_path / "sweep.yaml").write_text(json.dumps(plain))
@@ -136,6 +146,11 @@ def test_console_gauges_and_report_name_the_same_best_trial(
     console, whole = SweepConsole(sweep, tmp_path, len(trials), screen), SweepGauges(sweep)
     for trial in trials:
         ledger.trials[trial.trial] = trial
+        run = tmp_path / str(trial.trial)
+        run.mkdir()
+        (run / "config.yaml").write_text(
+            f"model: {{latent: {{channels: {trial.params.get(CHANNELS, 4)}}}}}\n"
+        )
         console.known(trial)
         whole.known(trial)
     ledger.save()
@@ -147,7 +162,8 @@ def test_console_gauges_and_report_name_the_same_best_trial(
         str(number) for number in (wanted,) if number is not None
     ]
     value = None if wanted is None else trials[wanted].metrics[METRIC]
-    assert seen.get(("flowray_best", "s", METRIC)) == value
+    shown = seen.get(("flowray_best", "s", METRIC))
+    assert shown == value or (value is None and math.isnan(shown))
     assert f"{ledger.saved():.6f}" == f"{report.saved:.6f}"
     share = f"{report.saved:.0%} of the steps saved"
     assert (share in console._headline()) is bool(report.budget_steps)
@@ -168,7 +184,7 @@ def test_speed_is_of_the_last_step_logged(
                 + "\n"
             )
         file.write('{"step": 2000, "perf/im')  # is being written
-    assert run.metrics.stat().st_size > gauges.LAST_BYTES
+    assert run.metrics.stat().st_size > LAST_BYTES
     shown.show({"step": 2000})
     assert seen["flowray_images_per_s", "s/4"] == 2999.0
     shown.show({"step": 1, "perf/images_per_s": 7.0})  # of a sweep over samplers

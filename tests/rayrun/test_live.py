@@ -303,7 +303,7 @@ def test_a_quiet_sweep_shows_signs_of_life_ever_more_rarely(
         log.truncate(log.seek(0))
         while clock.now < until:
             clock.now += 1
-            console.beat()
+            console.heartbeat()
         return [
             int(seconds) for seconds in re.findall(r"(?m)^ *(\d+) s  0 of 8 done", log.getvalue())
         ]

@@ -22,7 +22,8 @@ from flowray.report.analysis import heat_map
 from flowray.report.ending import ending, failures, stop_reasons
 from flowray.report.load import load_sweep
 from flowray.report.results import Sweep
-from flowray.report.sweep_page import stop_rule_text, sweep_verdict, write_sweep_report
+from flowray.report.sweep_page import sweep_verdict, write_sweep_report
+from flowray.sweepconfig.stop import rule_words
 
 RECORDED = Path(__file__).parent / "recorded" / "head"
 BEST = 27
@@ -201,7 +202,7 @@ def test_what_the_engine_noted_counts_and_not_what_the_last_numbers_look_like(fo
     sweep = change(folder, 2, **low, stop_kind="not_finite")
     assert {
         "not among the best (asha) at step 250": 1,
-        stop_rule_text(sweep.settings["stop"][0]): 1,
+        rule_words(sweep.settings["stop"][0]): 1,
         "ema/shoot/nmse is not finite": 1,
     }.items() <= dict(stop_reasons(sweep)).items()
 

@@ -6,18 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from flowray.config.errors import InputError
 from flowray.sweepconfig.distributions import LogUniform
+from flowray.sweepconfig.file import text_sweep
 from flowray.sweepconfig.sweep import Sweep
-from flowray.tune.halving import Pruner
 from flowray.tune.observers import Observer
 from flowray.tune.policy import Policy
+from flowray.tune.pruners import Pruner
 from flowray.tune.records import repeat_dir
 from flowray.tune.session import SweepSession
 
 METRIC = "shoot/nmse"
+HEAD = """\
+name: s
+base: base
+metric: {name: ema/shoot/nmse}
+run_cap: 6
+"""
 
 
 def make_sweep(**changes: Any) -> Sweep:
@@ -68,3 +77,20 @@ def probe(
     with (run / "probes.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     return {**row, "budget_steps": budget, "repeat": repeat}
+
+
+def sweep_of(parameters: str, more: str = "") -> Sweep:
+    """The sweep of a file with these parameters and more keys."""
+    return text_sweep(f"{HEAD}{more}\nparameters:\n{parameters}", "s.yaml")
+
+
+def one(spec: str, key: str = "optim.lr") -> Any:
+    """The parameter that a file describes so."""
+    return sweep_of(f"  {key}: {spec}").parameters[key]
+
+
+def refused(parameters: str, more: str = "", cap: int = 6) -> str:
+    """The line with which such a file is refused."""
+    with pytest.raises(InputError) as caught:
+        text_sweep(f"{HEAD.replace('6', str(cap))}{more}\nparameters:\n{parameters}", "s.yaml")
+    return str(caught.value)

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from flowray.store.rows import read_rows
 from flowray.sweepconfig.sweep import Asha, Hyperband, Median, Sweep, milestones
-from flowray.tune.halving import Rungs
+from flowray.tune.pruners import Rungs
 from flowray.tune.session import SweepSession
 
 METRIC, STEPS = "ema/shoot/nmse", 80
@@ -132,15 +132,13 @@ def test_the_sampler_learns_from_those_that_wait_and_the_journal_keeps_them_open
     judge, _ = run_session(make(early_terminate=Hyperband(min_iter=10, eta=4)), tmp_path, most=3)
     assert judge.ledger.waiting() == [0, 1, 2]
     assert [t.state for t in study_trials(tmp_path)] == [TrialState.RUNNING] * 3
-    seen = judge._study._study.get_trials(deepcopy=False)
+    seen = judge.study.as_sampled()
     assert [(t.state, t.value, t.last_step) for t in seen] == [
         (TrialState.PRUNED, worth(n) + 1, 10) for n in range(3)
     ]
     again, _ = run_session(make(early_terminate=Hyperband(min_iter=10, eta=4)), tmp_path, most=0)
     assert again.ledger.waiting() == [0, 1, 2]
-    assert [t.state for t in again._study._study.get_trials(deepcopy=False)] == [
-        TrialState.PRUNED
-    ] * 3
+    assert [t.state for t in again.study.as_sampled()] == [TrialState.PRUNED] * 3
     assert (again.remaining(), again.next()[0]) == (3, 3)
 
 

@@ -29,7 +29,8 @@ from flowray.cluster import session
 from flowray.config.errors import InputError
 from flowray.store.rows import RowWriter, read_rows
 from flowray.sweepconfig.search import CmaEsSearch, Nsga2Search
-from flowray.sweepconfig.sweep import Hyperband, StopRule, Sweep
+from flowray.sweepconfig.stop import BoundRule
+from flowray.sweepconfig.sweep import Hyperband, Sweep
 from flowray.tune import study
 from flowray.tune.session import SweepSession
 
@@ -41,7 +42,7 @@ make = partial(
     make_sweep,
     metric={"name": METRIC},
     early_terminate=Hyperband(min_iter=20, eta=2),
-    stop=(StopRule(metric="ema/flow/cos", below=0.3, after=30, patience=2),),
+    stop=(BoundRule(metric="ema/flow/cos", below=0.3, after=30, patience=2),),
     run_cap=TRIALS,
     startup_trials=3,
 )

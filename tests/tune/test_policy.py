@@ -5,7 +5,8 @@ import math
 import pytest
 from builders import METRIC, make_sweep
 
-from flowray.sweepconfig.sweep import Hyperband, Median, StopRule
+from flowray.sweepconfig.stop import BoundRule, FindingRule
+from flowray.sweepconfig.sweep import Hyperband, Median
 from flowray.tune.policy import Continue, Pause, Policy, Stop
 
 BUDGET = 40
@@ -16,7 +17,7 @@ def row(step, value, **more):
 
 
 def test_a_rule_stops_and_says_which_it_was():
-    rules = (StopRule(metric="flow/cos", below=0.1), StopRule(metric=METRIC, above=5))
+    rules = (BoundRule(metric="flow/cos", below=0.1), BoundRule(metric=METRIC, above=5))
     policy = Policy(make_sweep(stop=rules), BUDGET)
     assert policy.decide(0, row(10, 1.0)) == Continue()
     decision = policy.decide(0, row(20, 9.0))
@@ -31,7 +32,7 @@ def test_a_number_that_is_not_finite_stops_without_a_rule():
 
 
 def test_a_finding_in_the_row_stops():
-    policy = Policy(make_sweep(stop=(StopRule(finding="scale_twice"),)), BUDGET)
+    policy = Policy(make_sweep(stop=(FindingRule(finding="scale_twice"),)), BUDGET)
     found = {"id": "scale_twice", "severity": "bad", "evidence": "0.55 of 1"}
     assert policy.decide(0, row(10, 1.0, findings=[])) == Continue()
     assert isinstance(policy.decide(0, row(20, 1.0, findings=[found])), Stop)
@@ -39,7 +40,7 @@ def test_a_finding_in_the_row_stops():
 
 @pytest.mark.parametrize("over", [{"step": BUDGET}, {"repeat": 1}])
 def test_nothing_is_stopped_at_its_end_or_in_a_later_seed(over):
-    policy = Policy(make_sweep(stop=(StopRule(metric=METRIC, above=5),)), BUDGET)
+    policy = Policy(make_sweep(stop=(BoundRule(metric=METRIC, above=5),)), BUDGET)
     assert policy.decide(0, {**row(10, 9.0), **over}) == Continue()
 
 
@@ -69,7 +70,7 @@ def test_the_median_stops_for_good():
 )
 def test_the_same_rows_leave_the_same_policy(early):
     """What lets a new session stand where the last one ended."""
-    rules = (StopRule(metric=METRIC, above=3, patience=2),)
+    rules = (BoundRule(metric=METRIC, above=3, patience=2),)
     sweep = make_sweep(early_terminate=early, stop=rules)
     rows = [
         (number, row(step, 0.7 * number + 10 / step))

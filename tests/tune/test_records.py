@@ -15,7 +15,7 @@ import pytest
 from builders import METRIC, make_sweep, open_session
 
 from flowray.config.errors import InputError
-from flowray.sweepconfig.sweep import StopRule
+from flowray.sweepconfig.stop import BoundRule
 from flowray.tune.ledger import Ledger
 from flowray.tune.records import TrialRecord
 
@@ -23,7 +23,7 @@ SEEDS = 2
 
 
 def open_it(folder):
-    stop = [StopRule(metric=METRIC, above=5)]
+    stop = [BoundRule(metric=METRIC, above=5)]
     return open_session(make_sweep(stop=stop, method="random", run_cap=4, seeds=SEEDS), folder, 20)
 
 

@@ -20,10 +20,10 @@ from flowray.report.load import load_run
 from flowray.report.results import Metric, Trial
 from flowray.report.results import Sweep as Loaded
 from flowray.sweepconfig.parameters import LogUniform, Uniform
-from flowray.sweepconfig.sweep import Asha, Hyperband, Median, StopRule, Sweep
+from flowray.sweepconfig.stop import BoundRule, GainRule
+from flowray.sweepconfig.sweep import Asha, Hyperband, Median, Sweep
 from flowray.tune.cmaes import Strategy
-from flowray.tune.halving import Rungs
-from flowray.tune.median import MedianRule
+from flowray.tune.pruners import MedianRule, Rungs
 from flowray.tune.stop import StopRules
 
 METRIC = "ema/shoot/nmse"
@@ -89,9 +89,9 @@ def test_a_trial_like_all_others_is_not_worse_than_the_median(value: float, nois
 
 @pytest.mark.parametrize("noise", [0.0, FP32, -FP32, FP64, -FP64])
 def test_a_bound_that_is_just_met_is_met(noise: float) -> None:
-    one = StopRules([StopRule(metric="flow/cos", below=0.3)], METRIC)
+    one = StopRules([BoundRule(metric="flow/cos", below=0.3)], METRIC)
     assert one.feed({"step": 1, "flow/cos": 0.3 * (1 + noise)}) is None
-    two = StopRules([StopRule(metric="flow/cos", gains_less_than=0.1, patience=1)], METRIC)
+    two = StopRules([GainRule(metric="flow/cos", gains_less_than=0.1, patience=1)], METRIC)
     for step, value in enumerate((0.7, 0.8, 0.9, 1.0)):
         assert two.feed({"step": step, "flow/cos": value * (1 + noise)}) is None
     assert two.feed({"step": 9, "flow/cos": 1.09}) is not None
@@ -109,12 +109,11 @@ def test_cma_es_draws_alike_whatever_directions_its_eigenvectors_have(monkeypatc
         return values, turned
 
     def points() -> np.ndarray:
-        rng, strategy = np.random.default_rng(0), Strategy(3, 0.2, None)
-        out = []
+        strategy, out = Strategy(3, 0.2, None, seed=0), []
         for _ in range(4):
-            out += [strategy.draw(rng) for _ in range(strategy.population)]
-            born = out[-strategy.population :]
-            strategy.learn(np.array(sorted(born, key=lambda x: float(x @ [1.0, 2.0, -1.0]))))
+            born = [strategy.ask() for _ in range(strategy.population_size)]
+            strategy.learn(sorted(born, key=lambda x: float(x @ [1.0, 2.0, -1.0])))
+            out += born
         return np.array(out)
 
     plain = points()

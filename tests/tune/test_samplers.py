@@ -215,12 +215,25 @@ def test_cma_es_finds_the_minimum_of_a_rotated_ellipsoid_and_adapts_to_it():
     def f(x):
         return (x - centre) @ matrix @ (x - centre)
 
-    strategy = Strategy(4, 0.25, None)
-    assert strategy.population == 8
+    strategy = Strategy(4, 0.25, None, seed=0)
+    assert strategy.population_size == 8
     for _ in range(150):
-        points = np.array([strategy.draw(rng) for _ in range(strategy.population)])
-        strategy.learn(points[np.argsort([f(x) for x in points])])
+        strategy.learn(sorted((strategy.ask() for _ in range(8)), key=f))
     assert f(strategy.mean) < 1e-8
-    values = np.linalg.eigvalsh(strategy.cov)
+    drawn = np.array([strategy.ask() for _ in range(1000)])
+    values = np.linalg.eigvalsh(np.cov(drawn.T))
     assert 10 < values[-1] / values[0] < 1000  # the inverse Hessian's, 100
     assert min(f(rng.random(4)) for _ in range(1200)) > 1e-3
+
+
+def test_cma_es_comes_to_a_best_value_at_the_end_of_a_range():
+    """What is drawn beyond an end counts there: drawn again, as the package does with bounds,
+    points near it would stay rare.
+    """
+    strategy = Strategy(2, 0.25, None, seed=0)
+    for _ in range(12):
+        points = [strategy.ask() for _ in range(strategy.population_size)]
+        assert np.all(np.array(points) >= 0)
+        assert np.all(np.array(points) <= 1)
+        strategy.learn(sorted(points, key=lambda x: float(np.sum((x - [0, 1]) ** 2))))
+    assert strategy.mean == pytest.approx([0, 1], abs=0.01)

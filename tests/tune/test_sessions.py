@@ -13,12 +13,11 @@ from builders import METRIC, make_sweep, open_session, probe, study_trials
 from optuna.trial import TrialState
 
 from flowray.config.errors import InputError
-from flowray.sweepconfig.sweep import Asha, Hyperband, Median, StopRule
-from flowray.tune.halving import PRUNERS, Rungs, make_pruner
+from flowray.sweepconfig.stop import BoundRule
+from flowray.sweepconfig.sweep import Asha, Hyperband, Median
 from flowray.tune.ledger import Ledger
-from flowray.tune.median import MedianRule
+from flowray.tune.pruners import PRUNERS, MedianRule, Rungs, make_pruner
 from flowray.tune.records import repeat_dir, repeat_of
-from flowray.tune.stop import StopRules, check_findings
 
 make = partial(make_sweep, method="random", run_cap=3)
 
@@ -80,7 +79,7 @@ def test_a_configuration_is_judged_by_its_mean_over_seeds_and_the_noise_is_kept(
 def test_only_the_first_seed_can_be_stopped_and_a_killed_session_goes_on_with_the_right_seed(
     tmp_path,
 ):
-    sweep = make(seeds=2, stop=[StopRule(metric=METRIC, above=5)])
+    sweep = make(seeds=2, stop=[BoundRule(metric=METRIC, above=5)])
     judge = open_session(sweep, tmp_path, 40)
     judge.next()
     judge.report(0, probe(tmp_path, 0, 20, 1.0))
@@ -113,7 +112,7 @@ def test_places_of_seeds():
 def test_several_metrics_are_all_told_and_a_stopped_trial_is_pruned(tmp_path):
     sweep = make(
         more_metrics=({"name": "text/snr", "goal": "maximize"},),
-        stop=[StopRule(metric=METRIC, above=5)],
+        stop=[BoundRule(metric=METRIC, above=5)],
     )
     judge = open_session(sweep, tmp_path, 40)
     for number, value in enumerate([1.0, 9.0, 2.0]):
@@ -152,7 +151,7 @@ def test_after_the_time_budget_nothing_begins_and_what_runs_pauses_and_goes_on_l
 
 
 def test_the_time_budget_does_not_pause_a_trial_at_its_end_or_one_that_is_stopped(tmp_path):
-    sweep = make(stop=[StopRule(metric=METRIC, above=5)])
+    sweep = make(stop=[BoundRule(metric=METRIC, above=5)])
     judge = open_session(sweep, tmp_path, 40, deadline=time.monotonic() + 1000)
     judge.next(), judge.next()
     judge._deadline = time.monotonic()
@@ -163,7 +162,7 @@ def test_the_time_budget_does_not_pause_a_trial_at_its_end_or_one_that_is_stoppe
 
 
 def test_a_stopped_trial_is_finished_by_number_and_the_study_learns_its_value(tmp_path):
-    sweep = make(stop=[StopRule(metric=METRIC, above=5)])
+    sweep = make(stop=[BoundRule(metric=METRIC, above=5)])
     judge = open_session(sweep, tmp_path, 40)
     params = {}
     for _ in range(3):
@@ -301,24 +300,3 @@ def test_the_median_rule_by_hand():
     )
     assert rule.judge(4, 20, 0.84) is None
     assert rule.judge(0, 30, 9.0) is None  # nobody else has come that far
-
-
-def test_a_trial_that_gains_too_little_is_stopped_whatever_its_value():
-    rule = StopRule(metric=METRIC, gains_less_than=0.1, after=20, patience=2)
-    watch = StopRules([rule], METRIC)
-    said = [
-        watch.feed({"step": step, METRIC: value})
-        for step, value in ((10, 1.0), (20, 0.9), (30, 0.85), (40, 0.7), (50, 0.69), (60, 0.66))
-    ]
-    assert said[:5] == [None] * 5
-    assert said[5] == f"{METRIC} 0.66 gained 0.04 in 2 probes, less than 0.1, to step 60"
-    higher = StopRules([StopRule(metric="flow/cos", gains_less_than=0.1, patience=1)], METRIC)
-    assert [higher.feed({"step": s, "flow/cos": v}) for s, v in ((1, 0.1), (2, 0.3), (3, 0.5))] == [
-        None
-    ] * 3
-    assert (
-        higher.feed({"step": 4, "flow/cos": 0.2})
-        == "flow/cos 0.2 gained 0 in 1 probes, less than 0.1, to step 4"
-    )
-    with pytest.raises(InputError, match="loss/kl is neither better high nor low"):
-        check_findings([StopRule(metric="loss/kl", gains_less_than=0.1)], [])

@@ -10,7 +10,7 @@ from builders import METRIC, make_sweep, open_session, probe, study_trials
 from optuna.trial import TrialState
 
 from flowray.sweepconfig.distributions import Categorical, IntUniform, LogUniform, QLogUniform
-from flowray.sweepconfig.sweep import StopRule
+from flowray.sweepconfig.stop import BoundRule, FindingRule
 from flowray.tune.ledger import Ledger
 from flowray.tune.records import TrialRecord
 from flowray.tune.space import settings, suggest, trial_count
@@ -23,7 +23,7 @@ def make(**changes):
             "optim.lr": LogUniform(min=1e-4, max=1e-2),
             "model.head.kind": Categorical(values=("grid", "conv")),
         },
-        "stop": [StopRule(metric=METRIC, above=5)],
+        "stop": [BoundRule(metric=METRIC, above=5)],
         "run_cap": 4,
         "startup_trials": 2,
     }
@@ -74,7 +74,7 @@ def test_finished_stopped_and_failed_trials_in_the_study_and_the_records(tmp_pat
 
 
 def test_a_trial_is_stopped_by_a_finding_also_after_a_replay(tmp_path):
-    sweep = make(stop=[StopRule(finding="scale_twice", patience=2)])
+    sweep = make(stop=[FindingRule(finding="scale_twice", patience=2)])
     judge = open_it(tmp_path, sweep)
     judge.next()
 

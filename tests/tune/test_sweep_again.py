@@ -26,7 +26,8 @@ from flowray.report.results import Sweep as Results
 from flowray.store.run import RunDirectory, RunLock
 from flowray.sweepconfig.distributions import LogUniform
 from flowray.sweepconfig.file import load_sweep
-from flowray.sweepconfig.sweep import Hyperband, StopRule, Sweep
+from flowray.sweepconfig.stop import BoundRule
+from flowray.sweepconfig.sweep import Hyperband, Sweep
 from flowray.tune.folder import held_directory, open_directory, refuse_taken
 from flowray.tune.ledger import Ledger
 from flowray.tune.records import TrialRecord
@@ -120,7 +121,7 @@ def test_the_same_sweep_goes_on_also_where_only_places_differ(there, resume):
             ),
         ),
         (
-            {"stop": (StopRule(metric=METRIC, above=5),)},
+            {"stop": (BoundRule(metric=METRIC, above=5),)},
             {},
             False,
             "stop differs from the sweep that is there",
@@ -138,7 +139,7 @@ def test_another_sweep_is_refused_in_one_line_and_nothing_is_written(
 
 def test_caps_and_stops_may_differ_where_that_is_said(there):
     open_directory(
-        make(there, run_cap=5, stop=(StopRule(metric=METRIC, above=5),)), Recipe(), resume=True
+        make(there, run_cap=5, stop=(BoundRule(metric=METRIC, above=5),)), Recipe(), resume=True
     )
     kept = load_sweep(str(there / "s" / "sweep.yaml"))
     assert (kept.run_cap, kept.stop[0].above) == (5, 5)

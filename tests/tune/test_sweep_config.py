@@ -204,7 +204,7 @@ def test_a_good_sweep_with_values_of_the_recipes_types(write):
             "name: s\n",
             "name: s\npoints: [{optim: {lr: 1e-3}}, 3]\n",
             2,
-            "points: got 3, want a mapping",
+            "points[1]: got 3, want a mapping",
         ),
         (
             "metric: {name: ema/shoot/nmse}",
@@ -351,12 +351,14 @@ def test_a_raw_metric_is_refused_where_only_the_ema_is_probed(write):
 
 
 def test_plan_counts_steps_and_starts_nothing(write, tmp_path, capsys):
-    sweep = load_sweep(write(GOOD), ["run_cap=9", f"storage_path={tmp_path}/out"])
+    # with a budget of time no step is timed
+    changes = ["run_cap=9", "time_budget=1h", f"storage_path={tmp_path}/out"]
+    sweep = load_sweep(write(GOOD), changes)
     facts = plan(sweep, base_recipe(sweep))
     assert facts["rungs"] == [50, 150]
     assert (facts["trials"], facts["steps_at_most"]) == (9, 2700)
     assert facts["steps_expected"] == 9 * 50 + 3 * 100 + 1 * 150
-    assert main([write(GOOD), "--plan", "run_cap=9", f"storage_path={tmp_path}/out"]) == 0
+    assert main([write(GOOD), "--plan", *changes]) == 0
     assert "2700" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
@@ -379,7 +381,8 @@ def test_head_sweep_fits_its_recipe():
     check_trials(sweep, base)
     assert set(sweep.parameters["model.head.kind"].values) == {"pooled", "grid", "conv"}
     # at least 40 % of the steps saved
-    assert plan(sweep, base)["steps_expected"] <= 0.6 * plan(sweep, base)["steps_at_most"]
+    facts = plan(sweep, base)
+    assert facts["steps_expected"] <= 0.6 * facts["steps_at_most"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from flowray.tune.session import SweepSession
 from flowray.tune.study import SweepStudy
 
 PROBES, STEPS, TRIALS = (10, 40, 80), 80, 60
+GENERATION_OF_NSGA = "RungNsga:generation"  # as studies on disk have it
 DOWN, UP = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
 
 
@@ -94,14 +95,14 @@ def test_it_learns_though_hardly_a_trial_finishes(folder, search):
     judge, drawn = sweep_through(make(search), folder)
     assert len(judge.ledger.by("finished")) < TRIALS / 2
     assert late(drawn) < 0.6 * late(draws_at_random(folder))
-    trials = judge._study.trials()
+    trials = judge.study.trials()
     if isinstance(search, CmaEsSearch):
         assert [GENERATION in trial.system_attrs for trial in trials] == [False] + [True] * (
             TRIALS - 1
         )
         assert trials[-1].system_attrs[GENERATION] == (TRIALS - 2) // 5
     if isinstance(search, Nsga2Search):
-        assert [trial.system_attrs[RungNsga._get_generation_key()] for trial in trials] == [
+        assert [trial.system_attrs[GENERATION_OF_NSGA] for trial in trials] == [
             number // 5 for number in range(TRIALS)
         ]
 
@@ -131,16 +132,14 @@ def test_several_metrics_of_those_that_wait(folder):
     stopped = judge.ledger.by("stopped")
     assert len(stopped) > 6
     for session in (judge, again):
-        seen = session._study._study.get_trials(deepcopy=False)
+        seen = session.study.as_sampled()
         for record in stopped:
             assert seen[record.trial].values == [
                 record.metrics[METRIC],
                 drawn[record.trial]["loss.clip.weight"],
             ]
             assert seen[record.trial].system_attrs[STEP] == record.last_step
-    generations = [
-        trial.system_attrs[RungNsga._get_generation_key()] for trial in judge._study.trials()
-    ]
+    generations = [trial.system_attrs[GENERATION_OF_NSGA] for trial in judge.study.trials()]
     assert generations == [number // 4 for number in range(12)]
 
 
