@@ -5,7 +5,6 @@ and a floor.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libr
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
 from flowray.config.progress import Progress
+from flowray.config.writing import write_whole
 from flowray.store.found import find_checkpoint
 
 
@@ -87,9 +87,7 @@ def evaluate(
         "seed": seed,
         "shapes": shapes,
     }
-    partial = out.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1))
-    os.replace(partial, out)
+    write_whole(out, json.dumps(result, indent=1))
     return result
 
 

@@ -22,6 +22,7 @@ from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_diffs, 
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
+from flowray.config.writing import write_whole
 from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory, RunLock
@@ -272,7 +273,7 @@ def _write_card(loaded: Loaded, run: RunDirectory) -> None:
 def _write_config(loaded: Loaded, run: RunDirectory) -> None:
     """The recipe, for the worker that restores the state to put in its place."""
     head = header(loaded.recipe, loaded.diffs, **_facts(loaded.recipe))
-    run.next_config.write_text(head + dump_recipe(loaded.recipe), encoding="utf-8")
+    write_whole(run.next_config, head + dump_recipe(loaded.recipe))
 
 
 def _hardware(recipe: Recipe) -> str:

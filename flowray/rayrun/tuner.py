@@ -32,6 +32,7 @@ from flowray.config.errors import InputError, last_line
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
+from flowray.config.writing import write_whole
 from flowray.rayrun.retries import Pardons, newest_step
 from flowray.rayrun.search import (
     FAILED,
@@ -223,7 +224,7 @@ def _conclude(
             file=stream,
         )
     if best:
-        (ledger.path.parent / "best.yaml").write_text(_best_recipe(sweep, base, best))
+        write_whole(ledger.path.parent / "best.yaml", _best_recipe(sweep, base, best))
 
 
 def _views(sweep: Sweep, sweep_dir: Path) -> tuple[Observer, ...]:

@@ -4,6 +4,7 @@ from t = 0 to 1, decode x.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from flowray.config.flow import SampleConfig
 from flowray.config.progress import Advance
+from flowray.config.writing import write_whole
 from flowray.data.pixels import from_pictures
 from flowray.flow.draws import Draws
 from flowray.flow.guidance import guided
@@ -82,6 +84,6 @@ def generate(
 
 def save_strip(pictures: np.ndarray, path: Path) -> None:
     """Pictures (B, H, W, 3) side by side in one PNG, written whole."""
-    partial = path.with_suffix(".partial")
-    Image.fromarray(np.concatenate(list(pictures), axis=1)).save(partial, format="png")
-    partial.replace(path)
+    png = io.BytesIO()
+    Image.fromarray(np.concatenate(list(pictures), axis=1)).save(png, format="png")
+    write_whole(path, png.getvalue())

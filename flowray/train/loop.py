@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 from flowray.config.load import dump_recipe
 from flowray.config.progress import SILENT
 from flowray.config.recipe import Recipe
+from flowray.config.writing import write_whole
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
 from flowray.model.prompts import check_captions
 from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
@@ -177,7 +178,7 @@ class Sinks:
         if run.next_config.exists():  # the state has been restored: what was there before may go
             run.next_config.replace(run.config)
         elif not run.config.exists():
-            run.config.write_text(dump_recipe(recipe), encoding="utf-8")
+            write_whole(run.config, dump_recipe(recipe))
 
     @property
     def autoencoder(self) -> Autoencoder:
