@@ -18,8 +18,7 @@ from flowray.config.progress import Advance
 from flowray.config.writing import write_whole
 from flowray.data.pixels import from_pictures
 from flowray.flow.draws import Draws
-from flowray.flow.guidance import guided
-from flowray.flow.path import time_code
+from flowray.flow.guidance import guided, with_time_code
 from flowray.flow.solver import integrate, time_grid
 from flowray.model.assemble import FlowModel
 from flowray.model.autoencoder import Autoencoder
@@ -46,9 +45,7 @@ def generate_latents(
 ) -> Tensor:
     """Integrated latents (B, C, H, W) of the prompts; the model should be in eval mode."""
     _, z0 = model.source(prompts, noise)
-    velocity_fn = guided(
-        lambda x, t, null: model.velocity(x, time_code(t), null), config.guidance_scale
-    )
+    velocity_fn = guided(with_time_code(model.velocity), config.guidance_scale)
     return integrate(config.solver, velocity_fn, z0, time_grid(config.grid, config.steps))
 
 
