@@ -87,8 +87,6 @@ HOLDERS: dict[str, Callable[[], Any]] = {
     "_storage": _study,
     "_get_trials": _study,
     "_trial_id": lambda: (study := _study(), study.ask(), study.trials[0])[-1],
-    "_foreach_lerp_": lambda: torch,
-    "_cdata": lambda: torch.zeros(1).untyped_storage(),
     "_is_stateful": lambda: import_module("transformers").PreTrainedModel,
     "_exit": lambda: import_module("os"),  # Python's own, and documented
     "_SubParsersAction": lambda: import_module("argparse"),  # in annotations only
@@ -115,7 +113,14 @@ def test_attributes(file: str, name: str) -> None:
 def test_there_are_some() -> None:
     """The search finds what is known to be there."""
     assert "_TorchBackend" in {name for _, _, name in private_imports()}
-    assert {"_foreach_lerp_", "_storage"} <= {name for _, name in private_attributes()}
+    assert {"_is_stateful", "_exit"} <= {name for _, name in private_attributes()}
+
+
+def test_of_torch_there_are_none() -> None:
+    """What it promises serves as well: swa_utils averages, StorageWeakRef tells storages apart."""
+    assert not [found for found in private_imports() if found[1].partition(".")[0] == "torch"]
+    used = {name for _, name in private_attributes()}
+    assert not {name for name in used if hasattr(torch, name) or hasattr(torch.Tensor, name)}
 
 
 def test_studies_hand_trials_on_as_optuna_asks_for_them() -> None:
