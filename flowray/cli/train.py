@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED, end
-from flowray.cli.parser import Parser
+from flowray.cli.parser import JSON, Parser, add_recipe
 from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, watch
 from flowray.cli.ready import refuse_unready
 from flowray.config.card import git_commit, header, render_card
@@ -50,13 +50,7 @@ def _parser() -> Parser:
             " quickstart optim.lr=2e-3 name=fast"
         ),
     )
-    parser.add_argument("recipe", help="a packaged recipe's name or the path of a YAML file")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="dotted recipe keys, e.g. loss.kl.weight=0.3",
-    )
+    add_recipe(parser, "loss.kl.weight=0.3")
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -66,7 +60,7 @@ def _parser() -> Parser:
         "print parts, cost and problems, exit code 1 for any; times a few steps, starts no run"
     )
     parser.add_argument("--plan", action="store_true", help=planned)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help=JSON)
     return parser
 
 
