@@ -17,7 +17,7 @@ from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD, refuse_unwritable
 from flowray.cli.parser import JSON, Parser, add_recipe, whole_number
-from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, watch
+from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, run_shown
 from flowray.cli.ready import check_shards
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
@@ -214,7 +214,7 @@ def _train(
         except Exception as error:
             failure.append(error)
 
-    watch(work, RunProgress(run, varied.train.steps, 0, progress), progress)
+    run_shown(work, RunProgress(run, varied.train.steps, 0, progress), progress)
     if failure and not isinstance(failure[0], Halted):
         raise failure[0]
     refused = f"training halted: {failure[0]}" if failure else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED, end
 from flowray.cli.parser import JSON, Parser, add_recipe
-from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, watch
+from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, run_shown
 from flowray.cli.ready import refuse_unready
 from flowray.config.card import git_commit, header, render_card
 from flowray.config.errors import InputError
@@ -71,11 +71,11 @@ def main(argv: list[str]) -> int:
     loaded = load_recipe(args.recipe, args.overrides, in_place=True)
     progress = ConsoleProgress()
     if args.plan:
-        began = time.monotonic()
+        started_s = time.monotonic()
         with progress.task(IMPORTING):
             from flowray.cli.plan import show_plan
 
-        imports_s = time.monotonic() - began
+        imports_s = time.monotonic() - started_s
         good = show_plan(loaded.recipe, progress, as_json=args.json, imports_s=imports_s)
         return GOOD if good else FINDINGS
     run = RunDirectory(Path(loaded.recipe.storage_path) / loaded.recipe.name)
@@ -174,19 +174,19 @@ def _run(
         except Exception as error:
             failure.append(error)
 
-    began, workers = time.monotonic(), recipe.resources
+    started_s, workers = time.monotonic(), recipe.resources
     cpus = workers.num_workers * workers.cpus_per_worker
     with _StopSignals(run, progress) as signals, started(cpus, progress):
-        watch(work, RunProgress(run, steps, start, progress), progress)
+        run_shown(work, RunProgress(run, steps, start, progress), progress)
     stopped = signals.came and not is_finished(recipe, run)
     run.stop_request.unlink(missing_ok=True)
     shutil.rmtree(run.path / ".ray", ignore_errors=True)
     if failure:
         if isinstance(failure[0], RunFailed):
             print(f"error: {failure[0]}", file=sys.stderr)
-            return FINDINGS, time.monotonic() - began
+            return FINDINGS, time.monotonic() - started_s
         raise failure[0]
-    return STOPPED if stopped else GOOD, time.monotonic() - began
+    return STOPPED if stopped else GOOD, time.monotonic() - started_s
 
 
 class _StopSignals:

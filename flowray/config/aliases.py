@@ -1,5 +1,5 @@
-"""Names that other trainers and the logs use, and the recipe key each one means (only for 'did
-you mean').
+"""Names that other trainers and the field notes use, and the recipe key that each one means; only
+for 'did you mean'.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ ALIASES: dict[str, str] = {
 
 # names for which no key stands, or whose value must change with the name
 HINTS: dict[str, str] = {
-    "cfg_scale": "use sample.guidance_scale, which is the logs' w + 1 (1 is off)",
+    "cfg_scale": "use sample.guidance_scale, which is w + 1 for a scale w that is off at 0",
     "epoch": "length is counted in steps: use train.steps",
     "epochs": "length is counted in steps: use train.steps",
     "max_epochs": "length is counted in steps: use train.steps",

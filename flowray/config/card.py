@@ -1,4 +1,4 @@
-"""The experiment card (log 0826): a comment block on top of config.yaml, and card.md, whose
+"""The experiment card: a comment block on top of config.yaml, and card.md, whose
 hand-written parts survive.
 """
 

@@ -1,6 +1,4 @@
-"""Classifier-free guidance by a null indicator: v = v_u + s (v_c - v_u); s = 1 is off, the logs'
-w is s - 1.
-"""
+"""Classifier-free guidance by a null indicator: v = v_u + s (v_c - v_u); s = 1 is off."""
 
 from __future__ import annotations
 

@@ -224,12 +224,11 @@ class Dino(nn.Module):
 
     def moving(self) -> dict[str, Tensor]:
         """What `advance` moves, by name."""
-        heads = (
-            self.teacher.head.named_parameters()
-            if isinstance(self.teacher, AveragedTeacher)
-            else ()
-        )
-        return {"centre": self.centre, **{f"teacher.{name}": p.detach() for name, p in heads}}
+        kept = {"centre": self.centre}
+        if isinstance(self.teacher, AveragedTeacher):
+            average = self.teacher.head.named_parameters()
+            kept |= {f"teacher.{name}": p.detach() for name, p in average}
+        return kept
 
 
 class Repa(nn.Module):

@@ -103,14 +103,14 @@ def train(
             closing.enter_context(visitor)
         cadence, last = recipe.train, recipe.train.steps
         while state.step < last:
-            began = time.perf_counter()
+            started = time.perf_counter()
             batch = make_batch(state.step)
-            waited = time.perf_counter() - began
+            waited = time.perf_counter() - started
             row = train_step(state, objective, batch, recipe, group)
             step, logged = state.step, state.step % cadence.log_every == 0 or state.step == last
             if logged:
                 losses = _scalars(row, group)
-                losses |= {"perf/data_wait_s": waited, "perf/step_s": time.perf_counter() - began}
+                losses |= {"perf/data_wait_s": waited, "perf/step_s": time.perf_counter() - started}
                 if sinks:
                     sinks.log(losses)
             stop = logged and group.agree(run.stop_request.exists() if group.lead else False)

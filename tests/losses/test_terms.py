@@ -40,9 +40,9 @@ from flowray.losses.terms import (
     info_nce,
     kl_per_dim,
     loss_term,
+    side_metrics,
     soft_entropy,
     total_variation,
-    watch,
 )
 from flowray.losses.total import Batch, Objective, active_terms, total_loss, weights_at
 from flowray.model.assemble import build_model
@@ -211,7 +211,7 @@ class TestDino(NeedsItsNetwork):
         assert float(loss_term(config, forward).detach()) == pytest.approx(
             float(expected), rel=1e-5
         )
-        told = watch(LossConfig(dino=config), forward)
+        told = side_metrics(LossConfig(dino=config), forward)
         assert float(told["ent/teacher"]) == pytest.approx(float(aim.entropy().mean()), rel=1e-5)
         assert float(told["ent/student"]) == pytest.approx(
             float(guess.entropy().mean().detach()), rel=1e-5
@@ -379,7 +379,7 @@ def test_kl_raw_is_the_sum_of_the_configured_form(form: str) -> None:
     mu, logvar = forward.posterior.mu.detach().double(), forward.posterior.logvar.detach().double()
     square = (0.3 * mu) ** 6 if form == "box" else mu**2
     expected = float((0.5 * (square + logvar.exp() - 1 - logvar)).flatten(1).sum(1).mean())
-    raw = float(watch(config, forward)["loss/kl_raw"])
+    raw = float(side_metrics(config, forward)["loss/kl_raw"])
     assert raw == pytest.approx(expected, rel=1e-5)
     assert raw == pytest.approx(18 * float(loss_term(config.kl, forward).detach()), rel=1e-6)
 
