@@ -117,7 +117,7 @@ ALIASES: dict[str, str] = {
 
 # names for which no key stands, or whose value must change with the name
 HINTS: dict[str, str] = {
-    "cfg_scale": "use sample.guidance_scale, which is w + 1 for a scale w that is off at 0",
+    "cfg_scale": "use sample.guidance_scale, which is the logs' w + 1 (1 is off)",
     "epoch": "length is counted in steps: use train.steps",
     "epochs": "length is counted in steps: use train.steps",
     "max_epochs": "length is counted in steps: use train.steps",
