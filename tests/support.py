@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 
 from flowray.config.base import LatentSpec
 from flowray.config.load import override_recipe
@@ -324,3 +325,8 @@ def perturbed(net: VelocityNet, seed: int = 0) -> VelocityNet:
         for p in net.parameters():
             p += 0.2 * torch.randn(p.shape, generator=generator)
     return net
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Parameters of a module, trainable or not."""
+    return sum(p.numel() for p in module.parameters())

@@ -229,7 +229,13 @@ def test_a_dump_reads_back_equal(write: Write) -> None:
             "train:\n  epochs: 8\n",
             "r.yaml:2: unknown key train.epochs; length is counted in steps: use train.steps",
         ),
-        ("cfg_scale: 3\n", "r.yaml:1: unknown key cfg_scale; use sample.guidance_scale"),
+        (
+            "cfg_scale: 3\n",
+            (
+                "r.yaml:1: unknown key cfg_scale; use sample.guidance_scale, which is the logs' w +"
+                " 1 (1 is off)"
+            ),
+        ),
         (
             "data:\n  zzz: 8\n",
             (

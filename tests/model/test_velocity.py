@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from support import perturbed
+from support import count_parameters, perturbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +16,7 @@ from flowray.config.schema import members
 from flowray.model.dimr import NullToken, Stage
 from flowray.model.dit import DiTBlock
 from flowray.model.levels import TimeEmbedding, VelocityNet
-from flowray.model.velocity import build_velocity, count_parameters
+from flowray.model.velocity import build_velocity
 
 SPEC = LatentSpec(channels=3, height=4, width=8)
 
