@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,12 @@ def test_a_key_of_each_loss_has_every_loss() -> None:
     terms = {name: getattr(LossConfig(), name) for name in LossConfig.model_fields}
     names = [name for name, term in terms.items() if isinstance(term, TermConfig)]
     assert sorted(alternatives(LOSS)) == sorted(names)
+
+
+def test_the_glossary_has_every_kind_of_key() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "glossary.md").read_text(encoding="utf-8")
+    kinds = {key.name.partition("/")[0] for key in KEYS}
+    assert sorted(kind for kind in kinds if f"`{kind}/`" not in text) == []
 
 
 def test_alternatives() -> None:
