@@ -185,11 +185,8 @@ def running_head(
         **environment,
     }
     (folder / "shared").mkdir()
-    unset = {
-        key: value
-        for key, value in given.items()
-        if key not in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
-    }
+    own = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")  # the head sets them itself
+    unset = {key: value for key, value in given.items() if key not in own}
     fixed = [
         f"--temp-dir={files}",
         f"--dashboard-port={dashboard}",
@@ -197,32 +194,15 @@ def running_head(
         "--object-store-memory=200000000",
     ]
     fixed += [] if any(option.startswith("--num-cpus") for option in options) else ["--num-cpus=2"]
-    start = [
-        sys.executable,
-        "-m",
-        "flowray.cluster",
-        "head",
-        "--port",
-        str(port),
-        "--host",
-        host,
-        "--",
-        *fixed,
-        *options,
-    ]
+    command = f"-m flowray.cluster head --port {port} --host {host} --".split()
+    start = [*inside, sys.executable, *command, *fixed, *options]
     log = folder / "head.log"
     try:
         for _ in range(4):  # on a busy machine Ray gives up after 30 s that it lets nobody change
             # a file: the daemons keep what they inherit, and a pipe would never end
             with log.open("w") as out:
-                code = subprocess.run(
-                    [*inside, *start],
-                    cwd=folder / "shared",
-                    env=unset,
-                    stdout=out,
-                    stderr=out,
-                    timeout=600,
-                ).returncode
+                streams = {"stdout": out, "stderr": out, "timeout": 600}
+                code = subprocess.run(start, cwd=folder / "shared", env=unset, **streams).returncode
             if code == 0 or "timed out during startup" not in log.read_text():
                 break
             kill_all(folder)

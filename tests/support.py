@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 
 from flowray.config.base import LatentSpec
 from flowray.config.load import override_recipe
@@ -26,6 +27,7 @@ from flowray.data.make import png
 from flowray.data.shapes import caption, samples, single_scenes
 from flowray.data.shards import MANIFEST, write_shards
 from flowray.model.assemble import FlowModel, build_model
+from flowray.model.levels import VelocityNet
 
 SPEC = LatentSpec(channels=4, height=4, width=4)
 SCALE, SHIFT = 0.5, 0.25  # neither trivial, so that a scale applied twice or not at all shows
@@ -314,3 +316,17 @@ def assert_refused(call: Callable[[], object], kind: type[Exception], words: str
     assert type(caught.value) is kind
     assert re.search(words, str(caught.value)), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def perturbed(net: VelocityNet, seed: int = 0) -> VelocityNet:
+    """Off the zero start, as training would leave it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=generator)
+    return net
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Parameters of a module, trainable or not."""
+    return sum(p.numel() for p in module.parameters())

@@ -96,8 +96,6 @@ def _trial() -> optuna.Trial:
 HOLDERS: dict[str, Callable[[], Any]] = {
     "_storage": _study,
     "_trial_id": _trial,
-    "_foreach_lerp_": lambda: torch,
-    "_cdata": lambda: torch.zeros(1).untyped_storage(),
     "_base_exc": lambda: ray_private.UserError(ValueError(), ""),
     "_is_stateful": lambda: import_module("transformers").PreTrainedModel,
     "_exit": lambda: import_module("os"),  # Python's own, and documented
@@ -129,7 +127,14 @@ def test_attributes(file: str, name: str) -> None:
 
 def test_there_are_some() -> None:
     """The search finds what is known to be there."""
-    assert {"_foreach_lerp_", "_storage"} <= {name for _, name in private_attributes()}
+    assert {"_is_stateful", "_exit"} <= {name for _, name in private_attributes()}
+
+
+def test_of_torch_there_are_none() -> None:
+    """What it promises serves as well: swa_utils averages, StorageWeakRef tells storages apart."""
+    assert not [found for found in private_imports() if found[1].partition(".")[0] == "torch"]
+    used = {name for _, name in private_attributes()}
+    assert not {name for name in used if hasattr(torch, name) or hasattr(torch.Tensor, name)}
 
 
 def test_optunas_private_names_stand_in_one_file() -> None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from flowray.config.errors import InputError, Notice
 from flowray.config.paths import exists, is_folder, no_such
@@ -40,13 +40,59 @@ def end(number: int, _: object = None) -> NoReturn:
     raise Ended(number)
 
 
+class _Stderr:
+    """stderr of a command, whose work and exit code do not hang on it: what it cannot take any
+    more, full or without a reader, is dropped.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _drop(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            _drop(self._stream)
+
+
+def _drop(stream: TextIO) -> None:
+    """Have nowhere to go what is written to a stream from now on, by Python's own end too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _hold_streams() -> None:
+    """Have all three streams there, closed ones as /dev/null: a file that took the number of one
+    would get what libraries print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
+    if not isinstance(sys.stderr, _Stderr):
+        # it is None where it was closed, and print would then take stdout
+        stream = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        sys.stderr = cast(TextIO, _Stderr(stream))
+
+
 def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
     """Run a command's `main(argv)` and exit.
 
     Bad input becomes one line on stderr and exit code 2, a signal one line and its usual exit code,
     what cannot be printed one line and exit code 1; a reader who has gone, as `head` goes, gets no
-    line.
+    line. A stderr that takes nothing changes nothing.
     """
+    _hold_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup has a hang-up ignored
             signal.signal(number, end)
@@ -85,7 +131,7 @@ def _is_unwritable() -> bool:
     try:
         print(flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         return True
     return False
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from flowray.cli import ready
 from flowray.cli.common import FINDINGS, GOOD
-from flowray.cli.parser import Parser
+from flowray.cli.parser import JSON, Parser, add_recipe
 from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
@@ -183,7 +183,7 @@ def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="SHARDS",
         help="folders of .tar files, globs or .tar files; or shapes, digits",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help=JSON)
     parser.set_defaults(run=_check)
 
 
@@ -233,8 +233,7 @@ def _add_encode(commands: argparse._SubParsersAction[Parser]) -> None:
         "encode",
         help="cache the latents that a recipe trains on; training does it by itself on first use",
     )
-    parser.add_argument("recipe", help="a packaged recipe's name or the path of a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys")
+    add_recipe(parser)
     parser.set_defaults(run=_encode)
 
 

@@ -5,7 +5,6 @@ and a floor.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from flowray.cli.common import GOOD, refuse_unwritable
-from flowray.cli.parser import Parser, whole_number
+from flowray.cli.parser import Parser, add_run
 from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
 from flowray.config.progress import Progress
+from flowray.config.writing import write_whole
 from flowray.store.found import find_checkpoint
 
 
@@ -30,24 +30,13 @@ def _parser() -> Parser:
             "Score a run on shapes with an exact checker: template matching, nothing learnt."
         ),
     )
-    parser.add_argument(
-        "run", type=argument, help="a run directory or one of its checkpoints/step_* folders"
-    )
-    parser.add_argument("--seed", type=whole_number(0), default=0)
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="key=value",
-        help="recipe keys, e.g. sample.guidance_scale=3",
-    )
+    add_run(parser)
     parser.add_argument(
         "--out",
         type=argument,
         metavar="FILE",
         help="where the scores go, as JSON (default RUN/eval.json)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
 
@@ -87,9 +76,7 @@ def evaluate(
         "seed": seed,
         "shapes": shapes,
     }
-    partial = out.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1))
-    os.replace(partial, out)
+    write_whole(out, json.dumps(result, indent=1))
     return result
 
 

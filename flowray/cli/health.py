@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD, refuse_unwritable
-from flowray.cli.parser import Parser, whole_number
-from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, watch
+from flowray.cli.parser import JSON, Parser, add_recipe, whole_number
+from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, run_shown
 from flowray.cli.ready import check_shards
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
@@ -59,10 +59,7 @@ def _parser(check: str) -> Parser:
             " or not judged. Exit code: 0 nothing failed, 1 a check failed, 2 bad input."
         ),
     )
-    parser.add_argument("recipe", help="a packaged recipe's name or the path of a YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dotted recipe keys, e.g. optim.lr=1e-3"
-    )
+    add_recipe(parser, "optim.lr=1e-3")
     if check == "overfit":
         parser.add_argument(
             "--samples",
@@ -81,7 +78,7 @@ def _parser(check: str) -> Parser:
     parser.add_argument(
         "--dir", type=argument, help="keep the run directories here; a temporary folder otherwise"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help=JSON)
     return parser
 
 
@@ -217,7 +214,7 @@ def _train(
         except Exception as error:
             failure.append(error)
 
-    watch(work, RunProgress(run, varied.train.steps, 0, progress), progress)
+    run_shown(work, RunProgress(run, varied.train.steps, 0, progress), progress)
     if failure and not isinstance(failure[0], Halted):
         raise failure[0]
     refused = f"training halted: {failure[0]}" if failure else ""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from flowray.config.errors import InputError
+from flowray.config.paths import argument
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +45,26 @@ class Parser(argparse.ArgumentParser):
         if left:
             self.error(f"unrecognized arguments: {' '.join(left)}")
         return known
+
+
+JSON = "print one JSON object on stdout"
+
+
+def add_recipe(parser: argparse.ArgumentParser, example: str = "optim.lr=3e-4") -> None:
+    """The arguments of a command on a recipe: which one, and keys over it."""
+    parser.add_argument("recipe", help="a packaged recipe's name or the path of a YAML file")
+    keys = f"dotted recipe keys, e.g. {example}"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=keys)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a command that paints with a run: which one, keys over its recipe, seed."""
+    where = "a run directory or one of its checkpoints/step_* folders"
+    parser.add_argument("run", type=argument, help=where)
+    keys = "recipe keys, e.g. sample.guidance_scale=3"
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help=keys)
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument("--json", action="store_true", help=JSON)
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:

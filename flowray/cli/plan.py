@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
@@ -185,13 +186,13 @@ def _kept_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
     """Bytes of what autograd saves in `forward` on the meta device, weights apart, each storage
     once.
     """
-    weights = {p.untyped_storage()._cdata for p in module.parameters()}
-    kept: dict[int, Any] = {}  # storages, held so that no later one gets the same address
+    weights = {StorageWeakRef(p.untyped_storage()) for p in module.parameters()}
+    kept: dict[StorageWeakRef, torch.UntypedStorage] = {}  # held: a later one would get its address
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
+        if (key := StorageWeakRef(storage)) not in weights:
+            kept[key] = storage
         return tensor
 
     with (

@@ -49,16 +49,16 @@ def quiet_libraries() -> None:
 
 
 class ConsoleProgress:
-    """Live bars on a terminal; elsewhere, as in a job's log, a line soon after a task began, ever
+    """Live bars on a terminal; elsewhere, as in a job's log, a line soon after a task starts, ever
     fewer while it lasts.
 
-    Lines begin with the seconds since the command began. stream: stderr unless given; stdout is for
-    what a command prints.
+    Lines begin with the seconds since the command started. stream: stderr unless given; stdout is
+    for what a command prints.
     """
 
     def __init__(self, stream: TextIO | None = None):
         self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
-        self._began = time.monotonic()
+        self._started = time.monotonic()
         self._open: list[Task] = []
         self._bars = Bars(
             SpinnerColumn(),
@@ -70,7 +70,7 @@ class ConsoleProgress:
 
     def say(self, text: str) -> None:
         """A line, above the bars where there are any."""
-        self._console.print(f"[{time.monotonic() - self._began:5.0f} s] {text}", markup=False)
+        self._console.print(f"[{time.monotonic() - self._started:5.0f} s] {text}", markup=False)
 
     @contextmanager
     def task(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
@@ -98,12 +98,12 @@ class ConsoleProgress:
         """Lines in between, of a thread: whatever the block does, a reader sees that it goes on."""
 
         def beat(over: threading.Event) -> None:
-            pause, began, told = FIRST_S, time.monotonic(), False
+            pause, started, told = FIRST_S, time.monotonic(), False
             while not over.wait(pause):
                 if self._open and self._open[-1] is task:
                     self.say(_state(task) if told else _count(task))
                     told = True
-                pause = min(max(BEAT_S, (time.monotonic() - began) / 5), QUIET_S)
+                pause = min(max(BEAT_S, (time.monotonic() - started) / 5), QUIET_S)
 
         return beside(beat, "progress")
 
@@ -207,7 +207,7 @@ class RunProgress:
         self._found = {found["id"] for found in visit["findings"]}
 
 
-def watch(work: Callable[[], None], seen: RunProgress, progress: Progress) -> None:
+def run_shown(work: Callable[[], None], seen: RunProgress, progress: Progress) -> None:
     """Run `work` in a thread and show its progress.
 
     The main thread stays free for signals, which Ray Train would abort on. On KeyboardInterrupt a

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from flowray.cli.common import GOOD, refuse_unwritable
-from flowray.cli.parser import Parser, whole_number
+from flowray.cli.parser import Parser, add_run, whole_number
 from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.paths import argument, exists
@@ -30,9 +30,7 @@ def _parser() -> Parser:
             ' a black background" --count 4'
         ),
     )
-    parser.add_argument(
-        "run", type=argument, help="a run directory or one of its checkpoints/step_* folders"
-    )
+    add_run(parser)
     parser.add_argument("prompts", nargs="*", metavar="prompt", help="captions; or --prompts FILE")
     parser.add_argument(
         "--prompts", dest="file", type=argument, help="a UTF-8 text file, one caption a line"
@@ -48,21 +46,12 @@ def _parser() -> Parser:
         default=1,
         help="pictures a prompt, each from its own noise",
     )
-    parser.add_argument("--seed", type=whole_number(0), default=0)
     parser.add_argument(
         "--scale",
         type=whole_number(1, MAX_SCALE),
         default=1,
         help="enlarge the pictures this many times, without smoothing",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="key=value",
-        help="recipe keys, e.g. sample.guidance_scale=3",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
 

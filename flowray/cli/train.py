@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED, end
-from flowray.cli.parser import Parser
-from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, watch
+from flowray.cli.parser import JSON, Parser, add_recipe
+from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, run_shown
 from flowray.cli.ready import refuse_unready
 from flowray.config.card import git_commit, header, render_card
 from flowray.config.errors import InputError
@@ -22,6 +22,7 @@ from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_diffs, 
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
+from flowray.config.writing import write_whole
 from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory, RunLock
@@ -49,13 +50,7 @@ def _parser() -> Parser:
             " quickstart optim.lr=2e-3 name=fast"
         ),
     )
-    parser.add_argument("recipe", help="a packaged recipe's name or the path of a YAML file")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="dotted recipe keys, e.g. loss.kl.weight=0.3",
-    )
+    add_recipe(parser, "loss.kl.weight=0.3")
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -65,7 +60,7 @@ def _parser() -> Parser:
         "print parts, cost and problems, exit code 1 for any; times a few steps, starts no run"
     )
     parser.add_argument("--plan", action="store_true", help=planned)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help=JSON)
     return parser
 
 
@@ -76,11 +71,11 @@ def main(argv: list[str]) -> int:
     loaded = load_recipe(args.recipe, args.overrides, in_place=True)
     progress = ConsoleProgress()
     if args.plan:
-        began = time.monotonic()
+        started_s = time.monotonic()
         with progress.task(IMPORTING):
             from flowray.cli.plan import show_plan
 
-        imports_s = time.monotonic() - began
+        imports_s = time.monotonic() - started_s
         good = show_plan(loaded.recipe, progress, as_json=args.json, imports_s=imports_s)
         return GOOD if good else FINDINGS
     run = RunDirectory(Path(loaded.recipe.storage_path) / loaded.recipe.name)
@@ -180,19 +175,19 @@ def _run(
         except Exception as error:
             failure.append(error)
 
-    began, workers = time.monotonic(), recipe.resources
+    started_s, workers = time.monotonic(), recipe.resources
     cpus = workers.num_workers * workers.cpus_per_worker
     with _StopSignals(run, progress) as signals, started(cpus, progress):
-        watch(work, RunProgress(run, steps, start, progress), progress)
+        run_shown(work, RunProgress(run, steps, start, progress), progress)
     stopped = signals.came and not is_finished(recipe, run)
     run.stop_request.unlink(missing_ok=True)
     shutil.rmtree(run.path / ".ray", ignore_errors=True)
     if failure:
         if isinstance(failure[0], RunFailed):
             print(f"error: {failure[0]}", file=sys.stderr)
-            return FINDINGS, time.monotonic() - began
+            return FINDINGS, time.monotonic() - started_s
         raise failure[0]
-    return STOPPED if stopped else GOOD, time.monotonic() - began
+    return STOPPED if stopped else GOOD, time.monotonic() - started_s
 
 
 class _StopSignals:
@@ -273,7 +268,7 @@ def _write_card(loaded: Loaded, run: RunDirectory) -> None:
 def _write_config(loaded: Loaded, run: RunDirectory) -> None:
     """The recipe, for the worker that restores the state to put in its place."""
     head = header(loaded.recipe, loaded.diffs, **_facts(loaded.recipe))
-    run.next_config.write_text(head + dump_recipe(loaded.recipe), encoding="utf-8")
+    write_whole(run.next_config, head + dump_recipe(loaded.recipe))
 
 
 def _hardware(recipe: Recipe) -> str:

@@ -1,5 +1,5 @@
-"""Names that other trainers and the logs use, and the recipe key each one means (only for 'did
-you mean').
+"""Names that other trainers and the field notes use, and the recipe key that each one means; only
+for 'did you mean'.
 """
 
 from __future__ import annotations

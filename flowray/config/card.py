@@ -1,10 +1,9 @@
-"""The experiment card (log 0826): a comment block on top of config.yaml, and card.md, whose
+"""The experiment card: a comment block on top of config.yaml, and card.md, whose
 hand-written parts survive.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from flowray.config.keys import describe
 from flowray.config.recipe import Recipe
+from flowray.config.writing import write_whole
 
 Diffs = Mapping[str, tuple[Any, Any]]
 
@@ -89,9 +89,7 @@ def render_card(
         + "\n"
         + "".join(f"\n## {name}\n\n{body}\n" for name, body in sections.items())
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, text)
 
 
 def git_commit() -> str:

@@ -43,7 +43,7 @@ class LogitNormalTime(Config):
 
 
 class LogSNRTime(Config):
-    """lambda ~ U[low, high], t = sigmoid(lambda / 2): the logs' log-SNR in [-2, 6] is t in
+    """lambda ~ U[low, high], t = sigmoid(lambda / 2): log-SNR in [-2, 6] is t in
     [0.27, 0.95].
     """
 
@@ -60,7 +60,7 @@ class LogSNRTime(Config):
 
 
 class AlphaTime(Config):
-    """t ~ U[low, high] inside [0, 1]: the logs' alpha in [0.6, 0.98]."""
+    """t ~ U[low, high] inside [0, 1]: alpha in [0.6, 0.98]."""
 
     kind: Literal["alpha"] = "alpha"
     low: Share = 0.6
@@ -144,7 +144,7 @@ class FlowConfig(Config):
 
 
 class EulerSolver(Config):
-    """Euler steps; the velocity is read at each interval's midpoint (the logs), left edge, or
+    """Euler steps; the velocity is read at each interval's midpoint, left edge, or
     CrossFlow's endpoint grid.
     """
 
@@ -179,8 +179,8 @@ SolverConfig = Annotated[
 
 
 class SampleConfig(Config):
-    """How pictures are drawn: solver, time grid, guidance scale s (1 is off; the logs' w is s -
-    1).
+    """How pictures are drawn: solver, time grid, guidance scale s (1 is off; a scale w that is off
+    at 0 is s - 1).
     """
 
     solver: SolverConfig = EulerSolver()

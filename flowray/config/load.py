@@ -5,11 +5,12 @@ one validation (tree.py).
 from __future__ import annotations
 
 import copy
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import BaseModel
@@ -58,6 +59,10 @@ __all__ = [
 ]
 
 
+# what stands around a resolved recipe: a file with the first line and without the last was cut off
+_FIRST, _LAST = "--- # the resolved recipe, to its last line", "# end of the recipe"
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A recipe, the file it came from, and the dotted keys in which it differs from its `base:`
@@ -103,7 +108,8 @@ def override_recipe(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML text, every key written out, that `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(_as_written(recipe), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(_as_written(recipe), sort_keys=False, allow_unicode=True, width=120)
+    return f"{_FIRST}\n{text}{_LAST}\n"
 
 
 def _as_written(node: BaseModel) -> dict[str, Any]:
@@ -178,7 +184,7 @@ def _open(source: str, folder: Path) -> YamlFile:
         if is_sweep(file.data):
             raise _BadSource(f"{path}: want a recipe, this is {what_it_is(path)}")
         if is_kept(path, "config.yaml") and "base" not in file.data:
-            _refuse_cut_off(file)
+            _refuse_cut_off(file, path.read_text(encoding="utf-8").splitlines())
         return file
     names = recipe_names()
     if source in names:
@@ -189,10 +195,7 @@ def _open(source: str, folder: Path) -> YamlFile:
     if is_folder(path):
         raise _BadSource(f"{path} is a folder, want the path of a .yaml file")
     if looks_like_path(source):
-        name = path.name.removesuffix(".yaml")
-        if name in names:
-            raise _BadSource(f"{source}: no such file; type {name} for the packaged recipe")
-        raise _BadSource(f"{path}: {no_such(path)}")
+        _refuse_misspelt(source, path, names)
     comes_first(source, "the recipe", "flowray.train")
     raise _BadSource(
         f"unknown recipe {source!r}{did_you_mean(source, names)} (packaged: {', '.join(names)}; or"
@@ -200,15 +203,28 @@ def _open(source: str, folder: Path) -> YamlFile:
     )
 
 
-def _refuse_cut_off(file: YamlFile) -> None:
-    """InputError where the config.yaml of a run, which holds every section, lacks one.
+def _refuse_misspelt(source: str, path: Path, names: list[str]) -> NoReturn:
+    """_BadSource for a path where nothing is: the nearest name may be a packaged recipe's."""
+    beside = path.parent.glob("*.y*ml") if is_folder(path.parent) else ()
+    known = [*names, *(file.stem for file in beside)]
+    near = difflib.get_close_matches(path.name.removesuffix(".yaml"), known, n=1)
+    if near and near[0] in names:
+        raise _BadSource(f"{source}: no such file; type {near[0]} for the packaged recipe")
+    raise _BadSource(f"{path}: {no_such(path)}")
 
-    The defaults in its place would be another recipe.
+
+def _refuse_cut_off(file: YamlFile, lines: Sequence[str]) -> None:
+    """InputError where the config.yaml of a run, which holds every section, lacks one or its end.
+
+    The defaults in place of what is lacking would be another recipe.
     """
-    for name, field in Recipe.model_fields.items():
-        if Slot(Recipe, name, field).sections and not isinstance(file.data.get(name), Mapping):
-            why = "it was cut off, or a part was taken out; put the whole file back"
-            raise InputError(f"{file.label}: has no {name}: {why}")
+    fields = Recipe.model_fields.items()
+    sections = [name for name, field in fields if Slot(Recipe, name, field).sections]
+    lacks = [name for name in sections if not isinstance(file.data.get(name), Mapping)]
+    lacks += [f"line {_LAST!r}"] if _FIRST in lines and _LAST not in lines else []
+    if lacks:
+        why = "it was cut off, or a part was taken out; put the whole file back"
+        raise InputError(f"{file.label}: has no {lacks[0]}: {why}")
 
 
 def _typed(key: str, raw: str) -> Any:

@@ -22,7 +22,7 @@ class Constant(Config):
 
 
 class Linear(Config):
-    """From 0 to the weight, over a number of steps or a fraction of the run (the logs' KL
+    """From 0 to the weight, over a number of steps or a fraction of the run (such as the KL
     warm-up: the first 10 %).
     """
 
@@ -43,7 +43,7 @@ class Linear(Config):
 
 
 class Until(Config):
-    """The weight for the first `steps` steps, then 0 (the logs' perceptual loss: the first 50k)."""
+    """The weight for the first `steps` steps, then 0; the field notes: LPIPS in the first 50k."""
 
     kind: Literal["until"] = "until"
     steps: int = Field(gt=0)
@@ -116,7 +116,7 @@ class DinoLossConfig(TermConfig):
 
     teacher: `ema`, on z1, or a frozen picture encoder, on the decoded z1, whose pooled feature is
     read by its cosines with `prototypes` fixed random directions. Raise a temperature where
-    ent/teacher or ent/student is near 0 (the logs).
+    ent/teacher or ent/student is near 0.
     """
 
     teacher: Annotated[
@@ -181,11 +181,11 @@ class LpipsLossConfig(TermConfig):
 
 
 class TVLossConfig(TermConfig):
-    """Mean |difference of neighbouring cells| of z0 (the logs: weight 1e-6 to 5e-6)."""
+    """Mean |difference of neighbouring cells| of z0 (useful weights: 1e-6 to 5e-6)."""
 
 
 class NormLossConfig(TermConfig):
-    """Mean (||v|| - ||v*||)^2 over samples, the target detached (log 0919)."""
+    """Mean (||v|| - ||v*||)^2 over samples, the target detached."""
 
 
 class AnchorLossConfig(TermConfig):

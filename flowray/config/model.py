@@ -126,7 +126,7 @@ class _Head(Config):
 
     shape: what the head makes, model.latent unless given. A shape of as many values is reshaped;
     one of another size is an error unless linear_map allows a learnt linear map, which lets the
-    source drift from what the head was trained to make (log 0826).
+    source drift from what the head was trained to make.
     """
 
     kind: Literal["pooled", "grid", "conv", "transencoder"]
@@ -135,7 +135,7 @@ class _Head(Config):
 
 
 class PooledHead(_Head):
-    """Mean-pooled tokens through an MLP to every latent value at once: the logs' baseline,
+    """Mean-pooled tokens through an MLP to every latent value at once: the baseline,
     without a spatial prior.
     """
 
@@ -209,7 +209,7 @@ HeadConfig = Annotated[
 
 
 class PosteriorConfig(Config):
-    """Bounds of the source's log-variance; the logs clamp it to [-6, 6]."""
+    """Bounds of the source's log-variance."""
 
     logvar_min: float = -6.0
     logvar_max: float = 6.0

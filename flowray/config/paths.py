@@ -55,7 +55,6 @@ class PathField:
     run: bool = False
 
 
-PathText = Annotated[str, PathField()]
 OptionalPath = Annotated[str | None, PathField()]
 ShardsPath = Annotated[str, PathField(names=("shapes", "digits"), pattern=True)]
 OptionalShards = Annotated[str | None, PathField(pattern=True)]

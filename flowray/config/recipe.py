@@ -26,7 +26,7 @@ Name = Annotated[str, AfterValidator(_folder_name)]
 
 
 class CardConfig(Config):
-    """The hand-written fields of the experiment card (log 0826); the rest of it is computed."""
+    """The hand-written fields of the experiment card; the rest of it is computed."""
 
     title: str = ""
     purpose: str = ""

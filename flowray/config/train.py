@@ -111,7 +111,7 @@ class CosineLR(Config):
 
 
 class WarmRestarts(Config):
-    """CosineWarmRestarts; the logs take T0 = 20k, T_mult = 1, eta_min = 2.5e-7.
+    """CosineWarmRestarts; the field notes take T0 = 20k, T_mult = 1, eta_min = 2.5e-7.
 
     start: the step at which the first cycle begins, lr being constant before it; `resume`: at the
     checkpoint from which the run goes on when it first has this schedule (later resumes keep to
@@ -152,7 +152,7 @@ class GroupScales(Config):
 
 class GroupCaps(Config):
     """The most that a group's lr may be, whatever `optim.lr` and its scale; null is no limit
-    (the logs: text 2e-4, trunk 1e-4).
+    (the field notes: text 2e-4, trunk 1e-4).
     """
 
     text: Positive | None = None

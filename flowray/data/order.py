@@ -44,10 +44,3 @@ class EpochOrder:
             here = epochs == epoch
             indices[here] = self.epoch(int(epoch))[places[here]]
         return indices
-
-
-def sample_indices(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """The sample at every global position; keep an `EpochOrder` where this is asked step after
-    step.
-    """
-    return EpochOrder(size, seed)(positions)

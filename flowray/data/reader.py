@@ -10,10 +10,10 @@ import hashlib
 import io
 import json
 import mmap
-import os
 import re
 import tarfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flowray.config.errors import InputError
+from flowray.config.writing import write_whole
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")  # extensions of a sample's picture
 BLOCK = 512  # tar members start and are padded at multiples of this, bytes
@@ -104,12 +105,8 @@ def load_index(path: Path) -> TarIndex:
         "keys": index.keys,
         "members": {extension: table.tolist() for extension, table in index.members.items()},
     }
-    partial = beside.with_name(f".{beside.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(row, separators=(",", ":")), encoding="utf-8")
-        os.replace(partial, beside)
-    except OSError:  # a read-only or full disk: the index stays in memory
-        partial.unlink(missing_ok=True)
+    with suppress(OSError):  # a read-only or full disk: the index stays in memory
+        write_whole(beside, json.dumps(row, separators=(",", ":")), shared=True)
     return index
 
 

@@ -22,7 +22,7 @@ from flowray.doctor.sampler import latent_metrics, native_teacher, picture_metri
 from flowray.doctor.subject import Subject
 from flowray.doctor.training import first_rows, head_patterns, same_batch_rows, training_rows
 from flowray.flow.draws import Draws
-from flowray.flow.guidance import conditional
+from flowray.flow.guidance import conditional, with_time_code
 from flowray.flow.path import sample_path, time_code
 from flowray.flow.solver import VelocityFn, time_grid
 from flowray.losses.total import Batch
@@ -163,8 +163,7 @@ def _standard(subject: Subject, made: Measured, batch: ProbeBatch, count: int) -
 
 
 def _velocity(subject: Subject) -> VelocityFn:
-    model = subject.model
-    return conditional(lambda x, t, null: model.velocity(x, time_code(t), null))
+    return conditional(with_time_code(subject.model.velocity))
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]
         gradients = loss_gradients(list(losses.values()), list(subject.parameters.values()))
         rows = {f"loss/{name}": float(loss.detach()) for name, loss in losses.items()}
         rows["loss/total"] = float(total_loss(losses, factors).detach())
-        rows |= {name: float(value) for name, value in forward.watched.items()}
+        rows |= {name: float(value) for name, value in forward.side.items()}
         rows |= _semantic_rows(recipe, batch, forward, losses)
     factors = {name: factors[name] for name in losses}
     rows |= {f"weight/{name}": weight for name, weight in weights.items()} | gradient_rows(

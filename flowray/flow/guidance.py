@@ -1,6 +1,4 @@
-"""Classifier-free guidance by a null indicator: v = v_u + s (v_c - v_u); s = 1 is off, the logs'
-w is s - 1.
-"""
+"""Classifier-free guidance by a null indicator: v = v_u + s (v_c - v_u); s = 1 is off."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowray.flow import expect
+from flowray.flow.path import time_code
 from flowray.flow.solver import VelocityFn
 
 
@@ -20,6 +19,11 @@ class NullableVelocity(Protocol):
     """
 
     def __call__(self, x: Tensor, t: Tensor, null: Tensor) -> Tensor: ...
+
+
+def with_time_code(network: NullableVelocity) -> NullableVelocity:
+    """velocity(x, t, null) of a network (x, time code, null)."""
+    return lambda x, t, null: network(x, time_code(t), null)
 
 
 def conditional(velocity: NullableVelocity) -> VelocityFn:

@@ -54,7 +54,7 @@ def sample_path(
     """Points and targets at times t (B,) in [0, 1].
 
     source_grad says how a loss on the sample reaches x0: `full` through x_t and the target, `path`
-    through x_t only (the logs' checklist), `none` not at all.
+    through x_t only, `none` not at all.
 
     Times outside [0, 1] or not 1-D, latents of different shapes (they might broadcast) and an
     unknown source_grad raise ValueError, other types TypeError.
@@ -71,7 +71,7 @@ def sample_path(
 def time_code(t: Tensor) -> Tensor:
     """What conditions the network: 4 - 8 t, (B,) in [-4, 4], of times (B,) in [0, 1].
 
-    The logs call it `log_snr`; it is not, and it falls towards the image.
+    Some code calls it `log_snr`; it is not the path's, and it falls towards the image.
     """
     expect.times(t)
     return 4.0 - 8.0 * t.float()

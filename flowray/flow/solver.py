@@ -1,8 +1,8 @@
 """Solvers of dx/dt = v(x, t) from t = 0 to t = 1: pure functions of (velocity_fn, x, time grid),
 state in fp32.
 
-Fixed-step solvers walk `grid`, a list of increasing times from 0 to 1. A read-only `watch(k, t, x,
-v)` sees every step.
+Fixed-step solvers walk `grid`, a list of increasing times from 0 to 1. A read-only
+`observe(k, t, x, v)` sees every step.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from flowray.flow import expect
 from flowray.flow.path import LATENT, expand
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
-Watch = Callable[[int, float, Tensor, Tensor], None]
+Grid = list[float]
+Observer = Callable[[int, float, Tensor, Tensor], None]
 
 
 def time_grid(kind: str, steps: int) -> list[float]:
     """steps + 1 edges from 0 to 1. uniform: k / steps. logit_normal: sigmoid of equally spaced
-    normal quantiles (log 0826).
+    normal quantiles.
 
     The outermost quantiles are infinite, so the edges end exactly at 0 and 1 and the steps sum to
     1.
@@ -43,7 +44,7 @@ def _at(velocity_fn: VelocityFn, x: Tensor, t: float) -> Tensor:
 
 
 def _euler(
-    config: EulerSolver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None
+    config: EulerSolver, velocity_fn: VelocityFn, x: Tensor, grid: Grid, observe: Observer | None
 ) -> Tensor:
     steps = len(grid) - 1
     for k, (t, after) in enumerate(pairwise(grid)):
@@ -54,36 +55,32 @@ def _euler(
         else:  # CrossFlow: linspace(0, 1, N), the last step evaluated at the end point itself
             node = k / max(steps - 1, 1)
         v = _at(velocity_fn, x, node)
-        if watch:
-            watch(k, node, x, v)
+        if observe:
+            observe(k, node, x, v)
         x = x + (after - t) * v
     return x
 
 
 def _heun(
-    config: HeunSolver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None
+    config: HeunSolver, velocity_fn: VelocityFn, x: Tensor, grid: Grid, observe: Observer | None
 ) -> Tensor:
     for k, (t, after) in enumerate(pairwise(grid)):
         v = _at(velocity_fn, x, t)
-        if watch:
-            watch(k, t, x, v)
+        if observe:
+            observe(k, t, x, v)
         ahead = _at(velocity_fn, x + (after - t) * v, after)
         x = x + (after - t) * (v + ahead) / 2
     return x
 
 
 def _midpoint(
-    config: MidpointSolver,
-    velocity_fn: VelocityFn,
-    x: Tensor,
-    grid: list[float],
-    watch: Watch | None,
+    config: MidpointSolver, velocity_fn: VelocityFn, x: Tensor, grid: Grid, observe: Observer | None
 ) -> Tensor:
     for k, (t, after) in enumerate(pairwise(grid)):
         half = (after - t) / 2
         v = _at(velocity_fn, x, t)
-        if watch:
-            watch(k, t, x, v)
+        if observe:
+            observe(k, t, x, v)
         x = x + (after - t) * _at(velocity_fn, x + half * v, t + half)
     return x
 
@@ -105,7 +102,7 @@ _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1
 
 
 def _dopri5(
-    config: Dopri5Solver, velocity_fn: VelocityFn, x: Tensor, grid: list[float], watch: Watch | None
+    config: Dopri5Solver, velocity_fn: VelocityFn, x: Tensor, grid: Grid, observe: Observer | None
 ) -> Tensor:
     """Every sample has its own time and step; a finished one stands still with a step of 0."""
     t = torch.zeros(len(x), device=x.device)
@@ -113,8 +110,8 @@ def _dopri5(
     first = _at(velocity_fn, x, 0.0)
     for k in range(config.max_steps):
         h = torch.minimum(h, 1 - t)
-        if watch:
-            watch(k, float(t.min()), x, first)
+        if observe:
+            observe(k, float(t.min()), x, first)
         stages = [first]
         for node, row in zip(_NODES[1:], _STAGES[1:], strict=True):
             increment = torch.stack([a * v for a, v in zip(row, stages, strict=True)]).sum(0)
@@ -141,7 +138,7 @@ def _dopri5(
     )
 
 
-_SOLVERS: dict[type, Callable[[Any, VelocityFn, Tensor, list[float], Watch | None], Tensor]] = {
+_SOLVERS: dict[type, Callable[[Any, VelocityFn, Tensor, Grid, Observer | None], Tensor]] = {
     EulerSolver: _euler,
     HeunSolver: _heun,
     MidpointSolver: _midpoint,
@@ -153,8 +150,8 @@ def integrate(
     config: SolverConfig,
     velocity_fn: VelocityFn,
     x: Tensor,
-    grid: list[float],
-    watch: Watch | None = None,
+    grid: Grid,
+    observe: Observer | None = None,
 ) -> Tensor:
     """The state at t = 1, (B, C, H, W) fp32, from x (B, C, H, W) at t = 0.
 
@@ -167,7 +164,7 @@ def integrate(
         got = expect.described(velocity_fn)
         raise TypeError(f"velocity_fn: want a function (x, t), got {got}")
     _check_grid(grid)
-    return solve(config, velocity_fn, x.float(), grid, watch)
+    return solve(config, velocity_fn, x.float(), grid, observe)
 
 
 def _check_grid(grid: Any) -> None:

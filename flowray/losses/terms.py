@@ -35,7 +35,7 @@ class Forward:
     """One training forward: latents (B, C, H, W) fp32.
 
     z1 is each caption's own image latent; path.x1 is another sample's where the sample is null.
-    `views` is what the semantic networks made of it; `watched` what the terms tell besides their
+    `views` is what the semantic networks made of it; `side` what the terms tell besides their
     losses, by metric key.
     """
 
@@ -47,7 +47,7 @@ class Forward:
     # a multi-resolution network's coarser velocities (B, C, H/k, W/k) and their weights
     lower: tuple[tuple[float, Tensor], ...] = ()
     views: Views = field(default_factory=Views)
-    watched: dict[str, Tensor] = field(default_factory=dict)
+    side: dict[str, Tensor] = field(default_factory=dict)
 
 
 def flow_mse(v_pred: Tensor, v_target: Tensor) -> Tensor:
@@ -194,13 +194,13 @@ def loss_term(config: TermConfig, forward: Forward) -> Tensor:
 
 
 @torch.no_grad()
-def watch(config: LossConfig, forward: Forward) -> dict[str, Tensor]:
+def side_metrics(config: LossConfig, forward: Forward) -> dict[str, Tensor]:
     """What the terms tell besides their losses: the KL summed over latent dims in its configured
     form, DINO's entropies.
     """
-    told = {"loss/kl_raw": _kl(config.kl, forward) * forward.posterior.mu[0].numel()}
+    rows = {"loss/kl_raw": _kl(config.kl, forward) * forward.posterior.mu[0].numel()}
     if forward.views.dino is not None:
         student, teacher = forward.views.dino
-        told["ent/student"] = soft_entropy(student, config.dino.student_temperature)
-        told["ent/teacher"] = soft_entropy(teacher, config.dino.teacher_temperature)
-    return told
+        rows["ent/student"] = soft_entropy(student, config.dino.student_temperature)
+        rows["ent/teacher"] = soft_entropy(teacher, config.dino.teacher_temperature)
+    return rows

@@ -16,7 +16,7 @@ from flowray.config.losses import LossConfig, TermConfig
 from flowray.flow import expect
 from flowray.flow.path import LATENT, expand, sample_path, time_code
 from flowray.losses.schedule import weight_at
-from flowray.losses.terms import Forward, loss_term, watch
+from flowray.losses.terms import Forward, loss_term, side_metrics
 from flowray.model.assemble import FlowModel
 
 
@@ -97,7 +97,7 @@ class Objective(nn.Module):
         estimate = path.xt + (1 - expand(path.t, path.xt)) * v_pred.float()
         views = semantic(z0, batch.z1, path.x1, estimate, tokens, idle)
         forward = Forward(posterior, z0, batch.z1, path, v_pred, weighted, views)
-        return replace(forward, watched=watch(self.loss, forward))
+        return replace(forward, side=side_metrics(self.loss, forward))
 
     def forward(
         self, batch: Batch, idle: frozenset[str] = frozenset()

@@ -26,7 +26,7 @@ def pool(tokens: TextTokens) -> Tensor:
 
 
 class Pooled(nn.Module):
-    """Pooled tokens through a 3-layer MLP (the logs' baseline)."""
+    """Pooled tokens through a 3-layer MLP."""
 
     def __init__(self, config: PooledHead, width: int, tokens: int, latent: LatentSpec):
         super().__init__()
@@ -67,9 +67,7 @@ class GridLayer(nn.Module):
 
 
 class Grid(nn.Module):
-    """A learnable query per latent cell, so that z0 has a place for every part of the picture
-    (log 0901, option A).
-    """
+    """A learnable query per latent cell, so that z0 has a place for every part of the picture."""
 
     def __init__(self, config: GridHead, width: int, tokens: int, latent: LatentSpec):
         super().__init__()
@@ -105,9 +103,7 @@ class Grid(nn.Module):
 
 
 class Conv(nn.Module):
-    """Pooled tokens -> MLP -> (hidden, H, W) -> 3x3 convolutions with group norm (log 0901,
-    option B).
-    """
+    """Pooled tokens -> MLP -> (hidden, H, W) -> 3x3 convolutions with group norm."""
 
     def __init__(self, config: ConvHead, width: int, tokens: int, latent: LatentSpec):
         super().__init__()

@@ -70,7 +70,7 @@ class LatentMap(nn.Module):
     linear map each.
 
     The linear map is what `linear_map` opts in to; it warns, because the source it makes is another
-    than the head's (log 0826).
+    than the head's.
     """
 
     def __init__(self, made: LatentSpec, latent: LatentSpec):

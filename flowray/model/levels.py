@@ -68,7 +68,7 @@ def checked(time_code: Tensor) -> Tensor:
 
 class TimeEmbedding(nn.Module):
     """Bounded embedding of the 1-D time code: sinusoid, MLP, then LayerNorm or a small last
-    layer (the logs warn of its amplitude).
+    layer so that its amplitude stays bounded.
     """
 
     def __init__(self, config: TimeEmbeddingConfig, width: int):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
@@ -151,11 +152,8 @@ class AveragedTeacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, student: DinoHead) -> None:
-        torch._foreach_lerp_(
-            list(self.head.parameters()),
-            [p.detach() for p in student.parameters()],
-            1 - self.momentum,
-        )
+        live = [p.detach() for p in student.parameters()]
+        get_ema_multi_avg_fn(self.momentum)(list(self.head.parameters()), live, None)
 
 
 class EncoderTeacher(nn.Module):
@@ -226,12 +224,11 @@ class Dino(nn.Module):
 
     def moving(self) -> dict[str, Tensor]:
         """What `advance` moves, by name."""
-        heads = (
-            self.teacher.head.named_parameters()
-            if isinstance(self.teacher, AveragedTeacher)
-            else ()
-        )
-        return {"centre": self.centre, **{f"teacher.{name}": p.detach() for name, p in heads}}
+        kept = {"centre": self.centre}
+        if isinstance(self.teacher, AveragedTeacher):
+            average = self.teacher.head.named_parameters()
+            kept |= {f"teacher.{name}": p.detach() for name, p in average}
+        return kept
 
 
 class Repa(nn.Module):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from flowray.config.base import LatentSpec
 from flowray.config.model import DiMRVelocity, DiTVelocity, VelocityConfig
 from flowray.model.dimr import DiMR
@@ -22,8 +20,3 @@ _VELOCITIES: dict[type, Callable[[Any, LatentSpec], VelocityNet]] = {
 def build_velocity(config: VelocityConfig, latent: LatentSpec) -> VelocityNet:
     """The velocity network of a config."""
     return _VELOCITIES[type(config)](config, latent)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Parameters of a module, trainable or not."""
-    return sum(p.numel() for p in module.parameters())

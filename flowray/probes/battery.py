@@ -13,7 +13,7 @@ from torch import Tensor
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
 from flowray.flow.draws import Draws
-from flowray.flow.guidance import conditional
+from flowray.flow.guidance import conditional, with_time_code
 from flowray.flow.path import sample_path, time_code
 from flowray.model.assemble import FlowModel
 from flowray.model.latent import Moments
@@ -107,7 +107,7 @@ def run_probes(
         rows |= posterior_metrics(posterior, z0) | text_metrics(
             posterior, batch.noise, batch.other_noise
         )
-        velocity_fn = conditional(lambda x, t, null: model.velocity(x, time_code(t), null))
+        velocity_fn = conditional(with_time_code(model.velocity))
         z_end = shoot(velocity_fn, z0, recipe.probes.shoot_steps)
         rows |= shoot_metrics(z_end, z0, batch.z1, batch.others, batch.variance)
         rows |= teacher_metrics(z0, batch.z1, recipe.flow.path.rho)

@@ -108,11 +108,11 @@ def trace_generation(
     """
     first: list[Tensor] = []
 
-    def watch(k: int, t: float, x: Tensor, v: Tensor) -> None:
+    def observe(k: int, t: float, x: Tensor, v: Tensor) -> None:
         if k == 0:
             first.append((grid[1] - grid[0]) * v)
 
-    z_end = integrate(solver, velocity_fn, z0, list(grid), watch)
+    z_end = integrate(solver, velocity_fn, z0, list(grid), observe)
     return Trace(z0, first[0], z_end, decode(z0[:pictures]), decode(z_end[:pictures]))
 
 

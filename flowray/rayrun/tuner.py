@@ -34,6 +34,7 @@ from flowray.config.errors import InputError, last_line
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
+from flowray.config.writing import write_whole
 from flowray.rayrun.failures import RunFailed, no_room
 from flowray.rayrun.retries import FailureReset, newest_step
 from flowray.rayrun.search import (
@@ -226,7 +227,7 @@ def _conclude(
             file=stream,
         )
     if best:
-        (ledger.path.parent / "best.yaml").write_text(_best_recipe(sweep, base, best))
+        write_whole(ledger.path.parent / "best.yaml", _best_recipe(sweep, base, best))
 
 
 def _views(sweep: Sweep, sweep_dir: Path) -> tuple[Observer, ...]:

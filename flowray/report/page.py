@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from flowray.config.errors import InputError
 from flowray.config.keys import KEYS, MetricKey, describe
 from flowray.config.progress import duration
 from flowray.config.rounding import finite
+from flowray.config.writing import write_whole
 from flowray.findings.baselines import baseline
 from flowray.findings.judge import Verdict
 from flowray.report import figures
@@ -371,23 +370,11 @@ def _cell(text: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Replace the file in one step, so that a reader never sees half a page."""
+    """`write_whole`; InputError where the file cannot be written."""
     try:
-        handle, name = tempfile.mkstemp(prefix=".report-", suffix=path.suffix, dir=path.parent)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); make the folder writable"
-        ) from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+        write_whole(path, text, shared=True)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); free space or make the folder writable"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

@@ -4,6 +4,7 @@ from t = 0 to 1, decode x.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from flowray.config.flow import SampleConfig
 from flowray.config.progress import Advance
+from flowray.config.writing import write_whole
 from flowray.data.pixels import from_pictures
 from flowray.flow.draws import Draws
-from flowray.flow.guidance import guided
-from flowray.flow.path import time_code
+from flowray.flow.guidance import guided, with_time_code
 from flowray.flow.solver import integrate, time_grid
 from flowray.model.assemble import FlowModel
 from flowray.model.autoencoder import Autoencoder
@@ -44,9 +45,7 @@ def generate_latents(
 ) -> Tensor:
     """Integrated latents (B, C, H, W) of the prompts; the model should be in eval mode."""
     _, z0 = model.source(prompts, noise)
-    velocity_fn = guided(
-        lambda x, t, null: model.velocity(x, time_code(t), null), config.guidance_scale
-    )
+    velocity_fn = guided(with_time_code(model.velocity), config.guidance_scale)
     return integrate(config.solver, velocity_fn, z0, time_grid(config.grid, config.steps))
 
 
@@ -82,6 +81,6 @@ def generate(
 
 def save_strip(pictures: np.ndarray, path: Path) -> None:
     """Pictures (B, H, W, 3) side by side in one PNG, written whole."""
-    partial = path.with_suffix(".partial")
-    Image.fromarray(np.concatenate(list(pictures), axis=1)).save(partial, format="png")
-    partial.replace(path)
+    png = io.BytesIO()
+    Image.fromarray(np.concatenate(list(pictures), axis=1)).save(png, format="png")
+    write_whole(path, png.getvalue())

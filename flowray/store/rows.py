@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from flowray.config.rows import read_rows
+from flowray.config.writing import write_whole
 
 __all__ = ["RowWriter", "read_rows"]
 
@@ -22,9 +22,7 @@ class RowWriter:
 
     def __init__(self, path: Path, last_step: int):
         kept = [row for row in read_rows(path) if row["step"] <= last_step]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(_line(row) for row in kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, "".join(_line(row) for row in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
-"""A step's gradient in pieces: micro-batches under the recipe's precision, and what the update
-did to the heads.
+"""A step's gradient in pieces: micro-batches under the recipe's precision, and how far the
+update moved z_head and flow_head.
 """
 
 from __future__ import annotations
@@ -68,13 +68,10 @@ def assign_gradients(gradient: Tensor, parameters: dict[str, nn.Parameter]) -> N
 
 
 def head_weights(optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
-    """Copies of the weights of the two heads, for `update_ratios`."""
-    heads = {
-        g["name"]: g["params"]
-        for g in optimizer.param_groups
-        if g["name"] in ("z_head", "flow_head")
-    }
-    return {name: [p.detach().clone() for p in parameters] for name, parameters in heads.items()}
+    """Copies of the weights of z_head and flow_head, for `update_ratios`."""
+    groups = {group["name"]: group["params"] for group in optimizer.param_groups}
+    names = [name for name in ("z_head", "flow_head") if name in groups]
+    return {name: [p.detach().clone() for p in groups[name]] for name in names}
 
 
 def update_ratios(

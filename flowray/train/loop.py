@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 from flowray.config.load import dump_recipe
 from flowray.config.progress import SILENT
 from flowray.config.recipe import Recipe
+from flowray.config.writing import write_whole
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
 from flowray.model.prompts import check_captions
 from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
@@ -104,14 +105,14 @@ def train(
             closing.enter_context(visitor)
         cadence, last = recipe.train, recipe.train.steps
         while state.step < last:
-            began = time.perf_counter()
+            started = time.perf_counter()
             batch = make_batch(state.step)
-            waited = time.perf_counter() - began
+            waited = time.perf_counter() - started
             row = train_step(state, objective, batch, recipe, group)
             step, logged = state.step, state.step % cadence.log_every == 0 or state.step == last
             if logged:
                 losses = _scalars(row, group)
-                losses |= {"perf/data_wait_s": waited, "perf/step_s": time.perf_counter() - began}
+                losses |= {"perf/data_wait_s": waited, "perf/step_s": time.perf_counter() - started}
                 if sinks:
                     sinks.log(losses)
             stop = logged and group.agree(run.stop_request.exists() if group.lead else False)
@@ -179,7 +180,7 @@ class Sinks:
         if run.next_config.exists():  # the state has been restored: what was there before may go
             run.next_config.replace(run.config)
         elif not run.config.exists():
-            run.config.write_text(dump_recipe(recipe), encoding="utf-8")
+            write_whole(run.config, dump_recipe(recipe))
 
     @property
     def autoencoder(self) -> Autoencoder:

@@ -95,11 +95,11 @@ def encode_seconds(recipe: Recipe) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
+    started = time.perf_counter()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return time.perf_counter() - started
 
 
 def _step(state: TrainState, recipe: Recipe, size: int, group: Group) -> None:

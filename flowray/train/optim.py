@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flowray.config.train import ConstantLR, CosineLR, LRScheduleConfig, OptimConfig, WarmRestarts
 from flowray.probes.untouched import holding
@@ -148,7 +149,7 @@ class Ema:
         """Average in the weights after step `step` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         live = [self._parameters[name].detach().float() for name in self.average]
-        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
+        get_ema_multi_avg_fn(decay)(list(self.average.values()), live, None)
 
     def applied(self) -> AbstractContextManager[None]:
         """Within the block the parameters hold the average; after it, exactly what they held

@@ -101,7 +101,7 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     probing = recipe.train.grad_every > 0 and (state.step + 1) % recipe.train.grad_every == 0
     with group.seeded(stream_seed(recipe.seed, state.step, f"dropout/{group.rank}")):
-        losses, watched, measured = _backward(
+        losses, side, measured = _backward(
             state, objective, batch, recipe, group, weights, separate=probing
         )
     before = head_weights(state.optimizer) if probing else {}
@@ -121,7 +121,7 @@ def train_step(
             "amp/scale": torch.tensor(state.scaler.get_scale()),
             "amp/backoffs": torch.tensor(state.backoffs),
         }
-    return row | watched | measured | update_ratios(state.optimizer, before)
+    return row | side | measured | update_ratios(state.optimizer, before)
 
 
 def _backward(
@@ -134,8 +134,8 @@ def _backward(
     *,
     separate: bool,
 ) -> tuple[Scalars, Scalars, Scalars]:
-    """Leave the step's gradient, averaged over ranks, in the parameters. Returns (losses, what is
-    watched, gradient metrics).
+    """Leave the step's gradient, averaged over ranks, in the parameters. Returns (losses, side
+    metrics, gradient metrics).
 
     An ordinary backward pass of the weighted sum; or, where the balancer or a probe wants each
     loss's gradient (`separate`), one pass per loss, whose gradients are averaged over ranks first
@@ -144,7 +144,7 @@ def _backward(
     separate = separate or state.balancer.due(state.step)
     parameters = list(state.parameters.values())
     losses: Scalars = {}
-    watched: Scalars = {}
+    side: Scalars = {}
     gradients: torch.Tensor | None = None
     idle = frozenset(name for name, weight in weights.items() if weight == 0)
     for parts, forward in forward_passes(objective, batch, idle, recipe, group, alone=separate):
@@ -155,15 +155,15 @@ def _backward(
             state.scaler.scale(total_loss(parts, _factors(state, weights))).backward()
         _add(losses, {name: loss.detach() for name, loss in parts.items()})
         _add(
-            watched,
+            side,
             {
                 name: value.detach() / recipe.train.accumulate
-                for name, value in _watch(forward).items()
+                for name, value in _side_metrics(forward).items()
             },
         )
     return (
         losses,
-        watched,
+        side,
         {} if gradients is None else _combine(state, gradients, losses, weights, recipe, group),
     )
 
@@ -234,10 +234,10 @@ def _add(into: Scalars, values: Scalars) -> None:
 
 
 @torch.no_grad()
-def _watch(forward: Forward) -> dict[str, torch.Tensor]:
+def _side_metrics(forward: Forward) -> dict[str, torch.Tensor]:
     posterior = forward.posterior
     return {
-        **forward.watched,
+        **forward.side,
         "train/nmse": nmse(forward.v_pred, forward.path.v_target),
         "train/cos": cosines(forward.v_pred, forward.path.v_target).mean(),
         "mu/abs_mean": posterior.mu.abs().mean(),

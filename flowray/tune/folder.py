@@ -10,6 +10,7 @@ from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.schema import show
+from flowray.config.writing import write_whole
 from flowray.store.run import RunDirectory, RunLock, require_writable
 from flowray.sweepconfig.file import dump_sweep, text_sweep
 from flowray.sweepconfig.sweep import Sweep
@@ -58,9 +59,7 @@ def open_directory(sweep: Sweep, base: Recipe, resume: bool) -> Path:
         refuse_taken(sweep, base, resume)
         _make(sweep_dir)
         for path, text in ((recipe, dump_recipe(base)), (kept, dump_sweep(sweep))):
-            part = path.with_name(f"{path.name}.part")
-            part.write_text(text)
-            part.replace(path)
+            write_whole(path, text)
     except OSError as error:
         raise _unwritable(sweep_dir, error) from None
     return sweep_dir

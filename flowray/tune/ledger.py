@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flowray.config.errors import InputError
 from flowray.config.ranking import steps
+from flowray.config.writing import write_whole
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 from flowray.tune.records import Status, TrialRecord, repeat_dir
@@ -45,12 +45,8 @@ class Ledger:
         """
         for number in [*(changed or self.trials), *(self.trials.keys() - self._lines.keys())]:
             self._lines[number] = json.dumps(vars(self.trials[number]), allow_nan=False) + "\n"
-        part = self.path.with_name(self.path.name + ".part")
-        with part.open("w") as file:
-            file.writelines(self._lines[number] for number in sorted(self.trials))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.path)
+        text = "".join(self._lines[number] for number in sorted(self.trials))
+        write_whole(self.path, text, durable=True)
 
     def by(self, *statuses: Status) -> list[TrialRecord]:
         return [self.trials[n] for n in sorted(self.trials) if self.trials[n].status in statuses]

@@ -15,6 +15,7 @@ import torch
 
 from flowray.config.load import dump_recipe
 from flowray.config.recipe import Recipe
+from flowray.config.writing import write_whole
 from flowray.model.autoencoder import load_autoencoder
 from flowray.sample.evaluate import evaluate_shapes
 from flowray.sample.generate import generate, save_strip
@@ -37,7 +38,7 @@ def score_pictures(recipe: Recipe, source: Path, run_dir: Path) -> ProbeRow:
     run.create()
     if rows := read_rows(run.probes):
         return rows[-1]
-    run.config.write_text(dump_recipe(recipe), encoding="utf-8")
+    write_whole(run.config, dump_recipe(recipe))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sample = json.dumps(recipe.sample.model_dump(mode="json"))
     opened = open_run(find_checkpoint(source, [f"sample={sample}"]), device)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -15,6 +16,7 @@ from benchmarks import __main__ as benchmarks
 from flowray.cli import main, train
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe
+from flowray.data.check import check_shards
 from flowray.model.assemble import build_model
 from flowray.model.autoencoder import load_autoencoder
 
@@ -161,6 +163,20 @@ def test_what_cannot_be_printed_is_a_line_and_a_reader_who_has_gone_is_none(unbu
     os.close(gone)
     assert said == [["error: the output cannot be written: No space left on device"], []]
     assert [one.returncode for one in started] == [1, 141]
+
+
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-", "2> >(true)", "<&- 2>&-"])
+def test_a_stderr_that_takes_nothing_changes_nothing(tmp_path, stderr):
+    """Bad input, and work that tells its progress: exit code, stdout and files are the same."""
+    out = tmp_path / "shards"
+    make = f"data make shapes --samples 40 --out {shlex.quote(str(out))}"
+    for argv, code in (("train quikstart", 2), (make, 0)):
+        line = f"{shlex.quote(sys.executable)} -m flowray {argv} {stderr}"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (code, "")
+        assert ("error" in done.stdout, bool(done.stdout)) == (False, code == 0)
+    assert done.stdout.count(" samples ") == 3
+    assert check_shards(str(out / "train")).good
 
 
 def test_an_unknown_verb(monkeypatch, capsys):

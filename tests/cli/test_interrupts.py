@@ -15,6 +15,7 @@ from support import own_pictures, remarks, tiny_recipe
 
 from flowray.cli.train import _StopSignals
 from flowray.config.load import dump_recipe
+from flowray.data.make import ShapesSet, write_set
 from flowray.store.checkpoint import newest_checkpoint
 from flowray.store.run import RunDirectory
 from flowray.tune.ledger import Ledger
@@ -124,6 +125,18 @@ def test_while_data_are_written(
     send = partial(subprocess.Popen.send_signal, sig=number)
     assert interrupt(tmp_path, said, "data", *argv, send=send) == (128 + number, [word])
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("send", [to_it, to_all])
+def test_while_latents_are_encoded(tmp_path: Path, send) -> None:
+    """Pictures are there already; of their latents nothing stays."""
+    shards = tmp_path / "shards"
+    write_set(ShapesSet(train=3000, val=20, unseen=20), shards)
+    own = ("quickstart", f"data.shards={shards / 'train'}", f"data.val_shards={shards / 'val'}")
+    code, said = interrupt(tmp_path, "encoding train", "data", "encode", *own, send=send)
+    assert (code, said) in ((130, ["interrupted"]), (143, ["terminated"]))
+    left = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    assert left == []
 
 
 def test_nohup_holds(tmp_path: Path) -> None:

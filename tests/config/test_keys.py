@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from flowray.config.keys import KEYS, alternatives, describe
+from flowray.config.keys import KEYS, LOSS, alternatives, describe
+from flowray.config.losses import LossConfig, TermConfig
 
 CONTRACT = """
 loss/{flow,kl,kl_raw,clip,dino,lpips,tv,norm,anchor,total} weight/kl lr/head
@@ -34,6 +36,18 @@ def test_every_contract_key_is_described_under_its_own_name(name: str) -> None:
     assert key.source
     assert key.direction in {"higher", "lower", "none"}
     assert key.good is None or key.good[0] < key.good[1]
+
+
+def test_a_key_of_each_loss_has_every_loss() -> None:
+    terms = {name: getattr(LossConfig(), name) for name in LossConfig.model_fields}
+    names = [name for name, term in terms.items() if isinstance(term, TermConfig)]
+    assert sorted(alternatives(LOSS)) == sorted(names)
+
+
+def test_the_glossary_has_every_kind_of_key() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "glossary.md").read_text(encoding="utf-8")
+    kinds = {key.name.partition("/")[0] for key in KEYS}
+    assert sorted(kind for kind in kinds if f"`{kind}/`" not in text) == []
 
 
 def test_alternatives() -> None:
@@ -88,6 +102,10 @@ def test_the_logs_thresholds(name: str, good: tuple[float, float]) -> None:
         "ema/ema/flow/cos",
         "lr/",
         "lr/a/b",
+        "weight/foo",
+        "grad/foo_head",
+        "grad/cos_flow_foo",
+        "balance/total",
         "",
     ],
 )

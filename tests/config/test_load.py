@@ -402,6 +402,11 @@ def test_a_source_that_is_no_recipe(tmp_path: Path, write: Write) -> None:
         refusal(str(tmp_path / "rr.yaml"))
         == f"{tmp_path}/rr.yaml: no such file, did you mean {tmp_path}/r.yaml?"
     )
+    for typed in ("./quickstrt", "recipes/quickstrt.yaml", "./quickstart.yaml"):
+        assert refusal(typed) == f"{typed}: no such file; type quickstart for the packaged recipe"
+    write("seed: 1\n", "quickstart-long.yaml")
+    near = f"{tmp_path}/quickstart-lng.yaml"
+    assert refusal(near) == f"{near}: no such file, did you mean {tmp_path}/quickstart-long.yaml?"
     assert refusal("/nowhere/x.yaml") == "/nowhere/x.yaml: no such file; / has no nowhere"
     assert f"{tmp_path}/run/config.yaml --resume" in refusal(str(tmp_path / "run"))
     assert "is a folder" in refusal(str(tmp_path / "empty"))

@@ -15,7 +15,7 @@ import pytest
 
 import flowray
 from flowray.config.errors import InputError
-from flowray.config.load import load_recipe
+from flowray.config.load import dump_recipe, load_recipe
 from flowray.config.paths import exists, no_such
 from flowray.sweepconfig.file import load_sweep
 
@@ -68,6 +68,26 @@ def test_a_moved_or_copied_folder_goes_on_where_it_is_now(home: Path) -> None:
     assert place_of(moved / "27" / "config.yaml") == moved / "27"
     assert place_of(moved / "27" / "config.yaml", "name=next") == moved / "next"
     assert place_of(moved / "sweep.yaml", "storage_path=out") == home / "out" / "copy-2"
+
+
+def test_the_recipe_of_a_run_that_was_cut_off_is_none(tmp_path: Path) -> None:
+    """Wherever the cut lies: defaults would stand in the place of what is gone."""
+    config = tmp_path / "config.yaml"
+    (tmp_path / "checkpoints").mkdir()
+    recipe = load_recipe("quickstart", ["resources.cpus_per_worker=2"]).recipe
+    text = "# a card\n" + dump_recipe(recipe)
+    last = text.index("resources:")
+    for cut in [*range(0, last, 211), *range(last, len(text) - 1, 7)]:
+        config.write_text(text[:cut])
+        with pytest.raises(InputError, match=r"cut off|not valid|is empty|want"):
+            load_recipe(str(config))
+    config.write_text(text)
+    assert load_recipe(str(config)).recipe == recipe
+    # as those of before, and those of a person who adds a line
+    older = text.replace("# end of the recipe\n", "").replace(text.splitlines()[1] + "\n", "")
+    for whole in (older, f"{text}# mine\n"):
+        config.write_text(whole)
+        assert load_recipe(str(config)).recipe == recipe
 
 
 def test_another_way_to_a_folder_does_not_rename_it(home: Path) -> None:

@@ -123,7 +123,7 @@ class SolverContract:
             curved,
             x0,
             time_grid("uniform", 6),
-            watch=lambda k, t, x, v: rows.append((k, t, x.clone(), v.clone())),
+            observe=lambda k, t, x, v: rows.append((k, t, x.clone(), v.clone())),
         )
         assert torch.equal(x0, kept)
         assert torch.equal(plain, watched)
@@ -172,7 +172,7 @@ class TestEulerEndpoint(SolverContract):
             lambda x, t: 0 * x,
             positive(),
             time_grid("uniform", 5),
-            watch=lambda k, t, x, v: times.append(t),
+            observe=lambda k, t, x, v: times.append(t),
         )
         assert times == [0.0, 0.25, 0.5, 0.75, 1.0]
 

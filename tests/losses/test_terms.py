@@ -18,33 +18,29 @@ from flowray.config.keys import describe
 from flowray.config.losses import (
     AnchorLossConfig,
     ClipLossConfig,
-    Cosine,
     DinoLossConfig,
     FlowLossConfig,
     KLLossConfig,
-    Linear,
     LossConfig,
     LpipsLossConfig,
     NormLossConfig,
     RepaLossConfig,
     TermConfig,
     TVLossConfig,
-    Until,
 )
 from flowray.config.schema import members
 from flowray.flow.path import sample_path
-from flowray.losses.schedule import weight_at
 from flowray.losses.terms import (
     Forward,
     flow_mse,
     info_nce,
     kl_per_dim,
     loss_term,
+    side_metrics,
     soft_entropy,
     total_variation,
-    watch,
 )
-from flowray.losses.total import Batch, Objective, active_terms, total_loss, weights_at
+from flowray.losses.total import Batch, Objective, active_terms, total_loss
 from flowray.model.assemble import build_model
 from flowray.model.posterior import Posterior
 from flowray.model.semantic import Views
@@ -211,7 +207,7 @@ class TestDino(NeedsItsNetwork):
         assert float(loss_term(config, forward).detach()) == pytest.approx(
             float(expected), rel=1e-5
         )
-        told = watch(LossConfig(dino=config), forward)
+        told = side_metrics(LossConfig(dino=config), forward)
         assert float(told["ent/teacher"]) == pytest.approx(float(aim.entropy().mean()), rel=1e-5)
         assert float(told["ent/student"]) == pytest.approx(
             float(guess.entropy().mean().detach()), rel=1e-5
@@ -379,7 +375,7 @@ def test_kl_raw_is_the_sum_of_the_configured_form(form: str) -> None:
     mu, logvar = forward.posterior.mu.detach().double(), forward.posterior.logvar.detach().double()
     square = (0.3 * mu) ** 6 if form == "box" else mu**2
     expected = float((0.5 * (square + logvar.exp() - 1 - logvar)).flatten(1).sum(1).mean())
-    raw = float(watch(config, forward)["loss/kl_raw"])
+    raw = float(side_metrics(config, forward)["loss/kl_raw"])
     assert raw == pytest.approx(expected, rel=1e-5)
     assert raw == pytest.approx(18 * float(loss_term(config.kl, forward).detach()), rel=1e-6)
 
@@ -413,64 +409,6 @@ def test_info_nce_keeps_fp32_under_autocast() -> None:
     exact = info_nce(text, image, torch.tensor(100.0))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(info_nce(text, image, torch.tensor(100.0)), exact, rtol=1e-6)
-
-
-def test_schedules() -> None:
-    assert [weight_at(2.0, Linear(steps=4), step, 100) for step in (0, 1, 2, 4, 50)] == [
-        0.0,
-        0.5,
-        1.0,
-        2.0,
-        2.0,
-    ]
-    assert [weight_at(2.0, Linear(fraction=0.1), step, 100) for step in (0, 5, 10, 99)] == [
-        0.0,
-        1.0,
-        2.0,
-        2.0,
-    ]
-    assert [weight_at(2.0, Until(steps=3), step, 100) for step in (0, 2, 3, 99)] == [
-        2.0,
-        2.0,
-        0.0,
-        0.0,
-    ]
-    cosine = [weight_at(2.0, Cosine(floor=0.25), step, 100) for step in (0, 50, 100, 200)]
-    assert cosine == pytest.approx([2.0, 1.25, 0.5, 0.5])
-    assert weight_at(2.0, FlowLossConfig().schedule, 0, 100) == 2.0
-
-
-@pytest.mark.parametrize("term", sorted(all_terms(), key=lambda term: term.__name__))
-def test_every_terms_weight_takes_every_schedule(term: type[TermConfig]) -> None:
-    cases = [
-        ({"kind": "constant"}, 4, 1.0),
-        ({"kind": "linear", "steps": 8}, 4, 0.5),
-        ({"kind": "linear", "fraction": 0.1}, 4, 0.4),
-    ]
-    cases += [({"kind": "until", "steps": 4}, 4, 0.0), ({"kind": "cosine", "floor": 0.5}, 50, 0.75)]
-    for schedule, step, factor in cases:
-        made = term.model_validate({"schedule": schedule})
-        assert weight_at(3.0, made.schedule, step, 100) == pytest.approx(3.0 * factor)
-
-
-def test_active_terms_weights_and_total() -> None:
-    config = LossConfig(
-        kl=KLLossConfig(weight=3.0, schedule=Linear(steps=10)), clip=ClipLossConfig(weight=0.0)
-    )
-    assert list(active_terms(config)) == ["flow", "kl"]
-    assert weights_at(config, 5, 100) == {"flow": 1.0, "kl": 1.5}
-    losses = {"flow": torch.tensor(0.5), "kl": torch.tensor(2.0)}
-    assert float(total_loss(losses, weights_at(config, 5, 100))) == pytest.approx(3.5)
-
-
-def test_a_loss_without_the_weights_it_needs_is_refused() -> None:
-    dims = {"width": 8, "depth": 1, "heads": 2, "mlp": 16, "image": 8, "patch": 4}
-    with pytest.raises(ValueError, match="lpips needs vgg"):
-        LpipsLossConfig(weight=0.1)
-    with pytest.raises(ValueError, match="frozen teacher needs a path"):
-        RepaLossConfig.model_validate({"teacher": {"kind": "dinov2", "dims": dims}})
-    with pytest.raises(ValueError, match="frozen teacher needs a path"):
-        DinoLossConfig.model_validate({"teacher": {"kind": "dinov2", "dims": dims}})
 
 
 def test_objective_end_to_end(tmp_path: Path) -> None:

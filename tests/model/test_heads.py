@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import count_parameters
 from torch import Tensor, nn
 
 from flowray.config.base import LatentSpec
@@ -23,7 +24,6 @@ from flowray.model.latent import LatentMap
 from flowray.model.posterior import make_posterior
 from flowray.model.text import TextTokens
 from flowray.model.transencoder import PostNormLayer, StdNorm
-from flowray.model.velocity import count_parameters
 
 WIDTH, COUNT = 24, 6  # one token more than the prompts have: a head that flattens must fill up
 SPECS = [

@@ -83,7 +83,7 @@ def test_the_same_sweep_goes_on_also_where_only_places_differ(there, resume):
     open_directory(moved, other, resume)
     assert load_recipe(str(there / "s" / "base.yaml")).recipe == other
     assert load_sweep(str(there / "s" / "sweep.yaml")).parameters == before.parameters
-    assert not list((there / "s").glob("*.part"))
+    assert not list((there / "s").glob(".*"))
 
 
 @pytest.mark.parametrize(
