@@ -108,6 +108,10 @@ def _halved(original: Any) -> Any:
     return lambda *args: original(*args) / 2
 
 
+def _reversed_time(network: Any) -> Any:
+    return lambda x, t, null: network(x, 8 * t - 4, null)
+
+
 def _negated(original: Any) -> Any:
     return lambda *args: -original(*args)
 
@@ -159,7 +163,7 @@ SOURCE_FAULTS: tuple[Fault, ...] = (
     Fault(
         "time_code_sampling",
         ("sampled_code",),
-        bug=replacing(generate_module, "time_code", lambda _: lambda t: 8 * t - 4),
+        bug=replacing(generate_module, "with_time_code", lambda _: _reversed_time),
     ),
     Fault(
         "sample_on_latent",

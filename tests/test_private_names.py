@@ -132,7 +132,9 @@ def test_there_are_some() -> None:
 
 def test_of_torch_there_are_none() -> None:
     """What it promises serves as well: swa_utils averages, StorageWeakRef tells storages apart."""
-    assert not [found for found in private_imports() if found[1].partition(".")[0] == "torch"]
+    assert not [
+        found for found in private_imports(parsed()) if found[1].partition(".")[0] == "torch"
+    ]
     used = {name for _, name in private_attributes()}
     assert not {name for name in used if hasattr(torch, name) or hasattr(torch.Tensor, name)}
 
@@ -142,7 +144,9 @@ def test_optunas_private_names_stand_in_one_file() -> None:
     only = "flowray/tune/optuna_private.py"
     holders = {name for name, make in HOLDERS.items() if make in (_study, _trial)}
     assert {file for file, name in private_attributes() if name in holders} == {only}
-    assert [file for file, module, _ in private_imports() if module.startswith("optuna")] == []
+    assert [
+        file for file, module, _ in private_imports(parsed()) if module.startswith("optuna")
+    ] == []
 
 
 @pytest.mark.parametrize(

@@ -418,10 +418,9 @@ def test_an_ema_that_never_moves(
     assert healthy.metrics["ema/moved"] > 0.1
 
 
-def test_a_sampler_with_another_time_code(
-    ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(generate, "time_code", lambda t: 8 * t - 4)
+def test_reversed_time(ran: tuple[Recipe, RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
+    turned = lambda network: lambda x, t, null: network(x, 8 * t - 4, null)  # noqa: E731
+    monkeypatch.setattr(generate, "with_time_code", turned)
     assert again(ran, "sampler")["sampler/gap"] > 0
 
 

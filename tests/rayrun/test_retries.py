@@ -50,7 +50,9 @@ class Sweeping:
         self.trial = tune_trial(folder, 4, max_failures)
         session = SimpleNamespace(sweep_dir=folder, sweep=SimpleNamespace(seeds=2))
         placed = SimpleNamespace(base=SimpleNamespace(resources=ResourceConfig()))
-        quiet = SimpleNamespace(beat=lambda: None, renew=lambda: None, remark=lambda text: None)
+        quiet = SimpleNamespace(
+            heartbeat=lambda: None, renew=lambda: None, remark=lambda text: None
+        )
         self.events = _Events(session, placed, quiet, quiet)
 
     def dies(self, error: Exception) -> bool:
