@@ -8,7 +8,6 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +18,6 @@ from flowray.cli.parser import Parser
 from flowray.cli.progress import quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
-from flowray.config.progress import SILENT
 from flowray.sweepconfig.file import load_sweep
 
 SHOWN = 8  # metrics in the table; --page has more, --json all
@@ -217,7 +215,7 @@ def _print_arms(facts: Mapping[str, Any]) -> None:
 
 
 def _record(args: argparse.Namespace) -> int:
-    from benchmarks.record import record
+    from benchmarks.record import picture_score, record
 
     pool = record(
         args.folder,
@@ -231,18 +229,6 @@ def _record(args: argparse.Namespace) -> int:
         _say("the rest comes when the same command is run again")
         return FINDINGS
     return GOOD
-
-
-def picture_score(run: Path) -> dict[str, float]:
-    """What `flowray.eval` says of a run's pictures of held-out prompts."""
-    from flowray.cli.eval import evaluate
-
-    shapes = evaluate(run, [], 0, SILENT)["shapes"]
-    return {
-        "mean_attribute_accuracy": shapes["mean_attribute_accuracy"],
-        "all_correct": shapes["all_correct"],
-        **shapes["by_attribute"],
-    }
 
 
 def _overhead(args: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ from benchmarks.pool import Pool, read_pool
 from flowray.config.card import git_commit
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
+from flowray.config.progress import SILENT
 from flowray.config.recipe import Recipe
 from flowray.config.rows import Row
 from flowray.data.folders import locked
@@ -87,6 +88,20 @@ def record(folder: Path, sweep: Sweep, count: int, score: Score, *, processes: i
         for worker in workers:
             worker.join()
     return read_pool(job.file)
+
+
+def picture_score(run: Path) -> dict[str, float]:
+    """What `flowray.eval` says of a run's pictures of held-out prompts. Not in the command's own
+    module, which a spawned process does not import.
+    """
+    from flowray.cli.eval import evaluate
+
+    shapes = evaluate(run, [], 0, SILENT)["shapes"]
+    return {
+        "mean_attribute_accuracy": shapes["mean_attribute_accuracy"],
+        "all_correct": shapes["all_correct"],
+        **shapes["by_attribute"],
+    }
 
 
 def recording_recipe(sweep: Sweep) -> Recipe:
