@@ -90,6 +90,20 @@ def record(folder: Path, sweep: Sweep, count: int, score: Score, *, processes: i
     return read_pool(job.file)
 
 
+def picture_score(run: Path) -> dict[str, float]:
+    """What `flowray.eval` says of a run's pictures of held-out prompts. Not in the command's own
+    module, which a spawned process does not import.
+    """
+    from flowray.cli.eval import evaluate
+
+    shapes = evaluate(run, [], 0, SILENT)["shapes"]
+    return {
+        "mean_attribute_accuracy": shapes["mean_attribute_accuracy"],
+        "all_correct": shapes["all_correct"],
+        **shapes["by_attribute"],
+    }
+
+
 def recording_recipe(sweep: Sweep) -> Recipe:
     """The sweep's base recipe with PROBES probes to its budget and the losses logged LOGS times
     from one to the next; no pictures on the way. What the sweep sets itself stays.

@@ -41,10 +41,14 @@ def private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
-def private_imports(files: Iterable[tuple[str, ast.Module]]) -> list[tuple[str, str, str]]:
-    """(file, module, name) of every import of which a part begins with an underscore."""
+def private_imports(
+    files: Iterable[tuple[str, ast.Module]] | None = None,
+) -> list[tuple[str, str, str]]:
+    """(file, module, name) of every import of which a part begins with an underscore; of flowray's
+    files unless others are given.
+    """
     found = []
-    for file, tree in files:
+    for file, tree in parsed() if files is None else files:
         for node in ast.walk(tree):
             names: list[tuple[str, str]] = []
             if isinstance(node, ast.ImportFrom) and node.module:
@@ -113,7 +117,7 @@ def test_rays(name: str) -> None:
 
 
 def test_nothing_else_is_imported() -> None:
-    assert private_imports(parsed()) == []
+    assert private_imports() == []
     code = ast.parse("from ray._private import services\nimport torch._inductor")
     found = [("ray._private", "services"), ("torch._inductor", "")]
     assert private_imports([("a.py", code)]) == [("a.py", *each) for each in found]

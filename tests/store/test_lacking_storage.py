@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lacking
@@ -193,7 +194,10 @@ def test_a_sweep_on_exfat(tmp_path):
         assert (mounted / "runs" / "s" / "report.html").is_file()
         assert newest_checkpoint(RunDirectory(mounted / "runs" / "s" / "0").checkpoints)
     finally:
-        subprocess.run(["umount", mounted], check=True)
+        deadline = time.monotonic() + 60  # the last of Ray's processes may still be at its end
+        while subprocess.run(["umount", mounted]).returncode:
+            assert time.monotonic() < deadline, "something is still at work in the folder"
+            time.sleep(0.5)
         listed = subprocess.run(
             ["losetup", "-j", tmp_path / "image"], capture_output=True, text=True
         )
