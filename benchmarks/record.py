@@ -289,18 +289,3 @@ def machine() -> str:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def picture_score(run: Path) -> dict[str, float]:
-    """What `flowray.eval` says of a run's pictures of held-out prompts.
-
-    It stands here, as the trainings' own processes find it by its module's name.
-    """
-    from flowray.cli.eval import evaluate
-
-    shapes = evaluate(run, [], 0, SILENT)["shapes"]
-    return {
-        "mean_attribute_accuracy": shapes["mean_attribute_accuracy"],
-        "all_correct": shapes["all_correct"],
-        **shapes["by_attribute"],
-    }
