@@ -18,7 +18,8 @@ NotNegative = Annotated[float, Field(ge=0)]
 class DataConfig(Config):
     """Where the pictures come from.
 
-    shards: `shapes` or `digits` (made on first use), or a folder or glob of webdataset tars.
+    shards: `shapes`, `shapes_open` or `digits` (made on first use), or a folder or glob of
+    webdataset tars.
     val_shards: the held-out shards; the embedded sets bring their own.
     cache: where embedded shards and cached latents live; unless FLOWRAY_CACHE says otherwise,
     `flowray` in XDG_CACHE_HOME or ~/.cache, and where that cannot be written, in the temporary

@@ -21,18 +21,18 @@ from PIL import Image
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
 from flowray.config.progress import SILENT, Progress, counted
-from flowray.data import digits, shapes
+from flowray.data import digits, open_shapes, shapes
 from flowray.data.folders import locked
 from flowray.data.shards import MANIFEST, write_shards
 
 SCANS = 1797  # of digits, both splits
-EmbeddedName = Literal["shapes", "digits"]
+EmbeddedName = Literal["shapes", "shapes_open", "digits"]
 
 
 @dataclass(frozen=True)
 class ShapesSet:
     """How many shapes samples of each split, from which seed; two_share: share of two-object
-    scenes, in [0, 1].
+    scenes, in [0, 1]; left_open: captions name a part of their picture.
     """
 
     train: int = 12_000
@@ -40,16 +40,22 @@ class ShapesSet:
     unseen: int = 500
     two_share: float = 0.2
     seed: int = 0
+    left_open: bool = False
 
-    name = "shapes"
     splits = ("train", "val", "unseen")
+
+    @property
+    def name(self) -> str:
+        """As `data.shards` has it."""
+        return "shapes_open" if self.left_open else "shapes"
 
     def count(self, split: str) -> int:
         """How many samples a split has."""
         return int(getattr(self, split))
 
     def samples(self, split: Any) -> Iterator[dict[str, Any]]:
-        drawn = shapes.samples(getattr(self, split), split, self.seed, self.two_share)
+        draw = open_shapes.samples if self.left_open else shapes.samples
+        drawn = draw(getattr(self, split), split, self.seed, self.two_share)
         for i, (picture, captions, scene) in enumerate(drawn):
             yield _sample(f"{split}-{i:06d}", picture, captions, {"scene": scene.as_json()})
 
@@ -70,7 +76,11 @@ class DigitsSet:
 
 
 EmbeddedSet = ShapesSet | DigitsSet
-_DEFAULTS: dict[str, EmbeddedSet] = {"shapes": ShapesSet(), "digits": DigitsSet()}
+_DEFAULTS: dict[str, EmbeddedSet] = {
+    "shapes": ShapesSet(),
+    "shapes_open": ShapesSet(left_open=True),
+    "digits": DigitsSet(),
+}
 
 
 def png(picture: np.ndarray) -> bytes:
@@ -103,9 +113,9 @@ def write_set(what: EmbeddedSet, root: Path, progress: Progress = SILENT) -> dic
 
 def fingerprint(what: EmbeddedSet) -> str:
     """A short hash of a set's arguments and of the source that draws and writes it."""
-    generator = shapes.__file__ if isinstance(what, ShapesSet) else digits.__file__
+    drawn_by = (shapes, open_shapes) if isinstance(what, ShapesSet) else (digits,)
     digest = hashlib.sha256(json.dumps(asdict(what)).encode())
-    for source in (generator, __file__):
+    for source in (*(module.__file__ for module in drawn_by), __file__):
         digest.update(Path(str(source)).read_bytes())
     return digest.hexdigest()[:12]
 
@@ -138,15 +148,15 @@ def ensure_set(what: EmbeddedSet, cache: Path, progress: Progress = SILENT) -> d
 def ensure_embedded(
     name: EmbeddedName, cache: Path, progress: Progress = SILENT
 ) -> dict[str, Path]:
-    """split -> shard folder of an embedded set in its standard size: shapes (train, val, unseen)
-    or digits (train, val).
+    """split -> shard folder of an embedded set in its standard size: shapes and shapes_open
+    (train, val, unseen) or digits (train, val).
     """
     return ensure_set(_DEFAULTS[name], cache, progress)
 
 
 def picture_side(name: str) -> int:
     """The side of an embedded set's pictures, in px."""
-    return {"shapes": shapes.IMAGE_SIZE, "digits": digits.IMAGE_SIZE}[name]
+    return digits.IMAGE_SIZE if name == "digits" else shapes.IMAGE_SIZE
 
 
 def unmade_samples(name: str, cache: Path) -> int:

@@ -54,10 +54,10 @@ ATTRIBUTES = ("colour", "shape", "size", "position", "background")
 
 Split = Literal["train", "val", "unseen"]
 
-_INVERSE = {"left of": "right of", "above": "below"}
+INVERSE = {"left of": "right of", "above": "below"}
 _SIDES = {"left of": ("left", "right"), "above": ("top", "bottom")}
-_SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
-_PLACE_WORDS = {
+SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
+PLACE_WORDS = {
     "center": ("in the center", "in the middle"),
     "left": ("on the left", "at the left"),
     "right": ("on the right", "at the right"),
@@ -190,16 +190,16 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
         return options[0] if rng is None else str(rng.choice(options))
 
     def noun(thing: Thing) -> str:
-        return f"a {pick(_SIZE_WORDS[thing.size])} {thing.colour} {thing.shape}"
+        return f"a {pick(SIZE_WORDS[thing.size])} {thing.colour} {thing.shape}"
 
     if scene.relation:
         first, second, relation = scene.things[0], scene.things[1], scene.relation
         if pick(("as it is", "inverted")) == "inverted":
-            first, second, relation = second, first, _INVERSE[relation]
+            first, second, relation = second, first, INVERSE[relation]
         body = f"{noun(first)} {relation} {noun(second)}"
     else:
         thing = scene.things[0]
-        body = f"{noun(thing)} {pick(_PLACE_WORDS[thing.position])}"
+        body = f"{noun(thing)} {pick(PLACE_WORDS[thing.position])}"
         if rng is not None and thing.position == "center" and rng.random() < 0.25:
             body = noun(thing)
     if rng is not None and scene.background == "white" and rng.random() < 0.25:
