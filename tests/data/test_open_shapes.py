@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from flowray.cli.data import main
 from flowray.data.make import ShapesSet
 from flowray.data.open_shapes import (
     CAPTIONS,
@@ -17,6 +18,7 @@ from flowray.data.open_shapes import (
     samples,
     whole,
 )
+from flowray.data.reader import ShardReader
 from flowray.data.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -27,6 +29,7 @@ from flowray.data.shapes import (
     Thing,
     draw_scene,
 )
+from flowray.data.shards import find_shards
 
 RED = Scene("white", (Thing("red", "circle", "small", "top"),))
 PAIR = Scene("pink", (Thing("red", "circle", "small"), Thing("blue", "square", "large")), "above")
@@ -135,3 +138,6 @@ def test_the_set_is_one_of_its_own(tmp_path):
     assert (closed.name, left_open.name) == ("shapes", "shapes_open")
     rows = list(left_open.samples("train"))
     assert [row["__key__"] for row in rows] == ["train-000000", "train-000001", "train-000002"]
+    assert main(["make", "shapes_open", "--samples", "3", "--out", str(tmp_path / "set")]) == 0
+    reader = ShardReader(find_shards(str(tmp_path / "set" / "train")))
+    assert len(reader.captions(0)) == CAPTIONS
