@@ -64,6 +64,13 @@ PLACE_WORDS = {
     "top": ("at the top", "on the top"),
     "bottom": ("at the bottom", "on the bottom"),
 }
+BACKGROUND_TEMPLATES = (
+    "{body} on a {background} background",
+    "{body}, {background} background",
+    "on a {background} background, {body}",
+    "a {background} picture with {body}",
+    "a {background} image showing {body}",
+)
 
 
 @dataclass(frozen=True)
@@ -204,15 +211,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
             body = noun(thing)
     if rng is not None and scene.background == "white" and rng.random() < 0.25:
         return body
-    template = pick(
-        (
-            "{body} on a {background} background",
-            "{body}, {background} background",
-            "on a {background} background, {body}",
-            "a {background} picture with {body}",
-            "a {background} image showing {body}",
-        )
-    )
+    template = pick(BACKGROUND_TEMPLATES)
     return template.format(body=body, background=scene.background)
 
 

@@ -108,6 +108,23 @@ def test_training_never_says_what_is_held_out():
     assert len(texts & said) > 100  # the test would see them
 
 
+def test_two_objects_in_either_order_are_held_out_alike():
+    """Without a relation a caption may name either first, so that both say the same."""
+    red, blue = Named("red", "circle"), Named("blue", "square", "small")
+    grounds = ("", *BACKGROUNDS)
+    both = [
+        [Description(things, "", ground).held_out for ground in grounds for things in pairs]
+        for pairs in ([(red, blue)], [(blue, red)])
+    ]
+    assert both[0] == both[1]
+    rng, never, told = np.random.default_rng(2), set(), set()
+    for _ in range(1500):
+        said = describe(draw_scene(rng, "train", two_objects=True), rng)
+        (never if said.held_out else told).add(caption(said, rng))
+    assert len(never) > 50
+    assert not never & told
+
+
 def test_one_picture_has_several_captions_and_one_caption_many_pictures():
     texts = Counter()
     for picture, told, scene in samples(400, "train", 0, 0.2):
