@@ -12,6 +12,7 @@ import json
 import mmap
 import re
 import tarfile
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -138,6 +139,7 @@ class ShardReader:
         self.keys: list[str] = []
         self._sizes: list[int] = []
         self._maps: dict[int, np.ndarray] = {}
+        self._opening = threading.Lock()
         indexes: list[TarIndex] = []
         for path in self.paths:
             if limit is not None and len(self.keys) >= limit:
@@ -198,25 +200,14 @@ class ShardReader:
 
     def _map(self, shard: int) -> np.ndarray:
         """One shard's bytes, uint8 (size,), read-only."""
-        view = self._maps.get(shard)
-        if view is None:
-            if len(self._maps) >= OPEN_SHARDS:
-                self._maps.pop(next(iter(self._maps)), None)
-            path = self.paths[shard]
-            try:
-                with path.open("rb") as file:
-                    view = np.frombuffer(
-                        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8
-                    )
-            except (OSError, ValueError) as error:
-                raise InputError(f"shard {path}: cannot be read: {error}") from error
-            if len(view) != self._sizes[shard]:
-                raise InputError(
-                    f"shard {path}: was {self._sizes[shard]} bytes when indexed and is {len(view)}"
-                    " now; start again"
-                )
-            self._maps[shard] = view
-        return view
+        # batches are made in a thread beside whoever examines the run
+        with self._opening:
+            view = self._maps.get(shard)
+            if view is None:
+                if len(self._maps) >= OPEN_SHARDS:
+                    self._maps.pop(next(iter(self._maps)), None)
+                view = self._maps[shard] = _mapped(self.paths[shard], self._sizes[shard])
+            return view
 
     def read(self, i: int, extension: str) -> bytes:
         """The bytes of one member; InputError where the sample has none."""
@@ -305,6 +296,19 @@ class ShardReader:
             digest.update(f"{path.name}\0{size}\0".encode())
         digest.update("\0".join(self.keys).encode())
         return digest.hexdigest()[:16]
+
+
+def _mapped(path: Path, size: int) -> np.ndarray:
+    try:
+        with path.open("rb") as file:
+            held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise InputError(f"shard {path}: cannot be read: {error}") from error
+    if len(held) != size:
+        raise InputError(
+            f"shard {path}: was {size} bytes when indexed and is {len(held)} now; start again"
+        )
+    return np.frombuffer(held, dtype=np.uint8)
 
 
 def _unpack_equal(rows: np.ndarray, size: int) -> np.ndarray | None:

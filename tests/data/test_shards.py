@@ -7,8 +7,10 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import sys
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +328,22 @@ def test_find_shards(folder: Path, tmp_path: Path) -> None:
     loud = tars[0].rename(folder / "LOUD.TAR")
     assert find_shards(str(folder)) == (loud, *tars[1:])
     assert find_shards(str(loud)) == find_shards(str(folder / "L*")) == (loud,)
+
+
+def test_threads_may_read_one_set_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is made ahead while the doctor looks at the same shards, more than are kept open."""
+    write_shards(tmp_path / "set", samples(24), per_shard=2, meta={})
+    reader = ShardReader(find_shards(str(tmp_path / "set")))
+    monkeypatch.setattr("flowray.data.reader.OPEN_SHARDS", 2)
+
+    def read(seed: int) -> None:
+        for i in np.random.default_rng(seed).integers(24, size=4000).tolist():
+            assert reader.read(i, "txt") == f"text {i}".encode()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-7)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(read, range(4))) == [None] * 4
+    finally:
+        sys.setswitchinterval(interval)
