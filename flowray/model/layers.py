@@ -14,7 +14,9 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device; the host does not wait for a GPU to have it."""
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
+    if device.type != "cuda":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
 
 
 def attention(

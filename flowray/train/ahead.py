@@ -5,30 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
+
 from flowray.losses.total import Batch
 
 
 class BatchesAhead:
-    """`make(step)`, asked for once the step before it has begun. A context manager: its end waits
-    for what is being made.
+    """`make(step)` of a rank's device, asked for once the step before it has begun. A context
+    manager: its end waits for what is being made.
 
     A batch is a function of its step, so that what is made too early is made right. An error of
     `make` is raised at the step that needs the batch.
     """
 
-    def __init__(self, make: Callable[[int], Batch], last: int):
+    def __init__(self, make: Callable[[int], Batch], last: int, device: torch.device):
         self._make, self._last = make, last
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._next: tuple[int, Future[Batch]] | None = None
+        # a thread begins on the first GPU, where pinned memory of every rank would open a context
+        chosen = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._thread = ThreadPoolExecutor(1, "batches", *chosen)
+        self._begun: dict[int, Future[Batch]] = {}
 
     def __call__(self, step: int) -> Batch:
         """The batch of `step`; that of the next step, up to `last`, is begun."""
-        made = self._next
-        future = made[1] if made and made[0] == step else self._thread.submit(self._make, step)
-        batch = future.result()
-        following = step + 1
-        ahead = self._thread.submit(self._make, following) if following < self._last else None
-        self._next = (following, ahead) if ahead else None
+        begun = self._begun.pop(step, None) or self._thread.submit(self._make, step)
+        batch = begun.result()
+        if step + 1 < self._last:
+            self._begun = {step + 1: self._thread.submit(self._make, step + 1)}
         return batch
 
     def __enter__(self) -> BatchesAhead:

@@ -94,7 +94,8 @@ def train(
         if warning := check_captions(state.model.text.prompts, some_captions(latents)):
             progress.say(warning)
         objective = group.wrap(state.objective)
-        make_batch = BatchesAhead(BatchMaker(recipe, latents, group), recipe.train.steps)
+        maker = BatchMaker(recipe, latents, group)
+        make_batch = BatchesAhead(maker, recipe.train.steps, group.device)
         closing.enter_context(make_batch)
         sinks = Sinks(recipe, run, held_out, state, group) if group.lead else None
         if sinks:

@@ -15,6 +15,8 @@ from flowray.train.group import Group
 from flowray.train.loop import train
 from flowray.train.state import fresh_state
 
+CPU = torch.device("cpu")
+
 
 def test_every_step_gets_its_own_batch_and_none_is_made_past_the_last():
     made = []
@@ -23,7 +25,7 @@ def test_every_step_gets_its_own_batch_and_none_is_made_past_the_last():
         made.append((step, threading.current_thread().name))
         return step
 
-    with BatchesAhead(make, 8) as batches:
+    with BatchesAhead(make, 8, CPU) as batches:
         assert [batches(step) for step in (3, 4, 5)] == [3, 4, 5]
         assert batches(7) == 7  # not the one that was begun
     assert [step for step, _ in made] == [3, 4, 5, 6, 7]
@@ -36,7 +38,7 @@ def test_an_error_comes_at_the_step_that_needs_the_batch():
             raise OSError("a shard cannot be read")
         return step
 
-    with BatchesAhead(make, 8) as batches:
+    with BatchesAhead(make, 8, CPU) as batches:
         assert batches(1) == 1
         with pytest.raises(OSError, match="a shard"):
             batches(2)
@@ -55,7 +57,7 @@ def test_compiled_blocks_train_as_eager_ones(tmp_path, options):
     for compiled in (False, True):
         typed = override_recipe(recipe, {"train.compile": compiled})
         run = RunDirectory(Path(recipe.storage_path) / f"compiled-{compiled}")
-        train(typed, run, Group(0, 1, torch.device("cpu")), lambda row: None)
+        train(typed, run, Group(0, 1, CPU), lambda row: None)
         losses[compiled] = [row["loss/total"] for row in read_rows(run.metrics)]
         assert len(losses[compiled]) == 6
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
@@ -64,7 +66,7 @@ def test_compiled_blocks_train_as_eager_ones(tmp_path, options):
 @pytest.mark.slow
 def test_a_hook_hears_compiled_blocks(tmp_path):
     recipe = tiny_recipe(tmp_path)
-    velocity = fresh_state(recipe, torch.device("cpu")).model.velocity
+    velocity = fresh_state(recipe, CPU).model.velocity
     velocity.compile_blocks()
     x, t = torch.randn(2, *recipe.model.latent.shape), torch.zeros(2)
     for _ in range(2):  # REPA puts its hook in anew at every step
