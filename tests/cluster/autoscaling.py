@@ -160,9 +160,10 @@ def tell_loss(head: Head, name: str) -> Story:
         if newest is None:
             return None
         if not killed and owner is not None:
-            os.kill(int(_environment(owner)["RAY_RAYLET_PID"]), signal.SIGKILL)
+            raylet = int(_environment(owner)["RAY_RAYLET_PID"])
+            for pid in (raylet, owner):  # a node goes as a whole
+                os.kill(pid, signal.SIGKILL)
             killed.append((owner, seconds))
-        # Ray ends what has lost its node, in up to half a minute
         if not killed or _command(killed[0][0]):
             return None
         lines, step = (run / "metrics.jsonl").read_text().splitlines(), load_state(newest)["step"]
