@@ -27,7 +27,6 @@ from flowray.store.run import RunDirectory
 
 FIRST_S = 0.5  # a task that is over sooner says nothing
 BEAT_S, QUIET_S = 2.5, 60.0  # the shortest and longest pause between the lines of a task
-STOPPING_S = 5.0  # for an interrupted run to reach its next logged step
 LOOK_S = 0.5  # how often a run's files are looked at
 # after that long without a row a line says so, and again after twice, four times as long
 SILENT_S = 60.0
@@ -210,21 +209,15 @@ class RunProgress:
 def run_shown(work: Callable[[], None], seen: RunProgress, progress: Progress) -> None:
     """Run `work` in a thread and show its progress.
 
-    The main thread stays free for signals, which Ray Train would abort on. On KeyboardInterrupt a
-    run that has begun is asked to stop, and given a moment for it.
+    The main thread stays free for signals, which Ray Train would abort on. KeyboardInterrupt leaves
+    the thread behind, as the process is about to end.
     """
     thread = threading.Thread(target=work, name="training", daemon=True)
     thread.start()
     with progress.task("training", seen.steps, seen.start) as advance:
-        try:
-            while thread.is_alive():
-                thread.join(LOOK_S)
-                seen.show(advance)
-        except KeyboardInterrupt:
-            if seen.run.taken_over:
-                seen.run.stop_request.touch()
-                thread.join(STOPPING_S)
-            raise
+        while thread.is_alive():
+            thread.join(LOOK_S)
+            seen.show(advance)
         seen.show(advance)
 
 

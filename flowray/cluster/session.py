@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -79,7 +80,7 @@ def started(num_cpus: int | None = None, progress: Progress = SILENT) -> Iterato
         try:
             yield
         finally:
-            ray.shutdown()
+            _shut_down()
         return
     require_token(private=True)
     take_token()
@@ -90,8 +91,18 @@ def started(num_cpus: int | None = None, progress: Progress = SILENT) -> Iterato
             yield
         finally:
             with progress.task("ending Ray"):
-                ray.shutdown()
+                _shut_down()
                 _end_all(folder)
+
+
+def _shut_down() -> None:
+    """Disconnect from Ray; not within an interrupt, which ends this process and so the connection.
+
+    A thread that still uses Ray would otherwise abort the process (core_worker_process.cc: "has
+    already been shutdown"), with exit code 1 and before anything is cleared up.
+    """
+    if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+        ray.shutdown()
 
 
 @contextmanager
