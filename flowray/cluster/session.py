@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -164,10 +165,15 @@ def _end_all(folder: Path) -> None:
     """End what this process has started for the Ray that keeps its files there: of a start that
     was cut off Ray knows nothing.
     """
+    doomed: set[Any] = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             if any(folder.name in word for word in process.cmdline()):
-                process.kill()
+                # agents and workers write titles over the command that they were started with
+                doomed |= {process, *process.children(recursive=True)}
+    for process in doomed:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 @contextmanager

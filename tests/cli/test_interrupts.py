@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
+from ray_nodes import offspring
 from support import own_pictures, remarks, tiny_recipe
 
 from flowray.cli.train import _StopSignals
@@ -73,9 +75,9 @@ def interrupt(
     send: Callable[[subprocess.Popen], None] = to_it,
 ) -> tuple[int, list[str]]:
     """(exit code, remarks) of a command that gets Ctrl-C, or what `send` sends, where a line has
-    `said`.
+    `said`; nothing that it started is left.
     """
-    environment = {**os.environ, "FLOWRAY_CACHE": str(place / "cache")}
+    environment = {**os.environ, "FLOWRAY_CACHE": str(place / "cache"), "FLOWRAY_TEST": str(place)}
     command = [sys.executable, "-m", "flowray", *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(
@@ -91,6 +93,10 @@ def interrupt(
         finally:
             process.kill()
     assert (out == "") == (process.returncode in (129, 130, 143))
+    deadline = time.monotonic() + 20
+    while left := offspring(f"FLOWRAY_TEST={place}"):
+        assert time.monotonic() < deadline, [Path(f"/proc/{pid}/comm").read_text() for pid in left]
+        time.sleep(0.1)
     return process.returncode, remarks(err)
 
 
