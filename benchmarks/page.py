@@ -129,11 +129,7 @@ def _compute(bench: Bench, facts: dict[str, Any]) -> list[str]:
 def _default(bench: Bench, facts: dict[str, Any]) -> list[str]:
     """What the default stops by, and how it does on pools that it was not chosen with."""
     sweep, halving = bench.sweep, bench.sweep.early_terminate
-    rules = [
-        f"- {''.join(rule.metrics) or rule.what}:"
-        f" {rule.model_dump(exclude_none=True, exclude={'metric', 'finding'})}"
-        for rule in sweep.stop
-    ]
+    rules = [f"- {rule.words}" for rule in sweep.stop]
     return [
         (
             "The default's rungs and sampler were chosen with this pool in sight. On a random half"

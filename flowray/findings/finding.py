@@ -9,6 +9,20 @@ from typing import Any, Literal
 Severity = Literal["info", "warn", "bad"]
 Side = Literal["above", "below", "not finite"]
 ORDER: Mapping[Severity, int] = {"bad": 0, "warn": 1, "info": 2}
+# findings of older versions that are checks of `flowray.doctor --selfcheck` now: no run has one
+MOVED = (
+    "autoencoder_in_train_mode",
+    "decode_scale",
+    "epsilon_target",
+    "kl_on_scaled",
+    "sample_on_latent",
+    "scale_inverted",
+    "scale_never",
+    "scale_twice",
+    "time_code_mismatch",
+    "velocity_sign",
+    "x1_target",
+)
 
 
 @dataclass(frozen=True)

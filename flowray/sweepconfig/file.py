@@ -139,7 +139,7 @@ def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
     except ValidationError as error:
         # what a misspelt key leaves missing is its fault
         first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-        key = _name_of(first["loc"])
+        key = _name_of(first["loc"], listed=isinstance(file.data.get("metric"), list))
         section = re.split(r"[.\[]", key)[0]
         where = file.where(key.partition("[")[0])
         if first["type"] == "missing":
@@ -163,11 +163,11 @@ def build_sweep(data: Mapping[str, Any], file: YamlFile) -> Sweep:
         raise InputError(f"{where}: {key}: {words}" if key else f"{file.label}: {words}") from None
 
 
-def _name_of(loc: Sequence[int | str]) -> str:
+def _name_of(loc: Sequence[int | str], *, listed: bool = False) -> str:
     """The place of an error as a file has it: stop[0].below, metric[1].goal; without the kinds,
-    which pydantic names too.
+    which pydantic names too. listed: `metric` is a list there, of which more_metrics is the rest.
     """
-    if loc[:1] == ("more_metrics",):
+    if listed and loc[:1] == ("more_metrics",):
         return _name_of(("metric", int(loc[1]) + 1, *loc[2:]))
     section = str(loc[0]) if loc else ""
     tagged = any(key.startswith(f"{section}.") for key in _KINDS)

@@ -6,16 +6,25 @@ tests/tune/test_stop_rules.py.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Union
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from flowray.config.base import Config
-from flowray.config.errors import InputError, RuleError, did_you_mean
+from flowray.config.errors import InputError, Notice, RuleError, did_you_mean
 from flowray.config.keys import describe
 from flowray.config.rounding import rounded
-from flowray.findings.finding import ORDER
+from flowray.findings.finding import MOVED, ORDER
 
 After = Annotated[int, Field(ge=0)]
 Patience = Annotated[int, Field(gt=0)]
@@ -35,8 +44,8 @@ class _Rule(Config):
         return ()
 
     @property
-    def what(self) -> str:
-        """flow/cos below 0.3."""
+    def words(self) -> str:
+        """When it is met: flow/cos below 0.3 at 2 probes from step 0."""
         raise NotImplementedError
 
     def problem(self, finding_ids: Sequence[str]) -> str | None:
@@ -63,10 +72,11 @@ class _MetricRule(_Rule):
     def metrics(self) -> tuple[str, ...]:
         return (self.metric,)
 
-    @property
-    def what(self) -> str:
-        name = next(name for name in self.bounds if getattr(self, name) is not None)
-        return f"{self.metric} {name.replace('_', ' ')} {getattr(self, name):g}"
+    @model_validator(mode="after")
+    def _has_its_bound(self) -> _MetricRule:
+        if sum(getattr(self, name) is not None for name in self.bounds) != 1:
+            raise RuleError(f"a stop rule takes either {' or '.join(_bounds())}", *self.bounds)
+        return self
 
     @property
     def sign(self) -> float:
@@ -89,20 +99,32 @@ class BoundRule(_MetricRule):
     after: After = 0
     patience: Patience = 1
 
+    @property
+    def words(self) -> str:
+        side, bound = self._bound
+        return f"{self.metric} {side} {bound:g} at {self.patience} probes from step {self.after}"
+
     def judge(self, read: Sequence[float], step: int) -> str | None:
         recent = read[-self.patience :]
         if len(recent) < self.patience or not all(map(self._beyond, recent)):
             return None
-        side, bound = ("below", self.below) if self.below is not None else ("above", self.above)
+        side, bound = self._bound
         value = f"{self.metric} {read[-1]:.3g}"
         if self.patience == 1:
             return f"{value} is {side} {bound:g} at step {step}"
         return f"{value} stayed {side} {bound:g} for {self.patience} probes, to step {step}"
 
-    def _beyond(self, value: float) -> bool:
+    @property
+    def _bound(self) -> tuple[str, float]:
         if self.below is not None:
-            return rounded(value) < rounded(self.below)
-        return rounded(value) > rounded(self.above or 0.0)
+            return "below", self.below
+        assert self.above is not None
+        return "above", self.above
+
+    def _beyond(self, value: float) -> bool:
+        side, bound = self._bound
+        less = rounded(value) < rounded(bound)
+        return less if side == "below" else rounded(value) > rounded(bound)
 
 
 class GainRule(_MetricRule):
@@ -114,6 +136,11 @@ class GainRule(_MetricRule):
     gains_less_than: float = Field(gt=0)
     after: After = 0
     patience: Patience = 1
+
+    @property
+    def words(self) -> str:
+        gain = f"gains less than {self.gains_less_than:g} in {self.patience} probes"
+        return f"{self.metric} {gain} from step {self.after}"
 
     def problem(self, finding_ids: Sequence[str]) -> str | None:
         neither = f"{self.metric} is neither better high nor low, so it cannot gain"
@@ -146,12 +173,12 @@ class FindingRule(_Rule):
     patience: Patience = 1
 
     @property
-    def what(self) -> str:
-        return self.finding
+    def words(self) -> str:
+        return f"finding {self.finding} at {self.patience} examinations from step {self.after}"
 
     def problem(self, finding_ids: Sequence[str]) -> str | None:
         known = [*finding_ids, *ORDER]
-        if self.finding in known:
+        if self.finding in (*known, *MOVED):  # of older sweeps, which go on as they were written
             return None
         return (
             f"unknown finding {self.finding}{did_you_mean(self.finding, known)}; type a severity"
@@ -194,8 +221,12 @@ def _of_one_kind(rule: Any) -> Any:
     """RuleError where a rule has the keys of several kinds or of none. One with a key that no kind
     has is left to the kind's own check.
     """
-    if not isinstance(rule, Mapping) or set(rule) - set(rule_keys()):
+    if not isinstance(rule, Mapping):
         return rule
+    if unknown := {key: value for key, value in rule.items() if key not in rule_keys()}:
+        kind = next(kind for kind in KINDS if _tag(rule) == TAG + kind.__name__)
+        own = {key: value for key, value in rule.items() if key in kind.model_fields}
+        return {**own, **unknown}  # else a key of another kind would be blamed in its place
     given = {key: value for key, value in rule.items() if value is not None}
     if ("metric" in given) == ("finding" in given):
         words = "a stop rule takes either metric or finding"
@@ -228,6 +259,9 @@ def check_rules(rules: Sequence[StopRule], finding_ids: Sequence[str]) -> None:
     for index, rule in enumerate(rules):
         if problem := rule.problem(finding_ids):
             raise InputError(f"stop[{index}]: {problem}")
+        if isinstance(rule, FindingRule) and rule.finding in MOVED:
+            why = f"{rule.finding} is a check of flowray.doctor --selfcheck now, which no run has"
+            warnings.warn(f"stop[{index}]: {why}: it will stop nothing", Notice, stacklevel=2)
 
 
 def rule_keys() -> list[str]:
@@ -246,4 +280,4 @@ def rule_words(plain: Mapping[str, Any]) -> str:
         rule = _RULE.validate_python(plain)
     except ValidationError:
         return " ".join(f"{key} {value}" for key, value in plain.items())
-    return f"{rule.what} at {rule.patience} probes from step {rule.after}"
+    return rule.words

@@ -297,6 +297,20 @@ def test_a_typed_kind_begins_its_section_anew(write, typed):
     assert sweep.early_terminate == Median(min_iter=50)
 
 
+@pytest.mark.parametrize(
+    ("added", "words"),
+    [
+        ("more_metrics: 3", "more_metrics: got 3, want a list"),
+        ("more_metrics: [3]", r"more_metrics\[0\]: got 3, want a mapping"),
+        ("stop: [{metric: flow/cos, below: 1, above: 2, foo: 3}]", r"unknown key stop\[0\].foo"),
+        ("stop: [{metric: flow/cos, gains_less_than: 1, below: 2, foo: 3}]", r"stop\[0\].foo"),
+    ],
+)
+def test_lists_are_named_as_the_file_has_them(write, added, words):
+    with pytest.raises(InputError, match=words):
+        load_sweep(write(f"{GOOD.partition('stop:')[0]}{added}\n"))
+
+
 def test_missing_keys_and_grid_over_a_continuous_range(write):
     with pytest.raises(InputError, match="metric is missing, such as"):
         load_sweep(write(GOOD.replace("metric: {name: ema/shoot/nmse}\n", "")))
