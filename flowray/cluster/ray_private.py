@@ -44,4 +44,10 @@ def cause_of(error: BaseException) -> BaseException:
     """What the user's code raised, of an error in which Ray has wrapped it."""
     if isinstance(error, __getattr__("UserError")):
         return error._base_exc
-    return getattr(error, "cause", None) or error
+    return carried(error) or error
+
+
+def carried(error: BaseException) -> BaseException | None:
+    """The error that one of Ray's tasks, or its controller of a training, holds as its reason."""
+    found: BaseException | None = getattr(error, "cause", None)
+    return found or getattr(error, "controller_failure", None)

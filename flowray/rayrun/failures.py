@@ -8,8 +8,10 @@ import errno
 import json
 from pathlib import Path
 
+from flowray.cluster.ray_private import carried
 from flowray.cluster.storage import StorageNotShared
 from flowray.config.errors import InputError
+from flowray.config.writing import write_whole
 from flowray.store.run import RunDirectory
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -35,7 +37,7 @@ def errno_of(error: BaseException | None) -> int | None:
         if isinstance(number := getattr(error, "errno", None), int):
             return number
         context = None if error.__suppress_context__ else error.__context__
-        error = getattr(error, "cause", None) or error.__cause__ or context
+        error = carried(error) or error.__cause__ or context
     return None
 
 
@@ -50,13 +52,16 @@ def failure_file(run: RunDirectory) -> Path:
 
 
 def write_failure(run: RunDirectory, error: Exception) -> None:
-    """Leave it for the process that drives the run; RunFailed where that cannot be written."""
+    """Leave it for the process that drives the run. Where that cannot be written Ray carries it:
+    raises bad input as it is, else RunFailed.
+    """
     kind = next((kind.__name__ for kind in _INPUT if isinstance(error, kind)), "")
     fields = {"kind": kind, "message": str(error), "errno": errno_of(error)}
     try:
-        failure_file(run).write_text(json.dumps(fields), encoding="utf-8")
+        write_whole(failure_file(run), json.dumps(fields), shared=True)  # every rank may
     except OSError:
-        failure_file(run).unlink(missing_ok=True)
+        if kind:
+            raise error from None
         raise RunFailed(str(error), errno_of(error)) from None
 
 

@@ -387,11 +387,19 @@ class _Events(NotRestored, tune.Callback):
         with _suspending_without_room(self._session):
             mine.parent.mkdir(exist_ok=True)
             shutil.copyfile(theirs, mine)
-            if trial.pickled_error_file:  # of what the trial's process raised; ours, of just now
-                raised = pickle.loads(Path(trial.pickled_error_file).read_bytes())
-                if full := no_room(raised):
-                    raise full
+            # of what the trial's process raised; ours, of just now
+            pickled = trial.pickled_error_file
+            if pickled and (full := no_room(_unpickled(Path(pickled)))):
+                raise full
             self._session.end(number, error=_error_line(mine))
+
+
+def _unpickled(path: Path) -> BaseException:
+    try:
+        raised: BaseException = pickle.loads(path.read_bytes())
+    except Exception as error:  # as an __init__ with arguments of its own makes of it
+        return error if isinstance(error, OSError) else RuntimeError("not known")
+    return raised
 
 
 def _error_line(path: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ray import cloudpickle
 from ray.exceptions import RayTaskError
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 
 from flowray.cluster.ray_private import UserError
 from flowray.cluster.storage import StorageNotShared
@@ -64,6 +64,16 @@ def test_where_it_cannot_be_written_ray_carries_it(tmp_path: Path) -> None:
     driver = _failure_of(WorkerGroupError("died", {0: travelled}), run)
     assert isinstance(driver, RunFailed)
     assert no_room(driver).errno == errno.ENOSPC
+
+
+def test_bad_input_stays_bad_input_where_it_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(StorageNotShared):
+        write_failure(RunDirectory(tmp_path / "none"), StorageNotShared("storage_path: /x"))
+
+
+def test_a_full_disk_that_rays_controller_meets(tmp_path: Path) -> None:
+    told = _failure_of(ControllerError(FULL), RunDirectory(tmp_path))
+    assert no_room(told).errno == errno.ENOSPC
 
 
 @pytest.mark.parametrize("rank", [0, 1])
