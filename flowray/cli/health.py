@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -47,6 +48,7 @@ _ABOUT = {
     ),
 }
 _STEPS = {"overfit": 500, "ablations": 200}
+STOPPING_S = 5.0  # for an interrupted training to reach its next logged step
 
 
 def _parser(check: str) -> Parser:
@@ -207,14 +209,22 @@ def _train(
     ):
         progress.say(f"data.shards holds {there} samples, not {varied.data.limit}: those are taken")
     failure: list[Exception] = []
+    ended = threading.Event()
 
     def work() -> None:
         try:
             train(varied, run, Group.current(varied.train.device), lambda row: None)
         except Exception as error:
             failure.append(error)
+        finally:
+            ended.set()
 
-    run_shown(work, RunProgress(run, varied.train.steps, 0, progress), progress)
+    try:
+        run_shown(work, RunProgress(run, varied.train.steps, 0, progress), progress)
+    except KeyboardInterrupt:
+        run.stop_request.touch()
+        ended.wait(STOPPING_S)  # it writes into a folder that is about to go
+        raise
     if failure and not isinstance(failure[0], Halted):
         raise failure[0]
     refused = f"training halted: {failure[0]}" if failure else ""

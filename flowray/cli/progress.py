@@ -20,7 +20,7 @@ from rich.table import Column
 from rich.text import Text
 
 from flowray.config.background import beside
-from flowray.config.progress import Advance, Progress, duration
+from flowray.config.progress import TRAINING, Advance, Progress, duration
 from flowray.config.rows import parse_rows
 from flowray.store.doing import doing
 from flowray.store.run import RunDirectory
@@ -212,9 +212,9 @@ def run_shown(work: Callable[[], None], seen: RunProgress, progress: Progress) -
     The main thread stays free for signals, which Ray Train would abort on. KeyboardInterrupt leaves
     the thread behind, as the process is about to end.
     """
-    thread = threading.Thread(target=work, name="training", daemon=True)
+    thread = threading.Thread(target=work, name=TRAINING, daemon=True)
     thread.start()
-    with progress.task("training", seen.steps, seen.start) as advance:
+    with progress.task(TRAINING, seen.steps, seen.start) as advance:
         while thread.is_alive():
             thread.join(LOOK_S)
             seen.show(advance)

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -25,7 +24,7 @@ from flowray.cluster.address import refuse_unreachable
 from flowray.cluster.ray_private import psutil, services, utils
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError, last_line
-from flowray.config.progress import SILENT, Progress
+from flowray.config.progress import SILENT, TRAINING, Progress
 
 FOLDERS = "fr-"  # begins the names of local Rays' folders; short, for `SOCKET`
 # The longest name that Ray gives a socket, below its folder; the system takes 107 bytes in all.
@@ -97,12 +96,13 @@ def started(num_cpus: int | None = None, progress: Progress = SILENT) -> Iterato
 
 
 def _shut_down() -> None:
-    """Disconnect from Ray; not within an interrupt, which ends this process and so the connection.
+    """Disconnect from Ray, unless an interrupt has left a training behind, with which the process
+    and so the connection is about to end.
 
     A thread that still uses Ray would otherwise abort the process (core_worker_process.cc: "has
     already been shutdown"), with exit code 1 and before anything is cleared up.
     """
-    if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+    if not any(thread.name == TRAINING for thread in threading.enumerate()):
         ray.shutdown()
 
 

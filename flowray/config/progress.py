@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+TRAINING = "training"  # the thread that trains while another one shows its progress
 
 
 class Advance(Protocol):
