@@ -32,7 +32,8 @@ class Standing:
         return sorted(trials, key=lambda trial: trial.number)
 
     def _compare(self, trials: Collection[TrialRecord]) -> bool:
-        scales = {json.dumps([trial.params.get(key) for key in self._keys]) for trial in trials}
+        told = [trial for trial in trials if trial.metrics]  # as the report asks those with a run
+        scales = {json.dumps([trial.params.get(key) for key in self._keys]) for trial in told}
         return len(scales) < 2
 
     @cached_property

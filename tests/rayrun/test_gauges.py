@@ -6,6 +6,7 @@ import math
 import re
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def latent(number: int, channels: int, value: float) -> TrialRecord:
 
 CHANNELS = "model.latent.channels"
 NEVER = {"status": "stopped", "last_step": 10}
+LOST: dict[str, Any] = {"status": "failed", "last_step": 0, "metrics": {}}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,8 @@ NEVER = {"status": "stopped", "last_step": 10}
         # values of another latent do not compare
         ([latent(0, 4, 0.3), latent(1, 4, 0.2)], "minimize", 1),
         ([latent(0, 4, 0.3), latent(1, 16, 0.2)], "minimize", None),
+        # one that failed before it wrote anything is compared with none
+        ([latent(0, 4, 0.3), replace(latent(1, 16, 0.2), **LOST)], "minimize", 0),
     ],
 )
 def test_console_gauges_and_report_name_the_same_best_trial(
@@ -148,9 +152,10 @@ def test_console_gauges_and_report_name_the_same_best_trial(
         ledger.trials[trial.trial] = trial
         run = tmp_path / str(trial.trial)
         run.mkdir()
-        (run / "config.yaml").write_text(
-            f"model: {{latent: {{channels: {trial.params.get(CHANNELS, 4)}}}}}\n"
-        )
+        if trial.metrics:
+            (run / "config.yaml").write_text(
+                f"model: {{latent: {{channels: {trial.params.get(CHANNELS, 4)}}}}}\n"
+            )
         console.known(trial)
         whole.known(trial)
     ledger.save()
