@@ -13,6 +13,7 @@ import torch
 from faults import Bug, Fault, in_bf16, of_its_own, replacing, target
 from torch import Tensor
 
+from flowray.config.flow import EulerSolver, HeunSolver
 from flowray.flow import solver
 from flowray.losses import terms, total
 from flowray.model.assemble import FlowModel
@@ -112,6 +113,10 @@ def _reversed_time(network: Any) -> Any:
     return lambda x, t, null: network(x, 8 * t - 4, null)
 
 
+def _plain_euler(config: Any, velocity_fn: Any, x: Tensor, grid: Any, observe: Any) -> Tensor:
+    return solver._euler(EulerSolver(), velocity_fn, x, grid, observe)
+
+
 def _negated(original: Any) -> Any:
     return lambda *args: -original(*args)
 
@@ -158,7 +163,12 @@ SOURCE_FAULTS: tuple[Fault, ...] = (
     Fault(
         "ema_forgotten", ("ema",), bug=replacing(Ema, "update", lambda _: lambda self, step: None)
     ),
-    Fault("steps_halved", ("solvers",), bug=replacing(solver, "_at", _halved)),
+    Fault("steps_halved", ("euler",), bug=replacing(solver, "_at", _halved)),
+    Fault(
+        "heun_is_euler",
+        ("solvers",),
+        bug=lambda: patch.dict(solver._SOLVERS, {HeunSolver: _plain_euler}),
+    ),
     Fault("sampling_in_bf16", ("precision",), bug=replacing(generate_module, "integrate", in_bf16)),
     Fault(
         "time_code_sampling",

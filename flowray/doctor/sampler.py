@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flowray.config.flow import SampleConfig
 from flowray.data.pixels import from_pictures
-from flowray.flow.guidance import guided
-from flowray.flow.path import psi, time_code, velocity_target
+from flowray.flow.guidance import guided, with_time_code
+from flowray.flow.path import psi, velocity_target
 from flowray.flow.solver import integrate, time_grid
 from flowray.model.assemble import FlowModel
 from flowray.model.autoencoder import Autoencoder
@@ -66,12 +66,9 @@ def native_teacher(
 
 def own_latents(model: FlowModel, z0: Tensor, config: SampleConfig, guidance: float) -> Tensor:
     """z_end of the recipe's solver and grid, called here as the probes call the network."""
-
-    def velocity(x: Tensor, t: Tensor, null: Tensor) -> Tensor:
-        return model.velocity(x, time_code(t), null)
-
     grid = time_grid(config.grid, config.steps)
-    return integrate(config.solver, guided(velocity, guidance), z0, grid)
+    velocity_fn = guided(with_time_code(model.velocity), guidance)
+    return integrate(config.solver, velocity_fn, z0, grid)
 
 
 @torch.no_grad()
