@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from flowray.config.keys import GOOD_PSNR, POOR_PSNR
 from flowray.findings.checks import Evidence, above, absent, also, below, every, given, some, unless
-from flowray.findings.consequences import BAD_FIELD, BAD_PICTURES, WEAK_KL, too_high_fix
+from flowray.findings.consequences import BAD_FIELD, BAD_PICTURES, STD_FLOOR, WEAK_KL, too_high_fix
 from flowray.findings.finding import Judged
 from flowray.findings.reading import Reading
 from flowray.findings.rule import Rule
@@ -65,6 +65,7 @@ INPUTS: tuple[Rule, ...] = (
             above("scale/ratio", 3.0, "||z1|| / ||z0||"),
             also("scale/z1_norm", "scale/z0_norm"),
             absent("latent/var"),
+            unless(below("std/mean", STD_FLOOR)),  # a narrow source makes z0 small by itself
         ),
         "the posterior's raw moments are used as the latent: encode_moments without sample, so"
         " neither drawn nor scaled; v* = z1 - z0 is then ruled by z1 and the head and its KL get"

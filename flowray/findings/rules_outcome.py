@@ -252,7 +252,9 @@ OUTCOME: tuple[Rule, ...] = (
             unless(YOUNG),
             below("flow/speed_ratio", 0.5),
             below("flow/cos", lambda r: 1.4 * r["flow/speed_ratio"], "with flow/cos"),
-            above("gain/nmse_median", lambda r: r["gain/nmse_none"], "flow/nmse after that gain"),
+            above(
+                "gain/nmse_median", lambda r: r["gain/nmse_none"], "flow/nmse after the median gain"
+            ),
             say(_gain_words),
         ),
         "the velocity is small because its direction is not learnt: least squares shrinks what it"

@@ -221,7 +221,7 @@ TRAINING: tuple[Rule, ...] = (
             ),
         ),
         "a head does not learn: frozen, detached, outside the optimiser or with an lr of nothing",
-        "optim.lr_scale.z_head=2 or optim.lr_scale.flow_head=2 (2 to 5), and check that"
+        "optim.lr_scale.z_head=2 or optim.lr_scale.flow_head=2 (2 to 5 times), and check that"
         " its parameters reach the optimiser",
         (
             *NO_TEXT,

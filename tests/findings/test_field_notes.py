@@ -111,7 +111,7 @@ def test_log_0901_the_learning_rate_then_the_missing_places() -> None:
 
 def test_log_0901_norms_of_70_and_71_accuse_no_scale() -> None:
     assert (
-        not {"latent_scale_off", "moments_as_latents", "scale_never"}
+        not {"latent_scale_off", "moments_as_latents"}
         & by_id(diagnose(LOG_0901, FACTS_0901, PLATEAU_0901)).keys()
     )
 
