@@ -170,6 +170,11 @@ class TestGp(SamplerContract):
 class TestCmaEs(SamplerContract):
     search, learns, count = CmaEsSearch(population=6), RANGES, 60
 
+    def test_one_range_is_enough(self):
+        only = {"optim.lr": RANGES["optim.lr"]}
+        drawn = [params["optim.lr"] for params in in_memory(self.search, only, 24)]
+        assert len(set(drawn)) == 24
+
 
 class TestNsga2(SamplerContract):
     search, learns, count = Nsga2Search(population=8), RANGES, 60
