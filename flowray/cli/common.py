@@ -54,6 +54,8 @@ class _Stderr:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
+        except BlockingIOError:  # full for now: a pipe that its reader will empty
+            return len(text)
         except OSError:
             _drop(self._stream)
             return len(text)
@@ -61,13 +63,17 @@ class _Stderr:
     def flush(self) -> None:
         try:
             self._stream.flush()
+        except BlockingIOError:
+            pass
         except OSError:
             _drop(self._stream)
 
 
 def _drop(stream: TextIO) -> None:
     """Have nowhere to go what is written to a stream from now on, by Python's own end too."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _hold_streams() -> None:

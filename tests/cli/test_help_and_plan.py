@@ -179,6 +179,24 @@ def test_a_stderr_that_takes_nothing_changes_nothing(tmp_path, stderr):
     assert check_shards(str(out / "train")).good
 
 
+def test_a_stderr_that_is_full_for_now_gets_what_comes_later():
+    """A pipe that does not block and that its reader empties in time."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    fill = "[sys.stderr.write('x' * 4096) or sys.stderr.flush() for _ in range(40)]"
+    said = f"from flowray.cli.common import _hold_streams; import sys; _hold_streams(); {fill}"
+    late = "input(); print('the last line', file=sys.stderr, flush=True)"
+    code = f"{said}; print('full', flush=True); {late}"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], stderr=writer, **pipes) as child:
+        os.close(writer)
+        assert child.stdout.readline() == "full\n"
+        assert len(os.read(reader, 1 << 20)) >= 4096
+        child.communicate("\n")
+    assert b"the last line" in os.read(reader, 1 << 20)
+    os.close(reader)
+
+
 def test_an_unknown_verb(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["flowray", "trian"])
     with pytest.raises(SystemExit) as stop:
