@@ -1,4 +1,4 @@
-"""What the GPU benchmark counts, on a tiny trunk and a CPU, and that it runs to its end."""
+"""What the GPU benchmark counts, on a tiny trunk and a CPU, and that these parts end."""
 
 import json
 
@@ -35,3 +35,6 @@ def test_parts_write_their_figures(folder, capsys):
     assert figures["checkpoint"]["resume_exact"]
     # weights, average and two moments in fp32
     assert figures["checkpoint"]["bytes"] > 4 * 4 * 170_000
+    with pytest.raises(SystemExit):
+        main(["--out", str(folder / "out"), *typed, *parts])
+    assert "is not empty" in capsys.readouterr().err
