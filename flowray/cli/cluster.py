@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD
-from flowray.cli.parser import Parser
+from flowray.cli.parser import JSON, Parser
 from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.cluster.verdict import Row, healthy, judge
 from flowray.config.cluster import in_cluster
@@ -67,7 +67,7 @@ def _parser() -> Parser:
         metavar="N",
         help="have the autoscaler bring up N workers first (takes minutes)",
     )
-    check.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    check.add_argument("--json", action="store_true", help=JSON)
     head = verbs.add_parser(
         "head",
         help="start a Ray head with a token, its dashboard on loopback",

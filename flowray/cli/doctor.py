@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flowray.cli.common import FINDINGS, GOOD, refuse_unwritable
-from flowray.cli.parser import Parser, whole_number
+from flowray.cli.parser import JSON, Parser, whole_number
 from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libraries
 from flowray.config.paths import argument
 from flowray.config.progress import Progress
@@ -153,7 +153,7 @@ def _selfcheck(argv: list[str]) -> int:
         epilog="Exit code: 0 all hold, 1 one does not, 2 bad input.",
     )
     parser.add_argument(SELFCHECK, action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help=JSON)
     args = parser.parse_args(argv)
     quiet_libraries()
     with ConsoleProgress().task(IMPORTING):

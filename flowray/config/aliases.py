@@ -117,7 +117,7 @@ ALIASES: dict[str, str] = {
 
 # names for which no key stands, or whose value must change with the name
 HINTS: dict[str, str] = {
-    "cfg_scale": "use sample.guidance_scale, which is the logs' w + 1 (1 is off)",
+    "cfg_scale": "use sample.guidance_scale, where 1 is off (a w that is off at 0 is w + 1)",
     "epoch": "length is counted in steps: use train.steps",
     "epochs": "length is counted in steps: use train.steps",
     "max_epochs": "length is counted in steps: use train.steps",

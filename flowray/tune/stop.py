@@ -1,4 +1,4 @@
-"""The stop rules of a trial over its rows, in their order; a resumed sweep shows it the rows again,
+"""The stop rules of a trial over its rows, in their order; a resumed sweep feeds it the rows again,
 from probes.jsonl and findings.jsonl.
 """
 

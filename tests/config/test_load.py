@@ -232,8 +232,8 @@ def test_a_dump_reads_back_equal(write: Write) -> None:
         (
             "cfg_scale: 3\n",
             (
-                "r.yaml:1: unknown key cfg_scale; use sample.guidance_scale, which is the logs' w +"
-                " 1 (1 is off)"
+                "r.yaml:1: unknown key cfg_scale; use sample.guidance_scale, where 1 is off (a w"
+                " that is off at 0 is w + 1)"
             ),
         ),
         (
