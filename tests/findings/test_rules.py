@@ -43,11 +43,6 @@ CASES = (
         {"scale/z1_norm": 896.0, "scale/z0_norm": 151.0, "scale/ratio": 5.93},
         absent=("latent/var",),
     ),
-    Case(  # z0 is small by itself, and z1 as it should be
-        "source_collapsed",
-        {"scale/z1_norm": 16.0, "scale/z0_norm": 4.0, "scale/ratio": 4.0, "std/mean": 0.001},
-        absent=("latent/var",),
-    ),
     Case("wrong_autoencoder", {"latent/fit_residual": 0.6, "vae/psnr": 21.0}),
     Case("latent_scale_off", {"latent/var": 6.0}),
     Case("vae_poor", {"vae/psnr": 17.0}),
@@ -304,3 +299,13 @@ def test_a_finding_comes_back_from_its_row(case: Case) -> None:
         row = json.loads(json.dumps(asdict(finding), allow_nan=False))
         assert recorded(row) == finding
         assert recorded({key: value for key, value in row.items() if key != "judged"}) is None
+
+
+def test_a_collapsed_source_is_no_sign_of_raw_moments() -> None:
+    """It makes z0 small by itself; z1 is as it should be."""
+    norms = {"scale/z1_norm": 16.0, "scale/z0_norm": 4.0, "scale/ratio": 4.0}
+    facts = {"latent": [4, 8, 8]}
+    wide = {found.id for found in diagnose(norms | {"std/mean": 0.8}, facts, [])}
+    narrow = {found.id for found in diagnose(norms | {"std/mean": 0.001}, facts, [])}
+    assert "moments_as_latents" in wide
+    assert "moments_as_latents" not in narrow
