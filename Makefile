@@ -10,8 +10,8 @@ ifneq ($(filter-out auto cpu cuda,$(TORCH)),)
 $(error TORCH=$(TORCH): want cpu or cuda)
 endif
 
-.PHONY: FORCE help setup sweep test lint types tests test-slow test-faults test-doctor test-cluster \
-	test-gpu test-kernels gpu doctor-matrix clean
+.PHONY: FORCE help setup sweep test lint types tests test-slow test-faults test-doctor \
+	test-cluster test-gpu test-kernels gpu doctor-matrix clean
 help:
 	@echo "make sweep | test | test-slow | test-faults | test-doctor | test-cluster | test-gpu | test-kernels | \
 	gpu | doctor-matrix | clean"
@@ -66,8 +66,8 @@ kernels-%: setup
 	env $(subst $(comma), ,$*) OMP_NUM_THREADS=1 $(QUICK) $(NUMERIC) $(ARGS)
 
 # docs/benchmarks/gpu.md: tests and measurements of one GPU, in eight minutes and without Ray. Where
-# there is no .venv the python3 at hand serves, with torch, transformers, diffusers, einops, pydantic,
-# webdataset, tensorboardX, pytest and pytest-timeout.
+# there is no .venv the python3 at hand serves, with torch, transformers, diffusers, einops,
+# pydantic, webdataset, tensorboardX, pytest and pytest-timeout.
 gpu: GPU_PYTHON := $(or $(wildcard $(BIN)/python),python3)
 gpu:
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
