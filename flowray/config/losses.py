@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from flowray.config.balance import BalanceConfig, NoBalance
 from flowray.config.base import Config
 from flowray.config.errors import RuleError
-from flowray.config.model import ClipNet, DinoV2Net, ImageNetConfig, SiglipNet
 from flowray.config.paths import OptionalPath
+from flowray.config.towers import ClipNet, DinoV2Net, ImageNetConfig, SiglipNet
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -189,13 +189,16 @@ class NormLossConfig(TermConfig):
 
 
 class AnchorLossConfig(TermConfig):
-    """Mean (mu - z1)^2: the source starts at the caption's mean picture (a data-dependent prior,
-    arXiv 2106.06406, 2310.03725).
+    """The source starts at the caption's pictures (a data-dependent prior, arXiv 2106.06406,
+    2310.03725). form: `mse`, mean (mu - z1)^2, draws mu to their mean; `likelihood`, mean of (mu -
+    z1)^2 / (2 sigma^2) + ln sigma, fits sigma to their spread too.
 
     The flow loss alone lets mu write down what a caption says in any code, however faint; the
     velocity network must then learn to read it. Anchored, whatever moves z1 moves mu as far and in
     the same direction, and the flow only adds what the caption leaves open.
     """
+
+    form: Literal["mse", "likelihood"] = "mse"
 
 
 def _wants_weights(teacher: Config) -> None:
@@ -216,6 +219,12 @@ class LossConfig(Config):
     norm: NormLossConfig = NormLossConfig()
     anchor: AnchorLossConfig = AnchorLossConfig()
     balance: BalanceConfig = NoBalance()
+
+    @property
+    def on_source(self) -> tuple[str, ...]:
+        """The terms of weight above 0 that look at z0 or its posterior alone, by name."""
+        named = ("kl", "clip", "dino", "tv", "anchor")
+        return tuple(name for name in named if getattr(self, name).weight > 0)
 
     @model_validator(mode="after")
     def _everything_trains(self) -> LossConfig:

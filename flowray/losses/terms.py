@@ -171,7 +171,10 @@ def _norm(config: NormLossConfig, forward: Forward) -> Tensor:
 
 
 def _anchor(config: AnchorLossConfig, forward: Forward) -> Tensor:
-    return F.mse_loss(forward.posterior.mu, forward.z1)
+    mu, logvar = forward.posterior.mu, forward.posterior.logvar
+    if config.form == "likelihood":
+        return F.gaussian_nll_loss(mu, forward.z1, logvar.exp())
+    return F.mse_loss(mu, forward.z1)
 
 
 _TERMS: dict[type, Callable[[Any, Forward], Tensor]] = {

@@ -4,6 +4,7 @@ that joins them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -294,6 +295,23 @@ class TestAnchor(LossContract):
         loss.backward()
         assert mu.grad is not None
         torch.testing.assert_close(-mu.grad, 2 * forward.z1.mean(0, keepdim=True) / mu.numel())
+
+    def test_likelihood_is_lowest_at_the_mean_and_spread_of_the_pictures(self) -> None:
+        """And is there the entropy of that Gaussian, without its constant."""
+        forward, _ = forward_pass()
+        mean, spread = forward.z1.mean(0), forward.z1.var(0, unbiased=False)
+        fitted = [
+            x.expand_as(forward.z1).clone().requires_grad_(True) for x in (mean, spread.log())
+        ]
+        loss = loss_term(
+            self.config.model_copy(update={"form": "likelihood"}),
+            replace(forward, posterior=Posterior(*fitted)),
+        )
+        gradients = torch.autograd.grad(loss, fitted)
+        assert all(float(g.sum(0).abs().max()) < 1e-6 for g in gradients)
+        normal = torch.distributions.Normal(mean, spread.sqrt())
+        best = float(normal.entropy().mean()) - math.log(2 * math.pi) / 2
+        assert float(loss.detach()) == pytest.approx(best, abs=1e-5)
 
 
 class TestNorm(LossContract):
