@@ -25,9 +25,10 @@ from flowray.cli.estimate import show_wall_time, wall_time
 from flowray.cli.ready import problems
 from flowray.config.errors import InputError
 from flowray.config.losses import EmaTeacher
-from flowray.config.model import CausalText, ImageTower, ModelConfig
+from flowray.config.model import CausalText, ModelConfig
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
+from flowray.config.towers import ImageTower
 from flowray.losses.total import active_terms
 from flowray.model.assemble import FlowModel, part_sizes, planned_model
 from flowray.model.autoencoder import planned_autoencoder
@@ -138,12 +139,13 @@ def kept_per_sample(model: FlowModel) -> int:
 
     def forward() -> object:
         values = torch.zeros(1, text.tokens, model.text.lm_width, requires_grad=True)
-        mu, logvar = model.head(
-            model.text.connect(TextTokens(values, torch.ones(1, text.tokens, dtype=torch.bool)))
+        tokens = model.text.connect(
+            TextTokens(values, torch.ones(1, text.tokens, dtype=torch.bool))
         )
-        velocities = model.velocity.levels(mu, torch.zeros(1), torch.zeros(1, dtype=torch.bool))
+        source, null = model.posterior(tokens), torch.zeros(1, dtype=torch.bool)
+        velocities = model.velocity.levels(source.mu, torch.zeros(1), null, tokens)
         return (
-            logvar,
+            source.logvar,
             velocities,
             [
                 encoder(torch.zeros(1, 3, encoder.side, encoder.side))

@@ -1,6 +1,4 @@
-"""What a model is made of: text side, head, posterior, velocity network, autoencoder, semantic
-tower.
-"""
+"""What a model is made of: text side, source, head, posterior, velocity network, autoencoder."""
 
 from __future__ import annotations
 
@@ -8,11 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from flowray.config.base import Config, LatentSpec
+from flowray.config.base import Config, LatentSpec, PositiveInt
 from flowray.config.errors import RuleError
-from flowray.config.paths import ModelPath, OptionalModel
-
-PositiveInt = Annotated[int, Field(gt=0)]
+from flowray.config.paths import ModelPath
+from flowray.config.towers import SemanticConfig, TowerConfig
 
 
 class ConnectorConfig(Config):
@@ -225,6 +222,45 @@ class PosteriorConfig(Config):
         return self
 
 
+class TextSource(Config):
+    """Paths begin at z0 ~ N(mu, sigma^2), which the head makes of the caption (CrossFlow)."""
+
+    kind: Literal["text"] = "text"
+
+
+class NoiseSource(Config):
+    """Paths begin at z0 ~ N(0, I), whatever the caption (FLUX, OpenUni, MetaQuery, PRX): no head,
+    no posterior, and none of the losses on them; the caption comes in by `velocity.condition`.
+    """
+
+    kind: Literal["noise"] = "noise"
+
+
+SourceConfig = Annotated[TextSource | NoiseSource, Field(discriminator="kind")]
+
+
+class NoCondition(Config):
+    """The velocity network reads x_t, the time and whether a sample is null."""
+
+    kind: Literal["none"] = "none"
+
+
+class AdaLNCondition(Config):
+    """It reads the caption's pooled tokens too, beside the time's embedding (Peebles and Xie
+    2023); a null sample has none.
+    """
+
+    kind: Literal["adaln"] = "adaln"
+
+
+class CrossAttentionCondition(Config):
+    """Each of its transformer blocks reads all of the caption's tokens (PixArt-alpha, arXiv
+    2310.00426); a null sample has one learnt token instead.
+    """
+
+    kind: Literal["cross_attention"] = "cross_attention"
+
+
 class TimeEmbeddingConfig(Config):
     """How a DiT sees the time: a sinusoid of the time code 4 - 8t, or of t itself (CrossFlow's
     DiT), then an MLP.
@@ -242,6 +278,7 @@ class DiTVelocity(Config):
     and Xie 2023).
 
     indicator: of null samples, as an embedding beside the time's, or as one prepended token.
+    condition: what else it knows of the caption than x_t.
     """
 
     kind: Literal["dit"] = "dit"
@@ -252,6 +289,9 @@ class DiTVelocity(Config):
     mlp_ratio: float = Field(4.0, gt=0)
     indicator: Literal["embedding", "token"] = "embedding"
     time: TimeEmbeddingConfig = TimeEmbeddingConfig()
+    condition: Annotated[
+        NoCondition | AdaLNCondition | CrossAttentionCondition, Field(discriminator="kind")
+    ] = NoCondition()
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -283,6 +323,9 @@ class DiMRVelocity(Config):
     heads: PositiveInt = 4
     mlp_ratio: float = Field(2.0, gt=0)
     kernel: PositiveInt = 7
+    condition: Annotated[NoCondition | CrossAttentionCondition, Field(discriminator="kind")] = (
+        NoCondition()
+    )
     gradient_checkpointing: bool = False
 
     @property
@@ -359,103 +402,12 @@ class DCAutoencoder(Config):
 AutoencoderConfig = Annotated[KLAutoencoder | DCAutoencoder, Field(discriminator="kind")]
 
 
-class VisionDims(Config):
-    """Dimensions of a vision transformer, for a plan without its weights or a tower trained from
-    scratch.
-    """
-
-    width: PositiveInt
-    depth: PositiveInt
-    heads: PositiveInt
-    mlp: PositiveInt
-    image: PositiveInt = Field(description="side of the picture, px")
-    patch: PositiveInt
-
-
-class _ImageNet(Config):
-    """A picture encoder in transformers' format.
-
-    path: folder or hub name; dims: what it is made of, where there is no path.
-    """
-
-    path: OptionalModel = None
-    dims: VisionDims | None = None
-
-    @model_validator(mode="after")
-    def _known(self) -> _ImageNet:
-        if self.path is None and self.dims is None:
-            raise RuleError(
-                "a picture encoder needs a path, or dims where it starts from random weights",
-                "path",
-                "dims",
-            )
-        return self
-
-
-class SiglipNet(_ImageNet):
-    """SigLIP's image tower (arXiv 2303.15343); pooled: its attention head."""
-
-    kind: Literal["siglip"] = "siglip"
-
-
-class ClipNet(_ImageNet):
-    """CLIP's image tower (arXiv 2103.00020); pooled: the class token, before the projection."""
-
-    kind: Literal["clip"] = "clip"
-
-
-class DinoV2Net(_ImageNet):
-    """DINOv2 (arXiv 2304.07193), with or without register tokens; pooled: the class token."""
-
-    kind: Literal["dinov2"] = "dinov2"
-
-
-ImageNetConfig = Annotated[SiglipNet | ClipNet | DinoV2Net, Field(discriminator="kind")]
-
-
-class TowerConfig(Config):
-    """The small trainable image tower of the contrastive loss, on z1, and a projection of z0 of
-    the same form.
-    """
-
-    kind: Literal["small"] = "small"
-    hidden: PositiveInt = 64
-    dim: PositiveInt = 128
-
-
-class ImageTower(Config):
-    """SigLIP's or CLIP's image tower on the decoded z1, against z0 itself, flattened (CrossFlow).
-
-    output: how its pooled feature becomes a vector of the latent's size: `mlp` of width `hidden`,
-    or `adaptor`, two linear layers and three convolutions (CrossFlow at 512 px).
-    """
-
-    kind: Literal["image"] = "image"
-    net: ImageNetConfig = SiglipNet(path="google/siglip-large-patch16-256")
-    frozen: bool = False
-    output: Literal["mlp", "adaptor"] = "mlp"
-    hidden: PositiveInt = 4096
-
-    @model_validator(mode="after")
-    def _has_weights(self) -> ImageTower:
-        if self.frozen and self.net.path is None:
-            raise RuleError(
-                "a frozen tower without net.path would be random for ever; give the path, or"
-                " frozen: false",
-                "frozen",
-                "net.path",
-            )
-        return self
-
-
-SemanticConfig = Annotated[TowerConfig | ImageTower, Field(discriminator="kind")]
-
-
 class ModelConfig(Config):
     """Every part of the model, and the latent shape they agree on."""
 
     latent: LatentSpec = LatentSpec()
     text: TextConfig = CausalText()
+    source: SourceConfig = TextSource()
     head: HeadConfig = GridHead()
     posterior: PosteriorConfig = PosteriorConfig()
     velocity: VelocityConfig = DiTVelocity()
@@ -478,5 +430,16 @@ class ModelConfig(Config):
             raise RuleError(
                 f"velocity.patch {patch} must divide the latent's {latent.height} x {latent.width}",
                 "velocity.patch",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _caption_comes_in(self) -> ModelConfig:
+        if self.source.kind == "noise" and self.velocity.condition.kind == "none":
+            raise RuleError(
+                "source noise needs velocity.condition adaln or cross_attention: with none the"
+                " caption would play no part",
+                "source.kind",
+                "velocity.condition",
             )
         return self

@@ -78,3 +78,14 @@ class Recipe(Config):
                 "train.accumulate",
             )
         return self
+
+    @model_validator(mode="after")
+    def _losses_have_a_source(self) -> Recipe:
+        if self.model.source.kind == "noise" and (idle := self.loss.on_source):
+            keys = [f"loss.{name}.weight" for name in idle]
+            raise RuleError(
+                f"model.source noise trains no source: set {', '.join(keys)} to 0",
+                "model.source.kind",
+                *keys,
+            )
+        return self

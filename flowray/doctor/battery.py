@@ -26,6 +26,8 @@ from flowray.flow.guidance import conditional, with_time_code
 from flowray.flow.path import sample_path, time_code
 from flowray.flow.solver import VelocityFn, time_grid
 from flowray.losses.total import Batch
+from flowray.model.assemble import Source
+from flowray.model.posterior import Posterior
 from flowray.model.ranks import rank_and_world
 from flowray.probes.agreement import (
     agreement_metrics,
@@ -162,17 +164,18 @@ def _standard(subject: Subject, made: Measured, batch: ProbeBatch, count: int) -
     made.metrics |= {f"train_set/{name}": fitted[key] for name, key in named.items()}
 
 
-def _velocity(subject: Subject) -> VelocityFn:
-    return conditional(with_time_code(subject.model.velocity))
+def _velocity(subject: Subject, source: Source) -> VelocityFn:
+    return conditional(with_time_code(subject.model.field(source.text)))
 
 
 @torch.no_grad()
 def _field(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
     """What the sampler's weights predict: fits, gains, variants, time codes, null, shots."""
     model, rho, variance = subject.model.eval(), subject.recipe.flow.path.rho, batch.variance
-    velocity_fn = _velocity(subject)
     with subject.weights(subject.recipe.sample.weights):
-        posterior, z0 = model.source(batch.captions, batch.noise)
+        source = model.source(batch.captions, batch.noise)
+        posterior, z0, network = source.posterior, source.z0, model.field(source.text)
+        velocity_fn = _velocity(subject, source)
         view = view_field(velocity_fn, z0, batch.z1, batch.noise, batch.times, rho)
         null = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
         rows = (
@@ -180,10 +183,10 @@ def _field(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
             | gain_metrics(view)
             | variant_metrics(velocity_fn, view, z0, batch.z1, rho)
         )
-        rows |= code_metrics(lambda x, code: model.velocity(x, code, torch.zeros_like(null)), view)
+        rows |= code_metrics(lambda x, code: network(x, code, torch.zeros_like(null)), view)
         middle = sample_path(batch.times[len(batch.times) // 2], z0, batch.z1, rho)
         own, other = (
-            model.velocity(middle.xt, time_code(middle.t), flag).float() for flag in (~null, null)
+            network(middle.xt, time_code(middle.t), flag).float() for flag in (~null, null)
         )
         rows |= null_metrics(own, other, middle.v_target)
         rows |= heun_metrics(velocity_fn, z0, batch.z1) | shot_metrics(
@@ -197,21 +200,24 @@ def _field(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
         rows["variant/aligned_shoot_nmse"] = (
             mse(shoot(straight, z0, QUICK_STEPS), batch.z1) / variance
         )
-        rows |= _text(
-            subject, made, posterior.logvar, posterior.mu, posterior.std
-        ) | _time_embedding(subject, batch.times[:, 0])
+        made.facts["prompts"] = prompts_of(subject)
+        rows |= _time_embedding(subject, batch.times[:, 0])
+        if model.head is not None:
+            rows |= _text(subject, posterior, made.facts["prompts"])
     made.metrics |= rows
     prefix = "ema/" if subject.recipe.sample.weights == "ema" else ""
     keys = {f"{prefix}flow/endpt_rmse@{k}": f"flow/endpt_rmse@{k}" for k in ENDPOINT_STEPS}
     made.metrics |= falling(
         rows | {key: made.metrics[wanted] for wanted, key in keys.items() if wanted in made.metrics}
     )
-    made.curves["latents"] = histogram({"z0": z0, "z1": batch.z1, "mu": posterior.mu}, EDGES)
+    shown = {"z0": z0, "z1": batch.z1} | ({} if model.head is None else {"mu": posterior.mu})
+    made.curves["latents"] = histogram(shown, EDGES)
 
 
-def _text(subject: Subject, made: Measured, logvar: Tensor, mu: Tensor, std: Tensor) -> Rows:
-    """text/cos_prompts and what the clamp and the noise leave of the posterior."""
-    bounds = subject.recipe.model.posterior
+def _text(subject: Subject, posterior: Posterior, prompts: list[str]) -> Rows:
+    """text/cos_prompts and what the clamp and the noise leave of a text source's posterior."""
+    bounds, model = subject.recipe.model.posterior, subject.model
+    mu, logvar = posterior.mu, posterior.logvar
     # a recipe that keeps sigma under the prior's width means its source to sit there
     capped = bounds.logvar_max < 0
     clamped = (logvar <= bounds.logvar_min + 1e-4) | (
@@ -222,12 +228,11 @@ def _text(subject: Subject, made: Measured, logvar: Tensor, mu: Tensor, std: Ten
         "logvar/max": float(logvar.max()),
         "logvar/clamped_share": float(clamped.float().mean()),
     }
-    rows["mu/rms_over_std"] = float(mu.square().mean().sqrt() / std.square().mean().sqrt())
-    prompts = made.facts["prompts"] = prompts_of(subject)
+    spread = posterior.std.square().mean().sqrt()
+    rows["mu/rms_over_std"] = float(mu.square().mean().sqrt() / spread)
     if len(prompts) > 1:
-        rows["text/cos_prompts"] = pairwise_cosine(
-            subject.model.posterior(subject.model.text.tokenize(prompts)).mu
-        )
+        tokens = model.text(model.text.tokenize(prompts))
+        rows["text/cos_prompts"] = pairwise_cosine(model.posterior(tokens).mu)
     return rows
 
 
@@ -262,16 +267,16 @@ def _sampler(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
     model, config, recipe = subject.model.eval(), subject.recipe.sample, subject.recipe
     prompts, decode = prompts_of(subject), subject.autoencoder.decode
     with subject.weights(config.weights):
-        _, z0 = model.source(batch.captions, batch.noise)
-        rows, z_end = latent_metrics(model, config, batch, z0)
+        source = model.source(batch.captions, batch.noise)
+        rows, z_end = latent_metrics(model, config, batch, source)
         rows |= native_teacher(
-            z0, batch.z1, batch.captions, batch.noise, config, recipe.flow.path.rho
+            source.z0, batch.z1, batch.captions, batch.noise, config, recipe.flow.path.rho
         )
         trace = trace_generation(
-            _velocity(subject),
+            _velocity(subject, source),
             config.solver,
             time_grid(config.grid, config.steps),
-            z0,
+            source.z0,
             decode,
             SHOWN,
         )

@@ -4,7 +4,7 @@ settings, so the same pictures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -19,8 +19,9 @@ from flowray.data.pixels import from_pictures
 from flowray.flow.guidance import guided, with_time_code
 from flowray.flow.path import psi, velocity_target
 from flowray.flow.solver import integrate, time_grid
-from flowray.model.assemble import FlowModel
+from flowray.model.assemble import FlowModel, Source
 from flowray.model.autoencoder import Autoencoder
+from flowray.model.posterior import standard_normal
 from flowray.probes.battery import ProbeBatch
 from flowray.probes.interface import same_pictures
 from flowray.probes.rollout import TEACHER_STEPS, mse
@@ -38,8 +39,11 @@ class TrueField:
     v: Tensor
     bits: int = 24
 
-    def source(self, captions: Sequence[str], noise: Tensor) -> tuple[None, Tensor]:
-        return None, self.z0
+    def source(self, captions: Sequence[str], noise: Tensor) -> Source:
+        return Source(standard_normal(len(noise), noise.shape[1:], noise.device), self.z0, None)
+
+    def field(self, text: None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return self.velocity
 
     def velocity(self, x: Tensor, time_code: Tensor, null: Tensor) -> Tensor:
         self.bits = min(self.bits, significant_bits(x))
@@ -64,21 +68,21 @@ def native_teacher(
     return rows | {"sampler/bits": float(true.bits)}
 
 
-def own_latents(model: FlowModel, z0: Tensor, config: SampleConfig, guidance: float) -> Tensor:
+def own_latents(model: FlowModel, source: Source, config: SampleConfig, guidance: float) -> Tensor:
     """z_end of the recipe's solver and grid, called here as the probes call the network."""
     grid = time_grid(config.grid, config.steps)
-    velocity_fn = guided(with_time_code(model.velocity), guidance)
-    return integrate(config.solver, velocity_fn, z0, grid)
+    velocity_fn = guided(with_time_code(model.field(source.text)), guidance)
+    return integrate(config.solver, velocity_fn, source.z0, grid)
 
 
 @torch.no_grad()
 def latent_metrics(
-    model: FlowModel, config: SampleConfig, batch: ProbeBatch, z0: Tensor
+    model: FlowModel, config: SampleConfig, batch: ProbeBatch, source: Source
 ) -> tuple[dict[str, float], Tensor]:
     """sampler/{nmse,nmse_plain,gap} on the probe batch; also the sampler's z_end."""
     z_end = generate_latents(model, batch.captions, config, batch.noise)
-    own = own_latents(model, z0, config, config.guidance_scale)
-    plain = own if config.guidance_scale == 1.0 else own_latents(model, z0, config, 1.0)
+    own = own_latents(model, source, config, config.guidance_scale)
+    plain = own if config.guidance_scale == 1.0 else own_latents(model, source, config, 1.0)
 
     def over_variance(a: Tensor, b: Tensor) -> float:
         return mse(a, b) / batch.variance
@@ -103,8 +107,8 @@ def picture_metrics(
     """
     device = next(model.velocity.parameters()).device
     made = generate(model, autoencoder, prompts, config, seed)
-    _, z0 = model.source(prompts, source_noise(model, len(prompts), seed, device))
-    own = autoencoder.decode(own_latents(model, z0, config, config.guidance_scale))
+    source = model.source(prompts, source_noise(model, len(prompts), seed, device))
+    own = autoencoder.decode(own_latents(model, source, config, config.guidance_scale))
     return {"sampler/psnr": same_pictures(made, from_pictures(own))}, made
 
 

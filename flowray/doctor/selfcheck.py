@@ -128,9 +128,9 @@ def hearing_codes(model: FlowModel) -> Iterator[list[Tensor]]:
     velocity, heard = model.velocity, []
     levels = velocity.levels
 
-    def listening(x: Tensor, time_code: Tensor, null: Tensor) -> tuple[Tensor, ...]:
+    def listening(x: Tensor, time_code: Tensor, *others: Any) -> tuple[Tensor, ...]:
         heard.append(time_code.detach().clone())
-        return levels(x, time_code, null)
+        return levels(x, time_code, *others)
 
     # shadows the method: training calls `levels`, sampling calls the module
     velocity.__dict__["levels"] = listening
@@ -214,7 +214,9 @@ class Tiny:
     def z0(self) -> Tensor:
         """Where the batch starts."""
         with torch.no_grad():
-            posterior = self.model.posterior(self.model.text.tokenize(self.captions))
+            posterior = self.model.posterior(
+                self.model.text(self.model.text.tokenize(self.captions))
+            )
         return posterior.mu + (0.5 * posterior.logvar).exp() * self.batch.noise
 
     @torch.no_grad()
@@ -387,7 +389,7 @@ def _pictures(tiny: Tiny) -> float:
         ]
     )
     with torch.no_grad():
-        posterior = model.posterior(model.text.tokenize(tiny.captions))
+        posterior = model.posterior(model.text(model.text.tokenize(tiny.captions)))
         z0 = posterior.mu + (0.5 * posterior.logvar).exp() * noise
         z = tiny.sampled(z0, tiny.recipe.sample.guidance_scale)
         want = autoencoder.net.decode(_unscaled(autoencoder.scale, z))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -21,7 +22,7 @@ class NullableVelocity(Protocol):
     def __call__(self, x: Tensor, t: Tensor, null: Tensor) -> Tensor: ...
 
 
-def with_time_code(network: NullableVelocity) -> NullableVelocity:
+def with_time_code(network: Callable[[Tensor, Tensor, Tensor], Tensor]) -> NullableVelocity:
     """velocity(x, t, null) of a network (x, time code, null)."""
     return lambda x, t, null: network(x, time_code(t), null)
 

@@ -81,7 +81,7 @@ class Objective(nn.Module):
         networks.
         """
         semantic = self.model.semantic
-        posterior, z0 = self.model.source(batch.captions, batch.noise)
+        posterior, z0, text = self.model.source(batch.captions, batch.noise)
         path = sample_path(
             batch.t, z0, batch.target, self.flow.path.rho, self.loss.flow.source_grad
         )
@@ -91,7 +91,9 @@ class Objective(nn.Module):
             else nullcontext()
         )
         with semantic.listen(self.model.velocity) as tokens, island:
-            *lower, v_pred = self.model.velocity.levels(path.xt, time_code(path.t), batch.null)
+            *lower, v_pred = self.model.velocity.levels(
+                path.xt, time_code(path.t), batch.null, text
+            )
         # the last weight, 1, is the velocity's own
         weighted = tuple(zip(self.model.velocity.level_weights, lower, strict=False))
         estimate = path.xt + (1 - expand(path.t, path.xt)) * v_pred.float()

@@ -1,8 +1,9 @@
-"""The trainable whole: captions -> posterior of z0 -> velocity, with the autoencoder beside it."""
+"""The trainable whole: captions -> source z0 -> velocity, with the autoencoder beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +11,25 @@ from torch import Tensor, nn
 from flowray.config.losses import LossConfig
 from flowray.config.model import ModelConfig
 from flowray.model.heads import build_head
-from flowray.model.posterior import Posterior, make_posterior
+from flowray.model.posterior import Posterior, make_posterior, standard_normal
 from flowray.model.semantic import Semantics
-from flowray.model.text import Prompts, TextModel, load_text, planned_text
+from flowray.model.text import TextModel, TextTokens, load_text, planned_text
 from flowray.model.velocity import build_velocity
 
 
+class Source(NamedTuple):
+    """Where the paths of captions begin: q(z0 | caption), one draw of it (B, C, H, W), and the
+    tokens that a conditioned velocity network reads; None for one that is not.
+    """
+
+    posterior: Posterior
+    z0: Tensor
+    text: TextTokens | None
+
+
 class FlowModel(nn.Module):
-    """Text side, head, velocity network, and the networks of the semantic losses that are on.
+    """Text side, head (None where the source is noise), velocity network, and the networks of the
+    semantic losses that are on.
 
     The autoencoder is not in here: it is frozen, has no part in a training step on cached latents,
     and is loaded where pictures are made. Only semantic losses that look at pictures bring one,
@@ -28,14 +40,21 @@ class FlowModel(nn.Module):
         super().__init__()
         self.config = config
         self.text = text
-        self.head = build_head(config.head, text.width, config.text.tokens, config.latent)
-        self.velocity = build_velocity(config.velocity, config.latent)
+        self.head = (
+            build_head(config.head, text.width, config.text.tokens, config.latent)
+            if config.source.kind == "text"
+            else None
+        )
+        self.velocity = build_velocity(config.velocity, config.latent, text.width)
         self.semantic = Semantics(config, loss, self.velocity)
 
-    def posterior(self, prompts: Prompts) -> Posterior:
+    def posterior(self, tokens: TextTokens) -> Posterior:
         """q(z0 | caption) in fp32."""
-        mu, logvar = self.head(self.text(prompts))
-        expected = (len(prompts.ids), *self.config.latent.shape)
+        count, shape = len(tokens.mask), self.config.latent.shape
+        if self.head is None:
+            return standard_normal(count, shape, tokens.mask.device)
+        mu, logvar = self.head(tokens)
+        expected = (count, *shape)
         if mu.shape != expected:
             raise ValueError(
                 f"the head made a text latent of shape {tuple(mu.shape)}, model.latent wants"
@@ -43,10 +62,26 @@ class FlowModel(nn.Module):
             )
         return make_posterior(self.config.posterior, mu, logvar)
 
-    def source(self, captions: Sequence[str], noise: Tensor) -> tuple[Posterior, Tensor]:
-        """Posterior and a drawn z0 of captions; noise (B, C, H, W)."""
-        posterior = self.posterior(self.text.tokenize(captions))
-        return posterior, posterior.sample(noise)
+    def source(self, captions: Sequence[str], noise: Tensor) -> Source:
+        """Where the paths of captions begin; noise (B, C, H, W)."""
+        tokens: TextTokens = self.text(self.text.tokenize(captions))
+        posterior = self.posterior(tokens)
+        return Source(
+            posterior, posterior.sample(noise), tokens if self.velocity.conditioned else None
+        )
+
+    def field(self, text: TextTokens | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The velocity network (x, time code, null), told the captions that a `source` has; a batch
+        of k times as many samples, as guidance makes it, has them k times over.
+        """
+        if text is None:
+            return self.velocity
+
+        def told(x: Tensor, time_code: Tensor, null: Tensor) -> Tensor:
+            velocity: Tensor = self.velocity(x, time_code, null, text.repeated(len(x)))
+            return velocity
+
+        return told
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Named parameters that train, in a fixed order."""

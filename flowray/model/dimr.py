@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from flowray.config.base import LatentSpec
 from flowray.config.model import DiMRVelocity
+from flowray.model.condition import CaptionAttention, CaptionTokens, told
 from flowray.model.layers import attention
 from flowray.model.levels import TokenBlocks, VelocityNet, checked, run_block
+from flowray.model.text import TextTokens
 
 
 class TimeVector(nn.Module):
@@ -91,18 +93,23 @@ class GatedMLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention and gated MLP on tokens (B, N, width), pre-norm."""
+    """Self-attention and gated MLP on tokens (B, N, width), pre-norm. reads: between them it reads
+    the caption's tokens.
+    """
 
-    def __init__(self, width: int, hidden: int, heads: int):
+    def __init__(self, width: int, hidden: int, heads: int, *, reads: bool = False):
         super().__init__()
         self.heads = heads
         self.norm = TDRMSNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
         self.mlp = GatedMLP(width, hidden)
+        self.caption = CaptionAttention(width, heads) if reads else None
 
-    def forward(self, x: Tensor, tau: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tau: Tensor, *caption: Tensor) -> Tensor:
         query, key, value = self.qkv(self.norm(x, tau)).chunk(3, dim=-1)
         x = x + self.out(attention(query, key, value, self.heads))
+        if self.caption is not None:
+            x = x + self.caption(x, *caption)
         return x + self.mlp(x, tau)
 
 
@@ -158,8 +165,16 @@ class Stage(nn.Module):
     and takes the null token.
     """
 
-    def __init__(self, config: DiMRVelocity, level: int, latent: LatentSpec, below: int | None):
+    def __init__(
+        self,
+        config: DiMRVelocity,
+        level: int,
+        latent: LatentSpec,
+        below: int | None,
+        text_width: int,
+    ):
         super().__init__()
+        reads = below is None and config.condition.kind == "cross_attention"
         width, depth, self.patch = config.widths[level], config.depths[level], config.patch >> level
         self.again = config.gradient_checkpointing
         hidden = int(width * config.mlp_ratio)
@@ -170,11 +185,12 @@ class Stage(nn.Module):
         self.upsample = None if below is None else Upsample(below, width)
         self.null = NullToken(width) if below is None else None
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, hidden, config.heads)
+            TransformerBlock(width, hidden, config.heads, reads=reads)
             if below is None
             else ConvNeXtBlock(width, hidden, config.kernel)
             for _ in range(depth)
         )
+        self.caption = CaptionTokens(text_width, width) if reads else None
         self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth // 2))
         self.norm_out = TDLayerNorm(width)
         self.out = nn.Conv2d(width, latent.channels, 3, padding=1)
@@ -182,7 +198,12 @@ class Stage(nn.Module):
             nn.init.zeros_(p)
 
     def forward(
-        self, x: Tensor, tau: Tensor, null: Tensor, below: list[Tensor] | None
+        self,
+        x: Tensor,
+        tau: Tensor,
+        null: Tensor,
+        below: list[Tensor] | None,
+        text: TextTokens | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """x (B, C, H, W) -> velocity (B, C, H/p, W/p) and all states, depth + 1 of (B, H/p, W/p,
         width); below: the lower stage's.
@@ -198,19 +219,20 @@ class Stage(nn.Module):
             h = h + self.upsample(torch.cat(below, dim=-1), tau)
         if self.null is not None:
             h = torch.cat([self.null(null).to(h.dtype), h.flatten(1, 2)], dim=1)
-        states = self._blocks(h, tau)
+        caption = () if self.caption is None else self.caption(told(text), null)
+        states = self._blocks(h, tau, *caption)
         if self.null is not None:
             states = [state[:, 1:].unflatten(1, (rows, columns)) for state in states]
         return self.out(self.norm_out(states[-1], tau).permute(0, 3, 1, 2)), states
 
-    def _blocks(self, h: Tensor, tau: Tensor) -> list[Tensor]:
+    def _blocks(self, h: Tensor, tau: Tensor, *caption: Tensor) -> list[Tensor]:
         """The input and every block's output, in order."""
         half, states = len(self.blocks) // 2, [h]
         kept: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             if index > half:
                 h = self.skips[index - half - 1](torch.cat([h, kept.pop()], dim=-1))
-            h = run_block(block, h, tau, again=self.again)
+            h = run_block(block, h, tau, *caption, again=self.again)
             states.append(h)
             if index < half:
                 kept.append(h)
@@ -222,13 +244,15 @@ class DiMR(VelocityNet):
 
     last_layers = r"(?:transformer|convnext_\d+)\.out"
 
-    def __init__(self, config: DiMRVelocity, latent: LatentSpec):
+    def __init__(self, config: DiMRVelocity, latent: LatentSpec, text_width: int):
         super().__init__()
         self.config, self.level_weights = config, config.level_weights
+        self.conditioned = config.condition.kind != "none"
         below = None
         for level, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
             self.add_module(
-                f"convnext_{level}" if level else "transformer", Stage(config, level, latent, below)
+                f"convnext_{level}" if level else "transformer",
+                Stage(config, level, latent, below, text_width),
             )
             below = width * (depth + 1)
 
@@ -237,10 +261,12 @@ class DiMR(VelocityNet):
         lowest = next(stage for stage in self.children() if isinstance(stage, Stage))
         return TokenBlocks(lowest.blocks, self.config.widths[0], self.config.patch)
 
-    def levels(self, x: Tensor, time_code: Tensor, null: Tensor) -> tuple[Tensor, ...]:
+    def levels(
+        self, x: Tensor, time_code: Tensor, null: Tensor, text: TextTokens | None = None
+    ) -> tuple[Tensor, ...]:
         """Velocities (B, C, H/k, W/k), lowest resolution first, the last of the latent's shape."""
         tau, states, velocities = checked(time_code).float() / 4, None, []
         for stage in self.children():
-            velocity, states = stage(x, tau, null, states)
+            velocity, states = stage(x, tau, null, states, text)
             velocities.append(velocity)
         return tuple(velocities)

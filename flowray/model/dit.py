@@ -8,16 +8,18 @@ from torch import Tensor, nn
 
 from flowray.config.base import LatentSpec
 from flowray.config.model import DiTVelocity
-from flowray.model.layers import attention, positions_2d
+from flowray.model.condition import CaptionAttention, CaptionTokens, PooledCaption, told
+from flowray.model.layers import attention, positions_2d, zero_init
 from flowray.model.levels import TimeEmbedding, TokenBlocks, VelocityNet, run_block
+from flowray.model.text import TextTokens
 
 
 class DiTBlock(nn.Module):
     """Transformer block whose shifts, scales and gates come from the condition; the gates start
-    at zero (adaLN-zero).
+    at zero (adaLN-zero). reads: between attention and MLP it reads the caption's tokens.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, reads: bool = False):
         super().__init__()
         self.heads = heads
         self.norm_attention = nn.LayerNorm(width, elementwise_affine=False)
@@ -28,8 +30,10 @@ class DiTBlock(nn.Module):
             nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
         )
         self.modulation = zero_init(nn.Linear(width, 6 * width))
+        self.caption = CaptionAttention(width, heads) if reads else None
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, *caption: Tensor) -> Tensor:
+        """x (B, N, width), condition (B, width); caption: its tokens (B, M, width) and mask."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
             self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         )
@@ -37,28 +41,22 @@ class DiTBlock(nn.Module):
             3, dim=-1
         )
         x = x + gate_a * self.out(attention(query, key, value, self.heads))
+        if self.caption is not None:
+            x = x + self.caption(x, *caption)
         return x + gate_m * self.mlp(self.norm_mlp(x) * (1 + scale_m) + shift_m)
 
 
-def zero_init(layer: nn.Linear) -> nn.Linear:
-    """Weights and bias at zero, so that the layer starts as nothing."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class DiT(VelocityNet):
-    """Diffusion transformer (arXiv 2212.09748), conditioned on the time code and the null indicator
-    alone.
-
-    The caption is in x itself: x starts as the text latent.
+    """Diffusion transformer (arXiv 2212.09748), conditioned on the time code, the null indicator
+    and, where `condition` says so, on the caption, which may be in x itself: as the text latent.
     """
 
     last_layers = "patch_out"
 
-    def __init__(self, config: DiTVelocity, latent: LatentSpec):
+    def __init__(self, config: DiTVelocity, latent: LatentSpec, text_width: int):
         super().__init__()
-        self.config, self.latent = config, latent
+        self.config, self.latent, kind = config, latent, config.condition.kind
+        self.conditioned = kind != "none"
         rows, columns = latent.height // config.patch, latent.width // config.patch
         self.patch_in = nn.Linear(latent.channels * config.patch**2, config.width)
         self.positions: Tensor
@@ -69,7 +67,12 @@ class DiT(VelocityNet):
         self.null = nn.Embedding(2, config.width)
         nn.init.normal_(self.null.weight, std=0.02)
         self.blocks = nn.ModuleList(
-            DiTBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)
+            DiTBlock(config.width, config.heads, config.mlp_ratio, reads=kind == "cross_attention")
+            for _ in range(config.depth)
+        )
+        self.pooled = PooledCaption(text_width, config.width) if kind == "adaln" else None
+        self.caption = (
+            CaptionTokens(text_width, config.width) if kind == "cross_attention" else None
         )
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
         self.modulation = zero_init(nn.Linear(config.width, 2 * config.width))
@@ -78,7 +81,9 @@ class DiT(VelocityNet):
     def token_blocks(self) -> TokenBlocks:
         return TokenBlocks(self.blocks, self.config.width, self.config.patch)
 
-    def levels(self, x: Tensor, time_code: Tensor, null: Tensor) -> tuple[Tensor, ...]:
+    def levels(
+        self, x: Tensor, time_code: Tensor, null: Tensor, text: TextTokens | None = None
+    ) -> tuple[Tensor, ...]:
         """One velocity, of the latent's shape."""
         p, rows = self.config.patch, self.latent.height // self.config.patch
         tokens = (
@@ -90,9 +95,14 @@ class DiT(VelocityNet):
             tokens = torch.cat([indicator[:, None].to(tokens.dtype), tokens], dim=1)
         else:
             condition = condition + indicator
+        if self.pooled is not None:
+            condition = condition + self.pooled(told(text), null)
         condition = nn.functional.silu(condition)
+        caption = () if self.caption is None else self.caption(told(text), null)
         for block in self.blocks:
-            tokens = run_block(block, tokens, condition, again=self.config.gradient_checkpointing)
+            tokens = run_block(
+                block, tokens, condition, *caption, again=self.config.gradient_checkpointing
+            )
         tokens = tokens[:, 1:] if self.config.indicator == "token" else tokens
         shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
         patches = self.patch_out(self.norm(tokens) * (1 + scale) + shift)

@@ -14,15 +14,9 @@ from torch.nn import functional as F
 from flowray.config.base import LatentSpec
 from flowray.config.model import ConvHead, GridHead, HeadConfig, PooledHead, TransEncoderHead
 from flowray.model.latent import LatentMap
-from flowray.model.layers import attention, positions_2d, small_init
+from flowray.model.layers import attention, pool, positions_2d, small_init
 from flowray.model.text import TextTokens
 from flowray.model.transencoder import TransEncoder
-
-
-def pool(tokens: TextTokens) -> Tensor:
-    """Mean over the real tokens, (B, width)."""
-    weight = tokens.mask.unsqueeze(-1).float()
-    return (tokens.values * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
 class Pooled(nn.Module):
@@ -40,7 +34,7 @@ class Pooled(nn.Module):
     def forward(self, tokens: TextTokens) -> tuple[Tensor, Tensor]:
         c, h, w = self.latent.shape
         mu, logvar = rearrange(
-            self.net(pool(tokens)), "b (two c h w) -> two b c h w", two=2, c=c, h=h, w=w
+            self.net(pool(*tokens)), "b (two c h w) -> two b c h w", two=2, c=c, h=h, w=w
         )
         return mu, logvar
 
@@ -126,7 +120,7 @@ class Conv(nn.Module):
         self.out = small_init(nn.Conv2d(config.hidden, 2 * latent.channels, 3, padding=1))
 
     def forward(self, tokens: TextTokens) -> tuple[Tensor, Tensor]:
-        image = self.mlp(pool(tokens)).unflatten(
+        image = self.mlp(pool(*tokens)).unflatten(
             1, (self.hidden, self.latent.height, self.latent.width)
         )
         for conv in self.convs:

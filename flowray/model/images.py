@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from flowray.config.errors import InputError
-from flowray.config.model import ClipNet, DinoV2Net, ImageNetConfig, SiglipNet, VisionDims
 from flowray.config.paths import is_hub_name
+from flowray.config.towers import ClipNet, DinoV2Net, ImageNetConfig, SiglipNet, VisionDims
 from flowray.model.files import open_model
 from flowray.model.local import local_place
 from flowray.model.pretrained import load_weights, planning, transformers_config

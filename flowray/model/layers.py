@@ -36,6 +36,12 @@ def attention(
     return rearrange(attended, "b h n d -> b n (h d)")
 
 
+def pool(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the real tokens: (B, N, width), mask (B, N) bool -> (B, width)."""
+    weight = mask.unsqueeze(-1).float()
+    return (tokens * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+
 def sinusoid(values: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Cosines and sines (N, dim) of values (N,) at geometric frequencies 1 to 1 / max_period."""
     frequencies = torch.exp(
@@ -65,6 +71,13 @@ def small_init(layer: Layer, std: float = 0.02) -> Layer:
     nn.init.normal_(layer.weight, std=std)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+    return layer
+
+
+def zero_init(layer: nn.Linear) -> nn.Linear:
+    """Weights and bias at zero, so that the layer starts as nothing."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
     return layer
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowray.config.model import TimeEmbeddingConfig
 from flowray.model.layers import sinusoid, small_init
+from flowray.model.text import TextTokens
 
 
 class TokenBlocks(NamedTuple):
@@ -26,26 +27,32 @@ class TokenBlocks(NamedTuple):
 
 
 class VelocityNet(nn.Module):
-    """u(x_t, time code, null). The last level has the latent's resolution and is the velocity; the
-    ones before it only add losses.
+    """u(x_t, time code, null, text). The last level has the latent's resolution and is the
+    velocity; the ones before it only add losses.
 
+    conditioned: it reads the caption's tokens, `text`, which else are left out.
     level_weights: the loss weight of every level, lowest resolution first; the last is 1.
     last_layers: a pattern of the names, inside the network, of the layers that make the velocities;
     they are its head.
     """
 
+    conditioned: bool = False
     level_weights: tuple[float, ...] = (1.0,)
     last_layers: str
 
-    def levels(self, x: Tensor, time_code: Tensor, null: Tensor) -> tuple[Tensor, ...]:
-        """(B, C, H, W), (B,) in [-4, 4], (B,) bool -> velocities (B, C, H/k, W/k), lowest
-        resolution first.
+    def levels(
+        self, x: Tensor, time_code: Tensor, null: Tensor, text: TextTokens | None = None
+    ) -> tuple[Tensor, ...]:
+        """(B, C, H, W), (B,) in [-4, 4], (B,) bool, tokens of B captions -> velocities (B, C, H/k,
+        W/k), lowest resolution first. ValueError where a conditioned network is given no tokens.
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor, time_code: Tensor, null: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, time_code: Tensor, null: Tensor, text: TextTokens | None = None
+    ) -> Tensor:
         """The velocity, (B, C, H, W)."""
-        return self.levels(x, time_code, null)[-1]
+        return self.levels(x, time_code, null, text)[-1]
 
     def token_blocks(self) -> TokenBlocks:
         """Where a loss on hidden tokens listens."""

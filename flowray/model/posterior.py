@@ -26,6 +26,12 @@ class Posterior:
         return self.mu + self.std * noise
 
 
+def standard_normal(count: int, shape: tuple[int, ...], device: torch.device) -> Posterior:
+    """N(0, I) for each of `count` captions: where a noise source draws from."""
+    zeros = torch.zeros(count, *shape, device=device)
+    return Posterior(zeros, zeros)
+
+
 def make_posterior(config: PosteriorConfig, mu: Tensor, logvar: Tensor) -> Posterior:
     """Clamp the log-variance to the configured range."""
     return Posterior(mu.float(), logvar.float().clamp(config.logvar_min, config.logvar_max))

@@ -29,7 +29,8 @@ from flowray.config.losses import (
     LossConfig,
     RepaLossConfig,
 )
-from flowray.config.model import ImageTower, ModelConfig, TowerConfig
+from flowray.config.model import ModelConfig
+from flowray.config.towers import ImageTower, TowerConfig
 from flowray.model.autoencoder import load_autoencoder
 from flowray.model.images import ImageEncoder, load_image_encoder
 from flowray.model.layers import ConvAdaptor

@@ -42,6 +42,17 @@ class TextTokens(NamedTuple):
     values: Tensor
     mask: Tensor
 
+    def rows(self, indices: Tensor) -> TextTokens:
+        """The tokens of the captions at `indices`."""
+        return TextTokens(self.values[indices], self.mask[indices])
+
+    def repeated(self, count: int) -> TextTokens:
+        """The tokens of `count` samples: these, over and over. ValueError unless that comes out."""
+        if count % len(self.mask):
+            raise ValueError(f"{count} samples of {len(self.mask)} captions")
+        again = count // len(self.mask)
+        return TextTokens(self.values.repeat(again, 1, 1), self.mask.repeat(again, 1))
+
 
 class TextModel(nn.Module):
     """Shared by both kinds: tokenizer, frozen backbone, connector if there is one, `width` of the

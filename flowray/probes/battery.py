@@ -15,11 +15,12 @@ from flowray.config.recipe import Recipe
 from flowray.flow.draws import Draws
 from flowray.flow.guidance import conditional, with_time_code
 from flowray.flow.path import sample_path, time_code
-from flowray.model.assemble import FlowModel
+from flowray.model.assemble import FlowModel, Source
 from flowray.model.latent import Moments
 from flowray.model.posterior import Posterior
+from flowray.model.text import TextTokens
 from flowray.probes.field import BINS, cosines, field_metrics
-from flowray.probes.latent import posterior_metrics, scale_metrics, text_metrics
+from flowray.probes.latent import posterior_metrics, scale_metrics, start_metrics, text_metrics
 from flowray.probes.rollout import (
     TEACHER_STEPS,
     endpoint_metrics,
@@ -102,12 +103,13 @@ def run_probes(
     was_training = model.training
     model.eval()
     try:
-        posterior, z0 = model.source(batch.captions, batch.noise)
-        rows = _field(model, recipe, batch, z0)
-        rows |= posterior_metrics(posterior, z0) | text_metrics(
-            posterior, batch.noise, batch.other_noise
-        )
-        velocity_fn = conditional(with_time_code(model.velocity))
+        source = model.source(batch.captions, batch.noise)
+        posterior, z0, text = source
+        rows = _field(model, recipe, batch, source) | start_metrics(z0)
+        if model.head is not None:
+            rows |= posterior_metrics(posterior)
+            rows |= text_metrics(posterior, batch.noise, batch.other_noise)
+        velocity_fn = conditional(with_time_code(model.field(text)))
         z_end = shoot(velocity_fn, z0, recipe.probes.shoot_steps)
         rows |= shoot_metrics(z_end, z0, batch.z1, batch.others, batch.variance)
         rows |= teacher_metrics(z0, batch.z1, recipe.flow.path.rho)
@@ -142,24 +144,29 @@ def trivial_metrics(
     middle = sample_path(torch.full_like(batch.times[0], 0.5), source, batch.z1, rho)
     return (
         rows
-        | posterior_metrics(blind, source)
+        | start_metrics(source)
+        | posterior_metrics(blind)
         | text_metrics(blind, batch.noise, batch.other_noise)
         | scale_metrics(middle)
     )
 
 
-def _field(model: FlowModel, recipe: Recipe, batch: ProbeBatch, z0: Tensor) -> dict[str, float]:
-    """flow/* and scale/* over every sample at one t in each bin, own and swapped sources."""
+def _field(model: FlowModel, recipe: Recipe, batch: ProbeBatch, source: Source) -> dict[str, float]:
+    """flow/* and scale/* over every sample at one t in each bin, with the sample's own caption and
+    with another's: the source and what the network is told of it.
+    """
     rho, t = recipe.flow.path.rho, batch.times.flatten()
     null = torch.zeros(len(batch.z1), dtype=torch.bool, device=t.device)
 
-    def velocities(source: Tensor) -> tuple[Tensor, Tensor]:
-        paths = [sample_path(times, source, batch.z1, rho) for times in batch.times]
-        v_pred = torch.cat([model.velocity(p.xt, time_code(p.t), null).float() for p in paths])
+    def velocities(z0: Tensor, text: TextTokens | None) -> tuple[Tensor, Tensor]:
+        network = model.field(text)
+        paths = [sample_path(times, z0, batch.z1, rho) for times in batch.times]
+        v_pred = torch.cat([network(p.xt, time_code(p.t), null).float() for p in paths])
         return v_pred, torch.cat([p.v_target for p in paths])
 
-    v_pred, v_target = velocities(z0)
-    swapped = velocities(z0[batch.others])
+    _, z0, text = source
+    v_pred, v_target = velocities(z0, text)
+    swapped = velocities(z0[batch.others], None if text is None else text.rows(batch.others))
     gain = float(cosines(v_pred, v_target).mean() - cosines(*swapped).mean())
     middle = sample_path(torch.full_like(batch.times[0], 0.5), z0, batch.z1, rho)
     return field_metrics(v_pred, v_target, t) | {"flow/cond_gain_cos": gain} | scale_metrics(middle)

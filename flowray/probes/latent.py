@@ -9,8 +9,17 @@ from flowray.flow.path import PathSample
 from flowray.model.posterior import Posterior
 
 
-def posterior_metrics(posterior: Posterior, z0: Tensor) -> dict[str, float]:
-    """mu/*, logvar/*, std/*, z_init/* of a posterior and what was drawn from it."""
+def start_metrics(z0: Tensor) -> dict[str, float]:
+    """z_init/* of drawn sources (B, C, H, W)."""
+    return {
+        "z_init/mean": float(z0.mean()),
+        "z_init/var": float(z0.var(unbiased=False)),
+        "z_init/std_per_dim_mean": float(z0.flatten(1).std(dim=0, unbiased=False).mean()),
+    }
+
+
+def posterior_metrics(posterior: Posterior) -> dict[str, float]:
+    """mu/*, logvar/*, std/* of a text source's posterior."""
     mu, std = posterior.mu, posterior.std
     return {
         "mu/abs_mean": float(mu.abs().mean()),
@@ -19,9 +28,6 @@ def posterior_metrics(posterior: Posterior, z0: Tensor) -> dict[str, float]:
         "std/mean": float(std.mean()),
         "std/min": float(std.min()),
         "std/max": float(std.max()),
-        "z_init/mean": float(z0.mean()),
-        "z_init/var": float(z0.var(unbiased=False)),
-        "z_init/std_per_dim_mean": float(z0.flatten(1).std(dim=0, unbiased=False).mean()),
     }
 
 

@@ -44,9 +44,9 @@ def generate_latents(
     model: FlowModel, prompts: Sequence[str], config: SampleConfig, noise: Tensor
 ) -> Tensor:
     """Integrated latents (B, C, H, W) of the prompts; the model should be in eval mode."""
-    _, z0 = model.source(prompts, noise)
-    velocity_fn = guided(with_time_code(model.velocity), config.guidance_scale)
-    return integrate(config.solver, velocity_fn, z0, time_grid(config.grid, config.steps))
+    source = model.source(prompts, noise)
+    velocity_fn = guided(with_time_code(model.field(source.text)), config.guidance_scale)
+    return integrate(config.solver, velocity_fn, source.z0, time_grid(config.grid, config.steps))
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from flowray.flow.time import training_times
 from flowray.losses.total import Batch
 from flowray.model.autoencoder import load_autoencoder
 from flowray.model.layers import to_device
+from flowray.model.text import TextTokens
 from flowray.train.group import Group
 from flowray.train.state import TrainState, fresh_state
 from flowray.train.step import train_step
@@ -125,7 +126,11 @@ def _step(state: TrainState, recipe: Recipe, size: int, group: Group) -> None:
 
 @torch.no_grad()
 def _forward(state: TrainState, size: int, device: torch.device) -> None:
-    latent = state.model.config.latent
-    x = torch.zeros(size, *latent.shape, device=device)
+    model, text = state.model, None
+    x = torch.zeros(size, *model.config.latent.shape, device=device)
     null = torch.zeros(size, dtype=torch.bool, device=device)
-    state.model.velocity(x, time_code(torch.zeros(size, device=device)), null)
+    if model.velocity.conditioned:
+        shape = size, model.config.text.tokens, model.text.width
+        mask = torch.ones(shape[:2], dtype=torch.bool, device=device)
+        text = TextTokens(torch.zeros(shape, device=device), mask)
+    model.velocity(x, time_code(torch.zeros(size, device=device)), null, text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flowray.config.load import load_recipe
-from flowray.config.model import ImageTower
+from flowray.config.towers import ImageTower
 
 FULL = ("crossflow_256", "crossflow_512", "crossflow_dit", "openuni_512", "fieldnotes_256")
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flowray.config.base import LatentSpec
 from flowray.config.losses import ClipLossConfig, DinoLossConfig
-from flowray.config.model import TowerConfig
+from flowray.config.towers import TowerConfig
 from flowray.flow.path import sample_path
 from flowray.losses.terms import Forward, loss_term
 from flowray.model.posterior import Posterior

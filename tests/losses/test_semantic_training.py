@@ -17,8 +17,8 @@ from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVi
 
 from flowray.config.load import override_recipe
 from flowray.config.losses import ClipLossConfig, LossConfig
-from flowray.config.model import TowerConfig
 from flowray.config.recipe import Recipe
+from flowray.config.towers import TowerConfig
 from flowray.losses.total import Batch, Objective
 from flowray.model.assemble import build_model
 from flowray.model.autoencoder import load_autoencoder
@@ -386,7 +386,9 @@ def test_a_plan_needs_no_weights(folder: Path) -> None:
     )
     with torch.device("meta"):
         semantic = Semantics(
-            recipe.model, recipe.loss, build_velocity(recipe.model.velocity, recipe.model.latent)
+            recipe.model,
+            recipe.loss,
+            build_velocity(recipe.model.velocity, recipe.model.latent, 128),
         )
     assert {p.device.type for p in semantic.parameters()} == {"meta"}
     assert sum(p.numel() for p in semantic.lpips.vgg.parameters()) == 14_714_688

@@ -20,7 +20,8 @@ from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.losses import LpipsLossConfig
-from flowray.config.model import CausalText, DCAutoencoder, DinoV2Net, KLAutoencoder
+from flowray.config.model import CausalText, DCAutoencoder, KLAutoencoder
+from flowray.config.towers import DinoV2Net
 from flowray.model import local
 from flowray.model.autoencoder import Autoencoder, load_autoencoder, planned_autoencoder
 from flowray.model.backbone import planned_backbone

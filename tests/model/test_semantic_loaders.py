@@ -30,7 +30,7 @@ from transformers import (
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
 from flowray.config.losses import LpipsLossConfig
-from flowray.config.model import ClipNet, DinoV2Net, ImageTower, SiglipNet, VisionDims
+from flowray.config.towers import ClipNet, DinoV2Net, ImageTower, SiglipNet, VisionDims
 from flowray.model.images import load_image_encoder
 from flowray.model.semantic import PictureTower
 from flowray.model.vgg import STAGES, WIDTHS, Lpips, Vgg16, _standard, load_linear, load_vgg

@@ -199,9 +199,8 @@ def test_the_connector_starts_from_the_seed_trains_and_is_kept(tmp_path: Path) -
     names = {name for name in state.parameters if name.startswith("text.connector.")}
     assert len(names) == len(list(Connector(SMALL, 32).parameters()))
     assert all(torch.equal(state.parameters[name], again.parameters[name]) for name in names)
-    posterior = state.model.posterior(
-        state.model.text.tokenize(["a small red circle", "a blue square"])
-    )
+    prompts = state.model.text.tokenize(["a small red circle", "a blue square"])
+    posterior = state.model.posterior(state.model.text(prompts))
     posterior.mu.square().sum().backward()
     before = {name: state.parameters[name].detach().clone() for name in names}
     state.optimizer.step()

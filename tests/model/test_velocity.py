@@ -11,14 +11,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowray.config.base import LatentSpec
-from flowray.config.model import DiMRVelocity, DiTVelocity, TimeEmbeddingConfig, VelocityConfig
+from flowray.config.model import (
+    AdaLNCondition,
+    CrossAttentionCondition,
+    DiMRVelocity,
+    DiTVelocity,
+    TimeEmbeddingConfig,
+    VelocityConfig,
+)
 from flowray.config.schema import members
 from flowray.model.dimr import NullToken, Stage
 from flowray.model.dit import DiTBlock
 from flowray.model.levels import TimeEmbedding, VelocityNet
+from flowray.model.text import TextTokens
 from flowray.model.velocity import build_velocity
 
 SPEC = LatentSpec(channels=3, height=4, width=8)
+TEXT_WIDTH = 6
+TEXT = TextTokens(
+    torch.randn(3, 4, TEXT_WIDTH, generator=torch.Generator().manual_seed(3)),
+    torch.arange(4) < torch.tensor([4, 2, 3])[:, None],
+)
 
 
 class VelocityContract:
@@ -29,7 +42,7 @@ class VelocityContract:
     def net(self, spec: LatentSpec = SPEC) -> VelocityNet:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return build_velocity(self.config, spec)
+            return build_velocity(self.config, spec, TEXT_WIDTH)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         x = torch.randn(3, *SPEC.shape, generator=torch.Generator().manual_seed(1))
@@ -37,26 +50,31 @@ class VelocityContract:
 
     def test_shape_and_zero_start(self) -> None:
         x, code, null = self.inputs()
-        out = self.net()(x, code, null)
+        out = self.net()(x, code, null, TEXT)
         assert out.shape == x.shape
         assert not out.any()
 
     def test_depends_on_x_time_and_null(self) -> None:
         net, (x, code, null) = perturbed(self.net()), self.inputs()
-        out = net(x, code, null)
-        for changed in (net(x + 0.5, code, null), net(x, code - 0.3, null), net(x, code, ~null)):
+        out = net(x, code, null, TEXT)
+        for changed in (
+            net(x + 0.5, code, null, TEXT),
+            net(x, code - 0.3, null, TEXT),
+            net(x, code, ~null, TEXT),
+        ):
             assert bool(((changed - out).flatten(1).abs().mean(1) > 1e-4).all())
 
     def test_samples_do_not_mix(self) -> None:
         net, (x, code, null) = perturbed(self.net()), self.inputs()
-        alone = torch.cat([net(x[i : i + 1], code[i : i + 1], null[i : i + 1]) for i in range(3)])
-        assert torch.allclose(net(x, code, null), alone, atol=1e-4)
+        rows = [torch.tensor([i]) for i in range(3)]
+        alone = torch.cat([net(x[i], code[i], null[i], TEXT.rows(i)) for i in rows])
+        assert torch.allclose(net(x, code, null, TEXT), alone, atol=1e-4)
 
     def test_every_patch_sees_every_other(self) -> None:
         net, (x, code, null) = perturbed(self.net()), self.inputs()
         moved = x.clone()
         moved[:, :, 0, 0] += 1
-        change = (net(moved, code, null) - net(x, code, null)).abs()
+        change = (net(moved, code, null, TEXT) - net(x, code, null, TEXT)).abs()
         assert bool((change[:, :, -1, -1] > 1e-7).all())
 
     def test_gradients_reach_every_parameter(self) -> None:
@@ -64,7 +82,7 @@ class VelocityContract:
         w = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
         sum(
             (level * w[:, :, : level.shape[2], : level.shape[3]]).sum()
-            for level in net.levels(x, code, null)
+            for level in net.levels(x, code, null, TEXT)
         ).backward()
         assert [
             name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()
@@ -77,14 +95,14 @@ class VelocityContract:
         x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
         levels = perturbed(
             self.net(LatentSpec(channels=channels, height=height, width=width))
-        ).levels(x, code, null)
+        ).levels(x, code, null, TEXT)
         assert levels[-1].shape == x.shape
         assert all(bool(level.isfinite().all()) for level in levels)
 
     def test_levels_rise_to_the_velocity(self) -> None:
         net, (x, code, null) = perturbed(self.net()), self.inputs()
-        levels = net.levels(x, code, null)
-        assert torch.equal(levels[-1], net(x, code, null))
+        levels = net.levels(x, code, null, TEXT)
+        assert torch.equal(levels[-1], net(x, code, null, TEXT))
         assert len(levels) == len(net.level_weights)
         assert net.level_weights[-1] == 1
         heights = [level.shape[2] for level in levels]
@@ -92,9 +110,9 @@ class VelocityContract:
 
     def test_bf16_autocast(self) -> None:
         net, (x, code, null) = perturbed(self.net()), self.inputs()
-        exact = net(x, code, null)
+        exact = net(x, code, null, TEXT)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = net(x, code, null)
+            rounded = net(x, code, null, TEXT)
         assert not torch.equal(rounded.float(), exact)
         assert float(((rounded - exact).norm() / exact.norm()).detach()) < 0.1
 
@@ -113,9 +131,9 @@ class VelocityContract:
             config = self.config.model_copy(update={"gradient_checkpointing": again})
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                net = perturbed(build_velocity(config, SPEC))
+                net = perturbed(build_velocity(config, SPEC, TEXT_WIDTH))
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                out = net(x, code, null)
+                out = net(x, code, null, TEXT)
             out.square().sum().backward()
             grads = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
             found.append((out.detach(), grads, kept))
@@ -139,6 +157,28 @@ class VelocityContract:
         x, _, null = self.inputs()
         with pytest.raises(ValueError, match="1-D"):
             self.net()(x, torch.zeros(shape), null)
+
+    def test_reads_the_caption_where_it_is_conditioned_and_not_null(self) -> None:
+        net, (x, code, _) = perturbed(self.net()), self.inputs()
+        null, told = torch.zeros(3, dtype=torch.bool), self.config.condition.kind != "none"
+        assert net.conditioned == told
+        for hidden in (null, ~null):
+            own, other = (
+                net(x, code, hidden, text) for text in (TEXT, TEXT.rows(torch.tensor([1, 2, 0])))
+            )
+            changed = (own - other).flatten(1).abs().mean(1) > 1e-5
+            assert changed.tolist() == [told and not bool(hidden.any())] * 3
+
+    def test_padding_and_lacking_tokens(self) -> None:
+        net, (x, code, null) = perturbed(self.net()), self.inputs()
+        if not net.conditioned:
+            assert torch.equal(net(x, code, null), net(x, code, null, TEXT))
+            return
+        with pytest.raises(ValueError, match="text tokens"):
+            net(x, code, null)
+        values = TEXT.values.masked_fill(~TEXT.mask[:, :, None], 100.0)
+        padded = net(x, code, null, TextTokens(values, TEXT.mask))
+        assert torch.allclose(padded, net(x, code, null, TEXT), atol=1e-5)
 
 
 class TestDiT(VelocityContract):
@@ -175,7 +215,10 @@ def test_dit_block_is_ada_ln_zero() -> None:
 @torch.no_grad()
 def test_dit_tells_places_apart() -> None:
     """The same content everywhere: its positions alone make the patches' velocities differ."""
-    net, one = perturbed(build_velocity(TestDiT.config, SPEC)), torch.ones(1, *SPEC.shape)
+    net, one = (
+        perturbed(build_velocity(TestDiT.config, SPEC, TEXT_WIDTH)),
+        torch.ones(1, *SPEC.shape),
+    )
     spread = []
     for _ in range(2):
         spread.append(
@@ -314,6 +357,20 @@ class TestDiMROneStage(VelocityContract):
     config = DiMRVelocity(widths=(16,), depths=(3,), level_weights=(1,), heads=2)
 
 
+class TestDiTAdaLN(VelocityContract):
+    config = DiTVelocity(width=16, depth=2, heads=2, patch=2, condition=AdaLNCondition())
+
+
+class TestDiTCrossAttention(VelocityContract):
+    config = DiTVelocity(width=16, depth=2, heads=2, patch=2, condition=CrossAttentionCondition())
+
+
+class TestDiMRCrossAttention(VelocityContract):
+    config = DiMRVelocity(
+        widths=(16, 8), depths=(3, 3), heads=2, condition=CrossAttentionCondition()
+    )
+
+
 @pytest.mark.parametrize(
     ("bound", "at_first", "later"), [("layer_norm", 1.01, 1.01), ("small_init", 0.05, None)]
 )
@@ -380,7 +437,7 @@ def test_trunks_have_the_published_parameters(
     config: VelocityConfig, side: int, published: dict[str, float]
 ) -> None:
     with torch.device("meta"):
-        net = build_velocity(config, LatentSpec(channels=4, height=side, width=side))
+        net = build_velocity(config, LatentSpec(channels=4, height=side, width=side), TEXT_WIDTH)
     for part, millions in published.items():
         # as many decimals as given
         assert count_parameters(net.get_submodule(part)) / 1e6 == pytest.approx(
@@ -394,5 +451,5 @@ def test_every_member_has_its_contract_test() -> None:
 
 
 def test_count_parameters() -> None:
-    net = build_velocity(TestDiT.config, SPEC)
+    net = build_velocity(TestDiT.config, SPEC, TEXT_WIDTH)
     assert count_parameters(net) == sum(p.numel() for p in net.state_dict().values())

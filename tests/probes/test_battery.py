@@ -144,7 +144,7 @@ def test_every_probe_stands_beside_its_trivial_baseline(
     ) == (1.0, 0.0, 0.0, 0.0)
     assert blind["text/cos_mu"] == pytest.approx(1.0, abs=1e-5)
     assert blind["text/snr"] == pytest.approx(0.0, abs=1e-9)
-    _, z0 = model.source(batch.captions, batch.noise)
+    z0 = model.source(batch.captions, batch.noise).z0
     assert blind["shoot/nmse"] == pytest.approx(
         float((z0 - batch.z1).square().mean()) / batch.variance, rel=1e-5
     )
@@ -157,7 +157,7 @@ def test_every_probe_stands_beside_its_trivial_baseline(
 def test_field_and_shoot_by_hand(model: FlowModel, recipe: Recipe, batch: ProbeBatch) -> None:
     model.eval()
     rows = run_probes(model, recipe, batch, endpoints=False)
-    _, z0 = model.source(batch.captions, batch.noise)
+    z0 = model.source(batch.captions, batch.noise).z0
     null, rho = torch.zeros(8, dtype=torch.bool), recipe.flow.path.rho
     for b in (0, 9):
         path = sample_path(batch.times[b], z0, batch.z1, rho)

@@ -11,7 +11,13 @@ from flowray.flow.path import sample_path, velocity_target
 from flowray.model.posterior import Posterior
 from flowray.probes.battery import derangement
 from flowray.probes.field import best_gain, cosines, field_metrics, nmse, speed_ratios, time_bins
-from flowray.probes.latent import pairwise_cosine, posterior_metrics, scale_metrics, text_metrics
+from flowray.probes.latent import (
+    pairwise_cosine,
+    posterior_metrics,
+    scale_metrics,
+    start_metrics,
+    text_metrics,
+)
 from flowray.probes.rollout import (
     endpoint_metrics,
     per_sample_mse,
@@ -217,7 +223,7 @@ def test_posterior_and_scale_metrics() -> None:
         torch.log(torch.tensor([0.25, 4.0])).view(2, 1, 1, 1).expand(2, 1, 2, 2),
     )
     z0 = posterior.sample(torch.zeros(2, 1, 2, 2))
-    rows = posterior_metrics(posterior, z0)
+    rows = posterior_metrics(posterior) | start_metrics(z0)
     assert [
         rows[key]
         for key in (

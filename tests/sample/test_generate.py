@@ -72,7 +72,7 @@ def test_the_path_of_training_by_hand(model: FlowModel) -> None:
     noise = source_noise(model, 3, 7, CPU)
     got = generate_latents(model, PROMPTS, SampleConfig(steps=5), noise)
     with torch.no_grad():
-        posterior = model.posterior(model.text.tokenize(PROMPTS))
+        posterior = model.posterior(model.text(model.text.tokenize(PROMPTS)))
         x = posterior.mu + (posterior.logvar / 2).exp() * noise
         for k in range(5):
             t = torch.full((3,), (k + 0.5) / 5)
@@ -88,7 +88,7 @@ def test_guidance_1_is_off_and_more_moves_away_from_null(model: FlowModel) -> No
     )
     assert torch.equal(off, same)
     with torch.no_grad():
-        _, z0 = model.source(PROMPTS, noise)
+        z0 = model.source(PROMPTS, noise).z0
         code = time_code(torch.full((3,), 0.5))
         v_c, v_u = (model.velocity(z0, code, torch.full((3,), null)) for null in (False, True))
     assert float((v_c - v_u).abs().max()) > 1e-3  # the null indicator does something

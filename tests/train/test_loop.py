@@ -98,7 +98,7 @@ def test_the_same_batch_has_the_same_nmse_in_the_loop_and_in_the_probe(whole, ba
     state, batch = fresh_state(base, CPU.device), BatchMaker(base, latents, CPU)(0)
     state.model.eval()
     with torch.no_grad():
-        _, z0 = state.model.source(batch.captions, batch.noise)
+        z0 = state.model.source(batch.captions, batch.noise).z0
         path = sample_path(batch.t, z0, batch.target, base.flow.path.rho)
         v_pred = state.model.velocity(path.xt, time_code(path.t), batch.null)
     probed = field_metrics(v_pred, path.v_target, path.t)["flow/nmse"]

@@ -112,7 +112,7 @@ def test_every_velocity_network_has_a_last_layer_that_makes_the_velocity(tmp_pat
     """With it at zero the velocity is zero, whatever the rest holds."""
     # by the schema's defaults alone: the network's own dimensions are not what is tested
     config = TypeAdapter(VelocityConfig).validate_python({"kind": kind, **SMALL[kind]})
-    net = build_velocity(config, LatentSpec(channels=4, height=8, width=8))
+    net = build_velocity(config, LatentSpec(channels=4, height=8, width=8), 16)
     parameters = {f"velocity.{name}": p for name, p in net.named_parameters()}
     groups = {
         g["name"]: g["params"]
