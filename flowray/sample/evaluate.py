@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flowray.config.progress import SILENT, Progress, counted
 from flowray.data.pixels import from_pictures, to_pictures
@@ -21,10 +22,11 @@ PAIRS = 128  # two-object prompts
 BATCH = 64
 
 Painter = Callable[[Sequence[str]], np.ndarray]  # prompts -> pictures uint8 (B, 64, 64, 3)
+Say = Callable[[Scene, np.random.Generator], str]
 
 
-def _captions(scenes: list[Scene], seed: int) -> list[str]:
-    return [caption(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
+def _captions(scenes: list[Scene], seed: int, say: Say) -> list[str]:
+    return [say(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
 
 
 def _singles(scenes: list[Scene], read: list[Reading]) -> dict[str, Any]:
@@ -54,33 +56,49 @@ def two_object_scenes(split: Split, seed: int) -> list[Scene]:
     ]
 
 
-@torch.no_grad()
-def round_trip(autoencoder: Autoencoder, images: list[np.ndarray], seed: int) -> np.ndarray:
-    """Real pictures through encode, sample and decode: what a perfect model could reach."""
-    device, rebuilt = next(autoencoder.parameters()).device, []
+def encode(autoencoder: Autoencoder, images: list[np.ndarray], seed: int) -> Tensor:
+    """Drawn latents (B, C, H, W) of real pictures."""
+    device, latents = next(autoencoder.parameters()).device, []
     for start in range(0, len(images), BATCH):
         moments = autoencoder.encode_moments(to_pictures(images[start : start + BATCH]).to(device))
         noise = Draws(seed, start, len(moments.mean), slice(None), device).normal(
             "posterior", tuple(moments.mean.shape[1:])
         )
-        rebuilt.append(from_pictures(autoencoder.decode(autoencoder.sample(moments, noise))))
-    return np.concatenate(rebuilt)
+        latents.append(autoencoder.sample(moments, noise))
+    return torch.cat(latents)
+
+
+def decode(autoencoder: Autoencoder, latents: Tensor) -> np.ndarray:
+    """Pictures uint8 (B, H, W, 3) of scaled latents."""
+    return np.concatenate(
+        [from_pictures(autoencoder.decode(part)) for part in latents.split(BATCH)]
+    )
+
+
+def round_trip(autoencoder: Autoencoder, images: list[np.ndarray], seed: int) -> np.ndarray:
+    """Real pictures through encode, sample and decode: what a perfect model could reach."""
+    return decode(autoencoder, encode(autoencoder, images, seed))
 
 
 def evaluate_shapes(
-    paint: Painter, autoencoder: Autoencoder, seed: int, progress: Progress = SILENT
+    paint: Painter,
+    autoencoder: Autoencoder,
+    seed: int,
+    progress: Progress = SILENT,
+    say: Say = caption,
 ) -> dict[str, Any]:
     """The `shapes` object of `flowray.eval`: held-out single-object prompts, two objects, unseen
     pairs, and the controls.
 
     Controls: `ceiling`, real pictures of the same scenes through the autoencoder; `floor`, the same
-    generated pictures judged against another scene's caption.
+    generated pictures judged against another scene's caption. say: a caption that names all of a
+    scene, in the words of the set that the run has learnt.
     """
     with progress.task("drawing the checker's templates"):
         checker = ShapesChecker()
     held_out, unseen = single_scenes("val"), single_scenes("unseen")
     pairs = two_object_scenes("val", seed)
-    painted = [paint(_captions(scenes, seed)) for scenes in (held_out, pairs, unseen)]
+    painted = [paint(_captions(scenes, seed, say)) for scenes in (held_out, pairs, unseen)]
     real = [render(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(held_out)]
     order = np.random.default_rng(seed).permutation(len(held_out))
     shuffled = [held_out[i] for i in np.roll(order, 1)[np.argsort(order)]]
