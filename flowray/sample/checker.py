@@ -32,6 +32,7 @@ REACH = JITTER + 1  # px searched around a nominal centre, in steps of one
 SHIFTS = list(product(range(-REACH, REACH + 1), repeat=2))
 # mean squared error per pixel and channel (0 to 255^2) above which a picture shows no scene at all
 FLAT = 900.0
+SHARP = 200.0  # and below which it is a clean one: soft edges, noise of up to about 12 of 255
 
 # the scene that explains a picture best, and its mean squared error
 Reading = tuple[Scene, float]
