@@ -23,6 +23,7 @@ from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
 from flowray.config.writing import write_whole
+from flowray.data.shards import CHECKED
 from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory, RunLock
@@ -301,7 +302,7 @@ def _finish(
     print(f"{'stopped' if stopped else 'finished'} after {seconds:.0f} s: {run.path}")
     print(f"  report       {report}")
     print(f"  sample       python -m flowray.sample {place} {shlex.quote(prompts[0])}")
-    if loaded.recipe.data.shards == "shapes":
+    if loaded.recipe.data.shards in CHECKED:
         print(f"  evaluate     python -m flowray.eval {place}")
     print(f"  TensorBoard  tensorboard --logdir {place}/tensorboard")
     if stopped:

@@ -21,6 +21,7 @@ from flowray.data.folders import put_in_place
 
 MANIFEST = "manifest.json"
 EMBEDDED = ("shapes", "shapes_open", "digits")  # the names that stand for sets made on first use
+CHECKED = ("shapes", "shapes_open")  # those whose pictures can be checked exactly
 
 
 def write_shards(

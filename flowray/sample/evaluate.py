@@ -4,37 +4,34 @@ and compared with the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flowray.config.progress import SILENT, Progress, counted
 from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.shapes import ATTRIBUTES, Scene, Split, caption, draw_scene, render, single_scenes
 from flowray.flow.draws import Draws
 from flowray.model.autoencoder import Autoencoder
-from flowray.sample.checker import ShapesChecker, pair_score, single_score
+from flowray.sample.checker import Reading, ShapesChecker, pair_score, single_score
 
 PAIRS = 128  # two-object prompts
 BATCH = 64
 
 Painter = Callable[[Sequence[str]], np.ndarray]  # prompts -> pictures uint8 (B, 64, 64, 3)
+Say = Callable[[Scene, np.random.Generator], str]
 
 
-def _captions(scenes: list[Scene], seed: int) -> list[str]:
-    return [caption(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
+def _captions(scenes: list[Scene], seed: int, say: Say) -> list[str]:
+    return [say(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
 
 
-def _singles(
-    checker: ShapesChecker, scenes: list[Scene], pictures: Iterable[np.ndarray]
-) -> dict[str, Any]:
-    """Scores of one-object pictures against the scenes they should show."""
-    rows = [
-        single_score(scene, *checker.read(picture))
-        for scene, picture in zip(scenes, pictures, strict=True)
-    ]
+def _singles(scenes: list[Scene], read: list[Reading]) -> dict[str, Any]:
+    """Scores of what one-object pictures show against the scenes they should show."""
+    rows = [single_score(scene, *found) for scene, found in zip(scenes, read, strict=True)]
     by_attribute = {name: float(np.mean([row[name] for row in rows])) for name in ATTRIBUTES}
     return {
         "mean_attribute_accuracy": float(np.mean(list(by_attribute.values()))),
@@ -44,14 +41,9 @@ def _singles(
     }
 
 
-def _pairs(
-    checker: ShapesChecker, scenes: list[Scene], pictures: Iterable[np.ndarray]
-) -> dict[str, Any]:
-    """Scores of two-object pictures."""
-    rows = [
-        pair_score(scene, *checker.read(picture))
-        for scene, picture in zip(scenes, pictures, strict=True)
-    ]
+def _pairs(scenes: list[Scene], read: list[Reading]) -> dict[str, Any]:
+    """Scores of what two-object pictures show."""
+    rows = [pair_score(scene, *found) for scene, found in zip(scenes, read, strict=True)]
     return {
         name: float(np.mean([row[name] for row in rows])) for name in ("relation", "binding", "all")
     } | {"prompts": len(rows)}
@@ -64,51 +56,62 @@ def two_object_scenes(split: Split, seed: int) -> list[Scene]:
     ]
 
 
-@torch.no_grad()
-def round_trip(autoencoder: Autoencoder, images: list[np.ndarray], seed: int) -> np.ndarray:
-    """Real pictures through encode, sample and decode: what a perfect model could reach."""
-    device, rebuilt = next(autoencoder.parameters()).device, []
+def encode(autoencoder: Autoencoder, images: list[np.ndarray], seed: int) -> Tensor:
+    """Drawn latents (B, C, H, W) of real pictures."""
+    device, latents = next(autoencoder.parameters()).device, []
     for start in range(0, len(images), BATCH):
         moments = autoencoder.encode_moments(to_pictures(images[start : start + BATCH]).to(device))
         noise = Draws(seed, start, len(moments.mean), slice(None), device).normal(
             "posterior", tuple(moments.mean.shape[1:])
         )
-        rebuilt.append(from_pictures(autoencoder.decode(autoencoder.sample(moments, noise))))
-    return np.concatenate(rebuilt)
+        latents.append(autoencoder.sample(moments, noise))
+    return torch.cat(latents)
+
+
+def decode(autoencoder: Autoencoder, latents: Tensor) -> np.ndarray:
+    """Pictures uint8 (B, H, W, 3) of scaled latents."""
+    return np.concatenate(
+        [from_pictures(autoencoder.decode(part)) for part in latents.split(BATCH)]
+    )
+
+
+def round_trip(autoencoder: Autoencoder, images: list[np.ndarray], seed: int) -> np.ndarray:
+    """Real pictures through encode, sample and decode: what a perfect model could reach."""
+    return decode(autoencoder, encode(autoencoder, images, seed))
 
 
 def evaluate_shapes(
-    paint: Painter, autoencoder: Autoencoder, seed: int, progress: Progress = SILENT
+    paint: Painter,
+    autoencoder: Autoencoder,
+    seed: int,
+    progress: Progress = SILENT,
+    say: Say = caption,
 ) -> dict[str, Any]:
     """The `shapes` object of `flowray.eval`: held-out single-object prompts, two objects, unseen
     pairs, and the controls.
 
     Controls: `ceiling`, real pictures of the same scenes through the autoencoder; `floor`, the same
-    generated pictures judged against another scene's caption.
+    generated pictures judged against another scene's caption. say: a caption that names all of a
+    scene, in the words of the set that the run has learnt.
     """
     with progress.task("drawing the checker's templates"):
         checker = ShapesChecker()
     held_out, unseen = single_scenes("val"), single_scenes("unseen")
     pairs = two_object_scenes("val", seed)
-    painted = [paint(_captions(scenes, seed)) for scenes in (held_out, pairs, unseen)]
+    painted = [paint(_captions(scenes, seed, say)) for scenes in (held_out, pairs, unseen)]
     real = [render(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(held_out)]
     order = np.random.default_rng(seed).permutation(len(held_out))
     shuffled = [held_out[i] for i in np.roll(order, 1)[np.argsort(order)]]
     with progress.task("real pictures through the autoencoder"):
         rebuilt = round_trip(autoencoder, real, seed)
-    pictures, paired, never_seen = painted
-    judged = 3 * len(held_out) + len(pairs) + len(unseen)
-    with progress.task("judging pictures", judged) as advance:
-
-        def singles(scenes: list[Scene], shown: np.ndarray) -> dict[str, Any]:
-            return _singles(checker, scenes, counted(shown, advance))
-
-        return {
-            **singles(held_out, pictures),
-            "two_objects": _pairs(checker, pairs, counted(paired, advance)),
-            "unseen": singles(unseen, never_seen),
-            "controls": {
-                "ceiling": singles(held_out, rebuilt),
-                "floor": singles(shuffled, pictures),
-            },
-        }
+    shown = [*painted, rebuilt]
+    with progress.task("judging pictures", sum(map(len, shown))) as advance:
+        found, paired, never_seen, ceiling = (
+            list(counted(checker.read(pictures), advance)) for pictures in shown
+        )
+    return {
+        **_singles(held_out, found),
+        "two_objects": _pairs(pairs, paired),
+        "unseen": _singles(unseen, never_seen),
+        "controls": {"ceiling": _singles(held_out, ceiling), "floor": _singles(shuffled, found)},
+    }

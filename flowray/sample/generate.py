@@ -5,7 +5,7 @@ from t = 0 to 1, decode x.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,36 @@ def generate_latents(
 
 
 @torch.no_grad()
+def latent_batches(
+    model: FlowModel, prompts: Sequence[str], config: SampleConfig, seed: int
+) -> Iterator[Tensor]:
+    """`generate_latents` of many prompts, BATCH at a time, with the weights the model holds now."""
+    was_training = model.training
+    model.eval()
+    noise = source_noise(model, len(prompts), seed, next(model.velocity.parameters()).device)
+    try:
+        for start in range(0, len(prompts), BATCH):
+            part = slice(start, start + BATCH)
+            yield generate_latents(model, prompts[part], config, noise[part])
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def source_latents(model: FlowModel, prompts: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
+    """mu and the drawn z0 that `latent_batches` sets out from, each (B, C, H, W); the model should
+    be in eval mode.
+    """
+    noise = source_noise(model, len(prompts), seed, next(model.velocity.parameters()).device)
+    mus, drawn = [], []
+    for start in range(0, len(prompts), BATCH):
+        part = slice(start, start + BATCH)
+        made = model.source(prompts[part], noise[part])
+        mus.append(made[0].mu)
+        drawn.append(made[1])
+    return torch.cat(mus), torch.cat(drawn)
+
+
 def generate(
     model: FlowModel,
     autoencoder: Autoencoder,
@@ -62,20 +92,11 @@ def generate(
 
     advance: hears of every batch of pictures.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.velocity.parameters()).device
-    noise = source_noise(model, len(prompts), seed, device)
     pictures = []
-    try:
-        for start in range(0, len(prompts), BATCH):
-            part = slice(start, start + BATCH)
-            latents = generate_latents(model, prompts[part], config, noise[part])
-            pictures.append(from_pictures(autoencoder.decode(latents)))
-            if advance:
-                advance(len(latents))
-    finally:
-        model.train(was_training)
+    for latents in latent_batches(model, prompts, config, seed):
+        pictures.append(from_pictures(autoencoder.decode(latents)))
+        if advance:
+            advance(len(latents))
     return np.concatenate(pictures)
 
 
