@@ -156,7 +156,9 @@ def _open_judge(
         def source(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
             return source_latents(opened.model, prompts, seed)
 
-        return evaluate_open(flow, source, autoencoder, real, asked, draws, seed, progress)
+        # noise is no caption's own: nothing to decode in the flow's place
+        controls = source if recipe.model.source.kind == "text" else None
+        return evaluate_open(flow, controls, autoencoder, real, asked, draws, seed, progress)
 
     return judge
 

@@ -75,8 +75,8 @@ def source_latents(model: FlowModel, prompts: Sequence[str], seed: int) -> tuple
     for start in range(0, len(prompts), BATCH):
         part = slice(start, start + BATCH)
         made = model.source(prompts[part], noise[part])
-        mus.append(made[0].mu)
-        drawn.append(made[1])
+        mus.append(made.posterior.mu)
+        drawn.append(made.z0)
     return torch.cat(mus), torch.cat(drawn)
 
 
