@@ -10,13 +10,14 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from flowray.data import digits, shapes
+from flowray.data import digits, open_shapes, shapes
 
 BATCH = 64
 VOCABULARY = 768
@@ -25,7 +26,7 @@ SCENES = 20_000
 
 
 class Row(NamedTuple):
-    """A caption and what its picture shows, one word per fact."""
+    """A caption and what it says, one word per fact."""
 
     caption: str
     facts: list[str]
@@ -39,11 +40,15 @@ class Encoded(NamedTuple):
 
 
 def rows(split: shapes.Split, scenes: int, seed: int) -> list[Row]:
-    """Three captions of each of `scenes` scenes, and those of one digit to every eight scenes."""
-    drawn = shapes.samples(scenes, split, seed)
-    texts = [
-        Row(caption, shapes.facts(scene)) for _, captions, scene in drawn for caption in captions
-    ]
+    """Captions of `scenes` scenes that name a part of them, and those of one digit to every eight
+    scenes.
+    """
+    texts: list[Row] = []
+    for index in range(scenes):
+        rng = np.random.default_rng([seed, len(split), index])
+        scene = shapes.draw_scene(rng, split, two_objects=index % 2 == 1)
+        told = open_shapes.captions_of(scene, split, rng)
+        texts += [Row(caption, open_shapes.facts(said)) for said, caption in told]
     return texts + [
         Row(caption, digits.facts(i % 10))
         for i in range(scenes // 8)
@@ -159,7 +164,7 @@ def train(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
     """Train tokenizer and model, save both to `out`; returns perplexities on held-out captions.
 
     Beside the next token the model learns what meta queries will ask of it: at random vectors after
-    the caption it names the facts of the picture, each with the same probability, so that a hidden
+    the caption it names what that says, each with the same probability, so that a hidden
     state there holds all of them at once. A model of captions alone forgets what it need not say
     again, and the velocity network then waits long for the background or the sizes.
     """

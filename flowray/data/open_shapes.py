@@ -22,6 +22,7 @@ from flowray.data.shapes import (
     INVERSE,
     JITTER,
     PLACE_WORDS,
+    SIDES,
     SIZE_WORDS,
     Scene,
     Split,
@@ -163,12 +164,41 @@ def samples(
         rng = np.random.default_rng([seed, ("train", "val", "unseen").index(split), index])
         scene = draw_scene(rng, split, two_objects=bool(rng.random() < two_share))
         picture = render(scene, rng, jitter)
-        texts: list[str] = []
-        while len(texts) < CAPTIONS:
-            said = describe(scene, rng)
-            if split != "train" or not said.held_out:
-                texts.append(caption(said, rng))
-        yield picture, texts, scene
+        yield picture, [text for _, text in captions_of(scene, split, rng)], scene
+
+
+def captions_of(
+    scene: Scene, split: Split, rng: np.random.Generator
+) -> list[tuple[Description, str]]:
+    """CAPTIONS random descriptions of a scene, each with a caption that says it."""
+    found: list[tuple[Description, str]] = []
+    while len(found) < CAPTIONS:
+        said = describe(scene, rng)
+        if split != "train" or not said.held_out:
+            found.append((said, caption(said, rng)))
+    return found
+
+
+def facts(description: Description) -> list[str]:
+    """What a description says, one word each: how many objects ("alone", "both"), what each of them
+    is ("isred"), the place of a lone one ("atleft"), the background ("onwhite").
+
+    Of two objects the words tell which belong together: joined to its place where the relation is
+    named ("leftred"), else colour and shape, or what is named of them, as one ("redcircle").
+    """
+    things, count = description.things, len(description.things)
+    words = ["alone" if count == 1 else "both"]
+    for place, thing in zip(SIDES.get(description.relation, ("",) * count), things, strict=True):
+        said = [value for value in (thing.colour, thing.shape, thing.size) if value]
+        if count == 1:
+            words += [f"is{value}" for value in said]
+        elif place:
+            words += [place + value for value in said]
+        elif said:
+            words += [f"one{''.join(said[:2])}", *(f"one{value}" for value in said[2:])]
+        words += [f"at{thing.position}"] if thing.position else []
+    words += [f"on{description.background}"] if description.background else []
+    return list(dict.fromkeys(words))
 
 
 def lone_descriptions(count: int, seed: int, *, held_out: bool) -> list[Description]:

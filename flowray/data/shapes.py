@@ -55,7 +55,7 @@ ATTRIBUTES = ("colour", "shape", "size", "position", "background")
 Split = Literal["train", "val", "unseen"]
 
 INVERSE = {"left of": "right of", "above": "below"}
-_SIDES = {"left of": ("left", "right"), "above": ("top", "bottom")}
+SIDES = {"left of": ("left", "right"), "above": ("top", "bottom")}
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 PLACE_WORDS = {
     "center": ("in the center", "in the middle"),
@@ -213,25 +213,6 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
         return body
     template = pick(BACKGROUND_TEMPLATES)
     return template.format(body=body, background=scene.background)
-
-
-def facts(scene: Scene) -> list[str]:
-    """What a scene says, one word each: every object's colour, shape and size joined to its place
-    ("leftred"), and the background.
-
-    Two objects' facts tell which is which, because each names the place it holds at.
-    """
-    places = (
-        [_SIDES[scene.relation][i] for i in range(2)]
-        if scene.relation
-        else [scene.things[0].position]
-    )
-    words = [
-        place + word
-        for place, thing in zip(places, scene.things, strict=True)
-        for word in (thing.colour, thing.shape, thing.size)
-    ]
-    return [*words, f"on{scene.background}"]
 
 
 def samples(

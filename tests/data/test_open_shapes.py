@@ -14,6 +14,7 @@ from flowray.data.open_shapes import (
     caption,
     describe,
     distribution,
+    facts,
     lone_descriptions,
     samples,
     whole,
@@ -95,6 +96,32 @@ def test_words_of_a_caption_name_its_facts_alone():
         found = {words[w] for w in told.replace(",", "").split() if w in words}
         facts = {**vars(said.things[0]), "background": said.background}
         assert found == {(key, value) for key, value in facts.items() if value}, told
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (Description((Named("red"),)), {"alone", "isred"}),
+        (
+            Description((Named("", "circle", "small", "left"),), "", "white"),
+            {"alone", "iscircle", "issmall", "atleft", "onwhite"},
+        ),
+        (
+            Description((Named("red", "circle"), Named("", "cross", "large")), "left of", "pink"),
+            {"both", "leftred", "leftcircle", "rightcross", "rightlarge", "onpink"},
+        ),
+        (
+            Description((Named("red", "circle"), Named("", "cross", "large"))),
+            {"both", "oneredcircle", "onecrosslarge"},
+        ),
+        (
+            Description((Named("red", "circle", "small"), Named())),
+            {"both", "oneredcircle", "onesmall"},
+        ),
+    ],
+)
+def test_facts_are_what_is_said_and_tell_which_belong_together(said, told):
+    assert set(facts(said)) == told
 
 
 def test_training_never_says_what_is_held_out():
