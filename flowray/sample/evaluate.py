@@ -4,7 +4,7 @@ and compared with the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.shapes import ATTRIBUTES, Scene, Split, caption, draw_scene, render, single_scenes
 from flowray.flow.draws import Draws
 from flowray.model.autoencoder import Autoencoder
-from flowray.sample.checker import ShapesChecker, pair_score, single_score
+from flowray.sample.checker import Reading, ShapesChecker, pair_score, single_score
 
 PAIRS = 128  # two-object prompts
 BATCH = 64
@@ -27,14 +27,9 @@ def _captions(scenes: list[Scene], seed: int) -> list[str]:
     return [caption(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
 
 
-def _singles(
-    checker: ShapesChecker, scenes: list[Scene], pictures: Iterable[np.ndarray]
-) -> dict[str, Any]:
-    """Scores of one-object pictures against the scenes they should show."""
-    rows = [
-        single_score(scene, *checker.read(picture))
-        for scene, picture in zip(scenes, pictures, strict=True)
-    ]
+def _singles(scenes: list[Scene], read: list[Reading]) -> dict[str, Any]:
+    """Scores of what one-object pictures show against the scenes they should show."""
+    rows = [single_score(scene, *found) for scene, found in zip(scenes, read, strict=True)]
     by_attribute = {name: float(np.mean([row[name] for row in rows])) for name in ATTRIBUTES}
     return {
         "mean_attribute_accuracy": float(np.mean(list(by_attribute.values()))),
@@ -44,14 +39,9 @@ def _singles(
     }
 
 
-def _pairs(
-    checker: ShapesChecker, scenes: list[Scene], pictures: Iterable[np.ndarray]
-) -> dict[str, Any]:
-    """Scores of two-object pictures."""
-    rows = [
-        pair_score(scene, *checker.read(picture))
-        for scene, picture in zip(scenes, pictures, strict=True)
-    ]
+def _pairs(scenes: list[Scene], read: list[Reading]) -> dict[str, Any]:
+    """Scores of what two-object pictures show."""
+    rows = [pair_score(scene, *found) for scene, found in zip(scenes, read, strict=True)]
     return {
         name: float(np.mean([row[name] for row in rows])) for name in ("relation", "binding", "all")
     } | {"prompts": len(rows)}
@@ -96,19 +86,14 @@ def evaluate_shapes(
     shuffled = [held_out[i] for i in np.roll(order, 1)[np.argsort(order)]]
     with progress.task("real pictures through the autoencoder"):
         rebuilt = round_trip(autoencoder, real, seed)
-    pictures, paired, never_seen = painted
-    judged = 3 * len(held_out) + len(pairs) + len(unseen)
-    with progress.task("judging pictures", judged) as advance:
-
-        def singles(scenes: list[Scene], shown: np.ndarray) -> dict[str, Any]:
-            return _singles(checker, scenes, counted(shown, advance))
-
-        return {
-            **singles(held_out, pictures),
-            "two_objects": _pairs(checker, pairs, counted(paired, advance)),
-            "unseen": singles(unseen, never_seen),
-            "controls": {
-                "ceiling": singles(held_out, rebuilt),
-                "floor": singles(shuffled, pictures),
-            },
-        }
+    shown = [*painted, rebuilt]
+    with progress.task("judging pictures", sum(map(len, shown))) as advance:
+        found, paired, never_seen, ceiling = (
+            list(counted(checker.read(pictures), advance)) for pictures in shown
+        )
+    return {
+        **_singles(held_out, found),
+        "two_objects": _pairs(pairs, paired),
+        "unseen": _singles(unseen, never_seen),
+        "controls": {"ceiling": _singles(held_out, ceiling), "floor": _singles(shuffled, found)},
+    }
