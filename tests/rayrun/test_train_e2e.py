@@ -123,6 +123,7 @@ def test_two_workers_killed_and_resumed(place, whole, started):
     driver = started("name=killed")
     until(lambda: newest_checkpoint(run.checkpoints), "the first checkpoint", driver)
     driver.kill()
+    driver.wait()  # while it is a zombie Ray takes it for alive, for a minute
     until(lambda: not offspring(place), "Ray's processes to go with their driver")
     reached = losses(run)[-1][0]
     assert EVERY <= reached < STEPS
