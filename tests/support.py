@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
@@ -32,6 +35,7 @@ from flowray.model.levels import VelocityNet
 SPEC = LatentSpec(channels=4, height=4, width=4)
 SCALE, SHIFT = 0.5, 0.25  # neither trivial, so that a scale applied twice or not at all shows
 PICTURE = 8  # px, twice the latent's side: what the tiny autoencoder takes
+mp.set_forkserver_preload(["flowray.train.loop"])  # for `on_two_ranks`
 
 
 class Heard:
@@ -330,3 +334,22 @@ def perturbed(net: VelocityNet, seed: int = 0) -> VelocityNet:
 def count_parameters(module: nn.Module) -> int:
     """Parameters of a module, trainable or not."""
     return sum(p.numel() for p in module.parameters())
+
+
+def on_two_ranks(work: Callable[..., None], *args: Any) -> None:
+    """work(rank, *args) in both processes of a gloo group.
+
+    They fork from a server that has imported torch and the loop, once for all the tests of a
+    worker: seconds each.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_rank, args=(port, work, args), nprocs=2, start_method="forkserver")
+
+
+def _rank(rank: int, port: int, work: Callable[..., None], args: Sequence[Any]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    work(rank, *args)
+    dist.destroy_process_group()

@@ -22,7 +22,7 @@ from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.cluster.verdict import Row, healthy, judge
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
-from flowray.config.paths import expand, storage_folder
+from flowray.config.paths import expand, storage_folder, storage_place
 from flowray.data.shards import find_shards
 
 _COLOURS = {"ok": "green", "info": "dim", "warn": "yellow", "bad": "red"}
@@ -125,16 +125,18 @@ def main(argv: list[str]) -> int:
 def _check(storage: Path, data: str | None, workers: int, *, as_json: bool) -> int:
     progress = ConsoleProgress()
     with progress.task(IMPORTING):
-        from flowray.cluster.check import gather, place_of
         from flowray.cluster.session import started
 
-    if place_of(storage) != storage:
+    if storage_place(storage) != storage:
         progress.say(f"{storage} is not there yet, and is not made by this check")
     if data:
         find_shards(data)  # before Ray starts
     if not in_cluster():
         progress.say("RAY_ADDRESS is not set: this machine alone")
     with started(progress=progress):
+        # torch: seconds that a cluster which does not answer need not cost
+        with progress.task(IMPORTING):
+            from flowray.cluster.check import gather
         facts = gather(storage, data, progress, workers)
     rows = judge(facts)
     good = healthy(rows)

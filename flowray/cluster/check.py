@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import shlex
 import socket
 import subprocess
 import time
@@ -26,7 +25,8 @@ from flowray.cluster.network import bind_gloo
 from flowray.cluster.ray_private import HEAD
 from flowray.cluster.storage import marker_file, problem_here
 from flowray.cluster.verdict import MEGABYTE, PACKAGES, PAYLOAD_BYTES, ClusterFacts, NodeFacts
-from flowray.config.errors import InputError, last_line
+from flowray.config.errors import last_line
+from flowray.config.paths import storage_place
 from flowray.config.progress import Progress, counted
 from flowray.data.shards import find_shards
 from flowray.tune.plan import Node
@@ -139,7 +139,7 @@ def gather(storage: Path, data: str | None, progress: Progress, workers: int = 0
     workers: how many the autoscaler shall bring up before that. A node that fails to answer costs
     its own facts. InputError where this process cannot write `storage` or sees no shards.
     """
-    tried = place_of(storage)
+    tried = storage_place(storage)
     shards = [path.absolute() for path in find_shards(data)] if data else None
     with _brought_up(workers, progress) as missing, _places() as places:
         asking = f"asking the nodes: versions, GPUs, clock, storage{', data' if shards else ''}"
@@ -169,25 +169,6 @@ def gather(storage: Path, data: str | None, progress: Progress, workers: int = 0
         return ClusterFacts(
             facts, tried, wanted, links, reduces, may_come, missing, absent=tried != storage
         )
-
-
-def place_of(storage: Path) -> Path:
-    """The folder to try: `storage`, or the one that it would be made in.
-
-    InputError where neither is there: what is so far from being there is a slip of the pen, or a
-    folder that is not mounted.
-    """
-    if storage.is_dir():
-        return storage
-    if storage.exists():
-        raise InputError(f"--storage {storage}: a file, want a folder")
-    if storage.parent.is_dir():
-        return storage.parent
-    there = next(folder for folder in storage.parents if folder.is_dir())
-    raise InputError(
-        f"--storage {storage}: no such folder, {there} is the nearest that is there; "
-        f"mount it, type `mkdir -p {shlex.quote(str(storage))}`, or --storage FOLDER"
-    )
 
 
 @contextmanager

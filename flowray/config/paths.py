@@ -13,6 +13,7 @@ import errno
 import glob
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -201,6 +202,25 @@ def source_path(text: str, folder: Path | None = None) -> Path:
 def storage_folder(text: str = "runs") -> str:
     """The folder that a storage path names, absolute."""
     return absolute(text, PathField(root=STORAGE))
+
+
+def storage_place(storage: Path) -> Path:
+    """The folder to try: `storage`, or the one that it would be made in.
+
+    InputError where neither is there: what is so far from being there is a slip of the pen, or a
+    folder that is not mounted.
+    """
+    if storage.is_dir():
+        return storage
+    if storage.exists():
+        raise InputError(f"--storage {storage}: a file, want a folder")
+    if storage.parent.is_dir():
+        return storage.parent
+    there = next(folder for folder in storage.parents if folder.is_dir())
+    raise InputError(
+        f"--storage {storage}: no such folder, {there} is the nearest that is there; "
+        f"mount it, type `mkdir -p {shlex.quote(str(storage))}`, or --storage FOLDER"
+    )
 
 
 def moved(file: Path, storage_path: str, name: str) -> dict[str, str]:

@@ -160,10 +160,6 @@ class SweepStudy:
         """As they stand in the journal, those of earlier sweeps too."""
         return self._stored.get_trials(deepcopy=False)
 
-    def as_sampled(self) -> list[FrozenTrial]:
-        """Every trial that the sampler learns from, as it sees them."""
-        return self._study.get_trials(deepcopy=False)
-
     def trials(self) -> list[FrozenTrial]:
         """Every trial of the sweep as it stands in the journal."""
         return [t for t in self._all() if FROM not in t.user_attrs and FINISHES not in t.user_attrs]

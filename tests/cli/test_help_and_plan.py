@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
@@ -45,7 +45,7 @@ print(verb, loaded)
 
 
 def command_of(verb):
-    return benchmarks.main if verb == "benchmarks" else main._command(verb)
+    return benchmarks.main if verb == "benchmarks" else import_module(f"flowray.cli.{verb}").main
 
 
 def command(*argv):
@@ -117,8 +117,11 @@ def test_python_m_flowray_answers():
 
 
 @pytest.mark.parametrize("verb", main._VERBS)
-def test_every_listed_verb_has_its_own_command(verb):
-    assert main._command(verb).__module__ == f"flowray.cli.{verb}"
+def test_every_listed_verb_has_its_own_command(verb, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["flowray", verb, "--help"])
+    with pytest.raises(SystemExit):
+        main.main()
+    assert capsys.readouterr().out.startswith(f"usage: flowray.{verb} ")
 
 
 def test_every_listed_verb_is_a_module_too():

@@ -18,13 +18,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from support import own_pictures
 
 from flowray.cli.common import Main
-from flowray.cli.main import _command
 from flowray.config.load import recipe_names
 
 ROOT = Path(__file__).parent.parent.parent
@@ -118,7 +118,7 @@ def test_quick_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("HOME", "/dev/null")
     for verb, *argv in typed():
-        main: Main = _command(verb)
+        main: Main = import_module(f"flowray.cli.{verb}").main
         try:
             code = main(quick(verb, argv, place))
         except SystemExit as stop:  # --help

@@ -168,7 +168,7 @@ def test_a_moved_run_is_continued_where_it_is(place, tmp_path, monkeypatch, caps
     assert "--resume" in line_of(train.main, [config])
 
 
-@pytest.mark.timeout(900)  # Ray starts three times, on a busy machine slowly
+@pytest.mark.timeout(900)  # Ray starts, on a busy machine slowly
 def test_own_pictures_by_relative_paths_from_a_folder_with_a_space(tmp_path):
     """Packed, checked and trained as users type it: Ray's worker runs in another folder."""
     place = tmp_path / "my photos"

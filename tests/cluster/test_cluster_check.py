@@ -21,10 +21,10 @@ from support import remarks
 
 from flowray.cli.cluster import table
 from flowray.cluster import access, session, storage
-from flowray.cluster.check import Prober, bundles, place_of, skew, wait_for
+from flowray.cluster.check import Prober, bundles, skew, wait_for
 from flowray.cluster.verdict import NO_CUDA, PAYLOAD_BYTES, ClusterFacts, NodeFacts, healthy, judge
 from flowray.config.errors import InputError
-from flowray.config.paths import storage_folder
+from flowray.config.paths import storage_folder, storage_place
 from flowray.config.train import DataConfig
 
 VERSIONS = {"python": "3.11.9", "torch": "2.13.0", "ray": "2.60.0", "flowray": "0.1.0"}
@@ -287,12 +287,12 @@ def test_storage_in_the_job_folder_is_refused_on_a_cluster_only(tmp_path, monkey
 def test_a_check_makes_no_storage(tmp_path):
     """It asks about the folder that would hold it, and where that is not there either, says so."""
     there = tmp_path / "runs"
-    assert place_of(there) == tmp_path
-    assert place_of(tmp_path) == tmp_path
+    assert storage_place(there) == tmp_path
+    assert storage_place(tmp_path) == tmp_path
     (tmp_path / "file").touch()
     for bad in (tmp_path / "a" / "b" / "runs", tmp_path / "file"):
         with pytest.raises(InputError, match=f"--storage {bad}: "):
-            place_of(bad)
+            storage_place(bad)
     with pytest.raises(InputError), storage.marker_file(there, make=False):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -4,13 +4,10 @@ centre.
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from support import on_two_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -73,20 +70,13 @@ def run(rank: int, world: int, gather: bool) -> dict[str, Tensor]:
     return told | {name: tensor.clone() for name, tensor in losses.dino.moving().items()}
 
 
-def worker(rank: int, folder: str, port: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def worker(rank: int, folder: Path) -> None:
     for gather in (True, False):
-        torch.save(run(rank, 2, gather), Path(folder) / f"{gather}-{rank}")
-    dist.destroy_process_group()
+        torch.save(run(rank, 2, gather), folder / f"{gather}-{rank}")
 
 
 def test_two_ranks_make_what_one_makes_of_the_joined_batch(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(worker, args=(str(tmp_path), port), nprocs=2, start_method="spawn")
+    on_two_ranks(worker, tmp_path)
     alone = run(0, 1, True)
     first, second = (torch.load(tmp_path / f"True-{rank}", weights_only=True) for rank in (0, 1))
     assert first.keys() == second.keys() == alone.keys()

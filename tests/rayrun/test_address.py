@@ -22,7 +22,7 @@ import pytest
 import ray
 from support import remarks
 
-from flowray.cli.main import _command as command
+from flowray.cli import train, tune
 from flowray.cluster import address, session
 from flowray.cluster.address import host_and_port, problem_at, refuse_unreachable
 from flowray.config.cluster import in_cluster
@@ -79,18 +79,18 @@ def test_a_dead_cluster_is_one_line_and_soon(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("main", "argv"),
     [
-        ("train", "quickstart", "name=x"),
-        ("tune", "sweeps/head.yaml"),
-        ("tune", "sweeps/head.yaml", "--plan"),
+        (train.main, ["quickstart", "name=x"]),
+        (tune.main, ["sweeps/head.yaml"]),
+        (tune.main, ["sweeps/head.yaml", "--plan"]),
     ],
 )
-def test_nothing_is_begun_for_a_dead_cluster(tmp_path, monkeypatch, argv):
+def test_nothing_is_begun_for_a_dead_cluster(tmp_path, monkeypatch, main, argv):
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
     began = time.monotonic()
     with pytest.raises(InputError, match="RAY_ADDRESS"):
-        command(argv[0])([*argv[1:], f"storage_path={tmp_path / 'runs'}"])
+        main([*argv, f"storage_path={tmp_path / 'runs'}"])
     assert time.monotonic() - began < 30
     assert list(tmp_path.iterdir()) == []
 

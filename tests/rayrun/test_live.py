@@ -318,12 +318,16 @@ def test_progress_counts_the_steps_of_all_seeds(tmp_path: Path) -> None:
         SweepConsole(make(seeds=2), tmp_path, 8, io.StringIO()),
         record(0, budget_steps=800),
     )
-    said = []
-    for folder, step in (("0", 400), ("0/seeds/1", 50)):
-        said.append(console._progress(trial, brief=True))
+    console.started(trial)
+
+    def said() -> list[str]:
+        return re.findall(r"start-up|\d+/800", drawn(console, 1))
+
+    assert said() == ["start-up"]
+    for folder, step, shown in (("0", 400, "400/800"), ("0/seeds/1", 50, "450/800")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
-    assert [*said, console._progress(trial, brief=True)] == ["start-up", "400/800", "450/800"]
+        assert said() == [shown]
 
 
 def test_console_table_shows_the_noise_over_seeds(tmp_path: Path) -> None:

@@ -4,16 +4,12 @@ sends gradients once.
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from support import tiny_recipe
+from support import on_two_ranks, tiny_recipe
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,17 +62,13 @@ def steps(recipe: Recipe, group: Group) -> dict[str, Any]:
     }
 
 
-def worker(rank: int, plain: dict, port: int, folder: str) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def worker(rank: int, plain: dict, folder: Path) -> None:
     recipe = Recipe.model_validate(plain)
     found = {
         name: steps(override_recipe(recipe, options), Group.current("cpu"))
         for name, options in CASES.items()
     }
-    torch.save(found, Path(folder) / f"rank-{rank}")
-    dist.destroy_process_group()
+    torch.save(found, folder / f"rank-{rank}")
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +84,7 @@ def ranks(base, tmp_path_factory) -> list[dict[str, Any]]:
     """What each of two ranks found in every case."""
     ensure_latents(base.data, base.model.autoencoder, base.model.latent)
     folder = tmp_path_factory.mktemp("found")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(
-        worker,
-        args=(base.model_dump(mode="json"), port, str(folder)),
-        nprocs=2,
-        start_method="spawn",
-    )
+    on_two_ranks(worker, base.model_dump(mode="json"), folder)
     return [torch.load(folder / f"rank-{rank}", weights_only=True) for rank in (0, 1)]
 
 

@@ -1,14 +1,10 @@
 """Two gloo ranks train as one process does: the same global batches, the same losses."""
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from support import tiny_recipe
+from support import on_two_ranks, tiny_recipe
 
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
@@ -19,24 +15,16 @@ from flowray.train.group import Group
 from flowray.train.loop import train
 
 
-def go(recipe: Recipe, world: int, rank: int = 0, port: int = 0) -> None:
+def go(recipe: Recipe, rank: int = 0) -> None:
     """One rank of a run; leaves the rows it was reported in reported-RANK."""
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-        )
     run = RunDirectory(Path(recipe.storage_path) / recipe.name)
     reported: list[dict] = []
     train(recipe, run, Group.current("cpu"), reported.append)
     torch.save(reported, run.path / f"reported-{rank}")
-    if world > 1:
-        dist.destroy_process_group()
 
 
-def worker(rank: int, plain: dict, port: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    go(Recipe.model_validate(plain), 2, rank, port)
+def worker(rank: int, plain: dict) -> None:
+    go(Recipe.model_validate(plain), rank)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can be used here")
@@ -60,14 +48,9 @@ def test_two_ranks_equal_one(tmp_path):
     recipe = tiny_recipe(
         tmp_path, **{"train.log_every": 1, "train.sample_every": 100, "train.steps": 8}
     )
-    go(recipe, 1)
+    go(recipe)
     two = override_recipe(recipe, {"name": "two", "resources.num_workers": 2})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(
-        worker, args=(two.model_dump(mode="json"), port), nprocs=2, start_method="spawn"
-    )
+    on_two_ranks(worker, two.model_dump(mode="json"))
 
     alone, both = (RunDirectory(tmp_path / "runs" / name) for name in ("tiny", "two"))
     rows, pairs = read_rows(alone.metrics), read_rows(both.metrics)

@@ -14,6 +14,7 @@ from flowray.config.errors import InputError
 from flowray.sweepconfig.distributions import LogUniform
 from flowray.sweepconfig.file import text_sweep
 from flowray.sweepconfig.sweep import Sweep
+from flowray.tune import study
 from flowray.tune.observers import Observer
 from flowray.tune.policy import Policy
 from flowray.tune.pruners import Pruner
@@ -51,6 +52,28 @@ def open_session(
 ) -> SweepSession:
     """A session of the sweep in `folder`, trials of `steps` steps."""
     return SweepSession(sweep, folder, Policy(sweep, steps, pruner), observers, **options)
+
+
+def seen_by_samplers(monkeypatch: pytest.MonkeyPatch) -> list[list[optuna.trial.FrozenTrial]]:
+    """The trials that the samplers of studies are shown from now on, at each draw: all but the
+    one that is drawn.
+    """
+    seen, make = [], study.make_sampler
+
+    def watched(*args: Any) -> optuna.samplers.BaseSampler:
+        sampler = make(*args)
+        before = sampler.infer_relative_search_space
+
+        def infer(shown: optuna.Study, trial: optuna.trial.FrozenTrial) -> Any:
+            others = shown.get_trials(deepcopy=False)
+            seen.append([other for other in others if other.number != trial.number])
+            return before(shown, trial)
+
+        sampler.infer_relative_search_space = infer
+        return sampler
+
+    monkeypatch.setattr(study, "make_sampler", watched)
+    return seen
 
 
 def study_trials(folder: Path, name: str = "s") -> list[optuna.trial.FrozenTrial]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from builders import METRIC, make_sweep, open_session
+from builders import METRIC, make_sweep, open_session, seen_by_samplers
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -118,7 +118,7 @@ def test_the_cases_are_all_samplers_that_learn():
     assert set(members(LearningSearch)) == {TpeSearch, GpSearch, CmaEsSearch, Nsga2Search}
 
 
-def test_several_metrics_of_those_that_wait(folder):
+def test_several_metrics_of_those_that_wait(folder, monkeypatch):
     """The study of several metrics holds no value of a trial that has not finished; the account
     does, and so does a new session.
     """
@@ -131,16 +131,17 @@ def test_several_metrics_of_those_that_wait(folder):
     again = open_session(sweep, folder, STEPS)
     stopped = judge.ledger.by("stopped")
     assert len(stopped) > 6
+    generations = [trial.system_attrs[GENERATION_OF_NSGA] for trial in judge.study.trials()]
+    assert generations == [number // 4 for number in range(12)]
+    seen = seen_by_samplers(monkeypatch)
     for session in (judge, again):
-        seen = session.study.as_sampled()
+        session.study.ask()
         for record in stopped:
-            assert seen[record.trial].values == [
+            assert seen[-1][record.trial].values == [
                 record.metrics[METRIC],
                 drawn[record.trial]["loss.clip.weight"],
             ]
-            assert seen[record.trial].system_attrs[STEP] == record.last_step
-    generations = [trial.system_attrs[GENERATION_OF_NSGA] for trial in judge.study.trials()]
-    assert generations == [number // 4 for number in range(12)]
+            assert seen[-1][record.trial].system_attrs[STEP] == record.last_step
 
 
 def trial(number: int, state: TrialState, *values: float, step: int | None = None) -> FrozenTrial:

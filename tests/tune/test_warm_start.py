@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from builders import sweep_of
+from builders import study_trials, sweep_of
 
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, override_recipe
@@ -61,11 +61,11 @@ def test_a_warm_start_takes_what_compares_and_says_what_it_leaves_out(tmp_path):
         str(found)
         == f"warm start with 2 trials ({'; '.join(f'1 left out: {why}' for why in left_out)})"
     )
-    study = SweepStudy(sweep, tmp_path / "j", earlier=found.trials)
+    study = SweepStudy(sweep, tmp_path / "study.journal", earlier=found.trials)
     assert study.trials() == []  # they are not the sweep's own
     assert study.ask()[0] == 2
-    resumed = SweepStudy(sweep, tmp_path / "j", earlier=found.trials)
-    told = resumed._all()
+    SweepStudy(sweep, tmp_path / "study.journal", earlier=found.trials)  # resumed
+    told = study_trials(tmp_path, sweep.name)
     assert [(t.state.name, t.value, t.intermediate_values) for t in told[:2]] == [
         ("COMPLETE", 0.5, {20: 2.0, 40: 0.5}),
         ("PRUNED", 3.0, {20: 3.0}),
