@@ -19,6 +19,8 @@ class Baseline:
 BASELINES: Mapping[str, Baseline] = {
     "shoot/nmse": Baseline(1.0, "predicting the mean"),
     "shoot/skill": Baseline(0.0, "doing nothing"),
+    "shoot/energy": Baseline(1.0, "drawing any picture of the data"),
+    "shoot/diversity": Baseline(1.0, "as varied as the data"),
     "flow/nmse": Baseline(1.0, "predicting zero"),
     "train/nmse": Baseline(1.0, "predicting zero"),
     "flow/cos": Baseline(0.0, "unrelated"),

@@ -19,6 +19,15 @@ from flowray.model.assemble import FlowModel, Source
 from flowray.model.latent import Moments
 from flowray.model.posterior import Posterior
 from flowray.model.text import TextTokens
+from flowray.probes.answers import (
+    DRAWN,
+    SEARCHED,
+    Answers,
+    answer_metrics,
+    same_captions,
+    source_metrics,
+    strangers,
+)
 from flowray.probes.field import BINS, cosines, field_metrics
 from flowray.probes.latent import posterior_metrics, scale_metrics, start_metrics, text_metrics
 from flowray.probes.rollout import (
@@ -38,7 +47,7 @@ class ProbeBatch:
     H, W).
 
     times: (BINS, B), one stratified t per bin and sample. others: a derangement of the batch (B,)
-    across different captions.
+    across different captions. answers: what else of the data's would answer the captions.
     """
 
     captions: list[str]
@@ -48,6 +57,7 @@ class ProbeBatch:
     times: Tensor
     others: Tensor
     variance: float
+    answers: Answers
 
 
 def derangement(captions: list[str]) -> Tensor:
@@ -76,10 +86,7 @@ def make_probe_batch(recipe: Recipe, held_out: LatentSet, device: torch.device) 
     draws = Draws(recipe.probes.seed, 0, size, slice(None), device)
     shape = recipe.model.latent.shape
     captions = [held_out.captions(i)[0] for i in range(size)]
-    mean, logvar = held_out.moments(np.arange(size))
-    z1 = held_out.scale.sample(
-        Moments(mean.to(device), logvar.to(device)), draws.normal("posterior", shape)
-    )
+    z1 = _latents(held_out, np.arange(size), draws.normal("posterior", shape))
     edges = torch.arange(BINS, dtype=torch.float32)[:, None]
     times = torch.stack([draws.uniform(f"time{b}") for b in range(BINS)])
     return ProbeBatch(
@@ -90,6 +97,35 @@ def make_probe_batch(recipe: Recipe, held_out: LatentSet, device: torch.device) 
         times=((edges + times) / BINS).to(device),
         others=derangement(captions).to(device),
         variance=held_out.variance,
+        answers=_answers(recipe, held_out, captions, z1),
+    )
+
+
+def _latents(held_out: LatentSet, indices: np.ndarray, noise: Tensor) -> Tensor:
+    """z1 of samples, drawn with noise (B, C, H, W), on the noise's device."""
+    mean, logvar = held_out.moments(indices)
+    return held_out.scale.sample(Moments(mean.to(noise.device), logvar.to(noise.device)), noise)
+
+
+def _answers(recipe: Recipe, held_out: LatentSet, captions: list[str], z1: Tensor) -> Answers:
+    """Found once, by the first SEARCHED captions of the set."""
+    size, seed = len(z1), recipe.probes.seed
+    draws = Draws(seed, 0, size, slice(None), z1.device)
+    shape = recipe.model.latent.shape
+    u = torch.stack([draws.uniform(f"drawn {i}") for i in range(DRAWN)])
+    drawn = [
+        _latents(held_out, indices.numpy(), draws.normal(f"drawn posterior {i}", shape))
+        for i, indices in enumerate(strangers(u, len(held_out)))
+    ]
+    rows, samples = same_captions(
+        captions, (held_out.captions(i) for i in range(min(len(held_out), SEARCHED)))
+    )
+    partners = z1[:0]
+    if samples:
+        noise = Draws(seed, 0, len(samples), slice(None), z1.device).normal("partners", shape)
+        partners = _latents(held_out, np.array(samples), noise)
+    return Answers(
+        z1, torch.stack(drawn), torch.tensor(rows, dtype=torch.long).to(z1.device), partners
     )
 
 
@@ -105,17 +141,21 @@ def run_probes(
     try:
         source = model.source(batch.captions, batch.noise)
         posterior, z0, text = source
+        rho, other = recipe.flow.path.rho, posterior.sample(batch.other_noise)
         rows = _field(model, recipe, batch, source) | start_metrics(z0)
         if model.head is not None:
             rows |= posterior_metrics(posterior)
             rows |= text_metrics(posterior, batch.noise, batch.other_noise)
+            rows |= source_metrics(posterior, z0, batch.captions, batch.answers, rho)
         velocity_fn = conditional(with_time_code(model.field(text)))
         z_end = shoot(velocity_fn, z0, recipe.probes.shoot_steps)
         rows |= shoot_metrics(z_end, z0, batch.z1, batch.others, batch.variance)
-        rows |= teacher_metrics(z0, batch.z1, recipe.flow.path.rho)
+        other_end = shoot(velocity_fn, other, recipe.probes.shoot_steps)
+        rows |= answer_metrics(z_end, other_end, batch.answers)
+        rows |= teacher_metrics(z0, batch.z1, rho)
         if endpoints:
             rows |= endpoint_metrics(velocity_fn, z0, batch.z1)
-        trivial = trivial_metrics(posterior, z0, batch, recipe.flow.path.rho)
+        trivial = trivial_metrics(posterior, z0, batch, rho)
         return rows | {f"trivial/{key}": value for key, value in trivial.items() if key in rows}
     finally:
         model.train(was_training)
@@ -135,6 +175,7 @@ def trivial_metrics(
         "flow/cond_gain_cos": 0.0
     }
     rows |= shoot_metrics(z0, z0, batch.z1, batch.others, batch.variance)
+    rows |= answer_metrics(z0, posterior.sample(batch.other_noise), batch.answers)
     rows |= endpoint_metrics(lambda x, t: torch.zeros_like(x), z0, batch.z1)
     rows |= {f"teacher/mse@{n}": mse(z0, batch.z1) for n in TEACHER_STEPS}
     blind = Posterior(
@@ -147,6 +188,7 @@ def trivial_metrics(
         | start_metrics(source)
         | posterior_metrics(blind)
         | text_metrics(blind, batch.noise, batch.other_noise)
+        | source_metrics(blind, source, batch.captions, batch.answers, rho)
         | scale_metrics(middle)
     )
 

@@ -116,8 +116,16 @@ def test_probes_of_noise_say_nothing_of_a_posterior(recipe: Recipe) -> None:
     folders = ensure_latents(made.data, made.model.autoencoder, made.model.latent)
     held_out = load_latents(folders["val"])
     rows = run_probes(model_of(made), made, make_probe_batch(made, held_out, CPU), endpoints=False)
-    assert {"flow/cos", "shoot/nmse", "z_init/var", "flow/cond_gain_cos"} <= rows.keys()
-    assert not [key for key in rows if key.startswith(("mu/", "logvar/", "std/", "text/"))]
+    assert {
+        "flow/cos",
+        "shoot/nmse",
+        "shoot/energy",
+        "z_init/var",
+        "flow/cond_gain_cos",
+    } <= rows.keys()
+    assert not [
+        key for key in rows if key.startswith(("mu/", "logvar/", "std/", "text/", "source/"))
+    ]
     assert rows["flow/cond_gain_cos"] != 0
 
 

@@ -72,11 +72,12 @@ def test_a_metric_without_a_goal_has_its_own_better_side():
             "loss/flow",
             "eval/all_correct",
             "perf/images_per_s",
+            "ema/shoot/energy",
+            "source/separation@0.25",
         )
     }
-    assert found == dict(
-        zip(found, ("minimize", "maximize", "minimize", "maximize", "maximize"), strict=True)
-    )
+    less, more = "minimize", "maximize"
+    assert found == dict(zip(found, (less, more, less, more, more, less, more), strict=True))
     assert Metric(name="ema/flow/cos", goal="minimize").goal == "minimize"
 
 
@@ -89,6 +90,21 @@ def test_several_metrics_survive_the_dump():
     assert [metric.goal for metric in sweep.objectives] == ["minimize", "maximize"]
     assert isinstance(yaml.safe_load(dump_sweep(sweep))["metric"], list)
     assert text_sweep(dump_sweep(sweep), "again") == sweep
+
+
+def test_a_picture_against_a_blur_ranks_trials_and_stops_them():
+    text = HEAD.replace("shoot/nmse", "shoot/energy")
+    rules = [
+        {"metric": "ema/shoot/energy", "above": 1.0, "after": 100},
+        {"metric": "ema/shoot/diversity", "below": 0.1, "after": 100, "patience": 2},
+        {"metric": "ema/source/separation@0.25", "below": 0.2, "after": 100},
+    ]
+    text += f"parameters:\n  optim.lr: {{min: 1e-4, max: 1e-2}}\nstop: {json.dumps(rules)}"
+    sweep = text_sweep(text, "s.yaml")
+    assert sweep.minimise
+    assert [rule.metric for rule in sweep.stop] == [rule["metric"] for rule in rules]
+    check = jsonschema.Draft202012Validator(sweep_schema())
+    assert [error.message for error in check.iter_errors(yaml.safe_load(text))] == []
 
 
 def test_the_schema_takes_every_packaged_sweep_and_refuses_slips(capsys):
