@@ -1,5 +1,5 @@
-"""`python -m tools.assets {autoencoder,text}`: train the small models that flowray ships, and write
-their cards.
+"""`python -m tools.assets {autoencoder,decoder,text}`: train the small models that flowray ships,
+and write their cards.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from flowray.cli.common import GOOD
 from flowray.cli.parser import Parser
 from flowray.config.card import git_commit
 
-DEFAULT_STEPS = {"autoencoder": 7000, "text": 2000}
+DEFAULT_STEPS = {"autoencoder": 7000, "decoder": 3000, "text": 2000}
 
 
 def main(argv: list[str]) -> int:
@@ -27,18 +27,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    import torch
-
     from flowray.model.assets import asset_path
     from tools import train_autoencoder, train_text
 
-    torch.set_num_threads(os.cpu_count() or 1)
     steps = args.steps or DEFAULT_STEPS[args.what]
-    out = args.out or asset_path(args.what)
+    out = args.out or asset_path("autoencoder" if args.what == "decoder" else args.what)
     began = time.monotonic()
-    if args.what == "autoencoder":
+    if args.what != "text":
         data = "embedded shapes (training split) and digits pictures, half of them in false colours"
-        figures = train_autoencoder.train(out, steps, args.seed)
+        made = {"autoencoder": train_autoencoder.train, "decoder": train_autoencoder.train_decoder}
+        figures = made[args.what](out, steps, args.seed)
     else:
         data = "embedded captions"
         figures = train_text.train(out, steps, args.seed)

@@ -5,7 +5,7 @@ autoencoder`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
@@ -26,8 +27,10 @@ from flowray.probes.vae import psnr
 
 CHANNELS = (16, 32, 48, 64)
 BATCH = 8
-KL_WEIGHT = 3e-4  # on the mean KL per dim in nats
+KL_WEIGHT = 1e-5  # on the mean KL per dim in nats: thirty times this leaves noise in z1 to predict
+NOISE = 0.4  # most noise on the latents that the decoder alone is shown, in standard deviations
 PREVIEW_WEIGHT = 0.1
+Loss = tuple[Tensor, str]  # the loss, and a line for the one who waits
 
 
 class _Stream(IterableDataset[Tensor]):
@@ -84,51 +87,90 @@ def train(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
     """
     torch.manual_seed(seed)
     net = _fresh()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.05
-    )
-    began = time.monotonic()
-    for step, pictures in enumerate(islice(DataLoader(_Stream(seed), batch_size=None), steps)):
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = net.encode(pictures).latent_dist
-            rebuilt = net.decode(posterior.sample()).sample.float()
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        drawn = F.mse_loss(mean[:, :3], preview(pictures))
-        loss = (
-            F.mse_loss(rebuilt, pictures)
-            + 0.2 * F.l1_loss(rebuilt, pictures)
-            + KL_WEIGHT * kl
-            + PREVIEW_WEIGHT * drawn
-        )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 250 == 0:
-            told = (
-                f"psnr {psnr(rebuilt.detach(), pictures):.2f} dB  kl {float(kl.detach()):.3f} "
-                f" preview {float(drawn.detach()):.4f}"
-            )
-            print(f"step {step}/{steps}  {told}  {time.monotonic() - began:.0f} s", flush=True)
+    _fit(net, steps, seed, lr=2e-3, loss=_joint_loss)
+    _set_statistics(net)
     return _finish(net.eval(), out)
 
 
-@torch.no_grad()
-def _finish(net: Any, out: Path) -> dict[str, float]:
-    """Set mean and std so that every channel of training latents has mean 0 and variance 1;
-    save; measure.
+def train_decoder(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
+    """Train the decoder of the autoencoder in `out` further, on latents with noise, and save it
+    there; the encoder and its latents stay. Returns the figures.
     """
-    train_pictures = to_pictures([image for image, _, _ in shapes.samples(512, "train", seed=1)])
-    latents = net.encode(train_pictures).latent_dist.mean
+    torch.manual_seed(seed)
+    net: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(out))
+    net.load_state_dict(load_file(out / "diffusion_pytorch_model.safetensors"))
+    for part in (net.encoder, net.quant_conv):
+        part.requires_grad_(False)
+    _fit(net, steps, seed + 1, lr=1e-3, loss=_decoder_loss)
+    return _finish(net.eval(), out)
+
+
+def _fit(net: Any, steps: int, seed: int, lr: float, loss: Callable[[Any, Tensor], Loss]) -> None:
+    """AdamW over what trains of the net, one cycle of the learning rate."""
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=lr, total_steps=steps, pct_start=0.05
+    )
+    began = time.monotonic()
+    for step, pictures in enumerate(islice(DataLoader(_Stream(seed), batch_size=None), steps)):
+        value, told = loss(net, pictures)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 250 == 0:
+            print(f"step {step}/{steps}  {told}  {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _joint_loss(net: Any, pictures: Tensor) -> Loss:
+    """Of encoder and decoder: the pictures again, a little KL, and what the latents look like."""
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = net.encode(pictures).latent_dist
+        rebuilt = net.decode(posterior.sample()).sample.float()
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    drawn = F.mse_loss(mean[:, :3], preview(pictures))
+    told = f"psnr {psnr(rebuilt.detach(), pictures):.2f} dB  kl {float(kl.detach()):.3f}"
+    total = _distance(rebuilt, pictures) + KL_WEIGHT * kl + PREVIEW_WEIGHT * drawn
+    return total, f"{told}  preview {float(drawn.detach()):.4f}"
+
+
+def _decoder_loss(net: Any, pictures: Tensor) -> Loss:
+    """Of the decoder alone: the pictures from latents with noise on them. A velocity network's
+    latents are never quite the encoder's, and a decoder that has only seen those paints textures.
+    """
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            z = net.encode(pictures).latent_dist.mean.float()
+        std = torch.tensor(net.config.latents_std)[:, None, None]
+        strength = NOISE * torch.rand(len(z), 1, 1, 1)
+        rebuilt = net.decode(z + strength * std * torch.randn_like(z)).sample.float()
+    told = f"psnr {psnr(rebuilt.detach(), pictures):.2f} dB of latents with noise"
+    return _distance(rebuilt, pictures), told
+
+
+def _distance(rebuilt: Tensor, pictures: Tensor) -> Tensor:
+    return F.mse_loss(rebuilt, pictures) + 0.2 * F.l1_loss(rebuilt, pictures)
+
+
+@torch.no_grad()
+def _set_statistics(net: Any) -> None:
+    """Mean and std such that every channel of training latents has mean 0 and variance 1."""
+    pictures = to_pictures([image for image, _, _ in shapes.samples(512, "train", seed=1)])
+    latents = net.encode(pictures).latent_dist.mean
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     statistics = {
         "latents_mean": [round(m, 5) for m in mean.tolist()],
         "latents_std": [round(s, 5) for s in std.tolist()],
     }
     net.register_to_config(scaling_factor=1.0, **statistics)
+
+
+@torch.no_grad()
+def _finish(net: Any, out: Path) -> dict[str, float]:
+    """Save, and measure on pictures that were not trained on."""
     net.save_pretrained(out)
     wrapped = load_autoencoder(KLAutoencoder(path=str(out)), LatentSpec())
     held_out = {
