@@ -22,8 +22,8 @@ from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_diffs, 
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
+from flowray.config.train import CHECKED
 from flowray.config.writing import write_whole
-from flowray.data.shards import CHECKED
 from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory, RunLock

@@ -287,7 +287,7 @@ def test_weights_that_do_not_fit_are_blamed_on_what_was_typed_or_on_the_config(p
             ["sample", "runs/tiny", "a", "--set", "model.head.kind=pooled"],
             "command line: model.head.kind=pooled",
         ),
-        (["eval", "runs/tiny"], "the exact checker reads pictures of shapes and shapes_open only"),
+        (["eval", "runs/tiny"], "the exact checker reads pictures of shapes and shapes_closed"),
     ],
 )
 def test_the_commands_as_users_start_them(place, argv, says):
