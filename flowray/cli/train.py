@@ -94,6 +94,10 @@ def main(argv: list[str]) -> int:
     if start and run.config.is_file():
         before = load_recipe(str(run.config)).recipe
         refuse_changes(before, loaded.recipe, start, str(run.path))
+    if checkpoint and start < loaded.recipe.train.steps:
+        from flowray.store.frozen import refuse_other_weights
+
+        refuse_other_weights(checkpoint, load_state(checkpoint), loaded.recipe.model)
     return _train(loaded, run, start, progress, as_json=args.json)
 
 
