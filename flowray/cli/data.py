@@ -70,7 +70,7 @@ def _add_make(commands: argparse._SubParsersAction[Parser]) -> None:
         "--two-share",
         type=float,
         metavar="X",
-        help="shapes: share of two-object scenes in 0..1, 0.5",
+        help="shapes: share of two-object scenes in 0..1, 0.2",
     )
     parser.add_argument("--seed", type=int, help="shapes: another seed draws other scenes, 0")
     parser.set_defaults(run=_make)

@@ -89,6 +89,7 @@ def line_of(main, argv: list[str]) -> str:
         (["tiny.yaml", "learning_rate=1"], "optim.lr"),
         (["tiny.yaml", "optim.lr=fast"], "optim.lr"),
         (["tiny.yaml", "name=new", "data.shards=nowhere"], "no such folder"),
+        (["quickstart", "data.shards=shapes_close"], "did you mean shapes_closed"),
         (["tiny.yaml", "name=new", "data.shards=empty"], "the folder holds no .tar file"),
         (["tiny.yaml", "name=new", "data.val_shards=empty"], "the folder holds no .tar file"),
         (["tiny.yaml", "name=new", "storage_path=file"], "storage_path: "),
