@@ -32,6 +32,7 @@ from flowray.config.load import override_recipe
 from flowray.config.progress import SILENT
 from flowray.config.recipe import Recipe
 from flowray.config.rows import Row
+from flowray.config.train import OPEN_SCORES
 from flowray.data.folders import locked
 from flowray.store.latents import ensure_latents
 from flowray.store.rows import read_rows
@@ -96,8 +97,11 @@ def picture_score(run: Path) -> dict[str, float]:
     """
     from flowray.cli.eval import evaluate
 
-    shapes = evaluate(run, [], 0, SILENT)["shapes"]
+    scores = evaluate(run, [], 0, SILENT)
+    shapes = scores["shapes"]
+    left_open = {name: scores["open"][name] for name in OPEN_SCORES} if "open" in scores else {}
     return {
+        **left_open,
         "mean_attribute_accuracy": shapes["mean_attribute_accuracy"],
         "all_correct": shapes["all_correct"],
         **shapes["by_attribute"],

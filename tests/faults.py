@@ -96,7 +96,7 @@ class Fault:
 
 def make_sets(home: Path) -> dict[str, Path]:
     """The healthy pictures: one-object scenes of shapes, (train, val)."""
-    return write_set(ShapesSet(two_share=0.0, **SETS), home / "pictures")
+    return write_set(ShapesSet(two_share=0.0, closed=True, **SETS), home / "pictures")
 
 
 def small_recipe(home: Path, name: str, **keys: Any) -> Recipe:

@@ -51,8 +51,8 @@ def main(argv: list[str]) -> int:
 def _add_make(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "make",
-        help="write an embedded set: shapes (procedural scenes), shapes_open (the same under"
-        " captions that leave things open) or digits (real 8x8 scans)",
+        help="write an embedded set: shapes (procedural scenes under captions that leave things"
+        " open), shapes_closed (the same, all of each named) or digits (real 8x8 scans)",
     )
     parser.add_argument("set", choices=EMBEDDED)
     parser.add_argument(
@@ -70,7 +70,7 @@ def _add_make(commands: argparse._SubParsersAction[Parser]) -> None:
         "--two-share",
         type=float,
         metavar="X",
-        help="shapes: share of two-object scenes in 0..1, 0.5",
+        help="shapes: share of two-object scenes in 0..1, 0.2",
     )
     parser.add_argument("--seed", type=int, help="shapes: another seed draws other scenes, 0")
     parser.set_defaults(run=_make)
@@ -110,7 +110,7 @@ def _set(args: argparse.Namespace) -> EmbeddedSet:
         if count < 1:
             raise InputError(f"--samples {count}: must be at least 1")
         given |= {"train": count, "val": max(1, count // 16), "unseen": max(1, count // 32)}
-    what = ShapesSet(**given, left_open=args.set == "shapes_open")
+    what = ShapesSet(**given, closed=args.set == "shapes_closed")
     if not 0 <= what.two_share <= 1:
         raise InputError(f"--two-share {what.two_share}: must lie in 0..1")
     if what.seed < 0:
@@ -183,7 +183,7 @@ def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
         type=expand,
         nargs="+",
         metavar="SHARDS",
-        help="folders of .tar files, globs or .tar files; or shapes, shapes_open, digits",
+        help="folders of .tar files, globs or .tar files; or shapes, shapes_closed, digits",
     )
     parser.add_argument("--json", action="store_true", help=JSON)
     parser.set_defaults(run=_check)

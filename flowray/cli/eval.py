@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -20,17 +20,10 @@ from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libr
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
 from flowray.config.progress import Progress
+from flowray.config.train import CHECKED, LEFT_OPEN
 from flowray.config.writing import write_whole
-from flowray.data.shards import CHECKED
-from flowray.store.found import Found, find_checkpoint
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from flowray.model.autoencoder import Autoencoder
-    from flowray.sample.restore import OpenedRun
-
-CAPTIONS, DRAWS = 24, 12
+from flowray.sample.open_scores import CAPTIONS, DRAWS
+from flowray.store.found import find_checkpoint
 
 
 def _parser() -> Parser:
@@ -48,7 +41,7 @@ def _parser() -> Parser:
         help="where the scores go, as JSON (default RUN/eval.json)",
     )
     for option, count, of in (
-        ("--captions", CAPTIONS, "captions that leave things open, of a run on shapes_open"),
+        ("--captions", CAPTIONS, "captions that leave things open, of a run on shapes"),
         ("--draws", DRAWS, "pictures of each of them"),
     ):
         parser.add_argument(
@@ -69,7 +62,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The evaluation of a run as a JSON-ready object; also in `out`, or `<run>/eval.json`.
 
-    captions, draws: how many that leave things open, and pictures of each; of a run on shapes_open.
+    captions, draws: how many that leave things open, and pictures of each; of a run on shapes.
     """
     with progress.task(LOOKING):
         found = find_checkpoint(run, overrides)
@@ -81,23 +74,25 @@ def evaluate(
         raise InputError(
             f"{run}: {trained}; the exact checker reads pictures of {' and '.join(CHECKED)} only"
         )
-    left_open = shards == "shapes_open"
-    if not left_open and (captions or draws):
+    if shards != LEFT_OPEN and (captions or draws):
         raise InputError(
-            f"{run}: --captions and --draws are of a run on shapes_open, this one is on {shards}"
+            f"{run}: --captions and --draws are of a run on {LEFT_OPEN}, this one is on {shards}"
         )
     with progress.task(IMPORTING):
         import torch
 
         from flowray.model.autoencoder import load_autoencoder
         from flowray.sample.evaluate import evaluate_shapes
-        from flowray.sample.evaluate_open import closed_caption
+        from flowray.sample.evaluate_open import ask, closed_caption, score_open
         from flowray.sample.generate import generate
         from flowray.sample.restore import open_run
 
-    judge = None
-    if left_open:
-        judge = _open_judge(found, captions or CAPTIONS, draws or DRAWS, seed, progress)
+    asked = None
+    if shards == LEFT_OPEN:
+        try:
+            asked = ask(captions or CAPTIONS, seed)
+        except ValueError as error:
+            raise InputError(f"--captions: {str(error).partition(': ')[2]}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with progress.task("loading the models"):
         opened, config = open_run(found, device), recipe.sample
@@ -107,60 +102,20 @@ def evaluate(
         with progress.task("sampling", len(prompts)) as advance:
             return generate(opened.model, autoencoder, prompts, config, seed, advance)
 
-    said = {"say": closed_caption} if judge else {}
+    said, left_open = {}, {}
+    if asked:
+        said = {"say": closed_caption}
+        left_open["open"] = score_open(opened, autoencoder, asked, draws or DRAWS, seed, progress)
     result = {
         "run": str(opened.path),
         "step": opened.step,
         "sample": config.model_dump(exclude={"prompts"}),
         "seed": seed,
-        **({"open": judge(opened, autoencoder)} if judge else {}),
+        **left_open,
         "shapes": evaluate_shapes(paint, autoencoder, seed, progress, **said),
     }
     write_whole(out, json.dumps(result, indent=1))
     return result
-
-
-def _open_judge(
-    found: Found, captions: int, draws: int, seed: int, progress: Progress
-) -> Callable[[OpenedRun, Autoencoder], dict[str, Any]]:
-    """What scores a run on captions that leave things open. InputError at once where there are
-    not as many.
-    """
-    import torch
-
-    from flowray.sample.evaluate_open import ask, evaluate_open, real_latents
-    from flowray.sample.generate import latent_batches, source_latents
-    from flowray.store.latents import ensure_latents, load_latents, load_training
-
-    recipe = found.recipe
-    try:
-        asked = ask(captions, seed)
-    except ValueError as error:
-        raise InputError(f"--captions: {str(error).partition(': ')[2]}") from error
-
-    def judge(opened: OpenedRun, autoencoder: Autoencoder) -> dict[str, Any]:
-        made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
-        folders = ensure_latents(*made_of, progress)
-        with progress.task("reading latents"):
-            sets = load_training(folders["train"], recipe), load_latents(folders["val"])
-            real = real_latents(*sets, seed)
-
-        def flow(prompts: Sequence[str]) -> Tensor:
-            made = []
-            with progress.task("sampling", len(prompts)) as advance:
-                for part in latent_batches(opened.model, prompts, recipe.sample, seed):
-                    made.append(part)
-                    advance(len(part))
-            return torch.cat(made)
-
-        def source(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-            return source_latents(opened.model, prompts, seed)
-
-        # noise is no caption's own: nothing to decode in the flow's place
-        controls = source if recipe.model.source.kind == "text" else None
-        return evaluate_open(flow, controls, autoencoder, real, asked, draws, seed, progress)
-
-    return judge
 
 
 def main(argv: list[str]) -> int:

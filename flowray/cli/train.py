@@ -22,8 +22,8 @@ from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_diffs, 
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
+from flowray.config.train import CHECKED
 from flowray.config.writing import write_whole
-from flowray.data.shards import CHECKED
 from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory, RunLock
@@ -94,6 +94,10 @@ def main(argv: list[str]) -> int:
     if start and run.config.is_file():
         before = load_recipe(str(run.config)).recipe
         refuse_changes(before, loaded.recipe, start, str(run.path))
+    if checkpoint and start < loaded.recipe.train.steps:
+        from flowray.store.frozen import refuse_other_weights
+
+        refuse_other_weights(checkpoint, load_state(checkpoint), loaded.recipe.model)
     return _train(loaded, run, start, progress, as_json=args.json)
 
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel
 
 from flowray.config.errors import InputError, did_you_mean
+from flowray.config.model import ModelConfig
 from flowray.config.paths import (
     exists,
     is_file,
@@ -185,6 +186,7 @@ def _open(source: str, folder: Path) -> YamlFile:
             raise _BadSource(f"{path}: want a recipe, this is {what_it_is(path)}")
         if is_kept(path, "config.yaml") and "base" not in file.data:
             _refuse_cut_off(file, path.read_text(encoding="utf-8").splitlines())
+        _rename_older_set(file)
         return file
     names = recipe_names()
     if source in names:
@@ -218,13 +220,30 @@ def _refuse_cut_off(file: YamlFile, lines: Sequence[str]) -> None:
 
     The defaults in place of what is lacking would be another recipe.
     """
-    fields = Recipe.model_fields.items()
-    sections = [name for name, field in fields if Slot(Recipe, name, field).sections]
-    lacks = [name for name in sections if not isinstance(file.data.get(name), Mapping)]
+    lacks = _lacking(Recipe, file.data)
     lacks += [f"line {_LAST!r}"] if _FIRST in lines and _LAST not in lines else []
     if lacks:
         why = "it was cut off, or a part was taken out; put the whole file back"
         raise InputError(f"{file.label}: has no {lacks[0]}: {why}")
+
+
+def _lacking(owner: type[BaseModel], data: Mapping[str, Any]) -> list[str]:
+    """The sections of a config class that its mapping does not have."""
+    fields = owner.model_fields.items()
+    sections = [name for name, field in fields if Slot(owner, name, field).sections]
+    return [name for name in sections if not isinstance(data.get(name), Mapping)]
+
+
+def _rename_older_set(file: YamlFile) -> None:
+    """In a resolved recipe of before `model.source`, `shapes` was the set of closed captions.
+
+    One written by hand means today's: it does not have every section.
+    """
+    data = file.data
+    whole = "base" not in data and not _lacking(Recipe, data)
+    older = whole and _lacking(ModelConfig, data["model"]) == ["source"]
+    if older and data["data"].get("shards") == "shapes":
+        data["data"]["shards"] = "shapes_closed"
 
 
 def _typed(key: str, raw: str) -> Any:

@@ -57,7 +57,7 @@ class PathField:
 
 
 OptionalPath = Annotated[str | None, PathField()]
-ShardsPath = Annotated[str, PathField(names=("shapes", "shapes_open", "digits"), pattern=True)]
+ShardsPath = Annotated[str, PathField(names=("shapes", "shapes_closed", "digits"), pattern=True)]
 OptionalShards = Annotated[str | None, PathField(pattern=True)]
 StoragePath = Annotated[str, PathField(root=STORAGE)]
 RunPaths = Annotated[tuple[str, ...], PathField(root=STORAGE, run=True)]

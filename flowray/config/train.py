@@ -15,10 +15,15 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
+CHECKED = ("shapes", "shapes_closed")  # data.shards whose pictures can be checked exactly
+LEFT_OPEN = "shapes"  # of them the one whose captions leave things open
+OPEN_SCORES = ("named", "coverage_excess")  # of flowray.eval's `open`, what sweeps go by
+
+
 class DataConfig(Config):
     """Where the pictures come from.
 
-    shards: `shapes`, `shapes_open` or `digits` (made on first use), or a folder or glob of
+    shards: `shapes`, `shapes_closed` or `digits` (made on first use), or a folder or glob of
     webdataset tars.
     val_shards: the held-out shards; the embedded sets bring their own.
     cache: where embedded shards and cached latents live; unless FLOWRAY_CACHE says otherwise,

@@ -26,13 +26,13 @@ from flowray.data.folders import locked
 from flowray.data.shards import MANIFEST, write_shards
 
 SCANS = 1797  # of digits, both splits
-EmbeddedName = Literal["shapes", "shapes_open", "digits"]
+EmbeddedName = Literal["shapes", "shapes_closed", "digits"]
 
 
 @dataclass(frozen=True)
 class ShapesSet:
     """How many shapes samples of each split, from which seed; two_share: share of two-object
-    scenes, in [0, 1]; left_open: captions name a part of their picture.
+    scenes, in [0, 1]; closed: captions name all of their picture, else a part of it.
     """
 
     train: int = 12_000
@@ -40,21 +40,21 @@ class ShapesSet:
     unseen: int = 500
     two_share: float = 0.2
     seed: int = 0
-    left_open: bool = False
+    closed: bool = False
 
     splits = ("train", "val", "unseen")
 
     @property
     def name(self) -> str:
         """As `data.shards` has it."""
-        return "shapes_open" if self.left_open else "shapes"
+        return "shapes_closed" if self.closed else "shapes"
 
     def count(self, split: str) -> int:
         """How many samples a split has."""
         return int(getattr(self, split))
 
     def samples(self, split: Any) -> Iterator[dict[str, Any]]:
-        draw = open_shapes.samples if self.left_open else shapes.samples
+        draw = shapes.samples if self.closed else open_shapes.samples
         drawn = draw(getattr(self, split), split, self.seed, self.two_share)
         for i, (picture, captions, scene) in enumerate(drawn):
             yield _sample(f"{split}-{i:06d}", picture, captions, {"scene": scene.as_json()})
@@ -78,7 +78,7 @@ class DigitsSet:
 EmbeddedSet = ShapesSet | DigitsSet
 _DEFAULTS: dict[str, EmbeddedSet] = {
     "shapes": ShapesSet(),
-    "shapes_open": ShapesSet(left_open=True),
+    "shapes_closed": ShapesSet(closed=True),
     "digits": DigitsSet(),
 }
 
@@ -148,7 +148,7 @@ def ensure_set(what: EmbeddedSet, cache: Path, progress: Progress = SILENT) -> d
 def ensure_embedded(
     name: EmbeddedName, cache: Path, progress: Progress = SILENT
 ) -> dict[str, Path]:
-    """split -> shard folder of an embedded set in its standard size: shapes and shapes_open
+    """split -> shard folder of an embedded set in its standard size: shapes and shapes_closed
     (train, val, unseen) or digits (train, val).
     """
     return ensure_set(_DEFAULTS[name], cache, progress)

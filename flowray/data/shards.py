@@ -20,8 +20,7 @@ from flowray.config.paths import exists, is_file, is_folder, no_such
 from flowray.data.folders import put_in_place
 
 MANIFEST = "manifest.json"
-EMBEDDED = ("shapes", "shapes_open", "digits")  # the names that stand for sets made on first use
-CHECKED = ("shapes", "shapes_open")  # those whose pictures can be checked exactly
+EMBEDDED = ("shapes", "shapes_closed", "digits")  # the names that stand for sets made on first use
 
 
 def write_shards(

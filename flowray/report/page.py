@@ -136,21 +136,29 @@ def _run_context(run: Run) -> dict[str, Any]:
     }
 
 
+# part of eval.json, score, words
+_SCORES = (
+    ("open", "named", "pictures with all that is named right, held-out open captions"),
+    ("open", "coverage_excess", "coverage excess of what those leave open; 0 as in the data"),
+    ("shapes", "all_correct", "pictures with every attribute right, held-out prompts"),
+    ("shapes", "mean_attribute_accuracy", "attributes right, held-out prompts"),
+)
+
+
 def _scores(run: Run) -> list[tuple[str, str]]:
     """Picture-level scores that flowray.eval wrote beside the run: (value, words)."""
     try:
-        shapes = json.loads((run.path / "eval.json").read_text("utf-8"))["shapes"]
-        found = [
-            (finite(shapes["all_correct"]), "pictures with every attribute right"),
-            (finite(shapes["mean_attribute_accuracy"]), "attributes right"),
-        ]
-    except (OSError, ValueError, LookupError, TypeError):
+        told = json.loads((run.path / "eval.json").read_text("utf-8"))
+    except (OSError, ValueError):
         return []
-    return [
-        (f"{100 * value:.0f} %", f"{words}, held-out prompts (flowray.eval)")
-        for value, words in found
-        if value is not None
-    ]
+    shown = []
+    for part, score, words in _SCORES:
+        section = told.get(part) if isinstance(told, dict) else None
+        value = finite(section.get(score)) if isinstance(section, dict) else None
+        if value is not None:
+            text = f"{value:.3f}" if score == "coverage_excess" else f"{100 * value:.0f} %"
+            shown.append((text, f"{words} (flowray.eval)"))
+    return shown
 
 
 def _training_plots(run: Run) -> list[Plot]:

@@ -43,7 +43,13 @@ from flowray.report.stages import stages, without_flow
 from flowray.sweepconfig.stop import rule_words
 
 TABLE_METRICS = ("shoot/nmse", "flow/cos", "std/mean", "loss/flow")
-EVALUATIONS = ("eval/all_correct", "eval/mean_attribute_accuracy", "perf/images_per_s")
+EVALUATIONS = (
+    "eval/named",
+    "eval/coverage_excess",
+    "eval/all_correct",
+    "eval/mean_attribute_accuracy",
+    "perf/images_per_s",
+)
 STATUSES: tuple[Status, ...] = ("finished", "stopped", "waiting", "running", "failed")
 MAX_TRIALS = 30  # in the table that stands open, and in the heat map
 CONCLUSION, NEXT = "Conclusion", "Next step"  # the sections of report.md that belong to the reader

@@ -20,6 +20,7 @@ from flowray.flow.draws import Draws
 from flowray.model.autoencoder import Autoencoder
 from flowray.sample.checker import ShapesChecker
 from flowray.sample.evaluate import decode, encode
+from flowray.sample.generate import latent_batches, source_latents
 from flowray.sample.open_scores import (
     CaptionScores,
     Truth,
@@ -34,7 +35,8 @@ from flowray.sample.open_scores import (
     per_caption,
     standard_error,
 )
-from flowray.store.latents import LatentSet
+from flowray.sample.restore import OpenedRun
+from flowray.store.latents import LatentSet, ensure_latents, load_latents, load_training
 
 TRAINING = 4096  # training latents, at most, that copies are looked for among
 HIGHER = {"named": True, "sharp": True, "coverage": False, "entropy": True}  # whether it is better
@@ -118,6 +120,38 @@ def _fitting(asked: Sequence[Asked], draws: int, seed: int) -> list[np.ndarray]:
         fit = [scene for scene in scenes if one.description.fits(scene)]
         pictures += [render(fit[rng.integers(len(fit))], rng) for _ in range(draws)]
     return pictures
+
+
+def score_open(
+    opened: OpenedRun,
+    autoencoder: Autoencoder,
+    asked: Sequence[Asked],
+    draws: int,
+    seed: int,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """`evaluate_open` of a run, beside the pictures that it has learnt from."""
+    recipe = opened.recipe
+    made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
+    folders = ensure_latents(*made_of, progress)
+    with progress.task("reading latents"):
+        sets = load_training(folders["train"], recipe), load_latents(folders["val"])
+        real = real_latents(*sets, seed)
+
+    def flow(prompts: Sequence[str]) -> Tensor:
+        made = []
+        with progress.task("sampling", len(prompts)) as advance:
+            for part in latent_batches(opened.model, prompts, recipe.sample, seed):
+                made.append(part)
+                advance(len(part))
+        return torch.cat(made)
+
+    def source(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return source_latents(opened.model, prompts, seed)
+
+    # noise is no caption's own: nothing to decode in the flow's place
+    controls = source if recipe.model.source.kind == "text" else None
+    return evaluate_open(flow, controls, autoencoder, real, asked, draws, seed, progress)
 
 
 def evaluate_open(

@@ -19,6 +19,7 @@ from flowray.data.open_shapes import Description, value_of
 from flowray.data.shapes import ATTRIBUTES
 from flowray.sample.checker import FLAT, SHARP, Reading
 
+CAPTIONS, DRAWS = 24, 12  # of an evaluation: held-out captions, and pictures of each
 CHUNK = 256  # latents whose distances are taken at once
 GROUPS = 24  # of captions that the jackknife leaves out, one at a time
 

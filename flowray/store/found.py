@@ -17,7 +17,7 @@ from flowray.config.recipe import Recipe
 from flowray.config.resume import typed_value
 from flowray.config.sources import is_run, what_it_is
 from flowray.config.yamlfile import COMMAND_LINE
-from flowray.store.checkpoint import copy_into, is_valid, newest_checkpoint
+from flowray.store.checkpoint import copy_into, is_valid, load_state, newest_checkpoint
 from flowray.store.run import RunDirectory
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Found:
 def find_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Found:
     """A run directory, whose newest valid checkpoint it is, or one `checkpoints/step_*` folder.
 
-    Overrides apply to the recipe. InputError, one line, where there is no such thing.
+    Overrides apply to the recipe. InputError, one line, where there is no such thing, or where its
+    frozen models have other weights by now.
     """
     given = path.absolute()
     is_checkpoint = is_file(given / "state.json")
@@ -64,6 +65,9 @@ def find_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Found:
         why = "a checkpoint is read with its recipe"
         raise InputError(f"{run.path}: no config.yaml beside the checkpoints; {why}")
     recipe = load_recipe(str(run.config), overrides).recipe
+    from flowray.store.frozen import refuse_other_weights  # what knows the hub takes its time
+
+    refuse_other_weights(checkpoint, load_state(checkpoint), recipe.model)
     typed = recipe_diffs(load_recipe(str(run.config)).recipe, recipe) if overrides else {}
     return Found(str(path), checkpoint, run, recipe, typed)
 

@@ -95,11 +95,12 @@ def split_shards(data: DataConfig, progress: Progress = SILENT) -> dict[str, tup
         place = cache_dir(data.cache)
         folders = ensure_embedded(data.shards, place, progress)  # type: ignore[arg-type]
         return {split: find_shards(str(folder)) for split, folder in folders.items()}
+    train = find_shards(data.shards)  # first: of a misspelt set nothing is held out either
     if data.val_shards is None:
         raise InputError(
             "data.val_shards: not given; probes need held-out shards beside data.shards"
         )
-    return {"train": find_shards(data.shards), "val": find_shards(data.val_shards)}
+    return {"train": train, "val": find_shards(data.val_shards)}
 
 
 def pictures_fingerprint(reader: ShardReader) -> str:

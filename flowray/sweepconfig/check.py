@@ -13,6 +13,7 @@ from flowray.config.paths import exists, is_file, no_such
 from flowray.config.recipe import Recipe
 from flowray.config.scale import scale_keys
 from flowray.config.schema import show
+from flowray.config.train import CHECKED, LEFT_OPEN, OPEN_SCORES
 from flowray.sweepconfig.distributions import Parameter, drawn, in_order
 from flowray.sweepconfig.parameters import ends
 from flowray.sweepconfig.sweep import SuccessiveHalving, Sweep, milestones
@@ -51,9 +52,9 @@ def check_trials(sweep: Sweep, base: Recipe) -> None:
     if base.probes.doctor_every == 0 and any(rule.examines for rule in sweep.stop):
         words = "a stop rule waits for a finding, but no doctor comes"
         raise refuse(f"{words}; type set.probes.doctor_every=1")
-    if sweep.task == "sample" and base.data.shards != "shapes":
+    if sweep.task == "sample" and base.data.shards not in CHECKED:
         words = f"{sweep.base} has data.shards {base.data.shards}"
-        raise refuse(f"{words}; only pictures of shapes have an exact score")
+        raise refuse(f"{words}; only pictures of {' and '.join(CHECKED)} have an exact score")
     for name in (*(metric.name for metric in sweep.objectives), *sweep.rule_metrics):
         if words := _unseen(name, sweep, base):
             raise refuse(f"{name} {words}")
@@ -88,6 +89,8 @@ def _unseen(name: str, sweep: Sweep, base: Recipe) -> str:
         return f"is not probed, as probes.raw is false; type ema/{name}, or set probes.raw: true"
     if trains and name.startswith("eval/"):
         return "is no probe of a training run; take ema/shoot/nmse, or task: sample"
+    if name.removeprefix("eval/") in OPEN_SCORES and base.data.shards != LEFT_OPEN:
+        return f"is a score of runs on {LEFT_OPEN}, this one is on {base.data.shards}"
     return ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from flowray.store.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from flowray.store.frozen import WEIGHTS, frozen_weights, refuse_other_weights
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.optim import Ema, build_optimizer, lr_at, resolve_schedule
@@ -39,6 +40,7 @@ class TrainState:
     schedule: the recipe's, with a restart at a checkpoint in numbers; restart: that checkpoint's
     step and the lr that led to it.
     backoffs: how often fp16's loss scale has been cut.
+    frozen: `frozen_weights` of when they were read.
     """
 
     step: int
@@ -52,6 +54,7 @@ class TrainState:
     schedule: LRScheduleConfig
     restart: tuple[int, float] = (0, 0.0)
     backoffs: int = 0
+    frozen: dict[str, str] = field(default_factory=dict)
 
 
 def fresh_state(recipe: Recipe, device: torch.device) -> TrainState:
@@ -106,6 +109,7 @@ def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
                 " lower optim.lr"
             )
     kept = {
+        WEIGHTS: {**frozen_weights(recipe.model), **state.frozen},
         "seed": recipe.seed,
         "lr": lr_at(state.schedule, recipe.optim.lr, state.step - 1, recipe.train.steps),
         "restart": state.restart if _restarts_here(recipe) else None,
@@ -135,6 +139,7 @@ def restore_state(
 
     group: of its ranks the lead alone looks which one that is, as it reads every byte for it.
     """
+    state.frozen = frozen_weights(recipe.model)
     leads = group is None or group.lead
     checkpoint = newest_checkpoint(run.checkpoints) if leads else None
     checkpoint = group.share(checkpoint) if group else checkpoint
@@ -146,6 +151,7 @@ def restore_state(
             f"seed: got {recipe.seed}, but {checkpoint} was trained with {kept['seed']}; a resume"
             " keeps the seed"
         )
+    refuse_other_weights(checkpoint, kept, recipe.model)
     copy_into(state.parameters, load_tensors(checkpoint, "model"), checkpoint)
     copy_into(state.ema.average, load_tensors(checkpoint, "ema"), checkpoint)
     if moving := state.model.semantic.moving():

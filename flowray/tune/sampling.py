@@ -15,10 +15,14 @@ import torch
 
 from flowray.config.load import dump_recipe
 from flowray.config.recipe import Recipe
+from flowray.config.train import LEFT_OPEN, OPEN_SCORES
 from flowray.config.writing import write_whole
+from flowray.data.shapes import caption
 from flowray.model.autoencoder import load_autoencoder
 from flowray.sample.evaluate import evaluate_shapes
+from flowray.sample.evaluate_open import ask, closed_caption, score_open
 from flowray.sample.generate import generate, save_strip
+from flowray.sample.open_scores import CAPTIONS, DRAWS
 from flowray.sample.restore import open_run
 from flowray.store.found import find_checkpoint
 from flowray.store.rows import RowWriter, read_rows
@@ -54,7 +58,12 @@ def score_pictures(recipe: Recipe, source: Path, run_dir: Path) -> ProbeRow:
         drawn, seconds = drawn + len(prompts), seconds + time.perf_counter() - start
         return pictures
 
-    scores = _flat(evaluate_shapes(paint, autoencoder, seed), "eval/")
+    left_open = opened.recipe.data.shards == LEFT_OPEN
+    say = closed_caption if left_open else caption
+    scores = _flat(evaluate_shapes(paint, autoencoder, seed, say=say), "eval/")
+    if left_open:
+        told = score_open(opened, autoencoder, ask(CAPTIONS, seed), DRAWS, seed)
+        scores |= {f"eval/{name}": float(told[name]) for name in OPEN_SCORES}
     prompts = opened.path / "samples" / "prompts.txt"
     if prompts.is_file():
         texts = prompts.read_text(encoding="utf-8").splitlines()

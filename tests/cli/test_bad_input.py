@@ -89,6 +89,7 @@ def line_of(main, argv: list[str]) -> str:
         (["tiny.yaml", "learning_rate=1"], "optim.lr"),
         (["tiny.yaml", "optim.lr=fast"], "optim.lr"),
         (["tiny.yaml", "name=new", "data.shards=nowhere"], "no such folder"),
+        (["quickstart", "data.shards=shapes_close"], "did you mean shapes_closed"),
         (["tiny.yaml", "name=new", "data.shards=empty"], "the folder holds no .tar file"),
         (["tiny.yaml", "name=new", "data.val_shards=empty"], "the folder holds no .tar file"),
         (["tiny.yaml", "name=new", "storage_path=file"], "storage_path: "),
@@ -287,7 +288,7 @@ def test_weights_that_do_not_fit_are_blamed_on_what_was_typed_or_on_the_config(p
             ["sample", "runs/tiny", "a", "--set", "model.head.kind=pooled"],
             "command line: model.head.kind=pooled",
         ),
-        (["eval", "runs/tiny"], "the exact checker reads pictures of shapes and shapes_open only"),
+        (["eval", "runs/tiny"], "the exact checker reads pictures of shapes and shapes_closed"),
     ],
 )
 def test_the_commands_as_users_start_them(place, argv, says):

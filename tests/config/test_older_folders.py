@@ -104,6 +104,25 @@ def test_a_config_written_by_hand_is_no_run(home: Path) -> None:
     assert recipe.data.shards == str(home / "mine" / "set")
 
 
+def test_the_set_that_an_older_recipe_names_is_the_closed_one(home: Path) -> None:
+    """Every recipe that was written whole, wherever it lies; not what a person writes today."""
+    head = home / "runs" / "head"
+    text = (head / "27" / "config.yaml").read_text()
+    (home / "sent.yaml").write_text(text)
+    (home / "mine.yaml").write_text("base: sent.yaml\n")
+    for older in (head / "27/config.yaml", head / "best.yaml", "sent.yaml", "mine.yaml"):
+        assert load_recipe(str(older)).recipe.data.shards == "shapes_closed"
+    assert load_recipe("sent.yaml", ["data.shards=shapes"]).recipe.data.shards == "shapes"
+    (home / "digits.yaml").write_text(text.replace("shards: shapes", "shards: digits"))
+    assert load_recipe("digits.yaml").recipe.data.shards == "digits"
+    (home / "hand.yaml").write_text("base: sent.yaml\ndata: {shards: shapes}\n")
+    today = load_recipe("quickstart", ["data.shards=shapes"]).recipe
+    (home / "today.yaml").write_text(dump_recipe(today))
+    (home / "few.yaml").write_text("data: {shards: shapes}\nmodel: {head: {kind: pooled}}\n")
+    for meant in ("hand.yaml", "today.yaml", "few.yaml"):
+        assert load_recipe(meant).recipe.data.shards == "shapes"
+
+
 def test_relative_inputs_of_an_older_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = home / "runs" / "head" / "27" / "config.yaml"
     text = config.read_text().replace("shards: shapes", "shards: 'sets/*.tar'")

@@ -30,7 +30,7 @@ from flowray.data.make import (
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards
 
-SMALL = ShapesSet(train=60, val=8, unseen=4)
+SMALL = ShapesSet(train=60, val=8, unseen=4, closed=True)
 
 
 def _ensure(cache: Path) -> dict[str, Path]:
@@ -86,11 +86,12 @@ def test_fingerprint_follows_arguments_and_source(
                     ShapesSet(),
                     ShapesSet(seed=1),
                     ShapesSet(two_share=0.1),
+                    ShapesSet(closed=True),
                     DigitsSet(),
                 )
             }
         )
-        == 5
+        == 6
     )
     before = fingerprint(SMALL)
     changed = tmp_path / "shapes.py"
@@ -119,10 +120,10 @@ def slow(*args):
         yield sample
         time.sleep(0.05)
 shapes.samples = slow
-make.ensure_set(make.ShapesSet(train=60, val=8, unseen=4), Path({str(tmp_path)!r}))
+make.ensure_set(make.ShapesSet(train=60, val=8, unseen=4, closed=True), Path({str(tmp_path)!r}))
 """
     child = subprocess.Popen([sys.executable, "-c", code])
-    root = tmp_path / f"shapes-{fingerprint(SMALL)}"
+    root = tmp_path / f"{SMALL.name}-{fingerprint(SMALL)}"
     deadline = time.monotonic() + 60
     while (
         not list(root.glob(".train.*/*.tar"))

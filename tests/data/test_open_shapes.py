@@ -178,10 +178,10 @@ def test_the_datas_own_distribution_of_what_is_left_open():
 
 
 def test_the_set_is_one_of_its_own(tmp_path):
-    closed, left_open = ShapesSet(train=3), ShapesSet(train=3, left_open=True)
-    assert (closed.name, left_open.name) == ("shapes", "shapes_open")
+    closed, left_open = ShapesSet(train=3, closed=True), ShapesSet(train=3)
+    assert (closed.name, left_open.name) == ("shapes_closed", "shapes")
     rows = list(left_open.samples("train"))
     assert [row["__key__"] for row in rows] == ["train-000000", "train-000001", "train-000002"]
-    assert main(["make", "shapes_open", "--samples", "3", "--out", str(tmp_path / "set")]) == 0
+    assert main(["make", "shapes", "--samples", "3", "--out", str(tmp_path / "set")]) == 0
     reader = ShardReader(find_shards(str(tmp_path / "set" / "train")))
     assert len(reader.captions(0)) == CAPTIONS

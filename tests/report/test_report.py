@@ -280,6 +280,21 @@ def test_run_page_shows_card_numbers_and_samples(tmp_path: Path) -> None:
     assert "Last row at step 300." in page
 
 
+def test_scores_of_pictures_stand_on_the_page(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", [1.0])
+    closed = {"shapes": {"all_correct": 0.37, "mean_attribute_accuracy": 0.61}}
+    both = closed | {"open": {"named": 0.43, "coverage_excess": 0.127}}
+    for told, shown in (
+        (closed, ["37 %", "61 %"]),
+        (both, ["43 %", "0.127", "37 %", "61 %"]),
+        ({"shapes": None, "open": {"named": None}}, []),
+        ([], []),
+    ):
+        (tmp_path / "run" / "eval.json").write_text(json.dumps(told))
+        page = write_run_report(tmp_path / "run").read_text()
+        assert re.findall(r"<b>([^<]*)</b><span>[^<]*\(flowray.eval\)", page) == shown
+
+
 def test_the_card_is_rendered_and_nothing_in_it_is_live(tmp_path: Path) -> None:
     make_run(tmp_path / "run", [1.0])
     table = "| metric | value |\n|---|---|\n| `flow/cos` | 0.7 |\n"

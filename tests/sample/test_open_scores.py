@@ -21,6 +21,7 @@ from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.progress import SILENT
 from flowray.config.recipe import Recipe
+from flowray.config.train import OPEN_SCORES
 from flowray.data import make
 from flowray.data.make import ShapesSet
 from flowray.data.open_shapes import Description, Named, distribution, samples, whole
@@ -45,8 +46,10 @@ from flowray.sample.open_scores import (
     nearest,
     total_variation,
 )
+from flowray.store.found import find_checkpoint
 from flowray.store.run import RunDirectory
 from flowray.train.state import fresh_state, save_state
+from flowray.tune import sampling
 
 DRAWS = 12
 SEED = 3
@@ -267,9 +270,9 @@ def saved(recipe: Recipe) -> Path:
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Runs that have not learnt yet, on a set of few pictures; set -> run directory."""
-    few = ShapesSet(train=8, val=30, unseen=1, seed=SEED, left_open=True)
+    few = ShapesSet(train=8, val=30, unseen=1, seed=SEED)
     assert len(next(samples(1, "train", SEED, few.two_share))[2].things) == 2  # data.limit's only
-    monkeypatch.setitem(make._DEFAULTS, "shapes_open", few)
+    monkeypatch.setitem(make._DEFAULTS, "shapes", few)
     monkeypatch.setattr(evaluation, "PAIRS", 8)
     small = {
         "storage_path": str(tmp_path),
@@ -287,14 +290,32 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
                 load_recipe("quickstart").recipe, {**small, "data.shards": name, "name": name}
             )
         )
-        for name in ("shapes", "shapes_open")
+        for name in ("shapes", "shapes_closed")
     }
+
+
+def test_a_sweep_scores_a_run_as_the_command_does(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "CAPTIONS", 3)
+    monkeypatch.setattr(sampling, "DRAWS", 4)
+    for name, run in runs.items():
+        few = {"captions": 3, "draws": 4} if name == "shapes" else {}
+        row = sampling.score_pictures(
+            find_checkpoint(run).recipe, run, tmp_path / f"{name}-sweep" / "0"
+        )
+        told = evaluate(run, [], 0, SILENT, **few)
+        assert row["eval/all_correct"] == told["shapes"]["all_correct"]
+        scores = {key: row[key] for key in ("eval/named", "eval/coverage_excess") if key in row}
+        wanted = {f"eval/{key}": told["open"][key] for key in OPEN_SCORES} if "open" in told else {}
+        assert scores == wanted
+        assert bool(scores) == (name == "shapes")
 
 
 def test_the_command_scores_a_run_on_captions_that_leave_things_open(
     runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = runs["shapes_open"]
+    run = runs["shapes"]
     assert main([str(run), "--captions", "3", "--draws", "4"]) == 0
     told = json.loads((run / "eval.json").read_text())
     found = told["open"]
@@ -331,9 +352,9 @@ def test_the_command_scores_a_run_on_captions_that_leave_things_open(
             assert [own.rstrip(" *"), others[2]] == [f"{column[figure]:.3f}" for column in columns]
     before = (run / "eval.json").stat().st_mtime_ns
     assert_refused(lambda: main([str(run), "--captions", "900"]), InputError, "captions: want at")
-    shapes = runs["shapes"]
+    closed = runs["shapes_closed"]
     assert_refused(
-        lambda: evaluate(shapes, [], 0, SILENT, captions=3), InputError, "run on shapes_open"
+        lambda: evaluate(closed, [], 0, SILENT, captions=3), InputError, "run on shapes,"
     )
-    assert not (shapes / "eval.json").exists()
+    assert not (closed / "eval.json").exists()
     assert (run / "eval.json").stat().st_mtime_ns == before

@@ -49,7 +49,7 @@ OFTEN = {
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("overfit")
-    return write_set(ShapesSet(train=128, val=1, unseen=1), root / "shapes")["train"]
+    return write_set(ShapesSet(train=128, val=1, unseen=1, closed=True), root / "shapes")["train"]
 
 
 @pytest.mark.parametrize("velocity", VELOCITIES)

@@ -34,7 +34,7 @@ def trained(tmp_path) -> Path:
     (run / "config.yaml").write_text(dump_recipe(load_recipe("quickstart").recipe))
     checkpoint = run / "checkpoints" / "step_00000010"
     checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / "state.json").write_text('{"step": 10, "files": {}}')
+    (checkpoint / "state.json").write_text('{"step": 10, "files": {}, "frozen": {}}')
     return run
 
 
