@@ -223,9 +223,17 @@ class PosteriorConfig(Config):
 
 
 class TextSource(Config):
-    """Paths begin at z0 ~ N(mu, sigma^2), which the head makes of the caption (CrossFlow)."""
+    """Paths begin at z0 = amplitude mu + sigma noise; the head makes mu and sigma of the caption
+    (CrossFlow).
+
+    amplitude: how far the captions' codes stand apart against noise and pictures.
+    null: what the network sees of a null sample: x_t as it is (`kept`, CrossFlow), or x_t without
+    the caption's share (`dropped`), so that guidance leads away from what knows no caption.
+    """
 
     kind: Literal["text"] = "text"
+    amplitude: float = Field(1.0, gt=0)
+    null: Literal["kept", "dropped"] = "kept"
 
 
 class NoiseSource(Config):

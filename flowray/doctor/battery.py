@@ -165,7 +165,7 @@ def _standard(subject: Subject, made: Measured, batch: ProbeBatch, count: int) -
 
 
 def _velocity(subject: Subject, source: Source) -> VelocityFn:
-    return conditional(with_time_code(subject.model.field(source.text)))
+    return conditional(with_time_code(subject.model.field(source)))
 
 
 @torch.no_grad()
@@ -174,7 +174,7 @@ def _field(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
     model, rho, variance = subject.model.eval(), subject.recipe.flow.path.rho, batch.variance
     with subject.weights(subject.recipe.sample.weights):
         source = model.source(batch.captions, batch.noise)
-        posterior, z0, network = source.posterior, source.z0, model.field(source.text)
+        posterior, z0, network = source.posterior, source.z0, model.field(source)
         velocity_fn = _velocity(subject, source)
         view = view_field(velocity_fn, z0, batch.z1, batch.noise, batch.times, rho)
         null = torch.ones(len(z0), dtype=torch.bool, device=z0.device)

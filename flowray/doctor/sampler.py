@@ -42,7 +42,7 @@ class TrueField:
     def source(self, captions: Sequence[str], noise: Tensor) -> Source:
         return Source(standard_normal(len(noise), noise.shape[1:], noise.device), self.z0, None)
 
-    def field(self, text: None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def field(self, source: Source) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return self.velocity
 
     def velocity(self, x: Tensor, time_code: Tensor, null: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def native_teacher(
 def own_latents(model: FlowModel, source: Source, config: SampleConfig, guidance: float) -> Tensor:
     """z_end of the recipe's solver and grid, called here as the probes call the network."""
     grid = time_grid(config.grid, config.steps)
-    velocity_fn = guided(with_time_code(model.field(source.text)), guidance)
+    velocity_fn = guided(with_time_code(model.field(source)), guidance)
     return integrate(config.solver, velocity_fn, source.z0, grid)
 
 

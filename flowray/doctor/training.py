@@ -201,9 +201,9 @@ def same_batch_rows(subject: Subject, batch: Batch) -> Rows:
         trained = float(losses["flow"] - sum(lower, start=torch.zeros(())))
     with untouched(subject.model):
         subject.model.eval()
-        _, z0, text = subject.model.source(plain.captions, plain.noise)
-        xt = psi(plain.t, z0, plain.z1, rho)
-        v = subject.model.field(text)(xt, time_code(plain.t), plain.null).float()
+        source = subject.model.source(plain.captions, plain.noise)
+        z0, field = source.z0, subject.model.field(source)
+        v = field(psi(plain.t, z0, plain.z1, rho), time_code(plain.t), plain.null).float()
     target = velocity_target(z0, plain.z1, rho)
     evaluated, energy = float((v - target).square().mean()), float(target.square().mean())
     return {

@@ -25,6 +25,7 @@ from flowray.config.losses import (
 )
 from flowray.flow import expect
 from flowray.flow.path import LATENT, PathSample
+from flowray.model.layers import boxes
 from flowray.model.posterior import Posterior
 from flowray.model.ranks import gather_rows, rank_and_world
 from flowray.model.semantic import Views
@@ -57,16 +58,14 @@ def flow_mse(v_pred: Tensor, v_target: Tensor) -> Tensor:
 
 
 def box_sum(v_target: Tensor, level: Tensor) -> Tensor:
-    """A coarser level's target: the sum over k x k boxes divided by k, which keeps the variance
-    of white noise (DiMR).
-    """
+    """A coarser level's target, `boxes` of the finest. ValueError where the shapes do not fit."""
     for name, value in (("v_target", v_target), ("level", level)):
         expect.floating(name, value, LATENT, 4)
     k = max(v_target.shape[-1] // level.shape[-1], 1)
     if v_target.shape != (*level.shape[:2], *(k * n for n in level.shape[2:])):
         got = f"level {tuple(level.shape)} of v_target {tuple(v_target.shape)}"
         raise ValueError(f"want a level (B, C, H/k, W/k) of a target (B, C, H, W), got {got}")
-    return F.avg_pool2d(v_target, k) * k
+    return boxes(v_target, k)
 
 
 def kl_per_dim(mu: Tensor, logvar: Tensor, form: str) -> Tensor:

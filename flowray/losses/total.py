@@ -81,9 +81,12 @@ class Objective(nn.Module):
         networks.
         """
         semantic = self.model.semantic
-        posterior, z0, text = self.model.source(batch.captions, batch.noise)
+        source = self.model.source(batch.captions, batch.noise)
+        posterior, z0 = source.posterior, source.z0
+        # a null sample whose caption is dropped has nothing to tell the source
+        start = torch.where(expand(batch.null, z0), z0.detach(), z0) if self.model.drops else z0
         path = sample_path(
-            batch.t, z0, batch.target, self.flow.path.rho, self.loss.flow.source_grad
+            batch.t, start, batch.target, self.flow.path.rho, self.loss.flow.source_grad
         )
         island = (
             torch.autocast(path.xt.device.type, enabled=False)
@@ -91,9 +94,7 @@ class Objective(nn.Module):
             else nullcontext()
         )
         with semantic.listen(self.model.velocity) as tokens, island:
-            *lower, v_pred = self.model.velocity.levels(
-                path.xt, time_code(path.t), batch.null, text
-            )
+            *lower, v_pred = self.model.levels(source, path.xt, time_code(path.t), batch.null)
         # the last weight, 1, is the velocity's own
         weighted = tuple(zip(self.model.velocity.level_weights, lower, strict=False))
         estimate = path.xt + (1 - expand(path.t, path.xt)) * v_pred.float()

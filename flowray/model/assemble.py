@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowray.config.losses import LossConfig
 from flowray.config.model import ModelConfig
 from flowray.model.heads import build_head
+from flowray.model.layers import boxes
 from flowray.model.posterior import Posterior, make_posterior, standard_normal
 from flowray.model.semantic import Semantics
 from flowray.model.text import TextModel, TextTokens, load_text, planned_text
@@ -25,6 +26,11 @@ class Source(NamedTuple):
     posterior: Posterior
     z0: Tensor
     text: TextTokens | None
+
+    def rows(self, indices: Tensor) -> Source:
+        """The captions at `indices`."""
+        text = None if self.text is None else self.text.rows(indices)
+        return Source(self.posterior.rows(indices), self.z0[indices], text)
 
 
 class FlowModel(nn.Module):
@@ -45,6 +51,7 @@ class FlowModel(nn.Module):
             if config.source.kind == "text"
             else None
         )
+        self.drops = config.source.kind == "text" and config.source.null == "dropped"
         self.velocity = build_velocity(config.velocity, config.latent, text.width)
         self.semantic = Semantics(config, loss, self.velocity)
 
@@ -60,7 +67,8 @@ class FlowModel(nn.Module):
                 f"the head made a text latent of shape {tuple(mu.shape)}, model.latent wants"
                 f" {expected}"
             )
-        return make_posterior(self.config.posterior, mu, logvar)
+        amplitude = self.config.source.amplitude if self.config.source.kind == "text" else 1.0
+        return make_posterior(self.config.posterior, mu, logvar, amplitude)
 
     def source(self, captions: Sequence[str], noise: Tensor) -> Source:
         """Where the paths of captions begin; noise (B, C, H, W)."""
@@ -70,18 +78,28 @@ class FlowModel(nn.Module):
             posterior, posterior.sample(noise), tokens if self.velocity.conditioned else None
         )
 
-    def field(self, text: TextTokens | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The velocity network (x, time code, null), told the captions that a `source` has; a batch
-        of k times as many samples, as guidance makes it, has them k times over.
+    def levels(
+        self, source: Source, x: Tensor, time_code: Tensor, null: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The velocity network's levels on samples of the captions of `source`; a batch of k times
+        as many, as guidance makes it, has them k times over.
+
+        Where `model.source.null` is dropped, a null sample is seen in coordinates without its
+        caption: x - (1 - t) mean, whose velocity lacks the mean too.
         """
-        if text is None:
-            return self.velocity
+        again = len(x) // len(source.z0)
+        text = None if source.text is None else source.text.repeated(again)
+        if not self.drops:
+            return self.velocity.levels(x, time_code, null, text)
+        mean = source.posterior.mean.detach().repeat(again, 1, 1, 1)
+        code = torch.where(null[:, None, None, None], mean, 0.0)
+        left = ((time_code.float() + 4) / 8)[:, None, None, None]  # 1 - t
+        velocities = self.velocity.levels(x - left * code, time_code, null, text)
+        return tuple(v.float() - boxes(code, code.shape[-1] // v.shape[-1]) for v in velocities)
 
-        def told(x: Tensor, time_code: Tensor, null: Tensor) -> Tensor:
-            velocity: Tensor = self.velocity(x, time_code, null, text.repeated(len(x)))
-            return velocity
-
-        return told
+    def field(self, source: Source) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The velocity (x, time code, null) of samples of the captions of `source`."""
+        return lambda x, time_code, null: self.levels(source, x, time_code, null)[-1]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Named parameters that train, in a fixed order."""

@@ -81,6 +81,13 @@ def zero_init(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
+def boxes(x: Tensor, k: int) -> Tensor:
+    """Sums over k x k boxes divided by k, (B, C, H, W) -> (B, C, H/k, W/k): white noise keeps its
+    variance (DiMR).
+    """
+    return F.avg_pool2d(x, k) * k
+
+
 class ConvAdaptor(nn.Module):
     """A flat vector (B, features) -> (B, C, H, W): two linear layers to `planes` images, then
     three convolutions (CrossFlow).

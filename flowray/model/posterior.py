@@ -12,18 +12,28 @@ from flowray.config.model import PosteriorConfig
 
 @dataclass(frozen=True)
 class Posterior:
-    """mu and clamped logvar, each (B, C, H, W) fp32."""
+    """mu and clamped logvar, each (B, C, H, W) fp32; z0 has the mean amplitude mu."""
 
     mu: Tensor
     logvar: Tensor
+    amplitude: float = 1.0
 
     @property
     def std(self) -> Tensor:
         return torch.exp(0.5 * self.logvar)
 
+    def rows(self, indices: Tensor) -> Posterior:
+        """Of the captions at `indices`."""
+        return Posterior(self.mu[indices], self.logvar[indices], self.amplitude)
+
+    @property
+    def mean(self) -> Tensor:
+        """Of z0."""
+        return self.amplitude * self.mu
+
     def sample(self, noise: Tensor) -> Tensor:
-        """z0 = mu + std * noise; the only randomness of a picture, in training and in sampling."""
-        return self.mu + self.std * noise
+        """z0 = mean + std * noise: the only randomness of a picture, trained or sampled."""
+        return self.mean + self.std * noise
 
 
 def standard_normal(count: int, shape: tuple[int, ...], device: torch.device) -> Posterior:
@@ -32,6 +42,9 @@ def standard_normal(count: int, shape: tuple[int, ...], device: torch.device) ->
     return Posterior(zeros, zeros)
 
 
-def make_posterior(config: PosteriorConfig, mu: Tensor, logvar: Tensor) -> Posterior:
+def make_posterior(
+    config: PosteriorConfig, mu: Tensor, logvar: Tensor, amplitude: float = 1.0
+) -> Posterior:
     """Clamp the log-variance to the configured range."""
-    return Posterior(mu.float(), logvar.float().clamp(config.logvar_min, config.logvar_max))
+    clamped = logvar.float().clamp(config.logvar_min, config.logvar_max)
+    return Posterior(mu.float(), clamped, amplitude)

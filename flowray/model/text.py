@@ -46,11 +46,8 @@ class TextTokens(NamedTuple):
         """The tokens of the captions at `indices`."""
         return TextTokens(self.values[indices], self.mask[indices])
 
-    def repeated(self, count: int) -> TextTokens:
-        """The tokens of `count` samples: these, over and over. ValueError unless that comes out."""
-        if count % len(self.mask):
-            raise ValueError(f"{count} samples of {len(self.mask)} captions")
-        again = count // len(self.mask)
+    def repeated(self, again: int) -> TextTokens:
+        """The tokens, `again` times over."""
         return TextTokens(self.values.repeat(again, 1, 1), self.mask.repeat(again, 1))
 
 

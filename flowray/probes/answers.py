@@ -145,7 +145,7 @@ def separation(
     times = torch.full((len(z0),), t, device=z0.device)
     seen = torch.cat([answers.z1, *answers.drawn])
     m, v = seen.mean(0), seen.var(0)
-    mean = psi(times, posterior.mu, m.expand_as(z0), rho).flatten(1)
+    mean = psi(times, posterior.mean, m.expand_as(z0), rho).flatten(1)
     keep = 1 + t * (rho - 1)
     variance = (keep**2 * posterior.std.square() + t**2 * v).flatten(1).clamp_min(1e-12)
     xt = psi(times, z0, answers.z1, rho).flatten(1)

@@ -18,7 +18,6 @@ from flowray.flow.path import sample_path, time_code
 from flowray.model.assemble import FlowModel, Source
 from flowray.model.latent import Moments
 from flowray.model.posterior import Posterior
-from flowray.model.text import TextTokens
 from flowray.probes.answers import (
     DRAWN,
     SEARCHED,
@@ -140,14 +139,14 @@ def run_probes(
     model.eval()
     try:
         source = model.source(batch.captions, batch.noise)
-        posterior, z0, text = source
+        posterior, z0 = source.posterior, source.z0
         rho, other = recipe.flow.path.rho, posterior.sample(batch.other_noise)
         rows = _field(model, recipe, batch, source) | start_metrics(z0)
         if model.head is not None:
             rows |= posterior_metrics(posterior)
             rows |= text_metrics(posterior, batch.noise, batch.other_noise)
             rows |= source_metrics(posterior, z0, batch.captions, batch.answers, rho)
-        velocity_fn = conditional(with_time_code(model.field(text)))
+        velocity_fn = conditional(with_time_code(model.field(source)))
         z_end = shoot(velocity_fn, z0, recipe.probes.shoot_steps)
         rows |= shoot_metrics(z_end, z0, batch.z1, batch.others, batch.variance)
         other_end = shoot(velocity_fn, other, recipe.probes.shoot_steps)
@@ -178,9 +177,8 @@ def trivial_metrics(
     rows |= answer_metrics(z0, posterior.sample(batch.other_noise), batch.answers)
     rows |= endpoint_metrics(lambda x, t: torch.zeros_like(x), z0, batch.z1)
     rows |= {f"teacher/mse@{n}": mse(z0, batch.z1) for n in TEACHER_STEPS}
-    blind = Posterior(
-        *(x.mean(0, keepdim=True).expand_as(x) for x in (posterior.mu, posterior.logvar))
-    )
+    mu, logvar = (x.mean(0, keepdim=True).expand_as(x) for x in (posterior.mu, posterior.logvar))
+    blind = Posterior(mu, logvar, posterior.amplitude)
     source = blind.sample(batch.noise)
     middle = sample_path(torch.full_like(batch.times[0], 0.5), source, batch.z1, rho)
     return (
@@ -200,15 +198,15 @@ def _field(model: FlowModel, recipe: Recipe, batch: ProbeBatch, source: Source) 
     rho, t = recipe.flow.path.rho, batch.times.flatten()
     null = torch.zeros(len(batch.z1), dtype=torch.bool, device=t.device)
 
-    def velocities(z0: Tensor, text: TextTokens | None) -> tuple[Tensor, Tensor]:
-        network = model.field(text)
-        paths = [sample_path(times, z0, batch.z1, rho) for times in batch.times]
+    def velocities(source: Source) -> tuple[Tensor, Tensor]:
+        network = model.field(source)
+        paths = [sample_path(times, source.z0, batch.z1, rho) for times in batch.times]
         v_pred = torch.cat([network(p.xt, time_code(p.t), null).float() for p in paths])
         return v_pred, torch.cat([p.v_target for p in paths])
 
-    _, z0, text = source
-    v_pred, v_target = velocities(z0, text)
-    swapped = velocities(z0[batch.others], None if text is None else text.rows(batch.others))
+    z0 = source.z0
+    v_pred, v_target = velocities(source)
+    swapped = velocities(source.rows(batch.others))
     gain = float(cosines(v_pred, v_target).mean() - cosines(*swapped).mean())
     middle = sample_path(torch.full_like(batch.times[0], 0.5), z0, batch.z1, rho)
     return field_metrics(v_pred, v_target, t) | {"flow/cond_gain_cos": gain} | scale_metrics(middle)

@@ -62,6 +62,6 @@ def text_metrics(posterior: Posterior, noise: Tensor, other_noise: Tensor) -> di
             torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1), dim=1).mean()
         ),
         "text/snr": float(
-            posterior.mu.var(dim=0, unbiased=False).mean() / posterior.std.square().mean()
+            posterior.mean.var(dim=0, unbiased=False).mean() / posterior.std.square().mean()
         ),
     }

@@ -45,7 +45,7 @@ def generate_latents(
 ) -> Tensor:
     """Integrated latents (B, C, H, W) of the prompts; the model should be in eval mode."""
     source = model.source(prompts, noise)
-    velocity_fn = guided(with_time_code(model.field(source.text)), config.guidance_scale)
+    velocity_fn = guided(with_time_code(model.field(source)), config.guidance_scale)
     return integrate(config.solver, velocity_fn, source.z0, time_grid(config.grid, config.steps))
 
 

@@ -290,9 +290,10 @@ def test_the_battery_draws_each_caption_twice(recipe: Recipe, batch: ProbeBatch)
     model = build_model(recipe.model, recipe.loss, 0).eval()
     perturbed(model)
     rows = run_probes(model, recipe, batch, endpoints=False)
-    posterior, _, text = model.source(batch.captions, batch.noise)
+    source = model.source(batch.captions, batch.noise)
+    posterior = source.posterior
     starts = [posterior.sample(noise) for noise in (batch.noise, batch.other_noise)]
-    field = conditional(with_time_code(model.field(text)))
+    field = conditional(with_time_code(model.field(source)))
     ends = [shoot(field, z0, recipe.probes.shoot_steps) for z0 in starts]
     data = energies(batch.answers.drawn, batch.z1).mean()
     for prefix, (x, other) in {"": ends, "trivial/": starts}.items():
