@@ -227,13 +227,13 @@ class TextSource(Config):
     (CrossFlow).
 
     amplitude: how far the captions' codes stand apart against noise and pictures.
-    null: what the network sees of a null sample: x_t as it is (`kept`, CrossFlow), or x_t without
-    the caption's share (`dropped`), so that guidance leads away from what knows no caption.
+    drop_null: show the network a null sample without the caption's share of x_t, so that guidance
+    leads away from what knows no caption; else as it is (CrossFlow).
     """
 
     kind: Literal["text"] = "text"
     amplitude: float = Field(1.0, gt=0)
-    null: Literal["kept", "dropped"] = "kept"
+    drop_null: bool = False
 
 
 class NoiseSource(Config):

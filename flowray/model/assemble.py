@@ -51,7 +51,7 @@ class FlowModel(nn.Module):
             if config.source.kind == "text"
             else None
         )
-        self.drops = config.source.kind == "text" and config.source.null == "dropped"
+        self.drops = config.source.kind == "text" and config.source.drop_null
         self.velocity = build_velocity(config.velocity, config.latent, text.width)
         self.semantic = Semantics(config, loss, self.velocity)
 
@@ -84,7 +84,7 @@ class FlowModel(nn.Module):
         """The velocity network's levels on samples of the captions of `source`; a batch of k times
         as many, as guidance makes it, has them k times over.
 
-        Where `model.source.null` is dropped, a null sample is seen in coordinates without its
+        With `model.source.drop_null` a null sample is seen in coordinates without its
         caption: x - (1 - t) mean, whose velocity lacks the mean too.
         """
         again = len(x) // len(source.z0)

@@ -44,7 +44,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_packaged_recipe_plans(name: str) -> None:
     recipe, plan = load_recipe(name).recipe, plan_of(name)
     assert all(count > 0 for count in plan["parameters"].values())
-    assert {"head", "text.backbone", "autoencoder"} <= plan["parameters"].keys()
+    assert {"text.backbone", "autoencoder"} <= plan["parameters"].keys()
+    assert ("head" in plan["parameters"]) == (recipe.model.source.kind == "text")
     assert any(part.startswith("velocity.") for part in plan["parameters"])
     assert plan["images"] == recipe.train.steps * recipe.train.batch_size
     assert (

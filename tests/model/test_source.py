@@ -30,9 +30,9 @@ SOURCES: dict[str, dict[str, Any]] = {
     "text alone": {},
     "text and adaln": {"model.velocity.condition.kind": "adaln"},
     "text and cross-attention": {"model.velocity.condition.kind": "cross_attention"},
-    "text alone, dropped where null": {"model.source.null": "dropped"},
+    "text alone, dropped where null": {"model.source.drop_null": True},
     "text and adaln, dropped where null": {
-        "model.source.null": "dropped",
+        "model.source.drop_null": True,
         "model.velocity.condition.kind": "adaln",
         "model.source.amplitude": 2.0,
     },
@@ -116,7 +116,7 @@ def test_a_dropped_caption_is_gone_from_every_level_and_gradient(
     """Null samples of two captions, from the same noise: the loss is the same and teaches the
     source nothing, as it is that of a model whose source is the noise alone.
     """
-    wide = {"model.source.amplitude": 3.0, "model.source.null": "dropped", "loss.kl.weight": 0}
+    wide = {"model.source.amplitude": 3.0, "model.source.drop_null": True, "loss.kl.weight": 0}
     wide |= {"model.posterior.logvar_min": -1e-6, "model.posterior.logvar_max": 1e-6}
     made = override_recipe(recipe, VELOCITIES[velocity] | wide)
     model = model_of(made)
