@@ -22,6 +22,7 @@ from flowray.config.paths import argument
 from flowray.config.progress import Progress
 from flowray.config.train import CHECKED, LEFT_OPEN
 from flowray.config.writing import write_whole
+from flowray.data.open_shapes import TooMany
 from flowray.sample.open_scores import CAPTIONS, DRAWS
 from flowray.store.found import find_checkpoint
 
@@ -91,8 +92,8 @@ def evaluate(
     if shards == LEFT_OPEN:
         try:
             asked = ask(captions or CAPTIONS, seed)
-        except ValueError as error:
-            raise InputError(f"--captions: {str(error).partition(': ')[2]}") from error
+        except TooMany as error:
+            raise InputError(f"--captions: want at most {error.most}, got {captions}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with progress.task("loading the models"):
         opened, config = open_run(found, device), recipe.sample

@@ -201,11 +201,19 @@ def facts(description: Description) -> list[str]:
     return list(dict.fromkeys(words))
 
 
+class TooMany(ValueError):
+    """More descriptions were asked for than there are. most: how many there are."""
+
+    def __init__(self, count: int, most: int):
+        super().__init__(f"count: want at most {most} descriptions, got {count}")
+        self.most = most
+
+
 def lone_descriptions(count: int, seed: int, *, held_out: bool) -> list[Description]:
     """`count` different descriptions of one object that leave something open, drawn as captions
     are: held-out ones, or such as training captions say.
 
-    ValueError where there are not that many (some 180 are held out).
+    TooMany where there are not that many (some 180 are held out).
     """
     rng, scenes = np.random.default_rng([seed, held_out]), single_scenes("train")
     found: dict[Description, None] = {}
@@ -215,7 +223,7 @@ def lone_descriptions(count: int, seed: int, *, held_out: bool) -> list[Descript
             found[said] = None
         if len(found) == count:
             return list(found)
-    raise ValueError(f"count: want at most {len(found)} descriptions, got {count}")
+    raise TooMany(count, len(found))
 
 
 def distribution(description: Description, attribute: str) -> dict[str, float]:

@@ -12,6 +12,7 @@ from flowray.config.losses import LossConfig
 from flowray.config.model import ModelConfig
 from flowray.model.heads import build_head
 from flowray.model.layers import boxes
+from flowray.model.levels import time_of
 from flowray.model.posterior import Posterior, make_posterior, standard_normal
 from flowray.model.semantic import Semantics
 from flowray.model.text import TextModel, TextTokens, load_text, planned_text
@@ -93,7 +94,7 @@ class FlowModel(nn.Module):
             return self.velocity.levels(x, time_code, null, text)
         mean = source.posterior.mean.detach().repeat(again, 1, 1, 1)
         code = torch.where(null[:, None, None, None], mean, 0.0)
-        left = ((time_code.float() + 4) / 8)[:, None, None, None]  # 1 - t
+        left = 1 - time_of(time_code.float())[:, None, None, None]
         velocities = self.velocity.levels(x - left * code, time_code, null, text)
         return tuple(v.float() - boxes(code, code.shape[-1] // v.shape[-1]) for v in velocities)
 

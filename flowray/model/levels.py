@@ -73,6 +73,11 @@ def checked(time_code: Tensor) -> Tensor:
     return time_code
 
 
+def time_of(code: Tensor) -> Tensor:
+    """t in [0, 1] of time codes 4 - 8 t."""
+    return 0.5 - code / 8
+
+
 class TimeEmbedding(nn.Module):
     """Bounded embedding of the 1-D time code: sinusoid, MLP, then LayerNorm or a small last
     layer so that its amplitude stays bounded.
@@ -95,7 +100,7 @@ class TimeEmbedding(nn.Module):
         code = checked(time_code)
         # The sinusoid's frequencies lie in [1e-4, 1]: stretch [-4, 4] so that the fastest turns
         # many times.
-        value = code * 25.0 if self.config.of == "time_code" else 0.5 - code / 8
+        value = code * 25.0 if self.config.of == "time_code" else time_of(code)
         return self.norm(self.mlp(sinusoid(value, self.config.frequencies)))
 
 

@@ -43,7 +43,7 @@ HIGHER = {"named": True, "sharp": True, "coverage": False, "entropy": True}  # w
 
 Flow = Callable[[Sequence[str]], Tensor]  # captions -> integrated latents (B, C, H, W)
 # captions -> mu and z0, each (B, C, H, W)
-Source = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+WithoutFlow = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def closed_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def ask(count: int, seed: int) -> list[Asked]:
-    """`count` held-out captions; ValueError where there are not that many."""
+    """`count` held-out captions; TooMany where there are not that many."""
     return [
         Asked(
             caption(said, np.random.default_rng([seed, i])),
@@ -156,7 +156,7 @@ def score_open(
 
 def evaluate_open(
     flow: Flow,
-    source: Source | None,
+    source: WithoutFlow | None,
     autoencoder: Autoencoder,
     real: RealLatents,
     asked: Sequence[Asked],
