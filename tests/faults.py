@@ -50,8 +50,8 @@ from flowray.train.state import Halted
 Bug = AbstractContextManager[Any]
 SETS = {"train": 768, "val": 64, "unseen": 1}
 
-# on top of the packaged quickstart; a source of its own making, since an anchored one leaves the
-# velocity little to do
+# on top of quickstart_closed; a source of its own making, since an anchored one leaves the velocity
+# little to do
 SMALL = {
     "loss.anchor.weight": 0.0,
     "loss.kl.weight": 2.0,
@@ -108,7 +108,7 @@ def small_recipe(home: Path, name: str, **keys: Any) -> Recipe:
         "data.cache": str(home / "cache"),
     }
     base = override_recipe(
-        load_recipe("quickstart").recipe,
+        load_recipe("quickstart_closed").recipe,
         {**SMALL, **places, "storage_path": str(home / "runs"), "name": name},
     )
     return override_recipe(base, keys) if keys else base
