@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -39,8 +41,8 @@ from flowray.train.loop import train
 # source and condition -> the recipe and what is typed behind it
 ARMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "text": ("quickstart", ("model.velocity.condition={kind: none}",)),
-    "text+adaln": ("quickstart", ()),
-    "noise+adaln": ("quickstart_noise", ()),
+    "text_adaln": ("quickstart", ()),
+    "noise_adaln": ("quickstart_noise", ()),
 }
 PACE_STEPS, PACE_ROUNDS = 60, 2
 SHOWN = 6  # captions in the picture, and draws of each
@@ -85,11 +87,29 @@ def run(
         Case(folder, arm, seed, round(60 * minutes / pace[arm])) for seed in seeds for arm in arms
     ]
     left = [case for case in cases if not case.scores.exists()]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn, max_tasks_per_child=1) as pool:
+    with _processes(processes) as pool:
         for case, seconds in zip(left, pool.map(_train_and_score, left), strict=True):
             _say(f"{case.run.path.name}: {case.steps} steps, {seconds:.0f} s of training")
     return cases
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    """A fresh process for every training, which ends when this one does."""
+    return ProcessPoolExecutor(
+        count,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_end_with_parent,
+        max_tasks_per_child=1,
+    )
+
+
+def _end_with_parent() -> None:
+    def wait() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _pace(folder: Path, arms: Sequence[str]) -> dict[str, float]:
@@ -98,8 +118,7 @@ def _pace(folder: Path, arms: Sequence[str]) -> dict[str, float]:
     if not file.exists():
         recipe = Case(folder, arms[0], 0, PACE_STEPS).recipe()
         ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        with _processes(1) as pool:
             rounds = [
                 dict(zip(arms, pool.map(_step_seconds, [folder] * len(arms), arms), strict=True))
                 for _ in range(PACE_ROUNDS)
