@@ -21,6 +21,8 @@ BASELINES: Mapping[str, Baseline] = {
     "shoot/skill": Baseline(0.0, "doing nothing"),
     "shoot/energy": Baseline(1.0, "drawing any picture of the data"),
     "shoot/diversity": Baseline(1.0, "as varied as the data"),
+    "shoot/diversity_all": Baseline(1.0, "as varied as the data"),
+    "shoot/copies": Baseline(0.01, "new pictures"),
     "flow/nmse": Baseline(1.0, "predicting zero"),
     "train/nmse": Baseline(1.0, "predicting zero"),
     "flow/cos": Baseline(0.0, "unrelated"),
