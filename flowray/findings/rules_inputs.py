@@ -149,7 +149,7 @@ INPUTS: tuple[Rule, ...] = (
         ),
         "the data set repeats itself: fewer pictures than it counts",
         "python -m flowray.data check SHARDS; remove what is double before packing",
-        ("dataset_too_small", *BAD_PICTURES, *WILD_SOURCE),
+        ("dataset_too_small", "memorised", *BAD_PICTURES, *WILD_SOURCE),
     ),
     Rule(
         "dataset_too_small",
@@ -164,6 +164,17 @@ INPUTS: tuple[Rule, ...] = (
         "too few different samples: the model learns them by heart",
         "data.limit=null, or more shards in data.shards; 128 to 512 samples are for the overfit"
         " check only",
-        (*BAD_PICTURES, *WILD_SOURCE),
+        ("memorised", *BAD_PICTURES, *WILD_SOURCE),
+    ),
+    Rule(
+        "memorised",
+        "warn",
+        above(
+            "shoot/copies",
+            0.2,
+            "share of shots that lie as near to a training picture as few new ones do:",
+        ),
+        "pictures are copies of training pictures",
+        "more shards in data.shards (data.limit=null), or fewer train.steps",
     ),
 )
