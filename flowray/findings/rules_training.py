@@ -325,6 +325,8 @@ TRAINING: tuple[Rule, ...] = (
                     for t in ("0.25", "0.5")
                 )
             ),
+            # a network may carry on what it read of close codes at the start
+            below("shoot/cond_gain", lambda r: 0.25 * (1 - r.get("data/left_open", 0.0))),
             also("mu/rms", "std/mean"),
         ),
         "the captions' codes run together on the way: z0 tells its caption and x_t soon no more,"

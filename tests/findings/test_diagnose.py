@@ -69,10 +69,11 @@ def test_beside_a_caption_that_the_network_reads_the_source_need_not_tell_it(
     condition: str,
 ) -> None:
     blind = {"source/separation@0": 0.0313, "source/separation@0.5": 0.0313, "text/snr": 1e-5}
-    merging = {"source/separation@0.5": 0.0313}
+    merging = {"source/separation@0.5": 0.0313, "shoot/cond_gain": 0.03}
     assert ids(blind, condition="none")[:2] == ["source_blind", "condition_ignored"]
     assert ids(blind) == ids(blind, condition="none")  # a recipe of before there was a choice
     assert ids(merging, condition="none") == ["codes_merge"]
+    assert ids({**merging, "shoot/cond_gain": 0.4}) == []  # what was read at the start lasts
     assert ids(blind, condition=condition) == ["text_unproven"]
     assert ids(merging, condition=condition) == []
     unread = {**blind, "shoot/cond_gain": 0.0, "flow/cond_gain_cos": 0.0}
@@ -89,10 +90,14 @@ def test_draws_of_many_answers_are_not_held_against_the_mean_picture() -> None:
 
 
 @pytest.mark.parametrize("data", [{"data/duplicate_share": 0.98}, {"data/samples": 64}])
-def test_copies_follow_from_too_little_data(data: dict[str, float]) -> None:
-    found = diagnose({**HEALTHY, **ANSWERS, **data, "shoot/copies": 0.7}, FACTS)
-    assert {f.id: f.explained_by for f in found}["memorised"] == found[0].id
-    assert found[0].id.startswith("dataset_")
+def test_pictures_known_by_heart_follow_from_too_little_data(data: dict[str, float]) -> None:
+    for seen in ({"shoot/copies": 0.7}, {"train_set/shoot_nmse": 0.19}):
+        found = diagnose({**HEALTHY, **ANSWERS, **data, **seen}, FACTS)
+        assert {f.id: f.explained_by for f in found}["memorised"] == found[0].id
+        assert found[0].id.startswith("dataset_")
+    # the mean picture of a caption is as near; and where it says everything the picture is known
+    assert ids({"train_set/shoot_nmse": 0.56}) == []
+    assert ids({"train_set/shoot_nmse": 0.05, "data/left_open": 0.02}) == ["undertrained"]
 
 
 def test_a_loss_that_grows_with_the_source_is_no_high_learning_rate() -> None:

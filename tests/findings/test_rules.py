@@ -53,6 +53,7 @@ CASES = (
     Case("dataset_too_small", {"data/samples": 128}),
     Case("dataset_too_small", {"data/epochs": 900, "train_set/shoot_nmse": 0.05}),
     Case("memorised", {**ANSWERS, "shoot/copies": 0.6}),
+    Case("memorised", {**ANSWERS, "train_set/shoot_nmse": 0.19}),
     Case("time_untrained", {"time/coverage_min": 0.0, "shoot/skill": -0.2}, {"time_kind": "alpha"}),
     Case(
         "time_untrained", {"flow/nmse_t0": 1.4, "time/coverage_min": 0.1}, {"time_kind": "log_snr"}
@@ -118,7 +119,14 @@ CASES = (
         },
     ),
     Case(
-        "codes_merge", {**ANSWERS, "source/separation@0.25": 0.3, "source/separation@0.5": 0.0625}
+        "codes_merge",
+        {
+            **ANSWERS,
+            "source/separation@0": 0.594,
+            "source/separation@0.25": 0.219,
+            "source/separation@0.5": 0.0938,
+            "shoot/cond_gain": 0.017,
+        },
     ),
     Case(
         "source_collapsed",
