@@ -279,8 +279,8 @@ TRAINING: tuple[Rule, ...] = (
         "the source averages over a caption's answers: z0 is their mean with too little noise to"
         " choose one of them by, so the flow paints a blur, or textures on it",
         "model.posterior.logvar_min=-0.01 model.posterior.logvar_max=0.01 (sigma 1, as wide as the"
-        " data), loss.kl.weight=0.1 loss.anchor.weight=1 where the bounds are to stay open; or"
-        " start from the recipe quickstart_open",
+        " data) and loss.anchor.weight=1, as in the recipe quickstart_open; with open bounds a"
+        " larger loss.kl.weight=2 is what widens it",
         (
             "latent_scale_off",
             "kl_drowned",
