@@ -24,6 +24,7 @@ BASELINES: Mapping[str, Baseline] = {
     "shoot/diversity_all": Baseline(1.0, "as any two pictures"),
     "source/width": Baseline(1.0, "what a caption leaves open"),
     "source/width_all": Baseline(1.0, "all that the data vary"),
+    "shoot/copies": Baseline(0.01, "new pictures"),
     "flow/nmse": Baseline(1.0, "predicting zero"),
     "train/nmse": Baseline(1.0, "predicting zero"),
     "flow/cos": Baseline(0.0, "unrelated"),
