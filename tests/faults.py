@@ -205,8 +205,8 @@ def _one_text(original: Any) -> Any:
 
 
 def _worse_in_eval(original: Any) -> Any:
-    def levels(self: DiT, x: Tensor, time_code: Tensor, null: Tensor) -> tuple[Tensor, ...]:
-        return original(self, x if self.training else x.flip(-1), time_code, null)
+    def levels(self: DiT, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        return original(self, x if self.training else x.flip(-1), *others)
 
     return levels
 
@@ -323,7 +323,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "source_inflated",
         ("source_inflated",),
-        {"loss.kl.weight": 0.003, "loss.flow.source_grad": "path"},
+        {"loss.kl.weight": 3e-4, "loss.flow.source_grad": "path"},
     ),
     Fault("logvar_saturated", ("logvar_saturated",), {"model.posterior.logvar_min": -0.3}),
     Fault("kl_drowned", ("kl_drowned", "source_collapsed"), {"loss.kl.weight": 1e-5}),

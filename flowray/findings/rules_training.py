@@ -102,6 +102,14 @@ def _fix_time(r: Reading) -> str:
     )
 
 
+TOO_FAST = some(
+    above("step/z_head_update_ratio_peak", 0.3),
+    above("moved/most", _far, "weights have moved, in multiples of their initial norm,"),
+)
+# The loss rises with a source that no KL holds, at steps of ordinary size.
+RUNAWAY = every(WEAK_KL, unless(TOO_FAST))
+
+
 TRAINING: tuple[Rule, ...] = (
     # what the network is asked to predict, and when
     Rule(
@@ -181,8 +189,7 @@ TRAINING: tuple[Rule, ...] = (
         "lr_too_high",
         "bad",
         some(
-            above("step/z_head_update_ratio_peak", 0.3),
-            above("moved/most", _far, "weights have moved, in multiples of their initial norm,"),
+            TOO_FAST,
             every(above("history/rise", 1.5, "last flow loss, and training nmse, over its best:")),
         ),
         "the learning rate is too high: a step undoes what the last ones learnt",
@@ -191,7 +198,7 @@ TRAINING: tuple[Rule, ...] = (
             *BAD_FIELD,
             *NO_TEXT,
             "non_finite",
-            "source_inflated",
+            ("source_inflated", unless(RUNAWAY)),
             "source_collapsed",
             "logvar_saturated",
             "kl_crushing",
@@ -279,7 +286,7 @@ TRAINING: tuple[Rule, ...] = (
         "the source averages over a caption's answers: z0 is their mean with too little noise to"
         " choose one of them by, so the flow paints a blur, or textures on it",
         "model.posterior.logvar_min=-0.01 model.posterior.logvar_max=0.01 (sigma 1, as wide as the"
-        " data) and loss.anchor.weight=1, as in the recipe quickstart_open; with open bounds a"
+        " data) and loss.anchor.weight=1, as in the recipe quickstart; with open bounds a"
         " larger loss.kl.weight=2 is what widens it",
         (
             "latent_scale_off",
@@ -376,7 +383,13 @@ TRAINING: tuple[Rule, ...] = (
             " and cos looks good for nothing"
         ),
         _kl_fix,
-        ("worse_than_nothing", "latent_scale_off", ("logvar_saturated", WEAK_KL), "losses_opposed"),
+        (
+            "worse_than_nothing",
+            "latent_scale_off",
+            ("logvar_saturated", WEAK_KL),
+            "losses_opposed",
+            ("lr_too_high", RUNAWAY),
+        ),
     ),
     Rule(
         "kl_drowned",

@@ -94,7 +94,7 @@ HEALTHY: dict[str, float] = {
         for n in (5, 10, 20, 50, 100)
     },
 }
-# What stands beside that where captions leave things open: quickstart_open at its end.
+# What stands beside that where captions leave things open: quickstart at its end.
 ANSWERS: dict[str, float] = {
     "data/left_open": 0.642,
     "source/width": 1.58,

@@ -116,6 +116,14 @@ def test_a_loss_that_grows_with_the_source_is_no_high_learning_rate() -> None:
     assert "lr_too_high" not in [finding.id for finding in diagnose(HEALTHY, FACTS, narrowed)]
     undone = [{**row, "train/nmse": row["loss/flow"]} for row in grown]
     assert "lr_too_high" in [finding.id for finding in diagnose(HEALTHY, FACTS, undone)]
+    # a source that runs away takes the nmse with it, though no step is too large
+    away = {**HEALTHY, "std/mean": 9.0, "mu/rms": 5.2}
+    weak = {**FACTS, "kl_weight": 3e-4, "step": 150}
+    explained = {f.id: f.explained_by for f in diagnose(away, weak, undone)}
+    assert (explained["source_inflated"], explained["lr_too_high"]) == (None, "source_inflated")
+    leaps = diagnose({**away, "step/z_head_update_ratio_peak": 0.5}, weak, undone)
+    explained = {f.id: f.explained_by for f in leaps}
+    assert (explained["lr_too_high"], explained["source_inflated"]) == (None, "lr_too_high")
 
 
 def test_a_run_that_halts_at_once_is_not_said_to_learn_too_slowly() -> None:
