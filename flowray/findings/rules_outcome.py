@@ -19,7 +19,7 @@ from flowray.findings.checks import (
     text,
     unless,
 )
-from flowray.findings.consequences import OPEN, PLATEAU, READS_CAPTION, SKILL_FLOOR, YOUNG
+from flowray.findings.consequences import ANSWERED, OPEN, PLATEAU, READS_CAPTION, SKILL_FLOOR, YOUNG
 from flowray.findings.finding import Judged
 from flowray.findings.reading import Absent, Reading
 from flowray.findings.rule import Rule
@@ -219,7 +219,7 @@ OUTCOME: tuple[Rule, ...] = (
     Rule(
         "worse_than_zero",
         "bad",
-        every(above("flow/nmse", 0.98), also("flow/cos", "flow/speed_ratio")),
+        every(unless(ANSWERED), above("flow/nmse", 0.98), also("flow/cos", "flow/speed_ratio")),
         "the velocity field is not learnt: it explains the target no better than predicting zero"
         " does",
         "find the cause above, if there is one; else python -m flowray.doctor overfit RECIPE tells"
@@ -253,6 +253,7 @@ OUTCOME: tuple[Rule, ...] = (
         "gain_would_hurt",
         "warn",
         every(
+            unless(ANSWERED),
             unless(YOUNG),
             below("flow/speed_ratio", 0.5),
             below("flow/cos", lambda r: 1.4 * r["flow/speed_ratio"], "with flow/cos"),
@@ -281,7 +282,12 @@ OUTCOME: tuple[Rule, ...] = (
     Rule(
         "field_weak",
         "warn",
-        every(unless(YOUNG), below("flow/cos", 0.5), quietly(below("flow/nmse", 0.98))),
+        every(
+            unless(ANSWERED),
+            unless(YOUNG),
+            below("flow/cos", 0.5),
+            quietly(below("flow/nmse", 0.98)),
+        ),
         "the field's direction is weak (0.5 and more is learnt)",
         "longer training: train.steps=N, a wider velocity network, or another lr; python -m"
         " flowray.doctor overfit RECIPE first",

@@ -126,6 +126,16 @@ def test_a_loss_that_grows_with_the_source_is_no_high_learning_rate() -> None:
     assert (explained["lr_too_high"], explained["source_inflated"]) == (None, "lr_too_high")
 
 
+def test_a_field_with_nothing_left_to_learn_is_not_at_fault() -> None:
+    """Where captions fix the picture an anchored source becomes it; what is left is jitter."""
+    seen = {**HEALTHY, "flow/nmse": 1.0, "flow/cos": 0.06, "flow/speed_ratio": 0.1}
+    facts = {**FACTS, "loss_weights": {"flow": 1.0, "anchor": 4.0}}
+    named = {f.id for f in diagnose({**seen, "trivial/shoot/nmse": 0.3}, facts)}
+    assert "worse_than_zero" in named
+    named = {f.id for f in diagnose({**seen, "trivial/shoot/nmse": 0.05}, facts)}
+    assert not named & {"worse_than_zero", "field_weak", "gain_would_hurt"}
+
+
 def test_a_run_that_halts_at_once_is_not_said_to_learn_too_slowly() -> None:
     seen = {
         **HEALTHY,
