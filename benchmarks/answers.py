@@ -203,7 +203,7 @@ def picture(cases: Sequence[Case], place: Path) -> None:
             axis.imshow(drawn[row, column])
             axis.set_xticks([])
             axis.set_yticks([])
-        axes[0, number * SHOWN + SHOWN // 2].set_title(case.arm, fontsize=10)
+        axes[0, number * SHOWN + SHOWN // 2].set_title(case.arm.replace("_", ", "), fontsize=10)
     for caption, axis in zip(captions, axes[:, 0], strict=True):
         axis.set_ylabel(fill(caption, 20), fontsize=7, rotation=0, ha="right", va="center")
     figure.tight_layout(pad=0.3)
