@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         description="Measurements that end in a ratio, stated so that higher is better.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_sweep, _add_record, _add_overhead, _add_startup):
+    for add in (_add_sweep, _add_record, _add_answers, _add_overhead, _add_startup):
         add(commands)
     args, more = parser.parse_known_args(argv)  # argparse gives up on key=value after an option
     if wrong := [
@@ -112,6 +112,34 @@ def _add_record(commands: argparse._SubParsersAction[Parser]) -> None:
         help="configurations trained at once, one core each; default 1",
     )
     parser.set_defaults(run=_record)
+
+
+def _add_answers(commands: argparse._SubParsersAction[Parser]) -> None:
+    from benchmarks.answers import ARMS
+
+    about = (
+        "text source, text source with a condition and noise source on captions with many right"
+        " pictures, at equal training time; again after a kill, it goes on where it stopped"
+    )
+    parser = commands.add_parser(
+        "answers",
+        help=about,
+        description=f"Sources beside each other: {about}. Writes FOLDER/answers.md and .png.",
+    )
+    parser.add_argument("folder", type=argument, metavar="FOLDER")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="of one core, for each training; default 9"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default 0 1 2"
+    )
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all of them"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="trainings at once, one core each; default 1"
+    )
+    parser.set_defaults(run=_answers)
 
 
 def _add_overhead(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -228,6 +256,15 @@ def _record(args: argparse.Namespace) -> int:
     if len(pool.entries) < pool.drawn:
         _say("the rest comes when the same command is run again")
         return FINDINGS
+    return GOOD
+
+
+def _answers(args: argparse.Namespace) -> int:
+    from benchmarks.answers import page, run
+
+    cases = run(args.folder, args.minutes, args.seeds, args.processes, args.arms)
+    page(cases, args.minutes, args.folder / "answers.md")
+    print((args.folder / "answers.md").read_text())
     return GOOD
 
 

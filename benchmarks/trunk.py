@@ -40,7 +40,7 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090":
 
 
 def trunk_recipe(size: str, batch: int, *overrides: str) -> Recipe:
-    """quickstart's losses, text model and head around a large trunk on (4, 32, 32) latents."""
+    """quickstart_closed around a large trunk on (4, 32, 32) latents."""
     sized = [
         f"model.velocity={SIZES[size]}",
         "model.latent={channels: 4, height: 32, width: 32}",
@@ -48,7 +48,7 @@ def trunk_recipe(size: str, batch: int, *overrides: str) -> Recipe:
         "train.precision=bf16",
         "optim.lr=1e-4",
     ]
-    return load_recipe("quickstart", [*sized, *overrides]).recipe
+    return load_recipe("quickstart_closed", [*sized, *overrides]).recipe
 
 
 def made_up_latents(folder: Path, shape: tuple[int, int, int]) -> LatentSet:

@@ -173,7 +173,8 @@ def page(
             "width 64, batch 32, 150 steps), by a recipe key or a bug in the code, and the run"
             " directory is given to the doctor, which is"
         ),
-        "told nothing else. The healthy runs are of every head, three seeds each.",
+        "told nothing else. The healthy runs are of every head, three seeds each. Runs named `open`"
+        " are of 300 steps on captions that leave things open.",
         "",
         (
             f"Named first: {len(first)} of {len(planted)}. Named first or second:"

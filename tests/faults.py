@@ -49,9 +49,11 @@ from flowray.train.state import Halted
 
 Bug = AbstractContextManager[Any]
 SETS = {"train": 768, "val": 64, "unseen": 1}
+# captions that leave things open: enough held-out pictures that some share one
+OPEN_SETS = {"train": 1536, "val": 512, "unseen": 1}
 
-# on top of the packaged quickstart; a source of its own making, since an anchored one leaves the
-# velocity little to do
+# on top of quickstart_closed; a source of its own making, since an anchored one leaves the velocity
+# little to do
 SMALL = {
     "loss.anchor.weight": 0.0,
     "loss.kl.weight": 2.0,
@@ -80,8 +82,8 @@ class Fault:
 
     keys: recipe keys; bug: a fault of the code; mended: the code is right again when the doctor
     comes; late: the code of sampling, which training does not use, so the doctor looks at the run
-    `healthy`, which is without it; data: makes the training shards, in a folder given, from the
-    healthy ones.
+    `healthy`, which is without it; open: on captions that leave things open; data: makes the
+    training shards, in a folder given, from the healthy ones.
     """
 
     name: str
@@ -91,24 +93,27 @@ class Fault:
     mended: bool = False
     late: bool = False
     healthy: str = "healthy"
+    open: bool = False
     data: Callable[[Path, Path], Path] | None = None
 
 
-def make_sets(home: Path) -> dict[str, Path]:
+def make_sets(home: Path, *, open: bool = False) -> dict[str, Path]:
     """The healthy pictures: one-object scenes of shapes, (train, val)."""
+    if open:
+        return write_set(ShapesSet(two_share=0.0, **OPEN_SETS), home / "pictures-open")
     return write_set(ShapesSet(two_share=0.0, closed=True, **SETS), home / "pictures")
 
 
-def small_recipe(home: Path, name: str, **keys: Any) -> Recipe:
+def small_recipe(home: Path, name: str, *, open: bool = False, **keys: Any) -> Recipe:
     """The healthy run's recipe."""
-    sets = make_sets(home)
+    sets = make_sets(home, open=open)
     places = {
         "data.shards": str(sets["train"]),
         "data.val_shards": str(sets["val"]),
         "data.cache": str(home / "cache"),
     }
     base = override_recipe(
-        load_recipe("quickstart").recipe,
+        load_recipe("quickstart_closed").recipe,
         {**SMALL, **places, "storage_path": str(home / "runs"), "name": name},
     )
     return override_recipe(base, keys) if keys else base
@@ -133,7 +138,7 @@ def plant(fault: Fault, home: Path, steps: int | None = None) -> RunDirectory:
         keys["data.shards"] = str(
             fault.data(make_sets(home)["train"], home / f"pictures-{fault.name}")
         )
-    recipe = small_recipe(home, fault.name, **keys)
+    recipe = small_recipe(home, fault.name, open=fault.open, **keys)
     run = RunDirectory(Path(recipe.storage_path) / recipe.name)
     if newest_checkpoint(run.checkpoints) is None:
         # the cache is made by code without the bug
@@ -200,8 +205,8 @@ def _one_text(original: Any) -> Any:
 
 
 def _worse_in_eval(original: Any) -> Any:
-    def levels(self: DiT, x: Tensor, time_code: Tensor, null: Tensor) -> tuple[Tensor, ...]:
-        return original(self, x if self.training else x.flip(-1), time_code, null)
+    def levels(self: DiT, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        return original(self, x if self.training else x.flip(-1), *others)
 
     return levels
 
@@ -270,6 +275,21 @@ def few_pictures_many_times(healthy: Path, folder: Path) -> Path:
 HEALTHY = Fault("healthy", ())
 # Quickstart's own source: mu drawn to the mean picture, sigma narrow.
 ANCHORED = {"loss.anchor.weight": 4.0, "loss.kl.weight": 0.03, "optim.lr_scale.z_head": 0.4}
+# The caption's mean picture with noise as wide as the data, the network told nothing else.
+OPEN = {
+    "loss.anchor.weight": 1.0,
+    "loss.kl.weight": 0.1,
+    "loss.clip.weight": 0.0,
+    "model.posterior": {"logvar_min": -0.01, "logvar_max": 0.01},
+    "train.steps": 300,
+}
+ADALN = {"model.velocity.condition": {"kind": "adaln"}}
+NOISE = {
+    **ADALN,
+    "model.source": {"kind": "noise"},
+    "loss.anchor.weight": 0.0,
+    "loss.kl.weight": 0.0,
+}
 HEALTHY_RUNS = tuple(
     Fault(f"healthy_{head['kind']}_{seed}", (), {"model.head": head, "seed": seed})
     for head in (
@@ -280,6 +300,10 @@ HEALTHY_RUNS = tuple(
     )
     for seed in (0, 1, 2)
 ) + tuple(Fault(f"healthy_anchored_{seed}", (), {**ANCHORED, "seed": seed}) for seed in (0, 1, 2))
+HEALTHY_RUNS += tuple(
+    Fault(f"healthy_open_{name}", (), {**OPEN, **keys}, open=True)
+    for name, keys in (("text", {}), ("text_adaln", ADALN), ("noise", NOISE))
+)
 FAULTS: tuple[Fault, ...] = (
     # the autoencoder
     Fault(
@@ -299,7 +323,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "source_inflated",
         ("source_inflated",),
-        {"loss.kl.weight": 0.003, "loss.flow.source_grad": "path"},
+        {"loss.kl.weight": 3e-4, "loss.flow.source_grad": "path"},
     ),
     Fault("logvar_saturated", ("logvar_saturated",), {"model.posterior.logvar_min": -0.3}),
     Fault("kl_drowned", ("kl_drowned", "source_collapsed"), {"loss.kl.weight": 1e-5}),
@@ -368,6 +392,34 @@ FAULTS: tuple[Fault, ...] = (
     Fault("dataset_small", ("dataset_too_small",), {"data.limit": 8}),
     Fault("dataset_duplicated", ("dataset_duplicated",), data=few_pictures_many_times),
     Fault("undertrained", ("undertrained",), {"train.steps": 40, "train.probe_every": 40}),
+    # captions that leave things open
+    Fault(
+        "open_narrow",
+        ("source_averages",),
+        {
+            **OPEN,
+            **ANCHORED,
+            "model.posterior": {"logvar_min": -5.7, "logvar_max": -5.6},
+            "flow.time": {"kind": "alpha", "low": 0.0, "high": 0.15, "uniform_floor": 0.35},
+        },
+        open=True,
+    ),
+    Fault("open_blind", ("source_blind",), {**OPEN, "model.source.amplitude": 0.02}, open=True),
+    Fault(
+        "open_merging",
+        ("codes_merge",),
+        {
+            **OPEN,
+            # codes that look like no picture, and lie close
+            "loss.anchor.weight": 0.0,
+            "loss.clip.weight": 0.3,
+            "loss.flow.source_grad": "none",
+            "model.source.amplitude": 0.05,
+            "model.posterior": {"logvar_min": -4.7, "logvar_max": -4.6},
+        },
+        open=True,
+    ),
+    Fault("open_memorised", ("memorised",), {**OPEN, "data.limit": 64}, open=True),
 )
 
 # The rules' thresholds were chosen with the runs above in sight, so the same faults are planted in

@@ -217,14 +217,14 @@ def _trained_encoders(model: nn.Module) -> list[ImageEncoder]:
 
 
 def _tokens(config: ModelConfig, model: FlowModel) -> dict[str, int]:
-    """Per sample: the longest prompt with its queries, what the head reads, what the velocity
-    network's transformer attends over.
+    """Per sample: the longest prompt with its queries, what the head reads or, without one, the
+    velocity network of the caption, what its transformer attends over.
     """
     text, latent, patch = config.text, config.latent, model.velocity.token_blocks().patch
     queries = text.queries if isinstance(text, CausalText) else 0
     return {
         "text": text.max_tokens + queries,
-        "head": text.tokens,
+        "caption" if model.head is None else "head": text.tokens,
         "velocity": (latent.height // patch) * (latent.width // patch),
     }
 

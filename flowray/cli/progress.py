@@ -191,7 +191,13 @@ class RunProgress:
             why = "a slow probe, or lost workers, which start again from the last checkpoint"
             self._progress.say(f"no step for {silent:.0f} s: {why}")
         for row in probes:
-            keys = ("ema/shoot/nmse", "ema/flow/cos", "ema/std/mean", "vae/psnr")
+            keys = (
+                "ema/shoot/energy",
+                "ema/shoot/nmse",
+                "ema/flow/cos",
+                "ema/std/mean",
+                "vae/psnr",
+            )
             shown = [f"{key} {row[key]:.3f}" for key in keys if row.get(key) is not None]
             self._progress.say(f"probe {row['step']}/{self.steps}  {'  '.join(shown)}")
         for visit in visits:

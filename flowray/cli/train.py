@@ -29,12 +29,16 @@ from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory, RunLock
 
 _CARD_METRICS = (
+    "ema/shoot/energy",
+    "ema/shoot/diversity",
+    "ema/shoot/diversity_all",
     "ema/shoot/nmse",
     "ema/shoot/skill",
     "ema/flow/cos",
     "ema/flow/speed_ratio",
     "ema/std/mean",
     "ema/text/cos_mu",
+    "ema/source/separation@0.25",
     "vae/psnr",
 )
 

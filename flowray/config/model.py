@@ -13,8 +13,8 @@ from flowray.config.towers import SemanticConfig, TowerConfig
 
 
 class ConnectorConfig(Config):
-    """Trainable bidirectional layers between the frozen text model and the head (OpenUni: 6,
-    MetaQuery: 24), then a linear to `out`.
+    """Trainable bidirectional layers between the frozen text model and what reads its tokens
+    (OpenUni: 6, MetaQuery: 24), then a linear to `out`.
 
     style: `siglip` (LayerNorm, biases, tanh-GELU MLP) or `qwen2` (RMSNorm, gated SiLU MLP without
     biases).

@@ -136,9 +136,8 @@ def _probe_batch(subject: Subject, count: int, seed: int, *, training: bool = Fa
         update={"batch_size": max(count, 4), "seed": subject.recipe.probes.seed + seed}
     )
     recipe = subject.recipe.model_copy(update={"probes": probes})
-    return make_probe_batch(
-        recipe, subject.latents if training else subject.held_out, subject.device
-    )
+    sets = (subject.latents, None) if training else (subject.held_out, subject.latents)
+    return make_probe_batch(recipe, sets[0], subject.device, sets[1])
 
 
 def _standard(subject: Subject, made: Measured, batch: ProbeBatch, count: int) -> None:

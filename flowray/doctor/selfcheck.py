@@ -141,7 +141,7 @@ def hearing_codes(model: FlowModel) -> Iterator[list[Tensor]]:
 
 
 class Tiny:
-    """What the checks share: the quickstart recipe with small networks whose weights are all
+    """What the checks share: quickstart_closed with small networks whose weights are all
     random, its autoencoder, and a cache of latents of which every other one is a point.
     """
 
@@ -151,7 +151,7 @@ class Tiny:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return load_recipe("quickstart", SMALL).recipe
+        return load_recipe("quickstart_closed", SMALL).recipe
 
     @property
     def rho(self) -> float:

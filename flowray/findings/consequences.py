@@ -29,11 +29,24 @@ BAD_FIELD = (
     "same_batch_mismatch",
     "plateau",
 )
-NO_TEXT = ("condition_ignored", "text_unproven", "clip_weak", "dino_weak", "captions_shuffled")
+NO_TEXT = (
+    "condition_ignored",
+    "source_blind",
+    "text_unproven",
+    "clip_weak",
+    "dino_weak",
+    "captions_shuffled",
+)
 
 # A run of its first steps, or one whose loss still falls fast, has not had the time to show some
 # faults.
 YOUNG = some(below("step", 100), above("history/fall", 0.05))
+# The velocity network is given the caption beside x_t, so that z0 need not carry it.
+READS_CAPTION = fact("condition", "adaln", "cross_attention")
+# A caption has many right pictures, far apart.
+OPEN = above("data/left_open", 0.2, "share of the data's variance that a caption leaves open:")
+# Where captions fix the picture z0 alone becomes it, and what is left for the field is jitter.
+ANSWERED = below("trivial/shoot/nmse", 0.1)
 WEAK_KL = below("kl_weight", 0.1)
 PLATEAU = every(
     unless(fact("lr_schedule", "cosine")),  # its end is flat by intent
@@ -61,6 +74,11 @@ def if_anchored(limit: float, otherwise: float) -> Limit:
 # error of the mean one, so from an anchored source a skill of -1 is the floor.
 STD_FLOOR, STD_CEILING = if_anchored(0.05, 0.3), 1.6
 SKILL_FLOOR = if_anchored(-1.0, -0.05)
+
+
+def near_chance(t: str) -> Limit:
+    """Of source/separation@t: a tenth of the way from a blind source to certainty."""
+    return lambda r: 0.9 * r[f"trivial/source/separation@{t}"] + 0.1
 
 
 def too_high_fix(r: Reading) -> str:

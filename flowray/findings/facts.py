@@ -18,6 +18,7 @@ KEYS: Mapping[str, str] = {
     "weights_sampled": "sample.weights",
     "head": "model.head.kind",
     "velocity": "model.velocity.kind",
+    "condition": "model.velocity.condition.kind",
     "autoencoder": "model.autoencoder.kind",
     "autoencoder_path": "model.autoencoder.path",
     "precision": "train.precision",

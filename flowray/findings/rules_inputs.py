@@ -6,7 +6,14 @@ from __future__ import annotations
 
 from flowray.config.keys import GOOD_PSNR, POOR_PSNR
 from flowray.findings.checks import Evidence, above, absent, also, below, every, given, some, unless
-from flowray.findings.consequences import BAD_FIELD, BAD_PICTURES, STD_FLOOR, WEAK_KL, too_high_fix
+from flowray.findings.consequences import (
+    BAD_FIELD,
+    BAD_PICTURES,
+    OPEN,
+    STD_FLOOR,
+    WEAK_KL,
+    too_high_fix,
+)
 from flowray.findings.finding import Judged
 from flowray.findings.reading import Reading
 from flowray.findings.rule import Rule
@@ -149,7 +156,7 @@ INPUTS: tuple[Rule, ...] = (
         ),
         "the data set repeats itself: fewer pictures than it counts",
         "python -m flowray.data check SHARDS; remove what is double before packing",
-        ("dataset_too_small", *BAD_PICTURES, *WILD_SOURCE),
+        ("dataset_too_small", "memorised", *BAD_PICTURES, *WILD_SOURCE),
     ),
     Rule(
         "dataset_too_small",
@@ -164,6 +171,30 @@ INPUTS: tuple[Rule, ...] = (
         "too few different samples: the model learns them by heart",
         "data.limit=null, or more shards in data.shards; 128 to 512 samples are for the overfit"
         " check only",
-        (*BAD_PICTURES, *WILD_SOURCE),
+        ("memorised", *BAD_PICTURES, *WILD_SOURCE),
+    ),
+    Rule(
+        "memorised",
+        "warn",
+        some(
+            above(
+                "shoot/copies", 0.2, "share of shots as near to a training picture as few new are:"
+            ),
+            # the best that can be said of a picture by its caption is off by what that leaves open
+            every(
+                given(OPEN),
+                given(
+                    below(
+                        "train_set/shoot_nmse",
+                        lambda r: 0.6 * r["data/left_open"],
+                        "shoot/nmse on training samples",
+                    )
+                ),
+                above("data/gap", 0.3, "held out minus that:"),
+            ),
+        ),
+        "training pictures are known by heart: their captions bring them back, or pictures are"
+        " copies of them",
+        "more shards in data.shards (data.limit=null), or fewer train.steps",
     ),
 )

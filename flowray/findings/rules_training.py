@@ -23,16 +23,22 @@ from flowray.findings.consequences import (
     BAD_FIELD,
     BAD_PICTURES,
     NO_TEXT,
+    OPEN,
     PLATEAU,
+    READS_CAPTION,
     STD_CEILING,
     STD_FLOOR,
     WEAK_KL,
     anchored,
     if_anchored,
+    near_chance,
     too_high_fix,
 )
 from flowray.findings.reading import Reading
 from flowray.findings.rule import Rule
+
+# shoot/diversity: below, most of what a caption leaves open is not painted; above, most is
+AVERAGED, VARIED = 0.5, 0.7
 
 
 def _far(r: Reading) -> float:
@@ -94,6 +100,14 @@ def _fix_time(r: Reading) -> str:
     return (
         "flow.time.uniform_floor=0.2 (or flow.time.kind=uniform); sampling always starts at t = 0"
     )
+
+
+TOO_FAST = some(
+    above("step/z_head_update_ratio_peak", 0.3),
+    above("moved/most", _far, "weights have moved, in multiples of their initial norm,"),
+)
+# The loss rises with a source that no KL holds, at steps of ordinary size.
+RUNAWAY = every(WEAK_KL, unless(TOO_FAST))
 
 
 TRAINING: tuple[Rule, ...] = (
@@ -175,8 +189,7 @@ TRAINING: tuple[Rule, ...] = (
         "lr_too_high",
         "bad",
         some(
-            above("step/z_head_update_ratio_peak", 0.3),
-            above("moved/most", _far, "weights have moved, in multiples of their initial norm,"),
+            TOO_FAST,
             every(above("history/rise", 1.5, "last flow loss, and training nmse, over its best:")),
         ),
         "the learning rate is too high: a step undoes what the last ones learnt",
@@ -185,7 +198,7 @@ TRAINING: tuple[Rule, ...] = (
             *BAD_FIELD,
             *NO_TEXT,
             "non_finite",
-            "source_inflated",
+            ("source_inflated", unless(RUNAWAY)),
             "source_collapsed",
             "logvar_saturated",
             "kl_crushing",
@@ -262,6 +275,75 @@ TRAINING: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        "source_averages",
+        "bad",
+        every(
+            given(OPEN),
+            below("source/width", 0.1, "sigma^2 over what a caption leaves open:"),
+            below("shoot/diversity", AVERAGED),
+            also("std/mean", "shoot/energy"),
+        ),
+        "the source averages over a caption's answers: z0 is their mean with too little noise to"
+        " choose one of them by, so the flow paints a blur, or textures on it",
+        "model.posterior.logvar_min=-0.01 model.posterior.logvar_max=0.01 (sigma 1, as wide as the"
+        " data) and loss.anchor.weight=1, as in the recipe quickstart; with open bounds a"
+        " larger loss.kl.weight=2 is what widens it",
+        (
+            "latent_scale_off",
+            "kl_drowned",
+            "logvar_saturated",
+            ("source_collapsed", anchored),
+            "worse_than_nothing",
+            "field_weak",
+            "gain_would_hurt",
+            "plateau",
+        ),
+    ),
+    # Beside a network that reads the caption such a source is as good as noise.
+    Rule(
+        "source_blind",
+        "bad",
+        every(
+            unless(READS_CAPTION),
+            unless(below("step", 100)),
+            below("source/separation@0", near_chance("0"), "share of z0 that tell their caption:"),
+            given(some(above("shoot/diversity", VARIED), above("shoot/diversity_all", VARIED))),
+            also("shoot/cond_gain", "shoot/energy"),
+        ),
+        "the source is varied and ignores its caption: its noise drowns what mu tells, and the"
+        " network reads nothing else of it",
+        "loss.anchor.weight=1 (mu at the caption's mean picture) with a smaller loss.kl.weight, or"
+        " 'model.velocity.condition={kind: adaln}'",
+        ("condition_ignored", "text_unproven", "clip_weak", "dino_weak"),
+    ),
+    Rule(
+        "codes_merge",
+        "bad",
+        every(
+            unless(READS_CAPTION),
+            given(above("source/separation@0", 0.5)),
+            some(
+                *(
+                    below(
+                        f"source/separation@{t}",
+                        near_chance(t),
+                        f"share of x_t at t = {t} that tell their caption:",
+                    )
+                    for t in ("0.25", "0.5")
+                )
+            ),
+            # a network may carry on what it read of close codes at the start
+            below("shoot/cond_gain", lambda r: 0.25 * (1 - r.get("data/left_open", 0.0))),
+            also("mu/rms", "std/mean"),
+        ),
+        "the captions' codes run together on the way: z0 tells its caption and x_t soon no more,"
+        " for the codes lie close beside what the pictures add; the flow forgets the caption before"
+        " there is a picture",
+        "model.source.amplitude=3 or loss.anchor.weight=1 (codes as far apart as the pictures), or"
+        " 'model.velocity.condition={kind: adaln}'",
+        ("condition_ignored", "clip_weak", "dino_weak", "worse_than_nothing", "field_weak"),
+    ),
+    Rule(
         "source_collapsed",
         "bad",
         every(
@@ -284,6 +366,7 @@ TRAINING: tuple[Rule, ...] = (
             "worse_than_nothing",
             "latent_scale_off",
             ("logvar_saturated", WEAK_KL),
+            ("source_averages", unless(anchored)),
             "clip_saturated",
             "losses_opposed",
         ),
@@ -300,7 +383,13 @@ TRAINING: tuple[Rule, ...] = (
             " and cos looks good for nothing"
         ),
         _kl_fix,
-        ("worse_than_nothing", "latent_scale_off", ("logvar_saturated", WEAK_KL), "losses_opposed"),
+        (
+            "worse_than_nothing",
+            "latent_scale_off",
+            ("logvar_saturated", WEAK_KL),
+            "losses_opposed",
+            ("lr_too_high", RUNAWAY),
+        ),
     ),
     Rule(
         "kl_drowned",

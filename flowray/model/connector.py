@@ -1,5 +1,5 @@
-"""The connector: trainable bidirectional layers between a frozen text model and a head (OpenUni,
-arXiv 2505.23661).
+"""The connector: trainable bidirectional layers between a frozen text model and what reads its
+tokens (OpenUni, arXiv 2505.23661).
 
 No position table: meta queries are told apart by what they learnt, an encoder's tokens by the
 encoder's own positions.

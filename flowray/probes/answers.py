@@ -117,6 +117,17 @@ def answer_metrics(x: Tensor, other: Tensor, answers: Answers) -> dict[str, floa
     }
 
 
+def left_open(answers: Answers) -> dict[str, float]:
+    """data/left_open: variance of the data within a caption over their whole; 1: a caption says
+    nothing, 0: it says everything. Nothing where too few captions repeat.
+    """
+    if not len(answers.rows):
+        return {}
+    _, a, b = answers.pairs
+    whole = torch.cat([answers.z1, *answers.drawn]).var(0).mean().clamp_min(1e-12)
+    return {"data/left_open": float((a - b).square().mean() / 2 / whole)}
+
+
 def source_metrics(
     posterior: Posterior, z0: Tensor, captions: list[str], answers: Answers, rho: float
 ) -> dict[str, float]:

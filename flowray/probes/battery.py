@@ -4,6 +4,7 @@ same for every trial.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +24,12 @@ from flowray.probes.answers import (
     SEARCHED,
     Answers,
     answer_metrics,
+    left_open,
     same_captions,
     source_metrics,
     strangers,
 )
+from flowray.probes.copies import NEW, NUMBERS, Seen, make_seen
 from flowray.probes.field import BINS, cosines, field_metrics
 from flowray.probes.latent import posterior_metrics, scale_metrics, start_metrics, text_metrics
 from flowray.probes.rollout import (
@@ -57,6 +60,7 @@ class ProbeBatch:
     others: Tensor
     variance: float
     answers: Answers
+    seen: Seen | None = None
 
 
 def derangement(captions: list[str]) -> Tensor:
@@ -79,8 +83,13 @@ def derangement(captions: list[str]) -> Tensor:
     return others
 
 
-def make_probe_batch(recipe: Recipe, held_out: LatentSet, device: torch.device) -> ProbeBatch:
-    """The first `probes.batch_size` held-out samples, fewer where there are fewer."""
+def make_probe_batch(
+    recipe: Recipe, held_out: LatentSet, device: torch.device, training: LatentSet | None = None
+) -> ProbeBatch:
+    """The first `probes.batch_size` held-out samples, fewer where there are fewer.
+
+    training: what copies are looked for in.
+    """
     size = min(recipe.probes.batch_size, len(held_out))
     draws = Draws(recipe.probes.seed, 0, size, slice(None), device)
     shape = recipe.model.latent.shape
@@ -97,6 +106,7 @@ def make_probe_batch(recipe: Recipe, held_out: LatentSet, device: torch.device) 
         others=derangement(captions).to(device),
         variance=held_out.variance,
         answers=_answers(recipe, held_out, captions, z1),
+        seen=None if training is None else _seen(recipe, training, held_out, device),
     )
 
 
@@ -128,6 +138,19 @@ def _answers(recipe: Recipe, held_out: LatentSet, captions: list[str], z1: Tenso
     )
 
 
+def _seen(recipe: Recipe, training: LatentSet, held_out: LatentSet, device: torch.device) -> Seen:
+    """Of training latents as they are in the mean, and held-out ones drawn, as shots are."""
+    seed, shape = recipe.probes.seed, recipe.model.latent.shape
+    few = max(1, NUMBERS // math.prod(shape))
+    known, new = (
+        np.random.default_rng(seed).permutation(len(of))[:count]
+        for of, count in ((training, few), (held_out, min(few, NEW)))
+    )
+    noise = Draws(seed, 0, len(new), slice(None), device).normal("new", shape)
+    none = torch.zeros(len(known), *shape, device=device)
+    return make_seen(_latents(training, known, none), _latents(held_out, new, noise))
+
+
 @torch.no_grad()
 def run_probes(
     model: FlowModel, recipe: Recipe, batch: ProbeBatch, *, endpoints: bool
@@ -151,6 +174,9 @@ def run_probes(
         rows |= shoot_metrics(z_end, z0, batch.z1, batch.others, batch.variance)
         other_end = shoot(velocity_fn, other, recipe.probes.shoot_steps)
         rows |= answer_metrics(z_end, other_end, batch.answers)
+        rows |= left_open(batch.answers)
+        if batch.seen is not None:
+            rows["shoot/copies"] = batch.seen.copies(torch.cat([z_end, other_end]))
         rows |= teacher_metrics(z0, batch.z1, rho)
         if endpoints:
             rows |= endpoint_metrics(velocity_fn, z0, batch.z1)

@@ -23,6 +23,9 @@ from flowray.report.results import Sweep, Trial
 
 CLEAR = 2.0  # gaps of this many standard errors are more than noise
 HEAT_KEYS = (
+    "shoot/energy",
+    "shoot/diversity",
+    "shoot/diversity_all",
     "shoot/nmse",
     "shoot/skill",
     "shoot/cond_gain",
@@ -33,6 +36,9 @@ HEAT_KEYS = (
     "mu/rms",
     "text/cos_mu",
     "text/snr",
+    "source/separation@0.25",
+    "source/width",
+    "source/width_all",
     "scale/ratio",
 )
 

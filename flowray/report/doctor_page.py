@@ -34,6 +34,9 @@ from flowray.report.results import series, spans_decades
 
 Curve = Mapping[str, Sequence[float | None]]
 TILES: Mapping[str, str] = {
+    "shoot/energy": "1: drawing any picture of the data",
+    "shoot/diversity": "1: as varied as the data; 0: one picture a caption",
+    "shoot/diversity_all": "1: as any two pictures; 0: one picture a caption",
     "shoot/nmse": "1: predicting the mean",
     "shoot/skill": "0: doing nothing",
     "flow/cos": "0: unrelated; 0.5 and more is learnt",

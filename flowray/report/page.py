@@ -17,11 +17,11 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 
 from flowray.config.errors import InputError
-from flowray.config.keys import KEYS, MetricKey, describe
+from flowray.config.keys import KEYS, MetricKey, alternatives, describe
 from flowray.config.progress import duration
 from flowray.config.rounding import finite
 from flowray.config.writing import write_whole
-from flowray.findings.baselines import baseline
+from flowray.findings.baselines import Baseline, baseline
 from flowray.findings.judge import Verdict
 from flowray.report import figures
 from flowray.report.figures import value_text
@@ -29,7 +29,10 @@ from flowray.report.load import load_run
 from flowray.report.results import Run, Series, Strip, series
 from flowray.report.stages import SCORE, stages, without_flow
 
+# of a pattern with alternatives each is a curve
 PROBE_PANELS = (
+    "shoot/energy",
+    "shoot/diversity{,_all}",
     "shoot/nmse",
     "shoot/skill",
     "flow/cos",
@@ -38,7 +41,18 @@ PROBE_PANELS = (
     "text/cos_mu",
     "shoot/cond_gain",
     "flow/speed_ratio",
+    "source/separation@{0,0.25,0.5}",
+    "source/width{,_all}",
     "vae/psnr",
+)
+HEADLINE = (
+    "shoot/energy",
+    "shoot/diversity",
+    "shoot/diversity_all",
+    "shoot/nmse",
+    "shoot/skill",
+    "flow/cos",
+    "std/mean",
 )
 T = TypeVar("T")
 T_BINS = range(10)
@@ -108,11 +122,7 @@ def _run_context(run: Run) -> dict[str, Any]:
     open_rows = _spread(rows, SHOWN_ROWS)
     numbers = _numbers(run)
     steps = [row["step"] for row in (*run.metrics, *run.probes) if isinstance(row.get("step"), int)]
-    headline = [
-        key
-        for key in ("shoot/nmse", "shoot/skill", "flow/cos", "std/mean")
-        if run.either(key) is not None
-    ]
+    headline = [key for key in HEADLINE if run.either(key) is not None]
     return {
         "run": run,
         # a trial is named by its number
@@ -218,20 +228,41 @@ def _merged(curves: Mapping[str, Series]) -> dict[str, Series]:
 
 def _probe_plots(run: Run) -> list[Plot]:
     plots = []
-    for key in PROBE_PANELS:
-        curves = {
-            name: points
-            for name, full in (("EMA", f"ema/{key}"), ("raw", key))
-            if (points := run.series(full))
-        }
-        if not curves:
+    for pattern in PROBE_PANELS:
+        found = {key: own for key in alternatives(pattern) if (own := _probe_curves(run, key))}
+        if not found:
             continue
-        if still := without_flow(run, f"ema/{key}") or without_flow(run, key):
-            curves["without the flow"] = still
-        base = baseline(key)
+        title, curves = next(iter(found.items()))
+        base = baseline(title) or _blind(run, title)
+        if len(found) > 1:
+            title = pattern.partition("{")[0].rstrip("@")
+            curves = {
+                key.removeprefix(title) or key: next(iter(own.values()))
+                for key, own in found.items()
+            }
         against = f" against {base.value:g} ({base.words})" if base else ""
-        plots.append(make_plot(figures.lines(key, curves, base=base), f"{key} over steps{against}"))
+        plots.append(
+            make_plot(figures.lines(title, curves, base=base), f"{title} over steps{against}")
+        )
     return plots
+
+
+def _probe_curves(run: Run, key: str) -> dict[str, Series]:
+    """A probe over steps, by EMA and raw weights, and what it is without the flow."""
+    curves = {
+        name: points
+        for name, full in (("EMA", f"ema/{key}"), ("raw", key))
+        if (points := run.series(full))
+    }
+    if curves and (still := without_flow(run, f"ema/{key}") or without_flow(run, key)):
+        curves["without the flow"] = still
+    return curves
+
+
+def _blind(run: Run, key: str) -> Baseline | None:
+    """What a source that knows no caption scores, where it was measured."""
+    value = run.either(f"trivial/{key}")
+    return None if value is None else Baseline(value, "a blind source")
 
 
 def _bin_plots(run: Run) -> list[Plot]:

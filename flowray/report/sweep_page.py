@@ -42,7 +42,7 @@ from flowray.report.results import Run, Status, Sweep, Trial
 from flowray.report.stages import stages, without_flow
 from flowray.sweepconfig.stop import rule_words
 
-TABLE_METRICS = ("shoot/nmse", "flow/cos", "std/mean", "loss/flow")
+TABLE_METRICS = ("shoot/energy", "shoot/nmse", "flow/cos", "std/mean", "loss/flow")
 EVALUATIONS = (
     "eval/named",
     "eval/coverage_excess",

@@ -70,7 +70,18 @@ def check_trials(sweep: Sweep, base: Recipe) -> None:
 
 
 # measured for raw and EMA weights
-_PROBED = ("flow/", "shoot/", "text/", "mu/", "logvar/", "std/", "z_init/", "scale/", "teacher/")
+_PROBED = (
+    "flow/",
+    "shoot/",
+    "source/",
+    "text/",
+    "mu/",
+    "logvar/",
+    "std/",
+    "z_init/",
+    "scale/",
+    "teacher/",
+)
 _NO_EMA = ("ema/loss/", "ema/vae/", "ema/latent/")
 _LOGGED = ("grad/", "lr/", "perf/", "amp/", "weight/", "step/", "ent/")
 

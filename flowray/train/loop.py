@@ -97,7 +97,7 @@ def train(
         maker = BatchMaker(recipe, latents, group)
         make_batch = BatchesAhead(maker, recipe.train.steps, group.device)
         closing.enter_context(make_batch)
-        sinks = Sinks(recipe, run, held_out, state, group) if group.lead else None
+        sinks = Sinks(recipe, run, latents, held_out, state, group) if group.lead else None
         if sinks:
             closing.callback(sinks.close)
         visitor = None
@@ -159,6 +159,7 @@ class Sinks:
         self,
         recipe: Recipe,
         run: RunDirectory,
+        latents: LatentSet,
         held_out: LatentSet,
         state: TrainState,
         group: Group,
@@ -166,7 +167,7 @@ class Sinks:
         self.recipe, self.run, self.state, self.device = recipe, run, state, group.device
         self.start = state.step
         self.held_out = held_out
-        self.probe_batch: ProbeBatch = make_probe_batch(recipe, held_out, group.device)
+        self.probe_batch: ProbeBatch = make_probe_batch(recipe, held_out, group.device, latents)
         self.prompts = list(recipe.sample.prompts) or _some_prompts(held_out)
         self._metrics, self._probes = (
             RowWriter(run.metrics, state.step),

@@ -8,6 +8,7 @@ is what a query asks for.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def _probe(key: str) -> GaugeSpec:
     found = describe(key)
     assert found is not None, key
     return GaugeSpec(
-        "flowray_" + key.replace("/", "_"),
+        "flowray_" + re.sub(r"\W", "_", key),
         key,
         f"{key} at the last probe, EMA where it is measured: {found.formula}",
         ("run",),
@@ -63,6 +64,9 @@ RUN_GAUGES: tuple[GaugeSpec, ...] = (
     *map(
         _probe,
         (
+            "shoot/energy",
+            "shoot/diversity",
+            "shoot/diversity_all",
             "shoot/nmse",
             "shoot/skill",
             "shoot/cond_gain",
@@ -70,6 +74,9 @@ RUN_GAUGES: tuple[GaugeSpec, ...] = (
             "flow/nmse",
             "std/mean",
             "text/cos_mu",
+            "source/separation@0.25",
+            "source/width",
+            "source/width_all",
             "loss/flow",
             "loss/total",
         ),

@@ -47,7 +47,14 @@ from flowray.tune.study import Journal
 # the folder of a sweep that holds its trials' pictures for optuna-dashboard
 ARTIFACTS = "artifacts"
 HPARAMS = ".hparams"  # ends the name of an event file that holds no scalars
-SHOWN = ("ema/shoot/nmse", "ema/shoot/skill", "ema/flow/cos", "ema/std/mean", "loss/flow")
+SHOWN = (
+    "ema/shoot/energy",
+    "ema/shoot/nmse",
+    "ema/shoot/skill",
+    "ema/flow/cos",
+    "ema/std/mean",
+    "loss/flow",
+)
 
 
 class TrialBoard(Observer):

@@ -46,6 +46,7 @@ def test_every_packaged_recipe_plans(name: str) -> None:
     assert all(count > 0 for count in plan["parameters"].values())
     assert {"text.backbone", "autoencoder"} <= plan["parameters"].keys()
     assert ("head" in plan["parameters"]) == (recipe.model.source.kind == "text")
+    assert ("head" in plan["tokens"]) == ("head" in plan["parameters"])
     assert any(part.startswith("velocity.") for part in plan["parameters"])
     assert plan["images"] == recipe.train.steps * recipe.train.batch_size
     assert (
@@ -89,6 +90,7 @@ def test_every_packaged_recipe_says_what_it_is(name: str) -> None:
             },
         ),
         ("crossflow_dit", {"velocity.blocks": 1062.37, "velocity.time": 1.969, "head": 142.43}),
+        ("openuni_512", {"text.queries": 0.2294, "text.connector": 54.431}),
     ],
 )
 def test_published_counts(name: str, millions: dict[str, float]) -> None:
@@ -115,16 +117,19 @@ def test_units_are_converted() -> None:
     assert notes.loss.kl.weight == pytest.approx(0.069 / 70 * notes.model.latent.dims, rel=0.02)
 
 
-def test_the_cures_of_the_notes_are_overrides_that_load() -> None:
-    """Every override that the header of fieldnotes_256 offers."""
-    text = (files("flowray") / "recipes" / "fieldnotes_256.yaml").read_text(encoding="utf-8")
-    block = text.partition("one override each:")[2].partition("base: base")[0]
+@pytest.mark.parametrize(
+    ("name", "before", "count"),
+    [("fieldnotes_256", "one override each:", 11), ("openuni_512", "overrides together:", 6)],
+)
+def test_the_overrides_that_a_header_offers_load(name: str, before: str, count: int) -> None:
+    text = (files("flowray") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    block = text.partition(before)[2].partition("base: base")[0]
     cures = [
         word.strip("'") for word in re.findall(r"'[^']+'|\b[a-z_]+(?:\.[a-z0-9_]+)+=\S+", block)
     ]
-    assert len(cures) == 11
-    together = load_recipe("fieldnotes_256", cures).recipe
-    changed = recipe_diffs(load_recipe("fieldnotes_256").recipe, together)
+    assert len(cures) == count
+    together = load_recipe(name, cures).recipe
+    changed = recipe_diffs(load_recipe(name).recipe, together)
     assert all(any(key.startswith(cure.partition("=")[0]) for key in changed) for cure in cures), (
         cures
     )

@@ -76,10 +76,11 @@ def test_a_probe_of_a_step_that_is_not_logged_counts_too(tmp_path):
     assert look() == (4, "")
     metrics.write({"step": 6, "loss/flow": 0.5, "perf/images_per_s": 7.0})
     assert look()[0] == 6
-    probes.write({"step": 8, "ema/shoot/nmse": 0.4})
+    probes.write({"step": 8, "ema/shoot/energy": 0.8, "ema/shoot/nmse": 0.4})
     assert look()[0] == 8
     assert "0.500" in notes[-1]
     assert [at for at, _ in said] == [4, 8]
+    assert said[1][1].endswith("  ema/shoot/energy 0.800  ema/shoot/nmse 0.400")
 
 
 def test_start_up_says_what_the_worker_is_doing(tmp_path):

@@ -419,8 +419,10 @@ def test_the_dashboard_asks_only_for_metrics_that_are_emitted(board):
         )
     )
     assert asked - emitted() == set()
+    assert all(re.fullmatch(r"[a-zA-Z_]\w*", name) for name in emitted())  # Prometheus takes
     assert {
         "ray_flowray_trials",
+        "ray_flowray_shoot_energy",
         "ray_flowray_shoot_nmse",
         "ray_flowray_step",
         "ray_node_gpus_utilization",
@@ -437,6 +439,7 @@ def test_the_dashboard_shows_what_it_should(board):
         "Images per second",
         "Goodput",
         "GPU use",
+        "shoot/energy",
         "shoot/nmse",
         "Trials by state",
     } <= {panel["title"] for panel in panels}

@@ -19,6 +19,18 @@ def test_their_contrastive_loss_has_a_picture_tower_frozen_or_trained() -> None:
     assert {tower.frozen for tower in towers if isinstance(tower, ImageTower)} == {False, True}
 
 
+def test_openuni_is_the_published_one() -> None:
+    """From noise, all tokens read by cross-attention, nothing trained but by the flow."""
+    recipe = load_recipe("openuni_512").recipe
+    model = recipe.model
+    assert (model.source.kind, model.velocity.condition.kind) == ("noise", "cross_attention")
+    assert model.text.connector is not None
+    assert (model.text.tokens, model.text.connector.out) == (256, 2304)
+    assert recipe.loss.on_source == ()
+    assert (recipe.flow.time.kind, recipe.flow.null_probability) == ("uniform", 0.1)
+    assert (recipe.sample.steps, recipe.sample.guidance_scale) == (20, 4.5)
+
+
 @pytest.mark.parametrize("name", FULL)
 def test_no_group_learns_faster_than_the_notes_allow(name: str) -> None:
     """Text side and heads of the contrastive loss at most 2e-4, the trunk at most 1e-4."""

@@ -94,6 +94,21 @@ HEALTHY: dict[str, float] = {
         for n in (5, 10, 20, 50, 100)
     },
 }
+# What stands beside that where captions leave things open: quickstart at its end.
+ANSWERS: dict[str, float] = {
+    "data/left_open": 0.642,
+    "source/width": 1.58,
+    **{f"source/separation@{t}": x for t, x in (("0", 0.875), ("0.25", 0.656), ("0.5", 0.5))},
+    **{f"trivial/source/separation@{t}": 0.0313 for t in ("0", "0.25", "0.5")},
+    "shoot/nmse": 1.08,
+    "shoot/skill": 0.284,
+    "shoot/energy": 0.674,
+    "trivial/shoot/energy": 0.742,
+    "shoot/diversity": 0.763,
+    "shoot/copies": 0.0,
+    "shoot/cond_gain": 0.41,
+    "train_set/shoot_nmse": 0.95,
+}
 FACTS: dict[str, Any] = {
     "step": 3400,
     "steps": 3400,

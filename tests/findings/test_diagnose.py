@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from healthy import FACTS, HEALTHY
+from healthy import ANSWERS, FACTS, HEALTHY
 
 from flowray.findings.diagnose import diagnose
 from flowray.findings.finding import as_json, healthy
+
+AVERAGES = "source_averages"
 
 
 def test_a_small_velocity_that_no_gain_would_mend_is_not_called_too_small() -> None:
@@ -41,6 +43,63 @@ def test_an_anchored_source_may_be_narrow_but_not_a_point() -> None:
     assert point[0].id == "source_collapsed"
 
 
+def ids(metrics: dict[str, float], **facts: object) -> list[str]:
+    return [f.id for f in diagnose({**HEALTHY, **ANSWERS, **metrics}, {**FACTS, **facts})]
+
+
+def test_a_narrow_source_averages_only_where_a_caption_leaves_things_open() -> None:
+    """Where it does not, its mean picture is the picture."""
+    narrow = {"std/mean": 0.12, "source/width": 0.0127, "shoot/diversity": 0.334}
+    anchor = {"loss_weights": {"flow": 1.0, "anchor": 4.0}}
+    assert ids(narrow, **anchor) == ["source_averages"]
+    assert ids({**narrow, "data/left_open": 0.014}, **anchor) == ["undertrained"]
+    # it narrowed for want of a KL, or onto the anchor
+    for weights, first in (({"flow": 1.0}, "source_collapsed"), (*anchor.values(), AVERAGES)):
+        found = diagnose(
+            {**HEALTHY, **ANSWERS, **narrow, "std/mean": 0.04}, {**FACTS, "loss_weights": weights}
+        )
+        assert found[0].id == first
+        assert {f.id: f.explained_by for f in found}[AVERAGES] == (
+            None if first == AVERAGES else first
+        )
+
+
+@pytest.mark.parametrize("condition", ["adaln", "cross_attention"])
+def test_beside_a_caption_that_the_network_reads_the_source_need_not_tell_it(
+    condition: str,
+) -> None:
+    blind = {"source/separation@0": 0.0313, "source/separation@0.5": 0.0313, "text/snr": 1e-5}
+    merging = {"source/separation@0.5": 0.0313, "shoot/cond_gain": 0.03}
+    assert ids(blind, condition="none")[:2] == ["source_blind", "condition_ignored"]
+    assert ids(blind) == ids(blind, condition="none")  # a recipe of before there was a choice
+    assert ids(merging, condition="none") == ["codes_merge"]
+    assert ids({**merging, "shoot/cond_gain": 0.4}) == []  # what was read at the start lasts
+    assert ids(blind, condition=condition) == ["text_unproven"]
+    assert ids(merging, condition=condition) == []
+    unread = {**blind, "shoot/cond_gain": 0.0, "flow/cond_gain_cos": 0.0}
+    assert ids(unread, condition=condition)[0] == "condition_ignored"
+
+
+def test_draws_of_many_answers_are_not_held_against_the_mean_picture() -> None:
+    """Right ones, drawn at random, have twice the squared error of their mean."""
+    drawn = {"shoot/nmse": 1.2, "shoot/skill": -0.6}
+    assert ids(drawn) == []
+    assert ids({**drawn, "data/left_open": 0.1}) == ["worse_than_nothing"]
+    assert ids({**drawn, "shoot/energy": 0.8}) == ["worse_than_nothing"]
+    assert ids({"shoot/nmse": 1.4}) == ["undertrained"]
+
+
+@pytest.mark.parametrize("data", [{"data/duplicate_share": 0.98}, {"data/samples": 64}])
+def test_pictures_known_by_heart_follow_from_too_little_data(data: dict[str, float]) -> None:
+    for seen in ({"shoot/copies": 0.7}, {"train_set/shoot_nmse": 0.19}):
+        found = diagnose({**HEALTHY, **ANSWERS, **data, **seen}, FACTS)
+        assert {f.id: f.explained_by for f in found}["memorised"] == found[0].id
+        assert found[0].id.startswith("dataset_")
+    # the mean picture of a caption is as near; and where it says everything the picture is known
+    assert ids({"train_set/shoot_nmse": 0.56}) == []
+    assert ids({"train_set/shoot_nmse": 0.05, "data/left_open": 0.02}) == ["undertrained"]
+
+
 def test_a_loss_that_grows_with_the_source_is_no_high_learning_rate() -> None:
     """The flow loss of a source that grows rises with v*; the nmse falls all the same."""
     grown = [{"step": 5 * i, "loss/flow": 2.0 + 0.3 * i, "train/nmse": 1 / i} for i in range(1, 31)]
@@ -57,6 +116,24 @@ def test_a_loss_that_grows_with_the_source_is_no_high_learning_rate() -> None:
     assert "lr_too_high" not in [finding.id for finding in diagnose(HEALTHY, FACTS, narrowed)]
     undone = [{**row, "train/nmse": row["loss/flow"]} for row in grown]
     assert "lr_too_high" in [finding.id for finding in diagnose(HEALTHY, FACTS, undone)]
+    # a source that runs away takes the nmse with it, though no step is too large
+    away = {**HEALTHY, "std/mean": 9.0, "mu/rms": 5.2}
+    weak = {**FACTS, "kl_weight": 3e-4, "step": 150}
+    explained = {f.id: f.explained_by for f in diagnose(away, weak, undone)}
+    assert (explained["source_inflated"], explained["lr_too_high"]) == (None, "source_inflated")
+    leaps = diagnose({**away, "step/z_head_update_ratio_peak": 0.5}, weak, undone)
+    explained = {f.id: f.explained_by for f in leaps}
+    assert (explained["lr_too_high"], explained["source_inflated"]) == (None, "lr_too_high")
+
+
+def test_a_field_with_nothing_left_to_learn_is_not_at_fault() -> None:
+    """Where captions fix the picture an anchored source becomes it; what is left is jitter."""
+    seen = {**HEALTHY, "flow/nmse": 1.0, "flow/cos": 0.06, "flow/speed_ratio": 0.1}
+    facts = {**FACTS, "loss_weights": {"flow": 1.0, "anchor": 4.0}}
+    named = {f.id for f in diagnose({**seen, "trivial/shoot/nmse": 0.3}, facts)}
+    assert "worse_than_zero" in named
+    named = {f.id for f in diagnose({**seen, "trivial/shoot/nmse": 0.05}, facts)}
+    assert not named & {"worse_than_zero", "field_weak", "gain_would_hurt"}
 
 
 def test_a_run_that_halts_at_once_is_not_said_to_learn_too_slowly() -> None:

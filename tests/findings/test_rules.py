@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import pytest
-from healthy import FACTS, FLAT, HEALTHY, falling
+from healthy import ANSWERS, FACTS, FLAT, HEALTHY, falling
 
 from flowray.config.keys import describe
 from flowray.config.load import load_recipe
@@ -32,6 +32,8 @@ class Case(NamedTuple):
     absent: tuple[str, ...] = ()  # numbers that were not measured
 
 
+NO_PAIRS = ("data/left_open", "source/width", "shoot/diversity")  # captions never repeat
+
 CASES = (
     Case(
         "non_finite",
@@ -50,6 +52,8 @@ CASES = (
     Case("dataset_duplicated", {"data/duplicate_share": 0.9, "data/samples": 512}),
     Case("dataset_too_small", {"data/samples": 128}),
     Case("dataset_too_small", {"data/epochs": 900, "train_set/shoot_nmse": 0.05}),
+    Case("memorised", {**ANSWERS, "shoot/copies": 0.6}),
+    Case("memorised", {**ANSWERS, "train_set/shoot_nmse": 0.19}),
     Case("time_untrained", {"time/coverage_min": 0.0, "shoot/skill": -0.2}, {"time_kind": "alpha"}),
     Case(
         "time_untrained", {"flow/nmse_t0": 1.4, "time/coverage_min": 0.1}, {"time_kind": "log_snr"}
@@ -91,6 +95,39 @@ CASES = (
     Case("dead_head", {"grad/flow_head": 0.0}),
     Case("dead_head", {"flow/speed_ratio": 5e-8, "flow/nmse": 1.0, "flow/cos": 0.11}),
     Case("logvar_saturated", {"logvar/clamped_share": 0.9, "std/mean": 0.05}),
+    Case(  # the quickstart recipe on open captions
+        "source_averages",
+        {
+            **ANSWERS,
+            "std/mean": 0.0936,
+            "source/width": 0.0127,
+            "source/separation@0": 1.0,
+            "shoot/diversity": 0.334,
+            "shoot/nmse": 0.847,
+            "shoot/skill": -0.625,
+            "scale/ratio": 3.1,
+        },
+        {"kl_weight": 0.03, "loss_weights": {"flow": 1.0, "kl": 0.03, "anchor": 4.0}},
+    ),
+    Case("source_blind", {**ANSWERS, "source/separation@0": 0.0625, "text/snr": 1e-4}),
+    Case(
+        "source_blind",
+        {
+            **{key: x for key, x in ANSWERS.items() if key not in NO_PAIRS},
+            "source/separation@0": 0.0625,
+            "shoot/diversity_all": 0.9,
+        },
+    ),
+    Case(
+        "codes_merge",
+        {
+            **ANSWERS,
+            "source/separation@0": 0.594,
+            "source/separation@0.25": 0.219,
+            "source/separation@0.5": 0.0938,
+            "shoot/cond_gain": 0.017,
+        },
+    ),
     Case(
         "source_collapsed",
         {"std/mean": 0.08, "shoot/nmse": 1.6, "shoot/skill": -0.3},
@@ -174,6 +211,7 @@ def read(case: Case) -> list[Any]:
 
 def test_a_healthy_run_has_no_finding() -> None:
     assert diagnose(HEALTHY, FACTS, falling(1.5, 0.27)) == []
+    assert diagnose({**HEALTHY, **ANSWERS}, FACTS, falling(1.5, 0.27)) == []
 
 
 def test_every_rule_has_a_case() -> None:

@@ -27,12 +27,14 @@ from flowray.probes.answers import (
     answer_metrics,
     distances,
     energies,
+    left_open,
     same_captions,
     separation,
     source_metrics,
     strangers,
 )
 from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
+from flowray.probes.copies import make_seen
 from flowray.probes.rollout import shoot
 from flowray.store.latents import LatentSet, load_latents
 
@@ -306,3 +308,46 @@ def test_the_battery_draws_each_caption_twice(recipe: Recipe, batch: ProbeBatch)
     assert rows["trivial/source/separation@0"] == pytest.approx(0.2)  # five captions
     told = source_metrics(posterior, starts[0], batch.captions, batch.answers, 1e-5)
     assert told.items() <= rows.items()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_a_caption_leaves_open(alike: bool) -> None:
+    _, answers = gaussian(LINE, alike=alike)
+    found = left_open(answers)
+    assert found == ({"data/left_open": pytest.approx(LEFT_OPEN, rel=0.05)} if alike else {})
+
+
+def test_copies_of_training_latents_are_told_from_new_ones() -> None:
+    training, new, others = (normal(seed, 400, 1, 2, 2) for seed in (10, 11, 12))
+    seen = make_seen(training, new)
+    assert seen.copies(others) < 0.05
+    assert seen.copies(training) == 1.0
+    assert seen.copies(torch.cat([training[:100], others[:300]])) == pytest.approx(0.25, abs=0.03)
+    # a blur is far from every picture
+    assert (
+        make_seen(normal(13, 400, *LATENT), normal(14, 400, *LATENT)).copies(
+            torch.full((8, *LATENT), 3.0)
+        )
+        == 0.0
+    )
+
+
+@torch.no_grad()
+def test_the_battery_looks_for_copies_among_training_latents(
+    recipe: Recipe, held_out: LatentSet, batch: ProbeBatch
+) -> None:
+    model = build_model(recipe.model, recipe.loss, 0).eval()
+    perturbed(model)
+    assert "shoot/copies" not in run_probes(model, recipe, batch, endpoints=False)
+    seen = make_probe_batch(recipe, held_out, CPU, held_out).seen
+    assert seen is not None
+    known = seen.latents.unflatten(1, batch.z1.shape[1:])
+    assert sorted(nearest(held_out, known)) == list(range(len(held_out)))
+    source = model.source(batch.captions, batch.noise)
+    field = conditional(with_time_code(model.field(source)))
+    starts = [source.posterior.sample(noise) for noise in (batch.noise, batch.other_noise)]
+    ends = torch.cat([shoot(field, z0, recipe.probes.shoot_steps) for z0 in starts])
+    # so near that a quarter of the shots is nearer
+    near = torch.cdist(ends.flatten(1), seen.latents).amin(1).quantile(0.25)
+    rows = run_probes(model, recipe, replace(batch, seen=replace(seen, near=near)), endpoints=False)
+    assert rows["shoot/copies"] == pytest.approx(0.25, abs=0.07)

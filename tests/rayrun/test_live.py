@@ -101,6 +101,7 @@ def test_tensorboard_has_one_row_for_every_trial(tmp_path: Path) -> None:
         with SummaryWriter(str(tmp_path / str(number) / "tensorboard")) as writer:
             writer.add_scalar(METRIC, 9.0, 100)
             writer.add_scalar(METRIC, value, 200)
+            writer.add_scalar("ema/shoot/energy", value / 2, 200)
     board.started(record(0, last_step=200))  # continued after a crash
     board.ended(record(0, status="finished"))
     board.ended(record(1, status="failed"))
@@ -115,6 +116,7 @@ def test_tensorboard_has_one_row_for_every_trial(tmp_path: Path) -> None:
     ]
     found = [{value.name.tag: value.value for value in row.metric_values} for row in rows]
     assert [row[METRIC] for row in found] == values
+    assert [row["ema/shoot/energy"] for row in found] == [value / 2 for value in values]
     assert [row.sessions[0].status for row in rows] == [
         api_pb2.STATUS_SUCCESS,
         api_pb2.STATUS_FAILURE,

@@ -177,7 +177,8 @@ def test_the_stages_of_a_run_are_those_of_its_probes() -> None:
     assert found[150].cos == pytest.approx(0, abs=0.05)
     assert found[500].value > 1.2 * found[500].still  # and later pays for what it draws
     assert found[500].value < 2 * found[500].still
-    assert stages(best.run, "ema/flow/cos") == []
+    assert stages(best.run, "ema/flow/cos") == stages(best.run, "ema/shoot/energy") == []
+    assert {stage.energy for stage in found.values()} == {None}  # an older run
     assert math.isclose(found[500].value, best.value("ema/shoot/nmse") or 0, rel_tol=1e-3)
 
 

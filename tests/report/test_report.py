@@ -280,6 +280,40 @@ def test_run_page_shows_card_numbers_and_samples(tmp_path: Path) -> None:
     assert "Last row at step 300." in page
 
 
+@pytest.mark.parametrize("over", ["", "_all"])
+def test_a_picture_against_a_blur_stands_before_squared_error(tmp_path: Path, over: str) -> None:
+    make_run(tmp_path / "run", [1.2, 0.4])
+    path = tmp_path / "run" / "probes.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    own = {f"shoot/diversity{over}": 0.5, f"source/width{over}": 0.2}
+    told = {f"source/separation@{t}": 1 - float(t) for t in ("0", "0.25", "0.5")}
+    blind = dict.fromkeys(told, 0.125) | {"shoot/energy": 1.25}
+    for row, energy in zip(rows, (1.1, 0.75), strict=True):
+        row |= {
+            f"ema/{key}": value for key, value in (own | told | {"shoot/energy": energy}).items()
+        }
+        row |= {f"ema/trivial/{key}": value for key, value in blind.items()}
+        row |= {"ema/trivial/shoot/nmse": 2.0}
+    jsonl(path, rows)
+    page = write_run_report(tmp_path / "run").read_text()
+    tiles = re.findall(r'<div class="tile"><b>([^<]*)</b><span>([^<]*)', page)
+    assert tiles[:3] == [
+        ("0.750", "shoot/energy"),
+        ("0.500", f"shoot/diversity{over}"),
+        ("0.400", "shoot/nmse"),
+    ]
+    panels = dict(re.findall(r'<img src="([^"]*)" alt="(\w+/\w+) over steps', page))
+    drawn = {name: base64.b64decode(src.split(",")[1]).decode() for src, name in panels.items()}
+    assert list(drawn)[:3] == ["shoot/energy", f"shoot/diversity{over}", "shoot/nmse"]
+    assert {f"source/width{over}", "source/separation"} <= drawn.keys()
+    assert "without the flow" in drawn["shoot/energy"]
+    levels = ("@0", "@0.25", "@0.5", "0.125: a blind source")
+    assert all(words in drawn["source/separation"] for words in levels)
+    stage = re.search(r'<th scope="row">200</th>(.*?)</tr>', page)
+    assert stage is not None
+    assert re.findall(r">([^<]+)</td>", stage[1]) == ["0.400", "–", "2.000", "0.750"]
+
+
 def test_scores_of_pictures_stand_on_the_page(tmp_path: Path) -> None:
     make_run(tmp_path / "run", [1.0])
     closed = {"shapes": {"all_correct": 0.37, "mean_attribute_accuracy": 0.61}}

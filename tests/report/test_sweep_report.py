@@ -368,6 +368,7 @@ def test_markdown_has_a_row_for_every_trial(tmp_path: Path) -> None:
 
 def test_heat_map_takes_the_colours_of_the_findings(tmp_path: Path) -> None:
     healthy = {METRIC: 0.4, "ema/flow/cos": 0.8, "ema/std/mean": 0.9, "ema/mu/rms": 0.5}
+    healthy |= {"ema/shoot/energy": 0.7, "ema/source/separation@0.25": 0.6}
     collapsed = {
         METRIC: 1.4,
         "ema/shoot/skill": -0.8,
@@ -393,8 +394,9 @@ def test_heat_map_takes_the_colours_of_the_findings(tmp_path: Path) -> None:
     )
     keys, rows = analysis.heat_map(load_sweep(folder).trials)
     cells = {trial.number: dict(zip(keys, row, strict=True)) for trial, row in rows}
-    assert keys == ["shoot/nmse", "shoot/skill", "flow/cos", "std/mean", "mu/rms"]
-    assert [cells[0][key].word for key in keys] == ["good", "", "good", "good", ""]
+    squared = ["shoot/nmse", "shoot/skill", "flow/cos", "std/mean", "mu/rms"]
+    assert keys == ["shoot/energy", *squared, "source/separation@0.25"]
+    assert [cells[0][key].word for key in keys] == ["good", "good", "", "good", "good", "", ""]
     assert cells[1]["std/mean"].word == "bad"
     assert cells[1]["std/mean"].why.startswith("source_collapsed: std/mean 0.05, below 0.3")
     assert cells[1]["shoot/skill"].word == "bad"
@@ -407,6 +409,9 @@ def test_heat_map_takes_the_colours_of_the_findings(tmp_path: Path) -> None:
     assert re.search(
         r'<td class="num heat bad" title="std/mean, source_collapsed[^"]*">0\.050</td>', page
     )
+    head = re.search(r'aria-label="trials">.*?<thead><tr>(.*?)</tr>', page, re.S)
+    assert head is not None
+    assert "shoot/energy" in re.sub(r"<wbr>", "", head[1])
 
 
 def test_pictures_of_another_seed_are_not_compared(tmp_path: Path) -> None:

@@ -282,6 +282,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
         "model.velocity.heads": 2,
         "data.limit": 1,
         "sample.steps": 1,
+        "sample.guidance_scale": 1.0,
         "train.device": "cpu",
     }
     return {

@@ -200,22 +200,22 @@ def test_cfg_has_the_notes_grid_as_s_and_refuses_what_is_no_run(trained, tmp_pat
     other = tmp_path / "digits"
     shutil.copytree(trained, other)
     (other / "config.yaml").write_text(
-        (other / "config.yaml").read_text().replace("shards: shapes_closed", "shards: digits")
+        (other / "config.yaml").read_text().replace("shards: shapes", "shards: digits")
     )
     digits = load_sweep("cfg", [f"base={other}"])
     with pytest.raises(
         InputError, match=r"data\.shards digits.*only pictures of shapes and shapes_closed have"
     ):
         check_trials(digits, base_recipe(digits))
-    open_metric = "metric={name: eval/coverage_excess, goal: minimize}"
-    closed = load_sweep("cfg", [f"base={trained}", open_metric])
-    with pytest.raises(InputError, match=r"eval/coverage_excess .*this one is on shapes_closed"):
-        check_trials(closed, base_recipe(closed))
-    left_open = tmp_path / "open"
-    shutil.copytree(trained, left_open)
-    config = left_open / "config.yaml"
-    config.write_text(config.read_text().replace("shards: shapes_closed", "shards: shapes"))
-    sweep = load_sweep("cfg", [f"base={left_open}", open_metric])
+    assert sweep.metric.name == "eval/named"
+    closed = tmp_path / "closed"
+    shutil.copytree(trained, closed)
+    config = closed / "config.yaml"
+    config.write_text(config.read_text().replace("shards: shapes", "shards: shapes_closed"))
+    sweep = load_sweep("cfg", [f"base={closed}"])
+    with pytest.raises(InputError, match=r"eval/named .*this one is on shapes_closed"):
+        check_trials(sweep, base_recipe(sweep))
+    sweep = load_sweep("cfg", [f"base={closed}", "metric.name=eval/all_correct"])
     check_trials(sweep, base_recipe(sweep))
 
 

@@ -358,9 +358,11 @@ def test_bad_input_ends_with_2_and_writes_nothing(write, tmp_path, capsys):
     }
 
 
-def test_a_raw_metric_is_refused_where_only_the_ema_is_probed(write):
-    sweep = load_sweep(write(GOOD), ["set.probes.raw=false"])
-    with pytest.raises(InputError, match=r"flow/cos is not probed.*type ema/flow/cos"):
+@pytest.mark.parametrize("key", ["flow/cos", "source/separation@0.25"])
+def test_a_raw_metric_is_refused_where_only_the_ema_is_probed(write, key):
+    text = GOOD.replace("flow/cos", key)
+    sweep = load_sweep(write(text), ["set.probes.raw=false"])
+    with pytest.raises(InputError, match=rf"{key} is not probed.*type ema/{key}"):
         check_trials(sweep, base_recipe(sweep))
 
 
