@@ -134,7 +134,12 @@ def _add_answers(commands: argparse._SubParsersAction[Parser]) -> None:
         "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default 0 1 2"
     )
     parser.add_argument(
-        "--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all of them"
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        default=list(ARMS),
+        metavar="ARM",
+        help=f"of {', '.join(ARMS)}; default: all",
     )
     parser.add_argument(
         "--processes", type=int, default=1, help="trainings at once, one core each; default 1"

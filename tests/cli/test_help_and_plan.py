@@ -26,7 +26,8 @@ SUBCOMMANDS = (
     *(f"cluster {name}" for name in ("check", "head", "join", "stop")),
 )
 BENCHMARKS = [
-    f"benchmarks {name}" for name in ("sweep", "record", "tune-overhead", "trial-startup")
+    f"benchmarks {name}"
+    for name in ("sweep", "record", "answers", "tune-overhead", "trial-startup")
 ]
 
 LOADED = """
