@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from flowray.config.paths import exists, is_folder, no_such
 
 # 75: stopped by a signal with a checkpoint written (EX_TEMPFAIL)
 GOOD, FINDINGS, BAD_INPUT, STOPPED = 0, 1, 2, 75
+AGAIN = 0.05  # s after which a signal that was lost is sent again
 BROKEN_PIPE = 141  # 128 + the signal, as of what had nothing to keep
 
 Main = Callable[[list[str]], int]
@@ -38,6 +40,21 @@ def end(number: int, _: object = None) -> NoReturn:
     """
     signal.signal(number, lambda *_: None)
     raise Ended(number)
+
+
+def _send_lost_signals_again(dropped: sys.UnraisableHookArgs) -> None:
+    """The hook of errors that Python can raise nowhere: what a signal raises in a destructor or a
+    callback of C is dropped, and the command would go on as if nothing had been asked of it.
+    """
+    error = dropped.exc_value
+    if not isinstance(error, KeyboardInterrupt):
+        sys.__unraisablehook__(dropped)
+        return
+    number = error.number if isinstance(error, Ended) else signal.SIGINT
+    if number != signal.SIGINT:
+        signal.signal(number, end)
+    # a moment later: here it would be dropped once more
+    threading.Timer(AGAIN, os.kill, (os.getpid(), number)).start()
 
 
 class _Stderr:
@@ -99,6 +116,7 @@ def entry(main: Main, argv: list[str] | None = None) -> NoReturn:
     line. A stderr that takes nothing changes nothing.
     """
     _hold_streams()
+    sys.unraisablehook = _send_lost_signals_again
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup has a hang-up ignored
             signal.signal(number, end)

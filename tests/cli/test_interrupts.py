@@ -133,6 +133,30 @@ def test_while_data_are_written(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_in_a_destructor_where_python_drops_what_is_raised(number: int) -> None:
+    script = (
+        "import sys, time\n"
+        "from flowray.cli.common import entry\n"
+        "class Slow:\n"
+        "    def __del__(self):\n"
+        "        print('here', file=sys.stderr, flush=True)\n"
+        "        time.sleep(0.5)\n"
+        "def main(argv):\n"
+        "    Slow()\n"
+        "    time.sleep(30)\n"
+        "    return 0\n"
+        "entry(main, [])\n"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline() == "here\n"
+        process.send_signal(number)
+        said = process.stderr.read()
+    word = "terminated" if number == signal.SIGTERM else "interrupted"
+    assert (process.returncode, said) == (128 + number, f"{word}\n")
+
+
 @pytest.mark.parametrize("send", [to_it, to_all])
 def test_while_latents_are_encoded(tmp_path: Path, send) -> None:
     """Pictures are there already; of their latents nothing stays."""
