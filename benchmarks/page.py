@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.pool import SCORE
 from benchmarks.replay import KEPT, ROUND
 from benchmarks.sweep import ARMS, BEST, EARLY, Bench, first_rung, ranked, summary
 from flowray.report.paint import BLUE, GREEN, INK, MUTED, STYLE, VERMILLION
@@ -58,7 +57,7 @@ def _about(bench: Bench, facts: dict[str, Any], picture: str) -> list[str]:
         ),
         (
             f"{pool.budget_steps} steps; its pictures judged by `flowray.eval`"
-            f" ({SCORE.replace('_', ' ')}). Recorded with {_recorded(facts)}."
+            f" ({_words(pool.judged_by[0])}). Recorded with {_recorded(facts)}."
         ),
         (
             f"The best {len(bench.goal)} are {', '.join(map(str, sorted(bench.goal)))}, with scores"
@@ -151,23 +150,33 @@ def _default(bench: Bench, facts: dict[str, Any]) -> list[str]:
 
 def _knowledge(bench: Bench) -> list[str]:
     """How well each metric foretells the final pictures."""
+    shares = (*EARLY, 1.0)
+    first, beside = map(_words, bench.pool.judged_by)
     return [
         "## What a probe knows of the final pictures",
         "",
         (
-            f"Spearman's rho with the final {SCORE.replace('_', ' ')} over the configurations; the"
+            f"Spearman's rho with the final {first} over the configurations, and with {beside}; the"
             " sign says which way is good."
         ),
         "",
-        "| metric | at 10 % | at 33 % | at the end |",
-        "|---|---|---|---|",
+        f"| metric | {first}, at 10 % | 33 % | the end | {beside}, at 10 % | 33 % | the end |",
+        "|---|---|---|---|---|---|---|",
         *(
             f"| {name} | "
-            + " | ".join(_rho(bench.correlations[name][share]) for share in (*EARLY, 1.0))
+            + " | ".join(
+                _rho(of[name][share])
+                for of in (bench.correlations, bench.beside)
+                for share in shares
+            )
             + " |"
             for name in _shown(bench)
         ),
     ]
+
+
+def _words(score: str) -> str:
+    return score.replace("_", " ")
 
 
 def _limit(facts: dict[str, Any]) -> str:
@@ -193,12 +202,13 @@ def _recorded(facts: dict[str, Any]) -> str:
 
 
 def _scores(bench: Bench) -> str:
+    score = bench.pool.judged_by[0]
     best = sorted(
-        (entry.score[SCORE] for entry in bench.pool.entries if entry.number in bench.goal),
+        (entry.score[score] for entry in bench.pool.entries if entry.number in bench.goal),
         reverse=True,
     )
-    others = np.median([entry.score[SCORE] for entry in bench.pool.entries if entry.error is None])
-    return f"{', '.join(f'{score:.3f}' for score in best)} (median of the pool {others:.3f})"
+    others = np.median([entry.score[score] for entry in bench.pool.entries if entry.error is None])
+    return f"{', '.join(f'{one:.3f}' for one in best)} (median of the pool {others:.3f})"
 
 
 def _why(facts: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from flowray.config.errors import InputError
 from flowray.config.rows import Row, parse_rows
+from flowray.config.train import OPEN_SCORES as LEFT_OPEN
 from flowray.sweepconfig.distributions import (
     Categorical,
     Constant,
@@ -29,8 +30,8 @@ from flowray.sweepconfig.file import text_sweep
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.space import Params
 
-# what a configuration's pictures are ranked by
-SCORE, SCORE_TIE = "mean_attribute_accuracy", "all_correct"
+# what a configuration's pictures are ranked by, and what stands beside it
+CLOSED = "mean_attribute_accuracy", "all_correct"
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,12 @@ class Entry:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Higher is better."""
-        return (self.score.get(SCORE, -math.inf), self.score.get(SCORE_TIE, -math.inf))
+        """Higher is better; of captions that leave things open what is named, then coverage."""
+        if LEFT_OPEN[0] in self.score:
+            named, coverage = (self.score[name] for name in LEFT_OPEN)
+            return named, -coverage
+        first, beside = (self.score.get(name, -math.inf) for name in CLOSED)
+        return first, beside
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,12 @@ class Pool:
     drawn: int
     entries: tuple[Entry, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def judged_by(self) -> tuple[str, str]:
+        """The score that ranks, and the one beside it."""
+        judged = [entry for entry in self.entries if entry.error is None]
+        return LEFT_OPEN if judged and LEFT_OPEN[0] in judged[0].score else CLOSED
 
     def best(self, count: int = 3) -> frozenset[int]:
         """The numbers of the configurations with the best pictures, with all that tie with the

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pool import SCORE, Pool, spearman, value_at
+from benchmarks.pool import Pool, spearman, value_at
 from benchmarks.record import machine
 from benchmarks.replay import Replay, one_rung, random_search, sweep_search
 from flowray.config.errors import InputError
@@ -38,7 +38,8 @@ WANTED = {"seeds_30": 30, "configurations_60": 60, "minutes_20": 20}
 class Bench:
     """What the replay gave. arms: per search its replays, one per seed; correlations: metric ->
     share of the budget -> Spearman's rho with the final picture score, and at 1.0 that of its last
-    value. halves: random and the default on a random half of the pool per seed.
+    value; beside: the same of the second score. halves: random and the default on a random half of
+    the pool per seed.
     """
 
     pool: Pool
@@ -47,6 +48,7 @@ class Bench:
     goal: frozenset[int]
     arms: Mapping[str, Sequence[Replay]]
     correlations: Mapping[str, Mapping[float, float]]
+    beside: Mapping[str, Mapping[float, float]]
     halves: Mapping[str, Sequence[Replay]]
     seconds: float
 
@@ -89,9 +91,8 @@ def run(
             for seed, part in enumerate(parts)
         ],
     }
-    return Bench(
-        pool, sweep, loss, goal, arms, correlations(pool), halves, time.monotonic() - began
-    )
+    known, beside = (correlations(pool, score) for score in pool.judged_by)
+    return Bench(pool, sweep, loss, goal, arms, known, beside, halves, time.monotonic() - began)
 
 
 def half(pool: Pool, seed: int) -> Pool:
@@ -115,8 +116,9 @@ def first_rung(sweep: Sweep, budget_steps: int) -> int:
 
 def foretold(pool: Pool) -> Pool:
     """The pool with the final picture score in every probe row: what no probe can beat."""
+    score = pool.judged_by[0]
     entries = [
-        replace(e, rows=tuple({**row, ORACLE: e.score.get(SCORE)} for row in e.rows))
+        replace(e, rows=tuple({**row, ORACLE: e.score.get(score)} for row in e.rows))
         for e in pool.entries
     ]
     return replace(pool, entries=tuple(entries))
@@ -148,12 +150,12 @@ def _check(pool: Pool, sweep: Sweep, loss: str) -> int:
     return wanted if wanted % recorded == 0 else recorded
 
 
-def correlations(pool: Pool) -> dict[str, dict[float, float]]:
-    """Spearman's rho of every recorded metric with the final picture score over the
+def correlations(pool: Pool, score: str) -> dict[str, dict[float, float]]:
+    """Spearman's rho of every recorded metric with a final score of the pictures over the
     configurations that have both, early and at the end.
     """
     judged = [entry for entry in pool.entries if entry.error is None]
-    scores = np.array([entry.score[SCORE] for entry in judged])
+    scores = np.array([entry.score[score] for entry in judged])
     names = sorted({key for entry in judged for row in entry.rows for key in row} - {"step"})
     out: dict[str, dict[float, float]] = {}
     for name in names:
@@ -217,11 +219,14 @@ def summary(bench: Bench) -> dict[str, Any]:
         "halves": ratio(bench.halves["random"], bench.halves["default"], rng),
         "loss": bench.loss,
         "arms": {name: _arm(bench, replays) for name, replays in bench.arms.items()},
-        "correlations": {
-            name: {f"{share:g}": rho for share, rho in row.items()}
-            for name, row in bench.correlations.items()
-        },
+        "judged_by": bench.pool.judged_by,
+        "correlations": _by_share(bench.correlations),
+        "correlations_beside": _by_share(bench.beside),
     }
+
+
+def _by_share(known: Mapping[str, Mapping[float, float]]) -> dict[str, dict[str, float]]:
+    return {name: {f"{share:g}": rho for share, rho in row.items()} for name, row in known.items()}
 
 
 def _arm(bench: Bench, replays: Sequence[Replay]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def test_it_is_whole():
 
 
 def test_the_metric_of_the_default_sweep_knows_the_pictures_early():
-    rho = correlations(POOL)
+    rho = correlations(POOL, POOL.judged_by[0])
     name = load_sweep("head").metric.name
     assert rho[name][0.33] < -0.85
     assert abs(rho[name][0.33]) > abs(rho["loss/flow"][0.33]) + 0.2
@@ -41,4 +41,4 @@ def test_what_the_logs_warn_of_does_not_rank(name):
     """A cosine or a width is a floor: neither orders configurations by their pictures at a third
     of the budget.
     """
-    assert abs(correlations(POOL)[f"ema/{name}"][0.33]) < 0.5
+    assert abs(correlations(POOL, POOL.judged_by[0])[f"ema/{name}"][0.33]) < 0.5

@@ -188,15 +188,30 @@ def test_correlations_are_taken_at_the_last_probe_up_to_the_share():
         e.number: tuple({**r, METRIC: r[METRIC] if r["step"] < 100 else 1.0} for r in e.rows)
         for e in POOL.entries
     }
-    found = correlations(
-        replace(POOL, entries=tuple(replace(e, rows=rows[e.number]) for e in POOL.entries))
-    )
+    changed = tuple(replace(e, rows=rows[e.number]) for e in POOL.entries)
+    found = correlations(replace(POOL, entries=changed), "mean_attribute_accuracy")
     assert found[METRIC][0.1] == pytest.approx(-1)
     assert math.isnan(found[METRIC][0.33])
     assert abs(found[LOSS][0.33]) < 0.4
     holes = Entry(0, {}, ({"step": 50, METRIC: None}, {"step": 100, METRIC: 2.0}), {})
     assert math.isnan(value_at(holes, METRIC, 50))
     assert value_at(holes, METRIC, 165) == 2.0
+
+
+def test_captions_that_leave_things_open_are_ranked_by_what_is_named_then_by_coverage():
+    scores = [(0.5, 0.3), (0.5, 0.1), (0.7, 0.4), (0.2, 0.0)]
+    entries = tuple(
+        replace(e, score={"named": named, "coverage_excess": coverage, **e.score})
+        for e, (named, coverage) in zip(POOL.entries, scores, strict=False)
+    )
+    left_open = replace(POOL, entries=entries)
+    assert left_open.judged_by == ("named", "coverage_excess")
+    assert POOL.judged_by == ("mean_attribute_accuracy", "all_correct")
+    order = [entries[i].number for i in (2, 1, 0, 3)]
+    assert [e.number for e in sorted(entries, key=lambda e: e.rank, reverse=True)] == order
+    assert left_open.best(2) == set(order[:2])
+    told = foretold(left_open).entries
+    assert all(row[ORACLE] == e.score["named"] for e in told for row in e.rows)
 
 
 def test_ratio_of_computes_with_its_interval():
