@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowray.cli.common import FINDINGS, GOOD, entry
-from flowray.cli.parser import Parser
+from flowray.cli.parser import Parser, whole_number
 from flowray.cli.progress import quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
@@ -142,7 +142,11 @@ def _add_answers(commands: argparse._SubParsersAction[Parser]) -> None:
         help=f"of {', '.join(ARMS)}; default: all",
     )
     parser.add_argument(
-        "--processes", type=int, default=1, help="trainings at once, one core each; default 1"
+        "--processes",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="trainings at once, one core each; default 1",
     )
     parser.set_defaults(run=_answers)
 
@@ -267,7 +271,10 @@ def _record(args: argparse.Namespace) -> int:
 def _answers(args: argparse.Namespace) -> int:
     from benchmarks.answers import page, run
 
-    cases = run(args.folder, args.minutes, args.seeds, args.processes, args.arms)
+    if not 0 < args.minutes < math.inf:
+        raise InputError(f"--minutes: got {args.minutes:g}, want more than 0")
+    seeds, arms = (list(dict.fromkeys(given)) for given in (args.seeds, args.arms))
+    cases = run(args.folder, args.minutes, seeds, args.processes, arms)
     page(cases, args.minutes, args.folder / "answers.md")
     print((args.folder / "answers.md").read_text())
     return GOOD

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -113,26 +114,29 @@ def _end_with_parent() -> None:
 
 
 def _pace(folder: Path, arms: Sequence[str]) -> dict[str, float]:
-    """Seconds a step of each arm, the median of its rounds."""
+    """Seconds a step of each arm, the median of its rounds; measured are those that the folder has
+    none of.
+    """
     file = folder / "pace.json"
-    if not file.exists():
-        recipe = Case(folder, arms[0], 0, PACE_STEPS).recipe()
+    pace = json.loads(file.read_text()) if file.exists() else {}
+    if new := [arm for arm in arms if arm not in pace]:
+        recipe = Case(folder, new[0], 0, PACE_STEPS).recipe()
         ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
         with _processes(1) as pool:
             rounds = [
-                dict(zip(arms, pool.map(_step_seconds, [folder] * len(arms), arms), strict=True))
-                for _ in range(PACE_ROUNDS)
+                list(pool.map(_step_seconds, [folder] * len(new), new)) for _ in range(PACE_ROUNDS)
             ]
-        pace = {arm: statistics.median(one[arm] for one in rounds) for arm in arms}
+        pace |= dict(zip(new, map(statistics.median, zip(*rounds, strict=True)), strict=True))
         write_whole(file, json.dumps(pace, indent=1))
-    pace = json.loads(file.read_text())
-    _say(", ".join(f"{arm}: {seconds:.3f} s a step" for arm, seconds in pace.items()))
+    _say(", ".join(f"{arm}: {pace[arm]:.3f} s a step" for arm in arms))
     return pace
 
 
 def _step_seconds(folder: Path, arm: str) -> float:
-    case = Case(folder / "pace", arm, 0, PACE_STEPS)
-    rows = _train(case, "train.probe_every=100000", "train.sample_every=100000")
+    # a folder of its own each time: a run that is done would train nothing
+    with tempfile.TemporaryDirectory(dir=folder) as fresh:
+        case = Case(Path(fresh), arm, 0, PACE_STEPS)
+        rows = _train(case, "train.probe_every=100000", "train.sample_every=100000")
     return statistics.median(row["perf/step_s"] for row in rows[1:])
 
 
@@ -146,7 +150,7 @@ def _train_and_score(case: Case) -> float:
     """Seconds that its steps took."""
     rows = _train(case, f"train.probe_every={case.steps}", f"train.sample_every={case.steps}")
     evaluate(case.run.path, [], 0, SILENT)
-    return sum(row["perf/step_s"] * case.recipe().train.log_every for row in rows)
+    return sum(row["perf/step_s"] for row in rows) * case.recipe().train.log_every
 
 
 def page(cases: Sequence[Case], minutes: float, place: Path) -> None:

@@ -30,6 +30,9 @@ def test_a_table_and_a_picture_of_trained_runs_and_nothing_twice(tmp_path: Path)
     table = answers(tmp_path)
     scores = sorted(tmp_path.glob("*/eval.json"))
     assert len(scores) == len(ARMS)
+    pace = json.loads((tmp_path / "pace.json").read_text())
+    assert list(pace) == ARMS
+    assert all(seconds > 0 for seconds in pace.values())
     cells = {
         row[1].strip(): [cell.strip() for cell in row[2:-1]]
         for row in (line.split("|") for line in table.splitlines() if line.startswith("|"))
