@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowray.config.progress import SILENT, Progress, counted
+from flowray.config.progress import SILENT, Advance, Progress, counted
 from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.shapes import ATTRIBUTES, Scene, Split, caption, draw_scene, render, single_scenes
 from flowray.flow.draws import Draws
@@ -68,11 +68,14 @@ def encode(autoencoder: Autoencoder, images: list[np.ndarray], seed: int) -> Ten
     return torch.cat(latents)
 
 
-def decode(autoencoder: Autoencoder, latents: Tensor) -> np.ndarray:
-    """Pictures uint8 (B, H, W, 3) of scaled latents."""
-    return np.concatenate(
-        [from_pictures(autoencoder.decode(part)) for part in latents.split(BATCH)]
-    )
+def decode(autoencoder: Autoencoder, latents: Tensor, advance: Advance | None = None) -> np.ndarray:
+    """Pictures uint8 (B, H, W, 3) of scaled latents. advance: hears of every batch of them."""
+    pictures = []
+    for part in latents.split(BATCH):
+        pictures.append(from_pictures(autoencoder.decode(part)))
+        if advance:
+            advance(len(part))
+    return np.concatenate(pictures)
 
 
 def round_trip(autoencoder: Autoencoder, images: list[np.ndarray], seed: int) -> np.ndarray:

@@ -183,8 +183,11 @@ def evaluate_open(
     others = [asked[i] for i in np.roll(order, 1)[np.argsort(order)]]
     judged: dict[str, Judged] = {}
     once = {name: draws if name == "mu" else 1 for name in latents}  # draws that are all the same
-    shown = {name: decode(autoencoder, made[:: once[name]]) for name, made in latents.items()}
-    with progress.task("judging pictures", sum(map(len, shown.values()))) as advance:
+    apart = {name: made[:: once[name]] for name, made in latents.items()}
+    pictures = sum(map(len, apart.values()))
+    with progress.task("decoding pictures", pictures) as advance:
+        shown = {name: decode(autoencoder, made, advance) for name, made in apart.items()}
+    with progress.task("judging pictures", pictures) as advance:
         for name, made in latents.items():
             found = counted(checker.read(shown[name]), advance)
             readings = [reading for reading in found for _ in range(once[name])]

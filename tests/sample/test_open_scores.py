@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from support import assert_refused
+from support import Heard, assert_refused
 
 from flowray.cli.eval import evaluate, main, show_open
 from flowray.config.errors import InputError
@@ -220,9 +220,11 @@ def test_a_flow_of_the_truth_reaches_the_ceiling_and_beats_the_mean_picture() ->
     real = [
         truth.latents([one.text for one in asked] * 20, seed).flatten(1).numpy() for seed in (3, 4)
     ]
-    found = evaluate_open(
-        truth.latents, truth.source, truth.autoencoder, RealLatents(*real), asked, 8, seed=0
-    )
+    judged = truth.autoencoder, RealLatents(*real), asked, 8
+    heard = Heard()
+    found = evaluate_open(truth.latents, truth.source, *judged, seed=0, progress=heard)
+    # what takes seconds is told while it lasts: run, ceiling, z0, and mu once for a caption
+    assert heard.tasks["decoding pictures"] == heard.tasks["judging pictures"] == 3 * 48 + 6
     controls = found["controls"]
     for column in (found, controls["ceiling"]):
         assert column["named"] > 0.95
@@ -240,19 +242,9 @@ def test_a_flow_of_the_truth_reaches_the_ceiling_and_beats_the_mean_picture() ->
     assert [row["caption"] for row in found["by_caption"]] == [one.text for one in asked]
     json.dumps(found, allow_nan=False)
     # the mean picture in the flow's place beats itself in nothing, and a source may be none
-    mean = evaluate_open(
-        lambda prompts: truth.source(prompts)[0],
-        truth.source,
-        truth.autoencoder,
-        RealLatents(*real),
-        asked,
-        8,
-        seed=0,
-    )
+    mean = evaluate_open(lambda prompts: truth.source(prompts)[0], truth.source, *judged, seed=0)
     assert not any(mean["beats_mu"].values())
-    alone = evaluate_open(
-        truth.latents, None, truth.autoencoder, RealLatents(*real), asked, 8, seed=0
-    )
+    alone = evaluate_open(truth.latents, None, *judged, seed=0)
     assert alone["beats_mu"] is alone["controls"]["mu"] is alone["controls"]["z0"] is None
     assert alone["controls"]["ceiling"] == controls["ceiling"]
     assert alone["named"] == found["named"]
