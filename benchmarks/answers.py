@@ -11,8 +11,9 @@ import statistics
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -94,14 +95,25 @@ def run(
     return cases
 
 
-def _processes(count: int) -> ProcessPoolExecutor:
-    """A fresh process for every training, which ends when this one does."""
-    return ProcessPoolExecutor(
+@contextmanager
+def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """A fresh process for every training. Ctrl-C or a signal ends them at once: what they have
+    saved is gone on from the next time.
+    """
+    pool = ProcessPoolExecutor(
         count,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_end_with_parent,
         max_tasks_per_child=1,
     )
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
+    pool.shutdown()
 
 
 def _end_with_parent() -> None:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +16,15 @@ pytestmark = pytest.mark.slow
 ARMS = ["text_adaln", "noise_adaln"]
 
 
+def command(folder: Path) -> list[str]:
+    typed = ["--minutes", "0.2", "--seeds", "0", "--arms", *ARMS]
+    return [sys.executable, "-m", "benchmarks", "answers", str(folder), *typed]
+
+
 def answers(folder: Path) -> str:
     """What the command prints."""
-    typed = ["--minutes", "0.2", "--seeds", "0", "--arms", *ARMS]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "answers", str(folder), *typed],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        command(folder), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -50,3 +54,26 @@ def test_a_table_and_a_picture_of_trained_runs_and_nothing_twice(tmp_path: Path)
     before = [path.stat().st_mtime_ns for path in scores]
     assert answers(tmp_path) == table
     assert [path.stat().st_mtime_ns for path in scores] == before
+
+
+def test_a_signal_ends_the_command_and_its_trainings_at_once(tmp_path: Path) -> None:
+    with subprocess.Popen(command(tmp_path), start_new_session=True) as running:
+        wait_for(lambda: list(tmp_path.glob("*/*/metrics.jsonl")), 120)  # one of them trains
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 143
+    wait_for(lambda: not group_lives(running.pid), 10)
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(holds: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
