@@ -82,6 +82,7 @@ _PROBED = (
     "scale/",
     "teacher/",
 )
+_OF_TEXT_SOURCE = ("source/", "text/", "mu/", "logvar/", "std/")
 _NO_EMA = ("ema/loss/", "ema/vae/", "ema/latent/")
 _LOGGED = ("grad/", "lr/", "perf/", "amp/", "weight/", "step/", "ent/")
 
@@ -98,6 +99,9 @@ def _unseen(name: str, sweep: Sweep, base: Recipe) -> str:
         return f"is not measured on the EMA weights; type {name.removeprefix('ema/')}"
     if not base.probes.raw and name.startswith(_PROBED):
         return f"is not probed, as probes.raw is false; type ema/{name}, or set probes.raw: true"
+    from_noise = base.model.source.kind == "noise" and "model.source.kind" not in sweep.parameters
+    if from_noise and name.removeprefix("ema/").startswith(_OF_TEXT_SOURCE):
+        return f"is of a text source, and {sweep.base} starts from noise"
     if trains and name.startswith("eval/"):
         return "is no probe of a training run; take ema/shoot/nmse, or task: sample"
     if name.removeprefix("eval/") in OPEN_SCORES and base.data.shards != LEFT_OPEN:

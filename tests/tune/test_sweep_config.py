@@ -326,19 +326,6 @@ def test_a_range_that_the_recipe_refuses_is_found_before_anything_runs(write):
         check_trials(sweep, base_recipe(sweep))
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("grad/total", "in the training log only"),
-        ("ema/loss/flow", "not measured on the EMA weights; type loss/flow"),
-    ],
-)
-def test_a_metric_that_no_probe_reports_is_refused(write, name, words):
-    sweep = load_sweep(write(GOOD), [f"metric.name={name}"])
-    with pytest.raises(InputError, match=words):
-        check_trials(sweep, base_recipe(sweep))
-
-
 def test_bad_input_ends_with_2_and_writes_nothing(write, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
     for text in (
@@ -356,14 +343,6 @@ def test_bad_input_ends_with_2_and_writes_nothing(write, tmp_path, capsys):
         "s.yaml",
         "ring.yaml",
     }
-
-
-@pytest.mark.parametrize("key", ["flow/cos", "source/separation@0.25"])
-def test_a_raw_metric_is_refused_where_only_the_ema_is_probed(write, key):
-    text = GOOD.replace("flow/cos", key)
-    sweep = load_sweep(write(text), ["set.probes.raw=false"])
-    with pytest.raises(InputError, match=rf"{key} is not probed.*type ema/{key}"):
-        check_trials(sweep, base_recipe(sweep))
 
 
 def test_plan_counts_steps_and_starts_nothing(write, tmp_path, capsys):
