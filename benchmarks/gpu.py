@@ -114,9 +114,7 @@ def quickstart(out: Path, steps: int, device: torch.device) -> Figures:
     for precision in ("fp32", "bf16", "fp16"):
         cadence = [f"train.{key}_every={half}" for key in ("probe", "sample", "checkpoint")]
         typed = [f"train.precision={precision}", f"train.steps={steps}", "train.log_every=5"]
-        recipe = load_recipe(
-            "quickstart_closed", [*typed, *cadence, "resources.num_workers=1"]
-        ).recipe
+        recipe = load_recipe("quickstart", [*typed, *cadence, "resources.num_workers=1"]).recipe
         whole, parted = (RunDirectory(out / f"quickstart-{precision}-{n}") for n in ("a", "b"))
         began = time.perf_counter()
         train(recipe, whole, Group(0, 1, device), lambda row: None)
