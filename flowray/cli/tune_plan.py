@@ -138,9 +138,7 @@ def problems(sweep: Sweep, base: Recipe) -> Iterator[str]:
 
 
 def _recorded(base: Recipe) -> Pace | None:
-    """The pace of the trials that were recorded for `python -m benchmarks sweep`, where the
-    sweep's are like them.
-    """
+    """The pace of the trials of `make sweep`, as recorded, where the sweep's are like them."""
     from flowray.tune.pace import Pace, same_cost
 
     recorded = json.loads((packaged("assets") / "pace" / "sweep_proxy.json").read_text())

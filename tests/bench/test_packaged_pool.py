@@ -20,11 +20,12 @@ def test_it_is_whole():
     assert len(POOL.best(3)) == 3
 
 
-def test_the_metric_of_the_default_sweep_knows_the_pictures_early():
+def test_the_metric_of_the_default_sweep_knows_the_pictures():
     rho = correlations(POOL, POOL.judged_by[0])
-    name = load_sweep("head").metric.name
-    assert rho[name][0.33] < -0.85
-    assert abs(rho[name][0.33]) > abs(rho["loss/flow"][0.33]) + 0.2
+    gain, blur = load_sweep("head").metric.name, "ema/shoot/nmse"
+    assert rho[gain][0.33] > 0.65
+    assert rho[gain][1.0] > max(0.75, abs(rho["loss/flow"][1.0]) + 0.1)
+    assert abs(rho[blur][1.0]) < 0.5  # many answers: the mean of them is nearest to each
 
 
 def test_the_default_sweep_finds_one_of_the_best_for_less_than_half_of_a_random_search():

@@ -66,8 +66,8 @@ def test_overfit_passes_only_where_loss_cosine_and_kl_do():
 def test_overfit_of_an_anchored_recipe_is_not_judged_by_its_cosine(
     nmse_end, cos_end, anchor_end, said
 ):
-    """As sweep_proxy runs: the cosine is 0.5 while the source is noise, 0 when it has narrowed
-    and 0.25 after 200 steps.
+    """As a run with a narrow anchored source: the cosine is 0.5 while the source is noise, 0 when
+    it has narrowed and 0.25 after 200 steps.
     """
     anchored = learning(
         cos_end=cos_end,
@@ -128,7 +128,7 @@ def only_flow(rmse, still, width=1.0):
 
 
 def test_the_end_point_is_held_against_the_start_and_against_standing_still():
-    # sweep_proxy's: from 1.41, although the collapsed source alone gives 1.08
+    # an anchored source's: from 1.41, although the collapsed source alone gives 1.08
     assert only_flow(0.9, 1.08).verdict == "pass"
     assert "at the start 1.414" in only_flow(0.9, 1.08).measured
     # the source has collapsed and the field does nothing
@@ -148,7 +148,7 @@ def kl_off(std, mu=(0.9, 0.9), free=""):
 
 
 def test_widths_are_told_apart_by_their_logarithm():
-    assert words(kl_off((0.14, 0.062)))[1] == "pass"  # sweep_proxy's
+    assert words(kl_off((0.14, 0.062)))[1] == "pass"  # an anchored source's
     assert words(kl_off((0.8, 6.0)))[1] == "pass"
     assert words(kl_off((0.14, 0.5)))[1] == "fail"
     assert words(kl_off((0.99, 0.97)))[1] == "unclear"  # both at 1: no pull to see

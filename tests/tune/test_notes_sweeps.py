@@ -13,10 +13,10 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from benchmarks.pool import packaged_pool
 from flowray.cli.tune import main
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
+from flowray.config.sources import packaged
 from flowray.sweepconfig.check import base_recipe, check_trials
 from flowray.sweepconfig.file import load_sweep, packaged_sweeps
 from flowray.tune.ledger import Ledger
@@ -308,21 +308,21 @@ def test_a_sweep_that_was_never_timed_says_roughly_from_what_it_takes_its_hours(
 
 
 def test_the_packaged_record_gives_hours_for_what_is_like_it_alone(tmp_path, capsys):
-    """The sweeps of the proxy are; one with another batch, or one whose losses look at pictures,
+    """The default sweep is; one with another batch or model, or one whose losses look at pictures,
     is not.
     """
     out = f"storage_path={tmp_path / 'out'}"
-    seconds = [json.loads(line)["seconds"] for line in packaged_pool().read_text().splitlines()[1:]]
-    facts = plan_of(capsys, "kl", out)
+    recorded = json.loads((packaged("assets") / "pace" / "sweep_proxy.json").read_text())
+    facts = plan_of(capsys, "head", out)
     assert facts["hours_at_most"]["cpu"] == pytest.approx(
-        facts["steps_at_most"] * sum(seconds) / (len(seconds) * 500) / 3600
+        facts["steps_at_most"] * recorded["seconds_per_step"] / 3600
     )
-    assert "60 trials of sweep_proxy recorded on 2 CPU cores" in facts["hours_at_most"]["from"]
-    other = plan_of(capsys, "kl", "set.train.batch_size=16", out)
+    assert "30 trials of sweep_proxy recorded on 2 CPU cores" in facts["hours_at_most"]["from"]
+    other = plan_of(capsys, "head", "set.train.batch_size=16", out)
     assert "timed on this machine just now" in other["hours_at_most"]["from"]
     assert plan_of(capsys, "structure", out, problems=1)["hours_at_most"]["cpu"] is None
     assert facts["image_steps_at_most"] == 32 * facts["steps_at_most"]
-    assert main(["kl", "--plan", out]) == 0
+    assert main(["head", "--plan", out]) == 0
     assert "CPU-hours if none stops early (rough: " in capsys.readouterr().out
 
 
