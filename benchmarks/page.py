@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from benchmarks.replay import KEPT, ROUND
 from benchmarks.sweep import ARMS, BEST, EARLY, Bench, first_rung, ranked, summary
 from flowray.report.paint import BLUE, GREEN, INK, MUTED, STYLE, VERMILLION
+from flowray.sweepconfig.sweep import Sweep
 
 COLOURS = {"random": MUTED, "one_rung": GREEN, "loss": VERMILLION, "default": BLUE, "oracle": INK}
 SHOWN = 12  # metrics in the table and the figure
@@ -121,8 +122,15 @@ def _compute(bench: Bench, facts: dict[str, Any]) -> list[str]:
             " pool was empty counts as lost."
         ),
         _limit(facts),
+        *_points(sweep),
         "",
     ]
+
+
+def _points(sweep: Sweep) -> list[str]:
+    """What a sweep is told beforehand and a random search is not."""
+    count = len(sweep.points)
+    return [f"The sweeps begin with the {count} points of `{sweep.name}`."] if count else []
 
 
 def _default(bench: Bench, facts: dict[str, Any]) -> list[str]:
@@ -131,8 +139,8 @@ def _default(bench: Bench, facts: dict[str, Any]) -> list[str]:
     rules = [f"- {rule.words}" for rule in sweep.stop]
     return [
         (
-            "The default's rungs and sampler were chosen with this pool in sight. On a random half"
-            " of it for each seed, with the best"
+            "The default's metric, rungs and sampler were chosen with this pool in sight. On a"
+            " random half of it for each seed, with the best"
         ),
         (
             f"{BEST} of that half, which a random search meets twice as soon, it takes"
