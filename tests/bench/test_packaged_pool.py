@@ -9,6 +9,8 @@ from benchmarks.sweep import correlations
 from flowray.sweepconfig.file import load_sweep
 
 POOL = read_pool(packaged_pool())
+# another space, not looked at while metric and rungs were chosen: benchmarks/pools/second.yaml
+SECOND = read_pool(packaged_pool().with_name("second.jsonl"))
 
 
 def test_it_is_whole():
@@ -26,6 +28,16 @@ def test_the_metric_of_the_default_sweep_knows_the_pictures():
     assert rho[gain][0.33] > 0.65
     assert rho[gain][1.0] > max(0.75, abs(rho["loss/flow"][1.0]) + 0.1)
     assert abs(rho[blur][1.0]) < 0.5  # many answers: the mean of them is nearest to each
+
+
+def test_the_metric_holds_on_a_pool_that_it_was_not_chosen_with():
+    rho = correlations(SECOND, SECOND.judged_by[0])
+    metric = load_sweep("head").metric.name
+    assert len(SECOND.entries) == 30
+    assert rho[metric][0.33] > 0.7
+    assert rho[metric][1.0] > 0.6
+    for cost in ("ema/shoot/nmse", "ema/shoot/energy"):  # lower is better, and it is not here
+        assert rho[cost][1.0] > 0
 
 
 def test_the_default_sweep_finds_one_of_the_best_for_less_than_half_of_a_random_search():
