@@ -79,6 +79,7 @@ def measure_cost(run: Path, home: Path) -> None:
     """What the command takes on a run, imports and page included, on one thread; kept in
     home/cost.json.
     """
+    home.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
         "-m",
