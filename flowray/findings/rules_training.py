@@ -299,13 +299,14 @@ TRAINING: tuple[Rule, ...] = (
             "plateau",
         ),
     ),
-    # Beside a network that reads the caption such a source is as good as noise.
+    # Beside a network that reads the caption such a source is as good as noise. A head of attention
+    # layers tells captions only after some 150 steps.
     Rule(
         "source_blind",
         "bad",
         every(
             unless(READS_CAPTION),
-            unless(below("step", 100)),
+            unless(below("step", 200)),
             below("source/separation@0", near_chance("0"), "share of z0 that tell their caption:"),
             given(some(above("shoot/diversity", VARIED), above("shoot/diversity_all", VARIED))),
             also("shoot/cond_gain", "shoot/energy"),

@@ -72,6 +72,8 @@ def test_beside_a_caption_that_the_network_reads_the_source_need_not_tell_it(
     merging = {"source/separation@0.5": 0.0313, "shoot/cond_gain": 0.03}
     assert ids(blind, condition="none")[:2] == ["source_blind", "condition_ignored"]
     assert ids(blind) == ids(blind, condition="none")  # a recipe of before there was a choice
+    # a head of attention layers tells captions only after some 150 steps
+    assert ids(blind | {"step": 150}, condition="none")[0] == "condition_ignored"
     assert ids(merging, condition="none") == ["codes_merge"]
     assert ids({**merging, "shoot/cond_gain": 0.4}) == []  # what was read at the start lasts
     assert ids(blind, condition=condition) == ["text_unproven"]
