@@ -97,16 +97,22 @@ def _unseen(name: str, sweep: Sweep, base: Recipe) -> str:
         )
     if name.startswith(_NO_EMA):
         return f"is not measured on the EMA weights; type {name.removeprefix('ema/')}"
+    if name.removeprefix("ema/").startswith(_OF_TEXT_SOURCE) and _from_noise(sweep, base):
+        return "is of a text source, and every trial starts from noise"
     if not base.probes.raw and name.startswith(_PROBED):
         return f"is not probed, as probes.raw is false; type ema/{name}, or set probes.raw: true"
-    from_noise = base.model.source.kind == "noise" and "model.source.kind" not in sweep.parameters
-    if from_noise and name.removeprefix("ema/").startswith(_OF_TEXT_SOURCE):
-        return f"is of a text source, and {sweep.base} starts from noise"
     if trains and name.startswith("eval/"):
         return "is no probe of a training run; take ema/shoot/nmse, or task: sample"
     if name.removeprefix("eval/") in OPEN_SCORES and base.data.shards != LEFT_OPEN:
         return f"is a score of runs on {LEFT_OPEN}, this one is on {base.data.shards}"
     return ""
+
+
+def _from_noise(sweep: Sweep, base: Recipe) -> bool:
+    """Whether no trial has a text source."""
+    searched = sweep.parameters.get("model.source.kind")
+    kinds = ends(searched) if searched else [base.model.source.kind]
+    return all(kind == "noise" for kind in kinds)
 
 
 def _check_scale(sweep: Sweep, base: Recipe) -> None:
