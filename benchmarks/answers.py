@@ -97,8 +97,8 @@ def run(
 
 @contextmanager
 def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
-    """A fresh process for every training. Ctrl-C or a signal ends them at once: what they have
-    saved is gone on from the next time.
+    """A fresh process for every training. Ctrl-C, a signal or a failed training ends the others at
+    once; the same command goes on from what they saved.
     """
     pool = ProcessPoolExecutor(
         count,

@@ -198,7 +198,7 @@ def _limit(facts: dict[str, Any]) -> str:
             f" {ours:.1f}: the probes are what limits it."
         )
     return (
-        f"A perfect probe would not make the default faster ({told:.1f} full budgets against"
+        f"A perfect probe would hardly make the default faster ({told:.1f} full budgets against"
         f" {ours:.1f}): what limits it is how soon the sampler draws one of the best, and what it"
         " trains in full before."
     )

@@ -69,7 +69,7 @@ def encode(autoencoder: Autoencoder, images: list[np.ndarray], seed: int) -> Ten
 
 
 def decode(autoencoder: Autoencoder, latents: Tensor, advance: Advance | None = None) -> np.ndarray:
-    """Pictures uint8 (B, H, W, 3) of scaled latents. advance: hears of every batch of them."""
+    """Pictures uint8 (B, H, W, 3) of scaled latents. advance: told of every batch."""
     pictures = []
     for part in latents.split(BATCH):
         pictures.append(from_pictures(autoencoder.decode(part)))
