@@ -423,8 +423,13 @@ def test_without_a_checkpoint_where_a_trial_waits_a_sweep_is_refused_with_what_c
     ],
 )
 def test_where_no_trial_waits_checkpoints_may_lie_anywhere(write, words):
-    sweep = load_sweep(write(GOOD), ["set.train.checkpoint_every=77", words])
+    apart = "set.train.checkpoint_every=77"
+    path = write(GOOD)
+    sweep = load_sweep(path, [apart, words])
     check_trials(sweep, base_recipe(sweep))
+    waits = load_sweep(path, [apart])
+    with pytest.raises(InputError, match=r"train.checkpoint_every is 77"):
+        check_trials(waits, base_recipe(waits))
 
 
 @pytest.mark.parametrize(
@@ -461,10 +466,13 @@ def test_what_does_not_compare_is_not_ranked(write, searched, settings, cure):
 
 
 def test_sets_that_are_judged_on_the_same_pictures_compare(write):
-    searched = ["parameters.data.shards={values: [shapes, digits]}"]
+    searched, path = ["parameters.data.shards={values: [shapes, digits]}"], write(GOOD)
     for words in ("set.data.val_shards=digits", "parameters.data.shards={value: digits}"):
-        sweep = load_sweep(write(GOOD), [*searched, words])
+        sweep = load_sweep(path, [*searched, words])
         check_trials(sweep, base_recipe(sweep))
+    apart = load_sweep(path, searched)
+    with pytest.raises(InputError, match=r"data.shards sets the scale of every value"):
+        check_trials(apart, base_recipe(apart))
 
 
 def test_a_rule_on_a_finding_needs_a_doctor_who_comes(write):
