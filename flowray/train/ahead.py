@@ -21,7 +21,9 @@ class BatchesAhead:
     def __init__(self, make: Callable[[int], Batch], last: int, device: torch.device):
         self._make, self._last = make, last
         # a thread begins on the first GPU, where pinned memory of every rank would open a context
-        chosen = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        chosen = (
+            (torch.cuda.set_device, (_number(device),)) if device.type == "cuda" else (None, ())
+        )
         self._thread = ThreadPoolExecutor(1, "batches", *chosen)
         self._begun: dict[int, Future[Batch]] = {}
 
@@ -38,3 +40,8 @@ class BatchesAhead:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
+
+
+def _number(gpu: torch.device) -> int:
+    """The GPU's number; a plain `cuda` is the one in use here."""
+    return torch.cuda.current_device() if gpu.index is None else gpu.index

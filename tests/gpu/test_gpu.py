@@ -99,6 +99,13 @@ def test_compiled_blocks_train_as_eager_ones(base, precision):
     assert losses[True] == pytest.approx(losses[False], rel=near)
 
 
+def test_a_device_without_a_number_is_the_gpu_in_use(base):
+    run = RunDirectory(Path(base.storage_path) / "plain-cuda")
+    recipe = override_recipe(base, {"name": "plain-cuda"})
+    train(recipe, run, Group(0, 1, torch.device("cuda")), lambda row: None)
+    assert kept(run)
+
+
 def test_an_ordinary_step_waits_for_the_gradients_norm_alone(base):
     """And where transformers asks a mask of ours whether it hides anything."""
     folders = ensure_latents(base.data, base.model.autoencoder, base.model.latent)
