@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 
 from benchmarks.record import machine
 from flowray.cli.eval import evaluate
@@ -209,20 +210,21 @@ def _spread(values: Sequence[float]) -> str:
 def picture(cases: Sequence[Case], place: Path) -> None:
     """The first held-out captions, the first draws of each, of every case; none chosen."""
     captions = [one.text for one in ask(SHOWN, 0)]
-    columns = SHOWN * len(cases)
-    figure = Figure(figsize=(0.95 * columns + 1.5, 0.95 * SHOWN))
-    axes = figure.subplots(SHOWN, columns)
-    for number, case in enumerate(cases):
+    figure = Figure(figsize=(5.9 * len(cases) + 1.5, 0.98 * SHOWN))
+    grid = GridSpec(1, len(cases) + 1, figure, width_ratios=[1.5, *[5.9] * len(cases)])
+    words, *parts = [figure.add_subfigure(grid[i]) for i in range(len(cases) + 1)]
+    for row, caption in enumerate(captions):
+        height = 0.94 * (SHOWN - row - 0.5) / SHOWN
+        words.text(0.97, height, fill(caption, 20), fontsize=8, ha="right", va="center")
+    for part, case in zip(parts, cases, strict=True):
+        part.suptitle(case.arm.replace("_", ", "), fontsize=10, y=0.985)
+        axes = part.subplots(SHOWN, SHOWN)
+        part.subplots_adjust(0.01, 0.01, 0.97, 0.93, wspace=0.06, hspace=0.06)
         drawn = draws(case.run.path, captions, SHOWN)
         for row, column in np.ndindex(drawn.shape[:2]):
-            axis = axes[row, number * SHOWN + column]
-            axis.imshow(drawn[row, column])
-            axis.set_xticks([])
-            axis.set_yticks([])
-        axes[0, number * SHOWN + SHOWN // 2].set_title(case.arm.replace("_", ", "), fontsize=10)
-    for caption, axis in zip(captions, axes[:, 0], strict=True):
-        axis.set_ylabel(fill(caption, 20), fontsize=7, rotation=0, ha="right", va="center")
-    figure.tight_layout(pad=0.3)
+            axes[row, column].imshow(drawn[row, column])
+            axes[row, column].set_xticks([])
+            axes[row, column].set_yticks([])
     figure.savefig(place, dpi=90)
 
 
