@@ -190,6 +190,8 @@ def show(console: Console, found: Any, findings: Sequence[Finding], page: Path) 
         words = Text.assemble(
             (finding.id, "bold"), f"\n{finding.evidence}\n", (finding.cause, "italic")
         )
+        if finding.sure:
+            words.append(f"\n{finding.sure}", style="dim")
         follows = [other.id for other in findings if other.explained_by == finding.id]
         if follows:
             words.append(f"\nexplains: {', '.join(follows)}", style="dim")

@@ -38,6 +38,21 @@ NO_TEXT = (
     "captions_shuffled",
 )
 
+# Pairs that cannot both be true: the doctor shows the first of them alone.
+CONTRADICTIONS: tuple[frozenset[str], ...] = tuple(
+    frozenset(pair)
+    for pair in (
+        ("lr_too_low", "lr_too_high"),
+        ("velocity_too_small", "velocity_too_large"),
+        ("velocity_too_small", "gain_would_hurt"),
+        ("source_collapsed", "source_inflated"),
+        ("kl_drowned", "kl_crushing"),
+        ("clip_weak", "clip_saturated"),
+        ("dino_weak", "dino_saturated"),
+        ("unlike_healthy", "undertrained"),
+    )
+)
+
 # A run of its first steps, or one whose loss still falls fast, has not had the time to show some
 # faults.
 YOUNG = some(below("step", 100), above("history/fall", 0.05))

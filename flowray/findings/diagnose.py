@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from flowray.findings.calibration import healthy_ranges
 from flowray.findings.checks import asked
+from flowray.findings.consequences import CONTRADICTIONS
 from flowray.findings.derived import DERIVED
-from flowray.findings.finding import ORDER, Finding, healthy
+from flowray.findings.finding import ORDER, Finding, Judged, healthy
 from flowray.findings.reading import Reading, Row
 from flowray.findings.rule import Rule, Words
 from flowray.findings.rules import RULES
@@ -28,11 +30,29 @@ def diagnose(
     """
     r = Reading(metrics, facts, history, DERIVED)
     found = [(rule, finding) for rule in rules if (finding := _apply(rule, r)) is not None]
-    if not healthy([finding for _, finding in found]):
+    if not healthy([finding for rule, finding in found if not rule.last]):
         found = [pair for pair in found if not pair[0].last]
     # stable: the table goes from cause to consequence
     found.sort(key=lambda pair: ORDER[pair[1].severity])
-    return _settle(found, r)
+    return _settle(_agreeing(found), r)
+
+
+def _agreeing(found: list[tuple[Rule, Finding]]) -> list[tuple[Rule, Finding]]:
+    """Of two findings that cannot both be true the first."""
+    kept: list[tuple[Rule, Finding]] = []
+    for rule, finding in found:
+        if not any({rule.id, other.id} <= pair for other, _ in kept for pair in CONTRADICTIONS):
+            kept.append((rule, finding))
+    return kept
+
+
+def _healthy_share(judged: Sequence[Judged]) -> float | None:
+    """The rarest of the judged numbers among healthy runs bounds how often all are seen there."""
+    ranges, shares = healthy_ranges(), []
+    for one in judged:
+        if one.key in ranges and one.value is not None and one.side != "not finite":
+            shares.append(ranges[one.key].beyond(one.value, one.side))
+    return min(shares, default=None)
 
 
 def _apply(rule: Rule, r: Reading) -> Finding | None:
@@ -40,7 +60,15 @@ def _apply(rule: Rule, r: Reading) -> Finding | None:
     if evidence is None:
         return None
     cause, fix = _words(rule.cause, r), _words(rule.fix, r)
-    return Finding(rule.id, rule.severity, evidence.words, cause, fix, judged=evidence.judged)
+    return Finding(
+        rule.id,
+        rule.severity,
+        evidence.words,
+        cause,
+        fix,
+        judged=evidence.judged,
+        healthy_share=_healthy_share(evidence.judged),
+    )
 
 
 def _settle(found: list[tuple[Rule, Finding]], r: Reading) -> list[Finding]:

@@ -47,6 +47,8 @@ class Finding:
     the finding it follows from.
 
     judged: the numbers at fault. The evidence names others beside them, which are not.
+    healthy_share: at most this share of healthy runs has all of them as far out (calibration.py);
+    None where no healthy run has measured one of them.
     """
 
     id: str
@@ -56,6 +58,16 @@ class Finding:
     fix: str
     explained_by: str | None = None
     judged: tuple[Judged, ...] = ()
+    healthy_share: float | None = None
+
+    @property
+    def sure(self) -> str:
+        """How sure it is, in words; '' where no healthy run was measured in this."""
+        if self.healthy_share is None:
+            return ""
+        if self.healthy_share == 0:
+            return "none of the healthy runs measured looks so"
+        return f"of the healthy runs measured {self.healthy_share:.0%} look so in one number"
 
 
 def healthy(findings: Sequence[Finding]) -> bool:
@@ -64,8 +76,8 @@ def healthy(findings: Sequence[Finding]) -> bool:
 
 
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    """The doctor's object: healthy, the findings, most likely cause first, and which of them
-    follow from which.
+    """The doctor's object: healthy, the findings, most likely cause first, which of them follow
+    from which, and how often healthy runs look so.
     """
     rows = [asdict(finding) for finding in findings]
     follows = {row["id"]: row["explained_by"] for row in rows if row["explained_by"]}
@@ -76,6 +88,7 @@ def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
             for row in rows
         ],
         "explained_by": follows,
+        "healthy_share": {row["id"]: row["healthy_share"] for row in rows},
     }
 
 

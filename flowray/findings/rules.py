@@ -15,5 +15,6 @@ from flowray.findings.rule import Rule
 from flowray.findings.rules_inputs import INPUTS
 from flowray.findings.rules_outcome import OUTCOME
 from flowray.findings.rules_training import TRAINING
+from flowray.findings.rules_unlike import UNLIKE
 
-RULES: tuple[Rule, ...] = (*INPUTS, *TRAINING, *OUTCOME)
+RULES: tuple[Rule, ...] = (*INPUTS, *TRAINING, *OUTCOME, *UNLIKE)

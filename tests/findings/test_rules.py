@@ -16,6 +16,7 @@ from healthy import ANSWERS, FACTS, FLAT, HEALTHY, falling
 
 from flowray.config.keys import describe
 from flowray.config.load import load_recipe
+from flowray.findings.calibration import domain
 from flowray.findings.derived import DERIVED
 from flowray.findings.diagnose import diagnose
 from flowray.findings.finding import Finding, healthy, recorded
@@ -32,6 +33,7 @@ class Case(NamedTuple):
     absent: tuple[str, ...] = ()  # numbers that were not measured
 
 
+ODD = dict.fromkeys([f"gain/ls_t{tenth}" for tenth in range(4)], 40.0)  # no rule reads them
 NO_PAIRS = ("data/left_open", "source/width", "shoot/diversity")  # captions never repeat
 
 CASES = (
@@ -201,6 +203,8 @@ CASES = (
     Case("text_unproven", {"text/cos": 0.1, "text/snr": 0.05}),
     Case("time_embedding_loud", {"time/embed_ratio": 50.0}),
     Case("undertrained", {"shoot/nmse": 1.4}),
+    Case("unlike_healthy", ODD, {name: high for name, (_, high) in domain().items()}),
+    Case("unlike_small_runs", ODD, {name: 100 * high for name, (_, high) in domain().items()}),
 )
 
 
