@@ -1,12 +1,13 @@
 """Regenerate docs/benchmarks/doctor.md: every planted fault, and healthy runs of every head,
 against what the doctor finds.
 
-    python tests/doctor_matrix.py [--home FOLDER] [--only NAME ...] [--cost RUN] [--out
+    python tests/doctor_matrix.py [--home FOLDER] [--only NAME ...] [--train] [--cost RUN] [--out
     docs/benchmarks/doctor.md]
 
 Runs are kept in FOLDER/runs and what the doctor measured of them in FOLDER/seen/NAME.json. A row
 that is there is only judged again, by the rules as they are now; --only measures its rows afresh,
-on the runs that are there. A row from nothing takes about half a minute of one core. --cost
+on the runs that are there; its names may be patterns, such as 'calib_*'. --train makes the runs
+that are missing and looks at none. A row from nothing takes about half a minute of one core. --cost
 measures what `flowray.doctor RUN` itself takes, and keeps that too.
 """
 
@@ -20,11 +21,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from faults import ELSEWHERE, FAULTS, HEALTHY_RUNS, HELD_OUT, Fault, look, plant, rank
+from healthy_runs import CALIB, FRESH
 from source_faults import SOURCE_FAULTS
 
 from flowray.config.load import load_recipe
@@ -73,6 +76,17 @@ def measure(fault: Fault, home: Path, *, fresh: bool) -> Row:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(row))
     return json.loads(kept.read_text())
+
+
+def train_missing(faults: Sequence[Fault], home: Path) -> None:
+    """Train each run that is not there; one that fails is told and the others go on."""
+    for fault in faults:
+        began = time.perf_counter()
+        try:
+            plant(fault, home)
+            print(f"{fault.name:<26} trained {time.perf_counter() - began:5.0f} s", flush=True)
+        except Exception as error:
+            print(f"{fault.name:<26} FAILED {type(error).__name__}: {error}", flush=True)
 
 
 def measure_cost(run: Path, home: Path) -> None:
@@ -295,6 +309,10 @@ def _cost(cost: Row | None) -> list[str]:
     ]
 
 
+def _is_wanted(name: str, only: Sequence[str] | None) -> bool:
+    return only is None or any(fnmatchcase(name, pattern) for pattern in only)
+
+
 def main() -> None:
     """Measure what is missing and write the page."""
     parser = argparse.ArgumentParser(
@@ -304,8 +322,9 @@ def main() -> None:
         "--home", type=Path, default=DEFAULT_HOME, help="pictures, latents, runs and examinations"
     )
     parser.add_argument(
-        "--only", nargs="*", metavar="NAME", help="measure these again, and no others"
+        "--only", nargs="*", metavar="NAME", help="measure these again, and no others; patterns"
     )
+    parser.add_argument("--train", action="store_true", help="only train the runs that are missing")
     parser.add_argument(
         "--cost", type=Path, metavar="RUN", help="measure what the command takes on this run"
     )
@@ -314,8 +333,12 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.cost:
         measure_cost(args.cost, args.home)
-    cases = {case.name: case for case in (*FAULTS, *HEALTHY_RUNS, *HELD_OUT)}
-    for name in cases if args.only is None else args.only:
+    cases = {case.name: case for case in (*FAULTS, *HEALTHY_RUNS, *HELD_OUT, *CALIB, *FRESH)}
+    wanted = [name for name in cases if _is_wanted(name, args.only)]
+    if args.train:
+        train_missing([cases[name] for name in wanted], args.home)
+        return
+    for name in wanted:
         seen = measure(cases[name], args.home, fresh=args.only is not None)
         row = judged(cases[name], seen)
         word = "ok" if is_right(row) else "WRONG"
