@@ -91,7 +91,8 @@ class Fault:
     comes; late: the code of sampling, which training does not use, so the doctor looks at the run
     `healthy`, which is without it; pictures: `closed` captions name all of their picture, those of
     `open` and `digits` leave things open; data: makes the training shards, in a folder given, from
-    the healthy ones.
+    the healthy ones; harms: the results suffer; kind, about: where it lies, and what a finding that
+    names it is about, in plain words.
     """
 
     name: str
@@ -103,6 +104,9 @@ class Fault:
     healthy: str = "healthy"
     pictures: Pictures = "closed"
     data: Callable[[Path, Path], Path] | None = None
+    harms: bool = True
+    kind: str = ""
+    about: tuple[str, ...] = ()
 
 
 def make_sets(home: Path, pictures: Pictures = "closed") -> dict[str, Path]:
