@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.losses import ClipLossConfig
 from flowray.config.recipe import Recipe
-from flowray.data.make import ShapesSet, write_set
+from flowray.data.make import DigitsSet, EmbeddedSet, ShapesSet, write_set
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards, write_shards
 from flowray.doctor import subject as subject_module
@@ -48,9 +48,16 @@ from flowray.train.optim import Ema
 from flowray.train.state import Halted
 
 Bug = AbstractContextManager[Any]
+Pictures = Literal["closed", "open", "digits"]
 SETS = {"train": 768, "val": 64, "unseen": 1}
 # captions that leave things open: enough held-out pictures that some share one
 OPEN_SETS = {"train": 1536, "val": 512, "unseen": 1}
+# the healthy pictures, by the folder they lie in; shapes: one object a scene
+PICTURES: dict[Pictures, tuple[str, EmbeddedSet]] = {
+    "closed": ("pictures", ShapesSet(two_share=0.0, closed=True, **SETS)),
+    "open": ("pictures-open", ShapesSet(two_share=0.0, **OPEN_SETS)),
+    "digits": ("pictures-digits", DigitsSet()),
+}
 
 # on top of quickstart_closed; a source of its own making, since an anchored one leaves the velocity
 # little to do
@@ -82,8 +89,10 @@ class Fault:
 
     keys: recipe keys; bug: a fault of the code; mended: the code is right again when the doctor
     comes; late: the code of sampling, which training does not use, so the doctor looks at the run
-    `healthy`, which is without it; open: on captions that leave things open; data: makes the
-    training shards, in a folder given, from the healthy ones.
+    `healthy`, which is without it; pictures: `closed` captions name all of their picture, those of
+    `open` and `digits` leave things open; data: makes the training shards, in a folder given, from
+    the healthy ones; harms: the results suffer; kind, about: where it lies, and what a finding that
+    names it is about, in plain words.
     """
 
     name: str
@@ -93,20 +102,22 @@ class Fault:
     mended: bool = False
     late: bool = False
     healthy: str = "healthy"
-    open: bool = False
+    pictures: Pictures = "closed"
     data: Callable[[Path, Path], Path] | None = None
+    harms: bool = True
+    kind: str = ""
+    about: tuple[str, ...] = ()
 
 
-def make_sets(home: Path, *, open: bool = False) -> dict[str, Path]:
-    """The healthy pictures: one-object scenes of shapes, (train, val)."""
-    if open:
-        return write_set(ShapesSet(two_share=0.0, **OPEN_SETS), home / "pictures-open")
-    return write_set(ShapesSet(two_share=0.0, closed=True, **SETS), home / "pictures")
+def make_sets(home: Path, pictures: Pictures = "closed") -> dict[str, Path]:
+    """The healthy pictures: split -> folder."""
+    folder, what = PICTURES[pictures]
+    return write_set(what, home / folder)
 
 
-def small_recipe(home: Path, name: str, *, open: bool = False, **keys: Any) -> Recipe:
+def small_recipe(home: Path, name: str, pictures: Pictures = "closed", **keys: Any) -> Recipe:
     """The healthy run's recipe."""
-    sets = make_sets(home, open=open)
+    sets = make_sets(home, pictures)
     places = {
         "data.shards": str(sets["train"]),
         "data.val_shards": str(sets["val"]),
@@ -136,9 +147,9 @@ def plant(fault: Fault, home: Path, steps: int | None = None) -> RunDirectory:
         keys = {"train.steps": steps, "train.probe_every": steps, **keys}
     if fault.data is not None:
         keys["data.shards"] = str(
-            fault.data(make_sets(home)["train"], home / f"pictures-{fault.name}")
+            fault.data(make_sets(home, fault.pictures)["train"], home / f"pictures-{fault.name}")
         )
-    recipe = small_recipe(home, fault.name, open=fault.open, **keys)
+    recipe = small_recipe(home, fault.name, fault.pictures, **keys)
     run = RunDirectory(Path(recipe.storage_path) / recipe.name)
     if newest_checkpoint(run.checkpoints) is None:
         # the cache is made by code without the bug
@@ -301,7 +312,7 @@ HEALTHY_RUNS = tuple(
     for seed in (0, 1, 2)
 ) + tuple(Fault(f"healthy_anchored_{seed}", (), {**ANCHORED, "seed": seed}) for seed in (0, 1, 2))
 HEALTHY_RUNS += tuple(
-    Fault(f"healthy_open_{name}", (), {**OPEN, **keys}, open=True)
+    Fault(f"healthy_open_{name}", (), {**OPEN, **keys}, pictures="open")
     for name, keys in (("text", {}), ("text_adaln", ADALN), ("noise", NOISE))
 )
 FAULTS: tuple[Fault, ...] = (
@@ -402,9 +413,11 @@ FAULTS: tuple[Fault, ...] = (
             "model.posterior": {"logvar_min": -5.7, "logvar_max": -5.6},
             "flow.time": {"kind": "alpha", "low": 0.0, "high": 0.15, "uniform_floor": 0.35},
         },
-        open=True,
+        pictures="open",
     ),
-    Fault("open_blind", ("source_blind",), {**OPEN, "model.source.amplitude": 0.02}, open=True),
+    Fault(
+        "open_blind", ("source_blind",), {**OPEN, "model.source.amplitude": 0.02}, pictures="open"
+    ),
     Fault(
         "open_merging",
         ("codes_merge",),
@@ -417,9 +430,9 @@ FAULTS: tuple[Fault, ...] = (
             "model.source.amplitude": 0.05,
             "model.posterior": {"logvar_min": -4.7, "logvar_max": -4.6},
         },
-        open=True,
+        pictures="open",
     ),
-    Fault("open_memorised", ("memorised",), {**OPEN, "data.limit": 64}, open=True),
+    Fault("open_memorised", ("memorised",), {**OPEN, "data.limit": 64}, pictures="open"),
 )
 
 # The rules' thresholds were chosen with the runs above in sight, so the same faults are planted in

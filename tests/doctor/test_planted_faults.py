@@ -4,9 +4,14 @@ A few in the normal suite, on runs of a second; all of them, at full length, by 
 """
 
 import pytest
-from faults import FAULTS, HEALTHY, HEALTHY_RUNS, judge, look, plant, rank
+from faults import FAULTS, HEALTHY, HEALTHY_RUNS, SMALL, judge, look, plant, rank
+from faults_aside import ASIDE
+from faults_examples import EXAMPLES
+from faults_seen import SEEN, is_seen
+from healthy_runs import CALIB, FRESH
 from source_faults import SOURCE_FAULTS
 
+from flowray.config.load import load_recipe, override_recipe
 from flowray.doctor.battery import PARTS
 from flowray.findings.finding import healthy
 
@@ -27,6 +32,24 @@ def told(findings):
 
 def found(fault, home, steps=None, batch=32, parts=PARTS):
     return judge(look(fault, plant(fault, home, steps), batch, parts))
+
+
+def test_which_half_a_new_fault_is_in_follows_from_its_name():
+    assert all(is_seen(fault.name) for fault in SEEN)
+    assert not any(is_seen(fault.name) for fault in ASIDE)
+    assert len(SEEN) + len(ASIDE) >= 40
+    assert len({fault.kind for fault in (*SEEN, *ASIDE)} - {""}) >= 12
+    assert all(fault.about for fault in (*SEEN, *ASIDE)), "say what a right finding is about"
+
+
+def test_planted_runs_have_names_of_their_own_and_recipes_that_load():
+    every = (*FAULTS, *HEALTHY_RUNS, *EXAMPLES, *SEEN, *ASIDE, *CALIB, *FRESH)
+    names = [fault.name for fault in every]
+    assert len(set(names)) == len(names)
+    base = override_recipe(load_recipe("quickstart_closed").recipe, SMALL)
+    for fault in (*EXAMPLES, *SEEN, *ASIDE, *CALIB, *FRESH):
+        override_recipe(base, {**fault.keys, "name": fault.name})
+    assert len({str((fault.pictures, fault.keys)) for fault in (*CALIB, *FRESH)}) == 80
 
 
 def test_a_healthy_run_has_nothing_above_info(home):
