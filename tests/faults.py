@@ -341,15 +341,15 @@ FAULTS: tuple[Fault, ...] = (
     Fault("kl_crushing", ("kl_crushing",), {"loss.kl.weight": 300.0, "loss.kl.form": "gaussian"}),
     Fault(
         "condition_ignored",
-        ("condition_ignored",),
+        ("caption_unused", "condition_ignored"),
         bug=replacing(FlowModel, "posterior", _one_text),
     ),
     Fault("captions_shuffled", ("captions_shuffled",), {"data.shuffle_captions": True}),
     # optimisation
     Fault("lr_too_low", ("lr_too_low",), {"optim.lr": 2.5e-7}),
     Fault("lr_too_high", ("lr_too_high",), {"optim.lr": 0.1, "train.checkpoint_every": 25}),
-    Fault("dead_head", ("dead_head",), {"optim.lr_scale.z_head": 1e-8}),
-    Fault("dead_flow_head", ("dead_head",), {"optim.lr_scale.flow_head": 1e-8}),
+    Fault("dead_head", ("head_idle", "dead_head"), {"optim.lr_scale.z_head": 1e-8}),
+    Fault("dead_flow_head", ("output_idle", "dead_head"), {"optim.lr_scale.flow_head": 1e-8}),
     Fault(
         "ema_never_updated",
         ("ema_never_updated",),
@@ -365,7 +365,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("contrastive_weak", ("clip_weak",), {"loss.clip.weight": 1e-4}),
     Fault(
         "contrastive_saturated",
-        ("clip_saturated",),
+        ("clip_saturated", "tower_idle"),
         {"loss.clip.weight": 3.0},
         bug=replacing(terms, "info_nce", of_its_own),
     ),

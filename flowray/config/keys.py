@@ -55,6 +55,10 @@ def _key(
 
 
 LOSS = "{flow,kl,clip,dino,repa,lpips,tv,norm,anchor}"  # of a key that every loss has
+# what flowray/doctor/parts.py asks whether it takes part
+PART = (
+    "{queries,connector,head,tower,student,projector,patches,time,null,caption,gates,blocks,output}"
+)
 
 # fmt: off
 KEYS: tuple[MetricKey, ...] = (
@@ -196,6 +200,23 @@ KEYS: tuple[MetricKey, ...] = (
          "the update ratio at optim.lr, whatever the schedule has left", FLOWRAY, (1e-5, INF)),
     _key("moved/{head,text,velocity,flow_head}", "-", "none",
          "||weights - initial|| / ||initial||; 0 where it never trained"),
+    _key(f"part/{PART}/grad", "-", "none",
+         "rms gradient of the part's own loss, over the part with the most; 0: cut off"),
+    _key(f"part/{PART}/moved", "-", "none",
+         "rms change of its weights since step 0, decay aside, over the part with the most"),
+    _key(f"part/{PART}/matters", "share", "none",
+         "change of the training batch's velocity where the part's weights are 0, over its norm"),
+    _key("input/{x,time,null,caption,noise,position}/matters", "share", "none",
+         "change of that velocity with another sample's input (position: of patches moved)"),
+    _key("input/noise/std", "-", "none", "std of (z0 - mean) / sigma as trained"),
+    _key("input/noise/{rows,steps}", "-", "none",
+         "1 - cosine of that noise between samples, and between two steps"),
+    _key("input/time/{rows,steps}", "-", "none",
+         "spread of t in a batch, and difference between two steps, over what flow.time has"),
+    _key("input/time/off", "-", "lower", "sqrt(n) times Kolmogorov's distance of t from flow.time"),
+    _key("input/null/share", "share", "none", "null samples, as the velocity network is told"),
+    _key("input/null/off", "standard errors", "lower",
+         "distance of that share from flow.null_probability"),
     _key("ema/moved", "-", "none", "||EMA - initial|| / ||raw - initial||; 0: never updated",
          FLOWRAY, (0.05, 2.0)),
     _key("ema/delta_relative", "-", "none", "||EMA - raw|| / ||raw||"),

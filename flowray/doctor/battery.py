@@ -18,6 +18,7 @@ from flowray.config.progress import SILENT, Progress
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.reader import ShardReader
+from flowray.doctor.parts import parts_rows
 from flowray.doctor.sampler import latent_metrics, native_teacher, picture_metrics, strip_psnr
 from flowray.doctor.subject import Subject
 from flowray.doctor.training import first_rows, head_patterns, same_batch_rows, training_rows
@@ -316,6 +317,8 @@ def _training(subject: Subject, made: Measured, count: int) -> None:
             for i in _indices(subject, subject.step)[rows_to_blame][:5]
         ]
     made.facts["nonfinite"] = found | made.facts.get("nonfinite", {})
+    taking_part, made.facts["least"] = parts_rows(subject, count)
+    made.metrics |= taking_part
     for name in (key.removeprefix("share/") for key in rows if key.startswith("share/")):
         made.curves.setdefault("shares", {})[name] = [
             rows[f"grad/{name}"],

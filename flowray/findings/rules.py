@@ -14,7 +14,14 @@ from __future__ import annotations
 from flowray.findings.rule import Rule
 from flowray.findings.rules_inputs import INPUTS
 from flowray.findings.rules_outcome import OUTCOME
+from flowray.findings.rules_parts import PARTS
 from flowray.findings.rules_training import TRAINING
 from flowray.findings.rules_unlike import UNLIKE
 
-RULES: tuple[Rule, ...] = (*INPUTS, *TRAINING, *OUTCOME, *UNLIKE)
+RULES: tuple[Rule, ...] = (
+    *INPUTS,
+    *PARTS,
+    *TRAINING,
+    *OUTCOME,
+    *UNLIKE,
+)

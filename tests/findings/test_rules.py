@@ -21,6 +21,7 @@ from flowray.findings.derived import DERIVED
 from flowray.findings.diagnose import diagnose
 from flowray.findings.finding import Finding, healthy, recorded
 from flowray.findings.rules import RULES
+from flowray.findings.rules_parts import TABLE
 
 
 class Case(NamedTuple):
@@ -93,9 +94,41 @@ CASES = (
     ),
     Case("lr_too_high", {"moved/head": 12.0, "text/snr": 0.0, "shoot/skill": -0.2}, {"step": 150}),
     Case("dead_head", {"step/z_head_update_ratio_peak": 1e-9, "text/snr": 0.0}),
-    Case("dead_head", {"moved/head": 0.0, "text/snr": 0.0}),
-    Case("dead_head", {"grad/flow_head": 0.0}),
-    Case("dead_head", {"flow/speed_ratio": 5e-8, "flow/nmse": 1.0, "flow/cos": 0.11}),
+    # parts and inputs that take no part
+    *(Case(part.id, {f"part/{part.name}/grad": 0.0}) for part in TABLE),
+    *(Case(part.id, {f"part/{part.name}/moved": 1e-5}) for part in TABLE),
+    *(Case(part.id, {f"part/{part.name}/matters": 0.0}) for part in TABLE if not part.within),
+    Case(
+        "head_idle",
+        {"part/head/grad": 0.0, "part/queries/grad": 0.0, "moved/head": 0.0, "text/snr": 0.0},
+    ),
+    Case(
+        "output_idle",
+        {
+            **{f"part/{name}/grad": 0.0 for name in ("patches", "time", "null", "gates", "blocks")},
+            "part/output/moved": 0.0,
+            "flow/speed_ratio": 5e-8,
+            "flow/nmse": 1.0,
+            "flow/cos": 0.11,
+        },
+    ),
+    *(
+        Case(
+            f"{loss}_detached", {f"weight/{loss}": 0.3, f"grad/{loss}_head": 0.0, "grad/total": 0.4}
+        )
+        for loss in ("clip", "dino", "anchor")
+    ),
+    Case("time_unused", {"input/time/matters": 0.0}),
+    Case("noise_unused", {"input/noise/std": 0.0, "std/mean": 0.1}),
+    Case("noise_unused", {"input/noise/std": 2.0}),
+    Case("noise_shared", {"input/noise/rows": 0.0}),
+    Case("noise_frozen", {"input/noise/steps": 0.0}),
+    Case("time_frozen", {"input/time/rows": 0.0, "input/time/off": 9.0}),
+    Case("time_frozen", {"input/time/steps": 0.0}),
+    Case("time_misdrawn", {"input/time/off": 9.0}),
+    Case("null_misdrawn", {"input/null/share": 0.0, "input/null/off": 7.5}),
+    Case("positions_unused", {"input/position/matters": 1e-6}),
+    Case("caption_unused", {"input/caption/matters": 0.0, "text/snr": 0.0}),
     Case("logvar_saturated", {"logvar/clamped_share": 0.9, "std/mean": 0.05}),
     Case(  # the quickstart recipe on open captions
         "source_averages",

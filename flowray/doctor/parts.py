@@ -1,0 +1,378 @@
+"""Every part of the computation, and every input of the velocity network, is asked whether it takes
+part: has it a gradient, has it moved, and does the velocity notice when it is taken away.
+
+All of it is asked of the training path itself: its batches, its objective, and what the velocity
+network is given there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flowray.config.errors import InputError
+from flowray.config.flow import AlphaTime, LogitNormalTime, LogSNRTime, TimeConfig, UniformTime
+from flowray.doctor.subject import Subject
+from flowray.doctor.training import Rows, first_rows, training_mode
+from flowray.flow.time import time_config
+from flowray.losses.total import Batch, weights_at
+from flowray.model.assemble import Source
+from flowray.model.levels import VelocityNet
+from flowray.probes.battery import derangement
+from flowray.probes.untouched import holding
+
+DRAWN = 512  # samples whose times and null flags are looked at
+TINY = 1e-30
+Given = tuple[Any, ...]  # to velocity.levels: x, time code, null, text
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters that do one thing. of: a pattern of their names; its first group, if it has one,
+    tells its pieces apart, of which the least counts. LAST in it: the network's last layers.
+
+    loss: which one is to reach it. felt: where its absence is looked for, by the velocity network
+    alone or from the captions on; '' nowhere.
+    """
+
+    name: str
+    of: str
+    loss: str = "flow"
+    felt: Literal["velocity", "captions", ""] = "velocity"
+
+
+PARTS = (
+    Part("queries", r"text\.queries$", felt="captions"),
+    Part("connector", r"text\.connector\.", felt="captions"),
+    Part("head", r"head\.", felt="captions"),
+    Part("tower", r"(semantic\.clip\.tower\.(?:image|text|out))\.", "clip", felt=""),
+    Part("student", r"semantic\.dino\.student\.", "dino", felt=""),
+    Part("projector", r"semantic\.repa\.projector\.", "repa", felt=""),
+    Part("patches", r"velocity\.(?:\w+\.)?patch_in\."),
+    Part("time", r"velocity\.(?:time\..*|.*(?:scale|shift)\.(?:p0|p1|w|b))$"),
+    Part("null", r"velocity\.(?:\w+\.)?null\."),
+    Part("caption", r"velocity\.(?:.*\.)?(?:pooled|caption)\."),
+    Part("gates", r"(velocity\.blocks\.\d+\.modulation)\."),
+    Part("blocks", r"(velocity\.(?:\w+\.)?blocks\.\d+)\."),
+    Part("output", r"velocity\.(?:LAST)\."),
+)
+TEXT_SIDE = ("queries", "connector", "head")
+
+
+def parts_rows(subject: Subject, count: int) -> tuple[Rows, dict[str, str]]:
+    """part/* and input/* of the next step's batch, `count` samples of it, raw weights; and which
+    piece of a part each least number is of.
+    """
+    pieces = _pieces(subject)
+    batch = first_rows(subject.batches(subject.step), count)
+    least: dict[str, str] = {}
+    rows: Rows = {}
+    with training_mode(subject):
+        for kind, found in {
+            "grad": _gradients(subject, pieces, batch),
+            "moved": _moved(subject, pieces),
+            "matters": _felt(subject, pieces, batch),
+        }.items():
+            for name, values in found.items():
+                piece = min(values, key=values.__getitem__)
+                rows[f"part/{name}/{kind}"] = values[piece]
+                if len(values) > 1:
+                    least[f"part/{name}/{kind}"] = piece
+        rows |= _inputs_matter(subject, batch)
+        rows |= _draws(subject, count)
+    return rows, least
+
+
+Pieces = dict[str, dict[str, dict[str, nn.Parameter]]]  # part -> piece -> its parameters
+
+
+def _pieces(subject: Subject) -> Pieces:
+    """The model's parameters by part; those without a gradient too, for that may be the fault."""
+    model, recipe = subject.model, subject.recipe
+    found: Pieces = {}
+    for part in PARTS:
+        pattern = re.compile(part.of.replace("LAST", model.velocity.last_layers))
+        if part.name == "null" and recipe.flow.null_probability == 0:
+            continue
+        if part.name in TEXT_SIDE and model.head is None and not model.velocity.conditioned:
+            continue  # nothing reads the captions
+        for name, p in model.named_parameters():
+            if (hit := pattern.match(name)) is not None:
+                piece = hit[1] if pattern.groups else part.name
+                found.setdefault(part.name, {}).setdefault(piece, {})[name] = p
+    return found
+
+
+def _gradients(subject: Subject, pieces: Pieces, batch: Batch) -> dict[str, dict[str, float]]:
+    """Root mean square gradient of a piece's own loss, over that of the piece with the most of
+    it.
+    """
+    model = subject.model
+    weights = weights_at(subject.recipe.loss, subject.step, subject.recipe.train.steps)
+    idle = frozenset(name for name, weight in weights.items() if weight == 0)
+    losses, _ = subject.objective(batch, idle)
+    on = {name: loss for name, loss in losses.items() if name not in idle}
+    reached = subject.recipe.loss.flow.source_grad != "none" or model.velocity.conditioned
+    everything = sum((weights[name] * loss for name, loss in on.items()), torch.zeros(()))
+    sizes: dict[str, dict[str, dict[str, float]]] = {}
+    for part in PARTS:
+        # a source that the flow loss is not to reach may have others; or none, and is to stay
+        own = part.loss if reached or part.name not in TEXT_SIDE else "all but flow"
+        if own == "all but flow" and not on.keys() & {"kl", "clip", "dino", "tv", "anchor"}:
+            continue
+        loss = everything if own == "all but flow" else on.get(own)
+        if loss is not None and part.name in pieces:
+            sizes.setdefault(own, {})[part.name] = _rms_gradients(loss, pieces[part.name])
+    return {
+        name: {piece: size / max(most, TINY) for piece, size in values.items()}
+        for own in sizes.values()
+        for most in [max(size for values in own.values() for size in values.values())]
+        for name, values in own.items()
+    }
+
+
+def _rms_gradients(loss: Tensor, pieces: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    found = {}
+    for piece, held in pieces.items():
+        live = [p for p in held.values() if p.requires_grad]
+        made = torch.autograd.grad(loss, live, retain_graph=True, allow_unused=True) if live else ()
+        square = sum(float(g.double().square().sum()) for g in made if g is not None)
+        found[piece] = math.sqrt(square / sum(p.numel() for p in held.values()))
+    return found
+
+
+@torch.no_grad()
+def _moved(subject: Subject, pieces: Pieces) -> dict[str, dict[str, float]]:
+    """Root mean square change of a piece's weights since step 0 but for mere decay, over that of
+    the piece that moved most.
+    """
+    if (initial := subject.initial) is None:
+        return {}
+
+    def gone(name: str, p: Tensor) -> float:
+        if name not in initial:  # it does not train
+            return 0.0
+        start, now = initial[name].double().flatten(), p.detach().cpu().double().flatten()
+        kept = float(now @ start / (start @ start).clamp_min(TINY))
+        # weight decay alone draws every weight towards 0 by one factor
+        return float((now - (kept if 0 < kept < 1 else 1.0) * start).square().sum())
+
+    moved = {
+        part: {
+            piece: math.sqrt(
+                sum(gone(name, p) for name, p in held.items())
+                / sum(p.numel() for p in held.values())
+            )
+            for piece, held in found.items()
+        }
+        for part, found in pieces.items()
+    }
+    most = max(size for values in moved.values() for size in values.values())
+    return {
+        part: {piece: size / max(most, TINY) for piece, size in values.items()}
+        for part, values in moved.items()
+    }
+
+
+class _Told(Exception):
+    """Ends a forward pass whose rest nobody asked for."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a training step's forward pass gave the velocity network, and what that made of it."""
+
+    source: Source
+    given: Given
+    velocity: Tensor
+
+
+@torch.no_grad()
+def _pass(subject: Subject, batch: Batch) -> Heard:
+    """Of a batch, up to the velocity: the losses that look at pictures are dear. Every pass has the
+    same dropout.
+    """
+    model = subject.model
+    heard: dict[str, Any] = {}
+    source_of, levels = model.source, model.velocity.levels
+
+    def source(*inputs: Any) -> Source:
+        heard["source"] = source_of(*inputs)
+        return heard["source"]
+
+    def told(*given: Any) -> tuple[Tensor, ...]:
+        heard["given"], heard["velocity"] = given, levels(*given)[-1]
+        raise _Told
+
+    torch.manual_seed(0)
+    # as attributes of the objects: what a class has, changed or not, is what runs
+    vars(model)["source"], vars(model.velocity)["levels"] = source, told
+    try:
+        with suppress(_Told):
+            subject.objective(batch)
+    finally:
+        del vars(model)["source"], vars(model.velocity)["levels"]
+    return Heard(**heard)
+
+
+def _change(now: Tensor, before: Tensor) -> float:
+    return float((now.float() - before.float()).norm() / before.float().norm().clamp_min(TINY))
+
+
+@torch.no_grad()
+def _felt(subject: Subject, pieces: Pieces, batch: Batch) -> dict[str, dict[str, float]]:
+    """How much the velocity changes where a piece's weights are zero, over its norm; nothing of a
+    velocity of 0.
+    """
+    heard, velocity = _pass(subject, batch), subject.model.velocity
+    before = heard.velocity
+    found: dict[str, dict[str, float]] = {}
+    for part in PARTS if bool(before.any()) else ():
+        for piece, held in pieces.get(part.name, {}).items() if part.felt else ():
+            with holding(held, {name: torch.zeros_like(p) for name, p in held.items()}):
+                made = (
+                    velocity.levels(*heard.given)[-1]
+                    if part.felt == "velocity"
+                    else _pass(subject, batch).velocity
+                )
+            found.setdefault(part.name, {})[piece] = _change(made, before)
+    return found
+
+
+@torch.no_grad()
+def _inputs_matter(subject: Subject, batch: Batch) -> Rows:
+    """input/NAME/matters: how much the velocity changes, over its norm, where an input is
+    another's; nothing of a velocity of 0.
+    """
+    heard, velocity = _pass(subject, batch), subject.model.velocity
+    before, (x, code, null, *text) = heard.velocity, heard.given
+    if not bool(before.any()):
+        return {}
+    late_first = torch.linspace(4, -4, len(code), device=code.device, dtype=code.dtype)
+    others: dict[str, Given] = {
+        "x": (x.roll(1, 0), code, null, *text),
+        # early where it was late, and all kinds of where it was one
+        "time": (x, late_first[code.argsort(stable=True).argsort()], null, *text),
+    }
+    if subject.recipe.flow.null_probability > 0:
+        others["null"] = (x, code, ~null, *text)
+    made = {name: velocity.levels(*given)[-1] for name, given in others.items()}
+    swapped = {"noise": replace(batch, noise=batch.noise.roll(1, 0))}
+    with suppress(InputError):  # captions all alike
+        order = derangement(list(batch.captions)).tolist()
+        swapped["caption"] = replace(batch, captions=[batch.captions[i] for i in order])
+    made |= {name: _pass(subject, other).velocity for name, other in swapped.items()}
+    rows = {f"input/{name}/matters": _change(v, before) for name, v in made.items()}
+    return rows | _positions_matter(velocity, heard.given, before)
+
+
+def _positions_matter(velocity: VelocityNet, given: Given, before: Tensor) -> Rows:
+    """input/position/matters: how far the velocity of patches that changed places is from the
+    velocity whose patches did; without positions attention cannot tell.
+    """
+    patch = velocity.token_blocks().patch
+    x, *rest = given
+    rows, columns = x.shape[-2] // patch, x.shape[-1] // patch
+    if rows * columns < 2:
+        return {}
+    order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(0))
+
+    def mixed(z: Tensor) -> Tensor:
+        cells = z.unflatten(-1, (columns, patch)).unflatten(-3, (rows, patch)).transpose(-3, -2)
+        taken = cells.flatten(-4, -3)[..., order.to(z.device), :, :]
+        return taken.unflatten(-3, (rows, columns)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+    made = velocity.levels(mixed(x), *rest)[-1]
+    return {"input/position/matters": _change(made, mixed(before))}
+
+
+@torch.no_grad()
+def _draws(subject: Subject, count: int) -> Rows:
+    """input/{noise,time,null}/*: whether what is drawn differs between samples and between steps,
+    as it reaches the velocity network; times and null flags against the recipe.
+    """
+    steps = range(subject.step, subject.step + max(2, -(-DRAWN // subject.recipe.train.batch_size)))
+    many = [subject.batches(step) for step in steps]
+    batches = [first_rows(batch, count) for batch in many[:2]]
+    heard = [_pass(subject, batch) for batch in batches]
+    rows = _noise_draws([one.source for one in heard])
+    rows |= _time_draws(subject, [one.given[1] for one in heard], [batch.t for batch in many])
+    given, asked = (
+        torch.cat(flags).float().cpu()
+        for flags in ([one.given[2] for one in heard], [batch.null for batch in batches])
+    )
+    share, drawn = subject.recipe.flow.null_probability, torch.cat([batch.null for batch in many])
+    seen = drawn.float().cpu() if torch.equal(given, asked) else given
+    rows["input/null/share"] = float(seen.mean())
+    if 0 < share < 1:
+        error = math.sqrt(share * (1 - share) / len(seen))
+        rows["input/null/off"] = abs(float(seen.mean()) - share) / error
+    return rows
+
+
+def _noise_draws(sources: Sequence[Source]) -> Rows:
+    """Of the noise in z0, as the posterior has it; of two steps."""
+    noise = torch.stack([((s.z0 - s.posterior.mean) / s.posterior.std).flatten(1) for s in sources])
+    rows = {"input/noise/std": float(noise.square().mean().sqrt())}
+    if len(noise[0]) < 2 or not bool(noise.any()):
+        return rows
+    first, second = nn.functional.normalize(noise.double(), dim=-1)
+    cosines = first @ first.T
+    among = (cosines.sum() - cosines.trace()) / (cosines.numel() - len(cosines))
+    rows["input/noise/rows"] = 1 - float(among)
+    rows["input/noise/steps"] = 1 - float((first * second).sum(-1).mean())
+    return rows
+
+
+def _time_draws(subject: Subject, codes: Sequence[Tensor], drawn: Sequence[Tensor]) -> Rows:
+    """By the distribution function of the recipe's own times, under which they are uniform."""
+    flow, total = subject.recipe.flow, subject.recipe.train.steps
+    functions = [
+        _distribution(time_config(flow, subject.step + i, total)) for i in range(len(drawn))
+    ]
+    known = [function for function in functions if function is not None]
+    if len(known) < len(drawn):
+        return {}
+    every = torch.cat(
+        [function(t.double().cpu()) for function, t in zip(known, drawn, strict=True)]
+    ).sort()[0]
+    places = torch.arange(len(every), dtype=torch.float64)
+    gap = torch.maximum((places + 1) / len(every) - every, every - places / len(every)).max()
+    rows = {"input/time/off": float(gap) * math.sqrt(len(every))}
+    first, second = (
+        function((0.5 - code.double().cpu() / 8).clamp(0, 1))
+        for function, code in zip(known, codes, strict=False)
+    )
+    if len(first) > 1:
+        rows["input/time/rows"] = float(first.std()) * math.sqrt(12)
+        rows["input/time/steps"] = 3 * float((first - second).abs().mean())
+    return rows
+
+
+def _distribution(config: TimeConfig) -> Callable[[Tensor], Tensor] | None:
+    """The share of training times below t; None where there is none: all times one, or a sampler
+    of one's own.
+    """
+
+    def inner(t: Tensor) -> Tensor:
+        match config:
+            case LogitNormalTime():
+                return torch.special.ndtr((t.logit() - config.mean) / config.std)
+            case LogSNRTime():
+                return (2 * t.logit() - config.low) / (config.high - config.low)
+            case AlphaTime():
+                return (t - config.low) / (config.high - config.low)
+        return t
+
+    known = isinstance(config, UniformTime | LogitNormalTime | LogSNRTime | AlphaTime)
+    if not known or (isinstance(config, AlphaTime) and config.low == config.high):
+        return None
+    floor = config.uniform_floor
+    return lambda t: floor * t + (1 - floor) * inner(t).clamp(0, 1)
