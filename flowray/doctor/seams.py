@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -155,6 +155,14 @@ def hearing(
             hook.remove()
 
 
+def _uncompiled(model: FlowModel) -> AbstractContextManager[Any]:
+    """Blocks that training compiles run as they are: for so few samples they would be compiled
+    anew, and recorders do not go into a graph.
+    """
+    compiled = any("forward" in vars(module) for module in model.velocity.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
 @dataclass
 class Paths:
     """Both ways of one batch, with the raw weights. drawing: parts of the model of which two passes
@@ -179,7 +187,12 @@ class Paths:
             noise=batch.noise if noise is None else noise,
         )
         idle = frozenset(active_terms(subject.recipe.loss)) - {"flow"}
-        with training_mode(subject), torch.enable_grad(), hearing(subject.model) as heard:
+        with (
+            training_mode(subject),
+            torch.enable_grad(),
+            _uncompiled(subject.model),
+            hearing(subject.model) as heard,
+        ):
             torch.manual_seed(seed)  # training mode puts the RNG back
             for part in self.drawing:
                 part.eval()
@@ -369,7 +382,7 @@ def _field_rows(paths: Paths, x0: Tensor) -> tuple[Rows, dict[str, str]]:
         rows = {"seam/loss": abs(float(loss) - asked) / max(asked, abs(float(loss)), 1e-12)}
     else:
         rows = {}
-    flags = torch.cat([own.null, ~blank.first.null, sampled.first.null])
+    flags = torch.cat([x.cpu() for x in (own.null, ~blank.first.null, sampled.first.null)])
     rows |= {
         "seam/target": off(target, way),
         "seam/steps": off(end, x1),

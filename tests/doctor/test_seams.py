@@ -117,6 +117,20 @@ def test_no_recipe_has_a_seam(home: Path, overrides: dict[str, Any]) -> None:
     assert roots(subject_of(home, **overrides)) == []
 
 
+def test_compiled_blocks_are_heard_as_they_are(home: Path) -> None:
+    compiled = subject_of(home)
+    compiled.model.velocity.compile_blocks()
+    assert roots(compiled) == []
+
+
+def test_what_draws_is_left_out_and_nothing_else_is(home: Path) -> None:
+    """Dropout in the head does not hide a velocity network that answers otherwise."""
+    head = {"kind": "transencoder", "layers": 1, "ffn": 16, "dropout": 0.5}
+    drawing = subject_of(home, **{"model.head": head})
+    with replacing(DiT, "levels", _flipped_in_eval)():
+        assert roots(drawing)[:1] == ["seam_velocity"]
+
+
 def _mean_in_training(original: Any) -> Any:
     return lambda self, noise: self.mean if torch.is_grad_enabled() else original(self, noise)
 
