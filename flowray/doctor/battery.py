@@ -20,6 +20,7 @@ from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.reader import ShardReader
 from flowray.doctor.parts import parts_rows
 from flowray.doctor.sampler import latent_metrics, native_teacher, picture_metrics, strip_psnr
+from flowray.doctor.seams import cache_rows, seam_rows
 from flowray.doctor.subject import Subject
 from flowray.doctor.training import first_rows, head_patterns, same_batch_rows, training_rows
 from flowray.flow.draws import Draws
@@ -311,6 +312,8 @@ def _training(subject: Subject, made: Measured, count: int) -> None:
     batch = first_rows(subject.batches(subject.step), count)
     rows, found = training_rows(subject, batch)
     made.metrics |= rows | same_batch_rows(subject, batch)
+    seams, made.facts["seams"] = seam_rows(subject, batch)
+    made.metrics |= seams
     if rows_to_blame := found.pop("rows", []):
         found["keys"] = [
             subject.latents.reader.keys[i]
@@ -432,3 +435,4 @@ def _autoencoder(subject: Subject, made: Measured) -> None:
     made.pictures |= {"orig": np.stack(images[:SHOWN])} | {
         name: from_pictures(x) for name, x in drawn.items()
     }
+    made.metrics |= cache_rows(subject)

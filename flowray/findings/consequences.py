@@ -26,7 +26,6 @@ BAD_FIELD = (
     "velocity_too_small",
     "velocity_too_large",
     "gain_would_hurt",
-    "same_batch_mismatch",
     "plateau",
 )
 NO_TEXT = (

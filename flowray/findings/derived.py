@@ -41,6 +41,13 @@ def _growth(r: Reading, curve: str) -> float:
     return errors[-1] / max(errors[0], 1e-12)
 
 
+def _rounding(r: Reading, curve: str) -> float:
+    """Error at the most steps, relative to the state at the end (1 where it is not known)."""
+    known = r.has("scale/z1_norm") and "latent" in r.facts
+    size = r["scale/z1_norm"] / _dims(r) ** 0.5 if known else 1.0
+    return math.sqrt(r[f"{curve}/mse@{ENDS[-1]}"]) / max(size, 1e-12)
+
+
 def _bins(r: Reading) -> list[float]:
     return _known(r, "flow/nmse_t", BINS, least=5)
 
@@ -113,6 +120,8 @@ DERIVED: Mapping[str, Callable[[Reading], float]] = {
     "shoot/skill": lambda r: 1 - r["shoot/mse"] / r["shoot/nothing"],
     "teacher/growth": lambda r: _growth(r, "teacher"),
     "teacher_native/growth": lambda r: _growth(r, "teacher_native"),
+    "teacher/rounding": lambda r: _rounding(r, "teacher"),
+    "teacher_native/rounding": lambda r: _rounding(r, "teacher_native"),
     "data/gap": lambda r: r["shoot/nmse"] - r["train_set/shoot_nmse"],
     # of the latents and the text
     "scale/ratio": lambda r: r["scale/z1_norm"] / r["scale/z0_norm"],
@@ -122,5 +131,4 @@ DERIVED: Mapping[str, Callable[[Reading], float]] = {
     "history/rise": _rise,
     "train/nmse": _train_nmse,
     "moved/most": lambda r: max(_known(r, "moved/", ("head", "velocity"))),
-    "same_batch/gap": lambda r: abs(math.log(r["same_batch/ratio"])),
 }

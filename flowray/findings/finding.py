@@ -9,20 +9,23 @@ from typing import Any, Literal
 Severity = Literal["info", "warn", "bad"]
 Side = Literal["above", "below", "not finite"]
 ORDER: Mapping[Severity, int] = {"bad": 0, "warn": 1, "info": 2}
-# findings of older versions that are checks of `flowray.doctor --selfcheck` now: no run has one
-MOVED = (
-    "autoencoder_in_train_mode",
-    "decode_scale",
-    "epsilon_target",
-    "kl_on_scaled",
-    "sample_on_latent",
-    "scale_inverted",
-    "scale_never",
-    "scale_twice",
-    "time_code_mismatch",
-    "velocity_sign",
-    "x1_target",
-)
+# findings of older versions, and what they are now: no run has one
+MOVED: Mapping[str, str] = dict.fromkeys(
+    (
+        "autoencoder_in_train_mode",
+        "decode_scale",
+        "epsilon_target",
+        "kl_on_scaled",
+        "sample_on_latent",
+        "scale_inverted",
+        "scale_never",
+        "scale_twice",
+        "time_code_mismatch",
+        "velocity_sign",
+        "x1_target",
+    ),
+    "a check of flowray.doctor --selfcheck",
+) | {"same_batch_mismatch": "one of seam_tokens, seam_velocity and the other seams"}
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ INPUTS: tuple[Rule, ...] = (
         " that decodes",
         "model.autoencoder.path=PATH of the one that made them, or encode again: python -m"
         " flowray.data encode RECIPE",
-        ("vae_poor", "latent_scale_off", "captions_shuffled"),
+        ("vae_poor", "latent_scale_off", "captions_shuffled", "seam_cache"),
     ),
     Rule(
         "latent_scale_off",

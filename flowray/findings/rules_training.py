@@ -130,26 +130,6 @@ TRAINING: tuple[Rule, ...] = (
         _fix_time,
         BAD_FIELD,
     ),
-    # Also of networks of one's own that compute something else in eval mode; flowray's own formulas
-    # are held by `flowray.doctor --selfcheck`.
-    Rule(
-        "same_batch_mismatch",
-        "bad",
-        every(
-            above(
-                "same_batch/gap",
-                math.log(1.3),
-                "|ln(evaluation loss / training loss)| on the very same batch",
-            ),
-            also("same_batch/train_loss", "same_batch/eval_loss"),
-        ),
-        "training and evaluation do not compute the same thing on the same batch: mode, precision,"
-        " scale, time code or target differ",
-        "train.velocity_fp32=true if precision differs; python -m flowray.doctor --selfcheck holds"
-        " path, time code and latents of changed source against theory; dropout or batch statistics"
-        " of a network of your own",
-        (*BAD_PICTURES, "velocity_too_small", "velocity_too_large", "gain_would_hurt"),
-    ),
     # optimisation
     Rule(
         "lr_too_low",

@@ -260,7 +260,7 @@ def check_rules(rules: Sequence[StopRule], finding_ids: Sequence[str]) -> None:
         if problem := rule.problem(finding_ids):
             raise InputError(f"stop[{index}]: {problem}")
         if isinstance(rule, FindingRule) and rule.finding in MOVED:
-            why = f"{rule.finding} is a check of flowray.doctor --selfcheck now, which no run has"
+            why = f"{rule.finding} is {MOVED[rule.finding]} now"
             warnings.warn(f"stop[{index}]: {why}: it will stop nothing", Notice, stacklevel=2)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from flowray.findings.rules_seams import SEAMS
+
 # Of a run on shapes that paints what it is told; its weights move little at the end of the cosine.
 HEALTHY: dict[str, float] = {
     "loss/flow": 0.27,
@@ -94,6 +96,9 @@ HEALTHY: dict[str, float] = {
     "same_batch/ratio": 1.02,
     "same_batch/train_loss": 0.27,
     "same_batch/eval_loss": 0.275,
+    **{f"seam/{seam.name}": 0.0 for seam in SEAMS},
+    "seam/draws_trained": 0.02,
+    "seam/draws_sampled": 0.02,
     "time/cos_reversed": 0.7,
     "time/cos_plain": 0.8,
     "time/cos_log_snr": 0.6,

@@ -170,25 +170,53 @@ def test_a_wild_source_on_unseen_prompts_follows_from_too_little_data(
 
 def test_a_root_cause_has_its_consequences_under_it() -> None:
     found = diagnose(
-        {
-            **HEALTHY,
-            "time/coverage_min": 0.0,
-            "flow/nmse": 1.1,
-            "shoot/skill": -1.0,
-            "same_batch/ratio": 2.0,
-        },
-        FACTS,
+        {**HEALTHY, "time/coverage_min": 0.0, "flow/nmse": 1.1, "shoot/skill": -1.0}, FACTS
     )
     assert [(finding.id, finding.explained_by) for finding in found] == [
         ("time_untrained", None),
-        ("same_batch_mismatch", "time_untrained"),
         ("worse_than_zero", "time_untrained"),
         ("worse_than_nothing", "time_untrained"),
     ]
     assert as_json(found)["explained_by"] == {finding.id: "time_untrained" for finding in found[1:]}
     assert [set(row) for row in as_json(found)["findings"]] == [
         {"id", "severity", "evidence", "cause", "fix"}
-    ] * 4
+    ] * 3
+
+
+def test_the_first_seam_that_differs_is_the_finding() -> None:
+    """What comes after it differs too, and follows from it."""
+    later = {"seam/z0": 0.8, "seam/start": 0.8, "seam/velocity": 0.4, "sampler/gap": 0.4}
+    found = diagnose({**HEALTHY, **later, "seam/draws_trained": 1.0, "flow/nmse": 1.1}, FACTS)
+    assert [finding.id for finding in found if finding.explained_by is None] == [
+        "seam_draws_trained"
+    ]
+    assert {"seam_z0", "seam_velocity", "sampler_mismatch", "worse_than_zero"} <= {
+        finding.id for finding in found if finding.explained_by == "seam_draws_trained"
+    }
+
+
+def test_the_rounding_of_half_precision_is_no_seam() -> None:
+    rounded = {**HEALTHY, "seam/text": 0.02, "seam/velocity": 0.03, "seam/guidance": 0.1}
+    assert diagnose(rounded, {**FACTS, "precision": "bf16", "velocity_fp32": True}) == []
+    assert diagnose(rounded, FACTS)[0].id == "seam_text"
+
+
+def test_the_solvers_rounding_is_judged_by_the_size_of_its_state() -> None:
+    errors = {f"teacher_native/mse@{n}": 1e-8 * n for n in (5, 10, 20, 50, 100)}
+    assert diagnose({**HEALTHY, **errors}, FACTS)[0].id == "half_precision_solver"
+    assert (
+        diagnose(
+            {
+                **HEALTHY,
+                **errors,
+                "scale/z1_norm": 15.9e3,
+                "scale/z0_norm": 15.9e3,
+                "scale/ratio": 1.0,
+            },
+            FACTS,
+        )
+        == []
+    )
 
 
 def test_undertrained_is_said_of_healthy_runs_only() -> None:

@@ -22,6 +22,7 @@ from flowray.findings.diagnose import diagnose
 from flowray.findings.finding import Finding, healthy, recorded
 from flowray.findings.rules import RULES
 from flowray.findings.rules_parts import TABLE
+from flowray.findings.rules_seams import SEAMS
 
 
 class Case(NamedTuple):
@@ -61,7 +62,7 @@ CASES = (
     Case(
         "time_untrained", {"flow/nmse_t0": 1.4, "time/coverage_min": 0.1}, {"time_kind": "log_snr"}
     ),
-    Case("same_batch_mismatch", {"same_batch/ratio": 1.6, "shoot/skill": -0.2}),
+    *(Case(f"seam_{seam.name}", {f"seam/{seam.name}": 0.9, "shoot/skill": -0.2}) for seam in SEAMS),
     Case(
         "lr_too_low",
         {"step/z_head_update_ratio_peak": 4e-6, "step/flow_head_update_ratio_peak": 2e-6},

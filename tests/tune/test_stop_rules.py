@@ -154,7 +154,7 @@ class TestFinding(StopRuleContract):
     wrong = {"above": 1}
     words = "finding source_collapsed at 2 examinations from step 0"
 
-    def test_a_finding_that_is_a_selfcheck_now_is_read_and_said(self):
+    def test_a_finding_that_has_moved_is_read_and_said(self):
         """A sweep that was begun with it goes on; it met it in rows of then alone."""
         rules = [self.rule, FindingRule(finding="scale_twice")]
         with pytest.warns(Notice, match=r"stop\[1\]: scale_twice"):
