@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from flowray.findings.rule import Rule
 from flowray.findings.rules_inputs import INPUTS
+from flowray.findings.rules_optimiser import OPTIMISER
 from flowray.findings.rules_outcome import OUTCOME
 from flowray.findings.rules_training import TRAINING
 
-RULES: tuple[Rule, ...] = (*INPUTS, *TRAINING, *OUTCOME)
+RULES: tuple[Rule, ...] = (*INPUTS, *OPTIMISER, *TRAINING, *OUTCOME)
