@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowray.config.train import ConstantLR
+from flowray.config.train import ConstantLR, GroupScales
 from flowray.doctor.subject import Subject
 from flowray.losses.total import Batch
 from flowray.model.assemble import FlowModel
 from flowray.probes.grads import next_update_ratio
 from flowray.train.group import Group
 from flowray.train.optim import group_lr, lr_at, parameter_groups, resolve_schedule
-from flowray.train.state import Halted, TrainState, state_of
+from flowray.train.state import TrainState, state_of
 from flowray.train.step import train_step
 
 Rows = dict[str, float]
@@ -30,6 +30,7 @@ Slots = Mapping[str, Mapping[str, Tensor]]
 RECENT = 0.1  # share of the history that tells how things are now
 IDLE = 0.01  # of the highest rate: less is as good as none
 EPS = 1e-8  # of torch's AdamW, which the recipe leaves as it is
+MOST = 200_000_000  # numbers that train: of more no copy is made
 STALE = 10.0  # times the step's own: a gradient that lies there before it
 NETWORK = ("trunk", "flow_head")
 ROUNDS = 1e-5  # of a weight: smaller steps are lost in fp32 in part
@@ -50,7 +51,7 @@ class Part:
 
     def stepped(self, slots: Slots) -> dict[str, Mapping[str, Tensor]]:
         """The slots of those that have made a step."""
-        return {n: slots[n] for n in self.weights if n in slots and float(slots[n]["step"]) > 0}
+        return {n: slots[n] for n in self.weights if float(slots.get(n, {}).get("step", 0)) > 0}
 
 
 def optimiser_rows(
@@ -92,7 +93,10 @@ def optimiser_rows(
     pace = max(paces[name] for name in NETWORK if name in paces)
     rows |= {"optim/pace": pace, "optim/reach_peak": pace * recipe.train.steps}
     rows["optim/eps_value"] = max(part.eps for part in parts)
-    return rows | replay_rows(subject, parts, batch, gradient)
+    try:
+        return rows | replay_rows(subject, parts, batch, gradient)
+    except RuntimeError:  # it halts, or the GPU has no room for the copy
+        return rows
 
 
 def head_patterns(model: FlowModel) -> dict[str, re.Pattern[str]]:
@@ -177,14 +181,8 @@ def schedule_rows(subject: Subject) -> Rows:
             break
         idle += 1
     rows["optim/schedule/idle"] = idle / len(values)
-    if planned:  # the newest rows: earlier ones may be of another recipe, before a resume
-        newest = logged[-max(2, int(RECENT * len(logged))) :]
-        schedule = _resolved(subject, recipe.optim.schedule)
-        wanted = [
-            lr_at(schedule, recipe.optim.lr, step - 1, recipe.train.steps) for step, _ in newest
-        ]
-        if sum(wanted) > 0:
-            rows["optim/schedule/agrees"] = sum(rate for _, rate in newest) / sum(wanted)
+    if (agrees := _agrees(subject)) is not None:
+        rows["optim/schedule/agrees"] = agrees
     return rows
 
 
@@ -203,9 +201,11 @@ def replay_rows(
     """optim/replay/*: one step of training on a copy, at the peak rate, against AdamW by hand.
 
     gradient: the doctor's own of this batch, clipped. A gradient that is no part of the step lies
-    in the parameters before it. Nothing under fp16, whose first steps look for a loss scale.
+    in the parameters before it. Nothing under fp16, whose first steps look for a loss
+    scale, and of the largest models. RuntimeError where the step cannot be made.
     """
-    if subject.recipe.train.precision == "fp16":
+    numbers = sum(p.numel() for p in subject.parameters.values())
+    if subject.recipe.train.precision == "fp16" or numbers > MOST:
         return {}
     state, recipe = _copied(subject, len(batch.t))
     before = {name: p.detach().clone() for name, p in state.parameters.items()}
@@ -215,10 +215,7 @@ def replay_rows(
             p.grad = STALE * gradient[name].roll(1).to(p.dtype)
     alone = Group(0, 1, subject.device)
     average = {name: x.clone() for name, x in state.ema.average.items()}
-    try:
-        train_step(state, state.objective, batch, recipe, alone)
-    except Halted:
-        return {}
+    train_step(state, state.objective, batch, recipe, alone)
     rows: Rows = {}
     used = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in _items(state)}
     if not state.balancer.active and not _drops(subject.model):
@@ -458,6 +455,22 @@ def _logged(subject: Subject) -> list[tuple[int, float]]:
         if rates:
             found.append((int(row["step"]), max(rates)))
     return found
+
+
+def _agrees(subject: Subject) -> float | None:
+    """The newest logged rates over the recipe's; earlier ones may be of another recipe, before a
+    resume.
+    """
+    recipe = subject.recipe
+    newest = subject.history[-max(2, int(RECENT * len(subject.history))) :]
+    schedule = _resolved(subject, recipe.optim.schedule)
+    logged = wanted = 0.0
+    for row in newest:
+        base = lr_at(schedule, recipe.optim.lr, int(row["step"]) - 1, recipe.train.steps)
+        for group in GroupScales.model_fields:
+            if (rate := _number(row.get(f"lr/{group}"))) is not None:
+                logged, wanted = logged + rate, wanted + group_lr(recipe.optim, group, base)
+    return logged / wanted if wanted > 0 else None
 
 
 def _steps(total: int) -> range:

@@ -192,7 +192,7 @@ OPTIMISER: tuple[Rule, ...] = (
             ),
             also("warmup", "steps"),
         ),
-        "the warm-up is longer than the run, which ends before the rate is where it should be",
+        "the warm-up takes the whole run or more, which ends before the rate is where it should be",
         lambda r: f"optim.schedule.warmup={max(1, round(r.get('steps', 1000) / 20))}",
         (*SLOW, "lr_too_low"),
     ),
@@ -261,12 +261,15 @@ OPTIMISER: tuple[Rule, ...] = (
     Rule(
         "decay_wins",
         "bad",
-        every(
-            above("optim/decay/trunk", 0.15, "share of the trunk's step that is weight decay:"),
-            # else there is no gradient that could build them
-            given(above("optim/eps/trunk", 0.5, "of the trunk's step eps leaves")),
-            quietly(above("optim/direction/trunk", 1e-4)),
-            also("weight_decay"),
+        of(
+            MAIN,
+            lambda g: every(
+                above(f"optim/decay/{g}", 0.15, f"share of {g}'s step that is weight decay:"),
+                # else there is no gradient that could build them
+                given(above(f"optim/eps/{g}", 0.5, "eps leaves of it")),
+                quietly(above(f"optim/direction/{g}", 1e-4)),
+                also("weight_decay"),
+            ),
         ),
         "weight decay shrinks the weights about as fast as the gradient builds them",
         "optim.weight_decay=0.01",
