@@ -39,12 +39,12 @@ ROUNDS = 1e-5  # of a weight: smaller steps are lost in fp32 in part
 @dataclass(frozen=True)
 class Part:
     """A group of the optimiser. weights: those that train, by name; typical: what size they have
-    at the start, a number; eps, betas: as the optimiser that training builds has them.
+    at the start, None where that is not known; eps, betas: of the optimiser that training builds.
     """
 
     name: str
     weights: Mapping[str, Tensor]
-    typical: float
+    typical: float | None
     decay: float
     eps: float
     betas: tuple[float, float]
@@ -78,25 +78,35 @@ def optimiser_rows(
         }
         peak = group_lr(recipe.optim, part.name, recipe.optim.lr)
         rows[f"optim/scale/{part.name}"] = peak / recipe.optim.lr
-        paces[part.name] = peak / part.typical
-        if (size := rows.get(f"optim/direction/{part.name}")) is None:
-            continue
-        now = group_lr(recipe.optim, part.name, subject.lr)
-        top = group_lr(recipe.optim, part.name, highest_rate(subject))
-        used = rows.get("optim/schedule/planned", 1.0) * rows[f"optim/eps/{part.name}"]
-        rows |= {
-            f"optim/rate/{part.name}": top * rows[f"optim/eps/{part.name}"] / part.typical,
-            f"optim/step/{part.name}": now * size / part.typical,
-            f"optim/step_highest/{part.name}": top * size / part.typical,
-            f"optim/reach/{part.name}": recipe.train.steps * used * paces[part.name],
-        }
-    pace = max(paces[name] for name in NETWORK if name in paces)
-    rows |= {"optim/pace": pace, "optim/reach_peak": pace * recipe.train.steps}
+        if part.typical is not None:
+            paces[part.name] = peak / part.typical
+            rows |= _size_rows(subject, part.name, part.typical, rows)
+    if network := [paces[name] for name in NETWORK if name in paces]:
+        rows["optim/pace"] = max(network)
+        rows["optim/reach_peak"] = max(network) * recipe.train.steps
     rows["optim/eps_value"] = max(part.eps for part in parts)
     try:
         return rows | replay_rows(subject, parts, batch, gradient)
     except RuntimeError:  # it halts, or the GPU has no room for the copy
         return rows
+
+
+def _size_rows(subject: Subject, group: str, typical: float, rows: Rows) -> Rows:
+    """The group's steps beside the size of its weights; nothing before its first."""
+    if (size := rows.get(f"optim/direction/{group}")) is None:
+        return {}
+    optim, steps = subject.recipe.optim, subject.recipe.train.steps
+    now, top, peak = (
+        group_lr(optim, group, base) / typical
+        for base in (subject.lr, highest_rate(subject), optim.lr)
+    )
+    left = rows[f"optim/eps/{group}"]
+    return {
+        f"optim/rate/{group}": top * left,
+        f"optim/step/{group}": now * size,
+        f"optim/step_highest/{group}": top * size,
+        f"optim/reach/{group}": steps * rows.get("optim/schedule/planned", 1.0) * left * peak,
+    }
 
 
 def head_patterns(model: FlowModel) -> dict[str, re.Pattern[str]]:
@@ -143,7 +153,7 @@ def parts_of(subject: Subject) -> list[Part]:
             Part(
                 group["name"],
                 weights,
-                _typical(weights, subject.initial),
+                None if subject.initial is None else _typical(weights, subject.initial),
                 float(of.get("weight_decay", group["weight_decay"])),
                 float(of.get("eps", EPS)),
                 of.get("betas", optim.betas),
@@ -321,18 +331,17 @@ def _rms(tensors: Iterable[Tensor]) -> float:
     return _norm(held) / math.sqrt(max(sum(x.numel() for x in held), 1))
 
 
-def _typical(weights: Mapping[str, Tensor], initial: Mapping[str, Tensor] | None) -> float:
+def _typical(weights: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> float:
     """Root mean square of the matrices at the start, or the width that layers start with where
     they are smaller (some start at 0).
     """
     matrices = {n: w for n, w in weights.items() if w.ndim >= 2} or weights
-    start = matrices if initial is None else {n: initial[n] for n in matrices}
-    squares = 0.0
-    for x in start.values():
+    start, squares = [initial[n] for n in matrices], 0.0
+    for x in start:
         inputs = max(x[0].numel() if x.ndim >= 2 else x.numel(), 1)
         mean = float(x.double().square().mean())
         squares += x.numel() * max(mean, 1 / (3 * inputs))
-    return math.sqrt(squares / max(sum(x.numel() for x in start.values()), 1))
+    return math.sqrt(squares / max(sum(x.numel() for x in start), 1))
 
 
 @torch.no_grad()
@@ -390,7 +399,7 @@ def _travel_rows(subject: Subject, part: Part, rates: list[float]) -> Rows:
     """How far the group has come beside what its rates allow: at least a random walk's way, at
     most a straight line's.
     """
-    if subject.initial is None or not rates or subject.step == 0:
+    if part.typical is None or subject.initial is None or not rates or subject.step == 0:
         return {}
     squares, numbers = 0.0, 0
     for name, slots in part.stepped(subject.slots).items():
