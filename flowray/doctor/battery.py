@@ -18,11 +18,12 @@ from flowray.config.progress import SILENT, Progress
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.reader import ShardReader
+from flowray.doctor.optimiser import head_patterns
 from flowray.doctor.parts import parts_rows
 from flowray.doctor.sampler import latent_metrics, native_teacher, picture_metrics, strip_psnr
 from flowray.doctor.seams import cache_rows, seam_rows
 from flowray.doctor.subject import Subject
-from flowray.doctor.training import first_rows, head_patterns, same_batch_rows, training_rows
+from flowray.doctor.training import first_rows, same_batch_rows, training_rows
 from flowray.flow.draws import Draws
 from flowray.flow.guidance import conditional, with_time_code
 from flowray.flow.path import sample_path, time_code

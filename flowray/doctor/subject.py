@@ -26,7 +26,7 @@ from flowray.store.latents import LatentSet, ensure_latents, load_latents, load_
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 from flowray.train.optim import base_lr, group_lr
-from flowray.train.state import TrainState, load_slots
+from flowray.train.state import TrainState, load_slots, restart_of
 from flowray.train.step import whole_batches
 
 Tensors = dict[str, Tensor]
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Subject:
     """step steps are done. slots: the optimiser's state by parameter. lr: base rate of the last
-    step. initial: weights at step 0.
+    step. restart: see TrainState. initial: weights at step 0.
 
     multipliers: what gradient balancing multiplies the loss weights by. strip: the samples written
     at this step, if any.
@@ -52,6 +52,7 @@ class Subject:
     ema: Tensors
     slots: Mapping[str, Mapping[str, Tensor]]
     lr: float
+    restart: tuple[int, float]
     multipliers: Mapping[str, float]
     initial: Tensors | None
     latents: LatentSet
@@ -130,7 +131,8 @@ def open_subject(
         parameters=model.trainable(),
         ema=load_tensors(checkpoint, "ema"),
         slots=load_slots(checkpoint),
-        lr=float(kept.get("lr") or recipe.optim.lr),
+        lr=float(recipe.optim.lr if kept.get("lr") is None else kept["lr"]),  # it may be 0
+        restart=restart_of(kept),
         multipliers=(kept.get("balance") or {}).get("multipliers", {}),
         initial=initial,
         latents=latents,
@@ -169,6 +171,7 @@ def live_subject(
         ema=live.ema.average,
         slots={names[id(p)]: state for p, state in live.optimizer.state.items()},
         lr=base_lr(live.optimizer, recipe.optim),
+        restart=live.restart,
         multipliers=live.balancer.state.multipliers,
         initial=initial,
         latents=latents,

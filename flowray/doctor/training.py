@@ -5,7 +5,6 @@ with it on the very same batch.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -16,17 +15,16 @@ from torch import Tensor, nn
 
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
+from flowray.doctor.optimiser import optimiser_rows
 from flowray.doctor.subject import Subject
 from flowray.flow.path import psi, time_code, velocity_target
 from flowray.losses.gradients import autocast, blocks, loss_gradients
 from flowray.losses.terms import Forward, box_sum, flow_mse, loss_term
 from flowray.losses.total import Batch, active_terms, total_loss, weights_at
-from flowray.model.assemble import FlowModel
 from flowray.model.semantic import Views
 from flowray.probes.battery import derangement
-from flowray.probes.grads import gradient_rows, next_update_ratio, step_gradient
+from flowray.probes.grads import gradient_rows, step_gradient
 from flowray.probes.untouched import untouched
-from flowray.train.optim import group_lr
 
 Rows = dict[str, float]
 
@@ -82,8 +80,8 @@ def first_bad_module(model: nn.Module) -> Iterator[list[str]]:
 
 
 def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]:
-    """loss/*, weight/*, grad/*, share/*, step/*, clip/*, dino/*, ent/* of one training batch; and
-    what was not finite.
+    """loss/*, weight/*, grad/*, share/*, step/*, optim/*, clip/*, dino/*, ent/* of one training
+    batch; and what was not finite.
     """
     recipe, model = subject.recipe, subject.model
     weights = weights_at(recipe.loss, subject.step, recipe.train.steps)
@@ -102,9 +100,8 @@ def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]
     rows |= {f"weight/{name}": weight for name, weight in weights.items()} | gradient_rows(
         gradients, subject.parameters, factors
     )
-    rows |= update_rows(
-        subject, step_gradient(gradients, subject.parameters, factors, recipe.optim.clip_grad)
-    )
+    step = step_gradient(gradients, subject.parameters, factors, recipe.optim.clip_grad)
+    rows |= optimiser_rows(subject, batch, step, rows["grad/total"])
     found: dict[str, Any] = {"module": bad[0]} if bad else {}
     whole = [
         x.detach().flatten(1).isfinite().all(dim=1)
@@ -125,31 +122,6 @@ def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]
     if broken:
         found["gradient"] = broken[0]
     return rows, found
-
-
-def head_patterns(model: FlowModel) -> dict[str, re.Pattern[str]]:
-    """Which parameters the two heads are, by the names of their optimiser groups."""
-    return {
-        "z_head": re.compile(r"head\."),
-        "flow_head": re.compile(rf"velocity\.({model.velocity.last_layers})\."),
-    }
-
-
-def update_rows(subject: Subject, gradient: Mapping[str, Tensor]) -> Rows:
-    """step/*_update_ratio of the update that AdamW would make of `gradient` next, at the last
-    step's rate and at the peak rate.
-    """
-    optim = subject.recipe.optim
-    rows = {}
-    for group, pattern in head_patterns(subject.model).items():
-        held = {name: p for name, p in subject.parameters.items() if pattern.match(name)}
-        for suffix, base in {"": subject.lr, "_peak": optim.lr}.items():
-            ratio = next_update_ratio(
-                held, gradient, subject.slots, lr=group_lr(optim, group, base), betas=optim.betas
-            )
-            if ratio is not None:
-                rows[f"step/{group}_update_ratio{suffix}"] = ratio
-    return rows
 
 
 def _semantic_rows(

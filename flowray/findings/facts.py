@@ -34,6 +34,7 @@ KEYS: Mapping[str, str] = {
     "warmup": "optim.schedule.warmup",
     "ema_decay": "train.ema",
     "clip_grad": "optim.clip_grad",
+    "weight_decay": "optim.weight_decay",
     "kl_form": "loss.kl.form",
     "kl_weight": "loss.kl.weight",
     "source_grad": "loss.flow.source_grad",

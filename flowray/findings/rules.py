@@ -13,17 +13,11 @@ from __future__ import annotations
 
 from flowray.findings.rule import Rule
 from flowray.findings.rules_inputs import INPUTS
+from flowray.findings.rules_optimiser import OPTIMISER
 from flowray.findings.rules_outcome import OUTCOME
 from flowray.findings.rules_parts import PARTS
 from flowray.findings.rules_seams import SEAM_RULES
 from flowray.findings.rules_training import TRAINING
 from flowray.findings.rules_unlike import UNLIKE
 
-RULES: tuple[Rule, ...] = (
-    *INPUTS,
-    *SEAM_RULES,
-    *PARTS,
-    *TRAINING,
-    *OUTCOME,
-    *UNLIKE,
-)
+RULES: tuple[Rule, ...] = (*INPUTS, *SEAM_RULES, *PARTS, *OPTIMISER, *TRAINING, *OUTCOME, *UNLIKE)

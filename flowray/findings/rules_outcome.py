@@ -23,6 +23,7 @@ from flowray.findings.consequences import ANSWERED, OPEN, PLATEAU, READS_CAPTION
 from flowray.findings.finding import Judged
 from flowray.findings.reading import Absent, Reading
 from flowray.findings.rule import Rule
+from flowray.findings.rules_optimiser import EMA_STILL
 
 # at rest they hold the others' gradient, so they point against it
 # the caption reaches the picture beside the source
@@ -352,6 +353,7 @@ OUTCOME: tuple[Rule, ...] = (
                 ),
                 above("ema/delta_relative", 0.2, "EMA minus raw weights, relative"),
             ),
+            below("optim/replay/ema", EMA_STILL, "in a step made again, its way over its decay's:"),
         ),
         "the EMA weights were not updated (or are far too slow for this run), and pictures are"
         " drawn from them",

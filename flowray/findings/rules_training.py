@@ -1,5 +1,5 @@
-"""Findings about the training itself: what the network is asked to predict, and when; the
-optimiser; the source posterior.
+"""Findings about the training itself: what the network is asked to predict, and when; the source
+posterior.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from flowray.findings.consequences import (
     BAD_PICTURES,
     NO_TEXT,
     OPEN,
-    PLATEAU,
     READS_CAPTION,
     STD_CEILING,
     STD_FLOOR,
@@ -32,41 +31,13 @@ from flowray.findings.consequences import (
     anchored,
     if_anchored,
     near_chance,
-    too_high_fix,
 )
 from flowray.findings.reading import Reading
 from flowray.findings.rule import Rule
+from flowray.findings.rules_optimiser import RUNAWAY
 
 # shoot/diversity: below, most of what a caption leaves open is not painted; above, most is
 AVERAGED, VARIED = 0.5, 0.7
-
-
-def _far(r: Reading) -> float:
-    """Multiples of their initial norm that weights may have moved: steps that undo each other go
-    as far as the root of their number.
-    """
-    return 5.0 * math.sqrt(max(1.0, r.get("step", 1000.0) / 1000))
-
-
-def _lr_fix(r: Reading) -> str:
-    """A warm restart at twice the base lr; where the update ratio is known, the lr that would make
-    it 1e-3.
-    """
-    base = r.get("lr_peak", math.nan)
-    ratio = max(
-        r.get(f"step/{head}_update_ratio_peak", math.nan) for head in ("z_head", "flow_head")
-    )
-    if math.isfinite(base) and ratio > 0 and math.isfinite(ratio):
-        return (
-            f"optim.lr={text(base * 1e-3 / ratio)} (update ratios of about 1e-3); from scratch,"
-            " 1e-4 to 3e-3"
-        )
-    lr = text(2 * base) if math.isfinite(base) else "5e-6"
-    return (
-        f"--resume optim.lr={lr} 'optim.schedule={{kind: warm_restarts, start: resume, eta_min:"
-        " current}' (a restart: watch loss/flow for 3-5k steps; from scratch,"
-        " optim.lr=1e-4)"
-    )
 
 
 def _lost_kl(r: Reading) -> str:
@@ -102,14 +73,6 @@ def _fix_time(r: Reading) -> str:
     )
 
 
-TOO_FAST = some(
-    above("step/z_head_update_ratio_peak", 0.3),
-    above("moved/most", _far, "weights have moved, in multiples of their initial norm,"),
-)
-# The loss rises with a source that no KL holds, at steps of ordinary size.
-RUNAWAY = every(WEAK_KL, unless(TOO_FAST))
-
-
 TRAINING: tuple[Rule, ...] = (
     # what the network is asked to predict, and when
     Rule(
@@ -129,90 +92,6 @@ TRAINING: tuple[Rule, ...] = (
         "part of [0, 1] was never trained, and sampling passes through all of it",
         _fix_time,
         BAD_FIELD,
-    ),
-    # optimisation
-    Rule(
-        "lr_too_low",
-        "bad",
-        some(
-            every(
-                below("step/z_head_update_ratio_peak", 1e-5),
-                below("step/flow_head_update_ratio_peak", 1e-5),
-                also("lr_peak"),
-            ),
-            every(
-                below("moved/most", 0.01, "weights have moved by the share"),
-                some(above("train/nmse", 0.5, "training nmse"), above("flow/nmse", 0.5)),
-                also("lr_peak"),
-            ),
-            every(
-                PLATEAU,
-                some(below("lr", 1e-6, "the actual lr"), below("lr_peak", 3e-6, "optim.lr")),
-            ),
-        ),
-        "the learning rate is far too low: the weights hardly move and the loss stays on its"
-        " plateau",
-        _lr_fix,
-        (
-            *BAD_FIELD,
-            *NO_TEXT,
-            "dead_head",
-            "kl_crushing",
-            "kl_drowned",
-            "ema_never_updated",
-            "flow_drowned",
-            "losses_opposed",
-            "latent_scale_off",
-        ),
-    ),
-    Rule(
-        "lr_too_high",
-        "bad",
-        some(
-            TOO_FAST,
-            every(above("history/rise", 1.5, "last flow loss, and training nmse, over its best:")),
-        ),
-        "the learning rate is too high: a step undoes what the last ones learnt",
-        too_high_fix,
-        (
-            *BAD_FIELD,
-            *NO_TEXT,
-            "non_finite",
-            ("source_inflated", unless(RUNAWAY)),
-            "source_collapsed",
-            "logvar_saturated",
-            "kl_crushing",
-            "kl_drowned",
-            "losses_opposed",
-            "latent_scale_off",
-            "flow_drowned",
-        ),
-    ),
-    Rule(
-        "dead_head",
-        "bad",
-        some(
-            *(
-                every(
-                    below(f"step/{one}_update_ratio_peak", 1e-5),
-                    unless(below(f"step/{other}_update_ratio_peak", 1e-4)),
-                )
-                for one, other in (("z_head", "flow_head"), ("flow_head", "z_head"))
-            )
-        ),
-        "a head does not learn: frozen, detached, outside the optimiser or with an lr of nothing",
-        "optim.lr_scale.z_head=2 or optim.lr_scale.flow_head=2 (2 to 5 times), and check that"
-        " its parameters reach the optimiser",
-        (
-            *NO_TEXT,
-            *BAD_PICTURES,
-            "plateau",
-            "velocity_too_small",
-            "gain_would_hurt",
-            "kl_crushing",
-            "kl_drowned",
-            "logvar_saturated",
-        ),
     ),
     # the source posterior
     Rule(

@@ -53,14 +53,19 @@ def step_gradient(
 
 
 def next_adamw_update(
-    gradient: Tensor, slots: Mapping[str, Tensor], *, lr: float, betas: tuple[float, float]
+    gradient: Tensor,
+    slots: Mapping[str, Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float = 1e-8,
 ) -> Tensor:
     """What the next AdamW step adds to a weight, but for its decay, by torch's own optimiser.
 
     slots: `exp_avg`, `exp_avg_sq`, `step` as torch keeps them; empty before the first step.
     """
     added = nn.Parameter(torch.zeros_like(gradient))  # from 0 the sum is exact
-    optimizer = torch.optim.AdamW([added], lr=lr, betas=betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([added], lr=lr, betas=betas, eps=eps, weight_decay=0.0)
     for name, value in slots.items():
         device = "cpu" if name == "step" else gradient.device
         optimizer.state[added][name] = value.detach().to(device, copy=True)
@@ -84,10 +89,14 @@ def next_update_ratio(
     *,
     lr: float,
     betas: tuple[float, float],
+    eps: float = 1e-8,
 ) -> float | None:
     """`mean_ratio` of the AdamW step that comes next, without decay."""
     updates = [
-        (next_adamw_update(gradient[name], slots.get(name, {}), lr=lr, betas=betas), w.detach())
+        (
+            next_adamw_update(gradient[name], slots.get(name, {}), lr=lr, betas=betas, eps=eps),
+            w.detach(),
+        )
         for name, w in weights.items()
     ]
     ratio = mean_ratio(updates)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,12 @@ def fresh_state(recipe: Recipe, device: torch.device) -> TrainState:
     model = build_model(recipe.model, recipe.loss, recipe.seed).to(device)
     if recipe.train.compile:
         model.velocity.compile_blocks()
+    return state_of(recipe, model)
+
+
+def state_of(recipe: Recipe, model: FlowModel) -> TrainState:
+    """What trains a model, at step 0, on the device where it lies."""
+    device = next(model.velocity.parameters()).device
     parameters = model.trainable()
     objective = Objective(model, recipe.flow, recipe.loss, velocity_fp32=recipe.train.velocity_fp32)
     optimizer = build_optimizer(parameters, recipe.optim, model.velocity.last_layers)
@@ -161,13 +169,18 @@ def restore_state(
         for slot, value in slots.items():  # fused: `step` too lies on the device
             state.optimizer.state[parameter][slot] = value.to(parameter.device)
     state.step = kept["step"]
-    step, lr = kept.get("restart") or (kept["step"], kept.get("lr", 0.0))
-    state.restart = (step, lr)
-    state.schedule = resolve_schedule(recipe.optim.schedule, step, lr)
+    state.restart = restart_of(kept)
+    state.schedule = resolve_schedule(recipe.optim.schedule, *state.restart)
     state.balancer.restore(kept.get("balance", {}))
     state.backoffs = kept.get("backoffs", 0)
     if kept.get("scaler"):
         state.scaler.load_state_dict(kept["scaler"])
+
+
+def restart_of(kept: Mapping[str, Any]) -> tuple[int, float]:
+    """Where a schedule that starts at a resume started, by a checkpoint's state, or would now."""
+    step, lr = kept.get("restart") or (kept["step"], kept.get("lr", 0.0))
+    return step, lr
 
 
 def _restarts_here(recipe: Recipe) -> bool:

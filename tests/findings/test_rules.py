@@ -36,6 +36,8 @@ class Case(NamedTuple):
 
 
 ODD = dict.fromkeys([f"gain/ls_t{tenth}" for tenth in range(4)], 40.0)  # no rule reads them
+EPS = {"optim/eps/trunk": 1e-4}
+NO_PACE = ("optim/pace",)  # rows of a run that the doctor did not see
 NO_PAIRS = ("data/left_open", "source/width", "shoot/diversity")  # captions never repeat
 
 CASES = (
@@ -67,6 +69,7 @@ CASES = (
         "lr_too_low",
         {"step/z_head_update_ratio_peak": 4e-6, "step/flow_head_update_ratio_peak": 2e-6},
         {"lr_peak": 2.5e-7},
+        absent=NO_PACE,
     ),
     Case(
         "lr_too_low",
@@ -77,6 +80,7 @@ CASES = (
             "train/nmse": 1.0,
             "flow/cos": 0.1,
         },
+        absent=NO_PACE,
     ),
     Case(
         "lr_too_low",
@@ -85,7 +89,9 @@ CASES = (
         FLAT,
     ),
     Case(
-        "lr_too_high", {"step/z_head_update_ratio_peak": 2.0, "flow/nmse": 4.0, "shoot/skill": -3.0}
+        "lr_too_high",
+        {"step/z_head_update_ratio_peak": 2.0, "flow/nmse": 4.0, "shoot/skill": -3.0},
+        absent=NO_PACE,
     ),
     Case(
         "lr_too_high",
@@ -130,6 +136,28 @@ CASES = (
     Case("null_misdrawn", {"input/null/share": 0.0, "input/null/off": 7.5}),
     Case("positions_unused", {"input/position/matters": 1e-6}),
     Case("caption_unused", {"input/caption/matters": 0.0, "text/snr": 0.0}),
+    Case("lr_too_low", {"optim/reach_peak": 5e-4, "optim/pace": 4e-6, "moved/velocity": 7e-5}),
+    Case("lr_too_high", {"optim/rate/trunk": 1.4}),
+    Case("group_too_slow", {"optim/reach/text": 1e-5, "optim/scale/text": 1e-6}),
+    Case("group_left_out", {"optim/left_out/trunk": 1.0, "optim/replay/error/trunk": 1.0}),
+    Case("warmup_too_long", {"optim/schedule/highest_planned": 0.003, "optim/reach/trunk": 0.01}),
+    Case("schedule_spent", {"optim/schedule/idle": 0.7, "optim/schedule/agrees": 0.0}),
+    Case("lr_not_applied", {"optim/schedule/agrees": 0.01, "optim/travel_walk/trunk": 0.9}),
+    Case("eps_too_large", {"optim/eps_value": 1.0, **EPS, "optim/eps_unclipped/trunk": 2e-4}),
+    Case("clip_too_tight", {"optim/clip/kept": 1e-6, **EPS, "optim/eps_unclipped/trunk": 1.0}),
+    Case("second_moment_inflated", {"optim/gradient/trunk": 0.005, "optim/direction/trunk": 0.05}),
+    Case("decay_wins", {"optim/decay/trunk": 0.25}),
+    Case("gradient_accumulates", {"optim/gradient_logged": 6.0, "optim/snr/text": 0.9}),
+    Case("optimiser_steps_twice", {"optim/count/trunk": 2.0, "optim/replay/count": 2.0}),
+    Case("optimiser_reset", {"optim/count/trunk": 0.34}),
+    Case("momentum_stale", {"optim/memory": 6.7}),
+    Case("momentum_stale", {"optim/betas": 0.1}),
+    Case("step_differs", {"optim/replay/gradient_cos": 0.2}),
+    Case("step_differs", {"optim/replay/error/trunk": 0.5}),
+    Case("moves_too_little", {"optim/travel_walk/trunk": 5e-3, "optim/moved/trunk": 2e-3}),
+    Case("moves_too_much", {"optim/travel_straight/text": 3.0}),
+    Case("ema_off", {}, {"ema_decay": 0.0}),
+    Case("ema_never_updated", {"optim/replay/ema": 0.0}),
     Case("logvar_saturated", {"logvar/clamped_share": 0.9, "std/mean": 0.05}),
     Case(  # the quickstart recipe on open captions
         "source_averages",
