@@ -17,6 +17,7 @@ from flowray.doctor.dataset import SHOWN, ask_autoencoder, ask_data, indices_of
 from flowray.doctor.measured import Measured, Rows
 from flowray.doctor.sampler import latent_metrics, native_teacher, picture_metrics, strip_psnr
 from flowray.doctor.subject import Subject
+from flowray.doctor.terms import term_rows
 from flowray.doctor.training import first_rows, head_patterns, same_batch_rows, training_rows
 from flowray.flow.guidance import conditional, with_time_code
 from flowray.flow.path import sample_path, time_code
@@ -279,6 +280,7 @@ def _training(subject: Subject, made: Measured, count: int) -> None:
             "training: not measured by one of several ranks; run the doctor on the checkpoint"
         )
         return
+    made.metrics |= term_rows(subject.recipe)
     batch = first_rows(subject.batches(subject.step), count)
     rows, found = training_rows(subject, batch)
     made.metrics |= rows | same_batch_rows(subject, batch)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from flowray.findings.rule import Rule
 from flowray.findings.rules_inputs import INPUTS
 from flowray.findings.rules_outcome import OUTCOME
+from flowray.findings.rules_terms import TERMS
 from flowray.findings.rules_training import TRAINING
 
-RULES: tuple[Rule, ...] = (*INPUTS, *TRAINING, *OUTCOME)
+RULES: tuple[Rule, ...] = (*TERMS, *INPUTS, *TRAINING, *OUTCOME)
