@@ -5,39 +5,29 @@ that show it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
-from flowray.data.pictures import decode_image
-from flowray.data.pixels import from_pictures, to_pictures
-from flowray.data.reader import ShardReader
+from flowray.data.pixels import from_pictures
+from flowray.doctor.dataset import SHOWN, ask_autoencoder, ask_data, indices_of
+from flowray.doctor.measured import Measured, Rows
 from flowray.doctor.optimiser import head_patterns
 from flowray.doctor.parts import parts_rows
 from flowray.doctor.sampler import latent_metrics, native_teacher, picture_metrics, strip_psnr
-from flowray.doctor.seams import cache_rows, seam_rows
+from flowray.doctor.seams import seam_rows
 from flowray.doctor.subject import Subject
+from flowray.doctor.terms import term_rows
 from flowray.doctor.training import first_rows, same_batch_rows, training_rows
-from flowray.flow.draws import Draws
 from flowray.flow.guidance import conditional, with_time_code
 from flowray.flow.path import sample_path, time_code
 from flowray.flow.solver import VelocityFn, time_grid
-from flowray.losses.total import Batch
 from flowray.model.assemble import Source
 from flowray.model.posterior import Posterior
 from flowray.model.ranks import rank_and_world
-from flowray.probes.agreement import (
-    agreement_metrics,
-    coverage_metrics,
-    duplicate_share,
-    time_shares,
-)
 from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
 from flowray.probes.calibrate import (
     aligned,
@@ -48,8 +38,8 @@ from flowray.probes.calibrate import (
     variant_metrics,
     view_field,
 )
-from flowray.probes.field import BIN_CENTRES, best_gain
-from flowray.probes.interface import cache_metrics, histogram, round_trips
+from flowray.probes.field import best_gain
+from flowray.probes.interface import histogram
 from flowray.probes.latent import pairwise_cosine
 from flowray.probes.rollout import ENDPOINT_STEPS, mse, shoot
 from flowray.probes.shots import (
@@ -61,8 +51,6 @@ from flowray.probes.shots import (
     trace_metrics,
 )
 from flowray.probes.untouched import untouched
-from flowray.store.latents import channel_metrics, channel_statistics
-from flowray.train.step import whole_batches
 
 # In this order; what each looks at. `standard` and `field` take most of the time.
 PARTS = {
@@ -74,24 +62,8 @@ PARTS = {
     "field": "what the velocity network predicts",
     "sampler": "pictures as flowray.sample draws them",
 }
-SHOWN = 8  # pictures of every kind
-PICTURES = 32  # pictures encoded afresh
-SURVEYED = 4096  # samples whose latents are hashed and searched for non-finite values
-AGREEMENT = 1024  # training pairs in the caption test
 QUICK_STEPS = 25  # Euler steps of the shots that are compared among themselves only
 EDGES = np.linspace(-4, 4, 41).tolist()
-Rows = dict[str, float]
-
-
-@dataclass
-class Measured:
-    """What the battery fills in; see Examination."""
-
-    metrics: Rows = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    pictures: dict[str, np.ndarray] = field(default_factory=dict)
-    curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def run_battery(
@@ -113,8 +85,8 @@ def run_battery(
 
     probes: dict[str, Callable[[], None]] = {
         "weights": lambda: _weights(subject, made),
-        "data": lambda: _data(subject, made),
-        "autoencoder": lambda: _autoencoder(subject, made),
+        "data": lambda: ask_data(subject, made),
+        "autoencoder": lambda: ask_autoencoder(subject, made),
         "training": lambda: _training(subject, made, count),
         "standard": lambda: _standard(subject, made, batch(), count),
         "field": lambda: _field(subject, made, batch()),
@@ -123,11 +95,9 @@ def run_battery(
     for name in PARTS:
         if name not in parts:
             continue
-        try:
-            with progress.task(f"probing: {PARTS[name]}"), untouched(subject.model):
-                probes[name]()
-        except (InputError, OSError) as error:
-            made.notes.append(f"{name}: {error}")
+        looking = progress.task(f"probing: {PARTS[name]}")
+        with made.trying(name), looking, untouched(subject.model):
+            probes[name]()
     return made
 
 
@@ -159,11 +129,12 @@ def _standard(subject: Subject, made: Measured, batch: ProbeBatch, count: int) -
             key if key.startswith("trivial/") else f"{prefix}{key}": value
             for key, value in rows.items()
         }
-    ours = _probe_batch(subject, count, 0, training=True)
-    with subject.weights(subject.recipe.sample.weights):
-        fitted = run_probes(subject.model, subject.recipe, ours, endpoints=False)
     named = {"shoot_nmse": "shoot/nmse", "flow_nmse": "flow/nmse", "flow_cos": "flow/cos"}
-    made.metrics |= {f"train_set/{name}": fitted[key] for name, key in named.items()}
+    with made.trying("standard: training samples"):
+        ours = _probe_batch(subject, count, 0, training=True)
+        with subject.weights(subject.recipe.sample.weights):
+            fitted = run_probes(subject.model, subject.recipe, ours, endpoints=False)
+        made.metrics |= {f"train_set/{name}": fitted[key] for name, key in named.items()}
 
 
 def _velocity(subject: Subject, source: Source) -> VelocityFn:
@@ -293,13 +264,15 @@ def _sampler(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
         "trace_end": from_pictures(trace.end_pictures),
     }
     made.curves.setdefault("latents", {})["z_end"] = histogram({"z_end": z_end}, EDGES)["z_end"]
-    if subject.strip is not None:
+    if (strip := subject.strip) is None:
+        return
+    with made.trying("sampler: the samples that training wrote"):
         for kind in ("ema", "raw"):
             with subject.weights(kind):
                 _, drawn = picture_metrics(
                     model, subject.autoencoder, config, prompts, recipe.probes.seed
                 )
-            if (close := strip_psnr(subject.strip, drawn)) is not None:
+            if (close := strip_psnr(strip, drawn)) is not None:
                 made.metrics[f"sampler/strip_psnr_{kind}"] = close
 
 
@@ -310,6 +283,7 @@ def _training(subject: Subject, made: Measured, count: int) -> None:
             "training: not measured by one of several ranks; run the doctor on the checkpoint"
         )
         return
+    made.metrics |= term_rows(subject.recipe)
     batch = first_rows(subject.batches(subject.step), count)
     rows, found = training_rows(subject, batch)
     made.metrics |= rows | same_batch_rows(subject, batch)
@@ -318,7 +292,7 @@ def _training(subject: Subject, made: Measured, count: int) -> None:
     if rows_to_blame := found.pop("rows", []):
         found["keys"] = [
             subject.latents.reader.keys[i]
-            for i in _indices(subject, subject.step)[rows_to_blame][:5]
+            for i in indices_of(subject, subject.step)[rows_to_blame][:5]
         ]
     made.facts["nonfinite"] = found | made.facts.get("nonfinite", {})
     taking_part, made.facts["least"] = parts_rows(subject, count)
@@ -372,68 +346,3 @@ def _norm(tensors: dict[str, Tensor]) -> float:
 def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """||a - b|| / ||b|| over all tensors; over ||a|| where b is 0 throughout."""
     return _norm({n: a[n] - b[n] for n in b}) / max(_norm(b) or _norm(a), 1e-12)
-
-
-def _data(subject: Subject, made: Measured) -> None:
-    """Duplicates, coverage of t, statistics of z1, and whether the training path's captions tell
-    its pictures.
-    """
-    latents, recipe = subject.latents, subject.recipe
-    surveyed = np.arange(min(len(latents), SURVEYED))
-    means = latents.moments(surveyed).mean
-    bad = (~means.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
-    rows = {"finite/latents": 1 - len(bad) / len(surveyed), "data/samples": float(len(latents))}
-    if bad:
-        made.facts.setdefault("nonfinite", {})["keys"] = [latents.reader.keys[i] for i in bad[:5]]
-    rows["data/epochs"] = subject.step * recipe.train.batch_size / len(latents)
-    rows["data/duplicate_share"] = duplicate_share(means.numpy())
-    rows["data/caption_classes"] = float(len({latents.captions(int(i))[0] for i in surveyed}))
-    mean, std = channel_statistics(latents)
-    rows["latent/mean"] = float(mean.mean())
-    rows["latent/var"] = float((std.square() + mean.square()).mean() - mean.mean().square())
-    rows |= channel_metrics(subject.held_out)
-    shares = time_shares(recipe.flow, subject.step, recipe.train.steps)
-    made.metrics |= rows | coverage_metrics(shares)
-    made.curves["t"] = {"x": BIN_CENTRES, "train_share": shares}
-    if rank_and_world()[1] > 1:
-        return
-    captions, z1 = _pairs(subject)
-    made.metrics |= agreement_metrics(captions, z1)
-
-
-def _pairs(subject: Subject) -> tuple[list[str], np.ndarray]:
-    """Captions and z1 of the first epoch's first samples, each once, as the training path joins
-    them.
-    """
-    size = subject.recipe.train.batch_size
-    steps = max(min(len(subject.latents), AGREEMENT) // size, 1)
-    batches: list[Batch] = [subject.batches(step) for step in range(steps)]
-    return [text for batch in batches for text in batch.captions], torch.cat(
-        [batch.z1 for batch in batches]
-    ).cpu().numpy()
-
-
-def _indices(subject: Subject, step: int) -> np.ndarray:
-    """Which training samples stand in the global batch of a step."""
-    return whole_batches(subject.recipe, subject.latents, subject.device).indices(step)
-
-
-@torch.no_grad()
-def _autoencoder(subject: Subject, made: Measured) -> None:
-    """The autoencoder on held-out pictures: is the cache its own, and its round trip."""
-    autoencoder, held_out = subject.autoencoder, subject.held_out
-    reader = ShardReader(held_out.pictures)
-    indices = np.arange(min(PICTURES, len(reader), len(held_out)))
-    images = [decode_image(reader, int(i)) for i in indices]
-    pictures = to_pictures(images).to(subject.device)
-    fresh = autoencoder.encode_moments(pictures)
-    made.metrics |= cache_metrics(autoencoder, held_out, fresh, indices)
-    noise = Draws(subject.recipe.probes.seed, 0, len(indices), slice(None), subject.device).normal(
-        "posterior", subject.recipe.model.latent.shape
-    )
-    rows, drawn = round_trips(autoencoder, pictures, fresh, noise, SHOWN)
-    made.metrics |= rows | {"trace/real_pixel_std": float(((pictures[:SHOWN] + 1) / 2).std())}
-    made.pictures |= {"orig": np.stack(images[:SHOWN])} | {
-        name: from_pictures(x) for name, x in drawn.items()
-    }
-    made.metrics |= cache_rows(subject)

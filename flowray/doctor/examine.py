@@ -16,7 +16,8 @@ import numpy as np
 
 from flowray.config.progress import SILENT, Progress
 from flowray.config.rows import Row
-from flowray.doctor.battery import PARTS, Measured, run_battery
+from flowray.doctor.battery import PARTS, run_battery
+from flowray.doctor.measured import Measured
 from flowray.doctor.subject import Subject
 from flowray.findings.facts import recipe_facts
 from flowray.probes.field import BIN_CENTRES, BINS

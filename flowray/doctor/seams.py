@@ -469,15 +469,3 @@ def _first(trained: Heard, sampled: Heard, part: str) -> str:
 
 
 @torch.no_grad()
-def cache_rows(subject: Subject) -> Rows:
-    """seam/cache: latents of training pictures as they lie in the cache against a fresh encode, in
-    the mean, relative.
-    """
-    latents, autoencoder = subject.latents, subject.autoencoder
-    reader = ShardReader(latents.pictures)
-    places = np.linspace(0, min(len(reader), len(latents)) - 1, FEW).round().astype(np.int64)
-    images = to_pictures([decode_image(reader, int(i)) for i in places]).to(subject.device)
-    fresh, cached = autoencoder.encode_moments(images), latents.moments(places)
-    none = torch.zeros_like(cached.mean)
-    wanted = autoencoder.sample(fresh, none.to(subject.device)).cpu()
-    return {"seam/cache": off(latents.scale.sample(Moments(*cached), none), wanted)}

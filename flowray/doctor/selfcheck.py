@@ -1,7 +1,8 @@
 """`flowray.doctor --selfcheck`: the formulas of this installation held against theory on tiny
 tensors, whoever changed its source.
 
-The theory is written out here once more, and nowhere else (but for the true field of `precision`):
+The theory is written out here (and of the loss terms in terms.py, which every examination asks)
+once more, and nowhere else (but for the true field of `precision`):
 each check calls what training or sampling calls and says how far it is from what the method
 prescribes.
 """
@@ -13,7 +14,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -31,15 +32,15 @@ from flowray.data.pixels import from_pictures
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards, write_shards
 from flowray.doctor.sampler import native_teacher
+from flowray.doctor.terms import normal, on_path, term_off
 from flowray.flow.draws import Draws
 from flowray.flow.path import sample_path
 from flowray.flow.solver import integrate, time_grid
-from flowray.losses.terms import Forward, loss_term
+from flowray.losses.terms import Forward
 from flowray.losses.total import Batch, Objective
 from flowray.model.assemble import FlowModel, build_model
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
 from flowray.model.latent import LatentScale, Moments, PerChannel
-from flowray.model.semantic import Views
 from flowray.sample import generate as sampling
 from flowray.store.latents import LatentSet
 from flowray.train.group import Group
@@ -94,10 +95,6 @@ def _off(got: Tensor, want: Tensor) -> float:
     return float((got.detach().double() - want.detach().double()).abs().nan_to_num(math.inf).max())
 
 
-def _noise(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def _column(value: PerChannel) -> Tensor:
     return torch.as_tensor(value).view(-1, 1, 1)
 
@@ -112,12 +109,6 @@ def _unscaled(scale: LatentScale, z: Tensor) -> Tensor:
 
 def _code(t: Tensor) -> Tensor:
     return 4 - 8 * t
-
-
-def _on_path(t: Tensor, z0: Tensor, z1: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-    """(x_t, v*)."""
-    t = t.view(-1, 1, 1, 1)
-    return (1 + t * (rho - 1)) * z0 + t * z1, (rho - 1) * z0 + z1
 
 
 @contextmanager
@@ -166,7 +157,7 @@ class Tiny:
         model = build_model(self.recipe.model, self.recipe.loss, 0)
         with torch.no_grad():  # the velocity starts at zero, which would hide what it is told
             for place, p in enumerate(model.trainable().values()):
-                p.add_(0.1 * _noise(place, *p.shape))
+                p.add_(0.1 * normal(place, *p.shape))
         return model.eval()
 
     @cached_property
@@ -178,7 +169,7 @@ class Tiny:
         """Of the cached latents, exact in the half precision of a cache."""
         logvar = torch.full((SAMPLES, *self.shape), POINT)
         logvar[1::2] = 0.0
-        return Moments(_noise(1, SAMPLES, *self.shape).half().float(), logvar)
+        return Moments(normal(1, SAMPLES, *self.shape).half().float(), logvar)
 
     @cached_property
     def batches(self) -> BatchMaker:
@@ -196,7 +187,7 @@ class Tiny:
     @cached_property
     def batch(self) -> Batch:
         """A batch that does not hang on the cache: times and null samples of both kinds."""
-        z1, target, noise = (_noise(seed, SAMPLES, *self.shape) for seed in (2, 3, 4))
+        z1, target, noise = (normal(seed, SAMPLES, *self.shape) for seed in (2, 3, 4))
         null = torch.arange(SAMPLES) % 3 == 0
         return Batch(self.captions, z1, target, noise, (torch.arange(SAMPLES) + 0.5) / 8, null)
 
@@ -235,7 +226,7 @@ class Tiny:
 def _path(tiny: Tiny) -> float:
     batch = tiny.batch
     made = sample_path(batch.t, batch.z1, batch.target, tiny.rho)
-    xt, v = _on_path(batch.t, batch.z1, batch.target, tiny.rho)
+    xt, v = on_path(batch.t, batch.z1, batch.target, tiny.rho)
     return max(_off(made.xt, xt), _off(made.v_target, v))
 
 
@@ -260,7 +251,7 @@ def _latent_drawn(tiny: Tiny) -> float:
 
 
 def _encode(tiny: Tiny) -> float:
-    pictures = _noise(5, 2, 3, *(8 * side for side in tiny.shape[1:])).clamp(-1, 1)
+    pictures = normal(5, 2, 3, *(8 * side for side in tiny.shape[1:])).clamp(-1, 1)
     with torch.no_grad():
         raw = tiny.autoencoder.net.encode(pictures).latent_dist.parameters
     made = tiny.autoencoder.encode_moments(pictures)
@@ -296,34 +287,19 @@ def _trained_code(tiny: Tiny) -> float:
 @torch.no_grad()
 def _flow_loss(tiny: Tiny) -> float:
     losses, forward, _ = tiny.trained
-    xt, v = _on_path(tiny.batch.t, forward.z0, tiny.batch.target, tiny.rho)
+    xt, v = on_path(tiny.batch.t, forward.z0, tiny.batch.target, tiny.rho)
     u = tiny.model.velocity(xt, _code(tiny.batch.t), tiny.batch.null)
     return _off(losses["flow"], (u - v).square().mean())
 
 
 def _kl(tiny: Tiny) -> float:
-    forward, config = tiny.trained[1], tiny.recipe.loss.kl
-    mu, logvar = forward.posterior.mu, forward.posterior.logvar
-    prior = torch.distributions.Normal(0.0, 1.0)
-    source = torch.distributions.Normal(mu, (0.5 * logvar).exp())
-    gaussian = torch.distributions.kl_divergence(source, prior).mean()
-    # the box form has (0.3 mu)^6 in the place of mu^2
-    want = {"gaussian": gaussian, "box": gaussian + ((0.3 * mu) ** 6 - mu.square()).mean() / 2}
-    return max(
-        _off(loss_term(config.model_copy(update={"form": form}), forward), value)
-        for form, value in want.items()
-    )
+    config = tiny.recipe.loss.kl
+    forms = (config.model_copy(update={"form": form}) for form in ("gaussian", "box"))
+    return max(max(term_off("kl", form)) for form in forms)
 
 
 def _contrastive(tiny: Tiny) -> float:
-    """Rows of other lengths, so that the two directions differ."""
-    text, scale = _noise(6, SAMPLES, 4), torch.tensor(2.0)
-    image = text + _noise(7, SAMPLES, 4)
-    forward = replace(tiny.trained[1], views=Views(clip=(text, image, scale)))
-    products = (2 * text @ image.T).double()
-    own = products.diagonal()
-    both = [products.logsumexp(dim) - own for dim in (0, 1)]
-    return _off(loss_term(ClipLossConfig(weight=1.0), forward), torch.stack(both).mean())
+    return max(term_off("clip", ClipLossConfig(weight=1.0)))
 
 
 def _ema(tiny: Tiny) -> float:

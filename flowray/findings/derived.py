@@ -100,6 +100,11 @@ def _train_nmse(r: Reading) -> float:
     return r["loss/flow"] * _dims(r) / (r["scale/z0_norm"] ** 2 + r["scale/z1_norm"] ** 2)
 
 
+def _negative(r: Reading) -> float:
+    """How far loss/kl, which is never below 0, was below it."""
+    return -min(value for _, value in r.points("loss/kl", least=1))
+
+
 DERIVED: Mapping[str, Callable[[Reading], float]] = {
     # of the field: per sample nmse = 1 + k^2 - 2 k c
     "flow/cos": lambda r: statistics.fmean(_known(r, "flow/cos_t", BINS)),
@@ -129,6 +134,7 @@ DERIVED: Mapping[str, Callable[[Reading], float]] = {
     # of training
     "history/fall": _fall,
     "history/rise": _rise,
+    "history/kl_negative": _negative,
     "train/nmse": _train_nmse,
     "moved/most": lambda r: max(_known(r, "moved/", ("head", "velocity"))),
 }

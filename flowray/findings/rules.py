@@ -17,7 +17,17 @@ from flowray.findings.rules_optimiser import OPTIMISER
 from flowray.findings.rules_outcome import OUTCOME
 from flowray.findings.rules_parts import PARTS
 from flowray.findings.rules_seams import SEAM_RULES
+from flowray.findings.rules_terms import TERMS
 from flowray.findings.rules_training import TRAINING
 from flowray.findings.rules_unlike import UNLIKE
 
-RULES: tuple[Rule, ...] = (*INPUTS, *SEAM_RULES, *PARTS, *OPTIMISER, *TRAINING, *OUTCOME, *UNLIKE)
+RULES: tuple[Rule, ...] = (
+    *TERMS,
+    *INPUTS,
+    *SEAM_RULES,
+    *PARTS,
+    *OPTIMISER,
+    *TRAINING,
+    *OUTCOME,
+    *UNLIKE,
+)

@@ -134,15 +134,6 @@ SEAMS: tuple[Seam, ...] = (
         "z1 = scale.sample(moments, noise), once, in flowray/train/step.py; " + SELFCHECK,
     ),
     Seam(
-        "cache",
-        0.05,
-        "cached latents of training pictures differ from a fresh encode by",
-        "the latents that training reads are not what the run's autoencoder makes of their"
-        " pictures: another autoencoder, another scale, or other pictures",
-        "encode again: python -m flowray.data encode RECIPE, or the autoencoder and the"
-        " scaling_factor that made them",
-    ),
-    Seam(
         "target",
         1e-3,
         "v*, against the way from training's x_0 to its x_1, is off by",

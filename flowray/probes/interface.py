@@ -16,6 +16,8 @@ from flowray.model.latent import Moments
 from flowray.probes.vae import psnr, round_trip
 from flowray.store.latents import LatentSet
 
+STALE = 0.01  # a half-precision cache is within 1e-7
+
 
 def latent_fit(cached: Tensor, fresh: Tensor) -> dict[str, float]:
     """latent/fit_*: least squares cached ~ slope * fresh + intercept per channel, both (B, C, H,
@@ -39,9 +41,55 @@ def cache_metrics(
     """Cached z1 (posterior mean, scaled as training scales it) against the moments of a fresh
     encoding of the same pictures.
     """
-    mean, logvar = cached.moments(indices)
-    z = cached.scale.sample(Moments(mean, logvar), torch.zeros_like(mean))
-    return latent_fit(z, autoencoder.sample(fresh, torch.zeros_like(fresh.mean)).cpu())
+    return latent_fit(_cached(cached, indices), _means(autoencoder, fresh))
+
+
+def _cached(cached: LatentSet, indices: np.ndarray) -> Tensor:
+    moments = cached.moments(indices)
+    return cached.scale.sample(moments, torch.zeros_like(moments.mean))
+
+
+def _means(autoencoder: Autoencoder, fresh: Moments) -> Tensor:
+    return autoencoder.sample(fresh, torch.zeros_like(fresh.mean)).cpu()
+
+
+def stale_share(
+    autoencoder: Autoencoder, cached: LatentSet, fresh: Moments, indices: np.ndarray, key: str
+) -> dict[str, float]:
+    """key: share of samples whose cached latent is not what encoding the picture gives, by more
+    than STALE of the latents' variance.
+    """
+    z = _means(autoencoder, fresh)
+    off = (_cached(cached, indices) - z).square().flatten(1).mean(1)
+    return {key: float((~(off < STALE * z.var())).float().mean())}
+
+
+def batch_slope(z1: Tensor, autoencoder: Autoencoder, fresh: Moments) -> float:
+    """latent/batch_slope: of a training batch's drawn z1 on the fresh means of its pictures."""
+    return latent_fit(z1, _means(autoencoder, fresh))["latent/fit_slope"]
+
+
+def unusual(z: Tensor) -> Tensor:
+    """Statistics of latents (N, C, H, W) that broken ones have otherwise, (N, features): mean and
+    size of every channel, and how rough it is.
+    """
+    size = z.std((2, 3)).clamp_min(1e-6)
+    steps = z.diff(dim=3).square().mean((2, 3)) + z.diff(dim=2).square().mean((2, 3))
+    return torch.cat([z.mean((2, 3)), size.log(), (steps.sqrt() / size).clamp_min(1e-6).log()], 1)
+
+
+def oddest(features: Tensor, z: Tensor, count: int) -> Tensor:
+    """Half of `count` rows by their oddest of features (N, features), in median deviations; the
+    others by what the others' principal components leave of latents z (N, dims).
+    """
+    off = (features - features.nanmedian(0).values).abs()
+    odd = (off / (off.nanmedian(0).values + 1e-6)).nan_to_num(torch.inf).amax(1)
+    whole = torch.where(z.isfinite(), z, 0.0)
+    centred = whole - whole.mean(0)
+    _, _, components = torch.svd_lowrank(centred, q=min(64, max(len(z) // 8, 1)), niter=2)
+    rest = (centred - centred @ components @ components.T).norm(dim=1)
+    half = min(max(count // 2, 1), len(z))
+    return torch.cat([odd.topk(half).indices, rest.topk(half).indices]).unique()
 
 
 @torch.no_grad()

@@ -500,3 +500,33 @@ def test_every_kind_of_recipe_is_examined(home: Path, overrides: dict[str, Any])
     assert live.metrics["sampler/gap"] == pytest.approx(0.0, abs=1e-9)
     assert live.metrics["same_batch/ratio"] == pytest.approx(1.0, abs=0.02)
     assert live.metrics["sampler/psnr"] == 99
+
+
+def test_what_cannot_be_read_costs_its_own_numbers_alone(
+    ran: tuple[Recipe, RunDirectory], healthy: Examination, tmp_path: Path
+) -> None:
+    """Training pictures, or one caption: the rest of the part is there, and a note says why."""
+    subject = open_subject(find_checkpoint(ran[1].path))
+
+    def lacking(latents: LatentSet) -> tuple[set[str], list[str]]:
+        made = examine(replace(subject, latents=latents), batch=8, parts=["data", "autoencoder"])
+        whole = again(ran, "data", "autoencoder")
+        return whole.keys() - made.metrics.keys(), made.facts["notes"]
+
+    gone = replace(subject.latents, pictures=(tmp_path / "gone.tar",))
+    lost, notes = lacking(gone)
+    assert all("gone.tar" in note for note in notes)
+    assert {note.split(":")[0] for note in notes} == {"data", "autoencoder"}
+    assert {"latent/stale_share", "latent/fit_slope_train"} <= lost
+    assert all(key.startswith(("latent/", "data/colour", "data/side")) for key in lost)
+
+    class Unreadable(LatentSet):
+        def captions(self, index: int) -> list[str]:
+            if index == 40:
+                raise InputError("sample 40: no caption")
+            return super().captions(index)
+
+    lost, notes = lacking(Unreadable(**vars(subject.latents)))
+    assert notes == ["data: captions: sample 40: no caption"]
+    assert lost
+    assert all(key.startswith("data/caption_") for key in lost)

@@ -17,7 +17,7 @@ from faults import in_bf16, replacing, target
 from support import tiny_recipe
 from torch import Tensor, nn
 
-from flowray.doctor.seams import cache_rows, seam_rows
+from flowray.doctor.seams import seam_rows
 from flowray.doctor.subject import Subject, live_subject
 from flowray.findings.diagnose import diagnose
 from flowray.findings.rules_seams import SEAMS
@@ -56,8 +56,7 @@ def subject_of(home: Path, **overrides: Any) -> Subject:
 
 
 def seams(subject: Subject) -> tuple[dict[str, float], dict[str, str]]:
-    rows, places = seam_rows(subject, subject.batches(subject.step))
-    return rows | cache_rows(subject), places
+    return seam_rows(subject, subject.batches(subject.step))
 
 
 def roots(subject: Subject) -> list[str]:
@@ -280,13 +279,6 @@ def test_the_first_seam_that_differs_is_named(
 def test_a_sampler_in_half_precision_ends_elsewhere(subject: Subject) -> None:
     with replacing(generate, "integrate", in_bf16)():
         assert roots(subject) == ["seam_steps"]
-
-
-def test_another_autoencoder_made_the_cache(subject: Subject) -> None:
-    with replacing(
-        Autoencoder, "encode_moments", lambda made: lambda self, x: made(self, x.flip(1))
-    )():
-        assert roots(subject) == ["seam_cache"]
 
 
 def test_the_module_that_differs_is_named(subject: Subject, monkeypatch: Any) -> None:

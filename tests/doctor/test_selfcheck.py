@@ -45,7 +45,7 @@ def test_source_that_raises_fails_its_checks_and_no_others(capsys, monkeypatch):
     rows = {row["id"]: row for row in said["checks"]}
     assert rows.keys() == CHECKS.keys()
     # what needs a training step
-    trained = {"source", "trained_code", "flow_loss", "kl", "contrastive"}
+    trained = {"source", "trained_code", "flow_loss"}
     assert {name for name, row in rows.items() if not row["passed"]} == trained
     assert rows["trained_code"]["where"] == "flowray/losses/total.py"
     assert "KeyError" in rows["trained_code"]["measured"]

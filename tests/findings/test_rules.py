@@ -51,10 +51,54 @@ CASES = (
         {"scale/z1_norm": 896.0, "scale/z0_norm": 151.0, "scale/ratio": 5.93},
         absent=("latent/var",),
     ),
-    Case("wrong_autoencoder", {"latent/fit_residual": 0.6, "vae/psnr": 21.0}),
+    *(
+        Case(id, {f"known/{key}": off, f"known/{key}_gradient": gradient})
+        for key, id, off, gradient in (
+            ("flow", "flow_loss_wrong", 0.5, 0.5),
+            ("kl", "kl_wrong", 0.7, 2.0),
+            ("clip", "contrastive_wrong", 17.3, 5.4),
+            ("dino", "dino_wrong", 0.0, 1.0),  # its gradient alone: the student was detached
+            ("repa", "repa_wrong", 2.0, 2.0),
+            ("anchor", "anchor_wrong", 0.4, 0.1),
+            ("tv", "tv_wrong", 1e6, 1e6),  # it raised
+            ("norm", "norm_wrong", 0.3, 0.3),
+        )
+    ),
+    Case("path_wrong", {"known/path": 2.0, "same_batch/ratio": 30.0}),
+    Case(
+        "kl_wrong",
+        {"std/mean": 0.05, "share/kl": 0.001},
+        {},
+        [{**row, "loss/kl": -0.3} for row in falling(1.5, 0.27)],
+    ),
+    Case(
+        "wrong_autoencoder",
+        {"latent/fit_residual": 0.6, "latent/stale_share": 1.0, "vae/psnr": 21.0},
+    ),
+    Case(
+        "cache_scaled",
+        {"latent/fit_slope_train": 1.5, "latent/stale_share": 1.0, "latent/stale_suspects": 1.0},
+    ),
+    Case("cache_scaled", {"latent/batch_slope": 0.13}),
+    Case("cache_stale", {"latent/stale_suspects": 0.5, "latent/var": 7.0}),
+    Case("cache_stale", {"latent/stale_share": 0.06, "latent/fit_residual_train": 0.45}),
     Case("latent_scale_off", {"latent/var": 6.0}),
     Case("vae_poor", {"vae/psnr": 17.0}),
     Case("captions_shuffled", {"data/agreement_z": 0.3, "data/agreement": -0.1, "text/snr": 0.0}),
+    Case("captions_partly_wrong", {"data/captions_wrong": 0.21, "data/captions_wrong_low": 0.15}),
+    Case("captions_repeat", {"data/caption_same": 0.4, "data/caption_over_next": 154.0}),
+    Case("captions_repeat", {"data/caption_same": 0.6, "data/caption_over_next": 1.5}),
+    Case(
+        "captions_empty",
+        {"data/caption_wordless": 0.2, "data/caption_same": 0.2, "data/caption_over_next": 77.0},
+    ),
+    Case("captions_cut", {"data/caption_full": 1.0, "data/caption_broken": 0.6}),
+    Case("channels_swapped", {"data/colour_told": -0.16, "data/colour_other": 0.53}),
+    Case("pictures_grey", {"data/colour_chroma": 0.0, "data/colour_z": 0.0}),
+    Case("pictures_mirrored", {"data/side_across_high": 0.07, "data/side_across_low": -0.07}),
+    Case("pictures_mirrored", {"data/side_across_high": 0.61, "data/side_across_low": 0.46}),
+    Case("held_out_seen", {"data/seen_share": 1.0}),
+    Case("dataset_near_copies", {"data/near_share": 0.68, "data/near_typical": 0.004}),
     Case("dataset_duplicated", {"data/duplicate_share": 0.9, "data/samples": 512}),
     Case("dataset_too_small", {"data/samples": 128}),
     Case("dataset_too_small", {"data/epochs": 900, "train_set/shoot_nmse": 0.05}),

@@ -1,0 +1,197 @@
+"""The data of a run, asked questions: is each picture there once, do captions tell their pictures,
+does the cache hold what the autoencoder makes of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowray.data.pictures import decode_image
+from flowray.data.pixels import from_pictures, to_pictures
+from flowray.data.reader import ShardReader
+from flowray.doctor.measured import Measured
+from flowray.doctor.subject import Subject
+from flowray.flow.draws import Draws
+from flowray.losses.total import Batch
+from flowray.model.latent import Moments, over_channels
+from flowray.model.ranks import rank_and_world
+from flowray.probes.agreement import (
+    agreement_metrics,
+    coverage_metrics,
+    duplicate_share,
+    time_shares,
+)
+from flowray.probes.field import BIN_CENTRES
+from flowray.probes.interface import (
+    batch_slope,
+    cache_metrics,
+    oddest,
+    round_trips,
+    stale_share,
+    unusual,
+)
+from flowray.probes.likeness import near_metrics, spread_dims
+from flowray.probes.told import caption_metrics, told_metrics
+from flowray.probes.words import colour_metrics, side_metrics
+from flowray.store.latents import LatentSet, channel_metrics, channel_statistics
+from flowray.train.step import whole_batches
+
+SHOWN = 8  # pictures of every kind
+PICTURES = 32  # pictures encoded afresh, held-out and training ones
+SUSPECTS = 16  # most unusual training latents, whose pictures are encoded afresh too
+SURVEYED = 4096  # samples whose latents and captions are looked through
+HELD_OUT = 512  # held-out ones that are looked for among them
+AGREEMENT = 1024  # training pairs in the caption test
+SEEN = 512  # and in that of colours and sides
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Of the first samples of a set. bad: those whose latent is not finite; z, sigma: mean and
+    standard deviation of z1 (N, dims), on some of its dims; features: what broken latents
+    have otherwise (N, features).
+    """
+
+    bad: list[int]
+    duplicates: float
+    z: Tensor
+    sigma: Tensor
+    features: Tensor
+
+
+def surveyed(latents: LatentSet, most: int = SURVEYED) -> Survey:
+    """Looked through a part at a time: latents of a large model are many."""
+    indices = np.arange(min(len(latents), most))
+    scale, z, sigma, kinds, raw = latents.scale, [], [], [], []
+    for chunk in np.array_split(indices, -(-len(indices) // CHUNK)):
+        moments = latents.moments(chunk)
+        mean = scale.sample(moments, torch.zeros_like(moments.mean))
+        width = (0.5 * moments.logvar).exp() * over_channels(scale.scale, mean)
+        z.append(spread_dims(mean))
+        sigma.append(spread_dims(torch.zeros_like(width) if scale.deterministic else width))
+        kinds.append(unusual(mean))
+        raw.append(moments.mean)
+    means = torch.cat(raw)
+    bad = (~means.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    duplicates = duplicate_share(means.numpy())
+    return Survey(bad, duplicates, torch.cat(z), torch.cat(sigma), torch.cat(kinds))
+
+
+def ask_data(subject: Subject, made: Measured) -> None:
+    """Duplicates, coverage of t, statistics of z1, and whether the training path's captions tell
+    its pictures.
+    """
+    latents, recipe, rows = subject.latents, subject.recipe, made.metrics
+    shares = time_shares(recipe.flow, subject.step, recipe.train.steps)
+    made.metrics |= coverage_metrics(shares)
+    made.curves["t"] = {"x": BIN_CENTRES, "train_share": shares}
+    rows["data/samples"] = float(len(latents))
+    rows["data/epochs"] = subject.step * recipe.train.batch_size / len(latents)
+    with made.trying("data: training latents"):
+        seen = surveyed(latents)
+        rows["finite/latents"] = 1 - len(seen.bad) / len(seen.z)
+        if seen.bad:
+            keys = [latents.reader.keys[i] for i in seen.bad[:5]]
+            made.facts.setdefault("nonfinite", {})["keys"] = keys
+        rows["data/duplicate_share"] = seen.duplicates
+        mean, std = channel_statistics(latents)
+        rows["latent/mean"] = float(mean.mean())
+        rows["latent/var"] = float((std.square() + mean.square()).mean() - mean.mean().square())
+        rows |= near_metrics(seen.z, seen.sigma)
+        with made.trying("data: held-out latents"):
+            rows |= channel_metrics(subject.held_out)
+            new = surveyed(subject.held_out, HELD_OUT).z
+            rows |= near_metrics(seen.z, seen.sigma, new)
+    with made.trying("data: captions"):
+        firsts = [latents.captions(i)[0] for i in range(min(len(latents), SURVEYED))]
+        rows["data/caption_classes"] = float(len(set(firsts)))
+        rows |= caption_metrics(firsts)
+    if rank_and_world()[1] == 1:
+        _ask_pairs(subject, made)
+
+
+def _ask_pairs(subject: Subject, made: Measured) -> None:
+    """Captions against z1 and against the pictures themselves, as the training path joins them."""
+    with made.trying("data: captions and pictures"):
+        captions, z1 = _pairs(subject)
+        made.metrics |= agreement_metrics(captions, z1) | told_metrics(captions, z1)
+        with made.trying("data: training pictures"):
+            pictures = _pictures(subject.latents, _order(subject, min(len(captions), SEEN)))
+            said = captions[: len(pictures)]
+            made.metrics |= colour_metrics(said, pictures) | side_metrics(said, pictures)
+
+
+def _pairs(subject: Subject) -> tuple[list[str], np.ndarray]:
+    """Captions and z1 of the first epoch's first samples, each once, as the training path joins
+    them.
+    """
+    size = subject.recipe.train.batch_size
+    steps = max(min(len(subject.latents), AGREEMENT) // size, 1)
+    batches: list[Batch] = [subject.batches(step) for step in range(steps)]
+    return [text for batch in batches for text in batch.captions], torch.cat(
+        [batch.z1 for batch in batches]
+    ).cpu().numpy()
+
+
+def indices_of(subject: Subject, step: int) -> np.ndarray:
+    """Which training samples stand in the global batch of a step."""
+    return whole_batches(subject.recipe, subject.latents, subject.device).indices(step)
+
+
+def _order(subject: Subject, count: int) -> np.ndarray:
+    """The first `count` samples in the order of training."""
+    steps = range(-(-count // subject.recipe.train.batch_size))
+    return np.concatenate([indices_of(subject, step) for step in steps])[:count]
+
+
+def _pictures(latents: LatentSet, indices: np.ndarray) -> Tensor:
+    """The pictures (B, 3, H, W) in [-1, 1] that latents were made of."""
+    reader = ShardReader(latents.pictures)
+    return to_pictures([decode_image(reader, int(i)) for i in indices])
+
+
+@torch.no_grad()
+def ask_autoencoder(subject: Subject, made: Measured) -> None:
+    """The autoencoder on held-out pictures, its round trip; is the cache, of both sets, its own."""
+    autoencoder, held_out = subject.autoencoder, subject.held_out
+    with made.trying("autoencoder: held-out pictures"):
+        indices = np.arange(min(PICTURES, len(held_out)))
+        pictures = _pictures(held_out, indices).to(subject.device)
+        fresh = autoencoder.encode_moments(pictures)
+        made.metrics |= cache_metrics(autoencoder, held_out, fresh, indices)
+        noise = Draws(
+            subject.recipe.probes.seed, 0, len(indices), slice(None), subject.device
+        ).normal("posterior", subject.recipe.model.latent.shape)
+        rows, drawn = round_trips(autoencoder, pictures, fresh, noise, SHOWN)
+        made.metrics |= rows | {"trace/real_pixel_std": float(((pictures[:SHOWN] + 1) / 2).std())}
+        made.pictures |= {"orig": from_pictures(pictures[:SHOWN])} | {
+            name: from_pictures(x) for name, x in drawn.items()
+        }
+    with made.trying("autoencoder: training pictures"):
+        _ask_cache(subject, made)
+
+
+def _ask_cache(subject: Subject, made: Measured) -> None:
+    """Training latents from all over the set, and the most unusual ones, against fresh ones."""
+    latents, autoencoder = subject.latents, subject.autoencoder
+
+    def encoded(indices: np.ndarray) -> Moments:
+        return autoencoder.encode_moments(_pictures(latents, indices).to(subject.device))
+
+    order = _order(subject, min(PICTURES, len(latents)))
+    fresh = encoded(order)
+    fit = cache_metrics(autoencoder, latents, fresh, order)
+    made.metrics |= {f"{key}_train": value for key, value in fit.items()}
+    made.metrics |= stale_share(autoencoder, latents, fresh, order, "latent/stale_share")
+    seen = surveyed(latents)
+    odd = oddest(seen.features, seen.z, SUSPECTS).numpy()
+    made.metrics |= stale_share(autoencoder, latents, encoded(odd), odd, "latent/stale_suspects")
+    if rank_and_world()[1] == 1:
+        z1 = subject.batches(0).z1[: len(order)].cpu()
+        few = Moments(*(part[: len(z1)] for part in fresh))
+        made.metrics["latent/batch_slope"] = batch_slope(z1, autoencoder, few)

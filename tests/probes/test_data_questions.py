@@ -1,0 +1,147 @@
+"""Questions to data whose answers are known: made copies, mixed-up captions, exchanged channels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flowray.probes.interface import oddest, unusual
+from flowray.probes.likeness import near_metrics
+from flowray.probes.told import caption_metrics, told_metrics
+from flowray.probes.words import COLOURS, colour_metrics, side_metrics
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.02, 0.05])
+def test_near_copies_are_counted_and_new_pictures_are_not(jitter: float) -> None:
+    z, sigma = noise(0, 300, 64), torch.full((300, 64), 0.1)
+    alone = near_metrics(z, sigma)
+    assert alone["data/near_share"] == 0
+    assert alone["data/near_typical"] > 0.5
+    copied = z[:100].repeat(3, 1) + jitter * noise(1, 300, 64)
+    rows = near_metrics(copied, sigma)
+    assert rows["data/near_share"] == pytest.approx(2 / 3)
+    assert rows["data/near_typical"] < 0.1
+    assert near_metrics(z, sigma, noise(2, 40, 64))["data/seen_share"] == 0
+    assert near_metrics(z, sigma, z[5:45] + 0.5 * jitter)["data/seen_share"] == 1
+
+
+def test_near_is_also_known_where_a_posterior_is_a_point() -> None:
+    z, point = noise(0, 200, 64), torch.zeros(200, 64)
+    assert near_metrics(z, point)["data/near_share"] == 0
+    twice = torch.cat([z, z + 0.01 * noise(1, 200, 64)])
+    assert near_metrics(twice, torch.zeros_like(twice))["data/near_share"] == pytest.approx(0.5)
+
+
+def told(size: float, wrong: float, language: str = "a {} one") -> dict[str, float]:
+    """Of 600 samples with one of six words, which moves z by `size` along its own direction."""
+    rng = np.random.default_rng(0)
+    words = np.array(["red", "blue", "tall", "wide", "old", "new"])
+    kinds = rng.integers(6, size=600)
+    z = rng.normal(size=(600, 80))
+    z[np.arange(600), kinds] += size
+    mixed = rng.permutation(600)[: int(600 * wrong)]
+    kinds[mixed] = np.roll(kinds[mixed], 1)
+    return told_metrics([language.format(word) for word in words[kinds]], z)
+
+
+def test_the_share_of_wrong_captions_is_read_from_those_that_are_right() -> None:
+    right, third, half = told(8.0, 0.0), told(8.0, 0.33), told(8.0, 0.5)
+    assert right["data/captions_wrong_low"] < 0.01
+    assert right["data/word_auc"] > 0.98
+    # a sixth of those mixed up get their own word back
+    assert third["data/captions_wrong"] == pytest.approx(0.33 * 5 / 6, abs=0.1)
+    assert third["data/captions_wrong_low"] > 0.06
+    assert half["data/captions_wrong_low"] > third["data/captions_wrong_low"]
+
+
+@pytest.mark.parametrize("size", [1.5, 2.0, 3.0, 4.0])
+def test_a_word_that_tells_little_of_every_picture_is_not_a_wrong_caption(size: float) -> None:
+    assert told(size, 0.0).get("data/captions_wrong_low", 0.0) < 0.06
+
+
+def test_captions_alike_or_few_say_nothing_of_their_pictures() -> None:
+    z = np.zeros((100, 8))
+    assert told_metrics(["a photo"] * 100, z) == {}
+    assert told_metrics(["red", "blue"] * 10, z[:20]) == {}
+
+
+def test_odd_captions_are_counted() -> None:
+    texts = [f"a {size} {kind}" for size in ("small", "large") for kind in ("circle", "square")]
+    fine = caption_metrics(texts * 50)
+    assert (fine["data/caption_same"], fine["data/caption_over_next"]) == (0.25, 1.0)
+    assert fine["data/caption_broken"] == fine["data/caption_wordless"] == 0
+    cut = caption_metrics([text[:11] for text in texts * 50])
+    assert cut["data/caption_full"] == 1
+    by_words = caption_metrics(["a cat on the", "a dog on a", "one bird of the"] * 20)
+    assert by_words["data/caption_broken"] == by_words["data/caption_full"] == 1
+    filler = caption_metrics([*texts * 20, *["a photo"] * 70, "-", "…"])
+    assert filler["data/caption_over_next"] == 3.5
+    assert filler["data/caption_wordless"] == pytest.approx(2 / 152)
+    assert caption_metrics(["红色的圆", "…"])["data/caption_wordless"] == 0.5
+
+
+def scenes(chinese: bool = False) -> tuple[list[str], Tensor]:
+    """Pictures 3 x 16 x 16 of a blot of a colour on one of four sides, on any ground."""
+    rng, captions, pictures = np.random.default_rng(0), [], []
+    ways = {("left", "左"): (8, 3), ("right", "右"): (8, 12), ("top", "顶"): (3, 8)}
+    for _ in range(240):
+        words = list(COLOURS)[rng.integers(9)]
+        side = list(ways)[rng.integers(3)]
+        picture = np.ones((16, 16, 3)) * rng.uniform(0, 255)
+        y, x = ways[side]
+        picture[y - 3 : y + 3, x - 3 : x + 3] = COLOURS[words]
+        captions.append(
+            f"{side[1]}边有{words[-1]}色" if chinese else f"{words[0]} on the {side[0]}"
+        )
+        pictures.append(torch.from_numpy(picture).permute(2, 0, 1) / 127.5 - 1)
+    return captions, torch.stack(pictures).float()
+
+
+@pytest.mark.parametrize("chinese", [False, True])
+def test_exchanged_channels_negatives_and_mirrored_pictures(chinese: bool) -> None:
+    captions, pictures = scenes(chinese)
+
+    def better(x: Tensor) -> float:
+        rows = colour_metrics(captions, x)
+        assert rows["data/colour_z"] > 4
+        return rows["data/colour_other"] - rows["data/colour_told"]
+
+    assert better(pictures) < -0.2
+    assert better(pictures.flip(1)) > 0.2
+    assert better(pictures[:, [1, 2, 0]]) > 0.2
+    assert better(-pictures) > 0.2
+    across = "data/side_across"
+    assert side_metrics(captions, pictures)[across] == 1
+    assert side_metrics(captions, pictures.flip(3))[f"{across}_high"] < 0.4
+    half = torch.where(torch.arange(240)[:, None, None, None] % 2 == 0, pictures, pictures.flip(3))
+    rows = side_metrics(captions, half)
+    assert 0.25 < rows[f"{across}_low"] < rows[f"{across}_high"] < 0.75
+    assert side_metrics(captions, pictures.flip(2))["data/side_down"] == 0
+    grey = pictures.mean(1, keepdim=True).expand_as(pictures)
+    assert colour_metrics(captions, grey)["data/colour_chroma"] < 0.01
+
+
+def test_where_no_word_names_a_colour_or_a_side_nothing_is_said() -> None:
+    _, pictures = scenes()
+    captions = ["the digit three", "the digit four"] * 120
+    assert colour_metrics(captions, pictures) == side_metrics(captions, pictures) == {}
+    greys = ["a black and white photo", "a gray photo", "a white one"] * 80
+    assert colour_metrics(greys, pictures) == {}
+    both = ["a cat left of a dog", "to the right of it"] * 120
+    assert side_metrics(both, pictures) == {}
+
+
+@pytest.mark.parametrize("kind", ["noise", "zeros", "large"])
+def test_broken_latents_are_among_the_oddest(kind: str) -> None:
+    smooth = torch.nn.functional.interpolate(noise(0, 400, 4, 2, 2), size=8, mode="bilinear")
+    bad = torch.arange(0, 400, 20)
+    spoilt = {"noise": smooth.std() * noise(1, 20, 4, 8, 8), "large": 6 * smooth[bad]}
+    smooth[bad] = spoilt.get(kind, torch.zeros(20, 4, 8, 8))
+    found = oddest(unusual(smooth), smooth.flatten(1), 16)
+    assert len(set(found.tolist()) & set(bad.tolist())) >= len(found) / 2
