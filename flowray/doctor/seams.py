@@ -20,15 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from flowray.config.flow import EulerSolver, SampleConfig
-from flowray.data.pictures import decode_image
-from flowray.data.pixels import to_pictures
-from flowray.data.reader import ShardReader
 from flowray.doctor.subject import Subject
 from flowray.doctor.training import Rows, first_rows, training_mode, without_null
 from flowray.losses.terms import Forward, box_sum, flow_mse
 from flowray.losses.total import Batch, active_terms
 from flowray.model.assemble import FlowModel, Source
-from flowray.model.latent import Moments, over_channels
+from flowray.model.latent import over_channels
 from flowray.model.text import Prompts
 from flowray.probes.untouched import untouched
 from flowray.sample import generate as sampling
@@ -466,6 +463,3 @@ def _first(trained: Heard, sampled: Heard, part: str) -> str:
         if off(made, its_made) > DIFFERS:
             return name
     return ""
-
-
-@torch.no_grad()

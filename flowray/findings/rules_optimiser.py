@@ -37,6 +37,7 @@ ALL = (*MAIN, "trunk_plain")
 SLOW = (
     *BAD_FIELD,
     *NO_TEXT,
+    *IDLE,
     "moves_too_little",
     "dead_head",
     "kl_crushing",

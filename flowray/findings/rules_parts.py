@@ -244,7 +244,7 @@ DRAWN: tuple[Rule, ...] = (
         ),
         "z0 is not mean + sigma * noise: training starts from the mean, or noise of another width",
         "posterior.sample(noise) once, with noise ~ N(0, 1)",
-        ("noise_shared", "noise_frozen", "same_batch_mismatch", *SOURCE, *BAD_FIELD),
+        ("noise_shared", "noise_frozen", *SOURCE, *BAD_FIELD),
     ),
     Rule(
         "noise_shared",
@@ -273,7 +273,7 @@ DRAWN: tuple[Rule, ...] = (
             else "every step has the same times"
         ),
         f"{AS_DRAWN}; time_code(t) of the sample's own t is what the network is given",
-        ("time_misdrawn", "time_unused", "time_untrained", "same_batch_mismatch", *BAD_FIELD),
+        ("time_misdrawn", "time_unused", "time_untrained", *BAD_FIELD),
     ),
     Rule(
         "time_misdrawn",
