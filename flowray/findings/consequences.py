@@ -30,6 +30,7 @@ BAD_FIELD = (
     "plateau",
 )
 NO_TEXT = (
+    "caption_unused",
     "condition_ignored",
     "source_blind",
     "text_unproven",
