@@ -30,6 +30,7 @@ from flowray.probes.untouched import holding
 
 DRAWN = 512  # samples whose times and null flags are looked at
 TINY = 1e-30
+FP16 = 2.0**12  # times the loss, as training's scaler has it: else fp16 rounds gradients to 0
 Given = tuple[Any, ...]  # to velocity.levels: x, time code, null, text
 
 
@@ -142,7 +143,11 @@ def _rms_gradients(loss: Tensor, pieces: Mapping[str, Mapping[str, Tensor]]) -> 
     found = {}
     for piece, held in pieces.items():
         live = [p for p in held.values() if p.requires_grad]
-        made = torch.autograd.grad(loss, live, retain_graph=True, allow_unused=True) if live else ()
+        made = (
+            torch.autograd.grad(FP16 * loss, live, retain_graph=True, allow_unused=True)
+            if live
+            else ()
+        )
         square = sum(float(g.double().square().sum()) for g in made if g is not None)
         found[piece] = math.sqrt(square / sum(p.numel() for p in held.values()))
     return found

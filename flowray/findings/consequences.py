@@ -29,6 +29,7 @@ BAD_FIELD = (
     "plateau",
 )
 NO_TEXT = (
+    "caption_unused",
     "condition_ignored",
     "source_blind",
     "text_unproven",

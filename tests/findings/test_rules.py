@@ -169,6 +169,10 @@ CASES = (
         )
         for loss in ("clip", "dino", "anchor")
     ),
+    Case(  # without its gates a block is nothing, nor are they without it
+        "block_idle",
+        {f"part/{name}/{kind}": 0.0 for name in ("gates", "blocks") for kind in ("grad", "moved")},
+    ),
     Case("time_unused", {"input/time/matters": 0.0}),
     Case("noise_unused", {"input/noise/std": 0.0, "std/mean": 0.1}),
     Case("noise_unused", {"input/noise/std": 2.0}),
