@@ -351,7 +351,7 @@ KEYS: tuple[MetricKey, ...] = (
          "contrast of decode(z_init), decode(z_end), of real pictures", LOG_0919),
     _key("latent/mean", "latent", "none", "mean of z1, training set"),
     _key("latent/var", "latent^2", "none", "variance of z1, training set; about 1", PIPELINE,
-         (0.25, 4.0)),
+         (0.1, 9.0)),
     _key("latent/fit_slope", "-", "none",
          "least-squares slope of cached on freshly encoded z1",
          PIPELINE, (0.95, 1.05)),

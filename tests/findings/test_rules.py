@@ -80,9 +80,9 @@ CASES = (
         {"latent/fit_slope_train": 1.5, "latent/stale_share": 1.0, "latent/stale_suspects": 1.0},
     ),
     Case("cache_scaled", {"latent/batch_slope": 0.13}),
-    Case("cache_stale", {"latent/stale_suspects": 0.5, "latent/var": 7.0}),
+    Case("cache_stale", {"latent/stale_suspects": 0.5, "latent/var": 12.0}),
     Case("cache_stale", {"latent/stale_share": 0.06, "latent/fit_residual_train": 0.45}),
-    Case("latent_scale_off", {"latent/var": 6.0}),
+    Case("latent_scale_off", {"latent/var": 30.0}),
     Case("vae_poor", {"vae/psnr": 17.0}),
     Case("captions_shuffled", {"data/agreement_z": 0.3, "data/agreement": -0.1, "text/snr": 0.0}),
     Case("captions_partly_wrong", {"data/captions_wrong": 0.21, "data/captions_wrong_low": 0.15}),
@@ -461,3 +461,10 @@ def test_a_collapsed_source_is_no_sign_of_raw_moments() -> None:
     narrow = {found.id for found in diagnose(norms | {"std/mean": 0.001}, facts, [])}
     assert "moments_as_latents" in wide
     assert "moments_as_latents" not in narrow
+
+
+def test_neither_digits_nor_a_narrow_source_has_latents_off_scale() -> None:
+    narrow = {"scale/ratio": 7.7, "std/mean": 0.067, "latent/var": 0.94}
+    for rows in ({"latent/var": 4.94, "scale/ratio": 3.4}, narrow):
+        found = diagnose({**HEALTHY, **rows}, FACTS, falling(1.5, 0.27))
+        assert "latent_scale_off" not in {finding.id for finding in found}
