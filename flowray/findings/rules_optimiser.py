@@ -28,6 +28,7 @@ from flowray.findings.checks import (
 from flowray.findings.consequences import BAD_FIELD, NO_TEXT, PLATEAU, WEAK_KL, too_high_fix
 from flowray.findings.reading import Reading
 from flowray.findings.rule import Rule
+from flowray.findings.rules_parts import TABLE
 
 NETWORK, SOURCE = ("trunk", "flow_head"), ("text", "z_head")
 MAIN = (*NETWORK, *SOURCE)  # without the trunk's biases, whose gradients may be next to nothing
@@ -37,7 +38,7 @@ ALL = (*MAIN, "trunk_plain")
 SLOW = (
     *BAD_FIELD,
     *NO_TEXT,
-    *IDLE,
+    *(part.id for part in TABLE),
     "moves_too_little",
     "dead_head",
     "kl_crushing",
