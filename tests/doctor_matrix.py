@@ -282,9 +282,10 @@ def _unseen(title: str, why: str, cases: Sequence[Fault], every: Sequence[Row]) 
         "",
         f"## Faults that the rules were not made for: {title}",
         "",
-        f"{why} Named first or second: {sum(map(is_right, planted))} of {len(planted)}. Do harm and"
-        f" yet exit with 0: {sum(map(exits_with_0, harmful))} of {len(harmful)}. The first finding,"
-        f" above info, claims another cause: {sum(map(is_misled, planted))} of {len(planted)}.",
+        f"{why} Named first or second: {sum(map(is_right, planted))} of {len(planted)}; of those"
+        f" that do harm {sum(map(is_right, harmful))} of {len(harmful)}, and exit with 0 on"
+        f" {sum(map(exits_with_0, harmful))} of these. The first finding, above info, claims"
+        f" another cause: {sum(map(is_misled, planted))} of {len(planted)}.",
         "",
         "| planted | kind | about | place | findings above info |",
         "|---|---|---|---|---|",

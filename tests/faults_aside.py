@@ -52,7 +52,7 @@ from flowray.losses import terms, total
 from flowray.model.condition import PooledCaption
 from flowray.model.dit import DiT, DiTBlock
 from flowray.model.latent import Moments
-from flowray.model.text import TextModel
+from flowray.model.text import Prompts, TextModel
 from flowray.sample import generate as generate_module
 from flowray.train.optim import Ema
 
@@ -127,9 +127,13 @@ ASIDE: tuple[Fault, ...] = (
     Fault(
         "captions_cut_to_four",
         (),
-        {"model.text.max_tokens": 4},
+        bug=replacing(
+            TextModel,
+            "tokenize",
+            lambda f: lambda self, texts: Prompts(*(x[:, :4] for x in f(self, texts))),
+        ),
         kind="text",
-        about=("captions", "max_tokens", "cut"),
+        about=("captions", "cut", "tokens"),
     ),
     Fault(
         "template_at_sampling_only",
