@@ -40,7 +40,7 @@ from flowray.findings.diagnose import diagnose
 DEFAULT_HOME = Path("~/.cache/flowray/doctor-matrix").expanduser()
 Row = dict[str, Any]
 # a first finding with one of these ids does not claim to know the cause
-NO_CLAIM: tuple[str, ...] = ()
+NO_CLAIM: tuple[str, ...] = ("unlike_healthy",)
 
 # Causes that numbers alone cannot separate, and what the doctor then says.
 ALIKE = {
