@@ -17,7 +17,13 @@ from flowray.doctor.dataset import SHOWN, ask_autoencoder, ask_data, indices_of
 from flowray.doctor.measured import Measured, Rows
 from flowray.doctor.optimiser import head_patterns
 from flowray.doctor.parts import parts_rows
-from flowray.doctor.sampler import latent_metrics, native_teacher, picture_metrics, strip_psnr
+from flowray.doctor.sampler import (
+    latent_metrics,
+    native_teacher,
+    opened_metrics,
+    picture_metrics,
+    strip_psnr,
+)
 from flowray.doctor.seams import seam_rows
 from flowray.doctor.subject import Subject
 from flowray.doctor.terms import term_rows
@@ -257,7 +263,7 @@ def _sampler(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
         pictured, made.pictures["samples"] = picture_metrics(
             model, subject.autoencoder, config, prompts, recipe.probes.seed
         )
-    made.metrics |= rows | pictured
+    made.metrics |= rows | pictured | opened_metrics(subject)
     made.facts["captions"] = list(batch.captions[:SHOWN])
     made.pictures |= {
         "trace_init": from_pictures(trace.init_pictures),

@@ -48,6 +48,7 @@ HELD_OUT = 512  # held-out ones that are looked for among them
 AGREEMENT = 1024  # training pairs in the caption test
 SEEN = 512  # and in that of colours and sides
 CHUNK = 256
+BATCHES = 4  # whose means are compared
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def _ask_pairs(subject: Subject, made: Measured) -> None:
     """Captions against z1 and against the pictures themselves, as the training path joins them."""
     with made.trying("data: captions and pictures"):
         captions, z1 = _pairs(subject)
+        if (alike := batch_alike(z1, subject.recipe.train.batch_size)) is not None:
+            made.metrics["data/batch_alike"] = alike
         made.metrics |= agreement_metrics(captions, z1) | told_metrics(captions, z1)
         with made.trying("data: training pictures"):
             pictures = _pictures(subject.latents, _order(subject, min(len(captions), SEEN)))
@@ -136,6 +139,19 @@ def _pairs(subject: Subject) -> tuple[list[str], np.ndarray]:
     return [text for batch in batches for text in batch.captions], torch.cat(
         [batch.z1 for batch in batches]
     ).cpu().numpy()
+
+
+def batch_alike(z1: np.ndarray, size: int) -> float | None:
+    """How much the batches' mean latents vary, over what random batches of `size` of the same
+    latents (N, ...) would; None of fewer than BATCHES batches.
+    """
+    batches = z1.reshape(len(z1), -1)[: len(z1) // size * size].reshape(-1, size, z1[0].size)
+    if len(batches) < BATCHES or size < 2:
+        return None
+    means = batches.mean(axis=1, dtype=np.float64)
+    return float(
+        size * means.var(axis=0, ddof=1).sum() / batches.reshape(-1, z1[0].size).var(0).sum()
+    )
 
 
 def indices_of(subject: Subject, step: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from flowray.model.levels import VelocityNet
 from flowray.probes.battery import derangement
 from flowray.probes.untouched import holding
 
+HEARD = 16  # patches that are changed one by one
 DRAWN = 512  # samples whose times and null flags are looked at
 TINY = 1e-30
 FP16 = 2.0**12  # times the loss, as training's scaler has it: else fp16 rounds gradients to 0
@@ -118,7 +119,7 @@ def _gradients(subject: Subject, pieces: Pieces, batch: Batch) -> dict[str, dict
     model = subject.model
     weights = weights_at(subject.recipe.loss, subject.step, subject.recipe.train.steps)
     idle = frozenset(name for name, weight in weights.items() if weight == 0)
-    losses, _ = subject.objective(batch, idle)
+    losses, forward = subject.objective(batch, idle)
     on = {name: loss for name, loss in losses.items() if name not in idle}
     reached = subject.recipe.loss.flow.source_grad != "none" or model.velocity.conditioned
     everything = sum((weights[name] * loss for name, loss in on.items()), torch.zeros(()))
@@ -131,15 +132,22 @@ def _gradients(subject: Subject, pieces: Pieces, batch: Batch) -> dict[str, dict
         loss = everything if own == "all but flow" else on.get(own)
         if loss is not None and part.name in pieces:
             sizes.setdefault(own, {})[part.name] = _rms_gradients(loss, pieces[part.name])
-    return {
+    found = {
         name: {piece: size / max(most, TINY) for piece, size in values.items()}
         for own in sizes.values()
         for most in [max(size for values in own.values() for size in values.values())]
         for name, values in own.items()
     }
+    # the head makes both; a log-variance at its clamp may be without
+    mu, logvar = (
+        _rms_gradients(everything, {"": {"": made}})[""]
+        for made in (forward.posterior.mu, forward.posterior.logvar)
+    )
+    return found | ({"mu": {"mu": mu / max(mu, logvar)}} if max(mu, logvar) > 0 else {})
 
 
 def _rms_gradients(loss: Tensor, pieces: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """Of each piece; 0 where none reaches it."""
     found = {}
     for piece, held in pieces.items():
         live = [p for p in held.values() if p.requires_grad]
@@ -275,7 +283,11 @@ def _inputs_matter(subject: Subject, batch: Batch) -> Rows:
         swapped["caption"] = replace(batch, captions=[batch.captions[i] for i in order])
     made |= {name: _pass(subject, other).velocity for name, other in swapped.items()}
     rows = {f"input/{name}/matters": _change(v, before) for name, v in made.items()}
-    return rows | _positions_matter(velocity, heard.given, before)
+    return (
+        rows
+        | _positions_matter(velocity, heard.given, before)
+        | _patches_heard(velocity, heard.given, before)
+    )
 
 
 def _positions_matter(velocity: VelocityNet, given: Given, before: Tensor) -> Rows:
@@ -296,6 +308,26 @@ def _positions_matter(velocity: VelocityNet, given: Given, before: Tensor) -> Ro
 
     made = velocity.levels(mixed(x), *rest)[-1]
     return {"input/position/matters": _change(made, mixed(before))}
+
+
+def _patches_heard(velocity: VelocityNet, given: Given, before: Tensor) -> Rows:
+    """input/patches/heard: of HEARD patches the share whose change the other patches notice, by
+    more than a hundredth of what they notice of the loudest.
+    """
+    patch = velocity.token_blocks().patch
+    x, *rest = given
+    rows, columns = x.shape[-2] // patch, x.shape[-1] // patch
+    if rows * columns < 2:
+        return {}
+    noticed = []
+    for place in torch.linspace(0, rows * columns - 1, HEARD).round().long().unique().tolist():
+        row, column = patch * (place // columns), patch * (place % columns)
+        spot = torch.zeros_like(x[0, :1], dtype=torch.bool)
+        spot[:, row : row + patch, column : column + patch] = True
+        made = velocity.levels(torch.where(spot, x.roll(1, 0), x), *rest)[-1]
+        noticed.append(float(((made - before).float() * ~spot).norm()))
+    loudest = max(noticed)
+    return {"input/patches/heard": sum(n > 0.01 * loudest for n in noticed) / len(noticed)}
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ settings, so the same pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowray.config.flow import SampleConfig
 from flowray.data.pixels import from_pictures
+from flowray.doctor.subject import Subject
 from flowray.flow.guidance import guided, with_time_code
 from flowray.flow.path import psi, velocity_target
 from flowray.flow.solver import integrate, time_grid
@@ -27,6 +28,9 @@ from flowray.probes.interface import same_pictures
 from flowray.probes.rollout import TEACHER_STEPS, mse
 from flowray.probes.shots import significant_bits, teacher_rows
 from flowray.sample.generate import generate, generate_latents, source_noise
+
+BUILT_AGAIN = 200_000_000  # numbers of a model that is built once more, as sampling does
+FEW = 8  # captions that are drawn with twice the steps too
 
 
 @dataclass
@@ -75,13 +79,45 @@ def own_latents(model: FlowModel, source: Source, config: SampleConfig, guidance
     return integrate(config.solver, velocity_fn, source.z0, grid)
 
 
+def _few(source: Source) -> Source:
+    """The first FEW captions: twice the steps are dear."""
+    first = torch.arange(min(FEW, len(source.z0)), device=source.z0.device)
+    return source.rows(first)
+
+
+@torch.no_grad()
+def opened_metrics(subject: Subject) -> dict[str, float]:
+    """seam/weights: those that sampling opens against those that its recipe names; nothing of a
+    live state, nor of a model that is dear to build again.
+    """
+    kept: Mapping[str, Tensor] = (
+        subject.ema if subject.recipe.sample.weights == "ema" else subject.parameters
+    )
+    if subject.opened is None or sum(p.numel() for p in kept.values()) > BUILT_AGAIN:
+        return {}
+    gaps = [
+        float(
+            (p.float() - kept[name].cpu().float()).norm()
+            / kept[name].float().norm().clamp_min(1e-12)
+        )
+        for name, p in subject.opened().items()
+        if name in kept
+    ]
+    return {"seam/weights": max(gaps, default=0.0)}
+
+
 @torch.no_grad()
 def latent_metrics(
     model: FlowModel, config: SampleConfig, batch: ProbeBatch, source: Source
 ) -> tuple[dict[str, float], Tensor]:
-    """sampler/{nmse,nmse_plain,gap} on the probe batch; also the sampler's z_end."""
+    """sampler/{nmse,nmse_plain,gap,coarse} on the probe batch; also the sampler's z_end."""
     z_end = generate_latents(model, batch.captions, config, batch.noise)
     own = own_latents(model, source, config, config.guidance_scale)
+    few = _few(source)
+    finer = config.model_copy(update={"steps": 2 * config.steps})
+    coarse, fine = (
+        own_latents(model, few, settings, config.guidance_scale) for settings in (config, finer)
+    )
     plain = own if config.guidance_scale == 1.0 else own_latents(model, source, config, 1.0)
 
     def over_variance(a: Tensor, b: Tensor) -> float:
@@ -91,6 +127,7 @@ def latent_metrics(
         "sampler/nmse": over_variance(z_end, batch.z1),
         "sampler/nmse_plain": over_variance(plain, batch.z1),
         "sampler/gap": over_variance(z_end, own),
+        "sampler/coarse": over_variance(coarse, fine),
     }, z_end
 
 

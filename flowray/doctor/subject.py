@@ -20,6 +20,7 @@ from flowray.losses.total import Batch, Objective
 from flowray.model.assemble import FlowModel, build_model
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
 from flowray.probes.untouched import holding
+from flowray.sample.restore import open_run
 from flowray.store.checkpoint import load_state, load_tensors
 from flowray.store.found import Found, copy_found
 from flowray.store.latents import LatentSet, ensure_latents, load_latents, load_training
@@ -40,7 +41,8 @@ class Subject:
     step. restart: see TrainState. initial: weights at step 0.
 
     multipliers: what gradient balancing multiplies the loss weights by. strip: the samples written
-    at this step, if any.
+    at this step, if any. opened: the weights that sampling finds in the checkpoint; None of a live
+    state.
     """
 
     where: str
@@ -61,6 +63,7 @@ class Subject:
     batches: BatchOf
     history: list[Row]
     strip: Path | None
+    opened: Callable[[], Mapping[str, Tensor]] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -141,6 +144,7 @@ def open_subject(
         batches=whole_batches(recipe, latents, device),
         history=[row for row in merged_history(run) if row["step"] <= step],
         strip=written_strip(run, step),
+        opened=lambda: open_run(found, CPU).model.trainable(),
     )
 
 

@@ -374,6 +374,20 @@ INPUTS: tuple[Rule, ...] = (
         ("dataset_too_small", "memorised", "undertrained", *BAD_PICTURES, *WILD_SOURCE),
     ),
     Rule(
+        "batches_alike",
+        "bad",
+        above(
+            "data/batch_alike",
+            3.0,
+            "variance of the batches' mean pictures, over that of random batches:",
+        ),
+        "the samples of a batch are of one kind: the set is read in its own order, and each step"
+        " undoes what the last one learnt of another kind",
+        "the order of training is a shuffle of the whole set (data/order.py of changed source);"
+        " shuffle samples before packing where a reader of your own keeps their order",
+        (*BAD_PICTURES, "lr_too_high", "clip_weak", "losses_opposed"),
+    ),
+    Rule(
         "dataset_duplicated",
         "warn",
         above(

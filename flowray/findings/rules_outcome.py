@@ -404,6 +404,17 @@ OUTCOME: tuple[Rule, ...] = (
         ("worse_than_nothing",),
     ),
     Rule(
+        "too_few_steps",
+        "warn",
+        every(
+            above("sampler/coarse", 0.05, "pictures of twice the steps differ by, of Var(z1):"),
+            also("sample_steps"),
+        ),
+        "the sampler takes too few steps: its pictures are not where the field leads",
+        lambda r: f"sample.steps={round(4 * r.get('sample_steps', 12))}",
+        ("worse_than_nothing",),
+    ),
+    Rule(
         "endpoint_grows",
         "warn",
         every(

@@ -204,6 +204,14 @@ TABLE = (
         "text",
         explains=("caption_unused", "queries_idle", *NO_TEXT),
     ),
+    Part(
+        "mu_idle",
+        "mu",
+        "mu, the mean of z0",
+        "mu",
+        "z_head",
+        explains=("caption_unused", *NO_TEXT, *SOURCE),
+    ),
     Part("queries_idle", "queries", "the meta queries", "text.queries", "text", unfelt=1e-7),
     Part(
         "tower_idle",
@@ -313,6 +321,18 @@ DRAWN: tuple[Rule, ...] = (
         " a picture as a bag of patches",
         "velocity.positions added to the tokens of x_t (model/dit.py of changed source)",
         BAD_FIELD,
+    ),
+    Rule(
+        "patches_unheard",
+        "bad",
+        every(
+            LEARNT,
+            _drawn("patches/heard", 0.5, "share of patches whose change other patches notice:"),
+        ),
+        "the velocity of a patch does not see most of the others: attention is cut off, by a mask"
+        " or a window too narrow",
+        "attention over all tokens of x_t (model/layers.py of changed source)",
+        (*BAD_FIELD, "positions_unused"),
     ),
     Rule(
         "caption_unused",

@@ -56,6 +56,14 @@ class Seam:
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
+        "weights",
+        1e-3,
+        "weights that sampling opens, off those that sample.weights names by",
+        "sampling does not draw with the weights of the checkpoint: some are not loaded, or others",
+        f"flowray/sample/restore.py copies every trainable tensor; {SELFCHECK}",
+        wide=False,
+    ),
+    Seam(
         "captions",
         0.0,
         "share of captions changed on one way:",
