@@ -175,14 +175,14 @@ def _scaled_again(original: Any) -> Any:
 SEEN: tuple[Fault, ...] = (
     Fault(
         "mu_detached",
-        (),
+        ("mu_idle",),
         bug=replacing(FlowModel, "posterior", _mu_alone),
         kind="gradient",
         about=("mu", "head", "gradient"),
     ),
     Fault(
         "accumulation_divided_twice",
-        (),
+        ("flow_loss_wrong", "step_differs"),
         {"train.accumulate": 4},
         bug=replacing(step, "forward_passes", _divided_again),
         harms=False,
@@ -191,14 +191,14 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "betas_swapped",
-        (),
+        ("momentum_stale",),
         {"optim.betas": [0.999, 0.9]},
         kind="optimiser",
         about=("betas", "momentum"),
     ),
     Fault(
         "schedule_steps_twice",
-        (),
+        ("schedule_spent", "lr_not_applied"),
         bug=everywhere(
             optim, "lr_at", lambda f: lambda config, lr, step, total: f(config, lr, 2 * step, total)
         ),
@@ -207,7 +207,7 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "prompts_reversed_at_sampling",
-        ("sampler_mismatch",),
+        ("seam_captions", "seam_tokens", "seam_text"),
         bug=sampled(lambda prompts, noise: ([" ".join(p.split()[::-1]) for p in prompts], noise)),
         late=True,
         kind="text",
@@ -215,14 +215,14 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "prompt_masked_out",
-        ("condition_ignored",),
+        ("caption_unused", "condition_ignored"),
         bug=replacing(CausalQueries, "_positions", _no_prompt),
         kind="text",
         about=("caption", "tokens alike", "not used"),
     ),
     Fault(
         "adaln_reads_the_neighbour",
-        ("condition_ignored", "same_batch_mismatch"),
+        ("caption_unused", "condition_ignored", "seam_velocity", "seam_captions"),
         CLOSED_NOISE,
         bug=replacing(PooledCaption, "forward", _neighbour_read),
         kind="condition",
@@ -230,7 +230,7 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "noise_shared_in_batch",
-        (),
+        ("noise_shared", "seam_draws_trained"),
         {**OPEN, **NOISE},
         bug=batches(lambda b: replace(b, noise=b.noise[:1].expand_as(b.noise).contiguous())),
         pictures="open",
@@ -239,7 +239,7 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "sigma_lost_at_sampling",
-        ("sampler_mismatch",),
+        ("seam_draws_sampled", "seam_z0"),
         bug=sampled(lambda prompts, noise: (prompts, noise * 0)),
         kind="source",
         about=("training against sampling", "z0", "noise", "sigma"),
@@ -247,7 +247,7 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "noise_halved_at_sampling",
-        ("sampler_mismatch",),
+        ("seam_draws_sampled", "seam_z0"),
         {**OPEN, **NOISE},
         bug=sampled(lambda prompts, noise: (prompts, noise / 2)),
         late=True,
@@ -258,14 +258,14 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "amplitude_in_training_only",
-        ("same_batch_mismatch",),
+        ("seam_mu", "seam_z0"),
         bug=replacing(FlowModel, "posterior", _louder_in_training),
         kind="source",
         about=("training against sampling", "z0", "amplitude", "mu"),
     ),
     Fault(
         "one_time_per_batch",
-        (),
+        ("time_frozen",),
         bug=batches(lambda b: replace(b, t=b.t[:1].expand_as(b.t).contiguous())),
         harms=False,
         kind="time",
@@ -273,14 +273,14 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "times_on_two_levels",
-        ("time_untrained",),
+        ("time_untrained", "time_misdrawn"),
         bug=batches(lambda b: replace(b, t=((2 * b.t).floor().clamp_max(1) + 0.5) / 2)),
         kind="time",
         about=("times", "coverage", "untrained"),
     ),
     Fault(
         "time_code_reversed_at_sampling",
-        ("sampler_mismatch",),
+        ("seam_time_code",),
         bug=replacing(generate_module, "with_time_code", _reversed_code),
         late=True,
         kind="time",
@@ -288,21 +288,21 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "positions_shuffled_outside_training",
-        ("same_batch_mismatch",),
+        ("seam_velocity",),
         bug=replacing(DiT, "levels", _shuffled_places),
         kind="network",
         about=("training against sampling", "velocity", "positions"),
     ),
     Fault(
         "rows_and_columns_swapped_in_training",
-        ("same_batch_mismatch",),
+        ("seam_velocity",),
         bug=replacing(DiT, "levels", _transposed),
         kind="network",
         about=("training against sampling", "velocity", "patches"),
     ),
     Fault(
         "attention_sees_four_tokens",
-        (),
+        ("patches_unheard",),
         CLOSED_NOISE,
         bug=replacing(
             dit, "attention", lambda f: lambda q, k, v, heads: f(q, k[:, :4], v[:, :4], heads)
@@ -312,7 +312,7 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "kl_summed_over_dims",
-        ("kl_crushing",),
+        ("kl_wrong", "kl_crushing"),
         bug=everywhere(
             terms, "kl_per_dim", lambda f: lambda mu, *rest: f(mu, *rest) * mu[0].numel()
         ),
@@ -321,35 +321,35 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "target_reversed",
-        (),
+        ("path_wrong", "seam_target"),
         bug=everywhere(flow_path, "velocity_target", lambda f: lambda x0, x1, rho: -f(x0, x1, rho)),
         kind="loss",
         about=("velocity", "target", "sign"),
     ),
     Fault(
         "loss_on_half_the_picture",
-        (),
+        ("flow_loss_wrong", "seam_loss"),
         bug=replacing(terms, "flow_mse", _left_half),
         kind="loss",
         about=("flow loss", "half of the picture", "training against sampling"),
     ),
     Fault(
         "flipped_under_captions",
-        (),
+        ("pictures_mirrored",),
         data=rewritten(_flipped),
         kind="data",
         about=("captions", "left and right", "orientation"),
     ),
     Fault(
         "latents_partly_corrupted",
-        (),
+        ("cache_stale", "seam_latents"),
         bug=training_moments(_corrupted),
         kind="data",
         about=("latents", "outliers"),
     ),
     Fault(
         "shuffle_forgotten",
-        (),
+        ("batches_alike",),
         bug=replacing(EpochOrder, "epoch", lambda _: lambda self, epoch: np.arange(self.size)),
         data=rewritten(_sorted),
         kind="data",
@@ -357,7 +357,7 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "ema_before_the_step",
-        (),
+        ("step_differs",),
         bug=replacing(Ema, "update", _one_step_late),
         harms=False,
         kind="ema",
@@ -365,7 +365,7 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "null_flag_lost",
-        ("sampler_mismatch",),
+        ("seam_null", "seam_guidance", "null_unused"),
         bug=replacing(
             generate_module, "guided", lambda _: lambda velocity, scale: conditional(velocity)
         ),
@@ -376,7 +376,7 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "last_steps_missing",
-        ("sampler_mismatch",),
+        ("seam_steps",),
         bug=replacing(generate_module, "integrate", _stops_early),
         late=True,
         kind="sampling",
@@ -384,7 +384,7 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "two_steps_only",
-        (),
+        ("too_few_steps",),
         {**OPEN, **NOISE, "sample.steps": 2},
         pictures="open",
         kind="sampling",
@@ -392,7 +392,7 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "latents_scaled_twice",
-        ("sampler_mismatch",),
+        ("seam_pixels",),
         bug=replacing(generate_module, "latent_batches", _scaled_again),
         late=True,
         kind="sampling",
@@ -400,7 +400,7 @@ SEEN: tuple[Fault, ...] = (
     ),
     Fault(
         "head_not_loaded",
-        (),
+        ("seam_weights",),
         bug=not_loaded("head."),
         late=True,
         kind="checkpoint",

@@ -126,7 +126,15 @@ class Part:
 
 
 # Upstream last: where a later one is cut off, those before it are without a gradient too.
-TRUNK = ("gates_idle", "block_idle", "time_unused", "null_unused", "caption_idle", "patches_idle")
+TRUNK = (
+    "gates_idle",
+    "block_idle",
+    "patches_unheard",
+    "time_unused",
+    "null_unused",
+    "caption_idle",
+    "patches_idle",
+)
 TEXT = ("connector_idle", "queries_idle")
 TABLE = (
     Part(
@@ -143,14 +151,28 @@ TABLE = (
         "the gates of the blocks (adaLN)",
         "velocity.blocks.*.modulation",
         within="blocks",
-        explains=("block_idle", "time_unused", "null_unused", "caption_idle", *BAD_FIELD),
+        explains=(
+            "block_idle",
+            "patches_unheard",
+            "time_unused",
+            "null_unused",
+            "caption_idle",
+            *BAD_FIELD,
+        ),
     ),
     Part(
         "block_idle",
         "blocks",
         "a block of the velocity network, or the gate that lets it in",
         "velocity.blocks.*",
-        explains=("patches_idle", "positions_unused", "time_unused", "null_unused", *BAD_FIELD),
+        explains=(
+            "patches_idle",
+            "patches_unheard",
+            "positions_unused",
+            "time_unused",
+            "null_unused",
+            *BAD_FIELD,
+        ),
     ),
     Part("patches_idle", "patches", "the layer that reads x_t", "velocity.patch_in", input="x"),
     Part(

@@ -17,12 +17,14 @@ from torch import Tensor
 from flowray.config.flow import AlphaTime, LogitNormalTime, LogSNRTime, UniformTime
 from flowray.doctor import parts as parts_module
 from flowray.doctor.parts import parts_rows
+from flowray.doctor.sampler import latent_metrics, opened_metrics
 from flowray.doctor.subject import Subject, open_subject
 from flowray.findings.diagnose import diagnose
 from flowray.findings.rules_parts import PARTS as RULES
 from flowray.flow.draws import Draws
 from flowray.flow.time import training_times
 from flowray.losses import total
+from flowray.model import assemble, dit
 from flowray.model.condition import PooledCaption
 from flowray.model.dimr import TimeVector
 from flowray.model.dit import DiT, DiTBlock
@@ -31,7 +33,9 @@ from flowray.model.levels import TimeEmbedding
 from flowray.model.posterior import Posterior
 from flowray.model.semantic import SmallTower
 from flowray.model.text import CausalQueries
+from flowray.probes.battery import make_probe_batch
 from flowray.probes.untouched import untouched
+from flowray.sample import restore
 from flowray.store.found import find_checkpoint
 from flowray.store.run import RunDirectory
 from flowray.train import step as step_module
@@ -194,6 +198,20 @@ BUGS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
         lambda: of(Posterior, "sample", lambda old: lambda self, noise: old(self, noise).detach()),
     ),
     "head_idle, no gradient at all": ("text", lambda: of(Grid, "forward", without_gradient)),
+    "mu_idle": (
+        "text",
+        lambda: of(
+            assemble,
+            "make_posterior",
+            lambda old: lambda config, mu, *others: old(config, mu.detach(), *others),
+        ),
+    ),
+    "patches_unheard": (
+        "text",
+        lambda: of(
+            dit, "attention", lambda old: lambda q, k, v, heads: old(q, k[:, :2], v[:, :2], heads)
+        ),
+    ),
     "tower_idle": (
         "text",
         lambda: of(
@@ -262,6 +280,34 @@ def test_what_is_cut_off_is_named_first(name: str, subjects: Callable[[str], Sub
     with bug():
         found, rows = named(subject)
     assert found[:1] == [name.split(",")[0]], rows
+
+
+def test_sampling_opens_the_weights_that_training_kept(subjects: Callable[[str], Subject]) -> None:
+    subject = subjects("text")
+    assert opened_metrics(subject) == {"seam/weights": 0.0}
+
+    def headless(old: Any) -> Any:
+        def copy(found: Any, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+            fresh = {name: p.detach().clone() for name, p in parameters.items()}
+            old(found, parameters, {n: fresh[n] if "head." in n else x for n, x in tensors.items()})
+
+        return copy
+
+    with of(restore, "copy_found", headless):
+        assert opened_metrics(subject)["seam/weights"] > 0.01
+
+
+def test_few_steps_paint_other_pictures(subjects: Callable[[str], Subject]) -> None:
+    subject = subjects("text")
+    batch = make_probe_batch(subject.recipe, subject.held_out, subject.device, subject.latents)
+    source = subject.model.source(batch.captions, batch.noise)
+    one, many = (
+        latent_metrics(
+            subject.model, subject.recipe.sample.model_copy(update={"steps": n}), batch, source
+        )[0]["sampler/coarse"]
+        for n in (1, 64)
+    )
+    assert one > 20 * many
 
 
 def test_a_part_that_only_decays_has_not_moved(subjects: Callable[[str], Subject]) -> None:

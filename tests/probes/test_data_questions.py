@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowray.doctor.dataset import batch_alike
 from flowray.probes.interface import oddest, unusual
 from flowray.probes.likeness import near_metrics
 from flowray.probes.told import caption_metrics, told_metrics
@@ -145,3 +146,12 @@ def test_broken_latents_are_among_the_oddest(kind: str) -> None:
     smooth[bad] = spoilt.get(kind, torch.zeros(20, 4, 8, 8))
     found = oddest(unusual(smooth), smooth.flatten(1), 16)
     assert len(set(found.tolist()) & set(bad.tolist())) >= len(found) / 2
+
+
+def test_batches_of_one_kind_are_told_from_shuffled_ones() -> None:
+    kinds = np.random.default_rng(0).standard_normal((8, 12)) * 2
+    z1 = np.repeat(kinds, 32, axis=0) + np.random.default_rng(1).standard_normal((256, 12))
+    shuffled = np.random.default_rng(2).permutation(z1)
+    assert batch_alike(shuffled, 32) == pytest.approx(1.0, abs=0.5)
+    assert batch_alike(z1, 32) > 10
+    assert batch_alike(z1[:96], 32) is None
