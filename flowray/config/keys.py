@@ -58,7 +58,8 @@ GROUP = "{text,z_head,trunk,trunk_plain,flow_head}"  # of the optimiser
 LOSS = "{flow,kl,clip,dino,repa,lpips,tv,norm,anchor}"  # of a key that every loss has
 # what flowray/doctor/parts.py asks whether it takes part
 PART = (
-    "{queries,connector,head,tower,student,projector,patches,time,null,caption,gates,blocks,output}"
+    "{queries,connector,head,mu,tower,student,projector,patches,time,null,caption,gates,blocks,"
+    "output}"
 )
 
 # fmt: off
@@ -258,15 +259,14 @@ KEYS: tuple[MetricKey, ...] = (
     _key("moved/{head,text,velocity,flow_head}", "-", "none",
          "||weights - initial|| / ||initial||; 0 where it never trained"),
     _key(f"part/{PART}/grad", "-", "none",
-         "rms gradient of the part's own loss, over the part with the most; 0: cut off"),
+         "rms gradient of the part's own loss, over the part with the most (mu: over logvar's where"
+         " that is more); 0: cut off"),
     _key(f"part/{PART}/moved", "-", "none",
          "rms change of its weights since step 0, decay aside, over the part with the most"),
     _key(f"part/{PART}/matters", "share", "none",
          "change of the training batch's velocity where the part's weights are 0, over its norm"),
     _key("input/{x,time,null,caption,noise,position}/matters", "share", "none",
          "change of that velocity with another sample's input (position: of patches moved)"),
-    _key("part/mu/grad", "-", "none",
-         "rms gradient that reaches mu, over mu's or logvar's, the larger"),
     _key("input/patches/heard", "share", "none",
          "patches whose change the velocity of others notices, over a hundredth of the loudest's"),
     _key("input/noise/std", "-", "none", "std of (z0 - mean) / sigma as trained"),

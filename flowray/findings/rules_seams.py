@@ -27,6 +27,9 @@ BAD_SOURCE = (
     "kl_drowned",
     "kl_crushing",
     "latent_scale_off",
+    "noise_unused",
+    "noise_shared",
+    "noise_frozen",
 )
 SELFCHECK = "python -m flowray.doctor --selfcheck holds changed source against theory"
 OWN = "a network of your own must do the same in training and in eval mode"
