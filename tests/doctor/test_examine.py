@@ -306,7 +306,8 @@ def test_every_probe_leaves_a_live_state_as_it_was_and_reads_like_its_checkpoint
     only_files_know = {
         key
         for key in healthy.metrics
-        if "moved" in key.split("/") or re.match(rf"sampler/strip|optim/({from_the_start})", key)
+        if "moved" in key.split("/")
+        or re.match(rf"seam/weights|sampler/strip|optim/({from_the_start})", key)
     }
     assert healthy.metrics.keys() - live.metrics.keys() == only_files_know
     assert live.metrics == pytest.approx(
@@ -333,6 +334,7 @@ def test_the_command_says_every_number_and_looks_first_whether_it_can_write(
         "healthy",
         "findings",
         "explained_by",
+        "healthy_share",
         "metrics",
         "not_measured",
     } == said.keys()
