@@ -21,6 +21,7 @@ from flowray.findings.reading import Reading
 from flowray.findings.rules_unlike import held
 
 FALSE_ALARMS = 1 / 40
+SAID_BY_THE_RECIPE = ("trivial/", "weight/", "lr/", "time/share")
 SIZES = ("steps", "batch_size", "seen")  # facts that say how large a run is
 
 
@@ -31,7 +32,8 @@ def reading(seen: dict[str, Any]) -> Reading:
 def numbers(seen: dict[str, Any]) -> dict[str, float]:
     """What was measured, and what follows from it."""
     r = reading(seen)
-    return {key: r[key] for key in [*seen["metrics"], *DERIVED] if r.has(key)}
+    keys = [key for key in [*seen["metrics"], *DERIVED] if not key.startswith(SAID_BY_THE_RECIPE)]
+    return {key: r[key] for key in keys if r.has(key)}
 
 
 def limit(seen: Sequence[dict[str, Any]]) -> float:

@@ -348,8 +348,14 @@ FAULTS: tuple[Fault, ...] = (
     # optimisation
     Fault("lr_too_low", ("lr_too_low",), {"optim.lr": 2.5e-7}),
     Fault("lr_too_high", ("lr_too_high",), {"optim.lr": 0.1, "train.checkpoint_every": 25}),
-    Fault("dead_head", ("head_idle", "dead_head"), {"optim.lr_scale.z_head": 1e-8}),
-    Fault("dead_flow_head", ("output_idle", "dead_head"), {"optim.lr_scale.flow_head": 1e-8}),
+    Fault(
+        "dead_head", ("head_idle", "dead_head", "group_too_slow"), {"optim.lr_scale.z_head": 1e-8}
+    ),
+    Fault(
+        "dead_flow_head",
+        ("output_idle", "dead_head", "group_too_slow"),
+        {"optim.lr_scale.flow_head": 1e-8},
+    ),
     Fault(
         "ema_never_updated",
         ("ema_never_updated",),
@@ -358,14 +364,14 @@ FAULTS: tuple[Fault, ...] = (
     Fault("raw_sampled", ("raw_sampled",), {"sample.weights": "raw"}),
     Fault(
         "losses_opposed",
-        ("losses_opposed",),
+        ("losses_opposed", "contrastive_wrong"),
         {"loss.clip.weight": 1.0, "train.grad_every": 50},
         bug=replacing(total, "loss_term", _against_the_flow),
     ),
     Fault("contrastive_weak", ("clip_weak",), {"loss.clip.weight": 1e-4}),
     Fault(
         "contrastive_saturated",
-        ("clip_saturated", "tower_idle"),
+        ("clip_saturated", "tower_idle", "contrastive_wrong"),
         {"loss.clip.weight": 3.0},
         bug=replacing(terms, "info_nce", of_its_own),
     ),

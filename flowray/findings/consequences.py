@@ -65,6 +65,7 @@ ANSWERED = below("trivial/shoot/nmse", 0.1)
 WEAK_KL = below("kl_weight", 0.1)
 PLATEAU = every(
     unless(fact("lr_schedule", "cosine")),  # its end is flat by intent
+    unless(below("step", 1000)),  # the loss of so few steps moves by more than it falls
     below("history/fall", 0.02, "over its last quarter loss/flow fell by", share=True),
     some(
         above("train/nmse", 0.3, "training nmse"),

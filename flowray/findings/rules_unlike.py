@@ -21,7 +21,18 @@ from flowray.findings.reading import Absent, Reading
 from flowray.findings.rule import Rule
 
 UNITS = ("-", "cosine", "share")  # of numbers that do not grow with the size of the model or data
-NOT_HELD = ("lr/", "weight/", "trivial/", "ema/", "balance/", "time/share")
+# gains are 1 over a speed that is small by right; seams and known answers have limits of their own
+NOT_HELD = (
+    "lr/",
+    "weight/",
+    "trivial/",
+    "ema/",
+    "balance/",
+    "time/share",
+    "gain/",
+    "seam/",
+    "known/",
+)
 
 
 def held(ranges: Mapping[str, Range]) -> list[str]:

@@ -133,7 +133,8 @@ def caption_metrics(captions: Sequence[str]) -> dict[str, float]:
 
     found = {"data/caption_full": 0.0, "data/caption_broken": 0.0}
     for sizes, slack in ((list(map(len, captions)), 1), (list(map(len, split)), 0)):
-        full = [n >= max(sizes) - slack for n in sizes]
+        longest = max(sizes) - slack
+        full = [n >= longest for n in sizes]
         ends = [words for words, is_full in zip(split, full, strict=True) if is_full]
         cut = sum(map(broken, ends)) / len(captions)
         if cut >= found["data/caption_broken"]:

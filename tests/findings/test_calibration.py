@@ -89,7 +89,7 @@ def test_a_finding_says_how_many_healthy_runs_look_so():
 
 def odd_run() -> dict[str, float]:
     """A healthy run but for numbers that no rule reads."""
-    keys = [key for key in held(healthy_ranges()) if key.startswith("gain/ls_t")]
+    keys = [key for key in held(healthy_ranges()) if key.startswith("optim/step_highest/")]
     return {**HEALTHY, **dict.fromkeys(keys[:4], 40.0)}
 
 
