@@ -82,7 +82,8 @@ def test_both_ways_agree_and_the_model_is_left_as_it_was(subject: Subject) -> No
     before = {name: x.clone() for name, x in model.state_dict().items()}
     modes, kept = [module.training for module in model.modules()], set(model.__dict__)
     rows, places = seams(subject)
-    assert rows.keys() == {f"seam/{seam.name}" for seam in SEAMS}
+    # sampling opens no weights of a live state
+    assert rows.keys() == {f"seam/{seam.name}" for seam in SEAMS} - {"seam/weights"}
     assert rows == pytest.approx(dict.fromkeys(rows, 0.0), abs=0.2)
     close = {key: x for key, x in rows.items() if "draws" not in key and key != "seam/pixels"}
     assert close == pytest.approx(dict.fromkeys(close, 0.0), abs=0.01)
