@@ -22,7 +22,7 @@ from flowray.findings.rules_unlike import held
 
 FALSE_ALARMS = 1 / 40
 SAID_BY_THE_RECIPE = ("trivial/", "weight/", "lr/", "time/share")
-SIZES = ("steps", "batch_size", "seen")  # facts that say how large a run is
+SIZES = ("step", "steps", "batch_size", "parameters")  # facts that say how large a run is
 
 
 def reading(seen: dict[str, Any]) -> Reading:

@@ -93,7 +93,8 @@ def opened_metrics(subject: Subject) -> dict[str, float]:
     kept: Mapping[str, Tensor] = (
         subject.ema if subject.recipe.sample.weights == "ema" else subject.parameters
     )
-    if subject.opened is None or sum(p.numel() for p in kept.values()) > BUILT_AGAIN:
+    numbers = sum(p.numel() for p in subject.model.parameters())  # the frozen ones too
+    if subject.opened is None or numbers > BUILT_AGAIN:
         return {}
     gaps = [
         float(

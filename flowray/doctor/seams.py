@@ -98,7 +98,6 @@ def hearing(
     """
     heard = Heard()
     source, levels, tokenize = model.source, model.levels, model.text.tokenize
-    codes: list[Tensor] = []
 
     def hear_source(captions: Sequence[str], noise: Tensor) -> Source:
         heard.captions += captions
@@ -112,10 +111,9 @@ def hearing(
     def hear_levels(
         source: Source, x: Tensor, time_code: Tensor, null: Tensor
     ) -> tuple[Tensor, ...]:
-        codes.clear()
         made = levels(source, x, time_code, null) if true is None else (true(x),)
-        told = codes[0] if codes else time_code
-        heard.calls.append(Call(*(part.detach().clone() for part in (x, told, null, made[-1]))))
+        told = (x, time_code, null, made[-1])
+        heard.calls.append(Call(*(part.detach().clone() for part in told)))
         return made
 
     def hear_prompts(prompts: Sequence[str]) -> Prompts:
@@ -138,9 +136,6 @@ def hearing(
         for name, module in model.named_modules()
         if not any(True for _ in module.children())
     ]
-    # where the network has an embedding of time, what reaches that
-    if isinstance(embedding := getattr(model.velocity, "time", None), nn.Module):
-        hooks.append(embedding.register_forward_pre_hook(lambda _, inputs: codes.append(inputs[0])))
     # these shadow the methods
     model.__dict__ |= {"source": hear_source, "levels": hear_levels}
     model.text.__dict__["tokenize"] = hear_prompts

@@ -407,7 +407,7 @@ OUTCOME: tuple[Rule, ...] = (
         "too_few_steps",
         "warn",
         every(
-            above("sampler/coarse", 0.05, "pictures of twice the steps differ by, of Var(z1):"),
+            above("sampler/coarse", 0.05, "latents of twice the steps differ by, over Var(z1):"),
             also("sample_steps"),
         ),
         "the sampler takes too few steps: its pictures are not where the field leads",

@@ -46,7 +46,9 @@ def held(ranges: Mapping[str, Range]) -> list[str]:
 
 
 def _in_domain(r: Reading) -> bool:
-    """Whether healthy runs of about this size were measured."""
+    """Whether healthy runs of about this size, in fp32 as this one, were measured."""
+    if r.facts.get("precision", "fp32") != "fp32":
+        return False
     try:
         return all(low <= r[name] <= high for name, (low, high) in domain().items())
     except Absent:
