@@ -4,8 +4,8 @@ known answer. What a run's own code gets wrong there is the cause of whatever el
 
 from __future__ import annotations
 
-from flowray.findings.checks import Check, above, every, some, unless
-from flowray.findings.consequences import BAD_FIELD, NO_TEXT, YOUNG
+from flowray.findings.checks import Check, above, some
+from flowray.findings.consequences import BAD_FIELD, NO_TEXT
 from flowray.findings.rule import Rule
 
 # In fp32 a term is within 2e-7 of its closed form, and its gradient within 2e-7 of its norm.
@@ -40,14 +40,7 @@ _LAST = ("undertrained",)
 
 # Where the code is right again when the doctor comes, what training wrote down still tells.
 _SEEN: dict[str, tuple[Check, ...]] = {
-    "kl": (above("history/kl_negative", 1e-4, "loss/kl, never below 0, was minus"),),
-    # a loss that learns something else than its own pairs scores these worse than chance
-    "clip": (
-        every(
-            unless(YOUNG),
-            above("loss/clip", lambda r: 1.05 * r["clip/chance"], "own pairs score loss/clip"),
-        ),
-    ),
+    "kl": (above("history/kl_negative", 1e-4, "loss/kl, never below 0, was minus"),)
 }
 # key of the number: (id of the finding, what is wrong, its formula, what follows from it)
 TABLE: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
