@@ -8,6 +8,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice, takewhile
 from statistics import NormalDist
 
 import numpy as np
@@ -112,31 +113,49 @@ def told_metrics(captions: Sequence[str], latents: np.ndarray) -> dict[str, floa
     }
 
 
+def _begins(word: str, vocabulary: Sequence[str]) -> bool:
+    """Whether a word of a sorted vocabulary, not its plural, begins with this one."""
+    after = islice(vocabulary, bisect_right(vocabulary, word), None)
+    longer = takewhile(lambda other: other.startswith(word), after)
+    return any(other[len(word) :] not in ("s", "es") for other in longer)
+
+
 def caption_metrics(captions: Sequence[str]) -> dict[str, float]:
     """data/caption_*: what is odd about captions as texts, whatever their pictures show.
 
     same: share that the commonest has; over_next: times as many as the next. wordless: share
     without a word. full, broken: share that is as long as the longest, in characters or words, and
-    of these that end within a word, or on one that wants another.
+    of these that end within a word (it begins another that is not its plural, in captions of the
+    greatest length in characters only), or on one that wants another.
     """
     counts = Counter(captions)
     (_, most), *rest = counts.most_common(2)
     split = [words_of(caption) for caption in captions]
     vocabulary = sorted({word for words in split for word in words})
 
-    def broken(words: list[str]) -> bool:
+    longest = max(map(len, captions))
+    # those that stand where no cut after so many characters can be
+    whole = {
+        word
+        for text, words in zip(captions, split, strict=True)
+        for word in words[: -1 if len(text) == longest else None]
+    }
+
+    def broken(text: str, words: list[str]) -> bool:
         if not words:
             return False
-        after = bisect_right(vocabulary, words[-1])
-        begun = after < len(vocabulary) and vocabulary[after].startswith(words[-1])
-        return begun or words[-1] in OPEN_ENDED
+        last = words[-1]
+        begun = len(text) == longest and last not in whole and _begins(last, vocabulary)
+        return begun or last in OPEN_ENDED
 
     found = {"data/caption_full": 0.0, "data/caption_broken": 0.0}
-    for sizes, slack in ((list(map(len, captions)), 1), (list(map(len, split)), 0)):
-        longest = max(sizes) - slack
-        full = [n >= longest for n in sizes]
-        ends = [words for words, is_full in zip(split, full, strict=True) if is_full]
-        cut = sum(map(broken, ends)) / len(captions)
+    for sizes, least in (
+        (list(map(len, captions)), longest - 1),  # a space at the cut is often taken off
+        (list(map(len, split)), max(map(len, split))),
+    ):
+        full = [n >= least for n in sizes]
+        ends = [one for one, n in zip(zip(captions, split, strict=True), full, strict=True) if n]
+        cut = sum(broken(*end) for end in ends) / len(captions)
         if cut >= found["data/caption_broken"]:
             found = {"data/caption_full": sum(full) / len(captions), "data/caption_broken": cut}
     return found | {

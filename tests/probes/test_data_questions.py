@@ -87,6 +87,34 @@ def test_odd_captions_are_counted() -> None:
     assert caption_metrics(["红色的圆", "…"])["data/caption_wordless"] == 0.5
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["a photo of a cat", "a photo of a car", "a photo of a carrot", "a carrot beside a car"],
+        ["one red circle", "two red circles", "one red box", "two red boxes"],
+        ["a red pine", "a pineapple"],
+        ["the digit six", "the digit sixty", "six of the digits"],
+    ],
+)
+def test_a_word_that_begins_another_is_not_cut(texts: list[str]) -> None:
+    assert caption_metrics(texts * 30)["data/caption_broken"] < 0.1
+
+
+@pytest.mark.parametrize("length", [18, 22, 26, 30])
+def test_captions_cut_within_a_word_are_found(length: int) -> None:
+    rng, nouns = np.random.default_rng(0), ["circle", "square", "triangle", "hexagon", "ellipse"]
+    sizes, colours = ["small", "large", "enormous"], ["red", "green", "yellow", "purple"]
+    texts = [
+        " beside ".join(
+            f"a {rng.choice(sizes)} {rng.choice(colours)} {rng.choice(nouns)}" for _ in range(2)
+        )
+        for _ in range(300)
+    ]
+    cut = caption_metrics([text[:length] for text in texts])
+    assert cut["data/caption_broken"] > 0.1
+    assert cut["data/caption_full"] > 0.3
+
+
 def scenes(chinese: bool = False) -> tuple[list[str], Tensor]:
     """Pictures 3 x 16 x 16 of a blot of a colour on one of four sides, on any ground."""
     rng, captions, pictures = np.random.default_rng(0), [], []
