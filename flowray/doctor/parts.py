@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ from flowray.probes.untouched import holding
 
 HEARD = 16  # patches that are changed one by one
 DRAWN = 512  # samples whose times and null flags are looked at
+TOLD = 16  # samples, of two steps or more, for which it is looked at how they reach the network
+EXPECTED = 5  # null samples: of fewer their number tells nothing
 TINY = 1e-30
 FP16 = 2.0**12  # times the loss, as training's scaler has it: else fp16 rounds gradients to 0
 Given = tuple[Any, ...]  # to velocity.levels: x, time code, null, text
@@ -77,19 +79,25 @@ def parts_rows(subject: Subject, count: int) -> tuple[Rows, dict[str, str]]:
     least: dict[str, str] = {}
     rows: Rows = {}
     with training_mode(subject):
-        for kind, found in {
-            "grad": _gradients(subject, pieces, batch),
-            "moved": _moved(subject, pieces),
-            "matters": _felt(subject, pieces, batch),
-        }.items():
-            for name, values in found.items():
-                piece = min(values, key=values.__getitem__)
-                rows[f"part/{name}/{kind}"] = values[piece]
-                if len(values) > 1:
-                    least[f"part/{name}/{kind}"] = piece
-        rows |= _inputs_matter(subject, batch)
-        rows |= _draws(subject, count)
+        kinds = {"grad": _gradients(subject, pieces, batch), "moved": _moved(subject, pieces)}
+        with _same_precision(subject):
+            kinds["matters"] = _felt(subject, pieces, batch)
+            rows |= _inputs_matter(subject, batch)
+            rows |= _draws(subject, count)
+    for kind, found in kinds.items():
+        for name, values in found.items():
+            piece = min(values, key=values.__getitem__)
+            rows[f"part/{name}/{kind}"] = values[piece]
+            if len(values) > 1:
+                least[f"part/{name}/{kind}"] = piece
     return rows, least
+
+
+def _same_precision(subject: Subject) -> AbstractContextManager[object]:
+    """fp32 throughout: autocast keeps its copies of the weights, so that changed ones go unnoticed,
+    and velocity_fp32 is of the objective alone.
+    """
+    return torch.autocast(subject.device.type, enabled=False)
 
 
 Pieces = dict[str, dict[str, dict[str, nn.Parameter]]]  # part -> piece -> its parameters
@@ -121,17 +129,20 @@ def _gradients(subject: Subject, pieces: Pieces, batch: Batch) -> dict[str, dict
     idle = frozenset(name for name, weight in weights.items() if weight == 0)
     losses, forward = subject.objective(batch, idle)
     on = {name: loss for name, loss in losses.items() if name not in idle}
-    reached = subject.recipe.loss.flow.source_grad != "none" or model.velocity.conditioned
+    by_z0 = subject.recipe.loss.flow.source_grad != "none"
+    reached = {"head": by_z0} | dict.fromkeys(
+        ("queries", "connector"), by_z0 or model.velocity.conditioned
+    )
     everything = sum((weights[name] * loss for name, loss in on.items()), torch.zeros(()))
-    sizes: dict[str, dict[str, dict[str, float]]] = {}
+    asked: dict[str, Pieces] = {}
     for part in PARTS:
         # a source that the flow loss is not to reach may have others; or none, and is to stay
-        own = part.loss if reached or part.name not in TEXT_SIDE else "all but flow"
+        own = part.loss if reached.get(part.name, True) else "all but flow"
         if own == "all but flow" and not on.keys() & {"kl", "clip", "dino", "tv", "anchor"}:
             continue
-        loss = everything if own == "all but flow" else on.get(own)
-        if loss is not None and part.name in pieces:
-            sizes.setdefault(own, {})[part.name] = _rms_gradients(loss, pieces[part.name])
+        if (own in on or own == "all but flow") and part.name in pieces:
+            asked.setdefault(own, {})[part.name] = pieces[part.name]
+    sizes = {own: _rms_gradients(on.get(own, everything), parts) for own, parts in asked.items()}
     found = {
         name: {piece: size / max(most, TINY) for piece, size in values.items()}
         for own in sizes.values()
@@ -139,26 +150,31 @@ def _gradients(subject: Subject, pieces: Pieces, batch: Batch) -> dict[str, dict
         for name, values in own.items()
     }
     # the head makes both; a log-variance at its clamp may be without
-    mu, logvar = (
-        _rms_gradients(everything, {"": {"": made}})[""]
-        for made in (forward.posterior.mu, forward.posterior.logvar)
-    )
+    made = {name: {"": getattr(forward.posterior, name)} for name in ("mu", "logvar")}
+    mu, logvar = _rms_gradients(everything, {"": made})[""].values()
     return found | ({"mu": {"mu": mu / max(mu, logvar)}} if max(mu, logvar) > 0 else {})
 
 
-def _rms_gradients(loss: Tensor, pieces: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-    """Of each piece; 0 where none reaches it."""
-    found = {}
-    for piece, held in pieces.items():
-        live = [p for p in held.values() if p.requires_grad]
-        made = (
-            torch.autograd.grad(FP16 * loss, live, retain_graph=True, allow_unused=True)
-            if live
-            else ()
-        )
-        square = sum(float(g.double().square().sum()) for g in made if g is not None)
-        found[piece] = math.sqrt(square / sum(p.numel() for p in held.values()))
-    return found
+def _rms_gradients(
+    loss: Tensor, parts: Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+) -> dict[str, dict[str, float]]:
+    """Of each piece of each part; 0 where none reaches it. One backward pass for all of them."""
+    every = {id(p): p for part in parts.values() for held in part.values() for p in held.values()}
+    live = [p for p in every.values() if p.requires_grad]
+    squares = dict.fromkeys(every, 0.0)
+    if live and loss.requires_grad:
+        made = torch.autograd.grad(FP16 * loss, live, retain_graph=True, allow_unused=True)
+        for p, g in zip(live, made, strict=True):
+            squares[id(p)] = 0.0 if g is None else float(g.double().square().sum())
+    return {
+        part: {
+            piece: math.sqrt(
+                sum(squares[id(p)] for p in held.values()) / sum(p.numel() for p in held.values())
+            )
+            for piece, held in pieces.items()
+        }
+        for part, pieces in parts.items()
+    }
 
 
 @torch.no_grad()
@@ -335,20 +351,23 @@ def _draws(subject: Subject, count: int) -> Rows:
     """input/{noise,time,null}/*: whether what is drawn differs between samples and between steps,
     as it reaches the velocity network; times and null flags against the recipe.
     """
-    steps = range(subject.step, subject.step + max(2, -(-DRAWN // subject.recipe.train.batch_size)))
+    size = subject.recipe.train.batch_size
+    told = max(2, -(-TOLD // min(size, count)))
+    steps = range(subject.step, subject.step + max(told, -(-DRAWN // size)))
     many = [subject.batches(step) for step in steps]
-    batches = [first_rows(batch, count) for batch in many[:2]]
+    batches = [first_rows(batch, count) for batch in many[:told]]
     heard = [_pass(subject, batch) for batch in batches]
-    rows = _noise_draws([one.source for one in heard])
+    rows = _noise_draws([one.source for one in heard[:2]])
     rows |= _time_draws(subject, [one.given[1] for one in heard], [batch.t for batch in many])
     given, asked = (
         torch.cat(flags).float().cpu()
         for flags in ([one.given[2] for one in heard], [batch.null for batch in batches])
     )
     share, drawn = subject.recipe.flow.null_probability, torch.cat([batch.null for batch in many])
-    seen = drawn.float().cpu() if torch.equal(given, asked) else given
+    as_drawn = torch.equal(given, asked)
+    seen = drawn.float().cpu() if as_drawn else given
     rows["input/null/share"] = float(seen.mean())
-    if 0 < share < 1:
+    if 0 < share < 1 and (not as_drawn or len(seen) * min(share, 1 - share) >= EXPECTED):
         error = math.sqrt(share * (1 - share) / len(seen))
         rows["input/null/off"] = abs(float(seen.mean()) - share) / error
     return rows
@@ -383,13 +402,15 @@ def _time_draws(subject: Subject, codes: Sequence[Tensor], drawn: Sequence[Tenso
     places = torch.arange(len(every), dtype=torch.float64)
     gap = torch.maximum((places + 1) / len(every) - every, every - places / len(every)).max()
     rows = {"input/time/off": float(gap) * math.sqrt(len(every))}
-    first, second = (
-        function((0.5 - code.double().cpu() / 8).clamp(0, 1))
-        for function, code in zip(known, codes, strict=False)
-    )
-    if len(first) > 1:
-        rows["input/time/rows"] = float(first.std()) * math.sqrt(12)
-        rows["input/time/steps"] = 3 * float((first - second).abs().mean())
+    times = torch.stack(
+        [
+            function((0.5 - code.double().cpu() / 8).clamp(0, 1))
+            for function, code in zip(known, codes, strict=False)
+        ]
+    )  # (steps, samples)
+    if times.shape[1] > 1:
+        rows["input/time/rows"] = math.sqrt(12 * float(times.var(dim=1).mean()))
+        rows["input/time/steps"] = 3 * float(times.diff(dim=0).abs().mean())
     return rows
 
 
