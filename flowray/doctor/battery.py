@@ -15,7 +15,7 @@ from flowray.config.progress import SILENT, Progress
 from flowray.data.pixels import from_pictures
 from flowray.doctor.dataset import SHOWN, ask_autoencoder, ask_data, indices_of
 from flowray.doctor.measured import Measured, Rows
-from flowray.doctor.optimiser import head_patterns
+from flowray.doctor.optimiser import head_patterns, replays
 from flowray.doctor.parts import parts_rows
 from flowray.doctor.sampler import (
     latent_metrics,
@@ -263,13 +263,15 @@ def _sampler(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
         pictured, made.pictures["samples"] = picture_metrics(
             model, subject.autoencoder, config, prompts, recipe.probes.seed
         )
-    made.metrics |= rows | pictured | opened_metrics(subject)
+    made.metrics |= rows | pictured
     made.facts["captions"] = list(batch.captions[:SHOWN])
     made.pictures |= {
         "trace_init": from_pictures(trace.init_pictures),
         "trace_end": from_pictures(trace.end_pictures),
     }
     made.curves.setdefault("latents", {})["z_end"] = histogram({"z_end": z_end}, EDGES)["z_end"]
+    with made.trying("sampler: the weights that sampling opens"):
+        made.metrics |= opened_metrics(subject)
     if (strip := subject.strip) is None:
         return
     with made.trying("sampler: the samples that training wrote"):
@@ -292,6 +294,10 @@ def _training(subject: Subject, made: Measured, count: int) -> None:
     made.metrics |= term_rows(subject.recipe)
     batch = first_rows(subject.batches(subject.step), count)
     rows, found = training_rows(subject, batch)
+    if replays(subject) and not any(key.startswith("optim/replay/") for key in rows):
+        made.notes.append(
+            "training: a step on a copy of the model could not be made: it halts, or finds no room"
+        )
     made.metrics |= rows | same_batch_rows(subject, batch)
     seams, made.facts["seams"] = seam_rows(subject, batch)
     made.metrics |= seams

@@ -26,10 +26,10 @@ class Measured:
 
     @contextmanager
     def trying(self, what: str) -> Iterator[None]:
-        """What within the block cannot be read (a picture, a caption) becomes a note, and the
-        examination goes on behind it.
+        """What within the block cannot be read (a picture, a caption), or computed (the GPU has no
+        room), becomes a note, and the examination goes on behind it: it may be within training.
         """
         try:
             yield
-        except (InputError, OSError) as error:
+        except (InputError, OSError, RuntimeError) as error:
             self.notes.append(f"{what}: {error}")

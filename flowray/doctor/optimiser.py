@@ -10,11 +10,13 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowray.config.rounding import finite
 from flowray.config.train import ConstantLR, GroupScales
 from flowray.doctor.subject import Subject
 from flowray.losses.total import Batch
@@ -22,7 +24,7 @@ from flowray.model.assemble import FlowModel
 from flowray.probes.grads import next_update_ratio
 from flowray.train.group import Group
 from flowray.train.optim import group_lr, lr_at, parameter_groups, resolve_schedule
-from flowray.train.state import TrainState, state_of
+from flowray.train.state import TrainState, optimizer_of, state_of
 from flowray.train.step import train_step
 
 Rows = dict[str, float]
@@ -31,6 +33,7 @@ RECENT = 0.1  # share of the history that tells how things are now
 IDLE = 0.01  # of the highest rate: less is as good as none
 EPS = 1e-8  # of torch's AdamW, which the recipe leaves as it is
 MOST = 200_000_000  # numbers that train: of more no copy is made
+FORGOT = 3  # memories of the second moment, after which it has lost what was there
 STALE = 10.0  # times the step's own: a gradient that lies there before it
 NETWORK = ("trunk", "flow_head")
 ROUNDS = 1e-5  # of a weight: smaller steps are lost in fp32 in part
@@ -143,7 +146,7 @@ def parts_of(subject: Subject) -> list[Part]:
     """The groups of the recipe, with what the optimiser that training builds makes of them."""
     optim, last = subject.recipe.optim, subject.model.velocity.last_layers
     names = {id(p): name for name, p in subject.parameters.items()}
-    built = state_of(subject.recipe, subject.model).optimizer
+    built = optimizer_of(subject.recipe, subject.model)
     held = {id(p): group for group in built.param_groups for p in group["params"]}
     parts = []
     for group in parameter_groups(subject.parameters, optim, last):
@@ -166,10 +169,8 @@ def schedule_rows(subject: Subject) -> Rows:
     """optim/schedule/*: the recipe's rates over the whole run and the logged ones so far, as
     shares of the peak.
     """
-    recipe = subject.recipe
-    rows: Rows = {}
-    planned = _planned(subject)
-    if planned:
+    recipe, rows = subject.recipe, Rows()
+    if planned := _planned(subject):
         rows["optim/schedule/planned"] = statistics.fmean(planned) / recipe.optim.lr
         rows["optim/schedule/highest_planned"] = max(planned) / recipe.optim.lr
         plain = recipe.optim.schedule.model_copy(update={"warmup": 0})
@@ -184,13 +185,9 @@ def schedule_rows(subject: Subject) -> Rows:
     values = [rate for _, rate in logged]
     rows["optim/schedule/used"] = statistics.fmean(values) / recipe.optim.lr
     rows["optim/schedule/highest"] = max(values) / recipe.optim.lr
-    top = min(max(values), recipe.optim.lr)
-    idle = 0
-    for value in reversed(values):
-        if value > IDLE * top:
-            break
-        idle += 1
-    rows["optim/schedule/idle"] = idle / len(values)
+    least = IDLE * min(max(values), recipe.optim.lr)
+    idle = list(takewhile(lambda value: value <= least, reversed(values)))
+    rows["optim/schedule/idle"] = len(idle) / len(values)
     if (agrees := _agrees(subject)) is not None:
         rows["optim/schedule/agrees"] = agrees
     return rows
@@ -205,17 +202,21 @@ def highest_rate(subject: Subject) -> float:
     return max([*known, subject.lr])
 
 
+def replays(subject: Subject) -> bool:
+    """Not under fp16, whose first steps look for a loss scale, nor of the largest models."""
+    numbers = sum(p.numel() for p in subject.parameters.values())
+    return subject.recipe.train.precision != "fp16" and numbers <= MOST
+
+
 def replay_rows(
     subject: Subject, parts: Sequence[Part], batch: Batch, gradient: Mapping[str, Tensor]
 ) -> Rows:
     """optim/replay/*: one step of training on a copy, at the peak rate, against AdamW by hand.
 
     gradient: the doctor's own of this batch, clipped. A gradient that is no part of the step lies
-    in the parameters before it. Nothing under fp16, whose first steps look for a loss
-    scale, and of the largest models. RuntimeError where the step cannot be made.
+    in the parameters before it. Nothing where it is not made. RuntimeError where it cannot be.
     """
-    numbers = sum(p.numel() for p in subject.parameters.values())
-    if subject.recipe.train.precision == "fp16" or numbers > MOST:
+    if not replays(subject):
         return {}
     state, recipe = _copied(subject, len(batch.t))
     before = {name: p.detach().clone() for name, p in state.parameters.items()}
@@ -290,6 +291,8 @@ def _copied(subject: Subject, size: int) -> tuple[TrainState, Any]:
         id(p): p for p in model.parameters() if not p.requires_grad and p.data_ptr() not in moving
     }
     copied = deepcopy(model, frozen).train()
+    for block in copied.velocity.token_blocks().blocks:
+        vars(block).pop("forward", None)  # a compiled one runs the block that it was made of
     # in one piece: contrastive losses see one micro-batch at a time
     train = recipe.train.model_copy(update={"batch_size": size, "accumulate": 1, "grad_every": 0})
     optim = recipe.optim.model_copy(update={"schedule": ConstantLR()})
@@ -387,8 +390,9 @@ def _slot_rows(subject: Subject, part: Part, kept: float, gradient: Mapping[str,
     if sums["free"] > 0:
         rows["eps"] = math.sqrt(sums["made"] / sums["free"])
         rows["eps_unclipped"] = math.sqrt(sums["unclipped"] / sums["free"])
-        seen = _norm(gradient[n] for n in stepped if n in gradient)
-        rows["gradient"] = seen / max(math.sqrt(sums["second"]), 1e-300)
+        if max(counts) * (1 - part.betas[1]) >= FORGOT:  # the first gradients are large
+            seen = _norm(gradient[n] for n in stepped if n in gradient)
+            rows["gradient"] = seen / max(math.sqrt(sums["second"]), 1e-300)
     else:
         rows["eps"] = rows["eps_unclipped"] = 1.0
     return rows
@@ -426,7 +430,7 @@ def _clip_rows(subject: Subject, total: float, rows: Rows) -> float:
     gradient of late.
     """
     clip = subject.recipe.optim.clip_grad
-    logged = [row for row in subject.history if _number(row.get("grad/total")) is not None]
+    logged = [row for row in subject.history if finite(row.get("grad/total")) is not None]
     if not logged:
         return 1.0
     norms = [float(row["grad/total"]) for row in logged]
@@ -439,13 +443,9 @@ def _clip_rows(subject: Subject, total: float, rows: Rows) -> float:
     return kept
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def _rates(subject: Subject, group: str) -> list[float]:
     """The group's logged rates."""
-    found = (_number(row.get(f"lr/{group}")) for row in subject.history)
+    found = (finite(row.get(f"lr/{group}")) for row in subject.history)
     return [rate for rate in found if rate is not None]
 
 
@@ -459,7 +459,7 @@ def _logged(subject: Subject) -> list[tuple[int, float]]:
         rates = [
             rate / getattr(optim.lr_scale, group)
             for group in scales
-            if (rate := _number(row.get(f"lr/{group}"))) is not None
+            if (rate := finite(row.get(f"lr/{group}"))) is not None
         ]
         if rates:
             found.append((int(row["step"]), max(rates)))
@@ -467,19 +467,18 @@ def _logged(subject: Subject) -> list[tuple[int, float]]:
 
 
 def _agrees(subject: Subject) -> float | None:
-    """The newest logged rates over the recipe's; earlier ones may be of another recipe, before a
+    """The last logged rates over the recipe's; earlier ones may be of another recipe, before a
     resume.
     """
-    recipe = subject.recipe
-    newest = subject.history[-max(2, int(RECENT * len(subject.history))) :]
-    schedule = _resolved(subject, recipe.optim.schedule)
-    logged = wanted = 0.0
-    for row in newest:
-        base = lr_at(schedule, recipe.optim.lr, int(row["step"]) - 1, recipe.train.steps)
-        for group in GroupScales.model_fields:
-            if (rate := _number(row.get(f"lr/{group}"))) is not None:
-                logged, wanted = logged + rate, wanted + group_lr(recipe.optim, group, base)
-    return logged / wanted if wanted > 0 else None
+    recipe, schedule = subject.recipe, _resolved(subject, subject.recipe.optim.schedule)
+    for row in reversed(subject.history):
+        logged = {g: finite(row.get(f"lr/{g}")) for g in GroupScales.model_fields}
+        rates = {group: rate for group, rate in logged.items() if rate is not None}
+        if rates:
+            base = lr_at(schedule, recipe.optim.lr, int(row["step"]) - 1, recipe.train.steps)
+            wanted = sum(group_lr(recipe.optim, group, base) for group in rates)
+            return sum(rates.values()) / wanted if wanted > 0 else None
+    return None
 
 
 def _steps(total: int) -> range:

@@ -72,13 +72,12 @@ def state_of(recipe: Recipe, model: FlowModel) -> TrainState:
     device = next(model.velocity.parameters()).device
     parameters = model.trainable()
     objective = Objective(model, recipe.flow, recipe.loss, velocity_fp32=recipe.train.velocity_fp32)
-    optimizer = build_optimizer(parameters, recipe.optim, model.velocity.last_layers)
     return TrainState(
         step=0,
         model=model,
         objective=objective,
         parameters=parameters,
-        optimizer=optimizer,
+        optimizer=optimizer_of(recipe, model),
         ema=Ema(parameters, recipe.train.ema),
         balancer=Balancer(recipe.loss.balance),
         scaler=torch.amp.GradScaler(
@@ -88,6 +87,11 @@ def state_of(recipe: Recipe, model: FlowModel) -> TrainState:
         ),
         schedule=resolve_schedule(recipe.optim.schedule, 0, 0.0),
     )
+
+
+def optimizer_of(recipe: Recipe, model: FlowModel) -> torch.optim.AdamW:
+    """The optimiser that training a model starts with."""
+    return build_optimizer(model.trainable(), recipe.optim, model.velocity.last_layers)
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:

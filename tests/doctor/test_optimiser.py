@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from support import tiny_recipe
 
 from flowray.config.recipe import Recipe
+from flowray.doctor import battery, optimiser
 from flowray.doctor.examine import examine
 from flowray.doctor.subject import Subject, live_subject, open_subject
 from flowray.model.autoencoder import load_autoencoder
@@ -188,6 +190,51 @@ def test_each_factor_of_a_small_step_has_its_own_number(home: Path) -> None:
     assert slow["pace"] < 1e-5 * usual["pace"]
     decayed = rows_of(subject_of(home, **{"optim.weight_decay": 100.0}))
     assert decayed["decay/trunk"] > 0.5 > usual["decay/trunk"]
+
+
+def test_the_copy_runs_its_own_blocks(home: Path) -> None:
+    """Compiled ones carry a forward of the block that they were made of."""
+    subject = subject_of(home)
+    ran = []
+    for block in subject.model.velocity.token_blocks().blocks:
+
+        def forward(*inputs: Any, eager: Any = block.forward) -> Any:
+            ran.append(None)
+            return eager(*inputs)
+
+        block.forward = forward  # type: ignore[method-assign]
+    copied = optimiser._copied(subject, 4)[0].model.velocity
+    blocks, originals = (v.token_blocks().blocks for v in (copied, subject.model.velocity))
+    assert not any("forward" in vars(block) for block in blocks)
+    assert all("forward" in vars(block) for block in originals)
+    rows = rows_of(subject)
+    assert ran
+    assert max(rows[key] for key in rows if key.startswith("replay/error/")) < 1e-3
+    assert rows["replay/gradient_cos"] == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_replay_that_cannot_be_made_is_said(home: Path, monkeypatch: Patch) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    subject = subject_of(home)
+    monkeypatch.setattr(optimiser, "_copied", full)
+    seen = examine(subject, batch=8, parts=["training"])
+    assert "optim/betas" in seen.metrics
+    assert [note.startswith("training: a step on a copy") for note in seen.facts["notes"]] == [True]
+    monkeypatch.setattr(battery, "training_rows", full)
+    assert examine(subject, batch=8, parts=["training"]).facts["notes"] == ["training: no room"]
+
+
+def test_rates_before_a_resume_are_of_another_recipe(home: Path) -> None:
+    subject = subject_of(home)
+    assert "gradient/trunk" not in rows_of(subject)  # its second moment has forgotten nothing yet
+    earlier = [{key: 0.1 * x for key, x in row.items()} for row in subject.history[:-1]]
+    history = [
+        row | {"step": step} for step, row in enumerate([*earlier, subject.history[-1]], start=1)
+    ]
+    rows = optimiser.schedule_rows(replace(subject, history=history))
+    assert rows["optim/schedule/agrees"] == pytest.approx(1.0)
 
 
 def test_a_rate_of_zero_in_a_checkpoint_is_zero(home: Path, monkeypatch: Patch) -> None:
