@@ -318,15 +318,17 @@ OPTIMISER: tuple[Rule, ...] = (
     ),
     Rule(
         "momentum_stale",
-        "bad",
+        "warn",
         every(
             unless(below("steps", 50)),
             some(
                 above("optim/memory", 1.0, "steps that the first moment remembers over the run's:"),
-                above("optim/betas", 0.0, "beta1^2 - beta2 (Adam diverges above 0):"),
+                # a little above 0 many a run goes well
+                above("optim/betas", 0.05, "beta1^2 - beta2 (usual: below 0):"),
             ),
         ),
-        "AdamW's step points where the gradient pointed long ago, and its size is of just now",
+        "AdamW's first moment remembers longer than the run, or far longer than the second: a step"
+        " points where the gradient pointed long ago, and may be larger than its rate",
         "'optim.betas=[0.9, 0.95]'",
         (*SLOW, *FAST, "lr_too_high"),
     ),
