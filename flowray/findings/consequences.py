@@ -45,7 +45,6 @@ CONTRADICTIONS: tuple[frozenset[str], ...] = tuple(
         ("lr_too_low", "lr_too_high"),
         ("velocity_too_small", "velocity_too_large"),
         ("velocity_too_small", "gain_would_hurt"),
-        ("source_collapsed", "source_inflated"),
         ("kl_drowned", "kl_crushing"),
         ("clip_weak", "clip_saturated"),
         ("dino_weak", "dino_saturated"),
