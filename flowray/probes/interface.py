@@ -86,7 +86,9 @@ def oddest(features: Tensor, z: Tensor, count: int) -> Tensor:
     odd = (off / (off.nanmedian(0).values + 1e-6)).nan_to_num(torch.inf).amax(1)
     whole = torch.where(z.isfinite(), z, 0.0)
     centred = whole - whole.mean(0)
-    _, _, components = torch.svd_lowrank(centred, q=min(64, max(len(z) // 8, 1)), niter=2)
+    with torch.random.fork_rng(devices=[]):  # it draws, and training draws on behind it
+        torch.default_generator.manual_seed(0)
+        _, _, components = torch.svd_lowrank(centred, q=min(64, max(len(z) // 8, 1)), niter=2)
     rest = (centred - centred @ components @ components.T).norm(dim=1)
     half = min(max(count // 2, 1), len(z))
     return torch.cat([odd.topk(half).indices, rest.topk(half).indices]).unique()
