@@ -4,11 +4,13 @@ does the cache hold what the autoencoder makes of them.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import from_pictures, to_pictures
@@ -16,7 +18,6 @@ from flowray.data.reader import ShardReader
 from flowray.doctor.measured import Measured
 from flowray.doctor.subject import Subject
 from flowray.flow.draws import Draws
-from flowray.losses.total import Batch
 from flowray.model.latent import Moments, over_channels
 from flowray.model.ranks import rank_and_world
 from flowray.probes.agreement import (
@@ -43,32 +44,52 @@ from flowray.train.step import whole_batches
 SHOWN = 8  # pictures of every kind
 PICTURES = 32  # pictures encoded afresh, held-out and training ones
 SUSPECTS = 16  # most unusual training latents, whose pictures are encoded afresh too
-SURVEYED = 4096  # samples whose latents and captions are looked through
+SURVEYED = 4096  # samples from all over the set whose latents and captions are looked through
+RUN = 32  # of these stand beside each other
 HELD_OUT = 512  # held-out ones that are looked for among them
 AGREEMENT = 1024  # training pairs in the caption test
 SEEN = 512  # and in that of colours and sides
 CHUNK = 256
-BATCHES = 4  # whose means are compared
+DECODED = 16  # pictures at a time at their full size
+SIDE = 64  # pixels that words are held against, at most
+BATCHES = 8  # whose means are compared: of fewer, shuffled ones differ by chance
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Of the first samples of a set. bad: those whose latent is not finite; z, sigma: mean and
-    standard deviation of z1 (N, dims), on some of its dims; features: what broken latents
-    have otherwise (N, features).
+    """Of samples from all over a set. indices: which; bad: those whose latent is not finite; z,
+    sigma: mean and standard deviation of z1 (N, dims), on some of its dims; features: what broken
+    latents have otherwise (N, features).
     """
 
+    indices: np.ndarray
     bad: list[int]
     duplicates: float
     z: Tensor
     sigma: Tensor
     features: Tensor
 
+    def suspects(self) -> list[int]:
+        """The samples with the most unusual latents."""
+        odd = oddest(self.features, self.z, SUSPECTS)
+        found: list[int] = self.indices[odd.numpy()].tolist()
+        return found
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """At most `most` (a multiple of RUN) of `count` indices, in runs spread evenly over all: a set
+    may be sorted by what it shows, and near copies often stand beside each other.
+    """
+    if count <= most:
+        return np.arange(count)
+    starts = np.linspace(0, count - RUN, most // RUN).round().astype(np.int64)
+    return (starts[:, None] + np.arange(RUN)).ravel()
+
 
 def surveyed(latents: LatentSet, most: int = SURVEYED) -> Survey:
-    """Looked through a part at a time: latents of a large model are many."""
-    indices = np.arange(min(len(latents), most))
-    scale, z, sigma, kinds, raw = latents.scale, [], [], [], []
+    """Looked through a part at a time, of which no whole latent is kept: large models' are many."""
+    indices = spread(len(latents), most)
+    scale, z, sigma, kinds, digests, finite = latents.scale, [], [], [], [], []
     for chunk in np.array_split(indices, -(-len(indices) // CHUNK)):
         moments = latents.moments(chunk)
         mean = scale.sample(moments, torch.zeros_like(moments.mean))
@@ -76,11 +97,12 @@ def surveyed(latents: LatentSet, most: int = SURVEYED) -> Survey:
         z.append(spread_dims(mean))
         sigma.append(spread_dims(torch.zeros_like(width) if scale.deterministic else width))
         kinds.append(unusual(mean))
-        raw.append(moments.mean)
-    means = torch.cat(raw)
-    bad = (~means.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
-    duplicates = duplicate_share(means.numpy())
-    return Survey(bad, duplicates, torch.cat(z), torch.cat(sigma), torch.cat(kinds))
+        finite.append(moments.mean.isfinite().flatten(1).all(dim=1))
+        raw = np.ascontiguousarray(moments.mean.numpy())
+        digests += [np.frombuffer(hashlib.sha256(row).digest(), np.uint8) for row in raw]
+    bad: list[int] = indices[~torch.cat(finite).numpy()].tolist()
+    duplicates = duplicate_share(np.stack(digests))
+    return Survey(indices, bad, duplicates, torch.cat(z), torch.cat(sigma), torch.cat(kinds))
 
 
 def ask_data(subject: Subject, made: Measured) -> None:
@@ -104,12 +126,13 @@ def ask_data(subject: Subject, made: Measured) -> None:
         rows["latent/mean"] = float(mean.mean())
         rows["latent/var"] = float((std.square() + mean.square()).mean() - mean.mean().square())
         rows |= near_metrics(seen.z, seen.sigma)
+        made.facts["suspects"] = seen.suspects()
         with made.trying("data: held-out latents"):
             rows |= channel_metrics(subject.held_out)
             new = surveyed(subject.held_out, HELD_OUT).z
             rows |= near_metrics(seen.z, seen.sigma, new)
     with made.trying("data: captions"):
-        firsts = [latents.captions(i)[0] for i in range(min(len(latents), SURVEYED))]
+        firsts = [latents.captions(i)[0] for i in spread(len(latents), SURVEYED).tolist()]
         rows["data/caption_classes"] = float(len(set(firsts)))
         rows |= caption_metrics(firsts)
     if rank_and_world()[1] == 1:
@@ -124,7 +147,8 @@ def _ask_pairs(subject: Subject, made: Measured) -> None:
             made.metrics["data/batch_alike"] = alike
         made.metrics |= agreement_metrics(captions, z1) | told_metrics(captions, z1)
         with made.trying("data: training pictures"):
-            pictures = _pictures(subject.latents, _order(subject, min(len(captions), SEEN)))
+            order = _order(subject, min(len(captions), SEEN))
+            pictures = small_pictures(subject.latents, order)
             said = captions[: len(pictures)]
             made.metrics |= colour_metrics(said, pictures) | side_metrics(said, pictures)
 
@@ -133,12 +157,14 @@ def _pairs(subject: Subject) -> tuple[list[str], np.ndarray]:
     """Captions and z1 of the first epoch's first samples, each once, as the training path joins
     them.
     """
-    size = subject.recipe.train.batch_size
-    steps = max(min(len(subject.latents), AGREEMENT) // size, 1)
-    batches: list[Batch] = [subject.batches(step) for step in range(steps)]
-    return [text for batch in batches for text in batch.captions], torch.cat(
-        [batch.z1 for batch in batches]
-    ).cpu().numpy()
+    size, most = subject.recipe.train.batch_size, min(len(subject.latents), AGREEMENT)
+    captions: list[str] = []
+    z1: list[Tensor] = []
+    for step in range(max(most // size, 1)):
+        batch = subject.batches(step)
+        captions += batch.captions[:most]  # a batch may be larger than what is asked for
+        z1.append(batch.z1[:most].cpu())
+    return captions, torch.cat(z1).numpy()
 
 
 def batch_alike(z1: np.ndarray, size: int) -> float | None:
@@ -169,6 +195,18 @@ def _pictures(latents: LatentSet, indices: np.ndarray) -> Tensor:
     """The pictures (B, 3, H, W) in [-1, 1] that latents were made of."""
     reader = ShardReader(latents.pictures)
     return to_pictures([decode_image(reader, int(i)) for i in indices])
+
+
+def small_pictures(latents: LatentSet, indices: np.ndarray) -> Tensor:
+    """The pictures of latents, averaged over areas down to at most SIDE pixels a side: words of
+    colours and sides need no more, and pictures of a large model are many bytes.
+    """
+    made = []
+    for chunk in np.array_split(indices, -(-len(indices) // DECODED)):
+        pictures = _pictures(latents, chunk)
+        height, width = (min(n, SIDE) for n in pictures.shape[2:])
+        made.append(F.adaptive_avg_pool2d(pictures, (height, width)))
+    return torch.cat(made)
 
 
 @torch.no_grad()
@@ -204,8 +242,8 @@ def _ask_cache(subject: Subject, made: Measured) -> None:
     fit = cache_metrics(autoencoder, latents, fresh, order)
     made.metrics |= {f"{key}_train": value for key, value in fit.items()}
     made.metrics |= stale_share(autoencoder, latents, fresh, order, "latent/stale_share")
-    seen = surveyed(latents)
-    odd = oddest(seen.features, seen.z, SUSPECTS).numpy()
+    # the data's survey has found them, where that was asked for
+    odd = np.array(made.facts.get("suspects") or surveyed(latents).suspects())
     made.metrics |= stale_share(autoencoder, latents, encoded(odd), odd, "latent/stale_suspects")
     if rank_and_world()[1] == 1:
         z1 = subject.batches(0).z1[: len(order)].cpu()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from flowray.doctor.dataset import batch_alike
+from flowray.data.pixels import from_pictures
+from flowray.doctor import dataset
+from flowray.doctor.dataset import batch_alike, small_pictures, spread, surveyed
+from flowray.model.latent import LatentScale, Moments
 from flowray.probes.interface import oddest, unusual
 from flowray.probes.likeness import near_metrics
 from flowray.probes.told import caption_metrics, told_metrics
@@ -172,7 +177,11 @@ def test_broken_latents_are_among_the_oddest(kind: str) -> None:
     bad = torch.arange(0, 400, 20)
     spoilt = {"noise": smooth.std() * noise(1, 20, 4, 8, 8), "large": 6 * smooth[bad]}
     smooth[bad] = spoilt.get(kind, torch.zeros(20, 4, 8, 8))
+    state = torch.get_rng_state()
     found = oddest(unusual(smooth), smooth.flatten(1), 16)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(7)
+    assert torch.equal(oddest(unusual(smooth), smooth.flatten(1), 16), found)
     assert len(set(found.tolist()) & set(bad.tolist())) >= len(found) / 2
 
 
@@ -181,5 +190,74 @@ def test_batches_of_one_kind_are_told_from_shuffled_ones() -> None:
     z1 = np.repeat(kinds, 32, axis=0) + np.random.default_rng(1).standard_normal((256, 12))
     shuffled = np.random.default_rng(2).permutation(z1)
     assert batch_alike(shuffled, 32) == pytest.approx(1.0, abs=0.5)
-    assert batch_alike(z1, 32) > 10
-    assert batch_alike(z1[:96], 32) is None
+    assert (batch_alike(z1, 32) or 0) > 10
+    assert batch_alike(z1[:224], 32) is None  # too few to tell from chance
+
+
+def test_few_batches_of_one_direction_do_not_look_alike_by_chance() -> None:
+    values = np.random.default_rng(0).standard_normal((400, dataset.BATCHES * 8, 1))
+    seen = [batch_alike(z1, 8) or 0.0 for z1 in values]
+    assert np.mean([alike > 3 for alike in seen]) < 0.01
+
+
+@pytest.mark.parametrize("count", [1, 100, 4096, 4097, 100_000])
+def test_samples_are_looked_at_all_over_a_set_and_beside_each_other(count: int) -> None:
+    chosen = spread(count, 4096)
+    assert len(chosen) == len(set(chosen.tolist())) == min(count, 4096)
+    assert (chosen[0], chosen[-1]) == (0, count - 1)
+    assert np.diff(chosen).max(initial=1) <= max(1, 2 * count // 128)
+    assert (np.diff(chosen) == 1).sum() >= 0.9 * (len(chosen) - 1)
+
+
+class Stored:
+    """Latents as a set has them, those from 5000 on broken; notes how many are read at a time."""
+
+    scale = LatentScale(2.0, 0.0, deterministic=False)
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def __len__(self) -> int:
+        return 6000
+
+    def moments(self, indices: np.ndarray) -> Moments:
+        self.most = max(self.most, len(indices))
+        places = torch.from_numpy(indices)[:, None, None, None]
+        mean = (places // 2).float().expand(-1, 1, 4, 4).clone()
+        mean[indices >= 5000, 0, 0, 0] = torch.nan
+        return Moments(mean, torch.zeros_like(mean))
+
+
+def test_the_survey_reads_the_whole_set_a_part_at_a_time() -> None:
+    stored = Stored()
+    seen = surveyed(stored)  # type: ignore[arg-type]
+    assert stored.most <= dataset.CHUNK
+    assert seen.bad == [i for i in seen.indices if i >= 5000] != []
+    assert seen.duplicates == pytest.approx(0.5, abs=0.02)
+    assert set(seen.suspects()) & set(seen.bad)
+
+
+def test_of_a_batch_of_thousands_only_some_are_asked() -> None:
+    def batch(step: int) -> SimpleNamespace:
+        return SimpleNamespace(captions=["a"] * 4096, z1=torch.zeros(4096, 1, 2, 2))
+
+    recipe = SimpleNamespace(train=SimpleNamespace(batch_size=4096))
+    subject = SimpleNamespace(latents=Stored(), recipe=recipe, batches=batch)
+    captions, z1 = dataset._pairs(subject)  # type: ignore[arg-type]
+    assert len(captions) == len(z1) == dataset.AGREEMENT
+
+
+def test_large_pictures_are_made_small_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    captions, pictures = scenes()
+    large = from_pictures(pictures.repeat_interleave(16, 2).repeat_interleave(16, 3)[:48])
+    asked: list[int] = []
+
+    def decoded(_: object, indices: np.ndarray) -> Tensor:
+        asked.append(len(indices))
+        return torch.from_numpy(large[indices]).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    monkeypatch.setattr(dataset, "_pictures", decoded)
+    small = small_pictures(Stored(), np.arange(48))  # type: ignore[arg-type]
+    assert max(asked) <= dataset.DECODED
+    assert small.shape == (48, 3, 64, 64)
+    assert side_metrics(captions[:48], small)["data/side_across"] == 1
