@@ -55,7 +55,7 @@ PICTURES: Mapping[str, tuple[str, str]] = {
     "samples": ("samples", "as sampling makes them"),
 }
 DRAWN = "samples"  # from the prompts; the other pictures are of the held-out batch
-NOT_FACTS = ("notes", "nonfinite", "captions", "prompts")
+NOT_FACTS = ("notes", "nonfinite", "captions", "prompts", "seams", "least", "suspects")
 LEGEND: Mapping[str, str] = {
     "nmse": "raw",
     "cos": "raw",

@@ -317,7 +317,7 @@ CASES = (
     Case("text_unproven", {"text/cos": 0.1, "text/snr": 0.05}),
     Case("time_embedding_loud", {"time/embed_ratio": 50.0}),
     Case("undertrained", {"shoot/nmse": 1.4}),
-    Case("unlike_healthy", ODD, {name: high for name, (_, high) in domain().items()}),
+    Case("unlike_healthy", ODD, {name: high for name, (_, high) in domain().items()}, []),
     Case("unlike_small_runs", ODD, {name: 100 * high for name, (_, high) in domain().items()}),
 )
 
