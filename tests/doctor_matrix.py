@@ -231,6 +231,7 @@ def page(
     text += ["", *_source(source)]
     text += ["", *_held_out([row for row in every if row["name"] in elsewhere])]
     text += [line for title, cases, why in UNSEEN for line in _unseen(title, why, cases, every)]
+    text += _together(every)
     text += ["", *_calibrated(every)]
     alike = ["## What looks alike", "", *(f"- {causes}: {said}." for causes, said in ALIKE.items())]
     return "\n".join([*text, "", *_matrix(planted), "", *alike, *_cost(cost), ""])
@@ -267,7 +268,11 @@ UNSEEN: tuple[tuple[str, Sequence[Fault], str], ...] = (
     (
         "the half set aside",
         ASIDE,
-        "Looked at once, when the rules were done. No rule was changed after.",
+        "Looked at once, when the rules were done; what each should be called was said before, from"
+        " its code (five have a name that no finding has, and so count as missed). Who joined the"
+        " rules had seen the names of a dozen of them, and nothing else. After that look only"
+        " false alarms were mended (half precision, small batches, odd data), none with these in"
+        " sight.",
     ),
 )
 
@@ -294,6 +299,21 @@ def _unseen(title: str, why: str, cases: Sequence[Fault], every: Sequence[Row]) 
             f" {', '.join(row['about'])} | {_place(row)} | {_loud(row)} |"
             for row in rows
         ),
+    ]
+
+
+def _together(every: Sequence[Row]) -> list[str]:
+    """Both halves in one sum."""
+    names = {fault.name for fault in (*SEEN, *ASIDE)}
+    planted = [row for row in every if row["name"] in names and is_planted(row)]
+    harmful = [row for row in planted if row["harms"]]
+    kinds = {row["kind"] for row in planted}
+    return [
+        "",
+        f"Both halves together, {len(planted)} faults of {len(kinds)} kinds: named first or second"
+        f" {sum(map(is_right, planted))}; exit with 0 on {sum(map(exits_with_0, harmful))} of"
+        f" {len(harmful)} that do harm; a first finding that claims another cause"
+        f" {sum(map(is_misled, planted))}.",
     ]
 
 

@@ -15,7 +15,7 @@ from flowray.findings.calibration import (
     most_unlike,
     unlike_limit,
 )
-from flowray.findings.checks import Check, Evidence, text
+from flowray.findings.checks import Evidence, text
 from flowray.findings.finding import Judged
 from flowray.findings.reading import Absent, Reading
 from flowray.findings.rule import Rule
@@ -60,39 +60,28 @@ def _said(one: Unlike) -> str:
     return f"{one.key} {text(one.value)} (healthy runs {text(low)} to {text(high)})"
 
 
-def _unlike(inside: bool) -> Check:
-    def check(r: Reading) -> Evidence | None:
-        found = most_unlike(r, healthy_ranges(), held(healthy_ranges()))
-        if len(found) < 3 or found[-1].far <= unlike_limit() or _in_domain(r) != inside:
-            return None
-        judged = tuple(
-            Judged(one.key, one.value, "above", one.healthy.quantiles[-1])
-            if one.value > one.healthy.quantiles[-1]
-            else Judged(one.key, one.value, "below", one.healthy.quantiles[0])
-            for one in found
-        )
-        return Evidence("; ".join(map(_said, found)), judged)
-
-    return check
+def _unlike(r: Reading) -> Evidence | None:
+    """Of a run of another size nothing is said: its steps, say, lead further without a fault."""
+    found = most_unlike(r, healthy_ranges(), held(healthy_ranges()))
+    if len(found) < 3 or found[-1].far <= unlike_limit() or not _in_domain(r):
+        return None
+    judged = tuple(
+        Judged(one.key, one.value, "above", one.healthy.quantiles[-1])
+        if one.value > one.healthy.quantiles[-1]
+        else Judged(one.key, one.value, "below", one.healthy.quantiles[0])
+        for one in found
+    )
+    return Evidence("; ".join(map(_said, found)), judged)
 
 
 UNLIKE: tuple[Rule, ...] = (
     Rule(
         "unlike_healthy",
         "warn",
-        _unlike(True),
+        _unlike,
         "the cause is not known: no rule holds, and yet these numbers are like no healthy run's",
         "python -m flowray.doctor overfit RECIPE and python -m flowray.doctor ablations RECIPE"
         " narrow it down; of changed source python -m flowray.doctor --selfcheck",
-        last=True,
-    ),
-    Rule(
-        "unlike_small_runs",
-        "info",
-        _unlike(False),
-        "these numbers are like none of the small healthy runs that the doctor knows; a run of"
-        " another size may differ without a fault",
-        "compare with a run of yours that paints well: python -m flowray.report RUN RUN",
         last=True,
     ),
 )

@@ -318,7 +318,6 @@ CASES = (
     Case("time_embedding_loud", {"time/embed_ratio": 50.0}),
     Case("undertrained", {"shoot/nmse": 1.4}),
     Case("unlike_healthy", ODD, {name: high for name, (_, high) in domain().items()}, []),
-    Case("unlike_small_runs", ODD, {name: 100 * high for name, (_, high) in domain().items()}),
 )
 
 
