@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flowray.config.rounding import finite
 from flowray.config.train import ConstantLR, GroupScales
+from flowray.doctor.measured import Rows
 from flowray.doctor.subject import Subject
 from flowray.losses.total import Batch
 from flowray.model.assemble import FlowModel
@@ -27,7 +28,6 @@ from flowray.train.optim import group_lr, lr_at, parameter_groups, resolve_sched
 from flowray.train.state import TrainState, optimizer_of, state_of
 from flowray.train.step import train_step
 
-Rows = dict[str, float]
 Slots = Mapping[str, Mapping[str, Tensor]]
 RECENT = 0.1  # share of the history that tells how things are now
 IDLE = 0.01  # of the highest rate: less is as good as none

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from flowray.config.errors import InputError
 from flowray.config.flow import AlphaTime, LogitNormalTime, LogSNRTime, TimeConfig, UniformTime
+from flowray.doctor.measured import Rows
 from flowray.doctor.subject import Subject
-from flowray.doctor.training import Rows, first_rows, training_mode
+from flowray.doctor.training import first_rows, training_mode
 from flowray.flow.time import time_config
 from flowray.losses.total import Batch, weights_at
 from flowray.model.assemble import Source

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from flowray.config.flow import EulerSolver, SampleConfig
+from flowray.doctor.measured import Rows
 from flowray.doctor.subject import Subject
-from flowray.doctor.training import Rows, first_rows, training_mode, without_null
+from flowray.doctor.training import first_rows, training_mode, without_null
 from flowray.losses.terms import Forward, box_sum, flow_mse
 from flowray.losses.total import Batch, active_terms
 from flowray.model.assemble import FlowModel, Source

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
+from flowray.doctor.measured import Rows
 from flowray.doctor.optimiser import optimiser_rows
 from flowray.doctor.subject import Subject
 from flowray.flow.path import psi, time_code, velocity_target
@@ -25,8 +26,6 @@ from flowray.model.semantic import Views
 from flowray.probes.battery import derangement
 from flowray.probes.grads import gradient_rows, step_gradient
 from flowray.probes.untouched import untouched
-
-Rows = dict[str, float]
 
 
 def first_rows(batch: Batch, count: int) -> Batch:
