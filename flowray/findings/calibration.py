@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from flowray.findings.reading import Absent, Reading
 
 FILE = Path(__file__).with_name("healthy.json")
 LEVELS = 20  # quantiles 0, 1/20, ..., 1 of every key
+SPREAD = 3.0  # healthy runs' middle four fifths, above which a number varies by factors
 LEAST = 10  # healthy runs that must have measured a key
 
 
@@ -39,14 +41,22 @@ class Range:
     def outside(self, value: float, better: str) -> float:
         """How far out of the range of all healthy runs, in widths of its middle four fifths; 0
         inside, and on the side that is better (`higher`, `lower` or `none`).
+
+        A number that is positive in all of them has an end below and none above: a share of the
+        velocity's norm, say, where the velocity is small by right. Where it spreads over factors
+        it is held by factors, above.
         """
         low, high = self.quantiles[0], self.quantiles[-1]
         width = self.quantiles[-3] - self.quantiles[2]
         # a number that all runs agree on to rounding says nothing by being a little off
         width = max(width, 0.02 * max(abs(low), abs(high)), 0.01)
-        above = 0.0 if better == "higher" else value - high
-        below = 0.0 if better == "lower" else low - value
-        return max(above, below, 0.0) / width
+        if value > high:
+            above = (value - high) / width
+            if low > 0 and self.quantiles[-3] > SPREAD * self.quantiles[2]:
+                middle = math.log(self.quantiles[-3] / self.quantiles[2])
+                above = min(above, math.log(value / high) / middle)
+            return 0.0 if better == "higher" else above
+        return 0.0 if better == "lower" else max(low - value, 0.0) / width
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,12 @@ YOUNG = some(below("step", 100), above("history/fall", 0.05))
 READS_CAPTION = fact("condition", "adaln", "cross_attention")
 # A caption has many right pictures, far apart.
 OPEN = above("data/left_open", 0.2, "share of the data's variance that a caption leaves open:")
-# Where captions fix the picture z0 alone becomes it, and what is left for the field is jitter.
-ANSWERED = below("trivial/shoot/nmse", 0.1)
+# Where captions fix the picture z0 alone becomes it, and what is left for the field is jitter; a
+# field that has less than half of the picture to paint takes more than some hundred steps to start.
+ANSWERED = some(
+    below("trivial/shoot/nmse", 0.1),
+    every(below("trivial/shoot/nmse", 0.5), unless(OPEN), below("step", 1000)),
+)
 WEAK_KL = below("kl_weight", 0.1)
 PLATEAU = every(
     unless(fact("lr_schedule", "cosine")),  # its end is flat by intent

@@ -48,6 +48,18 @@ def test_how_far_outside_counts_on_the_bad_side(value, better, far):
     assert ranges_of(ROWS)["shoot/energy"].outside(value, better) == pytest.approx(far, abs=0.01)
 
 
+def test_above_a_positive_range_factors_count():
+    """A velocity that is small by right made a healthy run's guidance/gap, a share of it, 20 times
+    any other's.
+    """
+    spread = ranges_of([{"x": 2.0 ** (i / 4)} for i in range(41)])["x"]  # 1 to 1024, in factors
+    assert spread.outside(1024 * 2**8, "none") == pytest.approx(1.0, abs=0.05)
+    assert spread.outside(1024 * 2**8, "higher") == 0.0
+    assert 0 < spread.outside(0.0, "none") < 0.01
+    signed = ranges_of([{"x": i - 20.0} for i in range(41)])["x"]
+    assert signed.outside(20.0 + 32, "none") == pytest.approx(1.0, abs=0.01)
+
+
 def test_a_key_of_few_runs_has_no_range():
     assert "rare" not in ranges_of([*ROWS, {"rare": 1.0}])
 

@@ -132,10 +132,18 @@ def test_a_field_with_nothing_left_to_learn_is_not_at_fault() -> None:
     """Where captions fix the picture an anchored source becomes it; what is left is jitter."""
     seen = {**HEALTHY, "flow/nmse": 1.0, "flow/cos": 0.06, "flow/speed_ratio": 0.1}
     facts = {**FACTS, "loss_weights": {"flow": 1.0, "anchor": 4.0}}
-    named = {f.id for f in diagnose({**seen, "trivial/shoot/nmse": 0.3}, facts)}
-    assert "worse_than_zero" in named
-    named = {f.id for f in diagnose({**seen, "trivial/shoot/nmse": 0.05}, facts)}
-    assert not named & {"worse_than_zero", "field_weak", "gain_would_hurt"}
+
+    def named(step: int, **more: float) -> set[str]:
+        return {f.id for f in diagnose({**seen, **more}, {**facts, "step": step})}
+
+    fields = {"worse_than_zero", "field_weak", "gain_would_hurt"}
+    assert not named(3000, **{"trivial/shoot/nmse": 0.05}) & fields
+    # most of the picture is there: a short run has not begun with the rest, a long one should have
+    assert not named(150, **{"trivial/shoot/nmse": 0.3}) & fields
+    assert "worse_than_zero" in named(3000, **{"trivial/shoot/nmse": 0.3})
+    assert "worse_than_zero" in named(150, **{"trivial/shoot/nmse": 0.7})
+    # what captions leave open nothing but the field can choose
+    assert "worse_than_zero" in named(150, **{"trivial/shoot/nmse": 0.3, "data/left_open": 0.4})
 
 
 def test_a_run_that_halts_at_once_is_not_said_to_learn_too_slowly() -> None:
