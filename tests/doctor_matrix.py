@@ -334,8 +334,8 @@ def _calibrated(every: Sequence[Row]) -> list[str]:
         "",
         "Runs of many settings, drawn once (`tests/healthy_runs.py`): both sources, all heads,"
         " three data sets, several sizes and lengths. False alarms on those by which thresholds"
-        f" were set: {said(CALIB)}. On others, looked at once: {said(FRESH)}, as the rules are since"
-        f" they were mended for these. On those drawn after that, looked at once: {said(LATER)}.",
+        f" were set: {said(CALIB)}. On others, by rules that were mended for what these showed:"
+        f" {said(FRESH)}. On those drawn after that, looked at once: {said(LATER)}.",
     ]
 
 
