@@ -17,6 +17,7 @@ _VERBS: dict[str, str] = {
     "report": "write report.html of a run or a sweep",
     "dashboard": "TensorBoard and optuna-dashboard of a sweep on loopback",
     "data": "make, pack and check webdataset shards",
+    "train_autoencoder": "an autoencoder of a shard set's pictures",
     "cluster": "check the nodes of a Ray cluster, start a head with a token",
 }
 
@@ -42,6 +43,8 @@ def _command(verb: str) -> Main:
             from flowray.cli.doctor import main
         case "data":
             from flowray.cli.data import main
+        case "train_autoencoder":
+            from flowray.cli.train_autoencoder import main
         case "cluster":
             from flowray.cli.cluster import main
         case _:
@@ -72,7 +75,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: flowray <verb> ...   (flowray <verb> --help for each; flowray --version)\n")
-        print("\n".join(f"  {verb:<9} {help_text}" for verb, help_text in _VERBS.items()))
+        print("\n".join(f"  {verb:<17} {help_text}" for verb, help_text in _VERBS.items()))
         return 0
     return _command(argv[0])(argv[1:])
 
