@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 IMAGE_SIZE = 64
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -32,6 +31,8 @@ def samples(split: str) -> Iterator[tuple[np.ndarray, list[str], int]]:
     """(uint8 (64, 64, 3), captions, label) of a split; every tenth scan is `val`, the rest
     `train`.
     """
+    from sklearn.datasets import load_digits  # slow to import, and only digits need it
+
     scans = load_digits()
     for index, (scan, label) in enumerate(zip(scans.images, scans.target, strict=True)):
         if (split == "val") != (index % 10 == 0):
