@@ -10,10 +10,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -29,8 +30,46 @@ SCANS = 1797  # of digits, both splits
 EmbeddedName = Literal["shapes", "shapes_closed", "digits"]
 
 
+class MadeSet(Protocol):
+    """A set of pictures that this program makes, as shards of several splits."""
+
+    @property
+    def name(self) -> str:
+        """As `data.shards` has it."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Its splits, `train` first."""
+
+    @property
+    def drawn_by(self) -> tuple[ModuleType, ...]:
+        """The modules that decide what the samples are, this one apart."""
+
+    def arguments(self) -> dict[str, Any]:
+        """What tells two sets of one name apart, as JSON."""
+
+    def prepare(self, cache: Path, progress: Progress) -> None:
+        """Have what the samples are drawn from; InputError where that cannot be had."""
+
+    def count(self, split: str) -> int | None:
+        """How many samples a split has, None where that is not known before; after `prepare`."""
+
+    def samples(self, split: str) -> Iterator[dict[str, Any]]:
+        """The samples of a split, as `write_shards` takes them; after `prepare`."""
+
+
+class _DrawnHere:
+    """What the sets share that need nothing but their own source."""
+
+    def arguments(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload]
+
+    def prepare(self, cache: Path, progress: Progress) -> None:
+        """Nothing."""
+
+
 @dataclass(frozen=True)
-class ShapesSet:
+class ShapesSet(_DrawnHere):
     """How many shapes samples of each split, from which seed; two_share: share of two-object
     scenes, in [0, 1]; closed: captions name all of their picture, else a part of it.
     """
@@ -43,36 +82,37 @@ class ShapesSet:
     closed: bool = False
 
     splits = ("train", "val", "unseen")
+    drawn_by = (shapes, open_shapes)
 
     @property
     def name(self) -> str:
-        """As `data.shards` has it."""
         return "shapes_closed" if self.closed else "shapes"
 
     def count(self, split: str) -> int:
-        """How many samples a split has."""
         return int(getattr(self, split))
 
     def samples(self, split: Any) -> Iterator[dict[str, Any]]:
         draw = shapes.samples if self.closed else open_shapes.samples
         drawn = draw(getattr(self, split), split, self.seed, self.two_share)
         for i, (picture, captions, scene) in enumerate(drawn):
-            yield _sample(f"{split}-{i:06d}", picture, captions, {"scene": scene.as_json()})
+            extra = {"scene": scene.as_json()}
+            yield sample(f"{split}-{i:06d}", png(picture), captions, extra)
 
 
 @dataclass(frozen=True)
-class DigitsSet:
+class DigitsSet(_DrawnHere):
     """All 1797 scans; the split is fixed."""
 
     name = "digits"
     splits = ("train", "val")
+    drawn_by = (digits,)
 
     def count(self, split: str) -> None:
         """Few, and known once they are read."""
 
     def samples(self, split: str) -> Iterator[dict[str, Any]]:
         for i, (picture, captions, label) in enumerate(digits.samples(split)):
-            yield _sample(f"{split}-{i:06d}", picture, captions, {"label": label})
+            yield sample(f"{split}-{i:06d}", png(picture), captions, {"label": label})
 
 
 EmbeddedSet = ShapesSet | DigitsSet
@@ -92,51 +132,62 @@ def png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _sample(
-    key: str, picture: np.ndarray, captions: list[str], extra: dict[str, Any]
-) -> dict[str, Any]:
+def sample(key: str, picture: bytes, captions: list[str], extra: dict[str, Any]) -> dict[str, Any]:
+    """One sample for `write_shards`; picture: as PNG. extra: what its .json says besides."""
     row = json.dumps({"captions": captions, **extra})
-    return {"__key__": key, "png": png(picture), "txt": captions[0].encode(), "json": row.encode()}
+    return {"__key__": key, "png": picture, "txt": captions[0].encode(), "json": row.encode()}
 
 
-def write_set(what: EmbeddedSet, root: Path, progress: Progress = SILENT) -> dict[str, Path]:
-    """Write every split of a set as `root/<split>`, leaving those that are whole already; split
-    -> folder.
+def write_set(what: MadeSet, root: Path, progress: Progress = SILENT) -> dict[str, Path]:
+    """Write every split of a set, which is prepared, as `root/<split>`, leaving those that are
+    whole already; split -> folder.
     """
     for split in what.splits:
         if not (root / split / MANIFEST).is_file():
-            meta = {"set": what.name, "split": split, **asdict(what)}
+            meta = {"set": what.name, "split": split, **what.arguments()}
             with progress.task(f"making {split} {what.name}", what.count(split)) as advance:
                 write_shards(root / split, counted(what.samples(split), advance), meta=meta)
     return {split: root / split for split in what.splits}
 
 
-def fingerprint(what: EmbeddedSet) -> str:
+def fingerprint(what: MadeSet) -> str:
     """A short hash of a set's arguments and of the source that draws and writes it."""
-    drawn_by = (shapes, open_shapes) if isinstance(what, ShapesSet) else (digits,)
-    digest = hashlib.sha256(json.dumps(asdict(what)).encode())
-    for source in (*(module.__file__ for module in drawn_by), __file__):
+    digest = hashlib.sha256(json.dumps(what.arguments()).encode())
+    for source in (*(module.__file__ for module in what.drawn_by), __file__):
         digest.update(Path(str(source)).read_bytes())
     return digest.hexdigest()[:12]
 
 
-def ensure_set(what: EmbeddedSet, cache: Path, progress: Progress = SILENT) -> dict[str, Path]:
-    """The split folders of a set under `cache`, written now if they are not there; several
-    processes may ask at once.
+def set_folders(what: MadeSet, cache: Path) -> dict[str, Path]:
+    """split -> the folder of a set under `cache`, there or not.
 
-    The folder's name carries the fingerprint, so a change of arguments or of the generator can
-    never meet old pictures.
+    Its name carries the fingerprint, so a change of arguments or of the generator can never meet
+    old pictures.
     """
     root = cache / f"{what.name}-{fingerprint(what)}"
-    folders = {split: root / split for split in what.splits}
-    if all((folder / MANIFEST).is_file() for folder in folders.values()):
+    return {split: root / split for split in what.splits}
+
+
+def is_made(folders: Iterable[Path]) -> bool:
+    """Whether all the folders of a set's splits are whole."""
+    return all((folder / MANIFEST).is_file() for folder in folders)
+
+
+def ensure_set(what: MadeSet, cache: Path, progress: Progress = SILENT) -> dict[str, Path]:
+    """The split folders of a set under `cache`, written now if they are not there; several
+    processes may ask at once.
+    """
+    folders = set_folders(what, cache)
+    if is_made(folders.values()):
         return folders
+    root = folders["train"].parent
     try:
         root.mkdir(parents=True, exist_ok=True)
         with (root / ".lock").open("w") as lock:
             if locked(lock):
                 for left in root.glob(".*.????????????"):  # what a killed writer left: nobody
                     shutil.rmtree(left, ignore_errors=True)  # else writes while we hold the lock
+            what.prepare(cache, progress)
             return write_set(what, root, progress)
     except OSError as error:
         raise InputError(
@@ -162,8 +213,7 @@ def picture_side(name: str) -> int:
 def unmade_samples(name: str, cache: Path) -> int:
     """How many samples `ensure_embedded` would make; 0 where the set is there."""
     what = _DEFAULTS[name]
-    root = cache / f"{what.name}-{fingerprint(what)}"
-    missing = [split for split in what.splits if not (root / split / MANIFEST).is_file()]
+    missing = [split for split, at in set_folders(what, cache).items() if not is_made([at])]
     return sum(what.count(split) or SCANS for split in missing)
 
 
