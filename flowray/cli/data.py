@@ -12,25 +12,18 @@ from rich.table import Table
 
 from flowray.cli import ready
 from flowray.cli.common import FINDINGS, GOOD
+from flowray.cli.make import add_make
 from flowray.cli.parser import JSON, Parser, add_recipe
 from flowray.cli.progress import IMPORTING, ConsoleProgress
-from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.paths import argument, expand
 from flowray.config.progress import Progress
 from flowray.data.captions import LISTS
 from flowray.data.check import ShardCheck, check_shards
-from flowray.data.make import (
-    DigitsSet,
-    EmbeddedSet,
-    ShapesSet,
-    cache_dir,
-    ensure_embedded,
-    ensure_set,
-    write_set,
-)
+from flowray.data.emoji import made_emoji
+from flowray.data.make import cache_dir, ensure_embedded
 from flowray.data.pack import LARGEST, pack_folder
-from flowray.data.shards import EMBEDDED, splits, tars
+from flowray.data.shards import EMBEDDED, FETCHED, NAMED, splits, tars
 
 SHOWN = 20  # problems in the table; --json has them all
 
@@ -42,80 +35,10 @@ def main(argv: list[str]) -> int:
         description="Make, pack and check webdataset shards (KEY.png, KEY.txt, KEY.json).",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_make, _add_pack, _add_check, _add_encode):
+    for add in (add_make, _add_pack, _add_check, _add_encode):
         add(commands)
     args = parser.parse_args(argv)
     return int(args.run(args))
-
-
-def _add_make(commands: argparse._SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser(
-        "make",
-        help="write an embedded set: shapes (procedural scenes under captions that leave things"
-        " open), shapes_closed (the same, all of each named) or digits (real 8x8 scans)",
-    )
-    parser.add_argument("set", choices=EMBEDDED)
-    parser.add_argument(
-        "--out",
-        type=argument,
-        help="folder that gets train/, val/ (and unseen/); the cache when left out",
-    )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        metavar="N",
-        help="shapes: training samples, 12000; val gets N/16 and unseen N/32",
-    )
-    parser.add_argument(
-        "--two-share",
-        type=float,
-        metavar="X",
-        help="shapes: share of two-object scenes in 0..1, 0.2",
-    )
-    parser.add_argument("--seed", type=int, help="shapes: another seed draws other scenes, 0")
-    parser.set_defaults(run=_make)
-
-
-def _make(args: argparse.Namespace) -> int:
-    what = _set(args)
-    if args.out is None:
-        folders = ensure_set(what, cache_dir(None), ConsoleProgress())
-    else:
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise InputError(
-                f"--out {args.out}: exists already and is not an empty folder; remove it or choose"
-                " another"
-            )
-        folders = write_set(what, args.out, ConsoleProgress())
-    for split, folder in folders.items():
-        count = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["samples"]
-        print(f"{split:7s} {count:6d} samples  {folder}")
-    return GOOD
-
-
-def _set(args: argparse.Namespace) -> EmbeddedSet:
-    given = {
-        name: value
-        for name in ("samples", "two_share", "seed")
-        if (value := getattr(args, name)) is not None
-    }
-    if args.set == "digits":
-        if given:
-            raise InputError(
-                f"--{next(iter(given)).replace('_', '-')} is for shapes; digits is one fixed set of"
-                " 1797 scans"
-            )
-        return DigitsSet()
-    if (count := given.pop("samples", None)) is not None:
-        if count < 1:
-            raise InputError(f"--samples {count}: must be at least 1")
-        given |= {"train": count, "val": max(1, count // 16), "unseen": max(1, count // 32)}
-    what = ShapesSet(**given, closed=args.set == "shapes_closed")
-    if not 0 <= what.two_share <= 1:
-        raise InputError(f"--two-share {what.two_share}: must lie in 0..1")
-    if what.seed < 0:
-        raise InputError(f"--seed {what.seed}: must be 0 or more")
-    return what
 
 
 def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -183,7 +106,7 @@ def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
         type=expand,
         nargs="+",
         metavar="SHARDS",
-        help="folders of .tar files, globs or .tar files; or shapes, shapes_closed, digits",
+        help=f"folders of .tar files, globs or .tar files; or {', '.join(NAMED)}",
     )
     parser.add_argument("--json", action="store_true", help=JSON)
     parser.set_defaults(run=_check)
@@ -207,6 +130,8 @@ def _every_split(spec: str, progress: Progress) -> list[str]:
     if spec in EMBEDDED:
         made = ensure_embedded(spec, cache_dir(None), progress)  # type: ignore[arg-type]
         folders = list(made.values())
+    elif spec in FETCHED:
+        folders = list(made_emoji(spec, cache_dir(None)).values())
     else:
         folders = [] if tars(Path(spec)) else splits(Path(spec))
     return [str(folder) for folder in folders] or [spec]

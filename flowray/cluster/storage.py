@@ -21,7 +21,9 @@ from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError, last_line
 from flowray.config.progress import SILENT, Progress
 from flowray.config.train import DataConfig
-from flowray.data.shards import EMBEDDED, find_shards
+from flowray.data.emoji import made_emoji
+from flowray.data.make import cache_dir
+from flowray.data.shards import EMBEDDED, FETCHED, find_shards
 
 MARKER = ".shared-"  # begins the name of the file that nodes look for
 PATIENCE_S = 60.0  # for a node to answer, or to have mounted its folders
@@ -166,6 +168,9 @@ def _unshared(folder: Path, node: str, problem: str) -> str:
 
 
 def _shards(data: DataConfig) -> list[Path]:
+    if data.shards in FETCHED:
+        made = made_emoji(data.shards, cache_dir(data.cache)).values()
+        return [path.absolute() for folder in made for path in find_shards(str(folder))]
     return [
         path.absolute()
         for name in (data.shards, data.val_shards)

@@ -57,7 +57,8 @@ class PathField:
 
 
 OptionalPath = Annotated[str | None, PathField()]
-ShardsPath = Annotated[str, PathField(names=("shapes", "shapes_closed", "digits"), pattern=True)]
+SETS = ("shapes", "shapes_closed", "digits", "emoji_64", "emoji_128", "emoji_256")
+ShardsPath = Annotated[str, PathField(names=SETS, pattern=True)]
 OptionalShards = Annotated[str | None, PathField(pattern=True)]
 StoragePath = Annotated[str, PathField(root=STORAGE)]
 RunPaths = Annotated[tuple[str, ...], PathField(root=STORAGE, run=True)]

@@ -23,9 +23,9 @@ OPEN_SCORES = ("named", "coverage_excess")  # of flowray.eval's `open`, what swe
 class DataConfig(Config):
     """Where the pictures come from.
 
-    shards: `shapes`, `shapes_closed` or `digits` (made on first use), or a folder or glob of
-    webdataset tars.
-    val_shards: the held-out shards; the embedded sets bring their own.
+    shards: `shapes`, `shapes_closed` or `digits` (made on first use), `emoji_64`, `emoji_128` or
+    `emoji_256` (as `flowray.data make emoji` made them), or a folder or glob of webdataset tars.
+    val_shards: the held-out shards; the named sets bring their own.
     cache: where embedded shards and cached latents live; unless FLOWRAY_CACHE says otherwise,
     `flowray` in XDG_CACHE_HOME or ~/.cache, and where that cannot be written, in the temporary
     folder.

@@ -21,6 +21,9 @@ from flowray.data.folders import put_in_place
 
 MANIFEST = "manifest.json"
 EMBEDDED = ("shapes", "shapes_closed", "digits")  # the names that stand for sets made on first use
+# those that stand for sets which only `flowray.data make` makes, as they are fetched
+FETCHED = ("emoji_64", "emoji_128", "emoji_256")
+NAMED = (*EMBEDDED, *FETCHED)
 
 
 def write_shards(
@@ -139,11 +142,11 @@ def find_shards(spec: str) -> tuple[Path, ...]:
             "no .tar file matches",
         )
     else:
-        near = "" if exists(path) or path.name in EMBEDDED else did_you_mean(path.name, EMBEDDED)
+        near = "" if exists(path) or path.name in NAMED else did_you_mean(path.name, NAMED)
         found, what = [], f"no such folder{near}" if near else no_such(path)
     if not found:
         raise InputError(
-            f"shards {spec!r}: {what}; give {', '.join(EMBEDDED)}, a folder of .tar files, a glob"
+            f"shards {spec!r}: {what}; give {', '.join(NAMED)}, a folder of .tar files, a glob"
             " or one .tar"
         )
     if not any(_starts_with_a_member(tar) for tar in found):

@@ -28,11 +28,12 @@ from flowray.config.paths import is_hub_name
 from flowray.config.progress import SILENT, Advance, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig
+from flowray.data.emoji import made_emoji
 from flowray.data.make import cache_dir, ensure_embedded, unmade_samples
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import to_pictures
 from flowray.data.reader import ShardReader
-from flowray.data.shards import EMBEDDED, MANIFEST, find_shards, sha256, write_shards
+from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, find_shards, sha256, write_shards
 from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
 from flowray.model.latent import LatentScale, Moments, over_channels
 from flowray.store.apart import apart
@@ -88,12 +89,15 @@ def _decode_batch(reader: ShardReader, indices: range) -> Tensor:
 
 
 def split_shards(data: DataConfig, progress: Progress = SILENT) -> dict[str, tuple[Path, ...]]:
-    """Image shards of `train` and `val` (and `unseen` for shapes); the embedded sets are made on
-    first use.
+    """Image shards of `train` and `val` (and `unseen` for shapes and emoji); the embedded sets are
+    made on first use, the fetched ones are there or InputError says what makes them.
     """
     if data.shards in EMBEDDED:
         place = cache_dir(data.cache)
         folders = ensure_embedded(data.shards, place, progress)  # type: ignore[arg-type]
+        return {split: find_shards(str(folder)) for split, folder in folders.items()}
+    if data.shards in FETCHED:
+        folders = made_emoji(data.shards, cache_dir(data.cache))
         return {split: find_shards(str(folder)) for split, folder in folders.items()}
     train = find_shards(data.shards)  # first: of a misspelt set nothing is held out either
     if data.val_shards is None:
