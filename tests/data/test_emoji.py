@@ -18,6 +18,7 @@ from PIL import Image
 
 from flowray.cli.data import main
 from flowray.config.errors import InputError
+from flowray.config.load import load_recipe
 from flowray.config.paths import SETS
 from flowray.config.progress import SILENT
 from flowray.config.train import DataConfig
@@ -406,6 +407,7 @@ def test_the_docs_credit_every_style() -> None:
 
 def test_names_agree_between_the_rooms() -> None:
     assert SETS == NAMED
+    assert load_recipe("quickstart", ["data.shards=emoji_64"]).recipe.data.shards == "emoji_64"
     assert tuple(EmojiSet(size=size).name for size in SIZES) == FETCHED
 
 
