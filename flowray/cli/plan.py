@@ -104,6 +104,9 @@ def _memory(
         "text_activations_estimate": (
             batch * kept_behind_queries(model, text) // (2 if half_text else 1)
         ),
+        "text_cache_at_most": (
+            int(recipe.model.text.cache_gib * GIB) if recipe.model.text.cache else 0
+        ),
         "loss_gradients": FP32 * trained * len(active_terms(recipe.loss)) if apart else 0,
         "ddp_buckets": FP32 * trained if recipe.resources.num_workers > 1 else 0,
     }

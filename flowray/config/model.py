@@ -43,6 +43,9 @@ class FrozenText(Config):
     dtype: of the frozen weights; tokens and whatever trains stay fp32. width, parameters: hidden
     size and parameter count of the frozen model, so that `--plan` works where its weights are not;
     a width that the weights do not have is an error.
+
+    cache: keep what the frozen model makes of each caption, so that it is computed once; with
+    queries their prompt's keys and values. cache_gib: at most so much, on the model's device.
     """
 
     kind: Literal["causal_lm", "encoder"]
@@ -52,6 +55,8 @@ class FrozenText(Config):
     width: PositiveInt | None = None
     parameters: PositiveInt | None = None
     connector: ConnectorConfig | None = None
+    cache: bool = False
+    cache_gib: float = Field(2.0, gt=0)
 
 
 class CausalText(FrozenText):

@@ -19,6 +19,8 @@ _KEPT = ("seed", "data", "model")
 _FREE = (
     "data.cache",
     "model.autoencoder.parameters",
+    "model.text.cache",
+    "model.text.cache_gib",
     "model.text.dtype",
     "model.text.parameters",
     "model.text.width",

@@ -140,9 +140,12 @@ def hearing(
     # these shadow the methods
     model.__dict__ |= {"source": hear_source, "levels": hear_levels}
     model.text.__dict__["tokenize"] = hear_prompts
+    # a text that is kept runs no module
+    kept, model.text.kept = model.text.kept, None
     try:
         yield heard
     finally:
+        model.text.kept = kept
         del model.__dict__["source"], model.__dict__["levels"], model.text.__dict__["tokenize"]
         for hook in hooks:
             hook.remove()

@@ -3,7 +3,8 @@
 A causal model sees the prompt and, after it, learnable meta queries (OpenUni, arXiv 2505.23661);
 its last hidden states at the queries are the tokens. The prompt cannot see the queries, so it runs
 without gradient into a key-value cache and only the queries carry one; `forward_plain` is the
-single pass it must equal. docs/benchmarks/text-cache.md has what that saves.
+single pass it must equal. With `cache` the prompt's keys and values are kept from step to step.
+docs/benchmarks/text-cache.md has what both save.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from flowray.model.files import TEXT, open_model
 from flowray.model.layers import to_device
 from flowray.model.local import find_place
 from flowray.model.prompts import PromptTokenizer, load_tokenizer
+from flowray.model.states import TokenStates
 
 
 class Prompts(NamedTuple):
@@ -51,6 +53,12 @@ class TextTokens(NamedTuple):
         return TextTokens(self.values.repeat(again, 1, 1), self.mask.repeat(again, 1))
 
 
+def _forget(model: TextModel, _: object) -> None:
+    """Weights were loaded: what is kept was of others."""
+    if model.kept is not None:
+        model.kept.clear()
+
+
 class TextModel(nn.Module):
     """Shared by both kinds: tokenizer, frozen backbone, connector if there is one, `width` of the
     tokens a head reads.
@@ -65,6 +73,8 @@ class TextModel(nn.Module):
         self.lm_width = backbone_width(backbone)
         self.connector = Connector(config.connector, self.lm_width) if config.connector else None
         self.width: int = config.connector.out if config.connector else self.lm_width
+        self.kept = TokenStates(config.cache_gib) if config.cache else None
+        self.register_load_state_dict_post_hook(_forget)
 
     @property
     def prompts(self) -> PromptTokenizer:
@@ -83,6 +93,20 @@ class TextModel(nn.Module):
         """Draw the trainable parameters anew from the global RNG; a plain encoder has none."""
         if self.connector is not None:
             self.connector.reset()
+
+    def states(self, prompts: Prompts, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """States (B, L, size) that the frozen backbone makes of tokens, by `compute` from ids and
+        mask, or as they were kept.
+
+        InputError where they are kept of a backbone that trains.
+        """
+        with torch.no_grad():
+            if self.kept is None:
+                return compute(*prompts)
+            if any(p.requires_grad for p in self.backbone.parameters()):
+                why = "the text model trains, so what it makes of a caption changes"
+                raise InputError(f"model.text.cache: {why}; type model.text.cache=false")
+            return self.kept(*prompts, compute)
 
     def connect(self, tokens: TextTokens) -> TextTokens:
         """Tokens as the head reads them: through the connector, if there is one."""
@@ -121,6 +145,7 @@ class CausalQueries(TextModel):
     def __init__(self, backbone: Any, prompts: PromptTokenizer | None, config: CausalText):
         super().__init__(backbone, prompts, config)
         self.queries = nn.Parameter(torch.empty(config.queries, self.lm_width))
+        self._heads: list[tuple[int, int]] = []  # of each layer's keys and values
         self.reset()
 
     def reset(self) -> None:
@@ -137,23 +162,50 @@ class CausalQueries(TextModel):
         with gradient.
         """
         whole, positions = self._positions(prompts.mask)
-        length = prompts.ids.shape[1]
-        with torch.no_grad():
-            cache = self.backbone(
-                input_ids=prompts.ids,
-                attention_mask=prompts.mask.long(),
-                position_ids=positions[:, :length],
-                past_key_values=DynamicCache(config=self.backbone.config),
-                use_cache=True,
-            ).past_key_values
+        if self.kept is None:
+            cache = self._prefix(*prompts)
+        else:
+            cache = self._unpacked(self.states(prompts, self._packed))
         out = self.backbone(
             inputs_embeds=self.queries.expand(len(whole), -1, -1).to(self.backbone.dtype),
             attention_mask=whole.long(),
-            position_ids=positions[:, length:],
+            position_ids=positions[:, prompts.ids.shape[1] :],
             past_key_values=cache,
             use_cache=True,
         )
-        return self.connect(TextTokens(out.last_hidden_state.float(), whole[:, length:]))
+        mask = whole[:, prompts.ids.shape[1] :]
+        return self.connect(TextTokens(out.last_hidden_state.float(), mask))
+
+    @torch.no_grad()
+    def _prefix(self, ids: Tensor, mask: Tensor) -> Any:
+        """The key-value cache of prompts (B, L)."""
+        return self.backbone(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(1) - 1).clamp_min(0),
+            past_key_values=DynamicCache(config=self.backbone.config),
+            use_cache=True,
+        ).past_key_values
+
+    def _packed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """All layers' keys and values of a token beside each other, (B, L, size)."""
+        layers = self._prefix(ids, mask).layers
+        parts = [part for layer in layers for part in (layer.keys, layer.values)]
+        # a layer's keys may have other heads than its values, or than other layers'
+        self._heads = [(part.shape[1], part.shape[3]) for part in parts]
+        return torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=-1)
+
+    def _unpacked(self, states: Tensor) -> Any:
+        """The key-value cache again, of (B, L, size)."""
+        cache = DynamicCache(config=self.backbone.config)
+        split = states.split([heads * dim for heads, dim in self._heads], dim=-1)
+        parts = [
+            part.unflatten(-1, heads).transpose(1, 2)
+            for part, heads in zip(split, self._heads, strict=True)
+        ]
+        for layer, (key, value) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
+            cache.update(key, value, layer)
+        return cache
 
     def forward_plain(self, prompts: Prompts) -> TextTokens:
         """The same tokens in one pass over prompt and queries; the reference of `forward`."""
@@ -183,9 +235,11 @@ class EncoderTokens(TextModel):
 
     def forward(self, prompts: Prompts) -> TextTokens:
         """Tokens (B, L, width), padding masked."""
-        with torch.no_grad():
-            out = self.backbone(input_ids=prompts.ids, attention_mask=prompts.mask.long())
-        return self.connect(TextTokens(out.last_hidden_state.float() * self.scale, prompts.mask))
+        hidden = self.states(prompts, self._hidden)
+        return self.connect(TextTokens(hidden.float() * self.scale, prompts.mask))
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.backbone(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
 
 _TEXT_MODELS: dict[type, Callable[[Any, PromptTokenizer | None, Any], TextModel]] = {

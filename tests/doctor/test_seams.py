@@ -17,7 +17,7 @@ from faults import in_bf16, replacing, target
 from support import tiny_recipe
 from torch import Tensor, nn
 
-from flowray.doctor.seams import seam_rows
+from flowray.doctor.seams import hearing, seam_rows
 from flowray.doctor.subject import Subject, live_subject
 from flowray.findings.diagnose import diagnose
 from flowray.findings.rules_seams import SEAMS
@@ -289,3 +289,22 @@ def test_the_module_that_differs_is_named(subject: Subject, monkeypatch: Any) ->
     forward = inner.forward
     monkeypatch.setattr(inner, "forward", lambda x: forward(x) * (1 if inner.training else 3))
     assert seams(subject)[1]["velocity"] == name
+
+
+def test_kept_texts_are_run_all_the_same(tmp_path: Path) -> None:
+    """Two passes are compared module by module, whichever of them meets a caption first."""
+    subject = subject_of(tmp_path, **{"model.text.cache": True})
+    model, heard = subject.model, []
+    noise = torch.zeros(1, *subject.recipe.model.latent.shape)
+    for _ in range(2):
+        model.source(["a red circle"], noise)
+        with torch.no_grad(), hearing(model) as now:
+            model.source(["a red circle"], noise)
+        heard.append([name for name, *_ in now.inside])
+    assert heard[0] == heard[1]
+    passes = [name for name in heard[0] if name.endswith("layers.0.self_attn.q_proj")]
+    assert len(passes) == 2  # the prompt's and the queries'
+    assert model.text.kept is not None
+    assert len(model.text.kept) == 1
+    rows, _ = seams(subject)
+    assert (rows["seam/tokens"], rows["seam/text"]) == (0.0, 0.0)
