@@ -228,6 +228,9 @@ def test_memory_follows_the_run(tmp_path: Path) -> None:
         memory(**{"model.text.dtype": "bf16"})["text_activations_estimate"]
         == memory()["text_activations_estimate"] // 2
     )
+    assert "text_cache_at_most" not in memory()
+    kept = memory(**{"model.text.cache": True, "model.text.cache_gib": 0.5})
+    assert kept["text_cache_at_most"] == 2**29
     assert "loss_gradients" not in memory()
     apart = memory(**{"loss.balance.kind": "shares", "loss.clip.weight": 1.0})
     assert (

@@ -217,6 +217,8 @@ def test_what_a_resume_may_change(tmp_path):
         "resources.num_workers": 2,
         "data.cache": "/x",
         "model.velocity.gradient_checkpointing": True,
+        "model.text.cache": True,
+        "model.text.cache_gib": 0.5,
         "sample.guidance_scale": 3.0,
         "storage_path": "/y",
     }

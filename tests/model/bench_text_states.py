@@ -1,5 +1,6 @@
 """What keeping the frozen model's states saves: `python tests/model/bench_text_states.py`, figures
-in docs/benchmarks/text-cache.md.
+in docs/benchmarks/text-cache.md. With recipe keys (`... model.text.path=FOLDER`) whole steps of
+quickstart at batch 32 are timed instead.
 
 Forward and backward of the text side alone, with and without `model.text.cache`, one after the
 other in one process, captions seen before: the shipped model and random ones of SmolLM2-135M's
@@ -9,6 +10,7 @@ and MiniLM-L6's sizes (but for their vocabularies).
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -20,6 +22,7 @@ from flowray.model.states import TokenStates
 from flowray.model.text import CausalQueries, EncoderTokens, Prompts, TextModel
 
 BATCH, TOKENS, ROUNDS = 16, 20, 5
+Times = dict[bool, list[float]]  # with the cache or without
 
 
 def shipped() -> Any:
@@ -73,24 +76,58 @@ def measure(name: str, model: TextModel, vocabulary: int) -> None:
     kept = TokenStates(2.0)
     first = seconds(model, prompts, kept)
     size = kept.nbytes / BATCH / TOKENS
-    times: dict[bool, list[float]] = {False: [], True: []}
+    first_and_size = f"first {first * 1000:.1f} ms, {size / 1000:.2f} kB a token"
+    times: Times = {False: [], True: []}
     for _ in range(ROUNDS):
         for on in times:
             times[on].append(seconds(model, prompts, kept if on else None))
-    without, with_it = (statistics.median(times[on]) for on in (False, True))
+    print(f"{name}: {compared(times)}, {first_and_size}", flush=True)
+
+
+def compared(times: Times) -> str:
+    def said(on: bool) -> str:
+        middle, *ends = statistics.median(times[on]), min(times[on]), max(times[on])
+        return f"{middle * 1000:.1f} ms ({ends[0] * 1000:.1f} to {ends[1] * 1000:.1f})"
+
     saved = [1 - b / a for a, b in zip(times[False], times[True], strict=True)]
-    print(
-        f"{name}: without {without * 1000:.1f} ms ({min(times[False]) * 1000:.1f} to"
-        f" {max(times[False]) * 1000:.1f}), with {with_it * 1000:.1f} ms"
-        f" ({min(times[True]) * 1000:.1f} to {max(times[True]) * 1000:.1f}), saved"
-        f" {statistics.median(saved):.0%} ({min(saved):.0%} to {max(saved):.0%}), first"
-        f" {first * 1000:.1f} ms, {size / 1000:.2f} kB a token",
-        flush=True,
-    )
+    middle, low, high = statistics.median(saved), min(saved), max(saved)
+    return f"without {said(False)}, with {said(True)}, saved {middle:.0%} ({low:.0%} to {high:.0%})"
+
+
+def steps(keys: list[str]) -> None:
+    """CPU time of whole training steps on the same two batches, in turns."""
+    from flowray.config.load import load_recipe, override_recipe
+    from flowray.store.latents import ensure_latents, load_latents
+    from flowray.train.group import Group
+    from flowray.train.state import fresh_state
+    from flowray.train.step import BatchMaker, train_step
+
+    given = ["train.batch_size=32", "train.device=cpu", "resources.num_workers=1", *keys]
+    recipe, group = load_recipe("quickstart", given).recipe, Group(0, 1, torch.device("cpu"))
+    folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
+    batches = BatchMaker(recipe, load_latents(folders["train"]), group)
+    states = {
+        on: fresh_state(override_recipe(recipe, {"model.text.cache": on}), group.device)
+        for on in (False, True)
+    }
+    times: Times = {False: [], True: []}
+    losses: Times = {False: [], True: []}
+    for i in range(ROUNDS + 3):
+        for on, state in states.items():
+            began = time.process_time()
+            row = train_step(state, state.objective, batches(i % 2), recipe, group)
+            times[on].append(time.process_time() - began)
+            losses[on].append(float(row["loss/total"].detach()))
+    seen = {on: each[2:] for on, each in times.items()}  # the captions are met before
+    apart = max(abs(a - b) for a, b in zip(losses[False], losses[True], strict=True))
+    print(f"a step: {compared(seen)}, losses apart by at most {apart:.1e}")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if len(sys.argv) > 1:
+        steps(sys.argv[1:])
+        sys.exit()
     for queries in (4, 64):
         for make in (shipped, smollm2):
             net = make()
