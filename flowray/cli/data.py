@@ -15,13 +15,14 @@ from flowray.cli.common import FINDINGS, GOOD
 from flowray.cli.make import add_make
 from flowray.cli.parser import JSON, Parser, add_recipe
 from flowray.cli.progress import IMPORTING, ConsoleProgress
+from flowray.config.cache import cache_dir
 from flowray.config.load import load_recipe
 from flowray.config.paths import argument, expand
 from flowray.config.progress import Progress
 from flowray.data.captions import LISTS
 from flowray.data.check import ShardCheck, check_shards
 from flowray.data.emoji import made_emoji
-from flowray.data.make import cache_dir, ensure_embedded
+from flowray.data.make import ensure_embedded
 from flowray.data.pack import LARGEST, pack_folder
 from flowray.data.shards import EMBEDDED, FETCHED, NAMED, splits, tars
 

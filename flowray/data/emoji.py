@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flowray.config.cache import cache_dir
 from flowray.config.errors import InputError, did_you_mean
 from flowray.config.progress import Progress
 from flowray.data import emoji_catalogue, emoji_render
 from flowray.data.emoji_catalogue import CAPTIONS, STYLES, Drawing, read_drawings
 from flowray.data.emoji_render import refuse_without_resvg, render_pngs
-from flowray.data.make import cache_dir, is_made, sample, set_folders
+from flowray.data.make import is_made, sample, set_folders
 from flowray.data.packages import fetch, require
 
 SIZES = (64, 128, 256)  # px a side

@@ -7,9 +7,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from flowray.config.errors import InputError
-from flowray.config.paths import argument
 from flowray.config.progress import SILENT, Progress, counted
 from flowray.data import digits, open_shapes, shapes
 from flowray.data.folders import locked
@@ -215,43 +212,3 @@ def unmade_samples(name: str, cache: Path) -> int:
     what = _DEFAULTS[name]
     missing = [split for split, at in set_folders(what, cache).items() if not is_made([at])]
     return sum(what.count(split) or SCANS for split in missing)
-
-
-def cache_dir(configured: str | None) -> Path:
-    """The folder of embedded sets and cached latents, created.
-
-    `configured` (data.cache), else FLOWRAY_CACHE, else `flowray` in XDG_CACHE_HOME or ~/.cache;
-    where there is no home that can be written, as in many containers, a folder of the user's own
-    beside the temporary files. InputError where a folder that was asked for cannot be written.
-    """
-    from_env = os.environ.get("FLOWRAY_CACHE")
-    if configured or from_env:
-        path = (Path(configured) if configured else argument(str(from_env))).absolute()
-        if reason := _unwritable(path):
-            where = "data.cache" if configured else "FLOWRAY_CACHE"
-            raise InputError(
-                f"{where} {path}: cannot be written: {reason}; set data.cache or FLOWRAY_CACHE to a"
-                " writable folder"
-            )
-        return path
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "flowray"
-    if usual.is_absolute() and not _unwritable(usual):
-        return usual
-    spare = Path(tempfile.gettempdir()).absolute() / f"flowray-{os.getuid()}"
-    reason = _unwritable(spare, mode=0o700)
-    if reason or spare.stat().st_uid != os.getuid():
-        raise InputError(
-            f"neither {usual} nor {spare} can be written; set data.cache or FLOWRAY_CACHE to a"
-            " writable folder"
-        )
-    return spare
-
-
-def _unwritable(folder: Path, mode: int = 0o777) -> str | None:
-    """Why no file can be made in the folder, which is created; None where one can."""
-    try:
-        folder.mkdir(mode=mode, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return None
-    except OSError as error:
-        return error.strerror or str(error)

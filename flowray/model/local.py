@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from flowray.config.cache import FETCHED_MODELS, fetched_model
 from flowray.config.errors import InputError, did_you_mean
 from flowray.config.paths import exists, is_hub_name, no_such
 from flowray.model.assets import asset_path
@@ -34,6 +35,9 @@ def find_place(path: str, where: str, embedded: str = "text", *, weights: bool =
         return place
     if may_download(path):
         return _download(path, where)
+    if path in FETCHED_MODELS:
+        fetching = f"python -m flowray.models fetch {path}"
+        raise InputError(f"{where}: {path!r} is not on this machine; type `{fetching}`")
     if not is_hub_name(path):
         raise InputError(f"{where}: {path!r}: {no_such(path)}")
     folders = [folder.name for folder in Path.cwd().iterdir() if folder.is_dir()]
@@ -47,7 +51,8 @@ def find_place(path: str, where: str, embedded: str = "text", *, weights: bool =
 
 def may_download(path: str) -> bool:
     """Whether `path` is a hub name and the user allows flowray to ask the hub for it."""
-    return is_hub_name(path) and os.environ.get(DOWNLOAD) == "1"
+    named = is_hub_name(path) and path not in FETCHED_MODELS
+    return named and os.environ.get(DOWNLOAD) == "1"
 
 
 def local_place(path: str, embedded: str = "text") -> Path | None:
@@ -56,6 +61,9 @@ def local_place(path: str, embedded: str = "text") -> Path | None:
     """
     if path == "embedded":
         return asset_path(embedded)
+    if path in FETCHED_MODELS:
+        place = fetched_model(path)
+        return place if exists(place) else None
     if not is_hub_name(path):
         return _snapshot(Path(path)) if exists(Path(path)) else None
     try:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flowray.config.base import LatentSpec
+from flowray.config.cache import cache_dir
 from flowray.config.errors import InputError
 from flowray.config.keys import INF, describe
 from flowray.config.model import AutoencoderConfig, TextConfig
@@ -29,7 +30,7 @@ from flowray.config.progress import SILENT, Advance, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig
 from flowray.data.emoji import made_emoji
-from flowray.data.make import cache_dir, ensure_embedded, unmade_samples
+from flowray.data.make import ensure_embedded, unmade_samples
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import to_pictures
 from flowray.data.reader import ShardReader

@@ -17,16 +17,10 @@ import pytest
 import webdataset
 from PIL import Image
 
+from flowray.config.cache import cache_dir
 from flowray.config.errors import InputError
 from flowray.data import shapes
-from flowray.data.make import (
-    DigitsSet,
-    ShapesSet,
-    cache_dir,
-    ensure_embedded,
-    ensure_set,
-    fingerprint,
-)
+from flowray.data.make import DigitsSet, ShapesSet, ensure_embedded, ensure_set, fingerprint
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards
 

@@ -21,8 +21,11 @@ from safetensors.torch import load_file
 from support import Heard, files_of_at_most, tiny_text
 from text_support import CHAT, chat_tokenizer, llama
 
+from flowray.config.cache import FETCHED_MODELS, fetched_model
 from flowray.config.errors import InputError
 from flowray.config.model import CausalText, EncoderText
+from flowray.config.paths import path_field
+from flowray.model.files import find_model
 from flowray.model.text import load_text
 from flowray.store.packaged import (
     CARD,
@@ -292,3 +295,22 @@ def test_each_has_a_place_of_its_own(tmp_path: Path) -> None:
         CausalText.model_fields["kind"].default,
         EncoderText.model_fields["kind"].default,
     ]
+
+
+def test_a_model_is_found_by_its_name_once_it_was_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWRAY_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=r"model\.text\.path.*flowray\.models fetch smollm2"):
+        load_text(CausalText(path="smollm2"))
+    folder = fetched_model("smollm2")
+    tiny_text(folder)
+    assert find_model("smollm2", "model.text.path", "text_encoder") == folder
+    assert load_text(CausalText(path="smollm2", queries=4)) is not None
+
+
+def test_the_names_are_those_of_the_models_that_are_fetched(tmp_path: Path) -> None:
+    kept = {model.name: model.folder(tmp_path).name for model in MODELS if model.keys}
+    assert kept == FETCHED_MODELS
+    names = path_field(CausalText.model_fields["path"]).names
+    assert set(names) == {"embedded", *FETCHED_MODELS}
