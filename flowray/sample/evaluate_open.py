@@ -5,13 +5,12 @@ what is named and for how what is left open differs from draw to draw.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from flowray.config.progress import SILENT, Progress, counted
 from flowray.data.open_shapes import Description, caption, distribution, lone_descriptions, whole
@@ -19,31 +18,23 @@ from flowray.data.shapes import Scene, render, single_scenes
 from flowray.flow.draws import Draws
 from flowray.model.autoencoder import Autoencoder
 from flowray.sample.checker import ShapesChecker
-from flowray.sample.evaluate import decode, encode
-from flowray.sample.generate import latent_batches, source_latents
-from flowray.sample.open_scores import (
-    CaptionScores,
-    Truth,
+from flowray.sample.distances import (
     beats,
     copies,
-    figures,
     frechet,
     frechet_beats,
     is_nearer,
-    judge,
     nearest,
-    per_caption,
     standard_error,
 )
+from flowray.sample.evaluate import decode, encode
+from flowray.sample.open_scores import CaptionScores, Truth, figures, judge, per_caption
+from flowray.sample.painters import Flow, WithoutFlow, painters
 from flowray.sample.restore import OpenedRun
-from flowray.store.latents import LatentSet, ensure_latents, load_latents, load_training
+from flowray.store.latents import LatentSet, ensure_latents, load_latents, load_training, others
 
 TRAINING = 4096  # training latents, at most, that copies are looked for among
 HIGHER = {"named": True, "sharp": True, "coverage": False, "entropy": True}  # whether it is better
-
-Flow = Callable[[Sequence[str]], Tensor]  # captions -> integrated latents (B, C, H, W)
-# captions -> mu and z0, each (B, C, H, W)
-WithoutFlow = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -138,20 +129,8 @@ def score_open(
         sets = load_training(folders["train"], recipe), load_latents(folders["val"])
         real = real_latents(*sets, seed)
 
-    def flow(prompts: Sequence[str]) -> Tensor:
-        made = []
-        with progress.task("sampling", len(prompts)) as advance:
-            for part in latent_batches(opened.model, prompts, recipe.sample, seed):
-                made.append(part)
-                advance(len(part))
-        return torch.cat(made)
-
-    def source(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return source_latents(opened.model, prompts, seed)
-
-    # noise is no caption's own: nothing to decode in the flow's place
-    controls = source if recipe.model.source.kind == "text" else None
-    return evaluate_open(flow, controls, autoencoder, real, asked, draws, seed, progress)
+    flow, source = painters(opened, seed, progress)
+    return evaluate_open(flow, source, autoencoder, real, asked, draws, seed, progress)
 
 
 def evaluate_open(
@@ -179,8 +158,7 @@ def evaluate_open(
     if source is not None:
         with progress.task("the source without the flow"):
             latents["mu"], latents["z0"] = source(texts)
-    order = np.random.default_rng(seed).permutation(len(asked))
-    others = [asked[i] for i in np.roll(order, 1)[np.argsort(order)]]
+    another = [asked[i] for i in others(len(asked), seed)]
     judged: dict[str, Judged] = {}
     once = {name: draws if name == "mu" else 1 for name in latents}  # draws that are all the same
     apart = {name: made[:: once[name]] for name, made in latents.items()}
@@ -195,7 +173,7 @@ def evaluate_open(
             grouped = [readings[i : i + draws] for i in range(0, len(readings), draws)]
             judged[name] = Judged(_rows(asked, grouped), flat)
             if name == "run":
-                shuffled = _rows(others, grouped)
+                shuffled = _rows(another, grouped)
     with progress.task("comparing latents"):
         return _composed(judged, shuffled, real, asked, seed)
 

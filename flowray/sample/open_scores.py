@@ -1,5 +1,5 @@
-"""Scores of pictures under captions that leave things open, from the checker's readings and from
-latents; nothing learnt, no torch.
+"""Scores of pictures under captions that leave things open, from the checker's readings; nothing
+learnt, no torch.
 
 A picture is a scene where the checker's error is below FLAT and it shows one object; only scenes
 have values of attributes.
@@ -8,7 +8,7 @@ have values of attributes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, log
 from typing import Any
@@ -18,10 +18,9 @@ import numpy as np
 from flowray.data.open_shapes import Description, value_of
 from flowray.data.shapes import ATTRIBUTES
 from flowray.sample.checker import FLAT, SHARP, Reading
+from flowray.sample.distances import mean
 
 CAPTIONS, DRAWS = 24, 12  # of an evaluation: held-out captions, and pictures of each
-CHUNK = 256  # latents whose distances are taken at once
-GROUPS = 24  # of captions that the jackknife leaves out, one at a time
 
 Truth = Mapping[str, float]  # value -> probability
 
@@ -109,12 +108,6 @@ def judge(
     )
 
 
-def mean(values: Iterable[float]) -> float | None:
-    """Without nan; None where nothing is left."""
-    left = [value for value in values if not np.isnan(value)]
-    return float(np.mean(left)) if left else None
-
-
 def figures(rows: Sequence[CaptionScores]) -> dict[str, Any]:
     """Means over captions. coverage_excess: coverage - coverage_floor, 0 as in the data."""
     coverage, floor = (
@@ -137,81 +130,3 @@ def figures(rows: Sequence[CaptionScores]) -> dict[str, Any]:
 def per_caption(rows: Sequence[CaptionScores], figure: str) -> np.ndarray:
     """One figure of each caption, (captions,)."""
     return np.array([getattr(row, figure) for row in rows])
-
-
-def standard_error(values: np.ndarray) -> float:
-    """Of the mean over captions; 0 where there is but one."""
-    left = values[~np.isnan(values)]
-    return float(left.std(ddof=1) / np.sqrt(len(left))) if len(left) > 1 else 0.0
-
-
-def beats(gain: np.ndarray) -> bool:
-    """Whether gains, one for each caption, are above 0 in the mean by more than its standard
-    error.
-    """
-    return (mean(gain) or 0.0) > standard_error(gain)
-
-
-def nearest(latents: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Distance of each latent (N, dims) to the nearest among others (M, dims): the root of the mean
-    square over dims, (N,).
-    """
-    among = among.astype(np.float64)
-    lengths = np.square(among).sum(1)
-    found = []
-    for start in range(0, len(latents), CHUNK):
-        part = latents[start : start + CHUNK].astype(np.float64)
-        squares = np.square(part).sum(1)[:, None] + lengths - 2 * part @ among.T
-        found.append(squares.min(1))
-    return np.sqrt(np.maximum(np.concatenate(found), 0) / latents.shape[1])
-
-
-def copies(near: np.ndarray, near_real: np.ndarray) -> dict[str, float]:
-    """Whether latents lie nearer to training latents than new pictures do; both arguments are
-    `nearest` among the training latents.
-
-    nearer: the share below the 1 % quantile of held-out real pictures, 0.01 as in the data.
-    """
-    return {
-        "median_ratio": float(np.median(near) / np.median(near_real)),
-        "nearer": float(is_nearer(near, near_real).mean()),
-    }
-
-
-def is_nearer(near: np.ndarray, near_real: np.ndarray) -> np.ndarray:
-    """Which are below the 1 % quantile of held-out real pictures, bool (N,)."""
-    return near < np.quantile(near_real, 0.01)
-
-
-def frechet(first: np.ndarray, second: np.ndarray) -> float:
-    """Frechet distance of the gaussians with the mean and covariance of two samples (N, dims):
-    |m1 - m2|^2 + tr(A + B - 2 (A B)^(1/2)), fp64.
-
-    With A = X'X and B = Y'Y, X and Y the centred samples over the root of N - 1, the last trace is
-    the sum of the singular values of X Y': no root of a matrix that few samples leave singular.
-    """
-    means, factors, traces = [], [], []
-    for sample in (first.astype(np.float64), second.astype(np.float64)):
-        means.append(sample.mean(0))
-        centred = (sample - means[-1]) / np.sqrt(max(len(sample) - 1, 1))
-        traces.append(np.square(centred).sum())
-        # R'R is X'X, and R has no more rows than dims
-        factors.append(np.asarray(np.linalg.qr(centred, mode="r")))
-    shared = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
-    return float(np.square(means[0] - means[1]).sum() + sum(traces) - 2 * shared)
-
-
-def frechet_beats(latents: np.ndarray, other: np.ndarray, real: np.ndarray) -> bool:
-    """Whether latents (captions, draws, dims) are nearer to the real ones (M, dims) than others of
-    the same captions by more than the standard error, by the jackknife over groups of captions.
-    """
-
-    def gain(kept: np.ndarray) -> float:
-        a, b = (x[kept].reshape(-1, x.shape[-1]) for x in (other, latents))
-        return frechet(a, real) - frechet(b, real)
-
-    every = np.arange(len(latents))
-    groups = np.array_split(every, min(GROUPS, len(every)))
-    left = np.array([gain(np.setdiff1d(every, group)) for group in groups])
-    error = np.sqrt((len(left) - 1) * left.var())
-    return bool(gain(every) > error)

@@ -29,21 +29,17 @@ from flowray.data.shapes import ATTRIBUTES, Scene, Thing, render, single_scenes
 from flowray.model.autoencoder import load_autoencoder
 from flowray.sample import evaluate as evaluation
 from flowray.sample.checker import SHARP, Reading, ShapesChecker
+from flowray.sample.distances import beats, copies, frechet, frechet_beats, nearest
 from flowray.sample.evaluate import encode
 from flowray.sample.evaluate_open import Asked, RealLatents, ask, evaluate_open
 from flowray.sample.open_scores import (
     CaptionScores,
-    beats,
-    copies,
     entropy,
     expected_entropy,
     expected_variation,
     figures,
-    frechet,
-    frechet_beats,
     is_named,
     judge,
-    nearest,
     total_variation,
 )
 from flowray.store.found import find_checkpoint
