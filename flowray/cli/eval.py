@@ -1,37 +1,50 @@
 """`flowray.eval RUN`: how many attributes of held-out prompts come out right, beside a ceiling
-and a floor; of captions that leave things open also whether what is left open varies.
+and a floor; of captions that leave things open also whether what is left open varies. On other
+pictures than shapes: which real pictures the drawn ones lie near to.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from flowray.cli.common import GOOD, refuse_unwritable
+from flowray.cli.eval_neighbours import show_neighbours
 from flowray.cli.parser import Parser, add_run, whole_number
 from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
 from flowray.config.progress import Progress
+from flowray.config.recipe import Recipe
 from flowray.config.train import CHECKED, LEFT_OPEN
 from flowray.config.writing import write_whole
 from flowray.data.open_shapes import TooMany
+from flowray.sample.neighbours import CAPTIONS as OTHER_CAPTIONS
+from flowray.sample.neighbours import PICTURES, Choices
 from flowray.sample.open_scores import CAPTIONS, DRAWS
+from flowray.store.checkpoint import load_state
 from flowray.store.found import find_checkpoint
+
+if TYPE_CHECKING:
+    from flowray.model.autoencoder import Autoencoder
+    from flowray.sample.restore import OpenedRun
+
+NO_CHOICE = Choices()
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="flowray.eval",
         description=(
-            "Score a run on shapes with an exact checker: template matching, nothing learnt."
+            "Score a run: on shapes with an exact checker, on other pictures by their nearest"
+            " neighbours among the real ones."
         ),
     )
     add_run(parser)
@@ -41,13 +54,45 @@ def _parser() -> Parser:
         metavar="FILE",
         help="where the scores go, as JSON (default RUN/eval.json)",
     )
-    for option, count, of in (
-        ("--captions", CAPTIONS, "captions that leave things open, of a run on shapes"),
-        ("--draws", DRAWS, "pictures of each of them"),
+    whole = whole_number(2)
+    parser.add_argument(
+        "--captions",
+        type=whole,
+        metavar="N",
+        help=f"held-out captions to draw (default {CAPTIONS} on {LEFT_OPEN}, else"
+        f" {OTHER_CAPTIONS} or all)",
+    )
+    parser.add_argument(
+        "--draws",
+        type=whole,
+        metavar="N",
+        help=f"pictures of each (default {DRAWS} on {LEFT_OPEN}, else {PICTURES} in all)",
+    )
+    others = parser.add_argument_group(f"on other pictures than {' and '.join(CHECKED)}")
+    others.add_argument(
+        "--features",
+        type=argument,
+        metavar="pixels|latents|FOLDER",
+        help="what pictures are compared by: a folder holds EfficientNet-Lite0, SigLIP, CLIP or"
+        " DINOv2 (default latents)",
+    )
+    for option, field, default in (
+        ("--label", "that says which pictures are of one caption", "label, else the first caption"),
+        ("--attribute", "to judge where a caption names it; again for more", "style"),
+        ("--group", "to break the scores down by", "group"),
     ):
-        parser.add_argument(
-            option, type=whole_number(2), metavar="N", help=f"{of} (default {count})"
+        others.add_argument(
+            option,
+            metavar="FIELD",
+            action="append" if option == "--attribute" else "store",
+            help=f"field of the samples' JSON {field} (default {default})",
         )
+    others.add_argument(
+        "--held-out",
+        type=argument,
+        metavar="SHARDS",
+        help="pictures whose captions are drawn (default data.val_shards)",
+    )
     return parser
 
 
@@ -57,66 +102,99 @@ def evaluate(
     seed: int,
     progress: Progress,
     out: Path | None = None,
-    *,
-    captions: int | None = None,
-    draws: int | None = None,
+    choices: Choices = NO_CHOICE,
 ) -> dict[str, Any]:
-    """The evaluation of a run as a JSON-ready object; also in `out`, or `<run>/eval.json`.
-
-    captions, draws: how many that leave things open, and pictures of each; of a run on shapes.
+    """The evaluation of a run as a JSON-ready object; also in `out`, or `<run>/eval.json`, beside
+    it a sheet of pictures (`eval.png`) of a run on other pictures than shapes.
     """
     with progress.task(LOOKING):
         found = find_checkpoint(run, overrides)
-    recipe, out = found.recipe, out or found.run.path / "eval.json"
+    out = out or found.run.path / "eval.json"
     refuse_unwritable(out, "--out")
-    shards = recipe.data.shards
-    if shards not in CHECKED:
-        trained = f"trained on data.shards {shards!r}"
+    shards, recipe = found.recipe.data.shards, found.recipe
+    if shards in CHECKED and (odd := choices.of_other_pictures()):
+        raise InputError(f"{run}: {odd} is of a run on other pictures, this one is on {shards}")
+    if shards in CHECKED and shards != LEFT_OPEN and (choices.captions or choices.draws):
         raise InputError(
-            f"{run}: {trained}; the exact checker reads pictures of {' and '.join(CHECKED)} only"
-        )
-    if shards != LEFT_OPEN and (captions or draws):
-        raise InputError(
-            f"{run}: --captions and --draws are of a run on {LEFT_OPEN}, this one is on {shards}"
+            f"{run}: --captions and --draws are not of a run on {shards}, whose captions leave"
+            " nothing open"
         )
     with progress.task(IMPORTING):
         import torch
 
         from flowray.model.autoencoder import load_autoencoder
-        from flowray.sample.evaluate import evaluate_shapes
-        from flowray.sample.evaluate_open import ask, closed_caption, score_open
-        from flowray.sample.generate import generate
         from flowray.sample.restore import open_run
 
-    asked = None
-    if shards == LEFT_OPEN:
-        try:
-            asked = ask(captions or CAPTIONS, seed)
-        except TooMany as error:
-            raise InputError(f"--captions: want at most {error.most}, got {captions}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with progress.task("loading the models"):
-        opened, config = open_run(found, device), recipe.sample
-        autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)
+
+    def opened() -> tuple[OpenedRun, Autoencoder]:
+        with progress.task("loading the models"):
+            autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
+            return open_run(found, device), autoencoder.to(device)
+
+    if shards in CHECKED:
+        scores, sheet = _of_shapes(recipe, opened, choices, seed, progress), None
+    else:
+        scores, sheet = _of_others(recipe, opened, choices, seed, progress)
+    result = {
+        "run": str(found.run.path),
+        "step": load_state(found.checkpoint)["step"],
+        "sample": recipe.sample.model_dump(exclude={"prompts"}),
+        "seed": seed,
+        **scores,
+    }
+    write_whole(out, json.dumps(result, indent=1))
+    if sheet:
+        sheet(out.with_suffix(".png"))
+    return result
+
+
+Open = Callable[[], "tuple[OpenedRun, Autoencoder]"]
+
+
+def _of_shapes(
+    recipe: Recipe, models: Open, choices: Choices, seed: int, progress: Progress
+) -> dict[str, Any]:
+    """`shapes` and, of captions that leave things open, `open`."""
+    from flowray.sample.evaluate import evaluate_shapes
+    from flowray.sample.evaluate_open import ask, closed_caption, score_open
+    from flowray.sample.generate import generate
+
+    asked = None
+    if recipe.data.shards == LEFT_OPEN:
+        try:
+            asked = ask(choices.captions or CAPTIONS, seed)
+        except TooMany as error:
+            raise InputError(
+                f"--captions: want at most {error.most}, got {choices.captions}"
+            ) from error
+    opened, autoencoder = models()
 
     def paint(prompts: Sequence[str]) -> np.ndarray:
         with progress.task("sampling", len(prompts)) as advance:
-            return generate(opened.model, autoencoder, prompts, config, seed, advance)
+            return generate(opened.model, autoencoder, prompts, recipe.sample, seed, advance)
 
     said, left_open = {}, {}
     if asked:
         said = {"say": closed_caption}
-        left_open["open"] = score_open(opened, autoencoder, asked, draws or DRAWS, seed, progress)
-    result = {
-        "run": str(opened.path),
-        "step": opened.step,
-        "sample": config.model_dump(exclude={"prompts"}),
-        "seed": seed,
-        **left_open,
-        "shapes": evaluate_shapes(paint, autoencoder, seed, progress, **said),
-    }
-    write_whole(out, json.dumps(result, indent=1))
-    return result
+        draws = choices.draws or DRAWS
+        left_open["open"] = score_open(opened, autoencoder, asked, draws, seed, progress)
+    return {**left_open, "shapes": evaluate_shapes(paint, autoencoder, seed, progress, **said)}
+
+
+def _of_others(
+    recipe: Recipe, models: Open, choices: Choices, seed: int, progress: Progress
+) -> tuple[dict[str, Any], Callable[[Path], None]]:
+    """`neighbours`, and what writes its sheet of pictures."""
+    from flowray.sample.asked import prepare
+    from flowray.sample.evaluate_neighbours import score_neighbours
+    from flowray.sample.sheet import save_sheet
+
+    prepared = prepare(recipe, choices, seed, progress)
+    opened, autoencoder = models()
+    scores, pictures = score_neighbours(prepared, opened, autoencoder, seed, progress)
+    captions = [one.text for one in prepared.asked[: len(pictures)]]
+    return {"neighbours": scores}, lambda path: save_sheet(path, captions, pictures)
 
 
 def main(argv: list[str]) -> int:
@@ -129,13 +207,23 @@ def main(argv: list[str]) -> int:
         args.seed,
         ConsoleProgress(),
         args.out,
-        captions=args.captions,
-        draws=args.draws,
+        Choices(
+            captions=args.captions,
+            draws=args.draws,
+            features=str(args.features) if args.features else None,
+            label=args.label,
+            attributes=tuple(args.attribute or ()),
+            group=args.group,
+            held_out=str(args.held_out) if args.held_out else None,
+        ),
     )
     if args.json:
         print(json.dumps(result))
         return GOOD
     console = Console(highlight=False)
+    if "neighbours" in result:
+        show_neighbours(console, args.run, result)
+        return GOOD
     if "open" in result:
         show_open(console, args.run, result)
     _show_shapes(console, args.run, result)

@@ -32,6 +32,7 @@ from flowray.sample.checker import SHARP, Reading, ShapesChecker
 from flowray.sample.distances import beats, copies, frechet, frechet_beats, nearest
 from flowray.sample.evaluate import encode
 from flowray.sample.evaluate_open import Asked, RealLatents, ask, evaluate_open
+from flowray.sample.neighbours import Choices
 from flowray.sample.open_scores import (
     CaptionScores,
     entropy,
@@ -289,11 +290,11 @@ def test_a_sweep_scores_a_run_as_the_command_does(
     monkeypatch.setattr(sampling, "CAPTIONS", 3)
     monkeypatch.setattr(sampling, "DRAWS", 4)
     for name, run in runs.items():
-        few = {"captions": 3, "draws": 4} if name == "shapes" else {}
+        few = Choices(captions=3, draws=4) if name == "shapes" else Choices()
         row = sampling.score_pictures(
             find_checkpoint(run).recipe, run, tmp_path / f"{name}-sweep" / "0"
         )
-        told = evaluate(run, [], 0, SILENT, **few)
+        told = evaluate(run, [], 0, SILENT, choices=few)
         assert row["eval/all_correct"] == told["shapes"]["all_correct"]
         scores = {key: row[key] for key in ("eval/named", "eval/coverage_excess") if key in row}
         wanted = {f"eval/{key}": told["open"][key] for key in OPEN_SCORES} if "open" in told else {}
@@ -343,7 +344,9 @@ def test_the_command_scores_a_run_on_captions_that_leave_things_open(
     assert_refused(lambda: main([str(run), "--captions", "900"]), InputError, "captions: want at")
     closed = runs["shapes_closed"]
     assert_refused(
-        lambda: evaluate(closed, [], 0, SILENT, captions=3), InputError, "run on shapes,"
+        lambda: evaluate(closed, [], 0, SILENT, choices=Choices(captions=3)),
+        InputError,
+        "not of a run on",
     )
     assert not (closed / "eval.json").exists()
     assert (run / "eval.json").stat().st_mtime_ns == before

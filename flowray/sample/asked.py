@@ -1,0 +1,210 @@
+"""What an evaluation on any set of pictures asks for: held-out captions, what their pictures show
+by the samples' JSON, and all real pictures to compare with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from flowray.config.errors import InputError
+from flowray.config.progress import SILENT, Progress
+from flowray.config.recipe import Recipe
+from flowray.data.reader import ShardReader
+from flowray.data.shards import find_shards
+from flowray.sample.judges import LATENTS
+from flowray.sample.neighbours import CAPTIONS, PICTURES, Choices, Values
+from flowray.store.latents import split_shards
+
+LABEL, ATTRIBUTES, GROUP = "label", ("style",), "group"  # fields that are looked for by themselves
+WORDS = re.compile(r"[^\W_]+")
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields of the samples' JSON that are judged; label None: the first caption is it."""
+
+    label: str | None
+    attributes: tuple[str, ...]
+    group: str | None
+
+    @property
+    def caption(self) -> str:
+        """What the label is called among the judged fields."""
+        return self.label or "caption"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A held-out caption and the picture that lent it, by its place in the held-out shards.
+
+    wanted: field -> what a picture of it shows; None where the caption does not say.
+    """
+
+    text: str
+    index: int
+    wanted: dict[str, str | None]
+
+
+class Samples:
+    """The pictures of shards, with what their JSON says."""
+
+    def __init__(self, reader: ShardReader):
+        self.reader = reader
+        self.rows = [self._row(i) for i in range(len(reader))]
+
+    def _row(self, i: int) -> dict[str, Any]:
+        if "json" not in self.reader.extensions(i):
+            return {}
+        read = json.loads(self.reader.read(i, "json"))
+        return read if isinstance(read, dict) else {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def have(self, name: str) -> bool:
+        """Whether every sample has the field."""
+        return all(name in row for row in self.rows)
+
+    def value(self, i: int, name: str | None) -> str:
+        """What a sample's field says; None: its first caption. InputError where it has none."""
+        if name is None:
+            return self.reader.captions(i)[0]
+        if name not in self.rows[i]:
+            has = ", ".join(self.rows[i]) or "none"
+            raise InputError(f"{self.reader.label(i)}: no field {name!r} in its JSON; it has {has}")
+        return str(self.rows[i][name])
+
+    def values(self, name: str | None) -> np.ndarray:
+        """`value` of all samples, (N,)."""
+        return np.array([self.value(i, name) for i in range(len(self))], dtype=object)
+
+
+def fields_of(samples: Sequence[Samples], choices: Choices) -> Fields:
+    """The chosen fields, else those of the usual names that every sample has."""
+
+    def usual(name: str) -> str | None:
+        return name if all(each.have(name) for each in samples) else None
+
+    found = tuple(name for name in map(usual, ATTRIBUTES) if name)
+    return Fields(
+        choices.label or usual(LABEL), choices.attributes or found, choices.group or usual(GROUP)
+    )
+
+
+def says(text: str, value: str) -> bool:
+    """Whether the words of a value stand in a text, in its order."""
+    words = [" ".join(WORDS.findall(each.lower())) for each in (text, value)]
+    return f" {words[1]} " in f" {words[0]} "
+
+
+def ask(held_out: Samples, fields: Fields, count: int | None, seed: int) -> list[Asked]:
+    """A caption of a random picture of each of `count` labels; None: CAPTIONS, or all there are.
+
+    InputError where there are not that many labels.
+    """
+    labels = held_out.values(fields.label)
+    every = np.random.default_rng(seed).permutation(np.unique(labels.astype(str)))
+    if count is not None and count > len(every):
+        raise InputError(f"--captions: want at most {len(every)}, got {count}")
+    asked = []
+    for i, label in enumerate(every[: count or CAPTIONS]):
+        rng = np.random.default_rng([seed, i])
+        index = int(rng.choice(np.flatnonzero(labels == label)))
+        text = str(rng.choice(held_out.reader.captions(index)))
+        wanted: dict[str, str | None] = {fields.caption: str(label)}
+        for name in fields.attributes:
+            value = held_out.value(index, name)
+            wanted[name] = value if says(text, value) else None
+        asked.append(Asked(text, index, wanted))
+    return asked
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an evaluation needs of the data: split -> its samples, which of them is held out."""
+
+    samples: dict[str, Samples]
+    held_out: str
+    fields: Fields
+    asked: list[Asked]
+    draws: int
+    features: str
+    why: str
+
+    @property
+    def lent(self) -> Samples:
+        """The held-out samples."""
+        return self.samples[self.held_out]
+
+    def offset(self) -> int:
+        """Where the held-out ones begin among all real pictures."""
+        before = list(self.samples).index(self.held_out)
+        return sum(len(each) for each in list(self.samples.values())[:before])
+
+    def values(self) -> Values:
+        """What all real pictures show in the judged fields."""
+        return {
+            name: np.concatenate(
+                [
+                    each.values(self.fields.label if name == self.fields.caption else name)
+                    for each in self.samples.values()
+                ]
+            )
+            for name in self.asked[0].wanted
+        }
+
+    def wanted(self, order: np.ndarray) -> Values:
+        """What draws of the asked captions should show, in this order of captions."""
+        return {
+            name: np.repeat(
+                np.array([self.asked[i].wanted[name] for i in order], dtype=object), self.draws
+            )
+            for name in self.asked[0].wanted
+        }
+
+
+def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SILENT) -> Prepared:
+    """Read what the samples say and choose the captions; InputError where the choices do not fit
+    them.
+    """
+    shards = split_shards(recipe.data, progress)
+    held_out = "val"
+    if choices.held_out:
+        given = find_shards(choices.held_out)
+        same = [split for split, paths in shards.items() if paths == given]
+        held_out = same[0] if same else "held_out"
+        shards |= {held_out: given}
+    with progress.task("reading what the samples say"):
+        samples = {
+            split: Samples(ShardReader(paths, recipe.data.limit if split == "train" else None))
+            for split, paths in shards.items()
+        }
+        fields = fields_of(list(samples.values()), choices)
+        asked = ask(samples[held_out], fields, choices.captions, seed)
+    asked = _named(asked, fields, choices)
+    draws = choices.draws or max(2, round(PICTURES / len(asked)))
+    features, why = choices.features or LATENTS, "chosen by --features"
+    if choices.features is None:
+        why = "no --features: the latents that the run was trained on, which need no other network"
+    return Prepared(samples, held_out, fields, asked, draws, features, why)
+
+
+def _named(asked: list[Asked], fields: Fields, choices: Choices) -> list[Asked]:
+    """The same without attributes that no caption names; InputError where one was chosen."""
+    silent = {
+        name
+        for name in fields.attributes
+        if name != fields.caption and all(one.wanted[name] is None for one in asked)
+    }
+    if chosen := sorted(silent & set(choices.attributes)):
+        raise InputError(f"--attribute {chosen[0]}: no caption that is asked for names its value")
+    return [
+        replace(one, wanted={name: x for name, x in one.wanted.items() if name not in silent})
+        for one in asked
+    ]

@@ -1,0 +1,225 @@
+"""Evaluation on any set of pictures whose captions have several of them: draws of held-out captions
+among all real pictures, in features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowray.config.progress import SILENT, Progress
+from flowray.config.recipe import Recipe
+from flowray.config.writing import write_whole
+from flowray.data.make import cache_dir
+from flowray.data.pictures import decode_image
+from flowray.model.autoencoder import Autoencoder
+from flowray.sample.asked import Prepared, Samples
+from flowray.sample.distances import mean
+from flowray.sample.evaluate import decode, encode
+from flowray.sample.judges import BATCH, PIXELS, Judge, open_judge
+from flowray.sample.neighbours import (
+    Judged,
+    Real,
+    Shown,
+    accuracies,
+    accuracies_of,
+    beats_mu,
+    errors,
+    judge,
+    of_groups,
+    scores,
+)
+from flowray.sample.painters import painters
+from flowray.sample.restore import OpenedRun
+from flowray.store.latents import others, pictures_fingerprint
+
+SHOWN_CAPTIONS, SHOWN_DRAWS = 12, 6
+
+
+def features_of(samples: Samples, judge: Judge, cache: Path, progress: Progress) -> np.ndarray:
+    """Features (N, dims) of all pictures of shards, kept in the cache: a network takes minutes."""
+    made_of = f"{judge.fingerprint} {pictures_fingerprint(samples.reader)}"
+    file = cache / f"features-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
+    if judge.name != PIXELS and file.is_file():
+        found: np.ndarray = np.load(file, allow_pickle=False)
+        return found
+    with progress.task("looking at real pictures", len(samples)) as advance:
+        parts = []
+        for start in range(0, len(samples), BATCH):
+            indices = range(start, min(start + BATCH, len(samples)))
+            parts.append(judge.look([decode_image(samples.reader, i) for i in indices]))
+            advance(len(indices))
+    found = np.concatenate(parts)
+    if judge.name != PIXELS:
+        kept = io.BytesIO()
+        np.save(kept, found)
+        write_whole(file, kept.getvalue())
+    return found
+
+
+def score_neighbours(
+    prepared: Prepared,
+    opened: OpenedRun,
+    autoencoder: Autoencoder,
+    seed: int,
+    progress: Progress = SILENT,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """`evaluate_neighbours` of a run."""
+    drawn = _drawn(prepared, opened, autoencoder, seed, progress)
+    return evaluate_neighbours(prepared, opened.recipe, autoencoder, drawn, seed, progress)
+
+
+def evaluate_neighbours(
+    prepared: Prepared,
+    recipe: Recipe,
+    autoencoder: Autoencoder,
+    drawn: Mapping[str, np.ndarray],
+    seed: int,
+    progress: Progress = SILENT,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The `neighbours` object of `flowray.eval`: draws of each caption beside controls; and the
+    first SHOWN_CAPTIONS captions' pictures, uint8 (captions, 1 + draws, H, W, 3), a real one first.
+
+    drawn: pictures uint8 (captions * draws, H, W, 3) of `run` and, where there are such, of `z0`;
+    of `mu` one for each caption.
+    Controls: `ceiling`, held-out real pictures through the autoencoder; `real`, these pictures as
+    they are, each without itself among the real ones; `shuffled`, the draws judged against another
+    caption; `mu` and `z0`, decoded without the flow, None of a source that depends on no caption.
+    """
+    device = next(autoencoder.parameters()).device
+    judging = open_judge(prepared.features, autoencoder, recipe.model.autoencoder, device)
+    cache = cache_dir(recipe.data.cache)
+    features = [features_of(each, judging, cache, progress) for each in prepared.samples.values()]
+    training = [np.full(len(each), split == "train") for split, each in prepared.samples.items()]
+    real = Real(np.concatenate(features), prepared.values(), np.concatenate(training), seed)
+    indices = _held_out(prepared, seed)
+    images = [decode_image(prepared.lent.reader, i) for i in indices]
+    with progress.task("real pictures through the autoencoder"):
+        rebuilt = decode(autoencoder, encode(autoencoder, images, seed))
+    columns: dict[str, Judged] = {}
+    with progress.task("judging pictures", len(rebuilt) + sum(map(len, drawn.values()))) as advance:
+        for name, pictures in drawn.items():
+            columns[name] = _of_draws(prepared, real, judging.look_at(pictures))
+            advance(len(pictures))
+        columns |= _of_real(prepared, real, judging.look_at(rebuilt), indices)
+        advance(len(rebuilt))
+    with progress.task("standard errors"):
+        result = _composed(prepared, columns, real, seed)
+    return result, _sheet(prepared, drawn["run"])
+
+
+def _sheet(prepared: Prepared, pictures: np.ndarray) -> np.ndarray:
+    first = prepared.asked[:SHOWN_CAPTIONS]
+    real = np.stack([decode_image(prepared.lent.reader, one.index) for one in first])[:, None]
+    draws = pictures.reshape(len(prepared.asked), prepared.draws, *pictures.shape[1:])
+    return np.concatenate([real, draws[: len(first), :SHOWN_DRAWS]], axis=1)
+
+
+def _drawn(
+    prepared: Prepared, opened: OpenedRun, autoencoder: Autoencoder, seed: int, progress: Progress
+) -> dict[str, np.ndarray]:
+    """Pictures of the run, of its z0, and of its mu once for a caption."""
+    flow, source = painters(opened, seed, progress)
+    texts = [one.text for one in prepared.asked for _ in range(prepared.draws)]
+    latents = {"run": flow(texts)}
+    if source is not None:
+        with progress.task("the source without the flow"):
+            mu, latents["z0"] = source(texts)
+            latents["mu"] = mu[:: prepared.draws]
+    with progress.task("decoding pictures", sum(map(len, latents.values()))) as advance:
+        return {name: decode(autoencoder, made, advance) for name, made in latents.items()}
+
+
+def _held_out(prepared: Prepared, seed: int) -> np.ndarray:
+    """As many held-out pictures as there are draws, by index: those of the asked labels, then any
+    others.
+    """
+    labels = prepared.lent.values(prepared.fields.label)
+    asked = [str(one.wanted[prepared.fields.caption]) for one in prepared.asked]
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(~np.isin(labels[order], asked), kind="stable")]
+    return order[: len(asked) * prepared.draws]
+
+
+def _of_draws(prepared: Prepared, real: Real, features: np.ndarray) -> Judged:
+    """Draws of every caption, or one picture that stands for all draws of it."""
+    every = np.arange(len(prepared.asked))
+    caption = np.repeat(every, prepared.draws)
+    drawn = np.repeat(features, len(caption) // len(features), axis=0)
+    spreads = np.array([real.spread(one.wanted) for one in prepared.asked])
+    shown = Shown(drawn, caption, prepared.wanted(every))
+    return judge(shown, real, spreads, prepared.fields.caption)
+
+
+def _of_real(
+    prepared: Prepared, real: Real, rebuilt: np.ndarray, indices: np.ndarray
+) -> dict[str, Judged]:
+    """`ceiling` and `real`, of held-out pictures by index; a caption is all those of a label."""
+    places = prepared.offset() + indices
+    wanted = {name: values[places] for name, values in real.values.items()}
+    label = prepared.fields.caption
+    kinds, caption = np.unique(wanted[label].astype(str), return_inverse=True)
+    spreads = np.array([real.spread({label: kind}) for kind in kinds])
+    return {
+        "ceiling": judge(Shown(rebuilt, caption, wanted), real, spreads, label),
+        "real": judge(Shown(real.features[places], caption, wanted, places), real, spreads, label),
+    }
+
+
+def _composed(
+    prepared: Prepared, columns: dict[str, Judged], real: Real, seed: int
+) -> dict[str, Any]:
+    run, fields, count = columns["run"], prepared.fields, len(prepared.asked)
+    told = {name: scores(judged, real) for name, judged in columns.items()}
+    another = prepared.wanted(others(count, seed))
+    shuffled = accuracies(real, another, run.places, run.shown.caption, fields.caption)
+    return {
+        "features": {"of": prepared.features, "why": prepared.why, "dims": real.features.shape[1]},
+        "label": fields.caption,
+        "captions": count,
+        "draws": prepared.draws,
+        **told.pop("run"),
+        "standard_error": errors(run, real, seed),
+        "beats_mu": beats_mu(run, columns["mu"], real, seed) if "mu" in columns else None,
+        "controls": {
+            **{name: told.get(name) for name in ("ceiling", "real", "mu", "z0")},
+            "shuffled": {name: mean(values) for name, values in shuffled.items()},
+        },
+        "by_group": _by_group(prepared, columns),
+        "samples": {
+            "generated": len(run.near),
+            "ceiling": len(columns["ceiling"].near),
+            "reference": len(real.reference),
+            "training": int(real.training.sum()),
+            "real": len(real.training),
+        },
+        "by_caption": [
+            {
+                "caption": one.text,
+                **one.wanted,
+                **{name: mean(run.rows[name][i : i + 1]) for name in accuracies_of(run)},
+            }
+            for i, one in enumerate(prepared.asked)
+        ],
+    }
+
+
+def _by_group(prepared: Prepared, columns: dict[str, Judged]) -> dict[str, Any] | None:
+    """Accuracies and diversity of each group of captions, of the run and the ceiling; None where
+    samples have no group.
+    """
+    lent, fields = prepared.lent, prepared.fields
+    if fields.group is None:
+        return None
+    of_label = dict(zip(lent.values(fields.label), lent.values(fields.group), strict=True))
+    labels = columns["ceiling"].shown.wanted[fields.caption]
+    groups = {
+        "run": [lent.value(one.index, fields.group) for one in prepared.asked],
+        "ceiling": [of_label[label] for label in np.unique(labels.astype(str))],
+    }
+    return of_groups(columns, groups, [*accuracies_of(columns["run"]), "diversity"])

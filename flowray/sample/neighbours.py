@@ -1,0 +1,292 @@
+"""Scores of pictures by the real pictures that they lie near to in features: is the nearest one of
+the caption, how do both sets cover each other, do draws of a caption differ, are any copied. No
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from flowray.sample.distances import (
+    Gaussian,
+    bootstrap_error,
+    copies,
+    distances,
+    frechet,
+    gaussian,
+    is_nearer,
+    jackknife_error,
+    mean,
+    nearest,
+)
+from flowray.sample.manifolds import Manifold, manifold, overlap
+
+CAPTIONS, PICTURES = 48, 288  # of an evaluation: held-out captions, and draws of all of them
+REFERENCE = 4096  # training pictures, at most, that sets of pictures are compared with
+CAPTION = "caption_accuracy"
+OVERLAPS = ("precision", "recall", "density", "coverage")
+
+Values = dict[str, np.ndarray]  # field -> what each picture shows (N,), None where not said
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What may be chosen; None and empty: as the samples' JSON has it.
+
+    features: as for open_judge; label, attributes, group: fields of the samples' JSON; held_out:
+    shards whose captions are asked for.
+    """
+
+    captions: int | None = None
+    draws: int | None = None
+    features: str | None = None
+    label: str | None = None
+    attributes: tuple[str, ...] = ()
+    group: str | None = None
+    held_out: str | None = None
+
+    def of_other_pictures(self) -> str | None:
+        """The first option that was chosen of those that shapes have no use for."""
+        options = {
+            "--features": self.features,
+            "--label": self.label,
+            "--attribute": self.attributes,
+            "--group": self.group,
+            "--held-out": self.held_out,
+        }
+        return next((option for option, chosen in options.items() if chosen), None)
+
+
+@dataclass(frozen=True)
+class Real:
+    """All real pictures: features (M, dims), what they show, which were trained on, bool (M,)."""
+
+    features: np.ndarray
+    values: Values
+    training: np.ndarray
+    seed: int
+
+    @cached_property
+    def reference(self) -> np.ndarray:
+        """Features of training pictures, at most REFERENCE, drawn evenly."""
+        drawn = np.random.default_rng(self.seed).permutation(np.flatnonzero(self.training))
+        return self.features[drawn[:REFERENCE]]
+
+    @cached_property
+    def manifold(self) -> Manifold:
+        """Of the reference."""
+        return manifold(self.reference)
+
+    @cached_property
+    def gaussian(self) -> Gaussian:
+        """Of the reference."""
+        return gaussian(self.reference)
+
+    @cached_property
+    def near(self) -> np.ndarray:
+        """Of every held-out picture, the distance to the nearest training picture."""
+        return nearest(self.features[~self.training], self.features[self.training])
+
+    def spread(self, wanted: Mapping[str, str | None]) -> float:
+        """Mean distance between two pictures that show what is wanted; nan where there is but
+        one.
+        """
+        fits = np.ones(len(self.features), dtype=bool)
+        for name, value in wanted.items():
+            if value is not None:
+                fits &= self.values[name] == value
+        return spread(self.features[fits])
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Pictures to judge: features (N, dims), of which caption each is (N,), what they should show.
+
+    own: their places among the real pictures, where they are some of these.
+    """
+
+    features: np.ndarray
+    caption: np.ndarray
+    wanted: Values
+    own: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A column of the scores.
+
+    places, near: as `find` gives them.
+    rows: figure -> mean over each caption's pictures (captions,), nan where it has none.
+    reached: recall, coverage -> which of the reference each caption's pictures reach, bool
+    (captions, reference).
+    """
+
+    shown: Shown
+    places: np.ndarray
+    near: np.ndarray
+    rows: dict[str, np.ndarray]
+    reached: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def figure(self, name: str, kept: np.ndarray | None = None) -> float:
+        """The mean over captions, all or those kept; nan where no caption has it."""
+        kept = np.arange(len(self.rows[CAPTION])) if kept is None else kept
+        if name in self.reached:
+            return float(self.reached[name][kept].any(0).mean())
+        value = mean(self.rows[name][kept])
+        return np.nan if value is None else value
+
+    def frechet(self, real: Real, kept: np.ndarray | None = None) -> float:
+        """The Frechet distance to the reference."""
+        features = self.shown.features
+        if kept is not None:
+            features = features[np.isin(self.shown.caption, kept)]
+        return frechet(features, real.gaussian)
+
+
+def spread(features: np.ndarray) -> float:
+    """Mean distance between two of the vectors (N, dims); nan where there is but one."""
+    count = len(features)
+    if count < 2:
+        return np.nan
+    return float(sum(part.sum() for part in distances(features, features)) / (count * (count - 1)))
+
+
+def by_caption(values: np.ndarray, caption: np.ndarray) -> np.ndarray:
+    """Means of values (N,) over the pictures of each caption; nan counts for nothing."""
+    known, captions = ~np.isnan(values), int(caption.max()) + 1
+    counts = np.bincount(caption[known], minlength=captions)
+    sums = np.bincount(caption[known], values[known], captions)
+    return np.where(counts, sums / np.maximum(counts, 1), np.nan)
+
+
+def right(found: Values, wanted: Values, nearest_real: np.ndarray) -> dict[str, np.ndarray]:
+    """Field -> whether the nearest real picture shows what is wanted: 1, 0, or nan where nothing
+    is.
+    """
+    return {
+        name: np.where(
+            [value is None for value in want],
+            np.nan,
+            (found[name][nearest_real] == want).astype(float),
+        )
+        for name, want in wanted.items()
+    }
+
+
+def accuracies(
+    real: Real, wanted: Values, places: np.ndarray, caption: np.ndarray, label: str
+) -> dict[str, np.ndarray]:
+    """Figure -> share of each caption's pictures whose nearest real one, by its place, shows what
+    is wanted.
+    """
+    return {
+        CAPTION if name == label else f"{name}_accuracy": by_caption(values, caption)
+        for name, values in right(real.values, wanted, places).items()
+    }
+
+
+def find(shown: Shown, real: Real) -> tuple[np.ndarray, np.ndarray]:
+    """Of each picture the place of the nearest real one, itself left out, and the distance to the
+    nearest training picture; both (N,).
+    """
+    places, near, start = [], [], 0
+    for part in distances(shown.features, real.features):
+        if shown.own is not None:
+            part[np.arange(len(part)), shown.own[start : start + len(part)]] = np.inf
+        places.append(part.argmin(1))
+        near.append(part[:, real.training].min(1))
+        start += len(part)
+    return np.concatenate(places), np.concatenate(near)
+
+
+def judge(shown: Shown, real: Real, spreads: np.ndarray, label: str) -> Judged:
+    """All figures of pictures. spreads: of each caption's real pictures (captions,), nan where
+    there are none to compare.
+    """
+    caption, captions = shown.caption, int(shown.caption.max()) + 1
+    places, near = find(shown, real)
+    held = overlap(shown.features, real.manifold)
+    unit = mean(spreads)
+    drawn = np.array([spread(shown.features[caption == i]) for i in range(captions)])
+    rows = accuracies(real, shown.wanted, places, caption, label)
+    rows["precision"] = by_caption(held.precise.astype(float), caption)
+    rows["density"] = by_caption(held.density, caption)
+    rows["diversity"] = np.where(np.isnan(spreads), np.nan, drawn / unit if unit else np.nan)
+    rows["copies"] = by_caption(is_nearer(near, real.near).astype(float), caption)
+    reached = {
+        name: np.stack([every[caption == i].any(0) for i in range(captions)])
+        for name, every in (("recall", held.recalled), ("coverage", held.covered))
+    }
+    return Judged(shown, places, near, rows, reached)
+
+
+def scores(judged: Judged, real: Real) -> dict[str, Any]:
+    """A column's figures; None where there is nothing to go by."""
+    means = {name: judged.figure(name) for name in (*accuracies_of(judged), *OVERLAPS, "diversity")}
+    return {
+        **{name: None if np.isnan(value) else value for name, value in means.items()},
+        "frechet": judged.frechet(real),
+        "copies": copies(judged.near, real.near),
+    }
+
+
+def accuracies_of(judged: Judged) -> list[str]:
+    """The names of its accuracies, the caption's first."""
+    return [name for name in judged.rows if name.endswith("_accuracy")]
+
+
+def _quality(judged: Judged, figure: str, kept: np.ndarray) -> float:
+    """The more, the better: few copies, diversity as in the data."""
+    value = judged.figure(figure, kept)
+    return {"copies": -value, "diversity": -abs(1 - value)}.get(figure, value)
+
+
+def errors(judged: Judged, real: Real, seed: int) -> dict[str, float]:
+    """Standard errors over captions of every figure."""
+    captions = len(judged.rows[CAPTION])
+    drawn = {
+        name: bootstrap_error(partial(judged.figure, name), captions, seed)
+        for name in (*judged.rows, *judged.reached)
+    }
+    return drawn | {"frechet": jackknife_error(lambda kept: judged.frechet(real, kept), captions)}
+
+
+def beats_mu(run: Judged, mu: Judged, real: Real, seed: int) -> dict[str, bool]:
+    """Figure -> whether the run is better than its source's mean picture by more than the standard
+    error of the difference over captions.
+    """
+    captions = len(run.rows[CAPTION])
+    every, beaten = np.arange(captions), dict[str, bool]()
+    for name in (*run.rows, *run.reached):
+
+        def gain(kept: np.ndarray, name: str = name) -> float:
+            return _quality(run, name, kept) - _quality(mu, name, kept)
+
+        beaten[name] = gain(every) > bootstrap_error(gain, captions, seed)
+
+    def nearer(kept: np.ndarray) -> float:
+        return mu.frechet(real, kept) - run.frechet(real, kept)
+
+    return beaten | {"frechet": nearer(every) > jackknife_error(nearer, captions)}
+
+
+def of_groups(
+    columns: Mapping[str, Judged], groups: Mapping[str, Sequence[str]], figures: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Group -> captions of the run, and column -> figures.
+
+    groups: column -> group of each of its captions; other columns are left out.
+    """
+    told: dict[str, dict[str, Any]] = {}
+    for group in sorted(set(groups["run"])):
+        kept = {name: np.flatnonzero(np.array(of) == group) for name, of in groups.items()}
+        told[group] = {"captions": len(kept["run"])}
+        for name, chosen in kept.items():
+            rows = columns[name].rows
+            told[group][name] = {figure: mean(rows[figure][chosen]) for figure in figures}
+    return told

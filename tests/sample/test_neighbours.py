@@ -1,0 +1,215 @@
+"""Scores by nearest neighbours, with theory as the oracle: samples of known distributions, copies,
+modes that are left out, gaussians in closed form.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flowray.sample.distances import bootstrap_error, frechet, gaussian, jackknife_error
+from flowray.sample.manifolds import DENSE, manifold, overlap, radii
+from flowray.sample.neighbours import (
+    CAPTION,
+    Judged,
+    Real,
+    Shown,
+    beats_mu,
+    errors,
+    judge,
+    scores,
+    spread,
+)
+
+DIMS, LABELS, EACH = 8, 40, 12
+STYLES = ("flat", "line", "round")
+
+
+def normal(count: int, seed: int, dims: int = DIMS) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, dims))
+
+
+def shares(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    found = overlap(generated, manifold(real))
+    return {
+        "precision": found.precise.mean(),
+        "recall": found.recalled.any(0).mean(),
+        "density": found.density.mean(),
+        "coverage": found.covered.any(0).mean(),
+    }
+
+
+def test_radii_are_those_by_hand() -> None:
+    line = np.array([[0.0], [1.0], [3.0], [7.0]])
+    assert radii(line, 1).tolist() == [1, 1, 2, 4]
+    assert radii(line, 2).tolist() == [3, 2, 3, 6]
+    assert radii(line, 9).tolist() == [7, 6, 4, 7]  # the furthest, where there are no nine
+
+
+def test_one_distribution_is_precise_recalled_dense_and_covered() -> None:
+    found = shares(normal(1500, 0), normal(1500, 1))
+    # of equal samples the expectation of coverage is 1 - 2^-k (Naeem et al., lemma 2), of density 1
+    assert found["coverage"] == pytest.approx(1 - 2.0**-DENSE, abs=0.02)
+    assert found["density"] == pytest.approx(1, abs=0.05)
+    assert found["precision"] > 0.85
+    assert found["recall"] > 0.85
+
+
+def test_apart_there_is_nothing() -> None:
+    assert set(shares(normal(200, 0), normal(200, 1) + 100).values()) == {0}
+
+
+def test_a_mode_that_is_left_out_costs_recall_and_coverage_alone() -> None:
+    real = np.concatenate([normal(400, 0), normal(400, 1) + 50])
+    found = shares(normal(800, 2), real)
+    assert found["precision"] > 0.8
+    assert found["recall"] == pytest.approx(0.5, abs=0.08)
+    assert found["coverage"] == pytest.approx(0.5, abs=0.05)
+    # and one that the data do not have costs precision alone
+    turned = shares(real, normal(800, 2))
+    assert turned["recall"] > 0.8
+    assert turned["precision"] == pytest.approx(0.5, abs=0.08)
+
+
+def test_one_picture_for_ever_is_precise_and_recalls_nothing() -> None:
+    found = shares(np.zeros((300, DIMS)), normal(300, 0))
+    assert found["precision"] == 1
+    assert found["recall"] == 0
+    assert found["coverage"] < 0.2
+
+
+def test_frechet_distance_of_a_factored_gaussian_is_that_of_the_sample() -> None:
+    first, second = normal(70, 0), 2 * normal(50, 1) + 1
+    assert frechet(first, gaussian(second)) == pytest.approx(frechet(first, second))
+    # N(0, 1) to N(1, 4) in every dim: 1 + (1 - 2)^2
+    many = frechet(normal(200_000, 0, 2), 2 * normal(200_000, 1, 2) + 1)
+    assert many == pytest.approx(2 * (1 + 1), rel=0.02)
+
+
+def test_errors_are_those_of_a_mean() -> None:
+    values = np.random.default_rng(0).standard_normal(60)
+    truth = values.std() / np.sqrt(60)
+    assert bootstrap_error(lambda kept: values[kept].mean(), 60, 0) == pytest.approx(truth, rel=0.1)
+    assert jackknife_error(lambda kept: values[kept].mean(), 60) == pytest.approx(truth, rel=0.25)
+    assert bootstrap_error(lambda kept: np.nan, 60, 0) == 0
+
+
+class World:
+    """Labels as points, their pictures around them, in turn of each style; the last of every label
+    is held out.
+    """
+
+    def __init__(self, width: float = 0.3) -> None:
+        rng = np.random.default_rng(0)
+        self.centres = 4 * rng.standard_normal((LABELS, DIMS))
+        self.label = np.repeat(np.arange(LABELS), EACH)
+        self.style = np.tile(np.resize(STYLES, EACH), LABELS).astype(object)
+        self.features = self.draw(self.label, width, 1)
+        training = np.tile(np.arange(EACH) < EACH - 2, LABELS)
+        values = {"label": self.label.astype(str).astype(object), "style": self.style}
+        self.real = Real(self.features, values, training, seed=0)
+
+    def draw(self, labels: np.ndarray, width: float, seed: int) -> np.ndarray:
+        noise = np.random.default_rng(seed).standard_normal((len(labels), DIMS))
+        return self.centres[labels] + width * noise
+
+    def judge(self, features: np.ndarray, wanted: np.ndarray, styles: object = None) -> Judged:
+        caption = np.repeat(np.arange(LABELS), len(features) // LABELS)
+        asked = {"label": wanted.astype(str).astype(object)}
+        if styles is not None:
+            asked["style"] = np.asarray(styles, dtype=object)
+        spreads = np.array([self.real.spread({"label": str(i)}) for i in range(LABELS)])
+        return judge(Shown(features, caption, asked), self.real, spreads, "label")
+
+
+DRAWS = 6
+WANTED = np.repeat(np.arange(LABELS), DRAWS)
+
+
+def test_draws_of_the_data_are_as_the_data() -> None:
+    world = World()
+    run = world.judge(world.draw(WANTED, 0.3, 2), WANTED)
+    found = scores(run, world.real)
+    assert found[CAPTION] == 1
+    assert found["diversity"] == pytest.approx(1, abs=0.05)
+    assert found["copies"]["nearer"] < 0.06
+    assert found["copies"]["median_ratio"] == pytest.approx(1, abs=0.1)
+    assert found["precision"] > 0.8
+    assert found["frechet"] < 0.1 * frechet(normal(240, 0), world.real.reference)
+    # against other captions: a cycle of labels leaves none right
+    assert world.judge(run.shown.features, np.roll(WANTED, DRAWS)).figure(CAPTION) == 0
+    # against random ones: chance
+    rng, chance = np.random.default_rng(3), []
+    for _ in range(20):
+        chance.append(world.judge(run.shown.features, rng.permutation(WANTED)).figure(CAPTION))
+    assert np.mean(chance) == pytest.approx(1 / LABELS, abs=0.01)
+
+
+def test_copies_have_every_accuracy_and_are_told() -> None:
+    world = World()
+    places = np.flatnonzero(world.real.training).reshape(LABELS, -1)[:, :DRAWS].ravel()
+    run = world.judge(world.features[places], WANTED, world.style[places])
+    found = scores(run, world.real)
+    assert found[CAPTION] == found["style_accuracy"] == 1
+    assert found["copies"] == {"median_ratio": pytest.approx(0, abs=1e-5), "nearer": 1}
+    assert found["precision"] == 1
+
+
+def test_a_picture_is_not_its_own_neighbour_where_it_is_left_out() -> None:
+    world = World(width=0)  # all of a label in one place, and no style in the features
+    held = np.flatnonzero(~world.real.training)
+    kinds = np.repeat(np.arange(LABELS), len(held) // LABELS)
+    wanted = {name: values[held] for name, values in world.real.values.items()}
+    spreads = np.ones(LABELS)
+    alone = Shown(world.features[held], kinds, wanted, held)
+    found = judge(alone, world.real, spreads, "label")
+    assert found.figure(CAPTION) == 1
+    assert not np.isin(found.places, held).all()
+    assert (found.places != held).all()
+
+
+def test_a_style_counts_only_where_it_is_named() -> None:
+    world = World()
+    places = np.flatnonzero(world.real.training).reshape(LABELS, -1)[:, :DRAWS].ravel()
+    styles = world.style[places].copy()
+    styles[: len(styles) // 2] = None
+    styles[-DRAWS:] = "none of these"
+    run = world.judge(world.features[places], WANTED, styles)
+    rows = run.rows["style_accuracy"]
+    assert np.isnan(rows[: LABELS // 2]).all()
+    assert rows[-1] == 0
+    assert run.figure("style_accuracy") == pytest.approx(1 - 1 / (LABELS // 2))
+
+
+def test_diversity_is_that_of_a_caption_s_own_pictures() -> None:
+    points = np.array([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    assert spread(points) == pytest.approx(2 / 3 * 5 / np.sqrt(2))  # root of the mean square
+    assert np.isnan(spread(points[:1]))
+    world = World()
+    narrow = world.judge(world.draw(WANTED, 0.15, 2), WANTED)
+    assert narrow.figure("diversity") == pytest.approx(0.5, abs=0.03)
+    both = world.real.spread({"label": "3", "style": "flat"})
+    of_style = world.features[(world.label == 3) & (world.style == "flat")]
+    assert both == spread(of_style)
+    assert world.real.spread({"label": "3", "style": None}) == spread(
+        world.features[world.label == 3]
+    )
+
+
+def test_what_beats_the_mean_picture() -> None:
+    world = World()
+    run = world.judge(world.draw(WANTED, 0.3, 2), WANTED)
+    blur = 0.4 * world.centres[WANTED]  # pulled to the mean of all, the same in every draw
+    mu = world.judge(blur, WANTED)
+    assert mu.figure("diversity") == pytest.approx(0, abs=1e-6)
+    assert mu.figure("recall") == 0
+    beaten = beats_mu(run, mu, world.real, 0)
+    assert set(beaten) == {*run.rows, *run.reached, "frechet"}
+    assert [name for name, does in beaten.items() if not does] in ([], ["copies"])
+    assert not any(beats_mu(mu, mu, world.real, 0).values())
+    told = errors(run, world.real, 0)
+    assert set(told) == set(beaten)
+    assert told[CAPTION] == 0  # every one is right
+    # leaving captions out takes the draws away from the data, in the mean and in the covariance
+    assert told["frechet"] > scores(run, world.real)["frechet"]
+    assert 0 < told["coverage"] < 0.1
