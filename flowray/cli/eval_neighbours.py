@@ -57,8 +57,9 @@ def show_neighbours(console: Console, run: Path, result: dict[str, Any]) -> None
     few, features = scores["samples"], scores["features"]
     console.print(
         f"accuracy: the nearest of all {few['real']} real pictures is of the caption; precision,"
-        f" recall, density, coverage, frechet distance: against {few['reference']} training"
-        " pictures; diversity: distance between draws of a caption, 1 as between real ones; copies:"
+        f" recall, density, coverage: against {few['matched']} training pictures, frechet distance"
+        f" against {few['reference']}; diversity: distance between draws of a caption, 1 as between"
+        " real ones; copies:"
         " nearer to a training picture than 0.99 of held-out pictures are, and the medians' ratio"
     )
     console.print(

@@ -22,7 +22,6 @@ from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_diffs, 
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
-from flowray.config.train import CHECKED
 from flowray.config.writing import write_whole
 from flowray.store.checkpoint import load_state, newest_checkpoint
 from flowray.store.rows import read_rows
@@ -310,8 +309,7 @@ def _finish(
     print(f"{'stopped' if stopped else 'finished'} after {seconds:.0f} s: {run.path}")
     print(f"  report       {report}")
     print(f"  sample       python -m flowray.sample {place} {shlex.quote(prompts[0])}")
-    if loaded.recipe.data.shards in CHECKED:
-        print(f"  evaluate     python -m flowray.eval {place}")
+    print(f"  evaluate     python -m flowray.eval {place}")
     print(f"  TensorBoard  tensorboard --logdir {place}/tensorboard")
     if stopped:
         print("  continue     the same command with --resume")

@@ -150,6 +150,7 @@ def _run_context(run: Run) -> dict[str, Any]:
 _SCORES = (
     ("open", "named", "pictures with all that is named right, held-out open captions"),
     ("open", "coverage_excess", "coverage excess of what those leave open; 0 as in the data"),
+    ("neighbours", "caption_accuracy", "pictures nearest to a real one of their held-out caption"),
     ("shapes", "all_correct", "pictures with every attribute right, held-out prompts"),
     ("shapes", "mean_attribute_accuracy", "attributes right, held-out prompts"),
 )

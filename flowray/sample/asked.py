@@ -22,7 +22,8 @@ from flowray.sample.neighbours import CAPTIONS, PICTURES, Choices, Values
 from flowray.store.latents import split_shards
 
 LABEL, ATTRIBUTES, GROUP = "label", ("style",), "group"  # fields that are looked for by themselves
-WORDS = re.compile(r"[^\W_]+")
+# a word of ASCII, or one letter of any other script: some write words without spaces between
+WORDS = re.compile(r"[a-z0-9]+|[^\W_a-z0-9]")
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,11 @@ def ask(held_out: Samples, fields: Fields, count: int | None, seed: int) -> list
         index = int(rng.choice(np.flatnonzero(labels == label)))
         text = str(rng.choice(held_out.reader.captions(index)))
         wanted: dict[str, str | None] = {fields.caption: str(label)}
+        # a label may have the word of a style: "flat shoe"
+        rest = text.lower().replace(str(label).lower(), " ") if fields.label else text
         for name in fields.attributes:
             value = held_out.value(index, name)
-            wanted[name] = value if says(text, value) else None
+            wanted[name] = value if says(rest, value) else None
         asked.append(Asked(text, index, wanted))
     return asked
 

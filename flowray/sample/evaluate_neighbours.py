@@ -96,7 +96,8 @@ def evaluate_neighbours(
     cache = cache_dir(recipe.data.cache)
     features = [features_of(each, judging, cache, progress) for each in prepared.samples.values()]
     training = [np.full(len(each), split == "train") for split, each in prepared.samples.items()]
-    real = Real(np.concatenate(features), prepared.values(), np.concatenate(training), seed)
+    marks, matched = np.concatenate(training), len(drawn["run"])
+    real = Real(np.concatenate(features), prepared.values(), marks, matched, seed)
     indices = _held_out(prepared, seed)
     images = [decode_image(prepared.lent.reader, i) for i in indices]
     with progress.task("real pictures through the autoencoder"):
@@ -177,7 +178,7 @@ def _composed(
     run, fields, count = columns["run"], prepared.fields, len(prepared.asked)
     told = {name: scores(judged, real) for name, judged in columns.items()}
     another = prepared.wanted(others(count, seed))
-    shuffled = accuracies(real, another, run.places, run.shown.caption, fields.caption)
+    shuffled = accuracies(real, another, run.found, run.shown.caption, fields.caption)
     return {
         "features": {"of": prepared.features, "why": prepared.why, "dims": real.features.shape[1]},
         "label": fields.caption,
@@ -192,9 +193,10 @@ def _composed(
         },
         "by_group": _by_group(prepared, columns),
         "samples": {
-            "generated": len(run.near),
-            "ceiling": len(columns["ceiling"].near),
+            "generated": len(run.found.near),
+            "ceiling": len(columns["ceiling"].found.near),
             "reference": len(real.reference),
+            "matched": len(real.manifold.features),
             "training": int(real.training.sum()),
             "real": len(real.training),
         },

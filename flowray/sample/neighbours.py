@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,11 +64,15 @@ class Choices:
 
 @dataclass(frozen=True)
 class Real:
-    """All real pictures: features (M, dims), what they show, which were trained on, bool (M,)."""
+    """All real pictures: features (M, dims), what they show, which were trained on, bool (M,).
+
+    matched: how many make the manifold; recall and coverage are made for samples of one size.
+    """
 
     features: np.ndarray
     values: Values
     training: np.ndarray
+    matched: int
     seed: int
 
     @cached_property
@@ -79,8 +83,8 @@ class Real:
 
     @cached_property
     def manifold(self) -> Manifold:
-        """Of the reference."""
-        return manifold(self.reference)
+        """Of the first of the reference, as many as are matched."""
+        return manifold(self.reference[: self.matched])
 
     @cached_property
     def gaussian(self) -> Gaussian:
@@ -116,19 +120,27 @@ class Shown:
     own: np.ndarray | None = None
 
 
+class Found(NamedTuple):
+    """Of each picture the place of the nearest real one, that of the nearest of other captions than
+    its own, and the distance to the nearest training picture; all (N,).
+    """
+
+    places: np.ndarray
+    others: np.ndarray
+    near: np.ndarray
+
+
 @dataclass(frozen=True)
 class Judged:
     """A column of the scores.
 
-    places, near: as `find` gives them.
     rows: figure -> mean over each caption's pictures (captions,), nan where it has none.
     reached: recall, coverage -> which of the reference each caption's pictures reach, bool
-    (captions, reference).
+    (captions, matched).
     """
 
     shown: Shown
-    places: np.ndarray
-    near: np.ndarray
+    found: Found
     rows: dict[str, np.ndarray]
     reached: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -164,44 +176,38 @@ def by_caption(values: np.ndarray, caption: np.ndarray) -> np.ndarray:
     return np.where(counts, sums / np.maximum(counts, 1), np.nan)
 
 
-def right(found: Values, wanted: Values, nearest_real: np.ndarray) -> dict[str, np.ndarray]:
-    """Field -> whether the nearest real picture shows what is wanted: 1, 0, or nan where nothing
-    is.
-    """
-    return {
-        name: np.where(
-            [value is None for value in want],
-            np.nan,
-            (found[name][nearest_real] == want).astype(float),
-        )
-        for name, want in wanted.items()
-    }
+def find(shown: Shown, real: Real, label: str) -> Found:
+    """What lies next to pictures; one that is among the real ones is left out for itself."""
+    places, others, near, start = [], [], [], 0
+    kinds = real.values[label]
+    for part in distances(shown.features, real.features):
+        rows = slice(start, start + len(part))
+        start += len(part)
+        if shown.own is not None:
+            part[np.arange(len(part)), shown.own[rows]] = np.inf
+        places.append(part.argmin(1))
+        near.append(part[:, real.training].min(1))
+        part[shown.wanted[label][rows, None] == kinds] = np.inf
+        others.append(part.argmin(1))
+    return Found(*map(np.concatenate, (places, others, near)))
 
 
 def accuracies(
-    real: Real, wanted: Values, places: np.ndarray, caption: np.ndarray, label: str
+    real: Real, wanted: Values, found: Found, caption: np.ndarray, label: str
 ) -> dict[str, np.ndarray]:
-    """Figure -> share of each caption's pictures whose nearest real one, by its place, shows what
-    is wanted.
-    """
-    return {
-        CAPTION if name == label else f"{name}_accuracy": by_caption(values, caption)
-        for name, values in right(real.values, wanted, places).items()
-    }
+    """Figure -> share of each caption's pictures whose nearest real one shows what is wanted, nan
+    where nothing is.
 
-
-def find(shown: Shown, real: Real) -> tuple[np.ndarray, np.ndarray]:
-    """Of each picture the place of the nearest real one, itself left out, and the distance to the
-    nearest training picture; both (N,).
+    Another attribute than the caption is looked for among the pictures of other captions: its own
+    in other styles are often the nearest.
     """
-    places, near, start = [], [], 0
-    for part in distances(shown.features, real.features):
-        if shown.own is not None:
-            part[np.arange(len(part)), shown.own[start : start + len(part)]] = np.inf
-        places.append(part.argmin(1))
-        near.append(part[:, real.training].min(1))
-        start += len(part)
-    return np.concatenate(places), np.concatenate(near)
+    rows = {}
+    for name, want in wanted.items():
+        places = found.places if name == label else found.others
+        right = (real.values[name][places] == want).astype(float)
+        right[[value is None for value in want]] = np.nan
+        rows[CAPTION if name == label else f"{name}_accuracy"] = by_caption(right, caption)
+    return rows
 
 
 def judge(shown: Shown, real: Real, spreads: np.ndarray, label: str) -> Judged:
@@ -209,20 +215,20 @@ def judge(shown: Shown, real: Real, spreads: np.ndarray, label: str) -> Judged:
     there are none to compare.
     """
     caption, captions = shown.caption, int(shown.caption.max()) + 1
-    places, near = find(shown, real)
+    found = find(shown, real, label)
     held = overlap(shown.features, real.manifold)
     unit = mean(spreads)
     drawn = np.array([spread(shown.features[caption == i]) for i in range(captions)])
-    rows = accuracies(real, shown.wanted, places, caption, label)
+    rows = accuracies(real, shown.wanted, found, caption, label)
     rows["precision"] = by_caption(held.precise.astype(float), caption)
     rows["density"] = by_caption(held.density, caption)
     rows["diversity"] = np.where(np.isnan(spreads), np.nan, drawn / unit if unit else np.nan)
-    rows["copies"] = by_caption(is_nearer(near, real.near).astype(float), caption)
+    rows["copies"] = by_caption(is_nearer(found.near, real.near).astype(float), caption)
     reached = {
         name: np.stack([every[caption == i].any(0) for i in range(captions)])
         for name, every in (("recall", held.recalled), ("coverage", held.covered))
     }
-    return Judged(shown, places, near, rows, reached)
+    return Judged(shown, found, rows, reached)
 
 
 def scores(judged: Judged, real: Real) -> dict[str, Any]:
@@ -231,7 +237,7 @@ def scores(judged: Judged, real: Real) -> dict[str, Any]:
     return {
         **{name: None if np.isnan(value) else value for name, value in means.items()},
         "frechet": judged.frechet(real),
-        "copies": copies(judged.near, real.near),
+        "copies": copies(judged.found.near, real.near),
     }
 
 

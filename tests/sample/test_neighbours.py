@@ -21,7 +21,7 @@ from flowray.sample.neighbours import (
     spread,
 )
 
-DIMS, LABELS, EACH = 8, 40, 12
+DIMS, LABELS, EACH, DRAWS = 8, 40, 12, 6
 STYLES = ("flat", "line", "round")
 
 
@@ -73,7 +73,7 @@ def test_a_mode_that_is_left_out_costs_recall_and_coverage_alone() -> None:
 
 def test_one_picture_for_ever_is_precise_and_recalls_nothing() -> None:
     found = shares(np.zeros((300, DIMS)), normal(300, 0))
-    assert found["precision"] == 1
+    assert found["precision"] > 0.95  # not all that were copied are of the matched ones
     assert found["recall"] == 0
     assert found["coverage"] < 0.2
 
@@ -99,15 +99,17 @@ class World:
     is held out.
     """
 
-    def __init__(self, width: float = 0.3) -> None:
+    def __init__(self, width: float = 0.3, style: float = 0.0) -> None:
         rng = np.random.default_rng(0)
         self.centres = 4 * rng.standard_normal((LABELS, DIMS))
+        self.offset = {name: style * rng.standard_normal(DIMS) for name in STYLES}
         self.label = np.repeat(np.arange(LABELS), EACH)
         self.style = np.tile(np.resize(STYLES, EACH), LABELS).astype(object)
         self.features = self.draw(self.label, width, 1)
+        self.features += np.stack([self.offset[name] for name in self.style])
         training = np.tile(np.arange(EACH) < EACH - 2, LABELS)
         values = {"label": self.label.astype(str).astype(object), "style": self.style}
-        self.real = Real(self.features, values, training, seed=0)
+        self.real = Real(self.features, values, training, matched=LABELS * DRAWS, seed=0)
 
     def draw(self, labels: np.ndarray, width: float, seed: int) -> np.ndarray:
         noise = np.random.default_rng(seed).standard_normal((len(labels), DIMS))
@@ -122,7 +124,6 @@ class World:
         return judge(Shown(features, caption, asked), self.real, spreads, "label")
 
 
-DRAWS = 6
 WANTED = np.repeat(np.arange(LABELS), DRAWS)
 
 
@@ -146,13 +147,29 @@ def test_draws_of_the_data_are_as_the_data() -> None:
 
 
 def test_copies_have_every_accuracy_and_are_told() -> None:
-    world = World()
+    world = World(style=40)
     places = np.flatnonzero(world.real.training).reshape(LABELS, -1)[:, :DRAWS].ravel()
     run = world.judge(world.features[places], WANTED, world.style[places])
     found = scores(run, world.real)
     assert found[CAPTION] == found["style_accuracy"] == 1
     assert found["copies"] == {"median_ratio": pytest.approx(0, abs=1e-5), "nearer": 1}
-    assert found["precision"] == 1
+    assert found["precision"] > 0.95  # not all that were copied are of the matched ones
+
+
+def test_a_style_is_looked_for_among_other_captions() -> None:
+    """A caption's own pictures, all around, say nothing of the style that is asked for."""
+    world = World(style=1)
+    styles = np.tile(STYLES, LABELS * DRAWS // 3)
+    drawn = world.draw(WANTED, 0.3, 2) + np.stack([world.offset[name] for name in styles])
+    run = world.judge(drawn, WANTED, styles)
+    assert (world.label[run.found.places] == WANTED).mean() > 0.9
+    assert (world.label[run.found.others] != WANTED).all()
+    by_hand = [
+        np.square(world.features[world.label != WANTED[i]] - drawn[i]).sum(1).argmin()
+        for i in range(9)
+    ]
+    others = [np.flatnonzero(world.label != WANTED[i])[by_hand[i]] for i in range(9)]
+    assert run.found.others[:9].tolist() == others
 
 
 def test_a_picture_is_not_its_own_neighbour_where_it_is_left_out() -> None:
@@ -164,12 +181,11 @@ def test_a_picture_is_not_its_own_neighbour_where_it_is_left_out() -> None:
     alone = Shown(world.features[held], kinds, wanted, held)
     found = judge(alone, world.real, spreads, "label")
     assert found.figure(CAPTION) == 1
-    assert not np.isin(found.places, held).all()
-    assert (found.places != held).all()
+    assert (found.found.places != held).all()
 
 
 def test_a_style_counts_only_where_it_is_named() -> None:
-    world = World()
+    world = World(style=40)
     places = np.flatnonzero(world.real.training).reshape(LABELS, -1)[:, :DRAWS].ravel()
     styles = world.style[places].copy()
     styles[: len(styles) // 2] = None
@@ -205,7 +221,8 @@ def test_what_beats_the_mean_picture() -> None:
     assert mu.figure("recall") == 0
     beaten = beats_mu(run, mu, world.real, 0)
     assert set(beaten) == {*run.rows, *run.reached, "frechet"}
-    assert [name for name, does in beaten.items() if not does] in ([], ["copies"])
+    # copies: few, or none as of a blur; density: a blur lies within the wide balls of outliers
+    assert {name for name, does in beaten.items() if not does} <= {"copies", "density"}
     assert not any(beats_mu(mu, mu, world.real, 0).values())
     told = errors(run, world.real, 0)
     assert set(told) == set(beaten)
