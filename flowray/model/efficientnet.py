@@ -97,6 +97,7 @@ class EfficientNetLite0(nn.Module):
         x = F.interpolate(
             pictures.float(), (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True
         )
+        x = x.contiguous(memory_format=torch.channels_last)  # a quarter off the time on a CPU
         x = F.relu6(self._bn0(self._conv_stem(((x + 1) * 127.5 - MEAN) / SCALE)))
         for block in self._blocks:
             x = block(x)
@@ -118,7 +119,6 @@ def load_efficientnet(folder: Path, where: str) -> EfficientNetLite0:
         raise refused(where, folder, f"has no {WEIGHTS}")
     check_file(file, where)
     net = EfficientNetLite0().eval().requires_grad_(False)
-    net.to(memory_format=torch.channels_last)  # a quarter off the time on a CPU
     with loading(where, folder):
         # a batch norm's count of training steps, which says nothing here, may be absent
         counts = {name: x for name, x in net.state_dict().items() if "num_batches" in name}
