@@ -193,8 +193,10 @@ def _of_others(
     prepared = prepare(recipe, choices, seed, progress)
     opened, autoencoder = models()
     scores, pictures = score_neighbours(prepared, opened, autoencoder, seed, progress)
-    captions = [one.text for one in prepared.asked[: len(pictures)]]
-    return {"neighbours": scores}, lambda path: save_sheet(path, captions, pictures)
+    first = prepared.asked[: len(pictures)]
+    captions = [one.text for one in first]
+    labels = [one.wanted[prepared.fields.caption] for one in first]
+    return {"neighbours": scores}, lambda path: save_sheet(path, captions, labels, pictures)
 
 
 def main(argv: list[str]) -> int:
