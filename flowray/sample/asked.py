@@ -107,10 +107,13 @@ def says(text: str, value: str) -> bool:
 def ask(held_out: Samples, fields: Fields, count: int | None, seed: int) -> list[Asked]:
     """A caption of a random picture of each of `count` labels; None: CAPTIONS, or all there are.
 
-    InputError where there are not that many labels.
+    InputError where there are not that many labels, or but one.
     """
     labels = held_out.values(fields.label)
     every = np.random.default_rng(seed).permutation(np.unique(labels.astype(str)))
+    if len(every) < 2:
+        one = repr(str(every[0]))
+        raise InputError(f"all held-out pictures are of one caption, {one}; want two or more")
     if count is not None and count > len(every):
         raise InputError(f"--captions: want at most {len(every)}, got {count}")
     asked = []

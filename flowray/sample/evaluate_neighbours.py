@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flowray.config.progress import SILENT, Progress
-from flowray.config.recipe import Recipe
 from flowray.config.writing import write_whole
 from flowray.data.make import cache_dir
 from flowray.data.pictures import decode_image
@@ -69,14 +68,19 @@ def score_neighbours(
     seed: int,
     progress: Progress = SILENT,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """`evaluate_neighbours` of a run."""
+    """`evaluate_neighbours` of a run; InputError where its judge cannot be had."""
+    recipe, device = opened.recipe, next(autoencoder.parameters()).device
+    judging = open_judge(prepared.features, autoencoder, recipe.model.autoencoder, device)
+    cache = cache_dir(recipe.data.cache)
+    features = [features_of(each, judging, cache, progress) for each in prepared.samples.values()]
     drawn = _drawn(prepared, opened, autoencoder, seed, progress)
-    return evaluate_neighbours(prepared, opened.recipe, autoencoder, drawn, seed, progress)
+    return evaluate_neighbours(prepared, judging, features, autoencoder, drawn, seed, progress)
 
 
 def evaluate_neighbours(
     prepared: Prepared,
-    recipe: Recipe,
+    judging: Judge,
+    features: Sequence[np.ndarray],
     autoencoder: Autoencoder,
     drawn: Mapping[str, np.ndarray],
     seed: int,
@@ -85,16 +89,13 @@ def evaluate_neighbours(
     """The `neighbours` object of `flowray.eval`: draws of each caption beside controls; and the
     first SHOWN_CAPTIONS captions' pictures, uint8 (captions, 1 + draws, H, W, 3), a real one first.
 
+    features: of the real pictures of each split, as `features_of` gives them.
     drawn: pictures uint8 (captions * draws, H, W, 3) of `run` and, where there are such, of `z0`;
     of `mu` one for each caption.
     Controls: `ceiling`, held-out real pictures through the autoencoder; `real`, these pictures as
     they are, each without itself among the real ones; `shuffled`, the draws judged against another
     caption; `mu` and `z0`, decoded without the flow, None of a source that depends on no caption.
     """
-    device = next(autoencoder.parameters()).device
-    judging = open_judge(prepared.features, autoencoder, recipe.model.autoencoder, device)
-    cache = cache_dir(recipe.data.cache)
-    features = [features_of(each, judging, cache, progress) for each in prepared.samples.values()]
     training = [np.full(len(each), split == "train") for split, each in prepared.samples.items()]
     marks, matched = np.concatenate(training), len(drawn["run"])
     real = Real(np.concatenate(features), prepared.values(), marks, matched, seed)

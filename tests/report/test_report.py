@@ -321,6 +321,7 @@ def test_scores_of_pictures_stand_on_the_page(tmp_path: Path) -> None:
     for told, shown in (
         (closed, ["37 %", "61 %"]),
         (both, ["43 %", "0.127", "37 %", "61 %"]),
+        ({"neighbours": {"caption_accuracy": 0.29}}, ["29 %"]),
         ({"shapes": None, "open": {"named": None}}, []),
         ([], []),
     ):

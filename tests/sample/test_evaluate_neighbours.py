@@ -27,7 +27,8 @@ from flowray.data.shards import write_shards
 from flowray.model.autoencoder import load_autoencoder
 from flowray.model.efficientnet import WEIGHTS, EfficientNetLite0
 from flowray.sample.asked import prepare, says
-from flowray.sample.evaluate_neighbours import evaluate_neighbours
+from flowray.sample.evaluate_neighbours import evaluate_neighbours, features_of
+from flowray.sample.judges import open_judge
 from flowray.sample.manifolds import DENSE
 from flowray.sample.neighbours import Choices
 from flowray.store.found import find_checkpoint
@@ -39,7 +40,7 @@ STYLES = ("flat", "line_art", "round", "shaded")
 KINDS = {"cat": "pets", "dog": "pets", "fox": "wild", "owl": "wild"}
 
 
-def styled(split: str, style: str | None = "style") -> Iterator[dict[str, Any]]:
+def styled(split: str) -> Iterator[dict[str, Any]]:
     """Every label in every style, each a pattern of its own in the colour of the style's field;
     `val` holds one style of each label, in turn.
     """
@@ -50,8 +51,8 @@ def styled(split: str, style: str | None = "style") -> Iterator[dict[str, Any]]:
             pattern = np.random.default_rng(i).integers(0, 200, (PICTURE, PICTURE, 3))
             tint = 40 * (np.arange(3) == j)
             captions = [f"a {label}", f"a {label}, {name.replace('_', ' ')} style"]
-            row = {"captions": captions, "label": label, "group": KINDS[label.split()[1]]}
-            row |= {style: name} if style else {}
+            row = {"captions": captions, "label": label, "one": "same", "style": name}
+            row["group"] = KINDS[label.split()[1]]
             yield {
                 "__key__": f"{split}{i:02d}{j}",
                 "png": png((pattern + tint).astype(np.uint8)),
@@ -128,7 +129,12 @@ def test_pictures_that_lent_the_captions_are_right_in_everything(run: Path) -> N
     lent = [decode_image(prepared.lent.reader, one.index) for one in prepared.asked]
     drawn = {"run": np.repeat(np.stack(lent), prepared.draws, axis=0)}
     autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
-    found, sheet = evaluate_neighbours(prepared, recipe, autoencoder, drawn, seed=0)
+    cpu = torch.device("cpu")
+    judge = open_judge(prepared.features, autoencoder, recipe.model.autoencoder, cpu)
+    features = [
+        features_of(each, judge, run / "cache", SILENT) for each in prepared.samples.values()
+    ]
+    found, sheet = evaluate_neighbours(prepared, judge, features, autoencoder, drawn, seed=0)
     assert found["caption_accuracy"] == 1
     assert found["controls"]["shuffled"]["caption_accuracy"] == 0
     assert found["diversity"] == pytest.approx(0, abs=1e-4)
@@ -165,11 +171,15 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(
     out = tmp_path / "eval.json"
     for choices, words in (
         (Choices(captions=13), "--captions: want at most 12, got 13"),
-        (Choices(label="shape"), "no field 'shape' in its JSON; it has captions, label"),
+        (
+            Choices(label="shape"),
+            "no field 'shape' in its JSON; it has captions, label, one, style",
+        ),
         (Choices(attributes=("group",)), "--attribute group: no caption that is asked for"),
         (Choices(features=str(tmp_path / "none")), "--features: .*want pixels, latents, or"),
         (Choices(features=str(tmp_path)), f"--features: .*has no {WEIGHTS}"),
         (Choices(held_out=str(tmp_path / "none")), "none"),
+        (Choices(label="one"), "all held-out pictures are of one caption, 'same'"),
     ):
         assert_refused(
             lambda choices=choices: evaluate(run, [], 0, SILENT, out, choices), InputError, words
