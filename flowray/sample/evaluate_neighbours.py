@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from flowray.config.cache import cache_dir
 from flowray.config.progress import SILENT, Progress
 from flowray.config.writing import write_whole
-from flowray.data.make import cache_dir
 from flowray.data.pictures import decode_image
 from flowray.model.autoencoder import Autoencoder
 from flowray.sample.asked import Prepared, Samples
