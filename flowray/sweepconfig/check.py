@@ -99,6 +99,9 @@ def _unseen(name: str, sweep: Sweep, base: Recipe) -> str:
         return f"is not measured on the EMA weights; type {name.removeprefix('ema/')}"
     if name.removeprefix("ema/").startswith(_OF_TEXT_SOURCE) and _from_noise(sweep, base):
         return "is of a text source, and every trial starts from noise"
+    weight = f"loss.{name.removeprefix('loss/').removesuffix('_raw')}.weight"
+    if name.startswith("loss/") and _weighs_nothing(weight, sweep, base):
+        return f"is not computed, as {weight} is 0 in every trial"
     if not base.probes.raw and name.startswith(_PROBED):
         return f"is not probed, as probes.raw is false; type ema/{name}, or set probes.raw: true"
     if trains and name.startswith("eval/"):
@@ -113,6 +116,14 @@ def _from_noise(sweep: Sweep, base: Recipe) -> bool:
     searched = sweep.parameters.get("model.source.kind")
     kinds = ends(searched) if searched else [base.model.source.kind]
     return all(kind == "noise" for kind in kinds)
+
+
+def _weighs_nothing(key: str, sweep: Sweep, base: Recipe) -> bool:
+    """Whether no trial has a weight above 0 under `key`; False where there is no such loss."""
+    term = getattr(base.loss, key.split(".")[1], None)
+    searched = sweep.parameters.get(key)
+    weights = ends(searched) if searched else [getattr(term, "weight", 1.0)]
+    return not any(float(str(weight)) > 0 for weight in weights)
 
 
 def _check_scale(sweep: Sweep, base: Recipe) -> None:

@@ -44,3 +44,14 @@ def test_a_metric_of_a_text_source_is_refused_where_every_trial_starts_from_nois
     with pytest.raises(InputError, match=f"{name} .*starts from noise"):
         check(name, parameters="model.source.kind: {values: [noise]}")
     check("ema/std/mean", base="quickstart_noise", parameters=EITHER)
+
+
+@pytest.mark.parametrize("name", ["loss/clip", "loss/tv"])
+def test_a_loss_that_no_trial_computes_is_refused(name):
+    """It would be no trial's, and the sweep would end without a best."""
+    key = f"loss.{name.removeprefix('loss/')}.weight"
+    with pytest.raises(InputError, match=f"{name} .*{key} is 0"):
+        check(name)
+    check(name, parameters=f"{key}: {{values: [0, 0.3]}}")
+    check("loss/kl")
+    check("loss/total")
