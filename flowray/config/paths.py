@@ -62,7 +62,9 @@ ShardsPath = Annotated[str, PathField(names=SETS, pattern=True)]
 OptionalShards = Annotated[str | None, PathField(pattern=True)]
 StoragePath = Annotated[str, PathField(root=STORAGE)]
 RunPaths = Annotated[tuple[str, ...], PathField(root=STORAGE, run=True)]
-ModelPath = Annotated[str, PathField(names=("embedded", "smollm2", "minilm"), hub=True)]
+# the models in the package, and those that `flowray.models fetch` puts into the cache
+MODELS = ("embedded", "smollm2", "minilm")
+ModelPath = Annotated[str, PathField(names=MODELS, hub=True)]
 OptionalModel = Annotated[str | None, PathField(hub=True)]
 
 
@@ -77,14 +79,16 @@ def looks_like_path(text: str) -> bool:
 
 
 def is_hub_name(text: str, *folders: Path) -> bool:
-    """Whether `text` names a model of the hub, `org/name` or `name`; what looks like a path never
-    does.
+    """Whether `text` names a model of the hub, `org/name` or `name`; what looks like a path, and
+    what names a model of flowray's own, never does.
 
     A path starts with `/`, `./`, `../`, `~` or `$`, ends with `/`, has more than one slash, a drive
     or the ending of a file of weights, begins with something that exists in the first of `folders`,
     or is whole in another one. Loading gives the folders; what it has left a name is one anywhere.
     """
-    if text.startswith(_STARTS) or text.lower().endswith(_FILES) or not _HUB_NAME.fullmatch(text):
+    if text in MODELS or not _HUB_NAME.fullmatch(text):
+        return False
+    if text.startswith(_STARTS) or text.lower().endswith(_FILES):
         return False
     begins = any(exists(folder / text.partition("/")[0]) for folder in folders[:1])
     return not begins and not any(exists(folder / text) for folder in folders[1:])
@@ -276,7 +280,7 @@ def argument(text: str) -> Path:
 
 def model_argument(text: str) -> str:
     """A model from the command line: `embedded`, a name of the hub, or a path, made absolute."""
-    return absolute(text, PathField(names=("embedded",), hub=True), Path.cwd())
+    return absolute(text, PathField(names=MODELS, hub=True), Path.cwd())
 
 
 def no_such(path: str | Path) -> str:

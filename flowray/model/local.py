@@ -30,7 +30,7 @@ def find_place(path: str, where: str, embedded: str = "text", *, weights: bool =
     are enough. InputError with what to type: nothing is there.
     """
     place = local_place(path, embedded)
-    named = path != "embedded" and is_hub_name(path)
+    named = is_hub_name(path)
     if place is not None and not (named and weights and not _has_weights(place)):
         return place
     if may_download(path):
@@ -51,8 +51,7 @@ def find_place(path: str, where: str, embedded: str = "text", *, weights: bool =
 
 def may_download(path: str) -> bool:
     """Whether `path` is a hub name and the user allows flowray to ask the hub for it."""
-    named = is_hub_name(path) and path not in FETCHED_MODELS
-    return named and os.environ.get(DOWNLOAD) == "1"
+    return is_hub_name(path) and os.environ.get(DOWNLOAD) == "1"
 
 
 def local_place(path: str, embedded: str = "text") -> Path | None:

@@ -82,6 +82,8 @@ def fetch_model(
     if model.is_whole(folder):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if model.is_whole(folder):  # by now another process has made it
+            return folder
         raise InputError(
             f"{folder}: exists already and is not {model.name} whole; remove it or choose another"
             " with --out"
