@@ -30,7 +30,7 @@ from faults import ELSEWHERE, FAULTS, HEALTHY_RUNS, HELD_OUT, Fault, look, plant
 from faults_aside import ASIDE
 from faults_examples import EXAMPLES
 from faults_seen import SEEN
-from healthy_runs import CALIB, FRESH, LATER
+from healthy_runs import CALIB, FRESH, LAST, LATER
 from source_faults import SOURCE_FAULTS
 
 from flowray.config.load import load_recipe
@@ -195,7 +195,7 @@ def page(
     confusion matrix, what looks alike, the cost.
     """
     elsewhere = {fault.name for fault in HELD_OUT}
-    later = {fault.name for fault in (*CALIB, *FRESH, *LATER, *EXAMPLES, *SEEN, *ASIDE)}
+    later = {fault.name for fault in (*CALIB, *FRESH, *LATER, *LAST, *EXAMPLES, *SEEN, *ASIDE)}
     rows = [row for row in every if row["name"] not in elsewhere | later]
     planted = [row for row in rows if row["named_by"]]
     well = [row for row in rows if not row["named_by"]]
@@ -335,7 +335,8 @@ def _calibrated(every: Sequence[Row]) -> list[str]:
         "Runs of many settings, drawn once (`tests/healthy_runs.py`): both sources, all heads,"
         " three data sets, several sizes and lengths. False alarms on those by which thresholds"
         f" were set: {said(CALIB)}. On others, by rules that were mended for what these showed:"
-        f" {said(FRESH)}. On those drawn after that, looked at once: {said(LATER)}.",
+        f" {said(FRESH)} and {said(LATER)}. On those drawn after that, looked at once:"
+        f" {said(LAST)}.",
     ]
 
 
@@ -444,7 +445,18 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.cost:
         measure_cost(args.cost, args.home)
-    every = (*FAULTS, *HEALTHY_RUNS, *HELD_OUT, *EXAMPLES, *SEEN, *ASIDE, *CALIB, *FRESH, *LATER)
+    every = (
+        *FAULTS,
+        *HEALTHY_RUNS,
+        *HELD_OUT,
+        *EXAMPLES,
+        *SEEN,
+        *ASIDE,
+        *CALIB,
+        *FRESH,
+        *LATER,
+        *LAST,
+    )
     cases = {case.name: case for case in every}
     wanted = [name for name in cases if _is_wanted(name, args.only)]
     if args.train:

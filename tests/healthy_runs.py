@@ -1,6 +1,6 @@
 """Healthy runs of many settings, drawn once and for all: `CALIB`, by which the doctor's thresholds
-are set, `FRESH`, on which its false alarms were counted first, and `LATER`, on which they were
-counted again when what FRESH showed had been mended.
+are set, and those on which its false alarms are counted: `FRESH` first, `LATER` when what FRESH
+showed had been mended, `LAST` when what LATER showed had been.
 
 Healthy by construction: every draw is a setting that a researcher would call sane. None was chosen
 or left out by what the doctor says of it. Where captions leave things open, z0 is as wide as the
@@ -101,3 +101,4 @@ def draw(name: str, *seed: int) -> Fault:
 CALIB = tuple(draw(f"calib_{i:02d}", 0, i) for i in range(COUNT))
 FRESH = tuple(draw(f"fresh_{i:02d}", 1, i) for i in range(COUNT))
 LATER = tuple(draw(f"later_{i:02d}", 2, i) for i in range(COUNT))
+LAST = tuple(draw(f"last_{i:02d}", 3, i) for i in range(COUNT))

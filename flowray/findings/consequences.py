@@ -100,6 +100,10 @@ def near_chance(t: str) -> Limit:
     return lambda r: 0.9 * r[f"trivial/source/separation@{t}"] + 0.1
 
 
+# Another caption hardly changes the picture: by less than a quarter of what captions say of it.
+FORGOTTEN = below("shoot/cond_gain", lambda r: 0.25 * (1 - r.get("data/left_open", 0.0)))
+
+
 def too_high_fix(r: Reading) -> str:
     if not r.has("lr_peak"):
         return "optim.lr=1e-3, or a tenth of what it is"

@@ -94,7 +94,11 @@ OUTCOME: tuple[Rule, ...] = (
                 also("text/snr", "text/cos_mu", "mu/rms"),
             ),
             every(
-                unless(YOUNG), below("shoot/cond_gain", 0.02), below("flow/cond_gain_cos", 0.002)
+                unless(YOUNG),
+                # a network that heeds its caption and gains nothing by it yet is not deaf to it
+                some(absent("input/caption/matters"), below("input/caption/matters", 0.02)),
+                below("shoot/cond_gain", 0.02),
+                below("flow/cond_gain_cos", 0.002),
             ),
         ),
         "the caption does not reach the picture: mu is the same for every prompt, or the field does"

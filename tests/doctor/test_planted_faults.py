@@ -8,7 +8,7 @@ from faults import FAULTS, HEALTHY, HEALTHY_RUNS, SMALL, judge, look, plant, ran
 from faults_aside import ASIDE
 from faults_examples import EXAMPLES
 from faults_seen import SEEN, is_seen
-from healthy_runs import CALIB, FRESH, LATER
+from healthy_runs import CALIB, FRESH, LAST, LATER
 from source_faults import SOURCE_FAULTS
 
 from flowray.config.load import load_recipe, override_recipe
@@ -43,13 +43,15 @@ def test_which_half_a_new_fault_is_in_follows_from_its_name():
 
 
 def test_planted_runs_have_names_of_their_own_and_recipes_that_load():
-    every = (*FAULTS, *HEALTHY_RUNS, *EXAMPLES, *SEEN, *ASIDE, *CALIB, *FRESH, *LATER)
+    every = (*FAULTS, *HEALTHY_RUNS, *EXAMPLES, *SEEN, *ASIDE, *CALIB, *FRESH, *LATER, *LAST)
     names = [fault.name for fault in every]
     assert len(set(names)) == len(names)
     base = override_recipe(load_recipe("quickstart_closed").recipe, SMALL)
-    for fault in (*EXAMPLES, *SEEN, *ASIDE, *CALIB, *FRESH, *LATER):
+    for fault in (*EXAMPLES, *SEEN, *ASIDE, *CALIB, *FRESH, *LATER, *LAST):
         override_recipe(base, {**fault.keys, "name": fault.name})
-    assert len({str((fault.pictures, fault.keys)) for fault in (*CALIB, *FRESH, *LATER)}) == 120
+    assert (
+        len({str((fault.pictures, fault.keys)) for fault in (*CALIB, *FRESH, *LATER, *LAST)}) == 160
+    )
 
 
 def test_a_healthy_run_has_nothing_above_info(home):

@@ -68,18 +68,24 @@ def test_a_narrow_source_averages_only_where_a_caption_leaves_things_open() -> N
 def test_beside_a_caption_that_the_network_reads_the_source_need_not_tell_it(
     condition: str,
 ) -> None:
-    blind = {"source/separation@0": 0.0313, "source/separation@0.5": 0.0313, "text/snr": 1e-5}
+    apart = {"source/separation@0": 0.0313, "source/separation@0.5": 0.0313}
+    blind = {**apart, "text/snr": 1e-5, "shoot/cond_gain": 0.01}
     merging = {"source/separation@0.5": 0.0313, "shoot/cond_gain": 0.03}
     assert ids(blind, condition="none")[:2] == ["source_blind", "condition_ignored"]
     assert ids(blind) == ids(blind, condition="none")  # a recipe of before there was a choice
     # a head of attention layers tells captions only after some 150 steps
     assert ids(blind | {"step": 150}, condition="none")[0] == "condition_ignored"
+    # a network reads codes that no neighbour tells apart, as of a head that has just begun
+    assert ids({**apart, "shoot/cond_gain": 0.3}, condition="none") == []
     assert ids(merging, condition="none") == ["codes_merge"]
     assert ids({**merging, "shoot/cond_gain": 0.4}) == []  # what was read at the start lasts
-    assert ids(blind, condition=condition) == ["text_unproven"]
+    assert ids({**apart, "text/snr": 1e-5}, condition=condition) == ["text_unproven"]
     assert ids(merging, condition=condition) == []
-    unread = {**blind, "shoot/cond_gain": 0.0, "flow/cond_gain_cos": 0.0}
-    assert ids(unread, condition=condition)[0] == "condition_ignored"
+    unread = {"shoot/cond_gain": 0.0, "flow/cond_gain_cos": 0.0}
+    deaf = {**unread, "input/caption/matters": 0.01}
+    assert ids(deaf, condition=condition)[0] == "condition_ignored"
+    # one that heeds its caption has only not learnt what it says yet
+    assert "condition_ignored" not in ids(unread, condition=condition)
 
 
 def test_draws_of_many_answers_are_not_held_against_the_mean_picture() -> None:

@@ -225,12 +225,16 @@ CASES = (
         },
         {"kl_weight": 0.03, "loss_weights": {"flow": 1.0, "kl": 0.03, "anchor": 4.0}},
     ),
-    Case("source_blind", {**ANSWERS, "source/separation@0": 0.0625, "text/snr": 1e-4}),
+    Case(
+        "source_blind",
+        {**ANSWERS, "source/separation@0": 0.0625, "text/snr": 1e-4, "shoot/cond_gain": 0.01},
+    ),
     Case(
         "source_blind",
         {
             **{key: x for key, x in ANSWERS.items() if key not in NO_PAIRS},
             "source/separation@0": 0.0625,
+            "shoot/cond_gain": 0.01,
             "shoot/diversity_all": 0.9,
         },
     ),
@@ -262,7 +266,10 @@ CASES = (
         {"kl_weight": 300.0, "kl_form": "gaussian"},
     ),
     Case("condition_ignored", {"text/snr": 0.0, "text/cos_mu": 1.0}),
-    Case("condition_ignored", {"shoot/cond_gain": 0.001, "flow/cond_gain_cos": 0.0}),
+    Case(
+        "condition_ignored",
+        {"shoot/cond_gain": 0.001, "flow/cond_gain_cos": 0.0, "input/caption/matters": 0.003},
+    ),
     Case("guidance_without_null", {}, {"guidance_scale": 4.0, "null_probability": 0.0}),
     Case("clip_weak", {"loss/clip": 4.1, "clip/cond_gain": 0.05}),
     Case("clip_weak", {"grad/clip_of_total": 0.001, "loss/clip": 2.0}),
