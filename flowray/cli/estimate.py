@@ -13,6 +13,7 @@ import torch
 
 from flowray.cli.progress import START_S
 from flowray.config.cluster import in_cluster
+from flowray.config.cores import usable_cores
 from flowray.config.progress import duration
 from flowray.config.recipe import Recipe
 from flowray.probes.field import BINS
@@ -82,7 +83,7 @@ def time_steps(
     timing, asked = measure(recipe), recipe.resources
     if asked.gpus_per_worker:
         return timing
-    crowd = max(1.0, asked.num_workers * asked.cpus_per_worker / _cores())
+    crowd = max(1.0, asked.num_workers * asked.cpus_per_worker / usable_cores())
     return Timing(timing.step_s * crowd, timing.forward_s * crowd)
 
 
@@ -135,7 +136,3 @@ def why_not(recipe: Recipe, memory: int, weights: list[dict[str, Any]]) -> str:
     if memory > room:
         return f"a step takes {memory / GIB:.1f} GiB, more than {of_what}, {room / GIB:.1f} GiB"
     return ""
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

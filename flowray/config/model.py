@@ -45,7 +45,8 @@ class FrozenText(Config):
     a width that the weights do not have is an error.
 
     cache: keep what the frozen model makes of each caption, so that it is computed once; with
-    queries their prompt's keys and values. cache_gib: at most so much, on the model's device.
+    queries their prompt's keys and values. A resumed run then repeats an unbroken one to rounding,
+    not bit for bit. cache_gib: at most so much, on the model's device.
     """
 
     kind: Literal["causal_lm", "encoder"]

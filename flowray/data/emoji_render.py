@@ -5,19 +5,21 @@ from __future__ import annotations
 import importlib.util
 import io
 import multiprocessing
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 import numpy as np
 from PIL import Image
 
+from flowray.config.cores import usable_cores
 from flowray.config.errors import InputError
 from flowray.data.make import png
 
 _SEEN = 8  # of 255: weaker alpha at the border is smoothing of what ends inside
+_MOST = 16  # processes, each of which imports the libraries anew
 _CHUNK = 32  # drawings a process takes at once
 
 
@@ -67,11 +69,11 @@ def _layer(art: str | bytes, size: int) -> Image.Image:
 
 
 def render_pngs(arts: Sequence[tuple[str, str | bytes]], size: int) -> Iterator[bytes]:
-    """`render` of each as a PNG, in their order, by as many processes as there are processors.
+    """`render` of each as a PNG, in their order, by a process for each processor, at most _MOST.
 
     arts: (name, art); InputError names one that does not decode.
     """
-    processes = min(len(os.sched_getaffinity(0)), -(-len(arts) // _CHUNK))
+    processes = min(usable_cores(), _MOST, -(-len(arts) // _CHUNK))
     if processes < 2:
         yield from (_png(each, size) for each in arts)
         return
@@ -82,6 +84,11 @@ def render_pngs(arts: Sequence[tuple[str, str | bytes]], size: int) -> Iterator[
     )
     try:
         yield from pool.map(partial(_png, size=size), arts, chunksize=_CHUNK)
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a process that draws was killed, most likely for want of memory; the same command"
+            " begins anew"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -100,6 +100,12 @@ def fetch_model(
     try:
         with progress.task(f"writing {model.name}"):
             _write(model, archive, folder, hidden)
+    except (ImportError, KeyError, TypeError, ValueError) as error:
+        # the reader of GGUF is a private part of transformers: another version may do it otherwise
+        raise InputError(
+            f"{model.name}: cannot be made of {archive.name} with these versions of the libraries"
+            f" ({type(error).__name__}: {error}); constraints.txt has those it was tried with"
+        ) from error
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(

@@ -29,12 +29,12 @@ def test_prints_the_folder_and_what_takes_it(
     own, out = model.folder(tmp_path / "cache"), tmp_path / "here"
     lay(model, own)
     lay(model, out)
-    for given, folder in (([], own), (["--out", "here"], out)):
+    for given, folder, path in (([], own, model.name), (["--out", "here"], out, out)):
         assert main(["fetch", model.name, *given]) == 0
         first, *more = capsys.readouterr().out.splitlines()
         assert Path(first) == folder
         keys = [word for line in more for word in line.split() if "=" in word]
-        assert keys == [key.format(folder) for key in model.keys.split()]
+        assert keys == [key.format(path) for key in model.keys.split()]
 
 
 def test_a_wrong_package_writes_nothing(tmp_path: Path) -> None:
