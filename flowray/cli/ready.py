@@ -108,26 +108,16 @@ def check_shards(recipe: Recipe) -> None:
     size, or where `model.latent` is not what the autoencoder makes of them.
     """
     from flowray.data.make import picture_side
-    from flowray.data.pictures import decode_image
+    from flowray.data.pictures import one_size
     from flowray.store.latents import split_shards
 
     if recipe.data.shards in EMBEDDED:
         side = picture_side(recipe.data.shards)
         _check_latent(recipe, side, side)
         return
-    sizes: dict[tuple[int, int], str] = {}
-    for shards in split_shards(recipe.data).values():
-        reader = ShardReader(shards, limit=LOOKED_AT)
-        for index in {0, len(reader) // 2, len(reader) - 1}:
-            sizes.setdefault(decode_image(reader, index).shape[:2], reader.label(index))
-    (height, width), *others = sizes
-    if others:
-        told = "; ".join(f"{w} x {h} px: {label}" for (h, w), label in sizes.items())
-        raise InputError(
-            f"data.shards: pictures are of several sizes, {told}; `flowray.data pack --size PX`"
-            " makes one size"
-        )
-    _check_latent(recipe, height, width)
+    splits = split_shards(recipe.data).values()
+    readers = (ShardReader(shards, limit=LOOKED_AT) for shards in splits)
+    _check_latent(recipe, *one_size(readers, "data.shards"))
 
 
 def _check_latent(recipe: Recipe, height: int, width: int) -> None:

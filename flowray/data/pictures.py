@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -24,3 +25,36 @@ def decode_image(reader: ShardReader, index: int) -> np.ndarray:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"{reader.label(index)}: .{has[0]} does not decode: {reason}") from error
+
+
+def decode_sized(reader: ShardReader, index: int, size: tuple[int, int]) -> np.ndarray:
+    """`decode_image` where all pictures have this (height, width) in px; InputError where one has
+    not.
+    """
+    picture = decode_image(reader, index)
+    if picture.shape[:2] != size:
+        (h, w), (height, width) = picture.shape[:2], size
+        raise InputError(
+            f"{reader.label(index)}: {w} x {h} px among pictures of {width} x {height} px;"
+            " `flowray.data pack --size PX` makes one size"
+        )
+    return picture
+
+
+def one_size(readers: Iterable[ShardReader], what: str) -> tuple[int, int]:
+    """(height, width) in px of the pictures of sets, by the first, the middle and the last of each.
+
+    InputError, which begins with `what`, where these are of several sizes.
+    """
+    sizes: dict[tuple[int, int], str] = {}
+    for reader in readers:
+        for index in sorted({0, len(reader) // 2, len(reader) - 1}):
+            sizes.setdefault(decode_image(reader, index).shape[:2], reader.label(index))
+    size, *others = sizes
+    if others:
+        told = "; ".join(f"{w} x {h} px: {label}" for (h, w), label in sizes.items())
+        raise InputError(
+            f"{what}: pictures are of several sizes, {told}; `flowray.data pack --size PX` makes"
+            " one size"
+        )
+    return size
