@@ -24,7 +24,7 @@ from flowray.config.paths import argument, exists, model_argument, no_such, writ
 from flowray.config.recipe import Recipe
 from flowray.data.pack import SUFFIXES
 from flowray.data.reader import ShardReader
-from flowray.data.shards import EMBEDDED, find_shards, tars
+from flowray.data.shards import NAMED, find_shards, tars
 
 LOOKED_AT = 32  # pictures and captions, evenly spread over the set
 # tokens a word; the shipped tokenizer needs 1.1 for its own captions, over 2 for others
@@ -184,10 +184,10 @@ def _look(folder: Path, val: Path | None) -> Looked:
     """Open the shards and a few samples; InputError with what to type where they are not ready
     for training.
     """
-    if str(folder) in EMBEDDED and not exists(folder):
+    if str(folder) in NAMED and not exists(folder):
         raise InputError(
-            f"--data {folder}: comes with flowray; type python -m flowray.train quickstart"
-            f" data.shards={folder}"
+            f"--data {folder}: a set that needs no new recipe; type python -m flowray.train"
+            f" quickstart data.shards={folder}"
         )
     if not exists(folder):
         raise InputError(

@@ -66,25 +66,26 @@ def fill_folder(
     return len(seen)
 
 
+def refuse_occupied(folder: Path) -> None:
+    """InputError where something is there already, but for an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"{folder}: exists already and is not an empty folder; remove it or choose another"
+        )
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A hidden sibling to write in, renamed to `folder` on success and removed on any exception."""
-    occupied = InputError(
-        f"{folder}: exists already and is not an empty folder; remove it or choose another"
-    )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise occupied
+    refuse_occupied(folder)
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}"
     try:
         partial.mkdir(parents=True)
         yield partial
         put_in_place(partial, folder, last=MANIFEST)
     except OSError as error:
-        if folder.is_dir() and any(folder.iterdir()):  # another writer was first
-            raise occupied from error
-        raise InputError(
-            f"{folder}: cannot write shards there: {error.strerror or error}"
-        ) from error
+        refuse_occupied(folder)  # another writer was first
+        raise InputError(f"{folder}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -145,9 +146,10 @@ def find_shards(spec: str) -> tuple[Path, ...]:
         near = "" if exists(path) or path.name in NAMED else did_you_mean(path.name, NAMED)
         found, what = [], f"no such folder{near}" if near else no_such(path)
     if not found:
+        # who takes names has looked for them before: this one does not, or it is misspelt
+        named = "" if spec in NAMED else f"{', '.join(NAMED)}, "
         raise InputError(
-            f"shards {spec!r}: {what}; give {', '.join(NAMED)}, a folder of .tar files, a glob"
-            " or one .tar"
+            f"shards {spec!r}: {what}; give {named}a folder of .tar files, a glob or one .tar"
         )
     if not any(_starts_with_a_member(tar) for tar in found):
         raise InputError(

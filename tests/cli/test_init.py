@@ -216,6 +216,7 @@ def test_an_autoencoder_too_coarse_for_the_pictures_leaves_no_recipe(place: Path
         (["--data", "shards/trian"], "did you mean"),
         (["--data", "shapes"], "flowray.train quickstart data.shards=shapes"),
         (["--data", "digits"], "flowray.train quickstart data.shards=digits"),
+        (["--data", "emoji_64"], "flowray.train quickstart data.shards=emoji_64"),
         (["--data", "/dev/null"], "a device"),
         (["--data", "shards", "--val", "shards/train"], "--val shards/train"),
         (["--data", "shards", "--out", "taken.yaml"], "taken.yaml"),

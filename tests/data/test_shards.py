@@ -347,3 +347,12 @@ def test_threads_may_read_one_set_at_once(tmp_path: Path, monkeypatch: pytest.Mo
             assert list(threads.map(read, range(4))) == [None] * 4
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_a_set_of_that_name_is_not_offered_where_none_is_taken() -> None:
+    """Who takes named sets looks them up before the folders."""
+    with pytest.raises(InputError) as refused:
+        find_shards("emoji_64")
+    assert "emoji_128" not in str(refused.value)
+    with pytest.raises(InputError, match="emoji_64"):
+        find_shards("emoji_46")
