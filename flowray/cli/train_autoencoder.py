@@ -5,17 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowray.cli.common import GOOD
 from flowray.cli.parser import JSON, Parser, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
-from flowray.config.paths import argument, expand
+from flowray.config.paths import PathField, absolute, expand
+from flowray.config.train import DataConfig
 from flowray.data.reader import ShardReader
-from flowray.data.shards import find_shards
+from flowray.data.shards import NAMED, find_shards, refuse_occupied
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help none
+    import torch
+
+    from flowray.train.autoencoder import Design
+
+HIGHEST_LR = 0.1  # AdamW moves every weight by about its learning rate at every step
+CARD = "CARD.md"
 
 
 def _levels(text: str) -> tuple[int, ...]:
@@ -30,6 +39,11 @@ def _levels(text: str) -> tuple[int, ...]:
     return channels
 
 
+def _place(text: str) -> Path:
+    # `.` has no name to put another folder beside, and a recipe starts from its own folder
+    return Path(absolute(text, PathField(), Path.cwd()))
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog="flowray.train_autoencoder",
@@ -40,9 +54,12 @@ def _parser() -> Parser:
         ),
         epilog=("A recipe uses it by model.autoencoder.path and model.latent; its card says both."),
     )
-    parser.add_argument("shards", type=expand, help="a folder of .tar files, a glob or one .tar")
-    parser.add_argument("--val", type=expand, metavar="SHARDS", help="held-out pictures")
-    parser.add_argument("--out", type=argument, required=True, help="the folder to write")
+    parser.add_argument(
+        "shards", type=expand, help=f"a folder of .tar files, a glob, one .tar, {', '.join(NAMED)}"
+    )
+    held_out = "held-out pictures; a named set has its own"
+    parser.add_argument("--val", type=expand, metavar="SHARDS", help=held_out)
+    parser.add_argument("--out", type=_place, required=True, help="the folder to write")
     parser.add_argument(
         "--channels",
         type=_levels,
@@ -63,6 +80,8 @@ def _parser() -> Parser:
             option, type=whole_number(low), default=default, metavar="N", help=f"{what}, {default}"
         )
     parser.add_argument("--lr", type=float, default=2e-3, metavar="X", help="highest, 2e-3")
+    planned = "print what would be trained and from which step it would go on; train nothing"
+    parser.add_argument("--plan", action="store_true", help=planned)
     parser.add_argument("--json", action="store_true", help=JSON)
     return parser
 
@@ -70,23 +89,19 @@ def _parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     args, progress = _parser().parse_args(argv), ConsoleProgress()
-    if not 0 < args.lr < 1:
-        raise InputError(f"--lr {args.lr}: must lie between 0 and 1")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise InputError(
-            f"--out {args.out}: exists already and is not an empty folder; remove it or choose"
-            " another"
-        )
-    reader = ShardReader(find_shards(args.shards))
-    held_out = ShardReader(find_shards(args.val)) if args.val else None
+    if not 0 < args.lr <= HIGHEST_LR:
+        raise InputError(f"--lr {args.lr}: must be above 0 and at most {HIGHEST_LR}")
+    refuse_occupied(args.out)
     quiet_libraries()
     with progress.task(IMPORTING):
         import torch
 
-        from flowray.data.pictures import decode_image
         from flowray.train.autoencoder import JUDGED, Design, held_out_psnr, in_order
         from flowray.train.autoencoder import train_autoencoder as fit
 
+    reader = _open(args.shards, "train", progress)
+    val = args.val or (args.shards if args.shards in NAMED else None)
+    held_out = _open(val, "val", progress) if val else None
     design = Design(
         channels=args.channels,
         latent_channels=args.latent_channels,
@@ -96,42 +111,127 @@ def main(argv: list[str]) -> int:
         lr=args.lr,
         seed=args.seed,
     )
-    height, width = decode_image(reader, 0).shape[:2]
-    if height != width or width % design.factor:
-        raise InputError(
-            f"{args.shards}: pictures of {width} x {height} px; want squares whose side is a"
-            f" multiple of {design.factor}, which {len(args.channels)} levels need;"
-            " `flowray.data pack --size` makes squares"
-        )
+    side = _side(args.shards, [reader, held_out] if held_out else [reader], design)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    began = time.monotonic()
-    fit(reader, design, args.out, device=device, workers=args.workers, progress=progress)
-    seconds = time.monotonic() - began
     figures: dict[str, Any] = {
         "out": str(args.out),
-        "latent": [design.latent_channels, height // design.factor, width // design.factor],
-        "seconds": round(seconds, 1),
+        "latent": [design.latent_channels, side // design.factor, side // design.factor],
+        "device": _name(device),
     }
-    if held_out:
-        with progress.task("judging held-out pictures"):
-            figures["psnr"] = held_out_psnr(args.out, in_order(held_out, JUDGED), args.seed)
-    _write_card(args.out, argv, figures)
-    print(json.dumps(figures) if args.json else (args.out / "CARD.md").read_text(), end="")
+    if args.plan:
+        figures["held_out"] = len(held_out) if held_out else 0
+        _print_plan(figures | _plan(reader, design, args.out, side), as_json=args.json)
+        return GOOD
+
+    def complete(partial: Path, seconds: float) -> None:
+        figures["seconds"] = round(seconds, 1)
+        if held_out:
+            with progress.task("judging held-out pictures"):
+                pictures = in_order(held_out, JUDGED)
+                figures["psnr"] = held_out_psnr(partial, pictures, args.seed, device)
+        (partial / CARD).write_text(_card(args.out, argv, figures), encoding="utf-8")
+
+    fit(
+        reader,
+        design,
+        args.out,
+        device=device,
+        workers=args.workers,
+        progress=progress,
+        complete=complete,
+    )
+    print(json.dumps(figures) + "\n" if args.json else (args.out / CARD).read_text(), end="")
     return GOOD
 
 
-def _write_card(out: Path, argv: list[str], figures: dict[str, Any]) -> None:
+def _open(spec: str, split: str, progress: ConsoleProgress) -> ShardReader:
+    """A split of a named set, or the shards that `spec` names."""
+    from flowray.store.latents import split_shards
+
+    named = split_shards(DataConfig(shards=spec), progress) if spec in NAMED else {}
+    return ShardReader(named[split] if named else find_shards(spec))
+
+
+def _side(shards: str, readers: list[ShardReader], design: Design) -> int:
+    """The side of the pictures in px; InputError where they are not squares of one size that the
+    levels can halve.
+    """
+    from flowray.data.pictures import one_size
+
+    height, width = one_size(readers, shards)
+    if height != width or width % design.factor:
+        raise InputError(
+            f"{shards}: pictures of {width} x {height} px; want squares whose side is a multiple"
+            f" of {design.factor}, which {len(design.channels)} levels need;"
+            " `flowray.data pack --size` makes squares"
+        )
+    return height
+
+
+def _name(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores"
+
+
+def _plan(reader: ShardReader, design: Design, out: Path, side: int) -> dict[str, Any]:
+    """What would be trained, and what is there already of it."""
+    import torch
+
+    from flowray.train.autoencoder import fresh, left_over
+
+    newest, state = left_over(reader, design, out)
+    with torch.device("meta"):
+        parameters = sum(each.numel() for each in fresh(design, side).parameters())
+    return {
+        "pictures": len(reader),
+        "side": side,
+        "channels": list(design.channels),
+        "parameters": parameters,
+        "steps": design.steps,
+        "decoder_steps": design.decoder_steps,
+        "batch_size": design.batch_size,
+        "from_step": state.get("step", 0),
+        "removes": str(newest) if newest and not state else None,
+    }
+
+
+def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plan))
+        return
+    channels, height, width = plan["latent"]
+    levels = ",".join(map(str, plan["channels"]))
+    lines = {
+        "pictures": f"{plan['pictures']} of {plan['side']} px, {plan['held_out']} held out",
+        "autoencoder": f"levels {levels}, {plan['parameters']:,} parameters",
+        "latent": f"({channels}, {height}, {width})",
+        "steps": f"{plan['steps']}, then {plan['decoder_steps']} of the decoder alone,"
+        f" {plan['batch_size']} pictures each",
+        "from step": plan["from_step"],
+        "device": plan["device"],
+        "out": plan["out"],
+    }
+    if plan["removes"]:
+        lines["removes"] = f"{plan['removes']}, of another design or other pictures"
+    for name, value in lines.items():
+        print(f"{name:<12} {value}")
+
+
+def _card(out: Path, argv: list[str], figures: dict[str, Any]) -> str:
     channels, height, width = figures["latent"]
     lines = [
         f"# {out.name}",
         "",
         "diffusers' AutoencoderKL; mean and standard deviation of its latents are in its config.",
         "",
-        f"- command: `python -m flowray.train_autoencoder {' '.join(argv)}`",
-        f"- it took {figures['seconds']:.0f} s on a machine with {os.cpu_count()} CPU cores",
+        f"- command: `python -m flowray.train_autoencoder {shlex.join(argv)}`",
+        f"- training took {figures['seconds']:.0f} s, last on {figures['device']}",
         f"- in a recipe: `model.autoencoder.path: {out}`, `model.latent: {{channels: {channels},"
         f" height: {height}, width: {width}}}`",
     ]
     if "psnr" in figures:
         lines.append(f"- encode, sample, decode on held-out pictures: {figures['psnr']:.2f} dB")
-    (out / "CARD.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"

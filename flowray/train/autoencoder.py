@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,28 +18,32 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from flowray.config.base import LatentSpec
+from flowray.config.errors import InputError
 from flowray.config.model import KLAutoencoder
 from flowray.config.progress import SILENT, Progress
 from flowray.config.train import CosineLR
 from flowray.data.order import EpochOrder
-from flowray.data.pictures import decode_image
+from flowray.data.pictures import decode_image, decode_sized
 from flowray.data.pixels import to_pictures
 from flowray.data.reader import ShardReader
-from flowray.data.shards import whole_folder
+from flowray.data.shards import refuse_occupied, whole_folder
 from flowray.model.autoencoder import load_autoencoder
 from flowray.probes.vae import psnr
 from flowray.store.checkpoint import load_state, load_tensors, newest_checkpoint, save_checkpoint
+from flowray.store.run import RunDirectory, RunLock
 from flowray.train.optim import lr_at
 
 BATCH = 32  # pictures of a measurement
 STATISTICS = 2048  # training pictures that the latents' mean and std are taken over, at most
 JUDGED = 1024  # held-out pictures
 Loss = Callable[[Any, Tensor], Tensor]
+Complete = Callable[[Path, float], None]
 
 
 @dataclass(frozen=True)
@@ -66,28 +73,46 @@ class Design:
         return int(2 ** (len(self.channels) - 1))
 
 
-class _Shuffled(Dataset[np.ndarray]):
-    """The picture at a place of the training stream, mirrored at every other place of each."""
+class _Steps(Dataset[Tensor | InputError]):
+    """The batch of a training step, each picture mirrored at every other of its places.
 
-    def __init__(self, reader: ShardReader, seed: int):
+    What cannot be read is handed back as the InputError: raised in a worker process, it would come
+    wrapped in that one's traceback.
+    """
+
+    def __init__(self, reader: ShardReader, size: int, seed: int):
         self.reader, self.order = reader, EpochOrder(len(reader), seed)
-        self.seed = seed
+        self.size, self.seed = size, seed
+        self.shape = decode_image(reader, 0).shape[:2]
 
-    def __getitem__(self, position: int) -> np.ndarray:
-        picture = decode_image(self.reader, int(self.order(np.array([position]))[0]))
-        mirrored = np.random.default_rng([self.seed, position]).random() < 0.5
+    def __getitem__(self, step: int) -> Tensor | InputError:
+        places = range(self.size * step, self.size * (step + 1))
+        try:
+            return to_pictures([self._picture(place) for place in places])
+        except InputError as error:
+            return error
+
+    def _picture(self, place: int) -> np.ndarray:
+        index = int(self.order(np.array([place]))[0])
+        picture = decode_sized(self.reader, index, self.shape)
+        mirrored = np.random.default_rng([self.seed, place]).random() < 0.5
         return picture[:, ::-1] if mirrored else picture
 
 
 def batches(
     reader: ShardReader, design: Design, seed: int, first: int, steps: int, workers: int
 ) -> Iterator[Tensor]:
-    """Pictures (B, 3, H, W) in [-1, 1] of steps `first` to `steps`, by seed and step alone."""
-    size = design.batch_size
-    places = [list(range(size * step, size * (step + 1))) for step in range(first, steps)]
-    yield from DataLoader(
-        _Shuffled(reader, seed), batch_sampler=places, num_workers=workers, collate_fn=to_pictures
-    )
+    """Pictures (B, 3, H, W) in [-1, 1] of steps `first` to `steps`, by seed and step alone.
+
+    InputError names the sample that does not decode or has another size than the first.
+    """
+    made = _Steps(reader, design.batch_size, seed)
+    for batch in DataLoader(
+        made, batch_size=None, sampler=range(first, steps), num_workers=workers
+    ):
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
 
 
 def fresh(design: Design, side: int) -> Any:
@@ -176,29 +201,42 @@ class Fit:
         self.schedule = CosineLR(warmup=max(1, self.steps // 20))
 
     def __call__(self, pictures: Tensor) -> float:
-        """One step; its loss. Its noise is a function of seed and step."""
+        """One step; its loss. Its noise is a function of seed and step.
+
+        InputError, with the net as it was, where loss or gradient is not finite.
+        """
         torch.manual_seed(self.seed * 10**7 + self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.schedule, self.lr, self.step, self.steps)
         value = self.loss(self.net, pictures)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
+        loss = float(value.detach())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise InputError(
+                f"training diverged at step {self.total_step}: loss {loss:.4g}, norm of the"
+                f" gradient {norm:.4g}; take a lower --lr than {self.design.lr:g}"
+            )
         self.optimizer.step()
         self.step += 1
-        return float(value.detach())
+        return loss
 
-    def save(self, folder: Path, made_of: Any) -> None:
-        """All that `restore` needs, as the newest checkpoint in `folder`."""
+    @property
+    def total_step(self) -> int:
+        """Steps done, those of the whole autoencoder before the decoder's."""
+        return self.step + self.decoder_alone * self.design.steps
+
+    def save(self, folder: Path, made_of: Any, seconds: float) -> None:
+        """All that `restore` needs, as the newest checkpoint in `folder`; seconds: of training."""
         tensors = {f"net/{name}": value for name, value in self.net.state_dict().items()}
         for i, kept in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{i}/{name}": value for name, value in kept.items()}
-        state = {"made_of": made_of, "decoder_alone": self.decoder_alone}
+        state = {"made_of": made_of, "decoder_alone": self.decoder_alone, "seconds": seconds}
         if self.decoder_alone:
             names = ("latents_mean", "latents_std")
             state["statistics"] = {name: list(self.net.config[name]) for name in names}
-        step = self.step + self.decoder_alone * self.design.steps
-        save_checkpoint(folder, step, {"fit": tensors}, state, keep=1)
+        save_checkpoint(folder, self.total_step, {"fit": tensors}, state, keep=1)
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Go on from what was saved at this step."""
@@ -226,28 +264,55 @@ def set_statistics(net: Any, pictures: Iterator[Tensor]) -> None:
 
 
 @torch.no_grad()
-def held_out_psnr(folder: Path, pictures: Iterator[Tensor], seed: int) -> float:
+def held_out_psnr(
+    folder: Path, pictures: Iterator[Tensor], seed: int, device: torch.device
+) -> float:
     """Mean over pictures (batches (B, 3, H, W)) of the PSNR in dB of encode, sample, decode by the
     autoencoder that lies in `folder`.
     """
     config = AutoencoderKL.load_config(folder)
     side = config["sample_size"] // 2 ** (len(config["block_out_channels"]) - 1)
     latent = LatentSpec(channels=config["latent_channels"], height=side, width=side)
-    wrapped = load_autoencoder(KLAutoencoder(path=str(folder)), latent)
+    wrapped = load_autoencoder(KLAutoencoder(path=str(folder)), latent).to(device)
     generator, figures = torch.Generator().manual_seed(seed), []
-    for part in pictures:
+    for part in (batch.to(device) for batch in pictures):
         moments = wrapped.encode_moments(part)
-        noise = torch.randn(moments.mean.shape, generator=generator)
+        noise = torch.randn(moments.mean.shape, generator=generator).to(device)
         rebuilt = wrapped.decode(wrapped.sample(moments, noise))
         figures += [psnr(a, b) for a, b in zip(rebuilt, part, strict=True)]
     return float(np.mean(figures))
 
 
 def in_order(reader: ShardReader, most: int) -> Iterator[Tensor]:
-    """At most `most` pictures, spread evenly over the set, in batches (B, 3, H, W)."""
+    """At most `most` pictures, spread evenly over the set, in batches (B, 3, H, W).
+
+    InputError names one that does not decode or has another size than the first.
+    """
+    shape = decode_image(reader, 0).shape[:2]
     chosen = np.linspace(0, len(reader) - 1, min(len(reader), most)).round().astype(int)
     for part in np.array_split(chosen, -(-len(chosen) // BATCH)):
-        yield to_pictures([decode_image(reader, int(i)) for i in part])
+        yield to_pictures([decode_sized(reader, int(i), shape) for i in part])
+
+
+def left_over(reader: ShardReader, design: Design, out: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The newest checkpoint of a run into `out` that was ended, and its state; that is empty where
+    the run had another design or other pictures.
+    """
+    newest = newest_checkpoint(_kept(out))
+    state = load_state(newest) if newest else {}
+    return newest, state if state.get("made_of") == _made_of(reader, design) else {}
+
+
+def _made_of(reader: ShardReader, design: Design) -> Any:
+    return json.loads(json.dumps([dataclasses.asdict(design), reader.fingerprint()]))
+
+
+def _kept(out: Path) -> Path:
+    return out.with_name(f".{out.name}.training")
+
+
+def _nothing_else(partial: Path, seconds: float) -> None:
+    pass
 
 
 def train_autoencoder(
@@ -259,46 +324,115 @@ def train_autoencoder(
     workers: int = 0,
     save_every: int = 500,
     progress: Progress = SILENT,
+    complete: Complete = _nothing_else,
 ) -> None:
     """Train on the reader's pictures, of one size, and save diffusers' folder `out`, its latents'
     mean and std in the config.
 
     A run that was ended goes on from what it last saved, beside `out`, if it had the same design
-    and pictures; that is removed at the end.
+    and pictures; what another one saved is removed first, and all of it once `out` is whole.
+    complete: writes what else belongs into the folder, given its hidden place and the seconds of
+    training, all parts of it.
+    InputError, one line: the training diverged, the folder cannot be written, another process
+    trains into it.
     """
-    kept, side = out.with_name(f".{out.name}.training"), decode_image(reader, 0).shape[0]
-    made_of = [dataclasses.asdict(design), reader.fingerprint()]
-    torch.manual_seed(design.seed)
-    net = fresh(design, side).to(device)
-    newest = newest_checkpoint(kept)
-    state = load_state(newest) if newest else {}
-    if state.get("made_of") != json.loads(json.dumps(made_of)):
-        state = {}
-    if newest and state:
-        progress.say(f"going on from step {state['step']} of {design.steps + design.decoder_steps}")
-    for decoder_alone, steps in ((False, design.steps), (True, design.decoder_steps)):
-        if state and state["decoder_alone"] > decoder_alone:
-            continue
-        if decoder_alone:
-            if state:
-                net.register_to_config(scaling_factor=1.0, **state["statistics"])
-            else:
-                with progress.task("measuring the latents"):
-                    shown = (part.to(device) for part in in_order(reader, STATISTICS))
-                    set_statistics(net.eval(), shown)
-            for part in (net.encoder, net.quant_conv):
-                part.requires_grad_(False)
-        fit = Fit(net.train(), steps, design.lr / (1 + decoder_alone), decoder_alone, design)
-        if newest and state:
-            fit.restore(load_tensors(newest, "fit"), state["step"] - decoder_alone * design.steps)
-            state = {}
-        what = f"training the {'decoder' if decoder_alone else 'autoencoder'}"
-        with progress.task(what, steps, fit.step) as advance:
-            for pictures in batches(reader, design, fit.seed, fit.step, steps, workers):
-                value = fit(pictures.to(device))
+    kept = _kept(out)
+    # other kernels of cudnn sum in whatever order comes
+    deterministic = torch.backends.cudnn.flags(enabled=True, deterministic=True)
+    with _one_line(out), _held(kept), deterministic:
+        refuse_occupied(out)
+        newest, state = left_over(reader, design, out)
+        if newest and not state:
+            progress.say(f"removing {newest}, of another design or other pictures")
+            # a run begins at lower steps, and only the highest is kept
+            for old in kept.glob("step_*"):
+                shutil.rmtree(old)
+            newest = None
+        if newest:
+            total = design.steps + design.decoder_steps
+            progress.say(f"going on from step {state['step']} of {total}")
+        torch.manual_seed(design.seed)
+        net = fresh(design, decode_image(reader, 0).shape[0]).to(device)
+        run = _Run(reader, design, kept, device, workers, save_every, progress)
+        seconds = run(net, newest, state)
+        with whole_folder(out) as partial, _one_line(out):
+            net.eval().save_pretrained(partial)
+            complete(partial, seconds)
+        shutil.rmtree(kept, ignore_errors=True)
+
+
+@contextmanager
+def _one_line(out: Path) -> Iterator[None]:
+    """What the disk refuses, as an InputError that says what is left."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        newest = newest_checkpoint(_kept(out))
+        left = f"; typed again, it goes on from step {int(newest.name[5:])}" if newest else ""
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{out}: cannot be written: {why}{left}") from error
+
+
+@contextmanager
+def _held(kept: Path) -> Iterator[None]:
+    """Within the block no other process trains there; the folder goes with it where it is empty."""
+    kept.mkdir(parents=True, exist_ok=True)
+    try:
+        with RunLock(RunDirectory(kept)):
+            yield
+    finally:
+        with suppress(OSError):  # it has a checkpoint, or another process's lock
+            kept.rmdir()
+
+
+@dataclass
+class _Run:
+    """Both parts of a training, with checkpoints in `kept`."""
+
+    reader: ShardReader
+    design: Design
+    kept: Path
+    device: torch.device
+    workers: int
+    save_every: int
+    progress: Progress
+
+    def __call__(self, net: Any, newest: Path | None, state: dict[str, Any]) -> float:
+        """Train the net, on from a checkpoint and its state if there is one; the seconds of all
+        sessions.
+        """
+        design, began = self.design, time.monotonic() - state.get("seconds", 0.0)
+        for decoder_alone, steps in ((False, design.steps), (True, design.decoder_steps)):
+            if newest and state["decoder_alone"] > decoder_alone:
+                continue
+            if decoder_alone:
+                self._settle_latents(net, state.get("statistics") if newest else None)
+            fit = Fit(net.train(), steps, design.lr / (1 + decoder_alone), decoder_alone, design)
+            if newest:
+                done = state["step"] - decoder_alone * design.steps
+                fit.restore(load_tensors(newest, "fit"), done)
+                newest = None
+            self._go_on(fit, began)
+        return time.monotonic() - began
+
+    def _settle_latents(self, net: Any, statistics: dict[str, Any] | None) -> None:
+        """Set the latents' mean and std, measured unless given, and freeze what makes them."""
+        if statistics:
+            net.register_to_config(scaling_factor=1.0, **statistics)
+        else:
+            with self.progress.task("measuring the latents"):
+                shown = (part.to(self.device) for part in in_order(self.reader, STATISTICS))
+                set_statistics(net.eval(), shown)
+        for part in (net.encoder, net.quant_conv):
+            part.requires_grad_(False)
+
+    def _go_on(self, fit: Fit, began: float) -> None:
+        made_of = _made_of(self.reader, self.design)
+        what = f"training the {'decoder' if fit.decoder_alone else 'autoencoder'}"
+        places = self.reader, self.design, fit.seed, fit.step, fit.steps, self.workers
+        with self.progress.task(what, fit.steps, fit.step) as advance:
+            for pictures in batches(*places):
+                value = fit(pictures.to(self.device))
                 advance(1, f"loss {value:.4f}")
-                if fit.step % save_every == 0 or fit.step == steps:
-                    fit.save(kept, made_of)
-    with whole_folder(out) as partial:
-        net.eval().save_pretrained(partial)
-    shutil.rmtree(kept, ignore_errors=True)
+                if fit.step % self.save_every == 0 or fit.step == fit.steps:
+                    fit.save(self.kept, made_of, time.monotonic() - began)

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import io
 import json
+import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,20 +24,42 @@ from flowray.config.errors import InputError
 from flowray.config.progress import Silent
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards, write_shards
-from flowray.train.autoencoder import Design, batches, in_order, preview, train_autoencoder
+from flowray.store.checkpoint import load_state, load_tensors, newest_checkpoint
+from flowray.train.autoencoder import (
+    Design,
+    Fit,
+    batches,
+    fresh,
+    in_order,
+    left_over,
+    preview,
+    train_autoencoder,
+)
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL = Design(channels=(8, 16), steps=6, decoder_steps=4, batch_size=4)
+OPTIONS = ["--channels", "8,16", "--steps", "4", "--decoder-steps", "2", "--batch-size", "4"]
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from flowray.store.run import RunDirectory, RunLock
+with RunLock(RunDirectory(Path(sys.argv[1]))):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
-def shard_set(folder: Path, count: int, side: tuple[int, int] = (16, 16)) -> ShardReader:
-    """Two-coloured pictures, (width, height) = side."""
+def shard_set(
+    folder: Path, count: int, side: tuple[int, int] = (16, 16), odd: int | None = None
+) -> ShardReader:
+    """Two-coloured pictures, (width, height) = side; the `odd` one is wider."""
 
     def samples() -> Iterator[dict[str, object]]:
         rng = np.random.default_rng(0)
         for i in range(count):
-            picture = np.empty((side[1], side[0], 3), np.uint8)
+            picture = np.empty((side[1], side[0] + 16 * (i == odd), 3), np.uint8)
             picture[:] = rng.integers(256, size=3)
             picture[: rng.integers(1, side[1])] = rng.integers(256, size=3)
             buffer = io.BytesIO()
@@ -100,6 +125,153 @@ def test_another_design_does_not_go_on_from_what_was_left(tmp_path: Path) -> Non
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def left_by_a_kill(reader: ShardReader, out: Path, steps: int, design: Design = SMALL) -> Path:
+    """A training ended at this step, which it did not save; its newest checkpoint."""
+    with pytest.raises(Killed):
+        train_autoencoder(
+            reader, design, out, device=CPU, save_every=2, progress=KilledAfter(steps)
+        )
+    newest = newest_checkpoint(out.with_name(f".{out.name}.training"))
+    assert newest is not None
+    return newest
+
+
+def test_what_another_design_left_takes_no_checkpoint_from_this_one(tmp_path: Path) -> None:
+    reader, out = shard_set(tmp_path / "pictures", 12), tmp_path / "out"
+    assert left_by_a_kill(reader, out, 9).name == "step_000008"
+    other = Design(channels=(8, 16), steps=6, decoder_steps=4, batch_size=4, seed=1)
+    assert left_by_a_kill(reader, out, 5, other).name == "step_000004"
+    _, state = left_over(reader, other, out)
+    assert state["step"] == 4
+    assert left_over(reader, SMALL, out)[1] == {}
+
+
+def test_a_training_that_diverges_ends_with_its_last_good_checkpoint(tmp_path: Path) -> None:
+    reader, out = shard_set(tmp_path / "pictures", 12), tmp_path / "out"
+    wild = Design(channels=(8, 16), steps=6, decoder_steps=4, batch_size=4, lr=1e30)
+    with pytest.raises(InputError, match=r"diverged at step 1: .*--lr"):
+        train_autoencoder(reader, wild, out, device=CPU, save_every=1)
+    assert not out.exists()
+    newest, state = left_over(reader, wild, out)
+    assert newest is not None
+    assert state["step"] == 1
+    assert all(bool(value.isfinite().all()) for value in load_tensors(newest, "fit").values())
+
+
+def test_a_step_that_is_not_finite_changes_nothing() -> None:
+    torch.manual_seed(0)
+    net = fresh(SMALL, 16)
+    fit = Fit(net, 6, 1e-3, decoder_alone=False, design=SMALL)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(InputError, match="step 0"):
+        fit(torch.full((2, 3, 16, 16), torch.nan))
+    assert fit.step == 0
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("lr", ["0", "0.5", "nan", "inf"])
+def test_learning_rates_that_can_train_nothing_are_refused(tmp_path: Path, lr: str) -> None:
+    with pytest.raises(InputError, match="--lr"):
+        main([str(tmp_path), "--out", str(tmp_path / "out"), "--lr", lr])
+
+
+def test_held_out_pictures_of_another_size_are_refused_before_training(tmp_path: Path) -> None:
+    shard_set(tmp_path / "train", 4)
+    shard_set(tmp_path / "val", 4, (32, 32))
+    argv = [str(tmp_path / "train"), "--val", str(tmp_path / "val")]
+    with pytest.raises(InputError, match="several sizes"):
+        main([*argv, "--out", str(tmp_path / "out"), *OPTIONS])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val"]
+
+
+def test_a_training_ended_while_it_is_judged_has_lost_nothing(tmp_path: Path) -> None:
+    reader, out = shard_set(tmp_path / "pictures", 12), tmp_path / "out"
+    seconds = []
+
+    def complete(partial: Path, took: float) -> None:
+        seconds.append(took)
+        if len(seconds) == 1:
+            raise KeyboardInterrupt
+        assert (partial / WEIGHTS).is_file()
+        (partial / "CARD.md").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        train_autoencoder(reader, SMALL, out, device=CPU, complete=complete)
+    assert not out.exists()
+    untrained = KilledAfter(1)
+    train_autoencoder(reader, SMALL, out, device=CPU, complete=complete, progress=untrained)
+    assert untrained.left == 1
+    assert (out / "CARD.md").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pictures"]
+
+
+def test_the_seconds_are_those_of_all_sessions(tmp_path: Path) -> None:
+    reader, out = shard_set(tmp_path / "pictures", 12), tmp_path / "out"
+    newest = left_by_a_kill(reader, out, 9)
+    state = load_state(newest)
+    assert state["seconds"] > 0
+    (newest / "state.json").write_text(json.dumps({**state, "seconds": 1000.0}))
+    told: list[float] = []
+    train_autoencoder(
+        reader, SMALL, out, device=CPU, complete=lambda _, seconds: told.append(seconds)
+    )
+    assert 1000 < told[0] < 1100
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_of_another_size_is_named(tmp_path: Path, workers: int) -> None:
+    reader, out = shard_set(tmp_path / "pictures", 12, odd=5), tmp_path / "out"
+    with pytest.raises(InputError, match=r"0005.*32 x 16 px") as refused:
+        train_autoencoder(reader, SMALL, out, device=CPU, workers=workers)
+    assert "Traceback" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+@pytest.mark.parametrize("odd", [6, 11])
+def test_pictures_of_several_sizes_are_refused_before_training(tmp_path: Path, odd: int) -> None:
+    shard_set(tmp_path / "train", 12, odd=odd)
+    with pytest.raises(InputError, match="several sizes"):
+        main([str(tmp_path / "train"), "--out", str(tmp_path / "out"), *OPTIONS])
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    reader, out = shard_set(tmp_path / "pictures", 12), tmp_path / "out"
+    newest = left_by_a_kill(reader, out, 5)
+    held = [sys.executable, "-c", HOLD, str(newest.parent)]
+    with subprocess.Popen(held, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(InputError, match=f"in use by process {other.pid}"):
+                train_autoencoder(reader, SMALL, out, device=CPU)
+        finally:
+            other.kill()
+    assert newest.is_dir()
+    train_autoencoder(reader, SMALL, out, device=CPU)
+    assert (out / WEIGHTS).is_file()
+
+
+def test_a_disk_that_takes_no_more_is_one_line_with_the_last_good_step(tmp_path: Path) -> None:
+    reader, out = shard_set(tmp_path / "pictures", 12), tmp_path / "out"
+    left_by_a_kill(reader, out, 3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(InputError, match=r"cannot be written: .* from step 2$"):
+            train_autoencoder(reader, SMALL, out, device=CPU, save_every=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    train_autoencoder(reader, SMALL, out, device=CPU)
+    assert (out / WEIGHTS).is_file()
+
+
+def test_a_place_beside_which_nothing_can_be_kept_is_one_line(tmp_path: Path) -> None:
+    reader = shard_set(tmp_path / "pictures", 12)
+    (tmp_path / ".out.training").touch()
+    with pytest.raises(InputError, match="out: cannot be written"):
+        train_autoencoder(reader, SMALL, tmp_path / "out", device=CPU)
+
+
 def test_latents_have_mean_0_and_variance_1_and_the_first_three_show_the_picture(
     tmp_path: Path,
 ) -> None:
@@ -133,14 +305,57 @@ def test_the_command_judges_held_out_pictures_and_writes_a_card(tmp_path: Path, 
     shard_set(tmp_path / "val", 8)
     out = tmp_path / "made"
     argv = [str(tmp_path / "train"), "--val", str(tmp_path / "val"), "--out", str(out)]
-    small = ["--channels", "8,16", "--steps", "4", "--decoder-steps", "2", "--batch-size", "4"]
-    assert main([*argv, *small, "--json"]) == 0
+    assert main([*argv, *OPTIONS, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["latent"] == [4, 8, 8]
     assert 0 < told["psnr"] < 60
     assert f"{told['psnr']:.2f} dB" in (out / "CARD.md").read_text()
     with pytest.raises(InputError, match="exists already"):
-        main([*argv, *small])
+        main([*argv, *OPTIONS])
+
+
+def test_the_working_directory_can_be_written_and_a_recipe_finds_it(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    shard_set(tmp_path / "train", 16)
+    (tmp_path / "made").mkdir()
+    monkeypatch.chdir(tmp_path / "made")
+    assert main([str(tmp_path / "train"), "--out", ".", *OPTIONS]) == 0
+    assert f"model.autoencoder.path: {tmp_path / 'made'}`" in capsys.readouterr().out
+    assert (tmp_path / "made" / "CARD.md").is_file()
+
+
+def test_a_named_set_brings_its_held_out_pictures(tmp_path: Path, capsys) -> None:
+    assert main(["digits", "--out", str(tmp_path / "out"), "--plan", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["pictures"] > plan["held_out"] > 0
+    assert plan["latent"] == [4, 8, 8]
+
+
+def test_a_named_set_that_is_not_made_says_what_makes_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FLOWRAY_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="make emoji --size 64"):
+        main(["emoji_64", "--out", str(tmp_path / "out")])
+
+
+def test_the_plan_says_what_is_left_and_writes_nothing(tmp_path: Path, capsys) -> None:
+    reader, out = shard_set(tmp_path / "train", 12), tmp_path / "out"
+    argv = [str(tmp_path / "train"), "--out", str(out), *OPTIONS]
+    assert main([*argv, "--plan", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["from_step"], plan["removes"]) == (0, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+    ours = Design(channels=(8, 16), steps=4, decoder_steps=2, batch_size=4)
+    newest = left_by_a_kill(reader, out, 3, ours)
+    assert main([*argv, "--plan", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["from_step"] == 2
+    assert main([*argv, "--plan", "--json", "--seed", "1"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["from_step"], plan["removes"]) == (0, str(newest))
+    assert newest.is_dir()
+    assert main([*argv, "--plan"]) == 0
+    assert f"{plan['parameters']:,}" in capsys.readouterr().out
+    assert plan["parameters"] == sum(each.numel() for each in fresh(ours, 16).parameters())
 
 
 @pytest.mark.parametrize("side", [(16, 12), (18, 18)])
