@@ -4,6 +4,7 @@ autoencoder`).
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -17,13 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from flowray.config.base import LatentSpec
-from flowray.config.model import KLAutoencoder
 from flowray.data import digits, shapes
 from flowray.data.pixels import to_pictures
-from flowray.model.autoencoder import load_autoencoder
-from flowray.probes.vae import psnr
-from flowray.train.autoencoder import Design, Loss, decoder_loss, fresh, joint_loss, set_statistics
+from flowray.train.autoencoder import Design, Fit, fresh, held_out_psnr, set_statistics
 
 BATCH = 8
 DESIGN = Design(channels=(16, 32, 48, 64), batch_size=BATCH, noise=0.4)
@@ -57,10 +54,10 @@ def train(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
     """
     torch.manual_seed(seed)
     net = fresh(DESIGN, 64)
-    _fit(net, steps, seed, lr=2e-3, loss=joint_loss(DESIGN))
+    _fit(net, steps, seed, decoder_alone=False)
     shown = [image for image, _, _ in shapes.samples(512, "train", seed=1)]
     set_statistics(net, iter([to_pictures(shown)]))
-    return _finish(net.eval(), out)
+    return _finish(net.eval(), out, seed)
 
 
 def train_decoder(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
@@ -72,35 +69,25 @@ def train_decoder(out: Path, steps: int, seed: int = 0) -> dict[str, float]:
     net.load_state_dict(load_file(out / "diffusion_pytorch_model.safetensors"))
     for part in (net.encoder, net.quant_conv):
         part.requires_grad_(False)
-    _fit(net, steps, seed + 1, lr=1e-3, loss=decoder_loss(DESIGN))
-    return _finish(net.eval(), out)
+    _fit(net, steps, seed, decoder_alone=True)
+    return _finish(net.eval(), out, seed)
 
 
-def _fit(net: Any, steps: int, seed: int, lr: float, loss: Loss) -> None:
-    """AdamW over what trains of the net, one cycle of the learning rate."""
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=steps, pct_start=0.05
-    )
+def _fit(net: Any, steps: int, seed: int, *, decoder_alone: bool) -> None:
+    """Train what trains of the net on the stream."""
+    design = dataclasses.replace(DESIGN, seed=seed)
+    fit = Fit(net, steps, DESIGN.lr / (1 + decoder_alone), decoder_alone, design)
     began = time.monotonic()
-    for step, pictures in enumerate(islice(DataLoader(_Stream(seed), batch_size=None), steps)):
-        value = loss(net, pictures)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 250 == 0:
-            told = f"loss {float(value.detach()):.4f}  {time.monotonic() - began:.0f} s"
-            print(f"step {step}/{steps}  {told}", flush=True)
+    for pictures in islice(DataLoader(_Stream(seed + decoder_alone), batch_size=None), steps):
+        loss = fit(pictures)
+        if fit.step % 250 == 1:
+            told = f"loss {loss:.4f}  {time.monotonic() - began:.0f} s"
+            print(f"step {fit.step}/{steps}  {told}", flush=True)
 
 
-@torch.no_grad()
-def _finish(net: Any, out: Path) -> dict[str, float]:
+def _finish(net: Any, out: Path, seed: int) -> dict[str, float]:
     """Save, and measure on pictures that were not trained on."""
     net.save_pretrained(out)
-    wrapped = load_autoencoder(KLAutoencoder(path=str(out)), LatentSpec())
     held_out = {
         "shapes_val": [image for image, _, _ in shapes.samples(256, "val", seed=2)],
         "shapes_unseen": [image for image, _, _ in shapes.samples(256, "unseen", seed=2)],
@@ -108,8 +95,6 @@ def _finish(net: Any, out: Path) -> dict[str, float]:
     }
     figures = {}
     for name, images in held_out.items():
-        pictures = to_pictures(images)
-        moments = wrapped.encode_moments(pictures)
-        z = wrapped.sample(moments, torch.randn_like(moments.mean))
-        figures[f"psnr_{name}"] = psnr(wrapped.decode(z), pictures)
+        parts = (to_pictures(images[i : i + 32]) for i in range(0, len(images), 32))
+        figures[f"psnr_{name}"] = held_out_psnr(out, parts, seed, torch.device("cpu"))
     return figures
