@@ -93,15 +93,15 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--lr {args.lr}: must be above 0 and at most {HIGHEST_LR}")
     refuse_occupied(args.out)
     quiet_libraries()
+    reader = _open(args.shards, "train", progress)
+    val = args.val or (args.shards if args.shards in NAMED else None)
+    held_out = _open(val, "val", progress) if val else None
     with progress.task(IMPORTING):
         import torch
 
         from flowray.train.autoencoder import JUDGED, Design, held_out_psnr, in_order
         from flowray.train.autoencoder import train_autoencoder as fit
 
-    reader = _open(args.shards, "train", progress)
-    val = args.val or (args.shards if args.shards in NAMED else None)
-    held_out = _open(val, "val", progress) if val else None
     design = Design(
         channels=args.channels,
         latent_channels=args.latent_channels,
@@ -146,10 +146,11 @@ def main(argv: list[str]) -> int:
 
 def _open(spec: str, split: str, progress: ConsoleProgress) -> ShardReader:
     """A split of a named set, or the shards that `spec` names."""
-    from flowray.store.latents import split_shards
-
-    named = split_shards(DataConfig(shards=spec), progress) if spec in NAMED else {}
-    return ShardReader(named[split] if named else find_shards(spec))
+    if spec not in NAMED:
+        return ShardReader(find_shards(spec))
+    with progress.task(IMPORTING):
+        from flowray.store.latents import split_shards
+    return ShardReader(split_shards(DataConfig(shards=spec), progress)[split])
 
 
 def _side(shards: str, readers: list[ShardReader], design: Design) -> int:

@@ -204,6 +204,8 @@ def test_what_needs_no_model_is_refused_before_torch_is_imported(place, tmp_path
         ["doctor", "overfit", "tiny.yaml", "--samples", "0"],
         ["doctor", "ablations", "tiny.yaml", "--dir", "file"],
         ["train", "tiny.yaml"],
+        ["train_autoencoder", "empty", "--out", "new"],
+        ["train_autoencoder", "empty", "--out", "runs"],
         ["tune", str(tmp_path / "s.yaml"), "--finish", "99", f"storage_path={tmp_path}"],
     ]
     done = subprocess.run(
