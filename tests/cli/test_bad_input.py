@@ -173,7 +173,9 @@ def test_eval(place, monkeypatch):
     monkeypatch.chdir(place)
     assert "runs/none: no such folder" in line_of(eval.main, ["runs/none"])
     absent = ["runs/tiny", "--set", "model.text.path=org/absent"]
-    assert "data.shards" in line_of(eval.main, absent)  # before it loads a model
+    assert "model.text.path" in line_of(eval.main, absent)
+    wanted = "--captions: want at most"  # before it loads a model
+    assert wanted in line_of(eval.main, [*absent, "--captions", "999"])
 
 
 def test_what_needs_no_model_is_refused_before_torch_is_imported(place, tmp_path):
@@ -199,7 +201,7 @@ def test_what_needs_no_model_is_refused_before_torch_is_imported(place, tmp_path
         ["sample", "runs/tiny", "a", "--out", "/proc/new/a.png"],
         ["doctor", "runs/tiny", "--out", "/proc/a.html"],
         ["sample", "runs/tiny", "a", "--set", "sample.stpes=3"],
-        ["eval", "runs/tiny"],
+        ["eval", "runs/tiny", "--captions", "1"],
         ["doctor", "runs/tiny", "--batch", "7"],
         ["doctor", "overfit", "tiny.yaml", "--samples", "0"],
         ["doctor", "ablations", "tiny.yaml", "--dir", "file"],
@@ -290,7 +292,7 @@ def test_weights_that_do_not_fit_are_blamed_on_what_was_typed_or_on_the_config(p
             ["sample", "runs/tiny", "a", "--set", "model.head.kind=pooled"],
             "command line: model.head.kind=pooled",
         ),
-        (["eval", "runs/tiny"], "the exact checker reads pictures of shapes and shapes_closed"),
+        (["eval", "runs/tiny", "--attribute", "style"], "no field 'style' in its JSON"),
     ],
 )
 def test_the_commands_as_users_start_them(place, argv, says):
