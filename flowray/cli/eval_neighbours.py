@@ -44,13 +44,13 @@ def show_neighbours(console: Console, run: Path, result: dict[str, Any]) -> None
     for path, label in (*((name, name.replace("_", " ")) for name in _accuracies(scores)), *_ROWS):
         figure = path.partition("/")[0]
         cells = [_cell(column, path) for column in columns.values()]
-        if not beaten.get(figure, True) and path != "copies/median_ratio":
+        if beaten.get(figure) is False and path != "copies/median_ratio":
             cells[0] += " *"
         error = errors.get(figure) if path != "copies/median_ratio" else None
         cells.insert(1, "" if error is None else f"{error:.3f}")
         table.add_row(label, *cells)
     console.print(table)
-    if not all(beaten.values()):
+    if False in beaten.values():
         console.print("* the caption's mean picture, decode(mu), reaches as much without the flow")
     if scores["by_group"]:
         _show_groups(console, scores)

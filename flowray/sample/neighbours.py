@@ -5,7 +5,7 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -252,33 +252,41 @@ def _quality(judged: Judged, figure: str, kept: np.ndarray) -> float:
     return {"copies": -value, "diversity": -abs(1 - value)}.get(figure, value)
 
 
-def errors(judged: Judged, real: Real, seed: int) -> dict[str, float]:
-    """Standard errors over captions of every figure."""
-    captions = len(judged.rows[CAPTION])
-    drawn = {
-        name: bootstrap_error(partial(judged.figure, name), captions, seed)
-        for name in (*judged.rows, *judged.reached)
-    }
-    return drawn | {"frechet": jackknife_error(lambda kept: judged.frechet(real, kept), captions)}
+def _error(judged: Judged, name: str, of: Callable[[np.ndarray], float], seed: int) -> float | None:
+    """Standard error over captions of what is made of a figure; None where no caption has it.
 
-
-def beats_mu(run: Judged, mu: Judged, real: Real, seed: int) -> dict[str, bool]:
-    """Figure -> whether the run is better than its source's mean picture by more than the standard
-    error of the difference over captions.
+    Only means over captions are resampled.
     """
-    captions = len(run.rows[CAPTION])
-    every, beaten = np.arange(captions), dict[str, bool]()
-    for name in (*run.rows, *run.reached):
+    captions = len(judged.rows[CAPTION])
+    if np.isnan(of(np.arange(captions))):
+        return None
+    if name in judged.rows:
+        return bootstrap_error(of, captions, seed)
+    return jackknife_error(of, captions)
 
-        def gain(kept: np.ndarray, name: str = name) -> float:
-            return _quality(run, name, kept) - _quality(mu, name, kept)
 
-        beaten[name] = gain(every) > bootstrap_error(gain, captions, seed)
+def errors(judged: Judged, real: Real, seed: int) -> dict[str, float | None]:
+    """Standard errors over captions of every figure, None of what no caption has."""
+    figures = {name: partial(judged.figure, name) for name in (*judged.rows, *judged.reached)}
+    told = {name: _error(judged, name, figure, seed) for name, figure in figures.items()}
+    return told | {"frechet": _error(judged, "frechet", partial(judged.frechet, real), seed)}
 
-    def nearer(kept: np.ndarray) -> float:
-        return mu.frechet(real, kept) - run.frechet(real, kept)
 
-    return beaten | {"frechet": nearer(every) > jackknife_error(nearer, captions)}
+def beats_mu(run: Judged, mu: Judged, real: Real, seed: int) -> dict[str, bool | None]:
+    """Figure -> whether the run is better than its source's mean picture by more than the standard
+    error of the difference over captions; None of what no caption has.
+    """
+    every, beaten = np.arange(len(run.rows[CAPTION])), dict[str, bool | None]()
+
+    def gain(name: str, kept: np.ndarray) -> float:
+        if name == "frechet":
+            return mu.frechet(real, kept) - run.frechet(real, kept)
+        return _quality(run, name, kept) - _quality(mu, name, kept)
+
+    for name in (*run.rows, *run.reached, "frechet"):
+        error = _error(run, name, partial(gain, name), seed)
+        beaten[name] = None if error is None else gain(name, every) > error
+    return beaten
 
 
 def of_groups(

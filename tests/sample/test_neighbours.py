@@ -11,6 +11,8 @@ from flowray.sample.distances import bootstrap_error, frechet, gaussian, jackkni
 from flowray.sample.manifolds import DENSE, manifold, overlap, radii
 from flowray.sample.neighbours import (
     CAPTION,
+    OVERLAPS,
+    Found,
     Judged,
     Real,
     Shown,
@@ -91,7 +93,26 @@ def test_errors_are_those_of_a_mean() -> None:
     truth = values.std() / np.sqrt(60)
     assert bootstrap_error(lambda kept: values[kept].mean(), 60, 0) == pytest.approx(truth, rel=0.1)
     assert jackknife_error(lambda kept: values[kept].mean(), 60) == pytest.approx(truth, rel=0.25)
-    assert bootstrap_error(lambda kept: np.nan, 60, 0) == 0
+
+
+def test_errors_of_unions_are_the_spread_over_independent_sets_of_captions() -> None:
+    """Resampling has but 63 % of the captions, and two thirds of the spread here."""
+    count, places = 48, 300
+    real = Real(normal(60, 0), {}, np.arange(60) < 40, matched=40, seed=0)
+    shown = Shown(normal(count, 1), np.arange(count), {})
+    figures, told = [], []
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        wide = rng.exponential(size=(count, 1))  # some captions reach much, some nothing
+        reached = {name: rng.random((count, places)) < 0.01 * wide for name in OVERLAPS[1::2]}
+        nothing = np.empty(count, dtype=int)
+        found = Found(nothing, nothing, nothing)
+        run = Judged(shown, found, {CAPTION: wide[:, 0]}, reached)
+        figures.append([run.figure(name) for name in (CAPTION, *reached)])
+        if seed < 40:
+            error = errors(run, real, seed)
+            told.append([error[name] for name in (CAPTION, *reached)])
+    assert np.mean(told, axis=0) == pytest.approx(np.std(figures, axis=0, ddof=1), rel=0.15)
 
 
 class World:
@@ -223,7 +244,7 @@ def test_what_beats_the_mean_picture() -> None:
     assert set(beaten) == {*run.rows, *run.reached, "frechet"}
     # copies: few, or none as of a blur; density: a blur lies within the wide balls of outliers
     assert {name for name, does in beaten.items() if not does} <= {"copies", "density"}
-    assert not any(beats_mu(mu, mu, world.real, 0).values())
+    assert set(beats_mu(mu, mu, world.real, 0).values()) == {False}
     told = errors(run, world.real, 0)
     assert set(told) == set(beaten)
     assert told[CAPTION] == 0  # every one is right
