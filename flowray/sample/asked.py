@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from sys import intern
 from typing import Any
 
 import numpy as np
@@ -53,11 +56,15 @@ class Asked:
 
 
 class Samples:
-    """The pictures of shards, with what their JSON says."""
+    """The pictures of shards, with what some fields of their JSON say."""
 
-    def __init__(self, reader: ShardReader):
+    def __init__(self, reader: ShardReader, names: Collection[str]):
         self.reader = reader
-        self.rows = [self._row(i) for i in range(len(reader))]
+        self.said = {name: np.full(len(reader), None, dtype=object) for name in names}
+        for i in range(len(reader)):
+            row = self._row(i)
+            for name in self.said.keys() & row.keys():
+                self.said[name][i] = intern(str(row[name]))
 
     def _row(self, i: int) -> dict[str, Any]:
         if "json" not in self.reader.extensions(i):
@@ -66,24 +73,35 @@ class Samples:
         return read if isinstance(read, dict) else {}
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.reader)
+
+    @cached_property
+    def captions(self) -> np.ndarray:
+        """The first caption of every sample, (N,)."""
+        first = (intern(self.reader.captions(i)[0]) for i in range(len(self)))
+        return np.array(list(first), dtype=object)
 
     def have(self, name: str) -> bool:
         """Whether every sample has the field."""
-        return all(name in row for row in self.rows)
-
-    def value(self, i: int, name: str | None) -> str:
-        """What a sample's field says; None: its first caption. InputError where it has none."""
-        if name is None:
-            return self.reader.captions(i)[0]
-        if name not in self.rows[i]:
-            has = ", ".join(self.rows[i]) or "none"
-            raise InputError(f"{self.reader.label(i)}: no field {name!r} in its JSON; it has {has}")
-        return str(self.rows[i][name])
+        return all(value is not None for value in self.said[name])
 
     def values(self, name: str | None) -> np.ndarray:
-        """`value` of all samples, (N,)."""
-        return np.array([self.value(i, name) for i in range(len(self))], dtype=object)
+        """What the field of every sample says, (N,); None: its first caption. InputError where one
+        has none.
+        """
+        if name is None:
+            return self.captions
+        lacking = [i for i, value in enumerate(self.said[name]) if value is None]
+        for i in lacking[:1]:
+            has = ", ".join(self._row(i)) or "none"
+            raise InputError(f"{self.reader.label(i)}: no field {name!r} in its JSON; it has {has}")
+        return self.said[name]
+
+
+def names_of(choices: Choices) -> set[str]:
+    """The fields that may be judged."""
+    chosen = (choices.label, choices.group, *choices.attributes)
+    return {LABEL, *ATTRIBUTES, GROUP, *filter(None, chosen)}
 
 
 def fields_of(samples: Sequence[Samples], choices: Choices) -> Fields:
@@ -99,9 +117,12 @@ def fields_of(samples: Sequence[Samples], choices: Choices) -> Fields:
 
 
 def says(text: str, value: str) -> bool:
-    """Whether the words of a value stand in a text, in its order."""
-    words = [" ".join(WORDS.findall(each.lower())) for each in (text, value)]
-    return f" {words[1]} " in f" {words[0]} "
+    """Whether the words of a value stand in a text, in its order; False where it has none."""
+    return bool(_words(value).strip()) and _words(value) in _words(text)
+
+
+def _words(text: str) -> str:
+    return f" {' '.join(WORDS.findall(text.lower()))} "
 
 
 def ask(held_out: Samples, fields: Fields, count: int | None, seed: int) -> list[Asked]:
@@ -123,9 +144,9 @@ def ask(held_out: Samples, fields: Fields, count: int | None, seed: int) -> list
         text = str(rng.choice(held_out.reader.captions(index)))
         wanted: dict[str, str | None] = {fields.caption: str(label)}
         # a label may have the word of a style: "flat shoe"
-        rest = text.lower().replace(str(label).lower(), " ") if fields.label else text
+        rest = _words(text).replace(_words(str(label)), " ", 1) if fields.label else text
         for name in fields.attributes:
-            value = held_out.value(index, name)
+            value = held_out.values(name)[index]
             wanted[name] = value if says(rest, value) else None
         asked.append(Asked(text, index, wanted))
     return asked
@@ -183,15 +204,18 @@ def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SI
     held_out = "val"
     if choices.held_out:
         given = find_shards(choices.held_out)
-        same = [split for split, paths in shards.items() if paths == given]
-        held_out = same[0] if same else "held_out"
-        shards |= {held_out: given}
+        held_out = _split_of(given, shards)
+        shards = shards | {held_out: shards.get(held_out, given)}
     with progress.task("reading what the samples say"):
         samples = {
-            split: Samples(ShardReader(paths, recipe.data.limit if split == "train" else None))
+            split: Samples(
+                ShardReader(paths, recipe.data.limit if split == "train" else None),
+                names_of(choices),
+            )
             for split, paths in shards.items()
         }
         fields = fields_of(list(samples.values()), choices)
+        _check(samples, held_out, fields)
         asked = ask(samples[held_out], fields, choices.captions, seed)
     asked = _named(asked, fields, choices)
     draws = choices.draws or max(2, round(PICTURES / len(asked)))
@@ -199,6 +223,33 @@ def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SI
     if choices.features is None:
         why = "no --features: the latents that the run was trained on, which need no other network"
     return Prepared(samples, held_out, fields, asked, draws, features, why)
+
+
+def _split_of(given: Sequence[Path], shards: Mapping[str, Sequence[Path]]) -> str:
+    """The split that these shards are, by whatever path; InputError where they are but a part of
+    one: their pictures would be among the real ones twice.
+    """
+    files = {path.resolve() for path in given}
+    known = {split: {path.resolve() for path in paths} for split, paths in shards.items()}
+    for split, those in known.items():
+        if files == those:
+            return split
+    for split, those in known.items():
+        if both := files & those:
+            raise InputError(
+                f"--held-out: {min(both)} is one of the {len(those)} {split} shards; want all of"
+                " these alone, or none"
+            )
+    return "held_out"
+
+
+def _check(samples: Mapping[str, Samples], held_out: str, fields: Fields) -> None:
+    """InputError where a sample lacks what is judged: found out before anything is painted."""
+    for name in (fields.label, *fields.attributes):
+        for each in samples.values():
+            each.values(name)
+    if fields.group:
+        samples[held_out].values(fields.group)
 
 
 def _named(asked: list[Asked], fields: Fields, choices: Choices) -> list[Asked]:

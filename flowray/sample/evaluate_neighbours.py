@@ -222,7 +222,7 @@ def _by_group(prepared: Prepared, columns: dict[str, Judged]) -> dict[str, Any] 
     of_label = dict(zip(lent.values(fields.label), lent.values(fields.group), strict=True))
     labels = columns["ceiling"].shown.wanted[fields.caption]
     groups = {
-        "run": [lent.value(one.index, fields.group) for one in prepared.asked],
+        "run": [lent.values(fields.group)[one.index] for one in prepared.asked],
         "ceiling": [of_label[label] for label in np.unique(labels.astype(str))],
     }
     return of_groups(columns, groups, [*accuracies_of(columns["run"]), "diversity"])

@@ -4,6 +4,7 @@ digits.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 from support import PICTURE, Heard, assert_refused, tiny_recipe
 
 from flowray.cli.eval import evaluate, main
+from flowray.cli.eval_neighbours import show_neighbours
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.progress import SILENT
@@ -148,12 +151,14 @@ def test_captions_are_asked_for_by_label_and_style_where_it_is_said(run: Path) -
     assert says("A Red  cat, line art style", "line_art")
     assert says("\u72d0\u72f8\uff0c3d\u98ce\u683c", "3d")  # a fox, in a script without spaces
     assert not says("a flattened cat", "flat")
+    assert not says("\uff01", "\u2605")  # no words at all
+    assert not says("a cat", "")
     recipe = find_checkpoint(run).recipe
     prepared = prepare(recipe, Choices(), seed=0)
     asked = prepared.asked
     assert sorted(str(one.wanted["label"]) for one in asked) == sorted(LABELS)
     for one in asked:
-        row = prepared.lent.rows[one.index]
+        row = json.loads(prepared.lent.reader.read(one.index, "json"))
         assert one.text in row["captions"]
         assert one.wanted["label"] == row["label"]
         assert one.wanted["style"] == (row["style"] if "style" in one.text else None)
@@ -179,6 +184,7 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(
         (Choices(features=str(tmp_path / "none")), "--features: .*want pixels, latents, or"),
         (Choices(features=str(tmp_path)), f"--features: .*has no {WEIGHTS}"),
         (Choices(held_out=str(tmp_path / "none")), "none"),
+        (Choices(group="family"), "no field 'family' in its JSON; it has captions, label, one"),
         (Choices(label="one"), "all held-out pictures are of one caption, 'same'"),
     ):
         assert_refused(
@@ -187,11 +193,73 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def one_captioned(place: Path, captions: dict[str, str]) -> Path:
+    """Shards of one picture for each label."""
+    picture = png(np.zeros((PICTURE, PICTURE, 3), dtype=np.uint8))
+    samples = [
+        {
+            "__key__": f"{place.name}{i}",
+            "png": picture,
+            "json": json.dumps({"captions": [text], "label": label, "style": "flat"}).encode(),
+        }
+        for i, (label, text) in enumerate(captions.items())
+    ]
+    return write_shards(place, samples, per_shard=1, meta={})
+
+
+def test_a_label_s_own_words_name_no_style(run: Path, tmp_path: Path) -> None:
+    said = {
+        "flat shoe": "a Flat  shoe",
+        "flat": "a flat, flat style",
+        "inflat": "inflat, not inflatable",
+        "at": "a flat at",
+    }
+    held_out = str(one_captioned(tmp_path / "few", said))
+    asked = prepare(find_checkpoint(run).recipe, Choices(held_out=held_out), seed=0).asked
+    named = {one.wanted["label"]: one.wanted["style"] for one in asked}
+    assert named == {"flat shoe": None, "flat": "flat", "inflat": None, "at": "flat"}
+
+
+def test_shards_are_one_split_by_whatever_path(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = find_checkpoint(run).recipe
+    val = Path(str(recipe.data.val_shards))
+    (tmp_path / "link").symlink_to(val)
+    monkeypatch.chdir(val.parent)
+    for path in ("val", str(val / "*.tar"), str(tmp_path / "link"), str(val)):
+        found = prepare(recipe, Choices(held_out=path), seed=0)
+        assert (found.held_out, list(found.samples)) == ("val", ["train", "val"])
+    pair = one_captioned(tmp_path / "pair", {"cat": "a cat", "dog": "a dog"})
+    with_pair = override_recipe(recipe, {"data.val_shards": str(pair)})
+    part = Choices(held_out=str(pair / "shard-000001.tar"))
+    assert_refused(lambda: prepare(with_pair, part, 0), InputError, "is one of the 2 val shards")
+    assert prepare(recipe, Choices(held_out=str(pair)), 0).held_out == "held_out"
+
+
+def test_what_training_lacks_is_refused_before_anything_is_painted(
+    run: Path, tmp_path: Path
+) -> None:
+    recipe = find_checkpoint(run).recipe
+    training = str(one_captioned(tmp_path / "train", {"red cat": "a red cat"}))
+    bare = override_recipe(recipe, {"data.shards": training})
+    for choices in (Choices(label="group"), Choices(attributes=("group",))):
+        assert_refused(
+            lambda choices=choices: prepare(bare, choices, 0), InputError, "no field 'group'"
+        )
+    assert_refused(
+        lambda: prepare(recipe, Choices(held_out=training, group="group"), 0),
+        InputError,
+        "no field 'group'",
+    )
+
+
 def test_without_fields_a_caption_is_its_own_label(tmp_path: Path) -> None:
     """As in shards of pictures and captions alone, each once: no pair of a caption is real."""
     recipe = tiny_recipe(tmp_path)
     run = saved(recipe)
-    found = evaluate(run, [], 0, SILENT, choices=Choices(captions=5, draws=2))["neighbours"]
+    told = evaluate(run, [], 0, SILENT, choices=Choices(captions=5, draws=2))
+    found = told["neighbours"]
     assert (found["label"], found["by_group"], found["features"]["of"]) == (
         "caption",
         None,
@@ -199,7 +267,14 @@ def test_without_fields_a_caption_is_its_own_label(tmp_path: Path) -> None:
     )
     assert found["diversity"] is found["controls"]["real"]["diversity"] is None
     assert found["controls"]["real"]["caption_accuracy"] == 0
-    assert not found["beats_mu"]["diversity"]
+    # what was not measured is neither reached nor missed
+    assert found["beats_mu"]["diversity"] is found["standard_error"]["diversity"] is None
+    console = Console(file=io.StringIO(), width=200)
+    show_neighbours(console, run, told)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    (row,) = [line for line in lines if line.startswith("\u2502 diversity")]
+    assert not set(row) & set("*0123456789")
     assert all(row["caption"] for row in found["by_caption"])
 
 
