@@ -110,6 +110,8 @@ def evaluate(
     with progress.task(LOOKING):
         found = find_checkpoint(run, overrides)
     out = out or found.run.path / "eval.json"
+    if out.suffix.lower() == ".png":
+        raise InputError(f"--out {out}: is for the scores, as JSON; want another ending")
     refuse_unwritable(out, "--out")
     shards, recipe = found.recipe.data.shards, found.recipe
     if shards in CHECKED and (odd := choices.of_other_pictures()):
@@ -145,7 +147,8 @@ def evaluate(
     }
     write_whole(out, json.dumps(result, indent=1))
     if sheet:
-        sheet(out.with_suffix(".png"))
+        # by name: of eval-0.5 and eval-0.7 the suffix is no ending
+        sheet(out.with_name(out.name.removesuffix(".json") + ".png"))
     return result
 
 
