@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 CHUNK = 256  # vectors whose distances are taken at once
+BLOCK = 4096  # of the others that are held in fp64
 GROUPS = 24  # of captions that the jackknife leaves out, one at a time
 RESAMPLES = 400  # of the bootstrap
 
@@ -37,11 +38,12 @@ def distances(vectors: np.ndarray, among: np.ndarray) -> Iterator[np.ndarray]:
     """From vectors (N, dims) to others (M, dims), CHUNK at a time: the root of the mean square over
     dims, (n, M) fp64.
     """
-    among = among.astype(np.float64)
-    lengths = np.square(among).sum(1)
+    blocks = [among[start : start + BLOCK] for start in range(0, len(among), BLOCK)]
+    lengths = np.concatenate([np.square(block.astype(np.float64)).sum(1) for block in blocks])
     for start in range(0, len(vectors), CHUNK):
         part = vectors[start : start + CHUNK].astype(np.float64)
-        squares = np.square(part).sum(1)[:, None] + lengths - 2 * part @ among.T
+        products = [part @ block.astype(np.float64, copy=False).T for block in blocks]
+        squares = np.square(part).sum(1)[:, None] + lengths - 2 * np.concatenate(products, axis=1)
         yield np.sqrt(np.maximum(squares, 0) / vectors.shape[1])
 
 

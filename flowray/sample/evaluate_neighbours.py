@@ -7,20 +7,23 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from flowray.config.cache import cache_dir
 from flowray.config.progress import SILENT, Progress
+from flowray.config.recipe import Recipe
 from flowray.config.writing import write_whole
 from flowray.data.pictures import decode_image
 from flowray.model.autoencoder import Autoencoder
 from flowray.sample.asked import Prepared, Samples
 from flowray.sample.distances import mean
 from flowray.sample.evaluate import decode, encode
-from flowray.sample.judges import BATCH, PIXELS, Judge, open_judge
+from flowray.sample.judges import LATENTS, PIXELS, Judge, open_judge
 from flowray.sample.neighbours import (
     Judged,
     Real,
@@ -35,7 +38,14 @@ from flowray.sample.neighbours import (
 )
 from flowray.sample.painters import painters
 from flowray.sample.restore import OpenedRun
-from flowray.store.latents import others, pictures_fingerprint
+from flowray.store.latents import (
+    ENCODE_BATCH,
+    LatentSet,
+    ensure_latents,
+    load_latents,
+    others,
+    pictures_fingerprint,
+)
 
 SHOWN_CAPTIONS, SHOWN_DRAWS = 12, 6
 
@@ -44,21 +54,59 @@ def features_of(samples: Samples, judge: Judge, cache: Path, progress: Progress)
     """Features (N, dims) of all pictures of shards, kept in the cache: a network takes minutes."""
     made_of = f"{judge.fingerprint} {pictures_fingerprint(samples.reader)}"
     file = cache / f"features-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
-    if judge.name != PIXELS and file.is_file():
-        found: np.ndarray = np.load(file, allow_pickle=False)
-        return found
+    if judge.name != PIXELS and (kept := _kept(file)) is not None:
+        return kept
     with progress.task("looking at real pictures", len(samples)) as advance:
         parts = []
-        for start in range(0, len(samples), BATCH):
-            indices = range(start, min(start + BATCH, len(samples)))
+        for start in range(0, len(samples), judge.batch):
+            indices = range(start, min(start + judge.batch, len(samples)))
             parts.append(judge.look([decode_image(samples.reader, i) for i in indices]))
             advance(len(indices))
     found = np.concatenate(parts)
     if judge.name != PIXELS:
-        kept = io.BytesIO()
-        np.save(kept, found)
-        write_whole(file, kept.getvalue())
+        whole = io.BytesIO()
+        np.save(whole, found)
+        with suppress(OSError):  # a read-only or full disk: they are made again another time
+            write_whole(file, whole.getvalue(), shared=True)
     return found
+
+
+def _kept(file: Path) -> np.ndarray | None:
+    """What a file holds; None where there is none, or it is not whole."""
+    try:
+        found: np.ndarray = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found
+
+
+def _latents(latents: LatentSet) -> np.ndarray:
+    """The mean latents of all samples, (N, dims) fp32, as LATENTS has them."""
+    parts = []
+    for start in range(0, len(latents), ENCODE_BATCH):
+        moments = latents.moments(np.arange(start, min(start + ENCODE_BATCH, len(latents))))
+        means = latents.scale.sample(moments, torch.zeros_like(moments.mean))
+        parts.append(means.flatten(1).numpy())
+    return np.concatenate(parts)
+
+
+def _features(
+    prepared: Prepared, recipe: Recipe, judge: Judge, progress: Progress
+) -> list[np.ndarray]:
+    """Of all pictures of every split; of latents those that training has encoded."""
+    folders = dict[str, Path]()
+    if judge.name == LATENTS:
+        made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
+        folders = ensure_latents(*made_of, progress)
+    cache, features = cache_dir(recipe.data.cache), []
+    for split, samples in prepared.samples.items():
+        if split in folders:
+            with progress.task(f"reading {split} latents"):
+                kept = load_latents(folders[split], samples.reader.limit)
+                features.append(_latents(kept))
+        else:
+            features.append(features_of(samples, judge, cache, progress))
+    return features
 
 
 def score_neighbours(
@@ -71,8 +119,7 @@ def score_neighbours(
     """`evaluate_neighbours` of a run; InputError where its judge cannot be had."""
     recipe, device = opened.recipe, next(autoencoder.parameters()).device
     judging = open_judge(prepared.features, autoencoder, recipe.model.autoencoder, device)
-    cache = cache_dir(recipe.data.cache)
-    features = [features_of(each, judging, cache, progress) for each in prepared.samples.values()]
+    features = _features(prepared, recipe, judging, progress)
     drawn = _drawn(prepared, opened, autoencoder, seed, progress)
     return evaluate_neighbours(prepared, judging, features, autoencoder, drawn, seed, progress)
 

@@ -28,6 +28,8 @@ PIXELS, LATENTS = "pixels", "latents"
 OPTION = "--features"
 SIDE = 32  # px of a picture whose pixels are compared
 BATCH = 8  # of 32 pictures a network takes twice as long for each on a CPU
+GPU_BATCH = 64
+MADE = 1  # raise it where the same picture and network come to other features: kept ones are stale
 _NETS: dict[str, Callable[..., ImageNetConfig]] = {
     "siglip": SiglipNet,
     "clip": ClipNet,
@@ -47,10 +49,15 @@ class Judge:
     features: Callable[[Tensor], Tensor]
     device: torch.device
 
+    @property
+    def batch(self) -> int:
+        """How many pictures to look at at once."""
+        return BATCH if self.device.type == "cpu" else GPU_BATCH
+
     def look_at(self, pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """`look` of any number of pictures."""
         return np.concatenate(
-            [self.look(pictures[i : i + BATCH]) for i in range(0, len(pictures), BATCH)]
+            [self.look(pictures[i : i + self.batch]) for i in range(0, len(pictures), self.batch)]
         )
 
     @torch.no_grad()
@@ -77,7 +84,7 @@ def open_judge(
             moments = autoencoder.encode_moments(pictures)
             return autoencoder.sample(moments, torch.zeros_like(moments.mean))
 
-        return Judge(name, f"{LATENTS}-{autoencoder_fingerprint(config)}", latents, device)
+        return Judge(name, f"{LATENTS}-{MADE}-{autoencoder_fingerprint(config)}", latents, device)
     folder = Path(name)
     if not folder.is_dir():
         raise InputError(
@@ -89,7 +96,7 @@ def open_judge(
         found = pooled(pictures).float()
         return F.normalize(found, dim=1) * found.shape[1] ** 0.5
 
-    return Judge(name, f"net-{_content(folder)}", features, device)
+    return Judge(name, f"net-{MADE}-{_content(folder)}", features, device)
 
 
 def _pixels(pictures: Tensor) -> Tensor:

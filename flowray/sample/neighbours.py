@@ -28,6 +28,7 @@ from flowray.sample.manifolds import Manifold, manifold, overlap
 
 CAPTIONS, PICTURES = 48, 288  # of an evaluation: held-out captions, and draws of all of them
 REFERENCE = 4096  # training pictures, at most, that sets of pictures are compared with
+SPREAD = 512  # pictures of a caption, at most, whose distances are taken
 CAPTION = "caption_accuracy"
 OVERLAPS = ("precision", "recall", "density", "coverage")
 
@@ -93,18 +94,20 @@ class Real:
 
     @cached_property
     def near(self) -> np.ndarray:
-        """Of every held-out picture, the distance to the nearest training picture."""
-        return nearest(self.features[~self.training], self.features[self.training])
+        """Of held-out pictures, at most REFERENCE, the distance to the nearest training picture."""
+        drawn = np.random.default_rng(self.seed).permutation(np.flatnonzero(~self.training))
+        return nearest(self.features[drawn[:REFERENCE]], self.features[self.training])
 
     def spread(self, wanted: Mapping[str, str | None]) -> float:
-        """Mean distance between two pictures that show what is wanted; nan where there is but
-        one.
+        """Mean distance between two pictures that show what is wanted, of at most SPREAD; nan where
+        there is but one.
         """
         fits = np.ones(len(self.features), dtype=bool)
         for name, value in wanted.items():
             if value is not None:
                 fits &= self.values[name] == value
-        return spread(self.features[fits])
+        drawn = np.random.default_rng(self.seed).permutation(np.flatnonzero(fits))[:SPREAD]
+        return spread(self.features[np.sort(drawn)])
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,8 @@ def judge(shown: Shown, real: Real, spreads: np.ndarray, label: str) -> Judged:
 def scores(judged: Judged, real: Real) -> dict[str, Any]:
     """A column's figures; None where there is nothing to go by."""
     means = {name: judged.figure(name) for name in (*accuracies_of(judged), *OVERLAPS, "diversity")}
+    if len(judged.found.near) < real.matched:  # fewer pictures reach less
+        means |= dict.fromkeys(judged.reached, np.nan)
     return {
         **{name: None if np.isnan(value) else value for name, value in means.items()},
         "frechet": judged.frechet(real),

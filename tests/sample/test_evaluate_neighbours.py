@@ -31,7 +31,7 @@ from flowray.model.autoencoder import load_autoencoder
 from flowray.model.efficientnet import WEIGHTS, EfficientNetLite0
 from flowray.sample.asked import prepare, says
 from flowray.sample.evaluate_neighbours import evaluate_neighbours, features_of
-from flowray.sample.judges import open_judge
+from flowray.sample.judges import LATENTS, open_judge
 from flowray.sample.manifolds import DENSE
 from flowray.sample.neighbours import Choices
 from flowray.store.found import find_checkpoint
@@ -109,6 +109,11 @@ def test_the_command_on_a_set_of_several_styles(
     figures |= {"coverage", "diversity", "copies"}
     assert set(found["standard_error"]) == set(found["beats_mu"]) == figures
     assert set(found["controls"]["ceiling"]) == set(found["controls"]["mu"]) == figures
+    # 12 pictures cannot reach what 30 do
+    for name in ("recall", "coverage"):
+        assert found["controls"]["ceiling"][name] is found["controls"]["real"][name] is None
+        assert found[name] is not None
+    assert found["controls"]["real"]["precision"] is not None
     assert set(found["controls"]["shuffled"]) == {"caption_accuracy", "style_accuracy"}
     groups = found["by_group"]
     assert sorted(groups) == ["pets", "wild"]
@@ -190,6 +195,8 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(
         assert_refused(
             lambda choices=choices: evaluate(run, [], 0, SILENT, out, choices), InputError, words
         )
+    sheet = tmp_path / "scores.png"  # which the scores would be written to, and the sheet over them
+    assert_refused(lambda: evaluate(run, [], 0, SILENT, sheet), InputError, "--out .*as JSON")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -258,7 +265,10 @@ def test_without_fields_a_caption_is_its_own_label(tmp_path: Path) -> None:
     """As in shards of pictures and captions alone, each once: no pair of a caption is real."""
     recipe = tiny_recipe(tmp_path)
     run = saved(recipe)
-    told = evaluate(run, [], 0, SILENT, choices=Choices(captions=5, draws=2))
+    heard = Heard()
+    told = evaluate(run, [], 0, heard, choices=Choices(captions=5, draws=2))
+    # training has encoded them all
+    assert "looking at real pictures" not in heard.tasks
     found = told["neighbours"]
     assert (found["label"], found["by_group"], found["features"]["of"]) == (
         "caption",
@@ -284,12 +294,32 @@ def test_a_network_s_features_are_kept(run: Path, tmp_path: Path) -> None:
         save_file(EfficientNetLite0().state_dict(), tmp_path / WEIGHTS)
     heard, again = Heard(), Heard()
     few = Choices(captions=2, draws=2, features=str(tmp_path))
-    out = tmp_path / "eval.json"
+    out, out_again = tmp_path / "eval-0.5", tmp_path / "eval-0.7"
     first = evaluate(run, [], 0, heard, out, few)
     assert first["neighbours"]["features"]["dims"] == 1280
     assert heard.tasks["looking at real pictures"] == 12  # of val; a task of its own for each split
-    assert evaluate(run, [], 0, again, out, few) == first
+    assert evaluate(run, [], 0, again, out_again, few) == first
     assert "looking at real pictures" not in again.tasks
+    told = {"eval-0.5", "eval-0.5.png", "eval-0.7", "eval-0.7.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, *told}
+
+
+def test_kept_features_are_no_more_than_a_help(run: Path, tmp_path: Path) -> None:
+    recipe = find_checkpoint(run).recipe
+    samples = prepare(recipe, Choices(), seed=0).lent
+    autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
+    judge = open_judge(LATENTS, autoencoder, recipe.model.autoencoder, torch.device("cpu"))
+    # a place that cannot be written
+    found = features_of(samples, judge, tmp_path / "none", SILENT)
+    assert (features_of(samples, judge, tmp_path, SILENT) == found).all()
+    (file,) = tmp_path.glob("*.npy")
+    whole = file.read_bytes()
+    # cut off, while another evaluation is at the same file
+    for left in (0, 5, len(whole) // 2):
+        file.write_bytes(whole[:left])
+        (tmp_path / f".{file.name}.partial").mkdir(exist_ok=True)
+        assert (features_of(samples, judge, tmp_path, SILENT) == found).all()
+        assert file.read_bytes() == whole
 
 
 def test_digits_by_pixels(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVi
 from flowray.config.errors import InputError
 from flowray.data.pixels import to_pictures
 from flowray.model.autoencoder import load_autoencoder
+from flowray.sample import judges
 from flowray.sample.judges import BATCH, LATENTS, PIXELS, Judge, open_judge
 
 CPU = torch.device("cpu")
@@ -59,6 +61,21 @@ def test_latents_are_the_mean_ones_that_a_run_is_trained_on(place: Path) -> None
     assert found.look(pictures(3)) == pytest.approx(scaled.numpy(), abs=1e-5)
     many = pictures(2 * BATCH + 1)
     assert found.look_at(many) == pytest.approx(found.look(many), abs=1e-4)
+
+
+def test_features_made_in_another_way_are_others(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = judge(place, LATENTS).fingerprint
+    assert judge(place, LATENTS).fingerprint == before
+    monkeypatch.setattr(judges, "MADE", judges.MADE + 1)
+    assert judge(place, LATENTS).fingerprint != before
+
+
+def test_a_gpu_looks_at_more_at_once(place: Path) -> None:
+    on_cpu = judge(place, PIXELS)
+    assert on_cpu.batch == BATCH
+    assert replace(on_cpu, device=torch.device("cuda")).batch > BATCH
 
 
 @pytest.mark.parametrize("kind", list(NETS))

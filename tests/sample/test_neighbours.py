@@ -7,11 +7,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flowray.sample.distances import bootstrap_error, frechet, gaussian, jackknife_error
+from flowray.sample.distances import (
+    BLOCK,
+    bootstrap_error,
+    distances,
+    frechet,
+    gaussian,
+    jackknife_error,
+)
 from flowray.sample.manifolds import DENSE, manifold, overlap, radii
 from flowray.sample.neighbours import (
     CAPTION,
     OVERLAPS,
+    REFERENCE,
+    SPREAD,
     Found,
     Judged,
     Real,
@@ -39,6 +48,26 @@ def shares(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
         "density": found.density.mean(),
         "coverage": found.covered.any(0).mean(),
     }
+
+
+def test_distances_are_those_by_hand_in_every_block() -> None:
+    among = normal(2 * BLOCK + 3, 0, 2).astype(np.float32)
+    few = normal(3, 1, 2).astype(np.float32)
+    (found,) = distances(few, among)
+    apart = few[:, None].astype(np.float64) - among
+    assert found == pytest.approx(np.sqrt(np.square(apart).mean(2)), abs=1e-6)
+
+
+def test_of_large_sets_a_part_is_compared() -> None:
+    features = normal(REFERENCE + 60, 0)
+    same = {"label": np.full(len(features), "a", dtype=object)}
+    real = Real(features, same, np.arange(len(features)) < 40, matched=40, seed=0)
+    assert len(real.near) == REFERENCE
+    kept, whole = real.spread({"label": "a"}), spread(features)
+    assert kept == pytest.approx(whole, rel=0.04)
+    assert kept != pytest.approx(whole, rel=1e-6)  # by at most SPREAD of them
+    few = Real(features[:SPREAD], {"label": same["label"][:SPREAD]}, real.training[:SPREAD], 40, 0)
+    assert few.spread({"label": "a"}) == spread(features[:SPREAD])
 
 
 def test_radii_are_those_by_hand() -> None:
