@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
 from flowray.config.base import LatentSpec
-from flowray.config.load import override_recipe
+from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.progress import Advance
 from flowray.config.recipe import Recipe
 from flowray.data.make import png
@@ -32,6 +32,8 @@ from flowray.data.shapes import caption, samples, single_scenes
 from flowray.data.shards import MANIFEST, write_shards
 from flowray.model.assemble import FlowModel, build_model
 from flowray.model.levels import VelocityNet
+from flowray.store.run import RunDirectory
+from flowray.train.state import fresh_state, save_state
 
 SPEC = LatentSpec(channels=4, height=4, width=4)
 SCALE, SHIFT = 0.5, 0.25  # neither trivial, so that a scale applied twice or not at all shows
@@ -100,6 +102,15 @@ def word_tokenizer(words: Sequence[str] = ()) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+def saved_run(recipe: Recipe) -> RunDirectory:
+    """A run at its first checkpoint."""
+    run = RunDirectory(Path(str(recipe.storage_path)) / recipe.name)
+    run.create()
+    run.config.write_text(dump_recipe(recipe))
+    save_state(fresh_state(recipe, torch.device("cpu")), recipe, run)
+    return run
 
 
 def tiny_text(path: Path, seed: int = 0) -> Path:

@@ -30,6 +30,7 @@ def snapshot(state: TrainState, autoencoder: Autoencoder) -> dict[str, Tensor]:
     }
     modules = [module for net in nets for module in net.modules()]
     slots = {name: state.optimizer.state[p] for name, p in state.parameters.items()}
+    numpy_rng = np.asarray(np.random.get_state()[1])  # type: ignore[index]
     kept = {
         **{f"tensor {name}": x.detach() for name, x in tensors.items()},
         **{f"grad {name}": p.grad for name, p in state.parameters.items() if p.grad is not None},
@@ -45,7 +46,7 @@ def snapshot(state: TrainState, autoencoder: Autoencoder) -> dict[str, Tensor]:
         "lr": torch.tensor([group["lr"] for group in state.optimizer.param_groups]),
         "grad enabled": torch.tensor(torch.is_grad_enabled()),
         "torch RNG": torch.get_rng_state(),
-        "numpy RNG": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # type: ignore[index]
+        "numpy RNG": torch.from_numpy(numpy_rng.astype(np.int64)),
         "python RNG": torch.tensor(random.getstate()[1]),
     }
     assert model.semantic.dino is not None

@@ -16,14 +16,13 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
-from support import PICTURE, Heard, assert_refused, tiny_recipe
+from support import PICTURE, Heard, assert_refused, saved_run, tiny_recipe
 
 from flowray.cli.eval import evaluate, main
 from flowray.cli.eval_neighbours import show_neighbours
 from flowray.config.errors import InputError
-from flowray.config.load import dump_recipe, load_recipe, override_recipe
+from flowray.config.load import load_recipe, override_recipe
 from flowray.config.progress import SILENT
-from flowray.config.recipe import Recipe
 from flowray.data.make import png
 from flowray.data.pictures import decode_image
 from flowray.data.shards import write_shards
@@ -35,8 +34,6 @@ from flowray.sample.judges import LATENTS, open_judge
 from flowray.sample.manifolds import DENSE
 from flowray.sample.neighbours import Choices
 from flowray.store.found import find_checkpoint
-from flowray.store.run import RunDirectory
-from flowray.train.state import fresh_state, save_state
 
 LABELS = [f"{a} {b}" for a in ("red", "green", "blue") for b in ("cat", "dog", "fox", "owl")]
 STYLES = ("flat", "line_art", "round", "shaded")
@@ -63,14 +60,6 @@ def styled(split: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def saved(recipe: Recipe) -> Path:
-    run = RunDirectory(Path(str(recipe.storage_path)) / recipe.name)
-    run.create()
-    run.config.write_text(dump_recipe(recipe))
-    save_state(fresh_state(recipe, torch.device("cpu")), recipe, run)
-    return run.path
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run at its first checkpoint on a set of four styles."""
@@ -79,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"data.{key}": str(write_shards(place / split, styled(split), meta={}))
         for key, split in (("shards", "train"), ("val_shards", "val"))
     }
-    return saved(tiny_recipe(place, **shards))
+    return saved_run(tiny_recipe(place, **shards)).path
 
 
 def test_the_command_on_a_set_of_several_styles(
@@ -264,7 +253,7 @@ def test_what_training_lacks_is_refused_before_anything_is_painted(
 def test_without_fields_a_caption_is_its_own_label(tmp_path: Path) -> None:
     """As in shards of pictures and captions alone, each once: no pair of a caption is real."""
     recipe = tiny_recipe(tmp_path)
-    run = saved(recipe)
+    run = saved_run(recipe).path
     heard = Heard()
     told = evaluate(run, [], 0, heard, choices=Choices(captions=5, draws=2))
     # training has encoded them all
@@ -336,7 +325,7 @@ def test_digits_by_pixels(tmp_path: Path) -> None:
         "sample.steps": 1,
         "train.device": "cpu",
     }
-    run = saved(override_recipe(load_recipe("digits").recipe, small))
+    run = saved_run(override_recipe(load_recipe("digits").recipe, small)).path
     choices = Choices(draws=18, features="pixels")
     found = evaluate(run, [], 0, SILENT, choices=choices)["neighbours"]
     assert (found["captions"], found["by_group"]) == (10, None)

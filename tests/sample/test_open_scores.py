@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from support import Heard, assert_refused
+from support import Heard, assert_refused, saved_run
 
 from flowray.cli.eval import evaluate, main, show_open
 from flowray.config.errors import InputError
-from flowray.config.load import dump_recipe, load_recipe, override_recipe
+from flowray.config.load import load_recipe, override_recipe
 from flowray.config.progress import SILENT
-from flowray.config.recipe import Recipe
 from flowray.config.train import OPEN_SCORES
 from flowray.data import make
 from flowray.data.make import ShapesSet
@@ -44,8 +43,6 @@ from flowray.sample.open_scores import (
     total_variation,
 )
 from flowray.store.found import find_checkpoint
-from flowray.store.run import RunDirectory
-from flowray.train.state import fresh_state, save_state
 from flowray.tune import sampling
 
 DRAWS = 12
@@ -247,15 +244,6 @@ def test_a_flow_of_the_truth_reaches_the_ceiling_and_beats_the_mean_picture() ->
     assert alone["named"] == found["named"]
 
 
-def saved(recipe: Recipe) -> Path:
-    """A run at its first checkpoint."""
-    run = RunDirectory(Path(str(recipe.storage_path)) / recipe.name)
-    run.create()
-    run.config.write_text(dump_recipe(recipe))
-    save_state(fresh_state(recipe, torch.device("cpu")), recipe, run)
-    return run.path
-
-
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Runs that have not learnt yet, on a set of few pictures; set -> run directory."""
@@ -275,11 +263,11 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
         "train.device": "cpu",
     }
     return {
-        name: saved(
+        name: saved_run(
             override_recipe(
                 load_recipe("quickstart").recipe, {**small, "data.shards": name, "name": name}
             )
-        )
+        ).path
         for name in ("shapes", "shapes_closed")
     }
 
