@@ -14,7 +14,7 @@ from flowray.config.errors import InputError
 from flowray.config.paths import argument, exists
 from flowray.store.found import find_checkpoint
 
-MAX_COUNT = 1024  # pictures of a row, all in memory at once
+MAX_COUNT = 1024  # pictures of a prompt or row, all in memory at once
 MAX_SCALE = 64  # of 64 px pictures, sheets of 4,096 px each
 
 
@@ -23,7 +23,7 @@ def _parser() -> Parser:
         prog="flowray.sample",
         description=(
             "Draw pictures from a run, the way its training defined the path. Each prompt gives one"
-            " row of `count` pictures."
+            " row of `count` pictures; with --between all prompts together `count` rows."
         ),
         epilog=(
             'Example: python -m flowray.sample runs/quickstart "a small red circle in the center on'
@@ -45,6 +45,12 @@ def _parser() -> Parser:
         type=whole_number(1, MAX_COUNT),
         default=1,
         help="pictures a prompt, each from its own noise",
+    )
+    parser.add_argument(
+        "--between",
+        type=whole_number(2, MAX_COUNT),
+        metavar="N",
+        help="go from each prompt to the next in N pictures, both counted, a row by one noise",
     )
     parser.add_argument(
         "--scale",
@@ -85,6 +91,18 @@ def _new_file(folder: Path, prompt: str) -> Path:
     return file
 
 
+def _columns(captions: int, pictures: int) -> int:
+    """Pictures of a row through the captions, each caption drawn once; InputError for too few of
+    them and for too long a row.
+    """
+    if captions < 2:
+        raise InputError(f"--between {pictures}: got 1 caption, want two or more to go between")
+    if (columns := (captions - 1) * (pictures - 1) + 1) > MAX_COUNT:
+        row = f"{captions} captions make a row of {columns:,} pictures"
+        raise InputError(f"--between {pictures}: {row}, want at most {MAX_COUNT:,}")
+    return columns
+
+
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     args = _parser().parse_intermixed_args(argv)
@@ -97,6 +115,9 @@ def main(argv: list[str]) -> int:
     if empty := [place for place, prompt in enumerate(prompts, 1) if not prompt.strip()]:
         which = f"prompt {empty[0]} of {len(prompts)}"
         raise InputError(f"{which}: is empty; type a caption in quotes, or leave it out")
+    shape = (len(prompts), args.count)
+    if args.between:
+        shape = (args.count, _columns(len(prompts), args.between))
     quiet_libraries()
     progress = ConsoleProgress()
     with progress.task(LOOKING):
@@ -107,6 +128,7 @@ def main(argv: list[str]) -> int:
         import torch
 
         from flowray.model.autoencoder import load_autoencoder
+        from flowray.sample.between import between
         from flowray.sample.generate import generate, save_strip
         from flowray.sample.restore import open_run
 
@@ -115,11 +137,16 @@ def main(argv: list[str]) -> int:
         opened = open_run(found, device)
         config = opened.recipe.model
         autoencoder = load_autoencoder(config.autoencoder, config.latent).to(device)
-    repeated = [prompt for prompt in prompts for _ in range(args.count)]
-    with progress.task("sampling", len(repeated)) as advance:
-        sample = opened.recipe.sample
-        pictures = generate(opened.model, autoencoder, repeated, sample, args.seed, advance)
-    rows = pictures.reshape(len(prompts), args.count, *pictures.shape[1:])
+    sample = opened.recipe.sample
+    with progress.task("sampling", shape[0] * shape[1]) as advance:
+        how = (sample, args.seed, advance)
+        if args.between:
+            way = (prompts, args.between, args.count)
+            pictures = between(opened.model, autoencoder, *way, *how)
+        else:
+            repeated = [prompt for prompt in prompts for _ in range(args.count)]
+            pictures = generate(opened.model, autoencoder, repeated, *how)
+    rows = pictures.reshape(*shape, *pictures.shape[1:])
     sheet = np.concatenate(list(rows), axis=1).repeat(args.scale, axis=1).repeat(args.scale, axis=2)
     out = args.out or _new_file(opened.path / "samples", prompts[0])
     try:

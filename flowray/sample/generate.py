@@ -5,7 +5,7 @@ from t = 0 to 1, decode x.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +39,21 @@ def source_noise(model: FlowModel, count: int, seed: int, device: torch.device) 
     )
 
 
+def integrated(
+    config: SampleConfig, field: Callable[[Tensor, Tensor, Tensor], Tensor], z0: Tensor
+) -> Tensor:
+    """Latents (B, C, H, W) where z0 ends in a field (x, time code, null), with guidance."""
+    velocity_fn = guided(with_time_code(field), config.guidance_scale)
+    return integrate(config.solver, velocity_fn, z0, time_grid(config.grid, config.steps))
+
+
 @torch.no_grad()
 def generate_latents(
     model: FlowModel, prompts: Sequence[str], config: SampleConfig, noise: Tensor
 ) -> Tensor:
     """Integrated latents (B, C, H, W) of the prompts; the model should be in eval mode."""
     source = model.source(prompts, noise)
-    velocity_fn = guided(with_time_code(model.field(source)), config.guidance_scale)
-    return integrate(config.solver, velocity_fn, source.z0, time_grid(config.grid, config.steps))
+    return integrated(config, model.field(source), source.z0)
 
 
 @torch.no_grad()

@@ -158,6 +158,12 @@ def test_a_run_in_use_is_not_touched(place, monkeypatch):
             if option != "--seed" or text not in ("0", "1000000000")
         ),
         *(
+            (["runs/tiny", "a", "b", "--between", text], f"--between: got {text}, want a whole")
+            for text in ("-1", "0", "1", "1025", "x")
+        ),
+        (["runs/tiny", "a red circle", "--between", "7"], "--between 7: got 1 caption"),
+        (["runs/tiny", *"abc", "--between", "1024"], "--between 1024: 3 captions make a row of"),
+        *(
             (["runs/tiny", "a red circle", "--set", f"sample.{key}={text}"], f"sample.{key}: got")
             for key in ("steps", "guidance_scale")
             for text in ("-1", "nan", "inf")
@@ -201,6 +207,7 @@ def test_what_needs_no_model_is_refused_before_torch_is_imported(place, tmp_path
         ["sample", "runs/tiny", "a", "--out", "/proc/new/a.png"],
         ["doctor", "runs/tiny", "--out", "/proc/a.html"],
         ["sample", "runs/tiny", "a", "--set", "sample.stpes=3"],
+        ["sample", "runs/tiny", "a", "--between", "7"],
         ["eval", "runs/tiny", "--captions", "1"],
         ["doctor", "runs/tiny", "--batch", "7"],
         ["doctor", "overfit", "tiny.yaml", "--samples", "0"],

@@ -69,6 +69,29 @@ def test_count_scale_seed_and_checkpoint(run, tmp_path, capsys):
     assert not np.array_equal(sheet("--set", "sample.weights=raw"), sheet())
 
 
+def test_between_captions(run, tmp_path, capsys):
+    """Ends and joints of every row are the captions' own pictures; what lies between is neither."""
+
+    def grid(*words: str) -> np.ndarray:
+        """(rows, columns, H, W, 3) of a sheet."""
+        assert main([str(run), *words, "--out", str(tmp_path / "x.png")]) == 0
+        sheet = pixels(tmp_path / "x.png").astype(int)
+        rows, columns = (side // PICTURE for side in sheet.shape[:2])
+        return sheet.reshape(rows, PICTURE, columns, PICTURE, 3).swapaxes(1, 2)
+
+    captions = ["cross", "a large red circle on the left", "a green ring"]
+    alone = [grid(caption, "--count", "2")[0] for caption in captions]
+    way = grid(*captions, "--between", "3", "--count", "2")
+    assert way.shape == (2, 5, PICTURE, PICTURE, 3)
+    for column, own in zip((0, 2, 4), alone, strict=True):
+        assert np.abs(way[:, column] - own).max() <= 1
+    for column in (1, 3):
+        for beside in (column - 1, column + 1):
+            assert not np.array_equal(way[:, column], way[:, beside])
+    assert np.array_equal(way, grid(*captions, "--between", "3", "--count", "2"))
+    assert grid(*captions[:2], "--between", "4").shape[:2] == (1, 4)
+
+
 def test_the_default_file_name_comes_from_the_prompt(run, capsys):
     assert main([str(run), "a red/../circle"]) == 0
     assert main([str(run), "红色的圆" * 40]) == 0

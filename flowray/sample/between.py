@@ -1,0 +1,88 @@
+"""Pictures on the way from one caption to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowray.config.flow import SampleConfig
+from flowray.config.progress import Advance
+from flowray.data.pixels import from_pictures
+from flowray.flow.path import expand
+from flowray.model.assemble import FlowModel, Source
+from flowray.model.autoencoder import Autoencoder
+from flowray.model.posterior import Posterior
+from flowray.sample.generate import BATCH, integrated, source_noise
+
+
+@torch.no_grad()
+def between_latents(
+    model: FlowModel,
+    captions: Sequence[str],
+    after: Sequence[str],
+    shares: Tensor,
+    config: SampleConfig,
+    noise: Tensor,
+) -> Tensor:
+    """Integrated latents (B, C, H, W), a share (B,) in [0, 1] of the way from a caption to the one
+    after it: those of `generate_latents` for the first at 0, for the second at 1. The model should
+    be in eval mode.
+
+    The source's mean and log-variance are mixed, and so are the velocities that a conditioned
+    network has for the two captions (Liu et al., arXiv 2206.01714), not their tokens: an encoder
+    makes more of them of a longer caption, and none of one belongs to one of the other.
+    """
+    first, second = model.source(captions, noise), model.source(after, noise)
+    a, b, share = first.posterior, second.posterior, expand(shares.to(noise), noise)
+    mixed = Posterior(
+        torch.lerp(a.mu, b.mu, share), torch.lerp(a.logvar, b.logvar, share), a.amplitude
+    )
+    z0 = mixed.sample(noise)
+    # of the same x each, and both with the mixed source's mean where guidance drops the caption
+    here, there = (model.field(Source(mixed, z0, each.text)) for each in (first, second))
+
+    def field(x: Tensor, time_code: Tensor, null: Tensor) -> Tensor:
+        v_here, v_there = (each(x, time_code, null).float() for each in (here, there))
+        return torch.lerp(v_here, v_there, share.repeat(len(x) // len(share), 1, 1, 1))
+
+    return integrated(config, field if model.velocity.conditioned else here, z0)
+
+
+@torch.no_grad()
+def between(
+    model: FlowModel,
+    autoencoder: Autoencoder,
+    captions: Sequence[str],
+    pictures: int,
+    rows: int,
+    config: SampleConfig,
+    seed: int,
+    advance: Advance | None = None,
+) -> np.ndarray:
+    """Pictures uint8 (rows x columns, H, W, 3), row by row, from each caption to the next in their
+    order: `pictures` of even shares, both ends counted, a caption between two others drawn once.
+
+    Row i holds the noise that picture i of `generate` has. The model should be in eval mode.
+    advance: hears of every batch.
+    """
+    legs, steps = len(captions) - 1, pictures - 1
+    stops = [(leg, step) for leg in range(legs) for step in range(steps)] + [(legs - 1, steps)]
+    noise = source_noise(model, rows, seed, next(model.velocity.parameters()).device)
+    noise, stops, made = noise.repeat_interleave(len(stops), dim=0), stops * rows, []
+    for start in range(0, len(stops), BATCH):
+        part = stops[start : start + BATCH]
+        latents = between_latents(
+            model,
+            [captions[leg] for leg, _ in part],
+            [captions[leg + 1] for leg, _ in part],
+            torch.tensor([step for _, step in part]) / steps,
+            config,
+            noise[start : start + BATCH],
+        )
+        made.append(from_pictures(autoencoder.decode(latents)))
+        if advance:
+            advance(len(part))
+    return np.concatenate(made)

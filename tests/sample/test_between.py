@@ -1,0 +1,145 @@
+"""Between two captions: the ends are what the captions are drawn as alone, whatever is mixed of
+source and condition, and a row has one noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import perturbed, tiny_recipe
+from text_support import bert, save
+from torch import Tensor
+
+from flowray.config.flow import SampleConfig
+from flowray.config.load import override_recipe
+from flowray.config.recipe import Recipe
+from flowray.model.assemble import FlowModel, build_model
+from flowray.model.autoencoder import Autoencoder, load_autoencoder
+from flowray.sample.between import between, between_latents
+from flowray.sample.generate import generate, generate_latents, source_noise
+
+ADALN = {"model.velocity.condition.kind": "adaln"}
+CROSS = {"model.velocity.condition.kind": "cross_attention"}
+NOISE = {"model.source.kind": "noise", "loss.kl.weight": 0}
+SOURCES: dict[str, dict[str, Any]] = {
+    "text": {},
+    "text, adaln": ADALN,
+    "text, adaln, dropped where null": ADALN
+    | {"model.source.drop_null": True, "model.source.amplitude": 2.0},
+    "noise, adaln": NOISE | ADALN,
+    "noise, cross-attention": NOISE | CROSS,
+}
+A, B, C = "cross", "a large red circle on the left of a blue square", "a green ring"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return tiny_recipe(tmp_path_factory.mktemp("between"))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A text encoder, which makes more tokens of a longer caption."""
+    path = tmp_path_factory.mktemp("bert")
+    save(bert, path)
+    return {"model.text": {"kind": "encoder", "path": str(path), "max_tokens": 16}}
+
+
+def model_of(recipe: Recipe, **overrides: Any) -> FlowModel:
+    model = build_model(override_recipe(recipe, overrides).model, recipe.loss, 0).eval()
+    perturbed(model.velocity)
+    if model.head is not None:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in model.head.parameters():
+                p += 0.2 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def check_ends(model: FlowModel, guidance: float) -> None:
+    """One noise: at 0 the first caption's latent, at 1 the second's, neither of them half-way."""
+    config = SampleConfig(steps=3, guidance_scale=guidance)
+    noise = source_noise(model, 1, 7, CPU)
+    a, b = (generate_latents(model, [caption], config, noise)[0] for caption in (A, B))
+    shares = torch.tensor([0.0, 0.5, 1.0])
+    row = noise.expand(3, -1, -1, -1)
+    start, middle, end = between_latents(model, [A] * 3, [B] * 3, shares, config, row)
+    assert torch.allclose(start, a, atol=1e-4)
+    assert torch.allclose(end, b, atol=1e-4)
+    assert apart(a, b) > 0.01
+    assert min(apart(middle, a), apart(middle, b)) > 0.1 * apart(a, b)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_ends_are_the_captions_own(recipe: Recipe, name: str, guidance: float) -> None:
+    check_ends(model_of(recipe, **SOURCES[name]), guidance)
+
+
+@pytest.mark.parametrize("condition", [ADALN, CROSS])
+@pytest.mark.parametrize("source", [{}, NOISE])
+def test_captions_of_different_length(
+    recipe: Recipe, encoder: dict[str, Any], source: dict[str, Any], condition: dict[str, Any]
+) -> None:
+    model = model_of(recipe, **encoder, **source, **condition)
+    short, long = model.text.tokenize([A, B]).mask.sum(1).tolist()
+    assert short < long
+    check_ends(model, 3.0)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["text, adaln", "text, adaln, dropped where null"])
+def test_a_quarter_of_the_way_by_hand(recipe: Recipe, name: str, guidance: float) -> None:
+    """One step: mean and log-variance mixed by a quarter, and so the two captions' velocities; the
+    null velocity lacks the mixed mean where the recipe drops it.
+    """
+    model = model_of(recipe, **SOURCES[name])
+    config = SampleConfig(steps=1, guidance_scale=guidance)
+    noise = source_noise(model, 1, 7, CPU)
+    got = between_latents(model, [A], [B], torch.tensor([0.25]), config, noise)
+    with torch.no_grad():
+        a, b = (model.source([caption], noise) for caption in (A, B))
+        mean = 0.75 * a.posterior.mean + 0.25 * b.posterior.mean
+        logvar = 0.75 * a.posterior.logvar + 0.25 * b.posterior.logvar
+        z0 = mean + (logvar / 2).exp() * noise
+        code, yes, no = torch.zeros(1), torch.tensor([True]), torch.tensor([False])
+        v_a, v_b = (model.velocity(z0, code, no, each.text) for each in (a, b))
+        dropped = mean if model.drops else torch.zeros_like(mean)
+        null = model.velocity(z0 - dropped / 2, code, yes, a.text) - dropped
+        v = null + guidance * (0.75 * v_a + 0.25 * v_b - null)
+    assert apart(v_a, v_b) > 0.01
+    assert apart(a.posterior.mean, b.posterior.mean) > 0.01
+    assert apart(a.posterior.logvar, b.posterior.logvar) > 0.01
+    assert torch.allclose(got, z0 + v, atol=1e-4)
+
+
+def test_rows_through_three_captions(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each caption once, in order, as `generate` draws it with the row's noise; in batches too."""
+    model, config = model_of(recipe, **ADALN), SampleConfig(steps=2)
+    autoencoder: Autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
+    heard: list[int] = []
+
+    def drawn(seed: int) -> np.ndarray:
+        flat = between(model, autoencoder, [A, B, C], 3, 2, config, seed, heard.append)
+        return flat.reshape(2, 5, 8, 8, 3).astype(int)
+
+    pictures = drawn(7)
+    assert sum(heard) == 10
+    for column, caption in ((0, A), (2, B), (4, C)):
+        alone = generate(model, autoencoder, [caption] * 2, config, 7)
+        assert np.abs(pictures[:, column] - alone).max() <= 1
+    for column in range(4):
+        assert np.abs(pictures[:, column] - pictures[:, column + 1]).max() > 1
+    assert np.abs(pictures[0] - pictures[1]).max() > 1
+    assert np.array_equal(pictures, drawn(7))
+    assert np.abs(pictures - drawn(8)).max() > 1
+    monkeypatch.setattr("flowray.sample.between.BATCH", 4)
+    assert np.abs(pictures - drawn(7)).max() <= 1
