@@ -13,7 +13,7 @@ from flowray.cli.common import GOOD
 from flowray.cli.parser import JSON, Parser, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
-from flowray.config.paths import PathField, absolute, expand
+from flowray.config.paths import PathField, absolute, expand, model_argument
 from flowray.config.train import DataConfig
 from flowray.data.reader import ShardReader
 from flowray.data.shards import NAMED, find_shards, refuse_occupied
@@ -37,6 +37,16 @@ def _levels(text: str) -> tuple[int, ...]:
             f"got {text}, want two to six multiples of 8, such as 32,64,96,128"
         )
     return channels
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = -1.0
+    if not 0 <= weight <= 1:
+        raise argparse.ArgumentTypeError(f"got {text}, want a number from 0 to 1")
+    return weight
 
 
 def _place(text: str) -> Path:
@@ -69,7 +79,7 @@ def _parser() -> Parser:
     )
     counts = {
         "--latent-channels": (4, 1, "channels of a latent"),
-        "--steps": (6000, 1, "of encoder and decoder"),
+        "--steps": (6000, 0, "of encoder and decoder"),
         "--decoder-steps": (2000, 0, "of the decoder alone, afterwards"),
         "--batch-size": (16, 1, "pictures a step"),
         "--seed": (0, 0, "of weights, order and noise"),
@@ -80,6 +90,30 @@ def _parser() -> Parser:
             option, type=whole_number(low), default=default, metavar="N", help=f"{what}, {default}"
         )
     parser.add_argument("--lr", type=float, default=2e-3, metavar="X", help="highest, 2e-3")
+    parser.add_argument(
+        "--preview",
+        type=_weight,
+        default=0.1,
+        metavar="X",
+        help="weight of the latents' likeness to the picture in small, 0.1",
+    )
+    parser.add_argument(
+        "--noise",
+        type=_weight,
+        default=0.3,
+        metavar="X",
+        help="most noise on the latents that the decoder alone is shown, 0.3 of their deviations",
+    )
+    parser.add_argument(
+        "--half", action="store_true", help="save the weights in fp16, half as large"
+    )
+    parser.add_argument(
+        "--start",
+        type=model_argument,
+        metavar="MODEL",
+        help="begin with the weights of this autoencoder, of the same levels; --steps 0 then trains"
+        " its decoder alone",
+    )
     planned = "print what would be trained and from which step it would go on; train nothing"
     parser.add_argument("--plan", action="store_true", help=planned)
     parser.add_argument("--json", action="store_true", help=JSON)
@@ -91,6 +125,10 @@ def main(argv: list[str]) -> int:
     args, progress = _parser().parse_args(argv), ConsoleProgress()
     if not 0 < args.lr <= HIGHEST_LR:
         raise InputError(f"--lr {args.lr}: must be above 0 and at most {HIGHEST_LR}")
+    if not (args.steps or args.start):
+        raise InputError(
+            "--steps 0: leaves an encoder that nothing has trained; give --start MODEL"
+        )
     refuse_occupied(args.out)
     quiet_libraries()
     reader = _open(args.shards, "train", progress)
@@ -109,7 +147,10 @@ def main(argv: list[str]) -> int:
         decoder_steps=args.decoder_steps,
         batch_size=args.batch_size,
         lr=args.lr,
+        preview=args.preview,
+        noise=args.noise,
         seed=args.seed,
+        start=args.start,
     )
     side = _side(args.shards, [reader, held_out] if held_out else [reader], design)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -137,6 +178,7 @@ def main(argv: list[str]) -> int:
         args.out,
         device=device,
         workers=args.workers,
+        half=args.half,
         progress=progress,
         complete=complete,
     )

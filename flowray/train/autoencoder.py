@@ -36,6 +36,7 @@ from flowray.data.shards import refuse_occupied, whole_folder
 from flowray.model.autoencoder import load_autoencoder
 from flowray.probes.vae import psnr
 from flowray.store.checkpoint import load_state, load_tensors, newest_checkpoint, save_checkpoint
+from flowray.store.latents import autoencoder_fingerprint
 from flowray.store.run import RunDirectory, RunLock
 from flowray.train.optim import lr_at
 
@@ -53,7 +54,8 @@ class Design:
     channels: of each level; every level but the last halves the side. kl: weight on the mean KL
     per latent value in nats; more of it leaves noise in z1 that no caption decides. preview: weight
     of the latents' likeness to the picture in small. noise: most noise on the latents that the
-    decoder alone is shown, in their standard deviations.
+    decoder alone is shown, in their standard deviations. start: path of an autoencoder of the same
+    levels whose weights training begins with.
     """
 
     channels: tuple[int, ...] = (32, 64, 96, 128)
@@ -66,6 +68,7 @@ class Design:
     preview: float = 0.1
     noise: float = 0.3
     seed: int = 0
+    start: str | None = None
 
     @property
     def factor(self) -> int:
@@ -128,6 +131,23 @@ def fresh(design: Design, side: int) -> Any:
         sample_size=side,
         mid_block_add_attention=False,
     )
+
+
+def _begun(design: Design, side: int) -> Any:
+    """The AutoencoderKL that training begins with. InputError where `start` has other levels."""
+    net = fresh(design, side)
+    if design.start:
+        latent = LatentSpec(channels=design.latent_channels, height=1, width=1)
+        start = load_autoencoder(KLAutoencoder(path=design.start), latent).net
+        try:
+            net.load_state_dict(start.state_dict())
+        except RuntimeError as error:
+            levels = ",".join(map(str, design.channels))
+            raise InputError(
+                f"--start {design.start}: has other levels than {levels}, or other layers than"
+                " this command makes"
+            ) from error
+    return net
 
 
 def preview(pictures: Tensor, factor: int) -> Tensor:
@@ -304,7 +324,10 @@ def left_over(reader: ShardReader, design: Design, out: Path) -> tuple[Path | No
 
 
 def _made_of(reader: ShardReader, design: Design) -> Any:
-    return json.loads(json.dumps([dataclasses.asdict(design), reader.fingerprint()]))
+    made = dataclasses.asdict(design)
+    if start := made.pop("start"):
+        made["start"] = autoencoder_fingerprint(KLAutoencoder(path=start))
+    return json.loads(json.dumps([made, reader.fingerprint()]))
 
 
 def _kept(out: Path) -> Path:
@@ -323,6 +346,7 @@ def train_autoencoder(
     device: torch.device,
     workers: int = 0,
     save_every: int = 500,
+    half: bool = False,
     progress: Progress = SILENT,
     complete: Complete = _nothing_else,
 ) -> None:
@@ -331,8 +355,8 @@ def train_autoencoder(
 
     A run that was ended goes on from what it last saved, beside `out`, if it had the same design
     and pictures; what another one saved is removed first, and all of it once `out` is whole.
-    complete: writes what else belongs into the folder, given its hidden place and the seconds of
-    training, all parts of it.
+    half: saves the weights in fp16. complete: writes what else belongs into the folder, given its
+    hidden place and the seconds of training, all parts of it.
     InputError, one line: the training diverged, the folder cannot be written, another process
     trains into it.
     """
@@ -352,11 +376,11 @@ def train_autoencoder(
             total = design.steps + design.decoder_steps
             progress.say(f"going on from step {state['step']} of {total}")
         torch.manual_seed(design.seed)
-        net = fresh(design, decode_image(reader, 0).shape[0]).to(device)
+        net = _begun(design, decode_image(reader, 0).shape[0]).to(device)
         run = _Run(reader, design, kept, device, workers, save_every, progress)
         seconds = run(net, newest, state)
         with whole_folder(out) as partial, _one_line(out):
-            net.eval().save_pretrained(partial)
+            (net.half() if half else net).eval().save_pretrained(partial)
             complete(partial, seconds)
         shutil.rmtree(kept, ignore_errors=True)
 

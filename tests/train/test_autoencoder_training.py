@@ -4,9 +4,11 @@ it refuses.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,10 +22,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flowray.cli.train_autoencoder import main
+from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
+from flowray.config.model import KLAutoencoder
 from flowray.config.progress import Silent
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards, write_shards
+from flowray.model.autoencoder import load_autoencoder
 from flowray.store.checkpoint import load_state, load_tensors, newest_checkpoint
 from flowray.train.autoencoder import (
     Design,
@@ -370,3 +375,68 @@ def test_pictures_that_do_not_fit_the_levels_are_refused(tmp_path: Path, side) -
 def test_levels_that_cannot_be_are_refused(tmp_path: Path, channels: str) -> None:
     with pytest.raises(InputError, match="multiples of 8"):
         main([str(tmp_path), "--out", str(tmp_path / "out"), "--channels", channels])
+
+
+def test_half_saves_the_same_weights_in_half_the_bytes(tmp_path: Path) -> None:
+    shard_set(tmp_path / "train", 8)
+    for name, words in {"full": [], "half": ["--half"]}.items():
+        assert main([str(tmp_path / "train"), "--out", str(tmp_path / name), *OPTIONS, *words]) == 0
+    full, half = (load_file(tmp_path / name / WEIGHTS) for name in ("full", "half"))
+    assert {value.dtype for value in half.values()} == {torch.float16}
+    assert all(torch.equal(full[name].half(), half[name]) for name in full)
+    spec = LatentSpec(channels=4, height=8, width=8)
+    loaded = load_autoencoder(KLAutoencoder(path=str(tmp_path / "half")), spec)
+    assert {value.dtype for value in loaded.net.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("option", ["--preview", "--noise"])
+def test_the_weights_of_preview_and_noise_are_part_of_the_design(
+    tmp_path: Path, option: str
+) -> None:
+    shard_set(tmp_path / "train", 8)
+    for name, weight in {"none": "0", "much": "1"}.items():
+        words = ["--out", str(tmp_path / name), *OPTIONS, option, weight]
+        assert main([str(tmp_path / "train"), *words]) == 0
+    none, much = (load_file(tmp_path / name / WEIGHTS) for name in ("none", "much"))
+    assert not torch.equal(none["decoder.conv_out.weight"], much["decoder.conv_out.weight"])
+    for weight in ("-0.1", "1.5", "nan", "some"):
+        with pytest.raises(InputError, match=option):
+            main([str(tmp_path / "train"), "--out", str(tmp_path / "no"), option, weight])
+
+
+def test_a_start_gives_its_weights_and_without_steps_its_encoder_stays(tmp_path: Path) -> None:
+    shard_set(tmp_path / "train", 8)
+    argv = [str(tmp_path / "train"), *OPTIONS]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main([*argv, "--out", str(first)]) == 0
+    on = [*argv, "--out", str(second), "--start", str(first), "--steps", "0", "--seed", "1"]
+    assert main(on) == 0
+    ours, theirs = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
+    for name in ours:
+        kept = name.startswith(("encoder.", "quant_conv."))
+        assert torch.equal(ours[name], theirs[name]) == kept, name
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (first, second)]
+    assert configs[0]["latents_std"] == configs[1]["latents_std"]
+
+
+def test_what_was_trained_from_another_start_is_not_gone_on_with(tmp_path: Path) -> None:
+    reader, start = shard_set(tmp_path / "train", 12), tmp_path / "start"
+    train_autoencoder(reader, SMALL, start, device=CPU)
+    begun = dataclasses.replace(SMALL, start=str(start))
+    left_by_a_kill(reader, tmp_path / "out", 3, begun)
+    assert left_over(reader, begun, tmp_path / "out")[1]["step"] == 2
+    shutil.rmtree(start)
+    train_autoencoder(reader, dataclasses.replace(SMALL, seed=1), start, device=CPU)
+    assert left_over(reader, begun, tmp_path / "out")[1] == {}
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    shard_set(tmp_path / "train", 8)
+    argv = [str(tmp_path / "train"), "--out", str(tmp_path / "out"), *OPTIONS]
+    with pytest.raises(InputError, match="--start"):
+        main([*argv, "--steps", "0"])
+    with pytest.raises(InputError, match="--start embedded: has other levels than 8,16"):
+        main([*argv, "--start", "embedded"])
+    with pytest.raises(InputError, match="no such folder"):
+        main([*argv, "--start", str(tmp_path / "none")])
+    assert not (tmp_path / "out").exists()
