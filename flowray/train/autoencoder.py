@@ -177,7 +177,8 @@ def joint_loss(design: Design) -> Loss:
             rebuilt = net.decode(posterior.sample()).sample.float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        drawn = F.mse_loss(mean[:, :3], preview(pictures, design.factor))
+        small = preview(pictures, design.factor)[:, : design.latent_channels]
+        drawn = F.mse_loss(mean[:, :3], small)
         return distance(rebuilt, pictures) + design.kl * kl + design.preview * drawn
 
     return loss

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +295,16 @@ def test_latents_have_mean_0_and_variance_1_and_the_first_three_show_the_picture
     small = preview(pictures, design.factor)
     error = (latents[:, :3] - small).square().mean()
     assert error < 0.2 * small.var()
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.filterwarnings("error:Using a target size")
+def test_latents_of_fewer_channels_than_a_picture_train(tmp_path: Path, channels: int) -> None:
+    """The first of them show the first colours; no channel is drawn to all three."""
+    reader = shard_set(tmp_path / "pictures", 4)
+    design = replace(SMALL, latent_channels=channels, steps=1, decoder_steps=0)
+    train_autoencoder(reader, design, tmp_path / "out", device=CPU)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["latent_channels"] == channels
 
 
 def test_order_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
