@@ -5,6 +5,7 @@ alone on latents with noise.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import math
 import shutil
@@ -366,6 +367,8 @@ def train_autoencoder(
     deterministic = torch.backends.cudnn.flags(enabled=True, deterministic=True)
     with _one_line(out), _held(kept), deterministic:
         refuse_occupied(out)
+        for left in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 12}"):
+            shutil.rmtree(left, ignore_errors=True)  # of a process killed while it saved or judged
         newest, state = left_over(reader, design, out)
         if newest and not state:
             progress.say(f"removing {newest}, of another design or other pictures")

@@ -211,6 +211,17 @@ def test_a_training_ended_while_it_is_judged_has_lost_nothing(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pictures"]
 
 
+def test_what_a_kill_while_it_is_judged_leaves_is_removed(tmp_path: Path) -> None:
+    reader, out = shard_set(tmp_path / "pictures", 4), tmp_path / "o[u]t"
+    others = [tmp_path / name for name in (".o[u]t.my_own_notes", ".out.0123456789ab")]
+    for folder in (left := tmp_path / ".o[u]t.0123456789ab", *others):
+        folder.mkdir()
+        (folder / WEIGHTS).write_bytes(b"half")
+    train_autoencoder(reader, replace(SMALL, steps=1, decoder_steps=0), out, device=CPU)
+    assert not left.exists()
+    assert all(folder.exists() for folder in others)
+
+
 def test_the_seconds_are_those_of_all_sessions(tmp_path: Path) -> None:
     reader, out = shard_set(tmp_path / "pictures", 12), tmp_path / "out"
     newest = left_by_a_kill(reader, out, 9)
