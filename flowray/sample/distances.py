@@ -52,21 +52,26 @@ def nearest(latents: np.ndarray, among: np.ndarray) -> np.ndarray:
     return np.concatenate([part.min(1) for part in distances(latents, among)])
 
 
-def copies(near: np.ndarray, near_real: np.ndarray) -> dict[str, float]:
+def copies(near: np.ndarray, near_real: np.ndarray) -> dict[str, float | None]:
     """Whether latents lie nearer to training latents than new pictures do; both arguments are
     `nearest` among the training latents.
 
-    nearer: the share below the 1 % quantile of held-out real pictures, 0.01 as in the data.
+    nearer: the share within the 1 % quantile of held-out real pictures, 0.01 as in the data.
+    median_ratio: None where half of these lie on training latents themselves.
     """
+    median = float(np.median(near_real))
     return {
-        "median_ratio": float(np.median(near) / np.median(near_real)),
+        "median_ratio": float(np.median(near)) / median if median else None,
         "nearer": float(is_nearer(near, near_real).mean()),
     }
 
 
 def is_nearer(near: np.ndarray, near_real: np.ndarray) -> np.ndarray:
-    """Which are below the 1 % quantile of held-out real pictures, bool (N,)."""
-    return near < np.quantile(near_real, 0.01)
+    """Which are within the 1 % quantile of held-out real pictures, bool (N,).
+
+    That is 0 where some of these are in training under another name, and a copy is then at 0 too.
+    """
+    return near <= np.quantile(near_real, 0.01)
 
 
 class Gaussian(NamedTuple):

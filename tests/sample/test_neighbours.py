@@ -10,6 +10,7 @@ import pytest
 from flowray.sample.distances import (
     BLOCK,
     bootstrap_error,
+    copies,
     distances,
     frechet,
     gaussian,
@@ -142,6 +143,13 @@ def test_errors_of_unions_are_the_spread_over_independent_sets_of_captions() -> 
             error = errors(run, real, seed)
             told.append([error[name] for name in (CAPTION, *reached)])
     assert np.mean(told, axis=0) == pytest.approx(np.std(figures, axis=0, ddof=1), rel=0.15)
+
+
+def test_copies_are_told_where_held_out_pictures_are_copies_too() -> None:
+    many = np.linspace(1, 2, 90)
+    found = copies(np.zeros(5), np.concatenate([np.zeros(10), many]))
+    assert found == {"median_ratio": 0, "nearer": 1}
+    assert copies(many, np.zeros(10)) == {"median_ratio": None, "nearer": 0}
 
 
 class World:
