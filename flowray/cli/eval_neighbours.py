@@ -67,6 +67,11 @@ def show_neighbours(console: Console, run: Path, result: dict[str, Any]) -> None
         " are, each without itself among the real ones; shuffled: the draws against another"
         " caption; mu, z0: decoded without the flow; +-: standard error over captions"
     )
+    if few["left_out"]:
+        console.print(
+            "held-out pictures left out, as they are in the training shards too or held out twice:"
+            f" {few['left_out']}"
+        )
     console.print(f"features: {features['of']} ({features['why']})")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterable
 
@@ -25,6 +26,30 @@ def decode_image(reader: ShardReader, index: int) -> np.ndarray:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"{reader.label(index)}: .{has[0]} does not decode: {reason}") from error
+
+
+def pictures_also_in(reader: ShardReader, other: ShardReader) -> set[str]:
+    """Keys of the samples whose picture is, byte for byte, one of another reader's.
+
+    Of the other only pictures that have the size of one of these are read: few, as a rule.
+    """
+    found = set[str]()
+    for extension in IMAGES:
+        sizes, others = reader.sizes(extension), other.sizes(extension)
+        both = np.intersect1d(sizes[sizes >= 0], others)
+        known = {_digest(other, i, extension) for i in _places(others, both)}
+        found |= {
+            reader.keys[i] for i in _places(sizes, both) if _digest(reader, i, extension) in known
+        }
+    return found
+
+
+def _places(sizes: np.ndarray, wanted: np.ndarray) -> list[int]:
+    return [int(i) for i in np.flatnonzero(np.isin(sizes, wanted))]
+
+
+def _digest(reader: ShardReader, index: int, extension: str) -> bytes:
+    return hashlib.sha256(reader.read(index, extension)).digest()
 
 
 def decode_sized(reader: ShardReader, index: int, size: tuple[int, int]) -> np.ndarray:

@@ -13,7 +13,7 @@ import mmap
 import re
 import tarfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,12 +130,15 @@ def _kept_index(beside: Path, stamp: dict[str, int]) -> TarIndex | None:
 class ShardReader:
     """The samples of several tars as one sequence, in tar order; `keys` names them.
 
-    limit: use only the first `limit` samples. Pickles as its paths, so it is cheap to hand to
-    another process.
+    limit: use only the first `limit` samples; without: keys of samples that are left out of these.
+    Pickles as its paths, so it is cheap to hand to another process.
     """
 
-    def __init__(self, paths: Sequence[Path], limit: int | None = None):
+    def __init__(
+        self, paths: Sequence[Path], limit: int | None = None, without: Collection[str] = ()
+    ):
         self.paths, self.limit = tuple(Path(path) for path in paths), limit
+        self.without = frozenset(without)
         self.keys: list[str] = []
         self._sizes: list[int] = []
         self._maps: dict[int, np.ndarray] = {}
@@ -166,6 +169,16 @@ class ShardReader:
             )[:limit]
             for extension in sorted({extension for index in indexes for extension in index.members})
         }
+        if self.without:
+            self._leave_out()
+
+    def _leave_out(self) -> None:
+        kept = np.array([key not in self.without for key in self.keys])
+        if not kept.any():
+            raise InputError(f"no samples left of {self.paths[0]}: all are left out")
+        self.keys = [key for key in self.keys if key not in self.without]
+        self._shard = self._shard[kept]
+        self._members = {extension: table[kept] for extension, table in self._members.items()}
 
     def _refuse_repeats(self) -> None:
         if len(set(self.keys)) == len(self.keys):
@@ -183,7 +196,7 @@ class ShardReader:
         return len(self.keys)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardReader, (self.paths, self.limit)
+        return ShardReader, (self.paths, self.limit, self.without)
 
     def label(self, i: int) -> str:
         return f"shard {self.paths[self._shard[i]]}, sample {self.keys[i]!r}"
@@ -208,6 +221,11 @@ class ShardReader:
                     self._maps.pop(next(iter(self._maps)), None)
                 view = self._maps[shard] = _mapped(self.paths[shard], self._sizes[shard])
             return view
+
+    def sizes(self, extension: str) -> np.ndarray:
+        """The bytes of every sample's member, int64 (len,); -1 where it has none. It reads none."""
+        table = self._members.get(extension)
+        return np.full(len(self), -1) if table is None else table[:, 1]
 
     def read(self, i: int, extension: str) -> bytes:
         """The bytes of one member; InputError where the sample has none."""

@@ -18,6 +18,7 @@ import numpy as np
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
+from flowray.data.pictures import pictures_also_in
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards
 from flowray.sample.judges import LATENTS
@@ -154,7 +155,10 @@ def ask(held_out: Samples, fields: Fields, count: int | None, seed: int) -> list
 
 @dataclass(frozen=True)
 class Prepared:
-    """What an evaluation needs of the data: split -> its samples, which of them is held out."""
+    """What an evaluation needs of the data: split -> its samples, which of them is held out.
+
+    left_out: how many samples of other splits are in none of these, for their picture is.
+    """
 
     samples: dict[str, Samples]
     held_out: str
@@ -163,6 +167,7 @@ class Prepared:
     draws: int
     features: str
     why: str
+    left_out: int
 
     @property
     def lent(self) -> Samples:
@@ -207,22 +212,47 @@ def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SI
         held_out = _split_of(given, shards)
         shards = shards | {held_out: shards.get(held_out, given)}
     with progress.task("reading what the samples say"):
-        samples = {
-            split: Samples(
-                ShardReader(paths, recipe.data.limit if split == "train" else None),
-                names_of(choices),
-            )
-            for split, paths in shards.items()
-        }
+        readers, left_out = _apart(shards, held_out, recipe.data.limit)
+        samples = {split: Samples(reader, names_of(choices)) for split, reader in readers.items()}
         fields = fields_of(list(samples.values()), choices)
         _check(samples, held_out, fields)
         asked = ask(samples[held_out], fields, choices.captions, seed)
+    if left_out:
+        progress.say(f"held-out pictures left out, as in training or held out twice: {left_out}")
     asked = _named(asked, fields, choices)
     draws = choices.draws or max(2, round(PICTURES / len(asked)))
     features, why = choices.features or LATENTS, "chosen by --features"
     if choices.features is None:
         why = "no --features: the latents that the run was trained on, which need no other network"
-    return Prepared(samples, held_out, fields, asked, draws, features, why)
+    return Prepared(samples, held_out, fields, asked, draws, features, why, left_out)
+
+
+def _apart(
+    shards: Mapping[str, Sequence[Path]], held_out: str, limit: int | None
+) -> tuple[dict[str, ShardReader], int]:
+    """The splits, in their order, without the pictures that training has too, or the held-out split
+    before another one; how many these are. Such a picture would be its own nearest neighbour.
+
+    InputError where the held-out split or all but training has no other ones.
+    """
+    readers = {
+        split: ShardReader(paths, limit if split == "train" else None)
+        for split, paths in shards.items()
+    }
+    kept, left_out = {"train": readers["train"]}, 0
+    rest = [split for split in readers if split not in kept]
+    for split in sorted(rest, key=lambda split: split != held_out):
+        here = readers[split]
+        twice = {key for each in kept.values() for key in pictures_also_in(here, each)}
+        left_out += len(twice)
+        if len(twice) < len(here):
+            kept[split] = ShardReader(here.paths, without=twice)
+    if held_out not in kept or len(kept) == 1:
+        raise InputError(
+            f"{readers[held_out].paths[0].parent}: every held-out picture is in data.shards too, so"
+            " that none is held out; give others as data.val_shards or --held-out"
+        )
+    return {split: kept[split] for split in readers if split in kept}, left_out
 
 
 def _split_of(given: Sequence[Path], shards: Mapping[str, Sequence[Path]]) -> str:

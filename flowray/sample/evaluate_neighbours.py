@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,14 @@ def _kept(file: Path) -> np.ndarray | None:
     return found
 
 
-def _latents(latents: LatentSet) -> np.ndarray:
-    """The mean latents of all samples, (N, dims) fp32, as LATENTS has them."""
+def _latents(latents: LatentSet, without: Collection[str]) -> np.ndarray:
+    """The mean latents of all samples but those of these keys, (N, dims) fp32, as LATENTS has
+    them.
+    """
+    kept = np.flatnonzero([key not in without for key in latents.reader.keys])
     parts = []
-    for start in range(0, len(latents), ENCODE_BATCH):
-        moments = latents.moments(np.arange(start, min(start + ENCODE_BATCH, len(latents))))
+    for start in range(0, len(kept), ENCODE_BATCH):
+        moments = latents.moments(kept[start : start + ENCODE_BATCH])
         means = latents.scale.sample(moments, torch.zeros_like(moments.mean))
         parts.append(means.flatten(1).numpy())
     return np.concatenate(parts)
@@ -103,7 +106,7 @@ def _features(
         if split in folders:
             with progress.task(f"reading {split} latents"):
                 kept = load_latents(folders[split], samples.reader.limit)
-                features.append(_latents(kept))
+                features.append(_latents(kept, samples.reader.without))
         else:
             features.append(features_of(samples, judge, cache, progress))
     return features
@@ -247,6 +250,7 @@ def _composed(
             "matched": len(real.manifold.features),
             "training": int(real.training.sum()),
             "real": len(real.training),
+            "left_out": prepared.left_out,
         },
         "by_caption": [
             {

@@ -19,6 +19,7 @@ import pytest
 import webdataset
 
 from flowray.config.errors import InputError
+from flowray.data.pictures import pictures_also_in
 from flowray.data.reader import ShardReader, scan_tar
 from flowray.data.shards import find_shards, write_shards
 
@@ -157,6 +158,32 @@ def test_limit_pickle_and_fingerprint(folder: Path) -> None:
     assert copy.fingerprint() == part.fingerprint() != whole.fingerprint()
     with pytest.raises(IndexError):
         part.read(12, "txt")
+
+
+def test_samples_are_left_out_by_their_keys(folder: Path) -> None:
+    paths = find_shards(str(folder))
+    whole, part = ShardReader(paths, 20), ShardReader(paths, 20, without={"00000", "00011", "none"})
+    for each in (part, pickle.loads(pickle.dumps(part))):
+        assert each.keys == [key for key in whole.keys if key not in ("00000", "00011")]
+        assert [each.read(i, "txt") for i in (0, 10, 17)] == [b"text 1", b"text 12", b"text 19"]
+        assert each.label(10) == whole.label(12)
+    assert part.sizes("bin").tolist() == [len(part.read(i, "bin")) for i in range(len(part))]
+    assert part.sizes("png").tolist() == [-1] * len(part)
+    assert part.fingerprint() != whole.fingerprint()
+    with pytest.raises(InputError, match="all are left out"):
+        ShardReader(paths, without=whole.keys + [f"{i:05d}" for i in range(25)])
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_the_same_picture_is_found_by_its_bytes(tmp_path: Path, limit: int | None) -> None:
+    def reader(name: str, rows: dict[str, dict[str, bytes]]) -> ShardReader:
+        keyed = [{"__key__": key, "txt": b"x", **row} for key, row in rows.items()]
+        return ShardReader(find_shards(str(write_shards(tmp_path / name, keyed, meta={}))), limit)
+
+    held_out = reader("a", {"a": {"png": b"one"}, "b": {"png": b"six"}, "c": {"jpg": b"two"}})
+    other = {"b": {"jpg": b"six"}, "c": {"png": b"four"}, "d": {"jpg": b"two"}, "e": {}}
+    training = reader("b", {"z": {"png": b"one"}, **other})
+    assert pictures_also_in(held_out, training) == ({"a"} if limit else {"a", "c"})
 
 
 def test_kept_index_is_used_and_made_anew_when_the_tar_changes(folder: Path) -> None:

@@ -88,6 +88,7 @@ def test_the_command_on_a_set_of_several_styles(
         "matched": 30,
         "training": 36,
         "real": 48,
+        "left_out": 0,
     }
     # the real pictures of a label differ in their tint alone
     assert found["controls"]["real"]["caption_accuracy"] == 1
@@ -231,6 +232,55 @@ def test_shards_are_one_split_by_whatever_path(
     part = Choices(held_out=str(pair / "shard-000001.tar"))
     assert_refused(lambda: prepare(with_pair, part, 0), InputError, "is one of the 2 val shards")
     assert prepare(recipe, Choices(held_out=str(pair)), 0).held_out == "held_out"
+
+
+def with_others(place: Path, others: str, keys: str) -> Path:
+    """The held-out pictures of `styled`, and after each one of another split, by another key."""
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for i, (own, other) in enumerate(zip(styled("val"), styled(others), strict=False)):
+            yield own
+            yield other | {"__key__": f"{keys}{i}"}
+
+    return write_shards(place, samples(), meta={})
+
+
+def test_a_held_out_picture_of_the_training_shards_is_left_out(run: Path, tmp_path: Path) -> None:
+    """Byte for byte and by whatever key: else it would be its own nearest neighbour, and no copy
+    of it one.
+    """
+    mixed = with_others(tmp_path / "mixed", "train", "again")
+    few = Choices(captions=4, draws=2)
+    clean = evaluate(run, [], 0, SILENT, tmp_path / "a.json", few)["neighbours"]
+    heard = Heard()
+    told = evaluate(run, [f"data.val_shards={mixed}"], 0, heard, tmp_path / "b.json", few)
+    found = told["neighbours"]
+    assert (clean["samples"].pop("left_out"), found["samples"].pop("left_out")) == (0, 12)
+    assert found == clean
+    assert any(line.endswith(": 12") for line in heard.said)
+    # neither counts a picture twice that is held out in two splits
+    twice = with_others(tmp_path / "twice", "train", "more")
+    recipe = find_checkpoint(run).recipe
+    prepared = prepare(recipe, Choices(held_out=str(twice)), seed=0)
+    assert list(prepared.samples) == ["train", "held_out"]
+    assert (prepared.left_out, len(prepared.lent), prepared.offset()) == (24, 12, 36)
+
+
+def test_where_nothing_is_held_out_nothing_is_judged(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "eval.json"
+    recipe = find_checkpoint(run).recipe
+    for overrides, choices in (
+        ([f"data.val_shards={recipe.data.shards}"], Choices()),
+        ([f"data.val_shards={recipe.data.shards}"], Choices(held_out=recipe.data.shards)),
+    ):
+        assert_refused(
+            lambda overrides=overrides, choices=choices: evaluate(
+                run, overrides, 0, SILENT, out, choices
+            ),
+            InputError,
+            "every held-out picture is in data.shards too",
+        )
+    assert not out.exists()
 
 
 def test_what_training_lacks_is_refused_before_anything_is_painted(
