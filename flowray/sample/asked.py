@@ -106,15 +106,23 @@ def names_of(choices: Choices) -> set[str]:
 
 
 def fields_of(samples: Sequence[Samples], choices: Choices) -> Fields:
-    """The chosen fields, else those of the usual names that every sample has."""
+    """The chosen fields, else those of the usual names that every sample has.
+
+    InputError where the label is chosen as an attribute too.
+    """
 
     def usual(name: str) -> str | None:
         return name if all(each.have(name) for each in samples) else None
 
-    found = tuple(name for name in map(usual, ATTRIBUTES) if name)
-    return Fields(
-        choices.label or usual(LABEL), choices.attributes or found, choices.group or usual(GROUP)
-    )
+    label = choices.label or usual(LABEL)
+    found = tuple(name for name in map(usual, ATTRIBUTES) if name and name != label)
+    fields = Fields(label, choices.attributes or found, choices.group or usual(GROUP))
+    if fields.caption in fields.attributes:
+        raise InputError(
+            f"--attribute {fields.caption}: says already which pictures are of one caption; want"
+            " another"
+        )
+    return fields
 
 
 def says(text: str, value: str) -> bool:
@@ -284,11 +292,7 @@ def _check(samples: Mapping[str, Samples], held_out: str, fields: Fields) -> Non
 
 def _named(asked: list[Asked], fields: Fields, choices: Choices) -> list[Asked]:
     """The same without attributes that no caption names; InputError where one was chosen."""
-    silent = {
-        name
-        for name in fields.attributes
-        if name != fields.caption and all(one.wanted[name] is None for one in asked)
-    }
+    silent = {name for name in fields.attributes if all(one.wanted[name] is None for one in asked)}
     if chosen := sorted(silent & set(choices.attributes)):
         raise InputError(f"--attribute {chosen[0]}: no caption that is asked for names its value")
     return [

@@ -180,6 +180,7 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(
         (Choices(features=str(tmp_path)), f"--features: .*has no {WEIGHTS}"),
         (Choices(held_out=str(tmp_path / "none")), "none"),
         (Choices(group="family"), "no field 'family' in its JSON; it has captions, label, one"),
+        (Choices(label="style", attributes=("style",)), "--attribute style: says already which"),
         (Choices(label="one"), "all held-out pictures are of one caption, 'same'"),
     ):
         assert_refused(
@@ -188,6 +189,13 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(
     sheet = tmp_path / "scores.png"  # which the scores would be written to, and the sheet over them
     assert_refused(lambda: evaluate(run, [], 0, SILENT, sheet), InputError, "--out .*as JSON")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_style_may_be_the_label(run: Path) -> None:
+    """Of every caption, whether it names the style or not."""
+    prepared = prepare(find_checkpoint(run).recipe, Choices(label="style"), seed=0)
+    assert sorted(str(one.wanted["style"]) for one in prepared.asked) == sorted(STYLES)
+    assert all(set(one.wanted) == {"style"} for one in prepared.asked)
 
 
 def one_captioned(place: Path, captions: dict[str, str]) -> Path:
