@@ -18,7 +18,7 @@ import numpy as np
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
-from flowray.data.pictures import pictures_also_in
+from flowray.data.pictures import one_size, pictures_also_in
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards
 from flowray.sample.judges import LATENTS
@@ -64,8 +64,9 @@ class Samples:
         self.said = {name: np.full(len(reader), None, dtype=object) for name in names}
         for i in range(len(reader)):
             row = self._row(i)
-            for name in self.said.keys() & row.keys():
-                self.said[name][i] = intern(str(row[name]))
+            for name in self.said:
+                if row.get(name) is not None:  # null says nothing
+                    self.said[name][i] = intern(str(row[name]))
 
     def _row(self, i: int) -> dict[str, Any]:
         if "json" not in self.reader.extensions(i):
@@ -94,7 +95,8 @@ class Samples:
             return self.captions
         lacking = [i for i, value in enumerate(self.said[name]) if value is None]
         for i in lacking[:1]:
-            has = ", ".join(self._row(i)) or "none"
+            said = [name for name, value in self._row(i).items() if value is not None]
+            has = ", ".join(said) or "none"
             raise InputError(f"{self.reader.label(i)}: no field {name!r} in its JSON; it has {has}")
         return self.said[name]
 
@@ -221,6 +223,7 @@ def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SI
         shards = shards | {held_out: shards.get(held_out, given)}
     with progress.task("reading what the samples say"):
         readers, left_out = _apart(shards, held_out, recipe.data.limit)
+        one_size(readers.values(), choices.held_out or recipe.data.shards)
         samples = {split: Samples(reader, names_of(choices)) for split, reader in readers.items()}
         fields = fields_of(list(samples.values()), choices)
         _check(samples, held_out, fields)

@@ -18,7 +18,7 @@ from flowray.config.cache import cache_dir
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.writing import write_whole
-from flowray.data.pictures import decode_image
+from flowray.data.pictures import decode_image, decode_sized
 from flowray.model.autoencoder import Autoencoder
 from flowray.sample.asked import Prepared, Samples
 from flowray.sample.distances import mean
@@ -51,16 +51,20 @@ SHOWN_CAPTIONS, SHOWN_DRAWS = 12, 6
 
 
 def features_of(samples: Samples, judge: Judge, cache: Path, progress: Progress) -> np.ndarray:
-    """Features (N, dims) of all pictures of shards, kept in the cache: a network takes minutes."""
+    """Features (N, dims) of all pictures of shards, kept in the cache: a network takes minutes.
+
+    InputError names a picture of another size than the first.
+    """
     made_of = f"{judge.fingerprint} {pictures_fingerprint(samples.reader)}"
     file = cache / f"features-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
     if judge.name != PIXELS and (kept := _kept(file)) is not None:
         return kept
+    size = decode_image(samples.reader, 0).shape[:2]
     with progress.task("looking at real pictures", len(samples)) as advance:
         parts = []
         for start in range(0, len(samples), judge.batch):
             indices = range(start, min(start + judge.batch, len(samples)))
-            parts.append(judge.look([decode_image(samples.reader, i) for i in indices]))
+            parts.append(judge.look([decode_sized(samples.reader, i, size) for i in indices]))
             advance(len(indices))
     found = np.concatenate(parts)
     if judge.name != PIXELS:

@@ -198,13 +198,13 @@ def test_a_style_may_be_the_label(run: Path) -> None:
     assert all(set(one.wanted) == {"style"} for one in prepared.asked)
 
 
-def one_captioned(place: Path, captions: dict[str, str]) -> Path:
-    """Shards of one picture for each label."""
-    picture = png(np.zeros((PICTURE, PICTURE, 3), dtype=np.uint8))
+def one_captioned(place: Path, captions: dict[str, str], large: int | None = None) -> Path:
+    """Shards of one picture for each label; the large-th is twice the size of the others."""
+    sides = [PICTURE * (1 + (i == large)) for i in range(len(captions))]
     samples = [
         {
             "__key__": f"{place.name}{i}",
-            "png": picture,
+            "png": png(np.zeros((sides[i], sides[i], 3), dtype=np.uint8)),
             "json": json.dumps({"captions": [text], "label": label, "style": "flat"}).encode(),
         }
         for i, (label, text) in enumerate(captions.items())
@@ -288,6 +288,30 @@ def test_where_nothing_is_held_out_nothing_is_judged(run: Path, tmp_path: Path) 
             InputError,
             "every held-out picture is in data.shards too",
         )
+    assert not out.exists()
+
+
+def test_a_field_that_is_null_says_nothing(run: Path, tmp_path: Path) -> None:
+    def samples() -> Iterator[dict[str, Any]]:
+        for sample in styled("val"):
+            row = json.loads(sample["json"]) | {"style": None}
+            yield sample | {"json": json.dumps(row).encode()}
+
+    null = str(write_shards(tmp_path / "null", samples(), meta={}))
+    recipe = override_recipe(find_checkpoint(run).recipe, {"data.val_shards": null})
+    assert set(prepare(recipe, Choices(), seed=0).asked[0].wanted) == {"label"}
+    chosen = Choices(attributes=("style",))
+    assert_refused(lambda: prepare(recipe, chosen, 0), InputError, "no field 'style'")
+
+
+def test_pictures_of_another_size_are_refused(run: Path, tmp_path: Path) -> None:
+    recipe, names = find_checkpoint(run).recipe, {name: f"a {name}" for name in "abcde"}
+    last, inside = (str(one_captioned(tmp_path / f"{i}", names, large=i)) for i in (4, 3))
+    refused = "pictures are of several sizes, 8 x 8 px: .*16 x 16 px: shard .*shard-000004"
+    assert_refused(lambda: prepare(recipe, Choices(held_out=last), 0), InputError, refused)
+    out, few = tmp_path / "eval.json", Choices(held_out=inside, features="pixels", captions=2)
+    words = "shard-000003.tar, sample '33': 16 x 16 px among pictures of 8 x 8"
+    assert_refused(lambda: evaluate(run, [], 0, SILENT, out, few), InputError, words)
     assert not out.exists()
 
 
