@@ -147,7 +147,9 @@ def main(argv: list[str]) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(recipe, encoding="utf-8")
         made = load_recipe(str(partial)).recipe
-        absent = [name for name, part in parts.items() if not local_weights(part.section["path"])]
+        absent = [
+            name for name, part in parts.items() if not local_weights(part.section["path"], name)
+        ]
         with progress.task("checking the recipe"):
             _refuse_unready(made, absent)
         partial.replace(out)

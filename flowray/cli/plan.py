@@ -32,6 +32,7 @@ from flowray.config.towers import ImageTower
 from flowray.losses.total import active_terms
 from flowray.model.assemble import FlowModel, part_sizes, planned_model
 from flowray.model.autoencoder import planned_autoencoder
+from flowray.model.files import AUTOENCODER, TEXT
 from flowray.model.images import ImageEncoder
 from flowray.model.local import local_weights
 from flowray.model.text import TextTokens
@@ -235,10 +236,7 @@ def _tokens(config: ModelConfig, model: FlowModel) -> dict[str, int]:
 def weights(recipe: Recipe) -> list[dict[str, Any]]:
     """Every set of weights that the run would read, and whether it is on this machine."""
     model, loss = recipe.model, recipe.loss
-    named: dict[str, str | None] = {
-        "model.text.path": model.text.path,
-        "model.autoencoder.path": model.autoencoder.path,
-    }
+    named: dict[str, str | None] = {TEXT: model.text.path, AUTOENCODER: model.autoencoder.path}
     if loss.clip.weight > 0 and isinstance(model.semantic, ImageTower):
         named["model.semantic.net.path"] = model.semantic.net.path
     if loss.dino.weight > 0 and not isinstance(loss.dino.teacher, EmaTeacher):
@@ -248,9 +246,10 @@ def weights(recipe: Recipe) -> list[dict[str, Any]]:
     if loss.lpips.weight > 0:
         named |= {"loss.lpips.vgg": loss.lpips.vgg, "loss.lpips.linear": loss.lpips.linear}
     return [
-        {"key": key, "path": path, "present": local_weights(path) is not None}
+        {"key": key, "path": path, "present": local_weights(path, kind) is not None}
         for key, path in named.items()
         if path
+        for kind in ["autoencoder" if key == AUTOENCODER else "text"]
     ]
 
 

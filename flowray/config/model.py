@@ -384,8 +384,9 @@ VelocityConfig = Annotated[DiTVelocity | DiMRVelocity, Field(discriminator="kind
 
 
 class KLAutoencoder(Config):
-    """diffusers' AutoencoderKL. path: `embedded`, a folder, a hub name that is on this machine, or
-    one file of Stable Diffusion's.
+    """diffusers' AutoencoderKL. path: `embedded` (for shapes and digits), `embedded_emoji` (for
+    drawings on white), a folder, a hub name that is on this machine, or one file of Stable
+    Diffusion's.
 
     The scale and shift come from its config unless given; one file has none, so there the scale
     must be.

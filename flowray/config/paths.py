@@ -62,8 +62,9 @@ ShardsPath = Annotated[str, PathField(names=SETS, pattern=True)]
 OptionalShards = Annotated[str | None, PathField(pattern=True)]
 StoragePath = Annotated[str, PathField(root=STORAGE)]
 RunPaths = Annotated[tuple[str, ...], PathField(root=STORAGE, run=True)]
-# the models in the package, and those that `flowray.models fetch` puts into the cache
-MODELS = ("embedded", "smollm2", "minilm")
+SHIPPED = ("embedded", "embedded_emoji")  # the models in the package
+# and those that `flowray.models fetch` puts into the cache
+MODELS = (*SHIPPED, "smollm2", "minilm")
 ModelPath = Annotated[str, PathField(names=MODELS, hub=True)]
 OptionalModel = Annotated[str | None, PathField(hub=True)]
 

@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def asset_path(name: str) -> Path:
-    """Folder of a shipped model, `autoencoder` or `text`."""
+    """Folder of a shipped model: `autoencoder`, `autoencoder_emoji` or `text`."""
     return Path(str(files("flowray") / "assets" / name))

@@ -12,9 +12,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from flowray.config.cache import FETCHED_MODELS, fetched_model
 from flowray.config.errors import InputError, did_you_mean
-from flowray.config.paths import exists, is_hub_name, no_such
+from flowray.config.paths import SHIPPED, exists, is_hub_name, no_such
 from flowray.model.assets import asset_path
 
+# (name, what is wanted) -> folder in the package
+_SHIPPED = {
+    ("embedded", "text"): "text",
+    ("embedded", "autoencoder"): "autoencoder",
+    ("embedded_emoji", "autoencoder"): "autoencoder_emoji",
+}
 DOWNLOAD = "FLOWRAY_DOWNLOAD"  # 1: hub names that are not here may be downloaded
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
 _SHARD = re.compile(r"(.*)-\d+-of-(\d+)(\..*)")  # model-00001-of-00004.safetensors
@@ -23,11 +29,12 @@ _READ = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.tiktoken", "*.txt"]
 
 
 def find_place(path: str, where: str, embedded: str = "text", *, weights: bool = True) -> Path:
-    """The file or folder that `path` means: the shipped model `embedded`, a path, or a hub name
-    that was downloaded before, with its weights.
+    """The file or folder that `path` means: a shipped model, a path, or a hub name that was
+    downloaded before, with its weights.
 
-    where: the recipe key, which begins the message. weights False: of a hub name, any of its files
-    are enough. InputError with what to type: nothing is there.
+    where: the recipe key, which begins the message. embedded: which of the shipped models is
+    wanted, `text` or `autoencoder`. weights False: of a hub name, any of its files are enough.
+    InputError with what to type: nothing is there, or a shipped model of another kind.
     """
     place = local_place(path, embedded)
     named = is_hub_name(path)
@@ -35,6 +42,9 @@ def find_place(path: str, where: str, embedded: str = "text", *, weights: bool =
         return place
     if may_download(path):
         return _download(path, where)
+    if path in SHIPPED:
+        names = " or ".join(repr(name) for name, kind in _SHIPPED if kind == embedded)
+        raise InputError(f"{where}: {path!r} is another kind of model; take {names}")
     if path in FETCHED_MODELS:
         fetching = f"python -m flowray.models fetch {path}"
         raise InputError(f"{where}: {path!r} is not on this machine; type `{fetching}`")
@@ -58,8 +68,9 @@ def local_place(path: str, embedded: str = "text") -> Path | None:
     """The same without an error: None where nothing is there. Of a hub name there may be a part of
     its files only, such as config.json.
     """
-    if path == "embedded":
-        return asset_path(embedded)
+    if path in SHIPPED:
+        folder = _SHIPPED.get((path, embedded))
+        return asset_path(folder) if folder else None
     if path in FETCHED_MODELS:
         place = fetched_model(path)
         return place if exists(place) else None

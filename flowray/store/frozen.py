@@ -13,6 +13,7 @@ from typing import Any
 
 from flowray.config.errors import InputError
 from flowray.config.model import ModelConfig
+from flowray.config.paths import SHIPPED
 from flowray.model.files import AUTOENCODER, TEXT, content_of, open_autoencoder, open_model
 from flowray.model.local import local_place, local_weights
 
@@ -51,14 +52,14 @@ def refuse_other_weights(checkpoint: Path, kept: dict[str, Any], model: ModelCon
     here = frozen_weights(model) if noted else {}
     for key, (path, embedded) in _places(model).items():
         if noted is None:
-            other = path == "embedded"
+            other = path in SHIPPED
         else:
             other = key in noted and key in here and noted[key] != here[key]
         if not other:
             continue
         what, instead = str(local_place(path, embedded)), "put those weights back to go on"
-        if path == "embedded":
-            what, written = "embedded", _commit(checkpoint.parent.parent / "config.yaml")
+        if path in SHIPPED:
+            what, written = path, _commit(checkpoint.parent.parent / "config.yaml")
             instead = f"install the flowray that wrote it{written} to go on"
         raise InputError(f"{key}: {what!r}: {checkpoint} was trained with other weights; {instead}")
 

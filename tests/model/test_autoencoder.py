@@ -16,6 +16,8 @@ from flowray.config.errors import InputError
 from flowray.config.model import DCAutoencoder, KLAutoencoder
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
 from flowray.model.latent import LatentScale, Moments
+from flowray.model.local import find_place
+from flowray.probes.vae import psnr
 
 PICTURES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 NOISE = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -149,3 +151,26 @@ def test_the_wrong_kind_is_refused(kl_folder: Path, dc_folder: Path) -> None:
         load_autoencoder(DCAutoencoder(path=str(kl_folder)), SPEC)
     with pytest.raises(InputError, match=r"model\.autoencoder"):
         load_autoencoder(KLAutoencoder(path=str(dc_folder)), SPEC)
+
+
+def test_the_shipped_autoencoder_of_drawings_brings_a_drawing_back() -> None:
+    """A disc and a bar on white, which it was not trained on, at 64 and at 128 px."""
+    for side in (64, 128):
+        rows = torch.arange(side)[:, None] / side
+        columns = torch.arange(side)[None] / side
+        picture = torch.ones(1, 3, side, side)
+        disc = (rows - 0.4) ** 2 + (columns - 0.45) ** 2 < 0.09
+        bar = ((rows - 0.8).abs() < 0.08) & ((columns - 0.5).abs() < 0.3)
+        picture[0, :, disc] = torch.tensor([0.9, 0.2, -0.6])[:, None]
+        picture[0, :, bar] = torch.tensor([-0.7, -0.3, 0.5])[:, None]
+        spec = LatentSpec(channels=4, height=side // 8, width=side // 8)
+        net = load_autoencoder(KLAutoencoder(path="embedded_emoji"), spec)
+        rebuilt = net.decode(net.sample(net.encode_moments(picture), torch.zeros(1, *spec.shape)))
+        assert psnr(rebuilt, picture) > 26
+
+
+def test_the_autoencoder_of_drawings_is_small_and_no_text_model() -> None:
+    folder = find_place("embedded_emoji", "model.autoencoder.path", "autoencoder")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
+    with pytest.raises(InputError, match=r"model\.text\.path.*another kind.*'embedded'"):
+        find_place("embedded_emoji", "model.text.path")

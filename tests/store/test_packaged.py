@@ -24,7 +24,7 @@ from text_support import CHAT, chat_tokenizer, llama
 from flowray.config.cache import FETCHED_MODELS, fetched_model
 from flowray.config.errors import InputError
 from flowray.config.model import CausalText, EncoderText
-from flowray.config.paths import path_field
+from flowray.config.paths import SHIPPED, path_field
 from flowray.model.files import find_model
 from flowray.model.text import load_text
 from flowray.store.packaged import (
@@ -328,4 +328,4 @@ def test_the_names_are_those_of_the_models_that_are_fetched(tmp_path: Path) -> N
     kept = {model.name: model.folder(tmp_path).name for model in MODELS if model.keys}
     assert kept == FETCHED_MODELS
     names = path_field(CausalText.model_fields["path"]).names
-    assert set(names) == {"embedded", *FETCHED_MODELS}
+    assert set(names) == {*SHIPPED, *FETCHED_MODELS}
