@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from flowray.cli.data import main
+from flowray.config.cache import cache_dir
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.paths import SETS
@@ -30,6 +32,10 @@ from flowray.data.make import ensure_set, set_folders
 from flowray.data.reader import ShardReader
 from flowray.data.shards import FETCHED, NAMED, find_shards
 from flowray.store.latents import split_shards
+from flowray.store.rows import read_rows
+from flowray.store.run import RunDirectory
+from flowray.train.group import Group
+from flowray.train.loop import train
 
 RED, BLUE = (214, 48, 49), (41, 84, 200)
 GROUPS = {"0": "smileys-emotion", "1": "people-body", "3": "animals-nature", "4": "food-drink"}
@@ -394,6 +400,29 @@ def test_the_named_set_is_what_make_puts_into_the_cache(pinned: Path, tmp_path: 
     other = EmojiSet(styles=("noto", "3d"))
     assert set_folders(other, tmp_path) == set_folders(EmojiSet(styles=("3d", "noto")), tmp_path)
     assert set_folders(other, tmp_path) != set_folders(EmojiSet(), tmp_path)
+
+
+def test_the_recipe_trains_on_the_set(
+    pinned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the small language model in the place of the fetched one."""
+    monkeypatch.setenv("FLOWRAY_CACHE", str(tmp_path / "cache"))
+    made = ensure_set(EmojiSet(packages=pinned), cache_dir(None))
+    assert 40 <= len(ShardReader(find_shards(str(made["train"])))) < 80
+    text = "{kind: causal_lm, path: embedded, width: null, parameters: null}"
+    small = [f"model.text={text}", "model.velocity={kind: dit, patch: 2, width: 32, depth: 1}"]
+    small += ["train.steps=2", "train.batch_size=4", "train.probe_every=2", "probes.batch_size=4"]
+    recipe = load_recipe("emoji_64", [*small, "train.sample_every=2"]).recipe
+    assert (recipe.model.autoencoder.path, recipe.model.latent.shape) == (
+        "embedded_emoji",
+        (4, 8, 8),
+    )
+    run = RunDirectory(tmp_path / "run")
+    train(recipe, run, Group(0, 1, torch.device("cpu")), lambda row: None)
+    (probed,) = list(read_rows(run.probes))
+    assert probed["vae/psnr"] > 20
+    with Image.open(run.samples / "step_000002.png") as sheet:
+        assert sheet.height % 64 == 0
 
 
 def test_the_docs_credit_every_style() -> None:

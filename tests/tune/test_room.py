@@ -53,6 +53,7 @@ def test_packaged_sweeps_use_what_is_there(name, trained):
         "kl.yaml": 10,
         "source_grad.yaml": 6,
         "lr_restart.yaml": 12,
+        "emoji.yaml": 24,
     }.get(name, 14)
     there = placed(name, GPUS, *words)
     assert (there.concurrent, there.base.resources.gpus_per_worker) == (trials, 1)
