@@ -20,8 +20,9 @@ from flowray.config.errors import InputError
 from flowray.config.keys import GOOD_PSNR
 from flowray.config.load import load_recipe
 from flowray.config.model import ModelConfig
-from flowray.config.paths import argument, exists, model_argument, no_such, written
+from flowray.config.paths import SHIPPED, argument, exists, model_argument, no_such, written
 from flowray.config.recipe import Recipe
+from flowray.config.sources import recipe_names
 from flowray.data.pack import SUFFIXES
 from flowray.data.reader import ShardReader
 from flowray.data.shards import NAMED, find_shards, tars
@@ -103,7 +104,8 @@ def _parser() -> Parser:
         "--autoencoder",
         type=model_argument,
         metavar="PATH",
-        help="a diffusers AutoencoderKL or AutoencoderDC: folder, hub name, one file or embedded",
+        help="a diffusers AutoencoderKL or AutoencoderDC: folder, hub name, one file,"
+        f" {' or '.join(SHIPPED)}",
     )
     parser.add_argument(
         "--scaling-factor",
@@ -187,9 +189,12 @@ def _look(folder: Path, val: Path | None) -> Looked:
     for training.
     """
     if str(folder) in NAMED and not exists(folder):
+        recipe = str(folder)
+        if recipe not in recipe_names():
+            recipe = f"quickstart data.shards={folder}"
         raise InputError(
             f"--data {folder}: a set that needs no new recipe; type python -m flowray.train"
-            f" quickstart data.shards={folder}"
+            f" {recipe}"
         )
     if not exists(folder):
         raise InputError(
@@ -286,19 +291,21 @@ def _text(given: str | None, looked: Looked) -> Part:
 def _autoencoder(
     given: str | None, looked: Looked, factor: float | None
 ) -> tuple[Part, tuple[int, int, int]]:
-    """`model.autoencoder`, the shipped one where it brings the pictures back, and the shape of its
+    """`model.autoencoder`, a shipped one where it brings the pictures back, and the shape of its
     latents. factor: the scale of the latents of a `given` one, where its files are not to say it.
     """
     height, width = looked.size
     latent = (4, height // FACTOR, width // FACTOR)
-    if factor and given in (None, "embedded"):
+    if factor and given in (None, *SHIPPED):
         raise InputError(f"--scaling-factor {factor:g}: give --autoencoder PATH with it")
-    if given in (None, "embedded"):
-        found = _round_trip(looked, latent)
+    if given in (None, *SHIPPED):
+        found, path = max(
+            (_round_trip(path, looked, latent), path) for path in ([given] if given else SHIPPED)
+        )
         if given or found >= GOOD_PSNR:
-            why = f"the shipped one: it brings these pictures back at {found:.0f} dB"
-            return Part({"path": "embedded"}, why), latent
-        why = f"{AUTOENCODER}: the shipped one brings these pictures back at {found:.0f} dB only"
+            why = f"a shipped one: it brings these pictures back at {found:.0f} dB"
+            return Part({"path": path}, why), latent
+        why = f"{AUTOENCODER}: the shipped ones bring these pictures back at {found:.0f} dB only"
         return Part({"path": AUTOENCODER} | AUTOENCODER_FACTS, why), latent
     scale = {"scaling_factor": factor} if factor else {}
     if given == AUTOENCODER:
@@ -340,8 +347,8 @@ def _autoencoder_config(given: str, factor: float | None) -> dict[str, Any]:
     return config
 
 
-def _round_trip(looked: Looked, latent: tuple[int, int, int]) -> float:
-    """vae/psnr of the pictures, as a run measures it: through the shipped autoencoder with the
+def _round_trip(path: str, looked: Looked, latent: tuple[int, int, int]) -> float:
+    """vae/psnr of the pictures, as a run measures it: through a shipped autoencoder with the
     posterior's noise, and back.
     """
     import torch
@@ -354,7 +361,7 @@ def _round_trip(looked: Looked, latent: tuple[int, int, int]) -> float:
 
     channels, height, width = latent
     net = load_autoencoder(
-        KLAutoencoder(), LatentSpec(channels=channels, height=height, width=width)
+        KLAutoencoder(path=path), LatentSpec(channels=channels, height=height, width=width)
     )
     pictures = to_pictures(looked.pictures[:16])
     moments = net.encode_moments(pictures)

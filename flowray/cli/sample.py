@@ -44,7 +44,7 @@ def _parser() -> Parser:
         "--count",
         type=whole_number(1, MAX_COUNT),
         default=1,
-        help="pictures a prompt, each from its own noise",
+        help="pictures a prompt, each from its own noise; with --between rows",
     )
     parser.add_argument(
         "--between",

@@ -223,8 +223,9 @@ def _plan(reader: ShardReader, design: Design, out: Path, side: int) -> dict[str
     """What would be trained, and what is there already of it."""
     import torch
 
-    from flowray.train.autoencoder import fresh, left_over
+    from flowray.train.autoencoder import fresh, left_over, refuse_other_start
 
+    refuse_other_start(design, side)
     newest, state = left_over(reader, design, out)
     with torch.device("meta"):
         parameters = sum(each.numel() for each in fresh(design, side).parameters())
@@ -236,6 +237,7 @@ def _plan(reader: ShardReader, design: Design, out: Path, side: int) -> dict[str
         "steps": design.steps,
         "decoder_steps": design.decoder_steps,
         "batch_size": design.batch_size,
+        "start": design.start,
         "from_step": state.get("step", 0),
         "removes": str(newest) if newest and not state else None,
     }
@@ -253,6 +255,7 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
         "latent": f"({channels}, {height}, {width})",
         "steps": f"{plan['steps']}, then {plan['decoder_steps']} of the decoder alone,"
         f" {plan['batch_size']} pictures each",
+        "begins with": plan["start"] or "random weights",
         "from step": plan["from_step"],
         "device": plan["device"],
         "out": plan["out"],

@@ -52,7 +52,7 @@ def refuse_other_weights(checkpoint: Path, kept: dict[str, Any], model: ModelCon
     here = frozen_weights(model) if noted else {}
     for key, (path, embedded) in _places(model).items():
         if noted is None:
-            other = path in SHIPPED
+            other = path == "embedded"
         else:
             other = key in noted and key in here and noted[key] != here[key]
         if not other:

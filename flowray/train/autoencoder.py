@@ -35,15 +35,19 @@ from flowray.data.pixels import to_pictures
 from flowray.data.reader import ShardReader
 from flowray.data.shards import refuse_occupied, whole_folder
 from flowray.model.autoencoder import load_autoencoder
+from flowray.model.files import content_of, open_autoencoder
 from flowray.probes.vae import psnr
 from flowray.store.checkpoint import load_state, load_tensors, newest_checkpoint, save_checkpoint
-from flowray.store.latents import autoencoder_fingerprint
 from flowray.store.run import RunDirectory, RunLock
 from flowray.train.optim import lr_at
 
 BATCH = 32  # pictures of a measurement
 STATISTICS = 2048  # training pictures that the latents' mean and std are taken over, at most
 JUDGED = 1024  # held-out pictures
+# of an AutoencoderKL's config: what its weights belong to, and the scale of its latents
+_LAYERS = ("latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
+_LAYERS += ("down_block_types", "up_block_types", "mid_block_add_attention")
+_SCALE = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
 Loss = Callable[[Any, Tensor], Tensor]
 Complete = Callable[[Path, float], None]
 
@@ -134,20 +138,37 @@ def fresh(design: Design, side: int) -> Any:
     )
 
 
-def _begun(design: Design, side: int) -> Any:
-    """The AutoencoderKL that training begins with. InputError where `start` has other levels."""
+def refuse_other_start(design: Design, side: int) -> None:
+    """InputError, one line, where `start` is none or of other layers than this design's."""
+    if not design.start:
+        return
+    try:
+        files = open_autoencoder(design.start, weights=False)
+    except InputError as error:
+        raise InputError(f"--start: {error}") from error
+    has = {} if isinstance(files, Path) else files.config
+    with torch.device("meta"):
+        wanted = json.loads(fresh(design, side).to_json_string())
+    for key in _LAYERS:
+        if has.get(key) != wanted[key]:
+            raise InputError(
+                f"--start {design.start}: {key} is {has.get(key)}, and this design's is"
+                f" {wanted[key]}"
+            )
+
+
+def _initial_net(design: Design, side: int) -> Any:
+    """The AutoencoderKL that training begins with; where its encoder is not to train, with the
+    latents' scale that it has.
+    """
     net = fresh(design, side)
     if design.start:
+        refuse_other_start(design, side)
         latent = LatentSpec(channels=design.latent_channels, height=1, width=1)
         start = load_autoencoder(KLAutoencoder(path=design.start), latent).net
-        try:
-            net.load_state_dict(start.state_dict())
-        except RuntimeError as error:
-            levels = ",".join(map(str, design.channels))
-            raise InputError(
-                f"--start {design.start}: has other levels than {levels}, or other layers than"
-                " this command makes"
-            ) from error
+        net.load_state_dict(start.state_dict())
+        if not design.steps:
+            net.register_to_config(**{key: start.config[key] for key in _SCALE})
     return net
 
 
@@ -328,7 +349,8 @@ def left_over(reader: ShardReader, design: Design, out: Path) -> tuple[Path | No
 def _made_of(reader: ShardReader, design: Design) -> Any:
     made = dataclasses.asdict(design)
     if start := made.pop("start"):
-        made["start"] = autoencoder_fingerprint(KLAutoencoder(path=start))
+        files = open_autoencoder(start)
+        made["start"] = content_of(*([files] if isinstance(files, Path) else files.weights))
     return json.loads(json.dumps([made, reader.fingerprint()]))
 
 
@@ -369,6 +391,8 @@ def train_autoencoder(
         refuse_occupied(out)
         for left in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 12}"):
             shutil.rmtree(left, ignore_errors=True)  # of a process killed while it saved or judged
+        torch.manual_seed(design.seed)
+        net = _initial_net(design, decode_image(reader, 0).shape[0]).to(device)
         newest, state = left_over(reader, design, out)
         if newest and not state:
             progress.say(f"removing {newest}, of another design or other pictures")
@@ -379,8 +403,6 @@ def train_autoencoder(
         if newest:
             total = design.steps + design.decoder_steps
             progress.say(f"going on from step {state['step']} of {total}")
-        torch.manual_seed(design.seed)
-        net = _begun(design, decode_image(reader, 0).shape[0]).to(device)
         run = _Run(reader, design, kept, device, workers, save_every, progress)
         seconds = run(net, newest, state)
         with whole_folder(out) as partial, _one_line(out):
@@ -444,8 +466,12 @@ class _Run:
         return time.monotonic() - began
 
     def _settle_latents(self, net: Any, statistics: dict[str, Any] | None) -> None:
-        """Set the latents' mean and std, measured unless given, and freeze what makes them."""
-        if statistics:
+        """Set the latents' mean and std, measured unless given or the start's, and freeze what
+        makes them.
+        """
+        if not self.design.steps and net.config.latents_std:
+            pass  # every latent made by this encoder stays as it is
+        elif statistics:
             net.register_to_config(scaling_factor=1.0, **statistics)
         else:
             with self.progress.task("measuring the latents"):

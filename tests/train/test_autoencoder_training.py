@@ -45,6 +45,7 @@ from flowray.train.autoencoder import (
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL = Design(channels=(8, 16), steps=6, decoder_steps=4, batch_size=4)
+OURS = Design(channels=(8, 16), steps=4, decoder_steps=2, batch_size=4)  # of these options
 OPTIONS = ["--channels", "8,16", "--steps", "4", "--decoder-steps", "2", "--batch-size", "4"]
 
 HOLD = """
@@ -372,8 +373,7 @@ def test_the_plan_says_what_is_left_and_writes_nothing(tmp_path: Path, capsys) -
     plan = json.loads(capsys.readouterr().out)
     assert (plan["from_step"], plan["removes"]) == (0, None)
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
-    ours = Design(channels=(8, 16), steps=4, decoder_steps=2, batch_size=4)
-    newest = left_by_a_kill(reader, out, 3, ours)
+    newest = left_by_a_kill(reader, out, 3, OURS)
     assert main([*argv, "--plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["from_step"] == 2
     assert main([*argv, "--plan", "--json", "--seed", "1"]) == 0
@@ -382,7 +382,7 @@ def test_the_plan_says_what_is_left_and_writes_nothing(tmp_path: Path, capsys) -
     assert newest.is_dir()
     assert main([*argv, "--plan"]) == 0
     assert f"{plan['parameters']:,}" in capsys.readouterr().out
-    assert plan["parameters"] == sum(each.numel() for each in fresh(ours, 16).parameters())
+    assert plan["parameters"] == sum(each.numel() for each in fresh(OURS, 16).parameters())
 
 
 @pytest.mark.parametrize("side", [(16, 12), (18, 18)])
@@ -431,14 +431,16 @@ def test_a_start_gives_its_weights_and_without_steps_its_encoder_stays(tmp_path:
     argv = [str(tmp_path / "train"), *OPTIONS]
     first, second = tmp_path / "first", tmp_path / "second"
     assert main([*argv, "--out", str(first)]) == 0
-    on = [*argv, "--out", str(second), "--start", str(first), "--steps", "0", "--seed", "1"]
-    assert main(on) == 0
+    other = shard_set(tmp_path / "other", 12).paths[0].parent  # latents of another mean and std
+    on = [str(other), *OPTIONS, "--out", str(second), "--start", str(first), "--steps", "0"]
+    assert main([*on, "--seed", "1"]) == 0
     ours, theirs = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
     for name in ours:
         kept = name.startswith(("encoder.", "quant_conv."))
         assert torch.equal(ours[name], theirs[name]) == kept, name
     configs = [json.loads((folder / "config.json").read_text()) for folder in (first, second)]
-    assert configs[0]["latents_std"] == configs[1]["latents_std"]
+    for key in ("latents_mean", "latents_std", "scaling_factor"):
+        assert configs[0][key] == configs[1][key], key
 
 
 def test_what_was_trained_from_another_start_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -457,8 +459,12 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     argv = [str(tmp_path / "train"), "--out", str(tmp_path / "out"), *OPTIONS]
     with pytest.raises(InputError, match="--start"):
         main([*argv, "--steps", "0"])
-    with pytest.raises(InputError, match="--start embedded: has other levels than 8,16"):
-        main([*argv, "--start", "embedded"])
-    with pytest.raises(InputError, match="no such folder"):
-        main([*argv, "--start", str(tmp_path / "none")])
+    reader = ShardReader(find_shards(str(tmp_path / "train")))
+    newest = left_by_a_kill(reader, tmp_path / "out", 3, OURS)
+    wrong = {"embedded": "block_out_channels is", str(tmp_path / "none"): "--start: .*no such"}
+    for start, says in wrong.items():
+        for plan in ([], ["--plan"]):
+            with pytest.raises(InputError, match=says):
+                main([*argv, "--start", start, *plan])
+    assert newest.is_dir()
     assert not (tmp_path / "out").exists()
