@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
-from flowray.data.reader import IMAGES, scan_tar
+from flowray.data.decode import EXTENSIONS, decode_rgb, picture_of
+from flowray.data.reader import scan_tar
 from flowray.data.shards import MANIFEST, find_shards, sha256
 
 PICKLES = ("pkl", "pyd", "pickle", "pth", "pt")
@@ -83,6 +83,7 @@ class _Checker:
         self.sizes: Counter[str] = Counter()
         self.first_of_size: dict[str, tuple[str, str]] = {}
         self.twin = ""
+        self.several: list[str] = []  # samples with several pictures
 
     def bad(self, shard: str, sample: str, what: str) -> None:
         self.result.problems.append(Problem("bad", shard, sample, what))
@@ -155,21 +156,19 @@ class _Checker:
         self.result.captions += len(captions)
 
     def _picture(self, shard: str, key: str, sample: dict[str, Any]) -> None:
-        extension = next((e for e in sample if e in IMAGES), None) or next(
-            (e for e in sample if e.endswith("npy")), None
-        )
+        extension = picture_of(sample) or next((e for e in sample if e.endswith("npy")), None)
         if extension is None:
-            self.bad(
-                shard, key, f"no image ({', '.join('.' + e for e in IMAGES)}) and no .npy latents"
-            )
+            self.bad(shard, key, f"no image (.{', .'.join(EXTENSIONS)}) and no .npy latents")
             return
+        if len(pictures := [e for e in EXTENSIONS if e in sample]) > 1:
+            self.several.append(f"{shard}:{key} (.{', .'.join(pictures)})")
         try:
             size = (
                 _array_size(sample[extension])
                 if extension.endswith("npy")
-                else _image_size(sample[extension])
+                else _picture_size(sample[extension])
             )
-        except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
+        except Exception as error:  # numpy raises many kinds on the bytes of a broken .npy
             self.bad(shard, key, f".{extension} does not decode: {error}")
             return
         self.sizes[size] += 1
@@ -195,6 +194,12 @@ class _Checker:
             what = (
                 f"{result.duplicates} of {result.samples} images are byte for byte those of an"
                 f" earlier sample, first {self.twin}"
+            )
+            result.problems.append(Problem("info", "", "", what))
+        if self.several:
+            what = (
+                f"{len(self.several)} sample(s) have several pictures, first {self.several[0]}: of"
+                " each the first is read"
             )
             result.problems.append(Problem("info", "", "", what))
         return result
@@ -234,10 +239,9 @@ def _compare_with_manifest(path: Path, checker: _Checker) -> None:
         checker.bad(checker.name(path), "", f"{MANIFEST} cannot be read: {error}")
 
 
-def _image_size(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        return f"{image.width}x{image.height}"
+def _picture_size(data: bytes) -> str:
+    height, width, _ = decode_rgb(data).shape
+    return f"{width}x{height}"
 
 
 def _array_size(data: bytes) -> str:

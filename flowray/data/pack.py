@@ -17,10 +17,11 @@ from flowray.config.errors import InputError
 from flowray.config.paths import is_folder, no_such
 from flowray.config.progress import SILENT, Progress, counted
 from flowray.data.captions import captions_of
+from flowray.data.decode import EXTENSIONS, decode_rgb
 from flowray.data.make import png
 from flowray.data.shards import fill_folder, whole_folder
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+SUFFIXES = tuple(f".{extension}" for extension in EXTENSIONS)
 LARGEST = 4096  # px a side; no published text-to-image model makes larger ones
 _SHOWN = 5  # faults named in the one line
 
@@ -82,7 +83,7 @@ def pack_folder(
         for path in paths:
             try:
                 data = png(load_rgb(path, size))
-            except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
+            except (OSError, ValueError) as error:
                 packed.left_out.append(f"{path}: does not decode ({error})")
                 if not skip_bad:
                     raise _nothing_packed(packed.left_out, skip_bad) from error
@@ -113,20 +114,14 @@ def key_of(name: str) -> str:
 
 
 def load_rgb(path: Path, size: int | None) -> np.ndarray:
-    """A picture upright and on white as uint8 (H, W, 3); centre-cropped and resized to (size,
+    """A picture as `decode_rgb` has it, uint8 (H, W, 3); centre-cropped and resized to (size,
     size) when `size` is given.
     """
-    with Image.open(path) as opened:
-        upright = ImageOps.exif_transpose(opened)
-        if "A" in upright.getbands() or "transparency" in upright.info:
-            layer = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        elif upright.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
-            upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
-        rgb = upright.convert("RGB")
-    if size is not None and rgb.size != (size, size):
-        rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(rgb)
+    rgb = decode_rgb(path.read_bytes())
+    if size is None or rgb.shape[:2] == (size, size):
+        return rgb
+    fitted = ImageOps.fit(Image.fromarray(rgb), (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(fitted)
 
 
 def _files(images: Path) -> list[Path]:

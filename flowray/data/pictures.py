@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterable
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from flowray.config.errors import InputError
-from flowray.data.reader import IMAGES, ShardReader
+from flowray.data.decode import EXTENSIONS, decode_rgb, picture_of
+from flowray.data.reader import ShardReader
 
 
 def decode_image(reader: ShardReader, index: int) -> np.ndarray:
-    """The picture of a sample, uint8 (H, W, 3); InputError names shard and sample where it does
-    not decode.
+    """The picture of a sample, uint8 (H, W, 3), as `decode_rgb` has it; InputError names shard and
+    sample where it does not decode.
     """
-    has = [e for e in IMAGES if e in reader.extensions(index)]
-    if not has:
-        raise InputError(f"{reader.label(index)}: no picture (.{', .'.join(IMAGES)})")
+    extension = picture_of(reader.extensions(index))
+    if extension is None:
+        raise InputError(f"{reader.label(index)}: no picture (.{', .'.join(EXTENSIONS)})")
     try:
-        return np.asarray(Image.open(io.BytesIO(reader.read(index, has[0]))).convert("RGB"))
-    # SyntaxError: pillow on a broken PNG chunk
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{reader.label(index)}: .{has[0]} does not decode: {reason}") from error
+        return decode_rgb(reader.read(index, extension))
+    except ValueError as error:
+        label = reader.label(index)
+        raise InputError(f"{label}: .{extension} does not decode: {error}") from error
 
 
 def pictures_also_in(reader: ShardReader, other: ShardReader) -> set[str]:
@@ -34,7 +32,7 @@ def pictures_also_in(reader: ShardReader, other: ShardReader) -> set[str]:
     Of the other only pictures that have the size of one of these are read: few, as a rule.
     """
     found = set[str]()
-    for extension in IMAGES:
+    for extension in EXTENSIONS:
         sizes, others = reader.sizes(extension), other.sizes(extension)
         both = np.intersect1d(sizes[sizes >= 0], others)
         known = {_digest(other, i, extension) for i in _places(others, both)}

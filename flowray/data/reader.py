@@ -24,7 +24,6 @@ import numpy as np
 from flowray.config.errors import InputError
 from flowray.config.writing import write_whole
 
-IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")  # extensions of a sample's picture
 BLOCK = 512  # tar members start and are padded at multiples of this, bytes
 OPEN_SHARDS = 128  # mapped at a time: each holds a file descriptor
 # webdataset's rule: a key ends at the first dot after the last slash
