@@ -159,6 +159,33 @@ def find_shards(spec: str) -> tuple[Path, ...]:
     return tuple(found)
 
 
+def only_plain(paths: Iterable[Path]) -> bool:
+    """Whether `flowray.data` made or packed all of these tars, by the manifests beside them: their
+    pictures are PNGs of 8-bit RGB then, with nothing to turn, blend or convert. It reads no sample.
+    """
+    by_folder: dict[Path, dict[str, int]] = {}
+    for path in paths:
+        if path.parent not in by_folder:
+            by_folder[path.parent] = _written_here(path.parent)
+        if by_folder[path.parent].get(path.name) != path.stat().st_size:
+            return False
+    return True
+
+
+def _written_here(folder: Path) -> dict[str, int]:
+    """The tars of a folder that was made or packed, and their sizes; none where another program,
+    or nobody, wrote a manifest.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        told = manifest["meta"].keys()
+        if "set" not in told and not {"source", "size"} <= told:
+            return {}
+        return {row["name"]: row["bytes"] for row in manifest["shards"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def tars(folder: Path) -> list[Path]:
     """The .tar files right in a folder, sorted."""
     return sorted(path for path in folder.glob("*") if _is_tar(path))

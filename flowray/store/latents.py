@@ -29,12 +29,21 @@ from flowray.config.paths import is_hub_name
 from flowray.config.progress import SILENT, Advance, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig
+from flowray.data import decode
 from flowray.data.emoji import made_emoji
 from flowray.data.make import ensure_embedded, unmade_samples
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import to_pictures
 from flowray.data.reader import ShardReader
-from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, find_shards, sha256, write_shards
+from flowray.data.shards import (
+    EMBEDDED,
+    FETCHED,
+    MANIFEST,
+    find_shards,
+    only_plain,
+    sha256,
+    write_shards,
+)
 from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
 from flowray.model.latent import LatentScale, Moments, over_channels
 from flowray.store.apart import apart
@@ -109,8 +118,8 @@ def split_shards(data: DataConfig, progress: Progress = SILENT) -> dict[str, tup
 
 
 def pictures_fingerprint(reader: ShardReader) -> str:
-    """Short hash of the samples' keys, of where the shards lie, and of their content (small
-    sets) or sizes and times.
+    """Short hash of the samples' keys, of where the shards lie, of their content (small sets) or
+    sizes and times, and of how their pictures are decoded, where that is not plain.
     """
     digest = hashlib.sha256(reader.fingerprint().encode())
     small = sum(path.stat().st_size for path in reader.paths) < 2**28
@@ -120,6 +129,9 @@ def pictures_fingerprint(reader: ShardReader) -> str:
         digest.update(
             f"{path.absolute()} {sha256(path) if small else path.stat().st_mtime_ns}".encode()
         )
+    # Looking into every picture takes too long; what was made or packed here is plain for sure.
+    if not only_plain(reader.paths):
+        digest.update(f"decoded {decode.VERSION}".encode())
     return digest.hexdigest()[:12]
 
 

@@ -16,12 +16,14 @@ from support import SCALE, SHIFT, SPEC, Heard, tiny_autoencoder, tiny_latents, t
 from flowray.config.errors import InputError
 from flowray.config.model import KLAutoencoder
 from flowray.config.train import DataConfig
-from flowray.data.make import png
+from flowray.data import decode
+from flowray.data.make import ShapesSet, png, write_set
+from flowray.data.pack import pack_folder
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards, write_shards
-from flowray.store.latents import ensure_latents, load_latents, others
+from flowray.store.latents import ensure_latents, load_latents, others, pictures_fingerprint
 
 
 @pytest.fixture
@@ -111,6 +113,31 @@ def test_encoded_once_and_again_when_something_changes(data, config, tmp_path):
         load_latents(other["val"]).moments(np.arange(2)).mean,
         load_latents(changed["val"]).moments(np.arange(2)).mean,
     )
+
+
+def test_only_pictures_of_others_are_encoded_anew_when_decoding_changes(tmp_path, monkeypatch):
+    """What was packed or made here is plain RGB, which every decoding takes for the same."""
+    pictures = [np.full((8, 8, 3), i, np.uint8) for i in range(3)]
+    write(tmp_path / "foreign", pictures)
+    (tmp_path / "in").mkdir()
+    for i, picture in enumerate(pictures):
+        (tmp_path / "in" / f"{i}.png").write_bytes(png(picture))
+        (tmp_path / "in" / f"{i}.txt").write_text("a picture")
+    pack_folder(tmp_path / "in", tmp_path / "packed", None)
+    write_set(ShapesSet(train=2, val=2, unseen=2), tmp_path / "made")
+    pack_folder(tmp_path / "in", tmp_path / "changed", None)
+    with (tmp_path / "changed" / "shard-000000.tar").open("ab") as tar:
+        tar.write(bytes(512))
+
+    def fingerprints() -> dict[str, str]:
+        places = "foreign", "packed", "made/train", "changed"
+        readers = {name: ShardReader(find_shards(str(tmp_path / name))) for name in places}
+        return {name: pictures_fingerprint(reader) for name, reader in readers.items()}
+
+    before = fingerprints()
+    monkeypatch.setattr(decode, "VERSION", decode.VERSION + 1)
+    after = fingerprints()
+    assert {name for name in before if before[name] != after[name]} == {"foreign", "changed"}
 
 
 def test_moved_pictures_are_found_again(data, config, tmp_path):
