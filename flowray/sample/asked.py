@@ -167,7 +167,8 @@ def ask(held_out: Samples, fields: Fields, count: int | None, seed: int) -> list
 class Prepared:
     """What an evaluation needs of the data: split -> its samples, which of them is held out.
 
-    left_out: how many samples of other splits are in none of these, for their picture is.
+    left_out: held-out samples dropped because their picture is a training one's, or another
+    held-out set's.
     """
 
     samples: dict[str, Samples]
