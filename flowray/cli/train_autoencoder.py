@@ -95,14 +95,14 @@ def _parser() -> Parser:
         type=_weight,
         default=0.1,
         metavar="X",
-        help="weight of the latents' likeness to the picture in small, 0.1",
+        help="weight of the latents' likeness to the picture, 0.1",
     )
     parser.add_argument(
         "--noise",
         type=_weight,
         default=0.3,
         metavar="X",
-        help="most noise on the latents that the decoder alone is shown, 0.3 of their deviations",
+        help="most noise that the decoder learns to read, 0.3",
     )
     parser.add_argument(
         "--half", action="store_true", help="save the weights in fp16, half as large"

@@ -550,4 +550,5 @@ def test_the_package_of_a_clone_is_small_and_whole():
         )
     )
     assert not [p for p in sent if p.parts[0] in ("docs", "tests", "cluster", ".git")]
-    assert sum((ROOT / p).stat().st_size for p in sent) < 10 * 2**20
+    # 13 MB of it are the models in flowray/assets
+    assert sum((ROOT / p).stat().st_size for p in sent) < 20 * 2**20
