@@ -246,10 +246,13 @@ def weights(recipe: Recipe) -> list[dict[str, Any]]:
     if loss.lpips.weight > 0:
         named |= {"loss.lpips.vgg": loss.lpips.vgg, "loss.lpips.linear": loss.lpips.linear}
     return [
-        {"key": key, "path": path, "present": local_weights(path, kind) is not None}
+        {
+            "key": key,
+            "path": path,
+            "present": bool(local_weights(path, "autoencoder" if key == AUTOENCODER else "text")),
+        }
         for key, path in named.items()
         if path
-        for kind in ["autoencoder" if key == AUTOENCODER else "text"]
     ]
 
 

@@ -139,13 +139,20 @@ def main(argv: list[str]) -> int:
         autoencoder = load_autoencoder(config.autoencoder, config.latent).to(device)
     sample = opened.recipe.sample
     with progress.task("sampling", shape[0] * shape[1]) as advance:
-        how = (sample, args.seed, advance)
         if args.between:
-            way = (prompts, args.between, args.count)
-            pictures = between(opened.model, autoencoder, *way, *how)
+            pictures = between(
+                opened.model,
+                autoencoder,
+                prompts,
+                pictures=args.between,
+                rows=args.count,
+                config=sample,
+                seed=args.seed,
+                advance=advance,
+            )
         else:
             repeated = [prompt for prompt in prompts for _ in range(args.count)]
-            pictures = generate(opened.model, autoencoder, repeated, *how)
+            pictures = generate(opened.model, autoencoder, repeated, sample, args.seed, advance)
     rows = pictures.reshape(*shape, *pictures.shape[1:])
     sheet = np.concatenate(list(rows), axis=1).repeat(args.scale, axis=1).repeat(args.scale, axis=2)
     out = args.out or _new_file(opened.path / "samples", prompts[0])

@@ -45,13 +45,10 @@ BATCH = 32  # pictures of a measurement
 STATISTICS = 2048  # training pictures that the latents' mean and std are taken over, at most
 JUDGED = 1024  # held-out pictures
 # of an AutoencoderKL's config: what its weights belong to, and the scale of its latents
-_LAYERS: tuple[str, ...] = (
-    "latent_channels",
-    "block_out_channels",
-    "layers_per_block",
-    "norm_num_groups",
+_LAYERS = (
+    *("latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups"),
+    *("down_block_types", "up_block_types", "mid_block_add_attention"),
 )
-_LAYERS += ("down_block_types", "up_block_types", "mid_block_add_attention")
 _SCALE = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
 Loss = Callable[[Any, Tensor], Tensor]
 Complete = Callable[[Path, float], None]
