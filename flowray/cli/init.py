@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shlex
@@ -14,7 +13,7 @@ import numpy as np
 import yaml
 
 from flowray.cli.common import GOOD
-from flowray.cli.parser import Parser
+from flowray.cli.parser import Parser, number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.keys import GOOD_PSNR
@@ -109,21 +108,11 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--scaling-factor",
-        type=_factor,
+        type=number(above=0),
         metavar="X",
         help="of the latents, where the autoencoder's files do not state it: 0.18215 (SD 1 and 2)",
     )
     return parser
-
-
-def _factor(text: str) -> float:
-    try:
-        factor = float(text)
-    except ValueError:
-        factor = math.nan
-    if not 0 < factor < math.inf:
-        raise InputError(f"--scaling-factor: got {text!r}, want a number above 0")
-    return factor
 
 
 def main(argv: list[str]) -> int:
