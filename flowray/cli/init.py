@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,13 +127,13 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--out {out}: exists already; remove it or choose another name")
     progress = ConsoleProgress()
     with progress.task(IMPORTING):
-        from flowray.model.local import local_weights
+        from flowray.model.local import Kind, local_weights
     with progress.task(f"looking at {args.data}"):
         looked = _look(args.data, args.val)
         text = _text(args.text, looked)
         autoencoder, latent = _autoencoder(args.autoencoder, looked, args.scaling_factor)
         recipe = _recipe(out.absolute(), looked, text, autoencoder, latent)
-    parts = {"text": text, "autoencoder": autoencoder}
+    parts: dict[Kind, Part] = {"text": text, "autoencoder": autoencoder}
     partial = out.with_name(f".{out.name}")  # in the same folder: paths are relative to it
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,7 @@ def main(argv: list[str]) -> int:
     return GOOD
 
 
-def _refuse_unready(recipe: Recipe, absent: list[str]) -> None:
+def _refuse_unready(recipe: Recipe, absent: Sequence[str]) -> None:
     """InputError for what training would refuse, but for the weights of the `absent` parts, which
     the user is told to download.
     """
