@@ -26,19 +26,17 @@ def decode_image(reader: ShardReader, index: int) -> np.ndarray:
         raise InputError(f"{label}: .{extension} does not decode: {error}") from error
 
 
-def pictures_also_in(reader: ShardReader, other: ShardReader) -> set[str]:
-    """Keys of the samples whose picture is, byte for byte, one of another reader's.
+def pictures_also_in(reader: ShardReader, other: ShardReader) -> set[int]:
+    """The places of the samples whose picture is, byte for byte, one of another reader's.
 
     Of the other only pictures that have the size of one of these are read: few, as a rule.
     """
-    found = set[str]()
+    found = set[int]()
     for extension in EXTENSIONS:
         sizes, others = reader.sizes(extension), other.sizes(extension)
         both = np.intersect1d(sizes[sizes >= 0], others)
         known = {_digest(other, i, extension) for i in _places(others, both)}
-        found |= {
-            reader.keys[i] for i in _places(sizes, both) if _digest(reader, i, extension) in known
-        }
+        found |= {i for i in _places(sizes, both) if _digest(reader, i, extension) in known}
     return found
 
 
