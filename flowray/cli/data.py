@@ -93,6 +93,8 @@ def _pack(args: argparse.Namespace) -> int:
     )
     for fault in packed.left_out:
         print(f"left out: {fault}", file=sys.stderr)
+    if packed.unread:
+        print(f"passed over: {packed.unread}", file=sys.stderr)
     for split, count in packed.samples.items():
         print(f"{count} samples  {args.out / split if args.val else args.out}")
     if packed.left_out:

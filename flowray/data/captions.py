@@ -63,11 +63,10 @@ def _beside(picture: Path, texts: dict[Path, Path], faults: list[str]) -> list[s
         )
         return []
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        found = _lines(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         faults.append(f"{path}: cannot be read as UTF-8 ({error})")
         return []
-    found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
         faults.append(f"{path}: empty")
     return found
@@ -133,13 +132,55 @@ def _entry(row: Any) -> tuple[str, list[str]]:
             'more cells than the first line names; a caption with a comma stands in quotes ("")'
         )
     name = next((row[key] for key in _NAMES if key in row), None)
-    key = next((key for key in _CAPTIONS if key in row), None)
-    if key is None or not isinstance(name, str) or not name:
+    if not any(key in row for key in _CAPTIONS) or not isinstance(name, str) or not name:
         got = ", ".join(map(str, row))[:80] or "nothing"
         raise ValueError(
             f"want {_WANTED}, got {got}; what is no list of captions needs another name"
         )
-    given = row[key] if isinstance(row[key], list) else [row[key]]
-    if not given or not all(isinstance(caption, str) and caption.strip() for caption in given):
+    return name, _texts(_given(row))
+
+
+def captions_in(row: bytes | None, text: bytes | None) -> list[str]:
+    """The captions of a sample of a shard, by the bytes of its .json and .txt, None where it has
+    none: `captions`, `caption` or `text` of the .json, the first that is there and not null, a text
+    or a list of them; else the .txt, a caption a line, as beside a picture of a folder.
+
+    ValueError, one line, where there are none or they cannot be read.
+    """
+    try:
+        read = {} if row is None else json.loads(row)
+        given = _given(read) if isinstance(read, dict) else None
+        if given is None and text is not None:
+            given = _lines(text)
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"caption cannot be read: {error}") from error
+    if given is None or given == []:
+        raise ValueError(
+            "no caption; it needs a non-empty .txt, or .json with"
+            f" {', '.join(f'`{name}`' for name in _CAPTIONS)}, a text or a list of texts"
+        )
+    return _texts(given)
+
+
+def _given(row: dict[str, Any]) -> Any:
+    return next((row[key] for key in _CAPTIONS if row.get(key) is not None), None)
+
+
+def _texts(given: Any) -> list[str]:
+    """Captions without white space around them; ValueError where one is empty or no text."""
+    each = given if isinstance(given, list) else [given]
+    texts = [_trimmed(text) for text in each if isinstance(text, str)]
+    if not texts or not all(texts) or len(texts) < len(each):
         raise ValueError("empty caption, or one that is no text")
-    return name, [caption.strip() for caption in given]
+    return texts
+
+
+def _lines(text: bytes) -> list[str]:
+    """The captions of a text file. Lines end at a line feed alone: str.splitlines takes U+2028
+    and form feeds, which stand in captions from the web, for ends too.
+    """
+    return [line for part in text.decode("utf-8").split("\n") if (line := _trimmed(part))]
+
+
+def _trimmed(text: str) -> str:
+    return text.strip().strip("\ufeff").strip()  # a byte order mark, wherever files were joined

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -12,6 +12,8 @@ from PIL.ExifTags import Base
 
 # extensions of a picture; where a sample has several pictures the first of these is meant
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "jfif", "gif", "tif", "tiff", "avif")
+# those of pictures too that are not read: Pillow lacks them, or they are no finished pixels
+UNREAD = ("heic", "heif", "hif", "jxl", "jp2", "psd", "svg", "eps", "dng", "cr2", "nef", "arw")
 VERSION = 2  # rises where a picture comes out otherwise than before, so that no cache goes stale
 WHITE = (255, 255, 255)
 # what a file may say besides its pixels that changes how it is to be seen
@@ -60,6 +62,15 @@ def decode_rgb(data: bytes, over: tuple[int, int, int] = WHITE) -> np.ndarray:
 def picture_of(extensions: Collection[str]) -> str | None:
     """Which of a sample's extensions is its picture; None where it has none."""
     return next((extension for extension in EXTENSIONS if extension in extensions), None)
+
+
+def unread(counts: Mapping[str, int]) -> str:
+    """One line about pictures whose extensions are in UNREAD: extension -> how many."""
+    told = ", ".join(f".{extension} ({count})" for extension, count in sorted(counts.items()))
+    return (
+        f"{sum(counts.values())} picture file(s) of kinds that are not read: {told}; convert them"
+        " to .png or .jpg to have them"
+    )
 
 
 def _reason(error: Exception, data: bytes) -> str:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 NO_SUCH_THING = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
 """How file systems say that they do not know an operation at all: network disks have no fsync of
 folders, some clusters' have no locks."""
+
+# folders and files that systems leave among files: archives of macOS, Synology's and Windows'
+_CLUTTER = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "thumbs.db", "desktop.ini"}
+
+
+def is_clutter(path: PurePath) -> bool:
+    """Whether a file, by its path from the folder or the tar it is in, is hidden or a system's own,
+    as is macOS's `._NAME` beside every file.
+    """
+    return any(
+        part.lower() in _CLUTTER or (part.startswith(".") and part not in (".", ".."))
+        for part in path.parts
+    )
 
 
 def put_in_place(partial: Path, folder: Path, last: str) -> None:

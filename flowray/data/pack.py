@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ from flowray.config.errors import InputError
 from flowray.config.paths import is_folder, no_such
 from flowray.config.progress import SILENT, Progress, counted
 from flowray.data.captions import captions_of
-from flowray.data.decode import EXTENSIONS, decode_rgb
+from flowray.data.decode import EXTENSIONS, UNREAD, decode_rgb, unread
+from flowray.data.folders import is_clutter
 from flowray.data.make import png
 from flowray.data.shards import fill_folder, whole_folder
 
@@ -30,10 +32,13 @@ _SHOWN = 5  # faults named in the one line
 class Packed:
     """What was packed: split -> samples (`all` without a held-out share), and a line for every
     file left out.
+
+    unread: a line about pictures of kinds that are not read, "" without any.
     """
 
     samples: dict[str, int] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    unread: str = ""
 
 
 def pack_folder(
@@ -69,14 +74,18 @@ def pack_folder(
         )
     files = _files(images)
     pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
+    kinds = (path.suffix.lower().removeprefix(".") for path in files)
+    others = Counter(kind for kind in kinds if kind in UNREAD)
+    passed_over = unread(others) if others else ""
     if not pictures:
-        raise InputError(f"{images}: no picture in it; looked for {', '.join(SUFFIXES)}")
+        why = f", but {passed_over}" if others else f"; looked for {', '.join(SUFFIXES)}"
+        raise InputError(f"{images}: no picture in it{why}")
     faults: list[str] = []
     captions = captions_of(pictures, files, faults)
     captioned = [path for path in pictures if path in captions]
     if faults and (not skip_bad or not captioned):
         raise _nothing_packed(faults, skip_bad)
-    packed = Packed(left_out=faults)
+    packed = Packed(left_out=faults, unread=passed_over)
     splits = _splits(images, captioned, val)
 
     def samples(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
@@ -130,10 +139,11 @@ def _files(images: Path) -> list[Path]:
         what = no_such(images)
         raise InputError(f"{images}: {what}; give a folder of pictures ({', '.join(SUFFIXES)})")
 
-    def hidden(path: Path) -> bool:  # thumbnails, trash, macOS's `._NAME` beside every file
-        return any(part.startswith(".") for part in path.relative_to(images).parts)
-
-    return sorted(path for path in images.rglob("*") if not hidden(path) and path.is_file())
+    return sorted(
+        path
+        for path in images.rglob("*")
+        if not is_clutter(path.relative_to(images)) and path.is_file()
+    )
 
 
 def _splits(images: Path, pictures: list[Path], val: float) -> dict[str, list[Path]]:

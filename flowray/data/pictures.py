@@ -26,8 +26,8 @@ def decode_image(reader: ShardReader, index: int) -> np.ndarray:
         raise InputError(f"{label}: .{extension} does not decode: {error}") from error
 
 
-def pictures_also_in(reader: ShardReader, other: ShardReader) -> set[str]:
-    """Keys of the samples whose picture is, byte for byte, one of another reader's, whatever
+def pictures_also_in(reader: ShardReader, other: ShardReader) -> set[int]:
+    """The places of the samples whose picture is, byte for byte, one of another reader's, whatever
     extension each has.
 
     Of the other only pictures that have the size of one of these are read: few, as a rule.
@@ -35,7 +35,7 @@ def pictures_also_in(reader: ShardReader, other: ShardReader) -> set[str]:
     sizes, others = picture_bytes(reader), picture_bytes(other)
     both = np.intersect1d(sizes[sizes >= 0], others)
     known = {_digest(other, i) for i in _places(others, both)}
-    return {reader.keys[i] for i in _places(sizes, both) if _digest(reader, i) in known}
+    return {i for i in _places(sizes, both) if _digest(reader, i) in known}
 
 
 def equal_pictures(reader: ShardReader, among: np.ndarray) -> list[list[int]]:

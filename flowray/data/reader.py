@@ -1,4 +1,4 @@
-"""Random access to webdataset tars: a one-pass index per shard, then memory-mapped reads.
+"""Random access to webdataset tars: an index per shard, then memory-mapped reads.
 
 Sequential streaming cannot resume in the middle of an epoch without skipping; an index can, and
 order.py then decides the order.
@@ -8,201 +8,114 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import mmap
-import re
-import tarfile
 import threading
-from collections.abc import Collection, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from flowray.config.errors import InputError
-from flowray.config.writing import write_whole
+from flowray.data.captions import captions_in
+from flowray.data.index import BLOCK, IndexFile, TarIndex, load_index
 
-BLOCK = 512  # tar members start and are padded at multiples of this, bytes
-OPEN_SHARDS = 128  # mapped at a time: each holds a file descriptor
-# webdataset's rule: a key ends at the first dot after the last slash
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-
-
-@dataclass(frozen=True)
-class TarIndex:
-    """Where everything in one tar lies.
-
-    members: extension -> (len(keys), 2) int64 of (offset of the first byte, size), (-1, -1) where a
-    sample lacks it.
-    """
-
-    size: int
-    keys: list[str]
-    members: dict[str, np.ndarray]
-
-
-def scan_tar(path: Path) -> TarIndex:
-    """Index a tar by reading its headers; InputError where it is truncated or corrupt, or a key
-    comes twice.
-    """
-    rows: dict[str, dict[str, tuple[int, int]]] = {}
-    key = ""
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                match = _NAME.fullmatch(member.name)
-                if not member.isreg() or match is None or re.match(r"__[^/]*__($|/)", member.name):
-                    continue
-                extension, before, key = match[2].lower(), key, match[1]
-                if (key in rows and key != before) or extension in rows.get(key, {}):
-                    raise InputError(
-                        f"shard {path}: sample {key!r} comes twice ({member.name}); keys must be"
-                        " unique and their files adjacent"
-                    )
-                rows.setdefault(key, {})[extension] = (member.offset_data, member.size)
-            # tarfile takes a broken header for the end of the archive; only a block of zeros is the
-            # end.
-            file.seek(tar.offset)
-            whole = file.read(BLOCK) == bytes(BLOCK)
-            size = file.seek(0, io.SEEK_END)
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise InputError(
-            f"shard {path}: truncated or not a plain tar{_near(key)}: {error}; write or copy it"
-            " again"
-        ) from error
-    if not whole:
-        raise InputError(f"shard {path}: truncated or corrupt{_near(key)}; write or copy it again")
-    keys = list(rows)
-    members = {
-        extension: np.array([rows[key].get(extension, (-1, -1)) for key in keys], dtype=np.int64)
-        for extension in sorted({extension for row in rows.values() for extension in row})
-    }
-    return TarIndex(size, keys, members)
-
-
-def _near(key: str) -> str:
-    return f" at or just after sample {key!r}" if key else ""
-
-
-def load_index(path: Path) -> TarIndex:
-    """The index of a tar, kept beside it as `NAME.tar.index.json` and made anew when the tar's
-    size or mtime has changed.
-    """
-    beside = path.with_name(path.name + ".index.json")
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise InputError(f"shard {path}: cannot be read: {error.strerror}") from error
-    stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    kept = _kept_index(beside, stamp)
-    if kept is not None:
-        return kept
-    index = scan_tar(path)
-    row = {
-        **stamp,
-        "keys": index.keys,
-        "members": {extension: table.tolist() for extension, table in index.members.items()},
-    }
-    with suppress(OSError):  # a read-only or full disk: the index stays in memory
-        write_whole(beside, json.dumps(row, separators=(",", ":")), shared=True)
-    return index
-
-
-def _kept_index(beside: Path, stamp: dict[str, int]) -> TarIndex | None:
-    try:
-        row = json.loads(beside.read_text(encoding="utf-8"))
-        if {name: row[name] for name in stamp} != stamp:
-            return None
-        members = {
-            extension: np.array(table, dtype=np.int64).reshape(len(row["keys"]), 2)
-            for extension, table in row["members"].items()
-        }
-        if any((table.sum(axis=1) > stamp["size"]).any() for table in members.values()):
-            return None
-        return TarIndex(stamp["size"], [str(key) for key in row["keys"]], members)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+OPEN_SHARDS = 128  # mapped at a time: each holds two file descriptors
 
 
 class ShardReader:
-    """The samples of several tars as one sequence, in tar order; `keys` names them.
+    """The samples of several tars as one sequence, in tar order. A sample is its place in it, or
+    its shard and key: keys may begin anew in each shard.
 
-    limit: use only the first `limit` samples; without: keys of samples that are left out of these.
+    limit: use only the first `limit` samples; without: places of samples that are left out of
+    these. In memory there is next to nothing a sample: indexes lie in files, which are mapped.
     Pickles as its paths, so it is cheap to hand to another process.
     """
 
     def __init__(
-        self, paths: Sequence[Path], limit: int | None = None, without: Collection[str] = ()
+        self, paths: Sequence[Path], limit: int | None = None, without: Collection[int] = ()
     ):
         self.paths, self.limit = tuple(Path(path) for path in paths), limit
-        self.without = frozenset(without)
-        self.keys: list[str] = []
-        self._sizes: list[int] = []
-        self._maps: dict[int, np.ndarray] = {}
+        self.without = frozenset(int(place) for place in without)
+        self._indexes: list[TarIndex | IndexFile] = []
+        self._opened: dict[int, tuple[np.ndarray, TarIndex]] = {}
+        self._sound = set[int]()
         self._opening = threading.Lock()
-        indexes: list[TarIndex] = []
+        count = 0
         for path in self.paths:
-            if limit is not None and len(self.keys) >= limit:
+            if limit is not None and count >= limit:
                 break
-            indexes.append(load_index(path))
-            self._sizes.append(indexes[-1].size)
-            self.keys.extend(indexes[-1].keys)
-        self._shard = np.repeat(np.arange(len(indexes)), [len(index.keys) for index in indexes])[
-            :limit
-        ]
-        del self.keys[len(self._shard) :]
-        if not self.keys:
+            self._indexes.append(load_index(path))
+            count += self._indexes[-1].samples
+        count = count if limit is None else min(count, limit)
+        if not count:
             raise InputError(
                 f"no samples in {len(self.paths)} shard(s), first"
                 f" {self.paths[0] if self.paths else 'none'}"
             )
-        self._refuse_repeats()
-        self._members = {
-            extension: np.concatenate(
-                [
-                    index.members.get(extension, np.full((len(index.keys), 2), -1))
-                    for index in indexes
-                ]
-            )[:limit]
-            for extension in sorted({extension for index in indexes for extension in index.members})
-        }
+        self._ends = list(accumulate(index.samples for index in self._indexes))
+        self._edges = np.array([0, *self._ends])
+        self._kept: np.ndarray | range = range(count)
         if self.without:
-            self._leave_out()
-
-    def _leave_out(self) -> None:
-        kept = np.array([key not in self.without for key in self.keys])
-        if not kept.any():
-            raise InputError(f"no samples left of {self.paths[0]}: all are left out")
-        self.keys = [key for key in self.keys if key not in self.without]
-        self._shard = self._shard[kept]
-        self._members = {extension: table[kept] for extension, table in self._members.items()}
-
-    def _refuse_repeats(self) -> None:
-        if len(set(self.keys)) == len(self.keys):
-            return
-        seen: dict[str, int] = {}
-        for i, key in enumerate(self.keys):
-            if key in seen:
-                raise InputError(
-                    f"{self.label(i)}: the same key is in {self.paths[self._shard[seen[key]]]};"
-                    " keys must differ over all shards"
-                )
-            seen[key] = i
+            self._kept = np.setdiff1d(np.arange(count), list(self.without))
+            if not len(self._kept):
+                raise InputError(f"no samples left of {self.paths[0]}: all are left out")
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self._kept)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.paths, self.limit, self.without)
 
+    def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, row in its index) of samples, (B,) each; IndexError where one is not there."""
+        if isinstance(self._kept, np.ndarray):
+            places = self._kept[indices]
+        elif len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"{len(self)} samples, asked for {indices.min()} to {indices.max()}")
+        else:
+            places = indices
+        shards = np.searchsorted(self._edges[1:], places, side="right")
+        return shards, places - self._edges[shards]
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """`_places` of one sample, some times faster."""
+        place = int(self._kept[i])
+        shard = bisect_right(self._ends, place)
+        return shard, place - (self._ends[shard - 1] if shard else 0)
+
+    def _each(self) -> Iterator[tuple[TarIndex, np.ndarray]]:
+        """Every shard's index and the rows of it that are in use. None stays open."""
+        start = 0
+        for index, end in zip(self._indexes, self._ends, strict=True):
+            if isinstance(self._kept, np.ndarray):
+                first, last = np.searchsorted(self._kept, [start, end])
+                yield index.open(), self._kept[first:last] - start
+            else:
+                yield index.open(), np.arange(min(end, len(self._kept)) - start)
+            start = end
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The key of every sample; `key` has one without making them all."""
+        return [index.key(row) for index, rows in self._each() for row in rows.tolist()]
+
+    def key(self, i: int) -> str:
+        """The key of sample i, unique in its shard."""
+        shard, row = self._place(i)
+        return self._open(shard)[1].key(row)
+
     def label(self, i: int) -> str:
-        return f"shard {self.paths[self._shard[i]]}, sample {self.keys[i]!r}"
+        return f"shard {self.paths[self._place(i)[0]]}, sample {self.key(i)!r}"
 
     def extensions(self, i: int) -> list[str]:
         """The extensions that sample i has, sorted."""
-        return [extension for extension, table in self._members.items() if table[i, 0] >= 0]
+        shard, row = self._place(i)
+        members = self._open(shard)[1].members
+        return sorted(extension for extension, table in members.items() if table[row, 0] >= 0)
 
     def _missing(self, i: int, extension: str) -> NoReturn:
         raise InputError(
@@ -210,50 +123,51 @@ class ShardReader:
             f" {', '.join('.' + e for e in self.extensions(i))}"
         )
 
-    def _map(self, shard: int) -> np.ndarray:
-        """One shard's bytes, uint8 (size,), read-only."""
+    def _open(self, shard: int) -> tuple[np.ndarray, TarIndex]:
+        """One shard's bytes, uint8 (size,), read-only, and its index."""
         # batches are made in a thread beside whoever examines the run
         with self._opening:
-            view = self._maps.get(shard)
-            if view is None:
-                if len(self._maps) >= OPEN_SHARDS:
-                    self._maps.pop(next(iter(self._maps)), None)
-                view = self._maps[shard] = _mapped(self.paths[shard], self._sizes[shard])
-            return view
+            opened = self._opened.get(shard)
+            if opened is None:
+                if len(self._opened) >= OPEN_SHARDS:
+                    self._opened.pop(next(iter(self._opened)), None)
+                path, index = self.paths[shard], self._indexes[shard].open()
+                if shard not in self._sound:
+                    _refuse_unfit(path, index)
+                    self._sound.add(shard)
+                opened = self._opened[shard] = _mapped(path, index.size), index
+            return opened
 
     def sizes(self, extension: str) -> np.ndarray:
         """The bytes of every sample's member, int64 (len,); -1 where it has none. It reads none."""
-        table = self._members.get(extension)
-        return np.full(len(self), -1) if table is None else table[:, 1]
+        return np.concatenate(
+            [
+                np.full(len(rows), -1) if table is None else table[rows, 1]
+                for index, rows in self._each()
+                for table in [index.members.get(extension)]
+            ]
+        )
 
     def read(self, i: int, extension: str) -> bytes:
         """The bytes of one member; InputError where the sample has none."""
-        table = self._members.get(extension)
-        if table is None or table[i, 0] < 0:
-            self._missing(i, extension)
-        offset, size = table[i]
-        return self._map(int(self._shard[i]))[offset : offset + size].tobytes()
+        data = self._find(i, extension)
+        return self._missing(i, extension) if data is None else data
+
+    def _find(self, i: int, extension: str) -> bytes | None:
+        shard, row = self._place(i)
+        view, index = self._open(shard)
+        table = index.members.get(extension)
+        if table is None or table[row, 0] < 0:
+            return None
+        offset, size = table[row]
+        return view[offset : offset + size].tobytes()
 
     def captions(self, i: int) -> list[str]:
-        """The captions of sample i: `captions` of its .json, else its .txt as one; never empty."""
-        has = self.extensions(i)
+        """The captions of sample i, as `captions_in` has them; never empty."""
         try:
-            row = json.loads(self.read(i, "json")) if "json" in has else {}
-            given = row.get("captions") if isinstance(row, dict) else None
-            if given is None and "txt" in has:
-                given = [self.read(i, "txt").decode("utf-8")]
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-            raise InputError(f"{self.label(i)}: caption cannot be read: {error}") from error
-        if (
-            not isinstance(given, list)
-            or not given
-            or not all(isinstance(caption, str) and caption.strip() for caption in given)
-        ):
-            raise InputError(
-                f"{self.label(i)}: no caption; it needs a non-empty .txt, or .json with a list"
-                " `captions` of non-empty strings"
-            )
-        return [caption.strip() for caption in given]
+            return captions_in(self._find(i, "json"), self._find(i, "txt"))
+        except ValueError as error:
+            raise InputError(f"{self.label(i)}: {error}") from error
 
     def gather(self, indices: np.ndarray, extension: str) -> np.ndarray:
         """The .npy members of the samples `indices` (B,), stacked: (B, *shape); one shape and
@@ -262,31 +176,28 @@ class ShardReader:
         indices = np.asarray(indices, dtype=np.int64)
         if indices.ndim != 1 or not indices.size:
             raise ValueError(f"indices must be 1-D and not empty, got shape {indices.shape}")
-        table = self._members.get(extension)
-        if table is None:
-            self._missing(int(indices[0]), extension)
-        places = table[indices]
-        if (places[:, 0] < 0).any():
-            self._missing(int(indices[np.argmax(places[:, 0] < 0)]), extension)
-        if (places[:, 1] == places[0, 1]).all():
-            stacked = _unpack_equal(
-                self._rows(indices, places[:, 0], int(places[0, 1])), int(places[0, 1])
-            )
-            if stacked is not None:
-                return stacked
-        return self._gather_one_by_one(indices, extension)
+        stacked = self._gather_equal(indices, extension)
+        return self._gather_one_by_one(indices, extension) if stacked is None else stacked
 
-    def _rows(self, indices: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:
-        """The members of `size` bytes at `offsets`, uint8 (B, size rounded up to blocks)."""
-        blocks = -(-size // BLOCK)
-        rows = np.empty((len(indices), blocks, BLOCK), dtype=np.uint8)
-        shards = self._shard[indices]
+    def _gather_equal(self, indices: np.ndarray, extension: str) -> np.ndarray | None:
+        """`gather` where all members begin with the same header; None where they do not."""
+        shards, places = self._places(indices)
+        size, rows = -1, np.empty((0, 0, 0), dtype=np.uint8)
         for shard in np.unique(shards):
             here = np.flatnonzero(shards == shard)
-            view = self._map(int(shard))
+            view, index = self._open(int(shard))
+            table = index.members.get(extension)
+            found = np.full((len(here), 2), -1) if table is None else table[places[here]]
+            if (missing := found[:, 0] < 0).any():
+                self._missing(int(indices[here[np.argmax(missing)]]), extension)
+            if size < 0:
+                size = int(found[0, 1])
+                rows = np.empty((len(indices), -(-size // BLOCK), BLOCK), dtype=np.uint8)
+            if (found[:, 1] != size).any():
+                return None
             whole = view[: len(view) // BLOCK * BLOCK].reshape(-1, BLOCK)
-            rows[here] = whole[offsets[here, None] // BLOCK + np.arange(blocks)]
-        return rows.reshape(len(indices), blocks * BLOCK)
+            rows[here] = whole[found[:, :1] // BLOCK + np.arange(rows.shape[1])]
+        return _unpack_equal(rows.reshape(len(indices), -1), size)
 
     def _gather_one_by_one(self, indices: np.ndarray, extension: str) -> np.ndarray:
         arrays: list[np.ndarray] = []
@@ -305,14 +216,25 @@ class ShardReader:
         return np.stack(arrays)
 
     def fingerprint(self) -> str:
-        """A short hash of the shard names and sizes and of the sample keys in use; it reads no
-        sample.
+        """A short hash of the shard names and sizes and of which samples are in use, by their keys
+        and places; it reads none.
         """
         digest = hashlib.sha256()
-        for path, size in zip(self.paths, self._sizes, strict=False):
-            digest.update(f"{path.name}\0{size}\0".encode())
-        digest.update("\0".join(self.keys).encode())
+        for path, index in zip(self.paths, self._indexes, strict=False):
+            digest.update(f"{path.name}\0{index.size}\0".encode())
+        digest.update("".join(f"{place}\0" for place in sorted(self.without)).encode())
+        between = ""
+        for index, rows in self._each():
+            if len(rows):
+                keys = "\0".join(map(index.key, rows.tolist()))
+                digest.update((between + keys).encode())
+                between = "\0"
         return digest.hexdigest()[:16]
+
+
+def _refuse_unfit(path: Path, index: TarIndex) -> None:
+    if any((table.sum(axis=1) > index.size).any() for table in index.members.values()):
+        raise InputError(f"shard {path}: its index does not fit it; remove {path.name}.index")
 
 
 def _mapped(path: Path, size: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -17,13 +18,16 @@ from typing import Any
 
 from flowray.config.errors import InputError, did_you_mean
 from flowray.config.paths import exists, is_file, is_folder, no_such
-from flowray.data.folders import put_in_place
+from flowray.data.folders import is_clutter, put_in_place
 
 MANIFEST = "manifest.json"
 EMBEDDED = ("shapes", "shapes_closed", "digits")  # the names that stand for sets made on first use
 # those that stand for sets which only `flowray.data make` makes, as they are fetched
 FETCHED = ("emoji_64", "emoji_128", "emoji_256")
 NAMED = (*EMBEDDED, *FETCHED)
+# folders of these names are parts of a set that must not be read as one
+SPLITS = ("train", "val", "valid", "validation", "dev", "eval", "test", "unseen", "held_out")
+MOST_SHARDS = 1_000_000  # that a pattern may name
 
 
 def write_shards(
@@ -125,31 +129,18 @@ def sha256(path: Path) -> str:
 
 
 def find_shards(spec: str) -> tuple[Path, ...]:
-    """The tars of a folder, of a glob, or the one tar `spec` names, sorted by path.
+    """The tars of a folder, of a glob (`**` any folders), of a pattern with braces
+    (`{00000..00127}.tar`), or the one tar `spec` names, sorted by path. Hidden files are none.
 
-    InputError where nothing is found or the tars hold no sample at all.
+    A folder without tars of its own stands for those under it, unless a folder among them is a
+    split such as `val`. InputError where nothing is found, a tar that braces name is not there, or
+    the tars hold no sample at all.
     """
     path = Path(spec)
-    if is_folder(path):
-        found, what = tars(path), "the folder holds no .tar file"
-        if not found and (below := splits(path)):
-            names = ", ".join(folder.name for folder in below[:5])
-            what += f", but these under it do: {names}; did you mean {below[0]}?"
-    elif is_file(path):
-        if not _is_tar(path):
-            raise InputError(
-                f"shards {spec!r}: not a .tar file; give a folder of .tar files, a glob or one"
-                " uncompressed .tar"
-            )
-        found, what = [path], ""
-    elif glob.has_magic(spec):
-        found, what = (
-            sorted(Path(p) for p in glob.glob(str(path)) if _is_tar(Path(p))),
-            "no .tar file matches",
-        )
+    if not (is_folder(path) or is_file(path)) and "{" in spec and not glob.glob(spec):
+        found, what = _of_braces(spec), ""
     else:
-        near = "" if exists(path) or path.name in NAMED else did_you_mean(path.name, NAMED)
-        found, what = [], f"no such folder{near}" if near else no_such(path)
+        found, what = _of_one(spec)
     if not found:
         # who takes names has looked for them before: this one does not, or it is misspelt
         named = "" if spec in NAMED else f"{', '.join(NAMED)}, "
@@ -162,6 +153,59 @@ def find_shards(spec: str) -> tuple[Path, ...]:
             f" {found[0]}"
         )
     return tuple(found)
+
+
+def _of_one(spec: str) -> tuple[list[Path], str]:
+    """The tars of a spec without braces, and, where there are none, why."""
+    path = Path(spec)
+    if is_folder(path):
+        found, what = tars(path), "the folder holds no .tar file"
+        if not found and (below := splits(path)):
+            if not any(folder.name.lower() in SPLITS for folder in below):
+                return sorted(tar for folder in below for tar in tars(folder)), ""
+            names = ", ".join(folder.name for folder in below[:5])
+            what += f", but these under it do: {names}; did you mean {below[0]}?"
+        return found, what
+    if is_file(path):
+        if not _is_tar(path):
+            raise InputError(
+                f"shards {spec!r}: not a .tar file; give a folder of .tar files, a glob or one"
+                " uncompressed .tar"
+            )
+        return [path], ""
+    if glob.has_magic(spec):
+        matching = (Path(p) for p in glob.glob(str(path), recursive=True))
+        return sorted(p for p in matching if _is_tar(p)), "no .tar file matches"
+    near = "" if exists(path) or path.name in NAMED else did_you_mean(path.name, NAMED)
+    return [], f"no such folder{near}" if near else no_such(path)
+
+
+def _of_braces(spec: str) -> list[Path]:
+    """The tars of every alternative; InputError where one of them has none."""
+    from braceexpand import braceexpand  # webdataset brings it and reads patterns so
+
+    # braceexpand makes all numbers of a range before it gives the first name
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", spec)
+    many = any(abs(int(last) - int(first)) >= MOST_SHARDS for first, last in ranges)
+    try:
+        each = [] if many else list(islice(braceexpand(spec), MOST_SHARDS + 1))
+    except ValueError as error:  # unbalanced ones
+        raise InputError(f"shards {spec!r}: {error}") from error
+    if many or len(each) > MOST_SHARDS:
+        raise InputError(f"shards {spec!r}: more than {MOST_SHARDS} names; use a glob")
+    if each == [spec]:
+        return _of_one(spec)[0]
+    found, lacking = set[Path](), list[str]()
+    for one in each:
+        of_one, _ = _of_one(one)
+        found.update(of_one)
+        lacking += [] if of_one else [one]
+    if lacking:
+        raise InputError(
+            f"shards {spec!r}: {len(lacking)} of {len(each)} are not there, first {lacking[0]};"
+            " a glob takes those that are"
+        )
+    return sorted(found)
 
 
 def only_plain(paths: Iterable[Path]) -> bool:
@@ -192,13 +236,14 @@ def _written_here(folder: Path) -> dict[str, int]:
 
 
 def tars(folder: Path) -> list[Path]:
-    """The .tar files right in a folder, sorted."""
-    return sorted(path for path in folder.glob("*") if _is_tar(path))
+    """The .tar files right in a folder, sorted; hidden ones apart, as macOS's `._NAME.tar`."""
+    return sorted(path for path in folder.glob("*") if _is_tar(path) and path.name[0] != ".")
 
 
 def splits(folder: Path) -> list[Path]:
-    """The folders in a folder that have .tar files, sorted."""
-    return sorted({path.parent for path in folder.glob("*/*") if _is_tar(path)})
+    """The folders in a folder that have .tar files, sorted; hidden ones and systems' own apart."""
+    below = (path for path in folder.glob("*") if path.is_dir() and not is_clutter(Path(path.name)))
+    return sorted(path for path in below if tars(path))
 
 
 def _is_tar(path: Path) -> bool:

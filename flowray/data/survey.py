@@ -128,7 +128,7 @@ def survey(reader: ShardReader, progress: Progress = SILENT) -> Survey:
         words=histogram(len(caption.split()) for caption in every),
         shared={text: count for text, count in shared.most_common(LISTED) if count > 1},
         duplicates=sum(len(group) - 1 for group in equal),
-        equal=[[reader.keys[i] for i in group[:LISTED]] for group in equal[:LISTED]],
+        equal=[[reader.key(i) for i in group[:LISTED]] for group in equal[:LISTED]],
     )
 
 
@@ -175,7 +175,7 @@ def show(reader: ShardReader, count: int) -> list[Shown]:
 
 
 def _shown(reader: ShardReader, index: int) -> Shown:
-    key, captions = reader.keys[index], captions_of(reader, index)
+    key, captions = reader.key(index), captions_of(reader, index)
     extension = picture_of(reader.extensions(index))
     if extension is None:
         return Shown(key, captions, None, "no picture")

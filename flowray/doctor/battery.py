@@ -303,7 +303,7 @@ def _training(subject: Subject, made: Measured, count: int) -> None:
     made.metrics |= seams
     if rows_to_blame := found.pop("rows", []):
         found["keys"] = [
-            subject.latents.reader.keys[i]
+            subject.latents.reader.key(int(i))
             for i in indices_of(subject, subject.step)[rows_to_blame][:5]
         ]
     made.facts["nonfinite"] = found | made.facts.get("nonfinite", {})

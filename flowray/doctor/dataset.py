@@ -119,7 +119,7 @@ def ask_data(subject: Subject, made: Measured) -> None:
         seen = surveyed(latents)
         rows["finite/latents"] = 1 - len(seen.bad) / len(seen.z)
         if seen.bad:
-            keys = [latents.reader.keys[i] for i in seen.bad[:5]]
+            keys = [latents.reader.key(i) for i in seen.bad[:5]]
             made.facts.setdefault("nonfinite", {})["keys"] = keys
         rows["data/duplicate_share"] = seen.duplicates
         mean, std = channel_statistics(latents)

@@ -255,7 +255,7 @@ def _apart(
     rest = [split for split in readers if split not in kept]
     for split in sorted(rest, key=lambda split: split != held_out):
         here = readers[split]
-        twice = {key for each in kept.values() for key in pictures_also_in(here, each)}
+        twice = {i for each in kept.values() for i in pictures_also_in(here, each)}
         left_out += len(twice)
         if len(twice) < len(here):
             kept[split] = ShardReader(here.paths, without=twice)

@@ -84,11 +84,11 @@ def _kept(file: Path) -> np.ndarray | None:
     return found
 
 
-def _latents(latents: LatentSet, without: Collection[str]) -> np.ndarray:
-    """The mean latents of all samples but those of these keys, (N, dims) fp32, as LATENTS has
+def _latents(latents: LatentSet, without: Collection[int]) -> np.ndarray:
+    """The mean latents of all samples but those at these places, (N, dims) fp32, as LATENTS has
     them.
     """
-    kept = np.flatnonzero([key not in without for key in latents.reader.keys])
+    kept = np.setdiff1d(np.arange(len(latents)), list(without))
     parts = []
     for start in range(0, len(kept), ENCODE_BATCH):
         moments = latents.moments(kept[start : start + ENCODE_BATCH])

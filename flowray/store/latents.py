@@ -257,6 +257,8 @@ def _encode(reader: ShardReader, folder: Path, autoencoder: Autoencoder, advance
     meta["pictures"] = [str(path.absolute()) for path in reader.paths]
     total, squares, count = 0.0, 0.0, 0
 
+    anew = len(set(reader.keys)) < len(reader)  # keys that begin anew in each shard
+
     def samples() -> Iterator[dict[str, Any]]:
         nonlocal total, squares, count
         for start in range(0, len(reader), ENCODE_BATCH):
@@ -277,7 +279,8 @@ def _encode(reader: ShardReader, folder: Path, autoencoder: Autoencoder, advance
                 kept: dict[str, Any] = {
                     e: reader.read(i, e) for e in ("json", "txt") if e in reader.extensions(i)
                 }
-                yield {"__key__": reader.keys[i], "moments.npy": buffer.getvalue(), **kept}
+                key = f"{i}/{reader.keys[i]}" if anew else reader.keys[i]
+                yield {"__key__": key, "moments.npy": buffer.getvalue(), **kept}
             advance(len(indices))
         meta["mean"] = total / count
         meta["variance"] = squares / count - (total / count) ** 2
