@@ -1,4 +1,4 @@
-"""`flowray.data`: make, pack and check webdataset shards."""
+"""`flowray.data`: make, pack, check, show and encode webdataset shards."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from rich.console import Console
 from rich.table import Table
 
 from flowray.cli import ready
-from flowray.cli.common import FINDINGS, GOOD
+from flowray.cli.common import FINDINGS, GOOD, refuse_unwritable
 from flowray.cli.make import add_make
 from flowray.cli.parser import JSON, Parser, add_recipe, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.config.cache import cache_dir
+from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.paths import argument, expand
 from flowray.config.progress import Progress
+from flowray.config.writing import write_whole
 from flowray.data.captions import LISTS
 from flowray.data.check import ShardCheck, check_shards
 from flowray.data.emoji import made_emoji
-from flowray.data.make import ensure_embedded
+from flowray.data.make import ensure_embedded, png
 from flowray.data.pack import LARGEST, pack_folder
-from flowray.data.shards import EMBEDDED, FETCHED, NAMED, splits, tars
+from flowray.data.reader import ShardReader
+from flowray.data.shards import EMBEDDED, FETCHED, NAMED, find_shards, splits, tars
+from flowray.data.survey import Survey, contact_sheet, show, survey
 
+MOST_SHOWN = 1024  # pictures of a page, which holds them all
 SHOWN = 20  # problems in the table; --json has them all
 
 
@@ -33,10 +38,10 @@ def main(argv: list[str]) -> int:
     """Run one subcommand; 0 good, 1 problems found, InputError for bad input."""
     parser = Parser(
         prog="flowray.data",
-        description="Make, pack and check webdataset shards (KEY.png, KEY.txt, KEY.json).",
+        description="Make, pack, check and show webdataset shards (KEY.png, KEY.txt, KEY.json).",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (add_make, _add_pack, _add_check, _add_encode):
+    for add in (add_make, _add_pack, _add_check, _add_show, _add_encode):
         add(commands)
     args = parser.parse_args(argv)
     return int(args.run(args))
@@ -154,6 +159,96 @@ def _show(result: ShardCheck) -> None:
     if len(result.problems) > SHOWN:
         console.print(f"... and {len(result.problems) - SHOWN} more; --json lists them all")
     console.print("shards are good" if result.good else "shards have problems")
+
+
+def _add_show(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "show",
+        help="write a page and a contact sheet of a shard set: pictures with captions, sizes,"
+        " lengths, duplicates",
+    )
+    parser.add_argument(
+        "spec",
+        type=expand,
+        metavar="SHARDS",
+        help=f"a folder of .tar files, a glob or one .tar; or {', '.join(NAMED)}",
+    )
+    parser.add_argument(
+        "--out",
+        type=argument,
+        default=Path("shards.html"),
+        metavar="FILE",
+        help="the page to write, %(default)s; the sheet goes beside it as .png",
+    )
+    parser.add_argument(
+        "--count",
+        type=whole_number(1, MOST_SHOWN),
+        default=48,
+        metavar="N",
+        help="pictures shown, evenly spread over the set, %(default)s",
+    )
+    parser.add_argument("--json", action="store_true", help=JSON)
+    parser.set_defaults(run=_show_set)
+
+
+def _show_set(args: argparse.Namespace) -> int:
+    page, sheet, progress = args.out, args.out.with_suffix(".png"), ConsoleProgress()
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out {page}: a page is an .html file")
+    for file in (page, sheet):
+        refuse_unwritable(file, "--out", makes_folders=True)
+    with progress.task(IMPORTING):
+        from flowray.report.data_page import Sample, write_data_page
+        from flowray.report.page import data_uri
+    with progress.task(f"reading {args.spec}"):
+        folders = _every_split(args.spec, progress)
+        reader = ShardReader([path for each in folders for path in find_shards(each)])
+    told = survey(reader, progress)
+    with progress.task("drawing the page"):
+        shown = show(reader, args.count)
+        pictures = [
+            None if each.picture is None else data_uri("image/png", png(each.picture))
+            for each in shown
+        ]
+        samples = [
+            Sample(each.key, each.captions, picture, each.why)
+            for each, picture in zip(shown, pictures, strict=True)
+        ]
+        try:
+            page.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(sheet, png(contact_sheet(shown)), shared=True)
+        except OSError as error:
+            raise InputError(f"--out {sheet}: cannot be written: {error.strerror}") from error
+        write_data_page(page, args.spec, told.as_json(), samples)
+    if args.json:
+        print(json.dumps({"page": str(page), "sheet": str(sheet), **told.as_json()}))
+    else:
+        _say(told)
+        print(f"{page}  {sheet}")
+    return GOOD
+
+
+def _say(told: Survey) -> None:
+    """The figures in a few lines."""
+    has = ", ".join(f".{name} {count:,}" for name, count in told.extensions.items())
+    print(f"{told.samples:,} samples in {told.shards} shard(s), {told.bytes / 1e6:.1f} MB; {has}")
+    if told.looked_at < told.samples:
+        print(f"what follows is of {told.looked_at:,} samples, evenly spread")
+    sizes = [f"{size} px ({count:,})" for size, count in list(told.sizes.items())[:5]]
+    more = len(told.sizes) - len(sizes)
+    print(f"pictures: {', '.join(sizes) or 'none'}{f' and {more} other sizes' if more else ''}")
+    if told.without_picture or told.broken:
+        print(f"without a picture: {told.without_picture:,}; cannot be read: {told.broken:,}")
+    line = f"captions: {told.captions:,}, {told.distinct_captions:,} different"
+    if told.characters and told.words:
+        lengths = f"{told.characters.least} to {told.characters.greatest}"
+        middle = f"{told.characters.median:g} ({told.words.median:g} words)"
+        line += f", {lengths} characters, median {middle}"
+    print(f"{line}; samples without: {told.without_caption:,}")
+    for text, count in list(told.shared.items())[:1]:
+        print(f"most shared caption: {text[:80]!r}, {count:,} samples")
+    same = f", such as {' = '.join(told.equal[0][:3])}" if told.equal else ""
+    print(f"pictures equal to an earlier one: {told.duplicates:,}{same}")
 
 
 def _add_encode(commands: argparse._SubParsersAction[Parser]) -> None:

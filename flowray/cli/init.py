@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from flowray.cli.common import GOOD
-from flowray.cli.parser import Parser
+from flowray.cli.parser import Parser, number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.keys import GOOD_PSNR
@@ -109,21 +109,11 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--scaling-factor",
-        type=_factor,
+        type=number(above=0),
         metavar="X",
         help="of the latents, where the autoencoder's files do not state it: 0.18215 (SD 1 and 2)",
     )
     return parser
-
-
-def _factor(text: str) -> float:
-    try:
-        factor = float(text)
-    except ValueError:
-        factor = math.nan
-    if not 0 < factor < math.inf:
-        raise InputError(f"--scaling-factor: got {text!r}, want a number above 0")
-    return factor
 
 
 def main(argv: list[str]) -> int:
@@ -137,13 +127,13 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--out {out}: exists already; remove it or choose another name")
     progress = ConsoleProgress()
     with progress.task(IMPORTING):
-        from flowray.model.local import local_weights
+        from flowray.model.local import Kind, local_weights
     with progress.task(f"looking at {args.data}"):
         looked = _look(args.data, args.val)
         text = _text(args.text, looked)
         autoencoder, latent = _autoencoder(args.autoencoder, looked, args.scaling_factor)
         recipe = _recipe(out.absolute(), looked, text, autoencoder, latent)
-    parts = {"text": text, "autoencoder": autoencoder}
+    parts: dict[Kind, Part] = {"text": text, "autoencoder": autoencoder}
     partial = out.with_name(f".{out.name}")  # in the same folder: paths are relative to it
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +161,7 @@ def main(argv: list[str]) -> int:
     return GOOD
 
 
-def _refuse_unready(recipe: Recipe, absent: list[str]) -> None:
+def _refuse_unready(recipe: Recipe, absent: Sequence[str]) -> None:
     """InputError for what training would refuse, but for the weights of the `absent` parts, which
     the user is told to download.
     """

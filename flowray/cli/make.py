@@ -14,7 +14,7 @@ from flowray.config.errors import InputError
 from flowray.config.paths import argument
 from flowray.data.emoji import SIZES, EmojiSet
 from flowray.data.emoji_catalogue import PERMISSIVE, STYLES
-from flowray.data.make import DigitsSet, MadeSet, ShapesSet, ensure_set, write_set
+from flowray.data.make import DigitsSet, MadeSet, ShapesSet, ensure_set, make_set
 from flowray.data.shards import EMBEDDED, MANIFEST
 
 _OPTIONS = {  # by the set that takes them
@@ -96,13 +96,7 @@ def _make(args: argparse.Namespace) -> int:
     if args.out is None:
         folders = ensure_set(what, cache_dir(None), progress)
     else:
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise InputError(
-                f"--out {args.out}: exists already and is not an empty folder; remove it or choose"
-                " another"
-            )
-        what.prepare(cache_dir(None), progress)
-        folders = write_set(what, args.out, progress)
+        folders = make_set(what, args.out, cache_dir(None), progress)
     for split, folder in folders.items():
         count = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["samples"]
         print(f"{split:7s} {count:6d} samples  {folder}")

@@ -5,11 +5,15 @@ other, one line.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn, TypeVar
 
 from flowray.config.errors import InputError
 from flowray.config.paths import argument
+
+Value = TypeVar("Value", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,15 +73,31 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     """An argument's type: a whole number from `low` to `high`, without it of any size."""
+    top = math.inf if high is None else high
     ends = f"of {low} or more" if high is None else f"from {low} to {high}"
+    return _read(int, lambda value: low <= value <= top, f"a whole number {ends}")
 
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"got {text}, want a whole number {ends}")
-        return value
+
+def number(
+    low: float = 0.0, high: float = math.inf, *, above: float = -math.inf
+) -> Callable[[str], float]:
+    """An argument's type: a finite number from `low` to `high` that lies above `above`."""
+    begins = f"above {above:g}" if above >= low else f"from {low:g}"
+    ends = f" to {high:g}" if high < math.inf else ""
+    return _read(
+        float,
+        lambda value: low <= value <= high and above < value < math.inf,
+        f"a number {begins}{ends}",
+    )
+
+
+def _read(
+    kind: Callable[[str], Value], fits: Callable[[Value], bool], want: str
+) -> Callable[[str], Value]:
+    def parse(text: str) -> Value:
+        with suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"got {text}, want {want}")
 
     return parse

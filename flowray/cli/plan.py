@@ -34,7 +34,7 @@ from flowray.model.assemble import FlowModel, part_sizes, planned_model
 from flowray.model.autoencoder import planned_autoencoder
 from flowray.model.files import AUTOENCODER, TEXT
 from flowray.model.images import ImageEncoder
-from flowray.model.local import local_weights
+from flowray.model.local import Kind, local_weights
 from flowray.model.text import TextTokens
 
 FP32, GIB = 4, 2**30
@@ -237,6 +237,7 @@ def weights(recipe: Recipe) -> list[dict[str, Any]]:
     """Every set of weights that the run would read, and whether it is on this machine."""
     model, loss = recipe.model, recipe.loss
     named: dict[str, str | None] = {TEXT: model.text.path, AUTOENCODER: model.autoencoder.path}
+    kinds: dict[str, Kind] = {TEXT: "text", AUTOENCODER: "autoencoder"}
     if loss.clip.weight > 0 and isinstance(model.semantic, ImageTower):
         named["model.semantic.net.path"] = model.semantic.net.path
     if loss.dino.weight > 0 and not isinstance(loss.dino.teacher, EmaTeacher):
@@ -246,11 +247,7 @@ def weights(recipe: Recipe) -> list[dict[str, Any]]:
     if loss.lpips.weight > 0:
         named |= {"loss.lpips.vgg": loss.lpips.vgg, "loss.lpips.linear": loss.lpips.linear}
     return [
-        {
-            "key": key,
-            "path": path,
-            "present": bool(local_weights(path, "autoencoder" if key == AUTOENCODER else "text")),
-        }
+        {"key": key, "path": path, "present": bool(local_weights(path, kinds.get(key, "pictures")))}
         for key, path in named.items()
         if path
     ]

@@ -192,6 +192,6 @@ def _check_weights(recipe: Recipe, key: str, path: str) -> None:
     elif key == "model.autoencoder.path":
         check_autoencoder(recipe.model.autoencoder)
     elif key.startswith("loss.lpips."):
-        check_file(find_place(path, key), key)
+        check_file(find_place(path, key, "pictures"), key)
     else:
         open_model(path, key, "image_encoder")

@@ -14,7 +14,8 @@ from flowray.config.errors import InputError
 from flowray.config.paths import argument, exists
 from flowray.store.found import find_checkpoint
 
-MAX_COUNT = 1024  # pictures of a prompt or row, all in memory at once
+MAX_COUNT = 1024  # pictures of a prompt or row
+MAX_SHEET = 16 * MAX_COUNT  # of all rows, in memory at once: 200 MB of 64 px pictures
 MAX_SCALE = 64  # of 64 px pictures, sheets of 4,096 px each
 
 
@@ -91,6 +92,15 @@ def _new_file(folder: Path, prompt: str) -> Path:
     return file
 
 
+def _shape(captions: int, count: int, between: int | None) -> tuple[int, int]:
+    """Rows and columns of the sheet; InputError where it would have too many pictures."""
+    rows, columns = (count, _columns(captions, between)) if between else (captions, count)
+    if rows * columns > MAX_SHEET:
+        sheet = f"{rows:,} rows of {columns:,} make a sheet of {rows * columns:,} pictures"
+        raise InputError(f"--count {count}: {sheet}, want at most {MAX_SHEET:,}")
+    return rows, columns
+
+
 def _columns(captions: int, pictures: int) -> int:
     """Pictures of a row through the captions, each caption drawn once; InputError for too few of
     them and for too long a row.
@@ -115,9 +125,7 @@ def main(argv: list[str]) -> int:
     if empty := [place for place, prompt in enumerate(prompts, 1) if not prompt.strip()]:
         which = f"prompt {empty[0]} of {len(prompts)}"
         raise InputError(f"{which}: is empty; type a caption in quotes, or leave it out")
-    shape = (len(prompts), args.count)
-    if args.between:
-        shape = (args.count, _columns(len(prompts), args.between))
+    shape = _shape(len(prompts), args.count, args.between)
     quiet_libraries()
     progress = ConsoleProgress()
     with progress.task(LOOKING):

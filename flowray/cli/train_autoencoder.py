@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowray.cli.common import GOOD
-from flowray.cli.parser import JSON, Parser, whole_number
+from flowray.cli.parser import JSON, Parser, number, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.paths import PathField, absolute, expand, model_argument
@@ -37,16 +37,6 @@ def _levels(text: str) -> tuple[int, ...]:
             f"got {text}, want two to six multiples of 8, such as 32,64,96,128"
         )
     return channels
-
-
-def _weight(text: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = -1.0
-    if not 0 <= weight <= 1:
-        raise argparse.ArgumentTypeError(f"got {text}, want a number from 0 to 1")
-    return weight
 
 
 def _place(text: str) -> Path:
@@ -89,17 +79,18 @@ def _parser() -> Parser:
         parser.add_argument(
             option, type=whole_number(low), default=default, metavar="N", help=f"{what}, {default}"
         )
-    parser.add_argument("--lr", type=float, default=2e-3, metavar="X", help="highest, 2e-3")
+    rate = number(0, HIGHEST_LR, above=0)
+    parser.add_argument("--lr", type=rate, default=2e-3, metavar="X", help="highest, 2e-3")
     parser.add_argument(
         "--preview",
-        type=_weight,
+        type=number(0, 1),
         default=0.1,
         metavar="X",
         help="weight of the latents' likeness to the picture, 0.1",
     )
     parser.add_argument(
         "--noise",
-        type=_weight,
+        type=number(0, 1),
         default=0.3,
         metavar="X",
         help="most noise that the decoder learns to read, 0.3",
@@ -123,8 +114,6 @@ def _parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     args, progress = _parser().parse_args(argv), ConsoleProgress()
-    if not 0 < args.lr <= HIGHEST_LR:
-        raise InputError(f"--lr {args.lr}: must be above 0 and at most {HIGHEST_LR}")
     if not (args.steps or args.start):
         raise InputError(
             "--steps 0: leaves an encoder that nothing has trained; give --start MODEL"

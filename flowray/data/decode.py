@@ -32,6 +32,7 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ASIDE = (5, 6, 7, 8)  # EXIF orientations that lie on their side
 _ALIKE = 2  # of 255: profiles of sRGB by several makers differ by less
 _INK_IS_HIGH = 0  # of TIFF's tag PhotometricInterpretation: 0 is white
 
@@ -142,3 +143,15 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     probe = Image.fromarray(colours if mode == "RGB" else steps[None])
     before, after = np.asarray(probe.convert("RGB"), int), np.asarray(transform.apply(probe), int)
     return None if abs(after - before).max() <= _ALIKE else transform
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in px of the picture in a file's bytes, upright, by its header alone; what
+    follows may be broken. ValueError, one line, where the bytes begin no picture.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            return (height, width) if _orientation(image) in _ASIDE else (width, height)
+    except Exception as error:
+        raise ValueError(_reason(error, data)) from error

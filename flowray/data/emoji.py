@@ -28,7 +28,7 @@ from flowray.data import emoji_catalogue, emoji_render
 from flowray.data.emoji_catalogue import CAPTIONS, STYLES, Drawing, read_drawings
 from flowray.data.emoji_render import refuse_without_resvg, render_pngs
 from flowray.data.make import is_made, sample, set_folders
-from flowray.data.packages import fetch, require
+from flowray.data.packages import fetch_all, require
 
 SIZES = (64, 128, 256)  # px a side
 VAL, UNSEEN = 0.05, 0.04  # shares of all pairs, and of each style's subgroups
@@ -88,7 +88,7 @@ class EmojiSet:
         wanted = [CAPTIONS, *(STYLES[style] for style in chosen)]
         if self.packages is None:
             folder = cache / "packages"
-            captions, *archives = (fetch(package, folder, progress) for package in wanted)
+            captions, *archives = fetch_all(wanted, folder, progress)
         else:
             captions, *archives = require(wanted, self.packages)
         with progress.task("reading the drawings"):

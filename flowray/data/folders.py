@@ -43,8 +43,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def locked(file: IO[Any]) -> bool:
-    """Wait for the lock on an open file, which the kernel lets go when its holder dies.
+def locked(file: IO[Any] | int) -> bool:
+    """Wait for the lock on an open file or folder, which the kernel lets go when its holder dies.
 
     False on a disk without such locks, where two writers at once then both write.
     """

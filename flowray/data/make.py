@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress, counted
 from flowray.data import digits, open_shapes, shapes
 from flowray.data.folders import locked
-from flowray.data.shards import MANIFEST, write_shards
+from flowray.data.shards import MANIFEST, left_partials, refuse_occupied, write_shards
 
 SCANS = 1797  # of digits, both splits
 EmbeddedName = Literal["shapes", "shapes_closed", "digits"]
@@ -182,8 +183,7 @@ def ensure_set(what: MadeSet, cache: Path, progress: Progress = SILENT) -> dict[
         root.mkdir(parents=True, exist_ok=True)
         with (root / ".lock").open("w") as lock:
             if locked(lock):
-                for left in root.glob(".*.????????????"):  # what a killed writer left: nobody
-                    shutil.rmtree(left, ignore_errors=True)  # else writes while we hold the lock
+                _remove_partials(what, root)
             what.prepare(cache, progress)
             return write_set(what, root, progress)
     except OSError as error:
@@ -191,6 +191,46 @@ def ensure_set(what: MadeSet, cache: Path, progress: Progress = SILENT) -> dict[
             f"{root}: cannot write there: {error.strerror}; set data.cache or FLOWRAY_CACHE to a"
             " writable folder"
         ) from error
+
+
+def make_set(
+    what: MadeSet, root: Path, cache: Path, progress: Progress = SILENT
+) -> dict[str, Path]:
+    """Prepare a set and write it into `root`, not there or empty but for what a killed process
+    left of such a set, which is removed; split -> folder.
+
+    cache: for what `prepare` fetches. InputError where something else is there.
+    """
+    _refuse_others(what, root)
+    what.prepare(cache, progress)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        held = os.open(root, os.O_RDONLY)
+        try:
+            if locked(held):  # nobody else writes there
+                _remove_partials(what, root)
+            _refuse_others(what, root)  # another one was first
+            return write_set(what, root, progress)
+        finally:
+            os.close(held)
+    except OSError as error:
+        raise InputError(f"{root}: cannot be written: {error.strerror or error}") from error
+
+
+def _partials(what: MadeSet, root: Path) -> list[Path]:
+    return [left for split in what.splits for left in left_partials(root / split)]
+
+
+def _remove_partials(what: MadeSet, root: Path) -> None:
+    """Remove what killed writers left; the caller holds the lock, so nobody else writes."""
+    for left in _partials(what, root):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _refuse_others(what: MadeSet, root: Path) -> None:
+    """InputError where there is anything but what killed writers left."""
+    if not root.is_dir() or set(root.iterdir()) - set(_partials(what, root)):
+        refuse_occupied(root)
 
 
 def ensure_embedded(

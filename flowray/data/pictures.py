@@ -27,18 +27,35 @@ def decode_image(reader: ShardReader, index: int) -> np.ndarray:
 
 
 def pictures_also_in(reader: ShardReader, other: ShardReader) -> set[str]:
-    """Keys of the samples whose picture is, byte for byte, one of another reader's.
+    """Keys of the samples whose picture is, byte for byte, one of another reader's, whatever
+    extension each has.
 
     Of the other only pictures that have the size of one of these are read: few, as a rule.
     """
-    found = set[str]()
+    sizes, others = picture_bytes(reader), picture_bytes(other)
+    both = np.intersect1d(sizes[sizes >= 0], others)
+    known = {_digest(other, i) for i in _places(others, both)}
+    return {reader.keys[i] for i in _places(sizes, both) if _digest(reader, i) in known}
+
+
+def equal_pictures(reader: ShardReader, among: np.ndarray) -> list[list[int]]:
+    """The samples `among` (N,) whose pictures are byte for byte equal, in groups of two or more,
+    the largest first. Only pictures that share their size with another one are read.
+    """
+    sizes = picture_bytes(reader)[among]
+    known, counts = np.unique(sizes[sizes >= 0], return_counts=True)
+    groups: dict[bytes, list[int]] = {}
+    for i in among[_places(sizes, known[counts > 1])].tolist():
+        groups.setdefault(_digest(reader, i), []).append(i)
+    return sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
+
+
+def picture_bytes(reader: ShardReader) -> np.ndarray:
+    """The size of every sample's picture file in bytes, int64 (len,); -1 where it has none."""
+    found = np.full(len(reader), -1)
     for extension in EXTENSIONS:
-        sizes, others = reader.sizes(extension), other.sizes(extension)
-        both = np.intersect1d(sizes[sizes >= 0], others)
-        known = {_digest(other, i, extension) for i in _places(others, both)}
-        found |= {
-            reader.keys[i] for i in _places(sizes, both) if _digest(reader, i, extension) in known
-        }
+        sizes = reader.sizes(extension)
+        found = np.where(found < 0, sizes, found)
     return found
 
 
@@ -46,8 +63,9 @@ def _places(sizes: np.ndarray, wanted: np.ndarray) -> list[int]:
     return [int(i) for i in np.flatnonzero(np.isin(sizes, wanted))]
 
 
-def _digest(reader: ShardReader, index: int, extension: str) -> bytes:
-    return hashlib.sha256(reader.read(index, extension)).digest()
+def _digest(reader: ShardReader, index: int) -> bytes:
+    extension = picture_of(reader.extensions(index))
+    return hashlib.sha256(reader.read(index, str(extension))).digest()
 
 
 def decode_sized(reader: ShardReader, index: int, size: tuple[int, int]) -> np.ndarray:

@@ -90,6 +90,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def left_partials(folder: Path) -> list[Path]:
+    """What writers of `folder` that were killed left: the hidden siblings of `whole_folder`."""
+    return sorted(folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 12}"))
+
+
 def _write_tar(path: Path, samples: Iterable[dict[str, Any]], seen: set[str]) -> int:
     """One tar; `seen` holds the keys of the shards before it and gets its own."""
     from webdataset.writer import TarWriter  # slow to import, and reading needs none of it

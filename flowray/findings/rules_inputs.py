@@ -117,7 +117,7 @@ INPUTS: tuple[Rule, ...] = (
         "z1 = autoencoder.sample(autoencoder.encode_moments(x), noise), in one place; encode again:"
         " python -m flowray.data encode RECIPE. Do not rescale z1 by a norm ratio: it hides the"
         " cause",
-        (*BAD_FIELD, "latent_scale_off", "kl_crushing", "kl_drowned"),
+        (*BAD_FIELD, "vae_poor", "latent_scale_off", "kl_crushing", "kl_drowned"),
     ),
     Rule(
         "wrong_autoencoder",
@@ -329,7 +329,7 @@ INPUTS: tuple[Rule, ...] = (
         "pictures have their channels in another order than RGB, or are negatives: their colours"
         " are not those that captions name",
         "read the pictures as RGB (OpenCV gives BGR: image[..., ::-1]), pack and encode again",
-        (*BAD_PICTURES, "captions_partly_wrong"),
+        (*BAD_PICTURES, "vae_poor", "captions_partly_wrong"),
     ),
     Rule(
         "pictures_grey",

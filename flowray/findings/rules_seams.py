@@ -228,7 +228,8 @@ def _where(part: str, r: Reading) -> str:
 
 def _rule(place: int, seam: Seam) -> Rule:
     later = tuple(f"seam_{other.name}" for other in SEAMS[place + 1 :])
-    spoilt = (*BAD_FIELD, *NO_TEXT, *BAD_SOURCE, "losses_opposed") if seam.wide else BAD_PICTURES
+    wide = (*BAD_FIELD, *NO_TEXT, *BAD_SOURCE, "losses_opposed")
+    spoilt = (*(wide if seam.wide else BAD_PICTURES), "vae_poor")
     return Rule(
         f"seam_{seam.name}",
         "bad",

@@ -16,9 +16,14 @@ from safetensors import SafetensorError, safe_open
 
 from flowray.config.errors import InputError
 from flowray.config.paths import is_hub_name, no_such
-from flowray.model.local import find_place
+from flowray.model.local import Kind, find_place
 
 Part = Literal["text_encoder", "vae", "image_encoder"]  # as pipelines on the hub name their folders
+_KINDS: dict[Part, Kind] = {
+    "text_encoder": "text",
+    "vae": "autoencoder",
+    "image_encoder": "pictures",
+}
 CONFIG = "config.json"
 TEXT, AUTOENCODER = "model.text.path", "model.autoencoder.path"  # the recipe keys that errors name
 WHOLE, BLOCKS, BLOCK = 2**26, 64, 2**16  # of a large file, 64 blocks of 64 KiB are 4 MiB
@@ -39,15 +44,13 @@ class ModelFiles(NamedTuple):
     variant: str | None
 
 
-def find_model(
-    path: str, where: str, part: Part, embedded: str = "text", *, weights: bool = True
-) -> Path:
+def find_model(path: str, where: str, part: Part, *, weights: bool = True) -> Path:
     """The folder with the config.json of `path`, or the file it names; of a pipeline its `part`.
 
     where: the recipe key, which begins the message. weights: as for `find_place`. InputError, one
     line: nothing there, or not clear which part is meant.
     """
-    place = find_place(path, where, embedded, weights=weights)
+    place = find_place(path, where, _KINDS[part], weights=weights)
     if place.is_file() or ((place / CONFIG).is_file() and not (place / _PIPELINE).is_file()):
         return place
     if not place.is_dir():
@@ -79,15 +82,13 @@ def beside(folder: Path, part: Part, where: str) -> str:
     return f"; type {where}={found[0]}" if found else ""
 
 
-def open_model(
-    path: str, where: str, part: Part, embedded: str = "text", *, weights: bool = True
-) -> ModelFiles:
+def open_model(path: str, where: str, part: Part, *, weights: bool = True) -> ModelFiles:
     """What a loader needs to know of `path`; weights False: for a plan, config.json is enough.
 
     InputError, one line with what to type: see `find_model`, or weights that are missing, cut off,
     quantised, git-lfs pointers, or of several variants.
     """
-    place = find_model(path, where, part, embedded, weights=weights)
+    place = find_model(path, where, part, weights=weights)
     again = f"type `hf download {path}`" if is_hub_name(path) else "download it again"
     folder = place.parent if place.is_file() else place
     if not (folder / CONFIG).is_file():
@@ -127,10 +128,10 @@ def _refuse_quantised(config: dict[str, Any], folder: Path, where: str) -> None:
 
 def open_autoencoder(path: str, *, weights: bool = True) -> ModelFiles | Path:
     """The same for an autoencoder; the path alone of a file of weights without a config.json."""
-    place = find_model(path, AUTOENCODER, "vae", "autoencoder", weights=weights)
+    place = find_model(path, AUTOENCODER, "vae", weights=weights)
     if place.is_file() and not place.name.startswith(_DIFFUSERS[0][0]):
         return place
-    return open_model(path, AUTOENCODER, "vae", "autoencoder", weights=weights)
+    return open_model(path, AUTOENCODER, "vae", weights=weights)
 
 
 def check_file(file: Path, where: str) -> None:

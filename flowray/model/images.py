@@ -125,9 +125,10 @@ def load_image_encoder(config: ImageNetConfig, where: str, *, frozen: bool) -> I
         return ImageEncoder(
             config, next(iter(family.nets.values()))(_shape(family, config.dims)), frozen
         )
-    if planning() and local_place(str(config.path)) is None and is_hub_name(str(config.path)):
-        raise InputError(f"{where}.path: {_typed_in_a_plan(str(config.path), where)}")
-    files = open_model(str(config.path), f"{where}.path", "image_encoder", weights=not planning())
+    path = str(config.path)
+    if planning() and local_place(path, "pictures") is None and is_hub_name(path):
+        raise InputError(f"{where}.path: {_typed_in_a_plan(path, where)}")
+    files = open_model(path, f"{where}.path", "image_encoder", weights=not planning())
     made = transformers_config(files, f"{where}.path", "image_encoder")
     kind, nets = made.model_type, _FAMILIES[type(config)].nets
     if kind not in nets:

@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -15,8 +16,9 @@ from flowray.config.errors import InputError, did_you_mean
 from flowray.config.paths import SHIPPED, exists, is_hub_name, no_such
 from flowray.model.assets import asset_path
 
-# (name, what is wanted) -> folder in the package
-_SHIPPED = {
+Kind = Literal["text", "autoencoder", "pictures"]  # pictures: a network that sees them
+# (name, kind of model) -> folder in the package; none that sees pictures is shipped
+_SHIPPED: dict[tuple[str, Kind], str] = {
     ("embedded", "text"): "text",
     ("embedded", "autoencoder"): "autoencoder",
     ("embedded_emoji", "autoencoder"): "autoencoder_emoji",
@@ -28,23 +30,24 @@ _SHARD = re.compile(r"(.*)-\d+-of-(\d+)(\..*)")  # model-00001-of-00004.safetens
 _READ = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.tiktoken", "*.txt"]
 
 
-def find_place(path: str, where: str, embedded: str = "text", *, weights: bool = True) -> Path:
+def find_place(path: str, where: str, kind: Kind = "text", *, weights: bool = True) -> Path:
     """The file or folder that `path` means: a shipped model, a path, or a hub name that was
     downloaded before, with its weights.
 
-    where: the recipe key, which begins the message. embedded: which of the shipped models is
-    wanted, `text` or `autoencoder`. weights False: of a hub name, any of its files are enough.
+    where: the recipe key, which begins the message. kind: of the model that is wanted,
+    which tells the shipped ones apart. weights False: of a hub name, any of its files are enough.
     InputError with what to type: nothing is there, or a shipped model of another kind.
     """
-    place = local_place(path, embedded)
+    place = local_place(path, kind)
     named = is_hub_name(path)
     if place is not None and not (named and weights and not _has_weights(place)):
         return place
     if may_download(path):
         return _download(path, where)
     if path in SHIPPED:
-        names = " or ".join(repr(name) for name, kind in _SHIPPED if kind == embedded)
-        raise InputError(f"{where}: {path!r} is another kind of model; take {names}")
+        names = " or ".join(repr(name) for name, shipped in _SHIPPED if shipped == kind)
+        take = names or "the path of a folder or a hub name: none of this kind is shipped"
+        raise InputError(f"{where}: {path!r} is another kind of model; take {take}")
     if path in FETCHED_MODELS:
         fetching = f"python -m flowray.models fetch {path}"
         raise InputError(f"{where}: {path!r} is not on this machine; type `{fetching}`")
@@ -64,12 +67,12 @@ def may_download(path: str) -> bool:
     return is_hub_name(path) and os.environ.get(DOWNLOAD) == "1"
 
 
-def local_place(path: str, embedded: str = "text") -> Path | None:
+def local_place(path: str, kind: Kind = "text") -> Path | None:
     """The same without an error: None where nothing is there. Of a hub name there may be a part of
     its files only, such as config.json.
     """
     if path in SHIPPED:
-        folder = _SHIPPED.get((path, embedded))
+        folder = _SHIPPED.get((path, kind))
         return asset_path(folder) if folder else None
     if path in FETCHED_MODELS:
         place = fetched_model(path)
@@ -82,9 +85,9 @@ def local_place(path: str, embedded: str = "text") -> Path | None:
         return None
 
 
-def local_weights(path: str, embedded: str = "text") -> Path | None:
+def local_weights(path: str, kind: Kind = "text") -> Path | None:
     """`local_place`, but None where no weights lie there, or of all that do a shard is missing."""
-    place = local_place(path, embedded)
+    place = local_place(path, kind)
     if place is None or place.is_file():
         return place
     return place if _has_weights(place) else None

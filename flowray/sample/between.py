@@ -21,21 +21,22 @@ from flowray.sample.generate import BATCH, integrated, source_noise
 @torch.no_grad()
 def between_latents(
     model: FlowModel,
-    captions: Sequence[str],
-    after: Sequence[str],
+    first: Source,
+    second: Source,
     shares: Tensor,
     config: SampleConfig,
     noise: Tensor,
 ) -> Tensor:
-    """Integrated latents (B, C, H, W), a share (B,) in [0, 1] of the way from a caption to the one
-    after it: those of `generate_latents` for the first at 0, for the second at 1. The model should
-    be in eval mode.
+    """Integrated latents (B, C, H, W), a share (B,) in [0, 1] of the way from a caption to another
+    one: those of `generate_latents` for the first at 0, for the second at 1. The model should be in
+    eval mode.
+
+    first, second: the captions of each picture as the model has them; their z0 is not used.
 
     The source's mean and log-variance are mixed, and so are the velocities that a conditioned
     network has for the two captions (Liu et al., arXiv 2206.01714), not their tokens: an encoder
     makes more of them of a longer caption, and none of one belongs to one of the other.
     """
-    first, second = model.source(captions, noise), model.source(after, noise)
     a, b, share = first.posterior, second.posterior, expand(shares.to(noise), noise)
     mixed = Posterior(
         torch.lerp(a.mu, b.mu, share), torch.lerp(a.logvar, b.logvar, share), a.amplitude
@@ -71,17 +72,14 @@ def between(
     legs, steps = len(captions) - 1, pictures - 1
     stops = [(leg, step) for leg in range(legs) for step in range(steps)] + [(legs - 1, steps)]
     noise = source_noise(model, rows, seed, next(model.velocity.parameters()).device)
+    ends = model.source(captions, noise[:1])
     noise, stops, made = noise.repeat_interleave(len(stops), dim=0), stops * rows, []
     for start in range(0, len(stops), BATCH):
         part = stops[start : start + BATCH]
-        latents = between_latents(
-            model,
-            [captions[leg] for leg, _ in part],
-            [captions[leg + 1] for leg, _ in part],
-            torch.tensor([step for _, step in part]) / steps,
-            config,
-            noise[start : start + BATCH],
-        )
+        leg, step = torch.tensor(part, device=noise.device).unbind(1)
+        first, second = ends.rows(leg), ends.rows(leg + 1)
+        own = noise[start : start + BATCH]
+        latents = between_latents(model, first, second, step / steps, config, own)
         made.append(from_pictures(autoencoder.decode(latents)))
         if advance:
             advance(len(part))

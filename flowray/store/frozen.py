@@ -15,7 +15,7 @@ from flowray.config.errors import InputError
 from flowray.config.model import ModelConfig
 from flowray.config.paths import SHIPPED
 from flowray.model.files import AUTOENCODER, TEXT, content_of, open_autoencoder, open_model
-from flowray.model.local import local_place, local_weights
+from flowray.model.local import Kind, local_place, local_weights
 
 WEIGHTS = "frozen"  # their key in a checkpoint's state
 
@@ -25,9 +25,9 @@ def frozen_weights(model: ModelConfig) -> dict[str, str]:
     whole.
     """
     found: dict[str, str] = {}
-    for key, (path, embedded) in _places(model).items():
+    for key, (path, kind) in _places(model).items():
         with suppress(InputError):  # whoever loads the model says what is wrong with it
-            if local_weights(path, embedded) is not None:
+            if local_weights(path, kind) is not None:
                 files = (
                     open_model(path, TEXT, "text_encoder")
                     if key == TEXT
@@ -37,7 +37,7 @@ def frozen_weights(model: ModelConfig) -> dict[str, str]:
     return found
 
 
-def _places(model: ModelConfig) -> dict[str, tuple[str, str]]:
+def _places(model: ModelConfig) -> dict[str, tuple[str, Kind]]:
     return {TEXT: (model.text.path, "text"), AUTOENCODER: (model.autoencoder.path, "autoencoder")}
 
 
@@ -50,14 +50,14 @@ def refuse_other_weights(checkpoint: Path, kept: dict[str, Any], model: ModelCon
     """
     noted = kept.get(WEIGHTS)
     here = frozen_weights(model) if noted else {}
-    for key, (path, embedded) in _places(model).items():
+    for key, (path, kind) in _places(model).items():
         if noted is None:
             other = path == "embedded"
         else:
             other = key in noted and key in here and noted[key] != here[key]
         if not other:
             continue
-        what, instead = str(local_place(path, embedded)), "put those weights back to go on"
+        what, instead = str(local_place(path, kind)), "put those weights back to go on"
         if path in SHIPPED:
             what, written = path, _commit(checkpoint.parent.parent / "config.yaml")
             instead = f"install the flowray that wrote it{written} to go on"

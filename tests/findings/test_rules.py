@@ -495,6 +495,12 @@ def test_captions_made_on_purpose_and_a_high_loss_are_no_faults(rows: dict[str, 
     assert silent.isdisjoint(finding.id for finding in found)
 
 
+def test_captions_do_not_explain_a_poor_autoencoder() -> None:
+    rows = {"data/captions_wrong": 0.21, "data/captions_wrong_low": 0.15, "vae/psnr": 17.0}
+    found = {f.id: f for f in diagnose({**HEALTHY, **rows}, FACTS, falling(1.5, 0.27))}
+    assert {"captions_partly_wrong", "vae_poor"} <= found.keys()
+
+
 def test_what_a_natural_set_may_have_is_no_more_than_a_warning() -> None:
     for rows, id in (
         ({"data/side_across_high": 0.61, "data/side_across_low": 0.46}, "pictures_mirrored"),

@@ -14,7 +14,10 @@ from torch import nn
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
 from flowray.config.model import DCAutoencoder, KLAutoencoder
+from flowray.config.paths import SHIPPED
+from flowray.config.towers import DinoV2Net
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
+from flowray.model.images import load_image_encoder
 from flowray.model.latent import LatentScale, Moments
 from flowray.model.local import find_place
 from flowray.probes.vae import psnr
@@ -174,3 +177,19 @@ def test_the_autoencoder_of_drawings_is_small_and_no_text_model() -> None:
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
     with pytest.raises(InputError, match=r"model\.text\.path.*another kind.*'embedded'"):
         find_place("embedded_emoji", "model.text.path")
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_no_shipped_model_sees_pictures(path: str) -> None:
+    for where, load in (
+        (
+            "loss.repa.teacher.path",
+            lambda: load_image_encoder(DinoV2Net(path=path), "loss.repa.teacher", frozen=True),
+        ),
+        ("loss.lpips.vgg", lambda: find_place(path, "loss.lpips.vgg", "pictures")),
+    ):
+        with pytest.raises(
+            InputError, match=rf"^{where}: '{path}' is another kind of model"
+        ) as told:
+            load()
+        assert "none of this kind is shipped" in str(told.value)

@@ -44,14 +44,20 @@ def test_near_is_also_known_where_a_posterior_is_a_point() -> None:
     assert near_metrics(twice, torch.zeros_like(twice))["data/near_share"] == pytest.approx(0.5)
 
 
-def told(size: float, wrong: float, language: str = "a {} one") -> dict[str, float]:
-    """Of 600 samples with one of six words, which moves z by `size` along its own direction."""
+def told(
+    size: float, wrong: float, language: str = "a {} one", *, count: int = 600, loose: int = 0
+) -> dict[str, float]:
+    """Of samples with one of six words, which moves z by `size` along its own direction.
+
+    loose: of how many words half of the samples show any of the six.
+    """
     rng = np.random.default_rng(0)
     words = np.array(["red", "blue", "tall", "wide", "old", "new"])
-    kinds = rng.integers(6, size=600)
-    z = rng.normal(size=(600, 80))
-    z[np.arange(600), kinds] += size
-    mixed = rng.permutation(600)[: int(600 * wrong)]
+    kinds = rng.integers(6, size=count)
+    z = rng.normal(size=(count, 80))
+    second = (kinds < loose) & (np.arange(count) % 2 == 1)
+    z[np.arange(count), np.where(second, np.roll(kinds, 1), kinds)] += size
+    mixed = rng.permutation(count)[: int(count * wrong)]
     kinds[mixed] = np.roll(kinds[mixed], 1)
     return told_metrics([language.format(word) for word in words[kinds]], z)
 
@@ -64,6 +70,12 @@ def test_the_share_of_wrong_captions_is_read_from_those_that_are_right() -> None
     assert third["data/captions_wrong"] == pytest.approx(0.33 * 5 / 6, abs=0.1)
     assert third["data/captions_wrong_low"] > 0.06
     assert half["data/captions_wrong_low"] > third["data/captions_wrong_low"]
+
+
+@pytest.mark.parametrize("loose", [1, 2])
+def test_words_of_two_meanings_are_not_wrong_captions(loose: int) -> None:
+    assert told(8.0, 0.0, count=4000, loose=loose)["data/captions_wrong_low"] < 0.06
+    assert told(8.0, 0.4, count=4000, loose=loose)["data/captions_wrong_low"] > 0.06
 
 
 @pytest.mark.parametrize("size", [1.5, 2.0, 3.0, 4.0])

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowray.config.flow import SampleConfig
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
-from flowray.model.assemble import FlowModel, build_model
+from flowray.model.assemble import FlowModel, Source, build_model
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
 from flowray.sample.between import between, between_latents
 from flowray.sample.generate import generate, generate_latents, source_noise
@@ -64,6 +64,11 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
+def ends(model: FlowModel, *captions: list[str]) -> list[Source]:
+    with torch.no_grad():
+        return [model.source(each, source_noise(model, 1, 0, CPU)) for each in captions]
+
+
 def check_ends(model: FlowModel, guidance: float) -> None:
     """One noise: at 0 the first caption's latent, at 1 the second's, neither of them half-way."""
     config = SampleConfig(steps=3, guidance_scale=guidance)
@@ -71,7 +76,8 @@ def check_ends(model: FlowModel, guidance: float) -> None:
     a, b = (generate_latents(model, [caption], config, noise)[0] for caption in (A, B))
     shares = torch.tensor([0.0, 0.5, 1.0])
     row = noise.expand(3, -1, -1, -1)
-    start, middle, end = between_latents(model, [A] * 3, [B] * 3, shares, config, row)
+    first, second = ends(model, [A] * 3, [B] * 3)
+    start, middle, end = between_latents(model, first, second, shares, config, row)
     assert torch.allclose(start, a, atol=1e-4)
     assert torch.allclose(end, b, atol=1e-4)
     assert apart(a, b) > 0.01
@@ -104,7 +110,7 @@ def test_a_quarter_of_the_way_by_hand(recipe: Recipe, name: str, guidance: float
     model = model_of(recipe, **SOURCES[name])
     config = SampleConfig(steps=1, guidance_scale=guidance)
     noise = source_noise(model, 1, 7, CPU)
-    got = between_latents(model, [A], [B], torch.tensor([0.25]), config, noise)
+    got = between_latents(model, *ends(model, [A], [B]), torch.tensor([0.25]), config, noise)
     with torch.no_grad():
         a, b = (model.source([caption], noise) for caption in (A, B))
         mean = 0.75 * a.posterior.mean + 0.25 * b.posterior.mean
@@ -126,13 +132,16 @@ def test_rows_through_three_captions(recipe: Recipe, monkeypatch: pytest.MonkeyP
     model, config = model_of(recipe, **ADALN), SampleConfig(steps=2)
     autoencoder: Autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
     heard: list[int] = []
+    read: list[int] = []  # captions that the text model was given
 
     def drawn(seed: int) -> np.ndarray:
         flat = between(model, autoencoder, [A, B, C], 3, 2, config, seed, heard.append)
         return flat.reshape(2, 5, 8, 8, 3).astype(int)
 
+    hook = model.text.register_forward_pre_hook(lambda _, given: read.append(len(given[0].mask)))
     pictures = drawn(7)
-    assert sum(heard) == 10
+    hook.remove()
+    assert (sum(heard), sum(read)) == (10, 3)
     for column, caption in ((0, A), (2, B), (4, C)):
         alone = generate(model, autoencoder, [caption] * 2, config, 7)
         assert np.abs(pictures[:, column] - alone).max() <= 1
