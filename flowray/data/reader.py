@@ -108,6 +108,10 @@ class ShardReader:
         shard, row = self._place(i)
         return self._open(shard)[1].key(row)
 
+    def places(self, samples: Collection[int]) -> list[int]:
+        """Where samples are among all of the shards, those left out too: as `without` takes them."""
+        return [int(self._kept[i]) for i in samples]
+
     def label(self, i: int) -> str:
         return f"shard {self.paths[self._place(i)[0]]}, sample {self.key(i)!r}"
 

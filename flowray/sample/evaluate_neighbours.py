@@ -38,14 +38,15 @@ from flowray.sample.neighbours import (
 )
 from flowray.sample.painters import painters
 from flowray.sample.restore import OpenedRun
+from flowray.store.encode import ENCODE_BATCH
 from flowray.store.latents import (
-    ENCODE_BATCH,
     LatentSet,
     ensure_latents,
     load_latents,
     others,
     pictures_fingerprint,
 )
+from flowray.store.sums import Sums
 
 SHOWN_CAPTIONS, SHOWN_DRAWS = 12, 6
 
@@ -55,7 +56,7 @@ def features_of(samples: Samples, judge: Judge, cache: Path, progress: Progress)
 
     InputError names a picture of another size than the first.
     """
-    made_of = f"{judge.fingerprint} {pictures_fingerprint(samples.reader)}"
+    made_of = f"{judge.fingerprint} {pictures_fingerprint(samples.reader, Sums(cache))}"
     file = cache / f"features-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
     if judge.name != PIXELS and (kept := _kept(file)) is not None:
         return kept
@@ -85,10 +86,10 @@ def _kept(file: Path) -> np.ndarray | None:
 
 
 def _latents(latents: LatentSet, without: Collection[int]) -> np.ndarray:
-    """The mean latents of all samples but those at these places, (N, dims) fp32, as LATENTS has
-    them.
+    """The mean latents of all samples but those at these places of the pictures' shards,
+    (N, dims) fp32, as LATENTS has them.
     """
-    kept = np.setdiff1d(np.arange(len(latents)), list(without))
+    kept = np.flatnonzero([place not in without for place in latents.places().tolist()])
     parts = []
     for start in range(0, len(kept), ENCODE_BATCH):
         moments = latents.moments(kept[start : start + ENCODE_BATCH])
@@ -111,6 +112,11 @@ def _features(
             with progress.task(f"reading {split} latents"):
                 kept = load_latents(folders[split], samples.reader.limit)
                 features.append(_latents(kept, samples.reader.without))
+            if len(features[-1]) != len(samples.reader):  # bad ones were found only now
+                raise InputError(
+                    f"{split}: {len(features[-1])} latents of {len(samples.reader)} pictures, as"
+                    " some were skipped while they were encoded; start again"
+                )
         else:
             features.append(features_of(samples, judge, cache, progress))
     return features
