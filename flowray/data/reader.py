@@ -109,7 +109,7 @@ class ShardReader:
         return self._open(shard)[1].key(row)
 
     def places(self, samples: Collection[int]) -> list[int]:
-        """Where samples are among all of the shards, those left out too: as `without` takes them."""
+        """Where samples are among all those of the shards: the places that `without` takes."""
         return [int(self._kept[i]) for i in samples]
 
     def label(self, i: int) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from flowray.config.cache import cache_dir
+from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.writing import write_whole
