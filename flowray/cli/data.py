@@ -256,7 +256,14 @@ def _add_encode(commands: argparse._SubParsersAction[Parser]) -> None:
         "encode",
         help="cache the latents that a recipe trains on; training does it by itself on first use",
     )
-    add_recipe(parser)
+    add_recipe(parser, "data.max_bad=0.01")
+    parser.add_argument(
+        "--workers",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="processes that encode at once, each its share of the shards (default %(default)s)",
+    )
     parser.set_defaults(run=_encode)
 
 
@@ -267,7 +274,8 @@ def _encode(args: argparse.Namespace) -> int:
 
     ready.check_shards(recipe)
     made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
-    for split, folder in ensure_latents(*made_of, progress).items():
+    folders = ensure_latents(*made_of, progress, processes=args.workers)
+    for split, folder in folders.items():
         mean, least, most = channel_metrics(load_latents(folder)).values()
         print(
             f"{split:<8}{folder}  channels: mean within {mean:.2f} of 0, std {least:.2f} to"

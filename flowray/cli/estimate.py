@@ -59,7 +59,7 @@ def wall_time(
         if (
             not problems
             and _usable(weights)
-            and (pictures := unencoded(recipe.data, recipe.model.autoencoder))
+            and (pictures := unencoded(recipe.data, recipe.model.autoencoder, recipe.model.latent))
         ):
             each = encode_seconds(recipe)
             basis += f"; {pictures:,} pictures to encode first, {each:.2g} s each"

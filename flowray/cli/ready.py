@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from flowray.config.base import LatentSpec
@@ -15,6 +17,7 @@ from flowray.data.reader import ShardReader
 from flowray.data.shards import EMBEDDED
 
 LOOKED_AT = 1000  # samples of a split, of which the first, the middle and the last are decoded
+SPREAD = 20  # samples of each split that are decoded where one of those is bad
 
 
 def refuse_unready(recipe: Recipe) -> None:
@@ -116,8 +119,34 @@ def check_shards(recipe: Recipe) -> None:
         _check_latent(recipe, side, side)
         return
     splits = split_shards(recipe.data).values()
-    readers = (ShardReader(shards, limit=LOOKED_AT) for shards in splits)
-    _check_latent(recipe, *one_size(readers, "data.shards"))
+    readers = [ShardReader(shards, limit=LOOKED_AT) for shards in splits]
+    try:
+        size = one_size(readers, "data.shards")
+    except InputError:
+        usual = _usual_size(readers, recipe.data.max_bad)
+        if usual is None:
+            raise
+        size = usual
+    _check_latent(recipe, *size)
+
+
+def _usual_size(readers: Sequence[ShardReader], max_bad: float) -> tuple[int, int] | None:
+    """(height, width) of over half of the pictures that are looked at, where some may be bad; None
+    where there is no such size. How many are bad is for the encoder to find out.
+    """
+    from flowray.data.pictures import decode_image
+
+    # of a set that goes on beyond these samples any share may allow one
+    if not max_bad or not any(len(r) >= min(LOOKED_AT, 1 / max_bad) for r in readers):
+        return None
+    sizes, looked = Counter[tuple[int, int]](), 0
+    for reader in readers:
+        for index in range(0, len(reader), -(-len(reader) // SPREAD)):
+            looked += 1
+            with suppress(InputError):
+                sizes[decode_image(reader, index).shape[:2]] += 1
+    usual = [size for size, count in sizes.items() if 2 * count > looked]
+    return usual[0] if usual else None
 
 
 def _check_latent(recipe: Recipe, height: int, width: int) -> None:

@@ -18,6 +18,7 @@ from flowray.config.schema import key_paths, show
 _KEPT = ("seed", "data", "model")
 _FREE = (
     "data.cache",
+    "data.max_bad",
     "model.autoencoder.parameters",
     "model.text.cache",
     "model.text.cache_gib",

@@ -35,6 +35,16 @@ class DataConfig(Config):
     val_shards: OptionalShards = None
     cache: OptionalPath = None
     limit: int | None = Field(None, gt=0, description="use only the first `limit` samples")
+    max_bad: float = Field(
+        0.001,
+        ge=0,
+        le=1,
+        description=(
+            "the share of a split's samples that may be left out as bad when latents are made: no"
+            " picture, one that does not decode or is of another size, no caption, latents that are"
+            " not finite; 0 allows none"
+        ),
+    )
     shuffle_captions: bool = Field(
         False,
         description=(

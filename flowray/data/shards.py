@@ -164,17 +164,17 @@ def find_shards(spec: str) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def only_plain(paths: Iterable[Path]) -> bool:
-    """Whether `flowray.data` made or packed all of these tars, by the manifests beside them: their
-    pictures are PNGs of 8-bit RGB then, with nothing to turn, blend or convert. It reads no sample.
+def are_plain(paths: Iterable[Path]) -> list[bool]:
+    """Of each tar whether `flowray.data` made or packed it, by the manifest beside it: its pictures
+    are PNGs of 8-bit RGB then, with nothing to turn, blend or convert. It reads no sample.
     """
     by_folder: dict[Path, dict[str, int]] = {}
+    plain = []
     for path in paths:
         if path.parent not in by_folder:
             by_folder[path.parent] = _written_here(path.parent)
-        if by_folder[path.parent].get(path.name) != path.stat().st_size:
-            return False
-    return True
+        plain.append(by_folder[path.parent].get(path.name) == path.stat().st_size)
+    return plain
 
 
 def _written_here(folder: Path) -> dict[str, int]:

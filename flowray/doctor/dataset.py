@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import from_pictures, to_pictures
-from flowray.data.reader import ShardReader
 from flowray.doctor.measured import Measured
 from flowray.doctor.subject import Subject
 from flowray.flow.draws import Draws
@@ -193,7 +192,7 @@ def _order(subject: Subject, count: int) -> np.ndarray:
 
 def _pictures(latents: LatentSet, indices: np.ndarray) -> Tensor:
     """The pictures (B, 3, H, W) in [-1, 1] that latents were made of."""
-    reader = ShardReader(latents.pictures)
+    reader = latents.picture_reader()
     return to_pictures([decode_image(reader, int(i)) for i in indices])
 
 

@@ -48,6 +48,12 @@ class Autoencoder(nn.Module):
         self.net: Any = net.eval().requires_grad_(False)
         self.latent, self.scale = latent, scale
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(height, width) in px of the pictures that become its latents."""
+        _, cell = compression(self.net.config) or (0, 1)
+        return self.latent.height * cell, self.latent.width * cell
+
     def train(self, mode: bool = True) -> Autoencoder:
         """Stay in eval mode: a frozen autoencoder has no other."""
         return super().train(False)

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import to_pictures
-from flowray.data.reader import ShardReader
 from flowray.flow.draws import Draws
 from flowray.model.autoencoder import Autoencoder
 from flowray.model.latent import Moments
@@ -38,7 +37,7 @@ def vae_metrics(
     autoencoder: Autoencoder, held_out: LatentSet, count: int, seed: int
 ) -> dict[str, float]:
     """`round_trip` of the first held-out pictures."""
-    reader = ShardReader(held_out.pictures)
+    reader = held_out.picture_reader()
     images = [decode_image(reader, i) for i in range(min(count, len(reader)))]
     device = next(autoencoder.parameters()).device
     pictures = to_pictures(images).to(device)

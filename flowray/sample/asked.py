@@ -23,7 +23,7 @@ from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards
 from flowray.sample.judges import LATENTS
 from flowray.sample.neighbours import CAPTIONS, PICTURES, Choices, Values
-from flowray.store.latents import split_shards
+from flowray.store.latents import skipped_keys, split_shards
 
 LABEL, ATTRIBUTES, GROUP = "label", ("style",), "group"  # fields that are looked for by themselves
 # a word of ASCII, or one letter of any other script: some write words without spaces between
@@ -223,7 +223,8 @@ def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SI
         held_out = _split_of(given, shards)
         shards = shards | {held_out: shards.get(held_out, given)}
     with progress.task("reading what the samples say"):
-        readers, left_out = _apart(shards, held_out, recipe.data.limit)
+        made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
+        readers, left_out = _apart(shards, held_out, recipe.data.limit, skipped_keys(*made_of))
         one_size(readers.values(), choices.held_out or recipe.data.shards)
         samples = {split: Samples(reader, names_of(choices)) for split, reader in readers.items()}
         fields = fields_of(list(samples.values()), choices)
@@ -240,15 +241,22 @@ def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SI
 
 
 def _apart(
-    shards: Mapping[str, Sequence[Path]], held_out: str, limit: int | None
+    shards: Mapping[str, Sequence[Path]],
+    held_out: str,
+    limit: int | None,
+    skipped: Mapping[str, frozenset[str]],
 ) -> tuple[dict[str, ShardReader], int]:
     """The splits, in their order, without the pictures that training has too, or the held-out split
     before another one; how many these are. Such a picture would be its own nearest neighbour.
 
+    skipped: keys of the samples of a split that are bad.
+
     InputError where the held-out split or all but training has no other ones.
     """
     readers = {
-        split: ShardReader(paths, limit if split == "train" else None)
+        split: ShardReader(
+            paths, limit if split == "train" else None, skipped.get(split, frozenset())
+        )
         for split, paths in shards.items()
     }
     kept, left_out = {"train": readers["train"]}, 0
@@ -258,7 +266,7 @@ def _apart(
         twice = {key for each in kept.values() for key in pictures_also_in(here, each)}
         left_out += len(twice)
         if len(twice) < len(here):
-            kept[split] = ShardReader(here.paths, without=twice)
+            kept[split] = ShardReader(here.paths, without=here.without | twice)
     if held_out not in kept or len(kept) == 1:
         raise InputError(
             f"{readers[held_out].paths[0].parent}: every held-out picture is in data.shards too, so"

@@ -38,14 +38,15 @@ from flowray.sample.neighbours import (
 )
 from flowray.sample.painters import painters
 from flowray.sample.restore import OpenedRun
+from flowray.store.encode import ENCODE_BATCH
 from flowray.store.latents import (
-    ENCODE_BATCH,
     LatentSet,
     ensure_latents,
     load_latents,
     others,
     pictures_fingerprint,
 )
+from flowray.store.sums import Sums
 
 SHOWN_CAPTIONS, SHOWN_DRAWS = 12, 6
 
@@ -55,7 +56,7 @@ def features_of(samples: Samples, judge: Judge, cache: Path, progress: Progress)
 
     InputError names a picture of another size than the first.
     """
-    made_of = f"{judge.fingerprint} {pictures_fingerprint(samples.reader)}"
+    made_of = f"{judge.fingerprint} {pictures_fingerprint(samples.reader, Sums(cache))}"
     file = cache / f"features-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
     if judge.name != PIXELS and (kept := _kept(file)) is not None:
         return kept
@@ -88,7 +89,8 @@ def _latents(latents: LatentSet, without: Collection[str]) -> np.ndarray:
     """The mean latents of all samples but those of these keys, (N, dims) fp32, as LATENTS has
     them.
     """
-    kept = np.flatnonzero([key not in without for key in latents.reader.keys])
+    keys = latents.picture_reader().keys[: len(latents)]
+    kept = np.flatnonzero([key not in without for key in keys])
     parts = []
     for start in range(0, len(kept), ENCODE_BATCH):
         moments = latents.moments(kept[start : start + ENCODE_BATCH])

@@ -1,4 +1,4 @@
-"""Work done in a process of its own: the GPU memory that it takes is free again after it."""
+"""Work done in processes of its own: the GPU memory that it takes is free again after it."""
 
 from __future__ import annotations
 
@@ -6,67 +6,93 @@ import contextlib
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
 
 from flowray.config.progress import Advance, Progress
 
+T = TypeVar("T")
 
-def apart(work: Callable[[Progress], object], progress: Progress) -> None:
+
+def apart(work: Callable[[Progress], T], progress: Progress) -> T:
     """Do `work`, which can be pickled, in a fresh process and show its progress here.
 
-    Raises what it raises; RuntimeError where the process dies.
+    Returns what it returns and raises what it raises; RuntimeError where the process dies.
     """
+    return together([work], progress)[0]
+
+
+def together(works: Sequence[Callable[[Progress], T]], progress: Progress) -> list[T]:
+    """`apart` for several at once, a process each. Where one fails, the others are ended."""
     # a fork would share the parent's threads and CUDA
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_work_in_child, args=(work, theirs), daemon=True)
-    child.start()
-    theirs.close()
-    try:
-        failure = _show_messages(ours, progress)
-    except EOFError:
-        child.join()
-        raise RuntimeError(f"a process died, exit code {child.exitcode}") from None
-    finally:
-        child.terminate()
-        child.join()
-    if failure is not None:
-        raise failure
+    children, found = list[Any](), dict[int, T]()
+    shown = dict[Connection, _Shown]()
+    with ExitStack() as closing:
+        for work in works:
+            ours, theirs = context.Pipe(duplex=False)
+            child = context.Process(target=_work_in_child, args=(work, theirs), daemon=True)
+            child.start()
+            closing.callback(child.join)
+            closing.callback(child.terminate)
+            theirs.close()
+            shown[ours] = _Shown(closing.enter_context(ExitStack()), progress)
+            children.append(child)
+        numbers = {connection: number for number, connection in enumerate(shown)}
+        while len(found) < len(works):
+            for ready in wait(list(numbers)):
+                assert isinstance(ready, Connection)
+                number = numbers[ready]
+                try:
+                    message = ready.recv()
+                except EOFError:
+                    children[number].join()
+                    code = children[number].exitcode
+                    raise RuntimeError(f"a process died, exit code {code}") from None
+                if message[0] == "failed":
+                    raise message[1]
+                if message[0] == "done":
+                    found[number] = message[1]
+                    del numbers[ready]
+                else:
+                    shown[ready].show(message)
+    return [found[number] for number in range(len(works))]
 
 
-def _show_messages(messages: Connection, progress: Progress) -> Exception | None:
-    """Show the progress of the other process until it is done; returns what it raised. EOFError:
-    it has died.
-    """
-    tasks: list[tuple[ExitStack, Advance]] = []
-    with ExitStack() as left_open:
-        while True:
-            match messages.recv():
-                case "say", text:
-                    progress.say(text)
-                case "begin", what, total, done:
-                    closing = left_open.enter_context(ExitStack())
-                    tasks.append((closing, closing.enter_context(progress.task(what, total, done))))
-                case "advance", depth, count, note:
-                    tasks[depth][1](count, note)
-                case ("end",):
-                    tasks.pop()[0].close()
-                case "done", failure:
-                    return failure
+class _Shown:
+    """The progress of another process."""
+
+    def __init__(self, left_open: ExitStack, progress: Progress):
+        self._left_open, self._progress = left_open, progress
+        self._tasks: list[tuple[ExitStack, Advance]] = []
+
+    def show(self, message: tuple[Any, ...]) -> None:
+        match message:
+            case "say", text:
+                self._progress.say(text)
+            case "begin", what, total, done:
+                closing = self._left_open.enter_context(ExitStack())
+                advance = closing.enter_context(self._progress.task(what, total, done))
+                self._tasks.append((closing, advance))
+            case "advance", depth, count, note:
+                self._tasks[depth][1](count, note)
+            case ("end",):
+                self._tasks.pop()[0].close()
 
 
 def _work_in_child(work: Callable[[Progress], object], send_to: Connection) -> None:
-    failure = None
     # the end of `apart`: nothing half written stays
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(KeyboardInterrupt):
         try:
-            work(_SentProgress(send_to))
+            message = ("done", work(_SentProgress(send_to)))
+        except BrokenPipeError:
+            return  # nobody waits for it any more
         except Exception as error:
-            failure = error
-        send_to.send(("done", failure))
+            message = ("failed", error)
+        send_to.send(message)
 
 
 class _SentProgress:

@@ -1,20 +1,21 @@
 """Latents of a shard set, encoded once into shards of their own and keyed by what made them.
 
 A latent shard holds, for every sample, `moments.npy` (fp16, raw mean and log-variance stacked on
-channels, (2C, H, W)) and the sample's `json`/`txt`. The manifest keeps the scale, so training needs
-no autoencoder.
+channels, (2C, H, W)) and the sample's `json`/`txt`. A split is a folder with a manifest that names
+its latent shards, in the order of the pictures' shards, and keeps the scale, so training needs no
+autoencoder; samples left out as bad stand beside it in `bad_samples.jsonl`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,32 +27,22 @@ from flowray.config.errors import InputError
 from flowray.config.keys import INF, describe
 from flowray.config.model import AutoencoderConfig, TextConfig
 from flowray.config.paths import is_hub_name
-from flowray.config.progress import SILENT, Advance, Progress
+from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig
 from flowray.data import decode
 from flowray.data.emoji import made_emoji
 from flowray.data.make import ensure_embedded, unmade_samples
-from flowray.data.pictures import decode_image
-from flowray.data.pixels import to_pictures
 from flowray.data.reader import ShardReader
-from flowray.data.shards import (
-    EMBEDDED,
-    FETCHED,
-    MANIFEST,
-    find_shards,
-    only_plain,
-    sha256,
-    write_shards,
-)
+from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, are_plain, find_shards
 from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
-from flowray.model.latent import LatentScale, Moments, over_channels
+from flowray.model.latent import LatentScale, Moments
 from flowray.store.apart import apart
+from flowray.store.encode import ENCODE_BATCH, Encoding, encode, posterior_variance
+from flowray.store.latent_shards import LatentShards
+from flowray.store.splits import BAD_SAMPLES, folder_of, look_at, write_split
+from flowray.store.sums import Sums
 
-if TYPE_CHECKING:
-    from flowray.model.autoencoder import Autoencoder
-
-ENCODE_BATCH = 32
 STATISTICS = 4096  # samples that channel_statistics reads at most
 CAPTIONED = 256  # samples whose captions are looked at before a run
 
@@ -67,6 +58,7 @@ class LatentSet:
     variance: float
     pictures: tuple[Path, ...]  # the image shards these latents were made from
     captioned_by: np.ndarray | None = None  # (len,) whose captions each sample has; None: its own
+    skipped: tuple[int, ...] = ()  # samples of the image shards that have no latent
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -84,18 +76,17 @@ class LatentSet:
             index if self.captioned_by is None else int(self.captioned_by[index])
         )
 
+    def picture_reader(self) -> ShardReader:
+        """The samples that the latents were made from: the first ones are those of this set, in
+        its order.
+        """
+        return ShardReader(self.pictures, without=keys_at(self.pictures, self.skipped))
 
-def _decode_batch(reader: ShardReader, indices: range) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] of one size; InputError names the first that differs."""
-    images = [decode_image(reader, i) for i in indices]
-    for i, image in zip(indices, images, strict=True):
-        if image.shape != images[0].shape:
-            got, want = (f"{a.shape[1]} x {a.shape[0]}" for a in (image, images[0]))
-            raise InputError(
-                f"{reader.label(i)}: the picture is {got} px, others are {want}; `flowray.data"
-                " pack` makes one size"
-            )
-    return to_pictures(images)
+
+def keys_at(paths: Sequence[Path], places: Sequence[int]) -> frozenset[str]:
+    """The keys of the samples at these places of shards."""
+    keys = ShardReader(paths).keys if places else []
+    return frozenset(keys[place] for place in places)
 
 
 def split_shards(data: DataConfig, progress: Progress = SILENT) -> dict[str, tuple[Path, ...]]:
@@ -117,20 +108,14 @@ def split_shards(data: DataConfig, progress: Progress = SILENT) -> dict[str, tup
     return {"train": train, "val": find_shards(data.val_shards)}
 
 
-def pictures_fingerprint(reader: ShardReader) -> str:
-    """Short hash of the samples' keys, of where the shards lie, of their content (small sets) or
-    sizes and times, and of how their pictures are decoded, where that is not plain.
+def pictures_fingerprint(reader: ShardReader, sums: Sums) -> str:
+    """Short hash of the samples' keys, of their shards' content, and of how their pictures are
+    decoded, where that is not plain.
     """
-    digest = hashlib.sha256(reader.fingerprint().encode())
-    small = sum(path.stat().st_size for path in reader.paths) < 2**28
-    for path in reader.paths:
-        # The manifest of the latents names the pictures by their place, so a set that has moved is
-        # another set.
-        digest.update(
-            f"{path.absolute()} {sha256(path) if small else path.stat().st_mtime_ns}".encode()
-        )
+    digest = hashlib.sha256("\0".join(reader.keys).encode())
+    digest.update(" ".join(sums.of(reader.paths)).encode())
     # Looking into every picture takes too long; what was made or packed here is plain for sure.
-    if not only_plain(reader.paths):
+    if not all(are_plain(reader.paths)):
         digest.update(f"decoded {decode.VERSION}".encode())
     return digest.hexdigest()[:12]
 
@@ -156,33 +141,48 @@ def _files(found: ModelFiles | Path) -> tuple[Path, ...]:
     return (found,) if isinstance(found, Path) else (found.folder / CONFIG, *found.weights)
 
 
+def _latent_shards(
+    data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSpec
+) -> LatentShards:
+    # pictures of another size than these latents need are left out, so it is part of the name
+    made_of = f"{autoencoder_fingerprint(autoencoder)}-{latent.height}x{latent.width}"
+    return LatentShards(cache_dir(data.cache) / f"latents-{made_of}" / "shards")
+
+
 def ensure_latents(
     data: DataConfig,
     autoencoder: AutoencoderConfig,
     latent: LatentSpec,
     progress: Progress = SILENT,
     text: TextConfig | None = None,
+    processes: int = 1,
 ) -> dict[str, Path]:
-    """split -> folder of latent shards, encoded now where they are not in the cache.
+    """split -> its folder, for `load_latents`; shards that are not in the cache are encoded now.
 
-    text: the text model that is to train on them. InputError before anything is encoded where it
-    cannot tell captions apart.
+    text: the text model that is to train on them. processes: how many encode. Of `train` only the
+    shards are encoded that `data.limit` needs. InputError before anything is encoded where the text
+    model cannot tell captions apart or a shard cannot be read; beyond `data.max_bad`, after which
+    whole shards stay in the cache.
     """
     folders: dict[str, Path] = {}
+    cache = _latent_shards(data, autoencoder, latent)
     for split, shards in split_shards(data, progress).items():
         with progress.task(f"looking through the {split} shards"):
-            reader = ShardReader(shards)
-            folder = _folder(data, autoencoder, reader, split)
-        if not (folder / MANIFEST).is_file():
+            looked = look_at(data, cache, split, shards, progress)
+        if missing := looked.missing():
+            with progress.task(f"looking through the {split} samples"):
+                reader = ShardReader([source.path for source in looked.sources])
             if text and not folders:
                 _check_captions(text, reader, progress)
-            with progress.task("loading the autoencoder"):
-                encoder = _encoder(autoencoder, latent)
-            with progress.task(f"encoding {split} pictures", len(reader)) as advance:
-                _encode(reader, folder, encoder, advance)
-            if warning := channel_warning(channel_metrics(load_latents(folder))):
-                progress.say(warning)
-        folders[split] = folder
+            count, budget = looked.pictures(missing), looked.budget(data.max_bad)
+            made_of = autoencoder, latent, budget
+            encode(Encoding(tuple(missing), count, cache, *made_of), processes, progress)
+            looked = look_at(data, cache, split, shards)
+        if told := looked.budget(data.max_bad).told():
+            progress.say(f"{told}; {folder_of(looked) / BAD_SAMPLES} names them")
+        folders[split] = write_split(looked)
+        if missing and (warning := channel_warning(channel_metrics(load_latents(folders[split])))):
+            progress.say(warning)
     return folders
 
 
@@ -191,7 +191,8 @@ def ensure_latents_apart(recipe: Recipe, progress: Progress = SILENT) -> None:
     is to be encoded on one is encoded in a process that then ends.
     """
     work = partial(_ensure, recipe)
-    if torch.cuda.is_available() and unencoded(recipe.data, recipe.model.autoencoder):
+    made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
+    if torch.cuda.is_available() and unencoded(*made_of):
         apart(work, progress)
     else:
         work(progress)
@@ -207,87 +208,44 @@ def _check_captions(text: TextConfig, reader: ShardReader, progress: Progress) -
         # transformers takes seconds to import
         from flowray.model.prompts import check_captions, load_tokenizer
 
-        warning = check_captions(load_tokenizer(text), some_captions(reader))
+        # where none can be read, encoding says so
+        captions = some_captions(reader)
+        warning = check_captions(load_tokenizer(text), captions) if captions else None
     if warning:
         progress.say(warning)
 
 
 def some_captions(samples: ShardReader | LatentSet) -> list[str]:
-    """All captions of at most CAPTIONED samples, spread evenly over the set."""
+    """All captions of at most CAPTIONED samples, spread evenly over the set; samples without are
+    passed over.
+    """
     chosen = np.linspace(0, len(samples) - 1, min(len(samples), CAPTIONED)).round().astype(int)
-    return [caption for index in chosen.tolist() for caption in samples.captions(index)]
+    found = list[str]()
+    for index in chosen.tolist():
+        with suppress(InputError):
+            found += samples.captions(index)
+    return found
 
 
-def unencoded(data: DataConfig, autoencoder: AutoencoderConfig) -> int:
+def unencoded(data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSpec) -> int:
     """How many pictures `ensure_latents` would have to encode."""
     if data.shards in EMBEDDED and (unmade := unmade_samples(data.shards, cache_dir(data.cache))):
         return unmade
-    readers = {split: ShardReader(shards) for split, shards in split_shards(data).items()}
-    folders = {
-        split: _folder(data, autoencoder, reader, split) for split, reader in readers.items()
-    }
-    return sum(
-        len(readers[split]) for split, at in folders.items() if not (at / MANIFEST).is_file()
-    )
+    cache = _latent_shards(data, autoencoder, latent)
+    looked = [look_at(data, cache, *split) for split in split_shards(data).items()]
+    return sum(split.pictures(split.missing()) for split in looked)
 
 
-def _folder(
-    data: DataConfig, autoencoder: AutoencoderConfig, reader: ShardReader, split: str
-) -> Path:
-    made_of = f"{autoencoder_fingerprint(autoencoder)}-{pictures_fingerprint(reader)}"
-    return cache_dir(data.cache) / f"latents-{made_of}" / split
-
-
-def _encoder(config: AutoencoderConfig, latent: LatentSpec) -> Autoencoder:
-    # diffusers takes seconds to import; a cached run never needs it
-    from flowray.model.autoencoder import load_autoencoder
-
-    return load_autoencoder(config, latent).to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _encode(reader: ShardReader, folder: Path, autoencoder: Autoencoder, advance: Advance) -> None:
-    device, scale = next(autoencoder.parameters()).device, autoencoder.scale
-    # One shared dict: the writer puts it into the manifest after the last sample, when the
-    # statistics are known.
-    meta: dict[str, Any] = {
-        "scale": scale.scale,
-        "shift": scale.shift,
-        "deterministic": scale.deterministic,
-    }
-    meta["pictures"] = [str(path.absolute()) for path in reader.paths]
-    total, squares, count = 0.0, 0.0, 0
-
-    def samples() -> Iterator[dict[str, Any]]:
-        nonlocal total, squares, count
-        for start in range(0, len(reader), ENCODE_BATCH):
-            indices = range(start, min(start + ENCODE_BATCH, len(reader)))
-            pictures = _decode_batch(reader, indices).to(device)
-            try:
-                moments = autoencoder.encode_moments(pictures)
-            except ValueError as error:
-                raise InputError(f"model.latent: {error}, first {reader.label(start)}") from error
-            z = scale.sample(moments, torch.zeros_like(moments.mean)).double()
-            total += float(z.sum())
-            squares += float((z.square() + _posterior_variance(moments, scale)).sum())
-            count += z.numel()
-            rows = torch.cat([moments.mean, moments.logvar], dim=1).half().cpu().numpy()
-            for i, row in zip(indices, rows, strict=True):
-                buffer = io.BytesIO()
-                np.save(buffer, row)
-                kept: dict[str, Any] = {
-                    e: reader.read(i, e) for e in ("json", "txt") if e in reader.extensions(i)
-                }
-                yield {"__key__": reader.keys[i], "moments.npy": buffer.getvalue(), **kept}
-            advance(len(indices))
-        meta["mean"] = total / count
-        meta["variance"] = squares / count - (total / count) ** 2
-
-    try:
-        write_shards(folder, samples(), meta=meta)
-    except InputError:
-        # else another process encoded the same split meanwhile
-        if not (folder / MANIFEST).is_file():
-            raise
+def skipped_keys(
+    data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSpec
+) -> dict[str, frozenset[str]]:
+    """split -> the keys of its samples that have no latents, as far as it is encoded."""
+    cache, found = _latent_shards(data, autoencoder, latent), {}
+    for split, shards in split_shards(data).items():
+        looked = look_at(data, cache, split, shards)
+        places = [place for place, _, _ in looked.bad()]
+        found[split] = keys_at([source.path for source in looked.sources], places)
+    return found
 
 
 def load_latents(
@@ -295,15 +253,21 @@ def load_latents(
 ) -> LatentSet:
     """Open a cached split.
 
+    limit: only of the first `limit` samples of the pictures' shards, of which some may be skipped.
     shuffle: a seed, by which every sample gets the captions of another one.
     """
-    meta = json.loads((folder / MANIFEST).read_text())["meta"]
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    meta: dict[str, Any] = manifest["meta"]
+    skipped = tuple(meta.get("skipped", ()))
+    if limit is not None:
+        limit -= sum(place < limit for place in skipped)
     scale, shift = (
         tuple(value) if isinstance(value, list) else value
         for value in (meta["scale"], meta["shift"])
     )
     pictures = tuple(Path(path) for path in meta["pictures"])
-    reader = ShardReader(find_shards(str(folder)), limit)
+    tars = [folder / row["name"] for row in manifest["shards"]]
+    reader = ShardReader(tars, limit)
     captioned_by = None if shuffle is None else others(len(reader), shuffle)
     return LatentSet(
         reader,
@@ -311,6 +275,7 @@ def load_latents(
         meta["variance"],
         pictures,
         captioned_by,
+        skipped,
     )
 
 
@@ -331,15 +296,6 @@ def others(count: int, seed: int) -> np.ndarray:
     return partner
 
 
-def _posterior_variance(moments: Moments, scale: LatentScale) -> float | Tensor:
-    """Variance of a drawn z1 about its mean, fp32, 0 for a deterministic autoencoder."""
-    return (
-        0.0
-        if scale.deterministic
-        else moments.logvar.exp() * over_channels(scale.scale, moments.logvar) ** 2
-    )
-
-
 def channel_statistics(latents: LatentSet) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) of z1, posterior noise included, in fp64; each channel
     should be about N(0, 1).
@@ -353,7 +309,7 @@ def channel_statistics(latents: LatentSet) -> tuple[Tensor, Tensor]:
     for indices in np.array_split(chosen, -(-len(chosen) // ENCODE_BATCH)):
         moments = latents.moments(indices)
         z = latents.scale.sample(moments, torch.zeros_like(moments.mean)).double()
-        squares = z.square() + _posterior_variance(moments, latents.scale)
+        squares = z.square() + posterior_variance(moments, latents.scale)
         sums.append(torch.stack([z.mean((2, 3)).sum(0), squares.mean((2, 3)).sum(0)]))
     mean, square = torch.stack(sums).sum(0) / len(chosen)
     return mean, (square - mean.square()).clamp_min(0).sqrt()

@@ -63,6 +63,13 @@ class RunDirectory:
         return self.path / "findings.jsonl"
 
     @property
+    def bad_samples(self) -> Path:
+        """The samples that it does without: rows {split, shard, key, cause, message}; no file where
+        there are none.
+        """
+        return self.path / "bad_samples.jsonl"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

@@ -35,6 +35,7 @@ from flowray.store.latents import (
 )
 from flowray.store.rows import RowWriter
 from flowray.store.run import RunDirectory, RunLock
+from flowray.store.splits import bad_samples
 from flowray.train.ahead import BatchesAhead
 from flowray.train.group import Group
 from flowray.train.state import TrainState, fresh_state, restore_state, save_state
@@ -85,6 +86,8 @@ def train(
     latents, held_out = load_training(folders["train"], recipe), load_latents(folders["val"])
     if group.lead:
         run.create()
+        if left_out := bad_samples(folders.values()):
+            write_whole(run.bad_samples, left_out)
     with ExitStack() as closing:
         if group.lead:
             closing.enter_context(RunLock(run, ORPHANED_S))

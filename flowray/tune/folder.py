@@ -38,6 +38,7 @@ _OF_THE_RECIPE = (
     "card",
     "resources",
     "data.cache",
+    "data.max_bad",
     "train.device",
     "train.checkpoint_every",
 )

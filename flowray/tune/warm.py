@@ -40,6 +40,7 @@ _PLACES = (
     "resources",
     "sample",
     "data.cache",
+    "data.max_bad",
     "probes.raw",
     "probes.doctor_every",
 )

@@ -159,14 +159,15 @@ def test_in_a_destructor_where_python_drops_what_is_raised(number: int) -> None:
 
 @pytest.mark.parametrize("send", [to_it, to_all])
 def test_while_latents_are_encoded(tmp_path: Path, send) -> None:
-    """Pictures are there already; of their latents nothing stays."""
+    """Pictures are there already; of their latents whole shards stay, and nothing hidden."""
     shards = tmp_path / "shards"
     write_set(ShapesSet(train=3000, val=20, unseen=20), shards)
     own = ("quickstart", f"data.shards={shards / 'train'}", f"data.val_shards={shards / 'val'}")
     code, said = interrupt(tmp_path, "encoding train", "data", "encode", *own, send=send)
     assert (code, said) in ((130, ["interrupted"]), (143, ["terminated"]))
-    left = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
-    assert left == []
+    shards = [file for file in (tmp_path / "cache").glob("latents-*/**/*") if file.is_file()]
+    assert {file.with_suffix(".tar") for file in shards} == set((tmp_path / "cache").rglob("*.tar"))
+    assert not [file for file in shards if file.name.startswith(".")]
 
 
 def test_nohup_holds(tmp_path: Path) -> None:

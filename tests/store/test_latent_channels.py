@@ -143,7 +143,7 @@ def test_encode_prints_and_the_first_probe_row_has_them(
     file.write_text(dump_recipe(recipe))
     assert main(["encode", str(file)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    latents = load_latents(next((tmp_path / "cache").glob("latents-*/val")))
+    latents = load_latents(next((tmp_path / "cache").glob("latents-*/val-*")))
     metrics = channel_metrics(latents)
     assert printed[-1].startswith("val ")
     assert f"mean within {metrics['latent/channel_mean_max']:.2f} of 0" in printed[-1]

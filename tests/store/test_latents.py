@@ -24,6 +24,7 @@ from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards, write_shards
 from flowray.store.latents import ensure_latents, load_latents, others, pictures_fingerprint
+from flowray.store.sums import Sums
 
 
 @pytest.fixture
@@ -132,7 +133,8 @@ def test_only_pictures_of_others_are_encoded_anew_when_decoding_changes(tmp_path
     def fingerprints() -> dict[str, str]:
         places = "foreign", "packed", "made/train", "changed"
         readers = {name: ShardReader(find_shards(str(tmp_path / name))) for name in places}
-        return {name: pictures_fingerprint(reader) for name, reader in readers.items()}
+        sums = Sums(tmp_path)
+        return {name: pictures_fingerprint(reader, sums) for name, reader in readers.items()}
 
     before = fingerprints()
     monkeypatch.setattr(decode, "VERSION", decode.VERSION + 1)
@@ -171,17 +173,20 @@ def test_a_corrupt_picture_names_shard_and_sample_and_leaves_no_cache(tmp_path, 
     data = DataConfig(shards=str(folder), val_shards=str(folder), cache=str(tmp_path / "cache"))
     with pytest.raises(InputError, match=r"shard-000000.tar, sample 'k3': .png does not decode"):
         ensure(data, config)
-    assert not list((tmp_path / "cache").glob("*/*"))
+    left = [file for file in (tmp_path / "cache").glob("latents-*/**/*") if file.is_file()]
+    assert left == []
 
 
 def test_pictures_of_two_sizes_or_of_no_fitting_size_are_input_errors(tmp_path, config):
     mixed = write(
         tmp_path / "mixed", [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)]
     )
-    with pytest.raises(InputError, match="sample 'k1': the picture is 16 x 8 px, others are 8 x 8"):
+    with pytest.raises(InputError, match=r"sample 'k1': the picture is 16 x 8 px, .*want 8 x 8"):
         ensure(DataConfig(shards=mixed, val_shards=mixed, cache=str(tmp_path / "cache")), config)
     large = write(tmp_path / "large", [np.zeros((16, 16, 3), np.uint8)])
-    with pytest.raises(InputError, match=r"model.latent: .*\(4, 8, 8\).*\(4, 4, 4\).*sample 'k0'"):
+    with pytest.raises(
+        InputError, match=r"sample 'k0': the picture is 16 x 16 px, model.latent .*want 8 x 8"
+    ):
         ensure(DataConfig(shards=large, val_shards=large, cache=str(tmp_path / "cache")), config)
 
 

@@ -1,0 +1,359 @@
+"""Shards of pictures to latent shards, one for one, each written whole: what was encoded before a
+kill stays. Threads decode while the autoencoder works.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowray.config.base import LatentSpec
+from flowray.config.cores import usable_cores
+from flowray.config.errors import InputError
+from flowray.config.model import AutoencoderConfig
+from flowray.config.progress import Advance, Progress, duration
+from flowray.data.decode import picture_of
+from flowray.data.pictures import decode_image
+from flowray.data.pixels import to_pictures
+from flowray.data.reader import ShardReader
+from flowray.model.latent import LatentScale, Moments, over_channels
+from flowray.store.apart import together
+from flowray.store.latent_shards import Bad, Encoded, LatentShards, Source, label
+
+if TYPE_CHECKING:
+    from webdataset.writer import TarWriter
+
+    from flowray.model.autoencoder import Autoencoder
+
+ENCODE_BATCH = 32
+_AHEAD = 2  # batches that are decoded while one is encoded
+_DECODERS = 8  # threads at most
+_NOT_FINITE = "not finite"
+_TEXTS = ("json", "txt")  # what a latent shard keeps of a sample beside its moments
+
+
+@dataclass
+class Budget:
+    """How many samples of a split may be bad, and those found so far, each with its shard."""
+
+    split: str
+    samples: int
+    max_bad: float
+    found: list[tuple[Path, Bad]] = field(default_factory=list)
+
+    def add(self, path: Path, bad: Sequence[Bad]) -> None:
+        """InputError, with the first three, where these are more than may be."""
+        self.found += ((path, each) for each in bad)
+        allowed = int(self.max_bad * self.samples + 1e-9)  # 0.29 * 100 is 28.999...
+        if bad and len(self.found) > allowed:
+            first = "; ".join(label(*each) for each in self.found[:3])
+            hint = ""
+            if all(each.cause == _NOT_FINITE for _, each in self.found):
+                hint = "; are the weights of model.autoencoder whole?"
+            share = len(self.found) / self.samples
+            leave = f", or type data.max_bad={_above(share):g} to leave them out" * (share < 1)
+            raise InputError(
+                f"{len(self.found)} bad of {self.samples} {self.split} samples so far, data.max_bad"
+                f" {self.max_bad:g} allows {allowed}: {first}{hint}; mend them{leave} (shards"
+                " encoded so far are kept)"
+            )
+
+    def told(self) -> str:
+        """What was left out, in one line; "" for nothing."""
+        if not self.found:
+            return ""
+        causes = Counter(bad.cause for _, bad in self.found).most_common()
+        why = ", ".join(f"{cause} x{count}" for cause, count in causes)
+        return f"{len(self.found)} of {self.samples} {self.split} samples skipped: {why}"
+
+
+def _above(share: float) -> float:
+    """The share, rounded up to one digit."""
+    digit = 10.0 ** np.floor(np.log10(share))
+    return float(min(1.0, np.ceil(share / digit - 1e-9) * digit))
+
+
+@dataclass
+class Pace:
+    """What was done and the seconds it took, those of all threads that decode added up."""
+
+    decoded: int = 0
+    decode_s: float = 0.0
+    encoded: int = 0
+    encode_s: float = 0.0
+    written: int = 0  # bytes
+    write_s: float = 0.0
+
+    def __add__(self, other: Pace) -> Pace:
+        return Pace(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __str__(self) -> str:
+        stages = (
+            f"decoded {self.decoded / max(self.decode_s, 1e-9):,.0f} pictures/s a thread",
+            f"encoded {self.encoded / max(self.encode_s, 1e-9):,.0f} pictures/s a process",
+            f"written {self.written / 1e6 / max(self.write_s, 1e-9):,.0f} MB/s",
+        )
+        return ", ".join(stages)
+
+
+class _Decoded(NamedTuple):
+    """The picture (H, W, 3) of a sample, or what is wrong with it; place: in its shard; seconds: of
+    the thread.
+    """
+
+    place: int
+    picture: np.ndarray | Bad
+    seconds: float
+
+
+class _Batch(NamedTuple):
+    source: Source
+    reader: ShardReader
+    samples: list[Future[_Decoded]]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Shards of one split to encode; it can be pickled, and called in any process.
+
+    samples: in all of the shards. processes: how many share this machine's cores.
+    """
+
+    sources: tuple[Source, ...]
+    samples: int
+    cache: LatentShards
+    autoencoder: AutoencoderConfig
+    latent: LatentSpec
+    budget: Budget
+    processes: int = 1
+
+    def __call__(self, progress: Progress) -> Pace:
+        """Encode what the cache has not got. InputError beyond the budget, and where the cache
+        cannot be written; whole shards stay.
+        """
+        cores = max(1, usable_cores() // self.processes)
+        if self.processes > 1:
+            torch.set_num_threads(cores)
+        with progress.task("loading the autoencoder"):
+            # diffusers takes seconds to import; a cached run never needs it
+            from flowray.model.autoencoder import load_autoencoder
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            autoencoder = load_autoencoder(self.autoencoder, self.latent).to(device)
+        pool = ThreadPoolExecutor(min(cores, _DECODERS), thread_name_prefix="decode")
+        try:
+            with progress.task(self.what, self.samples) as advance:
+                return self._encode(autoencoder, pool, advance)
+        except BrokenPipeError:  # whoever shows the progress has died
+            raise
+        except OSError as error:
+            why = error.strerror or error
+            raise InputError(f"{self.cache.folder}: cannot be written: {why}") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    @property
+    def what(self) -> str:
+        return f"encoding {self.budget.split} pictures"
+
+    def parts(self, count: int) -> list[Encoding]:
+        """The same by several processes, every `count`-th shard each."""
+        chosen = [self.sources[i::count] for i in range(min(count, len(self.sources)))]
+        return [replace(self, sources=each, processes=len(chosen)) for each in chosen]
+
+    def _encode(self, autoencoder: Autoencoder, pool: ThreadPoolExecutor, advance: Advance) -> Pace:
+        pace = Pace()
+        batches = self._ahead(autoencoder.picture_size, pool, advance)
+        for source, group in groupby(batches, lambda batch: batch.source):
+            writer = _Writer(autoencoder, self.budget, source, pace)
+            with self.cache.writing(source) as tar:
+                for batch in group:
+                    writer.add(batch, tar)
+                    advance(len(batch.samples))
+                started = time.perf_counter()
+            pace.write_s += time.perf_counter() - started
+            size = (self.cache.folder / source.tar).stat().st_size
+            pace.written += size
+            self.cache.keep(source, writer.row(size))
+        return pace
+
+    def _ahead(
+        self, size: tuple[int, int], pool: ThreadPoolExecutor, advance: Advance
+    ) -> Iterator[_Batch]:
+        """The batches, each of one shard, with the decoding of the next ones under way."""
+        waiting = deque[_Batch]()
+        for source in self.sources:
+            reader = ShardReader([source.path])
+            if self.cache.find(source):  # another process was first
+                advance(len(reader))
+                continue
+            for start in range(0, len(reader), ENCODE_BATCH):
+                indices = range(start, min(start + ENCODE_BATCH, len(reader)))
+                samples = [pool.submit(_decode, reader, i, size) for i in indices]
+                waiting.append(_Batch(source, reader, samples))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft()
+        yield from waiting
+
+
+class _Writer:
+    """Encodes the batches of one shard and adds up what its JSON will say."""
+
+    def __init__(self, autoencoder: Autoencoder, budget: Budget, source: Source, pace: Pace):
+        self._autoencoder, self._budget, self._source = autoencoder, budget, source
+        self._pace, self._bad = pace, list[Bad]()
+        self._samples, self._values, self._total, self._squares = 0, 0, 0.0, 0.0
+
+    def add(self, batch: _Batch, tar: TarWriter) -> None:
+        looked = [future.result() for future in batch.samples]
+        self._pace.decoded += len(looked)
+        self._pace.decode_s += sum(each.seconds for each in looked)
+        bad = [each.picture for each in looked if isinstance(each.picture, Bad)]
+        good = [(i, picture) for i, picture, _ in looked if not isinstance(picture, Bad)]
+        if good:
+            started = time.perf_counter()
+            indices = [index for index, _ in good]
+            rows, finite = self._moments(batch.reader, indices, [picture for _, picture in good])
+            self._pace.encoded += len(good)
+            self._pace.encode_s += time.perf_counter() - started
+            message = "the autoencoder's latents of it are NaN, infinite or beyond fp16"
+            bad += (
+                Bad(i, batch.reader.keys[i], _NOT_FINITE, message)
+                for i, fine in zip(indices, finite, strict=True)
+                if not fine
+            )
+            started = time.perf_counter()
+            for i, row, fine in zip(indices, rows, finite, strict=True):
+                if fine:
+                    tar.write(_sample(batch.reader, i, row))
+            self._pace.write_s += time.perf_counter() - started
+        self._bad += sorted(bad, key=lambda each: each.index)
+        self._budget.add(self._source.path, bad)
+
+    def _moments(
+        self, reader: ShardReader, indices: Sequence[int], pictures: list[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The samples' moments (B, 2C, H, W) fp16, and which are finite, (B,)."""
+        device, scale = next(self._autoencoder.parameters()).device, self._autoencoder.scale
+        try:
+            moments = self._autoencoder.encode_moments(to_pictures(pictures).to(device))
+        except ValueError as error:
+            where = reader.label(indices[0])
+            raise InputError(f"model.latent: {error}, first {where}") from error
+        rows = torch.cat([moments.mean, moments.logvar], dim=1).half()
+        finite = rows.isfinite().flatten(1).all(1)
+        if not finite.all():
+            moments = Moments(moments.mean[finite], moments.logvar[finite])
+        z = scale.sample(moments, torch.zeros_like(moments.mean)).double()
+        self._total += float(z.sum())
+        self._squares += float((z.square() + posterior_variance(moments, scale)).sum())
+        self._values += z.numel()
+        self._samples += len(z)
+        return rows.cpu().numpy(), finite.cpu().numpy()
+
+    def row(self, size: int) -> Encoded:
+        """What is to be said of the tar, which has so many bytes."""
+        scale = self._autoencoder.scale
+        return Encoded(
+            samples=self._samples,
+            bytes=size,
+            values=self._values,
+            total=self._total,
+            squares=self._squares,
+            scale=scale.scale,
+            shift=scale.shift,
+            deterministic=scale.deterministic,
+            bad=tuple(self._bad),
+        )
+
+
+def _decode(reader: ShardReader, index: int, size: tuple[int, int]) -> _Decoded:
+    started = time.perf_counter()
+
+    def done(picture: np.ndarray | Bad) -> _Decoded:
+        return _Decoded(index, picture, time.perf_counter() - started)
+
+    def bad(cause: str, message: str) -> _Decoded:
+        message = message.removeprefix(f"{reader.label(index)}: ")
+        return done(Bad(index, reader.keys[index], cause, message))
+
+    there = picture_of(reader.extensions(index)) is not None
+    try:
+        if there:  # else the next line says so
+            reader.captions(index)
+    except InputError as error:
+        return bad("no caption", str(error))
+    try:
+        picture = decode_image(reader, index)
+    except InputError as error:
+        return bad("does not decode" if there else "no picture", str(error))
+    if picture.shape[:2] != size:
+        (height, width), (want_height, want_width) = picture.shape[:2], size
+        return bad(
+            "another size",
+            f"the picture is {width} x {height} px, model.latent and the autoencoder want"
+            f" {want_width} x {want_height}; `flowray.data pack --size PX` makes one size",
+        )
+    return done(picture)
+
+
+def _sample(reader: ShardReader, index: int, row: np.ndarray) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    np.save(buffer, row)
+    has = reader.extensions(index)
+    texts = {name: reader.read(index, name) for name in _TEXTS if name in has}
+    return {"__key__": reader.keys[index], "moments.npy": buffer.getvalue(), **texts}
+
+
+def posterior_variance(moments: Moments, scale: LatentScale) -> float | Tensor:
+    """Variance of a drawn z1 about its mean, fp32, 0 for a deterministic autoencoder."""
+    return (
+        0.0
+        if scale.deterministic
+        else moments.logvar.exp() * over_channels(scale.scale, moments.logvar) ** 2
+    )
+
+
+def encode(encoding: Encoding, processes: int, progress: Progress) -> None:
+    """Do it, by several processes where there are as many shards, and say how fast it went."""
+    started = time.perf_counter()
+    encoding.cache.prepare()
+    if processes == 1 or len(encoding.sources) == 1:
+        pace = encoding(progress)
+    else:
+        with progress.task(encoding.what, encoding.samples) as advance:
+            parts = encoding.parts(processes)
+            pace = sum(together(parts, _AsOne(encoding.what, progress, advance)), Pace())
+    took = time.perf_counter() - started
+    progress.say(
+        f"{encoding.samples:,} {encoding.budget.split} pictures in {duration(took)}: {pace}"
+    )
+
+
+@dataclass(frozen=True)
+class _AsOne:
+    """Progress of several processes that do parts of one task."""
+
+    what: str
+    progress: Progress
+    advance: Advance
+
+    def say(self, text: str) -> None:
+        self.progress.say(text)
+
+    @contextmanager
+    def task(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
+        """Of the task itself the count; loading the autoencoder is no task of its own."""
+        yield self.advance if what == self.what else lambda count=1, note="": None

@@ -1,0 +1,145 @@
+"""The cache of latent shards: for each shard of pictures one tar of latents, and a JSON that says
+what is in it. Both are named by what made them: the autoencoder's folder, the shard's sha256, and
+the way its pictures are decoded where they are not plain. Where the shard lies plays no part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowray.config.errors import InputError
+from flowray.config.progress import SILENT, Progress
+from flowray.config.writing import write_whole
+from flowray.data import decode
+from flowray.data.folders import sync
+from flowray.data.shards import are_plain
+from flowray.store.sums import Sums
+
+if TYPE_CHECKING:
+    from webdataset.writer import TarWriter
+
+_ABANDONED_S = 3600.0  # a writer adds to its hidden file much more often
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A sample that is left out. index: its place in its shard; message: without shard and key."""
+
+    index: int
+    key: str
+    cause: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the JSON beside a latent tar says.
+
+    samples: in the tar; bytes: of the tar; values, total, squares: over all numbers of z1 their
+    count, sum, and sum of expected squares, posterior noise included; bad: samples of the pictures'
+    shard that are not in the tar.
+    """
+
+    samples: int
+    bytes: int
+    values: int
+    total: float
+    squares: float
+    scale: float | Sequence[float]
+    shift: float | Sequence[float]
+    deterministic: bool
+    bad: tuple[Bad, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A shard of pictures and what its latent shard is called."""
+
+    path: Path
+    key: str
+
+    @property
+    def tar(self) -> str:
+        return f"{self.key}.tar"
+
+
+def sources(paths: Sequence[Path], sums: Sums, progress: Progress = SILENT) -> list[Source]:
+    """The shards with their names; InputError where one cannot be read."""
+    version = f"-decoded{decode.VERSION}"
+    return [
+        Source(path, found[:32] + ("" if plain else version))
+        for path, found, plain in zip(
+            paths, sums.of(paths, progress), are_plain(paths), strict=True
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class LatentShards:
+    """The latent shards of one autoencoder, in a folder; several processes may use and fill it."""
+
+    folder: Path
+
+    def find(self, source: Source) -> Encoded | None:
+        """What the cache holds of a shard; None where it is not whole."""
+        try:
+            row = json.loads((self.folder / f"{source.key}.json").read_text(encoding="utf-8"))
+            found = Encoded(**row | {"bad": tuple(Bad(**bad) for bad in row["bad"])})
+            return found if (self.folder / source.tar).stat().st_size == found.bytes else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    @contextmanager
+    def writing(self, source: Source) -> Iterator[TarWriter]:
+        """The tar, hidden while it is written; it takes its place, on disk, at the end of the
+        block, and is removed on any exception.
+        """
+        from webdataset.writer import TarWriter  # slow to import, and reading needs none of it
+
+        partial = self.folder / f".{source.tar}.{uuid.uuid4().hex[:12]}"
+        try:
+            # ustar's names are too short for some keys
+            with (
+                partial.open("wb") as file,
+                TarWriter(file, encoder=False, mtime=0, format="GNU_FORMAT") as tar,
+            ):
+                yield tar
+            sync(partial)
+            os.replace(partial, self.folder / source.tar)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def keep(self, source: Source, row: Encoded) -> None:
+        """Say what is in a tar that has its place: from then on it is found."""
+        text = json.dumps(asdict(row), indent=1) + "\n"
+        write_whole(self.folder / f"{source.key}.json", text, durable=True, shared=True)
+
+    def prepare(self) -> None:
+        """Make the folder and clear it of what writers left that were killed."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be written: {error.strerror}") from error
+        for left in self.folder.glob(".*.????????????"):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                    left.unlink()
+
+
+def bad_row(path: Path, bad: Bad) -> dict[str, str]:
+    """A row of `bad_samples.jsonl`."""
+    return {"shard": str(path), "key": bad.key, "cause": bad.cause, "message": bad.message}
+
+
+def label(path: Path, bad: Bad) -> str:
+    """A bad sample as a line says it."""
+    return f"shard {path}, sample {bad.key!r}: {bad.message}"

@@ -1,0 +1,162 @@
+"""A split of a shard set as the latent cache has it: which of its shards are encoded, what was
+left out of them, and the folder with the manifest that `load_latents` opens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flowray.config.cache import cache_dir
+from flowray.config.errors import InputError
+from flowray.config.progress import SILENT, Progress
+from flowray.config.train import DataConfig
+from flowray.config.writing import write_whole
+from flowray.data.reader import load_index
+from flowray.data.shards import MANIFEST
+from flowray.store.encode import Budget
+from flowray.store.latent_shards import Bad, Encoded, LatentShards, Source, bad_row, sources
+from flowray.store.sums import Sums
+
+BAD_SAMPLES = "bad_samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of a split that are needed, and what the cache holds of each.
+
+    samples: of each, bad ones included; empty shards are left out.
+    """
+
+    name: str
+    cache: LatentShards
+    sources: tuple[Source, ...]
+    samples: tuple[int, ...]
+    found: tuple[Encoded | None, ...]
+
+    def missing(self) -> list[Source]:
+        """What is to be encoded; shards of the same bytes are so once."""
+        by_key = {
+            source.key: source
+            for source, found in zip(self.sources, self.found, strict=True)
+            if found is None
+        }
+        return list(by_key.values())
+
+    def pictures(self, chosen: Sequence[Source]) -> int:
+        """How many samples these shards have."""
+        counts = dict(zip(self.sources, self.samples, strict=True))
+        return sum(counts[source] for source in chosen)
+
+    def bad(self) -> list[tuple[int, Path, Bad]]:
+        """The known bad samples, each with its place in the split and its shard."""
+        starts = np.cumsum([0, *self.samples]).tolist()
+        return [
+            (start + bad.index, source.path, bad)
+            for start, source, found in zip(starts, self.sources, self.found, strict=False)
+            for bad in (found.bad if found else ())
+        ]
+
+    def budget(self, max_bad: float) -> Budget:
+        """What may be bad; InputError where the cached shards have more."""
+        budget = Budget(self.name, sum(self.samples), max_bad)
+        for _, path, bad in self.bad():
+            budget.add(path, [bad])
+        return budget
+
+
+def look_at(
+    data: DataConfig,
+    cache: LatentShards,
+    split: str,
+    shards: Sequence[Path],
+    progress: Progress = SILENT,
+) -> Split:
+    """InputError where a shard cannot be read, or there is no sample."""
+    if data.limit is not None and split == "train":
+        shards = _first(shards, data.limit)
+    kept = []
+    for source in sources(shards, Sums(cache_dir(data.cache)), progress):
+        found = cache.find(source)
+        samples = found.samples + len(found.bad) if found else len(load_index(source.path).keys)
+        if samples:
+            kept.append((source, samples, found))
+    if not kept:
+        raise InputError(f"no samples in {len(shards)} shard(s), first {shards[0]}")
+    chosen, counts, rows = zip(*kept, strict=True)
+    return Split(split, cache, chosen, counts, rows)
+
+
+def _first(shards: Sequence[Path], limit: int) -> Sequence[Path]:
+    """The first shards, up to the one with sample number `limit`."""
+    samples = 0
+    for number, shard in enumerate(shards, 1):
+        samples += len(load_index(shard).keys)
+        if samples >= limit:
+            return shards[:number]
+    return shards
+
+
+def folder_of(split: Split) -> Path:
+    """Where the split is to be: its name stands for the shards and their places."""
+    places = (f"{source.key} {source.path.absolute()}" for source in split.sources)
+    digest = hashlib.sha256("\n".join(places).encode()).hexdigest()[:12]
+    return split.cache.folder.parent / f"{split.name}-{digest}"
+
+
+def write_split(split: Split) -> Path:
+    """The split's folder, written unless it is there already."""
+    folder = folder_of(split)
+    rows = [found for found in split.found if found is not None]
+    if len(rows) < len(split.found):
+        raise InputError(f"{split.cache.folder}: latents were removed meanwhile; start again")
+    count = sum(row.values for row in rows)
+    if not count:
+        first = split.sources[0].path
+        raise InputError(
+            f"{split.name}: all {sum(split.samples)} samples are bad, first of {first}"
+        )
+    mean = sum(row.total for row in rows) / count
+    bad = split.bad()
+    meta = {
+        "scale": rows[0].scale,
+        "shift": rows[0].shift,
+        "deterministic": rows[0].deterministic,
+        "mean": mean,
+        "variance": sum(row.squares for row in rows) / count - mean**2,
+        "pictures": [str(source.path.absolute()) for source in split.sources],
+        "skipped": [place for place, _, _ in bad],
+    }
+    shards = [
+        {"name": os.path.relpath(split.cache.folder / source.tar, folder), "samples": row.samples}
+        for source, row in zip(split.sources, rows, strict=True)
+    ]
+    named = "".join(
+        json.dumps({"split": split.name, **bad_row(path, each)}) + "\n" for _, path, each in bad
+    )
+    manifest = {"meta": meta, "samples": sum(row.samples for row in rows), "shards": shards}
+    _write(folder / BAD_SAMPLES, named)
+    _write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return folder
+
+
+def bad_samples(folders: Iterable[Path]) -> str:
+    """The rows of samples that were left out of splits, as text; "" for none."""
+    files = (folder / BAD_SAMPLES for folder in folders)
+    return "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+
+
+def _write(file: Path, text: str) -> None:
+    """The file, unless it has this text already; an empty one is not made."""
+    try:
+        if (file.read_text(encoding="utf-8") if file.is_file() else "") != text:
+            file.parent.mkdir(exist_ok=True)
+            write_whole(file, text, shared=True)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,76 @@
+"""sha256 of large files, each computed once and remembered in the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from flowray.config.errors import InputError
+from flowray.config.progress import SILENT, Progress
+from flowray.config.rows import read_rows
+from flowray.data.shards import sha256
+
+REMEMBERED = "shard-sums.jsonl"
+_READERS = 4  # files read at a time: a network disk gives one reader a part of what it can
+
+
+class Sums:
+    """The sha256 of files, remembered in `folder` by absolute path, size, mtime and inode.
+
+    Several processes may add to it at once: a row is one append, and of a path the last row holds.
+    """
+
+    def __init__(self, folder: Path):
+        self._file = folder / REMEMBERED
+        self._known = {
+            (row.get("path"), *row.get("stamp", ())): row.get("sha256")
+            for row in read_rows(self._file)
+        }
+
+    def of(self, paths: Sequence[Path], progress: Progress = SILENT) -> list[str]:
+        """The sha256 of every file, in hex; InputError where one cannot be read."""
+        stamps = [_stamp(path) for path in paths]
+        new = sorted({stamp for stamp in stamps if stamp not in self._known})
+        if new:
+            what = "reading shards for their sha256"
+            with (
+                progress.task(what, len(new)) as advance,
+                ThreadPoolExecutor(min(_READERS, len(new))) as pool,
+            ):
+                for stamp, found in zip(new, pool.map(_sum, new), strict=True):
+                    self._known[stamp] = found
+                    if _stamp(Path(stamp[0])) == stamp:  # nobody has written to it meanwhile
+                        self._remember(stamp, found)
+                    advance()
+        return [str(self._known[stamp]) for stamp in stamps]
+
+    def _remember(self, stamp: tuple[Any, ...], found: str) -> None:
+        path, *rest = stamp
+        # the line before may have been torn by a kill
+        row = f"\n{json.dumps({'path': path, 'stamp': rest, 'sha256': found})}\n".encode()
+        with suppress(OSError):  # a full disk: it is computed again another time
+            handle = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                os.write(handle, row)
+            finally:
+                os.close(handle)
+
+
+def _stamp(path: Path) -> tuple[Any, ...]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise InputError(f"shard {path}: cannot be read: {error.strerror}") from error
+    return str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def _sum(stamp: tuple[Any, ...]) -> str:
+    try:
+        return sha256(Path(stamp[0]))
+    except OSError as error:
+        raise InputError(f"shard {stamp[0]}: cannot be read: {error.strerror}") from error

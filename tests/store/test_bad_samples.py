@@ -1,0 +1,215 @@
+"""Bad samples are left out within the budget, counted and named; beyond it one line, and whole
+shards stay.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from support import (
+    SPEC,
+    Heard,
+    assert_refused,
+    captions,
+    tiny_autoencoder,
+    tiny_pictures,
+    tiny_recipe,
+)
+
+from flowray.config.errors import InputError
+from flowray.config.model import KLAutoencoder
+from flowray.config.train import DataConfig
+from flowray.data.make import png
+from flowray.data.pictures import decode_image
+from flowray.data.reader import ShardReader
+from flowray.data.shards import find_shards, write_shards
+from flowray.store.latents import ensure_latents, load_latents, load_training, skipped_keys
+from flowray.store.run import RunDirectory
+from flowray.store.splits import BAD_SAMPLES
+from flowray.train.group import Group
+from flowray.train.loop import train
+
+Sample = dict[str, Any]
+SHARD = 10  # samples
+TEXTS = captions(100)
+
+
+def clean(i: int) -> Sample:
+    picture = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return {"__key__": f"s{i:03d}", "png": png(picture), "txt": TEXTS[i].encode()}
+
+
+def without(name: str) -> Callable[[Sample], Sample]:
+    return lambda sample: {key: value for key, value in sample.items() if key != name}
+
+
+BAD: dict[str, tuple[Callable[[Sample], Sample], str]] = {
+    "cut": (lambda sample: sample | {"png": sample["png"][:80]}, "does not decode"),
+    "no picture": (without("png"), "no picture"),
+    "size": (lambda sample: sample | {"png": png(np.zeros((8, 16, 3), np.uint8))}, "another size"),
+    "no caption": (without("txt"), "no caption"),
+    "empty caption": (lambda sample: sample | {"txt": b" \n"}, "no caption"),
+    "not UTF-8": (lambda sample: sample | {"txt": b"\xff\xfe\x00"}, "no caption"),
+}
+
+
+def write(folder: Path, count: int, bad: dict[int, str]) -> str:
+    samples = (BAD[bad[i]][0](clean(i)) if i in bad else clean(i) for i in range(count))
+    return str(write_shards(folder, samples, per_shard=SHARD, meta={}))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> KLAutoencoder:
+    return KLAutoencoder(path=str(tiny_autoencoder(tmp_path / "autoencoder")))
+
+
+def data_of(home: Path, count: int, bad: dict[int, str], **options: Any) -> DataConfig:
+    val = str(tiny_pictures(home / "val", 8))
+    shards = write(home / "train", count, bad)
+    return DataConfig(shards=shards, val_shards=val, cache=str(home / "cache"), **options)
+
+
+def test_one_in_each_of_several_shards(tmp_path: Path, config: KLAutoencoder) -> None:
+    bad = {SHARD * shard + 3 + shard % 2: name for shard, name in enumerate(BAD)}
+    count = SHARD * len(BAD)
+    data = data_of(tmp_path, count, bad, max_bad=0.1)
+    heard = Heard()
+    folder = ensure_latents(data, config, SPEC, heard)["train"]
+    rows = [json.loads(line) for line in (folder / BAD_SAMPLES).read_text().splitlines()]
+    assert [(row["key"], row["cause"]) for row in rows] == [
+        (f"s{i:03d}", BAD[name][1]) for i, name in bad.items()
+    ]
+    assert [Path(row["shard"]).name for row in rows] == [
+        f"shard-{i:06d}.tar" for i in range(len(BAD))
+    ]
+    told = [line for line in heard.said if "skipped" in line]
+    assert len(told) == 1
+    assert "6 of 60 train samples skipped: no caption x3, " in told[0]
+    assert str(folder / BAD_SAMPLES) in told[0]
+
+    latents = load_latents(folder)
+    good = [i for i in range(count) if i not in bad]
+    pictures = latents.picture_reader()
+    assert latents.reader.keys == pictures.keys == [f"s{i:03d}" for i in good]
+    assert skipped_keys(data, config, SPEC) == {
+        "train": {f"s{i:03d}" for i in bad},
+        "val": frozenset(),
+    }
+    whole = load_latents(
+        ensure_latents(data_of(tmp_path / "clean", count, {}), config, SPEC)["train"]
+    )
+    torch.testing.assert_close(
+        latents.moments(np.arange(len(good))).mean,
+        whole.moments(np.array(good)).mean,
+        rtol=2e-3,
+        atol=2e-3,
+    )
+    assert np.array_equal(
+        decode_image(pictures, 30), decode_image(whole.picture_reader(), good[30])
+    )
+    assert len(load_latents(folder, limit=25)) == 22  # of the first 25 samples
+    again = Heard()
+    assert ensure_latents(data, config, SPEC, again)["train"] == folder
+    assert [line for line in again.said if "skipped" in line] == told
+
+
+def test_beyond_the_budget_whole_shards_stay(tmp_path: Path, config: KLAutoencoder) -> None:
+    data = data_of(tmp_path, 40, {34: "cut", 35: "size", 36: "no caption", 37: "cut"}, max_bad=0.05)
+    want = (
+        r"^4 bad of 40 train samples so far, data\.max_bad 0\.05 allows 2: shard .*-000003\.tar,"
+        r" sample 's034': .*sample 's035': .*sample 's036': [^;]*; .*type data\.max_bad=0\.1 "
+    )
+    assert_refused(lambda: ensure_latents(data, config, SPEC), InputError, want)
+    kept = {path: path.stat().st_ino for path in (tmp_path / "cache").rglob("*.tar")}
+    assert len(kept) == 3
+    assert not list((tmp_path / "cache").rglob(BAD_SAMPLES))
+    heard = Heard()
+    more = data.model_copy(update={"max_bad": 0.1})
+    ensure_latents(more, config, SPEC, heard)
+    assert heard.tasks["encoding train pictures"] == 10
+    assert {path: path.stat().st_ino for path in kept} == kept
+    # what is in the cache by now is still more than this budget
+    assert_refused(lambda: ensure_latents(data, config, SPEC), InputError, "^3 bad of 40 train")
+
+
+@pytest.mark.parametrize(("max_bad", "allowed"), [(0.0, 0), (0.29, 29), (1.0, 100)])
+def test_how_many_are_allowed(max_bad: float, allowed: int) -> None:
+    from flowray.store.encode import Budget
+    from flowray.store.latent_shards import Bad
+
+    budget = Budget("train", 100, max_bad)
+    for i in range(allowed):
+        budget.add(Path("a.tar"), [Bad(i, f"k{i}", "no caption", "none")])
+    with pytest.raises(InputError, match=f"allows {allowed}:"):
+        budget.add(Path("a.tar"), [Bad(allowed, "k", "no caption", "none")])
+
+
+def test_nothing_but_bad_samples(tmp_path: Path, config: KLAutoencoder) -> None:
+    data = data_of(tmp_path, 3, dict.fromkeys(range(3), "cut"), max_bad=1)
+    with pytest.raises(InputError, match="all 3 samples are bad"):
+        ensure_latents(data, config, SPEC)
+
+
+def test_latents_that_are_not_finite(tmp_path: Path) -> None:
+    path = tiny_autoencoder(tmp_path / "broken")
+    net = AutoencoderKL.from_pretrained(path)
+    with torch.no_grad():
+        net.encoder.conv_in.weight.view(-1)[0] = math.inf
+    net.save_pretrained(path)
+    broken = KLAutoencoder(path=str(path))
+    data = data_of(tmp_path, 20, {}, max_bad=0.1)
+    want = r"bad of 20 train .* NaN, infinite .*are the weights of model\.autoencoder whole\?"
+    assert_refused(lambda: ensure_latents(data, broken, SPEC), InputError, want)
+    assert not list((tmp_path / "cache").rglob("latents-*/shards/*"))
+
+
+def test_one_picture_whose_latents_are_beyond_half_precision(tmp_path: Path) -> None:
+    path = tiny_autoencoder(tmp_path / "wide")
+    net = AutoencoderKL.from_pretrained(path)
+    data = data_of(tmp_path, 20, {}, max_bad=0.5)
+    usual = KLAutoencoder(path=str(path))
+    latents = load_latents(ensure_latents(data, usual, SPEC)["train"])
+    largest = latents.moments(np.arange(20)).mean.abs().flatten(1).amax(1)
+    second, most = largest.sort().values[-2:].tolist()
+    with torch.no_grad():
+        for p in net.quant_conv.parameters():
+            p[: SPEC.channels] *= 65504 / (0.5 * (second + most))
+    net.save_pretrained(path)
+    folder = ensure_latents(data, usual, SPEC)["train"]
+    (row,) = [json.loads(line) for line in (folder / BAD_SAMPLES).read_text().splitlines()]
+    assert (row["key"], row["cause"]) == (f"s{int(largest.argmax()):03d}", "not finite")
+    assert load_latents(folder).moments(np.arange(19)).mean.isfinite().all()
+
+
+def test_a_truncated_shard_is_one_line_before_anything_is_encoded(
+    tmp_path: Path, config: KLAutoencoder
+) -> None:
+    data = data_of(tmp_path, 30, {}, max_bad=0.5)
+    last = find_shards(data.shards)[-1]
+    last.write_bytes(last.read_bytes()[:3000])
+    assert_refused(
+        lambda: ensure_latents(data, config, SPEC), InputError, "^shard .*-000002.tar: truncated"
+    )
+    assert not list((tmp_path / "cache").rglob("latents-*"))
+
+
+def test_a_run_trains_without_them_and_names_them(tmp_path: Path) -> None:
+    shards = write(tmp_path / "own", 40, {7: "cut", 23: "no caption"})
+    keys = {"data.shards": shards, "data.max_bad": 0.1, "data.limit": 30, "train.steps": 4}
+    recipe, run = tiny_recipe(tmp_path, **keys), RunDirectory(tmp_path / "run")
+    train(recipe, run, Group(0, 1, torch.device("cpu")), lambda row: None)
+    rows = [json.loads(line) for line in run.bad_samples.read_text().splitlines()]
+    assert [(row["split"], row["key"]) for row in rows] == [("train", "s007"), ("train", "s023")]
+    made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
+    latents = load_training(ensure_latents(*made_of)["train"], recipe)
+    assert len(latents) == 28
+    assert latents.reader.keys == [f"s{i:03d}" for i in range(30) if i not in (7, 23)]
+    assert len(ShardReader(find_shards(shards))) == 40

@@ -1,0 +1,220 @@
+"""One latent shard for each shard of pictures: found again by content, whole after any kill, made
+once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from support import SPEC, Heard, tiny_autoencoder, tiny_pictures
+
+from flowray.config.model import KLAutoencoder
+from flowray.config.train import DataConfig
+from flowray.data.reader import ShardReader
+from flowray.data.shards import MANIFEST, find_shards
+from flowray.store.latents import ensure_latents, load_latents, unencoded
+from flowray.store.sums import REMEMBERED, Sums
+
+HASHING = "reading shards for their sha256"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> KLAutoencoder:
+    return KLAutoencoder(path=str(tiny_autoencoder(tmp_path / "autoencoder")))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    return data_of(tmp_path, 96)
+
+
+def data_of(home: Path, count: int, cache: str = "cache") -> DataConfig:
+    """`count` training pictures, 16 a shard."""
+    train = tiny_pictures(home / "train", count)
+    val = tiny_pictures(home / "val", 16, start=1000)
+    return DataConfig(shards=str(train), val_shards=str(val), cache=str(home / cache))
+
+
+def encoded(data: DataConfig, config: KLAutoencoder, **options: Any) -> dict[str, int]:
+    """What had to be encoded of each split."""
+    heard = Heard()
+    ensure_latents(data, config, SPEC, heard, **options)
+    return {what.split()[1]: n for what, n in heard.tasks.items() if what.startswith("encoding")}
+
+
+def shards_of(data: DataConfig) -> Path:
+    (found,) = Path(str(data.cache)).glob("latents-*/shards")
+    return found
+
+
+def whole(data: DataConfig) -> dict[str, tuple[int, int]]:
+    """Latent shards that a start finds -> inode and mtime."""
+    at = Path(str(data.cache)).glob("latents-*/shards/*.json")
+    tars = [file.with_suffix(".tar") for file in at if not file.name.endswith(".index.json")]
+    return {tar.name: (tar.stat().st_ino, tar.stat().st_mtime_ns) for tar in tars}
+
+
+def content(data: DataConfig) -> dict[str, bytes]:
+    """Latent shards and their JSONs, by name."""
+    files = [file for file in shards_of(data).iterdir() if not file.name.endswith(".index.json")]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def encode_alone(data: DataConfig, config: KLAutoencoder, start: Any = None) -> None:
+    torch.set_num_threads(1)  # as other threads may come to another last bit
+    if start:
+        start.wait(60)
+    ensure_latents(data, config, SPEC)
+
+
+def process_that_encodes(*args: Any) -> Any:
+    """It has imported everything already."""
+    process = mp.get_context("forkserver").Process(target=encode_alone, args=args)
+    process.start()
+    return process
+
+
+def test_killed_at_random_instants_it_goes_on_where_it_was(
+    tmp_path: Path, config: KLAutoencoder
+) -> None:
+    reference, data = data_of(tmp_path, 192, "reference"), data_of(tmp_path, 192)
+    process_that_encodes(reference, config).join()
+    shards, rng = 192 // 16 + 1, random.Random(0)
+    kept: dict[str, tuple[int, int]] = {}
+    cut_off = set()
+    for _ in range(20):
+        process, more = process_that_encodes(data, config), rng.randrange(2)
+        while process.is_alive() and len(whole(data)) < len(kept) + more:
+            time.sleep(0.001)
+        process.join(rng.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        now = whole(data)
+        assert {name: now[name] for name in kept} == kept  # nothing is encoded twice
+        kept = now
+        cut_off.add(len(kept))
+    assert len(cut_off & set(range(1, shards))) > 2
+    process_that_encodes(data, config).join()
+    assert {name: whole(data)[name] for name in kept} == kept
+    ours, theirs = content(data), content(reference)
+    assert len(theirs) == 2 * shards
+    assert {name: ours.get(name) for name in theirs} == theirs
+
+
+def test_two_processes_at_once(tmp_path: Path, config: KLAutoencoder) -> None:
+    data, reference = data_of(tmp_path, 96), data_of(tmp_path, 96, "reference")
+    start = mp.get_context("forkserver").Barrier(2)
+    both = [process_that_encodes(data, config, start) for _ in range(2)]
+    alone = process_that_encodes(reference, config)
+    for process in (*both, alone):
+        process.join()
+        assert process.exitcode == 0
+    assert encoded(data, config) == {}
+    assert content(data) == content(reference)
+
+
+def test_by_several_processes_it_is_the_same(data: DataConfig, config: KLAutoencoder) -> None:
+    alone = data.model_copy(update={"cache": f"{data.cache}-alone"})
+    assert encoded(data, config, processes=2) == {"train": 96, "val": 16}
+    ensure_latents(alone, config, SPEC)
+    ours, theirs = (load_latents(ensure_latents(d, config, SPEC)["train"]) for d in (data, alone))
+    assert ours.reader.keys == theirs.reader.keys
+    every = np.arange(96)
+    torch.testing.assert_close(ours.moments(every), theirs.moments(every), rtol=2e-3, atol=2e-3)
+    assert ours.variance == pytest.approx(theirs.variance, rel=1e-5)
+
+
+def test_a_shard_added_later_encodes_alone(data: DataConfig, config: KLAutoencoder) -> None:
+    folder = Path(data.shards)
+    last = sorted(folder.glob("*.tar"))[2]
+    aside = folder.parent / "aside.tar"
+    last.rename(aside)
+    assert encoded(data, config)["train"] == 80
+    before = whole(data)
+    aside.rename(last)
+    assert unencoded(data, config, SPEC) == 16
+    assert encoded(data, config) == {"train": 16}
+    assert {name: whole(data)[name] for name in before} == before
+    latents = load_latents(ensure_latents(data, config, SPEC)["train"])
+    assert latents.reader.keys == ShardReader(find_shards(data.shards)).keys
+
+
+def test_a_moved_or_copied_set_encodes_nothing(
+    data: DataConfig, config: KLAutoencoder, tmp_path: Path
+) -> None:
+    ensure_latents(data, config, SPEC)
+    shutil.copytree(data.shards, tmp_path / "copied")
+    Path(data.shards).rename(tmp_path / "moved")
+    for place in ("copied", "moved"):
+        there = data.model_copy(update={"shards": str(tmp_path / place)})
+        assert encoded(there, config) == {}
+        latents = load_latents(ensure_latents(there, config, SPEC)["train"])
+        assert {path.parent.name for path in latents.pictures} == {place}
+
+
+def test_statistics_are_merged_from_the_shards(data: DataConfig, config: KLAutoencoder) -> None:
+    folder = ensure_latents(data, config, SPEC)["train"]
+    latents, meta = load_latents(folder), json.loads((folder / MANIFEST).read_text())["meta"]
+    moments = latents.moments(np.arange(len(latents)))
+    z = latents.scale.sample(moments, torch.zeros_like(moments.mean)).double()
+    noise = (moments.logvar.double().exp() * float(latents.scale.scale) ** 2).mean()
+    assert meta["mean"] == pytest.approx(float(z.mean()), abs=1e-3)
+    assert latents.variance == pytest.approx(float(z.var() + noise), rel=1e-3)
+    rows = [json.loads((folder / row["name"]).with_suffix(".json").read_text()) for row in
+            json.loads((folder / MANIFEST).read_text())["shards"]]  # fmt: skip
+    assert sum(row["samples"] for row in rows) == 96
+    assert meta["mean"] == sum(row["total"] for row in rows) / sum(row["values"] for row in rows)
+
+
+def test_of_a_limited_set_only_the_shards_needed(data: DataConfig, config: KLAutoencoder) -> None:
+    few = data.model_copy(update={"limit": 20})
+    assert unencoded(few, config, SPEC) == 48
+    assert encoded(few, config) == {"train": 32, "val": 16}
+    folder = ensure_latents(few, config, SPEC)["train"]
+    assert len(load_latents(folder, few.limit)) == 20
+    assert encoded(data, config) == {"train": 64}
+
+
+def test_a_latent_shard_that_is_cut_is_made_again(data: DataConfig, config: KLAutoencoder) -> None:
+    ensure_latents(data, config, SPEC)
+    before, tar = content(data), sorted(shards_of(data).glob("*.tar"))[0]
+    os.truncate(tar, 1024)
+    assert sum(encoded(data, config).values()) == 16
+    assert content(data) == before
+
+
+def test_what_a_killed_writer_left_goes_when_nobody_writes_it(
+    data: DataConfig, config: KLAutoencoder
+) -> None:
+    ensure_latents(data.model_copy(update={"limit": 1}), config, SPEC)
+    old, new = (shards_of(data) / f".{name}.tar.0123456789ab" for name in ("old", "new"))
+    old.touch()
+    new.touch()
+    os.utime(old, (time.time() - 7200, time.time() - 7200))
+    ensure_latents(data, config, SPEC)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_sums_are_computed_once(tmp_path: Path) -> None:
+    shards = find_shards(str(tiny_pictures(tmp_path / "set", 32)))
+    heard = Heard()
+    first = Sums(tmp_path).of(shards, heard)
+    assert heard.tasks == {HASHING: 2}
+    with (tmp_path / REMEMBERED).open("a") as file:
+        file.write('{"path": "torn')  # a kill
+    assert Sums(tmp_path).of(shards, again := Heard()) == first
+    assert again.tasks == {}
+    shards[0].write_bytes(shards[0].read_bytes())  # another mtime
+    assert Sums(tmp_path).of(shards, touched := Heard()) == first
+    assert touched.tasks == {HASHING: 1}
+    assert Sums(tmp_path).of(shards, Heard()) == first
