@@ -23,7 +23,7 @@ from flowray.model.autoencoder import load_autoencoder
 SUBCOMMANDS = (
     *("doctor overfit", "doctor ablations"),
     "models fetch",
-    *(f"data {name}" for name in ("make", "pack", "check", "encode")),
+    *(f"data {name}" for name in ("make", "pack", "check", "show", "encode")),
     *(f"cluster {name}" for name in ("check", "head", "join", "stop")),
 )
 BENCHMARKS = [

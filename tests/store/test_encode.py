@@ -8,8 +8,12 @@ import json
 import os
 import random
 import shutil
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,7 @@ import torch.multiprocessing as mp
 from support import SPEC, Heard, tiny_autoencoder, tiny_pictures
 
 from flowray.config.model import KLAutoencoder
+from flowray.config.progress import SILENT, Advance, Progress
 from flowray.config.train import DataConfig
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards
@@ -70,11 +75,33 @@ def content(data: DataConfig) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-def encode_alone(data: DataConfig, config: KLAutoencoder, start: Any = None) -> None:
+class Killed:
+    """Progress that ends its own process, by SIGKILL, some seconds after so many pictures."""
+
+    def __init__(self, pictures: int, seconds: float):
+        self._left, self._seconds = pictures, seconds
+
+    def say(self, text: str) -> None:
+        pass
+
+    @contextmanager
+    def task(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
+        def advance(count: int = 1, note: str = "") -> None:
+            if what.startswith("encoding") and self._left > 0:
+                self._left -= count
+                if self._left <= 0:
+                    Timer(self._seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+        yield advance
+
+
+def encode_alone(
+    data: DataConfig, config: KLAutoencoder, start: Any = None, progress: Progress = SILENT
+) -> None:
     torch.set_num_threads(1)  # as other threads may come to another last bit
     if start:
         start.wait(60)
-    ensure_latents(data, config, SPEC)
+    ensure_latents(data, config, SPEC, progress)
 
 
 def process_that_encodes(*args: Any) -> Any:
@@ -93,12 +120,8 @@ def test_killed_at_random_instants_it_goes_on_where_it_was(
     kept: dict[str, tuple[int, int]] = {}
     cut_off = set()
     for _ in range(20):
-        process, more = process_that_encodes(data, config), rng.randrange(2)
-        while process.is_alive() and len(whole(data)) < len(kept) + more:
-            time.sleep(0.001)
-        process.join(rng.uniform(0, 0.1))
-        process.kill()
-        process.join()
+        end = Killed(16 * rng.randrange(1, 3), rng.uniform(0, 0.02))
+        process_that_encodes(data, config, None, end).join()
         now = whole(data)
         assert {name: now[name] for name in kept} == kept  # nothing is encoded twice
         kept = now
