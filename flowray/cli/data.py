@@ -16,6 +16,7 @@ from flowray.cli.make import add_make
 from flowray.cli.parser import JSON, Parser, add_recipe, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.config.cache import cache_dir
+from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.paths import argument, expand
@@ -262,9 +263,9 @@ def _add_encode(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "--workers",
         type=whole_number(1),
-        default=1,
         metavar="N",
-        help="processes that encode at once, each its share of the shards (default %(default)s)",
+        help="Ray tasks that encode at once, each its share of the shards, with the recipe's"
+        " resources.cpus_per_worker and gpus_per_worker (default: this process alone)",
     )
     parser.set_defaults(run=_encode)
 
@@ -275,8 +276,14 @@ def _encode(args: argparse.Namespace) -> int:
         from flowray.store.latents import channel_metrics, ensure_latents, load_latents
 
     ready.check_shards(recipe)
+    fleet = None
+    if args.workers or in_cluster():  # a cluster's head may have no GPU
+        with progress.task(IMPORTING):
+            from flowray.rayrun.encoder import tasks_of
+
+        fleet = tasks_of(recipe.resources, args.workers or recipe.resources.num_workers, progress)
     made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
-    folders = ensure_latents(*made_of, progress, processes=args.workers)
+    folders = ensure_latents(*made_of, progress, fleet=fleet)
     for split, folder in folders.items():
         mean, least, most = channel_metrics(load_latents(folder)).values()
         print(

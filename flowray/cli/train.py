@@ -118,7 +118,7 @@ def _train(
         from flowray.cluster.capacity import machines
         from flowray.cluster.session import connected
         from flowray.cluster.storage import refuse_unshared
-        from flowray.store.latents import ensure_latents_apart
+        from flowray.rayrun.encoder import ensure_encoded
         from flowray.tune.room import refuse_without_room
 
     refuse_unready(recipe)
@@ -126,7 +126,7 @@ def _train(
         refuse_unshared(run.path.parent, recipe.data, progress)
         refuse_without_room(recipe.resources, machines())
     with _taking_over(run):
-        ensure_latents_apart(recipe, progress)
+        ensure_encoded(recipe, recipe.resources.num_workers, progress)
         if start:
             _say_changes(recipe, run, start, progress)
         _write_config(loaded, run)

@@ -29,12 +29,12 @@ from flowray.cluster.capacity import machines
 from flowray.cluster.ray_private import HEAD, dashboard_url
 from flowray.cluster.storage import StorageNotShared, marker_file, refusal_here, refuse_unshared
 from flowray.cluster.waiting import RoomWatch, is_active
-from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError, last_line
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.writing import write_whole
+from flowray.rayrun.encoder import ensure_encoded
 from flowray.rayrun.failures import RunFailed, no_room
 from flowray.rayrun.retries import FailureReset, newest_step
 from flowray.rayrun.search import (
@@ -48,7 +48,6 @@ from flowray.rayrun.search import (
 from flowray.rayrun.trainer import fit, train_worker
 from flowray.report.load import load_sweep as load_report
 from flowray.report.results import Sweep as Report
-from flowray.store.latents import ensure_latents_apart
 from flowray.store.run import RunDirectory, RunLock
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.folder import held_directory, refuse_taken, sweep_folder
@@ -186,8 +185,9 @@ def run_sweep(
         print(earlier, file=stream)
     refuse_taken(sweep, base, resume)
     same_data = not _DATA.intersection(map(_part, sweep.parameters))
-    if placed and trains and same_data and not in_cluster():
-        ensure_latents_apart(base, progress)  # once, before all trials want them
+    if placed and trains and same_data:  # once, before all trials want them
+        workers = placed.concurrent * placed.base.resources.num_workers
+        ensure_encoded(placed.base, workers, progress)
     sweep_dir, out_of_time = sweep_folder(sweep), False
     with held_directory(sweep, base, resume) as lock:
         if placed:

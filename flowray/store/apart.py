@@ -1,4 +1,6 @@
-"""Work done in processes of its own: the GPU memory that it takes is free again after it."""
+"""Work done in a process of its own, and its progress shown here: the GPU memory that it takes is
+free again after it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,15 @@ import contextlib
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from flowray.config.progress import Advance, Progress
 
 T = TypeVar("T")
+Message = tuple[Any, ...]  # the name of a call of Progress and what it was given
 
 
 def apart(work: Callable[[Progress], T], progress: Progress) -> T:
@@ -21,65 +24,72 @@ def apart(work: Callable[[Progress], T], progress: Progress) -> T:
 
     Returns what it returns and raises what it raises; RuntimeError where the process dies.
     """
-    return together([work], progress)[0]
-
-
-def together(works: Sequence[Callable[[Progress], T]], progress: Progress) -> list[T]:
-    """`apart` for several at once, a process each. Where one fails, the others are ended."""
     # a fork would share the parent's threads and CUDA
     context = multiprocessing.get_context("spawn")
-    children, found = list[Any](), dict[int, T]()
-    shown = dict[Connection, _Shown]()
-    with ExitStack() as closing:
-        for work in works:
-            ours, theirs = context.Pipe(duplex=False)
-            child = context.Process(target=_work_in_child, args=(work, theirs), daemon=True)
-            child.start()
-            closing.callback(child.join)
-            closing.callback(child.terminate)
-            theirs.close()
-            shown[ours] = _Shown(closing.enter_context(ExitStack()), progress)
-            children.append(child)
-        numbers = {connection: number for number, connection in enumerate(shown)}
-        while len(found) < len(works):
-            for ready in wait(list(numbers)):
-                assert isinstance(ready, Connection)
-                number = numbers[ready]
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_work_in_child, args=(work, theirs), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        with ShownProgress(progress) as shown:
+            while True:
                 try:
-                    message = ready.recv()
+                    message = ours.recv()
                 except EOFError:
-                    children[number].join()
-                    code = children[number].exitcode
+                    child.join()
+                    code = child.exitcode
                     raise RuntimeError(f"a process died, exit code {code}") from None
                 if message[0] == "failed":
                     raise message[1]
                 if message[0] == "done":
-                    found[number] = message[1]
-                    del numbers[ready]
-                else:
-                    shown[ready].show(message)
-    return [found[number] for number in range(len(works))]
+                    return message[1]
+                shown(message)
+    finally:
+        child.terminate()
+        child.join()
 
 
-class _Shown:
-    """The progress of another process."""
+class ShownProgress:
+    """Shows what a `SentProgress` sends. A context manager: its end closes what is open."""
 
-    def __init__(self, left_open: ExitStack, progress: Progress):
-        self._left_open, self._progress = left_open, progress
-        self._tasks: list[tuple[ExitStack, Advance]] = []
+    def __init__(self, progress: Progress):
+        self._progress, self._open = progress, list[_OpenTask]()
 
-    def show(self, message: tuple[Any, ...]) -> None:
+    def __call__(self, message: Message) -> None:
         match message:
             case "say", text:
                 self._progress.say(text)
             case "begin", what, total, done:
-                closing = self._left_open.enter_context(ExitStack())
-                advance = closing.enter_context(self._progress.task(what, total, done))
-                self._tasks.append((closing, advance))
+                self._open.append(_OpenTask(self._progress, what, total, done))
             case "advance", depth, count, note:
-                self._tasks[depth][1](count, note)
+                self._open[depth].advance(count, note)
             case ("end",):
-                self._tasks.pop()[0].close()
+                self._open.pop().close()
+
+    def begin_anew(self) -> None:
+        """The work starts again: what it has counted so far is taken back."""
+        while self._open:
+            task = self._open.pop()
+            task.advance(-task.counted, "")
+            task.close()
+
+    def __enter__(self) -> ShownProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._open:
+            self._open.pop().close()
+
+
+class _OpenTask:
+    def __init__(self, progress: Progress, what: str, total: int | None, done: int):
+        self._closing, self.counted = ExitStack(), 0
+        self._advance = self._closing.enter_context(progress.task(what, total, done))
+        self.close = self._closing.close
+
+    def advance(self, count: int, note: str) -> None:
+        self.counted += count
+        self._advance(count, note)
 
 
 def _work_in_child(work: Callable[[Progress], object], send_to: Connection) -> None:
@@ -87,7 +97,7 @@ def _work_in_child(work: Callable[[Progress], object], send_to: Connection) -> N
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(KeyboardInterrupt):
         try:
-            message = ("done", work(_SentProgress(send_to)))
+            message = ("done", work(SentProgress(send_to.send)))
         except BrokenPipeError:
             return  # nobody waits for it any more
         except Exception as error:
@@ -95,26 +105,26 @@ def _work_in_child(work: Callable[[Progress], object], send_to: Connection) -> N
         send_to.send(message)
 
 
-class _SentProgress:
+class SentProgress:
     """Progress whose calls are sent to the process that shows them."""
 
-    def __init__(self, send_to: Connection):
-        self._connection, self._depth = send_to, 0
+    def __init__(self, send: Callable[[Message], None]):
+        self._send, self._depth = send, 0
 
     def say(self, text: str) -> None:
-        self._connection.send(("say", text))
+        self._send(("say", text))
 
     @contextmanager
     def task(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
         depth = self._depth
-        self._connection.send(("begin", what, total, done))
+        self._send(("begin", what, total, done))
         self._depth += 1
 
         def advance(count: int = 1, note: str = "") -> None:
-            self._connection.send(("advance", depth, count, note))
+            self._send(("advance", depth, count, note))
 
         try:
             yield advance
         finally:
             self._depth -= 1
-            self._connection.send(("end",))
+            self._send(("end",))

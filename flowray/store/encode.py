@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from flowray.data.pictures import decode_image
 from flowray.data.pixels import to_pictures
 from flowray.data.reader import ShardReader
 from flowray.model.latent import LatentScale, Moments, over_channels
-from flowray.store.apart import together
 from flowray.store.latent_shards import Bad, Encoded, LatentShards, Source, label
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ class _Batch(NamedTuple):
 class Encoding:
     """Shards of one split to encode; it can be pickled, and called in any process.
 
-    samples: in all of the shards. processes: how many share this machine's cores.
+    samples: in all of the shards. cores: for it to use; None: all that this process may.
     """
 
     sources: tuple[Source, ...]
@@ -137,14 +136,14 @@ class Encoding:
     autoencoder: AutoencoderConfig
     latent: LatentSpec
     budget: Budget
-    processes: int = 1
+    cores: int | None = None
 
     def __call__(self, progress: Progress) -> Pace:
         """Encode what the cache has not got. InputError beyond the budget, and where the cache
         cannot be written; whole shards stay.
         """
-        cores = max(1, usable_cores() // self.processes)
-        if self.processes > 1:
+        cores = usable_cores() if self.cores is None else self.cores
+        if self.cores is not None:
             torch.set_num_threads(cores)
         with progress.task("loading the autoencoder"):
             # diffusers takes seconds to import; a cached run never needs it
@@ -168,10 +167,10 @@ class Encoding:
     def what(self) -> str:
         return f"encoding {self.budget.split} pictures"
 
-    def parts(self, count: int) -> list[Encoding]:
-        """The same by several processes, every `count`-th shard each."""
+    def parts(self, count: int, cores: int) -> list[Encoding]:
+        """The same by several processes of so many cores, every `count`-th shard each."""
         chosen = [self.sources[i::count] for i in range(min(count, len(self.sources)))]
-        return [replace(self, sources=each, processes=len(chosen)) for each in chosen]
+        return [replace(self, sources=each, cores=cores) for each in chosen]
 
     def _encode(self, autoencoder: Autoencoder, pool: ThreadPoolExecutor, advance: Advance) -> Pace:
         pace = Pace()
@@ -326,16 +325,29 @@ def posterior_variance(moments: Moments, scale: LatentScale) -> float | Tensor:
     )
 
 
-def encode(encoding: Encoding, processes: int, progress: Progress) -> None:
-    """Do it, by several processes where there are as many shards, and say how fast it went."""
+class Fleet(Protocol):
+    """Processes for work that can be pickled, of `cores` cores each; where they run is its own."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def cores(self) -> int: ...
+
+    def __call__(self, works: Sequence[Encoding], progress: Progress) -> list[Pace]:
+        """Do them beside each other. Raises what one of them raises, and ends the others then."""
+
+
+def encode(encoding: Encoding, fleet: Fleet | None, progress: Progress) -> None:
+    """Do it, here or by a fleet, and say how fast it went."""
     started = time.perf_counter()
     encoding.cache.prepare()
-    if processes == 1 or len(encoding.sources) == 1:
+    if fleet is None:
         pace = encoding(progress)
     else:
         with progress.task(encoding.what, encoding.samples) as advance:
-            parts = encoding.parts(processes)
-            pace = sum(together(parts, _AsOne(encoding.what, progress, advance)), Pace())
+            parts = encoding.parts(fleet.count, fleet.cores)
+            pace = sum(fleet(parts, _AsOne(encoding.what, progress, advance)), Pace())
     took = time.perf_counter() - started
     progress.say(
         f"{encoding.samples:,} {encoding.budget.split} pictures in {duration(took)}: {pace}"

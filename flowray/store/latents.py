@@ -37,7 +37,7 @@ from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, are_plain, find_sha
 from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
 from flowray.model.latent import LatentScale, Moments
 from flowray.store.apart import apart
-from flowray.store.encode import ENCODE_BATCH, Encoding, encode, posterior_variance
+from flowray.store.encode import ENCODE_BATCH, Encoding, Fleet, encode, posterior_variance
 from flowray.store.latent_shards import LatentShards
 from flowray.store.splits import BAD_SAMPLES, folder_of, look_at, write_split
 from flowray.store.sums import Sums
@@ -155,14 +155,14 @@ def ensure_latents(
     latent: LatentSpec,
     progress: Progress = SILENT,
     text: TextConfig | None = None,
-    processes: int = 1,
+    fleet: Fleet | None = None,
 ) -> dict[str, Path]:
     """split -> its folder, for `load_latents`; shards that are not in the cache are encoded now.
 
-    text: the text model that is to train on them. processes: how many encode. Of `train` only the
-    shards are encoded that `data.limit` needs. InputError before anything is encoded where the text
-    model cannot tell captions apart or a shard cannot be read; beyond `data.max_bad`, after which
-    whole shards stay in the cache.
+    text: the text model that is to train on them. fleet: what encodes; None: this process. Of
+    `train` only the shards are encoded that `data.limit` needs. InputError before anything is
+    encoded where the text model cannot tell captions apart or a shard cannot be read; beyond
+    `data.max_bad`, after which whole shards stay in the cache.
     """
     folders: dict[str, Path] = {}
     cache = _latent_shards(data, autoencoder, latent)
@@ -176,7 +176,7 @@ def ensure_latents(
                 _check_captions(text, reader, progress)
             count, budget = looked.pictures(missing), looked.budget(data.max_bad)
             made_of = autoencoder, latent, budget
-            encode(Encoding(tuple(missing), count, cache, *made_of), processes, progress)
+            encode(Encoding(tuple(missing), count, cache, *made_of), fleet, progress)
             looked = look_at(data, cache, split, shards)
         if told := looked.budget(data.max_bad).told():
             progress.say(f"{told}; {folder_of(looked) / BAD_SAMPLES} names them")
@@ -186,21 +186,23 @@ def ensure_latents(
     return folders
 
 
-def ensure_latents_apart(recipe: Recipe, progress: Progress = SILENT) -> None:
+def ensure_latents_apart(
+    recipe: Recipe, progress: Progress = SILENT, fleet: Fleet | None = None
+) -> None:
     """`ensure_latents` for a process that starts others: those get the GPU to themselves, as what
-    is to be encoded on one is encoded in a process that then ends.
+    this machine encodes on one is encoded in a process that then ends.
     """
-    work = partial(_ensure, recipe)
+    work = partial(_ensure, recipe, fleet)
     made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
-    if torch.cuda.is_available() and unencoded(*made_of):
+    if fleet is None and torch.cuda.is_available() and unencoded(*made_of):
         apart(work, progress)
     else:
         work(progress)
 
 
-def _ensure(recipe: Recipe, progress: Progress) -> None:
+def _ensure(recipe: Recipe, fleet: Fleet | None, progress: Progress) -> None:
     made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
-    ensure_latents(*made_of, progress, recipe.model.text)
+    ensure_latents(*made_of, progress, recipe.model.text, fleet)
 
 
 def _check_captions(text: TextConfig, reader: ShardReader, progress: Progress) -> None:

@@ -146,17 +146,6 @@ def test_two_processes_at_once(tmp_path: Path, config: KLAutoencoder) -> None:
     assert content(data) == content(reference)
 
 
-def test_by_several_processes_it_is_the_same(data: DataConfig, config: KLAutoencoder) -> None:
-    alone = data.model_copy(update={"cache": f"{data.cache}-alone"})
-    assert encoded(data, config, processes=2) == {"train": 96, "val": 16}
-    ensure_latents(alone, config, SPEC)
-    ours, theirs = (load_latents(ensure_latents(d, config, SPEC)["train"]) for d in (data, alone))
-    assert ours.reader.keys == theirs.reader.keys
-    every = np.arange(96)
-    torch.testing.assert_close(ours.moments(every), theirs.moments(every), rtol=2e-3, atol=2e-3)
-    assert ours.variance == pytest.approx(theirs.variance, rel=1e-5)
-
-
 def test_a_shard_added_later_encodes_alone(data: DataConfig, config: KLAutoencoder) -> None:
     folder = Path(data.shards)
     last = sorted(folder.glob("*.tar"))[2]
