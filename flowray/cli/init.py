@@ -23,6 +23,7 @@ from flowray.config.model import ModelConfig
 from flowray.config.paths import SHIPPED, argument, exists, model_argument, no_such, written
 from flowray.config.recipe import Recipe
 from flowray.config.sources import recipe_names
+from flowray.data.order import evenly
 from flowray.data.pack import SUFFIXES
 from flowray.data.reader import ShardReader
 from flowray.data.shards import NAMED, find_shards, tars
@@ -215,7 +216,7 @@ def _look(folder: Path, val: Path | None) -> Looked:
     reader = ShardReader(shards)
     from flowray.data.pictures import decode_image
 
-    chosen = np.unique(np.linspace(0, len(reader) - 1, LOOKED_AT).round().astype(int)).tolist()
+    chosen = evenly(len(reader), LOOKED_AT).tolist()
     pictures = [decode_image(reader, i) for i in chosen]
     sizes = sorted({f"{picture.shape[1]} x {picture.shape[0]}" for picture in pictures})
     if len(sizes) > 1:

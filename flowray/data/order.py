@@ -44,3 +44,10 @@ class EpochOrder:
             here = epochs == epoch
             indices[here] = self.epoch(int(epoch))[places[here]]
         return indices
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most `most` of the samples 0 to count - 1, evenly spread, rising, int64: a set may be
+    sorted by what it shows.
+    """
+    return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)

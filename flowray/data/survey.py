@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress, counted
 from flowray.data.decode import decode_rgb, picture_of, picture_size
+from flowray.data.order import evenly
 from flowray.data.pictures import equal_pictures
 from flowray.data.reader import ShardReader
 
@@ -85,14 +86,9 @@ class Shown:
     why: str = ""
 
 
-def spread(samples: int, count: int) -> np.ndarray:
-    """At most `count` of the places 0 .. samples - 1, evenly spread, rising."""
-    return np.unique(np.linspace(0, samples - 1, min(count, samples)).round().astype(np.int64))
-
-
 def survey(reader: ShardReader, progress: Progress = SILENT) -> Survey:
     """The figures of a set; no pixel is decoded, and what is broken is counted."""
-    looked_at = spread(len(reader), LOOKED_AT)
+    looked_at = evenly(len(reader), LOOKED_AT)
     extensions = {extension for i in looked_at for extension in reader.extensions(int(i))}
     has = {extension: int((reader.sizes(extension) >= 0).sum()) for extension in extensions}
     sizes, captions, broken, pictures = list[tuple[int, int]](), list[list[str]](), 0, 0
@@ -171,7 +167,7 @@ def _aspects(sizes: Sequence[tuple[int, int]]) -> dict[str, int]:
 
 def show(reader: ShardReader, count: int) -> list[Shown]:
     """`count` samples, evenly spread, to look at."""
-    return [_shown(reader, i) for i in spread(len(reader), count).tolist()]
+    return [_shown(reader, i) for i in evenly(len(reader), count).tolist()]
 
 
 def _shown(reader: ShardReader, index: int) -> Shown:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowray.data.order import evenly
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import from_pictures, to_pictures
 from flowray.doctor.measured import Measured
@@ -81,7 +82,7 @@ def spread(count: int, most: int) -> np.ndarray:
     """
     if count <= most:
         return np.arange(count)
-    starts = np.linspace(0, count - RUN, most // RUN).round().astype(np.int64)
+    starts = evenly(count - RUN + 1, most // RUN)
     return (starts[:, None] + np.arange(RUN)).ravel()
 
 

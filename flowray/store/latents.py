@@ -32,6 +32,7 @@ from flowray.config.train import DataConfig
 from flowray.data import decode
 from flowray.data.emoji import made_emoji
 from flowray.data.make import ensure_embedded, unmade_samples
+from flowray.data.order import evenly
 from flowray.data.reader import ShardReader
 from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, are_plain, find_shards
 from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
@@ -221,7 +222,7 @@ def some_captions(samples: ShardReader | LatentSet) -> list[str]:
     """All captions of at most CAPTIONED samples, spread evenly over the set; samples without are
     passed over.
     """
-    chosen = np.linspace(0, len(samples) - 1, min(len(samples), CAPTIONED)).round().astype(int)
+    chosen = evenly(len(samples), CAPTIONED)
     found = list[str]()
     for index in chosen.tolist():
         with suppress(InputError):
@@ -303,9 +304,7 @@ def channel_statistics(latents: LatentSet) -> tuple[Tensor, Tensor]:
 
     Over at most STATISTICS samples, spread evenly over the set.
     """
-    chosen = (
-        np.linspace(0, len(latents) - 1, min(len(latents), STATISTICS)).round().astype(np.int64)
-    )
+    chosen = evenly(len(latents), STATISTICS)
     sums = []
     for indices in np.array_split(chosen, -(-len(chosen) // ENCODE_BATCH)):
         moments = latents.moments(indices)

@@ -28,7 +28,7 @@ from flowray.config.errors import InputError
 from flowray.config.model import KLAutoencoder
 from flowray.config.progress import SILENT, Progress
 from flowray.config.train import CosineLR
-from flowray.data.order import EpochOrder
+from flowray.data.order import EpochOrder, evenly
 from flowray.data.pictures import decode_image, decode_sized
 from flowray.data.pixels import to_pictures
 from flowray.data.reader import ShardReader
@@ -333,7 +333,7 @@ def in_order(reader: ShardReader, most: int) -> Iterator[Tensor]:
     InputError names one that does not decode or has another size than the first.
     """
     shape = decode_image(reader, 0).shape[:2]
-    chosen = np.linspace(0, len(reader) - 1, min(len(reader), most)).round().astype(int)
+    chosen = evenly(len(reader), most)
     for part in np.array_split(chosen, -(-len(chosen) // BATCH)):
         yield to_pictures([decode_sized(reader, int(i), shape) for i in part])
 

@@ -17,17 +17,7 @@ from flowray.config.errors import InputError
 from flowray.data import survey as module
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards, write_shards
-from flowray.data.survey import (
-    GAP,
-    LINE,
-    SIDE,
-    Histogram,
-    contact_sheet,
-    histogram,
-    show,
-    spread,
-    survey,
-)
+from flowray.data.survey import GAP, LINE, SIDE, Histogram, contact_sheet, histogram, show, survey
 
 FOX = "一只红色的狐狸<b>"
 
@@ -125,11 +115,6 @@ def test_the_sheet_has_the_pictures_in_their_shape(shards: Path, tmp_path: Path)
     grey = [place for place in range(8) if len(set(top[place])) == 1 and top[place][0] < 255]
     assert grey == [5, 6]
 
-
-def test_samples_are_evenly_spread(shards: Path) -> None:
-    assert spread(100, 3).tolist() == [0, 50, 99]
-    assert spread(5, 9).tolist() == [0, 1, 2, 3, 4]
-    assert spread(7, 1).tolist() == [0]
     shown = show(open_set(shards), 3)
     assert [each.key for each in shown] == ["a", "e", "h"]
     assert contact_sheet(shown).shape[1] == 3 * (SIDE + GAP) + GAP

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flowray.data.order import EpochOrder
+from flowray.data.order import EpochOrder, evenly
 
 
 @pytest.mark.parametrize("size", [1, 7, 96, 1000])
@@ -66,3 +66,9 @@ def test_refuses_nonsense() -> None:
         EpochOrder(0, 0)
     with pytest.raises(ValueError, match="from 0"):
         EpochOrder(3, 0)(np.array([-1]))
+
+
+def test_samples_are_evenly_spread() -> None:
+    assert evenly(100, 3).tolist() == [0, 50, 99]
+    assert evenly(5, 9).tolist() == [0, 1, 2, 3, 4]
+    assert evenly(7, 1).tolist() == [0]
