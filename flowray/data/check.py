@@ -105,7 +105,11 @@ class _Checker:
             return  # else it has no samples
         for i in range(len(reader)):
             self.result.samples += 1
-            self.sample(name, reader.key(i), {e: reader.read(i, e) for e in reader.extensions(i)})
+            if fault := reader.fault(i):
+                self.bad(name, reader.key(i), fault.message)
+            else:
+                sample = {e: reader.read(i, e) for e in reader.extensions(i)}
+                self.sample(name, reader.key(i), sample)
 
     def sample(self, shard: str, key: str, sample: dict[str, bytes]) -> None:
         unsafe = [extension for extension in sample if extension.rpartition(".")[2] in PICKLES]

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save
@@ -25,10 +25,20 @@ from flowray.data.folders import is_clutter
 
 BLOCK = 512  # tar members start and are padded at multiples of this, bytes
 SUFFIX = ".index"  # of the file beside a tar
-_VERSION = "1"  # rises where a tar is indexed otherwise than before
+_VERSION = "2"  # rises where a tar is indexed otherwise than before
 # webdataset's rule: a key ends at the first dot after the last slash
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 _GZIP = b"\x1f\x8b"
+_TAR = "tar"  # the one key of an index's metadata, as safetensors writes several in any order
+_FAULTS = 1000  # samples at fault in one tar, which is refused beyond
+_Members = dict[str, tuple[int, int]]  # extension -> (offset of the first byte, size)
+
+
+class Fault(NamedTuple):
+    """What is wrong with a sample as the tar has it; message: without shard and key."""
+
+    cause: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -37,13 +47,15 @@ class TarIndex:
 
     size: of the tar in bytes; names: all keys in UTF-8 end to end, uint8; ends: of each key in
     these, (samples,) int64; members: extension -> (samples, 2) int64 of (offset of the first byte,
-    size), (-1, -1) where a sample lacks it.
+    size), (-1, -1) where a sample lacks it; faults: rows of samples that are not as they were
+    written.
     """
 
     size: int
     names: np.ndarray
     ends: np.ndarray
     members: dict[str, np.ndarray]
+    faults: dict[int, Fault]
 
     @property
     def samples(self) -> int:
@@ -65,13 +77,14 @@ class TarIndex:
 class IndexFile:
     """An index on disk: a safetensors file, of which only the header has been read.
 
-    arrays: name -> (dtype, shape, first byte); size, samples: as TarIndex has them.
+    arrays: name -> (dtype, shape, first byte); size, samples, faults: as TarIndex has them.
     """
 
     path: Path
     size: int
     samples: int
     arrays: dict[str, tuple[np.dtype[Any], tuple[int, ...], int]]
+    faults: dict[int, Fault]
 
     def open(self) -> TarIndex:
         """Map it; InputError where it does not fit its tar."""
@@ -87,52 +100,67 @@ class IndexFile:
             raise InputError(f"shard {tar}: its index cannot be read: {error}") from error
         names, ends = found.pop("names"), found.pop("ends")
         members = {name.removeprefix("."): table for name, table in found.items()}
-        return TarIndex(self.size, names, ends, members)
+        return TarIndex(self.size, names, ends, members, self.faults)
 
 
 def scan_tar(path: Path) -> TarIndex:
-    """Index a tar by reading its headers, members of one key wherever they lie; InputError where
-    it is truncated or corrupt, or a member comes twice.
+    """Index a tar by reading its headers, members of one key wherever they lie. Of one that is
+    truncated or corrupt there are the samples up to that place, the last of them at fault.
+
+    InputError where there are none, it is compressed or no tar, or too many samples are at fault.
     """
-    rows: dict[str, dict[str, tuple[int, int]]] = {}
-    key = ""
     try:
         with path.open("rb") as file:
             size = file.seek(0, io.SEEK_END)
-            if not size:
-                return _index(0, rows)
             file.seek(0)
             if file.read(len(_GZIP)) == _GZIP:
                 raise InputError(f"shard {path}: compressed; gunzip it, members are read by place")
             file.seek(0)
-            with tarfile.open(
-                fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace"
-            ) as tar:
-                for name, member in _files(tar):
-                    key, extension = name
-                    if extension in rows.setdefault(key, {}):
-                        raise InputError(
-                            f"shard {path}: sample {key!r} comes twice ({member.name}); keys must"
-                            " be unique in a shard"
-                        )
-                    if member.issparse():
-                        raise InputError(
-                            f"shard {path}: {member.name} is stored sparse; write the tar without"
-                            " --sparse"
-                        )
-                    rows[key][extension] = (member.offset_data, member.size)
-                # tarfile takes a broken header for the end of the archive; only a block of zeros is
-                # the end.
-                file.seek(tar.offset)
-                whole = file.read(BLOCK) == bytes(BLOCK)
+            rows, faults = _read(file, size) if size else ({}, {})
     except (tarfile.TarError, OSError, ValueError) as error:
         raise InputError(
-            f"shard {path}: truncated or not a plain tar{_near(key)}: {error}; write or copy it"
-            " again"
+            f"shard {path}: truncated or not a plain tar: {error}; write or copy it again"
         ) from error
+    if len(faults) > _FAULTS:
+        key, fault = next(iter(faults.items()))
+        raise InputError(
+            f"shard {path}: {len(faults)} samples at fault, first {key!r}: {fault.message}"
+        )
+    return _index(size, rows, faults)
+
+
+def _read(file: BinaryIO, size: int) -> tuple[dict[str, _Members], dict[str, Fault]]:
+    """The samples of a tar by their keys, and the faults of some; tarfile's errors where it ends
+    before the first.
+    """
+    rows, faults, key, whole = dict[str, _Members](), dict[str, Fault](), "", False
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
+        try:
+            for (key, extension), member in _files(tar):
+                row = rows.setdefault(key, {})
+                if extension in row:
+                    message = f"{member.name} comes twice in its shard"
+                    faults.setdefault(key, Fault("comes twice", message))
+                elif member.issparse():
+                    message = f"{member.name} is stored sparse; write the tar without --sparse"
+                    faults.setdefault(key, Fault("stored sparse", message))
+                else:
+                    row[extension] = member.offset_data, member.size
+            # tarfile takes a broken header for the end of the archive; only a block of zeros is
+            # the end
+            file.seek(tar.offset)
+            whole = file.read(BLOCK) == bytes(BLOCK)
+        except (tarfile.TarError, ValueError):
+            if not rows:
+                raise
     if not whole:
-        raise InputError(f"shard {path}: truncated or corrupt{_near(key)}; write or copy it again")
-    return _index(size, rows)
+        if not rows:
+            raise tarfile.ReadError("no sample in it is whole")
+        members = rows[key].items()
+        rows[key] = {name: found for name, found in members if sum(found) <= size}
+        message = "the shard is truncated or corrupt here or just after; write or copy it again"
+        faults[key] = Fault("cut off", message)
+    return rows, faults
 
 
 def _files(tar: tarfile.TarFile) -> Iterator[tuple[tuple[str, str], tarfile.TarInfo]]:
@@ -149,7 +177,7 @@ def _files(tar: tarfile.TarFile) -> Iterator[tuple[tuple[str, str], tarfile.TarI
             yield (match[1], match[2].lower()), member
 
 
-def _index(size: int, rows: dict[str, dict[str, tuple[int, int]]]) -> TarIndex:
+def _index(size: int, rows: dict[str, _Members], faults: dict[str, Fault]) -> TarIndex:
     keys = [key.encode() for key in rows]
     members = {
         extension: np.array(
@@ -158,11 +186,9 @@ def _index(size: int, rows: dict[str, dict[str, tuple[int, int]]]) -> TarIndex:
         for extension in sorted({extension for row in rows.values() for extension in row})
     }
     names = np.frombuffer(b"".join(keys), dtype=np.uint8)
-    return TarIndex(size, names, np.cumsum([len(key) for key in keys], dtype=np.int64), members)
-
-
-def _near(key: str) -> str:
-    return f" at or just after sample {key!r}" if key else ""
+    ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
+    numbered = {number: faults[key] for number, key in enumerate(rows) if key in faults}
+    return TarIndex(size, names, ends, members, numbered)
 
 
 def load_index(path: Path) -> TarIndex | IndexFile:
@@ -174,7 +200,7 @@ def load_index(path: Path) -> TarIndex | IndexFile:
         stat = path.stat()
     except OSError as error:
         raise InputError(f"shard {path}: cannot be read: {error.strerror}") from error
-    stamp = {"tar": f"{_VERSION} {stat.st_size} {stat.st_mtime_ns}"}
+    stamp = f"{_VERSION} {stat.st_size} {stat.st_mtime_ns}"
     if (kept := _kept(beside, stamp, stat.st_size)) is not None:
         return kept
     index = scan_tar(path)
@@ -182,11 +208,12 @@ def load_index(path: Path) -> TarIndex | IndexFile:
     tables = {f".{extension}": table for extension, table in index.members.items()}
     arrays = {"names": index.names, "ends": index.ends, **tables}
     with suppress(OSError):
-        write_whole(beside, save(arrays, metadata=stamp), shared=True)
+        told = json.dumps([stamp, list(index.faults.items())])
+        write_whole(beside, save(arrays, metadata={_TAR: told}), shared=True)
     return _kept(beside, stamp, stat.st_size) or index
 
 
-def _kept(beside: Path, stamp: dict[str, str], tar_size: int) -> IndexFile | None:
+def _kept(beside: Path, stamp: str, tar_size: int) -> IndexFile | None:
     """The index file where it is whole and of this tar."""
     try:
         with beside.open("rb") as file:
@@ -196,8 +223,10 @@ def _kept(beside: Path, stamp: dict[str, str], tar_size: int) -> IndexFile | Non
                 return None
             file.seek(8)
             header = json.loads(file.read(length))
-        if header.pop("__metadata__") != stamp:
+        made_for, told = json.loads(header.pop("__metadata__")[_TAR])
+        if made_for != stamp:
             return None
+        faults = {int(row): Fault(*map(str, fault)) for row, fault in told}
         arrays, end = {}, length + 8
         for name, row in header.items():
             dtype = np.dtype({"U8": np.uint8, "I64": np.int64}[row["dtype"]])
@@ -212,6 +241,6 @@ def _kept(beside: Path, stamp: dict[str, str], tar_size: int) -> IndexFile | Non
         )
         if not plain or end != size or "names" not in arrays:
             return None
-        return IndexFile(beside, tar_size, samples, arrays)
+        return IndexFile(beside, tar_size, samples, arrays, faults)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None

@@ -11,7 +11,7 @@ import io
 import mmap
 import threading
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 
 from flowray.config.errors import InputError
 from flowray.data.captions import captions_in
-from flowray.data.index import BLOCK, IndexFile, TarIndex, load_index
+from flowray.data.index import BLOCK, Fault, IndexFile, TarIndex, load_index
 
 OPEN_SHARDS = 128  # mapped at a time: each holds two file descriptors
 
@@ -115,6 +115,11 @@ class ShardReader:
     def label(self, i: int) -> str:
         return f"shard {self.paths[self._place(i)[0]]}, sample {self.key(i)!r}"
 
+    def fault(self, i: int) -> Fault | None:
+        """What is wrong with sample i, as its tar has it; whoever reads of it is refused."""
+        shard, row = self._place(i)
+        return self._open(shard)[1].faults.get(row)
+
     def extensions(self, i: int) -> list[str]:
         """The extensions that sample i has, sorted."""
         shard, row = self._place(i)
@@ -143,23 +148,31 @@ class ShardReader:
             return opened
 
     def sizes(self, extension: str) -> np.ndarray:
-        """The bytes of every sample's member, int64 (len,); -1 where it has none. It reads none."""
-        return np.concatenate(
-            [
-                np.full(len(rows), -1) if table is None else table[rows, 1]
-                for index, rows in self._each()
-                for table in [index.members.get(extension)]
-            ]
-        )
+        """The bytes of every sample's member, int64 (len,); -1 where it has none or the sample is
+        at fault. It reads none.
+        """
+        sizes = list[np.ndarray]()
+        for index, rows in self._each():
+            table = index.members.get(extension)
+            sizes.append(np.full(len(rows), -1) if table is None else table[rows, 1])
+            if index.faults:
+                sizes[-1] = np.where(np.isin(rows, list(index.faults)), -1, sizes[-1])
+        return np.concatenate(sizes)
 
     def read(self, i: int, extension: str) -> bytes:
         """The bytes of one member; InputError where the sample has none."""
         data = self._find(i, extension)
         return self._missing(i, extension) if data is None else data
 
+    def _refuse_faults(self, index: TarIndex, rows: Iterable[int], samples: Iterable[int]) -> None:
+        for row, sample in zip(rows, samples, strict=True) if index.faults else ():
+            if fault := index.faults.get(int(row)):
+                raise InputError(f"{self.label(int(sample))}: {fault.message}")
+
     def _find(self, i: int, extension: str) -> bytes | None:
         shard, row = self._place(i)
         view, index = self._open(shard)
+        self._refuse_faults(index, [row], [i])
         table = index.members.get(extension)
         if table is None or table[row, 0] < 0:
             return None
@@ -190,6 +203,7 @@ class ShardReader:
         for shard in np.unique(shards):
             here = np.flatnonzero(shards == shard)
             view, index = self._open(int(shard))
+            self._refuse_faults(index, places[here], indices[here])
             table = index.members.get(extension)
             found = np.full((len(here), 2), -1) if table is None else table[places[here]]
             if (missing := found[:, 0] < 0).any():

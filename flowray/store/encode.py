@@ -288,6 +288,8 @@ def _decode(reader: ShardReader, index: int, size: tuple[int, int]) -> _Decoded:
         message = message.removeprefix(f"{reader.label(index)}: ")
         return done(Bad(index, reader.key(index), cause, message))
 
+    if fault := reader.fault(index):
+        return bad(*fault)
     there = picture_of(reader.extensions(index)) is not None
     try:
         if there:  # else the next line says so

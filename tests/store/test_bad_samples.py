@@ -189,16 +189,25 @@ def test_one_picture_whose_latents_are_beyond_half_precision(tmp_path: Path) -> 
     assert load_latents(folder).moments(np.arange(19)).mean.isfinite().all()
 
 
-def test_a_truncated_shard_is_one_line_before_anything_is_encoded(
+def test_of_a_truncated_shard_what_is_before_the_cut_is_used(
     tmp_path: Path, config: KLAutoencoder
 ) -> None:
-    data = data_of(tmp_path, 30, {}, max_bad=0.5)
+    data = data_of(tmp_path, 30, {}, max_bad=0.1)
     last = find_shards(data.shards)[-1]
-    last.write_bytes(last.read_bytes()[:3000])
+    whole = last.read_bytes()
+    last.write_bytes(whole[: whole.index(b"s025.txt")])
+    folder = ensure_latents(data, config, SPEC)["train"]
+    (row,) = [json.loads(line) for line in (folder / BAD_SAMPLES).read_text().splitlines()]
+    assert (row["shard"], row["key"], row["cause"]) == (str(last), "s025", "cut off")
+    assert load_latents(folder).reader.keys == [f"s{i:03d}" for i in range(25)]
+    strict = data.model_copy(update={"max_bad": 0.0})
+    assert_refused(
+        lambda: ensure_latents(strict, config, SPEC), InputError, r"s025.*the shard is truncated"
+    )
+    last.write_bytes(whole[:300])
     assert_refused(
         lambda: ensure_latents(data, config, SPEC), InputError, "^shard .*-000002.tar: truncated"
     )
-    assert not list((tmp_path / "cache").rglob("latents-*"))
 
 
 def test_a_run_trains_without_them_and_names_them(tmp_path: Path) -> None:
