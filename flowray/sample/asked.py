@@ -23,7 +23,7 @@ from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards
 from flowray.sample.judges import LATENTS
 from flowray.sample.neighbours import CAPTIONS, PICTURES, Choices, Values
-from flowray.store.latents import skipped_places, split_shards
+from flowray.store.latents import ensure_latents, skipped_places, split_shards
 
 LABEL, ATTRIBUTES, GROUP = "label", ("style",), "group"  # fields that are looked for by themselves
 # a word of ASCII, or one letter of any other script: some write words without spaces between
@@ -222,8 +222,11 @@ def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SI
         given = find_shards(choices.held_out)
         held_out = _split_of(given, shards)
         shards = shards | {held_out: shards.get(held_out, given)}
+    made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
+    features = choices.features or LATENTS
+    if features == LATENTS:  # first, as encoding finds the samples that are bad
+        ensure_latents(*made_of, progress)
     with progress.task("reading what the samples say"):
-        made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
         readers, left_out = _apart(shards, held_out, recipe.data.limit, skipped_places(*made_of))
         one_size(readers.values(), choices.held_out or recipe.data.shards)
         samples = {split: Samples(reader, names_of(choices)) for split, reader in readers.items()}
@@ -234,7 +237,7 @@ def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SI
         progress.say(f"held-out pictures left out, as in training or held out twice: {left_out}")
     asked = _named(asked, fields, choices)
     draws = choices.draws or max(2, round(PICTURES / len(asked)))
-    features, why = choices.features or LATENTS, "chosen by --features"
+    why = "chosen by --features"
     if choices.features is None:
         why = "no --features: the latents that the run was trained on, which need no other network"
     return Prepared(samples, held_out, fields, asked, draws, features, why, left_out)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from flowray.config.cache import cache_dir
-from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.writing import write_whole
@@ -113,11 +112,6 @@ def _features(
             with progress.task(f"reading {split} latents"):
                 kept = load_latents(folders[split], samples.reader.limit)
                 features.append(_latents(kept, samples.reader.without))
-            if len(features[-1]) != len(samples.reader):  # bad ones were found only now
-                raise InputError(
-                    f"{split}: {len(features[-1])} latents of {len(samples.reader)} pictures, as"
-                    " some were skipped while they were encoded; start again"
-                )
         else:
             features.append(features_of(samples, judge, cache, progress))
     return features

@@ -26,6 +26,7 @@ from support import (
 
 from flowray.config.errors import InputError
 from flowray.config.model import KLAutoencoder
+from flowray.config.progress import SILENT
 from flowray.config.train import DataConfig
 from flowray.data.make import png
 from flowray.data.pictures import decode_image
@@ -33,7 +34,11 @@ from flowray.data.pixels import from_pictures
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards, write_shards
 from flowray.doctor.dataset import _pictures
-from flowray.sample.evaluate_neighbours import _latents
+from flowray.model.autoencoder import load_autoencoder
+from flowray.sample.asked import prepare
+from flowray.sample.evaluate_neighbours import _features, _latents
+from flowray.sample.judges import LATENTS, open_judge
+from flowray.sample.neighbours import Choices
 from flowray.store.latents import ensure_latents, load_latents, load_training, skipped_places
 from flowray.store.run import RunDirectory
 from flowray.store.splits import BAD_SAMPLES
@@ -244,3 +249,15 @@ def test_each_latent_stays_with_its_own_picture(tmp_path: Path, config: KLAutoen
     shown = from_pictures(_pictures(latents, np.arange(len(latents))))
     originals = from_pictures(_pictures(whole, good))
     np.testing.assert_array_equal(np.asarray(shown), np.asarray(originals))
+
+
+def test_an_evaluation_that_encodes_leaves_them_out_itself(tmp_path: Path) -> None:
+    shards = write(tmp_path / "own", 40, {7: "cut", 23: "no caption"})
+    recipe = tiny_recipe(tmp_path, **{"data.shards": shards, "data.max_bad": 0.1})
+    prepared = prepare(recipe, Choices(), seed=0)
+    device = torch.device("cpu")
+    autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
+    judge = open_judge(LATENTS, autoencoder, recipe.model.autoencoder, device)
+    features = _features(prepared, recipe, judge, SILENT)
+    assert [len(each) for each in features] == [len(each) for each in prepared.samples.values()]
+    assert len(prepared.samples["train"]) == 38
