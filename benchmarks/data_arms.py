@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import itertools
 import os
 import re
 import sys
@@ -41,11 +40,11 @@ Arm = Callable[[Path], Epoch]  # opens the set of a folder
 @dataclass(frozen=True)
 class Times:
     """Seconds of an opening with a first epoch, and of the epoch after it, by the clock and by
-    the processor; samples of an epoch; grown: MiB of anonymous memory from a tenth of the second
-    epoch to its end.
+    the processor; samples of an epoch.
 
-    digests: of the captions, and of captions with their arrays, whatever the order; empty where
-    they were not asked for.
+    grown: MiB by which the most anonymous memory in the second half of an epoch is above that in
+    the first; digests: of the captions, and of captions with their arrays, whatever the order. 0
+    and none where they were not asked for.
     """
 
     cold: float
@@ -119,8 +118,10 @@ ARMS: dict[str, dict[str, Arm]] = {
 }
 
 
-def read(arm: Arm, folder: Path, digest: bool) -> Times:
-    """Open a set and read it twice; a third time, untimed, for the digests."""
+def read(arm: Arm, folder: Path, check: bool) -> Times:
+    """Open a set and read it twice; where it is to be checked again, untimed, for memory and
+    digests.
+    """
     torch.set_num_threads(1)
     gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -128,16 +129,20 @@ def read(arm: Arm, folder: Path, digest: bool) -> Times:
     samples = sum(len(captions) for _, captions in epoch(0))
     cold, cold_cpu = time.perf_counter() - wall, time.process_time() - cpu
     wall, cpu = time.perf_counter(), time.process_time()
-    batches = epoch(1)
-    begun = sum(len(captions) for _, captions in itertools.islice(batches, samples // BATCH // 10))
-    before = anonymous_mib()
-    ended = begun + sum(len(captions) for _, captions in batches)
+    again = sum(len(captions) for _, captions in epoch(1))
     warm, warm_cpu = time.perf_counter() - wall, time.process_time() - cpu
-    if ended != samples:
-        raise RuntimeError(f"{ended} samples in the second epoch, {samples} in the first")
-    grown = anonymous_mib() - before
-    digests = digests_of(epoch(2)) if digest else ()
+    if again != samples:
+        raise RuntimeError(f"{again} samples in the second epoch, {samples} in the first")
+    grown = growth(epoch(2)) if check else 0.0
+    digests = digests_of(epoch(3)) if check else ()
     return Times(cold, warm, cold_cpu, warm_cpu, samples, grown, digests)
+
+
+def growth(batches: Batches) -> float:
+    """MiB, as Times has it; a batch's own arrays come and go with the allocator's mood."""
+    held = [anonymous_mib() for _ in batches]
+    half = len(held) // 2
+    return max(held[half:]) - max(held[:half])
 
 
 def digests_of(batches: Batches) -> tuple[str, str]:
