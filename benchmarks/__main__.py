@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measurements that end in a ratio, and the record that one needs."""
+"""`python -m flowray.bench`: measurements that end in a ratio, and the record that one needs."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ from flowray.sweepconfig.file import load_sweep
 SHOWN = 8  # metrics in the table; --page has more, --json all
 
 
-def main(argv: list[str]) -> int:
-    """Run one subcommand.
+def main(argv: list[str], name: str = "benchmarks") -> int:
+    """Run one subcommand; name: of the command, for its help.
 
     0: all guards hold; 1: one does not, or a record is not complete; InputError for bad input.
     """
     parser = Parser(
-        prog="benchmarks",
-        description="Measurements that end in a ratio, stated so that higher is better.",
+        prog=name, description="Measurements that end in a ratio, stated so that higher is better."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_sweep, _add_record, _add_answers, _add_overhead, _add_startup):
+    for add in (_add_sweep, _add_record, _add_answers, _add_overhead, _add_startup, _add_data):
         add(commands)
     args, more = parser.parse_known_args(argv)  # argparse gives up on key=value after an option
     if wrong := [
@@ -115,7 +114,7 @@ def _add_record(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _add_answers(commands: argparse._SubParsersAction[Parser]) -> None:
-    from benchmarks.answers import ARMS
+    from benchmarks.answers_arms import ARMS
 
     about = (
         "text source, text source with a condition and noise source on captions with many right"
@@ -207,6 +206,42 @@ def _add_startup(commands: argparse._SubParsersAction[Parser]) -> None:
         "--json", action="store_true", help="one JSON object on stdout, the rest on stderr"
     )
     parser.set_defaults(run=_startup)
+
+
+def _add_data(commands: argparse._SubParsersAction[Parser]) -> None:
+    about = (
+        "samples a second of one core from latent and picture tars, seconds to a resume's first"
+        " batch, memory of an index, against stock webdataset"
+    )
+    parser = commands.add_parser("data", help=about, description=f"What reading costs: {about}.")
+    parser.add_argument(
+        "--samples",
+        type=whole_number(512),
+        default=8192,
+        metavar="N",
+        help="latents, a multiple of 256; default 8192",
+    )
+    parser.add_argument(
+        "--side",
+        type=whole_number(1),
+        default=32,
+        metavar="N",
+        help="cells of a latent's side, with 4 channels; default 32, pictures of 256 px",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=whole_number(1),
+        default=7,
+        metavar="N",
+        help="the sides one after the other in each; default 7",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one round of small sets, to see that the guards hold"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, the rest on stderr"
+    )
+    parser.set_defaults(run=_data)
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -321,6 +356,22 @@ def _startup(args: argparse.Namespace) -> int:
             table.add_row(
                 name, *(f"{seconds[key]:.2f}" for key in ("loop", "row", "first_loop", "first_row"))
             )
+        Console(highlight=False).print(table)
+    return _end(facts, args.json)
+
+
+def _data(args: argparse.Namespace) -> int:
+    from benchmarks.data import QUICK, Scale, run
+    from benchmarks.data_arms import BATCH
+
+    if args.samples % BATCH:
+        raise InputError(f"--samples: got {args.samples}, want a multiple of {BATCH}")
+    scale = QUICK if args.quick else Scale(args.samples, args.side, args.rounds)
+    facts = run(scale, _say)
+    if not args.json:
+        table = Table("microseconds a sample", "flowray", "webdataset")
+        for name, cost in facts["microseconds"].items():
+            table.add_row(name, *(f"{cost[side]:.1f}" for side in ("flowray", "webdataset")))
         Console(highlight=False).print(table)
     return _end(facts, args.json)
 

@@ -24,6 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 
+from benchmarks.answers_arms import ARMS
 from benchmarks.record import machine
 from flowray.cli.eval import evaluate
 from flowray.config.load import load_recipe
@@ -41,12 +42,6 @@ from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import train
 
-# source and condition -> the recipe and what is typed behind it
-ARMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "text": ("quickstart", ("model.velocity.condition={kind: none}",)),
-    "text_adaln": ("quickstart", ()),
-    "noise_adaln": ("quickstart_noise", ()),
-}
 PACE_STEPS, PACE_ROUNDS = 60, 2
 SHOWN = 6  # captions in the picture, and draws of each
 

@@ -20,6 +20,7 @@ _VERBS: dict[str, str] = {
     "data": "make, pack and check webdataset shards",
     "train_autoencoder": "an autoencoder of a shard set's pictures",
     "cluster": "check the nodes of a Ray cluster, start a head with a token",
+    "bench": "measure flowray beside stock libraries, in a checkout",
 }
 
 
@@ -50,6 +51,8 @@ def _command(verb: str) -> Main:
             from flowray.cli.train_autoencoder import main
         case "cluster":
             from flowray.cli.cluster import main
+        case "bench":
+            from flowray.cli.bench import main
         case _:
             raise InputError(
                 f"unknown verb {verb!r}{did_you_mean(verb, _VERBS)} known: {', '.join(_VERBS)}"

@@ -7,12 +7,53 @@ number of ranks, and resuming needs nothing but the step.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+LISTED = 2**17  # samples up to which an epoch's permutation is an array: 1 MiB, drawn in 4 ms
+_ROUNDS = 8  # with 4, samples that stand a row of the grid apart are correlated; with 5 not seen
+
+
+class CipherPermutation:
+    """A permutation of `size` numbers that is computed where it is asked for: of 10^7 it takes
+    0.2 MB, not 80 MB, and no time ahead.
+
+    A number stands in a grid of a x b >= size, a and b near the root of size; rounds of a
+    generalised Feistel network move its row by a random function of its column and its column by
+    one of its row, and what lands beyond `size` goes through again until it lands within (Black &
+    Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). The round functions are drawn
+    from PCG64(key): tables of a or b numbers.
+    """
+
+    def __init__(self, size: int, key: list[int]):
+        self.size = size
+        self._rows = math.isqrt(size - 1) + 1
+        self._columns = -(-size // self._rows)
+        sides = (self._rows, self._columns)
+        draws = np.random.Generator(np.random.PCG64(key))
+        self._moves = [draws.integers(sides[i % 2], size=sides[1 - i % 2]) for i in range(_ROUNDS)]
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        """What stands at int64 places (any shape) in [0, size)."""
+        found = self._once(places)
+        while (beyond := found >= self.size).any():
+            found[beyond] = self._once(found[beyond])
+        return found
+
+    def _once(self, numbers: np.ndarray) -> np.ndarray:
+        row, column = np.divmod(numbers, self._columns)
+        for i, moves in enumerate(self._moves):
+            if i % 2:
+                column = (column + moves[row]) % self._columns
+            else:
+                row = (row + moves[column]) % self._rows
+        return row * self._columns + column
 
 
 class EpochOrder:
     """Maps global positions to sample indices; every epoch is its own permutation of `size`
-    samples, drawn from [seed, epoch].
+    samples, drawn from [seed, epoch]: an array up to LISTED samples, a CipherPermutation above.
     """
 
     KEPT = 2  # permutations held: a batch may straddle two epochs
@@ -21,17 +62,20 @@ class EpochOrder:
         if size < 1 or seed < 0:
             raise ValueError(f"size {size} must be positive and seed {seed} not negative")
         self.size, self.seed = size, seed
-        self._kept: dict[int, np.ndarray] = {}
+        self._kept: dict[int, np.ndarray | CipherPermutation] = {}
 
-    def epoch(self, epoch: int) -> np.ndarray:
-        """The permutation (size,) int64 of one epoch; do not write to it."""
+    def epoch(self, epoch: int) -> np.ndarray | CipherPermutation:
+        """The permutation of one epoch, to be indexed with places in it; do not write to it."""
         if epoch not in self._kept:
             while len(self._kept) >= self.KEPT:
                 del self._kept[next(iter(self._kept))]
-            self._kept[epoch] = np.random.Generator(
-                np.random.PCG64([self.seed, epoch])
-            ).permutation(self.size)
+            self._kept[epoch] = self._drawn([self.seed, epoch])
         return self._kept[epoch]
+
+    def _drawn(self, key: list[int]) -> np.ndarray | CipherPermutation:
+        if self.size > LISTED:
+            return CipherPermutation(self.size, key)
+        return np.random.Generator(np.random.PCG64(key)).permutation(self.size)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """int64 sample indices of int positions (any shape), each position >= 0."""

@@ -28,7 +28,7 @@ SUBCOMMANDS = (
 )
 BENCHMARKS = [
     f"benchmarks {name}"
-    for name in ("sweep", "record", "answers", "tune-overhead", "trial-startup")
+    for name in ("sweep", "record", "answers", "tune-overhead", "trial-startup", "data")
 ]
 
 LOADED = """
