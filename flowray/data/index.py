@@ -5,7 +5,6 @@ mapped, so that a sample of a large set takes no memory and every process of a n
 from __future__ import annotations
 
 import io
-import json
 import mmap
 import re
 import tarfile
@@ -14,14 +13,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors.numpy import save
 
 from flowray.config.errors import InputError
+from flowray.config.jsons import parse_json
 from flowray.config.writing import write_whole
-from flowray.data.folders import is_clutter
+from flowray.data.folders import is_clutter, open_own, shard_stat
 
 BLOCK = 512  # tar members start and are padded at multiples of this, bytes
 SUFFIX = ".index"  # of the file beside a tar
@@ -29,6 +29,23 @@ _VERSION = "1"  # rises where a tar is indexed otherwise than before
 # webdataset's rule: a key ends at the first dot after the last slash
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 _GZIP = b"\x1f\x8b"
+_HEADER = 1 << 20  # bytes of a long name or a pax header, and of the header of an index
+_RECORD = 20 * BLOCK  # tars are filled up with zeros to multiples of this
+_EXTENSIONS = 200  # in one tar: each takes 16 bytes a sample
+
+
+class _Headers:
+    """A tar's file as tarfile reads headers from it: none is larger than headers are, whatever it
+    says of itself, as tarfile takes the memory first.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,7 @@ class TarIndex:
 
     def key(self, row: int) -> str:
         start = self.ends[row - 1] if row else 0
-        return self.names[start : self.ends[row]].tobytes().decode("utf-8")
+        return self.names[start : self.ends[row]].tobytes().decode("utf-8", "backslashreplace")
 
     @cached_property
     def keys(self) -> list[str]:
@@ -77,7 +94,7 @@ class IndexFile:
         """Map it; InputError where it does not fit its tar."""
         tar = str(self.path).removesuffix(SUFFIX)
         try:
-            with self.path.open("rb") as file:
+            with open_own(self.path) as file:
                 held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             found = {
                 name: np.frombuffer(held, dtype, int(np.prod(shape)), start).reshape(shape)
@@ -92,10 +109,10 @@ class IndexFile:
 
 def scan_tar(path: Path) -> TarIndex:
     """Index a tar by reading its headers, members of one key wherever they lie; InputError where
-    it is truncated or corrupt, or a member comes twice.
+    it is truncated or corrupt, a member comes twice, or names end in too many ways.
     """
     rows: dict[str, dict[str, tuple[int, int]]] = {}
-    key = ""
+    extensions, key = set[str](), ""
     try:
         with path.open("rb") as file:
             size = file.seek(0, io.SEEK_END)
@@ -105,8 +122,8 @@ def scan_tar(path: Path) -> TarIndex:
             if file.read(len(_GZIP)) == _GZIP:
                 raise InputError(f"shard {path}: compressed; gunzip it, members are read by place")
             file.seek(0)
-            with tarfile.open(
-                fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace"
+            with tarfile.open(  # type: ignore[call-overload]
+                fileobj=_Headers(file), mode="r:", encoding="utf-8", errors="backslashreplace"
             ) as tar:
                 for name, member in _files(tar):
                     key, extension = name
@@ -121,25 +138,44 @@ def scan_tar(path: Path) -> TarIndex:
                             " --sparse"
                         )
                     rows[key][extension] = (member.offset_data, member.size)
+                    extensions.add(extension)
+                    if len(extensions) > _EXTENSIONS:
+                        raise InputError(
+                            f"shard {path}: more than {_EXTENSIONS} extensions, last"
+                            f" .{extension} of sample {key!r}; an extension begins at the first"
+                            " dot of a name, so names need others in place of dots"
+                        )
                 # tarfile takes a broken header for the end of the archive; only a block of zeros is
                 # the end.
                 file.seek(tar.offset)
                 whole = file.read(BLOCK) == bytes(BLOCK)
-    except (tarfile.TarError, OSError, ValueError) as error:
+                rest = file.read(_RECORD)
+    # Overflow: of a size; Recursion: tarfile calls itself for each header of a header
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(
             f"shard {path}: truncated or not a plain tar{_near(key)}: {error}; write or copy it"
             " again"
         ) from error
     if not whole:
         raise InputError(f"shard {path}: truncated or corrupt{_near(key)}; write or copy it again")
+    if any(rest):
+        raise InputError(
+            f"shard {path}: goes on behind its end, at or just after sample {key!r}, as where tars"
+            " are put together by cat; `tar --concatenate` makes one of them"
+        )
     return _index(size, rows)
 
 
 def _files(tar: tarfile.TarFile) -> Iterator[tuple[tuple[str, str], tarfile.TarInfo]]:
     """((key, extension), header) of the plain files that belong to samples."""
+    last = -1
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
-        match = _NAME.fullmatch(member.name)
+        if tar.offset <= last:
+            raise tarfile.ReadError("a size that leads back")
+        last = tar.offset
+        # NUL ends a name in the tars of latents
+        match = _NAME.fullmatch(member.name.replace("\0", r"\x00"))
         if (
             member.isreg()
             and match
@@ -170,10 +206,7 @@ def load_index(path: Path) -> TarIndex | IndexFile:
     mtime has changed; in memory where that folder cannot be written.
     """
     beside = path.with_name(path.name + SUFFIX)
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise InputError(f"shard {path}: cannot be read: {error.strerror}") from error
+    stat = shard_stat(path)
     stamp = {"tar": f"{_VERSION} {stat.st_size} {stat.st_mtime_ns}"}
     if (kept := _kept(beside, stamp, stat.st_size)) is not None:
         return kept
@@ -189,13 +222,13 @@ def load_index(path: Path) -> TarIndex | IndexFile:
 def _kept(beside: Path, stamp: dict[str, str], tar_size: int) -> IndexFile | None:
     """The index file where it is whole and of this tar."""
     try:
-        with beside.open("rb") as file:
+        with open_own(beside) as file:
             length = int.from_bytes(file.read(8), "little")
             size = file.seek(0, io.SEEK_END)
-            if length > size:
+            if length > min(size, _HEADER):
                 return None
             file.seek(8)
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         if header.pop("__metadata__") != stamp:
             return None
         arrays, end = {}, length + 8
