@@ -28,7 +28,13 @@ SUFFIX = ".index"  # of the file beside a tar
 _VERSION = "1"  # rises where a tar is indexed otherwise than before
 # webdataset's rule: a key ends at the first dot after the last slash
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-_GZIP = b"\x1f\x8b"
+# how compressed files begin, and what undoes it
+_COMPRESSED = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh91AY&SY": "bunzip2",
+    b"\xfd7zXZ\0": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+}
 _HEADER = 1 << 20  # bytes of a long name or a pax header, and of the header of an index
 _RECORD = 20 * BLOCK  # tars are filled up with zeros to multiples of this
 _EXTENSIONS = 200  # in one tar: each takes 16 bytes a sample
@@ -119,8 +125,9 @@ def scan_tar(path: Path) -> TarIndex:
             if not size:
                 return _index(0, rows)
             file.seek(0)
-            if file.read(len(_GZIP)) == _GZIP:
-                raise InputError(f"shard {path}: compressed; gunzip it, members are read by place")
+            begins = file.read(BLOCK)
+            if undo := next((_COMPRESSED[m] for m in _COMPRESSED if begins.startswith(m)), None):
+                raise InputError(f"shard {path}: compressed; {undo} it, members are read by place")
             file.seek(0)
             with tarfile.open(  # type: ignore[call-overload]
                 fileobj=_Headers(file), mode="r:", encoding="utf-8", errors="backslashreplace"
