@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from flowray.config.errors import InputError
+from flowray.config.jsons import parse_json
 
 # Our own lists, and those of Hugging Face's image folders.
 LISTS = ("captions.jsonl", "captions.json", "captions.csv", "metadata.jsonl", "metadata.csv")
 TEXT = ".txt"
+# bytes of a .txt or .json of a sample: no caption is as long, and JSON takes many times its size
+LONGEST = 8 << 20
 _NAMES, _CAPTIONS = ("image", "file_name"), ("captions", "caption", "text")
 _WANTED = "image (or file_name) and caption (or text)"
 
@@ -64,7 +67,7 @@ def _beside(picture: Path, texts: dict[Path, Path], faults: list[str]) -> list[s
         return []
     try:
         found = _lines(path.read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         faults.append(f"{path}: cannot be read as UTF-8 ({error})")
         return []
     if not found:
@@ -81,7 +84,7 @@ def _entries(path: Path, faults: list[str]) -> Iterator[tuple[str, str, list[str
             if path.suffix.lower() == ".csv"
             else _json_rows(text, path.suffix.lower() == ".json")
         )
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         faults.append(f"{path}: cannot be read ({error})")
         return
     for number, row in rows:
@@ -110,13 +113,13 @@ def _json_rows(text: str, whole: bool) -> Iterator[tuple[int, Any]]:
     file of lines. What is no JSON is a row as it stands.
     """
     if whole or text.lstrip().startswith("["):
-        found = json.loads(text)
+        found = parse_json(text)
         yield from enumerate(found if isinstance(found, list) else [found], 1)
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse_json(line)
             except ValueError:
                 yield number, line
 
@@ -148,7 +151,9 @@ def captions_in(row: bytes | None, text: bytes | None) -> list[str]:
     ValueError, one line, where there are none or they cannot be read.
     """
     try:
-        read = {} if row is None else json.loads(row)
+        if too_long := next((d for d in (row, text) if d is not None and len(d) > LONGEST), None):
+            raise ValueError(f"{len(too_long)} bytes, more than {LONGEST}")
+        read = {} if row is None else parse_json(row)
         given = _given(read) if isinstance(read, dict) else None
         if given is None and text is not None:
             given = _lines(text)
@@ -183,4 +188,8 @@ def _lines(text: bytes) -> list[str]:
 
 
 def _trimmed(text: str) -> str:
+    """Without what is round it; ValueError where no tokenizer takes it, or it is no text at all."""
+    if "\0" in text:
+        raise ValueError("NUL in a caption; is it UTF-16?")
+    text.encode()  # half a surrogate pair, which JSON can write, cannot be
     return text.strip().strip("\ufeff").strip()  # a byte order mark, wherever files were joined

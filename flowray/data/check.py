@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -14,13 +12,17 @@ from typing import Any, Literal
 import numpy as np
 
 from flowray.config.errors import InputError
+from flowray.config.jsons import parse_json
 from flowray.config.progress import SILENT, Progress
+from flowray.data.arrays import read_npy
 from flowray.data.captions import captions_in
 from flowray.data.decode import EXTENSIONS, UNREAD, decode_rgb, picture_of, unread
+from flowray.data.folders import shard_stat
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards, sha256
 
 PICKLES = ("pkl", "pyd", "pickle", "pth", "pt")
+_READ = ("json", "txt", *EXTENSIONS)
 
 
 @dataclass(frozen=True)
@@ -92,27 +94,33 @@ class _Checker:
     def shard(self, path: Path) -> None:
         name = self.name(path)
         self.result.shards += 1
-        self.result.bytes += path.stat().st_size
-        _compare_with_manifest(path, self)
-        if not path.stat().st_size:
-            self.bad(name, "", "0 bytes, read as a shard without samples; was it copied whole?")
-            return
         try:
+            size = shard_stat(path).st_size
+            self.result.bytes += size
+            _compare_with_manifest(path, self)
+            if not size:
+                self.bad(name, "", "0 bytes, read as a shard without samples; was it copied whole?")
+                return
             reader = ShardReader([path])
+            for i in range(len(reader)):
+                self.result.samples += 1
+                if fault := reader.fault(i):
+                    self.bad(name, reader.key(i), fault.message)
+                    continue
+                has = reader.extensions(i)
+                read = {e: reader.read(i, e) for e in has if e in _READ or e.endswith("npy")}
+                self.sample(name, reader.key(i), has, read)
         except InputError as error:
             if (what := str(error).removeprefix(f"shard {path}: ")) != str(error):
                 self.bad(name, "", what)
-            return  # else it has no samples
-        for i in range(len(reader)):
-            self.result.samples += 1
-            if fault := reader.fault(i):
-                self.bad(name, reader.key(i), fault.message)
-            else:
-                sample = {e: reader.read(i, e) for e in reader.extensions(i)}
-                self.sample(name, reader.key(i), sample)
+            # else it has no samples
 
-    def sample(self, shard: str, key: str, sample: dict[str, bytes]) -> None:
-        unsafe = [extension for extension in sample if extension.rpartition(".")[2] in PICKLES]
+    def sample(self, shard: str, key: str, extensions: list[str], sample: dict[str, bytes]) -> None:
+        """extensions: all; sample: the bytes of those that are looked into, as others may be
+        large.
+        """
+        self.unread.update(extension for extension in extensions if extension in UNREAD)
+        unsafe = [extension for extension in extensions if extension.rpartition(".")[2] in PICKLES]
         if unsafe:
             self.bad(
                 shard,
@@ -129,7 +137,6 @@ class _Checker:
             self.bad(shard, key, str(error))
 
     def _picture(self, shard: str, key: str, sample: dict[str, bytes]) -> None:
-        self.unread.update(extension for extension in sample if extension in UNREAD)
         extension = picture_of(sample) or next((e for e in sample if e.endswith("npy")), None)
         if extension is None:
             self.bad(shard, key, f"no image (.{', .'.join(EXTENSIONS)}) and no .npy latents")
@@ -187,7 +194,7 @@ def _compare_with_manifest(path: Path, checker: _Checker) -> None:
         return
     try:
         rows = {
-            row["name"]: row for row in json.loads(manifest.read_text(encoding="utf-8"))["shards"]
+            row["name"]: row for row in parse_json(manifest.read_text(encoding="utf-8"))["shards"]
         }
         row = rows.get(path.name)
         if row is None:
@@ -214,7 +221,7 @@ def _picture_size(data: bytes) -> str:
 
 
 def _array_size(data: bytes) -> str:
-    array = np.load(io.BytesIO(data), allow_pickle=False)
+    array = read_npy(data)
     if not np.isfinite(array).all():
         raise ValueError("it holds NaN or infinity")
     return f"{array.dtype}{list(array.shape)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -14,6 +14,8 @@ from PIL.ExifTags import Base
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "jfif", "gif", "tif", "tiff", "avif")
 # those of pictures too that are not read: Pillow lacks them, or they are no finished pixels
 UNREAD = ("heic", "heif", "hif", "jxl", "jp2", "psd", "svg", "eps", "dng", "cr2", "nef", "arw")
+# Pillow's names of these kinds. Of others it may start a program: Ghostscript for EPS
+_KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 VERSION = 2  # rises where a picture comes out otherwise than before, so that no cache goes stale
 WHITE = (255, 255, 255)
 # what a file may say besides its pixels that changes how it is to be seen
@@ -25,16 +27,17 @@ _TELLING = {
     "icc_profile",
     "transparency",
 }
-_UPRIGHT = {  # EXIF orientation -> what undoes it
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF orientation -> what undoes it
+    2: lambda rgb: rgb[:, ::-1],
+    3: lambda rgb: rgb[::-1, ::-1],
+    4: lambda rgb: rgb[::-1],
+    5: lambda rgb: rgb.swapaxes(0, 1),
+    6: lambda rgb: np.rot90(rgb, -1),
+    7: lambda rgb: rgb[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
 }
 _ASIDE = (5, 6, 7, 8)  # EXIF orientations that lie on their side
+_STRIP = 1 << 22  # pixels worked on at a time, so that a large picture is not held several times
 _ALIKE = 2  # of 255: profiles of sRGB by several makers differ by less
 _INK_IS_HIGH = 0  # of TIFF's tag PhotometricInterpretation: 0 is white
 
@@ -48,15 +51,38 @@ def decode_rgb(data: bytes, over: tuple[int, int, int] = WHITE) -> np.ndarray:
     ValueError, one line, where the bytes hold no picture, a broken one or one of too many pixels.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(data) as image:
             image.load()
-            if image.mode == "RGB" and not image.info.keys() & _TELLING:
+            plain = image.mode == "RGB" and not image.info.keys() & _TELLING
+            if plain and image.width * image.height <= _STRIP:
                 return np.asarray(image)  # most pictures: nothing to do, so nothing is copied
             turn = _UPRIGHT.get(_orientation(image))
-            rgb = _flat(_eight_bits(image, data), over)
-            return np.asarray(rgb if turn is None else rgb.transpose(turn))
+            rgb = _in_strips(image, data, over)
+            image.close()  # its pixels are not needed for the turn
+        return rgb if turn is None else np.ascontiguousarray(turn(rgb))
     except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
         raise ValueError(_reason(error, data)) from error
+
+
+@lru_cache(maxsize=1)
+def _kinds() -> tuple[str, ...]:
+    Image.init()
+    return tuple(kind for kind in _KINDS if kind in Image.OPEN)
+
+
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=_kinds())
+
+
+def _in_strips(image: Image.Image, data: bytes, over: tuple[int, int, int]) -> np.ndarray:
+    """The picture as it is stored, not yet upright, uint8 (H, W, 3)."""
+    _scale_key(image, data)
+    rows, rgb = max(1, _STRIP // image.width), np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        strip = image.crop((0, top, image.width, bottom))
+        rgb[top:bottom] = np.asarray(_flat(_eight_bits(strip, image), over))
+    return rgb
 
 
 def picture_of(extensions: Collection[str]) -> str | None:
@@ -88,15 +114,20 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _eight_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """The picture with 8 bits a value, a transparent colour of its own among them."""
-    key, tags = image.info.get("transparency"), getattr(image, "tag_v2", {})
+def _scale_key(image: Image.Image, data: bytes) -> None:
+    """A transparent colour of its own in 8 bits, as the pixels are."""
+    key = image.info.get("transparency")
     if image.format == "PNG" and isinstance(key, tuple | int):
         depth = data[24]  # pillow scales the pixels to 8 bits, the transparent colour not
         if isinstance(key, tuple) and depth == 16:
             image.info["transparency"] = tuple(value >> 8 for value in key)
         elif image.mode == "L" and depth < 8:
             image.info["transparency"] = int(key) * 255 // (2**depth - 1)  # type: ignore[arg-type]
+
+
+def _eight_bits(image: Image.Image, whole: Image.Image) -> Image.Image:
+    """A strip of a picture with 8 bits a value."""
+    key, tags = image.info.get("transparency"), getattr(whole, "tag_v2", {})
     if image.mode[0] not in "IF":
         return image
     values = np.asarray(image)
@@ -161,7 +192,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
     follows may be broken. ValueError, one line, where the bytes begin no picture.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(data) as image:
             width, height = image.size
             return (height, width) if _orientation(image) in _ASIDE else (width, height)
     except Exception as error:

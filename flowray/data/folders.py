@@ -5,8 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from pathlib import Path, PurePath
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
+
+from flowray.config.errors import InputError
+from flowray.config.paths import no_such
 
 NO_SUCH_THING = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
 """How file systems say that they do not know an operation at all: network disks have no fsync of
@@ -24,6 +28,31 @@ def is_clutter(path: PurePath) -> bool:
         part.lower() in _CLUTTER or (part.startswith(".") and part not in (".", ".."))
         for part in path.parts
     )
+
+
+def shard_stat(path: Path) -> os.stat_result:
+    """Of a shard, links followed; InputError where nothing can be read there. A pipe would be
+    waited for, and a device has no end.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise InputError(f"shard {path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"shard {path}: {no_such(path)}")
+    return found
+
+
+def open_own(path: Path) -> BinaryIO:
+    """Open a file that flowray wrote among those of others; OSError where it is a link, a pipe or
+    anything else that it never writes.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    file = os.fdopen(handle, "rb")
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return file
 
 
 def put_in_place(partial: Path, folder: Path, last: str) -> None:

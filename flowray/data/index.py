@@ -20,15 +20,25 @@ import numpy as np
 from safetensors.numpy import save
 
 from flowray.config.errors import InputError
+from flowray.config.jsons import parse_json
 from flowray.config.writing import write_whole
-from flowray.data.folders import is_clutter
+from flowray.data.folders import is_clutter, open_own, shard_stat
 
 BLOCK = 512  # tar members start and are padded at multiples of this, bytes
 SUFFIX = ".index"  # of the file beside a tar
 _VERSION = "2"  # rises where a tar is indexed otherwise than before
 # webdataset's rule: a key ends at the first dot after the last slash
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-_GZIP = b"\x1f\x8b"
+# how compressed files begin, and what undoes it
+_COMPRESSED = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh91AY&SY": "bunzip2",
+    b"\xfd7zXZ\0": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+}
+_HEADER = 1 << 20  # bytes of a long name or a pax header, and of the header of an index
+_RECORD = 20 * BLOCK  # tars are filled up with zeros to multiples of this
+_EXTENSIONS = 200  # in one tar: each takes 16 bytes a sample
 _TAR = "tar"  # the one key of an index's metadata, as safetensors writes several in any order
 _FAULTS = 1000  # samples at fault in one tar, which is refused beyond
 _Members = dict[str, tuple[int, int]]  # extension -> (offset of the first byte, size)
@@ -39,6 +49,20 @@ class Fault(NamedTuple):
 
     cause: str
     message: str
+
+
+class _Headers:
+    """A tar's file as tarfile reads headers from it: none is larger than headers are, whatever it
+    says of itself, as tarfile takes the memory first.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
 
 
 @dataclass(frozen=True)
@@ -63,7 +87,7 @@ class TarIndex:
 
     def key(self, row: int) -> str:
         start = self.ends[row - 1] if row else 0
-        return self.names[start : self.ends[row]].tobytes().decode("utf-8")
+        return self.names[start : self.ends[row]].tobytes().decode("utf-8", "backslashreplace")
 
     @cached_property
     def keys(self) -> list[str]:
@@ -90,7 +114,7 @@ class IndexFile:
         """Map it; InputError where it does not fit its tar."""
         tar = str(self.path).removesuffix(SUFFIX)
         try:
-            with self.path.open("rb") as file:
+            with open_own(self.path) as file:
                 held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             found = {
                 name: np.frombuffer(held, dtype, int(np.prod(shape)), start).reshape(shape)
@@ -107,17 +131,20 @@ def scan_tar(path: Path) -> TarIndex:
     """Index a tar by reading its headers, members of one key wherever they lie. Of one that is
     truncated or corrupt there are the samples up to that place, the last of them at fault.
 
-    InputError where there are none, it is compressed or no tar, or too many samples are at fault.
+    InputError where there are none, it is compressed or no tar, or too many samples are at fault or
+    names end in too many ways.
     """
     try:
         with path.open("rb") as file:
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
-            if file.read(len(_GZIP)) == _GZIP:
-                raise InputError(f"shard {path}: compressed; gunzip it, members are read by place")
+            begins = file.read(BLOCK)
+            if undo := next((_COMPRESSED[m] for m in _COMPRESSED if begins.startswith(m)), None):
+                raise InputError(f"shard {path}: compressed; {undo} it, members are read by place")
             file.seek(0)
-            rows, faults = _read(file, size) if size else ({}, {})
-    except (tarfile.TarError, OSError, ValueError) as error:
+            rows, faults = _read(path, file, size) if size else ({}, {})
+    # Overflow: of a size; Recursion: tarfile calls itself for each header of a header
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(
             f"shard {path}: truncated or not a plain tar: {error}; write or copy it again"
         ) from error
@@ -129,12 +156,15 @@ def scan_tar(path: Path) -> TarIndex:
     return _index(size, rows, faults)
 
 
-def _read(file: BinaryIO, size: int) -> tuple[dict[str, _Members], dict[str, Fault]]:
+def _read(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, _Members], dict[str, Fault]]:
     """The samples of a tar by their keys, and the faults of some; tarfile's errors where it ends
     before the first.
     """
     rows, faults, key, whole = dict[str, _Members](), dict[str, Fault](), "", False
-    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
+    extensions, rest = set[str](), b""
+    with tarfile.open(  # type: ignore[call-overload]
+        fileobj=_Headers(file), mode="r:", encoding="utf-8", errors="backslashreplace"
+    ) as tar:
         try:
             for (key, extension), member in _files(tar):
                 row = rows.setdefault(key, {})
@@ -146,11 +176,18 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, _Members], dict[str, Fau
                     faults.setdefault(key, Fault("stored sparse", message))
                 else:
                     row[extension] = member.offset_data, member.size
+                    extensions.add(extension)
+                if len(extensions) > _EXTENSIONS:
+                    raise InputError(
+                        f"shard {path}: more than {_EXTENSIONS} extensions, last .{extension} of"
+                        f" sample {key!r}; an extension begins at the first dot of a name, so names"
+                        " need others in place of dots"
+                    )
             # tarfile takes a broken header for the end of the archive; only a block of zeros is
             # the end
             file.seek(tar.offset)
-            whole = file.read(BLOCK) == bytes(BLOCK)
-        except (tarfile.TarError, ValueError):
+            whole, rest = file.read(BLOCK) == bytes(BLOCK), file.read(_RECORD)
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError):
             if not rows:
                 raise
     if not whole:
@@ -160,14 +197,24 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, _Members], dict[str, Fau
         rows[key] = {name: found for name, found in members if sum(found) <= size}
         message = "the shard is truncated or corrupt here or just after; write or copy it again"
         faults[key] = Fault("cut off", message)
+    elif any(rest):
+        raise InputError(
+            f"shard {path}: goes on behind its end, at or just after sample {key!r}, as where tars"
+            " are put together by cat; `tar --concatenate` makes one of them"
+        )
     return rows, faults
 
 
 def _files(tar: tarfile.TarFile) -> Iterator[tuple[tuple[str, str], tarfile.TarInfo]]:
     """((key, extension), header) of the plain files that belong to samples."""
+    last = -1
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
-        match = _NAME.fullmatch(member.name)
+        if tar.offset <= last:
+            raise tarfile.ReadError("a size that leads back")
+        last = tar.offset
+        # NUL ends a name in the tars of latents
+        match = _NAME.fullmatch(member.name.replace("\0", r"\x00"))
         if (
             member.isreg()
             and match
@@ -196,10 +243,7 @@ def load_index(path: Path) -> TarIndex | IndexFile:
     mtime has changed; in memory where that folder cannot be written.
     """
     beside = path.with_name(path.name + SUFFIX)
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise InputError(f"shard {path}: cannot be read: {error.strerror}") from error
+    stat = shard_stat(path)
     stamp = f"{_VERSION} {stat.st_size} {stat.st_mtime_ns}"
     if (kept := _kept(beside, stamp, stat.st_size)) is not None:
         return kept
@@ -216,14 +260,14 @@ def load_index(path: Path) -> TarIndex | IndexFile:
 def _kept(beside: Path, stamp: str, tar_size: int) -> IndexFile | None:
     """The index file where it is whole and of this tar."""
     try:
-        with beside.open("rb") as file:
+        with open_own(beside) as file:
             length = int.from_bytes(file.read(8), "little")
             size = file.seek(0, io.SEEK_END)
-            if length > size:
+            if length > min(size, _HEADER):
                 return None
             file.seek(8)
-            header = json.loads(file.read(length))
-        made_for, told = json.loads(header.pop("__metadata__")[_TAR])
+            header = parse_json(file.read(length))
+        made_for, told = parse_json(header.pop("__metadata__")[_TAR])
         if made_for != stamp:
             return None
         faults = {int(row): Fault(*map(str, fault)) for row, fault in told}

@@ -7,7 +7,6 @@ order.py then decides the order.
 from __future__ import annotations
 
 import hashlib
-import io
 import mmap
 import threading
 from bisect import bisect_right
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flowray.config.errors import InputError
+from flowray.data.arrays import npy_header, read_npy
 from flowray.data.captions import captions_in
 from flowray.data.index import BLOCK, Fault, IndexFile, TarIndex, load_index
 
@@ -221,8 +221,8 @@ class ShardReader:
         arrays: list[np.ndarray] = []
         for i in indices.tolist():
             try:
-                arrays.append(np.load(io.BytesIO(self.read(i, extension)), allow_pickle=False))
-            except (ValueError, EOFError) as error:
+                arrays.append(read_npy(self.read(i, extension)))
+            except ValueError as error:
                 raise InputError(
                     f"{self.label(i)}: .{extension} is not a plain .npy array: {error}"
                 ) from error
@@ -251,8 +251,17 @@ class ShardReader:
 
 
 def _refuse_unfit(path: Path, index: TarIndex) -> None:
-    if any((table.sum(axis=1) > index.size).any() for table in index.members.values()):
+    lengths = np.diff(index.ends, prepend=0)
+    names_fit = (lengths > 0).all() and lengths.sum() == len(index.names)
+    if not names_fit or not all(_fits(table, index.size) for table in index.members.values()):
         raise InputError(f"shard {path}: its index does not fit it; remove {path.name}.index")
+
+
+def _fits(table: np.ndarray, size: int) -> bool:
+    """Whether all members are in a tar of so many bytes, or said to be missing."""
+    offset, length = table.T
+    inside = (offset >= 0) & (length >= 0) & (offset <= size) & (length <= size - offset)
+    return bool((inside | (table == -1).all(axis=1)).all())
 
 
 def _mapped(path: Path, size: int) -> np.ndarray:
@@ -272,23 +281,10 @@ def _unpack_equal(rows: np.ndarray, size: int) -> np.ndarray | None:
     """.npy files of `size` bytes, one a row, as (B, *shape); None where their headers differ or
     are not plain C order.
     """
-    first = io.BytesIO(rows[0, :size].tobytes())
     try:
-        version = np.lib.format.read_magic(first)
-        reading = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = reading(first)
+        start, shape, fortran, dtype = npy_header(rows[0, :size].tobytes())
     except ValueError:
         return None
-    start = first.tell()
-    if (
-        fortran
-        or dtype.hasobject
-        or start + dtype.itemsize * int(np.prod(shape)) != size
-        or (rows[:, :start] != rows[0, :start]).any()
-    ):
+    if fortran or (rows[:, :start] != rows[0, :start]).any():
         return None
     return np.ascontiguousarray(rows[:, start:size]).view(dtype).reshape(len(rows), *shape)

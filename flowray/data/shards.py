@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from flowray.config.errors import InputError, did_you_mean
+from flowray.config.jsons import parse_json
 from flowray.config.paths import exists, is_file, is_folder, no_such
-from flowray.data.folders import is_clutter, put_in_place
+from flowray.data.folders import is_clutter, put_in_place, shard_stat
 
 MANIFEST = "manifest.json"
 EMBEDDED = ("shapes", "shapes_closed", "digits")  # the names that stand for sets made on first use
@@ -226,7 +227,7 @@ def _written_here(folder: Path) -> dict[str, int]:
     or nobody, wrote a manifest.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         told = manifest["meta"].keys()
         if "set" not in told and not {"source", "size"} <= told:
             return {}
@@ -251,6 +252,7 @@ def _is_tar(path: Path) -> bool:
 
 
 def _starts_with_a_member(tar: Path) -> bool:
+    shard_stat(tar)
     try:
         with tar.open("rb") as file:
             return any(file.read(512))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowray.config.errors import InputError
+from flowray.config.jsons import parse_json
 from flowray.config.progress import SILENT, Progress
 from flowray.config.writing import write_whole
 from flowray.data import decode
@@ -91,7 +92,7 @@ class LatentShards:
     def find(self, source: Source) -> Encoded | None:
         """What the cache holds of a shard; None where it is not whole."""
         try:
-            row = json.loads((self.folder / f"{source.key}.json").read_text(encoding="utf-8"))
+            row = parse_json((self.folder / f"{source.key}.json").read_text(encoding="utf-8"))
             found = Encoded(**row | {"bad": tuple(Bad(**bad) for bad in row["bad"])})
             return found if (self.folder / source.tar).stat().st_size == found.bytes else None
         except (OSError, ValueError, TypeError, KeyError, AttributeError):

@@ -13,6 +13,7 @@ from typing import Any
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
 from flowray.config.rows import read_rows
+from flowray.data.folders import shard_stat
 from flowray.data.shards import sha256
 
 REMEMBERED = "shard-sums.jsonl"
@@ -62,10 +63,7 @@ class Sums:
 
 
 def _stamp(path: Path) -> tuple[Any, ...]:
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise InputError(f"shard {path}: cannot be read: {error.strerror}") from error
+    stat = shard_stat(path)
     return str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
