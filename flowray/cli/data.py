@@ -62,16 +62,21 @@ def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
     add("--skip-bad", action="store_true", help="leave out what does not decode or has no caption")
     add("--caption", metavar="KEY", help="column of the captions, in a list or table")
     add("--size", type=int, metavar="PX", help=f"crop and resize to squares, at most {LARGEST}")
-    add("--resize", choices=("lanczos", "area"), default="lanczos", help="how, %(default)s")
+    add("--resize", choices=("lanczos", "area"), default="lanczos", help="how (%(default)s)")
     add(
         "--min-size",
         type=whole_number(1),
         metavar="PX",
-        help="least shorter side, else left out; --size",
+        help="leave out what is smaller, by default than --size",
     )
-    add("--max-aspect", type=number(1), metavar="R", help="longer side over shorter, at most")
+    add(
+        "--max-aspect",
+        type=number(1),
+        metavar="R",
+        help="leave out where longer / shorter side > R",
+    )
     add("--background", type=_colour, default=WHITE, metavar="R,G,B", help="behind what is clear")
-    add("--workers", type=whole_number(1), metavar="N", help="threads, one a core")
+    add("--workers", type=whole_number(1), metavar="N", help="threads, by default one a core")
     add("--per-shard", type=int, default=1000, metavar="N", help="samples, %(default)s")
     parser.set_defaults(run=_pack)
 

@@ -66,7 +66,8 @@ def open_source(given: Path, key: str | None = None) -> Source:
     if tables := saved_tables(given) or _parquet_tables(given, files):
         source = _of_tables(tables, given, frozenset(files), key)
         beside = sum(path.suffix.lower() in SUFFIXES for path in files)
-        source.unread = f"{beside} picture file(s) beside the tables" if beside else ""
+        if beside:
+            source.unread = f"{beside} picture file(s) beside the tables, but for those rows name"
         return source
     return _of_folder(given, files, key)
 
@@ -174,6 +175,7 @@ def _bytes_of(get: Callable[[], Any], beside: Path, folder: Path, files: frozens
     if not named:
         raise ValueError("no picture")
     for path in (beside / named, folder / named):
-        if path in files:
+        # a table that was fetched may come with links
+        if path in files and path.resolve().is_relative_to(folder.resolve()):
             return path.read_bytes()
     raise ValueError(f"no bytes, and no such picture in {folder}: {named}")

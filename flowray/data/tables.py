@@ -169,7 +169,7 @@ def _arrow(file: Path, columns: list[str]) -> Iterator[Any]:
 def _parquet(file: Path, columns: list[str]) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    # read ahead, it would hold a whole group of rows; these are often all that a file has
+    # pyarrow holds a whole group of rows while its batches are made; read ahead, it holds two
     with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as reader:
         yield from reader.iter_batches(_ROWS, columns=columns)
 

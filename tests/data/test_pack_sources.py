@@ -244,6 +244,7 @@ ODD = {
     "above": (odd({"bytes": None, "path": "../outside.png"}), "no such picture"),
     "back in": (odd({"bytes": None, "path": "../in/beside.png"}), "no such picture"),
     "absolute": (odd({"bytes": None, "path": "/OUTSIDE"}), "no such picture"),
+    "a link": (odd({"bytes": None, "path": "link.png"}), "no such picture"),
     "a NUL": (odd({"bytes": None, "path": "a\0.png"}), "no such picture"),
     "null caption": (odd({"bytes": picture(1), "path": None}, None), "empty caption"),
     "empty caption": (odd({"bytes": picture(1), "path": None}, [" \ufeff"]), "empty caption"),
@@ -271,6 +272,7 @@ def test_odd_rows_are_named_and_nothing_escapes(tmp_path: Path, name: str, kind:
         (tmp_path / "in").mkdir()
         pq.write_table(pa.Table.from_pylist(table), tmp_path / "in" / "rows.parquet")
     (tmp_path / "in" / "beside.png").write_bytes(picture(2))
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "outside.png")
     with pytest.raises(InputError, match="1 fault"):
         pack_folder(tmp_path / "in", tmp_path / "out", 8)
     found = pack_folder(tmp_path / "in", tmp_path / "out", 8, skip_bad=True)
