@@ -13,20 +13,20 @@ from rich.table import Table
 from flowray.cli import ready
 from flowray.cli.common import FINDINGS, GOOD, refuse_unwritable
 from flowray.cli.make import add_make
-from flowray.cli.parser import JSON, Parser, add_recipe, whole_number
+from flowray.cli.parser import JSON, Parser, add_recipe, number, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.config.cache import cache_dir
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.paths import argument, expand
+from flowray.config.prepare import WHITE, PrepareConfig
 from flowray.config.progress import Progress
 from flowray.config.writing import write_whole
-from flowray.data.captions import LISTS
 from flowray.data.check import ShardCheck, check_shards
 from flowray.data.emoji import made_emoji
 from flowray.data.make import ensure_embedded, png
-from flowray.data.pack import LARGEST, pack_folder
+from flowray.data.pack import LARGEST, LEFT_OUT, Packed, pack_folder
 from flowray.data.reader import ShardReader
 from flowray.data.shards import EMBEDDED, FETCHED, NAMED, find_shards, splits, tars
 from flowray.data.survey import Survey, contact_sheet, show, survey
@@ -49,40 +49,54 @@ def main(argv: list[str]) -> int:
 
 
 def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser("pack", help="pack a folder of pictures with captions into shards")
+    parser = commands.add_parser("pack", help="pack pictures with captions into shards")
     parser.add_argument(
         "images",
         type=argument,
-        help=f"folder of pictures, each with a .txt of the same name, or one of {', '.join(LISTS)}",
+        help="folder of pictures with a .txt each or a list (docs/data.md), .parquet, HF dataset",
     )
     parser.add_argument(
         "out", type=argument, help="folder for the shards; must not exist or be empty"
     )
-    parser.add_argument(
-        "--val",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="hold out the share X, such as 0.05: OUT/train and OUT/val",
-    )
-    parser.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="name what has no caption or does not decode, leave it out",
-    )
-    parser.add_argument(
-        "--size",
-        type=int,
+    add = parser.add_argument
+    add("--val", type=float, default=0.0, metavar="X", help="share for OUT/val, such as 0.05")
+    add("--skip-bad", action="store_true", help="leave out what does not decode or has no caption")
+    add("--caption", metavar="KEY", help="column of the captions, in a list or table")
+    add("--size", type=int, metavar="PX", help=f"crop and resize to squares, at most {LARGEST}")
+    add("--resize", choices=("lanczos", "area"), default="lanczos", help="how (%(default)s)")
+    add(
+        "--min-size",
+        type=whole_number(1),
         metavar="PX",
-        help=f"centre-crop and resize to PX x PX, at most {LARGEST}; else kept as they are",
+        help="leave out what is smaller, by default than --size",
     )
-    parser.add_argument(
-        "--per-shard", type=int, default=1000, metavar="N", help="samples in a shard, %(default)s"
+    add(
+        "--max-aspect",
+        type=number(1),
+        metavar="R",
+        help="leave out where longer / shorter side > R",
     )
+    add("--background", type=_colour, default=WHITE, metavar="R,G,B", help="behind what is clear")
+    add("--workers", type=whole_number(1), metavar="N", help="threads, by default one a core")
+    add("--per-shard", type=int, default=1000, metavar="N", help="samples, %(default)s")
     parser.set_defaults(run=_pack)
 
 
+def _colour(text: str) -> tuple[int, int, int]:
+    """An argument's type: three numbers of 255."""
+    parts = [int(part) for part in text.split(",") if part.strip().isdecimal()]
+    if len(parts) != 3 or text.count(",") != 2 or max(parts) > 255:
+        raise argparse.ArgumentTypeError(f"{text!r}: want three numbers up to 255, as 255,255,255")
+    return parts[0], parts[1], parts[2]
+
+
 def _pack(args: argparse.Namespace) -> int:
+    prepare = PrepareConfig(
+        background=args.background,
+        resize=args.resize,
+        min_size=args.min_size,
+        max_aspect=args.max_aspect,
+    )
     packed = pack_folder(
         args.images,
         args.out,
@@ -90,20 +104,29 @@ def _pack(args: argparse.Namespace) -> int:
         val=args.val,
         skip_bad=args.skip_bad,
         per_shard=args.per_shard,
+        prepare=prepare,
+        caption_key=args.caption,
+        workers=args.workers,
         progress=ConsoleProgress(),
     )
-    for fault in packed.left_out:
-        print(f"left out: {fault}", file=sys.stderr)
-    if packed.unread:
-        print(f"passed over: {packed.unread}", file=sys.stderr)
+    _say_left_out(packed, args.out)
     for split, count in packed.samples.items():
-        print(f"{count} samples  {args.out / split if args.val else args.out}")
-    if packed.left_out:
-        print(
-            f"{len(packed.left_out)} fault(s), named above: such files are left out",
-            file=sys.stderr,
-        )
+        print(f"{count} samples  {args.out if split == 'all' else args.out / split}")
     return GOOD
+
+
+def _say_left_out(packed: Packed, out: Path) -> None:
+    lines = [f"left out: {fault}" for fault in packed.left_out]
+    if packed.unread:
+        lines.append(f"passed over: {packed.unread}")
+    if packed.left_out:
+        lines.append(f"{len(packed.left_out)} fault(s), named above: such files are left out")
+    if packed.filtered:
+        lines.append(
+            f"{packed.told()}, first {packed.filtered[0]}; {out / LEFT_OUT} names all of them"
+        )
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -117,14 +140,21 @@ def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="SHARDS",
         help=f"folders of .tar files, globs or .tar files; or {', '.join(NAMED)}",
     )
+    _add_caption(parser)
     parser.add_argument("--json", action="store_true", help=JSON)
     parser.set_defaults(run=_check)
+
+
+def _add_caption(parser: Parser) -> None:
+    parser.add_argument(
+        "--caption", metavar="KEY", help="the key of the .json that has the captions"
+    )
 
 
 def _check(args: argparse.Namespace) -> int:
     progress = ConsoleProgress()
     specs = [each for spec in args.specs for each in _every_split(spec, progress)]
-    result = check_shards(*specs, progress=progress)
+    result = check_shards(*specs, progress=progress, caption_key=args.caption)
     if args.json:
         print(json.dumps(result.as_json()))
     else:
@@ -190,6 +220,7 @@ def _add_show(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="N",
         help="pictures shown, evenly spread over the set, %(default)s",
     )
+    _add_caption(parser)
     parser.add_argument("--json", action="store_true", help=JSON)
     parser.set_defaults(run=_show_set)
 
@@ -205,7 +236,8 @@ def _show_set(args: argparse.Namespace) -> int:
         from flowray.report.page import data_uri
     with progress.task(f"reading {args.spec}"):
         folders = _every_split(args.spec, progress)
-        reader = ShardReader([path for each in folders for path in find_shards(each)])
+        tars_of = [path for each in folders for path in find_shards(each)]
+        reader = ShardReader(tars_of, caption_key=args.caption)
     told = survey(reader, progress)
     with progress.task("drawing the page"):
         shown = show(reader, args.count)

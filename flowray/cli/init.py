@@ -24,9 +24,9 @@ from flowray.config.paths import SHIPPED, argument, exists, model_argument, no_s
 from flowray.config.recipe import Recipe
 from flowray.config.sources import recipe_names
 from flowray.data.order import evenly
-from flowray.data.pack import SUFFIXES
 from flowray.data.reader import ShardReader
 from flowray.data.shards import NAMED, find_shards, tars
+from flowray.data.sources import SUFFIXES
 
 LOOKED_AT = 32  # pictures and captions, evenly spread over the set
 # tokens a word; the shipped tokenizer needs 1.1 for its own captions, over 2 for others

@@ -14,9 +14,10 @@ from support import own_pictures
 
 from flowray.cli.data import main
 from flowray.config.errors import InputError
-from flowray.data import pack
+from flowray.data import prepare
 from flowray.data.check import check_shards
 from flowray.data.pack import key_of, pack_folder
+from flowray.data.prepare import AS_THEY_ARE
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards
 
@@ -58,13 +59,13 @@ def test_the_split_stays_when_files_are_added(tmp_path: Path) -> None:
 
 def test_each_picture_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos(tmp_path / "in", [f"{i}.png" for i in range(30)])
-    seen: list[str] = []
-    load = pack.load_rgb
+    seen: list[bytes] = []
+    decode = prepare.decode_rgb
     monkeypatch.setattr(
-        pack, "load_rgb", lambda path, size: (seen.append(path.name), load(path, size))[1]
+        prepare, "decode_rgb", lambda data, over: (seen.append(data), decode(data, over))[1]
     )
     pack_folder(tmp_path / "in", tmp_path / "out", 8, val=0.3)
-    assert sorted(seen) == sorted(f"{i}.png" for i in range(30))
+    assert sorted(seen) == sorted(path.read_bytes() for path in (tmp_path / "in").glob("*.png"))
 
 
 def test_bad_files_are_named_and_left_out(
@@ -238,7 +239,8 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
 def test_sixteen_bits_a_pixel_keep_their_grey(tmp_path: Path) -> None:
     grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "deep.png")
-    np.testing.assert_array_equal(pack.load_rgb(tmp_path / "deep.png", None)[..., 1], grey >> 8)
+    found = AS_THEY_ARE((tmp_path / "deep.png").read_bytes())
+    np.testing.assert_array_equal(found[..., 1], grey >> 8)
 
 
 def test_a_share_that_holds_none_out_names_the_least_that_does(tmp_path: Path) -> None:
