@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import mmap
+import resource
 import threading
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,9 +24,24 @@ import numpy as np
 
 from flowray.config.errors import InputError
 from flowray.data.captions import captions_in
-from flowray.data.index import BLOCK, IndexFile, TarIndex, load_index
+from flowray.data.column import PAIR, CaptionColumn
+from flowray.data.index import IndexFile, TarIndex, load_index
 
-OPEN_SHARDS = 128  # mapped at a time: each holds two file descriptors
+OPEN_SHARDS = 4096  # mapped at a time at most: the kernel allows 65530 maps in all
+_HEAD = 2**16  # bytes of a .npy file's head at most, far more than numpy reads
+_FILES = 8  # a shard holds two file descriptors, and a run has several sets open
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard that is open: its bytes, read-only, its index, and of each extension the samples'
+    (offset, size) one after the other; captions: the index's.
+    """
+
+    data: memoryview
+    index: TarIndex
+    tables: dict[str, memoryview]
+    captions: CaptionColumn | None
 
 
 class ShardReader:
@@ -41,7 +59,8 @@ class ShardReader:
         self.paths, self.limit = tuple(Path(path) for path in paths), limit
         self.without = frozenset(int(place) for place in without)
         self._indexes: list[TarIndex | IndexFile] = []
-        self._opened: dict[int, tuple[np.ndarray, TarIndex]] = {}
+        self._opened: dict[int, _Shard] = {}
+        self._most = _open_shards()
         self._sound = set[int]()
         self._opening = threading.Lock()
         count = 0
@@ -70,8 +89,8 @@ class ShardReader:
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.paths, self.limit, self.without)
 
-    def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, row in its index) of samples, (B,) each; IndexError where one is not there."""
+    def _places(self, indices: np.ndarray) -> tuple[list[int], list[int]]:
+        """(shard, row in its index) of samples, B each; IndexError where one is not there."""
         if isinstance(self._kept, np.ndarray):
             places = self._kept[indices]
         elif len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
@@ -79,7 +98,7 @@ class ShardReader:
         else:
             places = indices
         shards = np.searchsorted(self._edges[1:], places, side="right")
-        return shards, places - self._edges[shards]
+        return shards.tolist(), (places - self._edges[shards]).tolist()
 
     def _place(self, i: int) -> tuple[int, int]:
         """`_places` of one sample, some times faster."""
@@ -106,7 +125,7 @@ class ShardReader:
     def key(self, i: int) -> str:
         """The key of sample i, unique in its shard."""
         shard, row = self._place(i)
-        return self._open(shard)[1].key(row)
+        return self._open(shard).index.key(row)
 
     def places(self, samples: Collection[int]) -> list[int]:
         """Where samples are among all those of the shards: the places that `without` takes."""
@@ -118,7 +137,7 @@ class ShardReader:
     def extensions(self, i: int) -> list[str]:
         """The extensions that sample i has, sorted."""
         shard, row = self._place(i)
-        members = self._open(shard)[1].members
+        members = self._open(shard).index.members
         return sorted(extension for extension, table in members.items() if table[row, 0] >= 0)
 
     def _missing(self, i: int, extension: str) -> NoReturn:
@@ -127,19 +146,20 @@ class ShardReader:
             f" {', '.join('.' + e for e in self.extensions(i))}"
         )
 
-    def _open(self, shard: int) -> tuple[np.ndarray, TarIndex]:
-        """One shard's bytes, uint8 (size,), read-only, and its index."""
+    def _open(self, shard: int) -> _Shard:
         # batches are made in a thread beside whoever examines the run
         with self._opening:
             opened = self._opened.get(shard)
             if opened is None:
-                if len(self._opened) >= OPEN_SHARDS:
+                if len(self._opened) >= self._most:
                     self._opened.pop(next(iter(self._opened)), None)
                 path, index = self.paths[shard], self._indexes[shard].open()
                 if shard not in self._sound:
                     _refuse_unfit(path, index)
                     self._sound.add(shard)
-                opened = self._opened[shard] = _mapped(path, index.size), index
+                tables = {name: table.reshape(-1).data for name, table in index.members.items()}
+                opened = _Shard(_mapped(path, index.size), index, tables, index.captions)
+                self._opened[shard] = opened
             return opened
 
     def sizes(self, extension: str) -> np.ndarray:
@@ -159,49 +179,56 @@ class ShardReader:
 
     def _find(self, i: int, extension: str) -> bytes | None:
         shard, row = self._place(i)
-        view, index = self._open(shard)
-        table = index.members.get(extension)
-        if table is None or table[row, 0] < 0:
-            return None
-        offset, size = table[row]
-        return view[offset : offset + size].tobytes()
+        opened = self._open(shard)
+        table = opened.tables.get(extension)
+        offset, size = (-1, -1) if table is None else PAIR(table, 16 * row)
+        return None if offset < 0 else opened.data[offset : offset + size].tobytes()
 
     def captions(self, i: int) -> list[str]:
         """The captions of sample i, as `captions_in` has them; never empty."""
+        shard, row = self._place(i)
+        column = self._open(shard).captions
+        if column and (found := column.captions(row)):
+            return found
         try:
             return captions_in(self._find(i, "json"), self._find(i, "txt"))
         except ValueError as error:
             raise InputError(f"{self.label(i)}: {error}") from error
 
+    def chosen_captions(self, indices: np.ndarray, u: Sequence[float]) -> list[str]:
+        """One of the `captions` of each of the samples `indices` (B,): number int(u * count) of
+        them, u (B,) in [0, 1).
+        """
+        found, known = [], self._opened.get
+        for i, shard, row, x in zip(indices.tolist(), *self._places(indices), u, strict=True):
+            column = (known(shard) or self._open(shard)).captions
+            text = column.chosen(row, x) if column else None
+            if text is None:
+                texts = self.captions(i)
+                text = texts[int(x * len(texts))]
+            found.append(text)
+        return found
+
     def gather(self, indices: np.ndarray, extension: str) -> np.ndarray:
-        """The .npy members of the samples `indices` (B,), stacked: (B, *shape); one shape and
-        dtype for all of them.
+        """The .npy members of the samples `indices` (B,), stacked: (B, *shape), not always
+        contiguous; one shape and dtype for all of them.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if indices.ndim != 1 or not indices.size:
             raise ValueError(f"indices must be 1-D and not empty, got shape {indices.shape}")
-        stacked = self._gather_equal(indices, extension)
+        stacked = _stacked(self._members(indices, extension))
         return self._gather_one_by_one(indices, extension) if stacked is None else stacked
 
-    def _gather_equal(self, indices: np.ndarray, extension: str) -> np.ndarray | None:
-        """`gather` where all members begin with the same header; None where they do not."""
-        shards, places = self._places(indices)
-        size, rows = -1, np.empty((0, 0, 0), dtype=np.uint8)
-        for shard in np.unique(shards):
-            here = np.flatnonzero(shards == shard)
-            view, index = self._open(int(shard))
-            table = index.members.get(extension)
-            found = np.full((len(here), 2), -1) if table is None else table[places[here]]
-            if (missing := found[:, 0] < 0).any():
-                self._missing(int(indices[here[np.argmax(missing)]]), extension)
-            if size < 0:
-                size = int(found[0, 1])
-                rows = np.empty((len(indices), -(-size // BLOCK), BLOCK), dtype=np.uint8)
-            if (found[:, 1] != size).any():
-                return None
-            whole = view[: len(view) // BLOCK * BLOCK].reshape(-1, BLOCK)
-            rows[here] = whole[found[:, :1] // BLOCK + np.arange(rows.shape[1])]
-        return _unpack_equal(rows.reshape(len(indices), -1), size)
+    def _members(self, indices: np.ndarray, extension: str) -> list[memoryview]:
+        found, known = [], self._opened.get
+        for i, shard, row in zip(indices.tolist(), *self._places(indices), strict=True):
+            opened = known(shard) or self._open(shard)
+            table = opened.tables.get(extension)
+            offset, size = (-1, -1) if table is None else PAIR(table, 16 * row)
+            if offset < 0:
+                self._missing(i, extension)
+            found.append(opened.data[offset : offset + size])
+        return found
 
     def _gather_one_by_one(self, indices: np.ndarray, extension: str) -> np.ndarray:
         arrays: list[np.ndarray] = []
@@ -241,7 +268,13 @@ def _refuse_unfit(path: Path, index: TarIndex) -> None:
         raise InputError(f"shard {path}: its index does not fit it; remove {path.name}.index")
 
 
-def _mapped(path: Path, size: int) -> np.ndarray:
+def _open_shards() -> int:
+    """How many shards a set may have open here."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_SHARDS if files < 0 else max(1, min(OPEN_SHARDS, files // _FILES))
+
+
+def _mapped(path: Path, size: int) -> memoryview:
     try:
         with path.open("rb") as file:
             held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -251,30 +284,45 @@ def _mapped(path: Path, size: int) -> np.ndarray:
         raise InputError(
             f"shard {path}: was {size} bytes when indexed and is {len(held)} now; start again"
         )
-    return np.frombuffer(held, dtype=np.uint8)
+    return memoryview(held)
 
 
-def _unpack_equal(rows: np.ndarray, size: int) -> np.ndarray | None:
-    """.npy files of `size` bytes, one a row, as (B, *shape); None where their headers differ or
-    are not plain C order.
-    """
-    first = io.BytesIO(rows[0, :size].tobytes())
+def _stacked(files: Sequence[memoryview]) -> np.ndarray | None:
+    """.npy files as (B, *shape); None where their headers differ or are not plain C order."""
+    size, head = len(files[0]), _head(files[0])
+    made_of = _plain(head)
+    if made_of is None or any(len(file) != size for file in files):
+        return None
+    dtype, shape = made_of
+    start = len(head)
+    if start + dtype.itemsize * math.prod(shape) != size or start % dtype.itemsize:
+        return None
+    rows = np.frombuffer(bytearray().join(files), dtype=np.uint8).reshape(len(files), size)
+    if (rows[:, :start] != rows[0, :start]).any():
+        return None
+    # a view: latents may be large, and whoever wants another type copies them anyway
+    return rows[:, start:].view(dtype).reshape(len(files), *shape)
+
+
+def _head(file: memoryview) -> bytes:
+    """What comes before the numbers of a .npy file; where it is none, anything."""
+    length = 2 if file[6:7].tobytes() == b"\1" else 4
+    size = int.from_bytes(file[8 : 8 + length], "little")
+    return file[: min(8 + length + size, _HEAD)].tobytes()
+
+
+@lru_cache(maxsize=16)  # numpy takes longer over a header than over a batch
+def _plain(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
+    """(dtype, shape) by the head of a .npy file, where it is one of plain C order."""
+    file = io.BytesIO(head)
     try:
-        version = np.lib.format.read_magic(first)
+        version = np.lib.format.read_magic(file)
         reading = (
             np.lib.format.read_array_header_1_0
             if version == (1, 0)
             else np.lib.format.read_array_header_2_0
         )
-        shape, fortran, dtype = reading(first)
+        shape, fortran, dtype = reading(file)
     except ValueError:
         return None
-    start = first.tell()
-    if (
-        fortran
-        or dtype.hasobject
-        or start + dtype.itemsize * int(np.prod(shape)) != size
-        or (rows[:, :start] != rows[0, :start]).any()
-    ):
-        return None
-    return np.ascontiguousarray(rows[:, start:size]).view(dtype).reshape(len(rows), *shape)
+    return None if fortran or dtype.hasobject else (dtype, shape)
