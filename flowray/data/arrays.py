@@ -18,9 +18,11 @@ class Header(NamedTuple):
     dtype: np.dtype
 
 
-def npy_header(data: bytes) -> Header:
-    """ValueError, one line, where the bytes are no whole .npy of plain numbers."""
-    file = io.BytesIO(data)
+def npy_head(head: bytes) -> Header:
+    """By what comes before the values alone. ValueError, one line, where it begins no .npy of plain
+    numbers.
+    """
+    file = io.BytesIO(head)
     try:
         version = np.lib.format.read_magic(file)
         reading = (
@@ -33,8 +35,15 @@ def npy_header(data: bytes) -> Header:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
     if header.dtype.hasobject:
         raise ValueError("it holds objects, which are pickles")
-    # numpy would take the memory first
-    if min(header.shape, default=0) < 0 or len(data) != header.start + _bytes(header):
+    if min(header.shape, default=0) < 0:
+        raise ValueError(f"its header says {list(header.shape)}")
+    return header
+
+
+def npy_header(data: bytes) -> Header:
+    """ValueError, one line, where the bytes are no whole .npy of plain numbers."""
+    header = npy_head(data)
+    if len(data) != header.start + _bytes(header):  # numpy would take the memory first
         raise ValueError(
             f"{len(data) - header.start} bytes, but its header says {header.dtype}"
             f" {list(header.shape)}"

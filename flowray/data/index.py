@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import mmap
 import re
 import tarfile
@@ -22,6 +23,7 @@ from safetensors.numpy import save
 from flowray.config.errors import InputError
 from flowray.config.jsons import parse_json
 from flowray.config.writing import write_whole
+from flowray.data.column import CaptionColumn, CaptionsOf, caption_arrays, column_of
 from flowray.data.folders import is_clutter, open_own, shard_stat
 
 BLOCK = 512  # tar members start and are padded at multiples of this, bytes
@@ -72,7 +74,7 @@ class TarIndex:
     size: of the tar in bytes; names: all keys in UTF-8 end to end, uint8; ends: of each key in
     these, (samples,) int64; members: extension -> (samples, 2) int64 of (offset of the first byte,
     size), (-1, -1) where a sample lacks it; faults: rows of samples that are not as they were
-    written.
+    written; captions: None where the index has no column of them.
     """
 
     size: int
@@ -80,6 +82,7 @@ class TarIndex:
     ends: np.ndarray
     members: dict[str, np.ndarray]
     faults: dict[int, Fault]
+    captions: CaptionColumn | None = None
 
     @property
     def samples(self) -> int:
@@ -117,14 +120,17 @@ class IndexFile:
             with open_own(self.path) as file:
                 held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             found = {
-                name: np.frombuffer(held, dtype, int(np.prod(shape)), start).reshape(shape)
+                name: np.frombuffer(held, dtype, math.prod(shape), start).reshape(shape)
                 for name, (dtype, shape, start) in self.arrays.items()
             }
         except (OSError, ValueError) as error:
             raise InputError(f"shard {tar}: its index cannot be read: {error}") from error
-        names, ends = found.pop("names"), found.pop("ends")
-        members = {name.removeprefix("."): table for name, table in found.items()}
-        return TarIndex(self.size, names, ends, members, self.faults)
+        return _index_of(self.size, found, self.faults)
+
+
+def _index_of(size: int, arrays: dict[str, np.ndarray], faults: dict[int, Fault]) -> TarIndex:
+    members = {name[1:]: table for name, table in arrays.items() if name.startswith(".")}
+    return TarIndex(size, arrays["names"], arrays["ends"], members, faults, column_of(arrays))
 
 
 def scan_tar(path: Path) -> TarIndex:
@@ -238,23 +244,36 @@ def _index(size: int, rows: dict[str, _Members], faults: dict[str, Fault]) -> Ta
     return TarIndex(size, names, ends, members, numbered)
 
 
-def load_index(path: Path) -> TarIndex | IndexFile:
+def load_index(path: Path, captions_of: CaptionsOf | None = None) -> TarIndex | IndexFile:
     """The index of a tar, kept beside it as `NAME.tar.index` and made anew when the tar's size or
     mtime has changed; in memory where that folder cannot be written.
+
+    captions_of: have a column of its captions too, made from the tar where the index has none.
     """
     beside = path.with_name(path.name + SUFFIX)
     stat = shard_stat(path)
     stamp = f"{_VERSION} {stat.st_size} {stat.st_mtime_ns}"
-    if (kept := _kept(beside, stamp, stat.st_size)) is not None:
+    kept = _kept(beside, stamp, stat.st_size)
+    if kept is not None and (captions_of is None or "firsts" in kept.arrays):
         return kept
-    index = scan_tar(path)
+    index = scan_tar(path) if kept is None else kept.open()
     # with their dots, so that no extension is taken for `names` or `ends`
     tables = {f".{extension}": table for extension, table in index.members.items()}
     arrays = {"names": index.names, "ends": index.ends, **tables}
+    if captions_of is not None:
+        arrays |= _caption_arrays(path, index, captions_of)
     with suppress(OSError):
         told = json.dumps([stamp, list(index.faults.items())])
         write_whole(beside, save(arrays, metadata={_TAR: told}), shared=True)
-    return _kept(beside, stamp, stat.st_size) or index
+    return _kept(beside, stamp, stat.st_size) or _index_of(index.size, arrays, index.faults)
+
+
+def _caption_arrays(path: Path, index: TarIndex, captions_of: CaptionsOf) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file:
+            return caption_arrays(file, index.samples, index.members, captions_of)
+    except OSError as error:
+        raise InputError(f"shard {path}: cannot be read: {error.strerror}") from error
 
 
 def _kept(beside: Path, stamp: str, tar_size: int) -> IndexFile | None:
@@ -275,7 +294,7 @@ def _kept(beside: Path, stamp: str, tar_size: int) -> IndexFile | None:
         for name, row in header.items():
             dtype = np.dtype({"U8": np.uint8, "I64": np.int64}[row["dtype"]])
             first, last = row["data_offsets"]
-            if (last - first) != dtype.itemsize * int(np.prod(row["shape"])):
+            if (last - first) != dtype.itemsize * math.prod(row["shape"]):
                 return None
             arrays[name] = dtype, tuple(row["shape"]), length + 8 + first
             end = max(end, length + 8 + last)
@@ -284,6 +303,10 @@ def _kept(beside: Path, stamp: str, tar_size: int) -> IndexFile | None:
             shape == (samples, 2) for name, (_, shape, _) in arrays.items() if name[0] == "."
         )
         if not plain or end != size or "names" not in arrays:
+            return None
+        if "firsts" in arrays and not (
+            arrays["firsts"][1] == (samples + 1,) and {"texts", "starts"} <= arrays.keys()
+        ):
             return None
         return IndexFile(beside, tar_size, samples, arrays, faults)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):

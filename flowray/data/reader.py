@@ -7,11 +7,14 @@ order.py then decides the order.
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
+import resource
 import threading
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,11 +22,26 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flowray.config.errors import InputError
-from flowray.data.arrays import npy_header, read_npy
+from flowray.data.arrays import npy_head, read_npy
 from flowray.data.captions import captions_in
-from flowray.data.index import BLOCK, Fault, IndexFile, TarIndex, load_index
+from flowray.data.column import PAIR, CaptionColumn
+from flowray.data.index import Fault, IndexFile, TarIndex, load_index
 
-OPEN_SHARDS = 128  # mapped at a time: each holds two file descriptors
+OPEN_SHARDS = 4096  # mapped at a time at most: the kernel allows 65530 maps in all
+_HEAD = 2**16  # bytes of a .npy file's head at most, far more than numpy reads
+_FILES = 8  # a shard holds two file descriptors, and a run has several sets open
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard that is open: its bytes, read-only, its index, and of each extension the samples'
+    (offset, size) one after the other; captions: the index's.
+    """
+
+    data: memoryview
+    index: TarIndex
+    tables: dict[str, memoryview]
+    captions: CaptionColumn | None
 
 
 class ShardReader:
@@ -47,7 +65,8 @@ class ShardReader:
         self.caption_key = caption_key
         self.without = frozenset(int(place) for place in without)
         self._indexes: list[TarIndex | IndexFile] = []
-        self._opened: dict[int, tuple[np.ndarray, TarIndex]] = {}
+        self._opened: dict[int, _Shard] = {}
+        self._most = _open_shards()
         self._sound = set[int]()
         self._opening = threading.Lock()
         count = 0
@@ -76,8 +95,8 @@ class ShardReader:
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.paths, self.limit, self.without, self.caption_key)
 
-    def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, row in its index) of samples, (B,) each; IndexError where one is not there."""
+    def _places(self, indices: np.ndarray) -> tuple[list[int], list[int]]:
+        """(shard, row in its index) of samples, B each; IndexError where one is not there."""
         if isinstance(self._kept, np.ndarray):
             places = self._kept[indices]
         elif len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
@@ -85,7 +104,7 @@ class ShardReader:
         else:
             places = indices
         shards = np.searchsorted(self._edges[1:], places, side="right")
-        return shards, places - self._edges[shards]
+        return shards.tolist(), (places - self._edges[shards]).tolist()
 
     def _place(self, i: int) -> tuple[int, int]:
         """`_places` of one sample, some times faster."""
@@ -112,7 +131,7 @@ class ShardReader:
     def key(self, i: int) -> str:
         """The key of sample i, unique in its shard."""
         shard, row = self._place(i)
-        return self._open(shard)[1].key(row)
+        return self._open(shard).index.key(row)
 
     def places(self, samples: Collection[int]) -> list[int]:
         """Where samples are among all those of the shards: the places that `without` takes."""
@@ -124,12 +143,12 @@ class ShardReader:
     def fault(self, i: int) -> Fault | None:
         """What is wrong with sample i, as its tar has it; whoever reads of it is refused."""
         shard, row = self._place(i)
-        return self._open(shard)[1].faults.get(row)
+        return self._open(shard).index.faults.get(row)
 
     def extensions(self, i: int) -> list[str]:
         """The extensions that sample i has, sorted."""
         shard, row = self._place(i)
-        members = self._open(shard)[1].members
+        members = self._open(shard).index.members
         return sorted(extension for extension, table in members.items() if table[row, 0] >= 0)
 
     def _missing(self, i: int, extension: str) -> NoReturn:
@@ -138,19 +157,20 @@ class ShardReader:
             f" {', '.join('.' + e for e in self.extensions(i))}"
         )
 
-    def _open(self, shard: int) -> tuple[np.ndarray, TarIndex]:
-        """One shard's bytes, uint8 (size,), read-only, and its index."""
+    def _open(self, shard: int) -> _Shard:
         # batches are made in a thread beside whoever examines the run
         with self._opening:
             opened = self._opened.get(shard)
             if opened is None:
-                if len(self._opened) >= OPEN_SHARDS:
+                if len(self._opened) >= self._most:
                     self._opened.pop(next(iter(self._opened)), None)
                 path, index = self.paths[shard], self._indexes[shard].open()
                 if shard not in self._sound:
                     _refuse_unfit(path, index)
                     self._sound.add(shard)
-                opened = self._opened[shard] = _mapped(path, index.size), index
+                tables = {name: table.reshape(-1).data for name, table in index.members.items()}
+                opened = _Shard(_mapped(path, index.size), index, tables, index.captions)
+                self._opened[shard] = opened
             return opened
 
     def sizes(self, extension: str) -> np.ndarray:
@@ -170,58 +190,69 @@ class ShardReader:
         data = self._find(i, extension)
         return self._missing(i, extension) if data is None else data
 
-    def _refuse_faults(self, index: TarIndex, rows: Iterable[int], samples: Iterable[int]) -> None:
-        for row, sample in zip(rows, samples, strict=True) if index.faults else ():
-            if fault := index.faults.get(int(row)):
-                raise InputError(f"{self.label(int(sample))}: {fault.message}")
+    def _refuse_fault(self, index: TarIndex, row: int, i: int) -> None:
+        if fault := index.faults.get(row):
+            raise InputError(f"{self.label(i)}: {fault.message}")
 
     def _find(self, i: int, extension: str) -> bytes | None:
         shard, row = self._place(i)
-        view, index = self._open(shard)
-        self._refuse_faults(index, [row], [i])
-        table = index.members.get(extension)
-        if table is None or table[row, 0] < 0:
-            return None
-        offset, size = table[row]
-        return view[offset : offset + size].tobytes()
+        opened = self._open(shard)
+        if opened.index.faults:
+            self._refuse_fault(opened.index, row, i)
+        table = opened.tables.get(extension)
+        offset, size = (-1, -1) if table is None else PAIR(table, 16 * row)
+        return None if offset < 0 else opened.data[offset : offset + size].tobytes()
 
     def captions(self, i: int) -> list[str]:
         """The captions of sample i, as `captions_in` has them; never empty."""
+        shard, row = self._place(i)
+        opened = self._open(shard)
+        if opened.index.faults:
+            self._refuse_fault(opened.index, row, i)
+        column = opened.captions
+        if column and (found := column.captions(row)):
+            return found
         try:
             return captions_in(self._find(i, "json"), self._find(i, "txt"), self.caption_key)
         except ValueError as error:
             raise InputError(f"{self.label(i)}: {error}") from error
 
+    def chosen_captions(self, indices: np.ndarray, u: Sequence[float]) -> list[str]:
+        """One of the `captions` of each of the samples `indices` (B,): number int(u * count) of
+        them, u (B,) in [0, 1).
+        """
+        found, known = [], self._opened.get
+        for i, shard, row, x in zip(indices.tolist(), *self._places(indices), u, strict=True):
+            column = (known(shard) or self._open(shard)).captions
+            text = column.chosen(row, x) if column else None
+            if text is None:
+                texts = self.captions(i)
+                text = texts[int(x * len(texts))]
+            found.append(text)
+        return found
+
     def gather(self, indices: np.ndarray, extension: str) -> np.ndarray:
-        """The .npy members of the samples `indices` (B,), stacked: (B, *shape); one shape and
-        dtype for all of them.
+        """The .npy members of the samples `indices` (B,), stacked: (B, *shape), not always
+        contiguous; one shape and dtype for all of them.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if indices.ndim != 1 or not indices.size:
             raise ValueError(f"indices must be 1-D and not empty, got shape {indices.shape}")
-        stacked = self._gather_equal(indices, extension)
+        stacked = _stacked(self._members(indices, extension))
         return self._gather_one_by_one(indices, extension) if stacked is None else stacked
 
-    def _gather_equal(self, indices: np.ndarray, extension: str) -> np.ndarray | None:
-        """`gather` where all members begin with the same header; None where they do not."""
-        shards, places = self._places(indices)
-        size, rows = -1, np.empty((0, 0, 0), dtype=np.uint8)
-        for shard in np.unique(shards):
-            here = np.flatnonzero(shards == shard)
-            view, index = self._open(int(shard))
-            self._refuse_faults(index, places[here], indices[here])
-            table = index.members.get(extension)
-            found = np.full((len(here), 2), -1) if table is None else table[places[here]]
-            if (missing := found[:, 0] < 0).any():
-                self._missing(int(indices[here[np.argmax(missing)]]), extension)
-            if size < 0:
-                size = int(found[0, 1])
-                rows = np.empty((len(indices), -(-size // BLOCK), BLOCK), dtype=np.uint8)
-            if (found[:, 1] != size).any():
-                return None
-            whole = view[: len(view) // BLOCK * BLOCK].reshape(-1, BLOCK)
-            rows[here] = whole[found[:, :1] // BLOCK + np.arange(rows.shape[1])]
-        return _unpack_equal(rows.reshape(len(indices), -1), size)
+    def _members(self, indices: np.ndarray, extension: str) -> list[memoryview]:
+        found, known = [], self._opened.get
+        for i, shard, row in zip(indices.tolist(), *self._places(indices), strict=True):
+            opened = known(shard) or self._open(shard)
+            if opened.index.faults:
+                self._refuse_fault(opened.index, row, i)
+            table = opened.tables.get(extension)
+            offset, size = (-1, -1) if table is None else PAIR(table, 16 * row)
+            if offset < 0:
+                self._missing(i, extension)
+            found.append(opened.data[offset : offset + size])
+        return found
 
     def _gather_one_by_one(self, indices: np.ndarray, extension: str) -> np.ndarray:
         arrays: list[np.ndarray] = []
@@ -270,7 +301,13 @@ def _fits(table: np.ndarray, size: int) -> bool:
     return bool((inside | (table == -1).all(axis=1)).all())
 
 
-def _mapped(path: Path, size: int) -> np.ndarray:
+def _open_shards() -> int:
+    """How many shards a set may have open here."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_SHARDS if files < 0 else max(1, min(OPEN_SHARDS, files // _FILES))
+
+
+def _mapped(path: Path, size: int) -> memoryview:
     try:
         with path.open("rb") as file:
             held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -280,17 +317,38 @@ def _mapped(path: Path, size: int) -> np.ndarray:
         raise InputError(
             f"shard {path}: was {size} bytes when indexed and is {len(held)} now; start again"
         )
-    return np.frombuffer(held, dtype=np.uint8)
+    return memoryview(held)
 
 
-def _unpack_equal(rows: np.ndarray, size: int) -> np.ndarray | None:
-    """.npy files of `size` bytes, one a row, as (B, *shape); None where their headers differ or
-    are not plain C order.
-    """
+def _stacked(files: Sequence[memoryview]) -> np.ndarray | None:
+    """.npy files as (B, *shape); None where their headers differ or are not plain C order."""
+    size, head = len(files[0]), _head(files[0])
+    made_of = _plain(head)
+    if made_of is None or any(len(file) != size for file in files):
+        return None
+    dtype, shape = made_of
+    start = len(head)
+    if start + dtype.itemsize * math.prod(shape) != size or start % dtype.itemsize:
+        return None
+    rows = np.frombuffer(bytearray().join(files), dtype=np.uint8).reshape(len(files), size)
+    if (rows[:, :start] != rows[0, :start]).any():
+        return None
+    # a view: latents may be large, and whoever wants another type copies them anyway
+    return rows[:, start:].view(dtype).reshape(len(files), *shape)
+
+
+def _head(file: memoryview) -> bytes:
+    """What comes before the numbers of a .npy file; where it is none, anything."""
+    length = 2 if file[6:7].tobytes() == b"\1" else 4
+    size = int.from_bytes(file[8 : 8 + length], "little")
+    return file[: min(8 + length + size, _HEAD)].tobytes()
+
+
+@lru_cache(maxsize=16)  # numpy takes longer over a header than over a batch
+def _plain(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
+    """(dtype, shape) by the head of a .npy file, where it is one of plain C order."""
     try:
-        start, shape, fortran, dtype = npy_header(rows[0, :size].tobytes())
+        _, shape, fortran, dtype = npy_head(head)
     except ValueError:
         return None
-    if fortran or (rows[:, :start] != rows[0, :start]).any():
-        return None
-    return np.ascontiguousarray(rows[:, start:size]).view(dtype).reshape(len(rows), *shape)
+    return None if fortran else (dtype, shape)

@@ -1,6 +1,7 @@
-"""The cache of latent shards: for each shard of pictures one tar of latents, and a JSON that says
-what is in it. Both are named by what made them: the autoencoder's folder, the shard's sha256, and
-the way its pictures are decoded where they are not plain. Where the shard lies plays no part.
+"""The cache of latent shards: for each shard of pictures one tar of latents, its index with the
+captions as a column, and a JSON that says what is in it. All are named by what made them: the
+autoencoder's folder, the shard's sha256, and the way its pictures are decoded where they are not
+plain. Where the shard lies plays no part.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,9 @@ from flowray.config.prepare import AS_DECODED, PrepareConfig
 from flowray.config.progress import SILENT, Progress
 from flowray.config.writing import write_whole
 from flowray.data import decode
+from flowray.data.captions import captions_in
 from flowray.data.folders import sync
+from flowray.data.index import IndexFile, TarIndex, load_index
 from flowray.data.shards import are_plain
 from flowray.store.sums import Sums
 
@@ -96,12 +100,15 @@ class LatentShards:
     caption_key: str | None = None
 
     def find(self, source: Source) -> Encoded | None:
-        """What the cache holds of a shard; None where it is not whole."""
+        """What the cache holds of a shard; None where it is not whole. An index of it that lacks
+        the captions, as caches of before have it, is made anew.
+        """
         try:
             row = parse_json((self.folder / f"{source.key}.json").read_text(encoding="utf-8"))
             found = Encoded(**row | {"bad": tuple(Bad(**bad) for bad in row["bad"])})
-            return found if (self.folder / source.tar).stat().st_size == found.bytes else None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            whole = (self.folder / source.tar).stat().st_size == found.bytes
+            return found if whole and self._indexed(source).samples == found.samples else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, InputError):
             return None
 
     @contextmanager
@@ -125,8 +132,16 @@ class LatentShards:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
 
+    def _indexed(self, source: Source) -> TarIndex | IndexFile:
+        """The index of a tar with the column of its captions, made where there is none; InputError
+        where the tar is broken.
+        """
+        captions_of = partial(captions_in, key=self.caption_key)
+        return load_index(self.folder / source.tar, captions_of)
+
     def keep(self, source: Source, row: Encoded) -> None:
-        """Say what is in a tar that has its place: from then on it is found."""
+        """Index a tar that has its place and say what is in it: from then on it is found."""
+        self._indexed(source)
         text = json.dumps(asdict(row), indent=1) + "\n"
         write_whole(self.folder / f"{source.key}.json", text, durable=True, shared=True)
 

@@ -1,15 +1,17 @@
 """Latents of a shard set, encoded once into shards of their own and keyed by what made them.
 
 A latent shard holds, for every sample, `moments.npy` (fp16, raw mean and log-variance stacked on
-channels, (2C, H, W)) and the sample's `json`/`txt`. A split is a folder with a manifest that names
-its latent shards, in the order of the pictures' shards, and keeps the scale, so training needs no
-autoencoder; samples left out as bad stand beside it in `bad_samples.jsonl`.
+channels, (2C, H, W)) and the sample's `json`/`txt`; its index also has the captions. A split is a
+folder with a manifest that names its latent shards, in the order of the pictures' shards, and keeps
+the scale, so training needs no autoencoder; samples left out as bad stand beside it in
+`bad_samples.jsonl`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -78,6 +80,11 @@ class LatentSet:
         return self.reader.captions(
             index if self.captioned_by is None else int(self.captioned_by[index])
         )
+
+    def chosen_captions(self, indices: np.ndarray, u: Sequence[float]) -> list[str]:
+        """Of each sample's captions number int(u * count), u in [0, 1) for each of `indices`."""
+        whose = indices if self.captioned_by is None else self.captioned_by[indices]
+        return self.reader.chosen_captions(whose, u)
 
     def picture_reader(self) -> ShardReader:
         """The samples that the latents were made from: the first ones are those of this set, in

@@ -74,8 +74,7 @@ class BatchMaker:
         return self.latents.scale.sample(moments, noise)
 
     def _captions(self, indices: np.ndarray, u: torch.Tensor) -> list[str]:
-        options = [self.latents.captions(int(i)) for i in indices]
-        return [texts[int(x * len(texts))] for texts, x in zip(options, u.tolist(), strict=True)]
+        return self.latents.chosen_captions(indices, u.tolist())
 
 
 def whole_batches(recipe: Recipe, latents: LatentSet, device: torch.device) -> BatchMaker:

@@ -495,8 +495,8 @@ def test_patterns_with_braces_and_stars(tmp_path: Path) -> None:
 def test_threads_may_read_one_set_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch is made ahead while the doctor looks at the same shards, more than are kept open."""
     write_shards(tmp_path / "set", samples(24), per_shard=2, meta={})
-    reader = ShardReader(find_shards(str(tmp_path / "set")))
     monkeypatch.setattr("flowray.data.reader.OPEN_SHARDS", 2)
+    reader = ShardReader(find_shards(str(tmp_path / "set")))
 
     def read(seed: int) -> None:
         for i in np.random.default_rng(seed).integers(24, size=4000).tolist():

@@ -25,6 +25,7 @@ from support import SPEC, Heard, tiny_autoencoder, tiny_pictures
 from flowray.config.model import KLAutoencoder
 from flowray.config.progress import SILENT, Advance, Progress
 from flowray.config.train import DataConfig
+from flowray.data.index import SUFFIX, IndexFile, load_index
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards
 from flowray.store.latents import ensure_latents, load_latents, unencoded
@@ -201,6 +202,51 @@ def test_a_latent_shard_that_is_cut_is_made_again(data: DataConfig, config: KLAu
     ensure_latents(data, config, SPEC)
     before, tar = content(data), sorted(shards_of(data).glob("*.tar"))[0]
     os.truncate(tar, 1024)
+    assert sum(encoded(data, config).values()) == 16
+    assert content(data) == before
+
+
+@pytest.mark.parametrize("fault", ["none", "cut", "without captions", "of another tar"])
+def test_captions_are_in_the_index_again_before_training(
+    data: DataConfig, config: KLAutoencoder, fault: str
+) -> None:
+    """Caches of before have none, and a kill or a full disk may leave any of these."""
+    folder = ensure_latents(data, config, SPEC)["train"]
+    before, every = whole(data), np.arange(96)
+    tars = sorted(shards_of(data).glob("*.tar"))
+    wanted = load_latents(folder).chosen_captions(every, [0.5] * 96)
+    for tar in tars:
+        index = tar.with_name(tar.name + SUFFIX)
+        if fault == "none":
+            index.unlink()
+        elif fault == "cut":
+            os.truncate(index, index.stat().st_size - 8)
+        elif fault == "without captions":
+            index.unlink()
+            assert not column(tar)
+        else:
+            os.utime(tar, (0, 0))
+            before[tar.name] = (before[tar.name][0], 0)
+    assert load_latents(folder).chosen_captions(every, [0.5] * 96) == wanted
+    assert encoded(data, config) == {}
+    assert whole(data) == before
+    assert all(map(column, tars))
+    assert load_latents(folder).chosen_captions(every, [0.5] * 96) == wanted
+
+
+def column(tar: Path) -> bool:
+    """Whether its index has the captions; it is made, without them, where there is none."""
+    index = load_index(tar)
+    assert isinstance(index, IndexFile)
+    return index.open().captions is not None
+
+
+def test_a_latent_shard_that_is_no_tar_is_made_again(
+    data: DataConfig, config: KLAutoencoder
+) -> None:
+    ensure_latents(data, config, SPEC)
+    before, tar = content(data), sorted(shards_of(data).glob("*.tar"))[0]
+    tar.write_bytes(b"x" * tar.stat().st_size)
     assert sum(encoded(data, config).values()) == 16
     assert content(data) == before
 
