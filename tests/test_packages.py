@@ -29,6 +29,7 @@ PACKAGES = {  # import name -> name in pyproject.toml
     "safetensors": "safetensors",
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",
+    "pyarrow": "pyarrow",
 }
 
 

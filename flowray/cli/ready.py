@@ -13,6 +13,7 @@ from flowray.config.base import LatentSpec
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
+from flowray.data.prepare import Preparation
 from flowray.data.reader import ShardReader
 from flowray.data.shards import EMBEDDED
 
@@ -120,17 +121,33 @@ def check_shards(recipe: Recipe) -> None:
         return
     splits = split_shards(recipe.data).values()
     readers = [ShardReader(shards, limit=LOOKED_AT) for shards in splits]
+    prepare = preparation(recipe)
     try:
-        size = one_size(readers, "data.shards")
+        size = one_size(readers, "data.shards", prepare)
     except InputError:
-        usual = _usual_size(readers, recipe.data.max_bad)
+        usual = _usual_size(readers, recipe.data.max_bad, prepare)
         if usual is None:
             raise
         size = usual
     _check_latent(recipe, *size)
 
 
-def _usual_size(readers: Sequence[ShardReader], max_bad: float) -> tuple[int, int] | None:
+def preparation(recipe: Recipe) -> Preparation:
+    """What is done to the pictures; without `resize` where the autoencoder's config is not here, or
+    is the fault.
+    """
+    from flowray.model.autoencoder import planned_picture_size
+
+    try:
+        size = planned_picture_size(recipe.model.autoencoder, recipe.model.latent)
+    except InputError:  # the line that `unusable_weights` has
+        size = None
+    return Preparation(recipe.data.prepare, size)
+
+
+def _usual_size(
+    readers: Sequence[ShardReader], max_bad: float, prepare: Preparation
+) -> tuple[int, int] | None:
     """(height, width) of over half of the pictures that are looked at, where some may be bad; None
     where there is no such size. How many are bad is for the encoder to find out.
     """
@@ -144,7 +161,7 @@ def _usual_size(readers: Sequence[ShardReader], max_bad: float) -> tuple[int, in
         for index in range(0, len(reader), -(-len(reader) // SPREAD)):
             looked += 1
             with suppress(InputError):
-                sizes[decode_image(reader, index).shape[:2]] += 1
+                sizes[decode_image(reader, index, prepare).shape[:2]] += 1
     usual = [size for size, count in sizes.items() if 2 * count > looked]
     return usual[0] if usual else None
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from flowray.config.base import Config
 from flowray.config.errors import RuleError
 from flowray.config.paths import OptionalPath, OptionalShards, ShardsPath
+from flowray.config.prepare import PrepareConfig
 
 Step = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -43,6 +44,15 @@ class DataConfig(Config):
             "the share of a split's samples that may be left out as bad when latents are made: no"
             " picture, one that does not decode or is of another size, no caption, latents that are"
             " not finite; 0 allows none"
+        ),
+    )
+    prepare: PrepareConfig = PrepareConfig()
+    caption_key: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "the key of the samples' .json that has their captions; null: `captions`, `caption` or"
+            " `text`, else the .txt"
         ),
     )
     shuffle_captions: bool = Field(

@@ -7,29 +7,37 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flowray.config.errors import InputError
+from flowray.data.tables import parquet_rows
 
 # Our own lists, and those of Hugging Face's image folders.
-LISTS = ("captions.jsonl", "captions.json", "captions.csv", "metadata.jsonl", "metadata.csv")
+_LISTED_AS = ("jsonl", "json", "csv", "tsv", "parquet")
+LISTS = (
+    *(f"captions.{kind}" for kind in _LISTED_AS),
+    *(f"metadata.{kind}" for kind in _LISTED_AS if kind != "json"),  # of many a program's own
+)
 TEXT = ".txt"
 _NAMES, _CAPTIONS = ("image", "file_name"), ("captions", "caption", "text")
 _WANTED = "image (or file_name) and caption (or text)"
 
 
 def captions_of(
-    pictures: list[Path], files: Iterable[Path], faults: list[str]
+    pictures: list[Path], files: Iterable[Path], faults: list[str], key: str | None = None
 ) -> dict[Path, list[str]]:
     """The captions of every picture that has some; what is wrong goes to `faults`.
 
     files: all there are, in a sorted order. A list's names start from its own folder. Where there
-    is one, text files are not read. InputError: two lists in one folder.
+    is one, text files are not read. key: the one of the lists that captions stand under.
+    InputError: two lists in one folder; a key, but no list.
     """
     others = list(files)
     listed = [path for path in others if path.name.lower() in LISTS]
+    if not listed and key is not None:
+        raise InputError(f"caption key {key!r}: there is none of the lists {', '.join(LISTS)}")
     if not listed:
         texts = {path.with_suffix(""): path for path in others if path.suffix.lower() == TEXT}
         return {path: found for path in pictures if (found := _beside(path, texts, faults))}
@@ -42,7 +50,7 @@ def captions_of(
     captions: dict[Path, list[str]] = {}
     known = set(pictures)
     for path in listed:
-        for place, name, given in _entries(path, faults):
+        for place, name, given in _entries(path, faults, key):
             picture = path.parent / name
             if picture in known:
                 captions.setdefault(picture, []).extend(given)
@@ -72,33 +80,46 @@ def _beside(picture: Path, texts: dict[Path, Path], faults: list[str]) -> list[s
     return found
 
 
-def _entries(path: Path, faults: list[str]) -> Iterator[tuple[str, str, list[str]]]:
+def _entries(
+    path: Path, faults: list[str], key: str | None
+) -> Iterator[tuple[str, str, list[str]]]:
     """(place, a picture's name, its captions) of every entry of a list that can be read."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = list(
-            _csv_rows(text)
-            if path.suffix.lower() == ".csv"
-            else _json_rows(text, path.suffix.lower() == ".json")
-        )
+        rows = list(_rows(path, key))
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         faults.append(f"{path}: cannot be read ({error})")
         return
     for number, row in rows:
         place = f"{path}:{number}"
         try:
-            yield place, *_entry(row)
+            yield place, *_entry(row, key)
         except ValueError as error:
             faults.append(f"{place}: {error}")
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, Any]]:
+def _rows(path: Path, key: str | None) -> Iterator[tuple[int, Any]]:
+    """(number from 1, row) of a list, by its suffix."""
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        wanted = (*_NAMES, *_keys(key))
+        yield from enumerate(parquet_rows(path, wanted), 1)
+        return
+    text = path.read_text(encoding="utf-8-sig")
+    if kind in (".csv", ".tsv"):
+        yield from _table_rows(text, "\t" if kind == ".tsv" else ",", _keys(key))
+    else:
+        yield from _json_rows(text, kind == ".json")
+
+
+def _table_rows(text: str, between: str, keys: Sequence[str]) -> Iterator[tuple[int, Any]]:
     """(line, row), each by the names that the first line gives its cells; those alone where they
     are not a list's.
     """
-    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    # a tab is white space too, and an empty cell between two is none to skip
+    options: dict[str, Any] = {"delimiter": between, "skipinitialspace": between == ","}
+    reader = csv.DictReader(io.StringIO(text, newline=""), **options)
     names = reader.fieldnames or ()
-    if not any(name in names for name in _NAMES) or not any(name in names for name in _CAPTIONS):
+    if not any(name in names for name in _NAMES) or not any(name in names for name in keys):
         yield 1, dict.fromkeys(names)
         return
     for row in reader:
@@ -121,7 +142,7 @@ def _json_rows(text: str, whole: bool) -> Iterator[tuple[int, Any]]:
                 yield number, line
 
 
-def _entry(row: Any) -> tuple[str, list[str]]:
+def _entry(row: Any, key: str | None) -> tuple[str, list[str]]:
     """(a picture's name, its captions); ValueError says what is wrong with the row."""
     if not isinstance(row, dict):
         raise ValueError(
@@ -129,41 +150,60 @@ def _entry(row: Any) -> tuple[str, list[str]]:
         )
     if None in row:
         raise ValueError(
-            'more cells than the first line names; a caption with a comma stands in quotes ("")'
+            "more cells than the first line names; a caption with a comma or tab stands in quotes"
+            ' ("")'
         )
-    name = next((row[key] for key in _NAMES if key in row), None)
-    if not any(key in row for key in _CAPTIONS) or not isinstance(name, str) or not name:
+    name = next((row[each] for each in _NAMES if each in row), None)
+    if not any(each in row for each in _keys(key)) or not isinstance(name, str) or not name:
         got = ", ".join(map(str, row))[:80] or "nothing"
+        wanted = _WANTED if key is None else f"image (or file_name) and {key}"
         raise ValueError(
-            f"want {_WANTED}, got {got}; what is no list of captions needs another name"
+            f"want {wanted}, got {got}; what is no list of captions needs another name"
         )
-    return name, _texts(_given(row))
+    return name, captions_of_row(row, key)
 
 
-def captions_in(row: bytes | None, text: bytes | None) -> list[str]:
+def captions_in(row: bytes | None, text: bytes | None, key: str | None = None) -> list[str]:
     """The captions of a sample of a shard, by the bytes of its .json and .txt, None where it has
     none: `captions`, `caption` or `text` of the .json, the first that is there and not null, a text
     or a list of them; else the .txt, a caption a line, as beside a picture of a folder.
 
-    ValueError, one line, where there are none or they cannot be read.
+    key: another one of the .json, and then nothing else. ValueError, one line, where there are none
+    or they cannot be read.
     """
     try:
         read = {} if row is None else json.loads(row)
-        given = _given(read) if isinstance(read, dict) else None
-        if given is None and text is not None:
+        given = _given(read, key) if isinstance(read, dict) else None
+        if given is None and text is not None and key is None:
             given = _lines(text)
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise ValueError(f"caption cannot be read: {error}") from error
     if given is None or given == []:
+        beside = "a non-empty .txt, or " if key is None else ""
         raise ValueError(
-            "no caption; it needs a non-empty .txt, or .json with"
-            f" {', '.join(f'`{name}`' for name in _CAPTIONS)}, a text or a list of texts"
+            f"no caption; it needs {beside}.json with"
+            f" {', '.join(f'`{name}`' for name in _keys(key))}, a text or a list of texts"
         )
     return _texts(given)
 
 
-def _given(row: dict[str, Any]) -> Any:
-    return next((row[key] for key in _CAPTIONS if row.get(key) is not None), None)
+def captions_of_row(row: dict[str, Any], key: str | None = None) -> list[str]:
+    """The captions of a row of a list or table, as `captions_in` has those of a .json."""
+    return _texts(_given(row, key))
+
+
+def caption_columns(names: Iterable[str], key: str | None = None) -> list[str]:
+    """Which of the columns of a table have captions."""
+    there = set(names)
+    return [each for each in _keys(key) if each in there]
+
+
+def _keys(key: str | None) -> tuple[str, ...]:
+    return _CAPTIONS if key is None else (key,)
+
+
+def _given(row: dict[str, Any], key: str | None) -> Any:
+    return next((row[each] for each in _keys(key) if row.get(each) is not None), None)
 
 
 def _texts(given: Any) -> list[str]:

@@ -58,12 +58,15 @@ class ShardCheck:
         return {"good": self.good, **asdict(self)}
 
 
-def check_shards(*specs: str, progress: Progress = SILENT) -> ShardCheck:
+def check_shards(
+    *specs: str, progress: Progress = SILENT, caption_key: str | None = None
+) -> ShardCheck:
     """Read every sample of a shard set (folders, globs or tars); InputError only where there is
-    nothing to read.
+    nothing to read. caption_key: as `captions_in` has it.
     """
     found = list(dict.fromkeys(path.absolute() for spec in specs for path in find_shards(spec)))
-    checker = _Checker(Path(os.path.commonpath([path.parent for path in found])))
+    folder = Path(os.path.commonpath([path.parent for path in found]))
+    checker = _Checker(folder, caption_key)
     with progress.task("checking shards", len(found)) as advance:
         for path in found:
             checker.shard(path)
@@ -74,8 +77,9 @@ def check_shards(*specs: str, progress: Progress = SILENT) -> ShardCheck:
 class _Checker:
     """Sees shard after shard, each named by its path in `folder`; keeps one hash per image."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, caption_key: str | None) -> None:
         self.folder, self.result = folder, ShardCheck()
+        self.caption_key = caption_key
         self.first_with: dict[bytes, str] = {}  # image hash -> "shard:key"
         self.unread: Counter[str] = Counter()  # extensions of pictures that are not read
         self.sizes: Counter[str] = Counter()
@@ -120,7 +124,8 @@ class _Checker:
 
     def _captions(self, shard: str, key: str, sample: dict[str, bytes]) -> None:
         try:
-            self.result.captions += len(captions_in(sample.get("json"), sample.get("txt")))
+            texts = sample.get("json"), sample.get("txt")
+            self.result.captions += len(captions_in(*texts, self.caption_key))
         except ValueError as error:
             self.bad(shard, key, str(error))
 

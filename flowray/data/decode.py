@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError, features
 from PIL.ExifTags import Base
 
+from flowray.config.prepare import WHITE
+
 # extensions of a picture; where a sample has several pictures the first of these is meant
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "jfif", "gif", "tif", "tiff", "avif")
 # those of pictures too that are not read: Pillow lacks them, or they are no finished pixels
 UNREAD = ("heic", "heif", "hif", "jxl", "jp2", "psd", "svg", "eps", "dng", "cr2", "nef", "arw")
 VERSION = 2  # rises where a picture comes out otherwise than before, so that no cache goes stale
-WHITE = (255, 255, 255)
 # what a file may say besides its pixels that changes how it is to be seen
 _TELLING = {
     "exif",

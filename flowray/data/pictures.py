@@ -8,22 +8,44 @@ from collections.abc import Iterable
 import numpy as np
 
 from flowray.config.errors import InputError
-from flowray.data.decode import EXTENSIONS, decode_rgb, picture_of
+from flowray.data.decode import EXTENSIONS, picture_of, picture_size
+from flowray.data.prepare import AS_THEY_ARE, Filtered, Preparation
 from flowray.data.reader import ShardReader
 
 
-def decode_image(reader: ShardReader, index: int) -> np.ndarray:
-    """The picture of a sample, uint8 (H, W, 3), as `decode_rgb` has it; InputError names shard and
-    sample where it does not decode.
+def decode_image(reader: ShardReader, index: int, prepare: Preparation = AS_THEY_ARE) -> np.ndarray:
+    """The picture of a sample, uint8 (H, W, 3), as `prepare` has it; InputError names shard and
+    sample where it does not decode, Filtered where it is not to be used.
     """
     extension = picture_of(reader.extensions(index))
     if extension is None:
         raise InputError(f"{reader.label(index)}: no picture (.{', .'.join(EXTENSIONS)})")
     try:
-        return decode_rgb(reader.read(index, extension))
+        return prepare(reader.read(index, extension))
+    except Filtered as error:
+        raise Filtered(f"{reader.label(index)}: {error}", error.cause) from error
     except ValueError as error:
         label = reader.label(index)
         raise InputError(f"{label}: .{extension} does not decode: {error}") from error
+
+
+def filtered(reader: ShardReader, prepare: Preparation) -> set[int]:
+    """The samples that `prepare` leaves out, by the headers of their pictures."""
+    if not prepare.config.filters:
+        return set()
+    return {i for i in range(len(reader)) if _is_filtered(reader, i, prepare)}
+
+
+def _is_filtered(reader: ShardReader, index: int, prepare: Preparation) -> bool:
+    extension = picture_of(reader.extensions(index))
+    try:
+        if extension is not None:
+            prepare.refuse(*picture_size(reader.read(index, extension)))
+    except Filtered:
+        return True
+    except ValueError:  # no picture, which whoever decodes it is told
+        return False
+    return False
 
 
 def pictures_also_in(reader: ShardReader, other: ShardReader) -> set[int]:
@@ -68,11 +90,13 @@ def _digest(reader: ShardReader, index: int) -> bytes:
     return hashlib.sha256(reader.read(index, str(extension))).digest()
 
 
-def decode_sized(reader: ShardReader, index: int, size: tuple[int, int]) -> np.ndarray:
+def decode_sized(
+    reader: ShardReader, index: int, size: tuple[int, int], prepare: Preparation = AS_THEY_ARE
+) -> np.ndarray:
     """`decode_image` where all pictures have this (height, width) in px; InputError where one has
     not.
     """
-    picture = decode_image(reader, index)
+    picture = decode_image(reader, index, prepare)
     if picture.shape[:2] != size:
         (h, w), (height, width) = picture.shape[:2], size
         raise InputError(
@@ -82,15 +106,26 @@ def decode_sized(reader: ShardReader, index: int, size: tuple[int, int]) -> np.n
     return picture
 
 
-def one_size(readers: Iterable[ShardReader], what: str) -> tuple[int, int]:
-    """(height, width) in px of the pictures of sets, by the first, the middle and the last of each.
+def one_size(
+    readers: Iterable[ShardReader], what: str, prepare: Preparation = AS_THEY_ARE
+) -> tuple[int, int]:
+    """(height, width) in px of the pictures of sets, by the first, the middle and the last of each
+    that `prepare` does not leave out.
 
-    InputError, which begins with `what`, where these are of several sizes.
+    InputError, which begins with `what`, where these are of several sizes, or all left out.
     """
     sizes: dict[tuple[int, int], str] = {}
+    none = InputError(f"{what}: no pictures")
     for reader in readers:
         for index in sorted({0, len(reader) // 2, len(reader) - 1}):
-            sizes.setdefault(decode_image(reader, index).shape[:2], reader.label(index))
+            try:
+                picture = decode_image(reader, index, prepare)
+            except Filtered as error:
+                none = InputError(f"{what}: pictures are left out, {error}")
+            else:
+                sizes.setdefault(picture.shape[:2], reader.label(index))
+    if not sizes:
+        raise none
     size, *others = sizes
     if others:
         told = "; ".join(f"{w} x {h} px: {label}" for (h, w), label in sizes.items())

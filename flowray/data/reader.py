@@ -31,14 +31,20 @@ class ShardReader:
     its shard and key: keys may begin anew in each shard.
 
     limit: use only the first `limit` samples; without: places of samples that are left out of
-    these. In memory there is next to nothing a sample: indexes lie in files, which are mapped.
-    Pickles as its paths, so it is cheap to hand to another process.
+    these; caption_key: as `captions_in` has it. In memory there is next to nothing a sample:
+    indexes lie in files, which are mapped. Pickles as its paths, so it is cheap to hand to another
+    process.
     """
 
     def __init__(
-        self, paths: Sequence[Path], limit: int | None = None, without: Collection[int] = ()
+        self,
+        paths: Sequence[Path],
+        limit: int | None = None,
+        without: Collection[int] = (),
+        caption_key: str | None = None,
     ):
         self.paths, self.limit = tuple(Path(path) for path in paths), limit
+        self.caption_key = caption_key
         self.without = frozenset(int(place) for place in without)
         self._indexes: list[TarIndex | IndexFile] = []
         self._opened: dict[int, tuple[np.ndarray, TarIndex]] = {}
@@ -68,7 +74,7 @@ class ShardReader:
         return len(self._kept)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardReader, (self.paths, self.limit, self.without)
+        return ShardReader, (self.paths, self.limit, self.without, self.caption_key)
 
     def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shard, row in its index) of samples, (B,) each; IndexError where one is not there."""
@@ -169,7 +175,7 @@ class ShardReader:
     def captions(self, i: int) -> list[str]:
         """The captions of sample i, as `captions_in` has them; never empty."""
         try:
-            return captions_in(self._find(i, "json"), self._find(i, "txt"))
+            return captions_in(self._find(i, "json"), self._find(i, "txt"), self.caption_key)
         except ValueError as error:
             raise InputError(f"{self.label(i)}: {error}") from error
 

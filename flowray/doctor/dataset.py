@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from flowray.data.order import evenly
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import from_pictures, to_pictures
+from flowray.data.prepare import Preparation
 from flowray.doctor.measured import Measured
 from flowray.doctor.subject import Subject
 from flowray.flow.draws import Draws
+from flowray.model.autoencoder import Autoencoder
 from flowray.model.latent import Moments, over_channels
 from flowray.model.ranks import rank_and_world
 from flowray.probes.agreement import (
@@ -148,7 +150,7 @@ def _ask_pairs(subject: Subject, made: Measured) -> None:
         made.metrics |= agreement_metrics(captions, z1) | told_metrics(captions, z1)
         with made.trying("data: training pictures"):
             order = _order(subject, min(len(captions), SEEN))
-            pictures = small_pictures(subject.latents, order)
+            pictures = small_pictures(subject.latents, order, subject.autoencoder)
             said = captions[: len(pictures)]
             made.metrics |= colour_metrics(said, pictures) | side_metrics(said, pictures)
 
@@ -191,19 +193,20 @@ def _order(subject: Subject, count: int) -> np.ndarray:
     return np.concatenate([indices_of(subject, step) for step in steps])[:count]
 
 
-def _pictures(latents: LatentSet, indices: np.ndarray) -> Tensor:
+def _pictures(latents: LatentSet, indices: np.ndarray, autoencoder: Autoencoder) -> Tensor:
     """The pictures (B, 3, H, W) in [-1, 1] that latents were made of."""
     reader = latents.picture_reader()
-    return to_pictures([decode_image(reader, int(i)) for i in indices])
+    prepare = Preparation(latents.prepare, autoencoder.picture_size)
+    return to_pictures([decode_image(reader, int(i), prepare) for i in indices])
 
 
-def small_pictures(latents: LatentSet, indices: np.ndarray) -> Tensor:
+def small_pictures(latents: LatentSet, indices: np.ndarray, autoencoder: Autoencoder) -> Tensor:
     """The pictures of latents, averaged over areas down to at most SIDE pixels a side: words of
     colours and sides need no more, and pictures of a large model are many bytes.
     """
     made = []
     for chunk in np.array_split(indices, -(-len(indices) // DECODED)):
-        pictures = _pictures(latents, chunk)
+        pictures = _pictures(latents, chunk, autoencoder)
         height, width = (min(n, SIDE) for n in pictures.shape[2:])
         made.append(F.adaptive_avg_pool2d(pictures, (height, width)))
     return torch.cat(made)
@@ -215,7 +218,7 @@ def ask_autoencoder(subject: Subject, made: Measured) -> None:
     autoencoder, held_out = subject.autoencoder, subject.held_out
     with made.trying("autoencoder: held-out pictures"):
         indices = np.arange(min(PICTURES, len(held_out)))
-        pictures = _pictures(held_out, indices).to(subject.device)
+        pictures = _pictures(held_out, indices, autoencoder).to(subject.device)
         fresh = autoencoder.encode_moments(pictures)
         made.metrics |= cache_metrics(autoencoder, held_out, fresh, indices)
         noise = Draws(
@@ -235,7 +238,8 @@ def _ask_cache(subject: Subject, made: Measured) -> None:
     latents, autoencoder = subject.latents, subject.autoencoder
 
     def encoded(indices: np.ndarray) -> Moments:
-        return autoencoder.encode_moments(_pictures(latents, indices).to(subject.device))
+        pictures = _pictures(latents, indices, autoencoder)
+        return autoencoder.encode_moments(pictures.to(subject.device))
 
     order = _order(subject, min(PICTURES, len(latents)))
     fresh = encoded(order)

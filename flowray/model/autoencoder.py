@@ -201,6 +201,12 @@ def planned_compression(config: AutoencoderConfig) -> tuple[int, int] | None:
     return compression(own)
 
 
+def planned_picture_size(config: AutoencoderConfig, latent: LatentSpec) -> tuple[int, int] | None:
+    """`Autoencoder.picture_size` of a recipe's; None where it is not on this machine."""
+    found = planned_compression(config)
+    return None if found is None else (latent.height * found[1], latent.width * found[1])
+
+
 def planned_autoencoder(config: AutoencoderConfig) -> int | None:
     """Parameters of the autoencoder, from its own config where that is on this machine, else as the
     recipe says; None if neither knows.

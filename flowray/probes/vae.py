@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import to_pictures
+from flowray.data.prepare import Preparation
 from flowray.flow.draws import Draws
 from flowray.model.autoencoder import Autoencoder
 from flowray.model.latent import Moments
@@ -38,7 +39,8 @@ def vae_metrics(
 ) -> dict[str, float]:
     """`round_trip` of the first held-out pictures."""
     reader = held_out.picture_reader()
-    images = [decode_image(reader, i) for i in range(min(count, len(reader)))]
+    prepare = Preparation(held_out.prepare, autoencoder.picture_size)
+    images = [decode_image(reader, i, prepare) for i in range(min(count, len(reader)))]
     device = next(autoencoder.parameters()).device
     pictures = to_pictures(images).to(device)
     moments = autoencoder.encode_moments(pictures)

@@ -18,9 +18,12 @@ import numpy as np
 from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
-from flowray.data.pictures import one_size, pictures_also_in
+from flowray.config.train import DataConfig
+from flowray.data.pictures import filtered, one_size, pictures_also_in
+from flowray.data.prepare import AS_THEY_ARE, Preparation
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards
+from flowray.model.autoencoder import planned_picture_size
 from flowray.sample.judges import LATENTS
 from flowray.sample.neighbours import CAPTIONS, PICTURES, Choices, Values
 from flowray.store.latents import skipped_places, split_shards
@@ -168,7 +171,7 @@ class Prepared:
     """What an evaluation needs of the data: split -> its samples, which of them is held out.
 
     left_out: held-out samples dropped because their picture is a training one's, or another
-    held-out set's.
+    held-out set's. prepare: what is done to the pictures before they are looked at.
     """
 
     samples: dict[str, Samples]
@@ -179,6 +182,7 @@ class Prepared:
     features: str
     why: str
     left_out: int
+    prepare: Preparation = AS_THEY_ARE
 
     @property
     def lent(self) -> Samples:
@@ -224,8 +228,11 @@ def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SI
         shards = shards | {held_out: shards.get(held_out, given)}
     with progress.task("reading what the samples say"):
         made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
-        readers, left_out = _apart(shards, held_out, recipe.data.limit, skipped_places(*made_of))
-        one_size(readers.values(), choices.held_out or recipe.data.shards)
+        size = planned_picture_size(recipe.model.autoencoder, recipe.model.latent)
+        prepare = Preparation(recipe.data.prepare, size)
+        every = _readers(shards, recipe.data, skipped_places(*made_of), prepare)
+        readers, left_out = _apart(every, held_out)
+        one_size(readers.values(), choices.held_out or recipe.data.shards, prepare)
         samples = {split: Samples(reader, names_of(choices)) for split, reader in readers.items()}
         fields = fields_of(list(samples.values()), choices)
         _check(samples, held_out, fields)
@@ -237,28 +244,33 @@ def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SI
     features, why = choices.features or LATENTS, "chosen by --features"
     if choices.features is None:
         why = "no --features: the latents that the run was trained on, which need no other network"
-    return Prepared(samples, held_out, fields, asked, draws, features, why, left_out)
+    return Prepared(samples, held_out, fields, asked, draws, features, why, left_out, prepare)
 
 
-def _apart(
+def _readers(
     shards: Mapping[str, Sequence[Path]],
-    held_out: str,
-    limit: int | None,
+    data: DataConfig,
     skipped: Mapping[str, frozenset[int]],
-) -> tuple[dict[str, ShardReader], int]:
+    prepare: Preparation,
+) -> dict[str, ShardReader]:
+    """The splits, without the samples at the places `skipped`, and those that `prepare` leaves
+    out: shards that are evaluated alone have never been encoded.
+    """
+    readers = {}
+    for split, paths in shards.items():
+        limit = data.limit if split == "train" else None
+        every = ShardReader(paths, limit, caption_key=data.caption_key)
+        without = skipped.get(split, frozenset()) | filtered(every, prepare)
+        readers[split] = ShardReader(paths, limit, without, data.caption_key)
+    return readers
+
+
+def _apart(readers: Mapping[str, ShardReader], held_out: str) -> tuple[dict[str, ShardReader], int]:
     """The splits, in their order, without the pictures that training has too, or the held-out split
     before another one; how many these are. Such a picture would be its own nearest neighbour.
 
-    skipped: places of the samples of a split that are bad.
-
     InputError where the held-out split or all but training has no other ones.
     """
-    readers = {
-        split: ShardReader(
-            paths, limit if split == "train" else None, skipped.get(split, frozenset())
-        )
-        for split, paths in shards.items()
-    }
     kept, left_out = {"train": readers["train"]}, 0
     rest = [split for split in readers if split not in kept]
     for split in sorted(rest, key=lambda split: split != held_out):
@@ -266,7 +278,8 @@ def _apart(
         twice = {i for each in kept.values() for i in pictures_also_in(here, each)}
         left_out += len(twice)
         if len(twice) < len(here):
-            kept[split] = ShardReader(here.paths, without=here.without | set(here.places(twice)))
+            without = here.without | set(here.places(twice))
+            kept[split] = ShardReader(here.paths, None, without, here.caption_key)
     if held_out not in kept or len(kept) == 1:
         raise InputError(
             f"{readers[held_out].paths[0].parent}: every held-out picture is in data.shards too, so"

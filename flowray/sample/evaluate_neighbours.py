@@ -20,6 +20,7 @@ from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.writing import write_whole
 from flowray.data.pictures import decode_image, decode_sized
+from flowray.data.prepare import AS_THEY_ARE, Preparation
 from flowray.model.autoencoder import Autoencoder
 from flowray.sample.asked import Prepared, Samples
 from flowray.sample.distances import mean
@@ -52,21 +53,29 @@ from flowray.store.sums import Sums
 SHOWN_CAPTIONS, SHOWN_DRAWS = 12, 6
 
 
-def features_of(samples: Samples, judge: Judge, cache: Path, progress: Progress) -> np.ndarray:
+def features_of(
+    samples: Samples,
+    judge: Judge,
+    cache: Path,
+    progress: Progress,
+    prepare: Preparation = AS_THEY_ARE,
+) -> np.ndarray:
     """Features (N, dims) of all pictures of shards, kept in the cache: a network takes minutes.
 
     InputError names a picture of another size than the first.
     """
-    made_of = f"{judge.fingerprint} {pictures_fingerprint(samples.reader, Sums(cache))}"
+    pictures = pictures_fingerprint(samples.reader, Sums(cache), prepare)
+    made_of = f"{judge.fingerprint} {pictures}"
     file = cache / f"features-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
     if judge.name != PIXELS and (kept := _kept(file)) is not None:
         return kept
-    size = decode_image(samples.reader, 0).shape[:2]
+    reader = samples.reader
+    size = decode_image(reader, 0, prepare).shape[:2]
     with progress.task("looking at real pictures", len(samples)) as advance:
         parts = []
         for start in range(0, len(samples), judge.batch):
             indices = range(start, min(start + judge.batch, len(samples)))
-            parts.append(judge.look([decode_sized(samples.reader, i, size) for i in indices]))
+            parts.append(judge.look([decode_sized(reader, i, size, prepare) for i in indices]))
             advance(len(indices))
     found = np.concatenate(parts)
     if judge.name != PIXELS:
@@ -119,7 +128,7 @@ def _features(
                     " some were skipped while they were encoded; start again"
                 )
         else:
-            features.append(features_of(samples, judge, cache, progress))
+            features.append(features_of(samples, judge, cache, progress, prepared.prepare))
     return features
 
 
@@ -161,7 +170,7 @@ def evaluate_neighbours(
     marks, matched = np.concatenate(training), len(drawn["run"])
     real = Real(np.concatenate(features), prepared.values(), marks, matched, seed)
     indices = _held_out(prepared, seed)
-    images = [decode_image(prepared.lent.reader, i) for i in indices]
+    images = [decode_image(prepared.lent.reader, i, prepared.prepare) for i in indices]
     with progress.task("real pictures through the autoencoder"):
         rebuilt = decode(autoencoder, encode(autoencoder, images, seed))
     columns: dict[str, Judged] = {}
@@ -178,7 +187,8 @@ def evaluate_neighbours(
 
 def _sheet(prepared: Prepared, pictures: np.ndarray) -> np.ndarray:
     first = prepared.asked[:SHOWN_CAPTIONS]
-    real = np.stack([decode_image(prepared.lent.reader, one.index) for one in first])[:, None]
+    reader, prepare = prepared.lent.reader, prepared.prepare
+    real = np.stack([decode_image(reader, one.index, prepare) for one in first])[:, None]
     draws = pictures.reshape(len(prepared.asked), prepared.draws, *pictures.shape[1:])
     return np.concatenate([real, draws[: len(first), :SHOWN_DRAWS]], axis=1)
 

@@ -27,6 +27,7 @@ from flowray.config.progress import Advance, Progress, duration
 from flowray.data.decode import picture_of
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import to_pictures
+from flowray.data.prepare import FILTERED, Filtered, Preparation
 from flowray.data.reader import ShardReader
 from flowray.model.latent import LatentScale, Moments, over_channels
 from flowray.store.latent_shards import Bad, Encoded, LatentShards, Source, label
@@ -45,15 +46,21 @@ _TEXTS = ("json", "txt")  # what a latent shard keeps of a sample beside its mom
 
 @dataclass
 class Budget:
-    """How many samples of a split may be bad, and those found so far, each with its shard."""
+    """How many samples of a split may be bad, and those found so far, each with its shard.
+
+    filtered: those that `data.prepare` leaves out, of which there may be any number.
+    """
 
     split: str
     samples: int
     max_bad: float
     found: list[tuple[Path, Bad]] = field(default_factory=list)
+    filtered: Counter[str] = field(default_factory=Counter)
 
-    def add(self, path: Path, bad: Sequence[Bad]) -> None:
-        """InputError, with the first three, where these are more than may be."""
+    def add(self, path: Path, left_out: Sequence[Bad]) -> None:
+        """InputError, with the first three, where these are more bad ones than may be."""
+        bad = [each for each in left_out if each.cause not in FILTERED]
+        self.filtered.update(each.cause for each in left_out if each.cause in FILTERED)
         self.found += ((path, each) for each in bad)
         allowed = int(self.max_bad * self.samples + 1e-9)  # 0.29 * 100 is 28.999...
         if bad and len(self.found) > allowed:
@@ -71,11 +78,16 @@ class Budget:
 
     def told(self) -> str:
         """What was left out, in one line; "" for nothing."""
-        if not self.found:
-            return ""
-        causes = Counter(bad.cause for _, bad in self.found).most_common()
-        why = ", ".join(f"{cause} x{count}" for cause, count in causes)
-        return f"{len(self.found)} of {self.samples} {self.split} samples skipped: {why}"
+        kinds = {
+            "skipped": Counter(bad.cause for _, bad in self.found),
+            "left out by data.prepare": self.filtered,
+        }
+        parts = []
+        for how, causes in kinds.items():
+            why = ", ".join(f"{cause} x{count}" for cause, count in causes.most_common())
+            of = f"of {self.samples} {self.split} samples {how}"
+            parts += [f"{causes.total()} {of}: {why}"] if causes else []
+        return "; ".join(parts)
 
 
 def _above(share: float) -> float:
@@ -174,7 +186,8 @@ class Encoding:
 
     def _encode(self, autoencoder: Autoencoder, pool: ThreadPoolExecutor, advance: Advance) -> Pace:
         pace = Pace()
-        batches = self._ahead(autoencoder.picture_size, pool, advance)
+        prepare = Preparation(self.cache.preparing, autoencoder.picture_size)
+        batches = self._ahead(prepare, pool, advance)
         for source, group in groupby(batches, lambda batch: batch.source):
             writer = _Writer(autoencoder, self.budget, source, pace)
             with self.cache.writing(source) as tar:
@@ -189,18 +202,18 @@ class Encoding:
         return pace
 
     def _ahead(
-        self, size: tuple[int, int], pool: ThreadPoolExecutor, advance: Advance
+        self, prepare: Preparation, pool: ThreadPoolExecutor, advance: Advance
     ) -> Iterator[_Batch]:
         """The batches, each of one shard, with the decoding of the next ones under way."""
         waiting = deque[_Batch]()
         for source in self.sources:
-            reader = ShardReader([source.path])
+            reader = ShardReader([source.path], caption_key=self.cache.caption_key)
             if self.cache.find(source):  # another process was first
                 advance(len(reader))
                 continue
             for start in range(0, len(reader), ENCODE_BATCH):
                 indices = range(start, min(start + ENCODE_BATCH, len(reader)))
-                samples = [pool.submit(_decode, reader, i, size) for i in indices]
+                samples = [pool.submit(_decode, reader, i, prepare) for i in indices]
                 waiting.append(_Batch(source, reader, samples))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft()
@@ -278,7 +291,7 @@ class _Writer:
         )
 
 
-def _decode(reader: ShardReader, index: int, size: tuple[int, int]) -> _Decoded:
+def _decode(reader: ShardReader, index: int, prepare: Preparation) -> _Decoded:
     started = time.perf_counter()
 
     def done(picture: np.ndarray | Bad) -> _Decoded:
@@ -295,15 +308,18 @@ def _decode(reader: ShardReader, index: int, size: tuple[int, int]) -> _Decoded:
     except InputError as error:
         return bad("no caption", str(error))
     try:
-        picture = decode_image(reader, index)
+        picture = decode_image(reader, index, prepare)
+    except Filtered as error:
+        return bad(error.cause, str(error))
     except InputError as error:
         return bad("does not decode" if there else "no picture", str(error))
-    if picture.shape[:2] != size:
-        (height, width), (want_height, want_width) = picture.shape[:2], size
+    if prepare.size is not None and picture.shape[:2] != prepare.size:
+        (height, width), (want_height, want_width) = picture.shape[:2], prepare.size
         return bad(
             "another size",
             f"the picture is {width} x {height} px, model.latent and the autoencoder want"
-            f" {want_width} x {want_height}; `flowray.data pack --size PX` makes one size",
+            f" {want_width} x {want_height}; data.prepare.resize or `flowray.data pack --size PX`"
+            " makes one size",
         )
     return done(picture)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowray.config.errors import InputError
+from flowray.config.prepare import AS_DECODED, PrepareConfig
 from flowray.config.progress import SILENT, Progress
 from flowray.config.writing import write_whole
 from flowray.data import decode
@@ -84,9 +85,14 @@ def sources(paths: Sequence[Path], sums: Sums, progress: Progress = SILENT) -> l
 
 @dataclass(frozen=True)
 class LatentShards:
-    """The latent shards of one autoencoder, in a folder; several processes may use and fill it."""
+    """The latent shards of one autoencoder, in a folder; several processes may use and fill it.
+
+    preparing, caption_key: of the recipe; the folder's name stands for them too.
+    """
 
     folder: Path
+    preparing: PrepareConfig = AS_DECODED
+    caption_key: str | None = None
 
     def find(self, source: Source) -> Encoded | None:
         """What the cache holds of a shard; None where it is not whole."""

@@ -26,6 +26,7 @@ from flowray.config.errors import InputError
 from flowray.config.keys import INF, describe
 from flowray.config.model import AutoencoderConfig, TextConfig
 from flowray.config.paths import is_hub_name
+from flowray.config.prepare import AS_DECODED, PrepareConfig
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig
@@ -33,6 +34,7 @@ from flowray.data import decode
 from flowray.data.emoji import made_emoji
 from flowray.data.make import ensure_embedded, unmade_samples
 from flowray.data.order import evenly
+from flowray.data.prepare import AS_THEY_ARE, Preparation
 from flowray.data.reader import ShardReader
 from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, are_plain, find_shards
 from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
@@ -59,6 +61,7 @@ class LatentSet:
     pictures: tuple[Path, ...]  # the image shards these latents were made from
     captioned_by: np.ndarray | None = None  # (len,) whose captions each sample has; None: its own
     skipped: tuple[int, ...] = ()  # samples of the image shards that have no latent
+    prepare: PrepareConfig = AS_DECODED  # how these were made of the image shards' pictures
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -80,7 +83,8 @@ class LatentSet:
         """The samples that the latents were made from: the first ones are those of this set, in
         its order.
         """
-        return ShardReader(self.pictures, without=self.skipped)
+        key = self.reader.caption_key
+        return ShardReader(self.pictures, without=self.skipped, caption_key=key)
 
     def places(self) -> np.ndarray:
         """The place in the pictures' shards of every sample, (len,) int64."""
@@ -107,9 +111,11 @@ def split_shards(data: DataConfig, progress: Progress = SILENT) -> dict[str, tup
     return {"train": train, "val": find_shards(data.val_shards)}
 
 
-def pictures_fingerprint(reader: ShardReader, sums: Sums) -> str:
+def pictures_fingerprint(
+    reader: ShardReader, sums: Sums, prepare: Preparation = AS_THEY_ARE
+) -> str:
     """Short hash of the samples' keys, of what is left out, of their shards' content, and of how
-    their pictures are decoded, where that is not plain.
+    their pictures are decoded and prepared, where that is not plain.
     """
     digest = hashlib.sha256("\0".join(reader.keys).encode())
     if reader.without:  # keys may be the same in several shards
@@ -118,6 +124,8 @@ def pictures_fingerprint(reader: ShardReader, sums: Sums) -> str:
     # Looking into every picture takes too long; what was made or packed here is plain for sure.
     if not all(are_plain(reader.paths)):
         digest.update(f"decoded {decode.VERSION}".encode())
+    if prepare.tag:
+        digest.update(f"prepared {prepare.tag}".encode())
     return digest.hexdigest()[:12]
 
 
@@ -147,7 +155,12 @@ def _latent_shards(
 ) -> LatentShards:
     # pictures of another size than these latents need are left out, so it is part of the name
     made_of = f"{autoencoder_fingerprint(autoencoder)}-{latent.height}x{latent.width}"
-    return LatentShards(cache_dir(data.cache) / f"latents-{made_of}" / "shards")
+    if tag := data.prepare.tag:
+        made_of += f"-{tag}"
+    if (key := data.caption_key) is not None:  # by which samples are told to have captions
+        made_of += f"-{hashlib.sha256(key.encode()).hexdigest()[:8]}-captions"
+    folder = cache_dir(data.cache) / f"latents-{made_of}" / "shards"
+    return LatentShards(folder, data.prepare, data.caption_key)
 
 
 def ensure_latents(
@@ -172,7 +185,8 @@ def ensure_latents(
             looked = look_at(data, cache, split, shards, progress)
         if missing := looked.missing():
             with progress.task(f"looking through the {split} samples"):
-                reader = ShardReader([source.path for source in looked.sources])
+                paths = [source.path for source in looked.sources]
+                reader = ShardReader(paths, caption_key=data.caption_key)
             if text and not folders:
                 _check_captions(text, reader, progress)
             count, budget = looked.pictures(missing), looked.budget(data.max_bad)
@@ -269,7 +283,7 @@ def load_latents(
     )
     pictures = tuple(Path(path) for path in meta["pictures"])
     tars = [folder / row["name"] for row in manifest["shards"]]
-    reader = ShardReader(tars, limit)
+    reader = ShardReader(tars, limit, caption_key=meta.get("caption_key"))
     captioned_by = None if shuffle is None else others(len(reader), shuffle)
     return LatentSet(
         reader,
@@ -278,6 +292,7 @@ def load_latents(
         pictures,
         captioned_by,
         skipped,
+        PrepareConfig.model_validate(meta.get("prepare", {})),
     )
 
 

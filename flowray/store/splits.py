@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -120,11 +121,12 @@ def write_split(split: Split) -> Path:
     if not count:
         first = split.sources[0].path
         raise InputError(
-            f"{split.name}: all {sum(split.samples)} samples are bad, first of {first}"
+            f"{split.name}: all {sum(split.samples)} samples are bad or left out by data.prepare,"
+            f" first of {first}"
         )
     mean = sum(row.total for row in rows) / count
     bad = split.bad()
-    meta = {
+    meta: dict[str, Any] = {
         "scale": rows[0].scale,
         "shift": rows[0].shift,
         "deterministic": rows[0].deterministic,
@@ -133,6 +135,10 @@ def write_split(split: Split) -> Path:
         "pictures": [str(source.path.absolute()) for source in split.sources],
         "skipped": [place for place, _, _ in bad],
     }
+    if split.cache.preparing.tag:
+        meta["prepare"] = split.cache.preparing.model_dump(exclude_defaults=True)
+    if split.cache.caption_key is not None:
+        meta["caption_key"] = split.cache.caption_key
     shards = [
         {"name": os.path.relpath(split.cache.folder / source.tar, folder), "samples": row.samples}
         for source, row in zip(split.sources, rows, strict=True)

@@ -264,12 +264,12 @@ def test_large_pictures_are_made_small_a_few_at_a_time(monkeypatch: pytest.Monke
     large = from_pictures(pictures.repeat_interleave(16, 2).repeat_interleave(16, 3)[:48])
     asked: list[int] = []
 
-    def decoded(_: object, indices: np.ndarray) -> Tensor:
+    def decoded(_: object, indices: np.ndarray, __: object) -> Tensor:
         asked.append(len(indices))
         return torch.from_numpy(large[indices]).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     monkeypatch.setattr(dataset, "_pictures", decoded)
-    small = small_pictures(Stored(), np.arange(48))  # type: ignore[arg-type]
+    small = small_pictures(Stored(), np.arange(48), None)  # type: ignore[arg-type]
     assert max(asked) <= dataset.DECODED
     assert small.shape == (48, 3, 64, 64)
     assert side_metrics(captions[:48], small)["data/side_across"] == 1

@@ -33,6 +33,7 @@ from flowray.data.pixels import from_pictures
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards, write_shards
 from flowray.doctor.dataset import _pictures
+from flowray.model.autoencoder import load_autoencoder
 from flowray.sample.evaluate_neighbours import _latents
 from flowray.store.latents import ensure_latents, load_latents, load_training, skipped_places
 from flowray.store.run import RunDirectory
@@ -232,6 +233,7 @@ def test_each_latent_stays_with_its_own_picture(tmp_path: Path, config: KLAutoen
     np.testing.assert_allclose(_latents(latents, left_out), expected, rtol=1e-2, atol=1e-2)
     # as the doctor decodes the pictures of latents
     good = latents.places()
-    shown = from_pictures(_pictures(latents, np.arange(len(latents))))
-    originals = from_pictures(_pictures(whole, good))
+    autoencoder = load_autoencoder(config, SPEC)
+    shown = from_pictures(_pictures(latents, np.arange(len(latents)), autoencoder))
+    originals = from_pictures(_pictures(whole, good, autoencoder))
     np.testing.assert_array_equal(np.asarray(shown), np.asarray(originals))

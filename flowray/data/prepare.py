@@ -1,0 +1,83 @@
+"""Pictures as a model is trained on them: the one function of `pack`, encoding and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from flowray.config.errors import InputError
+from flowray.config.prepare import AS_DECODED, PrepareConfig
+from flowray.data.decode import decode_rgb
+
+TOO_SMALL, ASPECT = "too small", "aspect ratio"
+FILTERED = (TOO_SMALL, ASPECT)  # causes that the user asked for; other ones are bad samples
+_FILTERS = {"area": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
+
+
+class Filtered(InputError):
+    """A picture that is whole, but not one of those that were asked for. cause: of FILTERED."""
+
+    def __init__(self, message: str, cause: str):
+        super().__init__(message)
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A config, and the (height, width) in px that `resize` makes; None: no model wants any."""
+
+    config: PrepareConfig = AS_DECODED
+    size: tuple[int, int] | None = None
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        """The picture in a file's bytes as uint8 (H, W, 3): as `decode_rgb` has it, and where
+        `resize` says so cropped at the centre and resized to `size`.
+
+        area: every pixel of the picture goes into one pixel of the result, all by the same weight;
+        lanczos: Pillow's, of three lobes. A picture of that size is left as it is. ValueError where
+        it does not decode, Filtered where it is not to be used.
+        """
+        rgb = decode_rgb(data, self.config.background)
+        self.refuse(rgb.shape[1], rgb.shape[0])
+        if not self._resizes or rgb.shape[:2] == self.size:
+            return rgb
+        height, width = self.size or rgb.shape[:2]
+        method = _FILTERS[self.config.resize]
+        return np.asarray(ImageOps.fit(Image.fromarray(rgb), (width, height), method))
+
+    def refuse(self, width: int, height: int) -> None:
+        """Filtered where pictures of so many px, upright, are not to be used."""
+        shorter, longer = sorted((width, height))
+        least, config = self.config.min_size, self.config
+        if least is not None and shorter < least:
+            raise Filtered(f"{width} x {height} px, min_size is {least}", TOO_SMALL)
+        if least is None and self._resizes and self.size is not None:
+            wanted_height, wanted_width = self.size
+            if height < wanted_height or width < wanted_width:
+                raise Filtered(
+                    f"{width} x {height} px would be enlarged to {wanted_width} x {wanted_height};"
+                    " a lower min_size takes it so",
+                    TOO_SMALL,
+                )
+        if config.max_aspect is not None and longer > config.max_aspect * shorter:
+            ratio = longer / shorter
+            raise Filtered(
+                f"{width} x {height} px, {ratio:.2f} to 1, max_aspect is {config.max_aspect:g}",
+                ASPECT,
+            )
+
+    @property
+    def tag(self) -> str:
+        """Stands for what is done, in names of caches; "" where pictures stay as they are."""
+        if not self.config.tag or not self._resizes or self.size is None:
+            return self.config.tag
+        return f"{self.config.tag}-{self.size[0]}x{self.size[1]}"
+
+    @property
+    def _resizes(self) -> bool:
+        return self.config.resize != "none" and self.size is not None
+
+
+AS_THEY_ARE = Preparation()
