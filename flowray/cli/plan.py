@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from flowray.cli.estimate import show_wall_time, wall_time
 from flowray.cli.ready import problems
+from flowray.config.buckets import sizes_of
 from flowray.config.errors import InputError
 from flowray.config.losses import EmaTeacher
 from flowray.config.model import CausalText, ModelConfig
@@ -31,7 +32,7 @@ from flowray.config.recipe import Recipe
 from flowray.config.towers import ImageTower
 from flowray.losses.total import active_terms
 from flowray.model.assemble import FlowModel, part_sizes, planned_model
-from flowray.model.autoencoder import planned_autoencoder
+from flowray.model.autoencoder import planned_autoencoder, planned_picture_size
 from flowray.model.files import AUTOENCODER, TEXT
 from flowray.model.images import ImageEncoder
 from flowray.model.local import Kind, local_weights
@@ -79,7 +80,30 @@ def _work(recipe: Recipe) -> dict[str, Any]:
         "batch_per_gpu": train.batch_size // workers // train.accumulate,
         "checkpoints_kept": train.keep_checkpoints,
         "weights": weights(recipe),
+        "buckets": _buckets(recipe),
     }
+
+
+def _buckets(recipe: Recipe) -> list[dict[str, Any]]:
+    """Of each bucket the ratio width / height, and the sides in cells and, where the autoencoder is
+    here, px; [] without buckets.
+    """
+    patch, found = recipe.model.velocity.patch, []
+    for height, width in sizes_of(recipe.data, recipe.model.latent):
+        latent = recipe.model.latent.model_copy(update={"height": height, "width": width})
+        try:
+            pixels = planned_picture_size(recipe.model.autoencoder, latent)
+        except InputError:  # among the problems
+            pixels = None
+        found.append(
+            {
+                "ratio": width / height,
+                "latent": [height, width],
+                "pixels": None if pixels is None else list(pixels),
+                "tokens": (height // patch) * (width // patch),
+            }
+        )
+    return found
 
 
 def _memory(
@@ -294,6 +318,9 @@ def _print(plan: dict[str, Any], recipe: Recipe) -> None:
     if plan["tokens"]:
         tokens = ", ".join(f"{count} {where}" for where, count in plan["tokens"].items())
         console.print(f"tokens a sample: {tokens}")
+    if plan["buckets"]:
+        told = {f"{each['ratio']:.2f}": _bucket(each) for each in plan["buckets"]}
+        console.print(_table("buckets, width / height", told))
     console.print(
         f"{plan['steps']} steps of {recipe.train.batch_size} = {plan['images']:,} images on"
         f" {plan['workers']} worker(s), {plan['batch_per_gpu']} at a time on each"
@@ -304,6 +331,12 @@ def _print(plan: dict[str, Any], recipe: Recipe) -> None:
     if plan["checkpoint_bytes"]:
         size = _size(plan["checkpoint_bytes"])
         console.print(f"a checkpoint is {size}, {plan['checkpoints_kept']} are kept")
+
+
+def _bucket(bucket: dict[str, Any]) -> str:
+    (height, width), pixels = bucket["latent"], bucket["pixels"]
+    of = f" of {pixels[1]} x {pixels[0]} px" if pixels else ""
+    return f"{width} x {height} cells{of}, {bucket['tokens']} tokens"
 
 
 def _print_sizes(plan: dict[str, Any], console: Console) -> None:

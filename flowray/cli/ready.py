@@ -119,8 +119,10 @@ def check_shards(recipe: Recipe) -> None:
         side = picture_side(recipe.data.shards)
         _check_latent(recipe, side, side)
         return
-    splits = split_shards(recipe.data).values()
-    readers = [ShardReader(shards, limit=LOOKED_AT) for shards in splits]
+    splits = split_shards(recipe.data)
+    if recipe.data.aspect_ratios:  # training pictures are of many sizes
+        del splits["train"]
+    readers = [ShardReader(shards, limit=LOOKED_AT) for shards in splits.values()]
     prepare = preparation(recipe)
     try:
         size = one_size(readers, "data.shards", prepare)

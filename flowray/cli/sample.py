@@ -10,6 +10,7 @@ import numpy as np
 from flowray.cli.common import GOOD, refuse_unwritable
 from flowray.cli.parser import Parser, add_run, whole_number
 from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libraries
+from flowray.config.buckets import size_for
 from flowray.config.errors import InputError
 from flowray.config.paths import argument, exists
 from flowray.store.found import find_checkpoint
@@ -52,6 +53,12 @@ def _parser() -> Parser:
         type=whole_number(2, MAX_COUNT),
         metavar="N",
         help="go from each prompt to the next in N pictures, both counted, a row by one noise",
+    )
+    parser.add_argument(
+        "--aspect",
+        type=float,
+        metavar="RATIO",
+        help="width / height of the pictures, one of the run's data.aspect_ratios",
     )
     parser.add_argument(
         "--scale",
@@ -130,6 +137,8 @@ def main(argv: list[str]) -> int:
     progress = ConsoleProgress()
     with progress.task(LOOKING):
         found = find_checkpoint(args.run, args.set)
+    aspect, recipe = args.aspect, found.recipe
+    size = None if aspect is None else size_for(recipe.data, recipe.model.latent, aspect)
     out = args.out or _new_file(found.run.samples, prompts[0])
     refuse_unwritable(out, "--out", makes_folders=True)
     with progress.task(IMPORTING):
@@ -157,10 +166,12 @@ def main(argv: list[str]) -> int:
                 config=sample,
                 seed=args.seed,
                 advance=advance,
+                size=size,
             )
         else:
             repeated = [prompt for prompt in prompts for _ in range(args.count)]
-            pictures = generate(opened.model, autoencoder, repeated, sample, args.seed, advance)
+            made_by = opened.model, autoencoder, repeated, sample, args.seed, advance, size
+            pictures = generate(*made_by)
     rows = pictures.reshape(*shape, *pictures.shape[1:])
     sheet = np.concatenate(list(rows), axis=1).repeat(args.scale, axis=1).repeat(args.scale, axis=2)
     out = args.out or _new_file(opened.path / "samples", prompts[0])

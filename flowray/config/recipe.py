@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from flowray.config.base import Config
+from flowray.config.buckets import check_buckets
 from flowray.config.errors import RuleError
 from flowray.config.flow import FlowConfig, SampleConfig
 from flowray.config.losses import LossConfig
@@ -88,4 +89,9 @@ class Recipe(Config):
                 "model.source.kind",
                 *keys,
             )
+        return self
+
+    @model_validator(mode="after")
+    def _buckets_fit(self) -> Recipe:
+        check_buckets(self.data, self.model, self.loss, self.train)
         return self

@@ -55,6 +55,17 @@ class DataConfig(Config):
             " `text`, else the .txt"
         ),
     )
+    aspect_ratios: tuple[Annotated[float, Field(ge=0.25, le=4)], ...] = Field(
+        (),
+        max_length=63,
+        description=(
+            "width / height of buckets beside `model.latent`'s own, of no more cells: a training"
+            " picture is cropped to the nearest one, a batch is of one; empty: no buckets"
+        ),
+    )
+    aspect_step: int = Field(
+        1, gt=0, description="the buckets' latents have sides of multiples of so many cells"
+    )
     shuffle_captions: bool = Field(
         False,
         description=(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,14 +27,18 @@ class Filtered(InputError):
 
 @dataclass(frozen=True)
 class Preparation:
-    """A config, and the (height, width) in px that `resize` makes; None: no model wants any."""
+    """A config, and the (height, width) in px that `resize` makes; None: no model wants any.
+
+    others: further ones, of buckets; a picture is brought to the one of the nearest aspect ratio.
+    """
 
     config: PrepareConfig = AS_DECODED
     size: tuple[int, int] | None = None
+    others: tuple[tuple[int, int], ...] = ()
 
     def __call__(self, data: bytes) -> np.ndarray:
         """The picture in a file's bytes as uint8 (H, W, 3): as `decode_rgb` has it, and where
-        `resize` says so cropped at the centre and resized to `size`.
+        `resize` says so cropped at the centre and resized to `size`, or one of `others`.
 
         area: every pixel of the picture goes into one pixel of the result, all by the same weight;
         lanczos: Pillow's, of three lobes. A picture of that size is left as it is. ValueError where
@@ -41,9 +46,10 @@ class Preparation:
         """
         rgb = decode_rgb(data, self.config.background)
         self.refuse(rgb.shape[1], rgb.shape[0])
-        if not self._resizes or rgb.shape[:2] == self.size:
+        wanted = self._size_for(rgb.shape[1], rgb.shape[0])
+        if not self._resizes or wanted is None or rgb.shape[:2] == wanted:
             return rgb
-        height, width = self.size or rgb.shape[:2]
+        height, width = wanted
         method = _FILTERS[self.config.resize]
         return np.asarray(ImageOps.fit(Image.fromarray(rgb), (width, height), method))
 
@@ -53,8 +59,9 @@ class Preparation:
         least, config = self.config.min_size, self.config
         if least is not None and shorter < least:
             raise Filtered(f"{width} x {height} px, min_size is {least}", TOO_SMALL)
-        if least is None and self._resizes and self.size is not None:
-            wanted_height, wanted_width = self.size
+        wanted = self._size_for(width, height)
+        if least is None and self._resizes and wanted is not None:
+            wanted_height, wanted_width = wanted
             if height < wanted_height or width < wanted_width:
                 raise Filtered(
                     f"{width} x {height} px would be enlarged to {wanted_width} x {wanted_height};"
@@ -73,7 +80,20 @@ class Preparation:
         """Stands for what is done, in names of caches; "" where pictures stay as they are."""
         if not self.config.tag or not self._resizes or self.size is None:
             return self.config.tag
-        return f"{self.config.tag}-{self.size[0]}x{self.size[1]}"
+        sizes = "-".join(f"{height}x{width}" for height, width in (self.size, *self.others))
+        return f"{self.config.tag}-{sizes}"
+
+    def _size_for(self, width: int, height: int) -> tuple[int, int] | None:
+        """The (height, width) to which pictures of so many px are brought; of two equally near ones
+        the first.
+        """
+        if self.size is None or not self.others:
+            return self.size
+
+        def off(size: tuple[int, int]) -> float:
+            return abs(math.log(width * size[0] / (height * size[1])))
+
+        return min((self.size, *self.others), key=off)
 
     @property
     def _resizes(self) -> bool:

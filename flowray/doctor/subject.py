@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.rows import Row
@@ -107,13 +108,28 @@ def untrained(recipe: Recipe) -> tuple[FlowModel, Tensors]:
     return model, {name: p.detach().clone() for name, p in model.trainable().items()}
 
 
+def examined(latents: LatentSet) -> LatentSet:
+    """Of training latents those that are looked at: of buckets the one of the model's own size,
+    whose batches can be compared with held-out latents and with each other. InputError where it is
+    empty.
+    """
+    own = latents.of_own_size()
+    if own is None:
+        raise InputError(
+            "data.aspect_ratios: no training picture is in the bucket of model.latent's own size,"
+            " which the doctor looks at"
+        )
+    return own
+
+
 def open_subject(
     found: Found, *, device: torch.device = CPU, progress: Progress = SILENT
 ) -> Subject:
     """A run at a checkpoint, with all that training kept."""
     checkpoint, run, recipe = found.checkpoint, found.run, found.recipe
     folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent, progress)
-    latents, held_out = load_training(folders["train"], recipe), load_latents(folders["val"])
+    latents = examined(load_training(folders["train"], recipe))
+    held_out = load_latents(folders["val"])
     with progress.task("loading the models"):
         model, initial = untrained(recipe)
         autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)

@@ -10,7 +10,7 @@ from typing import Any
 
 from flowray.config.recipe import Recipe
 from flowray.doctor.examine import examine
-from flowray.doctor.subject import live_subject, merged_history, untrained, written_strip
+from flowray.doctor.subject import examined, live_subject, merged_history, untrained, written_strip
 from flowray.findings.diagnose import diagnose
 from flowray.model.autoencoder import load_autoencoder
 from flowray.store.latents import LatentSet
@@ -38,7 +38,7 @@ class Visits:
         state: TrainState,
     ):
         self.recipe, self.run, self.state = recipe, run, state
-        self.latents, self.held_out = latents, held_out
+        self.latents, self.held_out = examined(latents), held_out
         device = next(state.model.velocity.parameters()).device
         self.autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(
             device

@@ -57,7 +57,7 @@ class FlowModel(nn.Module):
         self.semantic = Semantics(config, loss, self.velocity)
 
     def posterior(self, tokens: TextTokens) -> Posterior:
-        """q(z0 | caption) in fp32."""
+        """q(z0 | caption) in fp32, of the model's own size."""
         count, shape = len(tokens.mask), self.config.latent.shape
         if self.head is None:
             return standard_normal(count, shape, tokens.mask.device)
@@ -72,9 +72,12 @@ class FlowModel(nn.Module):
         return make_posterior(self.config.posterior, mu, logvar, amplitude)
 
     def source(self, captions: Sequence[str], noise: Tensor) -> Source:
-        """Where the paths of captions begin; noise (B, C, H, W)."""
+        """Where the paths of captions begin; noise (B, C, H, W), of the model's own size or that of
+        a bucket.
+        """
         tokens: TextTokens = self.text(self.text.tokenize(captions))
-        posterior = self.posterior(tokens)
+        height, width = noise.shape[2:]
+        posterior = self.posterior(tokens).of_size((height, width))
         return Source(
             posterior, posterior.sample(noise), tokens if self.velocity.conditioned else None
         )

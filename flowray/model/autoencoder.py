@@ -54,6 +54,12 @@ class Autoencoder(nn.Module):
         _, cell = compression(self.net.config) or (0, 1)
         return self.latent.height * cell, self.latent.width * cell
 
+    def of_size(self, size: tuple[int, int]) -> Autoencoder:
+        """The same network and scale for latents of another (height, width)."""
+        height, width = size
+        latent = LatentSpec(channels=self.latent.channels, height=height, width=width)
+        return Autoencoder(self.net, latent, self.scale)
+
     def train(self, mode: bool = True) -> Autoencoder:
         """Stay in eval mode: a frozen autoencoder has no other."""
         return super().train(False)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from flowray.config.base import LatentSpec
 from flowray.config.model import DiMRVelocity
 from flowray.model.condition import CaptionAttention, CaptionTokens, told
-from flowray.model.layers import attention
+from flowray.model.layers import attention, resized
 from flowray.model.levels import TokenBlocks, VelocityNet, checked, run_block
 from flowray.model.text import TextTokens
 
@@ -208,13 +208,13 @@ class Stage(nn.Module):
         """x (B, C, H, W) -> velocity (B, C, H/p, W/p) and all states, depth + 1 of (B, H/p, W/p,
         width); below: the lower stage's.
         """
-        h = (
-            self.patch_in(
-                rearrange(x, "b c (h p) (w q) -> b h w (c p q)", p=self.patch, q=self.patch)
-            )
-            + self.positions
+        h = self.patch_in(
+            rearrange(x, "b c (h p) (w q) -> b h w (c p q)", p=self.patch, q=self.patch)
         )
         rows, columns = h.shape[1:3]
+        # learnt at the model's own size; for another one interpolated, as ViTs' tables are
+        table = resized(self.positions.permute(2, 0, 1)[None], (rows, columns), "bicubic")
+        h = h + table[0].permute(1, 2, 0)
         if self.upsample is not None and below is not None:
             h = h + self.upsample(torch.cat(below, dim=-1), tau)
         if self.null is not None:

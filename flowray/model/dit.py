@@ -55,10 +55,11 @@ class DiT(VelocityNet):
 
     def __init__(self, config: DiTVelocity, latent: LatentSpec, text_width: int):
         super().__init__()
-        self.config, self.latent, kind = config, latent, config.condition.kind
+        self.config, kind = config, config.condition.kind
         self.conditioned = kind != "none"
         rows, columns = latent.height // config.patch, latent.width // config.patch
         self.patch_in = nn.Linear(latent.channels * config.patch**2, config.width)
+        self._grid = rows, columns
         self.positions: Tensor
         self.register_buffer(
             "positions", positions_2d(rows, columns, config.width), persistent=False
@@ -81,15 +82,21 @@ class DiT(VelocityNet):
     def token_blocks(self) -> TokenBlocks:
         return TokenBlocks(self.blocks, self.config.width, self.config.patch)
 
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """Of another grid than the latent's own they are made as its own are: by row and column."""
+        if (rows, columns) == self._grid:
+            return self.positions
+        return positions_2d(rows, columns, self.config.width, self.positions.device)
+
     def levels(
         self, x: Tensor, time_code: Tensor, null: Tensor, text: TextTokens | None = None
     ) -> tuple[Tensor, ...]:
-        """One velocity, of the latent's shape."""
-        p, rows = self.config.patch, self.latent.height // self.config.patch
-        tokens = (
-            self.patch_in(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
-            + self.positions
-        )
+        """One velocity, of the shape of x, whose sides are multiples of the patch."""
+        p = self.config.patch
+        rows, columns = (side // p for side in x.shape[2:])
+        tokens = self.patch_in(
+            rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        ) + self._positions(rows, columns)
         condition, indicator = self.time(time_code), self.null(null.long())
         if self.config.indicator == "token":
             tokens = torch.cat([indicator[:, None].to(tokens.dtype), tokens], dim=1)

@@ -52,16 +52,25 @@ def sinusoid(values: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def positions_2d(height: int, width: int, dim: int) -> Tensor:
+def positions_2d(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
     """Fixed 2-D sine-cosine positions (height * width, dim): half the dims for the row, half for
     the column.
     """
-    rows = sinusoid(torch.arange(height).float(), dim // 2)
-    columns = sinusoid(torch.arange(width).float(), dim // 2)
+    rows = sinusoid(torch.arange(height, device=device).float(), dim // 2)
+    columns = sinusoid(torch.arange(width, device=device).float(), dim // 2)
     grid = torch.cat(
         [rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1
     )
     return grid.reshape(height * width, dim)
+
+
+def resized(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Images (B, C, H, W) at another (height, width), interpolated, the outer edges aligned and not
+    the outer cells' centres; those of that size as they are.
+    """
+    if x.shape[2:] == size:
+        return x
+    return F.interpolate(x.float(), size, mode=mode, align_corners=False)
 
 
 def small_init(layer: Layer, std: float = 0.02) -> Layer:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowray.config.model import PosteriorConfig
+from flowray.model.layers import resized
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,16 @@ class Posterior:
     def rows(self, indices: Tensor) -> Posterior:
         """Of the captions at `indices`."""
         return Posterior(self.mu[indices], self.logvar[indices], self.amplitude)
+
+    def of_size(self, size: tuple[int, int]) -> Posterior:
+        """For latents of another (height, width), mu and logvar interpolated, as a head makes one
+        size alone.
+
+        z0 is drawn after: noise that were resized would no longer be white. Between two widths
+        comes their geometric mean, and the clamp's range is kept.
+        """
+        mu, logvar = (resized(x, size, "bilinear") for x in (self.mu, self.logvar))
+        return Posterior(mu, logvar, self.amplitude)
 
     @property
     def mean(self) -> Tensor:

@@ -88,8 +88,9 @@ def make_probe_batch(
 ) -> ProbeBatch:
     """The first `probes.batch_size` held-out samples, fewer where there are fewer.
 
-    training: what copies are looked for in.
+    training: what copies are looked for in, those of its latents that have the held-out ones' size.
     """
+    own = None if training is None else training.of_own_size()
     size = min(recipe.probes.batch_size, len(held_out))
     draws = Draws(recipe.probes.seed, 0, size, slice(None), device)
     shape = recipe.model.latent.shape
@@ -106,7 +107,7 @@ def make_probe_batch(
         others=derangement(captions).to(device),
         variance=held_out.variance,
         answers=_answers(recipe, held_out, captions, z1),
-        seen=None if training is None else _seen(recipe, training, held_out, device),
+        seen=None if own is None else _seen(recipe, own, held_out, device),
     )
 
 

@@ -62,16 +62,17 @@ def between(
     config: SampleConfig,
     seed: int,
     advance: Advance | None = None,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Pictures uint8 (rows x columns, H, W, 3), row by row, from each caption to the next in their
     order: `pictures` of even shares, both ends counted, a caption between two others drawn once.
 
     Row i holds the noise that picture i of `generate` has. The model should be in eval mode.
-    advance: hears of every batch.
+    advance: hears of every batch. size: as for `source_noise`.
     """
     legs, steps = len(captions) - 1, pictures - 1
     stops = [(leg, step) for leg in range(legs) for step in range(steps)] + [(legs - 1, steps)]
-    noise = source_noise(model, rows, seed, next(model.velocity.parameters()).device)
+    noise = source_noise(model, rows, seed, next(model.velocity.parameters()).device, size)
     ends = model.source(captions, noise[:1])
     noise, stops, made = noise.repeat_interleave(len(stops), dim=0), stops * rows, []
     for start in range(0, len(stops), BATCH):

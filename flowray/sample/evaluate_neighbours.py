@@ -112,7 +112,8 @@ def _features(
 ) -> list[np.ndarray]:
     """Of all pictures of every split; of latents those that training has encoded."""
     folders = dict[str, Path]()
-    if judge.name == LATENTS:
+    # with buckets, training's are of several sizes: all are made of the pictures
+    if judge.name == LATENTS and not recipe.data.aspect_ratios:
         made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
         folders = ensure_latents(*made_of, progress)
     cache, features = cache_dir(recipe.data.cache), []

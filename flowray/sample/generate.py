@@ -26,11 +26,17 @@ from flowray.model.autoencoder import Autoencoder
 BATCH = 64
 
 
-def source_noise(model: FlowModel, count: int, seed: int, device: torch.device) -> Tensor:
+def source_noise(
+    model: FlowModel,
+    count: int,
+    seed: int,
+    device: torch.device,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
     """Noise of `count` prompts (count, C, H, W); the noise of a prompt depends on the seed and
-    its place alone.
+    its place alone. size: (height, width) of another bucket than the model's own.
     """
-    shape = model.config.latent.shape
+    shape = model.config.latent.channels, *(size or model.config.latent.shape[1:])
     return torch.cat(
         [
             Draws(seed, place, 1, slice(None), device).normal("sample", shape)
@@ -58,12 +64,16 @@ def generate_latents(
 
 @torch.no_grad()
 def latent_batches(
-    model: FlowModel, prompts: Sequence[str], config: SampleConfig, seed: int
+    model: FlowModel,
+    prompts: Sequence[str],
+    config: SampleConfig,
+    seed: int,
+    size: tuple[int, int] | None = None,
 ) -> Iterator[Tensor]:
     """`generate_latents` of many prompts, BATCH at a time, with the weights the model holds now."""
     was_training = model.training
     model.eval()
-    noise = source_noise(model, len(prompts), seed, next(model.velocity.parameters()).device)
+    noise = source_noise(model, len(prompts), seed, next(model.velocity.parameters()).device, size)
     try:
         for start in range(0, len(prompts), BATCH):
             part = slice(start, start + BATCH)
@@ -94,13 +104,14 @@ def generate(
     config: SampleConfig,
     seed: int,
     advance: Advance | None = None,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Pictures uint8 (B, H, W, 3) of the prompts, with the weights the model holds now.
 
-    advance: hears of every batch of pictures.
+    advance: hears of every batch of pictures. size: as for `source_noise`.
     """
     pictures = []
-    for latents in latent_batches(model, prompts, config, seed):
+    for latents in latent_batches(model, prompts, config, seed, size):
         pictures.append(from_pictures(autoencoder.decode(latents)))
         if advance:
             advance(len(latents))

@@ -30,7 +30,7 @@ from flowray.data.pixels import to_pictures
 from flowray.data.prepare import FILTERED, Filtered, Preparation
 from flowray.data.reader import ShardReader
 from flowray.model.latent import LatentScale, Moments, over_channels
-from flowray.store.latent_shards import Bad, Encoded, LatentShards, Source, label
+from flowray.store.latent_shards import Bad, Encoded, LatentShards, Source, label, letters
 
 if TYPE_CHECKING:
     from webdataset.writer import TarWriter
@@ -186,10 +186,11 @@ class Encoding:
 
     def _encode(self, autoencoder: Autoencoder, pool: ThreadPoolExecutor, advance: Advance) -> Pace:
         pace = Pace()
-        prepare = Preparation(self.cache.preparing, autoencoder.picture_size)
-        batches = self._ahead(prepare, pool, advance)
+        sized = [autoencoder.of_size(size) for size in self.cache.sizes] or [autoencoder]
+        size, *others = (each.picture_size for each in sized)
+        batches = self._ahead(Preparation(self.cache.preparing, size, tuple(others)), pool, advance)
         for source, group in groupby(batches, lambda batch: batch.source):
-            writer = _Writer(autoencoder, self.budget, source, pace)
+            writer = _Writer(sized, self.budget, source, pace)
             with self.cache.writing(source) as tar:
                 for batch in group:
                     writer.add(batch, tar)
@@ -221,11 +222,14 @@ class Encoding:
 
 
 class _Writer:
-    """Encodes the batches of one shard and adds up what its JSON will say."""
+    """Encodes the batches of one shard and adds up what its JSON will say.
 
-    def __init__(self, autoencoder: Autoencoder, budget: Budget, source: Source, pace: Pace):
-        self._autoencoder, self._budget, self._source = autoencoder, budget, source
-        self._pace, self._bad = pace, list[Bad]()
+    sized: the autoencoder for the pictures of each bucket; one alone where there are none.
+    """
+
+    def __init__(self, sized: Sequence[Autoencoder], budget: Budget, source: Source, pace: Pace):
+        self._sized, self._budget, self._source = sized, budget, source
+        self._pace, self._bad, self._buckets = pace, list[Bad](), list[int]()
         self._samples, self._values, self._total, self._squares = 0, 0, 0.0, 0.0
 
     def add(self, batch: _Batch, tar: TarWriter) -> None:
@@ -236,31 +240,52 @@ class _Writer:
         good = [(i, picture) for i, picture, _ in looked if not isinstance(picture, Bad)]
         if good:
             started = time.perf_counter()
-            indices = [index for index, _ in good]
-            rows, finite = self._moments(batch.reader, indices, [picture for _, picture in good])
+            made = self._made(batch.reader, dict(good))
             self._pace.encoded += len(good)
             self._pace.encode_s += time.perf_counter() - started
             message = "the autoencoder's latents of it are NaN, infinite or beyond fp16"
             bad += (
-                Bad(i, batch.reader.key(i), _NOT_FINITE, message)
-                for i, fine in zip(indices, finite, strict=True)
-                if not fine
+                Bad(i, batch.reader.key(i), _NOT_FINITE, message) for i, _ in good if i not in made
             )
             started = time.perf_counter()
-            for i, row, fine in zip(indices, rows, finite, strict=True):
-                if fine:
-                    tar.write(_sample(batch.reader, i, row))
+            for i, (bucket, row) in made.items():
+                tar.write(_sample(batch.reader, i, row))
+                self._buckets.append(bucket)
             self._pace.write_s += time.perf_counter() - started
         self._bad += sorted(bad, key=lambda each: each.index)
         self._budget.add(self._source.path, bad)
 
+    def _made(
+        self, reader: ShardReader, pictures: dict[int, np.ndarray]
+    ) -> dict[int, tuple[int, np.ndarray]]:
+        """Sample -> its bucket and moments (2C, H, W) fp16, of those that are finite, in the
+        samples' order; pictures of one bucket go through the autoencoder together.
+        """
+        made = dict[int, tuple[int, np.ndarray]]()
+        for bucket, autoencoder in enumerate(self._sized):
+            size = autoencoder.picture_size
+            mine = [index for index, picture in pictures.items() if picture.shape[:2] == size]
+            if mine:
+                of = reader, mine, [pictures[index] for index in mine]
+                rows, finite = self._moments(autoencoder, *of)
+                made.update(
+                    (index, (bucket, row))
+                    for index, row, fine in zip(mine, rows, finite, strict=True)
+                    if fine
+                )
+        return dict(sorted(made.items()))
+
     def _moments(
-        self, reader: ShardReader, indices: Sequence[int], pictures: list[np.ndarray]
+        self,
+        autoencoder: Autoencoder,
+        reader: ShardReader,
+        indices: Sequence[int],
+        pictures: list[np.ndarray],
     ) -> tuple[np.ndarray, np.ndarray]:
         """The samples' moments (B, 2C, H, W) fp16, and which are finite, (B,)."""
-        device, scale = next(self._autoencoder.parameters()).device, self._autoencoder.scale
+        device, scale = next(autoencoder.parameters()).device, autoencoder.scale
         try:
-            moments = self._autoencoder.encode_moments(to_pictures(pictures).to(device))
+            moments = autoencoder.encode_moments(to_pictures(pictures).to(device))
         except ValueError as error:
             where = reader.label(indices[0])
             raise InputError(f"model.latent: {error}, first {where}") from error
@@ -277,7 +302,7 @@ class _Writer:
 
     def row(self, size: int) -> Encoded:
         """What is to be said of the tar, which has so many bytes."""
-        scale = self._autoencoder.scale
+        scale = self._sized[0].scale
         return Encoded(
             samples=self._samples,
             bytes=size,
@@ -288,6 +313,7 @@ class _Writer:
             shift=scale.shift,
             deterministic=scale.deterministic,
             bad=tuple(self._bad),
+            buckets=letters(self._buckets) if len(self._sized) > 1 else "",
         )
 
 
@@ -315,7 +341,7 @@ def _decode(reader: ShardReader, index: int, prepare: Preparation) -> _Decoded:
         return bad(error.cause, str(error))
     except InputError as error:
         return bad("does not decode" if there else "no picture", str(error))
-    if prepare.size is not None and picture.shape[:2] != prepare.size:
+    if prepare.size is not None and picture.shape[:2] not in (prepare.size, *prepare.others):
         (height, width), (want_height, want_width) = picture.shape[:2], prepare.size
         return bad(
             "another size",

@@ -10,13 +10,16 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from flowray.config.buckets import Size
 from flowray.config.errors import InputError
 from flowray.config.jsons import parse_json
 from flowray.config.prepare import AS_DECODED, PrepareConfig
@@ -32,6 +35,7 @@ from flowray.store.sums import Sums
 if TYPE_CHECKING:
     from webdataset.writer import TarWriter
 
+_FIRST = ord("0")  # the letter of bucket 0; with 64 buckets the last one is "o"
 _ABANDONED_S = 3600.0  # a writer adds to its hidden file much more often
 
 
@@ -51,7 +55,8 @@ class Encoded:
 
     samples: in the tar; bytes: of the tar; values, total, squares: over all numbers of z1 their
     count, sum, and sum of expected squares, posterior noise included; bad: samples of the pictures'
-    shard that are not in the tar.
+    shard that are not in the tar; buckets: a character for each sample of the tar, as `letters` has
+    them, "" where there are no buckets.
     """
 
     samples: int
@@ -63,6 +68,7 @@ class Encoded:
     shift: float | Sequence[float]
     deterministic: bool
     bad: tuple[Bad, ...] = ()
+    buckets: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,12 +98,14 @@ def sources(paths: Sequence[Path], sums: Sums, progress: Progress = SILENT) -> l
 class LatentShards:
     """The latent shards of one autoencoder, in a folder; several processes may use and fill it.
 
-    preparing, caption_key: of the recipe; the folder's name stands for them too.
+    preparing, caption_key: of the recipe; the folder's name stands for them too. sizes: (height,
+    width) of the latents of each bucket, of which the first is the model's own; () without.
     """
 
     folder: Path
     preparing: PrepareConfig = AS_DECODED
     caption_key: str | None = None
+    sizes: tuple[Size, ...] = ()
 
     def find(self, source: Source) -> Encoded | None:
         """What the cache holds of a shard; None where it is not whole. An index of it that lacks
@@ -142,7 +150,10 @@ class LatentShards:
     def keep(self, source: Source, row: Encoded) -> None:
         """Index a tar that has its place and say what is in it: from then on it is found."""
         self._indexed(source)
-        text = json.dumps(asdict(row), indent=1) + "\n"
+        said = asdict(row)
+        if not row.buckets:
+            del said["buckets"]
+        text = json.dumps(said, indent=1) + "\n"
         write_whole(self.folder / f"{source.key}.json", text, durable=True, shared=True)
 
     def prepare(self) -> None:
@@ -155,6 +166,16 @@ class LatentShards:
             with suppress(OSError):
                 if time.time() - left.stat().st_mtime > _ABANDONED_S:
                     left.unlink()
+
+
+def letters(buckets: Iterable[int]) -> str:
+    """Numbers of buckets as text, one character each: 0 to 9, then on in ASCII's order."""
+    return "".join(chr(_FIRST + bucket) for bucket in buckets)
+
+
+def numbers(buckets: str) -> np.ndarray:
+    """The numbers of `letters`, (samples,) uint8."""
+    return np.frombuffer(buckets.encode("ascii"), np.uint8) - np.uint8(_FIRST)
 
 
 def bad_row(path: Path, bad: Bad) -> dict[str, str]:

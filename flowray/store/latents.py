@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from flowray.config.base import LatentSpec
+from flowray.config.buckets import Size, sizes_of
 from flowray.config.cache import cache_dir
 from flowray.config.errors import InputError
 from flowray.config.keys import INF, describe
@@ -44,7 +45,7 @@ from flowray.model.latent import LatentScale, Moments
 from flowray.store.apart import apart
 from flowray.store.encode import ENCODE_BATCH, Encoding, Fleet, encode, posterior_variance
 from flowray.store.latent_shards import LatentShards
-from flowray.store.splits import BAD_SAMPLES, folder_of, look_at, write_split
+from flowray.store.splits import BAD_SAMPLES, BUCKETS, folder_of, look_at, write_split
 from flowray.store.sums import Sums
 
 STATISTICS = 4096  # samples that channel_statistics reads at most
@@ -64,12 +65,14 @@ class LatentSet:
     captioned_by: np.ndarray | None = None  # (len,) whose captions each sample has; None: its own
     skipped: tuple[int, ...] = ()  # samples of the image shards that have no latent
     prepare: PrepareConfig = AS_DECODED  # how these were made of the image shards' pictures
+    sizes: tuple[Size, ...] = ()  # (height, width) of the latents of each bucket, own size first
+    buckets: np.ndarray | None = None  # (len,) uint8 bucket of each sample; None: all of one size
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def moments(self, indices: np.ndarray) -> Moments:
-        """Raw moments (B, C, H, W) fp32 of the samples."""
+        """Raw moments (B, C, H, W) fp32 of the samples, which are of one bucket."""
         mean, logvar = (
             torch.from_numpy(self.reader.gather(indices, "moments.npy")).float().chunk(2, dim=1)
         )
@@ -85,6 +88,35 @@ class LatentSet:
         """Of each sample's captions number int(u * count), u in [0, 1) for each of `indices`."""
         whose = indices if self.captioned_by is None else self.captioned_by[indices]
         return self.reader.chosen_captions(whose, u)
+
+    def size(self, index: int) -> Size | None:
+        """(height, width) of a sample's latent; None: the model's own."""
+        return None if self.buckets is None else self.sizes[self.buckets[index]]
+
+    def of_one_size(self, indices: np.ndarray) -> list[np.ndarray]:
+        """The samples `indices` (B,), apart by bucket."""
+        if self.buckets is None:
+            return [indices]
+        of = self.buckets[indices]
+        return [indices[of == bucket] for bucket in np.unique(of)]
+
+    def of_own_size(self) -> LatentSet | None:
+        """The samples whose latents have the model's own size, as a set of their own; None where
+        there are none.
+        """
+        if self.buckets is None:
+            return self
+        others = np.flatnonzero(self.buckets)
+        if len(others) == len(self):
+            return None
+        away = self.reader.places(others.tolist())
+        return replace(
+            self,
+            reader=ShardReader(self.reader.paths, self.reader.limit, away, self.reader.caption_key),
+            skipped=tuple(sorted({*self.skipped, *self.places()[others].tolist()})),
+            sizes=(),
+            buckets=None,
+        )
 
     def picture_reader(self) -> ShardReader:
         """The samples that the latents were made from: the first ones are those of this set, in
@@ -158,7 +190,10 @@ def _files(found: ModelFiles | Path) -> tuple[Path, ...]:
 
 
 def _latent_shards(
-    data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSpec
+    data: DataConfig,
+    autoencoder: AutoencoderConfig,
+    latent: LatentSpec,
+    sizes: tuple[Size, ...] = (),
 ) -> LatentShards:
     # pictures of another size than these latents need are left out, so it is part of the name
     made_of = f"{autoencoder_fingerprint(autoencoder)}-{latent.height}x{latent.width}"
@@ -166,8 +201,26 @@ def _latent_shards(
         made_of += f"-{tag}"
     if (key := data.caption_key) is not None:  # by which samples are told to have captions
         made_of += f"-{hashlib.sha256(key.encode()).hexdigest()[:8]}-captions"
+    if sizes:
+        told = " ".join(f"{height}x{width}" for height, width in sizes)
+        made_of += f"-{hashlib.sha256(told.encode()).hexdigest()[:8]}-buckets"
     folder = cache_dir(data.cache) / f"latents-{made_of}" / "shards"
-    return LatentShards(folder, data.prepare, data.caption_key)
+    return LatentShards(folder, data.prepare, data.caption_key, sizes)
+
+
+def _caches(
+    data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSpec, splits: Iterable[str]
+) -> dict[str, LatentShards]:
+    """split -> its cache. Training pictures alone are in buckets: held-out ones, which probes and
+    evaluation compare with each other, are of the model's own size, and their latents those of
+    runs without buckets.
+    """
+    sizes = sizes_of(data, latent)
+    plain = _latent_shards(data, autoencoder, latent)
+    caches = dict.fromkeys(splits, plain)
+    if len(sizes) > 1:
+        caches["train"] = _latent_shards(data, autoencoder, latent, sizes)
+    return caches
 
 
 def ensure_latents(
@@ -186,8 +239,9 @@ def ensure_latents(
     `data.max_bad`, after which whole shards stay in the cache.
     """
     folders: dict[str, Path] = {}
-    cache = _latent_shards(data, autoencoder, latent)
-    for split, shards in split_shards(data, progress).items():
+    splits = split_shards(data, progress)
+    for split, cache in _caches(data, autoencoder, latent, splits).items():
+        shards = splits[split]
         with progress.task(f"looking through the {split} shards"):
             looked = look_at(data, cache, split, shards, progress)
         if missing := looked.missing():
@@ -255,8 +309,9 @@ def unencoded(data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSp
     """How many pictures `ensure_latents` would have to encode."""
     if data.shards in EMBEDDED and (unmade := unmade_samples(data.shards, cache_dir(data.cache))):
         return unmade
-    cache = _latent_shards(data, autoencoder, latent)
-    looked = [look_at(data, cache, *split) for split in split_shards(data).items()]
+    splits = split_shards(data)
+    caches = _caches(data, autoencoder, latent, splits)
+    looked = [look_at(data, cache, split, splits[split]) for split, cache in caches.items()]
     return sum(split.pictures(split.missing()) for split in looked)
 
 
@@ -264,9 +319,9 @@ def skipped_places(
     data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSpec
 ) -> dict[str, frozenset[int]]:
     """split -> the places of its samples that have no latents, as far as it is encoded."""
-    cache, found = _latent_shards(data, autoencoder, latent), {}
-    for split, shards in split_shards(data).items():
-        looked = look_at(data, cache, split, shards)
+    splits, found = split_shards(data), {}
+    for split, cache in _caches(data, autoencoder, latent, splits).items():
+        looked = look_at(data, cache, split, splits[split])
         found[split] = frozenset(place for place, _, _ in looked.bad())
     return found
 
@@ -300,7 +355,20 @@ def load_latents(
         captioned_by,
         skipped,
         PrepareConfig.model_validate(meta.get("prepare", {})),
+        tuple((height, width) for height, width in meta.get("sizes", ())),
+        _buckets(folder, len(reader)) if "sizes" in meta else None,
     )
+
+
+def _buckets(folder: Path, samples: int) -> np.ndarray:
+    """Of the first samples of a split, (samples,) uint8, mapped."""
+    try:
+        found: np.ndarray = np.load(folder / BUCKETS, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{folder / BUCKETS}: cannot be read: {error}; remove {folder} and start again"
+        ) from error
+    return found[:samples]
 
 
 def load_training(folder: Path, recipe: Recipe) -> LatentSet:
@@ -328,7 +396,8 @@ def channel_statistics(latents: LatentSet) -> tuple[Tensor, Tensor]:
     """
     chosen = evenly(len(latents), STATISTICS)
     sums = []
-    for indices in np.array_split(chosen, -(-len(chosen) // ENCODE_BATCH)):
+    parts = np.array_split(chosen, -(-len(chosen) // ENCODE_BATCH))
+    for indices in (alike for part in parts for alike in latents.of_one_size(part)):
         moments = latents.moments(indices)
         z = latents.scale.sample(moments, torch.zeros_like(moments.mean)).double()
         squares = z.square() + posterior_variance(moments, latents.scale)

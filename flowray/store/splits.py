@@ -5,6 +5,7 @@ left out of them, and the folder with the manifest that `load_latents` opens.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -22,10 +23,19 @@ from flowray.config.writing import write_whole
 from flowray.data.index import load_index
 from flowray.data.shards import MANIFEST
 from flowray.store.encode import Budget
-from flowray.store.latent_shards import Bad, Encoded, LatentShards, Source, bad_row, sources
+from flowray.store.latent_shards import (
+    Bad,
+    Encoded,
+    LatentShards,
+    Source,
+    bad_row,
+    numbers,
+    sources,
+)
 from flowray.store.sums import Sums
 
 BAD_SAMPLES = "bad_samples.jsonl"
+BUCKETS = "buckets.npy"  # the bucket of each sample of a split, (samples,) uint8
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,11 @@ def write_split(split: Split) -> Path:
         meta["prepare"] = split.cache.preparing.model_dump(exclude_defaults=True)
     if split.cache.caption_key is not None:
         meta["caption_key"] = split.cache.caption_key
+    if split.cache.sizes:
+        meta["sizes"] = split.cache.sizes
+        column = io.BytesIO()
+        np.save(column, np.concatenate([numbers(row.buckets) for row in rows]))
+        _write(folder / BUCKETS, column.getvalue())
     shards = [
         {"name": os.path.relpath(split.cache.folder / source.tar, folder), "samples": row.samples}
         for source, row in zip(split.sources, rows, strict=True)
@@ -147,8 +162,8 @@ def write_split(split: Split) -> Path:
         json.dumps({"split": split.name, **bad_row(path, each)}) + "\n" for _, path, each in bad
     )
     manifest = {"meta": meta, "samples": sum(row.samples for row in rows), "shards": shards}
-    _write(folder / BAD_SAMPLES, named)
-    _write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    _write(folder / BAD_SAMPLES, named.encode())
+    _write(folder / MANIFEST, f"{json.dumps(manifest, indent=1)}\n".encode())
     return folder
 
 
@@ -158,11 +173,11 @@ def bad_samples(folders: Iterable[Path]) -> str:
     return "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
-def _write(file: Path, text: str) -> None:
-    """The file, unless it has this text already; an empty one is not made."""
+def _write(file: Path, data: bytes) -> None:
+    """The file, unless it has these bytes already; an empty one is not made."""
     try:
-        if (file.read_text(encoding="utf-8") if file.is_file() else "") != text:
+        if (file.read_bytes() if file.is_file() else b"") != data:
             file.parent.mkdir(exist_ok=True)
-            write_whole(file, text, shared=True)
+            write_whole(file, data, shared=True)
     except OSError as error:
         raise InputError(f"{file}: cannot be written: {error.strerror}") from error

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flowray.config.recipe import Recipe
+from flowray.data.bucket_order import BucketOrder
 from flowray.data.order import EpochOrder
 from flowray.flow.draws import Draws, null_partners, stream_seed
 from flowray.flow.time import time_config, training_times
@@ -29,14 +30,22 @@ Scalars = dict[str, torch.Tensor]
 
 
 class BatchMaker:
-    """Makes this rank's batch of any step, a pure function of (recipe, step)."""
+    """Makes this rank's batch of any step, a pure function of (recipe, step). Where the latents are
+    in buckets a batch is of one, and so of one shape.
+    """
 
     def __init__(self, recipe: Recipe, latents: LatentSet, group: Group):
         self.recipe, self.latents, self.group = recipe, latents, group
-        self.order = EpochOrder(len(latents), recipe.seed)
+        self.order = (
+            EpochOrder(len(latents), recipe.seed)
+            if latents.buckets is None
+            else BucketOrder(latents.buckets, recipe.train.batch_size, recipe.seed)
+        )
 
     def indices(self, step: int) -> np.ndarray:
         """Sample indices of the whole global batch."""
+        if isinstance(self.order, BucketOrder):
+            return self.order(step)
         size = self.recipe.train.batch_size
         return self.order(np.arange(step * size, (step + 1) * size))
 
@@ -44,8 +53,9 @@ class BatchMaker:
         recipe, size, device = self.recipe, self.recipe.train.batch_size, self.group.device
         rows = self.group.rows(size)
         draws = Draws(recipe.seed, step, size, rows, device)
-        shape = recipe.model.latent.shape
         indices = self.indices(step)
+        height, width = self.latents.size(int(indices[0])) or recipe.model.latent.shape[1:]
+        shape = recipe.model.latent.channels, height, width
         null, partner = null_partners(
             draws.uniform_batch("null"), recipe.flow.null_probability, indices.tolist()
         )

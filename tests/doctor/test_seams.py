@@ -237,7 +237,7 @@ BUGS: tuple[tuple[str, str, Callable[[], AbstractContextManager[Any]]], ...] = (
         replacing(
             generate,
             "source_noise",
-            lambda made: lambda model, count, seed, device: made(model, count, 0, device),
+            lambda made: lambda model, count, seed, *rest: made(model, count, 0, *rest),
         ),
     ),
     ("z0", "an amplitude in training", replacing(Posterior, "sample", _amplitude_in_training)),
