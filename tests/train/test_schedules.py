@@ -69,6 +69,15 @@ class Schedule:
     lives: tuple[Life, ...]
 
 
+class Samples(list[None]):
+    """What the order asks of a latent set: how many there are, and that they are of one size."""
+
+    buckets = None
+
+    def __init__(self, count: int):
+        super().__init__([None] * count)
+
+
 def schedule(number: int) -> Schedule:
     draw = random.Random(number)
     if number % LARGE_EVERY:
@@ -107,7 +116,7 @@ def history(told: Schedule) -> tuple[list[list[np.ndarray]], int]:
     trained in vain.
     """
     recipe = recipe_of(told.size, told.seed, told.batch)
-    samples: Any = range(told.size)  # of a latent set the order asks the length alone
+    samples: Any = Samples(told.size)
     survived: list[list[np.ndarray]] = []
     kept = lost = 0
     for life in told.lives:
