@@ -8,6 +8,7 @@ import io
 import json
 import math
 import mmap
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save
@@ -104,7 +105,8 @@ class TarIndex:
 class IndexFile:
     """An index on disk: a safetensors file, of which only the header has been read.
 
-    arrays: name -> (dtype, shape, first byte); size, samples, faults: as TarIndex has them.
+    arrays: name -> (dtype, shape, first byte); size, samples, faults: as TarIndex has them; made:
+    which file it was, by inode and mtime.
     """
 
     path: Path
@@ -112,12 +114,15 @@ class IndexFile:
     samples: int
     arrays: dict[str, tuple[np.dtype[Any], tuple[int, ...], int]]
     faults: dict[int, Fault]
+    made: tuple[int, int]
 
     def open(self) -> TarIndex:
         """Map it; InputError where it does not fit its tar."""
         tar = str(self.path).removesuffix(SUFFIX)
         try:
             with open_own(self.path) as file:
+                if _made(file) != self.made:  # another process has written it since
+                    return self._again(Path(tar))
                 held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             found = {
                 name: np.frombuffer(held, dtype, math.prod(shape), start).reshape(shape)
@@ -126,6 +131,17 @@ class IndexFile:
         except (OSError, ValueError) as error:
             raise InputError(f"shard {tar}: its index cannot be read: {error}") from error
         return _index_of(self.size, found, self.faults)
+
+    def _again(self, tar: Path) -> TarIndex:
+        index = load_index(tar)
+        if (index.size, index.samples) != (self.size, self.samples):
+            raise InputError(f"shard {tar}: changed since it was indexed; start again")
+        return index.open()
+
+
+def _made(file: IO[bytes]) -> tuple[int, int]:
+    stat = os.fstat(file.fileno())
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def _index_of(size: int, arrays: dict[str, np.ndarray], faults: dict[int, Fault]) -> TarIndex:
@@ -280,6 +296,7 @@ def _kept(beside: Path, stamp: str, tar_size: int) -> IndexFile | None:
     """The index file where it is whole and of this tar."""
     try:
         with open_own(beside) as file:
+            made = _made(file)
             length = int.from_bytes(file.read(8), "little")
             size = file.seek(0, io.SEEK_END)
             if length > min(size, _HEADER):
@@ -308,6 +325,6 @@ def _kept(beside: Path, stamp: str, tar_size: int) -> IndexFile | None:
             arrays["firsts"][1] == (samples + 1,) and {"texts", "starts"} <= arrays.keys()
         ):
             return None
-        return IndexFile(beside, tar_size, samples, arrays, faults)
+        return IndexFile(beside, tar_size, samples, arrays, faults, made)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None

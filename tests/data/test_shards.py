@@ -21,6 +21,7 @@ import webdataset
 from safetensors.numpy import load, save
 
 from flowray.config.errors import InputError
+from flowray.data.captions import captions_in
 from flowray.data.index import load_index
 from flowray.data.pictures import equal_pictures, pictures_also_in
 from flowray.data.reader import ShardReader
@@ -230,6 +231,21 @@ def test_kept_index_is_used_and_made_anew_when_the_tar_changes(folder: Path) -> 
         ShardReader([tar]).read(0, "txt")
     hand_tar(tar, [("new.txt", b"hello")])
     assert ShardReader([tar]).keys == ["new"]
+
+
+def test_an_index_that_another_process_makes_anew_is_taken_as_it_is_then(folder: Path) -> None:
+    """It may lie otherwise in its file: here with a column of captions."""
+    tars = find_shards(str(folder))
+    reader, other = ShardReader(tars), ShardReader(tars)
+    for tar in tars:
+        load_index(tar, captions_in)
+    assert [reader.read(i, "txt") for i in range(len(reader))] == [
+        ShardReader(tars).read(i, "txt") for i in range(len(reader))
+    ]
+    hand_tar(tars[0], [("new.txt", b"hello")])
+    ShardReader(tars)
+    with pytest.raises(InputError, match=r"shard-000000.tar: changed since it was indexed"):
+        other.read(0, "txt")
 
 
 def test_an_index_that_cannot_be_kept_is_held(

@@ -148,8 +148,8 @@ def test_every_sample_of_every_epoch_once_in_one_order(first: int) -> None:
         survived, _ = history(told)
         whole = whole_batches(
             recipe_of(told.size, told.seed, told.batch),
-            range(told.size),
-            CPU,  # type: ignore[arg-type]
+            Samples(told.size),  # type: ignore[arg-type]
+            CPU,
         )
         case = f"schedule({number}): {told}"
         assert len(survived) == told.steps, case
