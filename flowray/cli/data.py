@@ -18,7 +18,7 @@ from flowray.cli.progress import IMPORTING, ConsoleProgress
 from flowray.config.cache import cache_dir
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
-from flowray.config.paths import argument, expand
+from flowray.config.paths import argument, expand, is_address, place_argument
 from flowray.config.progress import Progress
 from flowray.config.writing import write_whole
 from flowray.data.captions import LISTS
@@ -27,6 +27,7 @@ from flowray.data.emoji import made_emoji
 from flowray.data.make import ensure_embedded, png
 from flowray.data.pack import LARGEST, pack_folder
 from flowray.data.reader import ShardReader
+from flowray.data.remote_sets import remote_splits
 from flowray.data.shards import EMBEDDED, FETCHED, NAMED, find_shards, splits, tars
 from flowray.data.survey import Survey, contact_sheet, show, survey
 
@@ -51,11 +52,13 @@ def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("pack", help="pack a folder of pictures with captions into shards")
     parser.add_argument(
         "images",
-        type=argument,
+        type=place_argument,
         help=f"folder of pictures, each with a .txt of the same name, or one of {', '.join(LISTS)}",
     )
     parser.add_argument(
-        "out", type=argument, help="folder for the shards; must not exist or be empty"
+        "out",
+        type=place_argument,
+        help="folder for the shards, or s3:// or gs://; must not exist or be empty",
     )
     parser.add_argument(
         "--val",
@@ -82,6 +85,10 @@ def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _pack(args: argparse.Namespace) -> int:
+    if isinstance(args.images, str):
+        raise InputError(
+            f"{args.images}: pictures are packed from a folder; mount the bucket or copy it here"
+        )
     packed = pack_folder(
         args.images,
         args.out,
@@ -96,7 +103,7 @@ def _pack(args: argparse.Namespace) -> int:
     if packed.unread:
         print(f"passed over: {packed.unread}", file=sys.stderr)
     for split, count in packed.samples.items():
-        print(f"{count} samples  {args.out / split if args.val else args.out}")
+        print(f"{count} samples  {args.out}{f'/{split}' if args.val else ''}")
     if packed.left_out:
         print(
             f"{len(packed.left_out)} fault(s), named above: such files are left out",
@@ -135,6 +142,8 @@ def _every_split(spec: str, progress: Progress) -> list[str]:
     """The folders of an embedded set, or of a folder that holds train/, val/, ...; any other
     spec as it is.
     """
+    if is_address(spec):
+        return remote_splits(spec) or [spec]
     if spec in EMBEDDED:
         made = ensure_embedded(spec, cache_dir(None), progress)  # type: ignore[arg-type]
         folders = list(made.values())

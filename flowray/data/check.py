@@ -18,6 +18,7 @@ from flowray.config.progress import SILENT, Progress
 from flowray.data.captions import captions_in
 from flowray.data.decode import EXTENSIONS, UNREAD, decode_rgb, picture_of, unread
 from flowray.data.reader import ShardReader
+from flowray.data.remote import ahead, is_here, opened, shown, stat_of
 from flowray.data.shards import MANIFEST, find_shards, sha256
 
 PICKLES = ("pkl", "pyd", "pickle", "pth", "pt")
@@ -65,7 +66,7 @@ def check_shards(*specs: str, progress: Progress = SILENT) -> ShardCheck:
     found = list(dict.fromkeys(path.absolute() for spec in specs for path in find_shards(spec)))
     checker = _Checker(Path(os.path.commonpath([path.parent for path in found])))
     with progress.task("checking shards", len(found)) as advance:
-        for path in found:
+        for path in ahead(found):
             checker.shard(path)
             advance()
     return checker.finish()
@@ -92,9 +93,15 @@ class _Checker:
     def shard(self, path: Path) -> None:
         name = self.name(path)
         self.result.shards += 1
-        self.result.bytes += path.stat().st_size
+        self.result.bytes += stat_of(path)[0]
+        try:
+            if not is_here(path):
+                opened(path).close()
+        except InputError as error:
+            self.bad(name, "", str(error).removeprefix(f"shard {shown(path)}: "))
+            return
         _compare_with_manifest(path, self)
-        if not path.stat().st_size:
+        if not stat_of(path)[0]:
             self.bad(name, "", "0 bytes, read as a shard without samples; was it copied whole?")
             return
         try:
@@ -188,11 +195,11 @@ def _compare_with_manifest(path: Path, checker: _Checker) -> None:
         row = rows.get(path.name)
         if row is None:
             checker.bad(checker.name(path), "", f"not in {MANIFEST}")
-        elif row["bytes"] != path.stat().st_size:
+        elif row["bytes"] != stat_of(path)[0]:
             checker.bad(
                 checker.name(path),
                 "",
-                f"{path.stat().st_size} bytes, but {MANIFEST} says {row['bytes']}",
+                f"{stat_of(path)[0]} bytes, but {MANIFEST} says {row['bytes']}",
             )
         elif row["sha256"] != sha256(path):
             checker.bad(

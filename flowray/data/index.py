@@ -22,6 +22,7 @@ from safetensors.numpy import save
 from flowray.config.errors import InputError
 from flowray.config.writing import write_whole
 from flowray.data.folders import is_clutter
+from flowray.data.remote import opened, remote_of, stat_of
 
 BLOCK = 512  # tar members start and are padded at multiples of this, bytes
 SUFFIX = ".index"  # of the file beside a tar
@@ -97,7 +98,7 @@ def scan_tar(path: Path) -> TarIndex:
     rows: dict[str, dict[str, tuple[int, int]]] = {}
     key = ""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             size = file.seek(0, io.SEEK_END)
             if not size:
                 return _index(0, rows)
@@ -169,13 +170,8 @@ def load_index(path: Path) -> TarIndex | IndexFile:
     """The index of a tar, kept beside it as `NAME.tar.index` and made anew when the tar's size or
     mtime has changed; in memory where that folder cannot be written.
     """
-    beside = path.with_name(path.name + SUFFIX)
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise InputError(f"shard {path}: cannot be read: {error.strerror}") from error
-    stamp = {"tar": f"{_VERSION} {stat.st_size} {stat.st_mtime_ns}"}
-    if (kept := _kept(beside, stamp, stat.st_size)) is not None:
+    beside, stamp, size = _beside(path)
+    if (kept := _kept(beside, stamp, size)) is not None:
         return kept
     index = scan_tar(path)
     # with their dots, so that no extension is taken for `names` or `ends`
@@ -183,7 +179,31 @@ def load_index(path: Path) -> TarIndex | IndexFile:
     arrays = {"names": index.names, "ends": index.ends, **tables}
     with suppress(OSError):
         write_whole(beside, save(arrays, metadata=stamp), shared=True)
-    return _kept(beside, stamp, stat.st_size) or index
+    return _kept(beside, stamp, size) or index
+
+
+def is_indexed(path: Path) -> bool:
+    """Whether `load_index` finds an index of the tar as it is."""
+    return _kept(*_beside(path)) is not None
+
+
+def samples_in(path: Path) -> int:
+    """How many samples a tar has; of a remote one its manifest may know, so that it need not be
+    fetched.
+    """
+    remote = remote_of(path)
+    known = remote.samples if remote else None
+    return load_index(path).samples if known is None else known
+
+
+def _beside(path: Path) -> tuple[Path, dict[str, str], int]:
+    """The file of a tar's index, what it says of the tar, and the tar's size."""
+    try:
+        size, mtime_ns = stat_of(path)
+    except OSError as error:
+        raise InputError(f"shard {path}: cannot be read: {error.strerror}") from error
+    stamp = {"tar": f"{_VERSION} {size} {mtime_ns}"}
+    return path.with_name(path.name + SUFFIX), stamp, size
 
 
 def _kept(beside: Path, stamp: dict[str, str], tar_size: int) -> IndexFile | None:

@@ -21,7 +21,7 @@ from flowray.data.captions import captions_of
 from flowray.data.decode import EXTENSIONS, UNREAD, decode_rgb, unread
 from flowray.data.folders import is_clutter
 from flowray.data.make import png
-from flowray.data.shards import fill_folder, whole_folder
+from flowray.data.shards import fill_folder, whole_set
 
 SUFFIXES = tuple(f".{extension}" for extension in EXTENSIONS)
 LARGEST = 4096  # px a side; no published text-to-image model makes larger ones
@@ -43,7 +43,7 @@ class Packed:
 
 def pack_folder(
     images: Path,
-    out: Path,
+    out: Path | str,
     size: int | None,
     *,
     val: float = 0.0,
@@ -62,8 +62,8 @@ def pack_folder(
     val: share in [0, 1) that goes to `out/val`, the rest to `out/train`; 0: everything to `out`. A
     sample's key, and so its side, depends on its path alone: files added later move no other.
     skip_bad: leave out what has no caption or does not decode.
-    `out` is there whole or not at all. InputError, one line: no pictures, a split without samples,
-    the first bad file.
+    `out`, a folder or an address, is there whole or not at all. InputError, one line: no pictures,
+    a split without samples, the first bad file.
     """
     if size is not None and not 1 <= size <= LARGEST:
         raise InputError(f"size {size}: want 1 to {LARGEST} px, the side of a picture")
@@ -101,14 +101,16 @@ def pack_folder(
             row = json.dumps({"captions": text, "source": name}).encode()
             yield {"__key__": key_of(name), "png": data, "txt": text[0].encode(), "json": row}
 
-    with whole_folder(out) as partial:
+    with whole_set(out) as (partial, take):
         for split, paths in splits.items():
             folder = partial / split if val else partial
             folder.mkdir(exist_ok=True)
             meta = {"source": images.name, "size": size, "split": split, "val": val}
             with progress.task(f"packing {split} pictures", len(paths)) as advance:
                 told = counted(paths, advance)
-                count = fill_folder(folder, samples(told), per_shard=per_shard, meta=meta)
+                count = fill_folder(
+                    folder, samples(told), per_shard=per_shard, meta=meta, take=take
+                )
             if not count:
                 raise _nothing_packed(packed.left_out, skip_bad)
             packed.samples[split] = count

@@ -21,9 +21,11 @@ import numpy as np
 
 from flowray.config.errors import InputError
 from flowray.data.captions import captions_in
-from flowray.data.index import BLOCK, IndexFile, TarIndex, load_index
+from flowray.data.index import BLOCK, IndexFile, TarIndex, is_indexed, load_index
+from flowray.data.remote import ahead, opened, remote_of
 
 OPEN_SHARDS = 128  # mapped at a time: each holds two file descriptors
+OPEN_REMOTE = 4  # where shards are fetched: one that has made room takes room while it is mapped
 
 
 class ShardReader:
@@ -43,9 +45,13 @@ class ShardReader:
         self._indexes: list[TarIndex | IndexFile] = []
         self._opened: dict[int, tuple[np.ndarray, TarIndex]] = {}
         self._sound = set[int]()
+        self._most = OPEN_REMOTE if any(map(remote_of, self.paths)) else OPEN_SHARDS
         self._opening = threading.Lock()
         count = 0
-        for path in self.paths:
+        every = iter(self.paths)
+        if limit is None:
+            every = ahead(self.paths, lambda path: not is_indexed(path))
+        for path in every:
             if limit is not None and count >= limit:
                 break
             self._indexes.append(load_index(path))
@@ -133,7 +139,7 @@ class ShardReader:
         with self._opening:
             opened = self._opened.get(shard)
             if opened is None:
-                if len(self._opened) >= OPEN_SHARDS:
+                if len(self._opened) >= self._most:
                     self._opened.pop(next(iter(self._opened)), None)
                 path, index = self.paths[shard], self._indexes[shard].open()
                 if shard not in self._sound:
@@ -243,7 +249,7 @@ def _refuse_unfit(path: Path, index: TarIndex) -> None:
 
 def _mapped(path: Path, size: int) -> np.ndarray:
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise InputError(f"shard {path}: cannot be read: {error}") from error

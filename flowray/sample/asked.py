@@ -20,6 +20,7 @@ from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.data.pictures import one_size, pictures_also_in
 from flowray.data.reader import ShardReader
+from flowray.data.remote import RemoteCache
 from flowray.data.shards import find_shards
 from flowray.sample.judges import LATENTS
 from flowray.sample.neighbours import CAPTIONS, PICTURES, Choices, Values
@@ -219,7 +220,7 @@ def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SI
     shards = split_shards(recipe.data, progress)
     held_out = "val"
     if choices.held_out:
-        given = find_shards(choices.held_out)
+        given = find_shards(choices.held_out, RemoteCache.of(recipe.data))
         held_out = _split_of(given, shards)
         shards = shards | {held_out: shards.get(held_out, given)}
     with progress.task("reading what the samples say"):

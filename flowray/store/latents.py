@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -33,12 +34,13 @@ from flowray.data import decode
 from flowray.data.emoji import made_emoji
 from flowray.data.make import ensure_embedded, unmade_samples
 from flowray.data.reader import ShardReader
+from flowray.data.remote import RemoteCache, is_here
 from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, are_plain, find_shards
 from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
 from flowray.model.latent import LatentScale, Moments
 from flowray.store.apart import apart
 from flowray.store.encode import ENCODE_BATCH, Encoding, encode, posterior_variance
-from flowray.store.latent_shards import LatentShards
+from flowray.store.latent_shards import LatentShards, sources
 from flowray.store.splits import BAD_SAMPLES, folder_of, look_at, write_split
 from flowray.store.sums import Sums
 
@@ -98,12 +100,13 @@ def split_shards(data: DataConfig, progress: Progress = SILENT) -> dict[str, tup
     if data.shards in FETCHED:
         folders = made_emoji(data.shards, cache_dir(data.cache))
         return {split: find_shards(str(folder)) for split, folder in folders.items()}
-    train = find_shards(data.shards)  # first: of a misspelt set nothing is held out either
+    remote = RemoteCache.of(data)
+    train = find_shards(data.shards, remote)  # first: of a misspelt set nothing is held out either
     if data.val_shards is None:
         raise InputError(
             "data.val_shards: not given; probes need held-out shards beside data.shards"
         )
-    return {"train": train, "val": find_shards(data.val_shards)}
+    return {"train": train, "val": find_shards(data.val_shards, remote)}
 
 
 def pictures_fingerprint(reader: ShardReader, sums: Sums) -> str:
@@ -171,7 +174,7 @@ def ensure_latents(
             looked = look_at(data, cache, split, shards, progress)
         if missing := looked.missing():
             with progress.task(f"looking through the {split} samples"):
-                reader = ShardReader([source.path for source in looked.sources])
+                reader = ShardReader(_at_hand([source.path for source in looked.sources]))
             if text and not folders:
                 _check_captions(text, reader, progress)
             count, budget = looked.pictures(missing), looked.budget(data.max_bad)
@@ -184,6 +187,11 @@ def ensure_latents(
         if missing and (warning := channel_warning(channel_metrics(load_latents(folders[split])))):
             progress.say(warning)
     return folders
+
+
+def _at_hand(paths: Sequence[Path]) -> Sequence[Path]:
+    """Those that need not be fetched, or else the first."""
+    return [path for path in paths if is_here(path)] or paths[:1]
 
 
 def ensure_latents_apart(recipe: Recipe, progress: Progress = SILENT) -> None:
@@ -234,6 +242,13 @@ def unencoded(data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSp
     cache = _latent_shards(data, autoencoder, latent)
     looked = [look_at(data, cache, *split) for split in split_shards(data).items()]
     return sum(split.pictures(split.missing()) for split in looked)
+
+
+def are_encoded(data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSpec) -> bool:
+    """Whether all shards of all splits have their latents; none is opened."""
+    cache, sums = _latent_shards(data, autoencoder, latent), Sums(cache_dir(data.cache))
+    splits = split_shards(data).values()
+    return all(cache.find(source) for shards in splits for source in sources(shards, sums))
 
 
 def skipped_places(
