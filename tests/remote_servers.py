@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -28,8 +28,8 @@ from flowray.data import remote
 
 BUCKET = "pictures"
 KEYS = {
-    "AWS_ACCESS_KEY_ID": "nobody",
-    "AWS_SECRET_ACCESS_KEY": "nothing",
+    "AWS_ACCESS_KEY_ID": "AKIAXXTESTONLY",
+    "AWS_SECRET_ACCESS_KEY": "kept-to-itself",
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
@@ -169,6 +169,7 @@ class _Proxy(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Content-Length", length)
         self.end_headers()
-        self.wfile.write(data[:cut])
+        with suppress(ConnectionError):  # who fetches ahead may have ended
+            self.wfile.write(data[:cut])
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on

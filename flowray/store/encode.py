@@ -203,6 +203,7 @@ class Encoding:
                 advance(samples_in(path))
                 continue
             reader = ShardReader([path])
+            reader.key(0)  # mapped at once: a fetched shard may make room before a thread opens it
             for start in range(0, len(reader), ENCODE_BATCH):
                 indices = range(start, min(start + ENCODE_BATCH, len(reader)))
                 samples = [pool.submit(_decode, reader, i, size) for i in indices]
