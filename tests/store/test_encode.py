@@ -65,13 +65,13 @@ def shards_of(data: DataConfig) -> Path:
 def whole(data: DataConfig) -> dict[str, tuple[int, int]]:
     """Latent shards that a start finds -> inode and mtime."""
     at = Path(str(data.cache)).glob("latents-*/shards/*.json")
-    tars = [file.with_suffix(".tar") for file in at if not file.name.endswith(".index.json")]
+    tars = [file.with_suffix(".tar") for file in at if not file.name.endswith(".index")]
     return {tar.name: (tar.stat().st_ino, tar.stat().st_mtime_ns) for tar in tars}
 
 
 def content(data: DataConfig) -> dict[str, bytes]:
     """Latent shards and their JSONs, by name."""
-    files = [file for file in shards_of(data).iterdir() if not file.name.endswith(".index.json")]
+    files = [file for file in shards_of(data).iterdir() if not file.name.endswith(".index")]
     return {file.name: file.read_bytes() for file in files}
 
 
