@@ -19,7 +19,7 @@ from flowray.config.cache import cache_dir
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
-from flowray.config.paths import argument, expand
+from flowray.config.paths import argument, expand, is_address, place_argument
 from flowray.config.prepare import WHITE, PrepareConfig
 from flowray.config.progress import Progress
 from flowray.config.writing import write_whole
@@ -28,6 +28,7 @@ from flowray.data.emoji import made_emoji
 from flowray.data.make import ensure_embedded, png
 from flowray.data.pack import LARGEST, LEFT_OUT, Packed, pack_folder
 from flowray.data.reader import ShardReader
+from flowray.data.remote_sets import remote_splits
 from flowray.data.shards import EMBEDDED, FETCHED, NAMED, find_shards, splits, tars
 from flowray.data.survey import Survey, contact_sheet, show, survey
 
@@ -52,11 +53,13 @@ def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("pack", help="pack pictures with captions into shards")
     parser.add_argument(
         "images",
-        type=argument,
+        type=place_argument,
         help="folder of pictures with a .txt each or a list (docs/data.md), .parquet, HF dataset",
     )
     parser.add_argument(
-        "out", type=argument, help="folder for the shards; must not exist or be empty"
+        "out",
+        type=place_argument,
+        help="folder, s3:// or gs:// for the shards; empty or not there",
     )
     add = parser.add_argument
     add("--val", type=float, default=0.0, metavar="X", help="share for OUT/val, such as 0.05")
@@ -97,6 +100,10 @@ def _pack(args: argparse.Namespace) -> int:
         min_size=args.min_size,
         max_aspect=args.max_aspect,
     )
+    if isinstance(args.images, str):
+        raise InputError(
+            f"{args.images}: pictures are packed from a folder; mount the bucket or copy it here"
+        )
     packed = pack_folder(
         args.images,
         args.out,
@@ -111,11 +118,11 @@ def _pack(args: argparse.Namespace) -> int:
     )
     _say_left_out(packed, args.out)
     for split, count in packed.samples.items():
-        print(f"{count} samples  {args.out if split == 'all' else args.out / split}")
+        print(f"{count} samples  {args.out}{'' if split == 'all' else f'/{split}'}")
     return GOOD
 
 
-def _say_left_out(packed: Packed, out: Path) -> None:
+def _say_left_out(packed: Packed, out: Path | str) -> None:
     lines = [f"left out: {fault}" for fault in packed.left_out]
     if packed.unread:
         lines.append(f"passed over: {packed.unread}")
@@ -123,7 +130,7 @@ def _say_left_out(packed: Packed, out: Path) -> None:
         lines.append(f"{len(packed.left_out)} fault(s), named above: such files are left out")
     if packed.filtered:
         lines.append(
-            f"{packed.told()}, first {packed.filtered[0]}; {out / LEFT_OUT} names all of them"
+            f"{packed.told()}, first {packed.filtered[0]}; {out}/{LEFT_OUT} names all of them"
         )
     for line in lines:
         print(line, file=sys.stderr)
@@ -166,6 +173,8 @@ def _every_split(spec: str, progress: Progress) -> list[str]:
     """The folders of an embedded set, or of a folder that holds train/, val/, ...; any other
     spec as it is.
     """
+    if is_address(spec):
+        return remote_splits(spec) or [spec]
     if spec in EMBEDDED:
         made = ensure_embedded(spec, cache_dir(None), progress)  # type: ignore[arg-type]
         folders = list(made.values())

@@ -20,7 +20,7 @@ from flowray.cli.eval_neighbours import show_neighbours
 from flowray.cli.parser import Parser, add_run, whole_number
 from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
-from flowray.config.paths import argument
+from flowray.config.paths import argument, expand
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import CHECKED, LEFT_OPEN
@@ -89,7 +89,7 @@ def _parser() -> Parser:
         )
     others.add_argument(
         "--held-out",
-        type=argument,
+        type=expand,
         metavar="SHARDS",
         help="pictures whose captions are drawn (default data.val_shards)",
     )
@@ -219,7 +219,7 @@ def main(argv: list[str]) -> int:
             label=args.label,
             attributes=tuple(args.attribute or ()),
             group=args.group,
-            held_out=str(args.held_out) if args.held_out else None,
+            held_out=args.held_out or None,
         ),
     )
     if args.json:

@@ -12,6 +12,7 @@ from pathlib import Path
 from flowray.config.base import LatentSpec
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
+from flowray.config.paths import is_address
 from flowray.config.recipe import Recipe
 from flowray.data.prepare import Preparation
 from flowray.data.reader import ShardReader
@@ -113,12 +114,16 @@ def check_shards(recipe: Recipe) -> None:
     """
     from flowray.data.make import picture_side
     from flowray.data.pictures import one_size
-    from flowray.store.latents import split_shards
+    from flowray.store.latents import are_encoded, split_shards
 
     if recipe.data.shards in EMBEDDED:
         side = picture_side(recipe.data.shards)
         _check_latent(recipe, side, side)
         return
+    if is_address(recipe.data.shards):
+        with suppress(InputError):  # what is wrong with it is said below, or by another check
+            if are_encoded(recipe.data, recipe.model.autoencoder, recipe.model.latent):
+                return  # nothing is fetched to be looked at again
     splits = split_shards(recipe.data)
     if recipe.data.aspect_ratios:  # training pictures are of many sizes
         del splits["train"]

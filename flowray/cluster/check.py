@@ -26,7 +26,7 @@ from flowray.cluster.ray_private import HEAD
 from flowray.cluster.storage import marker_file, problem_here
 from flowray.cluster.verdict import MEGABYTE, PACKAGES, PAYLOAD_BYTES, ClusterFacts, NodeFacts
 from flowray.config.errors import last_line
-from flowray.config.paths import storage_place
+from flowray.config.paths import is_address, storage_place
 from flowray.config.progress import Progress, counted
 from flowray.data.shards import find_shards
 from flowray.tune.plan import Node
@@ -86,9 +86,11 @@ class Prober:
         speed = 2 * STORED_BYTES / MEGABYTE / max(time.perf_counter() - start, 1e-9)
         return "" if whole else "what was written there reads back differently", speed
 
-    def shards(self, paths: list[Path]) -> int:
-        """How many of `paths` are files here."""
-        return sum(path.is_file() for path in paths)
+    def shards(self, asked: list[Path] | str) -> int:
+        """How many of these paths are files here, or how many shards an address has from here."""
+        if isinstance(asked, str):
+            return len(find_shards(asked))
+        return sum(path.is_file() for path in asked)
 
     def give(self) -> np.ndarray:
         """An object to fetch, of PAYLOAD_BYTES."""
@@ -141,15 +143,14 @@ def gather(storage: Path, data: str | None, progress: Progress, workers: int = 0
     """
     tried = storage_place(storage)
     shards = [path.absolute() for path in find_shards(data)] if data else None
+    asked = data if data and is_address(data) else shards
     with _brought_up(workers, progress) as missing, _places() as places:
         asking = f"asking the nodes: versions, GPUs, clock, storage{', data' if shards else ''}"
         with (
             marker_file(tried, make=False) as marker,
             progress.task(asking, len(places)) as advance,
         ):
-            facts = [
-                _node_facts(place, tried, marker, shards) for place in counted(places, advance)
-            ]
+            facts = [_node_facts(place, tried, marker, asked) for place in counted(places, advance)]
         sound = [place for place, node in zip(places, facts, strict=True) if not node.error]
         with progress.task("sending from node to node"):
             links = list(_links(sound))
@@ -234,14 +235,16 @@ def _places() -> Iterator[list[_Place]]:
             ray.kill(place.actor)
 
 
-def _node_facts(place: _Place, storage: Path, marker: str, shards: list[Path] | None) -> NodeFacts:
+def _node_facts(
+    place: _Place, storage: Path, marker: str, asked: list[Path] | str | None
+) -> NodeFacts:
     facts = NodeFacts(place.name, ray_gpus=place.gpus)
     try:
         facts.versions = place.ask("versions")
         facts.gpus, facts.cuda_problem = place.ask("gpus", place.gpus)
         facts.skew_s, facts.skew_error_s = skew(lambda: place.ask("clock"))
         facts.storage_problem, facts.storage_mb_s = place.ask("storage", storage, marker)
-        facts.shards = None if shards is None else place.ask("shards", shards)
+        facts.shards = None if asked is None else place.ask("shards", asked)
     except Exception as error:  # whatever it was, it is this node's finding
         facts.error = last_line(str(error))[:200] or type(error).__name__
     return facts

@@ -33,6 +33,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _STARTS = ("/", "~", "$", "./", "../")
 _FILES = (".bin", ".ckpt", ".gguf", ".json", ".pt", ".pth", ".safetensors", ".tar", ".yaml", ".yml")
 
+# the addresses that shards may have
+PROTOCOLS = ("s3", "gs", "hf", "https", "http")
+
 Value = TypeVar("Value")
 
 
@@ -43,6 +46,7 @@ class PathField:
     names: what is a name and no path, such as `embedded`.
     hub: `org/name` may be a model of the Hugging Face hub.
     pattern: may hold the wildcards of `glob`.
+    remote: may be an address (`s3://...`).
     root: of what is written: the environment variable of the folder of relative paths, which is the
     working directory where that is not set.
     run: a run or sweep that is there already; one not found from that folder is looked for from the
@@ -52,14 +56,15 @@ class PathField:
     names: tuple[str, ...] = ()
     hub: bool = False
     pattern: bool = False
+    remote: bool = False
     root: str = ""
     run: bool = False
 
 
 OptionalPath = Annotated[str | None, PathField()]
 SETS = ("shapes", "shapes_closed", "digits", "emoji_64", "emoji_128", "emoji_256")
-ShardsPath = Annotated[str, PathField(names=SETS, pattern=True)]
-OptionalShards = Annotated[str | None, PathField(pattern=True)]
+ShardsPath = Annotated[str, PathField(names=SETS, pattern=True, remote=True)]
+OptionalShards = Annotated[str | None, PathField(pattern=True, remote=True)]
 StoragePath = Annotated[str, PathField(root=STORAGE)]
 RunPaths = Annotated[tuple[str, ...], PathField(root=STORAGE, run=True)]
 SHIPPED = ("embedded", "embedded_emoji")  # the models in the package
@@ -77,6 +82,31 @@ def path_field(field: FieldInfo) -> PathField | None:
 def looks_like_path(text: str) -> bool:
     """Whether a text can only be a path: its beginning, a slash in it, or a file's ending."""
     return text.startswith(_STARTS) or "/" in text or text.lower().endswith(_FILES)
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an address, of whatever protocol, and no path."""
+    return "://" in text
+
+
+def address(text: str) -> str:
+    """The address of shards, without a last slash; InputError, which never repeats a secret, where
+    the protocol is another one or credentials stand in it: it is written into the files of a run.
+    """
+    protocol, _, rest = text.partition("://")
+    if protocol not in PROTOCOLS:
+        got = f"{protocol}://" if re.fullmatch(r"[a-z0-9+.-]{1,20}", protocol) else "an address"
+        raise InputError(f"got {got}, want a folder, or {'://, '.join(PROTOCOLS)}://")
+    host = rest.partition("/")[0]
+    if "@" in host or (protocol.startswith("http") and re.search("[?#]", rest)):
+        end = host.rpartition("@")[2].partition("?")[0].partition("#")[0]
+        raise InputError(
+            f"got {protocol}://{end}... with a name, a password or a query in it, which would be"
+            " written into the files of a run; credentials belong in the environment"
+        )
+    if not host:
+        raise InputError(f"got {text!r}, want {protocol}:// and a place")
+    return text.rstrip("/")
 
 
 def is_hub_name(text: str, *folders: Path) -> bool:
@@ -158,7 +188,9 @@ def absolute(text: str, field: PathField, *folders: Path) -> str:
     """
     if text in field.names:
         return text
-    if "://" in text:
+    if is_address(text):
+        if field.remote:
+            return address(expand(address(text)))
         mounted = "a folder; mount it on every node and type its path"
         instead = "the hub's name (org/name) or a folder" if field.hub else mounted
         raise InputError(f"got {text!r}, want {instead}")
@@ -277,6 +309,12 @@ def argument(text: str) -> Path:
     The shell leaves `~` and variables inside quotes, and in `--option=~/x`, as they are.
     """
     return Path(expand(text))
+
+
+def place_argument(text: str) -> Path | str:
+    """A folder or an address from the command line."""
+    whole = expand(text)
+    return address(whole) if is_address(whole) else Path(whole)
 
 
 def model_argument(text: str) -> str:

@@ -19,6 +19,7 @@ _KEPT = ("seed", "data", "model")
 _FREE = (
     "data.cache",
     "data.max_bad",
+    "data.remote_cache_gb",
     "model.autoencoder.parameters",
     "model.text.cache",
     "model.text.cache_gib",

@@ -25,7 +25,8 @@ class DataConfig(Config):
     """Where the pictures come from.
 
     shards: `shapes`, `shapes_closed` or `digits` (made on first use), `emoji_64`, `emoji_128` or
-    `emoji_256` (as `flowray.data make emoji` made them), or a folder or glob of webdataset tars.
+    `emoji_256` (as `flowray.data make emoji` made them), a folder or glob of webdataset tars, or
+    an address of these: `s3://`, `gs://`, `hf://`, `https://`.
     val_shards: the held-out shards; the named sets bring their own.
     cache: where embedded shards and cached latents live; unless FLOWRAY_CACHE says otherwise,
     `flowray` in XDG_CACHE_HOME or ~/.cache, and where that cannot be written, in the temporary
@@ -35,6 +36,14 @@ class DataConfig(Config):
     shards: ShardsPath = "shapes"
     val_shards: OptionalShards = None
     cache: OptionalPath = None
+    remote_cache_gb: float = Field(
+        20.0,
+        gt=0,
+        description=(
+            "how much of shards that have an address the cache keeps at most, in 1e9 bytes; those"
+            " used longest ago go first"
+        ),
+    )
     limit: int | None = Field(None, gt=0, description="use only the first `limit` samples")
     max_bad: float = Field(
         0.001,

@@ -17,8 +17,8 @@ from flowray.config.progress import SILENT, Progress
 from flowray.data.arrays import read_npy
 from flowray.data.captions import captions_in
 from flowray.data.decode import EXTENSIONS, UNREAD, decode_rgb, picture_of, unread
-from flowray.data.folders import shard_stat
 from flowray.data.reader import ShardReader
+from flowray.data.remote import ahead, is_here, opened, shown, stat_of
 from flowray.data.shards import MANIFEST, find_shards, sha256
 
 PICKLES = ("pkl", "pyd", "pickle", "pth", "pt")
@@ -70,7 +70,7 @@ def check_shards(
     folder = Path(os.path.commonpath([path.parent for path in found]))
     checker = _Checker(folder, caption_key)
     with progress.task("checking shards", len(found)) as advance:
-        for path in found:
+        for path in ahead(found):
             checker.shard(path)
             advance()
     return checker.finish()
@@ -99,8 +99,10 @@ class _Checker:
         name = self.name(path)
         self.result.shards += 1
         try:
-            size = shard_stat(path).st_size
+            size, _ = stat_of(path)
             self.result.bytes += size
+            if not is_here(path):
+                opened(path).close()
             _compare_with_manifest(path, self)
             if not size:
                 self.bad(name, "", "0 bytes, read as a shard without samples; was it copied whole?")
@@ -115,7 +117,8 @@ class _Checker:
                 read = {e: reader.read(i, e) for e in has if e in _READ or e.endswith("npy")}
                 self.sample(name, reader.key(i), has, read)
         except InputError as error:
-            if (what := str(error).removeprefix(f"shard {path}: ")) != str(error):
+            what = str(error).removeprefix(f"shard {path}: ").removeprefix(f"shard {shown(path)}: ")
+            if what != str(error):
                 self.bad(name, "", what)
             # else it has no samples
 
@@ -204,11 +207,11 @@ def _compare_with_manifest(path: Path, checker: _Checker) -> None:
         row = rows.get(path.name)
         if row is None:
             checker.bad(checker.name(path), "", f"not in {MANIFEST}")
-        elif row["bytes"] != path.stat().st_size:
+        elif row["bytes"] != stat_of(path)[0]:
             checker.bad(
                 checker.name(path),
                 "",
-                f"{path.stat().st_size} bytes, but {MANIFEST} says {row['bytes']}",
+                f"{stat_of(path)[0]} bytes, but {MANIFEST} says {row['bytes']}",
             )
         elif row["sha256"] != sha256(path):
             checker.bad(

@@ -25,7 +25,8 @@ from flowray.config.errors import InputError
 from flowray.config.jsons import parse_json
 from flowray.config.writing import write_whole
 from flowray.data.column import CaptionColumn, CaptionsOf, caption_arrays, column_of
-from flowray.data.folders import is_clutter, open_own, shard_stat
+from flowray.data.folders import is_clutter, open_own
+from flowray.data.remote import opened, remote_of, stat_of
 
 BLOCK = 512  # tar members start and are padded at multiples of this, bytes
 SUFFIX = ".index"  # of the file beside a tar
@@ -157,7 +158,7 @@ def scan_tar(path: Path) -> TarIndex:
     names end in too many ways.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
             begins = file.read(BLOCK)
@@ -266,10 +267,8 @@ def load_index(path: Path, captions_of: CaptionsOf | None = None) -> TarIndex | 
 
     captions_of: have a column of its captions too, made from the tar where the index has none.
     """
-    beside = path.with_name(path.name + SUFFIX)
-    stat = shard_stat(path)
-    stamp = f"{_VERSION} {stat.st_size} {stat.st_mtime_ns}"
-    kept = _kept(beside, stamp, stat.st_size)
+    beside, stamp, size = _beside(path)
+    kept = _kept(beside, stamp, size)
     if kept is not None and (captions_of is None or "firsts" in kept.arrays):
         return kept
     index = scan_tar(path) if kept is None else kept.open()
@@ -281,12 +280,32 @@ def load_index(path: Path, captions_of: CaptionsOf | None = None) -> TarIndex | 
     with suppress(OSError):
         told = json.dumps([stamp, list(index.faults.items())])
         write_whole(beside, save(arrays, metadata={_TAR: told}), shared=True)
-    return _kept(beside, stamp, stat.st_size) or _index_of(index.size, arrays, index.faults)
+    return _kept(beside, stamp, size) or _index_of(index.size, arrays, index.faults)
+
+
+def is_indexed(path: Path) -> bool:
+    """Whether `load_index` finds an index of the tar as it is."""
+    return _kept(*_beside(path)) is not None
+
+
+def samples_in(path: Path) -> int:
+    """How many samples a tar has; of a remote one its manifest may know, so that it need not be
+    fetched.
+    """
+    remote = remote_of(path)
+    known = remote.samples if remote else None
+    return load_index(path).samples if known is None else known
+
+
+def _beside(path: Path) -> tuple[Path, str, int]:
+    """The file of a tar's index, what it says of the tar, and the tar's size."""
+    size, mtime_ns = stat_of(path)
+    return path.with_name(path.name + SUFFIX), f"{_VERSION} {size} {mtime_ns}", size
 
 
 def _caption_arrays(path: Path, index: TarIndex, captions_of: CaptionsOf) -> dict[str, np.ndarray]:
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return caption_arrays(file, index.samples, index.members, captions_of)
     except OSError as error:
         raise InputError(f"shard {path}: cannot be read: {error.strerror}") from error

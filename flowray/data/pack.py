@@ -19,7 +19,7 @@ from flowray.config.prepare import PrepareConfig
 from flowray.config.progress import SILENT, Progress, counted
 from flowray.data.make import png
 from flowray.data.prepare import Filtered, Preparation
-from flowray.data.shards import fill_folder, whole_folder
+from flowray.data.shards import fill_folder, whole_set
 from flowray.data.sources import Row, open_source
 
 LARGEST = 4096  # px a side; no published text-to-image model makes larger ones
@@ -69,7 +69,7 @@ class Packed:
 
 def pack_folder(
     images: Path,
-    out: Path,
+    out: Path | str,
     size: int | None,
     *,
     val: float = 0.0,
@@ -96,8 +96,8 @@ def pack_folder(
     later move no other. Splits that the source has are kept; the share is one of its `train`.
     skip_bad: leave out what has no caption or does not decode. workers: threads, by default one a
     usable core; the shards are the same for any number.
-    `out` is there whole or not at all. InputError, one line: no pictures, a split without samples,
-    the first bad file.
+    `out`, a folder or an address, is there whole or not at all. InputError, one line: no pictures,
+    a split without samples, the first bad file.
     """
     if size is not None and not 1 <= size <= LARGEST:
         raise InputError(f"size {size}: want 1 to {LARGEST} px, the side of a picture")
@@ -117,7 +117,7 @@ def pack_folder(
     splits = _splits(source.rows, val)
     load = _Load(images if images.is_dir() else images.parent, prepared)
     made_of = {"source": images.name, "size": size, "val": val, "prepare": config.model_dump()}
-    with whole_folder(out) as partial:
+    with whole_set(out) as (partial, take):
         for split, rows in splits.items():
             folder = partial if split == "all" else partial / split
             folder.mkdir(exist_ok=True)
@@ -128,7 +128,7 @@ def pack_folder(
                 closing(in_order(load, work, workers or usable_cores())) as loaded,
             ):
                 made = _samples(counted(loaded, advance), packed, skip_bad)
-                count = fill_folder(folder, made, per_shard=per_shard, meta=meta)
+                count = fill_folder(folder, made, per_shard=per_shard, meta=meta, take=take)
             if not count:
                 raise _nothing_packed(packed, skip_bad)
             packed.samples[split] = count

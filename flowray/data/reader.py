@@ -25,9 +25,11 @@ from flowray.config.errors import InputError
 from flowray.data.arrays import npy_head, read_npy
 from flowray.data.captions import captions_in
 from flowray.data.column import PAIR, CaptionColumn
-from flowray.data.index import Fault, IndexFile, TarIndex, load_index
+from flowray.data.index import Fault, IndexFile, TarIndex, is_indexed, load_index
+from flowray.data.remote import ahead, opened, remote_of
 
 OPEN_SHARDS = 4096  # mapped at a time at most: the kernel allows 65530 maps in all
+OPEN_REMOTE = 4  # where shards are fetched: one that has made room takes room while it is mapped
 _HEAD = 2**16  # bytes of a .npy file's head at most, far more than numpy reads
 _FILES = 8  # a shard holds two file descriptors, and a run has several sets open
 
@@ -66,11 +68,14 @@ class ShardReader:
         self.without = frozenset(int(place) for place in without)
         self._indexes: list[TarIndex | IndexFile] = []
         self._opened: dict[int, _Shard] = {}
-        self._most = _open_shards()
         self._sound = set[int]()
+        self._most = OPEN_REMOTE if any(map(remote_of, self.paths)) else _open_shards()
         self._opening = threading.Lock()
         count = 0
-        for path in self.paths:
+        every = iter(self.paths)
+        if limit is None:
+            every = ahead(self.paths, lambda path: not is_indexed(path))
+        for path in every:
             if limit is not None and count >= limit:
                 break
             self._indexes.append(load_index(path))
@@ -309,7 +314,7 @@ def _open_shards() -> int:
 
 def _mapped(path: Path, size: int) -> memoryview:
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise InputError(f"shard {path}: cannot be read: {error}") from error

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import Any
 
 from flowray.config.errors import InputError, did_you_mean
 from flowray.config.jsons import parse_json
-from flowray.config.paths import exists, is_file, is_folder, no_such
-from flowray.data.folders import is_clutter, put_in_place, shard_stat
+from flowray.config.paths import exists, is_address, is_file, is_folder, no_such
+from flowray.data.folders import is_clutter, put_in_place
+from flowray.data.remote import RemoteCache, opened, stat_of
 
 MANIFEST = "manifest.json"
 EMBEDDED = ("shapes", "shapes_closed", "digits")  # the names that stand for sets made on first use
@@ -51,10 +52,15 @@ def write_shards(
 
 
 def fill_folder(
-    folder: Path, samples: Iterable[dict[str, Any]], *, per_shard: int, meta: dict[str, Any]
+    folder: Path,
+    samples: Iterable[dict[str, Any]],
+    *,
+    per_shard: int,
+    meta: dict[str, Any],
+    take: Callable[[Path], None] | None = None,
 ) -> int:
     """`write_shards` into a folder that is there, for use within `whole_folder`; how many
-    samples came.
+    samples came. take: gets every shard when it is whole, and may remove it.
     """
     if per_shard < 1:
         raise InputError(f"per_shard {per_shard}: a shard holds at least 1 sample")
@@ -66,6 +72,8 @@ def fill_folder(
         shards.append(
             {"name": name, "samples": count, "bytes": size, "sha256": sha256(folder / name)}
         )
+        if take:
+            take(folder / name)
     manifest = {"meta": meta, "samples": len(seen), "shards": shards}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return len(seen)
@@ -93,6 +101,19 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise InputError(f"{folder}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def whole_set(out: Path | str) -> Iterator[tuple[Path, Callable[[Path], None] | None]]:
+    """`whole_folder`, of an address too: a folder to fill, and the `take` of `fill_folder`."""
+    if isinstance(out, str):
+        from flowray.data.remote_sets import packing_to  # it is built on what is here
+
+        with packing_to(out) as (partial, take):
+            yield partial, take
+    else:
+        with whole_folder(out) as partial:
+            yield partial, None
 
 
 def left_partials(folder: Path) -> list[Path]:
@@ -125,18 +146,23 @@ def _write_tar(path: Path, samples: Iterable[dict[str, Any]], seen: set[str]) ->
 
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hex."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_shards(spec: str) -> tuple[Path, ...]:
+def find_shards(spec: str, cache: RemoteCache | None = None) -> tuple[Path, ...]:
     """The tars of a folder, of a glob (`**` any folders), of a pattern with braces
     (`{00000..00127}.tar`), or the one tar `spec` names, sorted by path. Hidden files are none.
+    Those of an address have their places in `cache`, the usual one unless given.
 
     A folder without tars of its own stands for those under it, unless a folder among them is a
     split such as `val`. InputError where nothing is found, a tar that braces name is not there, or
     the tars hold no sample at all.
     """
+    if is_address(spec):
+        from flowray.data.remote_sets import find_remote  # it is built on what is here
+
+        return find_remote(spec, cache or RemoteCache.of())
     path = Path(spec)
     if not (is_folder(path) or is_file(path)) and "{" in spec and not glob.glob(spec):
         found, what = _of_braces(spec), ""
@@ -183,17 +209,7 @@ def _of_one(spec: str) -> tuple[list[Path], str]:
 
 def _of_braces(spec: str) -> list[Path]:
     """The tars of every alternative; InputError where one of them has none."""
-    from braceexpand import braceexpand  # webdataset brings it and reads patterns so
-
-    # braceexpand makes all numbers of a range before it gives the first name
-    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", spec)
-    many = any(abs(int(last) - int(first)) >= MOST_SHARDS for first, last in ranges)
-    try:
-        each = [] if many else list(islice(braceexpand(spec), MOST_SHARDS + 1))
-    except ValueError as error:  # unbalanced ones
-        raise InputError(f"shards {spec!r}: {error}") from error
-    if many or len(each) > MOST_SHARDS:
-        raise InputError(f"shards {spec!r}: more than {MOST_SHARDS} names; use a glob")
+    each = expand_braces(spec)
     if each == [spec]:
         return _of_one(spec)[0]
     found, lacking = set[Path](), list[str]()
@@ -209,6 +225,22 @@ def _of_braces(spec: str) -> list[Path]:
     return sorted(found)
 
 
+def expand_braces(spec: str) -> list[str]:
+    """Every alternative of a pattern with braces; the spec itself where it has none."""
+    from braceexpand import braceexpand  # webdataset brings it and reads patterns so
+
+    # braceexpand makes all numbers of a range before it gives the first name
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", spec)
+    many = any(abs(int(last) - int(first)) >= MOST_SHARDS for first, last in ranges)
+    try:
+        each = [] if many else list(islice(braceexpand(spec), MOST_SHARDS + 1))
+    except ValueError as error:  # unbalanced ones
+        raise InputError(f"shards {spec!r}: {error}") from error
+    if many or len(each) > MOST_SHARDS:
+        raise InputError(f"shards {spec!r}: more than {MOST_SHARDS} names; use a glob")
+    return each
+
+
 def are_plain(paths: Iterable[Path]) -> list[bool]:
     """Of each tar whether `flowray.data` made or packed it, by the manifest beside it: its pictures
     are PNGs of 8-bit RGB then, with nothing to turn, blend or convert. It reads no sample.
@@ -218,7 +250,7 @@ def are_plain(paths: Iterable[Path]) -> list[bool]:
     for path in paths:
         if path.parent not in by_folder:
             by_folder[path.parent] = _written_here(path.parent)
-        plain.append(by_folder[path.parent].get(path.name) == path.stat().st_size)
+        plain.append(by_folder[path.parent].get(path.name) == stat_of(path)[0])
     return plain
 
 
@@ -252,7 +284,7 @@ def _is_tar(path: Path) -> bool:
 
 
 def _starts_with_a_member(tar: Path) -> bool:
-    shard_stat(tar)
+    stat_of(tar)
     try:
         with tar.open("rb") as file:
             return any(file.read(512))

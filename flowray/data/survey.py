@@ -17,6 +17,7 @@ from flowray.data.decode import decode_rgb, picture_of, picture_size
 from flowray.data.order import evenly
 from flowray.data.pictures import equal_pictures
 from flowray.data.reader import ShardReader
+from flowray.data.remote import stat_of
 
 LOOKED_AT = 20_000  # samples, at most, that the figures are taken of
 BINS, LISTED = 8, 10  # of a histogram; examples of what a set has many of
@@ -110,7 +111,7 @@ def survey(reader: ShardReader, progress: Progress = SILENT) -> Survey:
         samples=len(reader),
         looked_at=len(looked_at),
         shards=len(reader.paths),
-        bytes=sum(path.stat().st_size for path in reader.paths),
+        bytes=sum(stat_of(path)[0] for path in reader.paths),
         extensions=dict(sorted(has.items())),
         without_picture=len(looked_at) - pictures,
         without_caption=sum(not own for own in captions),

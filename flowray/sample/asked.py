@@ -22,6 +22,7 @@ from flowray.config.train import DataConfig
 from flowray.data.pictures import filtered, one_size, pictures_also_in
 from flowray.data.prepare import AS_THEY_ARE, Preparation
 from flowray.data.reader import ShardReader
+from flowray.data.remote import RemoteCache
 from flowray.data.shards import find_shards
 from flowray.model.autoencoder import planned_picture_size
 from flowray.sample.judges import LATENTS
@@ -223,7 +224,7 @@ def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SI
     shards = split_shards(recipe.data, progress)
     held_out = "val"
     if choices.held_out:
-        given = find_shards(choices.held_out)
+        given = find_shards(choices.held_out, RemoteCache.of(recipe.data))
         held_out = _split_of(given, shards)
         shards = shards | {held_out: shards.get(held_out, given)}
     made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent

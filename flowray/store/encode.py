@@ -25,10 +25,12 @@ from flowray.config.errors import InputError
 from flowray.config.model import AutoencoderConfig
 from flowray.config.progress import Advance, Progress, duration
 from flowray.data.decode import picture_of
+from flowray.data.index import samples_in
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import to_pictures
 from flowray.data.prepare import FILTERED, Filtered, Preparation
 from flowray.data.reader import ShardReader
+from flowray.data.remote import ahead
 from flowray.model.latent import LatentScale, Moments, over_channels
 from flowray.store.latent_shards import Bad, Encoded, LatentShards, Source, label, letters
 
@@ -207,11 +209,14 @@ class Encoding:
     ) -> Iterator[_Batch]:
         """The batches, each of one shard, with the decoding of the next ones under way."""
         waiting = deque[_Batch]()
-        for source in self.sources:
-            reader = ShardReader([source.path], caption_key=self.cache.caption_key)
+        by_path = {source.path: source for source in self.sources}
+        for path in ahead(by_path, lambda path: not self.cache.find(by_path[path])):
+            source = by_path[path]
             if self.cache.find(source):  # another process was first
-                advance(len(reader))
+                advance(samples_in(path))
                 continue
+            reader = ShardReader([path], caption_key=self.cache.caption_key)
+            reader.key(0)  # mapped at once: a fetched shard may make room before a thread opens it
             for start in range(0, len(reader), ENCODE_BATCH):
                 indices = range(start, min(start + ENCODE_BATCH, len(reader)))
                 samples = [pool.submit(_decode, reader, i, prepare) for i in indices]

@@ -39,12 +39,13 @@ from flowray.data.make import ensure_embedded, unmade_samples
 from flowray.data.order import evenly
 from flowray.data.prepare import AS_THEY_ARE, Preparation
 from flowray.data.reader import ShardReader
+from flowray.data.remote import RemoteCache, is_here
 from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, are_plain, find_shards
 from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
 from flowray.model.latent import LatentScale, Moments
 from flowray.store.apart import apart
 from flowray.store.encode import ENCODE_BATCH, Encoding, Fleet, encode, posterior_variance
-from flowray.store.latent_shards import LatentShards
+from flowray.store.latent_shards import LatentShards, sources
 from flowray.store.splits import BAD_SAMPLES, BUCKETS, folder_of, look_at, write_split
 from flowray.store.sums import Sums
 
@@ -142,12 +143,13 @@ def split_shards(data: DataConfig, progress: Progress = SILENT) -> dict[str, tup
     if data.shards in FETCHED:
         folders = made_emoji(data.shards, cache_dir(data.cache))
         return {split: find_shards(str(folder)) for split, folder in folders.items()}
-    train = find_shards(data.shards)  # first: of a misspelt set nothing is held out either
+    remote = RemoteCache.of(data)
+    train = find_shards(data.shards, remote)  # first: of a misspelt set nothing is held out either
     if data.val_shards is None:
         raise InputError(
             "data.val_shards: not given; probes need held-out shards beside data.shards"
         )
-    return {"train": train, "val": find_shards(data.val_shards)}
+    return {"train": train, "val": find_shards(data.val_shards, remote)}
 
 
 def pictures_fingerprint(
@@ -247,7 +249,7 @@ def ensure_latents(
         if missing := looked.missing():
             with progress.task(f"looking through the {split} samples"):
                 paths = [source.path for source in looked.sources]
-                reader = ShardReader(paths, caption_key=data.caption_key)
+                reader = ShardReader(_at_hand(paths), caption_key=data.caption_key)
             if text and not folders:
                 _check_captions(text, reader, progress)
             count, budget = looked.pictures(missing), looked.budget(data.max_bad)
@@ -260,6 +262,11 @@ def ensure_latents(
         if missing and (warning := channel_warning(channel_metrics(load_latents(folders[split])))):
             progress.say(warning)
     return folders
+
+
+def _at_hand(paths: Sequence[Path]) -> Sequence[Path]:
+    """Those that need not be fetched, or else the first."""
+    return [path for path in paths if is_here(path)] or paths[:1]
 
 
 def ensure_latents_apart(
@@ -313,6 +320,13 @@ def unencoded(data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSp
     caches = _caches(data, autoencoder, latent, splits)
     looked = [look_at(data, cache, split, splits[split]) for split, cache in caches.items()]
     return sum(split.pictures(split.missing()) for split in looked)
+
+
+def are_encoded(data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSpec) -> bool:
+    """Whether all shards of all splits have their latents; none is opened."""
+    cache, sums = _latent_shards(data, autoencoder, latent), Sums(cache_dir(data.cache))
+    splits = split_shards(data).values()
+    return all(cache.find(source) for shards in splits for source in sources(shards, sums))
 
 
 def skipped_places(

@@ -20,7 +20,7 @@ from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
 from flowray.config.train import DataConfig
 from flowray.config.writing import write_whole
-from flowray.data.index import load_index
+from flowray.data.index import samples_in
 from flowray.data.shards import MANIFEST
 from flowray.store.encode import Budget
 from flowray.store.latent_shards import (
@@ -95,7 +95,7 @@ def look_at(
     kept = []
     for source in sources(shards, Sums(cache_dir(data.cache)), progress):
         found = cache.find(source)
-        samples = found.samples + len(found.bad) if found else load_index(source.path).samples
+        samples = found.samples + len(found.bad) if found else samples_in(source.path)
         if samples:
             kept.append((source, samples, found))
     if not kept:
@@ -108,7 +108,7 @@ def _first(shards: Sequence[Path], limit: int) -> Sequence[Path]:
     """The first shards, up to the one with sample number `limit`."""
     samples = 0
     for number, shard in enumerate(shards, 1):
-        samples += load_index(shard).samples
+        samples += samples_in(shard)
         if samples >= limit:
             return shards[:number]
     return shards

@@ -14,6 +14,7 @@ from flowray.config.errors import InputError
 from flowray.config.progress import SILENT, Progress
 from flowray.config.rows import read_rows
 from flowray.data.folders import shard_stat
+from flowray.data.remote import remote_of
 from flowray.data.shards import sha256
 
 REMEMBERED = "shard-sums.jsonl"
@@ -34,7 +35,16 @@ class Sums:
         }
 
     def of(self, paths: Sequence[Path], progress: Progress = SILENT) -> list[str]:
-        """The sha256 of every file, in hex; InputError where one cannot be read."""
+        """The sha256 of every file, in hex; InputError where one cannot be read. Of a remote shard
+        what stands for its content, without fetching it: the sha256 where its manifest has it.
+        """
+        remotes = [remote_of(path) for path in paths]
+        local = iter(
+            self._of([path for path, r in zip(paths, remotes, strict=True) if not r], progress)
+        )
+        return [remote.content if remote else next(local) for remote in remotes]
+
+    def _of(self, paths: Sequence[Path], progress: Progress) -> list[str]:
         stamps = [_stamp(path) for path in paths]
         new = sorted({stamp for stamp in stamps if stamp not in self._known})
         if new:

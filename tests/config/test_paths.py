@@ -165,11 +165,10 @@ def test_relative_storage_lies_in_flowray_storage(
                 " not set"
             ),
         ),
-        (
-            "data.shards",
-            "s3://bucket/x",
-            "r.yaml:2: data.shards: got 's3://bucket/x', want a folder",
-        ),
+        ("data.cache", "s3://b/x", "r.yaml:2: data.cache: got 's3://b/x', want a folder"),
+        ("data.shards", "ftp://b/x", "r.yaml:2: data.shards: got ftp://, want a folder, or s3://"),
+        ("data.shards", "https://h/x.tar?sig=5", "data.shards: got https://h... with a name"),
+        ("data.shards", "s3://me:secret@b/x", "data.shards: got s3://b... with a name"),
         ("data.cache", "~nobody-here/x", "no such user"),
         ("data.cache", "''", "want a path"),
     ],

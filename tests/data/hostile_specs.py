@@ -69,7 +69,6 @@ def _wide_index(folder: Path) -> None:
 SPECS = [
     Case("pipe: as data.shards", piped),
     Case("file: as data.shards", tar(TWO, spec="file:{}/odd.tar")),
-    Case("http: as data.shards, nobody there", tar(TWO, spec="http://127.0.0.1:1/odd.tar")),
     Case("a shard's name with ; and $( )", called("a; touch ${HOME} $(id).tar")),
     Case("a shard's name with [ ] and *", called("a[1]*.tar")),
     Case("a shard's name with { }", called("a{1,2}.tar")),
