@@ -57,9 +57,7 @@ def _add_pack(commands: argparse._SubParsersAction[Parser]) -> None:
         help="folder of pictures with a .txt each or a list (docs/data.md), .parquet, HF dataset",
     )
     parser.add_argument(
-        "out",
-        type=place_argument,
-        help="folder, s3:// or gs:// for the shards; empty or not there",
+        "out", type=place_argument, help="empty folder, s3:// or gs:// for the shards"
     )
     add = parser.add_argument
     add("--val", type=float, default=0.0, metavar="X", help="share for OUT/val, such as 0.05")
