@@ -62,7 +62,7 @@ class Scale:
     indexed: int = 10_000_000
 
 
-QUICK = Scale(512, 8, 1, 256, (100, 1_000, 4_000), 1, 1_000, 200_000)
+QUICK = Scale(1024, 8, 1, 512, (100, 1_000, 4_000), 1, 1_000, 200_000)
 
 
 def run(scale: Scale, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
