@@ -103,6 +103,7 @@ HOLDERS: dict[str, Callable[[], Any]] = {
     "_base_exc": lambda: ray_private.UserError(ValueError(), ""),
     "_is_stateful": lambda: import_module("transformers").PreTrainedModel,
     "_exit": lambda: import_module("os"),  # Python's own, and documented
+    "_strip_protocol": lambda: import_module("fsspec").AbstractFileSystem,
     "_SubParsersAction": lambda: import_module("argparse"),  # in annotations only
 }
 

@@ -30,7 +30,8 @@ def npy_head(head: bytes) -> Header:
             if version == (1, 0)
             else np.lib.format.read_array_header_2_0
         )
-        header = Header(0, *reading(file))._replace(start=file.tell())
+        shape, fortran, dtype = reading(file)
+        header = Header(file.tell(), shape, fortran, dtype)
     except Exception as error:  # numpy parses the header as Python, which raises nearly anything
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
     if header.dtype.hasobject:

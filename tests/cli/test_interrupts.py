@@ -120,7 +120,7 @@ def test_while_a_health_check_trains(place: Path, tmp_path: Path, monkeypatch) -
     ("argv", "said"),
     [
         (("make", "shapes", "--samples", "100000", "--out", "out"), "making train"),
-        (("pack", "own", "out/shards", "--size", "4096"), "packing all"),
+        (("pack", "own", "out/shards", "--size", "4096", "--min-size", "1"), "packing all"),
     ],
 )
 def test_while_data_are_written(
