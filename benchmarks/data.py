@@ -34,6 +34,7 @@ from PIL import Image
 from benchmarks.data_arms import ARMS, RESUMES, Times, index_memory, read
 from benchmarks.overhead import ratio
 from benchmarks.record import machine
+from flowray.data.captions import captions_in
 from flowray.data.index import SUFFIX, load_index
 from flowray.data.shards import MANIFEST, tars, write_shards
 
@@ -253,9 +254,9 @@ def linked(one: Path, folder: Path, count: int) -> Path:
 
 
 def with_index(folder: Path) -> None:
-    """Leave the index files of the tars beside them."""
+    """Leave the index files of the tars beside them, with their captions, as an encode does."""
     for tar in tars(folder):
-        load_index(tar)
+        load_index(tar, captions_in)
 
 
 def without_index(folder: Path) -> None:

@@ -70,7 +70,7 @@ def flowray_latents(folder: Path) -> Epoch:
 
 def _latents_at(latents: LatentSet, order: EpochOrder, start: int) -> tuple[Arrays, list[str]]:
     indices = order(np.arange(start, start + BATCH))
-    return latents.moments(indices), [latents.captions(i)[0] for i in indices.tolist()]
+    return latents.moments(indices), latents.chosen_captions(indices, [0.0] * len(indices))
 
 
 def webdataset_latents(folder: Path) -> Epoch:
