@@ -25,7 +25,7 @@ from flowray.config.errors import InputError
 from flowray.data.arrays import npy_head, read_npy
 from flowray.data.captions import captions_in
 from flowray.data.column import PAIR, CaptionColumn
-from flowray.data.index import Fault, IndexFile, TarIndex, is_indexed, load_index
+from flowray.data.index import SUFFIX, Fault, IndexFile, TarIndex, is_indexed, load_index
 from flowray.data.remote import ahead, opened, remote_of
 
 OPEN_SHARDS = 4096  # mapped at a time at most: the kernel allows 65530 maps in all
@@ -162,7 +162,10 @@ class ShardReader:
             f" {', '.join('.' + e for e in self.extensions(i))}"
         )
 
-    def _open(self, shard: int) -> _Shard:
+    def _open(self, shard: int, *, checked: bool = True) -> _Shard:
+        """checked: its whole index is held against it first, once; batches of training, which have
+        many shards each, look at their own rows instead.
+        """
         # batches are made in a thread beside whoever examines the run
         with self._opening:
             opened = self._opened.get(shard)
@@ -170,12 +173,12 @@ class ShardReader:
                 if len(self._opened) >= self._most:
                     self._opened.pop(next(iter(self._opened)), None)
                 path, index = self.paths[shard], self._indexes[shard].open()
-                if shard not in self._sound:
-                    _refuse_unfit(path, index)
-                    self._sound.add(shard)
                 tables = {name: table.reshape(-1).data for name, table in index.members.items()}
                 opened = _Shard(_mapped(path, index.size), index, tables, index.captions)
                 self._opened[shard] = opened
+            if checked and shard not in self._sound:
+                _refuse_unfit(self.paths[shard], opened.index)
+                self._sound.add(shard)
             return opened
 
     def sizes(self, extension: str) -> np.ndarray:
@@ -228,7 +231,7 @@ class ShardReader:
         """
         found, known = [], self._opened.get
         for i, shard, row, x in zip(indices.tolist(), *self._places(indices), u, strict=True):
-            column = (known(shard) or self._open(shard)).captions
+            column = (known(shard) or self._open(shard, checked=False)).captions
             text = column.chosen(row, x) if column else None
             if text is None:
                 texts = self.captions(i)
@@ -249,7 +252,7 @@ class ShardReader:
     def _members(self, indices: np.ndarray, extension: str) -> list[memoryview]:
         found, known = [], self._opened.get
         for i, shard, row in zip(indices.tolist(), *self._places(indices), strict=True):
-            opened = known(shard) or self._open(shard)
+            opened = known(shard) or self._open(shard, checked=False)
             if opened.index.faults:
                 self._refuse_fault(opened.index, row, i)
             table = opened.tables.get(extension)
@@ -257,6 +260,8 @@ class ShardReader:
             if offset < 0:
                 self._missing(i, extension)
             found.append(opened.data[offset : offset + size])
+            if len(found[-1]) != size:
+                raise _unfit(self.paths[shard])
         return found
 
     def _gather_one_by_one(self, indices: np.ndarray, extension: str) -> np.ndarray:
@@ -296,7 +301,11 @@ def _refuse_unfit(path: Path, index: TarIndex) -> None:
     lengths = np.diff(index.ends, prepend=0)
     names_fit = (lengths > 0).all() and lengths.sum() == len(index.names)
     if not names_fit or not all(_fits(table, index.size) for table in index.members.values()):
-        raise InputError(f"shard {path}: its index does not fit it; remove {path.name}.index")
+        raise _unfit(path)
+
+
+def _unfit(path: Path) -> InputError:
+    return InputError(f"shard {path}: its index does not fit it; remove {path.name}{SUFFIX}")
 
 
 def _fits(table: np.ndarray, size: int) -> bool:
