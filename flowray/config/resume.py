@@ -15,7 +15,7 @@ from flowray.config.recipe import Recipe
 from flowray.config.schema import key_paths, show
 
 # the data cursor and every draw follow from seed, step and data set; the weights fit one model
-_KEPT = ("seed", "data", "model")
+_KEPT = ("seed", "data", "model", "train.batch_size")
 _FREE = (
     "data.cache",
     "data.max_bad",

@@ -73,6 +73,7 @@ def place(tmp_path_factory) -> Path:
         (["data.shards=other/pictures/train"], "data.shards: got"),
         (["data.shards=shapes"], "data.shards: got 'shapes'"),
         (["data.limit=4"], "data.limit: got 4"),
+        (["train.batch_size=4", "train.steps=9"], "train.batch_size: got 4"),
         (["data.shuffle_captions=true"], "data.shuffle_captions: got true"),
         (["train.steps=1"], "train.steps: got 1"),
         (["loss.clip.weight=1", "train.steps=9"], "loss.clip.weight: got 1"),
