@@ -211,7 +211,6 @@ def test_what_a_resume_may_change(tmp_path):
         "optim.lr": 1e-5,
         "optim.schedule.kind": "warm_restarts",
         "train.steps": 2000,
-        "train.batch_size": 8,
         "loss.kl.weight": 0.3,
         "loss.repa.weight": 2.0,
         "flow.null_probability": 0.2,
