@@ -7,6 +7,7 @@ last row is dropped.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,20 @@ def load_run(path: Path) -> Run:
         prompts=tuple(prompts),
         findings=tuple(visits[-1].get("findings") or ()) if visits else None,
         visited=visits[-1].get("step", 0) if visits else -1,
-        notes=tuple(notes + more),
+        notes=tuple(notes + more + _left_out(path / "bad_samples.jsonl")),
     )
+
+
+def _left_out(file: Path) -> list[str]:
+    """A line a split that says how many of its samples the run was trained without, and why."""
+    rows, notes = _rows(file)
+    splits: dict[str, Counter[str]] = {}
+    for row in rows:
+        splits.setdefault(str(row.get("split")), Counter())[str(row.get("cause"))] += 1
+    for split, causes in splits.items():
+        why = ", ".join(f"{cause} x{count}" for cause, count in causes.most_common())
+        notes.append(f"{file.name}: {causes.total()} {split} samples left out: {why}")
+    return notes
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -85,7 +98,8 @@ def load_sweep(path: Path) -> Sweep:
     rows, notes = _rows(path / "trials.jsonl")
     trials = [_trial(path, row) for row in rows if isinstance(row.get("trial"), int)]
     name = settings.get("name") or path.resolve().name
-    more = [note for trial in trials for note in trial.run.notes]
+    # of samples left out every trial says the same
+    more = list(dict.fromkeys(note for trial in trials for note in trial.run.notes))
     scales = scales_of(trials)
     ordered = ranked(trials, metrics[0])
     if len(scales) > 1:  # by scale, then as they were drawn

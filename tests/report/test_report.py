@@ -405,6 +405,17 @@ def test_truncated_last_line_is_dropped_and_a_bad_middle_line_noted(tmp_path: Pa
     assert load_run(tmp_path / "absent").metrics == ()
 
 
+def test_samples_that_were_left_out_are_told(tmp_path: Path) -> None:
+    bad = [{"split": "train", "cause": cause} for cause in ("no caption", "cut off", "cut off")]
+    jsonl(tmp_path / "bad_samples.jsonl", [*bad, {"split": "val", "cause": "no caption"}])
+    run = load_run(tmp_path)
+    assert run.notes == (
+        "bad_samples.jsonl: 3 train samples left out: cut off x2, no caption x1",
+        "bad_samples.jsonl: 1 val samples left out: no caption x1",
+    )
+    assert all(note in write_run_report(tmp_path).read_text() for note in run.notes)
+
+
 def test_large_pictures_are_scaled_down(tmp_path: Path) -> None:
     strip(tmp_path / "s.png", [9, 8, 7], side=300)
     tiles = figures.tiles(tmp_path / "s.png")

@@ -47,7 +47,7 @@ from flowray.train.loop import train
 
 Sample = dict[str, Any]
 SHARD = 10  # samples
-TEXTS = captions(100)
+TEXTS = captions(300)
 
 
 def clean(i: int) -> Sample:
@@ -124,6 +124,21 @@ def test_one_in_each_of_several_shards(tmp_path: Path, config: KLAutoencoder) ->
     again = Heard()
     assert ensure_latents(data, config, SPEC, again)["train"] == folder
     assert [line for line in again.said if "skipped" in line] == told
+
+
+def test_one_in_each_of_a_hundred_shards(tmp_path: Path, config: KLAutoencoder) -> None:
+    kinds, shards = list(BAD), 100
+    bad = {3 * shard + shard % 3: kinds[shard % len(kinds)] for shard in range(shards)}
+    samples = (BAD[bad[i]][0](clean(i)) if i in bad else clean(i) for i in range(3 * shards))
+    folder = write_shards(tmp_path / "hundred", samples, per_shard=3, meta={})
+    data = data_of(tmp_path, 10, {}, max_bad=0.4).model_copy(update={"shards": str(folder)})
+    split = ensure_latents(data, config, SPEC)["train"]
+    rows = [json.loads(line) for line in (split / BAD_SAMPLES).read_text().splitlines()]
+    assert [(Path(row["shard"]).name, row["key"], row["cause"]) for row in rows] == [
+        (f"shard-{i // 3:06d}.tar", f"s{i:03d}", BAD[name][1]) for i, name in bad.items()
+    ]
+    latents = load_latents(split)
+    assert latents.reader.keys == [f"s{i:03d}" for i in range(3 * shards) if i not in bad]
 
 
 def test_beyond_the_budget_whole_shards_stay(tmp_path: Path, config: KLAutoencoder) -> None:
