@@ -14,7 +14,6 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple
 
@@ -93,10 +92,6 @@ class TarIndex:
     def key(self, row: int) -> str:
         start = self.ends[row - 1] if row else 0
         return self.names[start : self.ends[row]].tobytes().decode("utf-8", "backslashreplace")
-
-    @cached_property
-    def keys(self) -> list[str]:
-        return [self.key(row) for row in range(self.samples)]
 
     def open(self) -> TarIndex:
         return self
