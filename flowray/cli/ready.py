@@ -129,6 +129,8 @@ def check_shards(recipe: Recipe) -> None:
         del splits["train"]
     readers = [ShardReader(shards, limit=LOOKED_AT) for shards in splits.values()]
     prepare = preparation(recipe)
+    if prepare.config.resize != "none" and prepare.size is None:
+        return  # any size may come, and which one is made of it only the autoencoder's config says
     try:
         size = one_size(readers, "data.shards", prepare)
     except InputError:
