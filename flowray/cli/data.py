@@ -146,6 +146,11 @@ def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
         help=f"folders of .tar files, globs or .tar files; or {', '.join(NAMED)}",
     )
     _add_caption(parser)
+    parser.add_argument(
+        "--recipe",
+        metavar="RECIPE",
+        help="as it would train on them: its data.caption_key, data.prepare and size of pictures",
+    )
     parser.add_argument("--json", action="store_true", help=JSON)
     parser.set_defaults(run=_check)
 
@@ -158,8 +163,19 @@ def _add_caption(parser: Parser) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     progress = ConsoleProgress()
+    caption, prepare = args.caption, None
+    if args.recipe is not None:
+        recipe = load_recipe(args.recipe).recipe
+        caption = caption or recipe.data.caption_key
+        with progress.task(IMPORTING):
+            prepare = ready.preparation(recipe, buckets=True)
+        if prepare.size is None:
+            raise InputError(
+                f"--recipe {args.recipe}: which size it takes says its autoencoder's config, which"
+                f" is not here ({recipe.model.autoencoder.path})"
+            )
     specs = [each for spec in args.specs for each in _every_split(spec, progress)]
-    result = check_shards(*specs, progress=progress, caption_key=args.caption)
+    result = check_shards(*specs, progress=progress, caption_key=caption, prepare=prepare)
     if args.json:
         print(json.dumps(result.as_json()))
     else:

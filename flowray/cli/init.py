@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -10,28 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from flowray.cli.common import GOOD
-from flowray.cli.parser import Parser, number
+from flowray.cli.init_look import FACTOR, MOST, PATCH, SIDES, Looked, look
+from flowray.cli.parser import Parser, number, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
 from flowray.config.keys import GOOD_PSNR
 from flowray.config.load import load_recipe
 from flowray.config.model import ModelConfig
-from flowray.config.paths import SHIPPED, argument, exists, model_argument, no_such, written
+from flowray.config.paths import SHIPPED, argument, model_argument, written
 from flowray.config.recipe import Recipe
-from flowray.config.sources import recipe_names
-from flowray.data.order import evenly
-from flowray.data.reader import ShardReader
-from flowray.data.shards import NAMED, find_shards, tars
-from flowray.data.sources import SUFFIXES
+from flowray.data.pack import LARGEST
 
-LOOKED_AT = 32  # pictures and captions, evenly spread over the set
 # tokens a word; the shipped tokenizer needs 1.1 for its own captions, over 2 for others
 KNOWN_WORDS = 1.6
-FACTOR, PATCH = 8, 2  # px a latent's cell, and cells a patch of quickstart's network
 SMALL_CELLS = 256  # of a latent; more want a wider network than quickstart's
 
 QUERIES, MAX_TOKENS = 64, 128  # of a text model that is not the shipped one
@@ -49,24 +44,6 @@ class Part:
 
     section: dict[str, Any]
     why: str
-
-
-@dataclass(frozen=True)
-class Looked:
-    """A set and some of its samples: pictures uint8 (H, W, 3) of one size, one caption each."""
-
-    train: Path
-    val: Path
-    count: int
-    held_out: int
-    pictures: list[np.ndarray]
-    captions: list[str]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) in px."""
-        height, width, _ = self.pictures[0].shape
-        return height, width
 
 
 def _parser() -> Parser:
@@ -93,6 +70,15 @@ def _parser() -> Parser:
         help="held-out shards, where they are not FOLDER/val",
     )
     parser.add_argument(
+        "--size",
+        type=_side,
+        metavar="PX",
+        help=f"crop and resize to squares; of several sizes what fits most, at most {MOST}",
+    )
+    parser.add_argument(
+        "--caption", metavar="KEY", help="the key of the .json that has the captions"
+    )
+    parser.add_argument(
         "--out", type=argument, default=Path("mine.yaml"), help="the recipe to write, %(default)s"
     )
     parser.add_argument(
@@ -117,6 +103,14 @@ def _parser() -> Parser:
     return parser
 
 
+def _side(text: str) -> int:
+    """An argument's type: px of a square that the network's patches divide."""
+    side = whole_number(SIDES, LARGEST)(text)
+    if side % SIDES:
+        raise argparse.ArgumentTypeError(f"got {text}, want a multiple of {SIDES}")
+    return side
+
+
 def main(argv: list[str]) -> int:
     """Run the command; InputError where a recipe cannot be written that would run."""
     args = _parser().parse_args(argv)
@@ -130,7 +124,7 @@ def main(argv: list[str]) -> int:
     with progress.task(IMPORTING):
         from flowray.model.local import Kind, local_weights
     with progress.task(f"looking at {args.data}"):
-        looked = _look(args.data, args.val)
+        looked = look(args.data, args.val, args.size, args.caption)
         text = _text(args.text, looked)
         autoencoder, latent = _autoencoder(args.autoencoder, looked, args.scaling_factor)
         recipe = _recipe(out.absolute(), looked, text, autoencoder, latent)
@@ -152,6 +146,8 @@ def main(argv: list[str]) -> int:
         if partial.exists():
             partial.unlink()
     print(f"{out}: {looked.count} pictures, {looked.held_out} held out")
+    for note in looked.notes:
+        print(f"  note         {note}")
     for name, part in parts.items():
         print(f"  {name:<12} {part.why}")
     for name in absent:
@@ -173,71 +169,6 @@ def _refuse_unready(recipe: Recipe, absent: Sequence[str]) -> None:
     shipped = ModelConfig()
     here = recipe.model.model_copy(update={name: getattr(shipped, name) for name in absent})
     refuse_unready(recipe.model_copy(update={"model": here}))
-
-
-def _look(folder: Path, val: Path | None) -> Looked:
-    """Open the shards and a few samples; InputError with what to type where they are not ready
-    for training.
-    """
-    if str(folder) in NAMED and not exists(folder):
-        recipe = str(folder)
-        if recipe not in recipe_names():
-            recipe = f"quickstart data.shards={folder}"
-        raise InputError(
-            f"--data {folder}: a set that needs no new recipe; type python -m flowray.train"
-            f" {recipe}"
-        )
-    if not exists(folder):
-        raise InputError(
-            f"--data {folder}: {no_such(folder)}; give the folder of shards that pack made"
-        )
-    below = folder / "train"
-    train = below if below.is_dir() and not tars(folder) else folder
-    val = val or folder / "val"
-    if not tars(train) and any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*")):
-        packing = (
-            f"python -m flowray.data pack {shlex.quote(str(folder))} shards --size 64 --val 0.05"
-        )
-        raise InputError(
-            f"--data {folder}: pictures, not shards; type {packing}, then --data shards"
-        )
-    shards = find_shards(str(train))
-    if not val.is_dir():
-        raise InputError(
-            f"--data {folder}: no held-out shards in {val}; pack with --val 0.05, or give --val"
-            " FOLDER"
-        )
-    if val.samefile(train):
-        raise InputError(
-            f"--val {val}: the training shards themselves; held-out ones must be others (pack with"
-            " --val 0.05)"
-        )
-    held_out = ShardReader(find_shards(str(val)))
-    reader = ShardReader(shards)
-    from flowray.data.pictures import decode_image
-
-    chosen = evenly(len(reader), LOOKED_AT).tolist()
-    pictures = [decode_image(reader, i) for i in chosen]
-    sizes = sorted({f"{picture.shape[1]} x {picture.shape[0]}" for picture in pictures})
-    if len(sizes) > 1:
-        raise InputError(
-            f"{train}: pictures of {', '.join(sizes[:3])} px; training needs one size: pack with"
-            " --size 64"
-        )
-    height, width, _ = pictures[0].shape
-    if height % (FACTOR * PATCH) or width % (FACTOR * PATCH):
-        near = max(1, round(min(height, width) / (FACTOR * PATCH))) * FACTOR * PATCH
-        raise InputError(
-            f"{train}: pictures of {sizes[0]} px; sides must be multiples of {FACTOR * PATCH}: pack"
-            f" with --size {near}"
-        )
-    captions = [reader.captions(i)[0] for i in chosen]
-    if len(set(captions)) == 1:
-        raise InputError(
-            f"{train}: every caption looked at is {captions[0]!r}; a text-to-image model learns"
-            " from captions that differ"
-        )
-    return Looked(train, val, len(reader), len(held_out), pictures, captions)
 
 
 def _text(given: str | None, looked: Looked) -> Part:
@@ -313,7 +244,7 @@ def _autoencoder(
     if height % (cell * PATCH) or width % (cell * PATCH):
         raise InputError(
             f"--autoencoder {given}: takes {cell} px a cell, and these pictures are "
-            f"{width} x {height}; pack them with a --size that {cell * PATCH} divides"
+            f"{width} x {height}; give a --size that {cell * PATCH} divides"
         )
     kind = "dc" if config.get("_class_name") == "AutoencoderDC" else "kl"
     section = {"kind": kind, "path": written(given)} | scale
@@ -380,7 +311,9 @@ def _recipe(
     gpus = torch.cuda.device_count()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.stem).strip("-._") or "mine"
     wide = latent[1] * latent[2] > SMALL_CELLS
-    pictures = f"{looked.count} pictures of {width} x {height} px, {looked.held_out} held out"
+    made = "brought to" if "prepare" in looked.data else "of"
+    pictures = f"{looked.count} pictures {made} {width} x {height} px, {looked.held_out} held out"
+    shards = {"shards": place(looked.train), "val_shards": place(looked.val)}
     # not quickstart's
     card = {"title": name, "purpose": "", "dataset": pictures, "tags": [], "notes": ""}
     lines = [
@@ -389,7 +322,7 @@ def _recipe(
         "base: quickstart",
         yaml.safe_dump({"name": name}).strip(),  # in quotes where it is `no` or a number
         f"card: {section(card)}",
-        f"data: {section({'shards': place(looked.train), 'val_shards': place(looked.val)})}",
+        f"data: {section(shards | looked.data)}",
         "model:",
         f"  latent: {section(dict(zip(('channels', 'height', 'width'), latent, strict=True)))}",
         f"  # {text.why}",

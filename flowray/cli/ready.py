@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from flowray.config.base import LatentSpec
+from flowray.config.buckets import sizes_of
 from flowray.config.cluster import in_cluster
 from flowray.config.errors import InputError
 from flowray.config.paths import is_address
@@ -129,6 +130,8 @@ def check_shards(recipe: Recipe) -> None:
         del splits["train"]
     readers = [ShardReader(shards, limit=LOOKED_AT) for shards in splits.values()]
     prepare = preparation(recipe)
+    if prepare.config.resize != "none" and prepare.size is None:
+        return  # any size may come, and which one is made of it only the autoencoder's config says
     try:
         size = one_size(readers, "data.shards", prepare)
     except InputError:
@@ -139,17 +142,21 @@ def check_shards(recipe: Recipe) -> None:
     _check_latent(recipe, *size)
 
 
-def preparation(recipe: Recipe) -> Preparation:
-    """What is done to the pictures; without `resize` where the autoencoder's config is not here, or
-    is the fault.
+def preparation(recipe: Recipe, *, buckets: bool = False) -> Preparation:
+    """What is done to held-out pictures, with `buckets` to those of training; without `resize`
+    where the autoencoder's config is not here, or is the fault.
     """
     from flowray.model.autoencoder import planned_picture_size
 
+    latent, autoencoder = recipe.model.latent, recipe.model.autoencoder
+    others = sizes_of(recipe.data, latent)[1:] if buckets else ()
+    latents = [latent, *(LatentSpec(channels=1, height=h, width=w) for h, w in others)]
     try:
-        size = planned_picture_size(recipe.model.autoencoder, recipe.model.latent)
+        sizes = [planned_picture_size(autoencoder, each) for each in latents]
     except InputError:  # the line that `unusable_weights` has
-        size = None
-    return Preparation(recipe.data.prepare, size)
+        sizes = [None]
+    own, *rest = sizes
+    return Preparation(recipe.data.prepare, own, tuple(size for size in rest if size))
 
 
 def _usual_size(

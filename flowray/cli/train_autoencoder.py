@@ -13,8 +13,11 @@ from flowray.cli.common import GOOD
 from flowray.cli.parser import JSON, Parser, number, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
+from flowray.config.load import load_recipe
 from flowray.config.paths import PathField, absolute, expand, model_argument
 from flowray.config.train import DataConfig
+from flowray.data.pack import LARGEST
+from flowray.data.prepare import Preparation
 from flowray.data.reader import ShardReader
 from flowray.data.shards import NAMED, find_shards, refuse_occupied
 
@@ -48,11 +51,11 @@ def _parser() -> Parser:
     parser = Parser(
         prog="flowray.train_autoencoder",
         description=(
-            "Train diffusers' AutoencoderKL on the pictures of a shard set, all of one size:"
-            " encoder and decoder, then the decoder alone on latents with noise. A command that"
-            " was ended goes on where it was."
+            "Train diffusers' AutoencoderKL on the pictures of a shard set: encoder and decoder,"
+            " then the decoder alone on latents with noise. A command that was ended goes on where"
+            " it was."
         ),
-        epilog=("A recipe uses it by model.autoencoder.path and model.latent; its card says both."),
+        epilog="A recipe uses it by model.autoencoder.path and model.latent, as CARD.md says.",
     )
     parser.add_argument(
         "shards", type=expand, help=f"a folder of .tar files, a glob, one .tar, {', '.join(NAMED)}"
@@ -61,11 +64,19 @@ def _parser() -> Parser:
     parser.add_argument("--val", type=expand, metavar="SHARDS", help=held_out)
     parser.add_argument("--out", type=_place, required=True, help="the folder to write")
     parser.add_argument(
+        "--size",
+        type=whole_number(1, LARGEST),
+        metavar="PX",
+        help="crop and resize to squares; without it, all of one size",
+    )
+    key = "of data.prepare, such as min_size=32; may come again"
+    parser.add_argument("--prepare", action="append", default=[], metavar="key=value", help=key)
+    parser.add_argument(
         "--channels",
         type=_levels,
         default=(32, 64, 96, 128),
         metavar="A,B,...",
-        help="of each level, 32,64,96,128: each but the last halves the side",
+        help="of each level, 32,64,96,128; all but one halve it",
     )
     counts = {
         "--latent-channels": (4, 1, "channels of a latent"),
@@ -102,10 +113,9 @@ def _parser() -> Parser:
         "--start",
         type=model_argument,
         metavar="MODEL",
-        help="begin with the weights of this autoencoder, of the same levels; --steps 0 then trains"
-        " its decoder alone",
+        help="begin with its weights; --steps 0: its decoder alone",
     )
-    planned = "print what would be trained and from which step it would go on; train nothing"
+    planned = "print what would be trained, and from which step"
     parser.add_argument("--plan", action="store_true", help=planned)
     parser.add_argument("--json", action="store_true", help=JSON)
     return parser
@@ -120,14 +130,16 @@ def main(argv: list[str]) -> int:
         )
     refuse_occupied(args.out)
     quiet_libraries()
-    reader = _open(args.shards, "train", progress)
+    prepare = _preparation(args)
+    reader = _open(args.shards, "train", prepare, progress)
     val = args.val or (args.shards if args.shards in NAMED else None)
-    held_out = _open(val, "val", progress) if val else None
+    held_out = _open(val, "val", prepare, progress) if val else None
     with progress.task(IMPORTING):
         import torch
 
-        from flowray.train.autoencoder import JUDGED, Design, held_out_psnr, in_order
+        from flowray.train.autoencoder import JUDGED, Design, held_out_psnr
         from flowray.train.autoencoder import train_autoencoder as fit
+        from flowray.train.autoencoder_pictures import in_order
 
     design = Design(
         channels=args.channels,
@@ -140,6 +152,7 @@ def main(argv: list[str]) -> int:
         noise=args.noise,
         seed=args.seed,
         start=args.start,
+        prepare=prepare,
     )
     side = _side(args.shards, [reader, held_out] if held_out else [reader], design)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -157,7 +170,7 @@ def main(argv: list[str]) -> int:
         figures["seconds"] = round(seconds, 1)
         if held_out:
             with progress.task("judging held-out pictures"):
-                pictures = in_order(held_out, JUDGED)
+                pictures = in_order(held_out, JUDGED, prepare)
                 figures["psnr"] = held_out_psnr(partial, pictures, args.seed, device)
         (partial / CARD).write_text(_card(args.out, argv, figures), encoding="utf-8")
 
@@ -175,13 +188,33 @@ def main(argv: list[str]) -> int:
     return GOOD
 
 
-def _open(spec: str, split: str, progress: ConsoleProgress) -> ShardReader:
-    """A split of a named set, or the shards that `spec` names."""
-    if spec not in NAMED:
-        return ShardReader(find_shards(spec))
-    with progress.task(IMPORTING):
-        from flowray.store.latents import split_shards
-    return ShardReader(split_shards(DataConfig(shards=spec), progress)[split])
+def _preparation(args: argparse.Namespace) -> Preparation:
+    keys = ["resize=lanczos" if args.size else "resize=none", *args.prepare]
+    config = load_recipe("base", [f"data.prepare.{key}" for key in keys]).recipe.data.prepare
+    return Preparation(config, (args.size, args.size) if args.size else None)
+
+
+def _open(spec: str, split: str, prepare: Preparation, progress: ConsoleProgress) -> ShardReader:
+    """A split of a named set, or the shards that `spec` names, without what is to be left out."""
+    from flowray.data.pictures import filtered
+
+    if spec in NAMED:
+        with progress.task(IMPORTING):
+            from flowray.store.latents import split_shards
+        shards = split_shards(DataConfig(shards=spec), progress)[split]
+    else:
+        shards = find_shards(spec)
+    reader = ShardReader(shards)
+    if not prepare.config.filters:
+        return reader
+    with progress.task(f"looking at the sizes of {spec}"):
+        left_out = filtered(reader, prepare)
+    if left_out:
+        progress.say(
+            f"{spec}: {len(left_out)} of {len(reader)} pictures are left out, too small or of"
+            " another aspect ratio than asked for"
+        )
+    return ShardReader(shards, without=left_out)
 
 
 def _side(shards: str, readers: list[ShardReader], design: Design) -> int:
@@ -190,12 +223,11 @@ def _side(shards: str, readers: list[ShardReader], design: Design) -> int:
     """
     from flowray.data.pictures import one_size
 
-    height, width = one_size(readers, shards)
+    height, width = one_size(readers, shards, design.prepare)
     if height != width or width % design.factor:
         raise InputError(
             f"{shards}: pictures of {width} x {height} px; want squares whose side is a multiple"
-            f" of {design.factor}, which {len(design.channels)} levels need;"
-            " `flowray.data pack --size` makes squares"
+            f" of {design.factor}, which {len(design.channels)} levels need; --size PX makes them"
         )
     return height
 

@@ -11,11 +11,11 @@ from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError, RuleError
 from flowray.config.losses import LossConfig
 from flowray.config.model import ModelConfig
+from flowray.config.towers import ImageTower
 from flowray.config.train import DataConfig, TrainSection
 
 Size = tuple[int, int]  # (height, width)
 GRAPHS = 8  # that torch.compile keeps of one function; beyond it refuses
-_ONE_SIZE = ("clip", "dino", "repa")  # losses whose networks are made for one size of latents
 
 _RATIOS, _STEP = "data.aspect_ratios", "data.aspect_step"
 
@@ -103,19 +103,13 @@ def check_buckets(
             "data.prepare.resize",
             _RATIOS,
         )
-    if data.shuffle_captions:
+    if loss.clip.weight > 0 and isinstance(model.semantic, ImageTower):
         raise RuleError(
-            f"{_RATIOS} and data.shuffle_captions cannot go together yet; empty the one or leave"
-            " out the other",
-            "data.shuffle_captions",
-            _RATIOS,
-        )
-    if fixed := [name for name in _ONE_SIZE if getattr(loss, name).weight > 0]:
-        keys = [f"loss.{name}.weight" for name in fixed]
-        raise RuleError(
-            f"{_RATIOS}: {', '.join(f'loss.{name}' for name in fixed)} takes latents of one size"
-            f" alone; set {', '.join(keys)} to 0, or empty {_RATIOS}",
-            *keys,
+            f"{_RATIOS}: loss.clip with model.semantic.kind image compares z0 itself, number by"
+            " number, with a vector of one size; take model.semantic.kind=small, set"
+            f" loss.clip.weight to 0, or empty {_RATIOS}",
+            "model.semantic.kind",
+            "loss.clip.weight",
             _RATIOS,
         )
     if train.compile and len(sizes) > GRAPHS:

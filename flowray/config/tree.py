@@ -56,18 +56,28 @@ class Tree:
         self.origin = origin or {}
 
     def merge(self, layer: Mapping[str, Any], place: Place) -> None:
-        """Lay one layer over the tree; InputError for keys and kinds that do not exist."""
+        """Lay one layer over the tree; InputError for keys and kinds that do not exist.
+
+        Of other shards than those below, the card no longer says what it said of these.
+        """
+        before = self.data["data"]["shards"]
         self._merge_section(self.data, layer, Recipe, "", place)
+        if self.data["data"]["shards"] != before and "dataset" not in (layer.get("card") or {}):
+            self.data["card"]["dataset"] = ""
 
     def override(
         self, pairs: Iterable[tuple[str, Any]], where: str, folders: tuple[Path, ...] = ()
     ) -> None:
         """Set dotted keys in order, kinds first (outermost first): an option may then stand
-        before the kind it belongs to.
+        before the kind it belongs to. What the card says of the data comes last.
         """
         leaves = [leaf for key, value in pairs for leaf in _leaves(key, value, where)]
         leaves.sort(
-            key=lambda leaf: (0, leaf[0].count(".")) if leaf[0].endswith(".kind") else (1, 0)
+            key=lambda leaf: (
+                (0, leaf[0].count("."))
+                if leaf[0].endswith(".kind")
+                else (1 + (leaf[0] == "card.dataset"), 0)
+            )
         )
         for key, value in leaves:
             layer: dict[str, Any] = {}

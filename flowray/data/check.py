@@ -16,7 +16,8 @@ from flowray.config.jsons import parse_json
 from flowray.config.progress import SILENT, Progress
 from flowray.data.arrays import read_npy
 from flowray.data.captions import captions_in
-from flowray.data.decode import EXTENSIONS, UNREAD, decode_rgb, picture_of, unread
+from flowray.data.decode import EXTENSIONS, UNREAD, decode_rgb, picture_of, picture_size, unread
+from flowray.data.prepare import Filtered, Preparation
 from flowray.data.reader import ShardReader
 from flowray.data.remote import ahead, is_here, opened, shown, stat_of
 from flowray.data.shards import MANIFEST, find_shards, sha256
@@ -61,14 +62,20 @@ class ShardCheck:
 
 
 def check_shards(
-    *specs: str, progress: Progress = SILENT, caption_key: str | None = None
+    *specs: str,
+    progress: Progress = SILENT,
+    caption_key: str | None = None,
+    prepare: Preparation | None = None,
 ) -> ShardCheck:
     """Read every sample of a shard set (folders, globs or tars); InputError only where there is
-    nothing to read. caption_key: as `captions_in` has it.
+    nothing to read.
+
+    caption_key: as `captions_in` has it. prepare: what a recipe does to the pictures, by which one
+    of another size than it wants is bad; without it sizes that differ are only told.
     """
     found = list(dict.fromkeys(path.absolute() for spec in specs for path in find_shards(spec)))
     folder = Path(os.path.commonpath([path.parent for path in found]))
-    checker = _Checker(folder, caption_key)
+    checker = _Checker(folder, caption_key, prepare)
     with progress.task("checking shards", len(found)) as advance:
         for path in ahead(found):
             checker.shard(path)
@@ -79,12 +86,14 @@ def check_shards(
 class _Checker:
     """Sees shard after shard, each named by its path in `folder`; keeps one hash per image."""
 
-    def __init__(self, folder: Path, caption_key: str | None) -> None:
+    def __init__(self, folder: Path, caption_key: str | None, prepare: Preparation | None) -> None:
         self.folder, self.result = folder, ShardCheck()
-        self.caption_key = caption_key
+        self.caption_key, self.prepare = caption_key, prepare
         self.first_with: dict[bytes, str] = {}  # image hash -> "shard:key"
         self.unread: Counter[str] = Counter()  # extensions of pictures that are not read
-        self.sizes: Counter[str] = Counter()
+        self.sizes: Counter[str] = Counter()  # of pictures
+        self.arrays: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()  # cause -> pictures that `prepare` leaves out
         self.first_of_size: dict[str, tuple[str, str]] = {}
         self.twin = ""
         self.several: list[str] = []  # samples with several pictures
@@ -152,15 +161,14 @@ class _Checker:
         if len(pictures := [e for e in EXTENSIONS if e in sample]) > 1:
             self.several.append(f"{shard}:{key} (.{', .'.join(pictures)})")
         try:
-            size = (
-                _array_size(sample[extension])
-                if extension.endswith("npy")
-                else _picture_size(sample[extension])
-            )
+            if extension.endswith("npy"):
+                size, sizes = _array_size(sample[extension]), self.arrays
+            else:
+                size, sizes = self._size(shard, key, sample[extension]), self.sizes
         except Exception as error:  # numpy raises many kinds on the bytes of a broken .npy
             self.bad(shard, key, f".{extension} does not decode: {error}")
             return
-        self.sizes[size] += 1
+        sizes[size] += 1
         self.first_of_size.setdefault(size, (shard, key))
         digest = hashlib.sha256(sample[extension]).digest()[:16]
         first = self.first_with.setdefault(digest, f"{shard}:{key}")
@@ -168,17 +176,52 @@ class _Checker:
             self.result.duplicates += 1
             self.twin = self.twin or f"{first} = {shard}:{key}"
 
+    def _size(self, shard: str, key: str, data: bytes) -> str:
+        """The size of a picture as it is stored; what `prepare` makes of it is looked at here."""
+        if self.prepare is None:
+            height, width, _ = decode_rgb(data).shape
+            return f"{width}x{height}"
+        try:
+            height, width, _ = self.prepare(data).shape
+        except Filtered as error:
+            self.left_out[error.cause] += 1
+        else:
+            wanted = self.prepare.size, *self.prepare.others
+            if self.prepare.size and (height, width) not in wanted:
+                told = "{1}x{0}".format(*self.prepare.size)
+                self.bad(
+                    shard,
+                    key,
+                    f"{width}x{height} px, the recipe wants {told}; data.prepare.resize=lanczos"
+                    " brings it to that",
+                )
+        return "{}x{}".format(*picture_size(data))
+
     def finish(self) -> ShardCheck:
-        result, common = self.result, self.sizes.most_common()
-        result.sizes = dict(common)
-        for size, count in common[1:]:
-            shard, key = self.first_of_size[size]
+        result, sizes = self.result, self.sizes.most_common()
+        result.sizes = dict((self.sizes + self.arrays).most_common())
+        arrays = self.arrays.most_common()
+        for size, count in arrays[1:]:
             self.bad(
-                shard,
-                key,
-                f"{count} sample(s) are {size}, the most ({common[0][1]}) are {common[0][0]}; all"
-                " must be alike (pack --size)",
+                *self.first_of_size[size],
+                f"{count} sample(s) are {size}, the most ({arrays[0][1]}) are {arrays[0][0]}; all"
+                " must be alike",
             )
+        if self.prepare is None and len(sizes) > 1:
+            (most, count), (other, _) = sizes[:2]
+            what = (
+                f"pictures of {len(sizes)} sizes, most ({count}) {most}, the first of another"
+                f" {':'.join(self.first_of_size[other])} ({other}): data.prepare.resize=lanczos in"
+                " a recipe trains on all, without it one takes those of its own size alone"
+                " (--recipe RECIPE says which)"
+            )
+            result.problems.append(Problem("info", "", "", what))
+        if self.left_out:
+            causes = ", ".join(f"{cause} {count}" for cause, count in self.left_out.items())
+            what = (
+                f"{sum(self.left_out.values())} picture(s) are left out by data.prepare: {causes}"
+            )
+            result.problems.append(Problem("info", "", "", what))
         if result.duplicates:
             what = (
                 f"{result.duplicates} of {result.samples} images are byte for byte those of an"
@@ -221,11 +264,6 @@ def _compare_with_manifest(path: Path, checker: _Checker) -> None:
             )
     except (OSError, ValueError, KeyError, TypeError) as error:
         checker.bad(checker.name(path), "", f"{MANIFEST} cannot be read: {error}")
-
-
-def _picture_size(data: bytes) -> str:
-    height, width, _ = decode_rgb(data).shape
-    return f"{width}x{height}"
 
 
 def _array_size(data: bytes) -> str:

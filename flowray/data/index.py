@@ -40,10 +40,15 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "unzstd",
 }
 _HEADER = 1 << 20  # bytes of a long name or a pax header, and of the header of an index
-_RECORD = 20 * BLOCK  # tars are filled up with zeros to multiples of this
+_CHUNK = 1 << 20  # bytes read at a time behind the end of an archive
 _EXTENSIONS = 200  # in one tar: each takes 16 bytes a sample
+_FAULTS = (
+    "faults"  # (faults, 2) of (row, place among the metadata's), not there where there are none
+)
 _TAR = "tar"  # the one key of an index's metadata, as safetensors writes several in any order
-_FAULTS = 1000  # samples at fault in one tar, which is refused beyond
+# samples at fault in one tar whose member is named, so that the header of an index has room for
+# what is said of them, and of a name so many letters
+_NAMED, _NAMED_TO = 1000, 200
 _Members = dict[str, tuple[int, int]]  # extension -> (offset of the first byte, size)
 
 
@@ -147,10 +152,10 @@ def _index_of(size: int, arrays: dict[str, np.ndarray], faults: dict[int, Fault]
 
 def scan_tar(path: Path) -> TarIndex:
     """Index a tar by reading its headers, members of one key wherever they lie. Of one that is
-    truncated or corrupt there are the samples up to that place, the last of them at fault.
+    truncated or corrupt there are the samples up to that place, the last of them at fault. What
+    follows the end of an archive is the next one, as where tars are put together by `cat`.
 
-    InputError where there are none, it is compressed or no tar, or too many samples are at fault or
-    names end in too many ways.
+    InputError where there are none, it is compressed or no tar, or names end in too many ways.
     """
     try:
         with opened(path) as file:
@@ -160,72 +165,98 @@ def scan_tar(path: Path) -> TarIndex:
             if undo := next((_COMPRESSED[m] for m in _COMPRESSED if begins.startswith(m)), None):
                 raise InputError(f"shard {path}: compressed; {undo} it, members are read by place")
             file.seek(0)
-            rows, faults = _read(path, file, size) if size else ({}, {})
+            found = _read(path, file, size) if size else _Found(path)
     # Overflow: of a size; Recursion: tarfile calls itself for each header of a header
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(
             f"shard {path}: truncated or not a plain tar: {error}; write or copy it again"
         ) from error
-    if len(faults) > _FAULTS:
-        key, fault = next(iter(faults.items()))
-        raise InputError(
-            f"shard {path}: {len(faults)} samples at fault, first {key!r}: {fault.message}"
-        )
-    return _index(size, rows, faults)
+    return _index(size, found.rows, found.faults)
 
 
-def _read(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, _Members], dict[str, Fault]]:
-    """The samples of a tar by their keys, and the faults of some; tarfile's errors where it ends
-    before the first.
-    """
-    rows, faults, key, whole = dict[str, _Members](), dict[str, Fault](), "", False
-    extensions, rest = set[str](), b""
-    with tarfile.open(  # type: ignore[call-overload]
-        fileobj=_Headers(file), mode="r:", encoding="utf-8", errors="backslashreplace"
-    ) as tar:
-        try:
-            for (key, extension), member in _files(tar):
-                row = rows.setdefault(key, {})
-                if extension in row:
-                    message = f"{member.name} comes twice in its shard"
-                    faults.setdefault(key, Fault("comes twice", message))
-                elif member.issparse():
-                    message = f"{member.name} is stored sparse; write the tar without --sparse"
-                    faults.setdefault(key, Fault("stored sparse", message))
-                else:
-                    row[extension] = member.offset_data, member.size
-                    extensions.add(extension)
-                if len(extensions) > _EXTENSIONS:
-                    raise InputError(
-                        f"shard {path}: more than {_EXTENSIONS} extensions, last .{extension} of"
-                        f" sample {key!r}; an extension begins at the first dot of a name, so names"
-                        " need others in place of dots"
-                    )
-            # tarfile takes a broken header for the end of the archive; only a block of zeros is
-            # the end
-            file.seek(tar.offset)
-            whole, rest = file.read(BLOCK) == bytes(BLOCK), file.read(_RECORD)
-        except (tarfile.TarError, ValueError, OverflowError, RecursionError):
-            if not rows:
-                raise
-    if not whole:
-        if not rows:
+class _Found:
+    """What a tar has: the samples by their keys, and the faults of some; key: the last one's."""
+
+    def __init__(self, path: Path):
+        self.path, self.key = path, ""
+        self.rows, self.faults = dict[str, _Members](), dict[str, Fault]()
+        self._extensions = set[str]()
+
+    def take(self, key: str, extension: str, member: tarfile.TarInfo) -> None:
+        """One file more; InputError where names end in too many ways."""
+        self.key, row = key, self.rows.setdefault(key, {})
+        if extension in row:
+            self._fault("comes twice", member, "comes twice in its shard")
+        elif member.issparse():
+            self._fault("stored sparse", member, "is stored sparse; write the tar without --sparse")
+        else:
+            row[extension] = member.offset_data, member.size
+            self._extensions.add(extension)
+        if len(self._extensions) > _EXTENSIONS:
+            raise InputError(
+                f"shard {self.path}: more than {_EXTENSIONS} extensions, last .{extension} of"
+                f" sample {key!r}; an extension begins at the first dot of a name, so names"
+                " need others in place of dots"
+            )
+
+    def _fault(self, cause: str, member: tarfile.TarInfo, what: str) -> None:
+        named = member.name[:_NAMED_TO] if len(self.faults) < _NAMED else "a member"
+        self.faults.setdefault(self.key, Fault(cause, f"{named} {what}"))
+
+    def cut_off(self, size: int) -> None:
+        """The last sample is at fault, and members that go on behind `size` bytes are none."""
+        if not self.rows:
             raise tarfile.ReadError("no sample in it is whole")
-        members = rows[key].items()
-        rows[key] = {name: found for name, found in members if sum(found) <= size}
+        members = self.rows[self.key].items()
+        self.rows[self.key] = {name: found for name, found in members if sum(found) <= size}
         message = "the shard is truncated or corrupt here or just after; write or copy it again"
-        faults[key] = Fault("cut off", message)
-    elif any(rest):
-        raise InputError(
-            f"shard {path}: goes on behind its end, at or just after sample {key!r}, as where tars"
-            " are put together by cat; `tar --concatenate` makes one of them"
-        )
-    return rows, faults
+        self.faults[self.key] = Fault("cut off", message)
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[tuple[tuple[str, str], tarfile.TarInfo]]:
+def _read(path: Path, file: BinaryIO, size: int) -> _Found:
+    """What is in a tar, in one that `cat` made of several too; tarfile's errors where it ends
+    before the first sample.
+    """
+    found, begins = _Found(path), 0
+    while True:
+        file.seek(begins)
+        whole = False
+        try:
+            with tarfile.open(  # type: ignore[call-overload]
+                fileobj=_Headers(file), mode="r:", encoding="utf-8", errors="backslashreplace"
+            ) as tar:
+                for (key, extension), member in _files(tar, begins):
+                    found.take(key, extension, member)
+                # tarfile takes a broken header for the end of the archive; only a block of zeros
+                # is the end
+                ends = tar.offset
+            file.seek(ends)
+            whole = file.read(BLOCK) == bytes(BLOCK)
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError):
+            if not found.rows:
+                raise
+        if not whole:
+            found.cut_off(size)
+            return found
+        behind = _not_zero(file, ends + BLOCK)
+        if behind is None:
+            return found
+        begins = behind
+
+
+def _not_zero(file: BinaryIO, start: int) -> int | None:
+    """The first block from byte `start` on that is not all zeros; None where the file ends so."""
+    file.seek(start)
+    while chunk := file.read(_CHUNK):
+        if rest := chunk.lstrip(b"\0"):
+            return start + (len(chunk) - len(rest)) // BLOCK * BLOCK
+        start += len(chunk)
+    return None
+
+
+def _files(tar: tarfile.TarFile, begins: int) -> Iterator[tuple[tuple[str, str], tarfile.TarInfo]]:
     """((key, extension), header) of the plain files that belong to samples."""
-    last = -1
+    last = begins
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
         if tar.offset <= last:
@@ -273,8 +304,11 @@ def load_index(path: Path, captions_of: CaptionsOf | None = None) -> TarIndex | 
     if captions_of is not None:
         arrays |= _caption_arrays(path, index, captions_of)
     with suppress(OSError):
-        told = json.dumps([stamp, list(index.faults.items())])
-        write_whole(beside, save(arrays, metadata={_TAR: told}), shared=True)
+        kinds = {fault: number for number, fault in enumerate(dict.fromkeys(index.faults.values()))}
+        rows = [(row, kinds[fault]) for row, fault in index.faults.items()]
+        kept_faults = {_FAULTS: np.array(rows, np.int64)} if rows else {}
+        told = json.dumps([stamp, list(kinds)])
+        write_whole(beside, save(arrays | kept_faults, metadata={_TAR: told}), shared=True)
     return _kept(beside, stamp, size) or _index_of(index.size, arrays, index.faults)
 
 
@@ -310,35 +344,44 @@ def _kept(beside: Path, stamp: str, tar_size: int) -> IndexFile | None:
     """The index file where it is whole and of this tar."""
     try:
         with open_own(beside) as file:
-            made = _made(file)
             length = int.from_bytes(file.read(8), "little")
             size = file.seek(0, io.SEEK_END)
             if length > min(size, _HEADER):
                 return None
             file.seek(8)
             header = parse_json(file.read(length))
-        made_for, told = parse_json(header.pop("__metadata__")[_TAR])
-        if made_for != stamp:
-            return None
-        faults = {int(row): Fault(*map(str, fault)) for row, fault in told}
-        arrays, end = {}, length + 8
-        for name, row in header.items():
-            dtype = np.dtype({"U8": np.uint8, "I64": np.int64}[row["dtype"]])
-            first, last = row["data_offsets"]
-            if (last - first) != dtype.itemsize * math.prod(row["shape"]):
+            made_for, kinds = parse_json(header.pop("__metadata__")[_TAR])
+            if made_for != stamp:
                 return None
-            arrays[name] = dtype, tuple(row["shape"]), length + 8 + first
-            end = max(end, length + 8 + last)
-        (samples,) = arrays["ends"][1]
-        plain = all(
-            shape == (samples, 2) for name, (_, shape, _) in arrays.items() if name[0] == "."
-        )
-        if not plain or end != size or "names" not in arrays:
-            return None
-        if "firsts" in arrays and not (
-            arrays["firsts"][1] == (samples + 1,) and {"texts", "starts"} <= arrays.keys()
-        ):
-            return None
-        return IndexFile(beside, tar_size, samples, arrays, faults, made)
+            arrays, end = {}, length + 8
+            for name, row in header.items():
+                dtype = np.dtype({"U8": np.uint8, "I64": np.int64}[row["dtype"]])
+                first, last = row["data_offsets"]
+                if (last - first) != dtype.itemsize * math.prod(row["shape"]):
+                    return None
+                arrays[name] = dtype, tuple(row["shape"]), length + 8 + first
+                end = max(end, length + 8 + last)
+            (samples,) = arrays["ends"][1]
+            plain = all(
+                shape == (samples, 2) for name, (_, shape, _) in arrays.items() if name[0] == "."
+            )
+            if not plain or end != size or "names" not in arrays:
+                return None
+            if "firsts" in arrays and not (
+                arrays["firsts"][1] == (samples + 1,) and {"texts", "starts"} <= arrays.keys()
+            ):
+                return None
+            _, shape, start = arrays.pop(_FAULTS, (None, (0, 2), 0))
+            rows, two = shape
+            # a member takes a block at least: so many faults fit into memory where the tar is real
+            if two != 2 or rows > min(samples, tar_size // BLOCK) or bool(rows) != bool(kinds):
+                return None
+            file.seek(start)
+            pairs = np.frombuffer(file.read(rows * 16), np.int64).reshape(rows, 2)
+            if not all(0 <= row < samples and number >= 0 for row, number in pairs.tolist()):
+                return None
+            told = [Fault(*map(str, kind)) for kind in kinds]
+            faults = {row: told[number] for row, number in pairs.tolist()}
+            return IndexFile(beside, tar_size, samples, arrays, faults, _made(file))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None

@@ -100,8 +100,9 @@ def decode_sized(
     if picture.shape[:2] != size:
         (h, w), (height, width) = picture.shape[:2], size
         raise InputError(
-            f"{reader.label(index)}: {w} x {h} px among pictures of {width} x {height} px;"
-            " `flowray.data pack --size PX` makes one size"
+            f"{reader.label(index)}: {w} x {h} px among pictures of {width} x {height} px; bring"
+            " them to one size by data.prepare.resize=lanczos in a recipe, --size PX on a command"
+            " line"
         )
     return picture
 
@@ -130,7 +131,7 @@ def one_size(
     if others:
         told = "; ".join(f"{w} x {h} px: {label}" for (h, w), label in sizes.items())
         raise InputError(
-            f"{what}: pictures are of several sizes, {told}; `flowray.data pack --size PX` makes"
-            " one size"
+            f"{what}: pictures are of several sizes, {told}; bring them to one by"
+            " data.prepare.resize=lanczos in a recipe, --size PX on a command line"
         )
     return size

@@ -47,10 +47,25 @@ def _trunk(latent: LatentSpec, hidden: int, out: int) -> nn.Sequential:
         nn.GELU(),
         nn.Conv2d(hidden, hidden, 3, stride=2, padding=1),
         nn.GELU(),
-        nn.Flatten(),
+        _Flat(math.ceil(latent.height / 2), math.ceil(latent.width / 2)),
         nn.LayerNorm(flat),
         nn.Linear(flat, out),
     )
+
+
+class _Flat(nn.Module):
+    """Flattens features (B, C, h, w); those of a bucket's latents are averaged to the rows and
+    columns of the model's own first, as torchvision's VGG takes pictures of any size.
+    """
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__()
+        self.size = rows, columns
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.shape[2:] != self.size:
+            features = F.adaptive_avg_pool2d(features, self.size)
+        return features.flatten(1)
 
 
 class SmallTower(nn.Module):
@@ -237,7 +252,7 @@ class Repa(nn.Module):
     (arXiv 2410.06940).
     """
 
-    def __init__(self, config: RepaLossConfig, velocity: VelocityNet, latent: LatentSpec):
+    def __init__(self, config: RepaLossConfig, velocity: VelocityNet):
         super().__init__()
         blocks, width, patch = velocity.token_blocks()
         if config.depth > len(blocks):
@@ -245,7 +260,7 @@ class Repa(nn.Module):
                 f"loss.repa.depth: got {config.depth}, but model.velocity has {len(blocks)} blocks"
                 " of tokens; lower it"
             )
-        self.depth, self.grid = config.depth, (latent.height // patch, latent.width // patch)
+        self.depth, self.patch = config.depth, patch
         self.encoder = load_image_encoder(config.teacher, "loss.repa.teacher", frozen=True)
         hidden = config.hidden
         self.projector = nn.Sequential(
@@ -270,14 +285,19 @@ class Repa(nn.Module):
         finally:
             hook.remove()
 
-    def forward(self, tokens: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, pictures: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
         """(projected tokens, features of the same places), (B, rows * columns, width of the
         encoder) each.
+
+        size: (height, width) of the latents in cells. The encoder sees a square, whatever the
+        pictures are, and its features are brought back to the latents' rows and columns.
         """
-        rows, columns = self.grid
+        rows, columns = (side // self.patch for side in size)
         patches = self.encoder(pictures).patches.permute(0, 3, 1, 2)
-        if patches.shape[2:] != self.grid:
-            patches = F.interpolate(patches, self.grid, mode="bilinear", antialias=True)
+        if patches.shape[2:] != (rows, columns):
+            patches = F.interpolate(patches, (rows, columns), mode="bilinear", antialias=True)
         return self.projector(tokens[:, -rows * columns :]), patches.flatten(2).transpose(1, 2)
 
 
@@ -304,7 +324,7 @@ class Semantics(nn.Module):
             SemanticTower(config.semantic, loss.clip, latent) if loss.clip.weight > 0 else None
         )
         self.dino = Dino(loss.dino, latent) if loss.dino.weight > 0 else None
-        self.repa = Repa(loss.repa, velocity, latent) if loss.repa.weight > 0 else None
+        self.repa = Repa(loss.repa, velocity) if loss.repa.weight > 0 else None
         self.lpips = Lpips(loss.lpips) if loss.lpips.weight > 0 else None
         self._clip_sees = self.clip is not None and self.clip.tower.wants_pictures
         self._dino_sees = self.dino is not None and self.dino.teacher.wants_pictures
@@ -343,7 +363,11 @@ class Semantics(nn.Module):
         return Views(
             clip=None if self.clip is None else (*self.clip(z0, z1, own), self.clip.scale),
             dino=None if self.dino is None else self.dino(z0, z1, own),
-            repa=None if self.repa is None else self.repa(tokens[-1], self._decode(target)),
+            repa=(
+                None
+                if self.repa is None
+                else self.repa(tokens[-1], self._decode(target), (target.shape[2], target.shape[3]))
+            ),
             lpips=(
                 None
                 if self.lpips is None or "lpips" in idle

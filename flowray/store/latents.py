@@ -111,8 +111,10 @@ class LatentSet:
         if len(others) == len(self):
             return None
         away = self.reader.places(others.tolist())
+        own, whose = np.flatnonzero(self.buckets == 0), self.captioned_by
         return replace(
             self,
+            captioned_by=None if whose is None else np.searchsorted(own, whose[own]),
             reader=ShardReader(self.reader.paths, self.reader.limit, away, self.reader.caption_key),
             skipped=tuple(sorted({*self.skipped, *self.places()[others].tolist()})),
             sizes=(),
@@ -360,7 +362,8 @@ def load_latents(
     pictures = tuple(Path(path) for path in meta["pictures"])
     tars = [folder / row["name"] for row in manifest["shards"]]
     reader = ShardReader(tars, limit, caption_key=meta.get("caption_key"))
-    captioned_by = None if shuffle is None else others(len(reader), shuffle)
+    buckets = _buckets(folder, len(reader)) if "sizes" in meta else None
+    captioned_by = None if shuffle is None else _others_alike(len(reader), buckets, shuffle)
     return LatentSet(
         reader,
         LatentScale(scale, shift, meta["deterministic"]),
@@ -370,7 +373,7 @@ def load_latents(
         skipped,
         PrepareConfig.model_validate(meta.get("prepare", {})),
         tuple((height, width) for height, width in meta.get("sizes", ())),
-        _buckets(folder, len(reader)) if "sizes" in meta else None,
+        buckets,
     )
 
 
@@ -399,6 +402,17 @@ def others(count: int, seed: int) -> np.ndarray:
     cycle = np.random.default_rng(seed).permutation(count)
     partner = np.empty(count, dtype=np.int64)
     partner[cycle] = np.roll(cycle, 1)
+    return partner
+
+
+def _others_alike(count: int, buckets: np.ndarray | None, seed: int) -> np.ndarray:
+    """`others`, each of the same bucket, so that a batch's captions too are of one bucket."""
+    if buckets is None:
+        return others(count, seed)
+    partner = np.empty(count, dtype=np.int64)
+    for bucket in np.unique(buckets):
+        own = np.flatnonzero(buckets == bucket)
+        partner[own] = own[others(len(own), seed)]
     return partner
 
 

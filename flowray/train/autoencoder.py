@@ -21,16 +21,14 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
 from flowray.config.model import KLAutoencoder
 from flowray.config.progress import SILENT, Progress
 from flowray.config.train import CosineLR
-from flowray.data.order import EpochOrder, evenly
-from flowray.data.pictures import decode_image, decode_sized
-from flowray.data.pixels import to_pictures
+from flowray.data.pictures import decode_image
+from flowray.data.prepare import AS_THEY_ARE, Preparation
 from flowray.data.reader import ShardReader
 from flowray.data.shards import left_partials, refuse_occupied, whole_folder
 from flowray.model.autoencoder import load_autoencoder
@@ -38,9 +36,9 @@ from flowray.model.files import content_of, open_autoencoder
 from flowray.probes.vae import psnr
 from flowray.store.checkpoint import load_state, load_tensors, newest_checkpoint, save_checkpoint
 from flowray.store.run import RunDirectory, RunLock
+from flowray.train.autoencoder_pictures import batches, in_order
 from flowray.train.optim import lr_at
 
-BATCH = 32  # pictures of a measurement
 STATISTICS = 2048  # training pictures that the latents' mean and std are taken over, at most
 JUDGED = 1024  # held-out pictures
 # of an AutoencoderKL's config: what its weights belong to, and the scale of its latents
@@ -61,7 +59,7 @@ class Design:
     per latent value in nats; more of it leaves noise in z1 that no caption decides. preview: weight
     of the latents' likeness to the picture in small. noise: most noise on the latents that the
     decoder alone is shown, in their standard deviations. start: path of an autoencoder of the same
-    levels whose weights training begins with.
+    levels whose weights training begins with. prepare: what is done to every picture.
     """
 
     channels: tuple[int, ...] = (32, 64, 96, 128)
@@ -75,53 +73,12 @@ class Design:
     noise: float = 0.3
     seed: int = 0
     start: str | None = None
+    prepare: Preparation = AS_THEY_ARE
 
     @property
     def factor(self) -> int:
         """Pixels of a latent cell's side."""
         return int(2 ** (len(self.channels) - 1))
-
-
-class _Steps(Dataset[Tensor | InputError]):
-    """The batch of a training step, each picture mirrored at every other of its places.
-
-    What cannot be read is handed back as the InputError: raised in a worker process, it would come
-    wrapped in that one's traceback.
-    """
-
-    def __init__(self, reader: ShardReader, size: int, seed: int):
-        self.reader, self.order = reader, EpochOrder(len(reader), seed)
-        self.size, self.seed = size, seed
-        self.shape = decode_image(reader, 0).shape[:2]
-
-    def __getitem__(self, step: int) -> Tensor | InputError:
-        places = range(self.size * step, self.size * (step + 1))
-        try:
-            return to_pictures([self._picture(place) for place in places])
-        except InputError as error:
-            return error
-
-    def _picture(self, place: int) -> np.ndarray:
-        index = int(self.order(np.array([place]))[0])
-        picture = decode_sized(self.reader, index, self.shape)
-        mirrored = np.random.default_rng([self.seed, place]).random() < 0.5
-        return picture[:, ::-1] if mirrored else picture
-
-
-def batches(
-    reader: ShardReader, design: Design, seed: int, first: int, steps: int, workers: int
-) -> Iterator[Tensor]:
-    """Pictures (B, 3, H, W) in [-1, 1] of steps `first` to `steps`, by seed and step alone.
-
-    InputError names the sample that does not decode or has another size than the first.
-    """
-    made = _Steps(reader, design.batch_size, seed)
-    for batch in DataLoader(
-        made, batch_size=None, sampler=range(first, steps), num_workers=workers
-    ):
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
 
 
 def fresh(design: Design, side: int) -> Any:
@@ -327,17 +284,6 @@ def held_out_psnr(
     return float(np.mean(figures))
 
 
-def in_order(reader: ShardReader, most: int) -> Iterator[Tensor]:
-    """At most `most` pictures, spread evenly over the set, in batches (B, 3, H, W).
-
-    InputError names one that does not decode or has another size than the first.
-    """
-    shape = decode_image(reader, 0).shape[:2]
-    chosen = evenly(len(reader), most)
-    for part in np.array_split(chosen, -(-len(chosen) // BATCH)):
-        yield to_pictures([decode_sized(reader, int(i), shape) for i in part])
-
-
 def left_over(reader: ShardReader, design: Design, out: Path) -> tuple[Path | None, dict[str, Any]]:
     """The newest checkpoint of a run into `out` that was ended, and its state; that is empty where
     the run had another design or other pictures.
@@ -349,6 +295,9 @@ def left_over(reader: ShardReader, design: Design, out: Path) -> tuple[Path | No
 
 def _made_of(reader: ShardReader, design: Design) -> Any:
     made = dataclasses.asdict(design)
+    del made["prepare"]
+    if tag := design.prepare.tag:
+        made["prepare"] = tag
     if start := made.pop("start"):
         files = open_autoencoder(start)
         made["start"] = content_of(*([files] if isinstance(files, Path) else files.weights))
@@ -375,8 +324,8 @@ def train_autoencoder(
     progress: Progress = SILENT,
     complete: Complete = _nothing_else,
 ) -> None:
-    """Train on the reader's pictures, of one size, and save diffusers' folder `out`, its latents'
-    mean and std in the config.
+    """Train on the reader's pictures, which `design.prepare` leaves all in and brings to one size,
+    and save diffusers' folder `out`, its latents' mean and std in the config.
 
     A run that was ended goes on from what it last saved, beside `out`, if it had the same design
     and pictures; what another one saved is removed first, and all of it once `out` is whole.
@@ -393,7 +342,8 @@ def train_autoencoder(
         for left in left_partials(out):
             shutil.rmtree(left, ignore_errors=True)  # of a process killed while it saved or judged
         torch.manual_seed(design.seed)
-        net = _initial_net(design, decode_image(reader, 0).shape[0]).to(device)
+        side = decode_image(reader, 0, design.prepare).shape[0]
+        net = _initial_net(design, side).to(device)
         newest, state = left_over(reader, design, out)
         if newest and not state:
             progress.say(f"removing {newest}, of another design or other pictures")
@@ -476,7 +426,10 @@ class _Run:
             net.register_to_config(scaling_factor=1.0, **statistics)
         else:
             with self.progress.task("measuring the latents"):
-                shown = (part.to(self.device) for part in in_order(self.reader, STATISTICS))
+                shown = (
+                    part.to(self.device)
+                    for part in in_order(self.reader, STATISTICS, self.design.prepare)
+                )
                 set_statistics(net.eval(), shown)
         for part in (net.encoder, net.quant_conv):
             part.requires_grad_(False)
@@ -484,9 +437,10 @@ class _Run:
     def _go_on(self, fit: Fit, began: float) -> None:
         made_of = _made_of(self.reader, self.design)
         what = f"training the {'decoder' if fit.decoder_alone else 'autoencoder'}"
-        places = self.reader, self.design, fit.seed, fit.step, fit.steps, self.workers
+        places = fit.step, fit.steps, self.workers
+        size, prepare = self.design.batch_size, self.design.prepare
         with self.progress.task(what, fit.steps, fit.step) as advance:
-            for pictures in batches(*places):
+            for pictures in batches(self.reader, size, fit.seed, *places, prepare=prepare):
                 value = fit(pictures.to(self.device))
                 advance(1, f"loss {value:.4f}")
                 if fit.step % self.save_every == 0 or fit.step == fit.steps:

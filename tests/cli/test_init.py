@@ -250,17 +250,20 @@ def test_one_line_where_a_recipe_cannot_be_written(
     assert not (place / "new.yaml").exists()
 
 
-@pytest.mark.parametrize(("sizes", "says"), [((64, 48), "--size"), ((72, 72), "--size 64")])
-def test_pictures_that_no_network_takes(tmp_path: Path, sizes: tuple[int, int], says: str) -> None:
+@pytest.mark.parametrize(("sizes", "side"), [((64, 48), 48), ((72, 72), 64)])
+def test_pictures_that_no_network_takes_are_brought_to_a_size_it_takes(
+    tmp_path: Path, sizes: tuple[int, int], side: int
+) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for i in range(8):
-        side = sizes[i % 2]
-        Image.new("RGB", (side, side), (i, 0, 0)).save(folder / f"{i}.png")
+        px = sizes[i % 2]
+        Image.new("RGB", (px, px), (i, 0, 0)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"number {i}")
     assert data.main(["pack", str(folder), str(tmp_path / "out"), "--val", "0.4"]) == 0
-    with pytest.raises(InputError, match=says):
-        init.main(["--data", str(tmp_path / "out"), "--out", str(tmp_path / "new.yaml")])
+    recipe = init_recipe(tmp_path, "new.yaml", "--data", str(tmp_path / "out"))
+    assert recipe.model.latent.shape == (4, side // 8, side // 8)
+    assert recipe.data.prepare.resize == "lanczos"
 
 
 def test_captions_that_are_all_alike_teach_nothing(tmp_path: Path) -> None:

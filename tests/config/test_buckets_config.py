@@ -60,9 +60,7 @@ def test_a_step_that_is_too_large() -> None:
     [
         ({"model.velocity.patch": 2}, "data.aspect_step=2"),
         ({"data.prepare.resize": "none"}, "data.prepare.resize"),
-        ({"data.shuffle_captions": True}, "data.shuffle_captions"),
-        ({"loss.clip.weight": 0.1}, "loss.clip.weight"),
-        ({"loss.dino.weight": 0.1}, "loss.dino.weight"),
+        ({"loss.clip.weight": 0.1, "model.semantic.kind": "image"}, "model.semantic.kind"),
         ({"data.aspect_ratios": [0.5, 5]}, "data.aspect_ratios"),
         ({"data.aspect_ratios": [0.1]}, "data.aspect_ratios"),
         ({"data.aspect_ratios": [0.5, 0.5]}, "as 0.5 does"),

@@ -75,6 +75,34 @@ def test_what_the_recipe_states_wins() -> None:
     assert (found["HARDWARE"], found["DATASET"]) == ("A100 x 64", "24M pairs")
 
 
+@pytest.mark.parametrize(
+    ("own", "typed", "says"),
+    [
+        ("", [], "shapes, 12k procedural pictures whose captions name a part of them"),
+        ("", ["data.shards=shapes"], "shapes, 12k procedural pictures"),
+        ("", ["data.shards=digits"], "digits"),
+        ("", ["data.shards=digits", "card.dataset=scans"], "scans"),
+        ("", ["card.dataset=scans", "data.shards=digits"], "scans"),
+        ("data: {shards: mine}", [], "/mine"),
+        ("data: {shards: mine}\ncard: {dataset: birds}", [], "birds"),
+        ("data: {shards: mine}\ncard: {dataset: birds}", ["data.shards=digits"], "digits"),
+        ("data: {limit: 10}", [], "shapes, 12k procedural pictures"),
+    ],
+)
+def test_the_dataset_is_the_one_that_is_trained_on(
+    tmp_path: Path, own: str, typed: list[str], says: str
+) -> None:
+    """Not the base recipe's, where other shards were named and nothing was said of them."""
+    path = tmp_path / "own.yaml"
+    path.write_text(f"base: quickstart\n{own}\n")
+    loaded = load_recipe(str(path), typed)
+    found = fields(header(loaded.recipe, loaded.diffs, **FACTS))["DATASET"]
+    assert found.endswith(says) if says.startswith("/") else found.startswith(says)
+    again = tmp_path / "config.yaml"
+    again.write_text(dump_recipe(loaded.recipe))
+    assert load_recipe(str(again)).recipe == loaded.recipe
+
+
 def test_key_diffs_are_few() -> None:
     assert key_diffs({"name": ("a", "b"), "seed": (0, 1)}) == "none: the base as it is"
     diffs = {f"train.k{n}": (n, n + 1) for n in range(6)}

@@ -13,9 +13,11 @@ from PIL import Image
 
 from flowray.cli.data import main
 from flowray.config.errors import InputError
+from flowray.config.prepare import PrepareConfig
 from flowray.data.check import check_shards
 from flowray.data.make import png
 from flowray.data.pack import Packed, pack_folder
+from flowray.data.prepare import Preparation
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards, write_shards
 
@@ -64,7 +66,6 @@ def test_a_good_set(tmp_path: Path) -> None:
         ({"txt": b"\xef\xbb\xbf", "json": None}, "no caption"),
         ({"json": b"{nope"}, "caption cannot be read: Expecting"),
         ({"pkl": b"N."}, ".pkl is a pickle"),
-        ({"png": png(picture(1, 20, 16))}, "1 sample(s) are 20x16"),
         ({"png": None, "npy": b"\x93NUMPY"}, ".npy does not decode"),
     ],
 )
@@ -78,6 +79,65 @@ def test_each_fault_is_named_with_its_sample(
     ]
     assert says in result.problems[0].what
     assert result.samples == 5
+
+
+MIXED = {0: (16, 16), 1: (16, 16), 2: (20, 16), 3: (40, 60), 4: (12, 30)}
+
+
+def mixed_set(folder: Path) -> Path:
+    rows = [sample(i, png=png(picture(i, *size))) for i, size in MIXED.items()]
+    return write_shards(folder / "set", rows, per_shard=4, meta={})
+
+
+def test_several_sizes_are_told_but_not_bad(tmp_path: Path) -> None:
+    result = check_shards(str(mixed_set(tmp_path)))
+    assert result.good
+    assert result.sizes == {"16x16": 2, "20x16": 1, "40x60": 1, "12x30": 1}
+    (told,) = result.problems
+    assert told.severity == "info"
+    assert "4 sizes" in told.what
+    assert "shard-000000.tar:0002 (20x16)" in told.what
+    assert "data.prepare.resize" in told.what
+
+
+@pytest.mark.parametrize(
+    ("config", "others", "bad", "left_out"),
+    [
+        ({}, (), ["0002", "0003", "0004"], ""),
+        ({"resize": "lanczos"}, (), [], "too small 1"),
+        ({"resize": "area", "min_size": 1}, (), [], ""),
+        ({"resize": "area", "min_size": 20, "max_aspect": 1.2}, (), [], "too small 4, aspect"),
+        ({"resize": "area"}, ((30, 12),), [], ""),  # a bucket that the small one fits
+    ],
+)
+def test_a_recipe_says_which_sizes_are_bad(
+    tmp_path: Path, config: dict[str, Any], others: Any, bad: list[str], left_out: str
+) -> None:
+    prepare = Preparation(PrepareConfig(**config), (16, 16), others)
+    result = check_shards(str(mixed_set(tmp_path)), prepare=prepare)
+    assert [p.sample for p in result.problems if p.severity == "bad"] == bad
+    told = [p.what for p in result.problems if p.severity == "info"]
+    assert [left_out in each for each in told] == ([True] if left_out else [])
+    assert result.sizes == {"16x16": 2, "20x16": 1, "40x60": 1, "12x30": 1}
+
+
+def test_check_as_a_recipe_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, recipe = mixed_set(tmp_path), tmp_path / "mine.yaml"
+    latent = "model: {latent: {height: 2, width: 2}}"
+    argv = ["check", str(folder), "--recipe", str(recipe), "--json"]
+    recipe.write_text(f"base: quickstart\nname: mine\n{latent}\n")
+    assert main(argv) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert {p["sample"] for p in said["problems"]} == {"0002", "0003", "0004"}
+    prepare = "data: {caption_key: captions, prepare: {resize: lanczos, min_size: 1}}"
+    recipe.write_text(f"base: quickstart\nname: mine\n{latent}\n{prepare}\n")
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+    recipe.write_text(recipe.read_text().replace("captions", "nope"))
+    assert main(argv) == 1
+    recipe.write_text("base: quickstart\nname: mine\nmodel: {autoencoder: {path: org/name}}\n")
+    with pytest.raises(InputError, match="org/name"):
+        main(argv)
 
 
 def test_cached_latents_are_a_good_set_and_nan_is_not(tmp_path: Path) -> None:
@@ -262,7 +322,7 @@ def test_command_line_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[s
     report = json.loads(capsys.readouterr().out)
     assert (report["good"], report["samples"]) == (True, 32)
     assert main(["pack", str(fill(tmp_path / "in")), str(tmp_path / "packed")]) == 0
-    assert main(["check", str(tmp_path / "packed")]) == 1  # two sizes
+    assert main(["check", str(tmp_path / "packed")]) == 0  # two sizes, which a recipe may take
     assert "16x16" not in capsys.readouterr().out
 
 

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from safetensors.numpy import load, save
+from safetensors import safe_open
+from safetensors.numpy import load, save, save_file
 from small_tars import hand_tar, npy, samples
 
 from flowray.config.errors import InputError
 from flowray.data.captions import captions_in
-from flowray.data.index import load_index
+from flowray.data.index import IndexFile, load_index
 from flowray.data.pictures import equal_pictures, pictures_also_in
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards, write_shards
@@ -325,10 +326,73 @@ def test_a_member_twice_in_one_shard(tmp_path: Path) -> None:
             assert reader.read(len(reader) - 1, "txt") == b"4"
 
 
-def test_a_shard_of_faults_is_refused(tmp_path: Path) -> None:
-    twice = [(f"{i}.txt", b"1") for i in range(1001) for _ in range(2)]
-    with pytest.raises(InputError, match=r"twice.tar: 1001 samples at fault, first '0'"):
-        ShardReader([hand_tar(tmp_path / "twice.tar", twice)])
+def test_a_shard_of_many_faults_costs_these_samples(tmp_path: Path) -> None:
+    """The first thousand are named; the index that is left keeps all of them."""
+    members = [(f"{i:04d}.txt", b"1") for i in range(3000) for _ in range(1 + (i % 2))]
+    path = hand_tar(tmp_path / "twice.tar", members)
+    for _ in range(2):
+        reader = ShardReader([path])
+        assert len(reader) == 3000
+        assert isinstance(load_index(path), IndexFile)
+        for i in range(3000):
+            fault = reader.fault(i)
+            assert (fault.cause if fault else "") == ("comes twice" if i % 2 else "")
+            if fault:
+                assert (f"{i:04d}.txt" in fault.message) == (i < 2000)
+        assert reader.read(2998, "txt") == b"1"
+        with pytest.raises(InputError, match=r"twice.tar, sample '2999': a member comes twice"):
+            reader.read(2999, "txt")
+    assert path.with_name("twice.tar.index").stat().st_size < 256 * 1024
+
+
+@pytest.mark.parametrize("between", [0, 512, 10240, 3 << 20])
+def test_tars_put_together_are_read_to_the_end(folder: Path, tmp_path: Path, between: int) -> None:
+    """As `cat a.tar b.tar` leaves them: the same samples and bytes as from each alone."""
+    paths = find_shards(str(folder))
+    path = tmp_path / "all.tar"
+    path.write_bytes(bytes(between).join(tar.read_bytes() for tar in paths))
+    whole, apart = ShardReader([path]), ShardReader(paths)
+    assert whole.keys == apart.keys
+    for i in range(len(apart)):
+        assert whole.fault(i) is None
+        assert whole.read(i, "moments.npy") == apart.read(i, "moments.npy")
+        assert whole.captions(i) == apart.captions(i)
+
+
+def test_of_tars_put_together_each_may_be_cut_off(folder: Path, tmp_path: Path) -> None:
+    """The last, or one in the middle, behind whose cut nothing can be told apart."""
+    first, second, *_ = (tar.read_bytes() for tar in find_shards(str(folder)))
+    names = ShardReader(find_shards(str(folder))[:2]).keys
+    path = tmp_path / "all.tar"
+    path.write_bytes(first + second[: len(second) // 3])
+    reader = ShardReader([path])
+    last = len(reader) - 1
+    assert reader.keys == names[: last + 1]
+    assert [i for i in range(last + 1) if reader.fault(i)] == [last]
+    path.write_bytes(first[: len(first) // 3 // 512 * 512 + 100] + second)
+    reader = ShardReader([path])
+    last = len(reader) - 1
+    assert reader.keys == names[: last + 1]
+    assert [i for i in range(last + 1) if reader.fault(i)] == [last]
+
+
+@pytest.mark.parametrize("wrong", ["row", "kind", "lacking", "many"])
+def test_an_index_whose_faults_do_not_fit_is_made_anew(tmp_path: Path, wrong: str) -> None:
+    path = hand_tar(tmp_path / "a.tar", [("a.txt", b"1"), ("a.txt", b"2"), ("b.txt", b"3")])
+    assert ShardReader([path]).fault(0)
+    beside = path.with_name("a.tar.index")
+    with safe_open(beside, "np") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        told = file.metadata()
+    rows = {"row": [[2, 0]], "kind": [[0, 1]], "lacking": [[0, 0]], "many": [[0, 0]] * 9}
+    arrays["faults"] = np.array(rows[wrong], np.int64)
+    if wrong == "lacking":
+        del arrays["faults"]
+    save_file(arrays, beside, metadata=told)
+    before = beside.read_bytes()
+    reader = ShardReader([path])
+    assert [bool(reader.fault(i)) for i in range(2)] == [True, False]
+    assert beside.read_bytes() != before
 
 
 def test_members_of_a_key_that_lie_apart_are_one_sample(tmp_path: Path) -> None:

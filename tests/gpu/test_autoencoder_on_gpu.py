@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from flowray.data.make import png, sample
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards, write_shards
-from flowray.train.autoencoder import Design, held_out_psnr, in_order, train_autoencoder
+from flowray.train.autoencoder import Design, held_out_psnr, train_autoencoder
+from flowray.train.autoencoder_pictures import in_order
 
 pytestmark = [
     pytest.mark.gpu,

@@ -332,6 +332,42 @@ def test_what_the_teachers_see(folder: Path) -> None:
     torch.testing.assert_close(forward.path.v_target.detach() * 0 + forward.path.x1, batch.target)
 
 
+@pytest.mark.parametrize("size", [(5, 3), (3, 5), (2, 8)])
+def test_what_the_losses_see_of_latents_of_another_size(
+    folder: Path, size: tuple[int, int]
+) -> None:
+    """Of a bucket: REPA's features lie where the tokens do; CLIP's small tower and DINO's heads
+    average to their own size.
+    """
+    recipe = recipe_of(folder, "clip", "dino", "repa", **{"model.velocity.patch": 1})
+    model = build_model(recipe.model, recipe.loss, 0).eval()
+    z0, z1, target = torch.randn(3, 2, 4, *size, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randn(2, 1 + size[0] * size[1], model.semantic.repa.projector[0].in_features)
+    with torch.no_grad():
+        views = model.semantic(z0, z1, target, z0, [tokens], frozenset())
+        encoder, autoencoder = model.semantic.repa.encoder, model.semantic.autoencoder
+        patches = encoder(autoencoder.decode(target)).patches.permute(0, 3, 1, 2)
+        expected = torch.nn.functional.interpolate(patches, size, mode="bilinear", antialias=True)
+        torch.testing.assert_close(views.repa[1][:, 1], expected[:, :, 0, 1])
+        torch.testing.assert_close(views.repa[1][:, size[1]], expected[:, :, 1, 0])
+        torch.testing.assert_close(views.repa[0], model.semantic.repa.projector(tokens[:, 1:]))
+        first, second = model.semantic.clip.tower.text[:4], model.semantic.clip.tower.text[5:]
+        features = torch.nn.functional.interpolate(first(z0), (2, 2), mode="area").flatten(1)
+        text = torch.nn.functional.normalize(second(features), dim=-1)
+        torch.testing.assert_close(views.clip[0], text)
+    assert views.dino[0].shape == views.dino[1].shape == (2, 16)
+
+
+def test_latents_of_the_own_size_are_flattened_as_they_are(folder: Path) -> None:
+    """The same numbers and the same names of weights as without buckets."""
+    model = build_model(recipe_of(folder, "clip", "dino").model, recipe_of(folder, "clip").loss, 0)
+    trunk = model.semantic.clip.tower.text
+    z0 = torch.randn(2, *SPEC.shape)
+    plain = torch.nn.Sequential(*trunk[:4], torch.nn.Flatten(), *trunk[5:])
+    assert torch.equal(trunk(z0), plain(z0))
+    assert plain.state_dict().keys() == trunk.state_dict().keys()
+
+
 def test_the_first_samples_alone_are_decoded_where_lpips_says_so(folder: Path) -> None:
     recipe = recipe_of(folder, "lpips", **{"loss.lpips.samples": 2})
     _, forward = Objective(answering_model(recipe), recipe.flow, recipe.loss)(batch_of(recipe))

@@ -31,16 +31,8 @@ from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards, write_shards
 from flowray.model.autoencoder import load_autoencoder
 from flowray.store.checkpoint import load_state, load_tensors, newest_checkpoint
-from flowray.train.autoencoder import (
-    Design,
-    Fit,
-    batches,
-    fresh,
-    in_order,
-    left_over,
-    preview,
-    train_autoencoder,
-)
+from flowray.train.autoencoder import Design, Fit, fresh, left_over, preview, train_autoencoder
+from flowray.train.autoencoder_pictures import batches, in_order
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -321,11 +313,11 @@ def test_latents_of_fewer_channels_than_a_picture_train(tmp_path: Path, channels
 
 def test_order_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
     reader = shard_set(tmp_path / "pictures", 12)
-    whole = list(batches(reader, SMALL, 0, 0, 6, 0))
+    whole = list(batches(reader, 4, 0, 0, 6))
     assert [len(part) for part in whole] == [4] * 6
-    for mine, alike in zip(batches(reader, SMALL, 0, 4, 6, 0), whole[4:], strict=True):
+    for mine, alike in zip(batches(reader, 4, 0, 4, 6), whole[4:], strict=True):
         assert torch.equal(mine, alike)
-    assert not torch.equal(next(batches(reader, SMALL, 1, 0, 1, 0)), whole[0])
+    assert not torch.equal(next(batches(reader, 4, 1, 0, 1)), whole[0])
 
 
 def test_the_command_judges_held_out_pictures_and_writes_a_card(tmp_path: Path, capsys) -> None:

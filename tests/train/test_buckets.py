@@ -14,6 +14,7 @@ from bucket_support import BUCKET_OF, LATENTS, bucket_recipe
 from PIL import Image
 from safetensors.torch import load_file
 from support import on_two_ranks
+from transformers import Dinov2Config, Dinov2Model
 
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
@@ -145,3 +146,55 @@ def test_two_ranks_equal_one(base: Recipe) -> None:
     for row, pair in zip(rows, pairs, strict=True):
         for key in ("loss/flow", "loss/kl", "loss/total", "grad/total", "std/mean"):
             assert pair[key] == pytest.approx(row[key], rel=1e-5, abs=1e-6), (key, row["step"])
+
+
+SEMANTIC: dict[str, dict[str, dict[str, object]]] = {
+    "clip": {"loss.clip": {"weight": 0.5}},
+    "dino": {"loss.dino": {"weight": 0.5, "prototypes": 16}},
+    "dino_frozen": {"loss.dino": {"weight": 0.5, "prototypes": 16}},
+    "repa": {"loss.repa": {"weight": 0.5, "hidden": 16, "depth": 1}},
+}
+DINO = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2}
+
+
+@pytest.mark.parametrize("loss", SEMANTIC)
+def test_a_semantic_loss_trains_in_every_bucket_and_a_resume_repeats_it(
+    base: Recipe, latents: LatentSet, loss: str, tmp_path: Path
+) -> None:
+    values = dict(SEMANTIC[loss])
+    key, _, frozen = loss.partition("_")
+    if frozen or key == "repa":
+        torch.manual_seed(0)
+        config = Dinov2Config(**DINO, image_size=8, patch_size=2)
+        Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+        teacher = {"kind": "dinov2", "path": str(tmp_path / "dinov2")}
+        values = {f"loss.{key}": {**values[f"loss.{key}"], "teacher": teacher}}
+    whole = go(named(base, loss, **values))
+    order = BatchMaker(base, latents, Group(0, 1, torch.device("cpu"))).indices
+    assert {BUCKET_OF[order(step)[0] % 8] for step in range(6)} == {0, 1, 2}
+    told = [row[f"loss/{key}"] for row in read_rows(whole.metrics)]
+    assert np.isfinite(told).all()
+    assert np.all(told)
+    with pytest.raises(Crash):
+        go(named(base, f"{loss}-cut", **values), crash)
+    again = go(named(base, f"{loss}-cut", **values))
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(again)[name], value), name
+
+
+def test_shuffled_captions_are_of_another_sample_of_the_same_bucket(base: Recipe) -> None:
+    recipe = override_recipe(base, {"data.shuffle_captions": True})
+    folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
+    own, shuffled = (load_training(folders["train"], each) for each in (base, recipe))
+    by_caption = {own.captions(i)[0]: i for i in range(64)}
+    whose = [by_caption[shuffled.captions(i)[0]] for i in range(64)]
+    assert sorted(whose) == list(range(64))
+    assert all(i != j and BUCKET_OF[i % 8] == BUCKET_OF[j % 8] for i, j in enumerate(whose))
+    assert own.captions(5) == shuffled.captions(whose.index(5))
+    few, same = own.of_own_size(), shuffled.of_own_size()
+    assert few is not None
+    assert same is not None
+    places = few.places().tolist()
+    assert places == [i for i in range(64) if BUCKET_OF[i % 8] == 0] == same.places().tolist()
+    assert [same.captions(i) for i in range(len(same))] == [shuffled.captions(i) for i in places]
+    go(named(base, "shuffled", **{"data.shuffle_captions": True}))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from remote_servers import BUCKET, KEYS, client, s3_process
@@ -15,7 +17,9 @@ from support import own_pictures, tiny_recipe
 from test_remote_run import cached, latents_of, trained
 
 from flowray.cli.data import main
-from flowray.config.load import override_recipe
+from flowray.cli.eval import main as evaluate
+from flowray.config.load import dump_recipe, override_recipe
+from flowray.config.recipe import Recipe
 from flowray.data.check import check_shards
 from flowray.store.checkpoint import newest_checkpoint
 from flowray.store.run import RunDirectory
@@ -64,7 +68,18 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
         process.wait()
 
 
-def test_pack_encode_train_and_resume_there_equal_those_on_a_disk(
+def scores(recipe: Recipe) -> dict[str, Any]:
+    """What `flowray.eval` says of a run, which begins with its config, as the command writes it."""
+    run = RunDirectory(Path(recipe.storage_path) / recipe.name)
+    run.config.write_text(dump_recipe(recipe))
+    words = ["--captions", "6", "--draws", "2", "--features", "pixels"]
+    assert evaluate([str(run.path), *words]) == 0
+    found = json.loads((run.path / "eval.json").read_text())
+    del found["run"]
+    return found
+
+
+def test_pack_encode_train_resume_and_evaluate_there_equal_those_on_a_disk(
     mounted: Path, tmp_path: Path
 ) -> None:
     own = own_pictures(tmp_path / "own", 24)
@@ -92,6 +107,7 @@ def test_pack_encode_train_and_resume_there_equal_those_on_a_disk(
     for recipe in recipes:
         trained(recipe, until=6)
     assert trained(there) == trained(here)
+    assert scores(there) == scores(here)
     run = RunDirectory(Path(there.storage_path) / there.name)
     assert newest_checkpoint(run.checkpoints).name == "step_000012"
     assert not list(run.path.rglob("*.partial"))
