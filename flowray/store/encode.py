@@ -28,7 +28,7 @@ from flowray.data.decode import picture_of
 from flowray.data.index import samples_in
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import to_pictures
-from flowray.data.prepare import FILTERED, Filtered, Preparation
+from flowray.data.prepare import FILTERED, Preparation, Refused
 from flowray.data.reader import ShardReader
 from flowray.data.remote import ahead
 from flowray.model.latent import LatentScale, Moments, over_channels
@@ -190,7 +190,8 @@ class Encoding:
         pace = Pace()
         sized = [autoencoder.of_size(size) for size in self.cache.sizes] or [autoencoder]
         size, *others = (each.picture_size for each in sized)
-        batches = self._ahead(Preparation(self.cache.preparing, size, tuple(others)), pool, advance)
+        prepare = Preparation(self.cache.preparing, size, tuple(others), strict=True)
+        batches = self._ahead(prepare, pool, advance)
         for source, group in groupby(batches, lambda batch: batch.source):
             writer = _Writer(sized, self.budget, source, pace)
             with self.cache.writing(source) as tar:
@@ -342,18 +343,10 @@ def _decode(reader: ShardReader, index: int, prepare: Preparation) -> _Decoded:
         return bad("no caption", str(error))
     try:
         picture = decode_image(reader, index, prepare)
-    except Filtered as error:
+    except Refused as error:
         return bad(error.cause, str(error))
     except InputError as error:
         return bad("does not decode" if there else "no picture", str(error))
-    if prepare.size is not None and picture.shape[:2] not in (prepare.size, *prepare.others):
-        (height, width), (want_height, want_width) = picture.shape[:2], prepare.size
-        return bad(
-            "another size",
-            f"the picture is {width} x {height} px, model.latent and the autoencoder want"
-            f" {want_width} x {want_height}; data.prepare.resize or `flowray.data pack --size PX`"
-            " makes one size",
-        )
     return done(picture)
 
 
