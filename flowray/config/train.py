@@ -18,6 +18,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 CHECKED = ("shapes", "shapes_closed")  # data.shards whose pictures can be checked exactly
 LEFT_OPEN = "shapes"  # of them the one whose captions leave things open
+MomentsKind = Literal["fp16", "bf16", "fp32"]
 OPEN_SCORES = ("named", "coverage_excess")  # of flowray.eval's `open`, what sweeps go by
 
 
@@ -56,6 +57,13 @@ class DataConfig(Config):
         ),
     )
     prepare: PrepareConfig = PrepareConfig()
+    moments: MomentsKind = Field(
+        "fp16",
+        description=(
+            "the numbers that latents are cached in; bf16 for values beyond 65504, fp32 where half"
+            " precision moves a sample's by more than 1 % of a channel's std, as encoding says"
+        ),
+    )
     caption_key: str | None = Field(
         None,
         min_length=1,

@@ -24,6 +24,7 @@ from flowray.config.errors import InputError
 from flowray.config.jsons import parse_json
 from flowray.config.prepare import AS_DECODED, PrepareConfig
 from flowray.config.progress import SILENT, Progress
+from flowray.config.train import MomentsKind
 from flowray.config.writing import write_whole
 from flowray.data import decode
 from flowray.data.captions import captions_in
@@ -56,7 +57,8 @@ class Encoded:
     samples: in the tar; bytes: of the tar; values, total, squares: over all numbers of z1 their
     count, sum, and sum of expected squares, posterior noise included; bad: samples of the pictures'
     shard that are not in the tar; buckets: a character for each sample of the tar, as `letters` has
-    them, "" where there are no buckets.
+    them, "" where there are no buckets; rounding: the largest of the samples' `rounding_errors`,
+    None in caches of before.
     """
 
     samples: int
@@ -69,6 +71,7 @@ class Encoded:
     deterministic: bool
     bad: tuple[Bad, ...] = ()
     buckets: str = ""
+    rounding: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,14 +101,16 @@ def sources(paths: Sequence[Path], sums: Sums, progress: Progress = SILENT) -> l
 class LatentShards:
     """The latent shards of one autoencoder, in a folder; several processes may use and fill it.
 
-    preparing, caption_key: of the recipe; the folder's name stands for them too. sizes: (height,
-    width) of the latents of each bucket, of which the first is the model's own; () without.
+    preparing, caption_key, moments: of the recipe; the folder's name stands for them too. sizes:
+    (height, width) of the latents of each bucket, of which the first is the model's own; ()
+    without.
     """
 
     folder: Path
     preparing: PrepareConfig = AS_DECODED
     caption_key: str | None = None
     sizes: tuple[Size, ...] = ()
+    moments: MomentsKind = "fp16"
 
     def find(self, source: Source) -> Encoded | None:
         """What the cache holds of a shard; None where it is not whole. An index of it that lacks

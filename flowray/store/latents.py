@@ -1,7 +1,8 @@
 """Latents of a shard set, encoded once into shards of their own and keyed by what made them.
 
-A latent shard holds, for every sample, `moments.npy` (fp16, raw mean and log-variance stacked on
-channels, (2C, H, W)) and the sample's `json`/`txt`; its index also has the captions. A split is a
+A latent shard holds, for every sample, `moments.npy` (raw mean and log-variance stacked on
+channels, (2C, H, W), as `data.moments` has it: fp16, fp32, or bf16's bits as uint16) and the
+sample's `json`/`txt`; its index also has the captions. A split is a
 folder with a manifest that names its latent shards, in the order of the pictures' shards, and keeps
 the scale, so training needs no autoencoder; samples left out as bad stand beside it in
 `bad_samples.jsonl`.
@@ -46,6 +47,7 @@ from flowray.model.latent import LatentScale, Moments
 from flowray.store.apart import apart
 from flowray.store.encode import ENCODE_BATCH, Encoding, Fleet, encode, posterior_variance
 from flowray.store.latent_shards import LatentShards, sources
+from flowray.store.moments import as_fp32
 from flowray.store.splits import BAD_SAMPLES, BUCKETS, folder_of, look_at, write_split
 from flowray.store.sums import Sums
 
@@ -68,15 +70,14 @@ class LatentSet:
     prepare: PrepareConfig = AS_DECODED  # how these were made of the image shards' pictures
     sizes: tuple[Size, ...] = ()  # (height, width) of the latents of each bucket, own size first
     buckets: np.ndarray | None = None  # (len,) uint8 bucket of each sample; None: all of one size
+    rounding: float | None = None  # the largest of the samples' `rounding_errors`; None: not known
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def moments(self, indices: np.ndarray) -> Moments:
         """Raw moments (B, C, H, W) fp32 of the samples, which are of one bucket."""
-        mean, logvar = (
-            torch.from_numpy(self.reader.gather(indices, "moments.npy")).float().chunk(2, dim=1)
-        )
+        mean, logvar = as_fp32(self.reader.gather(indices, "moments.npy")).chunk(2, dim=1)
         return Moments(mean, logvar)
 
     def captions(self, index: int) -> list[str]:
@@ -203,11 +204,13 @@ def _latent_shards(
         made_of += f"-{tag}"
     if (key := data.caption_key) is not None:  # by which samples are told to have captions
         made_of += f"-{hashlib.sha256(key.encode()).hexdigest()[:8]}-captions"
+    if data.moments != "fp16":
+        made_of += f"-{data.moments}"
     if sizes:
         told = " ".join(f"{height}x{width}" for height, width in sizes)
         made_of += f"-{hashlib.sha256(told.encode()).hexdigest()[:8]}-buckets"
     folder = cache_dir(data.cache) / f"latents-{made_of}" / "shards"
-    return LatentShards(folder, data.prepare, data.caption_key, sizes)
+    return LatentShards(folder, data.prepare, data.caption_key, sizes, data.moments)
 
 
 def _caches(
@@ -371,6 +374,7 @@ def load_latents(
         PrepareConfig.model_validate(meta.get("prepare", {})),
         tuple((height, width) for height, width in meta.get("sizes", ())),
         _buckets(folder, len(reader)) if "sizes" in meta else None,
+        meta.get("rounding"),
     )
 
 

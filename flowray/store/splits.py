@@ -145,6 +145,8 @@ def write_split(split: Split) -> Path:
         "pictures": [str(source.path.absolute()) for source in split.sources],
         "skipped": [place for place, _, _ in bad],
     }
+    if known := [row.rounding for row in rows if row.rounding is not None]:
+        meta["rounding"] = max(known)
     if split.cache.preparing.tag:
         meta["prepare"] = split.cache.preparing.model_dump(exclude_defaults=True)
     if split.cache.caption_key is not None:

@@ -153,7 +153,7 @@ def test_sizes_by_the_header_are_those_of_the_pixels(kind: str) -> None:
     upright = Preparation(AS_DECODED, (40, 12), strict=True)
     assert upright(data).shape == (40, 12, 3)
     for size in [(12, 40), (40, 40)]:
-        with pytest.raises(Refused, match="the picture is (12 x 40|40 x 12) px") as caught:
+        with pytest.raises(Refused, match=r"the picture is (12 x 40|40 x 12) px") as caught:
             Preparation(AS_DECODED, size, strict=True)(data)
         assert caught.value.cause == OTHER_SIZE
 
