@@ -35,6 +35,7 @@ from flowray.data.remote import ahead
 from flowray.model.latent import LatentScale, Moments, over_channels
 from flowray.store.latent_shards import Bad, Encoded, LatentShards, Source, label, letters
 from flowray.store.moments import NOT_FINITE, Stored, stored
+from flowray.store.sums import Sums
 
 if TYPE_CHECKING:
     from webdataset.writer import TarWriter
@@ -145,7 +146,8 @@ class _Batch(NamedTuple):
 class Encoding:
     """Shards of one split to encode; it can be pickled, and called in any process.
 
-    samples: in all of the shards. cores: for it to use; None: all that this process may.
+    samples: in all of the shards. sums: the folder of their sha256. cores: for it to use; None: all
+    that this process may.
     """
 
     sources: tuple[Source, ...]
@@ -154,6 +156,7 @@ class Encoding:
     autoencoder: AutoencoderConfig
     latent: LatentSpec
     budget: Budget
+    sums: Path
     cores: int | None = None
 
     def __call__(self, progress: Progress) -> Pace:
@@ -216,10 +219,10 @@ class Encoding:
     ) -> Iterator[_Batch]:
         """The batches, each of one shard, with the decoding of the next ones under way."""
         waiting = deque[_Batch]()
-        by_path = {source.path: source for source in self.sources}
-        for path in ahead(by_path, lambda path: not self.cache.find(by_path[path])):
-            source = by_path[path]
-            if self.cache.find(source):  # another process was first
+        paths = {source.path: source for source in self.sources}
+        wanted = ahead(paths, lambda path: not self.cache.find(paths[path]))
+        for path, source in zip(wanted, self._named(pool), strict=True):
+            if self.cache.find(source):  # another process was first, or has its bytes elsewhere
                 advance(samples_in(path))
                 continue
             reader = ShardReader([path], caption_key=self.cache.caption_key)
@@ -231,6 +234,16 @@ class Encoding:
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft()
         yield from waiting
+
+    def _named(self, pool: ThreadPoolExecutor) -> Iterator[Source]:
+        """The shards, all with keys: the next one is read for its own while one is encoded."""
+        sums, waiting = Sums(self.sums), deque[Future[Source]]()
+        for source in self.sources:
+            waiting.append(pool.submit(source.named, sums))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        if waiting:
+            yield waiting.popleft().result()
 
 
 class _Writer:

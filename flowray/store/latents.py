@@ -248,7 +248,8 @@ def ensure_latents(
     for split, cache in _caches(data, autoencoder, latent, splits).items():
         shards = splits[split]
         with progress.task(f"looking through the {split} shards"):
-            looked = look_at(data, cache, split, shards, progress)
+            # a fleet's processes read what is to be read, each its part
+            looked = look_at(data, cache, split, shards, progress, reading=fleet is None)
         if missing := looked.missing():
             with progress.task(f"looking through the {split} samples"):
                 paths = [source.path for source in looked.sources]
@@ -256,7 +257,7 @@ def ensure_latents(
             if text and not folders:
                 _check_captions(text, reader, progress)
             count, budget = looked.pictures(missing), looked.budget(data.max_bad)
-            made_of = autoencoder, latent, budget
+            made_of = autoencoder, latent, budget, cache_dir(data.cache)
             encode(Encoding(tuple(missing), count, cache, *made_of), fleet, progress)
             looked = look_at(data, cache, split, shards)
         if told := looked.budget(data.max_bad).told():
