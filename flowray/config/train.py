@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from flowray.config.base import Config
 from flowray.config.errors import RuleError
+from flowray.config.partial import PATTERN, parse_part
 from flowray.config.paths import OptionalPath, OptionalShards, ShardsPath
 from flowray.config.prepare import PrepareConfig
 
@@ -16,6 +17,12 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
+def _part(text: str) -> str:
+    parse_part(text)
+    return text
+
+
+PartialText = Annotated[str, Field(pattern=PATTERN), AfterValidator(_part)]
 CHECKED = ("shapes", "shapes_closed")  # data.shards whose pictures can be checked exactly
 LEFT_OPEN = "shapes"  # of them the one whose captions leave things open
 MomentsKind = Literal["fp16", "bf16", "fp32"]
@@ -43,6 +50,13 @@ class DataConfig(Config):
         description=(
             "how much of shards that have an address the cache keeps at most, in 1e9 bytes; those"
             " used longest ago go first"
+        ),
+    )
+    partial: bool | PartialText = Field(
+        False,
+        description=(
+            "train on the shards of data.shards that are encoded already; a run's config.yaml then"
+            " names them, as in 0-11,14/40@1a2b3c4d, and its resumes keep to them"
         ),
     )
     limit: int | None = Field(None, gt=0, description="use only the first `limit` samples")
