@@ -340,9 +340,13 @@ def _encode(args: argparse.Namespace) -> int:
     made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
     folders = ensure_latents(*made_of, progress, fleet=fleet)
     for split, folder in folders.items():
-        mean, least, most = channel_metrics(load_latents(folder)).values()
+        latents = load_latents(folder)
+        mean, least, most = channel_metrics(latents).values()
+        rounding = (
+            "" if latents.rounding is None else f"; rounded by {latents.rounding:.2%} at most"
+        )
         print(
             f"{split:<8}{folder}  channels: mean within {mean:.2f} of 0, std {least:.2f} to"
-            f" {most:.2f}"
+            f" {most:.2f}{rounding}"
         )
     return GOOD

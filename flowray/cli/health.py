@@ -184,7 +184,7 @@ def _train(
     that halts is told, not raised.
     """
     with progress.task(IMPORTING):
-        from flowray.store.latents import ensure_latents, load_training
+        from flowray.store.latents import ensure_latents, load_training, with_part
         from flowray.train.group import Group
         from flowray.train.loop import train
         from flowray.train.state import Halted
@@ -200,6 +200,7 @@ def _train(
         + (f", {', '.join(sorted(changed))} changed" if changed else "")
     )
     check_shards(varied)
+    varied = with_part(varied, progress)
     folders = ensure_latents(
         varied.data, varied.model.autoencoder, varied.model.latent, progress, varied.model.text
     )

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED, end
@@ -18,7 +19,14 @@ from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_
 from flowray.cli.ready import refuse_unready
 from flowray.config.card import git_commit, header, render_card
 from flowray.config.errors import InputError
-from flowray.config.load import Loaded, dump_recipe, load_recipe, recipe_diffs, recipe_names
+from flowray.config.load import (
+    Loaded,
+    dump_recipe,
+    load_recipe,
+    override_recipe,
+    recipe_diffs,
+    recipe_names,
+)
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
@@ -96,6 +104,7 @@ def main(argv: list[str]) -> int:
     start = load_state(checkpoint)["step"] if checkpoint else 0
     if start and run.config.is_file():
         before = load_recipe(str(run.config)).recipe
+        loaded = _with_its_part(loaded, before)
         refuse_changes(before, loaded.recipe, start, str(run.path))
     if checkpoint and start < loaded.recipe.train.steps:
         from flowray.store.frozen import refuse_other_weights
@@ -126,6 +135,8 @@ def _train(
         refuse_unshared(run.path.parent, recipe.data, progress)
         refuse_without_room(recipe.resources, machines())
     with _taking_over(run):
+        loaded = _with_part(loaded, progress)
+        recipe = loaded.recipe
         ensure_encoded(recipe, recipe.resources.num_workers, progress)
         if start:
             _say_changes(recipe, run, start, progress)
@@ -136,6 +147,28 @@ def _train(
     if code in (GOOD, STOPPED):
         _finish(loaded, run, seconds, progress, as_json=as_json, stopped=code == STOPPED)
     return code
+
+
+def _with_its_part(loaded: Loaded, before: Recipe) -> Loaded:
+    """For a resume: `data.partial: true` as the shards that the run was trained on."""
+    if loaded.recipe.data.partial is True and isinstance(before.data.partial, str):
+        return _naming(loaded, before.data.partial)
+    return loaded
+
+
+def _with_part(loaded: Loaded, progress: Progress) -> Loaded:
+    """`data.partial: true` as the shards that are encoded now."""
+    if loaded.recipe.data.partial is not True:
+        return loaded
+    from flowray.store.latents import with_part  # torch is slow to import
+
+    return _naming(loaded, str(with_part(loaded.recipe, progress).data.partial))
+
+
+def _naming(loaded: Loaded, part: str) -> Loaded:
+    recipe, key = override_recipe(loaded.recipe, {"data.partial": part}), "data.partial"
+    old, _ = loaded.diffs.get(key, (loaded.recipe.data.partial, None))
+    return replace(loaded, recipe=recipe, diffs=loaded.diffs | {key: (old, part)})
 
 
 @contextmanager

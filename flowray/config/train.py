@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from flowray.config.base import Config
 from flowray.config.errors import RuleError
+from flowray.config.partial import PATTERN, parse_part
 from flowray.config.paths import OptionalPath, OptionalShards, ShardsPath
 from flowray.config.prepare import PrepareConfig
 
@@ -16,8 +17,15 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
+def _part(text: str) -> str:
+    parse_part(text)
+    return text
+
+
+PartialText = Annotated[str, Field(pattern=PATTERN), AfterValidator(_part)]
 CHECKED = ("shapes", "shapes_closed")  # data.shards whose pictures can be checked exactly
 LEFT_OPEN = "shapes"  # of them the one whose captions leave things open
+MomentsKind = Literal["fp16", "bf16", "fp32"]
 OPEN_SCORES = ("named", "coverage_excess")  # of flowray.eval's `open`, what sweeps go by
 
 
@@ -44,6 +52,13 @@ class DataConfig(Config):
             " used longest ago go first"
         ),
     )
+    partial: bool | PartialText = Field(
+        False,
+        description=(
+            "train on the shards of data.shards that are encoded already; a run's config.yaml then"
+            " names them, as in 0-11,14/40@1a2b3c4d, and its resumes keep to them"
+        ),
+    )
     limit: int | None = Field(None, gt=0, description="use only the first `limit` samples")
     max_bad: float = Field(
         0.001,
@@ -56,6 +71,13 @@ class DataConfig(Config):
         ),
     )
     prepare: PrepareConfig = PrepareConfig()
+    moments: MomentsKind = Field(
+        "fp16",
+        description=(
+            "the numbers that latents are cached in; bf16 for values beyond 65504, fp32 where half"
+            " precision moves a sample's by more than 1 % of a channel's std, as encoding says"
+        ),
+    )
     caption_key: str | None = Field(
         None,
         min_length=1,

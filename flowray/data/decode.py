@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError, features
 from PIL.ExifTags import Base
 
+from flowray.config.errors import InputError
 from flowray.config.prepare import WHITE
 
 # extensions of a picture; where a sample has several pictures the first of these is meant
@@ -43,17 +44,25 @@ _ALIKE = 2  # of 255: profiles of sRGB by several makers differ by less
 _INK_IS_HIGH = 0  # of TIFF's tag PhotometricInterpretation: 0 is white
 
 
-def decode_rgb(data: bytes, over: tuple[int, int, int] = WHITE) -> np.ndarray:
+def decode_rgb(
+    data: bytes, over: tuple[int, int, int] = WHITE, look: Callable[[int, int], None] | None = None
+) -> np.ndarray:
     """The picture in a file's bytes as uint8 (H, W, 3): upright, in sRGB, the first frame where it
     has several.
 
     over: the colour behind transparent pixels. Deeper pixels are cut to 8 bits: of 16-bit values v,
     v >> 8; of floats in [0, 1], 255 v. A colour profile or EXIF block that is broken is ignored.
-    ValueError, one line, where the bytes hold no picture, a broken one or one of too many pixels.
+    look: takes (width, height) in px, upright, once but the header is read, and again once the
+    pixels are; what it raises, an InputError, comes as it is. ValueError, one line, where the bytes
+    hold no picture, a broken one or one of too many pixels.
     """
     try:
         with _opened(data) as image:
+            if look:
+                _show_size(image, look)
             image.load()
+            if look:
+                look(*_upright_size(image))
             plain = image.mode == "RGB" and not image.info.keys() & _TELLING
             if plain and image.width * image.height <= _STRIP:
                 return np.asarray(image)  # most pictures: nothing to do, so nothing is copied
@@ -61,6 +70,8 @@ def decode_rgb(data: bytes, over: tuple[int, int, int] = WHITE) -> np.ndarray:
             rgb = _in_strips(image, data, over)
             image.close()  # its pixels are not needed for the turn
         return rgb if turn is None else np.ascontiguousarray(turn(rgb))
+    except InputError:  # of `look`
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
         raise ValueError(_reason(error, data)) from error
 
@@ -113,6 +124,29 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(Base.Orientation, 1))
     except Exception:  # a broken EXIF block raises nearly anything too, and the pixels are whole
         return 1
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    if image.format == "TIFF":  # Pillow has turned it already
+        return width, height
+    return (height, width) if _orientation(image) in _ASIDE else (width, height)
+
+
+def _show_size(image: Image.Image, look: Callable[[int, int], None]) -> None:
+    """Give `look` the size of a picture that is not loaded, and leave it so."""
+    if image.format != "PNG" or "exif" in image.info:
+        look(*_upright_size(image))
+        return
+    # Pillow decodes a PNG to see whether it says its orientation behind its pixels
+    width, height = image.size
+    try:
+        look(width, height)
+    except InputError as refused:
+        try:
+            look(height, width)
+        except InputError:
+            raise refused from None
 
 
 def _scale_key(image: Image.Image, data: bytes) -> None:
@@ -194,7 +228,6 @@ def picture_size(data: bytes) -> tuple[int, int]:
     """
     try:
         with _opened(data) as image:
-            width, height = image.size
-            return (height, width) if _orientation(image) in _ASIDE else (width, height)
+            return _upright_size(image)
     except Exception as error:
         raise ValueError(_reason(error, data)) from error

@@ -9,21 +9,21 @@ import numpy as np
 
 from flowray.config.errors import InputError
 from flowray.data.decode import EXTENSIONS, picture_of, picture_size
-from flowray.data.prepare import AS_THEY_ARE, Filtered, Preparation
+from flowray.data.prepare import AS_THEY_ARE, Filtered, Preparation, Refused
 from flowray.data.reader import ShardReader
 
 
 def decode_image(reader: ShardReader, index: int, prepare: Preparation = AS_THEY_ARE) -> np.ndarray:
     """The picture of a sample, uint8 (H, W, 3), as `prepare` has it; InputError names shard and
-    sample where it does not decode, Filtered where it is not to be used.
+    sample where it does not decode, Refused or Filtered where it is not to be used.
     """
     extension = picture_of(reader.extensions(index))
     if extension is None:
         raise InputError(f"{reader.label(index)}: no picture (.{', .'.join(EXTENSIONS)})")
     try:
         return prepare(reader.read(index, extension))
-    except Filtered as error:
-        raise Filtered(f"{reader.label(index)}: {error}", error.cause) from error
+    except Refused as error:
+        raise type(error)(f"{reader.label(index)}: {error}", error.cause) from error
     except ValueError as error:
         label = reader.label(index)
         raise InputError(f"{label}: .{extension} does not decode: {error}") from error

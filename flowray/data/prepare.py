@@ -12,17 +12,21 @@ from flowray.config.errors import InputError
 from flowray.config.prepare import AS_DECODED, PrepareConfig
 from flowray.data.decode import decode_rgb
 
-TOO_SMALL, ASPECT = "too small", "aspect ratio"
+TOO_SMALL, ASPECT, OTHER_SIZE = "too small", "aspect ratio", "another size"
 FILTERED = (TOO_SMALL, ASPECT)  # causes that the user asked for; other ones are bad samples
 _FILTERS = {"area": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
 
 
-class Filtered(InputError):
-    """A picture that is whole, but not one of those that were asked for. cause: of FILTERED."""
+class Refused(InputError):
+    """A picture that is not to be used, as its size says. cause: TOO_SMALL, ASPECT, OTHER_SIZE."""
 
     def __init__(self, message: str, cause: str):
         super().__init__(message)
         self.cause = cause
+
+
+class Filtered(Refused):
+    """A picture that is not one of those that were asked for. cause: of FILTERED."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,13 @@ class Preparation:
     """A config, and the (height, width) in px that `resize` makes; None: no model wants any.
 
     others: further ones, of buckets; a picture is brought to the one of the nearest aspect ratio.
+    strict: pictures that come out with another size than these are refused.
     """
 
     config: PrepareConfig = AS_DECODED
     size: tuple[int, int] | None = None
     others: tuple[tuple[int, int], ...] = ()
+    strict: bool = False
 
     def __call__(self, data: bytes) -> np.ndarray:
         """The picture in a file's bytes as uint8 (H, W, 3): as `decode_rgb` has it, and where
@@ -42,16 +48,29 @@ class Preparation:
 
         area: every pixel of the picture goes into one pixel of the result, all by the same weight;
         lanczos: Pillow's, of three lobes. A picture of that size is left as it is. ValueError where
-        it does not decode, Filtered where it is not to be used.
+        it does not decode. Refused, or Filtered, where it is not to be used, by its header: of a
+        huge picture not a pixel is decoded then.
         """
-        rgb = decode_rgb(data, self.config.background)
-        self.refuse(rgb.shape[1], rgb.shape[0])
+        rgb = decode_rgb(data, self.config.background, self._look)
         wanted = self._size_for(rgb.shape[1], rgb.shape[0])
         if not self._resizes or wanted is None or rgb.shape[:2] == wanted:
             return rgb
         height, width = wanted
         method = _FILTERS[self.config.resize]
         return np.asarray(ImageOps.fit(Image.fromarray(rgb), (width, height), method))
+
+    def _look(self, width: int, height: int) -> None:
+        self.refuse(width, height)
+        if not self.strict or self.size is None or self._resizes:
+            return
+        if (height, width) not in (self.size, *self.others):
+            want_height, want_width = self.size
+            raise Refused(
+                f"the picture is {width} x {height} px, model.latent and the autoencoder want"
+                f" {want_width} x {want_height}; data.prepare.resize or `flowray.data pack --size"
+                " PX` makes one size",
+                OTHER_SIZE,
+            )
 
     def refuse(self, width: int, height: int) -> None:
         """Filtered where pictures of so many px, upright, are not to be used."""

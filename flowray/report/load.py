@@ -16,6 +16,7 @@ import yaml
 
 from flowray.config.dotted import dotted
 from flowray.config.errors import InputError
+from flowray.config.partial import parse_part
 from flowray.config.ranking import ranked
 from flowray.config.rounding import finite
 from flowray.config.rows import Row, parse_rows
@@ -72,8 +73,18 @@ def load_run(path: Path) -> Run:
         prompts=tuple(prompts),
         findings=tuple(visits[-1].get("findings") or ()) if visits else None,
         visited=visits[-1].get("step", 0) if visits else -1,
-        notes=tuple(notes + more + _left_out(path / "bad_samples.jsonl")),
+        notes=tuple(notes + more + _part(_config(config)) + _left_out(path / "bad_samples.jsonl")),
     )
+
+
+def _part(config: Mapping[str, Any]) -> list[str]:
+    """A line where a run was trained on a part of its shards alone."""
+    named = config.get("data.partial")
+    try:
+        part = parse_part(named) if isinstance(named, str) else None
+    except ValueError:
+        part = None
+    return [] if part is None else [f"config.yaml: {part.told}: data.partial={part}"]
 
 
 def _left_out(file: Path) -> list[str]:

@@ -24,15 +24,18 @@ from flowray.config.cores import usable_cores
 from flowray.config.errors import InputError
 from flowray.config.model import AutoencoderConfig
 from flowray.config.progress import Advance, Progress, duration
+from flowray.config.train import MomentsKind
 from flowray.data.decode import picture_of
 from flowray.data.index import samples_in
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import to_pictures
-from flowray.data.prepare import FILTERED, Filtered, Preparation
+from flowray.data.prepare import FILTERED, Preparation, Refused
 from flowray.data.reader import ShardReader
 from flowray.data.remote import ahead
 from flowray.model.latent import LatentScale, Moments, over_channels
 from flowray.store.latent_shards import Bad, Encoded, LatentShards, Source, label, letters
+from flowray.store.moments import NOT_FINITE, Stored, stored
+from flowray.store.sums import Sums
 
 if TYPE_CHECKING:
     from webdataset.writer import TarWriter
@@ -42,7 +45,6 @@ if TYPE_CHECKING:
 ENCODE_BATCH = 32
 _AHEAD = 2  # batches that are decoded while one is encoded
 _DECODERS = 8  # threads at most
-_NOT_FINITE = "not finite"
 _TEXTS = ("json", "txt")  # what a latent shard keeps of a sample beside its moments
 
 
@@ -68,7 +70,7 @@ class Budget:
         if bad and len(self.found) > allowed:
             first = "; ".join(label(*each) for each in self.found[:3])
             hint = ""
-            if all(each.cause == _NOT_FINITE for _, each in self.found):
+            if all(each.cause == NOT_FINITE for _, each in self.found):
                 hint = "; are the weights of model.autoencoder whole?"
             share = len(self.found) / self.samples
             leave = f", or type data.max_bad={_above(share):g} to leave them out" * (share < 1)
@@ -108,15 +110,18 @@ class Pace:
     encode_s: float = 0.0
     written: int = 0  # bytes
     write_s: float = 0.0
+    rounding: float = 0.0  # the largest of the samples' `rounding_errors`
 
     def __add__(self, other: Pace) -> Pace:
-        return Pace(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        added = Pace(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return replace(added, rounding=max(self.rounding, other.rounding))
 
     def __str__(self) -> str:
         stages = (
             f"decoded {self.decoded / max(self.decode_s, 1e-9):,.0f} pictures/s a thread",
             f"encoded {self.encoded / max(self.encode_s, 1e-9):,.0f} pictures/s a process",
             f"written {self.written / 1e6 / max(self.write_s, 1e-9):,.0f} MB/s",
+            f"rounded by {self.rounding:.2%} of a channel's std at most",
         )
         return ", ".join(stages)
 
@@ -141,7 +146,8 @@ class _Batch(NamedTuple):
 class Encoding:
     """Shards of one split to encode; it can be pickled, and called in any process.
 
-    samples: in all of the shards. cores: for it to use; None: all that this process may.
+    samples: in all of the shards. sums: the folder of their sha256. cores: for it to use; None: all
+    that this process may.
     """
 
     sources: tuple[Source, ...]
@@ -150,6 +156,7 @@ class Encoding:
     autoencoder: AutoencoderConfig
     latent: LatentSpec
     budget: Budget
+    sums: Path
     cores: int | None = None
 
     def __call__(self, progress: Progress) -> Pace:
@@ -190,9 +197,10 @@ class Encoding:
         pace = Pace()
         sized = [autoencoder.of_size(size) for size in self.cache.sizes] or [autoencoder]
         size, *others = (each.picture_size for each in sized)
-        batches = self._ahead(Preparation(self.cache.preparing, size, tuple(others)), pool, advance)
+        prepare = Preparation(self.cache.preparing, size, tuple(others), strict=True)
+        batches = self._ahead(prepare, pool, advance)
         for source, group in groupby(batches, lambda batch: batch.source):
-            writer = _Writer(sized, self.budget, source, pace)
+            writer = _Writer(sized, self.cache.moments, self.budget, source, pace)
             with self.cache.writing(source) as tar:
                 for batch in group:
                     writer.add(batch, tar)
@@ -201,7 +209,9 @@ class Encoding:
             pace.write_s += time.perf_counter() - started
             size = (self.cache.folder / source.tar).stat().st_size
             pace.written += size
-            self.cache.keep(source, writer.row(size))
+            row = writer.row(size)
+            pace.rounding = max(pace.rounding, row.rounding or 0.0)
+            self.cache.keep(source, row)
         return pace
 
     def _ahead(
@@ -209,10 +219,10 @@ class Encoding:
     ) -> Iterator[_Batch]:
         """The batches, each of one shard, with the decoding of the next ones under way."""
         waiting = deque[_Batch]()
-        by_path = {source.path: source for source in self.sources}
-        for path in ahead(by_path, lambda path: not self.cache.find(by_path[path])):
-            source = by_path[path]
-            if self.cache.find(source):  # another process was first
+        paths = {source.path: source for source in self.sources}
+        wanted = ahead(paths, lambda path: not self.cache.find(paths[path]))
+        for path, source in zip(wanted, self._named(pool), strict=True):
+            if self.cache.find(source):  # another process was first, or has its bytes elsewhere
                 advance(samples_in(path))
                 continue
             reader = ShardReader([path], caption_key=self.cache.caption_key)
@@ -225,6 +235,16 @@ class Encoding:
                     yield waiting.popleft()
         yield from waiting
 
+    def _named(self, pool: ThreadPoolExecutor) -> Iterator[Source]:
+        """The shards, all with keys: the next one is read for its own while one is encoded."""
+        sums, waiting = Sums(self.sums), deque[Future[Source]]()
+        for source in self.sources:
+            waiting.append(pool.submit(source.named, sums))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        if waiting:
+            yield waiting.popleft().result()
+
 
 class _Writer:
     """Encodes the batches of one shard and adds up what its JSON will say.
@@ -232,10 +252,18 @@ class _Writer:
     sized: the autoencoder for the pictures of each bucket; one alone where there are none.
     """
 
-    def __init__(self, sized: Sequence[Autoencoder], budget: Budget, source: Source, pace: Pace):
-        self._sized, self._budget, self._source = sized, budget, source
+    def __init__(
+        self,
+        sized: Sequence[Autoencoder],
+        kind: MomentsKind,
+        budget: Budget,
+        source: Source,
+        pace: Pace,
+    ):
+        self._sized, self._kind, self._budget, self._source = sized, kind, budget, source
         self._pace, self._bad, self._buckets = pace, list[Bad](), list[int]()
         self._samples, self._values, self._total, self._squares = 0, 0, 0.0, 0.0
+        self._rounding = 0.0
 
     def add(self, batch: _Batch, tar: TarWriter) -> None:
         looked = [future.result() for future in batch.samples]
@@ -245,13 +273,10 @@ class _Writer:
         good = [(i, picture) for i, picture, _ in looked if not isinstance(picture, Bad)]
         if good:
             started = time.perf_counter()
-            made = self._made(batch.reader, dict(good))
+            made, unfit = self._made(batch.reader, dict(good))
             self._pace.encoded += len(good)
             self._pace.encode_s += time.perf_counter() - started
-            message = "the autoencoder's latents of it are NaN, infinite or beyond fp16"
-            bad += (
-                Bad(i, batch.reader.key(i), _NOT_FINITE, message) for i, _ in good if i not in made
-            )
+            bad += unfit
             started = time.perf_counter()
             for i, (bucket, row) in made.items():
                 tar.write(_sample(batch.reader, i, row))
@@ -262,23 +287,23 @@ class _Writer:
 
     def _made(
         self, reader: ShardReader, pictures: dict[int, np.ndarray]
-    ) -> dict[int, tuple[int, np.ndarray]]:
-        """Sample -> its bucket and moments (2C, H, W) fp16, of those that are finite, in the
-        samples' order; pictures of one bucket go through the autoencoder together.
+    ) -> tuple[dict[int, tuple[int, np.ndarray]], list[Bad]]:
+        """Sample -> its bucket and moments (2C, H, W) as they are written, in the samples' order,
+        and those that cannot be; pictures of one bucket go through the autoencoder together.
         """
-        made = dict[int, tuple[int, np.ndarray]]()
+        made, bad = dict[int, tuple[int, np.ndarray]](), list[Bad]()
         for bucket, autoencoder in enumerate(self._sized):
             size = autoencoder.picture_size
             mine = [index for index, picture in pictures.items() if picture.shape[:2] == size]
             if mine:
                 of = reader, mine, [pictures[index] for index in mine]
-                rows, finite = self._moments(autoencoder, *of)
-                made.update(
-                    (index, (bucket, row))
-                    for index, row, fine in zip(mine, rows, finite, strict=True)
-                    if fine
-                )
-        return dict(sorted(made.items()))
+                rows, _, faults = self._moments(autoencoder, *of)
+                for index, row, fault in zip(mine, rows, faults, strict=True):
+                    if fault:
+                        bad.append(Bad(index, reader.key(index), *fault))
+                    else:
+                        made[index] = bucket, row
+        return dict(sorted(made.items())), bad
 
     def _moments(
         self,
@@ -286,24 +311,24 @@ class _Writer:
         reader: ShardReader,
         indices: Sequence[int],
         pictures: list[np.ndarray],
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The samples' moments (B, 2C, H, W) fp16, and which are finite, (B,)."""
+    ) -> Stored:
+        """The samples' moments, those without a fault counted."""
         device, scale = next(autoencoder.parameters()).device, autoencoder.scale
         try:
             moments = autoencoder.encode_moments(to_pictures(pictures).to(device))
         except ValueError as error:
             where = reader.label(indices[0])
             raise InputError(f"model.latent: {error}, first {where}") from error
-        rows = torch.cat([moments.mean, moments.logvar], dim=1).half()
-        finite = rows.isfinite().flatten(1).all(1)
-        if not finite.all():
-            moments = Moments(moments.mean[finite], moments.logvar[finite])
+        found = stored(moments, self._kind, scale)
+        kept = [i for i, fault in enumerate(found.faults) if fault is None]
+        moments = Moments(moments.mean[kept], moments.logvar[kept])
         z = scale.sample(moments, torch.zeros_like(moments.mean)).double()
         self._total += float(z.sum())
         self._squares += float((z.square() + posterior_variance(moments, scale)).sum())
         self._values += z.numel()
         self._samples += len(z)
-        return rows.cpu().numpy(), finite.cpu().numpy()
+        self._rounding = max([self._rounding, *found.errors[kept].tolist()])
+        return found
 
     def row(self, size: int) -> Encoded:
         """What is to be said of the tar, which has so many bytes."""
@@ -319,6 +344,7 @@ class _Writer:
             deterministic=scale.deterministic,
             bad=tuple(self._bad),
             buckets=letters(self._buckets) if len(self._sized) > 1 else "",
+            rounding=self._rounding,
         )
 
 
@@ -342,18 +368,10 @@ def _decode(reader: ShardReader, index: int, prepare: Preparation) -> _Decoded:
         return bad("no caption", str(error))
     try:
         picture = decode_image(reader, index, prepare)
-    except Filtered as error:
+    except Refused as error:
         return bad(error.cause, str(error))
     except InputError as error:
         return bad("does not decode" if there else "no picture", str(error))
-    if prepare.size is not None and picture.shape[:2] not in (prepare.size, *prepare.others):
-        (height, width), (want_height, want_width) = picture.shape[:2], prepare.size
-        return bad(
-            "another size",
-            f"the picture is {width} x {height} px, model.latent and the autoencoder want"
-            f" {want_width} x {want_height}; data.prepare.resize or `flowray.data pack --size PX`"
-            " makes one size",
-        )
     return done(picture)
 
 

@@ -24,6 +24,7 @@ from flowray.config.errors import InputError
 from flowray.config.jsons import parse_json
 from flowray.config.prepare import AS_DECODED, PrepareConfig
 from flowray.config.progress import SILENT, Progress
+from flowray.config.train import MomentsKind
 from flowray.config.writing import write_whole
 from flowray.data import decode
 from flowray.data.captions import captions_in
@@ -56,7 +57,8 @@ class Encoded:
     samples: in the tar; bytes: of the tar; values, total, squares: over all numbers of z1 their
     count, sum, and sum of expected squares, posterior noise included; bad: samples of the pictures'
     shard that are not in the tar; buckets: a character for each sample of the tar, as `letters` has
-    them, "" where there are no buckets.
+    them, "" where there are no buckets; rounding: the largest of the samples' `rounding_errors`,
+    None in caches of before.
     """
 
     samples: int
@@ -69,28 +71,42 @@ class Encoded:
     deterministic: bool
     bad: tuple[Bad, ...] = ()
     buckets: str = ""
+    rounding: float | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A shard of pictures and what its latent shard is called."""
+    """A shard of pictures and what its latent shard is called; key: None where that is not known
+    yet, as nobody has read the shard for its sha256.
+    """
 
     path: Path
-    key: str
+    key: str | None
 
     @property
     def tar(self) -> str:
         return f"{self.key}.tar"
 
+    def named(self, sums: Sums) -> Source:
+        """The same with its key; InputError where the shard cannot be read."""
+        return sources([self.path], sums)[0] if self.key is None else self
+
 
 def sources(paths: Sequence[Path], sums: Sums, progress: Progress = SILENT) -> list[Source]:
-    """The shards with their names; InputError where one cannot be read."""
+    """The shards with their keys; InputError where one cannot be read."""
+    return _sources(paths, sums.of(paths, progress))
+
+
+def known_sources(paths: Sequence[Path], sums: Sums) -> list[Source]:
+    """The same, but none is read: those whose sha256 is not remembered have no key."""
+    return _sources(paths, [sums.known(path) for path in paths])
+
+
+def _sources(paths: Sequence[Path], found: Sequence[str | None]) -> list[Source]:
     version = f"-decoded{decode.VERSION}"
     return [
-        Source(path, found[:32] + ("" if plain else version))
-        for path, found, plain in zip(
-            paths, sums.of(paths, progress), are_plain(paths), strict=True
-        )
+        Source(path, None if sha is None else sha[:32] + ("" if plain else version))
+        for path, sha, plain in zip(paths, found, are_plain(paths), strict=True)
     ]
 
 
@@ -98,19 +114,23 @@ def sources(paths: Sequence[Path], sums: Sums, progress: Progress = SILENT) -> l
 class LatentShards:
     """The latent shards of one autoencoder, in a folder; several processes may use and fill it.
 
-    preparing, caption_key: of the recipe; the folder's name stands for them too. sizes: (height,
-    width) of the latents of each bucket, of which the first is the model's own; () without.
+    preparing, caption_key, moments: of the recipe; the folder's name stands for them too. sizes:
+    (height, width) of the latents of each bucket, of which the first is the model's own; ()
+    without.
     """
 
     folder: Path
     preparing: PrepareConfig = AS_DECODED
     caption_key: str | None = None
     sizes: tuple[Size, ...] = ()
+    moments: MomentsKind = "fp16"
 
     def find(self, source: Source) -> Encoded | None:
-        """What the cache holds of a shard; None where it is not whole. An index of it that lacks
-        the captions, as caches of before have it, is made anew.
+        """What the cache holds of a shard; None where it is not whole, or has no key yet. An index
+        of it that lacks the captions, as caches of before have it, is made anew.
         """
+        if source.key is None:
+            return None
         try:
             row = parse_json((self.folder / f"{source.key}.json").read_text(encoding="utf-8"))
             found = Encoded(**row | {"bad": tuple(Bad(**bad) for bad in row["bad"])})

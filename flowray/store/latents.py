@@ -1,7 +1,8 @@
 """Latents of a shard set, encoded once into shards of their own and keyed by what made them.
 
-A latent shard holds, for every sample, `moments.npy` (fp16, raw mean and log-variance stacked on
-channels, (2C, H, W)) and the sample's `json`/`txt`; its index also has the captions. A split is a
+A latent shard holds, for every sample, `moments.npy` (raw mean and log-variance stacked on
+channels, (2C, H, W), as `data.moments` has it: fp16, fp32, or bf16's bits as uint16) and the
+sample's `json`/`txt`; its index also has the captions. A split is a
 folder with a manifest that names its latent shards, in the order of the pictures' shards, and keeps
 the scale, so training needs no autoencoder; samples left out as bad stand beside it in
 `bad_samples.jsonl`.
@@ -28,6 +29,7 @@ from flowray.config.cache import cache_dir
 from flowray.config.errors import InputError
 from flowray.config.keys import INF, describe
 from flowray.config.model import AutoencoderConfig, TextConfig
+from flowray.config.partial import parse_part
 from flowray.config.paths import is_hub_name
 from flowray.config.prepare import AS_DECODED, PrepareConfig
 from flowray.config.progress import SILENT, Progress
@@ -46,6 +48,8 @@ from flowray.model.latent import LatentScale, Moments
 from flowray.store.apart import apart
 from flowray.store.encode import ENCODE_BATCH, Encoding, Fleet, encode, posterior_variance
 from flowray.store.latent_shards import LatentShards, sources
+from flowray.store.moments import as_fp32
+from flowray.store.partial import encoded_part, shards_of
 from flowray.store.splits import BAD_SAMPLES, BUCKETS, folder_of, look_at, write_split
 from flowray.store.sums import Sums
 
@@ -68,15 +72,14 @@ class LatentSet:
     prepare: PrepareConfig = AS_DECODED  # how these were made of the image shards' pictures
     sizes: tuple[Size, ...] = ()  # (height, width) of the latents of each bucket, own size first
     buckets: np.ndarray | None = None  # (len,) uint8 bucket of each sample; None: all of one size
+    rounding: float | None = None  # the largest of the samples' `rounding_errors`; None: not known
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def moments(self, indices: np.ndarray) -> Moments:
         """Raw moments (B, C, H, W) fp32 of the samples, which are of one bucket."""
-        mean, logvar = (
-            torch.from_numpy(self.reader.gather(indices, "moments.npy")).float().chunk(2, dim=1)
-        )
+        mean, logvar = as_fp32(self.reader.gather(indices, "moments.npy")).chunk(2, dim=1)
         return Moments(mean, logvar)
 
     def captions(self, index: int) -> list[str]:
@@ -135,9 +138,18 @@ class LatentSet:
 
 
 def split_shards(data: DataConfig, progress: Progress = SILENT) -> dict[str, tuple[Path, ...]]:
-    """Image shards of `train` and `val` (and `unseen` for shapes and emoji); the embedded sets are
-    made on first use, the fetched ones are there or InputError says what makes them.
+    """Image shards of `train` and `val` (and `unseen` for shapes and emoji), of `train` those that
+    `data.partial` names; the embedded sets are made on first use, the fetched ones are there or
+    InputError says what makes them.
     """
+    splits = _all_shards(data, progress)
+    if isinstance(data.partial, str):
+        sums = Sums(cache_dir(data.cache))
+        splits["train"] = shards_of(data.partial, splits["train"], sums)
+    return splits
+
+
+def _all_shards(data: DataConfig, progress: Progress) -> dict[str, tuple[Path, ...]]:
     if data.shards in EMBEDDED:
         place = cache_dir(data.cache)
         folders = ensure_embedded(data.shards, place, progress)  # type: ignore[arg-type]
@@ -205,11 +217,13 @@ def _latent_shards(
         made_of += f"-{tag}"
     if (key := data.caption_key) is not None:  # by which samples are told to have captions
         made_of += f"-{hashlib.sha256(key.encode()).hexdigest()[:8]}-captions"
+    if data.moments != "fp16":
+        made_of += f"-{data.moments}"
     if sizes:
         told = " ".join(f"{height}x{width}" for height, width in sizes)
         made_of += f"-{hashlib.sha256(told.encode()).hexdigest()[:8]}-buckets"
     folder = cache_dir(data.cache) / f"latents-{made_of}" / "shards"
-    return LatentShards(folder, data.prepare, data.caption_key, sizes)
+    return LatentShards(folder, data.prepare, data.caption_key, sizes, data.moments)
 
 
 def _caches(
@@ -227,6 +241,28 @@ def _caches(
     return caches
 
 
+def with_part(recipe: Recipe, progress: Progress = SILENT) -> Recipe:
+    """The recipe with `data.partial: true` as the shards that are encoded now, which it then names
+    for good, and says how many; any other recipe as it is. InputError where there are none.
+    """
+    made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
+    return recipe.model_copy(update={"data": _with_part(*made_of, progress)})
+
+
+def _with_part(
+    data: DataConfig,
+    autoencoder: AutoencoderConfig,
+    latent: LatentSpec,
+    progress: Progress = SILENT,
+) -> DataConfig:
+    if data.partial is not True:
+        return data
+    shards = split_shards(data, progress)["train"]
+    cache = _caches(data, autoencoder, latent, ("train",))["train"]
+    part = encoded_part(shards, cache, Sums(cache_dir(data.cache)), progress)
+    return data.model_copy(update={"partial": str(part)})
+
+
 def ensure_latents(
     data: DataConfig,
     autoencoder: AutoencoderConfig,
@@ -238,16 +274,19 @@ def ensure_latents(
     """split -> its folder, for `load_latents`; shards that are not in the cache are encoded now.
 
     text: the text model that is to train on them. fleet: what encodes; None: this process. Of
-    `train` only the shards are encoded that `data.limit` needs. InputError before anything is
-    encoded where the text model cannot tell captions apart or a shard cannot be read; beyond
-    `data.max_bad`, after which whole shards stay in the cache.
+    `train` only the shards are encoded that `data.limit` needs, or that `data.partial` names: with
+    `true` none, held-out ones as ever. InputError before anything is encoded where the text model
+    cannot tell captions apart or a shard cannot be read; beyond `data.max_bad`, after which whole
+    shards stay in the cache.
     """
+    data = _with_part(data, autoencoder, latent, progress)
     folders: dict[str, Path] = {}
     splits = split_shards(data, progress)
     for split, cache in _caches(data, autoencoder, latent, splits).items():
         shards = splits[split]
         with progress.task(f"looking through the {split} shards"):
-            looked = look_at(data, cache, split, shards, progress)
+            # a fleet's processes read what is to be read, each its part
+            looked = look_at(data, cache, split, shards, progress, reading=fleet is None)
         if missing := looked.missing():
             with progress.task(f"looking through the {split} samples"):
                 paths = [source.path for source in looked.sources]
@@ -255,11 +294,15 @@ def ensure_latents(
             if text and not folders:
                 _check_captions(text, reader, progress)
             count, budget = looked.pictures(missing), looked.budget(data.max_bad)
-            made_of = autoencoder, latent, budget
+            made_of = autoencoder, latent, budget, cache_dir(data.cache)
             encode(Encoding(tuple(missing), count, cache, *made_of), fleet, progress)
             looked = look_at(data, cache, split, shards)
         if told := looked.budget(data.max_bad).told():
             progress.say(f"{told}; {folder_of(looked) / BAD_SAMPLES} names them")
+        if isinstance(data.partial, str) and split == "train":
+            part, found = parse_part(data.partial), filter(None, looked.found)
+            samples = sum(row.samples for row in found)
+            progress.say(f"{part.told}, {samples:,} samples: data.partial={part}")
         folders[split] = write_split(looked)
         if missing and (warning := channel_warning(channel_metrics(load_latents(folders[split])))):
             progress.say(warning)
@@ -318,6 +361,7 @@ def unencoded(data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSp
     """How many pictures `ensure_latents` would have to encode."""
     if data.shards in EMBEDDED and (unmade := unmade_samples(data.shards, cache_dir(data.cache))):
         return unmade
+    data = _with_part(data, autoencoder, latent)
     splits = split_shards(data)
     caches = _caches(data, autoencoder, latent, splits)
     looked = [look_at(data, cache, split, splits[split]) for split, cache in caches.items()]
@@ -335,6 +379,7 @@ def skipped_places(
     data: DataConfig, autoencoder: AutoencoderConfig, latent: LatentSpec
 ) -> dict[str, frozenset[int]]:
     """split -> the places of its samples that have no latents, as far as it is encoded."""
+    data = _with_part(data, autoencoder, latent)
     splits, found = split_shards(data), {}
     for split, cache in _caches(data, autoencoder, latent, splits).items():
         looked = look_at(data, cache, split, splits[split])
@@ -374,6 +419,7 @@ def load_latents(
         PrepareConfig.model_validate(meta.get("prepare", {})),
         tuple((height, width) for height, width in meta.get("sizes", ())),
         buckets,
+        meta.get("rounding"),
     )
 
 

@@ -29,6 +29,7 @@ from flowray.store.latent_shards import (
     LatentShards,
     Source,
     bad_row,
+    known_sources,
     numbers,
     sources,
 )
@@ -52,9 +53,9 @@ class Split:
     found: tuple[Encoded | None, ...]
 
     def missing(self) -> list[Source]:
-        """What is to be encoded; shards of the same bytes are so once."""
+        """What is to be encoded; shards of the same bytes are so once, where that is known."""
         by_key = {
-            source.key: source
+            source.key or source.path: source
             for source, found in zip(self.sources, self.found, strict=True)
             if found is None
         }
@@ -88,12 +89,16 @@ def look_at(
     split: str,
     shards: Sequence[Path],
     progress: Progress = SILENT,
+    *,
+    reading: bool = True,
 ) -> Split:
-    """InputError where a shard cannot be read, or there is no sample."""
+    """InputError where a shard cannot be read, or there is no sample. reading: shards whose sha256
+    is not remembered are read for it; else they are taken to be missing.
+    """
     if data.limit is not None and split == "train":
         shards = _first(shards, data.limit)
-    kept = []
-    for source in sources(shards, Sums(cache_dir(data.cache)), progress):
+    kept, sums = [], Sums(cache_dir(data.cache))
+    for source in sources(shards, sums, progress) if reading else known_sources(shards, sums):
         found = cache.find(source)
         samples = found.samples + len(found.bad) if found else samples_in(source.path)
         if samples:
@@ -145,6 +150,8 @@ def write_split(split: Split) -> Path:
         "pictures": [str(source.path.absolute()) for source in split.sources],
         "skipped": [place for place, _, _ in bad],
     }
+    if known := [row.rounding for row in rows if row.rounding is not None]:
+        meta["rounding"] = max(known)
     if split.cache.preparing.tag:
         meta["prepare"] = split.cache.preparing.model_dump(exclude_defaults=True)
     if split.cache.caption_key is not None:

@@ -44,6 +44,11 @@ class Sums:
         )
         return [remote.content if remote else next(local) for remote in remotes]
 
+    def known(self, path: Path) -> str | None:
+        """What `of` says of a file without reading it; None where it would have to be read."""
+        remote = remote_of(path)
+        return remote.content if remote else self._known.get(_stamp(path))
+
     def _of(self, paths: Sequence[Path], progress: Progress) -> list[str]:
         stamps = [_stamp(path) for path in paths]
         new = sorted({stamp for stamp in stamps if stamp not in self._known})

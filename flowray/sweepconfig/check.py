@@ -66,6 +66,10 @@ def check_trials(sweep: Sweep, base: Recipe) -> None:
             values = ", ".join(f"{key}={show(value)}" for key, value in case.items())
             words = f"no recipe can be made with {values}: {error}{_condition_hint(sweep, error)}"
             raise refuse(words) from None
+        if trial.data.partial is True:
+            words = "data.partial true would give each trial the shards encoded at its own start"
+            how = "name them as `python -m flowray.data encode RECIPE data.partial=true` does"
+            raise refuse(f"{words}; {how}")
         _check_rungs(sweep, base, trial)
 
 

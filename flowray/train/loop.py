@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from tensorboardX import SummaryWriter
 
+from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe
 from flowray.config.progress import SILENT
 from flowray.config.recipe import Recipe
@@ -79,6 +80,8 @@ def train(
     """
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     progress = WrittenProgress(run) if group.lead else SILENT
+    if recipe.data.partial is True:  # its shards would be others at each start, and on each rank
+        raise InputError("data.partial: true is to be made names of shards first, by `with_part`")
     made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
     folders = ensure_latents(*made_of, progress, recipe.model.text) if group.lead else {}
     group.agree(True)  # the others wait until the lead has encoded

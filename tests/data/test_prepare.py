@@ -11,8 +11,17 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 
 from flowray.config.prepare import AS_DECODED, PrepareConfig
+from flowray.data.decode import picture_size
 from flowray.data.pictures import filtered, one_size
-from flowray.data.prepare import AS_THEY_ARE, ASPECT, TOO_SMALL, Filtered, Preparation
+from flowray.data.prepare import (
+    AS_THEY_ARE,
+    ASPECT,
+    OTHER_SIZE,
+    TOO_SMALL,
+    Filtered,
+    Preparation,
+    Refused,
+)
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards, write_shards
 
@@ -118,6 +127,57 @@ def test_upright_sides_count(tmp_path: Path) -> None:
     with pytest.raises(Filtered, match="12 x 40"):
         for_wide(buffer.getvalue())
     assert one_size([reader], "set", for_wide) == (12, 20)
+
+
+def turned(kind: str, height: int, width: int) -> bytes:
+    """A picture that EXIF lays on its side: upright it is `width` high."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(picture(height, width)).save(buffer, kind, exif=exif)
+    return buffer.getvalue()
+
+
+def exif_at_the_end(png: bytes) -> bytes:
+    """The PNG with its eXIf chunk behind its pixels, where it may stand."""
+    at = png.index(b"eXIf") - 4
+    chunk = png[at : at + 12 + int.from_bytes(png[at : at + 4], "big")]
+    end = png.index(b"IEND") - 4
+    return png[:at] + png[at + len(chunk) : end] + chunk + png[end:]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "png, EXIF at its end", "tiff", "webp"])
+def test_sizes_by_the_header_are_those_of_the_pixels(kind: str) -> None:
+    data = turned(kind.partition(",")[0], 12, 40)
+    data = exif_at_the_end(data) if "," in kind else data
+    assert picture_size(data) == (12, 40)
+    upright = Preparation(AS_DECODED, (40, 12), strict=True)
+    assert upright(data).shape == (40, 12, 3)
+    for size in [(12, 40), (40, 40)]:
+        with pytest.raises(Refused, match=r"the picture is (12 x 40|40 x 12) px") as caught:
+            Preparation(AS_DECODED, size, strict=True)(data)
+        assert caught.value.cause == OTHER_SIZE
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff"])
+@pytest.mark.parametrize(
+    ("prepared", "cause"),
+    [
+        (Preparation(AS_DECODED, (8, 8), strict=True), OTHER_SIZE),
+        (prepare((8, 8), min_size=13), TOO_SMALL),
+        (prepare((8, 8), resize="area", max_aspect=3), ASPECT),
+        (prepare((40, 20), resize="area"), TOO_SMALL),
+    ],
+)
+def test_what_its_size_refuses_is_not_decoded(kind: str, prepared: Preparation, cause: str) -> None:
+    """Of a picture that ends behind its header nothing can be."""
+    data = turned(kind, 12, 40)
+    assert picture_size(data) == (12, 40)
+    cut = data[:-40]
+    with pytest.raises(ValueError, match=r"."):
+        AS_THEY_ARE(cut)
+    with pytest.raises(Refused) as caught:
+        prepared(cut)
+    assert caught.value.cause == cause
 
 
 def test_tags_tell_settings_apart() -> None:

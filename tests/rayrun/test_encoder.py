@@ -65,6 +65,8 @@ def test_two_tasks_encode_what_one_process_does(data: DataConfig, config: KLAuto
     assert heard.tasks["encoding train pictures"] == 96
     again = Heard()
     ensure_latents(data, config, SPEC, again)
+    for what in (*heard.tasks, *again.tasks):  # each task reads its own shards for their sums
+        assert not what.startswith("reading shards")
     assert not any(what.startswith("encoding") for what in again.tasks)
     check_equal_to_one_process(data, config)
 

@@ -40,6 +40,7 @@ from flowray.sample.evaluate_neighbours import _features, _latents
 from flowray.sample.judges import LATENTS, open_judge
 from flowray.sample.neighbours import Choices
 from flowray.store.latents import ensure_latents, load_latents, load_training, skipped_places
+from flowray.store.moments import BEYOND
 from flowray.store.run import RunDirectory
 from flowray.store.splits import BAD_SAMPLES
 from flowray.train.group import Group
@@ -186,7 +187,7 @@ def test_latents_that_are_not_finite(tmp_path: Path) -> None:
     net.save_pretrained(path)
     broken = KLAutoencoder(path=str(path))
     data = data_of(tmp_path, 20, {}, max_bad=0.1)
-    want = r"bad of 20 train .* NaN, infinite .*are the weights of model\.autoencoder whole\?"
+    want = r"bad of 20 train .* NaN or infinite.*are the weights of model\.autoencoder whole\?"
     assert_refused(lambda: ensure_latents(data, broken, SPEC), InputError, want)
     assert not list((tmp_path / "cache").rglob("latents-*/shards/*"))
 
@@ -205,8 +206,11 @@ def test_one_picture_whose_latents_are_beyond_half_precision(tmp_path: Path) -> 
     net.save_pretrained(path)
     folder = ensure_latents(data, usual, SPEC)["train"]
     (row,) = [json.loads(line) for line in (folder / BAD_SAMPLES).read_text().splitlines()]
-    assert (row["key"], row["cause"]) == (f"s{int(largest.argmax()):03d}", "not finite")
+    assert (row["key"], row["cause"]) == (f"s{int(largest.argmax()):03d}", BEYOND)
+    assert "data.moments=bf16" in row["message"]
     assert load_latents(folder).moments(np.arange(19)).mean.isfinite().all()
+    wide = data.model_copy(update={"moments": "bf16"})
+    assert len(load_latents(ensure_latents(wide, usual, SPEC)["train"])) == 20
 
 
 def test_of_a_truncated_shard_what_is_before_the_cut_is_used(

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Timer
@@ -24,10 +25,12 @@ from support import SPEC, Heard, tiny_autoencoder, tiny_pictures
 
 from flowray.config.model import KLAutoencoder
 from flowray.config.progress import SILENT, Advance, Progress
+from flowray.config.rows import read_rows
 from flowray.config.train import DataConfig
 from flowray.data.index import SUFFIX, IndexFile, load_index
 from flowray.data.reader import ShardReader
-from flowray.data.shards import MANIFEST, find_shards
+from flowray.data.shards import MANIFEST, find_shards, sha256
+from flowray.store.encode import Encoding, Pace
 from flowray.store.latents import ensure_latents, load_latents, unencoded
 from flowray.store.sums import REMEMBERED, Sums
 
@@ -261,6 +264,44 @@ def test_what_a_killed_writer_left_goes_when_nobody_writes_it(
     os.utime(old, (time.time() - 7200, time.time() - 7200))
     ensure_latents(data, config, SPEC)
     assert (old.exists(), new.exists()) == (False, True)
+
+
+class Two:
+    """A fleet of two that work one after the other, each with what pickling left of its work."""
+
+    count, cores = 2, 1
+
+    def __call__(self, works: Sequence[Encoding], progress: Progress) -> list[Pace]:
+        return [pickle.loads(pickle.dumps(work))(progress) for work in works]
+
+
+def test_a_fleet_reads_its_shards_for_their_sums(tmp_path: Path, config: KLAutoencoder) -> None:
+    data, alone = data_of(tmp_path, 96), data_of(tmp_path, 96, "alone")
+    shards = [*find_shards(data.shards), *find_shards(str(data.val_shards))]
+    shutil.copy(shards[0], shards[0].with_name("shard-000009.tar"))
+    heard, one = Heard(), Heard()
+    folder = ensure_latents(data, config, SPEC, heard, fleet=Two())["train"]
+    assert HASHING not in heard.tasks
+    rows = read_rows(tmp_path / "cache" / REMEMBERED)
+    found = {row["path"]: row["sha256"] for row in rows}
+    assert len(rows) == len(shards) + 1
+    assert {path: sha256(Path(path)) for path in found} == found
+    ensure_latents(alone, config, SPEC, one)
+    assert HASHING in one.tasks
+    assert content(data).keys() == content(alone).keys()
+    assert len(load_latents(folder)) == 112
+    assert len(whole(data)) == len(shards)  # equal bytes are encoded once, known or not
+    assert encoded(data, config, fleet=Two()) == {}
+
+
+def test_a_fleet_finds_a_moved_set_again(data: DataConfig, config: KLAutoencoder) -> None:
+    ensure_latents(data, config, SPEC)
+    before = whole(data)
+    moved = Path(data.shards).rename(Path(data.shards).with_name("moved"))
+    there = data.model_copy(update={"shards": str(moved)})
+    assert encoded(there, config, fleet=Two()) == {"train": 96}  # looked at, by their sums
+    assert whole(there) == before
+    assert encoded(there, config) == {}
 
 
 def test_sums_are_computed_once(tmp_path: Path) -> None:
