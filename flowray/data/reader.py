@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import mmap
-import resource
 import threading
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
@@ -26,12 +24,12 @@ from flowray.data.arrays import npy_head, read_npy
 from flowray.data.captions import captions_in
 from flowray.data.column import PAIR, CaptionColumn
 from flowray.data.index import SUFFIX, Fault, IndexFile, TarIndex, is_indexed, load_index
+from flowray.data.mapped import mapped
 from flowray.data.remote import ahead, opened, remote_of
 
 OPEN_SHARDS = 4096  # mapped at a time at most: the kernel allows 65530 maps in all
 OPEN_REMOTE = 4  # where shards are fetched: one that has made room takes room while it is mapped
 _HEAD = 2**16  # bytes of a .npy file's head at most, far more than numpy reads
-_FILES = 8  # a shard holds two file descriptors, and a run has several sets open
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class ShardReader:
         self._indexes: list[TarIndex | IndexFile] = []
         self._opened: dict[int, _Shard] = {}
         self._sound = set[int]()
-        self._most = OPEN_REMOTE if any(map(remote_of, self.paths)) else _open_shards()
+        self._most = OPEN_REMOTE if any(map(remote_of, self.paths)) else OPEN_SHARDS
         self._opening = threading.Lock()
         count = 0
         every = iter(self.paths)
@@ -315,23 +313,17 @@ def _fits(table: np.ndarray, size: int) -> bool:
     return bool((inside | (table == -1).all(axis=1)).all())
 
 
-def _open_shards() -> int:
-    """How many shards a set may have open here."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return OPEN_SHARDS if files < 0 else max(1, min(OPEN_SHARDS, files // _FILES))
-
-
 def _mapped(path: Path, size: int) -> memoryview:
     try:
         with opened(path) as file:
-            held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
+            held = mapped(file)
+    except OSError as error:
         raise InputError(f"shard {path}: cannot be read: {error}") from error
     if len(held) != size:
         raise InputError(
             f"shard {path}: was {size} bytes when indexed and is {len(held)} now; start again"
         )
-    return memoryview(held)
+    return held.data
 
 
 def _stacked(files: Sequence[memoryview]) -> np.ndarray | None:
