@@ -98,7 +98,7 @@ def train(
             progress.say(warning)
         objective = group.wrap(state.objective)
         maker = BatchMaker(recipe, latents, group)
-        make_batch = BatchesAhead(maker, recipe.train.steps, group.device)
+        make_batch = BatchesAhead(maker, recipe.train.steps, group.device, recipe.data.prefetch)
         closing.enter_context(make_batch)
         sinks = Sinks(recipe, run, latents, held_out, state, group) if group.lead else None
         if sinks:
