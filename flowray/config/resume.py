@@ -19,6 +19,7 @@ _KEPT = ("seed", "data", "model", "train.batch_size")
 _FREE = (
     "data.cache",
     "data.max_bad",
+    "data.prefetch",
     "data.remote_cache_gb",
     "model.autoencoder.parameters",
     "model.text.cache",

@@ -59,6 +59,15 @@ class DataConfig(Config):
             " names them, as in 0-11,14/40@1a2b3c4d, and its resumes keep to them"
         ),
     )
+    prefetch: int = Field(
+        1,
+        ge=0,
+        le=64,
+        description=(
+            "how many batches are made ahead of the step that trains, each held until its turn, on"
+            " the GPU where there is one; 0: each is made when it is needed"
+        ),
+    )
     limit: int | None = Field(None, gt=0, description="use only the first `limit` samples")
     max_bad: float = Field(
         0.001,

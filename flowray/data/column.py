@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from struct import Struct
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -17,8 +16,7 @@ PAIR = Struct("qq").unpack_from
 """Two int64 side by side in mapped bytes, several times faster than by numpy."""
 
 
-@dataclass(frozen=True)
-class CaptionColumn:
+class CaptionColumn(NamedTuple):
     """text: all captions in UTF-8 end to end, bytes; starts: where each begins in it and, at last,
     where the last one ends, (captions + 1,) int64; firsts: the first caption of each sample and, at
     last, how many there are, (samples + 1,) int64. A sample without captions has none here.
@@ -33,18 +31,35 @@ class CaptionColumn:
         first, end = PAIR(self.firsts, 8 * row)
         return [self._caption(number) for number in range(first, end)]
 
-    def chosen(self, row: int, u: float) -> str | None:
-        """Of the sample's captions that number int(u * count); None where it has none."""
-        first, end = PAIR(self.firsts, 8 * row)
-        if first == end:
-            return None
-        # as `_caption` does it, but every sample of every batch comes here
-        start, stop = PAIR(self.starts, 8 * (first + int(u * (end - first))))
-        return str(self.text[start:stop], "utf-8")
-
     def _caption(self, number: int) -> str:
         start, end = PAIR(self.starts, 8 * number)
         return str(self.text[start:end], "utf-8")
+
+
+def chosen(
+    columns: Mapping[int, CaptionColumn | None],
+    shards: Sequence[int],
+    rows: Sequence[int],
+    u: Sequence[float],
+) -> list[str | None]:
+    """Of each sample's captions number int(u * count), the sample a shard and a row in its column;
+    None where it has none.
+    """
+    found = list[str | None]()
+    # without calls of our own: every sample of every batch comes here
+    for shard, row, x in zip(shards, rows, u, strict=True):
+        first, end, column = 0, 0, columns[shard]
+        if column:
+            text, starts, firsts = column
+            first, end = PAIR(firsts, 8 * row)
+        if first == end:
+            found.append(None)
+            continue
+        if end - first > 1:
+            first += int(x * (end - first))
+        start, stop = PAIR(starts, 8 * first)
+        found.append(str(text[start:stop], "utf-8"))
+    return found
 
 
 def column_of(arrays: Mapping[str, np.ndarray]) -> CaptionColumn | None:

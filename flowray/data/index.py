@@ -7,7 +7,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import mmap
 import os
 import re
 import tarfile
@@ -25,6 +24,7 @@ from flowray.config.jsons import parse_json
 from flowray.config.writing import write_whole
 from flowray.data.column import CaptionColumn, CaptionsOf, caption_arrays, column_of
 from flowray.data.folders import is_clutter, open_own
+from flowray.data.mapped import mapped
 from flowray.data.remote import opened, remote_of, stat_of
 
 BLOCK = 512  # tar members start and are padded at multiples of this, bytes
@@ -124,7 +124,7 @@ class IndexFile:
             with open_own(self.path) as file:
                 if _made(file) != self.made:  # another process has written it since
                     return self._again(Path(tar))
-                held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                held = mapped(file)
             found = {
                 name: np.frombuffer(held, dtype, math.prod(shape), start).reshape(shape)
                 for name, (dtype, shape, start) in self.arrays.items()

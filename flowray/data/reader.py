@@ -8,30 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import math
-import mmap
-import resource
 import threading
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 
 from flowray.config.errors import InputError
 from flowray.data.arrays import npy_head, read_npy
 from flowray.data.captions import captions_in
-from flowray.data.column import PAIR, CaptionColumn
+from flowray.data.column import PAIR, CaptionColumn, chosen
 from flowray.data.index import SUFFIX, Fault, IndexFile, TarIndex, is_indexed, load_index
+from flowray.data.mapped import mapped
 from flowray.data.remote import ahead, opened, remote_of
 
 OPEN_SHARDS = 4096  # mapped at a time at most: the kernel allows 65530 maps in all
 OPEN_REMOTE = 4  # where shards are fetched: one that has made room takes room while it is mapped
 _HEAD = 2**16  # bytes of a .npy file's head at most, far more than numpy reads
-_FILES = 8  # a shard holds two file descriptors, and a run has several sets open
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class ShardReader:
         self._indexes: list[TarIndex | IndexFile] = []
         self._opened: dict[int, _Shard] = {}
         self._sound = set[int]()
-        self._most = OPEN_REMOTE if any(map(remote_of, self.paths)) else _open_shards()
+        self._most = OPEN_REMOTE if any(map(remote_of, self.paths)) else OPEN_SHARDS
         self._opening = threading.Lock()
         count = 0
         every = iter(self.paths)
@@ -229,15 +227,15 @@ class ShardReader:
         """One of the `captions` of each of the samples `indices` (B,): number int(u * count) of
         them, u (B,) in [0, 1).
         """
-        found, known = [], self._opened.get
-        for i, shard, row, x in zip(indices.tolist(), *self._places(indices), u, strict=True):
-            column = (known(shard) or self._open(shard, checked=False)).captions
-            text = column.chosen(row, x) if column else None
-            if text is None:
-                texts = self.captions(i)
-                text = texts[int(x * len(texts))]
-            found.append(text)
-        return found
+        held, shards, rows = self._of_batch(indices)
+        columns = {number: shard.captions for number, shard in held.items()}
+        found = chosen(columns, shards, rows, u)
+        if None in found:
+            for number, (i, x) in enumerate(zip(indices.tolist(), u, strict=True)):
+                if found[number] is None:
+                    texts = self.captions(i)
+                    found[number] = texts[int(x * len(texts))]
+        return cast("list[str]", found)
 
     def gather(self, indices: np.ndarray, extension: str) -> np.ndarray:
         """The .npy members of the samples `indices` (B,), stacked: (B, *shape), not always
@@ -246,23 +244,20 @@ class ShardReader:
         indices = np.asarray(indices, dtype=np.int64)
         if indices.ndim != 1 or not indices.size:
             raise ValueError(f"indices must be 1-D and not empty, got shape {indices.shape}")
-        stacked = _stacked(self._members(indices, extension))
+        held, shards, rows = self._of_batch(indices)
+        stacked = None
+        if not any(extension not in s.tables or s.index.faults for s in held.values()):
+            sources = {n: (shard.tables[extension], shard.data) for n, shard in held.items()}
+            stacked = _stacked(_members(sources, shards, rows))
+        # what is wrong with a sample is told by reading it alone
         return self._gather_one_by_one(indices, extension) if stacked is None else stacked
 
-    def _members(self, indices: np.ndarray, extension: str) -> list[memoryview]:
-        found, known = [], self._opened.get
-        for i, shard, row in zip(indices.tolist(), *self._places(indices), strict=True):
-            opened = known(shard) or self._open(shard, checked=False)
-            if opened.index.faults:
-                self._refuse_fault(opened.index, row, i)
-            table = opened.tables.get(extension)
-            offset, size = (-1, -1) if table is None else PAIR(table, 16 * row)
-            if offset < 0:
-                self._missing(i, extension)
-            found.append(opened.data[offset : offset + size])
-            if len(found[-1]) != size:
-                raise _unfit(self.paths[shard])
-        return found
+    def _of_batch(self, indices: np.ndarray) -> tuple[dict[int, _Shard], list[int], list[int]]:
+        """The shards of samples (B,), open, and the shard and the row of each."""
+        shards, rows = self._places(indices)
+        known = self._opened.get
+        held = {shard: known(shard) or self._open(shard, checked=False) for shard in set(shards)}
+        return held, shards, rows
 
     def _gather_one_by_one(self, indices: np.ndarray, extension: str) -> np.ndarray:
         arrays: list[np.ndarray] = []
@@ -315,30 +310,39 @@ def _fits(table: np.ndarray, size: int) -> bool:
     return bool((inside | (table == -1).all(axis=1)).all())
 
 
-def _open_shards() -> int:
-    """How many shards a set may have open here."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return OPEN_SHARDS if files < 0 else max(1, min(OPEN_SHARDS, files // _FILES))
-
-
 def _mapped(path: Path, size: int) -> memoryview:
     try:
         with opened(path) as file:
-            held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
+            held = mapped(file)
+    except OSError as error:
         raise InputError(f"shard {path}: cannot be read: {error}") from error
     if len(held) != size:
         raise InputError(
             f"shard {path}: was {size} bytes when indexed and is {len(held)} now; start again"
         )
-    return memoryview(held)
+    return held.data
+
+
+def _members(
+    sources: Mapping[int, tuple[memoryview, memoryview]], shards: Sequence[int], rows: Sequence[int]
+) -> list[memoryview]:
+    """The members of samples, by shard -> ((offset, size) of each row, bytes); other bytes than
+    its member's, as many or fewer, where a sample has none or its index does not fit.
+    """
+    found = []
+    # without calls of our own: every sample of every batch comes here
+    for shard, row in zip(shards, rows, strict=True):
+        table, data = sources[shard]
+        offset, size = PAIR(table, 16 * row)
+        found.append(data[offset : offset + size])
+    return found
 
 
 def _stacked(files: Sequence[memoryview]) -> np.ndarray | None:
     """.npy files as (B, *shape); None where their headers differ or are not plain C order."""
     size, head = len(files[0]), _head(files[0])
     made_of = _plain(head)
-    if made_of is None or any(len(file) != size for file in files):
+    if made_of is None or set(map(len, files)) != {size}:
         return None
     dtype, shape = made_of
     start = len(head)

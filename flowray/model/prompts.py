@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from flowray.model.local import find_place, may_download
 from flowray.model.pretrained import OFFLINE, loading, needs_code, quiet, transformers_config
 
 PROMPT = "{prompt}"
+# prompts of which a tokenizer keeps the ids, 215 bytes each where they have 16 words, and the most
+# letters of one that is kept
+KEPT, KEPT_LETTERS = 2**16, 1000
 # Files of which a tokenizer has at least one.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
@@ -35,9 +40,28 @@ class PromptTokenizer:
             self.frame = chat_frame(inner, config) if config.chat else config.template
             self._special = not config.chat
         self._cut_before = False
+        self._kept: dict[str, array[int]] = {}
+        self._asking = threading.Lock()  # how a tokenizer cuts is a state of its own
+
+    def __deepcopy__(self, _: object) -> PromptTokenizer:
+        return self
 
     def rows(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of every prompt, one too long cut at its end, the frame kept; one warning."""
+        """Token ids of every prompt, one too long cut at its end, the frame kept; one warning.
+
+        They are kept for the next time, as training shows a caption once an epoch. Threads may ask.
+        """
+        with self._asking:
+            if len(self._kept) + len(prompts) > KEPT:
+                self._kept.clear()
+            new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
+            made = dict(zip(new, self._rows(new), strict=True)) if new else {}
+            for prompt, row in made.items():
+                if len(prompt) <= KEPT_LETTERS:
+                    self._kept[prompt] = array("I", row)
+            return [made[p] if p in made else self._kept[p].tolist() for p in prompts]
+
+    def _rows(self, prompts: Sequence[str]) -> list[list[int]]:
         rows = self._tokens(prompts)
         for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
             if len(row) > self.max_tokens:

@@ -100,8 +100,8 @@ def train(
         if warning := check_captions(state.model.text.prompts, some_captions(latents)):
             progress.say(warning)
         objective = group.wrap(state.objective)
-        maker = BatchMaker(recipe, latents, group)
-        make_batch = BatchesAhead(maker, recipe.train.steps, group.device)
+        maker = BatchMaker(recipe, latents, group, state.model.text.prompts)
+        make_batch = BatchesAhead(maker, recipe.train.steps, group.device, recipe.data.prefetch)
         closing.enter_context(make_batch)
         sinks = Sinks(recipe, run, latents, held_out, state, group) if group.lead else None
         if sinks:

@@ -19,6 +19,7 @@ from flowray.losses.terms import Forward
 from flowray.losses.total import Batch, active_terms, total_loss, weights_at
 from flowray.model.latent import Moments
 from flowray.model.layers import to_device
+from flowray.model.prompts import PromptTokenizer
 from flowray.probes.field import cosines, nmse
 from flowray.store.latents import LatentSet
 from flowray.train.gradients import assign_gradients, forward_passes, head_weights, update_ratios
@@ -32,10 +33,19 @@ Scalars = dict[str, torch.Tensor]
 class BatchMaker:
     """Makes this rank's batch of any step, a pure function of (recipe, step). Where the latents are
     in buckets a batch is of one, and so of one shape.
+
+    prompts: a tokenizer that is to have kept the captions' token ids when the batch is trained on.
     """
 
-    def __init__(self, recipe: Recipe, latents: LatentSet, group: Group):
+    def __init__(
+        self,
+        recipe: Recipe,
+        latents: LatentSet,
+        group: Group,
+        prompts: PromptTokenizer | None = None,
+    ):
         self.recipe, self.latents, self.group = recipe, latents, group
+        self.prompts = prompts
         self.order = (
             EpochOrder(len(latents), recipe.seed)
             if latents.buckets is None
@@ -69,8 +79,11 @@ class BatchMaker:
             borrowed = self._latents(indices[others.numpy()], noise[to_device(others, device)])
             target = z1.index_copy(0, to_device(places, device), borrowed)
         times = time_config(recipe.flow, step, recipe.train.steps)
+        captions = self._captions(indices[rows], draws.uniform("caption"))
+        if self.prompts is not None:
+            self.prompts.rows(captions)
         return Batch(
-            captions=self._captions(indices[rows], draws.uniform("caption")),
+            captions=captions,
             z1=z1,
             target=target,
             noise=draws.normal("source", shape),

@@ -4,7 +4,11 @@ whole; dead queries are none.
 
 from __future__ import annotations
 
+import copy
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +171,65 @@ def test_positions_skip_the_padding(folder: Path) -> None:
     assert whole[:, 3:].all()
     assert positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert positions[1, 3:].tolist() == [1, 2, 3, 4]
+
+
+SOME = [LONG, "circle", "", "a small red circle", LONG[:200], "circle", "x" * 3000]
+
+
+def as_one_by_one(text: CausalQueries) -> list[list[int]]:
+    """What the tokenizer itself says of SOME, each alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [text.prompts._rows([prompt])[0] for prompt in SOME]
+
+
+@pytest.mark.filterwarnings("ignore:model.text.max_tokens")
+def test_kept_ids_are_those_of_the_tokenizer(folder: Path) -> None:
+    options = {"template": "Generate an image: {prompt}", "max_tokens": 30}
+    for given in ({}, options, {**options, "chat": True, "max_tokens": 40}):
+        text = model(folder, **given)
+        wanted = as_one_by_one(text)
+        first, again = text.tokenize(SOME), text.tokenize(SOME[::-1])
+        assert text.prompts.rows(SOME) == wanted
+        assert torch.equal(first.ids, again.ids.flip(0))
+        assert torch.equal(first.mask, again.mask.flip(0))
+        text.prompts.inner = None  # they are not made anew
+        assert text.prompts.rows([*SOME[:3], SOME[3]]) == wanted[:4]
+
+
+@pytest.mark.filterwarnings("ignore:model.text.max_tokens")
+def test_only_so_many_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowray.model.prompts.KEPT", 8)
+    text = model(folder, max_tokens=30)
+    wanted = as_one_by_one(text)
+    for start in range(40):
+        others = [f"number {i}" for i in range(3 * start, 3 * start + 3)]
+        rows = text.prompts.rows([*others, SOME[start % 7]])
+        assert rows == [*text.prompts._rows(others), wanted[start % 7]]
+        assert len(text.prompts._kept) <= 8
+        assert SOME[-1] not in text.prompts._kept  # as long ones are not
+
+
+class OneAtATime:
+    """A tokenizer that notices a second thread in it: how it cuts is a state of its own."""
+
+    def __init__(self, inner: Any):
+        self.inner, self.asked = inner, threading.Lock()
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        assert self.asked.acquire(blocking=False)
+        time.sleep(0.02)
+        try:
+            return self.inner(*given, **options)
+        finally:
+            self.asked.release()
+
+
+def test_threads_may_ask_at_once(folder: Path) -> None:
+    text = model(folder, max_tokens=30)
+    prompts = [[f"circle {i}", "square", f"cross {i}"] for i in range(4)]
+    wanted = [text.prompts._rows(some) for some in prompts]
+    text.prompts.inner = OneAtATime(text.prompts.inner)
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(text.prompts.rows, prompts)) == wanted
+    assert copy.deepcopy(text.prompts).rows(prompts[0]) == wanted[0]

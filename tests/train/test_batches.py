@@ -2,6 +2,8 @@
 epoch, null samples.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from support import tiny_latents, tiny_recipe
 from flowray.config.load import override_recipe
 from flowray.flow.draws import Draws, null_partners
 from flowray.losses.total import Batch
+from flowray.model.text import load_text
 from flowray.store.latents import load_latents
 from flowray.train.group import Group
 from flowray.train.step import BatchMaker
@@ -120,6 +123,26 @@ def test_a_curriculum_changes_the_times_of_a_run_and_of_nothing_else(latents, re
         assert torch.equal(plain.t, biased.t) == (step >= 3)
     early = torch.cat([ranks(staged, latents, 1, step)[0].t for step in range(3)])
     assert float((early >= 0.8).float().mean()) > 0.6
+
+
+def test_a_batch_comes_with_its_token_ids_kept(latents, recipe):
+    group, text = Group(0, 1, torch.device("cpu")), load_text(recipe.model.text)
+    batch = BatchMaker(recipe, latents, group, text.prompts)(3)
+    plain = BatchMaker(recipe, latents, group)(3)
+    assert list(batch.captions) == list(plain.captions)
+    assert all(torch.equal(getattr(batch, field), getattr(plain, field)) for field in FIELDS)
+    wanted = load_text(recipe.model.text).tokenize(batch.captions)
+    ids, mask = _without_a_tokenizer(text, batch.captions)
+    assert torch.equal(ids, wanted.ids)
+    assert torch.equal(mask, wanted.mask)
+
+
+def _without_a_tokenizer(text, captions):
+    inner = text.prompts.inner
+    text.prompts.inner = SimpleNamespace(
+        pad_token_id=inner.pad_token_id, eos_token_id=inner.eos_token_id
+    )
+    return text.tokenize(captions)
 
 
 def test_captions_and_noise_change_with_the_step_and_the_seed(recipe, latents):

@@ -2,9 +2,9 @@
 stops, other numbers of ranks after each, batches made ahead.
 
 flowray has no loader processes; what other loaders call workers is here how many steps ahead
-batches are made, each by a thread of its own (`train/ahead.py`; several are put one in another).
-0: none, a batch is made when it is asked for. A kill loses the steps after the last checkpoint;
-the run that goes on trains them again, so what counts is the history that survives.
+batches are made (`train/ahead.py`, `data.prefetch`); 0: a batch is made when it is asked for. A
+kill loses the steps after the last checkpoint; the run that goes on trains them again, so what
+counts is the history that survives.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -102,15 +101,6 @@ def recipe_of(size: int, seed: int, batch: int) -> Recipe:
 BASE = Recipe()
 
 
-@contextmanager
-def made_ahead(make: Callable[[int], Any], last: int, depth: int) -> Iterator[Callable[[int], Any]]:
-    """`make` of the steps before `last`, begun up to `depth` steps before they are asked for."""
-    with ExitStack() as closing:
-        for _ in range(depth):
-            make = closing.enter_context(BatchesAhead(make, last, CPU))
-        yield make
-
-
 def history(told: Schedule) -> tuple[list[list[np.ndarray]], int]:
     """The parts that the ranks took at each step, as far as it survived; how many steps were
     trained in vain.
@@ -128,7 +118,7 @@ def history(told: Schedule) -> tuple[list[list[np.ndarray]], int]:
                 group = Group(rank, life.world, CPU)
                 maker, rows = BatchMaker(recipe, samples, group), group.rows(told.batch)
                 part = lambda step, maker=maker, rows=rows: maker.indices(step)[rows]  # noqa: E731
-                ranks.append(closing.enter_context(made_ahead(part, told.steps, life.depth)))
+                ranks.append(closing.enter_context(BatchesAhead(part, told.steps, CPU, life.depth)))
             for step in range(kept, min(kept + life.steps, told.steps)):
                 survived.append([rank(step) for rank in ranks])
                 if (step + 1) % told.checkpoint_every == 0 or step + 1 == told.steps:
@@ -195,7 +185,7 @@ def consume(
     start = load_state(found)["step"] if found else 0
     maker, last = BatchMaker(recipe, load_latents(folder), group), recipe.train.steps
     name = run / f"{life}-{start}-{group.rank}.jsonl"
-    with name.open("a") as log, made_ahead(maker, last, depth) as batches:
+    with name.open("a") as log, BatchesAhead(maker, last, CPU, depth) as batches:
         for step in range(start, last):
             if step == start + pause:
                 time.sleep(120)
