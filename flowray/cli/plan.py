@@ -37,6 +37,7 @@ from flowray.model.files import AUTOENCODER, TEXT
 from flowray.model.images import ImageEncoder
 from flowray.model.local import Kind, local_weights
 from flowray.model.text import TextTokens
+from flowray.train.optim import MUON, parameter_groups
 
 FP32, GIB = 4, 2**30
 SIZES = ("parameters", "trainable", "memory_per_gpu", "tokens", "checkpoint_bytes")
@@ -66,8 +67,16 @@ def _sizes(recipe: Recipe) -> dict[str, Any]:
         "trainable": trained,
         "memory_per_gpu": _memory(recipe, model, trained, frozen),
         "tokens": _tokens(recipe.model, model),
-        "checkpoint_bytes": 4 * FP32 * trained,
+        # weights, average, optimiser
+        "checkpoint_bytes": 2 * FP32 * trained + sum(_optimiser(recipe, model, trained).values()),
     }
+
+
+def _optimiser(recipe: Recipe, model: FlowModel, trained: int) -> dict[str, int]:
+    """Bytes of the optimisers' state: two numbers for each weight by AdamW, one by Muon."""
+    groups = parameter_groups(model.trainable(), recipe.optim, model.velocity.last_layers)
+    by_muon = sum(p.numel() for group in groups if group["name"] == MUON for p in group["params"])
+    return {"adamw": 2 * FP32 * (trained - by_muon), "muon": FP32 * by_muon}
 
 
 def _work(recipe: Recipe) -> dict[str, Any]:
@@ -123,7 +132,7 @@ def _memory(
             + TEXT_BYTES[recipe.model.text.dtype] * text
         ),
         "gradients": FP32 * trained,
-        "adamw": 2 * FP32 * trained,
+        **_optimiser(recipe, model, trained),
         "ema": FP32 * trained,
         "activations_estimate": batch * kept_per_sample(model) // (2 if half else 1),
         "text_activations_estimate": (

@@ -21,10 +21,10 @@ from flowray.train.step import BatchMaker, train_step
 CPU = Group(0, 1, torch.device("cpu"))
 
 
-def test_a_plan_is_what_the_run_does(tmp_path: Path) -> None:
-    recipe = tiny_recipe(
-        tmp_path, **{"train.accumulate": 2, "model.velocity.patch": 2, "model.text.queries": 6}
-    )
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+def test_a_plan_is_what_the_run_does(tmp_path: Path, matrices: str) -> None:
+    keys = {"train.accumulate": 2, "model.velocity.patch": 2, "model.text.queries": 6}
+    recipe = tiny_recipe(tmp_path, **keys, **{"optim.matrices.kind": matrices})
     plan, state = make_plan(recipe), fresh_state(recipe, CPU.device)
     shapes: dict[str, set[tuple[int, ...]]] = {"head": set(), "velocity": set()}
     state.model.head.register_forward_pre_hook(
