@@ -28,6 +28,7 @@ _FREE = (
     "model.text.parameters",
     "model.text.width",
     "model.velocity.gradient_checkpointing",
+    "model.velocity.route",
 )
 _LEARNS = ("clip", "dino", "repa")  # losses with weights of their own
 _OF_DINO = tuple(f"loss.dino.{part}" for part in ("prototypes", "hidden", "bottleneck", "teacher"))

@@ -240,12 +240,12 @@ class OptimConfig(Config):
     """
 
     lr: float = Field(1e-3, gt=0)
-    matrices: MatricesConfig = AdamWMatrices()
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.01, ge=0)
     clip_grad: float = Field(1.0, gt=0)
     lr_scale: GroupScales = GroupScales()
     lr_max: GroupCaps = GroupCaps()
+    matrices: MatricesConfig = AdamWMatrices()
     schedule: LRScheduleConfig = CosineLR(warmup=50)
 
 
