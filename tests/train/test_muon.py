@@ -29,6 +29,7 @@ from flowray.train.loop import train
 from flowray.train.optim import build_optimizer, set_lr
 from flowray.train.state import TrainState, fresh_state, load_slots
 from flowray.train.step import BatchMaker, train_step
+from flowray.tune.pace import same_cost
 
 CPU = Group(0, 1, torch.device("cpu"))
 MUON = {"optim.matrices.kind": "muon"}
@@ -212,6 +213,12 @@ def test_a_resume_keeps_the_optimiser_and_may_change_its_numbers(base: Recipe) -
     for before, after in ((base, other), (other, base)):
         with pytest.raises(InputError, match=r"^optim\.matrices\.kind: got '\w+', but run has"):
             refuse_changes(before, after, 3, "run")
+
+
+def test_a_step_costs_another_time_than_with_adamw(base: Recipe) -> None:
+    """So a plan takes no pace from a run of the other optimiser."""
+    assert same_cost(base, override_recipe(base, {"optim.matrices.lr_scale": 2.0}))
+    assert not same_cost(base, override_recipe(base, {"optim.matrices": {"kind": "adamw"}}))
 
 
 def test_the_doctor_finds_nothing_wrong_with_it(base: Recipe) -> None:
