@@ -32,7 +32,10 @@ def main(argv: list[str], name: str = "benchmarks") -> int:
         prog=name, description="Measurements that end in a ratio, stated so that higher is better."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_sweep, _add_record, _add_answers, _add_overhead, _add_startup, _add_data):
+    for add in (
+        *(_add_sweep, _add_record, _add_answers, _add_pair),
+        *(_add_overhead, _add_startup, _add_data),
+    ):
         add(commands)
     args, more = parser.parse_known_args(argv)  # argparse gives up on key=value after an option
     if wrong := [
@@ -148,6 +151,41 @@ def _add_answers(commands: argparse._SubParsersAction[Parser]) -> None:
         help="trainings at once, one core each; default 1",
     )
     parser.set_defaults(run=_answers)
+
+
+def _add_pair(commands: argparse._SubParsersAction[Parser]) -> None:
+    about = (
+        "what a change of a recipe changes: both from the same seeds, at equal steps and at equal"
+        " time; again after a kill, it goes on where it stopped"
+    )
+    parser = commands.add_parser("pair", help=about, description=f"An ablation: {about}.")
+    parser.add_argument("folder", type=argument, metavar="FOLDER")
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for both sides")
+    parser.add_argument(
+        "--change",
+        action="append",
+        required=True,
+        metavar="key=value",
+        help="what the changed side has; again for more",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default 0 1 2"
+    )
+    parser.add_argument(
+        "--processes",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="trainings at once, one core each; default 1",
+    )
+    parser.add_argument(
+        "--pictures", action="store_true", help="score pictures too, of a recipe on shapes"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, the rest on stderr"
+    )
+    parser.set_defaults(run=_pair)
 
 
 def _add_overhead(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -312,6 +350,34 @@ def _answers(args: argparse.Namespace) -> int:
     cases = run(args.folder, args.minutes, seeds, args.processes, arms)
     page(cases, args.minutes, args.folder / "answers.md")
     print((args.folder / "answers.md").read_text())
+    return GOOD
+
+
+def _pair(args: argparse.Namespace) -> int:
+    from benchmarks.pairs import PLAIN, Pair, run
+
+    pair = Pair(args.recipe, tuple(args.overrides), tuple(args.change), args.pictures)
+    facts = run(args.folder.absolute(), pair, list(dict.fromkeys(args.seeds)), args.processes)
+    if args.json:
+        print(json.dumps(_plain(facts), allow_nan=False))
+        return GOOD
+    steps = facts["steps"]
+    others = [side for side in steps if side != PLAIN]
+    seeds = ", ".join(map(str, facts["seeds"]))
+    table = Table(
+        "metric",
+        f"{PLAIN}, {steps[PLAIN]} steps",
+        *(f"{side}, {steps[side]}" for side in others),
+        title=f"{', '.join(args.change)}: mean difference, seeds {seeds}",
+    )
+    for key, sides in facts["metrics"].items():
+        cells = []
+        for side in others:
+            error = sides[side]["standard_error"]
+            spread = "" if error is None else f" ± {error:.3f}"
+            cells.append(f"{sides[side]['difference']:+.3f}{spread}")
+        table.add_row(key, f"{sides[PLAIN]:.3f}", *cells)
+    Console(highlight=False).print(table)
     return GOOD
 
 

@@ -5,16 +5,8 @@ whose caption the network reads too, and noise; equal training time, equal seeds
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import statistics
-import sys
-import tempfile
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -26,151 +18,66 @@ from matplotlib.gridspec import GridSpec
 
 from benchmarks.answers_arms import ARMS
 from benchmarks.record import machine
+from benchmarks.trainings import Training, paces, say
+from benchmarks.trainings import processes as fresh_processes
 from flowray.cli.eval import evaluate
-from flowray.config.load import load_recipe
 from flowray.config.progress import SILENT
-from flowray.config.recipe import Recipe
 from flowray.config.writing import write_whole
 from flowray.model.autoencoder import load_autoencoder
 from flowray.sample.evaluate_open import ask
 from flowray.sample.generate import generate
 from flowray.sample.restore import open_run
 from flowray.store.found import find_checkpoint
-from flowray.store.latents import ensure_latents
-from flowray.store.rows import read_rows
-from flowray.store.run import RunDirectory
-from flowray.train.group import Group
-from flowray.train.loop import train
 
-PACE_STEPS, PACE_ROUNDS = 60, 2
 SHOWN = 6  # captions in the picture, and draws of each
-
-
-@dataclass(frozen=True)
-class Case:
-    """One training: an arm's place in ARMS, its seed, its length."""
-
-    folder: Path
-    arm: str
-    seed: int
-    steps: int
-
-    @property
-    def run(self) -> RunDirectory:
-        return RunDirectory(self.folder / f"{self.arm}-{self.steps}-{self.seed}")
-
-    @property
-    def scores(self) -> Path:
-        return self.run.path / "eval.json"
-
-    def recipe(self, *more: str) -> Recipe:
-        """For one core: as many trainings as there are cores run beside each other."""
-        base, overrides = ARMS[self.arm]
-        place = [f"name={self.run.path.name}", f"storage_path={self.folder}"]
-        own = [*place, f"seed={self.seed}", f"train.steps={self.steps}", "resources.num_workers=1"]
-        return load_recipe(base, [*overrides, *own, *more]).recipe
 
 
 def run(
     folder: Path, minutes: float, seeds: Sequence[int], processes: int, arms: Sequence[str]
-) -> list[Case]:
+) -> list[Training]:
     """Train and score what `folder` lacks; a killed one goes on from its last checkpoint.
 
     minutes: of one core for each training. How many steps that makes is measured once for each arm,
     all in turn, and kept in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pace = _pace(folder, arms)
+    pace = paces(folder, [_case(folder, arm, 0, 1) for arm in arms])
     cases = [
-        Case(folder, arm, seed, round(60 * minutes / pace[arm])) for seed in seeds for arm in arms
+        _case(folder, arm, seed, round(60 * minutes / pace[arm])) for seed in seeds for arm in arms
     ]
-    left = [case for case in cases if not case.scores.exists()]
-    with _processes(processes) as pool:
+    left = [case for case in cases if not _scores(case).exists()]
+    with fresh_processes(processes) as pool:
         for case, seconds in zip(left, pool.map(_train_and_score, left), strict=True):
-            _say(f"{case.run.path.name}: {case.steps} steps, {seconds:.0f} s of training")
+            say(f"{case.run.path.name}: {case.steps} steps, {seconds:.0f} s of training")
     return cases
 
 
-@contextmanager
-def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
-    """A fresh process for every training. Ctrl-C, a signal or a failed training ends the others at
-    once; the same command goes on from what they saved.
-    """
-    pool = ProcessPoolExecutor(
-        count,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_end_with_parent,
-        max_tasks_per_child=1,
-    )
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            child.kill()
-        raise
-    pool.shutdown()
+def _case(folder: Path, arm: str, seed: int, steps: int) -> Training:
+    base, overrides = ARMS[arm]
+    return Training(folder, arm, base, (*overrides, "train.device=cpu"), seed, steps)
 
 
-def _end_with_parent() -> None:
-    def wait() -> None:
-        if parent := multiprocessing.parent_process():
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+def _scores(case: Training) -> Path:
+    return case.run.path / "eval.json"
 
 
-def _pace(folder: Path, arms: Sequence[str]) -> dict[str, float]:
-    """Seconds a step of each arm, the median of its rounds; measured are those that the folder has
-    none of.
-    """
-    file = folder / "pace.json"
-    pace = json.loads(file.read_text()) if file.exists() else {}
-    if new := [arm for arm in arms if arm not in pace]:
-        recipe = Case(folder, new[0], 0, PACE_STEPS).recipe()
-        ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
-        with _processes(1) as pool:
-            rounds = [
-                list(pool.map(_step_seconds, [folder] * len(new), new)) for _ in range(PACE_ROUNDS)
-            ]
-        pace |= dict(zip(new, map(statistics.median, zip(*rounds, strict=True)), strict=True))
-        write_whole(file, json.dumps(pace, indent=1))
-    _say(", ".join(f"{arm}: {pace[arm]:.3f} s a step" for arm in arms))
-    return pace
-
-
-def _step_seconds(folder: Path, arm: str) -> float:
-    # a folder of its own each time: a run that is done would train nothing
-    with tempfile.TemporaryDirectory(dir=folder) as fresh:
-        case = Case(Path(fresh), arm, 0, PACE_STEPS)
-        rows = _train(case, "train.probe_every=100000", "train.sample_every=100000")
-    return statistics.median(row["perf/step_s"] for row in rows[1:])
-
-
-def _train(case: Case, *more: str) -> list[dict[str, Any]]:
-    torch.set_num_threads(1)
-    train(case.recipe(*more), case.run, Group(0, 1, torch.device("cpu")), lambda row: None)
-    return read_rows(case.run.metrics)
-
-
-def _train_and_score(case: Case) -> float:
+def _train_and_score(case: Training) -> float:
     """Seconds that its steps took."""
-    rows = _train(case, f"train.probe_every={case.steps}", f"train.sample_every={case.steps}")
+    rows = case.train(f"train.probe_every={case.steps}", f"train.sample_every={case.steps}")
     evaluate(case.run.path, [], 0, SILENT)
     return sum(row["perf/step_s"] for row in rows) * case.recipe().train.log_every
 
 
-def page(cases: Sequence[Case], minutes: float, place: Path) -> None:
+def page(cases: Sequence[Training], minutes: float, place: Path) -> None:
     """The table of means and standard deviations over seeds, and, beside it, the picture."""
     lines = [
         "| source, condition | steps | named | sharp | coverage over the floor | copies "
         "| closed: mean | all right | binding |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for arm in dict.fromkeys(case.arm for case in cases):
-        told = [json.loads(case.scores.read_text()) for case in cases if case.arm == arm]
-        steps = next(case.steps for case in cases if case.arm == arm)
+    for arm in dict.fromkeys(case.name for case in cases):
+        told = [json.loads(_scores(case).read_text()) for case in cases if case.name == arm]
+        steps = next(case.steps for case in cases if case.name == arm)
         closed = [one["shapes"] for one in told]
         cells = [
             *_open_cells([one["open"] for one in told]),
@@ -202,7 +109,7 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def picture(cases: Sequence[Case], place: Path) -> None:
+def picture(cases: Sequence[Training], place: Path) -> None:
     """The first held-out captions, the first draws of each, of every case; none chosen."""
     captions = [one.text for one in ask(SHOWN, 0)]
     figure = Figure(figsize=(5.9 * len(cases) + 1.5, 0.98 * SHOWN))
@@ -212,7 +119,7 @@ def picture(cases: Sequence[Case], place: Path) -> None:
         height = 0.94 * (SHOWN - row - 0.5) / SHOWN
         words.text(0.97, height, fill(caption, 20), fontsize=8, ha="right", va="center")
     for part, case in zip(parts, cases, strict=True):
-        part.suptitle(case.arm.replace("_", ", "), fontsize=10, y=0.985)
+        part.suptitle(case.name.replace("_", ", "), fontsize=10, y=0.985)
         axes = part.subplots(SHOWN, SHOWN)
         part.subplots_adjust(0.01, 0.01, 0.97, 0.93, wspace=0.06, hspace=0.06)
         drawn = draws(case.run.path, captions, SHOWN)
@@ -231,7 +138,3 @@ def draws(run: Path, captions: Sequence[str], count: int) -> np.ndarray:
     prompts = [caption for caption in captions for _ in range(count)]
     made = generate(opened.model, autoencoder, prompts, found.recipe.sample, 0)
     return made.reshape(len(captions), count, *made.shape[1:])
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -113,11 +113,15 @@ def _wait(device: torch.device) -> None:
 def trunk_flops(config: DiTVelocity, tokens: int, batch: int) -> float:
     """Floating point operations of a training step in the trunk's matrix products, two for a
     multiply-add, the backward pass twice the forward one. Attention's products are among them,
-    elementwise work is not.
+    elementwise work is not; blocks that a part of the tokens goes past count what they see.
     """
-    w = config.width
-    block = tokens * (2 * (4 + 2 * config.mlp_ratio) * w * w + 4 * tokens * w) + 2 * 6 * w * w
-    return 3.0 * batch * config.depth * block
+    w, routed = config.width, len(config.routed)
+
+    def block(seen: int) -> float:
+        return seen * (2 * (4 + 2 * config.mlp_ratio) * w * w + 4 * seen * w) + 2 * 6 * w * w
+
+    part = config.route.kept(tokens) if config.route else tokens
+    return 3.0 * batch * ((config.depth - routed) * block(tokens) + routed * block(part))
 
 
 def counted_flops(bench: Bench, batch: Batch) -> dict[str, float]:
@@ -126,7 +130,8 @@ def counted_flops(bench: Bench, batch: Batch) -> dict[str, float]:
         bench.step(batch)
     with FlopCounterMode(display=False) as trunk, autocast(bench.recipe, bench.group.device):
         code = time_code(batch.t)
-        velocity = bench.state.model.velocity(batch.z1.requires_grad_(), code, batch.null)
+        given = batch.z1.requires_grad_(), code, batch.null, None, batch.kept
+        velocity = bench.state.model.velocity.levels(*given)[-1]
         velocity.float().square().mean().backward()
     bench.state.optimizer.zero_grad()
     return {"step": float(step.get_total_flops()), "trunk": float(trunk.get_total_flops())}

@@ -26,7 +26,7 @@ from flowray.cli.ready import problems
 from flowray.config.buckets import sizes_of
 from flowray.config.errors import InputError
 from flowray.config.losses import EmaTeacher
-from flowray.config.model import CausalText, ModelConfig
+from flowray.config.model import CausalText, DiTVelocity, ModelConfig
 from flowray.config.progress import Progress
 from flowray.config.recipe import Recipe
 from flowray.config.towers import ImageTower
@@ -37,6 +37,7 @@ from flowray.model.files import AUTOENCODER, TEXT
 from flowray.model.images import ImageEncoder
 from flowray.model.local import Kind, local_weights
 from flowray.model.text import TextTokens
+from flowray.train.optim import MUON, parameter_groups
 
 FP32, GIB = 4, 2**30
 SIZES = ("parameters", "trainable", "memory_per_gpu", "tokens", "checkpoint_bytes")
@@ -66,8 +67,16 @@ def _sizes(recipe: Recipe) -> dict[str, Any]:
         "trainable": trained,
         "memory_per_gpu": _memory(recipe, model, trained, frozen),
         "tokens": _tokens(recipe.model, model),
-        "checkpoint_bytes": 4 * FP32 * trained,
+        # weights, average, optimiser
+        "checkpoint_bytes": 2 * FP32 * trained + sum(_optimiser(recipe, model, trained).values()),
     }
+
+
+def _optimiser(recipe: Recipe, model: FlowModel, trained: int) -> dict[str, int]:
+    """Bytes of the optimisers' state: two numbers for each weight by AdamW, one by Muon."""
+    groups = parameter_groups(model.trainable(), recipe.optim, model.velocity.last_layers)
+    by_muon = sum(p.numel() for group in groups if group["name"] == MUON for p in group["params"])
+    return {"adamw": 2 * FP32 * (trained - by_muon), "muon": FP32 * by_muon}
 
 
 def _work(recipe: Recipe) -> dict[str, Any]:
@@ -123,7 +132,7 @@ def _memory(
             + TEXT_BYTES[recipe.model.text.dtype] * text
         ),
         "gradients": FP32 * trained,
-        "adamw": 2 * FP32 * trained,
+        **_optimiser(recipe, model, trained),
         "ema": FP32 * trained,
         "activations_estimate": batch * kept_per_sample(model) // (2 if half else 1),
         "text_activations_estimate": (
@@ -163,15 +172,16 @@ def kept_per_sample(model: FlowModel) -> int:
     Connector, head, velocity network and trainable picture encoders; a frozen language model's part
     is `kept_behind_queries`.
     """
-    text = model.config.text
+    text, routed = model.config.text, _routed(model.config)
 
     def forward() -> object:
+        kept = torch.zeros(1, routed[1], dtype=torch.long) if routed else None
         values = torch.zeros(1, text.tokens, model.text.lm_width, requires_grad=True)
         tokens = model.text.connect(
             TextTokens(values, torch.ones(1, text.tokens, dtype=torch.bool))
         )
         source, null = model.posterior(tokens), torch.zeros(1, dtype=torch.bool)
-        velocities = model.velocity.levels(source.mu, torch.zeros(1), null, tokens)
+        velocities = model.velocity.levels(source.mu, torch.zeros(1), null, tokens, kept)
         return (
             source.logvar,
             velocities,
@@ -246,7 +256,8 @@ def _trained_encoders(model: nn.Module) -> list[ImageEncoder]:
 
 def _tokens(config: ModelConfig, model: FlowModel) -> dict[str, int]:
     """Per sample: the longest prompt with its queries, what the head reads or, without one, the
-    velocity network of the caption, what its transformer attends over.
+    velocity network of the caption, what its transformer attends over, and what of it the blocks
+    see that a part goes past.
     """
     text, latent, patch = config.text, config.latent, model.velocity.token_blocks().patch
     queries = text.queries if isinstance(text, CausalText) else 0
@@ -254,7 +265,17 @@ def _tokens(config: ModelConfig, model: FlowModel) -> dict[str, int]:
         "text": text.max_tokens + queries,
         "caption" if model.head is None else "head": text.tokens,
         "velocity": (latent.height // patch) * (latent.width // patch),
+        **({f"{routed[0]} routed blocks": routed[1]} if (routed := _routed(config)) else {}),
     }
+
+
+def _routed(config: ModelConfig) -> tuple[int, int] | None:
+    """Blocks that a part of the tokens goes past in training, and how many tokens they see."""
+    velocity, latent = config.velocity, config.latent
+    if not isinstance(velocity, DiTVelocity) or velocity.route is None:
+        return None
+    tokens = (latent.height // velocity.patch) * (latent.width // velocity.patch)
+    return len(velocity.routed), velocity.route.kept(tokens)
 
 
 def weights(recipe: Recipe) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError, RuleError
 from flowray.config.losses import LossConfig
-from flowray.config.model import ModelConfig
+from flowray.config.model import DiTVelocity, ModelConfig
 from flowray.config.towers import ImageTower
 from flowray.config.train import DataConfig, TrainSection
 
@@ -112,10 +112,12 @@ def check_buckets(
             "loss.clip.weight",
             _RATIOS,
         )
-    if train.compile and len(sizes) > GRAPHS:
+    routed = isinstance(model.velocity, DiTVelocity) and model.velocity.route is not None
+    graphs = len(sizes) * (2 if routed else 1)  # with all tokens, and with a part of them
+    if train.compile and graphs > GRAPHS:
         raise RuleError(
-            f"{_RATIOS} gives {len(sizes)} sizes, each a graph of its own with train.compile, of"
-            f" which torch keeps {GRAPHS}; leave some out, or set train.compile false",
+            f"{_RATIOS} gives {graphs} sizes of blocks, each a graph of its own with train.compile,"
+            f" of which torch keeps {GRAPHS}; leave some out, or set train.compile false",
             "train.compile",
             _RATIOS,
         )

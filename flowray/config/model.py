@@ -287,6 +287,22 @@ class TimeEmbeddingConfig(Config):
     bound: Literal["layer_norm", "small_init"] = "layer_norm"
 
 
+class TokenRoute(Config):
+    """In training alone a random part of a sample's tokens goes past the blocks in the middle and
+    comes back behind them (TREAD, arXiv 2501.04765). Probes and pictures use every token.
+
+    before, after: the blocks at either end that see every token (PRX: 2 and 3 of 16).
+    """
+
+    keep: float = Field(0.5, gt=0, lt=1, description="share of the tokens that the middle sees")
+    before: Annotated[int, Field(ge=0)] = 2
+    after: Annotated[int, Field(ge=0)] = 2
+
+    def kept(self, tokens: int) -> int:
+        """How many of a sample's tokens the middle sees, the same for every sample."""
+        return max(1, round(self.keep * tokens))
+
+
 class DiTVelocity(Config):
     """Diffusion transformer with adaLN-zero on the 1-D time code and the null indicator (Peebles
     and Xie 2023).
@@ -307,9 +323,24 @@ class DiTVelocity(Config):
         NoCondition | AdaLNCondition | CrossAttentionCondition, Field(discriminator="kind")
     ] = NoCondition()
     gradient_checkpointing: bool = False
+    route: TokenRoute | None = None
+
+    @property
+    def routed(self) -> range:
+        """The blocks, counted from 0, that a part of the tokens goes past in training."""
+        route = self.route
+        return range(route.before, self.depth - route.after) if route else range(0)
 
     @model_validator(mode="after")
     def _divides(self) -> DiTVelocity:
+        if self.route and not self.routed:
+            raise RuleError(
+                f"route goes past no block: before {self.route.before} and after"
+                f" {self.route.after} must leave one of depth {self.depth}",
+                "route.before",
+                "route.after",
+                "depth",
+            )
         if self.width % self.heads or self.width % 4:
             raise RuleError(
                 f"width {self.width} must be a multiple of heads {self.heads} and of 4",

@@ -12,7 +12,7 @@ from flowray.config.buckets import check_buckets
 from flowray.config.errors import RuleError
 from flowray.config.flow import FlowConfig, SampleConfig
 from flowray.config.losses import LossConfig
-from flowray.config.model import ModelConfig
+from flowray.config.model import DiTVelocity, ModelConfig
 from flowray.config.paths import StoragePath
 from flowray.config.train import DataConfig, OptimConfig, ProbeConfig, ResourceConfig, TrainSection
 
@@ -88,6 +88,21 @@ class Recipe(Config):
                 f"model.source noise trains no source: set {', '.join(keys)} to 0",
                 "model.source.kind",
                 *keys,
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _repa_hears_every_token(self) -> Recipe:
+        velocity, repa = self.model.velocity, self.loss.repa
+        if repa.weight == 0 or not isinstance(velocity, DiTVelocity):
+            return self
+        if repa.depth - 1 in velocity.routed:
+            first, last = velocity.routed[0] + 1, velocity.routed[-1] + 1
+            raise RuleError(
+                f"loss.repa.depth {repa.depth} reads a block that model.velocity.route sends only a"
+                f" part of the tokens through; blocks {first} to {last} are such",
+                "loss.repa.depth",
+                "model.velocity.route",
             )
         return self
 

@@ -14,8 +14,9 @@ from flowray.config.load import recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.schema import key_paths, show
 
-# the data cursor and every draw follow from seed, step and data set; the weights fit one model
-_KEPT = ("seed", "data", "model", "train.batch_size")
+# the data cursor and every draw follow from seed, step and data set; the weights fit one model, the
+# optimiser's state one optimiser
+_KEPT = ("seed", "data", "model", "train.batch_size", "optim.matrices.kind")
 _FREE = (
     "data.cache",
     "data.max_bad",
@@ -28,6 +29,7 @@ _FREE = (
     "model.text.parameters",
     "model.text.width",
     "model.velocity.gradient_checkpointing",
+    "model.velocity.route",
 )
 _LEARNS = ("clip", "dino", "repa")  # losses with weights of their own
 _OF_DINO = tuple(f"loss.dino.{part}" for part in ("prototypes", "hidden", "bottleneck", "teacher"))

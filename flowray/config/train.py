@@ -238,8 +238,37 @@ class GroupCaps(Config):
     flow_head: Positive | None = None
 
 
+class AdamWMatrices(Config):
+    """The matrices of the trunk's blocks by AdamW, as all else."""
+
+    kind: Literal["adamw"] = "adamw"
+
+
+class MuonMatrices(Config):
+    """The matrices of the trunk's blocks by Muon (https://kellerjordan.github.io/posts/muon), whose
+    update is the momentum with all singular values brought to about 1; AdamW moves all else.
+
+    Queries, keys and values, and a modulation's shifts, scales and gates, are matrices of their
+    own though one layer makes them (arXiv 2608.02502).
+    adjust: `match_rms_adamw` makes updates as large as AdamW's usually are, so that one lr does
+    for both (arXiv 2502.16982); `original` times sqrt(rows / columns) where that is above 1.
+    """
+
+    kind: Literal["muon"] = "muon"
+    lr_scale: Positive = Field(1.0, description="their lr relative to the trunk's")
+    momentum: float = Field(0.95, ge=0, lt=1)
+    nesterov: bool = True
+    adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    iterations: int = Field(5, gt=0, lt=100, description="Newton-Schulz iterations of an update")
+
+
+MatricesConfig = Annotated[AdamWMatrices | MuonMatrices, Field(discriminator="kind")]
+
+
 class OptimConfig(Config):
-    """AdamW. The trunk's matrices decay; heads, norms and biases do not."""
+    """AdamW, but where `matrices` says otherwise. The trunk's matrices decay; heads, norms and
+    biases do not.
+    """
 
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
@@ -247,6 +276,7 @@ class OptimConfig(Config):
     clip_grad: float = Field(1.0, gt=0)
     lr_scale: GroupScales = GroupScales()
     lr_max: GroupCaps = GroupCaps()
+    matrices: MatricesConfig = AdamWMatrices()
     schedule: LRScheduleConfig = CosineLR(warmup=50)
 
 

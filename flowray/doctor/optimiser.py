@@ -24,7 +24,7 @@ from flowray.losses.total import Batch
 from flowray.model.assemble import FlowModel
 from flowray.probes.grads import next_update_ratio
 from flowray.train.group import Group
-from flowray.train.optim import group_lr, lr_at, parameter_groups, resolve_schedule
+from flowray.train.optim import MUON, group_lr, lr_at, parameter_groups, resolve_schedule
 from flowray.train.state import TrainState, optimizer_of, state_of
 from flowray.train.step import train_step
 
@@ -143,13 +143,14 @@ def update_rows(subject: Subject, parts: Sequence[Part], gradient: Mapping[str, 
 
 
 def parts_of(subject: Subject) -> list[Part]:
-    """The groups of the recipe, with what the optimiser that training builds makes of them."""
+    """The groups that AdamW moves, with what the optimiser that training builds makes of them."""
     optim, last = subject.recipe.optim, subject.model.velocity.last_layers
     names = {id(p): name for name, p in subject.parameters.items()}
     built = optimizer_of(subject.recipe, subject.model)
     held = {id(p): group for group in built.param_groups for p in group["params"]}
     parts = []
-    for group in parameter_groups(subject.parameters, optim, last):
+    groups = parameter_groups(subject.parameters, optim, last)
+    for group in (group for group in groups if group["name"] != MUON):
         of = next((held[id(p)] for p in group["params"] if id(p) in held), {})
         weights = {names[id(p)]: p.detach() for p in group["params"]}
         parts.append(
@@ -318,7 +319,7 @@ def _items(state: TrainState) -> Iterable[tuple[str, nn.Parameter]]:
 def _counts(state: TrainState) -> dict[str, float]:
     """Steps that the optimiser says it made of each parameter."""
     held = state.optimizer.state
-    return {n: float(held[p]["step"]) for n, p in _items(state) if held.get(p)}
+    return {n: float(held[p]["step"]) for n, p in _items(state) if "step" in held.get(p, {})}
 
 
 def _drops(model: nn.Module) -> bool:

@@ -110,9 +110,9 @@ def hearing(
         return Source(made.posterior, z0, made.text)
 
     def hear_levels(
-        source: Source, x: Tensor, time_code: Tensor, null: Tensor
+        source: Source, x: Tensor, time_code: Tensor, null: Tensor, kept: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        made = levels(source, x, time_code, null) if true is None else (true(x),)
+        made = levels(source, x, time_code, null, kept) if true is None else (true(x),)
         told = (x, time_code, null, made[-1])
         heard.calls.append(Call(*(part.detach().clone() for part in told)))
         return made

@@ -30,9 +30,8 @@ from flowray.probes.untouched import untouched
 
 def first_rows(batch: Batch, count: int) -> Batch:
     """The first `count` samples of a batch."""
-    return replace(
-        batch, **{part.name: getattr(batch, part.name)[:count] for part in fields(batch)}
-    )
+    parts = {part.name: getattr(batch, part.name) for part in fields(batch)}
+    return replace(batch, **{name: x[:count] for name, x in parts.items() if x is not None})
 
 
 def without_null(batch: Batch) -> Batch:

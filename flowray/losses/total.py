@@ -25,7 +25,8 @@ class Batch:
     """One rank's share of a step. z1, target, noise (B, C, H, W) fp32; t (B,) fp32; null (B,) bool.
 
     z1 is each caption's own image latent; target is the latent the velocity is trained towards,
-    another sample's where null.
+    another sample's where null. kept: the places (B, K) of the tokens that do not go past the
+    blocks of the velocity network's route, where it has one.
     """
 
     captions: Sequence[str]
@@ -34,6 +35,7 @@ class Batch:
     noise: Tensor
     t: Tensor
     null: Tensor
+    kept: Tensor | None = None
 
     def __post_init__(self) -> None:
         """ValueError or TypeError where the parts do not fit: what broadcasts would train."""
@@ -94,7 +96,9 @@ class Objective(nn.Module):
             else nullcontext()
         )
         with semantic.listen(self.model.velocity) as tokens, island:
-            *lower, v_pred = self.model.levels(source, path.xt, time_code(path.t), batch.null)
+            *lower, v_pred = self.model.levels(
+                source, path.xt, time_code(path.t), batch.null, batch.kept
+            )
         # the last weight, 1, is the velocity's own
         weighted = tuple(zip(self.model.velocity.level_weights, lower, strict=False))
         estimate = path.xt + (1 - expand(path.t, path.xt)) * v_pred.float()

@@ -83,10 +83,10 @@ class FlowModel(nn.Module):
         )
 
     def levels(
-        self, source: Source, x: Tensor, time_code: Tensor, null: Tensor
+        self, source: Source, x: Tensor, time_code: Tensor, null: Tensor, kept: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """The velocity network's levels on samples of the captions of `source`; a batch of k times
-        as many, as guidance makes it, has them k times over.
+        as many, as guidance makes it, has them k times over. kept: as `VelocityNet.levels` has it.
 
         With `model.source.drop_null` a null sample is seen in coordinates without its
         caption: x - (1 - t) mean, whose velocity lacks the mean too.
@@ -94,11 +94,11 @@ class FlowModel(nn.Module):
         again = len(x) // len(source.z0)
         text = None if source.text is None else source.text.repeated(again)
         if not self.drops:
-            return self.velocity.levels(x, time_code, null, text)
+            return self.velocity.levels(x, time_code, null, text, kept)
         mean = source.posterior.mean.detach().repeat(again, 1, 1, 1)
         code = torch.where(null[:, None, None, None], mean, 0.0)
         left = 1 - time_of(time_code.float())[:, None, None, None]
-        velocities = self.velocity.levels(x - left * code, time_code, null, text)
+        velocities = self.velocity.levels(x - left * code, time_code, null, text, kept)
         return tuple(v.float() - boxes(code, code.shape[-1] // v.shape[-1]) for v in velocities)
 
     def field(self, source: Source) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

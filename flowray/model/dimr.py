@@ -17,7 +17,7 @@ from flowray.config.base import LatentSpec
 from flowray.config.model import DiMRVelocity
 from flowray.model.condition import CaptionAttention, CaptionTokens, told
 from flowray.model.layers import attention, resized
-from flowray.model.levels import TokenBlocks, VelocityNet, checked, run_block
+from flowray.model.levels import TokenBlocks, VelocityNet, checked, refuse_route, run_block
 from flowray.model.text import TextTokens
 
 
@@ -262,9 +262,15 @@ class DiMR(VelocityNet):
         return TokenBlocks(lowest.blocks, self.config.widths[0], self.config.patch)
 
     def levels(
-        self, x: Tensor, time_code: Tensor, null: Tensor, text: TextTokens | None = None
+        self,
+        x: Tensor,
+        time_code: Tensor,
+        null: Tensor,
+        text: TextTokens | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Velocities (B, C, H/k, W/k), lowest resolution first, the last of the latent's shape."""
+        refuse_route(kept)
         tau, states, velocities = checked(time_code).float() / 4, None, []
         for stage in self.children():
             velocity, states = stage(x, tau, null, states, text)

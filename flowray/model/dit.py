@@ -10,7 +10,8 @@ from flowray.config.base import LatentSpec
 from flowray.config.model import DiTVelocity
 from flowray.model.condition import CaptionAttention, CaptionTokens, PooledCaption, told
 from flowray.model.layers import attention, positions_2d, zero_init
-from flowray.model.levels import TimeEmbedding, TokenBlocks, VelocityNet, run_block
+from flowray.model.levels import TimeEmbedding, TokenBlocks, VelocityNet, refuse_route, run_block
+from flowray.model.routing import put_back, take
 from flowray.model.text import TextTokens
 
 
@@ -89,7 +90,12 @@ class DiT(VelocityNet):
         return positions_2d(rows, columns, self.config.width, self.positions.device)
 
     def levels(
-        self, x: Tensor, time_code: Tensor, null: Tensor, text: TextTokens | None = None
+        self,
+        x: Tensor,
+        time_code: Tensor,
+        null: Tensor,
+        text: TextTokens | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """One velocity, of the shape of x, whose sides are multiples of the patch."""
         p = self.config.patch
@@ -106,11 +112,25 @@ class DiT(VelocityNet):
             condition = condition + self.pooled(told(text), null)
         condition = nn.functional.silu(condition)
         caption = () if self.caption is None else self.caption(told(text), null)
-        for block in self.blocks:
-            tokens = run_block(
-                block, tokens, condition, *caption, again=self.config.gradient_checkpointing
-            )
+        tokens = self._through_blocks(tokens, kept, condition, *caption)
         tokens = tokens[:, 1:] if self.config.indicator == "token" else tokens
         shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
         patches = self.patch_out(self.norm(tokens) * (1 + scale) + shift)
         return (rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p),)
+
+    def _through_blocks(self, tokens: Tensor, kept: Tensor | None, *given: Tensor) -> Tensor:
+        """tokens (B, N, width), among them the indicator's where it is one; all of it, or with
+        `kept` a part of it, through the blocks.
+        """
+        routed, whole = self.config.routed, tokens
+        if not routed:
+            refuse_route(kept)
+        if kept is not None and self.config.indicator == "token":
+            kept = torch.cat([torch.zeros_like(kept[:, :1]), kept + 1], dim=1)
+        for number, block in enumerate(self.blocks):
+            if kept is not None and number == routed[0]:
+                whole, tokens = tokens, take(tokens, kept)
+            tokens = run_block(block, tokens, *given, again=self.config.gradient_checkpointing)
+            if kept is not None and number == routed[-1]:
+                tokens = put_back(whole, kept, tokens)
+        return tokens

@@ -41,10 +41,19 @@ class VelocityNet(nn.Module):
     last_layers: str
 
     def levels(
-        self, x: Tensor, time_code: Tensor, null: Tensor, text: TextTokens | None = None
+        self,
+        x: Tensor,
+        time_code: Tensor,
+        null: Tensor,
+        text: TextTokens | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """(B, C, H, W), (B,) in [-4, 4], (B,) bool, tokens of B captions -> velocities (B, C, H/k,
-        W/k), lowest resolution first. ValueError where a conditioned network is given no tokens.
+        W/k), lowest resolution first.
+
+        kept: the places (B, K) of the tokens that do not go past the blocks of the network's route;
+        none go past without. ValueError where a conditioned network is given no caption, or one
+        without a route is given places.
         """
         raise NotImplementedError
 
@@ -71,6 +80,12 @@ def checked(time_code: Tensor) -> Tensor:
     if time_code.ndim != 1:
         raise ValueError(f"the time code must be 1-D (B,), got shape {tuple(time_code.shape)}")
     return time_code
+
+
+def refuse_route(kept: Tensor | None) -> None:
+    """ValueError where a network without a route is given places to keep."""
+    if kept is not None:
+        raise ValueError("this velocity network has no route: every token goes through every block")
 
 
 def time_of(code: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from flowray.model.layers import to_device
 from flowray.model.text import TextTokens
 from flowray.train.group import Group
 from flowray.train.state import TrainState, fresh_state
-from flowray.train.step import train_step
+from flowray.train.step import kept_tokens, route_of, train_step
 
 PICTURES = 8  # encoded at a time
 STEPS = 3  # timed after one that warms up
@@ -119,6 +119,9 @@ def _step(state: TrainState, recipe: Recipe, size: int, group: Group) -> None:
         noise=draws.normal("source", shape),
         t=to_device(training_times(recipe.flow.time, draws.uniform("time")), group.device),
         null=torch.zeros(size, dtype=torch.bool, device=group.device),
+        kept=kept_tokens(
+            route_of(recipe), draws, recipe.model.velocity.patch, (shape[1], shape[2])
+        ),
     )
     train = recipe.train.model_copy(update={"batch_size": size, "accumulate": 1, "grad_every": 0})
     train_step(state, state.objective, batch, recipe.model_copy(update={"train": train}), group)

@@ -12,50 +12,67 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from flowray.config.train import ConstantLR, CosineLR, LRScheduleConfig, OptimConfig, WarmRestarts
+from flowray.config.train import (
+    ConstantLR,
+    CosineLR,
+    LRScheduleConfig,
+    MuonMatrices,
+    OptimConfig,
+    WarmRestarts,
+)
 from flowray.probes.untouched import holding
+from flowray.train.muon import AdamWAndMuon, in_block, stacked
+
+MUON = "trunk_muon"
+GROUPS = ("trunk", MUON, "trunk_plain", "flow_head", "z_head", "text")
 
 
 def parameter_groups(
     parameters: dict[str, nn.Parameter], config: OptimConfig, last_layers: str
 ) -> list[dict[str, Any]]:
-    """Five groups: `trunk` (matrices of the velocity network, decayed), `trunk_plain` (its norms
-    and biases), `flow_head` (its last layers, which `last_layers` names), `z_head` (the head) and
-    `text` (queries, connector, semantic tower and all else).
+    """Up to six groups: `trunk` (matrices of the velocity network, decayed), `trunk_plain` (its
+    norms and biases), `flow_head` (its last layers, which `last_layers` names), `z_head` (the head)
+    and `text` (queries, connector, semantic tower and all else); and `trunk_muon`, those matrices
+    of the trunk that Muon moves, decayed too, with `pieces`: how many matrices each one stacks.
 
     Only the trunk decays. Each has its lr relative to `lr` as `scale`, and the most it may be as
     `lr_max`.
     """
     last = re.compile(rf"velocity\.({last_layers})\.")
+    by_muon = isinstance(config.matrices, MuonMatrices)
 
     def group_of(name: str) -> str:
         if last.match(name):
             return "flow_head"
         if name.startswith("velocity."):
+            if by_muon and parameters[name].ndim == 2 and in_block(name):
+                return MUON
             return "trunk" if parameters[name].ndim >= 2 else "trunk_plain"
         return "z_head" if name.startswith("head.") else "text"
 
     def rule(group: str) -> dict[str, Any]:
-        decay = config.weight_decay if group == "trunk" else 0.0
+        decay = config.weight_decay if group in ("trunk", MUON) else 0.0
         scale, most = _scale_and_most(config, group)
-        return {"weight_decay": decay, "scale": scale, "lr_max": most}
+        pieces = {"pieces": [stacked(n) for n in named[group]]} if group == MUON else {}
+        return {"weight_decay": decay, "scale": scale, "lr_max": most, **pieces}
 
-    names = ("trunk", "trunk_plain", "flow_head", "z_head", "text")
-    groups = [
-        {
-            "name": group,
-            "params": [p for n, p in parameters.items() if group_of(n) == group],
-            **rule(group),
-        }
-        for group in names
+    named: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for name in parameters:
+        named[group_of(name)].append(name)
+    return [
+        {"name": group, "params": [parameters[name] for name in names], **rule(group)}
+        for group, names in named.items()
+        if names
     ]
-    return [group for group in groups if group["params"]]
 
 
 def _scale_and_most(config: OptimConfig, group: str) -> tuple[float, float]:
     """Of a group its lr relative to the base rate, and the most that it may be."""
-    part = "trunk" if group == "trunk_plain" else group
-    return getattr(config.lr_scale, part), getattr(config.lr_max, part) or math.inf
+    part = "trunk" if group in ("trunk_plain", MUON) else group
+    scale, most = getattr(config.lr_scale, part), getattr(config.lr_max, part) or math.inf
+    if group == MUON and isinstance(config.matrices, MuonMatrices):
+        scale *= config.matrices.lr_scale
+    return scale, most
 
 
 def group_lr(config: OptimConfig, group: str, base: float) -> float:
@@ -72,9 +89,13 @@ def base_lr(optimizer: torch.optim.Optimizer, config: OptimConfig) -> float:
 
 def build_optimizer(
     parameters: dict[str, nn.Parameter], config: OptimConfig, last_layers: str
-) -> torch.optim.AdamW:
-    """AdamW over the groups; its lr is set at every step by `set_lr`."""
+) -> torch.optim.Optimizer:
+    """AdamW over the groups, with Muon beside it where the recipe says so; their lr is set at every
+    step by `set_lr`.
+    """
     groups = parameter_groups(parameters, config, last_layers)
+    if isinstance(config.matrices, MuonMatrices):
+        return AdamWAndMuon(groups, config.lr, config.betas, config.matrices)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 

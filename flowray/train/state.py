@@ -49,7 +49,7 @@ class TrainState:
     model: FlowModel
     objective: Objective
     parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ema: Ema
     balancer: Balancer
     scaler: torch.amp.GradScaler
@@ -89,7 +89,7 @@ def state_of(recipe: Recipe, model: FlowModel) -> TrainState:
     )
 
 
-def optimizer_of(recipe: Recipe, model: FlowModel) -> torch.optim.AdamW:
+def optimizer_of(recipe: Recipe, model: FlowModel) -> torch.optim.Optimizer:
     """The optimiser that training a model starts with."""
     return build_optimizer(model.trainable(), recipe.optim, model.velocity.last_layers)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from flowray.config.model import DiTVelocity, TokenRoute
 from flowray.config.recipe import Recipe
 from flowray.data.bucket_order import BucketOrder
 from flowray.data.order import EpochOrder
@@ -20,6 +21,7 @@ from flowray.losses.total import Batch, active_terms, total_loss, weights_at
 from flowray.model.latent import Moments
 from flowray.model.layers import to_device
 from flowray.model.prompts import PromptTokenizer
+from flowray.model.routing import kept_places
 from flowray.probes.field import cosines, nmse
 from flowray.store.latents import LatentSet
 from flowray.train.gradients import assign_gradients, forward_passes, head_weights, update_ratios
@@ -46,6 +48,7 @@ class BatchMaker:
     ):
         self.recipe, self.latents, self.group = recipe, latents, group
         self.prompts = prompts
+        self.route = route_of(recipe)
         self.order = (
             EpochOrder(len(latents), recipe.seed)
             if latents.buckets is None
@@ -89,6 +92,7 @@ class BatchMaker:
             noise=draws.normal("source", shape),
             t=to_device(training_times(times, draws.uniform("time")), device),
             null=to_device(null[rows], device),
+            kept=kept_tokens(self.route, draws, recipe.model.velocity.patch, (height, width)),
         )
 
     def _latents(self, indices: np.ndarray, noise: torch.Tensor) -> torch.Tensor:
@@ -101,10 +105,30 @@ class BatchMaker:
 
 
 def whole_batches(recipe: Recipe, latents: LatentSet, device: torch.device) -> BatchMaker:
-    """Global batches on one device, whatever the number of ranks: what an examination of the
-    training path looks at.
+    """Global batches on one device, whatever the number of ranks, with every token through every
+    block as in sampling: what an examination of the training path looks at.
     """
-    return BatchMaker(recipe, latents, Group(0, 1, device))
+    maker = BatchMaker(recipe, latents, Group(0, 1, device))
+    maker.route = None
+    return maker
+
+
+def route_of(recipe: Recipe) -> TokenRoute | None:
+    """The route of the velocity network's tokens, if it has one."""
+    velocity = recipe.model.velocity
+    return velocity.route if isinstance(velocity, DiTVelocity) else None
+
+
+def kept_tokens(
+    route: TokenRoute | None, draws: Draws, patch: int, size: tuple[int, int]
+) -> torch.Tensor | None:
+    """The tokens of latents of a size (height, width) that do not go past the route's blocks, (B,
+    K); None without a route.
+    """
+    if route is None:
+        return None
+    tokens = (size[0] // patch) * (size[1] // patch)
+    return kept_places(draws.normal("route", (tokens,)), route.kept(tokens))
 
 
 def train_step(

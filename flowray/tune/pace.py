@@ -25,6 +25,7 @@ COSTLY = (
     "train.batch_size",
     "train.accumulate",
     "train.precision",
+    "optim.matrices.kind",
 )
 LATEST = 20  # runs that are looked at
 

@@ -14,13 +14,17 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("gpu")
 
 
-def test_the_formula_counts_what_torch_counts(folder):
-    latents = made_up_latents(folder / "latents", (4, 32, 32))
-    recipe = trunk_recipe("tiny", 4, "model.velocity.width=256", "train.precision=fp32")
+@pytest.mark.parametrize(
+    ("route", "seen"), [("null", 256), ("{keep: 0.25, before: 0, after: 1}", 64)]
+)
+def test_the_formula_counts_what_torch_counts(folder, route, seen):
+    latents = made_up_latents(folder / f"latents-{seen}", (4, 32, 32))
+    typed = ["model.velocity.width=256", "train.precision=fp32", f"model.velocity.route={route}"]
+    recipe = trunk_recipe("tiny", 4, *typed)
     bench = Bench.of(recipe, latents, torch.device("cpu"))
     counted = counted_flops(bench, bench.batch())
     # torch does not count attention on a CPU; patches, time and last layer are not in the formula
-    attention = 3 * 4 * recipe.model.velocity.depth * 4 * 256 * 256 * 256
+    attention = 3 * 4 * 4 * 256 * (256 * 256 + seen * seen)
     formula = trunk_flops(recipe.model.velocity, 256, 4) - attention
     assert formula == pytest.approx(counted["trunk"], rel=0.05)
     assert counted["step"] > counted["trunk"]

@@ -17,6 +17,7 @@ from flowray.config.model import (
     DiMRVelocity,
     DiTVelocity,
     TimeEmbeddingConfig,
+    TokenRoute,
     VelocityConfig,
 )
 from flowray.config.schema import members
@@ -363,6 +364,12 @@ class TestDiTAdaLN(VelocityContract):
 
 class TestDiTCrossAttention(VelocityContract):
     config = DiTVelocity(width=16, depth=2, heads=2, patch=2, condition=CrossAttentionCondition())
+
+
+class TestDiTRoute(VelocityContract):
+    """Without places to keep, as in probes and pictures, every token goes through every block."""
+
+    config = DiTVelocity(width=16, depth=3, heads=2, patch=2, route=TokenRoute(before=1, after=1))
 
 
 class TestDiMRCrossAttention(VelocityContract):

@@ -21,10 +21,15 @@ from flowray.train.step import BatchMaker, train_step
 CPU = Group(0, 1, torch.device("cpu"))
 
 
-def test_a_plan_is_what_the_run_does(tmp_path: Path) -> None:
-    recipe = tiny_recipe(
-        tmp_path, **{"train.accumulate": 2, "model.velocity.patch": 2, "model.text.queries": 6}
-    )
+@pytest.mark.parametrize("option", ["adamw", "muon", "routed"])
+def test_a_plan_is_what_the_run_does(tmp_path: Path, option: str) -> None:
+    keys = {"train.accumulate": 2, "model.velocity.patch": 2, "model.text.queries": 6}
+    more = {
+        "adamw": {},
+        "muon": {"optim.matrices.kind": "muon"},
+        "routed": {"model.velocity.route": {"before": 0, "after": 1, "keep": 0.4}},
+    }
+    recipe = tiny_recipe(tmp_path, **keys, **more[option])
     plan, state = make_plan(recipe), fresh_state(recipe, CPU.device)
     shapes: dict[str, set[tuple[int, ...]]] = {"head": set(), "velocity": set()}
     state.model.head.register_forward_pre_hook(
@@ -40,7 +45,9 @@ def test_a_plan_is_what_the_run_does(tmp_path: Path) -> None:
     )
     train_step(state, state.objective, BatchMaker(recipe, latents, CPU)(0), recipe, CPU)
     tokens, batch = plan["tokens"], plan["batch_per_gpu"]
-    assert shapes == {"head": {(batch, tokens["head"])}, "velocity": {(batch, tokens["velocity"])}}
+    seen = 2 if option == "routed" else tokens["velocity"]  # in the first block
+    assert shapes == {"head": {(batch, tokens["head"])}, "velocity": {(batch, seen)}}
+    assert tokens.get("1 routed blocks") == (2 if option == "routed" else None)
     assert (batch, tokens["head"], tokens["velocity"]) == (4, 6, 4)
     longest = state.model.text.tokenize([" ".join(["red"] * 39)])  # and <eos>
     assert tokens["text"] == longest.ids.shape[1] + recipe.model.text.queries == 46
