@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.util.queue import Queue
 
-from flowray.cluster.capacity import machines
+from flowray.cluster.capacity import machines, only_on
 from flowray.cluster.ray_private import cause_of
 from flowray.cluster.session import connected, started
 from flowray.cluster.storage import require_shared
@@ -46,7 +46,9 @@ class RayTasks:
     def __call__(self, works: Sequence[Encoding], progress: Progress) -> list[Pace]:
         with ExitStack() as closing:
             closing.enter_context(started(len(works) * self.cores, progress))
-            queue = Queue(actor_options={"num_cpus": 0})
+            # on this node: who hears of progress must not die with another one
+            here = only_on({"NodeID": ray.get_runtime_context().get_node_id()})
+            queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
             closing.callback(queue.shutdown, force=True)
             shown = [closing.enter_context(ShownProgress(progress)) for _ in works]
             task = ray.remote(_encode).options(

@@ -243,7 +243,7 @@ def _caches(
 
 def with_part(recipe: Recipe, progress: Progress = SILENT) -> Recipe:
     """The recipe with `data.partial: true` as the shards that are encoded now, which it then names
-    for good, and says how many; any other recipe as it is. InputError where there are none.
+    for good; any other recipe as it is. InputError where there are none.
     """
     made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
     return recipe.model_copy(update={"data": _with_part(*made_of, progress)})
