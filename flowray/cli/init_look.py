@@ -177,12 +177,12 @@ def _preparation(train: Path, readers: Sequence[ShardReader], size: int | None) 
     (usual, count), *others = Counter(sizes).most_common()
     fits = not any(side % SIDES for side in usual)
     if size is None and fits and count >= ALIKE * len(sizes):
-        side_by_side = usual
+        wanted = usual
     else:
-        side_by_side = (size or _side(train, sizes),) * 2
-    if not others and usual == side_by_side:
+        wanted = (size or _side(train, sizes),) * 2
+    if not others and usual == wanted:
         return Preparation()
-    width, height = side_by_side
+    width, height = wanted
     return Preparation(PrepareConfig(resize="lanczos"), (height, width))
 
 

@@ -19,6 +19,7 @@ from support import own_pictures
 
 from flowray.config.load import load_recipe
 
+PATIENCE_S = 420  # for one command
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 SHORT = ("steps=4", "batch_size=4", "probe_every=4", "sample_every=4", "checkpoint_every=4")
 SMALL = [*(f"train.{key}" for key in SHORT), "resources.num_workers=1"]
@@ -65,11 +66,12 @@ def test_the_quick_walk(place: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(5 * PATIENCE_S)
 def test_the_walk(place: Path) -> None:
     for verb, *words in commands():
         short = SMALL if verb == "train" else []
         command = [sys.executable, "-m", f"flowray.{verb}", *words, *short]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=420, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == 0, done.stderr
     (drawn,) = (place / "runs" / "photos" / "samples").glob("a_red_circle*.png")
     with Image.open(drawn) as picture:
