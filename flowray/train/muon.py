@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flowray.config.train import MuonMatrices
 
@@ -33,8 +34,21 @@ class PiecewiseMuon(torch.optim.Muon):
     """torch's Muon, to which each matrix that a weight stacks is one of its own.
 
     A group's `pieces` says how many each of its parameters stacks. The state is kept by parameter,
-    as AdamW's is.
+    as AdamW's is. Matrices of which every rank holds a part are gathered for the step, all at once:
+    an update is of the whole matrix.
     """
+
+    _gathered: list[tuple[DTensor, Tensor]]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step; every rank makes the update of every matrix."""
+        self._gathered = []
+        super().step()
+        for part, whole in self._gathered:
+            mine = distribute_tensor(whole, part.device_mesh, part.placements, src_data_rank=None)
+            part.copy_(mine)
+        self._gathered = []
 
     def _init_group(
         self,
@@ -51,9 +65,17 @@ class PiecewiseMuon(torch.optim.Muon):
             tensors[:] = [
                 piece
                 for tensor, count in zip(tensors, pieces, strict=True)
-                for piece in tensor.chunk(count)
+                for piece in self._whole(tensor, changes=tensors is not grads).chunk(count)
             ]
         return has_complex
+
+    def _whole(self, tensor: Tensor, *, changes: bool) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        whole = tensor.full_tensor()
+        if changes:
+            self._gathered.append((tensor, whole))
+        return whole
 
 
 class AdamWAndMuon(torch.optim.Optimizer):

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import tiny_recipe
+from support import on_two_ranks, tiny_recipe
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
@@ -153,6 +156,46 @@ def test_an_update_is_muons_of_every_piece(pieces: int, adjust: Any, nesterov: b
         # the iteration is in bf16
         assert float((made - wanted).norm() / wanted.norm()) < 0.03
     assert torch.allclose(optimizer.state[weight]["momentum_buffer"], buffer, atol=1e-6)
+
+
+def in_parts(rank: int) -> None:
+    """Two steps of weights of which each rank holds a part, and of whole ones, are the same."""
+    config = OptimConfig(matrices=MuonMatrices(), weight_decay=0.1)
+    made = []
+    for parted in (False, True):
+        torch.manual_seed(0)
+        qkv, last = nn.Linear(8, 24), nn.Linear(24, 8)
+        net = nn.Sequential(qkv, last)
+        if parted:
+            mesh = init_device_mesh("cpu", (2,))
+            for layer in net:
+                fully_shard(layer, mesh=mesh)
+        names = {"velocity.blocks.0.qkv": qkv, "velocity.patch_in": last}
+        parameters = {
+            f"{name}.{which}": p
+            for name, layer in names.items()
+            for which, p in layer.named_parameters()
+        }
+        optimizer = build_optimizer(parameters, config, "patch_out")
+        for step in range(2):
+            optimizer.zero_grad()
+            net(torch.randn(4, 8, generator=_seeded(step))).square().sum().backward()
+            optimizer.step()
+        buffer = optimizer.state[qkv.weight]["momentum_buffer"]
+        made.append([_whole(p) for p in (*parameters.values(), buffer)])
+        assert isinstance(buffer, DTensor) == parted
+        if parted:
+            assert buffer.to_local().numel() == buffer.numel() // 2
+    for whole, part in zip(*made, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-6)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def test_weights_that_ranks_hold_in_parts_move_as_whole_ones() -> None:
+    on_two_ranks(in_parts)
 
 
 def _seeded(seed: int) -> torch.Generator:
