@@ -77,6 +77,8 @@ class PictureTower(nn.Module):
     def __init__(self, config: ImageTower, latent: LatentSpec):
         super().__init__()
         self.encoder = load_image_encoder(config.net, "model.semantic.net", frozen=config.frozen)
+        if not config.frozen:
+            self.encoder.freeze_idle()
         width, hidden = self.encoder.width, config.hidden
         self.out: nn.Module
         if config.output == "adaptor":
