@@ -221,7 +221,9 @@ class Dino(nn.Module):
             *total, count = sum_over_ranks(torch.stack(self._seen).sum(0)).split(
                 [len(self.centre), 1]
             )
-            self.centre.lerp_(total[0] / count, 1 - self.momentum)
+            moved = self.centre.lerp(total[0] / count, 1 - self.momentum)
+            # one batch that is not finite would stay in the centre for ever
+            self.centre.copy_(torch.where(moved.isfinite().all(), moved, self.centre))
         self._seen.clear()
         self.teacher.follow(self.student)
 

@@ -38,6 +38,7 @@ from flowray.store.run import RunDirectory, RunLock
 from flowray.store.splits import bad_samples
 from flowray.train.ahead import BatchesAhead
 from flowray.train.group import Group
+from flowray.train.skips import SkippedSteps
 from flowray.train.state import TrainState, fresh_state, restore_state, save_state
 from flowray.train.step import BatchMaker, train_step
 
@@ -100,6 +101,7 @@ def train(
         maker = BatchMaker(recipe, latents, group)
         make_batch = BatchesAhead(maker, recipe.train.steps, group.device)
         closing.enter_context(make_batch)
+        skips = closing.enter_context(SkippedSteps(recipe, run, group, state, maker))
         sinks = Sinks(recipe, run, latents, held_out, state, group) if group.lead else None
         if sinks:
             closing.callback(sinks.close)
@@ -114,8 +116,10 @@ def train(
             waited = time.perf_counter() - started
             row = train_step(state, objective, batch, recipe, group)
             step, logged = state.step, state.step % cadence.log_every == 0 or state.step == last
+            saving = step % cadence.checkpoint_every == 0 or step == last
+            saving = skips.look(saving) if logged or saving else False
             if logged:
-                losses = _scalars(row, group)
+                losses = _scalars(row, group) | state.tally.logged()
                 losses |= {"perf/data_wait_s": waited, "perf/step_s": time.perf_counter() - started}
                 if sinks:
                     sinks.log(losses)
@@ -125,7 +129,7 @@ def train(
                 probed = sinks.probe(losses if logged else {}, final=step == last)
             if sinks and (step % cadence.sample_every == 0 or step == last):
                 sinks.sample()
-            if sinks and (step % cadence.checkpoint_every == 0 or step == last or stop):
+            if sinks and (saving or stop):
                 save_state(state, recipe, run)
                 sinks.flush()
             if visitor and (
