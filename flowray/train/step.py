@@ -150,8 +150,9 @@ def _backward(
     idle = frozenset(name for name, weight in weights.items() if weight == 0)
     for parts, forward in forward_passes(objective, batch, idle, recipe, group, alone=separate):
         if separate:
-            rows = loss_gradients([state.scaler.scale(loss) for loss in parts.values()], parameters)
-            gradients = rows if gradients is None else gradients.add_(rows)
+            scaled = [state.scaler.scale(loss) for loss in parts.values()]
+            gradients = loss_gradients(scaled, parameters, gradients)
+            del scaled
         else:
             state.scaler.scale(total_loss(parts, _factors(state, weights))).backward()
         _add(losses, {name: loss.detach() for name, loss in parts.items()})
@@ -162,6 +163,7 @@ def _backward(
                 for name, value in _side_metrics(forward).items()
             },
         )
+        del parts, forward  # with the graph, before the next micro-batch makes one
     return (
         losses,
         side,
