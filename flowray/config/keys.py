@@ -84,7 +84,8 @@ KEYS: tuple[MetricKey, ...] = (
     _key("loss/norm", "latent^2", "lower", "mean (||v|| - ||v*||)^2", LOG_0919),
     _key("loss/anchor", "latent^2", "lower",
          "mean (mu - z1)^2; at best what the caption leaves open of z1", "arXiv 2106.06406"),
-    _key("loss/total", "-", "lower", "sum of weight/<loss> * loss/<loss>"),
+    _key("loss/total", "-", "lower",
+         "sum of weight/<loss> * balance/<loss> * loss/<loss>, whose gradient is the step's"),
     _key(f"weight/{LOSS}", "-", "none", "the loss's weight at this step, after its schedule"),
     # optimisation
     _key("lr/<group>", "-", "none", "learning rate of the parameter group", LOG_0901),
@@ -181,6 +182,8 @@ KEYS: tuple[MetricKey, ...] = (
     _key("text/cos_mu", "cosine", "lower", "mean cosine of mu over pairs of prompts", FLOWRAY,
          (-1.0, 0.9)),
     _key("text/cos_same", "cosine", "none", "cosine of two z0 of one prompt; the noise's share"),
+    _key("text/cut", "share", "lower",
+         "training captions of a sample of the set that are cut at model.text.max_tokens"),
     _key("text/snr", "-", "higher", "Var over prompts of mu / mean sigma^2"),
     _key("vae/psnr", "dB", "higher",
          "10 log10(1 / mean (decode(encode(x)) - x)^2), pixels in [0, 1]", LOG_0919,

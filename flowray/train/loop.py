@@ -173,7 +173,7 @@ class Sinks:
     ):
         self.recipe, self.run, self.state, self.device = recipe, run, state, group.device
         self.start = state.step
-        self.held_out = held_out
+        self.latents, self.held_out = latents, held_out
         self.probe_batch: ProbeBatch = make_probe_batch(recipe, held_out, group.device, latents)
         self.prompts = list(recipe.sample.prompts) or _some_prompts(held_out)
         self._metrics, self._probes = (
@@ -225,6 +225,7 @@ class Sinks:
         # the first probe, resumed or not
         if self.state.step == min(self.recipe.train.probe_every, self.recipe.train.steps):
             row |= channel_metrics(self.held_out)
+            row["text/cut"] = model.text.prompts.cut_share(some_captions(self.latents))
         if final:
             row |= vae_metrics(
                 self.autoencoder,

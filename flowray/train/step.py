@@ -117,7 +117,7 @@ def train_step(
     row = {f"loss/{name}": loss for name, loss in losses.items()}
     row |= {f"weight/{name}": torch.tensor(weight) for name, weight in weights.items()}
     row |= {f"lr/{name}": torch.tensor(rate) for name, rate in rates.items()}
-    row |= {"loss/total": total_loss(losses, weights), "grad/total": norm}
+    row |= {"loss/total": total_loss(losses, _factors(state, weights)), "grad/total": norm}
     if state.balancer.active:
         row |= {f"balance/{name}": torch.tensor(state.balancer.multiplier(name)) for name in losses}
     if state.scaler.is_enabled():

@@ -238,6 +238,10 @@ def test_balancing_changes_the_step_and_survives_a_resume_bit_for_bit(base, kind
         options["loss.balance.every"] = 2
     place, rows = run(base, kind, **options)
     for row in rows:
+        terms = [
+            row[f"balance/{k}"] * row[f"weight/{k}"] * row[f"loss/{k}"] for k in ("flow", "kl")
+        ]
+        assert row["loss/total"] == pytest.approx(sum(terms), rel=1e-5)
         if "grad/kl_weighted" in row:
             assert row["grad/kl_weighted"] == pytest.approx(
                 20 * row["balance/kl"] * row["grad/kl"], rel=1e-5
