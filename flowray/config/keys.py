@@ -470,8 +470,9 @@ KEYS: tuple[MetricKey, ...] = (
     _key("eval/<set>/<score>", "share", "higher",
          "share of pictures of this set that pass this check"),
     _key("perf/images_per_s", "1/s", "higher", "train.batch_size / perf/step_s"),
-    _key("perf/step_s", "s", "lower", "wall time of a training step"),
-    _key("perf/data_wait_s", "s", "lower", "time a step waited for its batch"),
+    _key("perf/step_s", "s", "lower", "time of a training step, mean since the last row"),
+    _key("perf/data_wait_s", "s", "lower",
+         "time a step waited for its batch, mean since the last row"),
     _key("perf/mfu", "share", "higher", "model FLOPs per second / peak of the device"),
 )
 # fmt: on

@@ -6,7 +6,6 @@ It knows nothing of Ray: a caller gives it the ranks (`Group`) and gets a row at
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal, Protocol
@@ -37,6 +36,7 @@ from flowray.store.rows import RowWriter
 from flowray.store.run import RunDirectory, RunLock
 from flowray.store.splits import bad_samples
 from flowray.train.ahead import BatchesAhead
+from flowray.train.clock import Clock
 from flowray.train.group import Group
 from flowray.train.skips import SkippedSteps
 from flowray.train.state import TrainState, fresh_state, restore_state, save_state
@@ -109,18 +109,18 @@ def train(
         if make_visitor and group.lead and recipe.probes.doctor_every:
             visitor = make_visitor(recipe, run, latents, held_out, state)
             closing.enter_context(visitor)
-        cadence, last = recipe.train, recipe.train.steps
+        cadence, last, clock = recipe.train, recipe.train.steps, Clock()
         while state.step < last:
-            started = time.perf_counter()
+            clock.start()
             batch = make_batch(state.step)
-            waited = time.perf_counter() - started
+            clock.waited()
             row = train_step(state, objective, batch, recipe, group)
+            clock.stepped()
             step, logged = state.step, state.step % cadence.log_every == 0 or state.step == last
             saving = step % cadence.checkpoint_every == 0 or step == last
             saving = skips.look(saving) if logged or saving else False
             if logged:
-                losses = _scalars(row, group) | state.tally.logged()
-                losses |= {"perf/data_wait_s": waited, "perf/step_s": time.perf_counter() - started}
+                losses = _scalars(row, group) | state.tally.logged() | clock.row()
                 if sinks:
                     sinks.log(losses)
             stop = logged and group.agree(run.stop_request.exists() if group.lead else False)
