@@ -123,7 +123,7 @@ def _memory(
     batch = recipe.train.batch_size // recipe.resources.num_workers // recipe.train.accumulate
     half = recipe.train.precision != "fp32"
     half_text = half or recipe.model.text.dtype != "fp32"
-    # each loss's own gradient, all at once
+    # each loss's own gradient, all at once; the one being made, or their sum, is in `gradients`
     apart = recipe.loss.balance.kind != "none" or recipe.train.grad_every > 0
     memory = {
         "weights": (

@@ -40,7 +40,8 @@ class ConnectorConfig(Config):
 class FrozenText(Config):
     """What both kinds of text model share.
 
-    dtype: of the frozen weights; tokens and whatever trains stay fp32. width, parameters: hidden
+    dtype: of the frozen model, weights and passes, in training and sampling, whatever
+    train.precision is; tokens and whatever trains stay fp32. width, parameters: hidden
     size and parameter count of the frozen model, so that `--plan` works where its weights are not;
     a width that the weights do not have is an error.
 

@@ -126,6 +126,10 @@ class TrainSection(Config):
     update ratios are measured, which costs a backward pass per loss; 0 is never.
     precision: autocast's dtype; weights, path, losses and the optimiser stay fp32. fp16 also scales
     the loss.
+    max_skipped: a step whose loss or gradient is not finite does not reach the weights and is
+    written to skipped_steps.jsonl; after more of them than this in all, training halts.
+    rollback_after: after so many in a row, as of a logged step, the weights go back to the last
+    checkpoint and training goes on with the next batch; 0 is never.
     """
 
     steps: Step = 1000
@@ -151,6 +155,8 @@ class TrainSection(Config):
     )
     accumulate: Annotated[int, Field(ge=1)] = 1
     grad_every: Annotated[int, Field(ge=0)] = 0
+    max_skipped: Annotated[int, Field(ge=0)] = 20
+    rollback_after: Annotated[int, Field(ge=0)] = 5
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = Field(
         False,

@@ -90,7 +90,7 @@ def optimiser_rows(
     rows["optim/eps_value"] = max(part.eps for part in parts)
     try:
         return rows | replay_rows(subject, parts, batch, gradient)
-    except RuntimeError:  # it halts, or the GPU has no room for the copy
+    except RuntimeError:  # the GPU has no room for the copy
         return rows
 
 
@@ -228,6 +228,8 @@ def replay_rows(
     alone = Group(0, 1, subject.device)
     average = {name: x.clone() for name, x in state.ema.average.items()}
     train_step(state, state.objective, batch, recipe, alone)
+    if state.tally.look(alone):  # it was skipped
+        return {}
     rows: Rows = {}
     used = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in _items(state)}
     if not state.balancer.active and not _drops(subject.model):
@@ -235,8 +237,7 @@ def replay_rows(
         product = sum(float((used[n] * gradient[n]).sum()) for n in used)
         rows["optim/replay/gradient_cos"] = product / max(mine * theirs, 1e-30)
         rows["optim/replay/gradient"] = theirs / max(mine, 1e-30)
-    made = _counts(state)
-    if made:
+    if made := _counts(state):
         rows["optim/replay/count"] = max(made[n] - counts.get(n, 0.0) for n in made)
     for part in parts:
         lr = group_lr(recipe.optim, part.name, recipe.optim.lr)

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
@@ -24,6 +24,7 @@ from flowray.losses.terms import Forward, box_sum, flow_mse, loss_term
 from flowray.losses.total import Batch, active_terms, total_loss, weights_at
 from flowray.model.semantic import Views
 from flowray.probes.battery import derangement
+from flowray.probes.broken import broken_rows, first_bad_module
 from flowray.probes.grads import gradient_rows, step_gradient
 from flowray.probes.untouched import untouched
 
@@ -50,33 +51,6 @@ def training_mode(subject: Subject) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def first_bad_module(model: nn.Module) -> Iterator[list[str]]:
-    """Within the block, the list receives the names of modules whose output is not finite, in
-    the order in which they ran.
-    """
-    bad: list[str] = []
-
-    def listen(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not bool(output.isfinite().all()):
-                bad.append(name)
-
-        return hook
-
-    leaves = [
-        (name, module)
-        for name, module in model.named_modules()
-        if not any(True for _ in module.children())
-    ]
-    hooks = [module.register_forward_hook(listen(name)) for name, module in leaves]
-    try:
-        yield bad
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]:
     """loss/*, weight/*, grad/*, share/*, step/*, optim/*, clip/*, dino/*, ent/* of one training
     batch; and what was not finite.
@@ -101,13 +75,8 @@ def training_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, Any]]
     step = step_gradient(gradients, subject.parameters, factors, recipe.optim.clip_grad)
     rows |= optimiser_rows(subject, batch, step, rows["grad/total"])
     found: dict[str, Any] = {"module": bad[0]} if bad else {}
-    whole = [
-        x.detach().flatten(1).isfinite().all(dim=1)
-        for x in (forward.z0, batch.z1, batch.target, forward.v_pred)
-    ]
-    broken_rows = (~torch.stack(whole).all(dim=0)).nonzero().flatten().tolist()
-    if 0 < len(broken_rows) < len(batch.t):  # where all are, no sample is to blame
-        found["rows"] = broken_rows
+    if rows_of := broken_rows(forward, batch):
+        found["rows"] = rows_of
     if wrong := [name for name, loss in losses.items() if not math.isfinite(float(loss.detach()))]:
         found["loss"] = wrong[0]
     broken = [

@@ -52,8 +52,10 @@ def _euler(
             node = (t + after) / 2
         elif config.nodes == "left":
             node = t
-        else:  # CrossFlow: linspace(0, 1, N), the last step evaluated at the end point itself
-            node = k / max(steps - 1, 1)
+        else:  # CrossFlow: from the first interval's start to the last one's end, which on a
+            # uniform grid is linspace(0, 1, N)
+            share = k / max(steps - 1, 1)
+            node = (1 - share) * t + share * after
         v = _at(velocity_fn, x, node)
         if observe:
             observe(k, node, x, v)

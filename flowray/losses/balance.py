@@ -200,8 +200,9 @@ class Balancer:
         return self.state.multipliers.get(name, 1.0)
 
     def update(self, measured: Measured) -> None:
-        """Move the multipliers. Gradients that overflowed (fp16) leave them as they were."""
-        if bool(measured.gramian.isfinite().all()):
+        """Move the multipliers. Gradients or losses that are not finite leave them as they were."""
+        finite = all(map(math.isfinite, measured.losses.values()))
+        if finite and bool(measured.gramian.isfinite().all()):
             self.state.multipliers = _METHODS[type(self.config)](self.config, self.state, measured)
 
     def kept(self) -> dict[str, Values]:

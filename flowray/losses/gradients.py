@@ -28,17 +28,26 @@ def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[obj
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def loss_gradients(losses: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
+def loss_gradients(
+    losses: Sequence[Tensor], parameters: Sequence[nn.Parameter], into: Tensor | None = None
+) -> Tensor:
     """Each loss's gradient as a row, (losses, numbers) fp32; zeros where a loss does not reach a
     parameter. `.grad` is not touched.
 
-    It takes that many times the memory of the gradient itself.
+    into: rows to add them to, in place. Beside the rows it takes the memory of one gradient, and
+    the last loss's graph is freed.
     """
-    rows = [
-        torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-        for loss in losses
-    ]
-    return torch.stack([torch.cat([piece.flatten() for piece in row]) for row in rows])
+    sizes = [p.numel() for p in parameters]
+    rows = parameters[0].new_zeros(len(losses), sum(sizes)) if into is None else into
+    for i, (loss, row) in enumerate(zip(losses, rows, strict=True)):
+        pieces = torch.autograd.grad(
+            loss, parameters, retain_graph=i + 1 < len(losses), allow_unused=True
+        )
+        for place, piece in zip(row.split(sizes), pieces, strict=True):
+            if piece is not None:
+                place += piece.detach().flatten()
+        del pieces  # before the next loss's are made
+    return rows
 
 
 def blocks(gradients: Tensor, parameters: Parameters) -> dict[str, Tensor]:

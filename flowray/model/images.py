@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import (
     CLIPVisionConfig,
@@ -111,6 +112,27 @@ class ImageEncoder(nn.Module):
                 out.pooler_output.float(),
                 out.last_hidden_state[:, self.extra :].float().unflatten(1, (rows, rows)),
             )
+
+    def freeze_idle(self) -> None:
+        """Take out of training what `pooled` does not depend on, such as DINOv2's mask token: a
+        parameter that never has a gradient ends DistributedDataParallel's second step.
+
+        Asked of a pass on the meta device, which computes nothing.
+        """
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        shapes = {
+            name: torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
+            for name, tensor in tensors.items()
+        }
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        with torch.device("meta"), torch.enable_grad():
+            pictures = torch.empty(1, 3, self.side, self.side)
+            pooled: Tensor = functional_call(self, shapes, (pictures,)).pooled
+            gradients = torch.autograd.grad(
+                pooled.sum(), [shapes[name] for name in trained], allow_unused=True
+            )
+        for parameter, gradient in zip(trained.values(), gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
 
 def load_image_encoder(config: ImageNetConfig, where: str, *, frozen: bool) -> ImageEncoder:

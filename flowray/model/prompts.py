@@ -74,6 +74,12 @@ class PromptTokenizer:
         """How many tokens the template takes."""
         return len(self._tokens([""])[0])
 
+    def cut_share(self, prompts: Sequence[str]) -> float:
+        """Share, 0 to 1, of prompts that `rows` cuts."""
+        return sum(len(row) > self.max_tokens for row in self._tokens(prompts)) / max(
+            len(prompts), 1
+        )
+
     def unknown(self, prompts: Sequence[str]) -> float:
         """Share, 0 to 1, of tokens for what the tokenizer does not know, the template left out."""
         rows = self.inner(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]

@@ -92,6 +92,8 @@ class PictureTower(nn.Module):
     def __init__(self, config: ImageTower, latent: LatentSpec):
         super().__init__()
         self.encoder = load_image_encoder(config.net, "model.semantic.net", frozen=config.frozen)
+        if not config.frozen:
+            self.encoder.freeze_idle()
         width, hidden = self.encoder.width, config.hidden
         self.out: nn.Module
         if config.output == "adaptor":
@@ -234,7 +236,9 @@ class Dino(nn.Module):
             *total, count = sum_over_ranks(torch.stack(self._seen).sum(0)).split(
                 [len(self.centre), 1]
             )
-            self.centre.lerp_(total[0] / count, 1 - self.momentum)
+            moved = self.centre.lerp(total[0] / count, 1 - self.momentum)
+            # one batch that is not finite would stay in the centre for ever
+            self.centre.copy_(torch.where(moved.isfinite().all(), moved, self.centre))
         self._seen.clear()
         self.teacher.follow(self.student)
 

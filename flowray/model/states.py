@@ -21,7 +21,6 @@ class _Key(NamedTuple):
     """What the states of a prompt hang on beside the weights, which are frozen."""
 
     device: torch.device
-    autocast: torch.dtype | None  # probes run without it what training runs in half
     tokens: tuple[int, ...]
 
 
@@ -66,11 +65,9 @@ class TokenStates:
         return F.pad(states, (0, 0, 0, ids.shape[1] - states.shape[1]))
 
     def _keys(self, ids: Tensor, mask: Tensor) -> list[_Key]:
-        kind = ids.device.type
-        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         counts = mask.sum(1).tolist()
         return [
-            _Key(ids.device, half, tuple(row[:count]))
+            _Key(ids.device, tuple(row[:count]))
             for row, count in zip(ids.tolist(), counts, strict=True)
         ]
 

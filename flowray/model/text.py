@@ -10,6 +10,7 @@ docs/benchmarks/text-cache.md has what both save.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -94,6 +95,12 @@ class TextModel(nn.Module):
         if self.connector is not None:
             self.connector.reset()
 
+    def own_dtype(self) -> AbstractContextManager[object]:
+        """A block without autocast, for the backbone: training would otherwise see other tokens
+        than sampling.
+        """
+        return torch.autocast(self.backbone.device.type, enabled=False)
+
     def states(self, prompts: Prompts, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """States (B, L, size) that the frozen backbone makes of tokens, by `compute` from ids and
         mask, or as they were kept.
@@ -162,17 +169,18 @@ class CausalQueries(TextModel):
         with gradient.
         """
         whole, positions = self._positions(prompts.mask)
-        if self.kept is None:
-            cache = self._prefix(*prompts)
-        else:
-            cache = self._unpacked(self.states(prompts, self._packed))
-        out = self.backbone(
-            inputs_embeds=self.queries.expand(len(whole), -1, -1).to(self.backbone.dtype),
-            attention_mask=whole.long(),
-            position_ids=positions[:, prompts.ids.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with self.own_dtype():
+            if self.kept is None:
+                cache = self._prefix(*prompts)
+            else:
+                cache = self._unpacked(self.states(prompts, self._packed))
+            out = self.backbone(
+                inputs_embeds=self.queries.expand(len(whole), -1, -1).to(self.backbone.dtype),
+                attention_mask=whole.long(),
+                position_ids=positions[:, prompts.ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+            )
         mask = whole[:, prompts.ids.shape[1] :]
         return self.connect(TextTokens(out.last_hidden_state.float(), mask))
 
@@ -210,16 +218,17 @@ class CausalQueries(TextModel):
     def forward_plain(self, prompts: Prompts) -> TextTokens:
         """The same tokens in one pass over prompt and queries; the reference of `forward`."""
         whole, positions = self._positions(prompts.mask)
-        embedded = self.backbone.get_input_embeddings()(prompts.ids)
-        inputs = torch.cat(
-            [embedded, self.queries.expand(len(whole), -1, -1).to(embedded.dtype)], dim=1
-        )
-        out = self.backbone(
-            inputs_embeds=inputs,
-            attention_mask=whole.long(),
-            position_ids=positions,
-            use_cache=False,
-        )
+        with self.own_dtype():
+            embedded = self.backbone.get_input_embeddings()(prompts.ids)
+            inputs = torch.cat(
+                [embedded, self.queries.expand(len(whole), -1, -1).to(embedded.dtype)], dim=1
+            )
+            out = self.backbone(
+                inputs_embeds=inputs,
+                attention_mask=whole.long(),
+                position_ids=positions,
+                use_cache=False,
+            )
         count = len(self.queries)
         return self.connect(
             TextTokens(out.last_hidden_state[:, -count:].float(), whole[:, -count:])
@@ -235,7 +244,8 @@ class EncoderTokens(TextModel):
 
     def forward(self, prompts: Prompts) -> TextTokens:
         """Tokens (B, L, width), padding masked."""
-        hidden = self.states(prompts, self._hidden)
+        with self.own_dtype():
+            hidden = self.states(prompts, self._hidden)
         return self.connect(TextTokens(hidden.float() * self.scale, prompts.mask))
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -73,7 +73,13 @@ def load_run(path: Path) -> Run:
         prompts=tuple(prompts),
         findings=tuple(visits[-1].get("findings") or ()) if visits else None,
         visited=visits[-1].get("step", 0) if visits else -1,
-        notes=tuple(notes + more + _part(_config(config)) + _left_out(path / "bad_samples.jsonl")),
+        notes=tuple(
+            notes
+            + more
+            + _part(_config(config))
+            + _left_out(path / "bad_samples.jsonl")
+            + _skipped(path / "skipped_steps.jsonl")
+        ),
     )
 
 
@@ -96,6 +102,20 @@ def _left_out(file: Path) -> list[str]:
     for split, causes in splits.items():
         why = ", ".join(f"{cause} x{count}" for cause, count in causes.most_common())
         notes.append(f"{file.name}: {causes.total()} {split} samples left out: {why}")
+    return notes
+
+
+def _skipped(file: Path) -> list[str]:
+    """The steps that did not reach the weights, and where the run went back to a checkpoint."""
+    rows, notes = _rows(file)
+    if rows:
+        steps = ", ".join(str(row.get("step")) for row in rows[:10]) + ", ..." * (len(rows) > 10)
+        notes.append(f"{file.name}: {len(rows)} steps skipped as not finite: {steps}")
+    notes += [
+        f"{file.name}: after step {row.get('step')} the weights went back to step {back}"
+        for row in rows
+        if (back := row.get("rolled_back_to")) is not None
+    ]
     return notes
 
 

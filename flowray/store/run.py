@@ -70,6 +70,13 @@ class RunDirectory:
         return self.path / "bad_samples.jsonl"
 
     @property
+    def skipped(self) -> Path:
+        """The steps that did not reach the weights, as a loss or the gradient was not finite; no
+        file where there are none.
+        """
+        return self.path / "skipped_steps.jsonl"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

@@ -58,7 +58,10 @@ def forward_passes(
         with group.unsynced(objective) if alone or i + 1 < len(parts) else nullcontext():
             with autocast(recipe, group.device):
                 losses, forward = objective(part, idle)
-            yield {name: loss / len(parts) for name, loss in losses.items()}, forward
+            shares = {name: loss / len(parts) for name, loss in losses.items()}
+            del losses
+            yield shares, forward
+            del shares, forward  # who asks for the next has let go of them too
 
 
 def assign_gradients(gradient: Tensor, parameters: dict[str, nn.Parameter]) -> None:

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -103,6 +103,22 @@ class Group:
         held = [value]
         dist.broadcast_object_list(held, 0, device=self.device)
         return held[0]
+
+    def gather(self, value: Shared) -> list[Shared]:
+        """Every rank's value, by rank, on every rank; they are pickled on the way."""
+        if self.world == 1:
+            return [value]
+        held: list[Any] = [None] * self.world
+        dist.all_gather_object(held, value)
+        return held
+
+    def everywhere(self, flag: Tensor) -> Tensor:
+        """Whether a flag, () bool, holds on every rank; it stays on the device."""
+        if self.world == 1:
+            return flag
+        holds = flag.float()
+        dist.all_reduce(holds, op=dist.ReduceOp.MIN)
+        return holds > 0
 
     def agree(self, flag: bool) -> bool:
         """The lead's flag, on every rank."""

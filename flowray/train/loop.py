@@ -6,7 +6,6 @@ It knows nothing of Ray: a caller gives it the ranks (`Group`) and gets a row at
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal, Protocol
@@ -38,7 +37,9 @@ from flowray.store.rows import RowWriter
 from flowray.store.run import RunDirectory, RunLock
 from flowray.store.splits import bad_samples
 from flowray.train.ahead import BatchesAhead
+from flowray.train.clock import Clock
 from flowray.train.group import Group
+from flowray.train.skips import SkippedSteps
 from flowray.train.state import TrainState, fresh_state, restore_state, save_state
 from flowray.train.step import BatchMaker, train_step
 
@@ -103,6 +104,7 @@ def train(
         maker = BatchMaker(recipe, latents, group, state.model.text.prompts)
         make_batch = BatchesAhead(maker, recipe.train.steps, group.device, recipe.data.prefetch)
         closing.enter_context(make_batch)
+        skips = closing.enter_context(SkippedSteps(recipe, run, group, state, maker))
         sinks = Sinks(recipe, run, latents, held_out, state, group) if group.lead else None
         if sinks:
             closing.callback(sinks.close)
@@ -110,16 +112,18 @@ def train(
         if make_visitor and group.lead and recipe.probes.doctor_every:
             visitor = make_visitor(recipe, run, latents, held_out, state)
             closing.enter_context(visitor)
-        cadence, last = recipe.train, recipe.train.steps
+        cadence, last, clock = recipe.train, recipe.train.steps, Clock()
         while state.step < last:
-            started = time.perf_counter()
+            clock.start()
             batch = make_batch(state.step)
-            waited = time.perf_counter() - started
+            clock.waited()
             row = train_step(state, objective, batch, recipe, group)
+            clock.stepped()
             step, logged = state.step, state.step % cadence.log_every == 0 or state.step == last
+            saving = step % cadence.checkpoint_every == 0 or step == last
+            saving = skips.look(saving) if logged or saving else False
             if logged:
-                losses = _scalars(row, group)
-                losses |= {"perf/data_wait_s": waited, "perf/step_s": time.perf_counter() - started}
+                losses = _scalars(row, group) | state.tally.logged() | clock.row()
                 if sinks:
                     sinks.log(losses)
             stop = logged and group.agree(run.stop_request.exists() if group.lead else False)
@@ -128,7 +132,7 @@ def train(
                 probed = sinks.probe(losses if logged else {}, final=step == last)
             if sinks and (step % cadence.sample_every == 0 or step == last):
                 sinks.sample()
-            if sinks and (step % cadence.checkpoint_every == 0 or step == last or stop):
+            if sinks and (saving or stop):
                 save_state(state, recipe, run)
                 sinks.flush()
             if visitor and (
@@ -172,7 +176,7 @@ class Sinks:
     ):
         self.recipe, self.run, self.state, self.device = recipe, run, state, group.device
         self.start = state.step
-        self.held_out = held_out
+        self.latents, self.held_out = latents, held_out
         self.probe_batch: ProbeBatch = make_probe_batch(recipe, held_out, group.device, latents)
         self.prompts = list(recipe.sample.prompts) or _some_prompts(held_out)
         self._metrics, self._probes = (
@@ -224,6 +228,7 @@ class Sinks:
         # the first probe, resumed or not
         if self.state.step == min(self.recipe.train.probe_every, self.recipe.train.steps):
             row |= channel_metrics(self.held_out)
+            row["text/cut"] = model.text.prompts.cut_share(some_captions(self.latents))
         if final:
             row |= vae_metrics(
                 self.autoencoder,

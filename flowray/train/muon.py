@@ -107,6 +107,10 @@ class AdamWAndMuon(torch.optim.Optimizer):
         self._both = adamw, muon
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of both."""
+        """One step of both; none where `found_inf`, as the fused AdamW has it, is set and not 0.
+        Muon has no kernel that reads the flag on the device, so that the host waits for it.
+        """
+        if bool(getattr(self, "found_inf", False)):
+            return
         for optimizer in self._both:
             optimizer.step()

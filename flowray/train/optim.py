@@ -153,6 +153,18 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """One step; where `skip`, () bool, is true, weights, moments and step counts stay as they are.
+
+    The fused kernel reads the flag on the device, as GradScaler has it do: the host does not wait.
+    """
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
 class Ema:
     """Exponential moving average of the trainable parameters, fp32; the decay warms up as (1 +
     step) / (10 + step).

@@ -27,6 +27,7 @@ from flowray.store.frozen import WEIGHTS, frozen_weights, refuse_other_weights
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.optim import Ema, build_optimizer, lr_at, resolve_schedule
+from flowray.train.tally import Tally
 
 
 class Halted(RuntimeError):
@@ -41,7 +42,7 @@ class TrainState:
 
     schedule: the recipe's, with a restart at a checkpoint in numbers; restart: that checkpoint's
     step and the lr that led to it.
-    backoffs: how often fp16's loss scale has been cut.
+    backoffs: () int64, how often fp16's loss scale has been cut; tally: what became of each step.
     frozen: `frozen_weights` of when they were read.
     """
 
@@ -55,7 +56,8 @@ class TrainState:
     scaler: torch.amp.GradScaler
     schedule: LRScheduleConfig
     restart: tuple[int, float] = (0, 0.0)
-    backoffs: int = 0
+    backoffs: Tensor = field(default_factory=lambda: torch.tensor(0))
+    tally: Tally = field(default_factory=Tally)
     frozen: dict[str, str] = field(default_factory=dict)
 
 
@@ -86,6 +88,7 @@ def state_of(recipe: Recipe, model: FlowModel) -> TrainState:
             enabled=recipe.train.precision == "fp16",
         ),
         schedule=resolve_schedule(recipe.optim.schedule, 0, 0.0),
+        backoffs=torch.tensor(0, device=device),
     )
 
 
@@ -127,7 +130,8 @@ def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
         "restart": state.restart if _restarts_here(recipe) else None,
         "balance": state.balancer.kept(),
         "scaler": state.scaler.state_dict(),
-        "backoffs": state.backoffs,
+        "backoffs": int(state.backoffs),
+        "tally": state.tally.kept(),
     }
     groups = {"model": weights, "ema": state.ema.average, "optim": _optimizer_tensors(state)}
     if moving := state.model.semantic.moving():
@@ -176,7 +180,8 @@ def restore_state(
     state.restart = restart_of(kept)
     state.schedule = resolve_schedule(recipe.optim.schedule, *state.restart)
     state.balancer.restore(kept.get("balance", {}))
-    state.backoffs = kept.get("backoffs", 0)
+    state.backoffs.fill_(kept.get("backoffs", 0))
+    state.tally.restore(kept.get("tally", {}))
     if kept.get("scaler"):
         state.scaler.load_state_dict(kept["scaler"])
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import nn
@@ -26,8 +24,8 @@ from flowray.probes.field import cosines, nmse
 from flowray.store.latents import LatentSet
 from flowray.train.gradients import assign_gradients, forward_passes, head_weights, update_ratios
 from flowray.train.group import Group
-from flowray.train.optim import lr_at, set_lr
-from flowray.train.state import Halted, TrainState
+from flowray.train.optim import lr_at, set_lr, step_unless
+from flowray.train.state import TrainState
 
 Scalars = dict[str, torch.Tensor]
 
@@ -137,8 +135,9 @@ def train_step(
     """Forward, backward, clip, update, EMA; advances `state.step`. Returns this step's scalars as
     tensors.
 
-    A loss or gradient that is not finite raises Halted before it reaches the weights; under fp16 it
-    cuts the loss scale and the weights stay as they are, until the scale is down to 1.
+    A loss or gradient that is not finite leaves the weights as they are, and `state.tally` counts
+    it; a gradient that overflowed under fp16 cuts the loss scale instead, until that is down to 1.
+    The host waits for nothing.
     """
     weights = weights_at(recipe.loss, state.step, recipe.train.steps)
     rates = set_lr(
@@ -151,22 +150,15 @@ def train_step(
             state, objective, batch, recipe, group, weights, separate=probing
         )
     before = head_weights(state.optimizer) if probing else {}
-    norm = _update(state, losses, recipe)
+    norm = _update(state, losses, recipe, group)
     row = {f"loss/{name}": loss for name, loss in losses.items()}
     row |= {f"weight/{name}": torch.tensor(weight) for name, weight in weights.items()}
     row |= {f"lr/{name}": torch.tensor(rate) for name, rate in rates.items()}
-    row |= {
-        "loss/total": total_loss(losses, weights),
-        "grad/total": norm,
-        "grad/clip_frac": (norm > recipe.optim.clip_grad).float(),
-    }
+    row |= {"loss/total": total_loss(losses, _factors(state, weights)), "grad/total": norm}
     if state.balancer.active:
         row |= {f"balance/{name}": torch.tensor(state.balancer.multiplier(name)) for name in losses}
     if state.scaler.is_enabled():
-        row |= {
-            "amp/scale": torch.tensor(state.scaler.get_scale()),
-            "amp/backoffs": torch.tensor(state.backoffs),
-        }
+        row |= {"amp/scale": _scale(state), "amp/backoffs": state.backoffs.clone()}
     return row | side | measured | update_ratios(state.optimizer, before)
 
 
@@ -195,8 +187,9 @@ def _backward(
     idle = frozenset(name for name, weight in weights.items() if weight == 0)
     for parts, forward in forward_passes(objective, batch, idle, recipe, group, alone=separate):
         if separate:
-            rows = loss_gradients([state.scaler.scale(loss) for loss in parts.values()], parameters)
-            gradients = rows if gradients is None else gradients.add_(rows)
+            scaled = [state.scaler.scale(loss) for loss in parts.values()]
+            gradients = loss_gradients(scaled, parameters, gradients)
+            del scaled
         else:
             state.scaler.scale(total_loss(parts, _factors(state, weights))).backward()
         _add(losses, {name: loss.detach() for name, loss in parts.items()})
@@ -207,6 +200,7 @@ def _backward(
                 for name, value in _side_metrics(forward).items()
             },
         )
+        del parts, forward  # with the graph, before the next micro-batch makes one
     return (
         losses,
         side,
@@ -254,7 +248,7 @@ def _factors(state: TrainState, weights: dict[str, float]) -> dict[str, float]:
     return {name: weight * state.balancer.multiplier(name) for name, weight in weights.items()}
 
 
-def _update(state: TrainState, losses: Scalars, recipe: Recipe) -> torch.Tensor:
+def _update(state: TrainState, losses: Scalars, recipe: Recipe, group: Group) -> torch.Tensor:
     """Clip and apply the gradient, update the EMA, advance the step; returns the gradient's norm
     before clipping.
     """
@@ -262,16 +256,27 @@ def _update(state: TrainState, losses: Scalars, recipe: Recipe) -> torch.Tensor:
     norm = nn.utils.clip_grad_norm_(
         list(state.parameters.values()), recipe.optim.clip_grad
     ).detach()
-    scale = state.scaler.get_scale()
-    if not math.isfinite(float(norm)) and scale <= 1:
-        raise Halted(_blame(losses, state.step + 1, norm))
-    state.scaler.step(state.optimizer)
+    # the norm is of the ranks' mean, the losses are each rank's own
+    sound = group.everywhere(torch.stack(list(losses.values())).isfinite().all())
+    bad = ~(sound & norm.isfinite())
+    skipped = bad
+    if state.scaler.is_enabled():
+        overflow = sound & ~norm.isfinite() & (_scale(state) > 1)
+        state.backoffs += overflow
+        skipped = bad & ~overflow
+    step_unless(state.optimizer, bad)
     state.scaler.update()
-    state.backoffs += state.scaler.get_scale() < scale
     state.ema.update(state.step)
     state.model.semantic.advance()
     state.step += 1
+    clipped = ~bad & (norm > recipe.optim.clip_grad)
+    state.tally.note(state.step, skipped, clipped, norm, losses)
     return norm
+
+
+def _scale(state: TrainState) -> torch.Tensor:
+    """fp16's loss scale, () fp32 on the device; `get_scale` would have the host wait for it."""
+    return state.scaler.scale(torch.ones((), device=state.backoffs.device))
 
 
 def _add(into: Scalars, values: Scalars) -> None:
@@ -289,9 +294,3 @@ def _side_metrics(forward: Forward) -> dict[str, torch.Tensor]:
         "mu/abs_mean": posterior.mu.abs().mean(),
         "std/mean": posterior.std.mean(),
     }
-
-
-def _blame(losses: dict[str, torch.Tensor], step: int, norm: torch.Tensor) -> str:
-    bad = [name for name, loss in losses.items() if not math.isfinite(float(loss.detach()))]
-    what = f"loss/{bad[0]}" if bad else f"the gradient (norm {float(norm)}) with every loss finite"
-    return f"step {step}: {what} is not finite; it did not reach the weights; try a lower optim.lr"

@@ -95,7 +95,7 @@ def test_it_comes_when_training_halts_and_names_what_was_not_finite(base, monkey
     monkeypatch.setattr(LatentSet, "moments", corrupt)
     order = EpochOrder(64, base.seed)(np.arange(64)).tolist()
     fails_at = order.index(20) // base.train.batch_size  # steps that are done before
-    keys = {"probes.doctor_every": 100, "train.steps": 9}
+    keys = {"probes.doctor_every": 100, "train.steps": 9, "train.max_skipped": 0}
     with pytest.raises(Halted, match=f"step {fails_at + 1}: loss/flow is not finite"):
         go(base, "halts", **keys)
     (visit,) = read_rows(RunDirectory(Path(base.storage_path) / "halts").findings)

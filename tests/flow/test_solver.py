@@ -174,10 +174,21 @@ class TestEulerEndpoint(SolverContract):
             time_grid("uniform", 5),
             observe=lambda k, t, x, v: times.append(t),
         )
-        assert times == [0.0, 0.25, 0.5, 0.75, 1.0]
+        assert times == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
 
-    def test_first_order(self) -> None:
-        assert fitted_order(self.config, "uniform") == pytest.approx(1.0, abs=0.35)
+    @pytest.mark.parametrize("kind", GRIDS)
+    def test_first_order(self, kind: str) -> None:
+        assert fitted_order(self.config, kind) == pytest.approx(1.0, abs=0.35)
+
+    @pytest.mark.parametrize("kind", GRIDS)
+    def test_each_velocity_is_read_within_its_interval(self, kind: str) -> None:
+        times: list[float] = []
+        edges = time_grid(kind, 7)
+        integrate(
+            self.config, lambda x, t: 0 * x, positive(), edges, lambda k, t, x, v: times.append(t)
+        )
+        assert (times[0], times[-1]) == (0.0, 1.0)
+        assert all(a <= t <= b for a, t, b in zip(edges, times, edges[1:], strict=False))
 
 
 class TestHeun(SolverContract):

@@ -278,3 +278,31 @@ def test_the_prompt_keeps_nothing_for_the_backward(tmp_path: Path) -> None:
         for forward in (text.forward, text.forward_plain)
     )
     assert 0 < cached < 0.4 * plain
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cache", [False, True])
+def test_the_frozen_model_runs_in_its_own_dtype_whatever_trains(
+    folder: Path, dtype: str, autocast: torch.dtype, cache: bool
+) -> None:
+    """Training runs under autocast, sampling and probes without; they see the same tokens."""
+    given = {"path": str(folder), "queries": 5, "dtype": dtype, "cache": cache}
+    config = CausalText.model_validate(given)
+    model = load_text(config)
+    assert isinstance(model, CausalQueries)
+    prompts, seen = model.tokenize(PROMPTS), set()
+    for layer in model.backbone.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda _layer, _inputs, out: seen.add(out.dtype))
+    sampled, trained = [], []
+    for made, half in ((sampled, False), (trained, True)):
+        with torch.autocast("cpu", autocast, enabled=half):
+            if model.kept is not None:
+                model.kept.clear()
+            made += [model(prompts).values, model.forward_plain(prompts).values]
+        made[0].square().sum().backward()
+        made.append(model.queries.grad)
+        model.queries.grad = None
+    assert seen == {{"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]}
+    assert all(torch.equal(a, b) for a, b in zip(sampled, trained, strict=True))

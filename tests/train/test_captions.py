@@ -13,7 +13,9 @@ from flowray.config.load import override_recipe
 from flowray.config.progress import Silent
 from flowray.config.recipe import Recipe
 from flowray.data.shards import MANIFEST
-from flowray.store.latents import ensure_latents
+from flowray.model.prompts import load_tokenizer
+from flowray.store.latents import ensure_latents, load_latents, some_captions
+from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import train
@@ -63,3 +65,17 @@ def test_when_training_starts(fault: str, tmp_path: Path) -> None:
         train(recipe, run, CPU, lambda row: None)
     assert not run.metrics.exists()
     assert not list(tmp_path.rglob("step_*"))
+
+
+def test_the_share_of_captions_that_are_cut_is_in_the_first_probe(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, **{"train.steps": 2, "train.probe_every": 1})
+    folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
+    captions = some_captions(load_latents(folders["train"]))
+    longest = max(map(len, load_tokenizer(recipe.model.text).rows(captions)))
+    for most, expected in ((longest - 1, 1.0), (longest, 0.0)):
+        run = RunDirectory(tmp_path / f"cut-{most}")
+        own = override_recipe(recipe, {"model.text.max_tokens": most})
+        train(own, run, CPU, lambda row: None)
+        assert [row.get("text/cut") for row in read_rows(run.probes)] == [expected, None]
+        text = load_tokenizer(own.model.text)
+        assert text.cut_share([*captions[:3], "circle"]) == 0.75 * expected
