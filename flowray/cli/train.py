@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
         good = show_plan(loaded.recipe, progress, as_json=args.json, imports_s=imports_s)
         return GOOD if good else FINDINGS
     run = RunDirectory(Path(loaded.recipe.storage_path) / loaded.recipe.name)
-    checkpoint = newest_checkpoint(run.checkpoints)
+    checkpoint = newest_checkpoint(run.checkpoints, progress.say)
     if checkpoint and not args.resume:
         raise InputError(
             f"{run.path} holds a run already; type --resume to continue it, or name=OTHER for a"

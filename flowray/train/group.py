@@ -104,6 +104,14 @@ class Group:
         dist.broadcast_object_list(held, 0, device=self.device)
         return held[0]
 
+    def gathered(self, value: Shared) -> list[Shared]:
+        """Every rank's value, in the order of ranks, on every rank; it is pickled on the way."""
+        if self.world == 1:
+            return [value]
+        of_ranks: list[Shared] = [value] * self.world
+        dist.all_gather_object(of_ranks, value)
+        return of_ranks
+
     def agree(self, flag: bool) -> bool:
         """The lead's flag, on every rank."""
         if self.world == 1:

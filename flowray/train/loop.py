@@ -93,7 +93,7 @@ def train(
             closing.enter_context(RunLock(run, ORPHANED_S))
         with progress.task("loading the models"):
             state = fresh_state(recipe, group.device)
-            restore_state(state, recipe, run, group)
+            restore_state(state, recipe, run, group, progress.say)
         if warning := check_captions(state.model.text.prompts, some_captions(latents)):
             progress.say(warning)
         objective = group.wrap(state.objective)

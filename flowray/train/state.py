@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from flowray.store.checkpoint import (
     load_tensors,
     newest_checkpoint,
     save_checkpoint,
+    warn,
 )
 from flowray.store.frozen import WEIGHTS, frozen_weights, refuse_other_weights
 from flowray.store.run import RunDirectory
@@ -145,19 +146,26 @@ def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
 
 
 def restore_state(
-    state: TrainState, recipe: Recipe, run: RunDirectory, group: Group | None = None
+    state: TrainState,
+    recipe: Recipe,
+    run: RunDirectory,
+    group: Group | None = None,
+    say: Callable[[str], None] = warn,
 ) -> None:
     """Continue from the newest intact checkpoint; none leaves the state as it is.
 
-    group: of its ranks the lead alone looks which one that is, as it reads every byte for it.
+    group: its lead, which holds the run's lock, names the checkpoint, reading every byte for it,
+    and all ranks load that one. say: hears of damaged ones. InputError on every rank where they do
+    not see the same one.
     """
     state.frozen = frozen_weights(recipe.model)
-    leads = group is None or group.lead
-    checkpoint = newest_checkpoint(run.checkpoints) if leads else None
-    checkpoint = group.share(checkpoint) if group else checkpoint
-    if checkpoint is None:
+    group = group or Group(0, 1, torch.device("cpu"))
+    found = newest_checkpoint(run.checkpoints, say, set_aside=True) if group.lead else None
+    named = group.share(found)
+    if named is None:
         return
-    kept = load_state(checkpoint)
+    checkpoint = run.checkpoints / named.name
+    kept = _read_alike(checkpoint, named, group)
     if kept["seed"] != recipe.seed:
         raise InputError(
             f"seed: got {recipe.seed}, but {checkpoint} was trained with {kept['seed']}; a resume"
@@ -179,6 +187,29 @@ def restore_state(
     state.backoffs = kept.get("backoffs", 0)
     if kept.get("scaler"):
         state.scaler.load_state_dict(kept["scaler"])
+
+
+_NOTHING = "nothing"  # that a rank can read
+
+
+def _read_alike(checkpoint: Path, named: Path, group: Group) -> dict[str, Any]:
+    """`load_state` of the checkpoint that the lead has named; InputError, one line and the same on
+    every rank, where one of them sees another one there, or none.
+    """
+    kept: dict[str, Any] = {}
+    try:
+        kept = load_state(checkpoint)
+        seen = f"step {kept['step']}, weights {kept['files']['model.safetensors']['crc32']:08x}"
+    except (OSError, ValueError, KeyError, InputError) as error:
+        seen = f"{_NOTHING} ({getattr(error, 'strerror', None) or error})"
+    of_ranks = group.gathered(seen)
+    for rank, theirs in enumerate(of_ranks):
+        if theirs != of_ranks[0] or theirs.startswith(_NOTHING):
+            raise InputError(
+                f"{named}: rank 0 reads {of_ranks[0]} there, rank {rank} reads {theirs}:"
+                " storage_path must be one and the same folder on every node"
+            )
+    return kept
 
 
 def restart_of(kept: Mapping[str, Any]) -> tuple[int, float]:
