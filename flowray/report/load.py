@@ -72,7 +72,9 @@ def load_run(path: Path) -> Run:
         prompts=tuple(prompts),
         findings=tuple(visits[-1].get("findings") or ()) if visits else None,
         visited=visits[-1].get("step", 0) if visits else -1,
-        notes=tuple(notes + more + _left_out(path / "bad_samples.jsonl")),
+        notes=tuple(
+            notes + more + _left_out(path / "bad_samples.jsonl") + _gaps(path / "gaps.jsonl")
+        ),
     )
 
 
@@ -85,6 +87,21 @@ def _left_out(file: Path) -> list[str]:
     for split, causes in splits.items():
         why = ", ".join(f"{cause} x{count}" for cause, count in causes.most_common())
         notes.append(f"{file.name}: {causes.total()} {split} samples left out: {why}")
+    return notes
+
+
+def _gaps(file: Path) -> list[str]:
+    """A line for each kind of probe or picture that failed while the run trained."""
+    rows, notes = _rows(file)
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(str(row.get("what")), []).append(row)
+    for what, failed in kinds.items():
+        steps = ", ".join(str(row.get("step")) for row in failed[-3:])
+        steps = (
+            f"{len(failed)} times, last at steps {steps}" if len(failed) > 1 else f"step {steps}"
+        )
+        notes.append(f"{file.name}: {what} failed ({steps}): {failed[-1].get('why')}")
     return notes
 
 
