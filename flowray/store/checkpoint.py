@@ -11,7 +11,6 @@ things: the first is passed over aloud, the second ends a start.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -24,10 +23,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from safetensors import SafetensorError
-
 from flowray.config.errors import InputError
 from flowray.data.folders import put_in_place, sync
+from flowray.store.tensorfile import write_tensors
 
 if TYPE_CHECKING:  # looking for a checkpoint takes none of the seconds that torch takes to import
     from torch import Tensor
@@ -49,33 +47,23 @@ def save_checkpoint(
 
     OSError leaves older checkpoints untouched.
     """
-    from safetensors.torch import save_file
-
     final, partial = folder / f"step_{step:06d}", folder / f".partial_{step:06d}"
     for left in folder.glob(".partial_*"):  # what a killed writer left; a run has one writer
         shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        for name, tensors in groups.items():
-            save_file(
-                {key: t.detach().contiguous() for key, t in tensors.items()},
-                partial / f"{name}.safetensors",
-            )
         files = {
-            file.name: {"size": file.stat().st_size, "crc32": _crc32(file)}
-            for file in partial.iterdir()
+            (file := f"{name}.safetensors"): write_tensors(partial / file, tensors)
+            for name, tensors in groups.items()
         }
         (partial / STATE).write_text(json.dumps({**state, "step": step, "files": files}))
-        for file in (*partial.iterdir(), partial):
-            sync(file)
+        for place in (partial / STATE, partial):
+            sync(place)
         _remove(final)
         put_in_place(partial, final, last=STATE)
         sync(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # which has the system's number in its text alone
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
         raise
     _rotate(folder, step, keep)
     return final

@@ -32,8 +32,9 @@ from flowray.store.run import RunDirectory, RunLock
 from flowray.store.splits import bad_samples
 from flowray.train.ahead import BatchesAhead
 from flowray.train.group import Group
+from flowray.train.saving import Saver
 from flowray.train.sinks import NOTHING, Due, Sinks
-from flowray.train.state import TrainState, fresh_state, restore_state, save_state
+from flowray.train.state import TrainState, fresh_state, kept_of, restore_state
 from flowray.train.step import BatchMaker, train_step
 from flowray.train.stopping import StopRequests
 
@@ -76,6 +77,8 @@ def train(
     with ExitStack() as closing:
         if group.lead:
             closing.enter_context(RunLock(run, ORPHANED_S))
+            saver = Saver(run, recipe.train.keep_checkpoints, group.device)
+            closing.enter_context(saver)
         with progress.task("loading the models"):
             state = fresh_state(recipe, group.device)
             restore_state(state, recipe, run, group, progress.say)
@@ -93,11 +96,13 @@ def train(
             if make_visitor and recipe.probes.doctor_every:
                 visitor = make_visitor(recipe, run, latents, held_out, state)
                 closing.enter_context(visitor)
-            lead = _Lead(sinks, visitor)
+            lead, state.before_update = _Lead(sinks, saver, visitor), saver.settle
         stops = StopRequests(run, group)
         # cut off after the checkpoint that the run goes on from
         _show(lead, group.share(lead.sinks.missed() if lead else NOTHING), group, report)
         while state.step < recipe.train.steps:
+            if lead:
+                lead.saver.check()
             started = time.perf_counter()
             batch = make_batch(state.step)
             waited = time.perf_counter() - started
@@ -110,7 +115,9 @@ def train(
                     lead.sinks.log(losses)
             stop = stops.heard()
             if lead and (due.checkpoint or stop):
-                save_state(state, recipe, run)
+                lead.saver.begin(kept_of(state, recipe))
+                if stop or state.step == recipe.train.steps:  # nothing is trained meanwhile
+                    lead.saver.wait()
                 lead.sinks.flush()
             _show(lead, due, group, report)
             if stop and state.step < recipe.train.steps:
@@ -138,6 +145,7 @@ class _Lead:
     """What the lead rank alone has."""
 
     sinks: Sinks
+    saver: Saver
     visitor: Visitor | None
 
 
@@ -153,8 +161,11 @@ def _show(lead: _Lead | None, due: Due, group: Group, report: Report) -> None:
         if due.probe:
             row = lead.sinks.probe()
         if due.visit and lead.visitor:
+            lead.saver.settle()  # it takes steps, and takes them back
             with lead.sinks.gap("the doctor's visit"):
                 row["findings"] = lead.visitor.visit()
+    if lead and due.probe:
+        lead.saver.wait()
     if due.probe:
         report(group.share(row))
 

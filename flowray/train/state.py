@@ -44,6 +44,7 @@ class TrainState:
     step and the lr that led to it.
     backoffs: how often fp16's loss scale has been cut.
     frozen: `frozen_weights` of when they were read.
+    before_update: called before a step changes weights, optimiser and average.
     """
 
     step: int
@@ -58,6 +59,7 @@ class TrainState:
     restart: tuple[int, float] = (0, 0.0)
     backoffs: int = 0
     frozen: dict[str, str] = field(default_factory=dict)
+    before_update: Callable[[], None] = lambda: None
 
 
 def fresh_state(recipe: Recipe, device: torch.device) -> TrainState:
@@ -109,18 +111,19 @@ def load_slots(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
     return slots
 
 
-def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
-    """Write a checkpoint of the state.
-
-    Halted, with the older ones untouched: weights are not finite, or it cannot be written.
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint holds: groups of named tensors, which training goes on to change, and the
+    rest as JSON.
     """
-    weights: dict[str, Tensor] = {name: p.detach() for name, p in state.parameters.items()}
-    for name, weight in weights.items():
-        if not bool(weight.isfinite().all()):
-            raise Halted(
-                f"step {state.step}: {name} is not finite, so no checkpoint was written; try a"
-                " lower optim.lr"
-            )
+
+    step: int
+    groups: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def kept_of(state: TrainState, recipe: Recipe) -> Kept:
+    """What a checkpoint of the state as it is now holds; its tensors are the state's own."""
     kept = {
         WEIGHTS: {**frozen_weights(recipe.model), **state.frozen},
         "seed": recipe.seed,
@@ -130,19 +133,37 @@ def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
         "scaler": state.scaler.state_dict(),
         "backoffs": state.backoffs,
     }
+    weights = {name: p.detach() for name, p in state.parameters.items()}
     groups = {"model": weights, "ema": state.ema.average, "optim": _optimizer_tensors(state)}
     if moving := state.model.semantic.moving():
         groups["moving"] = moving
+    return Kept(state.step, groups, kept)
+
+
+def write_kept(run: RunDirectory, kept: Kept, keep: int) -> Path:
+    """Write a checkpoint, of which the newest `keep` stay.
+
+    Halted, with the older ones untouched: weights are not finite, or it cannot be written.
+    """
+    for name, weight in kept.groups["model"].items():
+        if not bool(weight.isfinite().all()):
+            raise Halted(
+                f"step {kept.step}: {name} is not finite, so no checkpoint was written; try a"
+                " lower optim.lr"
+            )
     try:
-        return save_checkpoint(
-            run.checkpoints, state.step, groups, kept, recipe.train.keep_checkpoints
-        )
+        return save_checkpoint(run.checkpoints, kept.step, kept.groups, kept.state, keep)
     except OSError as error:
         why = error.strerror or error
         raise Halted(
-            f"step {state.step}: the checkpoint cannot be written: {why}; the ones before it are"
+            f"step {kept.step}: the checkpoint cannot be written: {why}; the ones before it are"
             " kept"
         ) from error
+
+
+def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
+    """Write a checkpoint of the state, and wait for it; raises as `write_kept` does."""
+    return write_kept(run, kept_of(state, recipe), recipe.train.keep_checkpoints)
 
 
 def restore_state(

@@ -228,6 +228,7 @@ def _update(state: TrainState, losses: Scalars, recipe: Recipe) -> torch.Tensor:
     scale = state.scaler.get_scale()
     if not math.isfinite(float(norm)) and scale <= 1:
         raise Halted(_blame(losses, state.step + 1, norm))
+    state.before_update()
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.backoffs += state.scaler.get_scale() < scale
