@@ -81,6 +81,7 @@ def train(
             closing.enter_context(saver)
         with progress.task("loading the models"):
             state = fresh_state(recipe, group.device)
+            state.data = group.share(latents.told() if group.lead else {})
             restore_state(state, recipe, run, group, progress.say)
         if warning := check_captions(state.model.text.prompts, some_captions(latents)):
             progress.say(warning)

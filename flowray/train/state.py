@@ -44,6 +44,7 @@ class TrainState:
     step and the lr that led to it.
     backoffs: how often fp16's loss scale has been cut.
     frozen: `frozen_weights` of when they were read.
+    data: `LatentSet.told` of the samples that it is trained on; empty where nobody asks.
     before_update: called before a step changes weights, optimiser and average.
     """
 
@@ -59,6 +60,7 @@ class TrainState:
     restart: tuple[int, float] = (0, 0.0)
     backoffs: int = 0
     frozen: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     before_update: Callable[[], None] = lambda: None
 
 
@@ -127,6 +129,8 @@ def kept_of(state: TrainState, recipe: Recipe) -> Kept:
     kept = {
         WEIGHTS: {**frozen_weights(recipe.model), **state.frozen},
         "seed": recipe.seed,
+        "batch_size": recipe.train.batch_size,
+        "data": state.data,
         "lr": lr_at(state.schedule, recipe.optim.lr, state.step - 1, recipe.train.steps),
         "restart": state.restart if _restarts_here(recipe) else None,
         "balance": state.balancer.kept(),
@@ -192,6 +196,7 @@ def restore_state(
             f"seed: got {recipe.seed}, but {checkpoint} was trained with {kept['seed']}; a resume"
             " keeps the seed"
         )
+    _refuse_other_data(checkpoint, kept, state.data, recipe)
     refuse_other_weights(checkpoint, kept, recipe.model)
     copy_into(state.parameters, load_tensors(checkpoint, "model"), checkpoint)
     copy_into(state.ema.average, load_tensors(checkpoint, "ema"), checkpoint)
@@ -208,6 +213,29 @@ def restore_state(
     state.backoffs = kept.get("backoffs", 0)
     if kept.get("scaler"):
         state.scaler.load_state_dict(kept["scaler"])
+
+
+def _refuse_other_data(
+    checkpoint: Path, kept: dict[str, Any], data: dict[str, Any], recipe: Recipe
+) -> None:
+    """InputError where a resume would silently train on in another order: which samples a step
+    takes follows from the samples there are and the batch. Checkpoints of before do not say.
+    """
+    batch = recipe.train.batch_size
+    if kept.get("batch_size", batch) != batch:
+        raise InputError(
+            f"train.batch_size: got {batch}, but {checkpoint} was trained with"
+            f" {kept['batch_size']}; a resume keeps it"
+        )
+    before = kept.get("data")
+    if not before or not data or before == data or recipe.train.on_changed_data == "continue":
+        return
+    was, now = (f"{of['samples']} samples ({of['fingerprint'][:8]})" for of in (before, data))
+    raise InputError(
+        f"data.shards: {checkpoint} was trained on {was}, and they are {now} now; put the data"
+        " back, or type train.on_changed_data=continue to go on with these by samples seen, or"
+        " name=OTHER for a new run"
+    )
 
 
 _NOTHING = "nothing"  # that a rank can read
