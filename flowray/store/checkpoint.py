@@ -74,10 +74,12 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
     ones those that are not older.
     """
     good = [each for each in list_checkpoints(folder) if step_of(each) <= step]
+    if len(good) <= keep:  # or the storage does not answer
+        return
     for old in good[:-keep]:
         _remove(old)
     for old in _all(folder):
-        if step_of(old) < step_of(good[-keep:][0]) and (old / DAMAGED).exists():
+        if step_of(old) < step_of(good[-keep]) and (old / DAMAGED).exists():
             _remove(old)
 
 
@@ -143,7 +145,7 @@ def newest_checkpoint(
         wrong = _patiently(checkpoint, _damage)
         if wrong is None:
             for each in damaged if set_aside else ():
-                if (each / STATE).exists():
+                with suppress(OSError):  # it was before, or is met again at the next start
                     os.replace(each / STATE, each / DAMAGED)
             return checkpoint
         # one that was cut off while it was put in place or removed is none

@@ -97,6 +97,7 @@ def train(
             if make_visitor and recipe.probes.doctor_every:
                 visitor = make_visitor(recipe, run, latents, held_out, state)
                 closing.enter_context(visitor)
+                closing.callback(saver.settle)  # before its last visit, to a run that halted
             lead, state.before_update = _Lead(sinks, saver, visitor), saver.settle
         stops = StopRequests(run, group)
         # cut off after the checkpoint that the run goes on from
