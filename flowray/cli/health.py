@@ -48,7 +48,7 @@ _ABOUT = {
     ),
 }
 _STEPS = {"overfit": 500, "ablations": 200}
-STOPPING_S = 5.0  # for an interrupted training to reach its next logged step
+STOPPING_S = 5.0  # for an interrupted training to end its step
 
 
 def _parser(check: str) -> Parser:

@@ -137,8 +137,8 @@ class RowTail:
     place.
     """
 
-    def __init__(self, path: Path, start: int):
-        self._path, self.step = path, start
+    def __init__(self, path: Path, start: int, *, several: bool = False):
+        self._path, self.step, self._several = path, start, several
         self._file = self._inode()
         self._offset = path.stat().st_size if path.exists() else 0
 
@@ -146,7 +146,7 @@ class RowTail:
         return self._path.stat().st_ino if self._path.exists() else 0
 
     def new(self) -> list[dict[str, Any]]:
-        """Rows not seen before, each step once."""
+        """Rows not seen before, each step once unless there may be several of one."""
         try:
             with self._path.open("rb") as file:
                 if self._inode() != self._file:
@@ -156,7 +156,8 @@ class RowTail:
         except OSError:  # not there yet
             return []
         self._offset += len(text) + len(end)
-        rows = [row for row in parse_rows(text.decode())[0] if row["step"] > self.step]
+        after = self.step - self._several
+        rows = [row for row in parse_rows(text.decode())[0] if row["step"] > after]
         self.step = rows[-1]["step"] if rows else self.step
         return rows
 
@@ -170,6 +171,7 @@ class RunProgress:
         self.steps, self.start, self._progress = steps, start, progress
         files = (run.metrics, run.probes, run.findings)
         self._metrics, self._probes, self._visits = (RowTail(path, start) for path in files)
+        self._gaps = RowTail(run.gaps, start, several=True)
         self.run, self._step, self._found = run, start, set[str]()
         self._news, self._silence, self._note = time.monotonic(), SILENT_S, ""
 
@@ -201,6 +203,8 @@ class RunProgress:
             )
             shown = [f"{key} {row[key]:.3f}" for key in keys if row.get(key) is not None]
             self._progress.say(f"probe {row['step']}/{self.steps}  {'  '.join(shown)}")
+        for gap in self._gaps.new():
+            self._progress.say(f"step {gap['step']}: {gap['what']} failed: {gap['why']}")
         for visit in visits:
             self._show_findings(visit)
 

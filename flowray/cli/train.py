@@ -32,7 +32,7 @@ from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
 from flowray.config.writing import write_whole
 from flowray.store.checkpoint import load_state, newest_checkpoint
-from flowray.store.rows import read_rows
+from flowray.store.rows import has_row, read_rows
 from flowray.store.run import RunDirectory, RunLock
 
 _CARD_METRICS = (
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
         good = show_plan(loaded.recipe, progress, as_json=args.json, imports_s=imports_s)
         return GOOD if good else FINDINGS
     run = RunDirectory(Path(loaded.recipe.storage_path) / loaded.recipe.name)
-    checkpoint = newest_checkpoint(run.checkpoints)
+    checkpoint = newest_checkpoint(run.checkpoints, progress.say)
     if checkpoint and not args.resume:
         raise InputError(
             f"{run.path} holds a run already; type --resume to continue it, or name=OTHER for a"
@@ -117,7 +117,7 @@ def _train(
     loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgress, *, as_json: bool
 ) -> int:
     recipe, steps = loaded.recipe, loaded.recipe.train.steps
-    if start >= steps:
+    if start >= steps and has_row(run.probes, start):
         progress.say(f"{run.path} has finished its {steps} steps; train.steps=N for more")
         if as_json:
             report = run.path / "report.html"
@@ -262,7 +262,7 @@ class _StopSignals:
         again, self.came = self.came, True  # before all else: the next one may come meanwhile
         self._run.stop_request.touch()
         if not again:
-            after = "the next logged step writes a checkpoint and ends the run"
+            after = "the step under way ends the run, with a checkpoint"
             self._progress.say(f"stopping: {after}; Ctrl-C again ends it without")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -290,7 +290,7 @@ def _write_card(loaded: Loaded, run: RunDirectory) -> None:
     rows = read_rows(run.probes)
     last = rows[-1] if rows else {}
     shown = {key: last[key] for key in _CARD_METRICS if last.get(key) is not None}
-    strips = [f"samples/{path.name}" for path in sorted(run.samples.glob("step_*.png"))[-1:]]
+    strips = [f"samples/{path.name}" for path in run.strips()[-1:]]
     step, facts = int(last.get("step", 0)), _facts(loaded.recipe)
     judge = load_run(run.path).judge(last, step)
     said = {key: judge(key).text for key in shown}

@@ -42,7 +42,10 @@ def refuse_changes(before: Recipe, after: Recipe, step: int, where: str) -> None
 
     where: the run.
     """
+    other_data = after.train.on_changed_data == "continue"
     for key, (old, new) in recipe_diffs(before, after).items():
+        if other_data and _under(key, ("data",)):
+            continue
         if _is_kept(key, before, after) and not _has_moved(key, old):
             raise InputError(
                 f"{key}: got {show(new)}, but {where} has trained {step} steps with {show(old)}; a"

@@ -139,6 +139,13 @@ class TrainSection(Config):
     sample_every: Step = 500
     checkpoint_every: Step = 500
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    on_changed_data: Literal["refuse", "continue"] = Field(
+        "refuse",
+        description=(
+            "a resume with other samples than the checkpoint was trained on: `continue` takes the"
+            " next ones of the new order, counted by samples seen, and lets `data` keys differ"
+        ),
+    )
     ema: float = Field(
         0.999, ge=0, lt=1, description="decay; warmed up as (1 + step) / (10 + step)"
     )

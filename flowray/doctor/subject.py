@@ -98,7 +98,7 @@ def merged_history(run: RunDirectory) -> list[Row]:
 
 def written_strip(run: RunDirectory, step: int) -> Path | None:
     """The sample strip that training wrote at this step, if any."""
-    strip = run.samples / f"step_{step:06d}.png"
+    strip = run.strip(step)
     return strip if strip.is_file() else None
 
 

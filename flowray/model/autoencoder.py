@@ -30,6 +30,7 @@ from flowray.model.singlefile import (
 
 SANA_FACTOR = 0.41407  # of DC-AE f32c32 for SANA (diffusers' conversion script, SANA's configs)
 DETERMINISTIC_LOGVAR = -30.0  # exp(0.5 * -30) = 3e-7: a point, in the form of a gaussian
+PIECE = 2**20  # px: 4 pictures of 512 px, 64 of 128
 _NETS: dict[type[KLAutoencoder | DCAutoencoder], Any] = {
     KLAutoencoder: AutoencoderKL,
     DCAutoencoder: AutoencoderDC,
@@ -88,15 +89,24 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), about [-1, 1], from scaled latents (B, C, H, W); never with a
-        gradient.
+        gradient, and in `pieces`.
         """
-        return self.decode_with_grad(z)
+        _, cell = compression(self.net.config) or (0, 1)
+        return torch.cat(list(map(self.decode_with_grad, pieces(z, cell))))
 
     def decode_with_grad(self, z: Tensor) -> Tensor:
         """The same pictures with the gradient kept into z, for losses on decoded latents; the
         weights never get one.
         """
         return self.net.decode(self.scale.unscale(z)).sample
+
+
+def pieces(pictures: Tensor, cell: int = 1) -> tuple[Tensor, ...]:
+    """Of pictures, or latents with cells of `cell` px, (B, C, H, W), parts of at most PIECE px or
+    one picture: so what an autoencoder takes, 0.75 GiB for one of 512 px, does not grow with B.
+    """
+    height, width = pictures.shape[2:]
+    return pictures.split(max(1, PIECE // (height * width * cell**2)))
 
 
 def load_autoencoder(config: AutoencoderConfig, latent: LatentSpec) -> Autoencoder:

@@ -10,7 +10,7 @@ from flowray.data.pictures import decode_image
 from flowray.data.pixels import to_pictures
 from flowray.data.prepare import Preparation
 from flowray.flow.draws import Draws
-from flowray.model.autoencoder import Autoencoder
+from flowray.model.autoencoder import Autoencoder, pieces
 from flowray.model.latent import Moments
 from flowray.store.latents import LatentSet
 
@@ -43,7 +43,9 @@ def vae_metrics(
     images = [decode_image(reader, i, prepare) for i in range(min(count, len(reader)))]
     device = next(autoencoder.parameters()).device
     pictures = to_pictures(images).to(device)
-    moments = autoencoder.encode_moments(pictures)
+    moments = Moments(
+        *map(torch.cat, zip(*map(autoencoder.encode_moments, pieces(pictures)), strict=True))
+    )
     noise = Draws(seed, 0, len(images), slice(None), device).normal(
         "posterior", tuple(moments.mean.shape[1:])
     )

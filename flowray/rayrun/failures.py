@@ -4,17 +4,15 @@ tells.
 
 from __future__ import annotations
 
-import errno
 import json
 from pathlib import Path
 
 from flowray.cluster.ray_private import carried
 from flowray.cluster.storage import StorageNotShared
 from flowray.config.errors import InputError
-from flowray.config.writing import write_whole
+from flowray.config.writing import NO_ROOM, write_whole
 from flowray.store.run import RunDirectory
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _INPUT = (StorageNotShared, InputError)  # the narrower one first
 
 

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 
 from flowray.cluster.ray_private import HealthCheckFailed
-from flowray.store.checkpoint import list_checkpoints
+from flowray.store.checkpoint import list_checkpoints, step_of
 from flowray.store.run import RunDirectory
 
 LOOK_S = 1.0  # between two looks at the checkpoints of trials that have failed
@@ -21,7 +21,7 @@ LOOK_S = 1.0  # between two looks at the checkpoints of trials that have failed
 def newest_step(run: RunDirectory) -> int:
     """The step of the run's newest checkpoint, 0 without one."""
     found = list_checkpoints(run.checkpoints)
-    return int(found[-1].name.removeprefix("step_")) if found else 0
+    return step_of(found[-1]) if found else 0
 
 
 def should_retry(error: WorkerGroupError, before: int, after: int) -> bool:

@@ -12,7 +12,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from flowray.config.errors import InputError
-from flowray.rayrun.failures import NO_ROOM
+from flowray.config.writing import NO_ROOM
 from flowray.tune.session import SweepSession
 
 # Keys of a row with which a trial ends: why it failed, in one line; the number of the system's

@@ -63,10 +63,7 @@ def _lacks_storage(run: RunDirectory, marker: str, group: Group) -> bool:
     StorageNotShared is raised instead.
     """
     mine = refusal_here(run.path, marker)
-    of_ranks = [mine]
-    if group.world > 1:
-        of_ranks = [""] * group.world
-        torch.distributed.all_gather_object(of_ranks, mine)
+    of_ranks = group.gathered(mine)
     first = next(filter(None, of_ranks), "")
     if all(of_ranks):
         raise StorageNotShared(first)

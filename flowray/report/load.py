@@ -79,6 +79,7 @@ def load_run(path: Path) -> Run:
             + _part(_config(config))
             + _left_out(path / "bad_samples.jsonl")
             + _skipped(path / "skipped_steps.jsonl")
+            + _gaps(path / "gaps.jsonl")
         ),
     )
 
@@ -116,6 +117,21 @@ def _skipped(file: Path) -> list[str]:
         for row in rows
         if (back := row.get("rolled_back_to")) is not None
     ]
+    return notes
+
+
+def _gaps(file: Path) -> list[str]:
+    """A line for each kind of probe or picture that failed while the run trained."""
+    rows, notes = _rows(file)
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(str(row.get("what")), []).append(row)
+    for what, failed in kinds.items():
+        steps = ", ".join(str(row.get("step")) for row in failed[-3:])
+        steps = (
+            f"{len(failed)} times, last at steps {steps}" if len(failed) > 1 else f"step {steps}"
+        )
+        notes.append(f"{file.name}: {what} failed ({steps}): {failed[-1].get('why')}")
     return notes
 
 

@@ -5,71 +5,90 @@ the recipe), `ema.safetensors`, `optim.safetensors`, `moving.safetensors` where 
 running state, and `state.json` (step and seed, which are all of the data cursor and the RNG, since
 every draw is a function of them; what the frozen models' weights were, see frozen.py; and each
 file's size and CRC-32). The folder is renamed into place
-when complete.
+when complete. Damaged (another content) and unreadable (the storage does not answer) are different
+things: the first is passed over aloud, the second ends a start.
 """
 
 from __future__ import annotations
 
-import errno
 import json
+import os
 import re
 import shutil
+import sys
+import time
 import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flowray.config.errors import InputError
 from flowray.data.folders import put_in_place, sync
+from flowray.store.tensorfile import write_tensors
 
 if TYPE_CHECKING:  # looking for a checkpoint takes none of the seconds that torch takes to import
     from torch import Tensor
 
     Tensors = dict[str, Tensor]
 
+T = TypeVar("T")
+
 _NAME = re.compile(r"step_(\d+)")
 STATE = "state.json"  # without it a folder is no checkpoint
+DAMAGED = "damaged.json"  # what STATE is called of one that was found damaged
+PAUSES_S = (0.5, 1.0, 2.0, 4.0)  # between tries to read
 
 
 def save_checkpoint(
     folder: Path, step: int, groups: dict[str, Tensors], state: dict[str, Any], keep: int
 ) -> Path:
-    """Write `folder/step_XXXXXX` atomically, then drop all but the newest `keep`.
+    """Write `folder/step_XXXXXX` atomically, then drop all but the newest `keep` of those up to it.
 
     OSError leaves older checkpoints untouched.
     """
-    from safetensors.torch import save_file
-
     final, partial = folder / f"step_{step:06d}", folder / f".partial_{step:06d}"
     for left in folder.glob(".partial_*"):  # what a killed writer left; a run has one writer
         shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        for name, tensors in groups.items():
-            save_file(
-                {key: t.detach().contiguous() for key, t in tensors.items()},
-                partial / f"{name}.safetensors",
-            )
         files = {
-            file.name: {"size": file.stat().st_size, "crc32": _crc32(file)}
-            for file in partial.iterdir()
+            (file := f"{name}.safetensors"): write_tensors(partial / file, tensors)
+            for name, tensors in groups.items()
         }
         (partial / STATE).write_text(json.dumps({**state, "step": step, "files": files}))
-        for file in (*partial.iterdir(), partial):
-            sync(file)
-        shutil.rmtree(final, ignore_errors=True)
+        for place in (partial / STATE, partial):
+            sync(place)
+        _remove(final)
         put_in_place(partial, final, last=STATE)
         sync(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # which has the system's number in its text alone
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
         raise
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    _rotate(folder, step, keep)
     return final
+
+
+def _rotate(folder: Path, step: int, keep: int) -> None:
+    """Of the checkpoints up to `step`, which is good, keep the newest `keep`, and of the damaged
+    ones those that are not older.
+    """
+    good = [each for each in list_checkpoints(folder) if step_of(each) <= step]
+    if len(good) <= keep:  # or the storage does not answer
+        return
+    for old in good[:-keep]:
+        _remove(old)
+    for old in _all(folder):
+        if step_of(old) < step_of(good[-keep]) and (old / DAMAGED).exists():
+            _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """What is left of it by a kill on the way is no checkpoint, and not a damaged one."""
+    for name in (STATE, DAMAGED):
+        with suppress(OSError):
+            (checkpoint / name).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _crc32(path: Path) -> int:
@@ -91,31 +110,102 @@ def is_valid(checkpoint: Path) -> bool:
         return False
 
 
-def is_intact(checkpoint: Path) -> bool:
-    """Whether it is valid and every file's content is what was written; reads all of it."""
-    if not is_valid(checkpoint):
-        return False
-    try:
-        files = json.loads((checkpoint / STATE).read_text())["files"]
-        return all(_crc32(checkpoint / name) == kept["crc32"] for name, kept in files.items())
-    except OSError:
-        return False
+def step_of(checkpoint: Path) -> int:
+    """The step that its name says."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Valid checkpoints, oldest first."""
-    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
-    return sorted((path for path in found if is_valid(path)), key=lambda path: int(path.name[5:]))
+    return list(filter(is_valid, _all(folder)))
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest intact checkpoint of a `checkpoints/` folder."""
-    return next(filter(is_intact, reversed(list_checkpoints(folder))), None)
+def _all(folder: Path) -> list[Path]:
+    """Whatever has a checkpoint's name, whole or not, oldest first."""
+    return sorted((p for p in folder.glob("step_*") if _NAME.fullmatch(p.name)), key=step_of)
+
+
+def warn(text: str) -> None:
+    """To stderr, for who is not told otherwise."""
+    print(text, file=sys.stderr)
+
+
+def newest_checkpoint(
+    folder: Path, say: Callable[[str], None] = warn, *, set_aside: bool = False
+) -> Path | None:
+    """The newest intact checkpoint of a `checkpoints/` folder; reads every byte of it. None where
+    there is none at all.
+
+    say: hears of each damaged one that is passed over. set_aside: these are not counted any more,
+    for whoever holds the run. InputError, one line: all that there are are damaged, and to begin
+    anew is the user's to say; or one could not be read, which says nothing of what it holds.
+    """
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(_all(folder)):
+        wrong = _patiently(checkpoint, _damage)
+        if wrong is None:
+            for each in damaged if set_aside else ():
+                with suppress(OSError):  # it was before, or is met again at the next start
+                    os.replace(each / STATE, each / DAMAGED)
+            return checkpoint
+        # one that was cut off while it was put in place or removed is none
+        if (checkpoint / STATE).exists():
+            say(f"warning: {checkpoint} is damaged and passed over: {wrong}")
+            damaged[checkpoint] = wrong
+        elif (checkpoint / DAMAGED).exists():
+            damaged[checkpoint] = "it was set aside as damaged before"
+    if damaged:
+        newest, wrong = next(iter(damaged.items()))
+        raise InputError(
+            f"{folder}: no checkpoint in it is intact ({len(damaged)} damaged); of the newest,"
+            f" {newest.name}, {wrong}; put a copy back, or remove {folder} to begin at step 0"
+        )
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What of it is not as it was written, None of an intact one. OSError says nothing of that."""
+    try:
+        files = json.loads((checkpoint / STATE).read_text())["files"]
+        for name, kept in files.items():
+            file = checkpoint / name
+            if (size := file.stat().st_size) != kept["size"]:
+                return f"{name} has {size} of {kept['size']} bytes"
+            if _crc32(file) != kept["crc32"]:
+                return f"{name} is not what was written (CRC-32)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{STATE} is not what was written"
+    return None
+
+
+def _patiently(checkpoint: Path, read: Callable[[Path], T]) -> T:
+    """`read(checkpoint)`, tried again after each of PAUSES_S where the storage does not answer;
+    InputError, one line, where it never does.
+    """
+    for pause in PAUSES_S:
+        try:
+            return read(checkpoint)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(pause)
+    try:
+        return read(checkpoint)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"{checkpoint}: cannot be read: {error.strerror or error} ({len(PAUSES_S) + 1} tries in"
+            f" {sum(PAUSES_S):g} s); it may be whole, so no older one is taken: start again once"
+            " the storage answers, or remove it"
+        ) from error
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """Its `state.json`: step, seed."""
-    return json.loads((checkpoint / STATE).read_text())
+    return json.loads(_patiently(checkpoint, lambda place: (place / STATE).read_text()))
 
 
 def load_tensors(checkpoint: Path, group: str) -> Tensors:
@@ -123,7 +213,9 @@ def load_tensors(checkpoint: Path, group: str) -> Tensors:
     from safetensors.torch import load_file
 
     try:
-        return load_file(checkpoint / f"{group}.safetensors")
+        return _patiently(checkpoint, lambda place: load_file(place / f"{group}.safetensors"))
+    except InputError:
+        raise
     except Exception as error:  # safetensors raises its own Rust errors
         raise InputError(f"{checkpoint}: {group}.safetensors cannot be read: {error}") from error
 

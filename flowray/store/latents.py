@@ -77,6 +77,12 @@ class LatentSet:
     def __len__(self) -> int:
         return len(self.reader)
 
+    def told(self) -> dict[str, Any]:
+        """What a checkpoint notes of the data: how many samples, and a hash of the content of their
+        shards, of their keys and their order. It does not hang on where they lie.
+        """
+        return {"samples": len(self), "fingerprint": self.reader.fingerprint()}
+
     def moments(self, indices: np.ndarray) -> Moments:
         """Raw moments (B, C, H, W) fp32 of the samples, which are of one bucket."""
         mean, logvar = as_fp32(self.reader.gather(indices, "moments.npy")).chunk(2, dim=1)

@@ -12,7 +12,13 @@ from typing import Any
 from flowray.config.rows import read_rows
 from flowray.config.writing import write_whole
 
-__all__ = ["RowWriter", "read_rows"]
+__all__ = ["RowWriter", "has_row", "read_rows"]
+
+
+def has_row(path: Path, step: int, **fields: Any) -> bool:
+    """Whether a row of the step is there, with these values in these fields."""
+    wanted = {"step": step, **fields}
+    return any(wanted.items() <= row.items() for row in read_rows(path) if row.get("step") == step)
 
 
 class RowWriter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 from flowray.config.errors import InputError
 
+_STRIP = re.compile(r"step_(\d+)\.png")
 RENEW_S = 10.0  # how often an owner renews its lock
 STALE_S = 40.0  # a lock of another host not renewed for this long has a dead owner
 EMPTY_S = 5.0  # a lock that stays empty for this long was cut off by a full disk or a kill
@@ -77,8 +79,26 @@ class RunDirectory:
         return self.path / "skipped_steps.jsonl"
 
     @property
+    def gaps(self) -> Path:
+        """Probes and pictures that failed: rows {step, what, why}; no file where none did."""
+        return self.path / "gaps.jsonl"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
+
+    def strip(self, step: int) -> Path:
+        """The sample strip of a step."""
+        return self.samples / f"step_{step:06d}.png"
+
+    def strips(self) -> list[Path]:
+        """All sample strips, in the order of their steps, which names of seven digits lose."""
+        found = {
+            int(named[1]): path
+            for path in self.samples.glob("step_*.png")
+            if (named := _STRIP.fullmatch(path.name))
+        }
+        return [found[step] for step in sorted(found)]
 
     @property
     def checkpoints(self) -> Path:

@@ -34,7 +34,13 @@ from flowray.data.shards import left_partials, refuse_occupied, whole_folder
 from flowray.model.autoencoder import load_autoencoder
 from flowray.model.files import content_of, open_autoencoder
 from flowray.probes.vae import psnr
-from flowray.store.checkpoint import load_state, load_tensors, newest_checkpoint, save_checkpoint
+from flowray.store.checkpoint import (
+    load_state,
+    load_tensors,
+    newest_checkpoint,
+    save_checkpoint,
+    step_of,
+)
 from flowray.store.run import RunDirectory, RunLock
 from flowray.train.autoencoder_pictures import batches, in_order
 from flowray.train.optim import lr_at
@@ -369,7 +375,7 @@ def _one_line(out: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         newest = newest_checkpoint(_kept(out))
-        left = f"; typed again, it goes on from step {int(newest.name[5:])}" if newest else ""
+        left = f"; typed again, it goes on from step {step_of(newest)}" if newest else ""
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{out}: cannot be written: {why}{left}") from error
 

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -104,14 +104,6 @@ class Group:
         dist.broadcast_object_list(held, 0, device=self.device)
         return held[0]
 
-    def gather(self, value: Shared) -> list[Shared]:
-        """Every rank's value, by rank, on every rank; they are pickled on the way."""
-        if self.world == 1:
-            return [value]
-        held: list[Any] = [None] * self.world
-        dist.all_gather_object(held, value)
-        return held
-
     def everywhere(self, flag: Tensor) -> Tensor:
         """Whether a flag, () bool, holds on every rank; it stays on the device."""
         if self.world == 1:
@@ -119,6 +111,14 @@ class Group:
         holds = flag.float()
         dist.all_reduce(holds, op=dist.ReduceOp.MIN)
         return holds > 0
+
+    def gathered(self, value: Shared) -> list[Shared]:
+        """Every rank's value, in the order of ranks, on every rank; it is pickled on the way."""
+        if self.world == 1:
+            return [value]
+        of_ranks: list[Shared] = [value] * self.world
+        dist.all_gather_object(of_ranks, value)
+        return of_ranks
 
     def agree(self, flag: bool) -> bool:
         """The lead's flag, on every rank."""

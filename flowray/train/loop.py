@@ -7,51 +7,45 @@ It knows nothing of Ray: a caller gives it the ranks (`Group`) and gets a row at
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from tensorboardX import SummaryWriter
 
 from flowray.config.errors import InputError
-from flowray.config.load import dump_recipe
-from flowray.config.progress import SILENT
+from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.writing import write_whole
-from flowray.model.autoencoder import Autoencoder, load_autoencoder
 from flowray.model.prompts import check_captions
-from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
-from flowray.probes.vae import vae_metrics
-from flowray.sample.generate import generate, save_strip
 from flowray.store.checkpoint import list_checkpoints, load_state, newest_checkpoint
 from flowray.store.doing import WrittenProgress
 from flowray.store.latents import (
     LatentSet,
-    channel_metrics,
     ensure_latents,
     load_latents,
     load_training,
     some_captions,
 )
-from flowray.store.rows import RowWriter
+from flowray.store.rows import has_row
 from flowray.store.run import RunDirectory, RunLock
 from flowray.store.splits import bad_samples
 from flowray.train.ahead import BatchesAhead
 from flowray.train.clock import Clock
 from flowray.train.group import Group
+from flowray.train.saving import Saver
+from flowray.train.sinks import NOTHING, Due, Sinks
 from flowray.train.skips import SkippedSteps
-from flowray.train.state import TrainState, fresh_state, restore_state, save_state
+from flowray.train.state import TrainState, fresh_state, kept_of, restore_state
 from flowray.train.step import BatchMaker, train_step
+from flowray.train.stopping import StopRequests
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
 Outcome = Literal["finished", "stopped"]
-GRID_PROMPTS = 8
 # a worker that was cut off from a dead head trains on for up to a minute before Ray ends it; its
 # successor waits
 ORPHANED_S = 90.0
-# metrics.jsonl has them of the training batch, probes.jsonl of the held-out one
-PROBED_TOO = ("mu/abs_mean", "std/mean")
 
 
 class Visitor(AbstractContextManager[Any], Protocol):
@@ -72,86 +66,129 @@ def train(
     report: Report,
     make_visitor: MakeVisitor | None = None,
 ) -> Outcome:
-    """Train to `train.steps`, from the newest valid checkpoint of `run` if there is one.
+    """Train to `train.steps`, from the newest intact checkpoint of `run` if there is one.
 
-    Probes, samples and a checkpoint also come at the last step. `stopped`: `run.stop_request`
-    appeared and a checkpoint was written. Every rank calls `report`, with the lead's row, at every
-    probe. make_visitor: who comes at every `probes.doctor_every`-th probe, on the lead. InputError
-    where a rank cannot use the GPU that it was given.
+    Probes, samples and a checkpoint also come at the last step, the checkpoint first. `stopped`:
+    `run.stop_request` appeared and a checkpoint was written. Every rank calls `report`, with the
+    lead's row, at every probe. make_visitor: who comes at every `probes.doctor_every`-th probe, on
+    the lead. InputError where a rank cannot use the GPU that it was given.
     """
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     progress = WrittenProgress(run) if group.lead else SILENT
-    if recipe.data.partial is True:  # its shards would be others at each start, and on each rank
-        raise InputError("data.partial: true is to be made names of shards first, by `with_part`")
-    made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
-    folders = ensure_latents(*made_of, progress, recipe.model.text) if group.lead else {}
-    group.agree(True)  # the others wait until the lead has encoded
-    folders = folders or ensure_latents(*made_of)
-    latents, held_out = load_training(folders["train"], recipe), load_latents(folders["val"])
-    if group.lead:
-        run.create()
-        if left_out := bad_samples(folders.values()):
-            write_whole(run.bad_samples, left_out)
+    latents, held_out = _data(recipe, run, group, progress)
     with ExitStack() as closing:
         if group.lead:
             closing.enter_context(RunLock(run, ORPHANED_S))
+            saver = Saver(run, recipe.train.keep_checkpoints, group.device)
+            closing.enter_context(saver)
         with progress.task("loading the models"):
             state = fresh_state(recipe, group.device)
-            restore_state(state, recipe, run, group)
+            state.data = group.share(latents.told() if group.lead else {})
+            restore_state(state, recipe, run, group, progress.say)
         if warning := check_captions(state.model.text.prompts, some_captions(latents)):
             progress.say(warning)
         objective = group.wrap(state.objective)
         maker = BatchMaker(recipe, latents, group, state.model.text.prompts)
         make_batch = BatchesAhead(maker, recipe.train.steps, group.device, recipe.data.prefetch)
         closing.enter_context(make_batch)
-        skips = closing.enter_context(SkippedSteps(recipe, run, group, state, maker))
-        sinks = Sinks(recipe, run, latents, held_out, state, group) if group.lead else None
-        if sinks:
+        lead = None
+        if group.lead:
+            sinks = Sinks(recipe, run, latents, held_out, state, group, progress.say)
             closing.callback(sinks.close)
-        visitor = None
-        if make_visitor and group.lead and recipe.probes.doctor_every:
-            visitor = make_visitor(recipe, run, latents, held_out, state)
-            closing.enter_context(visitor)
-        cadence, last, clock = recipe.train, recipe.train.steps, Clock()
-        while state.step < last:
+            visitor = None
+            if make_visitor and recipe.probes.doctor_every:
+                visitor = make_visitor(recipe, run, latents, held_out, state)
+                closing.enter_context(visitor)
+                closing.callback(saver.settle)  # before its last visit, to a run that halted
+            lead, state.before_update = _Lead(sinks, saver, visitor), saver.settle
+        saved = lead.saver.wait if lead else None
+        skips = closing.enter_context(SkippedSteps(recipe, run, group, state, maker, saved))
+        stops, clock = StopRequests(run, group), Clock()
+        # cut off after the checkpoint that the run goes on from
+        _show(lead, group.share(lead.sinks.missed() if lead else NOTHING), group, report)
+        while state.step < recipe.train.steps:
+            if lead:
+                lead.saver.check()
             clock.start()
             batch = make_batch(state.step)
             clock.waited()
             row = train_step(state, objective, batch, recipe, group)
             clock.stepped()
-            step, logged = state.step, state.step % cadence.log_every == 0 or state.step == last
-            saving = step % cadence.checkpoint_every == 0 or step == last
-            saving = skips.look(saving) if logged or saving else False
-            if logged:
+            due, stop = Due.at(state.step, recipe), stops.heard()
+            saving = False
+            if due.log or due.checkpoint or stop:
+                saving = skips.look(due.checkpoint) or stop
+            if due.log:
                 losses = _scalars(row, group) | state.tally.logged() | clock.row()
-                if sinks:
-                    sinks.log(losses)
-            stop = logged and group.agree(run.stop_request.exists() if group.lead else False)
-            probing, probed = step % cadence.probe_every == 0 or step == last, {}
-            if sinks and probing:
-                probed = sinks.probe(losses if logged else {}, final=step == last)
-            if sinks and (step % cadence.sample_every == 0 or step == last):
-                sinks.sample()
-            if sinks and (saving or stop):
-                save_state(state, recipe, run)
-                sinks.flush()
-            if visitor and (
-                step % (cadence.probe_every * recipe.probes.doctor_every) == 0 or step == last
-            ):
-                probed["findings"] = visitor.visit()
-            # after all that belongs to the step is on disk: who hears it may end this process
-            if probing:
-                report(group.share(probed))
-            if stop and step < last:
+                if lead:
+                    lead.sinks.log(losses)
+            if lead and saving:
+                lead.saver.begin(kept_of(state, recipe))
+                if stop or state.step == recipe.train.steps:  # nothing is trained meanwhile
+                    lead.saver.wait()
+                lead.sinks.flush()
+            _show(lead, due, group, report)
+            if stop and state.step < recipe.train.steps:
                 return "stopped"
         return "finished"
 
 
+def _data(
+    recipe: Recipe, run: RunDirectory, group: Group, progress: Progress
+) -> tuple[LatentSet, LatentSet]:
+    """Training and held-out latents; what is not encoded yet the lead encodes."""
+    if recipe.data.partial is True:  # its shards would be others at each start, and on each rank
+        raise InputError("data.partial: true is to be made names of shards first, by `with_part`")
+    made_of = recipe.data, recipe.model.autoencoder, recipe.model.latent
+    folders = ensure_latents(*made_of, progress, recipe.model.text) if group.lead else {}
+    group.agree(True)  # the others wait until the lead has encoded
+    folders = folders or ensure_latents(*made_of)
+    if group.lead:
+        run.create()
+        if left_out := bad_samples(folders.values()):
+            write_whole(run.bad_samples, left_out)
+    return load_training(folders["train"], recipe), load_latents(folders["val"])
+
+
+@dataclass(frozen=True)
+class _Lead:
+    """What the lead rank alone has."""
+
+    sinks: Sinks
+    saver: Saver
+    visitor: Visitor | None
+
+
+def _show(lead: _Lead | None, due: Due, group: Group, report: Report) -> None:
+    """Pictures, probes and the visit that are due at the present step, after its checkpoint; every
+    rank reports the row, once all that belongs to the step is on disk: who hears it may end this
+    process.
+    """
+    row: Row = {}
+    if lead:
+        if due.sample:
+            lead.sinks.sample()
+        if due.probe:
+            row = lead.sinks.probe()
+        if due.visit and lead.visitor:
+            lead.saver.settle()  # it takes steps, and takes them back
+            with lead.sinks.gap("the doctor's visit"):
+                row["findings"] = lead.visitor.visit()
+    if lead and due.probe:
+        lead.saver.wait()
+    if due.probe:
+        report(group.share(row))
+
+
 def is_finished(recipe: Recipe, run: RunDirectory) -> bool:
-    """Whether the newest checkpoint has all the steps."""
+    """Whether the newest checkpoint has all the steps, and the last one's probes are there: they
+    come after it.
+    """
     steps, valid = recipe.train.steps, list_checkpoints(run.checkpoints)
     if not valid or load_state(valid[-1])["step"] < steps:
         return False  # known without reading every byte of it, as `newest_checkpoint` does
+    if not has_row(run.probes, load_state(valid[-1])["step"]):
+        return False
     checkpoint = newest_checkpoint(run.checkpoints)
     return checkpoint is not None and load_state(checkpoint)["step"] >= steps
 
@@ -160,115 +197,3 @@ def _scalars(row: dict[str, torch.Tensor], group: Group) -> Row:
     """A step's tensors as numbers, averaged over ranks, in one transfer."""
     stacked = group.mean(torch.stack([value.float().to(group.device) for value in row.values()]))
     return dict(zip(row, stacked.tolist(), strict=True))
-
-
-class Sinks:
-    """What the lead writes: metric and probe rows, TensorBoard events, sample strips."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        run: RunDirectory,
-        latents: LatentSet,
-        held_out: LatentSet,
-        state: TrainState,
-        group: Group,
-    ):
-        self.recipe, self.run, self.state, self.device = recipe, run, state, group.device
-        self.start = state.step
-        self.latents, self.held_out = latents, held_out
-        self.probe_batch: ProbeBatch = make_probe_batch(recipe, held_out, group.device, latents)
-        self.prompts = list(recipe.sample.prompts) or _some_prompts(held_out)
-        self._metrics, self._probes = (
-            RowWriter(run.metrics, state.step),
-            RowWriter(run.probes, state.step),
-        )
-        # The suffix keeps two starts within one second apart: the writer names its file by the
-        # second.
-        place = {"logdir": str(run.path / "tensorboard"), "filename_suffix": f".{state.step}"}
-        self._board = SummaryWriter(**place, purge_step=state.step + 1, flush_secs=10)
-        self._autoencoder: Autoencoder | None = None
-        (run.samples / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
-        if run.next_config.exists():  # the state has been restored: what was there before may go
-            run.next_config.replace(run.config)
-        elif not run.config.exists():
-            write_whole(run.config, dump_recipe(recipe))
-
-    @property
-    def autoencoder(self) -> Autoencoder:
-        """Loaded when the first picture is wanted."""
-        if self._autoencoder is None:
-            self._autoencoder = load_autoencoder(
-                self.recipe.model.autoencoder, self.recipe.model.latent
-            ).to(self.device)
-        return self._autoencoder
-
-    def log(self, row: Row) -> None:
-        """One metrics row, and the same numbers to TensorBoard."""
-        row["perf/images_per_s"] = self.recipe.train.batch_size / row["perf/step_s"]
-        self._metrics.write({"step": self.state.step, **row})
-        self._to_board(
-            {f"train/{key}" if key in PROBED_TOO else key: value for key, value in row.items()}
-        )
-
-    def probe(self, losses: Row, *, final: bool) -> Row:
-        """Run the probes on the EMA weights (and the raw ones); returns the row for `report`."""
-        model = self.state.model
-        row: Row = {}
-        with self.state.ema.applied():
-            row |= {
-                f"ema/{key}": value
-                for key, value in run_probes(
-                    model, self.recipe, self.probe_batch, endpoints=final
-                ).items()
-            }
-        if self.recipe.probes.raw:
-            row |= run_probes(model, self.recipe, self.probe_batch, endpoints=final)
-        row["ema/delta_rms"] = self.state.ema.delta_rms()
-        # the first probe, resumed or not
-        if self.state.step == min(self.recipe.train.probe_every, self.recipe.train.steps):
-            row |= channel_metrics(self.held_out)
-            row["text/cut"] = model.text.prompts.cut_share(some_captions(self.latents))
-        if final:
-            row |= vae_metrics(
-                self.autoencoder,
-                self.held_out,
-                self.recipe.probes.batch_size,
-                self.recipe.probes.seed,
-            )
-        self._probes.write({"step": self.state.step, **row})
-        self._to_board(row)
-        place = {"step": self.state.step, "start": self.start}
-        reported = {**place, "budget_steps": self.recipe.train.steps, **row}
-        return reported | {key: value for key, value in losses.items() if key.startswith("loss/")}
-
-    def sample(self) -> None:
-        """A strip of pictures of the fixed prompts with the weights that `sample.weights` names."""
-        config = self.recipe.sample
-        with self.state.ema.applied() if config.weights == "ema" else nullcontext():
-            pictures = generate(
-                self.state.model, self.autoencoder, self.prompts, config, self.recipe.probes.seed
-            )
-        save_strip(pictures, self.run.samples / f"step_{self.state.step:06d}.png")
-        self._board.add_images("samples", pictures, self.state.step, dataformats="NHWC")
-
-    def flush(self) -> None:
-        """TensorBoard's events to disk; the rows are there already."""
-        self._board.flush()
-
-    def close(self) -> None:
-        """Write what is pending and let go of the files."""
-        self._board.close()
-        self._metrics.close()
-        self._probes.close()
-
-    def _to_board(self, row: Row) -> None:
-        for key, value in row.items():
-            if "trivial/" not in key:
-                self._board.add_scalar(key, value, self.state.step)
-
-
-def _some_prompts(held_out: LatentSet) -> list[str]:
-    """The first held-out captions that differ, for the sample strip."""
-    texts = [held_out.captions(i)[0] for i in range(min(len(held_out), 10 * GRID_PROMPTS))]
-    return list(dict.fromkeys(texts))[:GRID_PROMPTS]

@@ -9,6 +9,7 @@ the number of steps are those of a run without it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -34,7 +35,7 @@ FEW = 16  # samples named
 
 class SkippedSteps(AbstractContextManager["SkippedSteps"]):
     """Looks after the skipped steps of a run, at logged steps and before checkpoints, on every
-    rank.
+    rank. saved: waits for the checkpoint that is being written, on the rank that writes it.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class SkippedSteps(AbstractContextManager["SkippedSteps"]):
         group: Group,
         state: TrainState,
         make_batch: BatchMaker,
+        saved: Callable[[], None] | None = None,
     ):
         self.recipe, self.run, self.group, self.state = recipe, run, group, state
+        self._saved = saved
         self.make_batch, self.indices = make_batch, make_batch.indices
         self.key = make_batch.latents.reader.key
         self._rows: RowWriter | None = None
@@ -114,7 +117,7 @@ class SkippedSteps(AbstractContextManager["SkippedSteps"]):
                 first = first or (bad[0] if bad else None)
                 broken += [done + row for row in broken_rows(forward, part)]
                 done += len(part.t)
-        found = self.group.gather((first, broken))
+        found = self.group.gathered((first, broken))
         indices = self.indices(step)
         places = [place for _, rows in found for place in rows][:FEW]
         return {
@@ -127,6 +130,8 @@ class SkippedSteps(AbstractContextManager["SkippedSteps"]):
         there is none.
         """
         state, group = self.state, self.group
+        if self._saved:
+            self._saved()
         if not group.agree(bool(list_checkpoints(self.run.checkpoints)) if group.lead else False):
             return None
         step, counts, backoffs = state.step, state.tally.kept(), int(state.backoffs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from flowray.store.checkpoint import (
     load_tensors,
     newest_checkpoint,
     save_checkpoint,
+    warn,
 )
 from flowray.store.frozen import WEIGHTS, frozen_weights, refuse_other_weights
 from flowray.store.run import RunDirectory
@@ -44,6 +45,8 @@ class TrainState:
     step and the lr that led to it.
     backoffs: () int64, how often fp16's loss scale has been cut; tally: what became of each step.
     frozen: `frozen_weights` of when they were read.
+    data: `LatentSet.told` of the samples that it is trained on; empty where nobody asks.
+    before_update: called before a step changes weights, optimiser and average.
     """
 
     step: int
@@ -59,6 +62,8 @@ class TrainState:
     backoffs: Tensor = field(default_factory=lambda: torch.tensor(0))
     tally: Tally = field(default_factory=Tally)
     frozen: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    before_update: Callable[[], None] = lambda: None
 
 
 def fresh_state(recipe: Recipe, device: torch.device) -> TrainState:
@@ -111,21 +116,24 @@ def load_slots(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
     return slots
 
 
-def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
-    """Write a checkpoint of the state.
-
-    Halted, with the older ones untouched: weights are not finite, or it cannot be written.
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint holds: groups of named tensors, which training goes on to change, and the
+    rest as JSON.
     """
-    weights: dict[str, Tensor] = {name: p.detach() for name, p in state.parameters.items()}
-    for name, weight in weights.items():
-        if not bool(weight.isfinite().all()):
-            raise Halted(
-                f"step {state.step}: {name} is not finite, so no checkpoint was written; try a"
-                " lower optim.lr"
-            )
+
+    step: int
+    groups: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def kept_of(state: TrainState, recipe: Recipe) -> Kept:
+    """What a checkpoint of the state as it is now holds; its tensors are the state's own."""
     kept = {
         WEIGHTS: {**frozen_weights(recipe.model), **state.frozen},
         "seed": recipe.seed,
+        "batch_size": recipe.train.batch_size,
+        "data": state.data,
         "lr": lr_at(state.schedule, recipe.optim.lr, state.step - 1, recipe.train.steps),
         "restart": state.restart if _restarts_here(recipe) else None,
         "balance": state.balancer.kept(),
@@ -133,40 +141,66 @@ def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
         "backoffs": int(state.backoffs),
         "tally": state.tally.kept(),
     }
+    weights = {name: p.detach() for name, p in state.parameters.items()}
     groups = {"model": weights, "ema": state.ema.average, "optim": _optimizer_tensors(state)}
     if moving := state.model.semantic.moving():
         groups["moving"] = moving
+    return Kept(state.step, groups, kept)
+
+
+def write_kept(run: RunDirectory, kept: Kept, keep: int) -> Path:
+    """Write a checkpoint, of which the newest `keep` stay.
+
+    Halted, with the older ones untouched: weights are not finite, or it cannot be written.
+    """
+    for name, weight in kept.groups["model"].items():
+        if not bool(weight.isfinite().all()):
+            raise Halted(
+                f"step {kept.step}: {name} is not finite, so no checkpoint was written; try a"
+                " lower optim.lr"
+            )
     try:
-        return save_checkpoint(
-            run.checkpoints, state.step, groups, kept, recipe.train.keep_checkpoints
-        )
+        return save_checkpoint(run.checkpoints, kept.step, kept.groups, kept.state, keep)
     except OSError as error:
         why = error.strerror or error
         raise Halted(
-            f"step {state.step}: the checkpoint cannot be written: {why}; the ones before it are"
+            f"step {kept.step}: the checkpoint cannot be written: {why}; the ones before it are"
             " kept"
         ) from error
 
 
+def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
+    """Write a checkpoint of the state, and wait for it; raises as `write_kept` does."""
+    return write_kept(run, kept_of(state, recipe), recipe.train.keep_checkpoints)
+
+
 def restore_state(
-    state: TrainState, recipe: Recipe, run: RunDirectory, group: Group | None = None
+    state: TrainState,
+    recipe: Recipe,
+    run: RunDirectory,
+    group: Group | None = None,
+    say: Callable[[str], None] = warn,
 ) -> None:
     """Continue from the newest intact checkpoint; none leaves the state as it is.
 
-    group: of its ranks the lead alone looks which one that is, as it reads every byte for it.
+    group: its lead, which holds the run's lock, names the checkpoint, reading every byte for it,
+    and all ranks load that one. say: hears of damaged ones. InputError on every rank where they do
+    not see the same one.
     """
     state.frozen = frozen_weights(recipe.model)
-    leads = group is None or group.lead
-    checkpoint = newest_checkpoint(run.checkpoints) if leads else None
-    checkpoint = group.share(checkpoint) if group else checkpoint
-    if checkpoint is None:
+    group = group or Group(0, 1, torch.device("cpu"))
+    found = newest_checkpoint(run.checkpoints, say, set_aside=True) if group.lead else None
+    named = group.share(found)
+    if named is None:
         return
-    kept = load_state(checkpoint)
+    checkpoint = run.checkpoints / named.name
+    kept = _read_alike(checkpoint, named, group)
     if kept["seed"] != recipe.seed:
         raise InputError(
             f"seed: got {recipe.seed}, but {checkpoint} was trained with {kept['seed']}; a resume"
             " keeps the seed"
         )
+    _refuse_other_data(checkpoint, kept, state.data, recipe)
     refuse_other_weights(checkpoint, kept, recipe.model)
     copy_into(state.parameters, load_tensors(checkpoint, "model"), checkpoint)
     copy_into(state.ema.average, load_tensors(checkpoint, "ema"), checkpoint)
@@ -184,6 +218,52 @@ def restore_state(
     state.tally.restore(kept.get("tally", {}))
     if kept.get("scaler"):
         state.scaler.load_state_dict(kept["scaler"])
+
+
+def _refuse_other_data(
+    checkpoint: Path, kept: dict[str, Any], data: dict[str, Any], recipe: Recipe
+) -> None:
+    """InputError where a resume would silently train on in another order: which samples a step
+    takes follows from the samples there are and the batch. Checkpoints of before do not say.
+    """
+    batch = recipe.train.batch_size
+    if kept.get("batch_size", batch) != batch:
+        raise InputError(
+            f"train.batch_size: got {batch}, but {checkpoint} was trained with"
+            f" {kept['batch_size']}; a resume keeps it"
+        )
+    before = kept.get("data")
+    if not before or not data or before == data or recipe.train.on_changed_data == "continue":
+        return
+    was, now = (f"{of['samples']} samples ({of['fingerprint'][:8]})" for of in (before, data))
+    raise InputError(
+        f"data.shards: {checkpoint} was trained on {was}, and they are {now} now; put the data"
+        " back, or type train.on_changed_data=continue to go on with these by samples seen, or"
+        " name=OTHER for a new run"
+    )
+
+
+_NOTHING = "nothing"  # that a rank can read
+
+
+def _read_alike(checkpoint: Path, named: Path, group: Group) -> dict[str, Any]:
+    """`load_state` of the checkpoint that the lead has named; InputError, one line and the same on
+    every rank, where one of them sees another one there, or none.
+    """
+    kept: dict[str, Any] = {}
+    try:
+        kept = load_state(checkpoint)
+        seen = f"step {kept['step']}, weights {kept['files']['model.safetensors']['crc32']:08x}"
+    except (OSError, ValueError, KeyError, InputError) as error:
+        seen = f"{_NOTHING} ({getattr(error, 'strerror', None) or error})"
+    of_ranks = group.gathered(seen)
+    for rank, theirs in enumerate(of_ranks):
+        if theirs != of_ranks[0] or theirs.startswith(_NOTHING):
+            raise InputError(
+                f"{named}: rank 0 reads {of_ranks[0]} there, rank {rank} reads {theirs}:"
+                " storage_path must be one and the same folder on every node"
+            )
+    return kept
 
 
 def restart_of(kept: Mapping[str, Any]) -> tuple[int, float]:

@@ -264,6 +264,7 @@ def _update(state: TrainState, losses: Scalars, recipe: Recipe, group: Group) ->
         overflow = sound & ~norm.isfinite() & (_scale(state) > 1)
         state.backoffs += overflow
         skipped = bad & ~overflow
+    state.before_update()
     step_unless(state.optimizer, bad)
     state.scaler.update()
     state.ema.update(state.step)

@@ -29,6 +29,7 @@ _CADENCE = (
     "sample_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "on_changed_data",
     "grad_every",
     "device",
 )

@@ -29,6 +29,7 @@ from tensorboard.plugins.hparams.summary_v2 import (
 )
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from flowray.store.run import RunDirectory
 from flowray.sweepconfig.distributions import (
     Categorical,
     Constant,
@@ -170,7 +171,7 @@ class Gallery(Observer):
         self._named = True
 
     def probed(self, trial: TrialRecord) -> None:
-        strips = sorted((self._dir / str(trial.trial) / "samples").glob("step_*.png"))
+        strips = RunDirectory(self._dir / str(trial.trial)).strips()
         if not strips:
             return
         study = self._storage.get_study_id_from_name(self._study)

@@ -117,7 +117,7 @@ def test_an_interrupted_run_repeats_the_whole_one_bit_for_bit(base, whole, how):
 
     if how == "stopped":
         assert go(base, how, interrupt)[1] == "stopped"
-        assert newest_checkpoint(run.checkpoints).name == "step_000007"  # the next logged step
+        assert newest_checkpoint(run.checkpoints).name == "step_000007"  # the next step
         run.stop_request.unlink()
     else:
         with pytest.raises(Crash):
@@ -205,6 +205,7 @@ def test_whether_a_run_has_finished_is_known_without_reading_its_weights(tmp_pat
     kept = save_checkpoint(run.checkpoints, 20, {"model": {"w": torch.zeros(8)}}, {}, keep=2)
     read = []
     sys.addaudithook(lambda event, given: read.append(str(given[0])) if event == "open" else None)
+    run.probes.write_text('{"step": 20}\n')
     assert not is_finished(recipe, run)
     unfinished = [name for name in read if name.endswith(".safetensors")]
     assert is_finished(override_recipe(recipe, {"train.steps": 20}), run)

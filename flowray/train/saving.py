@@ -1,0 +1,110 @@
+"""Checkpoints written beside training, which waits for a copy in memory alone."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from flowray.store.run import RunDirectory
+from flowray.train.state import Kept, write_kept
+
+SMALL = 2**14  # bytes: tensors up to that are copied at once
+Groups = dict[str, dict[str, Tensor]]
+
+
+class Saver:
+    """Writes checkpoints in a thread, one at a time, and keeps the newest `keep`.
+
+    Training goes on with forward and backward passes while the thread copies; `settle` is to be
+    called before anything changes what is saved. What goes wrong in the thread is raised by the
+    next call: Halted, as from `write_kept`. The copies take the state's size in host memory, which
+    is kept for the next one. A context manager: its end waits for the last checkpoint.
+    """
+
+    def __init__(self, run: RunDirectory, keep: int, device: torch.device):
+        self._run, self._keep, self._device = run, keep, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # a thread begins on the first GPU
+        chosen = (torch.cuda.set_device, (self._stream.device,)) if self._stream else (None, ())
+        self._thread = ThreadPoolExecutor(1, "checkpoint", *chosen)
+        self._flight: Future[None] | None = None
+        self._enqueued = threading.Event()
+        self._enqueued.set()
+        self._copied: torch.cuda.Event | None = None
+        self._host: Groups = {}
+
+    def begin(self, kept: Kept) -> None:
+        """Begin to save; waits for the checkpoint before, where that is still being written."""
+        self.wait()
+        self._host = {
+            group: {key: self._room(group, key, tensor) for key, tensor in tensors.items()}
+            for group, tensors in kept.groups.items()
+        }
+        large: list[tuple[Tensor, Tensor]] = []
+        for group, tensors in kept.groups.items():
+            for key, tensor in tensors.items():
+                pair = self._host[group][key], tensor.detach()
+                # a forward pass may cap a scale in place
+                if tensor.nbytes <= SMALL:
+                    pair[0].copy_(pair[1], non_blocking=True)
+                else:
+                    large.append(pair)
+        made = torch.cuda.current_stream(self._device).record_event() if self._stream else None
+        self._copied = None
+        self._enqueued.clear()
+        self._flight = self._thread.submit(self._save, kept, large, made)
+
+    def settle(self) -> None:
+        """Wait until what is saved may change. On a GPU its stream waits and not the host."""
+        self._enqueued.wait()
+        if self._copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+
+    def check(self) -> None:
+        """Raise what went wrong since the last call."""
+        if self._flight is not None and self._flight.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that was begun is on disk."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            flight.result()
+
+    def _room(self, group: str, key: str, tensor: Tensor) -> Tensor:
+        """Host memory for the tensor, that of the checkpoint before where it fits."""
+        room = self._host.get(group, {}).get(key)
+        if room is not None and (room.shape, room.dtype) == (tensor.shape, tensor.dtype):
+            return room
+        pinned = tensor.device.type == "cuda"
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+
+    def _save(
+        self, kept: Kept, large: list[tuple[Tensor, Tensor]], made: torch.cuda.Event | None
+    ) -> None:
+        try:
+            if self._stream is None or made is None:
+                for room, tensor in large:
+                    room.copy_(tensor)
+            else:
+                with torch.cuda.stream(self._stream):
+                    self._stream.wait_event(made)
+                    for room, tensor in large:
+                        room.copy_(tensor, non_blocking=True)
+                    self._copied = self._stream.record_event()
+        finally:
+            self._enqueued.set()
+        if self._copied is not None:
+            self._copied.synchronize()
+        write_kept(self._run, Kept(kept.step, self._host, kept.state), self._keep)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None or issubclass(kind, Exception):  # a checkpoint's error is the earlier one
+            self.wait()

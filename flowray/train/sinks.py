@@ -1,0 +1,218 @@
+"""What the lead rank writes beside the checkpoints: metric and probe rows, TensorBoard events,
+sample strips, and what of these failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from flowray.config.errors import last_line
+from flowray.config.load import dump_recipe
+from flowray.config.recipe import Recipe
+from flowray.config.writing import NO_ROOM, write_whole
+from flowray.model.autoencoder import Autoencoder, load_autoencoder
+from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
+from flowray.probes.vae import vae_metrics
+from flowray.sample.generate import generate, save_strip
+from flowray.store.latents import LatentSet, channel_metrics, some_captions
+from flowray.store.rows import RowWriter, has_row, read_rows
+from flowray.store.run import RunDirectory
+from flowray.train.group import Group
+from flowray.train.state import TrainState
+
+Row = dict[str, Any]
+GRID_PROMPTS = 8
+# metrics.jsonl has them of the training batch, probes.jsonl of the held-out one
+PROBED_TOO = ("mu/abs_mean", "std/mean")
+PICTURES = "pictures"  # a strip that failed, in gaps.jsonl
+
+
+@dataclass(frozen=True)
+class Due:
+    """What belongs to a step beside its update."""
+
+    log: bool
+    probe: bool
+    sample: bool
+    checkpoint: bool
+    visit: bool
+
+    @classmethod
+    def at(cls, step: int, recipe: Recipe) -> Due:
+        """By the recipe's cadence; all of it at the last step."""
+        train, doctor_every = recipe.train, recipe.probes.doctor_every
+
+        def due(every: int) -> bool:
+            return every > 0 and (step % every == 0 or step == train.steps)
+
+        return cls(
+            log=due(train.log_every),
+            probe=due(train.probe_every),
+            sample=due(train.sample_every),
+            checkpoint=due(train.checkpoint_every),
+            visit=due(train.probe_every * doctor_every),
+        )
+
+
+NOTHING = Due(log=False, probe=False, sample=False, checkpoint=False, visit=False)
+
+
+class Sinks:
+    """What the lead writes. say: hears of what failed and left a gap, which ends no run."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        latents: LatentSet,
+        held_out: LatentSet,
+        state: TrainState,
+        group: Group,
+        say: Callable[[str], None],
+    ):
+        self.recipe, self.run, self.state, self.device = recipe, run, state, group.device
+        self.start, self._say = state.step, say
+        self.latents, self.held_out = latents, held_out
+        self.probe_batch: ProbeBatch = make_probe_batch(recipe, held_out, group.device, latents)
+        self.prompts = list(recipe.sample.prompts) or _some_prompts(held_out)
+        self._metrics, self._probes = (
+            RowWriter(run.metrics, state.step),
+            RowWriter(run.probes, state.step),
+        )
+        self._logged: Row = next(reversed(read_rows(run.metrics)), {"step": 0})
+        self._gaps = RowWriter(run.gaps, state.step) if run.gaps.exists() else None
+        # The suffix keeps two starts within one second apart: the writer names its file by the
+        # second.
+        place = {"logdir": str(run.path / "tensorboard"), "filename_suffix": f".{state.step}"}
+        self._board = SummaryWriter(**place, purge_step=state.step + 1, flush_secs=10)
+        self._autoencoder: Autoencoder | None = None
+        (run.samples / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
+        if run.next_config.exists():  # the state has been restored: what was there before may go
+            run.next_config.replace(run.config)
+        elif not run.config.exists():
+            write_whole(run.config, dump_recipe(recipe))
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """Loaded when the first picture is wanted."""
+        if self._autoencoder is None:
+            self._autoencoder = load_autoencoder(
+                self.recipe.model.autoencoder, self.recipe.model.latent
+            ).to(self.device)
+        return self._autoencoder
+
+    def log(self, row: Row) -> None:
+        """One metrics row, and the same numbers to TensorBoard."""
+        row["perf/images_per_s"] = self.recipe.train.batch_size / row["perf/step_s"]
+        self._logged = {"step": self.state.step, **row}
+        self._metrics.write(self._logged)
+        self._to_board(
+            {f"train/{key}" if key in PROBED_TOO else key: value for key, value in row.items()}
+        )
+
+    def missed(self) -> Due:
+        """What belongs to the step that was restored and was cut off between its checkpoint and
+        there: it is to be made before the next step.
+        """
+        step, run = self.state.step, self.run
+        if step == 0:
+            return NOTHING
+        due = Due.at(step, self.recipe)
+        drawn = run.strip(step).exists() or has_row(run.gaps, step, what=PICTURES)
+        return Due(
+            log=False,
+            probe=due.probe and not has_row(run.probes, step),
+            sample=due.sample and not drawn,
+            checkpoint=False,
+            visit=due.visit and not has_row(run.findings, step),
+        )
+
+    def probe(self) -> Row:
+        """Run the probes on the EMA weights (and the raw ones); returns the row for `report`.
+
+        Of probes that fail the numbers are missing in it.
+        """
+        model, recipe, step = self.state.model, self.recipe, self.state.step
+        final, row = step == recipe.train.steps, Row()
+        with self.gap("the probes"), self.state.ema.applied():
+            found = run_probes(model, recipe, self.probe_batch, endpoints=final)
+            row |= {f"ema/{key}": value for key, value in found.items()}
+        if recipe.probes.raw:
+            with self.gap("the probes of the raw weights"):
+                row |= run_probes(model, recipe, self.probe_batch, endpoints=final)
+        row["ema/delta_rms"] = self.state.ema.delta_rms()
+        # the first probe, resumed or not
+        if step == min(recipe.train.probe_every, recipe.train.steps):
+            with self.gap("what is said of the data"):
+                row |= channel_metrics(self.held_out)
+                row["text/cut"] = model.text.prompts.cut_share(some_captions(self.latents))
+        if final:
+            with self.gap("the autoencoder's round trip"):
+                row |= vae_metrics(
+                    self.autoencoder, self.held_out, recipe.probes.batch_size, recipe.probes.seed
+                )
+        self._probes.write({"step": step, **row})
+        self._to_board(row)
+        place = {"step": step, "start": self.start}
+        reported = {**place, "budget_steps": recipe.train.steps, **row}
+        losses = self._logged if self._logged["step"] == step else {}
+        return reported | {key: value for key, value in losses.items() if key.startswith("loss/")}
+
+    def sample(self) -> None:
+        """A strip of pictures of the fixed prompts with the weights that `sample.weights` names."""
+        config, step = self.recipe.sample, self.state.step
+        with self.gap(PICTURES):
+            with self.state.ema.applied() if config.weights == "ema" else nullcontext():
+                pictures = generate(
+                    self.state.model,
+                    self.autoencoder,
+                    self.prompts,
+                    config,
+                    self.recipe.probes.seed,
+                )
+            save_strip(pictures, self.run.strip(step))
+            self._board.add_images("samples", pictures, step, dataformats="NHWC")
+
+    @contextmanager
+    def gap(self, what: str) -> Iterator[None]:
+        """A block beside training. Where it fails, gaps.jsonl says so and the run goes on; a full
+        disk raises, as the rows after it would not be written either.
+        """
+        try:
+            yield
+        except Exception as error:
+            if getattr(error, "errno", None) in NO_ROOM:
+                raise
+            why = f"{type(error).__name__}: {last_line(str(error))}"
+            if self._gaps is None:
+                self._gaps = RowWriter(self.run.gaps, self.state.step)
+            self._gaps.write({"step": self.state.step, "what": what, "why": why})
+            self._say(f"warning: step {self.state.step}: {what} failed: {why}; training goes on")
+
+    def flush(self) -> None:
+        """TensorBoard's events to disk; the rows are there already."""
+        self._board.flush()
+
+    def close(self) -> None:
+        """Write what is pending and let go of the files."""
+        self._board.close()
+        self._metrics.close()
+        self._probes.close()
+        if self._gaps:
+            self._gaps.close()
+
+    def _to_board(self, row: Row) -> None:
+        for key, value in row.items():
+            if "trivial/" not in key:
+                self._board.add_scalar(key, value, self.state.step)
+
+
+def _some_prompts(held_out: LatentSet) -> list[str]:
+    """The first held-out captions that differ, for the sample strip."""
+    texts = [held_out.captions(i)[0] for i in range(min(len(held_out), 10 * GRID_PROMPTS))]
+    return list(dict.fromkeys(texts))[:GRID_PROMPTS]
