@@ -81,6 +81,33 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _parts_suffice(self) -> Recipe:
+        """What needs all weights, or each loss's own gradient, on one worker."""
+        shard = self.resources.shard
+        whole = {
+            "loss.balance.kind": self.loss.balance.kind != "none",
+            "train.grad_every": self.train.grad_every > 0,
+            "probes.doctor_every": self.probes.doctor_every > 0,
+        }
+        if shard != "none" and (wanted := [key for key, on in whole.items() if on]):
+            raise RuleError(
+                f"{' and '.join(wanted)} cannot be had with resources.shard {shard}: they take"
+                " every worker to hold all weights",
+                "resources.shard",
+                *wanted,
+            )
+        if self.resources.shard_text and (shard == "none" or self.model.text.cache):
+            # workers that find a caption kept would not ask for the parts, and others wait
+            raise RuleError(
+                "resources.shard_text wants resources.shard full or hybrid and model.text.cache"
+                " false",
+                "resources.shard_text",
+                "resources.shard",
+                "model.text.cache",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _losses_have_a_source(self) -> Recipe:
         if self.model.source.kind == "noise" and (idle := self.loss.on_source):
             keys = [f"loss.{name}.weight" for name in idle]

@@ -233,12 +233,18 @@ class ResourceConfig(Config):
     """What a run takes from the cluster.
 
     max_failures: deaths in a row, without a new checkpoint between them, that are put up with.
+    shard: where weights, gradients, optimiser state and EMA lie: `none`, on every worker (DDP);
+    `full`, a part on each (FSDP2); `hybrid`, parts within a node, the same on every node.
     """
 
     num_workers: Annotated[int, Field(ge=1)] = 1
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     gpus_per_worker: float = Field(0, ge=0)
     max_failures: Annotated[int, Field(ge=0)] = 3
+    shard: Literal["none", "full", "hybrid"] = "none"
+    shard_text: bool = Field(
+        False, description="the frozen text model in parts too, a layer at a time in one piece"
+    )
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> ResourceConfig:

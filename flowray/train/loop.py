@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, Protocol
 
 import torch
@@ -40,6 +40,7 @@ from flowray.train.ahead import BatchesAhead
 from flowray.train.group import Group
 from flowray.train.state import TrainState, fresh_state, restore_state, save_state
 from flowray.train.step import BatchMaker, train_step
+from flowray.train.view import View, view_of
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -73,9 +74,9 @@ def train(
     """Train to `train.steps`, from the newest valid checkpoint of `run` if there is one.
 
     Probes, samples and a checkpoint also come at the last step. `stopped`: `run.stop_request`
-    appeared and a checkpoint was written. Every rank calls `report`, with the lead's row, at every
-    probe. make_visitor: who comes at every `probes.doctor_every`-th probe, on the lead. InputError
-    where a rank cannot use the GPU that it was given.
+    appeared and a checkpoint was written. Every rank reports the lead's row of every probe.
+    make_visitor: who comes at every `probes.doctor_every`-th probe, on the lead. InputError where a
+    rank cannot use the GPU that it was given.
     """
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     progress = WrittenProgress(run) if group.lead else SILENT
@@ -92,22 +93,22 @@ def train(
         if group.lead:
             closing.enter_context(RunLock(run, ORPHANED_S))
         with progress.task("loading the models"):
-            state = fresh_state(recipe, group.device)
+            state = fresh_state(recipe, group.device, group)
             restore_state(state, recipe, run, group)
         if warning := check_captions(state.model.text.prompts, some_captions(latents)):
             progress.say(warning)
         objective = group.wrap(state.objective)
-        maker = BatchMaker(recipe, latents, group)
-        make_batch = BatchesAhead(maker, recipe.train.steps, group.device)
-        closing.enter_context(make_batch)
+        make_batch = closing.enter_context(
+            BatchesAhead(BatchMaker(recipe, latents, group), recipe.train.steps, group.device)
+        )
         sinks = Sinks(recipe, run, latents, held_out, state, group) if group.lead else None
         if sinks:
             closing.callback(sinks.close)
         visitor = None
-        if make_visitor and group.lead and recipe.probes.doctor_every:
+        if make_visitor and sinks and recipe.probes.doctor_every:
             visitor = make_visitor(recipe, run, latents, held_out, state)
             closing.enter_context(visitor)
-        cadence, last = recipe.train, recipe.train.steps
+        attending, cadence, last = group.lead or state.shards, recipe.train, recipe.train.steps
         while state.step < last:
             started = time.perf_counter()
             batch = make_batch(state.step)
@@ -121,13 +122,16 @@ def train(
                     sinks.log(losses)
             stop = logged and group.agree(run.stop_request.exists() if group.lead else False)
             probing, probed = step % cadence.probe_every == 0 or step == last, {}
-            if sinks and probing:
-                probed = sinks.probe(losses if logged else {}, final=step == last)
-            if sinks and (step % cadence.sample_every == 0 or step == last):
-                sinks.sample()
-            if sinks and (step % cadence.checkpoint_every == 0 or step == last or stop):
+            sampling = step % cadence.sample_every == 0 or step == last
+            view = view_of(state) if attending and (probing or sampling) else None
+            if sinks and view and probing:
+                probed = sinks.probe(view, losses if logged else {}, final=step == last)
+            if sinks and view and sampling:
+                sinks.sample(view)
+            if attending and (step % cadence.checkpoint_every == 0 or step == last or stop):
                 save_state(state, recipe, run)
-                sinks.flush()
+                if sinks:
+                    sinks.flush()
             if visitor and (
                 step % (cadence.probe_every * recipe.probes.doctor_every) == 0 or step == last
             ):
@@ -204,20 +208,20 @@ class Sinks:
             {f"train/{key}" if key in PROBED_TOO else key: value for key, value in row.items()}
         )
 
-    def probe(self, losses: Row, *, final: bool) -> Row:
+    def probe(self, view: View, losses: Row, *, final: bool) -> Row:
         """Run the probes on the EMA weights (and the raw ones); returns the row for `report`."""
-        model = self.state.model
         row: Row = {}
-        with self.state.ema.applied():
+        with view.averaged():
             row |= {
                 f"ema/{key}": value
                 for key, value in run_probes(
-                    model, self.recipe, self.probe_batch, endpoints=final
+                    view.model, self.recipe, self.probe_batch, endpoints=final
                 ).items()
             }
         if self.recipe.probes.raw:
-            row |= run_probes(model, self.recipe, self.probe_batch, endpoints=final)
-        row["ema/delta_rms"] = self.state.ema.delta_rms()
+            with view.plain():
+                row |= run_probes(view.model, self.recipe, self.probe_batch, endpoints=final)
+        row["ema/delta_rms"] = view.delta_rms()
         # the first probe, resumed or not
         if self.state.step == min(self.recipe.train.probe_every, self.recipe.train.steps):
             row |= channel_metrics(self.held_out)
@@ -234,12 +238,12 @@ class Sinks:
         reported = {**place, "budget_steps": self.recipe.train.steps, **row}
         return reported | {key: value for key, value in losses.items() if key.startswith("loss/")}
 
-    def sample(self) -> None:
+    def sample(self, view: View) -> None:
         """A strip of pictures of the fixed prompts with the weights that `sample.weights` names."""
         config = self.recipe.sample
-        with self.state.ema.applied() if config.weights == "ema" else nullcontext():
+        with view.averaged() if config.weights == "ema" else view.plain():
             pictures = generate(
-                self.state.model, self.autoencoder, self.prompts, config, self.recipe.probes.seed
+                view.model, self.autoencoder, self.prompts, config, self.recipe.probes.seed
             )
         save_strip(pictures, self.run.samples / f"step_{self.state.step:06d}.png")
         self._board.add_images("samples", pictures, self.state.step, dataformats="NHWC")

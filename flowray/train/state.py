@@ -27,6 +27,7 @@ from flowray.store.frozen import WEIGHTS, frozen_weights, refuse_other_weights
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.optim import Ema, build_optimizer, lr_at, resolve_schedule
+from flowray.train.sharding import Shards, is_sharded, part_of, parts_of, shard, twin_of, whole
 
 
 class Halted(RuntimeError):
@@ -43,6 +44,8 @@ class TrainState:
     step and the lr that led to it.
     backoffs: how often fp16's loss scale has been cut.
     frozen: `frozen_weights` of when they were read.
+    shards: that weights, EMA and the optimiser's state are in parts on the ranks; None: each has
+    all.
     """
 
     step: int
@@ -57,21 +60,36 @@ class TrainState:
     restart: tuple[int, float] = (0, 0.0)
     backoffs: int = 0
     frozen: dict[str, str] = field(default_factory=dict)
+    shards: Shards | None = None
 
 
-def fresh_state(recipe: Recipe, device: torch.device) -> TrainState:
-    """A new model on `device` at step 0; its weights depend on the seed alone."""
-    model = build_model(recipe.model, recipe.loss, recipe.seed).to(device)
+def fresh_state(recipe: Recipe, device: torch.device, group: Group | None = None) -> TrainState:
+    """A new model on `device` at step 0; its weights depend on the seed alone.
+
+    group: the ranks that are to hold parts of it, where `resources.shard` says so.
+    """
+    model, sharded = build_model(recipe.model, recipe.loss, recipe.seed), None
+    if group is None or not is_sharded(recipe.resources, group):
+        model, group = model.to(device), None
+    else:
+        shard_text = recipe.resources.shard_text
+        sharded = Shards(twin_of(model, device, shard_text=shard_text) if group.lead else None)
     if recipe.train.compile:
         model.velocity.compile_blocks()
-    return state_of(recipe, model)
+    state = state_of(recipe, model, group)
+    state.shards = sharded
+    return state
 
 
-def state_of(recipe: Recipe, model: FlowModel) -> TrainState:
-    """What trains a model, at step 0, on the device where it lies."""
-    device = next(model.velocity.parameters()).device
-    parameters = model.trainable()
+def state_of(recipe: Recipe, model: FlowModel, group: Group | None = None) -> TrainState:
+    """What trains a model, at step 0, on the device where it lies; in parts on the ranks of
+    `group`.
+    """
     objective = Objective(model, recipe.flow, recipe.loss, velocity_fp32=recipe.train.velocity_fp32)
+    if group is not None:
+        shard(objective, recipe, group)
+    parameters = model.trainable()
+    device = next(model.velocity.parameters()).device
     return TrainState(
         step=0,
         model=model,
@@ -108,13 +126,31 @@ def load_slots(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
     return slots
 
 
-def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
-    """Write a checkpoint of the state.
+def tensor_groups(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """All tensors of a state by name, as the files of a checkpoint have them: whole. {} on ranks
+    but the lead where they hold parts; then every rank has to call it.
+    """
+    weights: dict[str, Tensor] = {name: p.detach() for name, p in state.parameters.items()}
+    groups = {"model": weights, "ema": state.ema.average, "optim": _optimizer_tensors(state)}
+    if moving := state.model.semantic.moving():
+        groups["moving"] = moving
+    if state.shards is None:
+        return groups
+    keep = state.shards.whole is not None
+    gathered = {name: whole(tensors, keep=keep) for name, tensors in groups.items()}
+    return gathered if keep else {}
+
+
+def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path | None:
+    """Write a checkpoint of the state. Where ranks hold parts every rank has to call it, and the
+    lead alone writes; the others get None.
 
     Halted, with the older ones untouched: weights are not finite, or it cannot be written.
     """
-    weights: dict[str, Tensor] = {name: p.detach() for name, p in state.parameters.items()}
-    for name, weight in weights.items():
+    groups = tensor_groups(state)
+    if not groups:
+        return None
+    for name, weight in groups["model"].items():
         if not bool(weight.isfinite().all()):
             raise Halted(
                 f"step {state.step}: {name} is not finite, so no checkpoint was written; try a"
@@ -129,9 +165,6 @@ def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
         "scaler": state.scaler.state_dict(),
         "backoffs": state.backoffs,
     }
-    groups = {"model": weights, "ema": state.ema.average, "optim": _optimizer_tensors(state)}
-    if moving := state.model.semantic.moving():
-        groups["moving"] = moving
     try:
         return save_checkpoint(
             run.checkpoints, state.step, groups, kept, recipe.train.keep_checkpoints
@@ -164,14 +197,16 @@ def restore_state(
             " keeps the seed"
         )
     refuse_other_weights(checkpoint, kept, recipe.model)
-    copy_into(state.parameters, load_tensors(checkpoint, "model"), checkpoint)
-    copy_into(state.ema.average, load_tensors(checkpoint, "ema"), checkpoint)
+    for group_name, into in (("model", state.parameters), ("ema", state.ema.average)):
+        tensors = parts_of(load_tensors(checkpoint, group_name), state.parameters)
+        copy_into(into, tensors, checkpoint)
     if moving := state.model.semantic.moving():
         copy_into(moving, load_tensors(checkpoint, "moving"), checkpoint)
     for name, slots in load_slots(checkpoint).items():
         parameter = state.parameters[name]
         for slot, value in slots.items():  # fused: `step` too lies on the device
-            state.optimizer.state[parameter][slot] = value.to(parameter.device)
+            own = part_of(value.to(parameter.device), parameter)
+            state.optimizer.state[parameter][slot] = own
     state.step = kept["step"]
     state.restart = restart_of(kept)
     state.schedule = resolve_schedule(recipe.optim.schedule, *state.restart)

@@ -23,7 +23,7 @@ from flowray.probes.field import cosines, nmse
 from flowray.store.latents import LatentSet
 from flowray.train.gradients import assign_gradients, forward_passes, head_weights, update_ratios
 from flowray.train.group import Group
-from flowray.train.optim import lr_at, set_lr
+from flowray.train.optim import clip_gradients, lr_at, set_lr
 from flowray.train.state import Halted, TrainState
 
 Scalars = dict[str, torch.Tensor]
@@ -222,9 +222,7 @@ def _update(state: TrainState, losses: Scalars, recipe: Recipe) -> torch.Tensor:
     before clipping.
     """
     state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(
-        list(state.parameters.values()), recipe.optim.clip_grad
-    ).detach()
+    norm = clip_gradients(list(state.parameters.values()), recipe.optim.clip_grad)
     scale = state.scaler.get_scale()
     if not math.isfinite(float(norm)) and scale <= 1:
         raise Halted(_blame(losses, state.step + 1, norm))
