@@ -91,8 +91,9 @@ class Recipe(Config):
         }
         if shard != "none" and (wanted := [key for key, on in whole.items() if on]):
             raise RuleError(
-                f"{' and '.join(wanted)} cannot be had with resources.shard {shard}: they take"
-                " every worker to hold all weights",
+                f"resources.shard {shard} leaves no worker all weights, as"
+                f" {' and '.join(wanted)} would have it; set one of them to"
+                " none or 0",
                 "resources.shard",
                 *wanted,
             )

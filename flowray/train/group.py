@@ -61,8 +61,10 @@ class Group:
         return self.rank == 0
 
     def rows(self, batch: int) -> slice:
-        """This rank's slice of a global batch."""
-        share = batch // self.world
+        """This rank's slice of a global batch. ValueError where ranks would get unlike shares."""
+        share, left = divmod(batch, self.world)
+        if left:
+            raise ValueError(f"batch: want a multiple of the {self.world} ranks, got {batch}")
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def wrap(self, module: nn.Module) -> nn.Module:

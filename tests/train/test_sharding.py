@@ -10,10 +10,12 @@ import pytest
 import torch
 from support import assert_refused, on_ranks, on_two_ranks, tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
+from flowray.model.assemble import build_model
 from flowray.store.checkpoint import list_checkpoints, load_state, load_tensors
 from flowray.store.latents import ensure_latents, load_latents
 from flowray.store.rows import read_rows
@@ -50,21 +52,28 @@ ROWS = ("loss/flow", "loss/kl", "loss/total", "grad/total", "std/mean", "mu/abs_
 
 
 class Sent(TorchDispatchMode):
-    """The names of the collectives that torch sends within the block."""
+    """The collectives that torch sends within the block, each with the bytes of its largest tensor:
+    what a gather makes, and what is reduced.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []
+        self.sent: list[tuple[str, int]] = []
+
+    def bytes_of(self, kind: str) -> list[int]:
+        return [size for name, size in self.sent if kind in name]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            self.names.append(str(func))
+            leaves = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+            self.sent.append((str(func), max((x.nbytes for x in leaves), default=0)))
         return func(*args, **(kwargs or {}))
 
 
 def steps(recipe: Recipe, group: Group) -> dict[str, Any]:
     """Rows of a few steps, the whole weights before and all tensors after them, how many numbers
-    of weights this rank holds, and how often it sent gradients in each step.
+    of weights this rank holds, and in each step the bytes of every gather of weights and of every
+    sum of gradients.
     """
     latents = load_latents(
         ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)["train"]
@@ -78,14 +87,14 @@ def steps(recipe: Recipe, group: Group) -> dict[str, Any]:
         batch = make_batch(step)
         with Sent() as heard:
             row = train_step(state, objective, batch, recipe, group)
-        sent.append([op for op in heard.names if "reduce_scatter" in op])
+        sent.append([heard.bytes_of(kind) for kind in ("allgather", "reduce_scatter")])
         rows.append({key: float(group.mean(row[key].float())) for key in ROWS})
     return {
         "rows": rows,
         "start": start,
         "groups": tensor_groups(state),
         "held": sum(local(p.detach()).numel() for p in state.parameters.values()),
-        "sent": list(map(len, sent)),
+        "sent": sent,
     }
 
 
@@ -184,13 +193,28 @@ def test_parts_train_as_the_whole(base, ranks, case):
 
 def test_parts_train_as_ranks_that_hold_all(ranks):
     assert_alike(ranks[0]["plain"], ranks[0]["plain with all"], 1e-3)
-    assert ranks[0]["plain with all"]["sent"] == [0] * STEPS  # DDP reduces otherwise
+    assert ranks[0]["plain with all"]["sent"] == [[[], []]] * STEPS  # DDP sums otherwise
 
 
-def test_gradients_are_sent_once_a_step_however_it_is_cut(ranks):
-    blocks_and_rest = 3
-    assert ranks[0]["plain"]["sent"] == [blocks_and_rest] * STEPS
-    assert ranks[0]["accumulated"]["sent"] == [blocks_and_rest] * STEPS
+def test_what_a_step_sends(base, ranks):
+    """Blocks are gathered for every forward and backward pass, the rest for both at once; gradients
+    are summed once a step however it is cut. As docs/scaling.md says.
+    """
+    model = build_model(base.model, base.loss, base.seed)
+    total = sum(p.nbytes for p in model.trainable().values())
+    in_blocks = sum(
+        p.nbytes for block in model.velocity.blocks_in_order() for p in block.parameters()
+    )
+    for gathered, summed in ranks[0]["plain"]["sent"]:
+        assert (len(gathered), len(summed)) == (2 * 2 + 1, 2 + 1)
+        assert sum(gathered) == pytest.approx(total + in_blocks, rel=0.01)  # padded to even parts
+        assert sum(summed) == pytest.approx(total, rel=0.01)
+    for gathered, summed in ranks[0]["accumulated"]["sent"]:
+        assert sum(gathered) == pytest.approx(2 * (total + in_blocks), rel=0.01)
+        assert sum(summed) == pytest.approx(total, rel=0.01)
+    for gathered, summed in ranks[0]["bf16"]["sent"]:  # the blocks in half of the bytes
+        assert sum(gathered) == pytest.approx(total, rel=0.01)
+        assert sum(summed) == pytest.approx(total, rel=0.01)
 
 
 @pytest.mark.slow
