@@ -360,7 +360,12 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def on_two_ranks(work: Callable[..., None], *args: Any) -> None:
-    """work(rank, *args) in both processes of a gloo group.
+    """`on_ranks` of two."""
+    on_ranks(2, work, *args)
+
+
+def on_ranks(world: int, work: Callable[..., None], *args: Any) -> None:
+    """work(rank, *args) in every process of a gloo group.
 
     They fork from a server that has imported torch and the loop, once for all the tests of a
     worker: seconds each.
@@ -368,11 +373,14 @@ def on_two_ranks(work: Callable[..., None], *args: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_rank, args=(port, work, args), nprocs=2, start_method="forkserver")
+    mp.start_processes(
+        _rank, args=(world, port, work, args), nprocs=world, start_method="forkserver"
+    )
 
 
-def _rank(rank: int, port: int, work: Callable[..., None], args: Sequence[Any]) -> None:
+def _rank(rank: int, world: int, port: int, work: Callable[..., None], args: Sequence[Any]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     work(rank, *args)
     dist.destroy_process_group()

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from flowray.cli.estimate import show_wall_time, wall_time
+from flowray.cli.parts import in_parts
 from flowray.cli.ready import problems
 from flowray.config.buckets import sizes_of
 from flowray.config.errors import InputError
@@ -144,7 +145,8 @@ def _memory(
         "loss_gradients": FP32 * trained * len(active_terms(recipe.loss)) if apart else 0,
         "ddp_buckets": FP32 * trained if recipe.resources.num_workers > 1 else 0,
     }
-    return {name: size for name, size in memory.items() if size}
+    memory = {name: size for name, size in memory.items() if size}
+    return in_parts(memory, recipe, model, TEXT_BYTES[recipe.model.text.dtype] * text)
 
 
 class _Fused(torch.autograd.Function):

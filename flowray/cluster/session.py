@@ -35,13 +35,14 @@ OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: data is read 
 # on the disk of its folder: logs, and the object store
 LEAST_FREE = OBJECT_STORE_BYTES + 50 * 2**20
 
+_START_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SCHEDULER_EVENTS": "0",
     "RAY_DEDUP_LOGS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # also the pace of ray.train.report
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    _START_S: "300",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
@@ -54,6 +55,14 @@ def set_defaults() -> None:
     """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
+
+
+def start_with_fewer() -> None:
+    """Workers that may be fewer do not wait long for lost ones, unless the user has said how long:
+    Ray Train takes a lost node for present until a start has timed out.
+    """
+    if os.environ.get(_START_S) in (None, _QUIET[_START_S]):
+        os.environ[_START_S] = "20"
 
 
 @contextmanager

@@ -81,6 +81,64 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _batch_splits_whoever_is_left(self) -> Recipe:
+        least, most, batch = (
+            self.resources.least_workers,
+            self.resources.num_workers,
+            self.train.batch_size,
+        )
+        if unlike := [count for count in range(least, most) if batch % count]:
+            raise RuleError(
+                f"train.batch_size {batch} must be a multiple of every number of workers from"
+                f" resources.min_workers {least} to resources.num_workers {most}, and is not of"
+                f" {unlike[0]}",
+                "train.batch_size",
+                "resources.min_workers",
+                "resources.num_workers",
+            )
+        return self
+
+    def for_workers(self, count: int) -> Recipe:
+        """The recipe with `train.accumulate` for another number of workers: their micro-batches are
+        as large as those of `resources.num_workers`, or the next smaller size that fits, so that
+        they take no more memory for them. The global batch stays.
+        """
+        planned, share = self.resources.num_workers, self.train.batch_size // count
+        least = -(-self.train.accumulate * planned // count)
+        parts = next(parts for parts in range(least, share + 1) if share % parts == 0)
+        return self.model_copy(
+            update={"train": self.train.model_copy(update={"accumulate": parts})}
+        )
+
+    @model_validator(mode="after")
+    def _parts_suffice(self) -> Recipe:
+        """What needs all weights, or each loss's own gradient, on one worker."""
+        shard = self.resources.shard
+        whole = {
+            "loss.balance.kind": self.loss.balance.kind != "none",
+            "train.grad_every": self.train.grad_every > 0,
+            "probes.doctor_every": self.probes.doctor_every > 0,
+        }
+        if shard != "none" and (wanted := [key for key, on in whole.items() if on]):
+            raise RuleError(
+                f"resources.shard {shard} leaves no worker all weights, as"
+                f" {' and '.join(wanted)} would have it; set one of them to"
+                " none or 0",
+                "resources.shard",
+                *wanted,
+            )
+        if self.resources.shard_text and (shard == "none" or self.model.text.cache):
+            # workers that find a caption kept would not ask for the parts, and others wait
+            raise RuleError(
+                "resources.shard_text wants resources.shard full or hybrid and model.text.cache"
+                " false",
+                "resources.shard_text",
+                "resources.shard",
+                "model.text.cache",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _losses_have_a_source(self) -> Recipe:
         if self.model.source.kind == "noise" and (idle := self.loss.on_source):
             keys = [f"loss.{name}.weight" for name in idle]

@@ -307,12 +307,50 @@ class ResourceConfig(Config):
     """What a run takes from the cluster.
 
     max_failures: deaths in a row, without a new checkpoint between them, that are put up with.
+    shard: where weights, gradients, optimiser state and EMA lie: `none`, on every worker (DDP);
+    `full`, a part on each (FSDP2); `hybrid`, parts within a node, the same on every node.
     """
 
     num_workers: Annotated[int, Field(ge=1)] = 1
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "go on with as few as so many where there is no room for num_workers, with more when"
+            " there is; null: num_workers or none"
+        ),
+    )
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     gpus_per_worker: float = Field(0, ge=0)
     max_failures: Annotated[int, Field(ge=0)] = 3
+    shard: Literal["none", "full", "hybrid"] = "none"
+    shard_text: bool = Field(
+        False, description="the frozen text model in parts too, a layer at a time in one piece"
+    )
+
+    @property
+    def least_workers(self) -> int:
+        """How many it takes to train."""
+        return min(self.num_workers, self.min_workers or self.num_workers)
+
+    @model_validator(mode="after")
+    def _fewer_than_all(self) -> ResourceConfig:
+        if self.min_workers is None:
+            return self
+        if self.min_workers > self.num_workers:
+            raise RuleError(
+                f"min_workers {self.min_workers} must be at most num_workers {self.num_workers}",
+                "min_workers",
+                "num_workers",
+            )
+        if self.shard == "hybrid":
+            raise RuleError(
+                "min_workers does not go with shard hybrid, which wants as many workers on every"
+                " node; set shard full",
+                "min_workers",
+                "shard",
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> ResourceConfig:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flowray.config.recipe import Recipe
 from flowray.flow import expect
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # what lies before z0 and every loss reaches, by the start of a parameter's name
 SOURCE = ("text.", "head.")
 Parameters = Mapping[str, nn.Parameter]
@@ -24,7 +24,7 @@ def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[obj
     """bf16 or fp16 autocast where the recipe asks for it; the weights, the path, the losses and
     the solver state stay fp32.
     """
-    dtype = _DTYPES.get(recipe.train.precision)
+    dtype = DTYPES.get(recipe.train.precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 

@@ -261,6 +261,11 @@ class DiMR(VelocityNet):
         lowest = next(stage for stage in self.children() if isinstance(stage, Stage))
         return TokenBlocks(lowest.blocks, self.config.widths[0], self.config.patch)
 
+    def blocks_in_order(self) -> list[nn.Module]:
+        """Every stage's."""
+        stages = (stage for stage in self.children() if isinstance(stage, Stage))
+        return [block for stage in stages for block in stage.blocks]
+
     def levels(
         self,
         x: Tensor,

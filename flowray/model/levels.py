@@ -67,6 +67,10 @@ class VelocityNet(nn.Module):
         """Where a loss on hidden tokens listens."""
         raise NotImplementedError
 
+    def blocks_in_order(self) -> list[nn.Module]:
+        """The blocks that hold most of the weights, as a forward pass calls them."""
+        return list(self.token_blocks().blocks)
+
     def compile_blocks(self) -> None:
         """Compile the blocks on tokens, one graph that serves them all, for training steps alone:
         probes and samples have other shapes, each of which would be compiled.

@@ -28,6 +28,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def gathered(x: Tensor) -> Tensor:
+    """The whole of a tensor that the ranks hold parts of, on each of them; no gradient. Others as
+    they are.
+    """
+    from torch.distributed.tensor import DTensor  # half a second that making pictures need not wait
+
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach()
+
+
 class _Gather(torch.autograd.Function):
     """Backward: a rank's rows get the sum of what every rank's loss makes of them.
 

@@ -36,7 +36,7 @@ from flowray.model.images import ImageEncoder, load_image_encoder
 from flowray.model.layers import ConvAdaptor
 from flowray.model.levels import VelocityNet
 from flowray.model.pretrained import planning
-from flowray.model.ranks import sum_over_ranks
+from flowray.model.ranks import gathered, sum_over_ranks
 from flowray.model.vgg import Lpips
 
 
@@ -170,7 +170,7 @@ class AveragedTeacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, student: DinoHead) -> None:
-        live = [p.detach() for p in student.parameters()]
+        live = [gathered(p) for p in student.parameters()]
         get_ema_multi_avg_fn(self.momentum)(list(self.head.parameters()), live, None)
 
 

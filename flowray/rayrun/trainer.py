@@ -17,7 +17,7 @@ from ray.train.torch import TorchTrainer
 from flowray.cluster.capacity import capacity
 from flowray.cluster.network import NodeNetwork
 from flowray.cluster.ray_private import StartTimeout, cause_of
-from flowray.cluster.session import set_defaults
+from flowray.cluster.session import set_defaults, start_with_fewer
 from flowray.cluster.storage import StorageNotShared, marker_file, refusal_here
 from flowray.cluster.waiting import told_of_waiting
 from flowray.config.errors import InputError, last_line
@@ -49,6 +49,7 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
     if _lacks_storage(run, config["marker"], group) or failure_file(run).exists():
         return
     try:
+        recipe = recipe.for_workers(group.world)
         train(recipe, run, group, _with_gauges(run, report) if group.lead else report, Visits)
     except (InputError, Halted) as error:
         write_failure(run, error)
@@ -119,7 +120,10 @@ def fit(
     per_worker = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
     # Ray's dashboard shows all of it
     config = {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run.path)}
-    workers = resources.num_workers if here is None else 0  # 0: the local mode
+    workers: Any = resources.num_workers if here is None else 0  # 0: the local mode
+    if workers and resources.least_workers < resources.num_workers:
+        workers = resources.least_workers, resources.num_workers
+        start_with_fewer()
     scaling = ScalingConfig(
         num_workers=workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
     )
@@ -185,7 +189,7 @@ def _check_room(recipe: Recipe, run: RunDirectory) -> None:
     each, cluster = recipe.resources, capacity()
     if (
         cluster.grows
-        or cluster.workers(each.cpus_per_worker, each.gpus_per_worker) >= each.num_workers
+        or cluster.workers(each.cpus_per_worker, each.gpus_per_worker) >= each.least_workers
     ):
         return
     raise RunFailed(

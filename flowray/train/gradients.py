@@ -5,7 +5,6 @@ update moved z_head and flow_head.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from flowray.losses.terms import Forward
 from flowray.losses.total import Batch
 from flowray.probes.grads import mean_ratio
 from flowray.train.group import Group
+from flowray.train.sharding import average_whole
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:
@@ -55,13 +55,14 @@ def forward_passes(
     """
     parts = micro_batches(batch, recipe.train.accumulate)
     for i, part in enumerate(parts):
-        with group.unsynced(objective) if alone or i + 1 < len(parts) else nullcontext():
+        with group.syncing(objective, on=not alone and i + 1 == len(parts)):
             with autocast(recipe, group.device):
                 losses, forward = objective(part, idle)
             shares = {name: loss / len(parts) for name, loss in losses.items()}
             del losses
             yield shares, forward
             del shares, forward  # who asks for the next has let go of them too
+    average_whole(objective, group)
 
 
 def assign_gradients(gradient: Tensor, parameters: dict[str, nn.Parameter]) -> None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from flowray.config.errors import InputError
@@ -60,21 +61,31 @@ class Group:
         return self.rank == 0
 
     def rows(self, batch: int) -> slice:
-        """This rank's slice of a global batch."""
-        share = batch // self.world
+        """This rank's slice of a global batch. ValueError where ranks would get unlike shares."""
+        share, left = divmod(batch, self.world)
+        if left:
+            raise ValueError(f"batch: want a multiple of the {self.world} ranks, got {batch}")
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """DistributedDataParallel where there are several ranks."""
-        if self.world == 1:
+        """DistributedDataParallel where there are several ranks, each with all weights."""
+        if self.world == 1 or isinstance(module, FSDPModule):
             return module
         return DistributedDataParallel(
             module, device_ids=[self.device.index] if self.device.type == "cuda" else None
         )
 
-    def unsynced(self, module: nn.Module) -> AbstractContextManager[object]:
-        """A block whose forward and backward passes leave the ranks' gradients apart."""
-        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+    def syncing(self, module: nn.Module, *, on: bool) -> AbstractContextManager[object]:
+        """A block for a forward pass, whose backward pass averages the gradients over ranks where
+        it is `on`, and else leaves them apart.
+        """
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(on)
+        return (
+            module.no_sync()
+            if isinstance(module, DistributedDataParallel) and not on
+            else nullcontext()
+        )
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:

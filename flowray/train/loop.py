@@ -39,6 +39,7 @@ from flowray.train.skips import SkippedSteps
 from flowray.train.state import TrainState, fresh_state, kept_of, restore_state
 from flowray.train.step import BatchMaker, train_step
 from flowray.train.stopping import StopRequests
+from flowray.train.view import view_of
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -82,7 +83,7 @@ def train(
             saver = Saver(run, recipe.train.keep_checkpoints, group.device)
             closing.enter_context(saver)
         with progress.task("loading the models"):
-            state = fresh_state(recipe, group.device)
+            state = fresh_state(recipe, group.device, group)
             state.data = group.share(latents.told() if group.lead else {})
             restore_state(state, recipe, run, group, progress.say)
         if warning := check_captions(state.model.text.prompts, some_captions(latents)):
@@ -105,7 +106,8 @@ def train(
         skips = closing.enter_context(SkippedSteps(recipe, run, group, state, maker, saved))
         stops, clock = StopRequests(run, group), Clock()
         # cut off after the checkpoint that the run goes on from
-        _show(lead, group.share(lead.sinks.missed() if lead else NOTHING), group, report)
+        missed = group.share(lead.sinks.missed() if lead else NOTHING)
+        _show(lead, missed, state, group, report)
         while state.step < recipe.train.steps:
             if lead:
                 lead.saver.check()
@@ -122,12 +124,14 @@ def train(
                 losses = _scalars(row, group) | state.tally.logged() | clock.row()
                 if lead:
                     lead.sinks.log(losses)
-            if lead and saving:
-                lead.saver.begin(kept_of(state, recipe))
+            # where ranks hold parts all of them take part in giving the lead the whole
+            kept = kept_of(state, recipe) if saving and (lead or state.shards) else None
+            if lead and kept:
+                lead.saver.begin(kept)
                 if stop or state.step == recipe.train.steps:  # nothing is trained meanwhile
                     lead.saver.wait()
                 lead.sinks.flush()
-            _show(lead, due, group, report)
+            _show(lead, due, state, group, report)
             if stop and state.step < recipe.train.steps:
                 return "stopped"
         return "finished"
@@ -159,17 +163,19 @@ class _Lead:
     visitor: Visitor | None
 
 
-def _show(lead: _Lead | None, due: Due, group: Group, report: Report) -> None:
+def _show(lead: _Lead | None, due: Due, state: TrainState, group: Group, report: Report) -> None:
     """Pictures, probes and the visit that are due at the present step, after its checkpoint; every
     rank reports the row, once all that belongs to the step is on disk: who hears it may end this
     process.
     """
     row: Row = {}
+    looked = (due.sample or due.probe) and (lead or state.shards)
+    view = view_of(state) if looked else None
     if lead:
-        if due.sample:
-            lead.sinks.sample()
-        if due.probe:
-            row = lead.sinks.probe()
+        if view and due.sample:
+            lead.sinks.sample(view)
+        if view and due.probe:
+            row = lead.sinks.probe(view)
         if due.visit and lead.visitor:
             lead.saver.settle()  # it takes steps, and takes them back
             with lead.sinks.gap("the doctor's visit"):

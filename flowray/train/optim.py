@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flowray.config.train import (
@@ -22,6 +23,7 @@ from flowray.config.train import (
 )
 from flowray.probes.untouched import holding
 from flowray.train.muon import AdamWAndMuon, in_block, stacked
+from flowray.train.sharding import local
 
 MUON = "trunk_muon"
 GROUPS = ("trunk", MUON, "trunk_plain", "flow_head", "z_head", "text")
@@ -166,8 +168,8 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 
 class Ema:
-    """Exponential moving average of the trainable parameters, fp32; the decay warms up as (1 +
-    step) / (10 + step).
+    """Exponential moving average of the trainable parameters, fp32, in parts where these are; the
+    decay warms up as (1 + step) / (10 + step).
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
@@ -181,8 +183,8 @@ class Ema:
     def update(self, step: int) -> None:
         """Average in the weights after step `step` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        live = [self._parameters[name].detach().float() for name in self.average]
-        get_ema_multi_avg_fn(decay)(list(self.average.values()), live, None)
+        live = [local(self._parameters[name].detach()).float() for name in self.average]
+        get_ema_multi_avg_fn(decay)([local(x) for x in self.average.values()], live, None)
 
     def applied(self) -> AbstractContextManager[None]:
         """Within the block the parameters hold the average; after it, exactly what they held
@@ -190,10 +192,18 @@ class Ema:
         """
         return holding(self._parameters, self.average)
 
-    def delta_rms(self) -> float:
-        """Root mean square of average minus weights, over all parameters."""
-        squares = sum(
-            float((self.average[n] - p.detach()).square().sum())
-            for n, p in self._parameters.items()
-        )
-        return math.sqrt(squares / sum(p.numel() for p in self._parameters.values()))
+
+def delta_rms(average: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> float:
+    """Root mean square of average minus weights, over all parameters."""
+    squares = sum(
+        float((average[name] - weight).square().sum()) for name, weight in weights.items()
+    )
+    return math.sqrt(squares / sum(weight.numel() for weight in weights.values()))
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scale the gradients down to a norm of at most `most`; returns the norm before, over the parts
+    of all ranks where they are in parts.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, most).detach()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

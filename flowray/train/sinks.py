@@ -5,7 +5,7 @@ sample strips, and what of these failed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from flowray.store.rows import RowWriter, has_row, read_rows
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.state import TrainState
+from flowray.train.view import View
 
 Row = dict[str, Any]
 GRID_PROMPTS = 8
@@ -132,20 +133,20 @@ class Sinks:
             visit=due.visit and not has_row(run.findings, step),
         )
 
-    def probe(self) -> Row:
+    def probe(self, view: View) -> Row:
         """Run the probes on the EMA weights (and the raw ones); returns the row for `report`.
 
         Of probes that fail the numbers are missing in it.
         """
-        model, recipe, step = self.state.model, self.recipe, self.state.step
+        model, recipe, step = view.model, self.recipe, self.state.step
         final, row = step == recipe.train.steps, Row()
-        with self.gap("the probes"), self.state.ema.applied():
+        with self.gap("the probes"), view.averaged():
             found = run_probes(model, recipe, self.probe_batch, endpoints=final)
             row |= {f"ema/{key}": value for key, value in found.items()}
         if recipe.probes.raw:
-            with self.gap("the probes of the raw weights"):
+            with self.gap("the probes of the raw weights"), view.plain():
                 row |= run_probes(model, recipe, self.probe_batch, endpoints=final)
-        row["ema/delta_rms"] = self.state.ema.delta_rms()
+        row["ema/delta_rms"] = view.delta_rms()
         # the first probe, resumed or not
         if step == min(recipe.train.probe_every, recipe.train.steps):
             with self.gap("what is said of the data"):
@@ -163,17 +164,13 @@ class Sinks:
         losses = self._logged if self._logged["step"] == step else {}
         return reported | {key: value for key, value in losses.items() if key.startswith("loss/")}
 
-    def sample(self) -> None:
+    def sample(self, view: View) -> None:
         """A strip of pictures of the fixed prompts with the weights that `sample.weights` names."""
         config, step = self.recipe.sample, self.state.step
         with self.gap(PICTURES):
-            with self.state.ema.applied() if config.weights == "ema" else nullcontext():
+            with view.averaged() if config.weights == "ema" else view.plain():
                 pictures = generate(
-                    self.state.model,
-                    self.autoencoder,
-                    self.prompts,
-                    config,
-                    self.recipe.probes.seed,
+                    view.model, self.autoencoder, self.prompts, config, self.recipe.probes.seed
                 )
             save_strip(pictures, self.run.strip(step))
             self._board.add_images("samples", pictures, step, dataformats="NHWC")

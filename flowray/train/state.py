@@ -28,6 +28,7 @@ from flowray.store.frozen import WEIGHTS, frozen_weights, refuse_other_weights
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.optim import Ema, build_optimizer, lr_at, resolve_schedule
+from flowray.train.sharding import Shards, is_sharded, part_of, parts_of, shard, twin_of, whole
 from flowray.train.tally import Tally
 
 
@@ -47,6 +48,8 @@ class TrainState:
     frozen: `frozen_weights` of when they were read.
     data: `LatentSet.told` of the samples that it is trained on; empty where nobody asks.
     before_update: called before a step changes weights, optimiser and average.
+    shards: that weights, EMA and the optimiser's state are in parts on the ranks; None: each has
+    all.
     """
 
     step: int
@@ -64,21 +67,36 @@ class TrainState:
     frozen: dict[str, str] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     before_update: Callable[[], None] = lambda: None
+    shards: Shards | None = None
 
 
-def fresh_state(recipe: Recipe, device: torch.device) -> TrainState:
-    """A new model on `device` at step 0; its weights depend on the seed alone."""
-    model = build_model(recipe.model, recipe.loss, recipe.seed).to(device)
+def fresh_state(recipe: Recipe, device: torch.device, group: Group | None = None) -> TrainState:
+    """A new model on `device` at step 0; its weights depend on the seed alone.
+
+    group: the ranks that are to hold parts of it, where `resources.shard` says so.
+    """
+    model, sharded = build_model(recipe.model, recipe.loss, recipe.seed), None
+    if group is None or not is_sharded(recipe.resources, group):
+        model, group = model.to(device), None
+    else:
+        shard_text = recipe.resources.shard_text
+        sharded = Shards(twin_of(model, device, shard_text=shard_text) if group.lead else None)
     if recipe.train.compile:
         model.velocity.compile_blocks()
-    return state_of(recipe, model)
+    state = state_of(recipe, model, group)
+    state.shards = sharded
+    return state
 
 
-def state_of(recipe: Recipe, model: FlowModel) -> TrainState:
-    """What trains a model, at step 0, on the device where it lies."""
-    device = next(model.velocity.parameters()).device
-    parameters = model.trainable()
+def state_of(recipe: Recipe, model: FlowModel, group: Group | None = None) -> TrainState:
+    """What trains a model, at step 0, on the device where it lies; in parts on the ranks of
+    `group`.
+    """
     objective = Objective(model, recipe.flow, recipe.loss, velocity_fp32=recipe.train.velocity_fp32)
+    if group is not None:
+        shard(objective, recipe, group)
+    parameters = model.trainable()
+    device = next(model.velocity.parameters()).device
     return TrainState(
         step=0,
         model=model,
@@ -127,8 +145,28 @@ class Kept:
     state: dict[str, Any]
 
 
-def kept_of(state: TrainState, recipe: Recipe) -> Kept:
-    """What a checkpoint of the state as it is now holds; its tensors are the state's own."""
+def _tensor_groups(state: TrainState) -> dict[str, dict[str, Tensor]] | None:
+    """All tensors of a state by name, as the files of a checkpoint have them: whole. Where ranks
+    hold parts every rank has to call it, and all but the lead get None.
+    """
+    weights: dict[str, Tensor] = {name: p.detach() for name, p in state.parameters.items()}
+    groups = {"model": weights, "ema": state.ema.average, "optim": _optimizer_tensors(state)}
+    if moving := state.model.semantic.moving():
+        groups["moving"] = moving
+    if state.shards is None:
+        return groups
+    keep = state.shards.whole is not None
+    gathered = {name: whole(tensors, keep=keep) for name, tensors in groups.items()}
+    return gathered if keep else None
+
+
+def kept_of(state: TrainState, recipe: Recipe) -> Kept | None:
+    """What a checkpoint of the state as it is now holds; its tensors are the state's own. Where
+    ranks hold parts every rank has to call it, the tensors are copies on the CPU, and all but the
+    lead get None.
+    """
+    if (groups := _tensor_groups(state)) is None:
+        return None
     kept = {
         WEIGHTS: {**frozen_weights(recipe.model), **state.frozen},
         "seed": recipe.seed,
@@ -141,10 +179,6 @@ def kept_of(state: TrainState, recipe: Recipe) -> Kept:
         "backoffs": int(state.backoffs),
         "tally": state.tally.kept(),
     }
-    weights = {name: p.detach() for name, p in state.parameters.items()}
-    groups = {"model": weights, "ema": state.ema.average, "optim": _optimizer_tensors(state)}
-    if moving := state.model.semantic.moving():
-        groups["moving"] = moving
     return Kept(state.step, groups, kept)
 
 
@@ -169,9 +203,12 @@ def write_kept(run: RunDirectory, kept: Kept, keep: int) -> Path:
         ) from error
 
 
-def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
-    """Write a checkpoint of the state, and wait for it; raises as `write_kept` does."""
-    return write_kept(run, kept_of(state, recipe), recipe.train.keep_checkpoints)
+def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path | None:
+    """Write a checkpoint of the state, and wait for it; raises as `write_kept` does. Every rank
+    calls it where they hold parts; None on those that do not write.
+    """
+    kept = kept_of(state, recipe)
+    return None if kept is None else write_kept(run, kept, recipe.train.keep_checkpoints)
 
 
 def restore_state(
@@ -202,14 +239,16 @@ def restore_state(
         )
     _refuse_other_data(checkpoint, kept, state.data, recipe)
     refuse_other_weights(checkpoint, kept, recipe.model)
-    copy_into(state.parameters, load_tensors(checkpoint, "model"), checkpoint)
-    copy_into(state.ema.average, load_tensors(checkpoint, "ema"), checkpoint)
+    for group_name, into in (("model", state.parameters), ("ema", state.ema.average)):
+        tensors = parts_of(load_tensors(checkpoint, group_name), state.parameters)
+        copy_into(into, tensors, checkpoint)
     if moving := state.model.semantic.moving():
         copy_into(moving, load_tensors(checkpoint, "moving"), checkpoint)
     for name, slots in load_slots(checkpoint).items():
         parameter = state.parameters[name]
         for slot, value in slots.items():  # fused: `step` too lies on the device
-            state.optimizer.state[parameter][slot] = value.to(parameter.device)
+            own = part_of(value.to(parameter.device), parameter)
+            state.optimizer.state[parameter][slot] = own
     state.step = kept["step"]
     state.restart = restart_of(kept)
     state.schedule = resolve_schedule(recipe.optim.schedule, *state.restart)

@@ -24,7 +24,7 @@ from flowray.probes.field import cosines, nmse
 from flowray.store.latents import LatentSet
 from flowray.train.gradients import assign_gradients, forward_passes, head_weights, update_ratios
 from flowray.train.group import Group
-from flowray.train.optim import lr_at, set_lr, step_unless
+from flowray.train.optim import clip_gradients, lr_at, set_lr, step_unless
 from flowray.train.state import TrainState
 
 Scalars = dict[str, torch.Tensor]
@@ -253,9 +253,7 @@ def _update(state: TrainState, losses: Scalars, recipe: Recipe, group: Group) ->
     before clipping.
     """
     state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(
-        list(state.parameters.values()), recipe.optim.clip_grad
-    ).detach()
+    norm = clip_gradients(list(state.parameters.values()), recipe.optim.clip_grad)
     # the norm is of the ranks' mean, the losses are each rank's own
     sound = group.everywhere(torch.stack(list(losses.values())).isfinite().all())
     bad = ~(sound & norm.isfinite())

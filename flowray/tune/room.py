@@ -73,7 +73,9 @@ def _parts(base: Recipe) -> dict[str, int]:
 def asked_words(asked: ResourceConfig) -> str:
     """ "8 worker(s) of 4 CPU and 1 GPU"."""
     gpus = f" and {asked.gpus_per_worker:g} GPU" if asked.gpus_per_worker else ""
-    return f"{asked.num_workers} worker(s) of {asked.cpus_per_worker} CPU{gpus}"
+    least, most = asked.least_workers, asked.num_workers
+    count = f"{least} to {most}" if least < most else str(most)
+    return f"{count} worker(s) of {asked.cpus_per_worker} CPU{gpus}"
 
 
 def refuse_without_room(asked: ResourceConfig, cluster: Cluster) -> None:
@@ -84,7 +86,7 @@ def refuse_without_room(asked: ResourceConfig, cluster: Cluster) -> None:
     if cluster.grows:
         return
     where = "this machine" if cluster.here else "the cluster"
-    cpus, gpus, workers = asked.cpus_per_worker, asked.gpus_per_worker, asked.num_workers
+    cpus, gpus, workers = asked.cpus_per_worker, asked.gpus_per_worker, asked.least_workers
     largest = max((have for have, _ in cluster.nodes), default=0)
     if not largest:
         raise InputError(

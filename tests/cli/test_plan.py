@@ -259,6 +259,37 @@ def really_kept(model: FlowModel, forward: Callable[[], object]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def test_memory_of_a_worker_that_holds_a_part(tmp_path: Path) -> None:
+    def memory(**overrides: Any) -> dict[str, int]:
+        recipe = tiny_recipe(tmp_path, **{"resources.num_workers": 4, **overrides})
+        return make_plan(recipe)["memory_per_gpu"]
+
+    whole, full = memory(), memory(**{"resources.shard": "full"})
+    trained = whole["gradients"]
+    for name in ("gradients", "adamw", "ema"):
+        assert full[name] == whole[name] // 4
+    assert whole["weights"] - full["weights"] == trained - trained // 4
+    assert "ddp_buckets" in whole
+    assert "ddp_buckets" not in full
+    recipe = tiny_recipe(tmp_path)
+    model = planned_model(recipe.model, recipe.loss)
+    blocks = [4 * sum(p.numel() for p in b.parameters()) for b in model.velocity.blocks_in_order()]
+    rest = trained - sum(blocks)
+    assert full["gathered_weights"] == rest + 2 * blocks[0]
+    assert full["gathered_gradients"] == rest + blocks[0]
+    half = memory(**{"resources.shard": "full", "train.precision": "bf16"})
+    assert half["gathered_weights"] == rest + blocks[0]
+    several = memory(**{"resources.shard": "full", "train.accumulate": 2})
+    assert several["gathered_gradients"] == trained
+    text = memory(**{"resources.shard": "full", "resources.shard_text": True})
+    frozen = 4 * part_sizes(model)["text.backbone"]
+    assert full["weights"] - text["weights"] == frozen - frozen // 4
+    nodes = memory(
+        **{"resources.num_workers": 16, "resources.shard": "hybrid", "train.batch_size": 16}
+    )
+    assert nodes["ema"] == whole["ema"] // 8
+
+
 def test_activations_are_about_what_a_real_pass_keeps(tmp_path: Path) -> None:
     recipe = tiny_recipe(
         tmp_path,

@@ -312,6 +312,20 @@ def test_a_dump_reads_back_equal(write: Write) -> None:
             "resources:\n  num_workers: 3\nseed: 1\n",
             "r.yaml:2: train.batch_size 32 must be a multiple of resources.num_workers 3",
         ),
+        (
+            "resources:\n  shard: hybrid\nprobes:\n  doctor_every: 1\n",
+            (
+                "r.yaml:4: resources.shard hybrid leaves no worker all weights, as"
+                " probes.doctor_every would have it; set one of them to none or 0"
+            ),
+        ),
+        (
+            "model:\n  text:\n    cache: true\nresources: {shard: full, shard_text: true}\n",
+            (
+                "r.yaml:4: resources.shard_text wants resources.shard full or hybrid and"
+                " model.text.cache false"
+            ),
+        ),
         ("seed: 0\nseed: 1\n", "r.yaml:2: key seed is given twice, first on line 1"),
         ("optim:\n  lr: 1\n  lr: 2\n", "r.yaml:3: key optim.lr is given twice, first on line 2"),
         ("", "r.yaml: is empty, want a mapping of keys, such as `name: my_run`"),

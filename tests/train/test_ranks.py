@@ -71,3 +71,9 @@ def test_two_ranks_equal_one(tmp_path):
     lead, other = (torch.load(both.path / f"reported-{rank}", weights_only=True) for rank in (0, 1))
     assert lead == other  # every rank reports the lead's row
     assert [row["step"] for row in lead] == [4, 8]
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    assert Group(1, 3, torch.device("cpu")).rows(6) == slice(2, 4)
+    with pytest.raises(ValueError, match="a multiple of the 4 ranks, got 6"):
+        Group(0, 4, torch.device("cpu")).rows(6)
