@@ -7,8 +7,8 @@ and divides within the round. Higher is better.
   same loop on the same recipe; `throughput_aa_N`: torchrun over torchrun, the noise of that;
 - `stall`: saving and syncing one file of a checkpoint's size, over the seconds that the step after
   a checkpoint is late; a checkpoint that delays nothing counts as one that takes a clock's tick;
-- `p99_step`: the 99th percentile of a step's seconds without checkpoints over that with them;
-  `p99_aa`: without over without;
+- `p99_step`, `mean_step`: the 99th percentile, or the mean, of a step's seconds without checkpoints
+  over that with them, whatever writes beside the step; `p99_aa`: without over without;
 - `recovery`: from the SIGKILL of a worker to the first step that was not trained before, stock Ray
   Train's seconds over flowray's; both save the same state equally often;
 - `goodput`: steps a second from the first kill on, with one kill each 20 recovery times, over
@@ -60,6 +60,7 @@ GOALS = {
 }
 NEVER = 10**6  # steps
 TICK_S = 1e-3
+WARM = 3
 KILL_EVERY = 20  # recovery times
 WAIT_S = 600.0
 PLAIN = {
@@ -248,8 +249,9 @@ class Training:
         """Until that step has been trained; what the training raised is raised here."""
         deadline = time.monotonic() + WAIT_S
         while reached(self.run) < step:
+            if self._done.done():
+                self._done.result()
             if self._done.done() or time.monotonic() > deadline:
-                self._done.result(0)
                 raise RuntimeError(f"{self.run.path}: no step {step}")
             time.sleep(0.02)
 
@@ -267,25 +269,31 @@ class Training:
 
 @dataclass(frozen=True)
 class Steps:
-    """seconds: from each logged step to the next, the first of step 2; every: steps between
-    checkpoints.
+    """seconds: from step 1 to 2, from 2 to 3 and so on; every: steps between checkpoints. The first
+    steps, which are slower in every run, do not count.
     """
 
     seconds: Sequence[float]
     every: int
 
     @property
+    def mean(self) -> float:
+        """The mean."""
+        return float(np.mean(self.seconds[WARM:]))
+
+    @property
     def p99(self) -> float:
         """The 99th percentile."""
-        return float(np.percentile(self.seconds, 99))
+        return float(np.percentile(self.seconds[WARM:], 99))
 
     @property
     def stall(self) -> float:
         """By how much the median step after a checkpoint is longer than the others' median; 0
         without checkpoints.
         """
-        after = [s for i, s in enumerate(self.seconds, start=1) if i % self.every == 0]
-        others = [s for i, s in enumerate(self.seconds, start=1) if i % self.every]
+        counted = list(enumerate(self.seconds, start=1))[WARM:]
+        after = [s for step, s in counted if step % self.every == 0]
+        others = [s for step, s in counted if step % self.every]
         return float(np.median(after)) - float(np.median(others)) if after else 0.0
 
 
@@ -300,6 +308,7 @@ def facts(
 ) -> dict[str, Any]:
     """What the measurements say, as JSON has it, without the guards."""
     p99 = {arm: [each.p99 for each in found] for arm, found in steps.items()}
+    mean = {arm: [each.mean for each in found] for arm, found in steps.items()}
     stalls = [each.stall for each in steps["with"]]
     ratios = {}
     for workers, arms in rates.items():
@@ -308,6 +317,7 @@ def facts(
     ratios |= {
         "stall": ratio(saves, [max(stall, TICK_S) for stall in stalls]),
         "p99_step": ratio(p99["without"], p99["with"]),
+        "mean_step": ratio(mean["without"], mean["with"]),
         "p99_aa": ratio(p99["without"], p99["again"]),
         "recovery": ratio(recovery["stock"], recovery["flowray"]),
     }

@@ -8,8 +8,9 @@ from benchmarks.__main__ import main
 from benchmarks.train import QUICK, Steps, facts
 
 NEVER = 10**6
-EVEN = Steps([0.1] * 20, NEVER)
-LATE = Steps([0.1, 0.1, 0.1, 0.3] * 5, 4)  # after steps 4, 8, ...
+SLOW = [9.0] * 3  # the first steps of any run
+EVEN = Steps([*SLOW, *[0.1] * 17], NEVER)
+LATE = Steps([*SLOW, 0.3, *[0.1, 0.1, 0.1, 0.3] * 4], 4)  # after steps 4, 8, ...
 
 
 def measured(goodput=None, ray=10.0):
@@ -28,6 +29,7 @@ def test_ratios_are_higher_where_flowray_is_better():
             "throughput_aa_1": 0.9,
             "stall": 10.0,
             "p99_step": 1 / 3,
+            "mean_step": 17 / 27,
             "p99_aa": 1.0,
             "recovery": 3.0,
             "goodput": 0.96,
@@ -65,7 +67,7 @@ def test_every_arm_trains_and_comes_back(capsys):
     assert told["guards"] == {"equal_losses": True, "equal_losses_after_kills": True}
     assert told["ratios"].keys() == {
         *("throughput_vs_torchrun_1", "throughput_aa_1"),
-        *("stall", "p99_step", "p99_aa", "recovery"),
+        *("stall", "p99_step", "mean_step", "p99_aa", "recovery"),
     }
     assert told["checkpoint_bytes"] > 0
     seconds = told["seconds"]
