@@ -1,4 +1,4 @@
-"""Runs under Ray Train whose workers or driver are killed: they come to the state of a run
+"""Runs under Ray Train whose workers, driver or node are killed: they come to the state of a run
 that nobody touched, bit for bit.
 """
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from commands import Commands, commands, finish, until
-from kills import LONG_S, assert_as_if_untouched, came, instants, marked, owner
+from kills import LONG_S, assert_as_if_untouched, came, instants, logged, marked, owner
+from ray_nodes import joined, running_head
 from support import on_two_ranks, tiny_recipe
 
 from flowray.config.load import dump_recipe, load_recipe
@@ -113,3 +114,22 @@ def test_a_driver_killed_three_times_and_typed_again_loses_nothing(place, whole,
         until(lambda: not started.left(), "Ray's processes to go with their driver")
     finish(started(name, "--resume"), LONG_S)
     assert_as_if_untouched(run, whole[1], recipe)
+
+
+def test_a_run_of_two_workers_goes_on_when_one_of_three_nodes_is_lost(place, whole, tmp_path):
+    recipe = recipe_of(place, "node", 2)
+    run = run_of(recipe)
+    with (
+        running_head(tmp_path, "--num-cpus=1") as head,
+        joined(head) as one,
+        joined(head) as other,
+        commands(place) as started,
+    ):
+        pointed = {key: value for key, value in head.as_driver.items() if key.startswith("RAY_")}
+        driver = started(f"name={recipe.name}", "resources.num_workers=2", **pointed)
+        until(lambda: logged(run) >= STEPS // 3, "the first steps", driver, LONG_S)
+        lost = one if workers_of(f"FLOWRAY_CLUSTER_TEST={one.mark}") else other
+        assert workers_of(f"FLOWRAY_CLUSTER_TEST={lost.mark}")
+        lost.kill()
+        finish(driver, LONG_S)
+    assert_as_if_untouched(run, whole[2], recipe)
