@@ -35,6 +35,7 @@ def main(argv: list[str], name: str = "benchmarks") -> int:
     for add in (
         *(_add_sweep, _add_record, _add_answers, _add_pair),
         *(_add_overhead, _add_startup, _add_data),
+        *(_add_train, _add_step),
     ):
         add(commands)
     args, more = parser.parse_known_args(argv)  # argparse gives up on key=value after an option
@@ -282,6 +283,45 @@ def _add_data(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.set_defaults(run=_data)
 
 
+def _add_train(commands: argparse._SubParsersAction[Parser]) -> None:
+    about = (
+        "steps a second under Ray against torchrun, what a checkpoint delays, seconds to come back"
+        " from a kill against stock Ray Train, goodput under kills"
+    )
+    parser = commands.add_parser("train", help=about, description=f"What training loses: {about}.")
+    _add_rounds(parser, 9)
+    parser.set_defaults(run=_train)
+
+
+def _add_step(commands: argparse._SubParsersAction[Parser]) -> None:
+    about = (
+        "seconds of quickstart's training step on one core against a plain eager loop with the"
+        " autoencoder on the fly and against an older commit, and the probes' share"
+    )
+    parser = commands.add_parser("step", help=about, description=f"What a step costs: {about}.")
+    _add_rounds(parser, 9)
+    parser.add_argument(
+        "--before", metavar="COMMIT", help="the older commit; default: the one that step.py names"
+    )
+    parser.set_defaults(run=_step)
+
+
+def _add_rounds(parser: Parser, rounds: int) -> None:
+    parser.add_argument(
+        "--rounds",
+        type=whole_number(1),
+        default=rounds,
+        metavar="N",
+        help=f"the arms one after the other in each; default {rounds}",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one round of tiny runs, to see that the guards hold"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, the rest on stderr"
+    )
+
+
 def _sweep(args: argparse.Namespace) -> int:
     from benchmarks.page import write_page
     from benchmarks.pool import packaged_pool, read_pool
@@ -440,6 +480,33 @@ def _data(args: argparse.Namespace) -> int:
             table.add_row(name, *(f"{cost[side]:.1f}" for side in ("flowray", "webdataset")))
         Console(highlight=False).print(table)
     return _end(facts, args.json)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from benchmarks.train import QUICK, Scale, run
+
+    with contextlib.redirect_stdout(sys.stderr):
+        facts = run(QUICK if args.quick else Scale(rounds=args.rounds), _say)
+    if not args.json:
+        _print_seconds(facts["seconds"])
+    return _end(facts, args.json)
+
+
+def _step(args: argparse.Namespace) -> int:
+    from benchmarks.step import BEFORE, QUICK, Scale, run
+
+    facts = run(QUICK if args.quick else Scale(rounds=args.rounds), args.before or BEFORE, _say)
+    if not args.json:
+        _print_seconds(facts["seconds"])
+        print(f"probes: {facts['probes_share']:.2%} of the training time")
+    return _end(facts, args.json)
+
+
+def _print_seconds(seconds: Mapping[str, float]) -> None:
+    table = Table("median", "seconds")
+    for name, value in seconds.items():
+        table.add_row(name, f"{value:.4f}")
+    Console(highlight=False).print(table)
 
 
 def _end(facts: Mapping[str, Any], as_json: bool) -> int:

@@ -145,9 +145,9 @@ class Kept:
     state: dict[str, Any]
 
 
-def _tensor_groups(state: TrainState) -> dict[str, dict[str, Tensor]] | None:
+def tensor_groups(state: TrainState) -> dict[str, dict[str, Tensor]]:
     """All tensors of a state by name, as the files of a checkpoint have them: whole. Where ranks
-    hold parts every rank has to call it, and all but the lead get None.
+    hold parts every rank has to call it, and all but the lead get {}.
     """
     weights: dict[str, Tensor] = {name: p.detach() for name, p in state.parameters.items()}
     groups = {"model": weights, "ema": state.ema.average, "optim": _optimizer_tensors(state)}
@@ -157,7 +157,7 @@ def _tensor_groups(state: TrainState) -> dict[str, dict[str, Tensor]] | None:
         return groups
     keep = state.shards.whole is not None
     gathered = {name: whole(tensors, keep=keep) for name, tensors in groups.items()}
-    return gathered if keep else None
+    return gathered if keep else {}
 
 
 def kept_of(state: TrainState, recipe: Recipe) -> Kept | None:
@@ -165,7 +165,7 @@ def kept_of(state: TrainState, recipe: Recipe) -> Kept | None:
     ranks hold parts every rank has to call it, the tensors are copies on the CPU, and all but the
     lead get None.
     """
-    if (groups := _tensor_groups(state)) is None:
+    if not (groups := tensor_groups(state)):
         return None
     kept = {
         WEIGHTS: {**frozen_weights(recipe.model), **state.frozen},

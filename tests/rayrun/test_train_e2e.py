@@ -5,13 +5,12 @@ stop, and what a resume repeats.
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import TIMEOUT_S, Commands, commands, finish, until
 from support import on_two_ranks, tiny_recipe
 
 from flowray.config.load import dump_recipe, load_recipe
@@ -23,7 +22,6 @@ from flowray.train.group import Group
 from flowray.train.loop import train
 
 STEPS, EVERY = 200, 20
-TIMEOUT_S = 150
 
 
 @pytest.fixture(scope="module")
@@ -44,54 +42,9 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def started(place) -> Iterator:
-    """start(*arguments): the command as a process; whatever it started is gone after the test."""
-    processes: list[subprocess.Popen] = []
-
-    def start(*arguments: str) -> subprocess.Popen:
-        environment = {**os.environ, "FLOWRAY_E2E": str(place), "PYTHONFAULTHANDLER": "1"}
-        environment.pop("RAY_ADDRESS", None)
-        command = [sys.executable, "-m", "flowray.train", "tiny.yaml", *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, cwd=place, env=environment, **pipes))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
-    for pid in offspring(place):
-        os.kill(pid, signal.SIGKILL)
-
-
-def offspring(place: Path) -> list[int]:
-    """Live processes that carry this test's mark in their environment: the command, Ray's own
-    and the workers.
-    """
-    found, mark = [], f"FLOWRAY_E2E={place}".encode()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            dead = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-            if not dead and mark in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
-def until(condition, what: str, process: subprocess.Popen | None = None) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        if process is not None and process.poll() is not None:
-            pytest.fail(f"the command ended before {what}: {process.communicate()}")
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.05)
-
-
-def finish(process: subprocess.Popen) -> str:
-    stdout, stderr = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0, stderr
-    return stdout
+def started(place) -> Iterator[Commands]:
+    with commands(place) as made:
+        yield made
 
 
 def losses(run: RunDirectory) -> list[tuple[int, float]]:
@@ -124,7 +77,7 @@ def test_two_workers_killed_and_resumed(place, whole, started):
     until(lambda: newest_checkpoint(run.checkpoints), "the first checkpoint", driver)
     driver.kill()
     driver.wait()  # while it is a zombie Ray takes it for alive, for a minute
-    until(lambda: not offspring(place), "Ray's processes to go with their driver")
+    until(lambda: not started.left(), "Ray's processes to go with their driver")
     reached = losses(run)[-1][0]
     assert EVERY <= reached < STEPS
     assert not (run.path / "report.html").exists()
@@ -153,7 +106,7 @@ def test_sigterm_leaves_a_checkpoint_and_says_75(place, whole, started):
     last = losses(run)[-1][0]
     assert last < STEPS
     assert newest_checkpoint(run.checkpoints).name == f"step_{last:06d}"
-    until(lambda: not offspring(place), "Ray's processes to go")
+    until(lambda: not started.left(), "Ray's processes to go")
     finish(started("name=stopped", "--resume"))
     assert losses(run) == losses(whole)
 
@@ -181,7 +134,7 @@ def test_a_stop_before_the_first_step_ends_the_start(place, started):
     driver.communicate(timeout=TIMEOUT_S)
     assert driver.returncode == 130
     assert not run.path.exists()
-    until(lambda: not offspring(place), "Ray's processes to go")
+    until(lambda: not started.left(), "Ray's processes to go")
 
 
 @pytest.mark.faults
@@ -195,7 +148,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(place, started):
     assert "step 2: loss/flow is not finite" in errors[0]
     assert "Traceback" not in stderr
     assert losses(run)[0][0] == 1
-    until(lambda: not offspring(place), "Ray's processes to go")
+    until(lambda: not started.left(), "Ray's processes to go")
 
 
 @pytest.mark.faults
