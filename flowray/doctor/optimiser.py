@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import takewhile
@@ -231,7 +231,10 @@ def replay_rows(
     if state.tally.look(alone):  # it was skipped
         return {}
     rows: Rows = {}
-    used = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in _items(state)}
+    used = {
+        n: p.grad if p.grad is not None else torch.zeros_like(p)
+        for n, p in state.parameters.items()
+    }
     if not state.balancer.active and not _drops(subject.model):
         mine, theirs = _norm(gradient.values()), _norm(used.values())
         product = sum(float((used[n] * gradient[n]).sum()) for n in used)
@@ -255,7 +258,7 @@ def replay_rows(
             off = _norm(moved[n] - wanted[n] for n in moved)
             rows[f"optim/replay/error/{part.name}"] = off / size
     decay = min(recipe.train.ema, (1 + subject.step) / (10 + subject.step))
-    way = {n: (1 - decay) * (p.detach() - average[n]) for n, p in _items(state)}
+    way = {n: (1 - decay) * (p.detach() - average[n]) for n, p in state.parameters.items()}
     if (far := _norm(way.values())) > ROUNDS * _norm(average.values()):
         went = (state.ema.average[n] - average[n] for n in average)
         rows["optim/replay/ema"] = _norm(went) / far
@@ -313,14 +316,10 @@ def _copied(subject: Subject, size: int) -> tuple[TrainState, Any]:
     return state, recipe
 
 
-def _items(state: TrainState) -> Iterable[tuple[str, nn.Parameter]]:
-    return state.parameters.items()
-
-
 def _counts(state: TrainState) -> dict[str, float]:
     """Steps that the optimiser says it made of each parameter."""
-    held = state.optimizer.state
-    return {n: float(held[p]["step"]) for n, p in _items(state) if "step" in held.get(p, {})}
+    slots = {name: state.optimizer.state.get(p, {}) for name, p in state.parameters.items()}
+    return {name: float(held["step"]) for name, held in slots.items() if "step" in held}
 
 
 def _drops(model: nn.Module) -> bool:
@@ -331,9 +330,8 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(float(x.detach().double().square().sum()) for x in tensors))
 
 
-def _rms(tensors: Iterable[Tensor]) -> float:
-    held = list(tensors)
-    return _norm(held) / math.sqrt(max(sum(x.numel() for x in held), 1))
+def _rms(tensors: Collection[Tensor]) -> float:
+    return _norm(tensors) / math.sqrt(max(sum(x.numel() for x in tensors), 1))
 
 
 def _typical(weights: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> float:

@@ -40,13 +40,8 @@ from flowray.sample.neighbours import (
 from flowray.sample.painters import painters
 from flowray.sample.restore import OpenedRun
 from flowray.store.encode import ENCODE_BATCH
-from flowray.store.latents import (
-    LatentSet,
-    ensure_latents,
-    load_latents,
-    others,
-    pictures_fingerprint,
-)
+from flowray.store.fingerprints import pictures_fingerprint
+from flowray.store.latents import LatentSet, ensure_latents, load_latents, others
 from flowray.store.sums import Sums
 
 SHOWN_CAPTIONS, SHOWN_DRAWS = 12, 6

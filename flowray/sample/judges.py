@@ -22,7 +22,7 @@ from flowray.model.autoencoder import Autoencoder
 from flowray.model.efficientnet import load_efficientnet
 from flowray.model.files import CONFIG, content_of, read_json
 from flowray.model.images import load_image_encoder
-from flowray.store.latents import autoencoder_fingerprint
+from flowray.store.fingerprints import autoencoder_fingerprint
 
 PIXELS, LATENTS = "pixels", "latents"
 OPTION = "--features"

@@ -30,23 +30,20 @@ from flowray.config.errors import InputError
 from flowray.config.keys import INF, describe
 from flowray.config.model import AutoencoderConfig, TextConfig
 from flowray.config.partial import parse_part
-from flowray.config.paths import is_hub_name
 from flowray.config.prepare import AS_DECODED, PrepareConfig
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig
-from flowray.data import decode
 from flowray.data.emoji import made_emoji
 from flowray.data.make import ensure_embedded, unmade_samples
 from flowray.data.order import evenly
-from flowray.data.prepare import AS_THEY_ARE, Preparation
 from flowray.data.reader import ShardReader
 from flowray.data.remote import RemoteCache, is_here
-from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, are_plain, find_shards
-from flowray.model.files import CONFIG, ModelFiles, open_autoencoder
+from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, find_shards
 from flowray.model.latent import LatentScale, Moments
 from flowray.store.apart import apart
 from flowray.store.encode import ENCODE_BATCH, Encoding, Fleet, encode, posterior_variance
+from flowray.store.fingerprints import autoencoder_fingerprint
 from flowray.store.latent_shards import LatentShards, sources
 from flowray.store.moments import as_fp32
 from flowray.store.partial import encoded_part, shards_of
@@ -170,45 +167,6 @@ def _all_shards(data: DataConfig, progress: Progress) -> dict[str, tuple[Path, .
             "data.val_shards: not given; probes need held-out shards beside data.shards"
         )
     return {"train": train, "val": find_shards(data.val_shards, remote)}
-
-
-def pictures_fingerprint(
-    reader: ShardReader, sums: Sums, prepare: Preparation = AS_THEY_ARE
-) -> str:
-    """Short hash of the samples' keys, of what is left out, of their shards' content, and of how
-    their pictures are decoded and prepared, where that is not plain.
-    """
-    digest = hashlib.sha256("\0".join(reader.keys).encode())
-    if reader.without:  # keys may be the same in several shards
-        digest.update(f"without {sorted(reader.without)}".encode())
-    digest.update(" ".join(sums.of(reader.paths)).encode())
-    # Looking into every picture takes too long; what was made or packed here is plain for sure.
-    if not all(are_plain(reader.paths)):
-        digest.update(f"decoded {decode.VERSION}".encode())
-    if prepare.tag:
-        digest.update(f"prepared {prepare.tag}".encode())
-    return digest.hexdigest()[:12]
-
-
-def autoencoder_fingerprint(config: AutoencoderConfig) -> str:
-    """Short hash of the config and of the files that are read: their names and contents, or sizes
-    and times where they are large.
-
-    A hub name stands for itself. InputError where the path holds no autoencoder.
-    """
-    digest = hashlib.sha256(config.model_dump_json().encode())
-    for file in () if is_hub_name(config.path) else _files(open_autoencoder(config.path)):
-        content = (
-            file.read_bytes()
-            if file.stat().st_size < 2**25
-            else f"{file.stat().st_size} {file.stat().st_mtime_ns}".encode()
-        )
-        digest.update(file.name.encode() + content)
-    return digest.hexdigest()[:12]
-
-
-def _files(found: ModelFiles | Path) -> tuple[Path, ...]:
-    return (found,) if isinstance(found, Path) else (found.folder / CONFIG, *found.weights)
 
 
 def _latent_shards(

@@ -30,7 +30,7 @@ from flowray.model.local import DOWNLOAD, find_place, local_weights
 from flowray.model.prompts import load_tokenizer
 from flowray.model.text import load_text
 from flowray.model.vgg import Lpips
-from flowray.store.latents import autoencoder_fingerprint
+from flowray.store.fingerprints import autoencoder_fingerprint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HALVES = "diffusion_pytorch_model.fp16.safetensors"

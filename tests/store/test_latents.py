@@ -23,7 +23,8 @@ from flowray.data.pictures import decode_image
 from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.reader import ShardReader
 from flowray.data.shards import MANIFEST, find_shards, write_shards
-from flowray.store.latents import ensure_latents, load_latents, others, pictures_fingerprint
+from flowray.store.fingerprints import pictures_fingerprint
+from flowray.store.latents import ensure_latents, load_latents, others
 from flowray.store.sums import Sums
 
 

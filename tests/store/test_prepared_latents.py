@@ -37,14 +37,8 @@ from flowray.data.shards import find_shards, write_shards
 from flowray.doctor.dataset import _pictures
 from flowray.model.autoencoder import load_autoencoder
 from flowray.probes.vae import vae_metrics
-from flowray.store.latents import (
-    LatentSet,
-    autoencoder_fingerprint,
-    ensure_latents,
-    load_latents,
-    load_training,
-    pictures_fingerprint,
-)
+from flowray.store.fingerprints import autoencoder_fingerprint, pictures_fingerprint
+from flowray.store.latents import LatentSet, ensure_latents, load_latents, load_training
 from flowray.store.run import RunDirectory
 from flowray.store.splits import BAD_SAMPLES
 from flowray.store.sums import Sums
