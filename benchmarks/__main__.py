@@ -35,7 +35,7 @@ def main(argv: list[str], name: str = "benchmarks") -> int:
     for add in (
         *(_add_sweep, _add_record, _add_answers, _add_pair),
         *(_add_overhead, _add_startup, _add_data),
-        *(_add_train, _add_step),
+        *(_add_train, _add_step, _add_scaling),
     ):
         add(commands)
     args, more = parser.parse_known_args(argv)  # argparse gives up on key=value after an option
@@ -213,6 +213,26 @@ def _add_overhead(commands: argparse._SubParsersAction[Parser]) -> None:
         "--json", action="store_true", help="one JSON object on stdout, the rest on stderr"
     )
     parser.set_defaults(run=_overhead)
+
+
+def _add_scaling(commands: argparse._SubParsersAction[Parser]) -> None:
+    about = "images a second and their cost on 8 to 512 GPUs, by a model of one step"
+    parser = commands.add_parser(
+        "scaling", help=about, description=f"The tables of docs/scaling.md: {about}."
+    )
+    parser.add_argument(
+        "--price", type=float, default=3.0, metavar="DOLLARS", help="of a GPU hour; default 3"
+    )
+    parser.set_defaults(run=_scaling)
+
+
+def _scaling(args: argparse.Namespace) -> int:
+    from benchmarks.scaling import page
+
+    if not (math.isfinite(args.price) and args.price > 0):
+        raise InputError(f"--price: got {args.price:g}, want dollars above 0")
+    print(page(args.price), end="")
+    return GOOD
 
 
 def _add_startup(commands: argparse._SubParsersAction[Parser]) -> None:
