@@ -97,7 +97,7 @@ def digest(recipe: Recipe, run: RunDirectory) -> str:
     for name, tensor in sorted(_tensors(state).items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().contiguous().numpy().tobytes())
-    facts = [recipe.seed, state.step, state.backoffs, state.restart]
+    facts = [recipe.seed, state.step, int(state.backoffs), state.restart]
     facts += [state.balancer.kept(), state.scaler.state_dict()]
     sha.update(json.dumps(facts, sort_keys=True).encode())
     return sha.hexdigest()

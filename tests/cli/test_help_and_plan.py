@@ -28,7 +28,10 @@ SUBCOMMANDS = (
 )
 BENCHMARKS = [
     f"benchmarks {name}"
-    for name in ("sweep", "record", "answers", "tune-overhead", "trial-startup", "data")
+    for name in (
+        *("sweep", "record", "answers", "pair", "tune-overhead", "trial-startup"),
+        *("data", "train", "step", "scaling"),
+    )
 ]
 
 LOADED = """

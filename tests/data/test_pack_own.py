@@ -62,7 +62,7 @@ def test_each_picture_is_decoded_once(tmp_path: Path, monkeypatch: pytest.Monkey
     seen: list[bytes] = []
     decode = prepare.decode_rgb
     monkeypatch.setattr(
-        prepare, "decode_rgb", lambda data, over: (seen.append(data), decode(data, over))[1]
+        prepare, "decode_rgb", lambda data, *more: (seen.append(data), decode(data, *more))[1]
     )
     pack_folder(tmp_path / "in", tmp_path / "out", 8, val=0.3)
     assert sorted(seen) == sorted(path.read_bytes() for path in (tmp_path / "in").glob("*.png"))

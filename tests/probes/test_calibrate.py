@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -228,6 +228,8 @@ def test_the_cache_is_a_line_of_a_fresh_encoding_or_another_autoencoders() -> No
 
 class Identity:
     """An autoencoder's network that keeps the picture, in the form diffusers gives it."""
+
+    config: ClassVar[dict[str, Any]] = {}
 
     def encode(self, x: Tensor) -> Any:
         parameters = torch.cat([x, torch.full_like(x, -30.0)], dim=1)
