@@ -476,7 +476,10 @@ KEYS: tuple[MetricKey, ...] = (
     _key("perf/step_s", "s", "lower", "time of a training step, mean since the last row"),
     _key("perf/data_wait_s", "s", "lower",
          "time a step waited for its batch, mean since the last row"),
-    _key("perf/mfu", "share", "higher", "model FLOPs per second / peak of the device"),
+    _key("perf/mfu", "share", "higher",
+         "model FLOPs per second, without recomputed ones, / dense bf16 peak of the devices"),
+    _key("perf/memory_gb", "GB", "lower",
+         "most memory of the lead rank so far: allocated on its GPU, else resident on the host"),
 )
 # fmt: on
 
