@@ -28,7 +28,6 @@ from benchmarks.trunk import (
     host_syncs,
     kernels,
     made_up_latents,
-    peak_of,
     seconds,
     trunk_flops,
     trunk_recipe,
@@ -39,6 +38,7 @@ from flowray.store.latents import LatentSet
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import train
+from flowray.train.speed import peak_of_card
 from flowray.train.state import restore_state, save_state
 
 Figures = dict[str, Any]
@@ -100,7 +100,7 @@ def card(device: torch.device) -> Figures:
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30
     product = {
         "bf16_product_tflops": reached / 1e12,
-        "bf16_peak_tflops": (peak_of(name) or 0) / 1e12,
+        "bf16_peak_tflops": (peak_of_card(name) or 0) / 1e12,
     }
     return about | {"name": name, "memory_gib": memory, "cuda": torch.version.cuda, **product}
 
@@ -188,9 +188,7 @@ def _arm(
     alone_s = seconds(lambda: bench.step(kept), args.timed, device)
     whole_s = seconds(bench.step, args.timed, device)
     data_s = seconds(bench.batch, 3, device)
-    config: Any = recipe.model.velocity
-    tokens = (recipe.model.latent.height // config.patch) ** 2
-    flops = trunk_flops(config, tokens, batch)
+    flops = trunk_flops(bench)
     figures: Figures = {
         "parameters": sum(p.numel() for p in bench.state.model.velocity.parameters()),
         "first_step_s": first_s,
@@ -201,7 +199,7 @@ def _arm(
         "trunk_flops": flops,
     }
     if cuda:
-        peak = peak_of(torch.cuda.get_device_name(device))
+        peak = peak_of_card(torch.cuda.get_device_name(device))
         figures["mfu"] = flops / whole_s / peak if peak else None
         figures["mfu_without_data"] = flops / alone_s / peak if peak else None
         figures["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30

@@ -18,12 +18,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowray.config.load import load_recipe
-from flowray.config.model import DiTVelocity
 from flowray.config.recipe import Recipe
 from flowray.data.shards import write_shards
 from flowray.flow.path import time_code
 from flowray.losses.gradients import autocast
 from flowray.losses.total import Batch
+from flowray.model.flops import velocity_flops
 from flowray.store.latents import LatentSet, load_latents
 from flowray.train.group import Group
 from flowray.train.state import TrainState, fresh_state
@@ -35,8 +35,6 @@ SIZES = {  # DiT-XL/2 of arXiv 2212.09748 at 256 px, and one that a CPU can try
     "xl": "{width: 1152, depth: 28, heads: 16, patch: 2, kind: dit}",
     "tiny": "{width: 64, depth: 2, heads: 4, patch: 2, kind: dit}",
 }
-# dense bf16 products a second, by the vendor's data sheets
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 def trunk_recipe(size: str, batch: int, *overrides: str) -> Recipe:
@@ -110,18 +108,15 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def trunk_flops(config: DiTVelocity, tokens: int, batch: int) -> float:
-    """Floating point operations of a training step in the trunk's matrix products, two for a
-    multiply-add, the backward pass twice the forward one. Attention's products are among them,
-    elementwise work is not; blocks that a part of the tokens goes past count what they see.
+def trunk_flops(bench: Bench) -> float:
+    """Of a training step in the trunk, whose caption is in x_t alone: the backward pass twice the
+    forward one.
     """
-    w, routed = config.width, len(config.routed)
-
-    def block(seen: int) -> float:
-        return seen * (2 * (4 + 2 * config.mlp_ratio) * w * w + 4 * seen * w) + 2 * 6 * w * w
-
-    part = config.route.kept(tokens) if config.route else tokens
-    return 3.0 * batch * ((config.depth - routed) * block(tokens) + routed * block(part))
+    model, batch = bench.state.model, bench.recipe.train.batch_size
+    passed = velocity_flops(model.velocity, model.config.latent.shape[1:], 0)
+    if passed is None:
+        raise TypeError(f"no formula for {type(model.velocity)}")
+    return 3.0 * batch * passed[0]
 
 
 def counted_flops(bench: Bench, batch: Batch) -> dict[str, float]:
@@ -135,11 +130,6 @@ def counted_flops(bench: Bench, batch: Batch) -> dict[str, float]:
         velocity.float().square().mean().backward()
     bench.state.optimizer.zero_grad()
     return {"step": float(step.get_total_flops()), "trunk": float(trunk.get_total_flops())}
-
-
-def peak_of(card: str) -> float | None:
-    """The card's dense bf16 peak, in operations a second; None where it is not known here."""
-    return next((peak for name, peak in PEAKS.items() if name in card), None)
 
 
 def host_syncs(work: Callable[[], object]) -> dict[str, int]:

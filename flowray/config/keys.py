@@ -151,11 +151,11 @@ KEYS: tuple[MetricKey, ...] = (
     # the whole path from a sampled z0
     _key("shoot/mse", "latent^2", "lower",
          "mean (z_end - z1)^2 after 100 Euler steps from a sampled z0", LOG_0919),
-    _key("shoot/nmse", "-", "lower", "shoot/mse / Var(z1) of the data set; the mean latent gives 1",
+    _key("shoot/nmse", "-", "lower", "shoot/mse / data/var; the data's mean latent gives 1",
          FLOWRAY, (0.0, 1.0)),
     _key("shoot/skill", "-", "higher", "1 - shoot/mse / mean (z0 - z1)^2; standing still gives 0",
          FLOWRAY, (0.0, 1.0)),
-    _key("shoot/cond_gain", "-", "higher", "(mse with captions swapped - mse) / Var(z1)", FLOWRAY,
+    _key("shoot/cond_gain", "-", "higher", "(mse with captions swapped - mse) / data/var", FLOWRAY,
          (0.0, INF)),
     _key("shoot/energy", "-", "lower",
          "E|z_end - z1| - E|z_end - z_end'| / 2 over the same of the data; 1: any picture",
@@ -167,6 +167,9 @@ KEYS: tuple[MetricKey, ...] = (
     _key("shoot/copies", "share", "lower",
          "share of z_end nearer to a training latent than 1 % of held-out ones; 0.01: as new ones",
          "Carlini et al. 2023", (0.0, 0.2)),
+    _key("data/var", "latent^2", "none",
+         "variance of z1, held-out set, about its mean at each channel and place; rows without it"
+         " are older and have shoot/nmse over the variance about one mean"),
     _key("data/left_open", "share", "none",
          "variance per dim of z1 within a caption / of the data; 0: the caption says everything"),
     _key("teacher/mse@{5,10,20,50,100}", "latent^2", "lower",
@@ -364,8 +367,8 @@ KEYS: tuple[MetricKey, ...] = (
     _key("trace/{init,end,real}_pixel_std", "pixels in [0, 1]", "none",
          "contrast of decode(z_init), decode(z_end), of real pictures", LOG_0919),
     _key("latent/mean", "latent", "none", "mean of z1, training set"),
-    _key("latent/var", "latent^2", "none", "variance of z1, training set; about 1", PIPELINE,
-         (0.1, 9.0)),
+    _key("latent/var", "latent^2", "none", "variance of z1 about one mean, training set; about 1",
+         PIPELINE, (0.1, 9.0)),
     _key("latent/fit_slope", "-", "none",
          "least-squares slope of cached on freshly encoded z1",
          PIPELINE, (0.9, 1.1)),
@@ -473,7 +476,10 @@ KEYS: tuple[MetricKey, ...] = (
     _key("perf/step_s", "s", "lower", "time of a training step, mean since the last row"),
     _key("perf/data_wait_s", "s", "lower",
          "time a step waited for its batch, mean since the last row"),
-    _key("perf/mfu", "share", "higher", "model FLOPs per second / peak of the device"),
+    _key("perf/mfu", "share", "higher",
+         "model FLOPs per second, without recomputed ones, / dense bf16 peak of the devices"),
+    _key("perf/memory_gb", "GB", "lower",
+         "most memory of the lead rank so far: allocated on its GPU, else resident on the host"),
 )
 # fmt: on
 

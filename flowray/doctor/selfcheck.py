@@ -181,7 +181,7 @@ class Tiny:
 
         folder = write_shards(self.folder / "latents", map(sample, range(SAMPLES)), meta={})
         reader = ShardReader(find_shards(str(folder)))
-        latents = LatentSet(reader, self.autoencoder.scale, 1.0, ())
+        latents = LatentSet(reader, self.autoencoder.scale, ())
         return BatchMaker(self.recipe, latents, Group(0, 1, torch.device("cpu")))
 
     @cached_property

@@ -121,6 +121,7 @@ DERIVED: Mapping[str, Callable[[Reading], float]] = {
     "flow/bin_middle": lambda r: statistics.median(_bins(r)),
     # of the whole path
     "shoot/nothing": _nothing,
+    # as near as notes come; probes divide by the variance about the mean latent
     "shoot/nmse": lambda r: r["shoot/mse"] / r["latent/var"],
     "shoot/skill": lambda r: 1 - r["shoot/mse"] / r["shoot/nothing"],
     "teacher/growth": lambda r: _growth(r, "teacher"),

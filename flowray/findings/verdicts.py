@@ -158,7 +158,7 @@ def _flow_only(arm: Arm) -> list[Verdict]:
     # Before step 1 the velocity is 0 and mu about 0: the distance of a source of the first width
     # from the pictures.
     start = math.sqrt(
-        arm.last("shoot/mse") / arm.last("shoot/nmse") + (arm.series("std/mean") or [1.0])[0] ** 2
+        arm.last("scale/z1_norm") ** 2 / arm.dims + (arm.series("std/mean") or [1.0])[0] ** 2
     )
     nearer = _change(1 - rmse / start) if rmse < (1 - NONE) * still else "fail"
     by = f"by {CLEAR:.0%} or more"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
+from flowray.config.scale import UNIT
 from flowray.flow.draws import Draws
 from flowray.flow.guidance import conditional, with_time_code
 from flowray.flow.path import sample_path, time_code
@@ -49,7 +50,8 @@ class ProbeBatch:
     H, W).
 
     times: (BINS, B), one stratified t per bin and sample. others: a derangement of the batch (B,)
-    across different captions. answers: what else of the data's would answer the captions.
+    across different captions. variance: of z1 per dim about the set's mean latent. answers: what
+    else of the data's would answer the captions.
     """
 
     captions: list[str]
@@ -175,7 +177,7 @@ def run_probes(
         rows |= shoot_metrics(z_end, z0, batch.z1, batch.others, batch.variance)
         other_end = shoot(velocity_fn, other, recipe.probes.shoot_steps)
         rows |= answer_metrics(z_end, other_end, batch.answers)
-        rows |= left_open(batch.answers)
+        rows |= left_open(batch.answers) | {UNIT: batch.variance}
         if batch.seen is not None:
             rows["shoot/copies"] = batch.seen.copies(torch.cat([z_end, other_end]))
         rows |= teacher_metrics(z0, batch.z1, rho)

@@ -25,8 +25,8 @@ def speed_ratios(v_pred: Tensor, v_target: Tensor) -> Tensor:
 
 
 def nmse(v_pred: Tensor, v_target: Tensor) -> Tensor:
-    """Ratio of batch means; per sample it is 1 + k^2 - 2 k c. Predicting zero
-    scores 1.
+    """Ratio of batch means; per sample it is 1 + k^2 - 2 k c. Predicting zero scores 1, whatever
+    the data's mean is.
     """
     return F.mse_loss(
         v_pred.float(), v_target.float()

@@ -33,10 +33,10 @@ def shoot(velocity_fn: VelocityFn, z0: Tensor, steps: int) -> Tensor:
 def shoot_metrics(
     z_end: Tensor, z0: Tensor, z1: Tensor, others: Tensor, variance: float
 ) -> dict[str, float]:
-    """shoot/*: z_end of z0, the real z1, `others` a derangement (B,) int64, Var(z1) per dim from
-    the dataset.
+    """shoot/*: z_end of z0, the real z1, `others` a derangement (B,) int64, Var(z1) per dim about
+    the data's mean latent.
 
-    nmse 1 is predicting the mean; skill 0 is doing nothing. The field sees no caption but through
+    nmse 1 is predicting that mean; skill 0 is doing nothing. The field sees no caption but through
     z0, so the swapped shot of a sample is the shot of the sample whose z0 it borrows.
     """
     own = mse(z_end, z1)

@@ -146,8 +146,8 @@ def incomparable_words(sweep: Sweep) -> str:
     )
     return (
         "Not ranked: the trials differ in what sets the scale of every value (autoencoder,"
-        f" resolution, latent size or scale), so their values do not compare: {groups}. Make a"
-        " sweep of each."
+        f" resolution, latent size or scale, unit), so their values do not compare: {groups}. Make"
+        " a sweep of each."
     )
 
 

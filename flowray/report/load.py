@@ -20,6 +20,7 @@ from flowray.config.partial import parse_part
 from flowray.config.ranking import ranked
 from flowray.config.rounding import finite
 from flowray.config.rows import Row, parse_rows
+from flowray.config.scale import OLDER_UNIT, older_unit
 from flowray.report.results import Metric, Run, Strip, Sweep, Trial, scales_of
 
 # ten times as fast where it was built: a sweep has a config a trial
@@ -76,12 +77,20 @@ def load_run(path: Path) -> Run:
         notes=tuple(
             notes
             + more
+            + _older(probes)
             + _part(_config(config))
             + _left_out(path / "bad_samples.jsonl")
             + _skipped(path / "skipped_steps.jsonl")
             + _gaps(path / "gaps.jsonl")
         ),
     )
+
+
+def _older(probes: list[Row]) -> list[str]:
+    """A line where rows have errors in the unit of older versions."""
+    steps = [row.get("step") for row in probes if any(older_unit(key, row) for key in row)]
+    upto = f" up to step {steps[-1]}" if steps and len(steps) < len(probes) else ""
+    return [f"probes.jsonl: shoot/nmse and shoot/cond_gain{upto} {OLDER_UNIT}"] if steps else []
 
 
 def _part(config: Mapping[str, Any]) -> list[str]:
@@ -147,7 +156,7 @@ def load_sweep(path: Path) -> Sweep:
     name = settings.get("name") or path.resolve().name
     # of samples left out every trial says the same
     more = list(dict.fromkeys(note for trial in trials for note in trial.run.notes))
-    scales = scales_of(trials)
+    scales = scales_of(trials, metrics)
     ordered = ranked(trials, metrics[0])
     if len(scales) > 1:  # by scale, then as they were drawn
         place = {

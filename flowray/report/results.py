@@ -12,7 +12,7 @@ from typing import Any, Literal
 from flowray.config.ranking import Arm, arms, best, seed_values, steps
 from flowray.config.rounding import finite
 from flowray.config.rows import Row
-from flowray.config.scale import scale_keys
+from flowray.config.scale import OLDER_UNIT, older_unit, scale_keys
 from flowray.findings.facts import recipe_facts
 from flowray.findings.finding import recorded
 from flowray.findings.judge import Judge
@@ -148,8 +148,8 @@ class Sweep:
     those without a value after, failed last.
 
     scales: trial numbers by the scale that their values are measured on (autoencoder, latent,
-    held-out pictures), as changed keys in words; with more than one, values do not compare and
-    there is no best trial.
+    held-out pictures, unit), as changed keys in words; with more than one, values do not compare
+    and there is no best trial.
     """
 
     path: Path
@@ -230,9 +230,9 @@ def series(rows: Iterable[Row], key: str) -> Series:
     )
 
 
-def scales_of(trials: Sequence[Trial]) -> dict[str, tuple[int, ...]]:
-    """Trial numbers by the keys of the scale in which the trials differ; trials that never wrote
-    a config are not asked.
+def scales_of(trials: Sequence[Trial], metrics: Sequence[Metric]) -> dict[str, tuple[int, ...]]:
+    """Trial numbers by what of the scale the trials differ in, keys or the unit of a metric; trials
+    that never wrote a config are not asked.
     """
     known = {trial.number: trial.run.config for trial in trials if trial.run.config}
     if not known:
@@ -244,8 +244,14 @@ def scales_of(trials: Sequence[Trial]) -> dict[str, tuple[int, ...]]:
     differ = [
         key for key in keys if len({json.dumps(config.get(key)) for config in known.values()}) > 1
     ]
+    older: dict[int, list[str]] = {}
+    for name in (metric.name for metric in metrics):
+        units = {t.number: older_unit(name, t.metrics) for t in trials if name in t.metrics}
+        for number in (n for n, old in units.items() if old and len(set(units.values())) > 1):
+            older.setdefault(number, []).append(f"{name} {OLDER_UNIT}")
     found: dict[str, tuple[int, ...]] = {}
     for number, config in sorted(known.items()):
-        words = ", ".join(f"{key}={json.dumps(config.get(key))}" for key in differ) or "all alike"
+        own = [f"{key}={json.dumps(config.get(key))}" for key in differ] + older.get(number, [])
+        words = ", ".join(own) or "all alike"
         found[words] = (*found.get(words, ()), number)
     return found

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,27 +42,24 @@ from flowray.data.remote import RemoteCache, is_here
 from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, find_shards
 from flowray.model.latent import LatentScale, Moments
 from flowray.store.apart import apart
-from flowray.store.encode import ENCODE_BATCH, Encoding, Fleet, encode, posterior_variance
+from flowray.store.encode import Encoding, Fleet, encode
 from flowray.store.fingerprints import autoencoder_fingerprint
 from flowray.store.latent_shards import LatentShards, sources
 from flowray.store.moments import as_fp32
 from flowray.store.partial import encoded_part, shards_of
 from flowray.store.splits import BAD_SAMPLES, BUCKETS, folder_of, look_at, write_split
 from flowray.store.sums import Sums
+from flowray.store.variance import squares, variance_per_dim
 
-STATISTICS = 4096  # samples that channel_statistics reads at most
 CAPTIONED = 256  # samples whose captions are looked at before a run
 
 
 @dataclass(frozen=True)
 class LatentSet:
-    """A cached split: moments and captions by index, the latent scale, and the variance of z1
-    per dim over the whole set.
-    """
+    """A cached split: moments and captions by index, and the latent scale."""
 
     reader: ShardReader
     scale: LatentScale
-    variance: float
     pictures: tuple[Path, ...]  # the image shards these latents were made from
     captioned_by: np.ndarray | None = None  # (len,) whose captions each sample has; None: its own
     skipped: tuple[int, ...] = ()  # samples of the image shards that have no latent
@@ -79,6 +76,13 @@ class LatentSet:
         shards, of their keys and their order. It does not hang on where they lie.
         """
         return {"samples": len(self), "fingerprint": self.reader.fingerprint()}
+
+    @cached_property
+    def variance(self) -> float:
+        """Of z1, per dim, about the set's mean latent: what errors are divided by, so that this
+        mean scores 1.
+        """
+        return variance_per_dim(self)
 
     def moments(self, indices: np.ndarray) -> Moments:
         """Raw moments (B, C, H, W) fp32 of the samples, which are of one bucket."""
@@ -376,7 +380,6 @@ def load_latents(
     return LatentSet(
         reader,
         LatentScale(scale, shift, meta["deterministic"]),
-        meta["variance"],
         pictures,
         captioned_by,
         skipped,
@@ -432,15 +435,11 @@ def channel_statistics(latents: LatentSet) -> tuple[Tensor, Tensor]:
 
     Over at most STATISTICS samples, spread evenly over the set.
     """
-    chosen = evenly(len(latents), STATISTICS)
-    sums = []
-    parts = np.array_split(chosen, -(-len(chosen) // ENCODE_BATCH))
-    for indices in (alike for part in parts for alike in latents.of_one_size(part)):
-        moments = latents.moments(indices)
-        z = latents.scale.sample(moments, torch.zeros_like(moments.mean)).double()
-        squares = z.square() + posterior_variance(moments, latents.scale)
-        sums.append(torch.stack([z.mean((2, 3)).sum(0), squares.mean((2, 3)).sum(0)]))
-    mean, square = torch.stack(sums).sum(0) / len(chosen)
+    sums, count = [], 0
+    for z, square in squares(latents):
+        sums.append(torch.stack([z.mean((2, 3)).sum(0), square.mean((2, 3)).sum(0)]))
+        count += len(z)
+    mean, square = torch.stack(sums).sum(0) / count
     return mean, (square - mean.square()).clamp_min(0).sqrt()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, load_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
+from flowray.config.scale import OLDER_UNIT, older_unit
 from flowray.config.schema import show
 from flowray.config.writing import write_whole
 from flowray.store.run import RunDirectory, RunLock, require_writable
@@ -124,9 +125,17 @@ def refuse_other(sweep: Sweep, base: Recipe, resume: bool) -> None:
             f"{kept}: {key} differs from the sweep to resume{values}; take it back, or type"
             " name=OTHER for a new sweep"
         )
+    ledger = Ledger(kept.with_name("trials.jsonl"))
+    judged = [*(metric.name for metric in sweep.objectives), *sweep.rule_metrics]
+    for record in ledger.trials.values():
+        if older := [name for name in judged if older_unit(name, record.metrics)]:
+            raise InputError(
+                f"{ledger.path}: trial {record.trial} has {older[0]} {OLDER_UNIT}; new trials would"
+                " not compare: type name=OTHER for a new sweep, or go on with that version"
+            )
     minor = [field for field in changed if field not in _PLACES]
     if minor and not resume:
-        done = Ledger(kept.with_name("trials.jsonl")).by("finished", "stopped", "failed")
+        done = ledger.by("finished", "stopped", "failed")
         raise InputError(
             f"{kept}: {minor[0]} differs from the sweep that is there, of which {len(done)} trials"
             " are done; type --resume to continue it so, or name=OTHER for a new one"

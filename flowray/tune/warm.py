@@ -15,6 +15,7 @@ from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe, recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.rows import read_rows
+from flowray.config.scale import OLDER_UNIT, older_unit
 from flowray.sweepconfig.distributions import Categorical, Constant, drawn, in_order, inside
 from flowray.sweepconfig.sweep import Sweep
 from flowray.tune.ledger import Ledger
@@ -106,6 +107,9 @@ def _taken_over(
     ]
     if differing:
         return f"{differing[0]} differs"
+    for metric in sweep.objectives:
+        if older_unit(metric.name, record.metrics):
+            return f"{metric.name} {OLDER_UNIT}"
     values = [record.metrics.get(metric.name) for metric in sweep.objectives]
     told = [value for value in values if value is not None]
     if len(told) < len(values):

@@ -91,7 +91,7 @@ def test_each_arrow_of_the_ablations_has_its_own_verdict():
         "flow/endpt_rmse@32": 0.99,
         "trivial/flow/endpt_rmse@32": 1.0,
     }
-    flow |= {"shoot/mse": 1.0, "shoot/nmse": 1.0}
+    flow["scale/z1_norm"] = 1.0
     no_kl = probed(mu__rms=0.8, std__mean=0.97)
     shuffled = probed(shoot__cond_gain=0.7, flow__cond_gain_cos=0.001)
     got = {
@@ -110,17 +110,14 @@ def test_each_arrow_of_the_ablations_has_its_own_verdict():
 
 
 def only_flow(rmse, still, width=1.0):
-    """The verdict on the end point of the arm with the flow loss alone, where Var(z1) is 1."""
+    """The verdict on the end point of the arm with the flow loss alone, where E z1^2 is 1."""
     row = {
         "flow/cos": 1.0,
         "flow/nmse": 0.0,
         "flow/endpt_rmse@32": rmse,
         "trivial/flow/endpt_rmse@32": still,
     }
-    arm = Arm(
-        [{"step": 4, "std/mean": width}],
-        [{"step": 200, "shoot/mse": 2.0, "shoot/nmse": 2.0, **row}],
-    )
+    arm = Arm([{"step": 4, "std/mean": width}], [{"step": 200, "scale/z1_norm": 1.0, **row}])
     nothing = Arm(refused="not of interest")
     return next(
         v for v in ablation_verdicts(nothing, arm, nothing, nothing) if "endpt" in v.expected

@@ -21,7 +21,7 @@ flow/{cos,nmse,speed_ratio,cond_gain_cos} flow/{nmse,cos}_t{0..9}
 flow/endpt_rmse@{8,16,32,64} shoot/{mse,nmse,skill,cond_gain}
 teacher/mse@{5,10,20,50,100} teacher_native/mse@100
 text/{cos,cos_mu,cos_same,snr} vae/psnr time/embed_norm gain/best ema/delta_rms eval/all_correct
-perf/{images_per_s,step_s,data_wait_s,mfu}
+perf/{images_per_s,step_s,data_wait_s,mfu,memory_gb}
 """
 
 

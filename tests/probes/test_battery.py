@@ -13,6 +13,7 @@ from support import tiny_latents, tiny_recipe
 
 from flowray.config.keys import describe
 from flowray.config.recipe import Recipe
+from flowray.config.scale import UNIT
 from flowray.flow.guidance import conditional
 from flowray.flow.path import sample_path, time_code
 from flowray.model.assemble import FlowModel, build_model
@@ -133,9 +134,10 @@ def test_every_probe_stands_beside_its_trivial_baseline(
     model: FlowModel, recipe: Recipe, batch: ProbeBatch
 ) -> None:
     rows = run_probes(model, recipe, batch, endpoints=True)
-    measured = {key for key in rows if not key.startswith("trivial/")}
+    measured = {key for key in rows if not key.startswith("trivial/")} - {UNIT}
     assert {key.removeprefix("trivial/") for key in rows if key.startswith("trivial/")} == measured
     blind = {key: rows[f"trivial/{key}"] for key in measured}
+    assert rows[UNIT] == batch.variance
     assert (
         blind["flow/nmse"],
         blind["flow/cos"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from sweep_records import METRIC, make
 
 from flowray.report import analysis
 from flowray.report.edges import edges
-from flowray.report.load import load_sweep
+from flowray.report.load import load_run, load_sweep
 from flowray.report.sweep_page import sweep_commands, write_sweep_report
 
 
@@ -81,3 +82,30 @@ def test_held_out_shards_of_their_own_make_training_shards_comparable(tmp_path: 
     assert load_sweep(
         make(tmp_path / "s", [{"metrics": {METRIC: 0.5}, "config": c} for c in configs])
     ).comparable
+
+
+def test_errors_in_the_unit_of_older_versions_are_not_ranked_beside_new_ones(
+    tmp_path: Path,
+) -> None:
+    unit = {"old": {}, "new": {"ema/data/var": 0.9}}
+
+    def trials(*kinds: str) -> list[dict[str, Any]]:
+        made = [scaled(0.5) | {"metrics": {METRIC: 0.5} | unit[kind]} for kind in kinds]
+        return [*made, scaled(0.4) | {"metrics": {}, "status": "failed"}]
+
+    for kind in unit:
+        assert load_sweep(make(tmp_path / kind, trials(kind, kind))).comparable
+    sweep = load_sweep(make(tmp_path / "mixed", trials("old", "new", "old")))
+    assert list(sweep.scales.values()) == [(0, 2), (1, 3)]
+    assert sweep.best is None
+
+
+def test_a_run_says_which_of_its_rows_have_the_unit_of_older_versions(tmp_path: Path) -> None:
+    rows = [{"step": 10, METRIC: 0.5}, {"step": 20, METRIC: 0.4, "ema/data/var": 0.9}]
+    for count, word in ((1, "cond_gain over"), (2, "up to step 10 over")):
+        text = "".join(json.dumps(row) + "\n" for row in rows[:count])
+        (tmp_path / "probes.jsonl").write_text(text)
+        (note,) = load_run(tmp_path).notes
+        assert word in note
+    (tmp_path / "probes.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    assert load_run(tmp_path).notes == ()

@@ -18,7 +18,7 @@ from flowray.config.model import KLAutoencoder
 from flowray.config.train import DataConfig
 from flowray.data.shards import MANIFEST
 from flowray.model.latent import LatentScale, Moments
-from flowray.store import latents as store
+from flowray.store import variance
 from flowray.store.latents import (
     channel_metrics,
     channel_statistics,
@@ -52,7 +52,7 @@ def test_statistics_are_those_of_drawn_latents(tmp_path: Path) -> None:
 def test_a_large_set_is_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = load_latents(tiny_latents(tmp_path / "latents", 40))
     whole = channel_statistics(latents)
-    monkeypatch.setattr(store, "STATISTICS", 7)
+    monkeypatch.setattr(variance, "STATISTICS", 7)
     part = channel_statistics(latents)
     mean = latents.scale.sample(
         latents.moments(np.linspace(0, 39, 7).round().astype(int)), torch.zeros(7, *SPEC.shape)

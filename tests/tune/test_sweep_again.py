@@ -137,6 +137,21 @@ def test_another_sweep_is_refused_in_one_line_and_nothing_is_written(
     assert {path.name: path.read_text() for path in (there / "s").iterdir()} == before
 
 
+@pytest.mark.parametrize("rule", [False, True])
+def test_errors_in_the_unit_of_older_versions_are_not_ranked_beside_new_ones(there, rule):
+    changes = {"metric": {"name": "ema/flow/cos", "goal": "maximize"}} if rule else {}
+    sweep = make(there, name="t", stop=(BoundRule(metric=METRIC, above=2.0),), **changes)
+    open_directory(sweep, Recipe(), resume=False)
+    ledger = Ledger(there / "t" / "trials.jsonl")
+    ledger.trials[0] = TrialRecord(0, {}, "finished", metrics={METRIC: 0.5, "data/var": 0.9})
+    ledger.save()
+    open_directory(sweep, Recipe(), resume=True)
+    ledger.trials[1] = TrialRecord(1, {}, "stopped", metrics={METRIC: 0.5})
+    ledger.save()
+    opening = lambda: open_directory(sweep, Recipe(), resume=True)  # noqa: E731
+    assert_refused(opening, InputError, f"trial 1 has {METRIC} over the variance about one mean")
+
+
 def test_caps_and_stops_may_differ_where_that_is_said(there):
     open_directory(
         make(there, run_cap=5, stop=(BoundRule(metric=METRIC, above=5),)), Recipe(), resume=True

@@ -9,14 +9,17 @@ from builders import study_trials, sweep_of
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.recipe import Recipe
+from flowray.config.scale import OLDER_UNIT
 from flowray.sweepconfig.check import base_recipe
 from flowray.tune.ledger import Ledger
 from flowray.tune.records import TrialRecord
-from flowray.tune.study import SweepStudy
+from flowray.tune.study import FROM, SweepStudy
 from flowray.tune.warm import earlier_trials
 
+UNIT = {"ema/data/var": 1.0}
 
-def earlier(folder: Path, base: Recipe, *trials) -> Path:
+
+def earlier(folder: Path, base: Recipe, *trials, unit=UNIT) -> Path:
     """A sweep directory as a sweep leaves it: (overrides, status, values at steps 20, 40)."""
     records = None
     for number, (overrides, status, values) in enumerate(trials):
@@ -24,11 +27,12 @@ def earlier(folder: Path, base: Recipe, *trials) -> Path:
         run.mkdir(parents=True)
         place = {"name": str(number), "storage_path": str(folder)}
         (run / "config.yaml").write_text(dump_recipe(override_recipe(base, {**overrides, **place})))
-        rows = [{"step": 20 * (i + 1), "ema/shoot/nmse": value} for i, value in enumerate(values)]
+        told = [{"ema/shoot/nmse": value, **unit} for value in values]
+        rows = [{"step": 20 * (i + 1), **row} for i, row in enumerate(told)]
         (run / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         records = records or Ledger(folder / "trials.jsonl")
         records.trials[number] = TrialRecord(
-            number, {}, status, 20 * len(values), 40, metrics={"ema/shoot/nmse": values[-1]}
+            number, {}, status, 20 * len(values), 40, metrics=told[-1]
         )
     records.save()
     return folder
@@ -94,3 +98,14 @@ def test_a_warm_start_keeps_the_trials_whose_value_is_null(tmp_path):
     ranged = sweep_of("  data.limit: {min: 10, max: 500}", f"warm_start: [{tmp_path / 'old'}]")
     # null lies in no range
     assert "data.limit out of range" in earlier_trials(ranged, base).left_out
+
+
+def test_a_warm_start_takes_no_errors_in_the_unit_of_older_versions(tmp_path):
+    base = base_recipe(sweep_of(plain := "  optim.lr: {min: 1e-4, max: 1e-2}"))
+    trial = {"optim.lr": 1e-3}, "finished", [2.0, 0.5]
+    for name, unit in {"old": {}, "new": UNIT}.items():
+        earlier(tmp_path / name, base, trial, unit=unit)
+    folders = f"warm_start: [{tmp_path / 'old'}, {tmp_path / 'new'}]"
+    found = earlier_trials(sweep_of(plain, folders), base)
+    assert [trial.user_attrs[FROM] for trial in found.trials] == [str(tmp_path / "new" / "0")]
+    assert list(found.left_out) == [f"ema/shoot/nmse {OLDER_UNIT}"]
