@@ -21,7 +21,7 @@ from flowray.config.errors import InputError
 from flowray.config.keys import GOOD_PSNR
 from flowray.config.load import load_recipe
 from flowray.config.model import ModelConfig
-from flowray.config.paths import SHIPPED, argument, model_argument, written
+from flowray.config.paths import SHIPPED, argument, is_address, model_argument, written
 from flowray.config.recipe import Recipe
 from flowray.data.pack import LARGEST
 
@@ -58,14 +58,14 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--data",
-        type=argument,
+        type=_folder,
         required=True,
         metavar="FOLDER",
         help="shards: a folder with train/ and val/, as pack --val makes",
     )
     parser.add_argument(
         "--val",
-        type=argument,
+        type=_folder,
         metavar="FOLDER",
         help="held-out shards, where they are not FOLDER/val",
     )
@@ -101,6 +101,16 @@ def _parser() -> Parser:
         help="of the latents, where the autoencoder's files do not state it: 0.18215 (SD 1 and 2)",
     )
     return parser
+
+
+def _folder(text: str) -> Path:
+    """An argument's type: a folder here."""
+    if is_address(text):
+        raise argparse.ArgumentTypeError(
+            f"{text}: an address, and a folder is looked at; write a recipe of one with some of the"
+            " shards and train it with data.shards=ADDRESS data.val_shards=ADDRESS"
+        )
+    return argument(text)
 
 
 def _side(text: str) -> int:

@@ -4,6 +4,7 @@ shards 0 to 11 and 14 of 40, in their order, and a checksum of their content.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -29,6 +30,9 @@ class Part:
 
 def parse_part(text: str) -> Part:
     """What `str` of a Part gave; ValueError for anything else."""
+    fault = "want true, false or a part of a set, such as 0-11,14/40@1a2b3c4d"
+    if not re.fullmatch(PATTERN, text):
+        raise ValueError(fault)
     which, _, rest = text.partition("/")
     of, _, check = rest.partition("@")
     places = list[int]()
@@ -38,7 +42,7 @@ def parse_part(text: str) -> Part:
     part = Part(tuple(places), int(of), check)
     rising = places == sorted(set(places))
     if not places or not rising or places[-1] >= part.of or str(part) != text:
-        raise ValueError(f"{text!r} is no part of a set: 0-11,14/40@1a2b3c4d is one, of 40 shards")
+        raise ValueError(fault)
     return part
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from flowray.config.base import Config
 from flowray.config.errors import RuleError
@@ -17,12 +17,15 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
-def _part(text: str) -> str:
-    parse_part(text)
-    return text
+def _part(value: object) -> object:
+    if isinstance(value, str) and value not in ("true", "false"):
+        parse_part(value)
+    return value
 
 
-PartialText = Annotated[str, Field(pattern=PATTERN), AfterValidator(_part)]
+PartialText = Annotated[str, Field(pattern=PATTERN)]
+# before it is told apart from true and false, so that a text gets one error and not one of each
+Partial = Annotated[bool | PartialText, BeforeValidator(_part)]
 CHECKED = ("shapes", "shapes_closed")  # data.shards whose pictures can be checked exactly
 LEFT_OPEN = "shapes"  # of them the one whose captions leave things open
 MomentsKind = Literal["fp16", "bf16", "fp32"]
@@ -52,7 +55,7 @@ class DataConfig(Config):
             " used longest ago go first"
         ),
     )
-    partial: bool | PartialText = Field(
+    partial: Partial = Field(
         False,
         description=(
             "train on the shards of data.shards that are encoded already; a run's config.yaml then"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from flowray.data.captions import captions_in
 from flowray.data.decode import EXTENSIONS, UNREAD, decode_rgb, picture_of, picture_size, unread
 from flowray.data.prepare import Filtered, Preparation
 from flowray.data.reader import ShardReader
-from flowray.data.remote import ahead, is_here, opened, shown, stat_of
+from flowray.data.remote import ahead, is_here, opened, remote_of, shown, stat_of
 from flowray.data.shards import MANIFEST, find_shards, sha256
 
 PICKLES = ("pkl", "pyd", "pickle", "pth", "pt")
@@ -80,6 +81,9 @@ def check_shards(
         for path in ahead(found):
             checker.shard(path)
             advance()
+    # of an address only the shards that the spec names are known here
+    for place in dict.fromkeys(path.parent for path in found if not remote_of(path)):
+        checker.lacking(place)
     return checker.finish()
 
 
@@ -130,6 +134,13 @@ class _Checker:
             if what != str(error):
                 self.bad(name, "", what)
             # else it has no samples
+
+    def lacking(self, folder: Path) -> None:
+        """Shards that the folder's manifest names and that are not there."""
+        with suppress(OSError, ValueError, KeyError, TypeError):  # has been said of each shard
+            rows = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["shards"]
+            for name in [row["name"] for row in rows if not (folder / row["name"]).exists()]:
+                self.bad(self.name(folder / name), "", f"in {MANIFEST}, but not there")
 
     def sample(self, shard: str, key: str, extensions: list[str], sample: dict[str, bytes]) -> None:
         """extensions: all; sample: the bytes of those that are looked into, as others may be

@@ -307,12 +307,15 @@ class _Packing:
 
     def _remove(self, names: Sequence[str]) -> None:
         for name in names:
-            with suppress(FileNotFoundError):
-                self._try(name, partial(self._place.fs.rm_file, name))
+            self._try(name, partial(self._remove_one, name))
+
+    def _remove_one(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._place.fs.rm_file(name)
 
     def _try(self, name: str, call: Callable[[], Any]) -> None:
         url = self._place.url(name)
         try:
             retried(url, call)
-        except PermissionError as error:
+        except (FileNotFoundError, PermissionError) as error:  # there is no such bucket; closed
             raise InputError(f"{url}: cannot be written: {plain(error)}") from None

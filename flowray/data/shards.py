@@ -156,8 +156,8 @@ def find_shards(spec: str, cache: RemoteCache | None = None) -> tuple[Path, ...]
     Those of an address have their places in `cache`, the usual one unless given.
 
     A folder without tars of its own stands for those under it, unless a folder among them is a
-    split such as `val`. InputError where nothing is found, a tar that braces name is not there, or
-    the tars hold no sample at all.
+    split such as `val`. InputError where nothing is found, a tar that braces name is not there, the
+    tars hold no sample at all, or one has a path that is no UTF-8.
     """
     if is_address(spec):
         from flowray.data.remote_sets import find_remote  # it is built on what is here
@@ -174,6 +174,8 @@ def find_shards(spec: str, cache: RemoteCache | None = None) -> tuple[Path, ...]
         raise InputError(
             f"shards {spec!r}: {what}; give {named}a folder of .tar files, a glob or one .tar"
         )
+    if odd := next((tar for tar in found if not _is_text(tar)), None):
+        raise InputError(f"shards {spec!r}: {str(odd)!r} is no UTF-8; rename it")
     if not any(_starts_with_a_member(tar) for tar in found):
         raise InputError(
             f"shards {spec!r}: {len(found)} .tar file(s) but not one sample in them, first"
@@ -277,6 +279,14 @@ def splits(folder: Path) -> list[Path]:
     """The folders in a folder that have .tar files, sorted; hidden ones and systems' own apart."""
     below = (path for path in folder.glob("*") if path.is_dir() and not is_clutter(Path(path.name)))
     return sorted(path for path in below if tars(path))
+
+
+def _is_text(path: Path) -> bool:
+    """Whether manifests and pages, which are UTF-8, can name it."""
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_tar(path: Path) -> bool:

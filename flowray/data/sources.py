@@ -4,7 +4,9 @@ tables that hold the pictures themselves.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +31,9 @@ _PART = re.compile(r"-\d+-of-\d+.*$")
 
 @dataclass(frozen=True)
 class Row:
-    """A picture to pack. name: its path in the folder, or its place in a table, from which alone
-    its key follows; split: the one its source has it in, "" of none; at: (table, row).
+    """A picture to pack. name: its path in the folder, odd bytes as `\\xe9`, or its place in a
+    table, from which alone its key follows; split: the one its source has it in, "" of none; at:
+    (table, row), or (0, place among the folder's pictures).
     """
 
     name: str
@@ -62,50 +65,78 @@ def open_source(given: Path, key: str | None = None) -> Source:
         if table := parquet_table(given, f"{given.name}:"):
             return _of_tables([table], given.parent, frozenset(), key)
         raise InputError(f"{given}: no column with pictures")
-    files = _files(given)
+    files, faults = _files(given)
     if tables := saved_tables(given) or _parquet_tables(given, files):
         source = _of_tables(tables, given, frozenset(files), key)
+        source.faults += faults
         beside = sum(path.suffix.lower() in SUFFIXES for path in files)
         if beside:
             source.unread = f"{beside} picture file(s) beside the tables, but for those rows name"
         return source
-    return _of_folder(given, files, key)
+    return _of_folder(given, files, faults, key)
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files of a folder at any depth, sorted."""
+def _files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files of a folder at any depth, sorted, and a line for whatever cannot be looked at.
+
+    Links to folders are followed, to each folder once; those to a place in this one lead nowhere
+    else, so that names stay what they are where such a link is added.
+    """
     if not is_folder(folder):
         what = no_such(folder)
         raise InputError(f"{folder}: {what}; give a folder of pictures ({', '.join(SUFFIXES)})")
 
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if not is_clutter(path.relative_to(folder)) and path.is_file()
-    )
+    files, faults, root = list[Path](), list[str](), folder.resolve()
+    seen = {root}
+
+    def failed(error: OSError) -> None:
+        faults.append(f"{error.filename}: cannot be read ({error.strerror})")
+
+    def leads_on(path: Path) -> bool:
+        real = path.resolve()
+        inside = real.is_relative_to(root) and not is_clutter(real.relative_to(root))
+        if real in seen or (inside and path.is_symlink()):
+            return False
+        seen.add(real)
+        return True
+
+    for place, folders, names in os.walk(folder, onerror=failed, followlinks=True):
+        at = Path(place)
+        shown = sorted(name for name in folders if not is_clutter(Path(name)))
+        folders[:] = [name for name in shown if leads_on(at / name)]
+        for name in names:
+            try:
+                if not is_clutter(Path(name)) and stat.S_ISREG((at / name).stat().st_mode):
+                    files.append(at / name)
+            except OSError as error:
+                failed(error)
+    return sorted(files), sorted(faults)
 
 
-def _of_folder(folder: Path, files: list[Path], key: str | None) -> Source:
+def _of_folder(folder: Path, files: list[Path], faults: list[str], key: str | None) -> Source:
     pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
     kinds = (path.suffix.lower().removeprefix(".") for path in files)
     others = Counter(kind for kind in kinds if kind in UNREAD)
     passed_over = unread(others) if others else ""
-    if not pictures:
+    if not pictures and not faults:
         why = f", but {passed_over}" if others else f"; looked for {', '.join(SUFFIXES)}"
         raise InputError(f"{folder}: no picture in it{why}")
-    faults: list[str] = []
     captions = captions_of(pictures, files, faults, key)
     rows = [
-        Row(path.relative_to(folder).as_posix(), captions[path])
-        for path in pictures
+        Row(_named(path.relative_to(folder)), captions[path], at=(0, place))
+        for place, path in enumerate(pictures)
         if path in captions
     ]
 
     def fetch(chosen: Sequence[Row]) -> Iterator[Callable[[], bytes]]:
         for row in chosen:
-            yield (folder / row.name).read_bytes
+            yield pictures[row.at[1]].read_bytes
 
     return Source(rows, fetch, faults, passed_over)
+
+
+def _named(path: Path) -> str:
+    return path.as_posix().encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _parquet_tables(folder: Path, files: list[Path]) -> list[Table]:
@@ -116,7 +147,7 @@ def _parquet_tables(folder: Path, files: list[Path]) -> list[Table]:
         table
         for path in files
         if path.suffix.lower() == PARQUET
-        and (table := parquet_table(path, f"{path.relative_to(folder).as_posix()}:", _split(path)))
+        and (table := parquet_table(path, f"{_named(path.relative_to(folder))}:", _split(path)))
     ]
     lacking = next((table for table in tables if not table.split), None)
     if lacking and any(table.split for table in tables):
@@ -154,7 +185,7 @@ def _of_tables(
             else:
                 rows.append(Row(name, captions, split, (number, place)))
     if not rows and not faults:
-        raise InputError(f"{folder}: no rows in {len(tables)} table(s)")
+        raise InputError(f"{tables[0].files[0]}: no rows in {len(tables)} table(s)")
 
     def fetch(chosen: Sequence[Row]) -> Iterator[Callable[[], bytes]]:
         for number, group in groupby(chosen, lambda row: row.at[0]):

@@ -47,7 +47,7 @@ from flowray.store.fingerprints import autoencoder_fingerprint
 from flowray.store.latent_shards import LatentShards, sources
 from flowray.store.moments import as_fp32
 from flowray.store.partial import encoded_part, shards_of
-from flowray.store.splits import BAD_SAMPLES, BUCKETS, folder_of, look_at, write_split
+from flowray.store.splits import BAD_SAMPLES, BUCKETS, look_at, write_split
 from flowray.store.sums import Sums
 from flowray.store.variance import squares, variance_per_dim
 
@@ -265,13 +265,14 @@ def ensure_latents(
             made_of = autoencoder, latent, budget, cache_dir(data.cache)
             encode(Encoding(tuple(missing), count, cache, *made_of), fleet, progress)
             looked = look_at(data, cache, split, shards)
-        if told := looked.budget(data.max_bad).told():
-            progress.say(f"{told}; {folder_of(looked) / BAD_SAMPLES} names them")
+        told = looked.budget(data.max_bad).told()
+        folders[split] = write_split(looked)
+        if told:
+            progress.say(f"{told}; {folders[split] / BAD_SAMPLES} names them")
         if isinstance(data.partial, str) and split == "train":
             part, found = parse_part(data.partial), filter(None, looked.found)
             samples = sum(row.samples for row in found)
             progress.say(f"{part.told}, {samples:,} samples: data.partial={part}")
-        folders[split] = write_split(looked)
         if missing and (warning := channel_warning(channel_metrics(load_latents(folders[split])))):
             progress.say(warning)
     return folders

@@ -30,6 +30,7 @@ from flowray.store.latent_shards import (
     Source,
     bad_row,
     known_sources,
+    label,
     numbers,
     sources,
 )
@@ -133,14 +134,14 @@ def write_split(split: Split) -> Path:
     if len(rows) < len(split.found):
         raise InputError(f"{split.cache.folder}: latents were removed meanwhile; start again")
     count = sum(row.values for row in rows)
+    bad = split.bad()
     if not count:
-        first = split.sources[0].path
+        _, path, first = bad[0]
         raise InputError(
-            f"{split.name}: all {sum(split.samples)} samples are bad or left out by data.prepare,"
-            f" first of {first}"
+            f"{split.name}: all {sum(split.samples)} samples are bad or left out by data.prepare:"
+            f" {split.budget(1).told()}; first {label(path, first)}"
         )
     mean = sum(row.total for row in rows) / count
-    bad = split.bad()
     meta: dict[str, Any] = {
         "scale": rows[0].scale,
         "shift": rows[0].shift,

@@ -29,10 +29,7 @@ class Sums:
 
     def __init__(self, folder: Path):
         self._file = folder / REMEMBERED
-        self._known = {
-            (row.get("path"), *row.get("stamp", ())): row.get("sha256")
-            for row in read_rows(self._file)
-        }
+        self._known = dict(filter(None, map(_remembered, read_rows(self._file))))
 
     def of(self, paths: Sequence[Path], progress: Progress = SILENT) -> list[str]:
         """The sha256 of every file, in hex; InputError where one cannot be read. Of a remote shard
@@ -75,6 +72,14 @@ class Sums:
                 os.write(handle, row)
             finally:
                 os.close(handle)
+
+
+def _remembered(row: dict[str, Any]) -> tuple[tuple[Any, ...], str] | None:
+    """(stamp, sha256) of a row of the file; None of one that is damaged."""
+    path, stamp, found = row.get("path"), row.get("stamp"), row.get("sha256")
+    if isinstance(path, str) and isinstance(stamp, list) and isinstance(found, str):
+        return ((path, *stamp), found) if all(type(each) is int for each in stamp) else None
+    return None
 
 
 def _stamp(path: Path) -> tuple[Any, ...]:

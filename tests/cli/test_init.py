@@ -236,6 +236,7 @@ def test_an_autoencoder_too_coarse_for_the_pictures_leaves_no_recipe(place: Path
         (["--data", "shards", "--scaling-factor", "x"], "--scaling-factor: got x, want a number"),
         (["--data", "shards", "--scaling-factor", "inf"], "--scaling-factor: got inf"),
         ([], "--data"),
+        (["--data", "s3://bucket/set"], "s3://bucket/set: an address"),
     ],
 )
 def test_one_line_where_a_recipe_cannot_be_written(

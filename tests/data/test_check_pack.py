@@ -181,6 +181,15 @@ def test_a_copied_shard_and_a_changed_shard(tmp_path: Path) -> None:
     assert "copy.tar:0000 = shard-000000.tar:0000" in problems["", ""]
 
 
+def test_a_shard_of_the_manifest_that_is_gone(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "set", [sample(i) for i in range(6)], per_shard=2, meta={})
+    (folder / "shard-000001.tar").unlink()
+    for spec in (str(folder), str(folder / "*2.tar")):
+        (gone,) = check_shards(spec).problems
+        assert (gone.severity, gone.shard) == ("bad", "shard-000001.tar")
+        assert gone.what == "in manifest.json, but not there"
+
+
 def test_several_sets_are_checked_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ decoded once.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -260,3 +261,35 @@ def test_a_share_that_holds_none_out_names_the_least_that_does(tmp_path: Path) -
         "train": 1,
         "val": 2,
     }
+
+
+def test_links_to_folders_are_followed_once_each(tmp_path: Path) -> None:
+    photos(tmp_path / "elsewhere", ["far.png", "deep/er.png"])
+    folder = photos(tmp_path / "in", ["a.png", "z/b.png", ".hidden/c.png"])
+    (folder / "far").symlink_to("../elsewhere")
+    (folder / "again").symlink_to(tmp_path / "elsewhere" / "deep")
+    (folder / "itself").symlink_to(".")
+    (folder / "to_z").symlink_to("z")  # what is in the folder keeps its name, and so its side
+    (folder / "shown").symlink_to(".hidden")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    pack_folder(folder, tmp_path / "out", 8)
+    want = {"a.png", "z/b.png", "shown/c.png", "again/er.png", "far/far.png"}
+    assert sources(tmp_path / "out") == want
+
+
+def test_what_cannot_be_looked_at_is_a_fault(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", ["a.png", "b.png"])
+    (folder / "b.png").unlink()
+    (folder / "b.png").symlink_to(".git/annex/b.png")  # as of a set whose files are not all here
+    with pytest.raises(InputError, match=r"1 fault.*b\.png: cannot be read"):
+        pack_folder(folder, tmp_path / "out", 8)
+    packed = pack_folder(folder, tmp_path / "out", 8, skip_bad=True)
+    assert [line.startswith(f"{folder / 'b.png'}: ") for line in packed.left_out] == [True]
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", ["a.png", "b.png"])
+    for suffix in (b".png", b".txt"):
+        (folder / os.fsdecode(b"b" + suffix)).rename(folder / os.fsdecode(b"gr\xfcn" + suffix))
+    pack_folder(folder, tmp_path / "out", 8)
+    assert sources(tmp_path / "out") == {"a.png", r"gr\xfcn.png"}

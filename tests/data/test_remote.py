@@ -373,6 +373,11 @@ class TestPacking:
         for spec in (there, f"{there}/*.tar", f"{there}/{shard.name}"):
             assert_refused(partial(find_shards, spec), InputError, "being packed")
 
+    def test_a_bucket_that_is_not_there_is_one_line(self, endpoint: str, tmp_path: Path) -> None:
+        words = ["pack", str(own_pictures(tmp_path / "own", 3)), "s3://not-there/set"]
+        says = r"^s3://not-there/set/\S+: cannot be written: "
+        assert_refused(lambda: main(words), InputError, says)
+
     @pytest.mark.parametrize("out", ["https://host/x", "hf://datasets/a/b"])
     def test_what_can_only_be_read_is_refused(
         self, out: str, tmp_path: Path, failing: Failing

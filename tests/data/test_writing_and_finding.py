@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,11 @@ def test_a_set_of_that_name_is_not_offered_where_none_is_taken() -> None:
     assert "emoji_128" not in str(refused.value)
     with pytest.raises(InputError, match="emoji_64"):
         find_shards("emoji_46")
+
+
+def test_a_path_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"gr\xfcn")
+    folder.mkdir()
+    hand_tar(folder / "a.tar", [("a.png", b"x")])
+    with pytest.raises(InputError, match=r"gr.udcfcn/a\.tar' is no UTF-8; rename it"):
+        find_shards(str(folder))

@@ -175,8 +175,10 @@ def test_how_many_are_allowed(max_bad: float, allowed: int) -> None:
 
 def test_nothing_but_bad_samples(tmp_path: Path, config: KLAutoencoder) -> None:
     data = data_of(tmp_path, 3, dict.fromkeys(range(3), "cut"), max_bad=1)
-    with pytest.raises(InputError, match="all 3 samples are bad"):
-        ensure_latents(data, config, SPEC)
+    heard = Heard()
+    with pytest.raises(InputError, match=r"all 3 samples are bad.* decode x3; first shard"):
+        ensure_latents(data, config, SPEC, heard)
+    assert not [line for line in heard.said if BAD_SAMPLES in line]  # there is no such file
 
 
 def test_latents_that_are_not_finite(tmp_path: Path) -> None:

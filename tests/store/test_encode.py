@@ -317,3 +317,14 @@ def test_sums_are_computed_once(tmp_path: Path) -> None:
     assert Sums(tmp_path).of(shards, touched := Heard()) == first
     assert touched.tasks == {HASHING: 1}
     assert Sums(tmp_path).of(shards, Heard()) == first
+
+
+def test_sums_that_are_damaged_are_computed_again(tmp_path: Path) -> None:
+    shards = find_shards(str(tiny_pictures(tmp_path / "set", 32)))
+    first = Sums(tmp_path).of(shards)
+    file = tmp_path / REMEMBERED
+    rows = [json.loads(line) for line in file.read_text().split("\n") if line]
+    damage = [{"stamp": 5}, {"stamp": [[]]}, {"path": []}, {"sha256": None}]
+    file.write_text("".join(f"{json.dumps(rows[0] | one)}\n" for one in damage))
+    assert Sums(tmp_path).of(shards) == first
+    assert [Sums(tmp_path).known(shard) for shard in shards] == first

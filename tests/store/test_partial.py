@@ -92,7 +92,9 @@ def test_parts_are_what_their_texts_say() -> None:
     "text", ["3-1", "1,0", "0,1", "0-9", "12", "0-99999999999999", "01", "1-1", "", "x", "0,,1"]
 )
 def test_what_is_no_part_is_refused(recipe: Recipe, text: str) -> None:
-    assert_refused(lambda: partial(recipe, f"{text}/9@00000000"), InputError, r"data\.partial")
+    for whole in (f"{text}/9@00000000", f"{text}/9"):
+        told = r"data\.partial: got .*, want true, false or a part of a set, such as [^ ]+$"
+        assert_refused(lambda value=whole: partial(recipe, value), InputError, told)
 
 
 def test_only_what_is_encoded_is_trained_on(recipe: Recipe) -> None:
