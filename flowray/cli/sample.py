@@ -72,6 +72,12 @@ def _parser() -> Parser:
         help="go from each prompt to the next in N pictures, both counted, a row by one noise",
     )
     parser.add_argument(
+        "--strip",
+        type=whole_number(2, MAX_COUNT),
+        metavar="N",
+        help="the way of each picture from the source, a row of N pictures",
+    )
+    parser.add_argument(
         "--aspect",
         type=float,
         metavar="RATIO",
@@ -96,9 +102,13 @@ def _new_file(folder: Path, prompt: str) -> Path:
     return file
 
 
-def _shape(captions: int, count: int, between: int | None) -> tuple[int, int]:
+def _shape(
+    captions: int, count: int, between: int | None, strip: int | None = None
+) -> tuple[int, int]:
     """Rows and columns of the sheet; InputError where it would have too many pictures."""
-    rows, columns = (count, _columns(captions, between)) if between else (captions, count)
+    rows, columns = (captions * count, strip) if strip else (captions, count)
+    if between:
+        rows, columns = count, _columns(captions, between)
     if rows * columns > MAX_SHEET:
         sheet = f"{rows:,} rows of {columns:,} make a sheet of {rows * columns:,} pictures"
         raise InputError(f"--count {count}: {sheet}, want at most {MAX_SHEET:,}")
@@ -136,11 +146,23 @@ def _version() -> str:
         return "not installed"
 
 
+def _numbered(prompts: Sequence[str], count: int) -> list[tuple[str, int]]:
+    """`count` pictures of every prompt, each with its number; a prompt that is given again goes on
+    with numbers that no count reaches.
+    """
+    from flowray.sample.generate import numbers_of
+
+    return [
+        (prompt, again * MAX_COUNT + number)
+        for prompt, again in zip(prompts, numbers_of(prompts), strict=True)
+        for number in range(count)
+    ]
+
+
 def _asked(
     pipe: Pipeline, prompts: Sequence[str], count: int, seed: int, how: dict[str, Any]
 ) -> list[dict[str, str]]:
     """What the PNG of each picture will say of itself, `count` for every prompt."""
-    from flowray.sample.generate import numbers_of
     from flowray.sample.pngs import key_of
 
     drawn = pipe.settings(how).model_dump(mode="json", exclude={"prompts"}) | how
@@ -151,15 +173,9 @@ def _asked(
         "sample": json.dumps(drawn, ensure_ascii=False),
         "flowray": _version(),
     }
-    # a prompt that is given again goes on with numbers that no count reaches
-    numbered = [
-        (prompt, again * MAX_COUNT + number)
-        for prompt, again in zip(prompts, numbers_of(prompts), strict=True)
-        for number in range(count)
-    ]
     return [
         {"prompt": prompt, "number": str(number), "key": key_of(prompt, number), **same}
-        for prompt, number in numbered
+        for prompt, number in _numbered(prompts, count)
     ]
 
 
@@ -192,9 +208,11 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     prompts = _prompts(args.prompts, args.file)
     how = {"negative": args.negative, "aspect": args.aspect}
-    if args.between and (args.each or args.negative is not None):
-        raise InputError("--between: goes with neither --each nor --negative")
-    shape = _shape(len(prompts), args.count, args.between)
+    if args.between and (args.each or args.strip or args.negative is not None):
+        raise InputError("--between: goes with none of --each, --negative and --strip")
+    if args.strip and args.each:
+        raise InputError("--strip: does not go with --each")
+    shape = _shape(len(prompts), args.count, args.between, args.strip)
     quiet_libraries()
     progress = ConsoleProgress()
     with progress.task(LOOKING):
@@ -215,11 +233,15 @@ def main(argv: list[str]) -> int:
         with progress.task("sampling", shape[0] * shape[1]) as advance:
             if args.between:
                 pictures = _rows_between(pipe, prompts, args, advance)
+            elif args.strip:
+                named, numbers = zip(*_numbered(prompts, args.count), strict=True)
+                how |= {"seed": args.seed, "numbers": numbers}
+                pictures = pipe.strip(named, args.strip, **how)
             else:
                 told = _asked(pipe, prompts, args.count, args.seed, how)
                 each.mkdir(parents=True, exist_ok=True)
                 pictures = save_each(pipe, told, each, advance, seed=args.seed, **how)
-        rows = pictures.reshape(*shape, *pictures.shape[1:])
+        rows = pictures.reshape(*shape, *pictures.shape[-3:])
         sheet = np.concatenate(list(rows), axis=1).repeat(args.scale, axis=1)
         # asked anew: another command may have taken the name
         out = args.out or _new_file(found.run.samples, prompts[0])
@@ -227,6 +249,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         where = error.filename or out
         raise InputError(f"{where}: cannot be written: {error.strerror}") from error
-    written = {"picture": str(out)} if args.between else {"picture": str(out), "each": str(each)}
+    written = {"picture": str(out)}
+    if not (args.between or args.strip):
+        written["each"] = str(each)
     print(json.dumps(written | {"prompts": prompts, "step": pipe.step}) if args.json else out)
     return GOOD

@@ -74,7 +74,8 @@ def between(
     stops = [(leg, step) for leg in range(legs) for step in range(steps)] + [(legs - 1, steps)]
     device = next(model.velocity.parameters()).device
     noise = source_noise(model, [captions[0]] * rows, seed, device, size)
-    ends = model.source(captions, noise[:1])
+    with in_precision(config, device):
+        ends = model.source(captions, noise[:1])
     noise, stops, made = noise.repeat_interleave(len(stops), dim=0), stops * rows, []
     for start in range(0, len(stops), config.batch_size):
         part = stops[start : start + config.batch_size]

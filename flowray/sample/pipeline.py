@@ -27,6 +27,7 @@ from flowray.sample.generate import (
 )
 from flowray.sample.prompts import check_prompts
 from flowray.sample.restore import OpenedRun, open_run
+from flowray.sample.reverse import RoundTrip, round_trip
 from flowray.store.found import Found, find_checkpoint
 
 
@@ -97,6 +98,31 @@ class Pipeline:
         )
         states = [torch.stack([*seen[-steps:], end.float().cpu()]) for end in ends]
         return Way(times, torch.cat(states, dim=1))
+
+    def strip(self, prompts: Sequence[str], pictures: int, **how: Any) -> np.ndarray:
+        """The way as pictures uint8 (B, pictures, H, W, 3): what the latents decode to at as many
+        edges of the time grid, evenly chosen, both ends counted. InputError for more than it has.
+        """
+        edges = self.settings(how).steps + 1
+        if not 2 <= pictures <= edges:
+            why = f"the way of {edges - 1} sample.steps has {edges} times"
+            raise InputError(f"strip: {why}, want from 2 to {edges}, got {pictures}")
+        places = [round(i * (edges - 1) / (pictures - 1)) for i in range(pictures)]
+        states = self.path(prompts, **how).states[places]
+        most = self.settings(how).batch_size
+        shown = [decoded(self.autoencoder, state.to(self.device), most) for state in states]
+        return np.stack(shown, axis=1)
+
+    def reverse(self, latents: Tensor, prompts: Sequence[str], **keys: Any) -> RoundTrip:
+        """Where the flow of captions leads to latents (B, C, H, W) from, and there again from it.
+        keys: of the recipe's `sample` section.
+        """
+        check_prompts(prompts)
+        if len(prompts) != len(latents):
+            raise InputError(f"reverse: {len(latents)} latents, but {len(prompts)} prompts")
+        made = round_trip(self.model, prompts, latents.to(self.device), self.settings(keys))
+        check_finite(made.again, prompts)
+        return made
 
     def encode(self, images: Sequence[Image.Image] | Image.Image) -> Tensor:
         """Latents (B, C, H, W) of pictures, the means of their posteriors, scaled as in training.

@@ -207,6 +207,21 @@ def test_an_interrupted_set_goes_on(run, tmp_path, capsys):
     assert len((folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines()) == 7
 
 
+def test_a_strip_goes_from_the_source_to_the_picture(run, tmp_path, capsys):
+    """Of 4 steps, at times 0, 0.5 and 1; a row a picture."""
+    words = [str(run), *CAPTIONS, "--count", "2", "--out"]
+    assert main([*words, str(tmp_path / "ways.png"), "--strip", "3"]) == 0
+    assert main([*words, str(tmp_path / "ends.png")]) == 0
+    ways = pixels(tmp_path / "ways.png")
+    assert ways.shape == (6 * PICTURE, 3 * PICTURE, 3)
+    ends = pixels(tmp_path / "ends.png").reshape(3, PICTURE, 2, PICTURE, 3).swapaxes(1, 2)
+    assert np.array_equal(ways[:, -PICTURE:], ends.reshape(6 * PICTURE, PICTURE, 3))
+    assert not np.array_equal(ways[:, :PICTURE], ways[:, -PICTURE:])
+    assert not (tmp_path / "ways_each").exists()
+    with pytest.raises(InputError, match=r"the way of 4 sample\.steps has 5 times"):
+        main([*words, str(tmp_path / "x.png"), "--strip", "6"])
+
+
 def test_prompts_from_stdin(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("a cross\n\n🟦\n".encode())))
     assert main([str(run), "--prompts", "-", "--out", str(tmp_path / "x.png"), "--json"]) == 0
@@ -250,7 +265,7 @@ def test_odd_prompts_that_are_drawn(run, tmp_path, capsys, prompt):
 def test_what_does_not_go_together_is_refused(run, tmp_path):
     out = ["--out", str(tmp_path / "x.png")]
     for words, why in (
-        (["a", "b", "--between", "3", "--negative", "c"], "neither --each nor --negative"),
+        (["a", "b", "--between", "3", "--negative", "c"], "none of --each, --negative and --strip"),
         (["a", "--negative", "b"], "a negative prompt: this run's velocity network"),
         (["a", "--set", "sample.guidance_interval=[0.8, 0.2]"], "guidance_interval begins at 0.8"),
     ):

@@ -95,6 +95,30 @@ def test_the_path_begins_at_the_source_and_ends_at_the_latents(pipe: Pipeline, k
     assert not torch.equal(way.states[0], way.states[1])
 
 
+def test_a_strip_decodes_the_path(pipe: Pipeline) -> None:
+    strip = pipe.strip(PROMPTS, 3, seed=2, steps=8)
+    states = pipe.path(PROMPTS, seed=2, steps=8).states
+    assert strip.shape == (2, 3, PICTURE, PICTURE, 3)
+    for column, place in enumerate((0, 4, 8)):
+        for row, image in enumerate(pipe.decode(states[place])):
+            assert np.array_equal(strip[row, column], np.asarray(image))
+
+
+def test_the_reverse_flow_finds_where_a_path_began(pipe: Pipeline) -> None:
+    """From the ends of paths to their z0, to the solver's error, which falls with the steps."""
+    how = {"solver": {"kind": "heun"}, "grid": "logit_normal"}
+    way = pipe.path(PROMPTS, seed=2, steps=64, **how)
+    fine, coarse = (pipe.reverse(way.states[-1], PROMPTS, steps=steps, **how) for steps in (64, 2))
+    assert torch.allclose(fine.z0.cpu(), way.states[0], atol=1e-3)
+    assert torch.allclose(fine.again.cpu(), way.states[-1], atol=1e-3)
+    assert not torch.allclose(fine.z0.cpu(), way.states[-1], atol=1e-2)
+    assert fine.error.shape == (2,)
+    assert float(fine.error.max()) < 1e-6
+    assert float(coarse.error.min()) > 10 * float(fine.error.max())
+    with pytest.raises(InputError, match="2 latents, but 1 prompts"):
+        pipe.reverse(way.states[-1], PROMPTS[:1])
+
+
 def test_encoding_is_the_mean_of_the_posterior(pipe: Pipeline) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (PICTURE, PICTURE, 3), dtype=np.uint8)
     latent = pipe.encode(Image.fromarray(pixels))
