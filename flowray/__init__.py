@@ -1,0 +1,3 @@
+"""Train text-to-image latent flow models, and draw with them: `flowray.load(RUN)`."""
+
+from flowray.api import load as load

@@ -198,8 +198,8 @@ def velocity_alone(original: Any) -> Any:
 
 
 def away(original: Any) -> Any:
-    def guided(velocity: Any, scale: float) -> Any:
-        towards, none = original(velocity, scale), original(velocity, 0.0)
+    def guided(velocity: Any, scale: float, *how: Any) -> Any:
+        towards, none = (original(velocity, s, *how) for s in (scale, 0.0))
         return lambda x, t: 2 * none(x, t) - towards(x, t)
 
     return guided

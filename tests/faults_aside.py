@@ -373,7 +373,7 @@ ASIDE: tuple[Fault, ...] = (
         bug=everywhere(
             generate_module,
             "source_noise",
-            lambda f: lambda *args: f(*args)[:1].repeat(args[1], 1, 1, 1),
+            lambda f: lambda *args: f(*args)[:1].repeat(len(args[1]), 1, 1, 1),
         ),
         late=True,
         healthy="healthy_open_noise",

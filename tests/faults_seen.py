@@ -165,8 +165,8 @@ def _stops_early(original: Any) -> Any:
 
 
 def _scaled_again(original: Any) -> Any:
-    def batches(*args: Any) -> Any:
-        for z in original(*args):
+    def batches(*args: Any, **how: Any) -> Any:
+        for z in original(*args, **how):
             yield 2 * z
 
     return batches
@@ -367,7 +367,7 @@ SEEN: tuple[Fault, ...] = (
         "null_flag_lost",
         ("seam_null", "seam_guidance", "null_unused"),
         bug=replacing(
-            generate_module, "guided", lambda _: lambda velocity, scale: conditional(velocity)
+            generate_module, "guided", lambda _: lambda velocity, *how: conditional(velocity)
         ),
         harms=False,
         kind="guidance",

@@ -111,8 +111,8 @@ def sampled(change: Callable[[list[str], Tensor], tuple[list[str], Tensor]]) -> 
         generate,
         "generate_latents",
         lambda original: (
-            lambda model, prompts, config, noise: original(
-                model, *_between(change(list(prompts), noise), config)
+            lambda model, prompts, config, noise, *rest: original(
+                model, *_between(change(list(prompts), noise), config), *rest
             )
         ),
     )

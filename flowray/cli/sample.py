@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +16,11 @@ from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libr
 from flowray.config.buckets import size_for
 from flowray.config.errors import InputError
 from flowray.config.paths import argument, exists
+from flowray.sample.prompts import check_prompts, read_prompts, words_of
 from flowray.store.found import find_checkpoint
+
+if TYPE_CHECKING:
+    from flowray.sample.pipeline import Pipeline
 
 MAX_COUNT = 1024  # pictures of a prompt or row
 MAX_SHEET = 16 * MAX_COUNT  # of all rows, in memory at once: 200 MB of 64 px pictures
@@ -35,13 +42,23 @@ def _parser() -> Parser:
     add_run(parser)
     parser.add_argument("prompts", nargs="*", metavar="prompt", help="captions; or --prompts FILE")
     parser.add_argument(
-        "--prompts", dest="file", type=argument, help="a UTF-8 text file, one caption a line"
+        "--prompts",
+        dest="file",
+        type=argument,
+        help="a UTF-8 text file, one caption a line; - for stdin",
     )
     parser.add_argument(
         "--out",
         type=argument,
         help="PNG to write; default <run>/samples/<first words>.png, numbered where it is taken",
     )
+    parser.add_argument(
+        "--each",
+        type=argument,
+        metavar="DIR",
+        help="a PNG a picture and pictures.jsonl; default <out>_each. Those there already are kept",
+    )
+    parser.add_argument("--negative", metavar="TEXT", help="a caption to be guided away from")
     parser.add_argument(
         "--count",
         type=whole_number(1, MAX_COUNT),
@@ -53,6 +70,12 @@ def _parser() -> Parser:
         type=whole_number(2, MAX_COUNT),
         metavar="N",
         help="go from each prompt to the next in N pictures, both counted, a row by one noise",
+    )
+    parser.add_argument(
+        "--strip",
+        type=whole_number(2, MAX_COUNT),
+        metavar="N",
+        help="the way of each picture from the source, a row of N pictures",
     )
     parser.add_argument(
         "--aspect",
@@ -69,29 +92,9 @@ def _parser() -> Parser:
     return parser
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The captions of a prompt file, one a line; InputError names file and line."""
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}; want a text file with one caption a line"
-        ) from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}: not UTF-8 text; want one caption a line") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if any("\0" in prompt for prompt in prompts):
-        raise InputError(f"{path}: a binary file; want a text file with one caption a line")
-    if not prompts:
-        raise InputError(f"{path}: no captions in it; want one caption a line")
-    return prompts
-
-
 def _new_file(folder: Path, prompt: str) -> Path:
     """A file named after the prompt, numbered where one of that name is there already."""
-    words = "".join(c if c.isalnum() else " " for c in prompt).split()[:10]
-    name = "_".join(words)[:60] or "prompt"
+    name = words_of(prompt)
     file, number = folder / f"{name}.png", 1
     while exists(file):
         number += 1
@@ -99,9 +102,13 @@ def _new_file(folder: Path, prompt: str) -> Path:
     return file
 
 
-def _shape(captions: int, count: int, between: int | None) -> tuple[int, int]:
+def _shape(
+    captions: int, count: int, between: int | None, strip: int | None = None
+) -> tuple[int, int]:
     """Rows and columns of the sheet; InputError where it would have too many pictures."""
-    rows, columns = (count, _columns(captions, between)) if between else (captions, count)
+    rows, columns = (captions * count, strip) if strip else (captions, count)
+    if between:
+        rows, columns = count, _columns(captions, between)
     if rows * columns > MAX_SHEET:
         sheet = f"{rows:,} rows of {columns:,} make a sheet of {rows * columns:,} pictures"
         raise InputError(f"--count {count}: {sheet}, want at most {MAX_SHEET:,}")
@@ -120,69 +127,130 @@ def _columns(captions: int, pictures: int) -> int:
     return columns
 
 
-def main(argv: list[str]) -> int:
-    """Run the command; returns its exit code."""
-    args = _parser().parse_intermixed_args(argv)
-    prompts = args.prompts + (read_prompts(args.file) if args.file else [])
+def _prompts(typed: Sequence[str], file: Path | None) -> list[str]:
+    """The captions that were typed and those of the file; InputError for none and bad ones."""
+    prompts = [*typed, *(read_prompts(file) if file else [])]
     if not prompts:
         raise InputError(
             'no prompt; type one in quotes, e.g. "a large red circle on a white background", or'
             " --prompts FILE"
         )
-    if empty := [place for place, prompt in enumerate(prompts, 1) if not prompt.strip()]:
-        which = f"prompt {empty[0]} of {len(prompts)}"
-        raise InputError(f"{which}: is empty; type a caption in quotes, or leave it out")
-    shape = _shape(len(prompts), args.count, args.between)
+    check_prompts(prompts)
+    return prompts
+
+
+def _version() -> str:
+    try:
+        return metadata.version("flowray")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _numbered(prompts: Sequence[str], count: int) -> list[tuple[str, int]]:
+    """`count` pictures of every prompt, each with its number; a prompt that is given again goes on
+    with numbers that no count reaches.
+    """
+    from flowray.sample.generate import numbers_of
+
+    return [
+        (prompt, again * MAX_COUNT + number)
+        for prompt, again in zip(prompts, numbers_of(prompts), strict=True)
+        for number in range(count)
+    ]
+
+
+def _asked(
+    pipe: Pipeline, prompts: Sequence[str], count: int, seed: int, how: dict[str, Any]
+) -> list[dict[str, str]]:
+    """What the PNG of each picture will say of itself, `count` for every prompt."""
+    from flowray.sample.pngs import key_of
+
+    drawn = pipe.settings(how).model_dump(mode="json", exclude={"prompts"}) | how
+    same = {
+        "seed": str(seed),
+        "step": str(pipe.step),
+        "run": pipe.path_of_run.name,
+        "sample": json.dumps(drawn, ensure_ascii=False),
+        "flowray": _version(),
+    }
+    return [
+        {"prompt": prompt, "number": str(number), "key": key_of(prompt, number), **same}
+        for prompt, number in _numbered(prompts, count)
+    ]
+
+
+def _rows_between(pipe: Pipeline, prompts: Sequence[str], args: Any, advance: Any) -> np.ndarray:
+    from flowray.sample.between import between
+
+    recipe = pipe.recipe
+    return between(
+        pipe.model,
+        pipe.autoencoder,
+        prompts,
+        pictures=args.between,
+        rows=args.count,
+        config=recipe.sample,
+        seed=args.seed,
+        advance=advance,
+        size=args.aspect and size_for(recipe.data, recipe.model.latent, args.aspect),
+    )
+
+
+def _write(path: Path, sheet: np.ndarray) -> None:
+    from flowray.sample.generate import save_strip
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_strip(sheet, path)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    args = _parser().parse_intermixed_args(argv)
+    prompts = _prompts(args.prompts, args.file)
+    how = {"negative": args.negative, "aspect": args.aspect}
+    if args.between and (args.each or args.strip or args.negative is not None):
+        raise InputError("--between: goes with none of --each, --negative and --strip")
+    if args.strip and args.each:
+        raise InputError("--strip: does not go with --each")
+    shape = _shape(len(prompts), args.count, args.between, args.strip)
     quiet_libraries()
     progress = ConsoleProgress()
     with progress.task(LOOKING):
         found = find_checkpoint(args.run, args.set)
-    aspect, recipe = args.aspect, found.recipe
-    size = None if aspect is None else size_for(recipe.data, recipe.model.latent, aspect)
+    if args.aspect is not None:
+        size_for(found.recipe.data, found.recipe.model.latent, args.aspect)
     out = args.out or _new_file(found.run.samples, prompts[0])
+    each = args.each or out.with_name(f"{out.stem}_each")
     refuse_unwritable(out, "--out", makes_folders=True)
+    refuse_unwritable(each / "x", "--each", makes_folders=True)
     with progress.task(IMPORTING):
-        import torch
+        from flowray.sample.pipeline import open_pipeline
+        from flowray.sample.pngs import save_each
 
-        from flowray.model.autoencoder import load_autoencoder
-        from flowray.sample.between import between
-        from flowray.sample.generate import generate, save_strip
-        from flowray.sample.restore import open_run
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with progress.task("loading the models"):
-        opened = open_run(found, device)
-        config = opened.recipe.model
-        autoencoder = load_autoencoder(config.autoencoder, config.latent).to(device)
-    sample = opened.recipe.sample
-    with progress.task("sampling", shape[0] * shape[1]) as advance:
-        if args.between:
-            pictures = between(
-                opened.model,
-                autoencoder,
-                prompts,
-                pictures=args.between,
-                rows=args.count,
-                config=sample,
-                seed=args.seed,
-                advance=advance,
-                size=size,
-            )
-        else:
-            repeated = [prompt for prompt in prompts for _ in range(args.count)]
-            made_by = opened.model, autoencoder, repeated, sample, args.seed, advance, size
-            pictures = generate(*made_by)
-    rows = pictures.reshape(*shape, *pictures.shape[1:])
-    sheet = np.concatenate(list(rows), axis=1).repeat(args.scale, axis=1).repeat(args.scale, axis=2)
-    out = args.out or _new_file(opened.path / "samples", prompts[0])
+        pipe = open_pipeline(found)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_strip(sheet, out)
+        with progress.task("sampling", shape[0] * shape[1]) as advance:
+            if args.between:
+                pictures = _rows_between(pipe, prompts, args, advance)
+            elif args.strip:
+                named, numbers = zip(*_numbered(prompts, args.count), strict=True)
+                how |= {"seed": args.seed, "numbers": numbers}
+                pictures = pipe.strip(named, args.strip, **how)
+            else:
+                told = _asked(pipe, prompts, args.count, args.seed, how)
+                each.mkdir(parents=True, exist_ok=True)
+                pictures = save_each(pipe, told, each, advance, seed=args.seed, **how)
+        rows = pictures.reshape(*shape, *pictures.shape[-3:])
+        sheet = np.concatenate(list(rows), axis=1).repeat(args.scale, axis=1)
+        # asked anew: another command may have taken the name
+        out = args.out or _new_file(found.run.samples, prompts[0])
+        _write(out, sheet.repeat(args.scale, axis=2))
     except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
-    print(
-        json.dumps({"picture": str(out), "prompts": prompts, "step": opened.step})
-        if args.json
-        else out
-    )
+        where = error.filename or out
+        raise InputError(f"{where}: cannot be written: {error.strerror}") from error
+    written = {"picture": str(out)}
+    if not (args.between or args.strip):
+        written["each"] = str(each)
+    print(json.dumps(written | {"prompts": prompts, "step": pipe.step}) if args.json else out)
     return GOOD

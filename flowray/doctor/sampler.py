@@ -27,7 +27,7 @@ from flowray.probes.battery import ProbeBatch
 from flowray.probes.interface import same_pictures
 from flowray.probes.rollout import TEACHER_STEPS, mse
 from flowray.probes.shots import significant_bits, teacher_rows
-from flowray.sample.generate import generate, generate_latents, source_noise
+from flowray.sample.generate import NOISE, generate, generate_latents, source_noise
 
 BUILT_AGAIN = 200_000_000  # numbers of a model that is built once more, as sampling does
 FEW = 8  # captions that are drawn with twice the steps too
@@ -75,7 +75,8 @@ def native_teacher(
 def own_latents(model: FlowModel, source: Source, config: SampleConfig, guidance: float) -> Tensor:
     """z_end of the recipe's solver and grid, called here as the probes call the network."""
     grid = time_grid(config.grid, config.steps)
-    velocity_fn = guided(with_time_code(model.field(source)), guidance)
+    how = config.guidance_interval, config.guidance_rescale
+    velocity_fn = guided(with_time_code(model.field(source)), guidance, *how)
     return integrate(config.solver, velocity_fn, source.z0, grid)
 
 
@@ -145,15 +146,18 @@ def picture_metrics(
     """
     device = next(model.velocity.parameters()).device
     made = generate(model, autoencoder, prompts, config, seed)
-    source = model.source(prompts, source_noise(model, len(prompts), seed, device))
+    source = model.source(prompts, source_noise(model, prompts, seed, device))
     own = autoencoder.decode(own_latents(model, source, config, config.guidance_scale))
     return {"sampler/psnr": same_pictures(made, from_pictures(own))}, made
 
 
 def strip_psnr(strip: Path, pictures: np.ndarray) -> float | None:
     """How close pictures (B, H, W, 3) are to the sample strip that training wrote; None where
-    the strip shows others.
+    the strip shows others, or is of a version that drew their noise in another way.
     """
-    written = np.asarray(Image.open(strip).convert("RGB"))
+    image = Image.open(strip)
+    if not NOISE.items() <= image.info.items():
+        return None
+    written = np.asarray(image.convert("RGB"))
     side_by_side = np.concatenate(list(pictures), axis=1)
     return same_pictures(written, side_by_side) if written.shape == side_by_side.shape else None

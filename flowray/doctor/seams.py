@@ -208,8 +208,10 @@ class Paths:
     def plain(self, nodes: str, guidance: float = 1.0) -> SampleConfig:
         """STEPS Euler steps."""
         solver = EulerSolver.model_validate({"nodes": nodes})
+        # the batch as it is: one that were filled up would be heard with what fills it
+        as_it_is = {"batch_size": len(self.batch.captions)}
         made = {"steps": STEPS, "solver": solver, "guidance_scale": guidance, "grid": "uniform"}
-        return self.subject.recipe.sample.model_copy(update=made)
+        return self.subject.recipe.sample.model_copy(update=made | as_it_is)
 
 
 def off(a: Tensor | None, b: Tensor | None, size: Tensor | None = None) -> float:

@@ -357,11 +357,13 @@ def _sampler(tiny: Tiny) -> float:
 
 def _pictures(tiny: Tiny) -> float:
     """In grey levels, of 255."""
-    model, autoencoder, seed = tiny.model, tiny.autoencoder, 0
+    model, autoencoder, seed, cpu = tiny.model, tiny.autoencoder, 0, torch.device("cpu")
     noise = torch.cat(
         [
-            Draws(seed, place, 1, slice(None), torch.device("cpu")).normal("sample", tiny.shape)
-            for place in range(SAMPLES)
+            Draws(seed, tiny.captions[:place].count(caption), 1, slice(None), cpu).normal(
+                f"sample/{caption}", tiny.shape
+            )
+            for place, caption in enumerate(tiny.captions)
         ]
     )
     with torch.no_grad():

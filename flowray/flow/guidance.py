@@ -1,4 +1,8 @@
-"""Classifier-free guidance by a null indicator: v = v_u + s (v_c - v_u); s = 1 is off."""
+"""Classifier-free guidance by a null indicator: v = v_u + s (v_c - v_u); s = 1 is off.
+
+On an interval of times alone by Kynkaanniemi et al. 2024, arXiv 2404.07724; brought back to the
+plain velocity's size by Lin et al. 2023, arXiv 2305.08891.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowray.flow import expect
-from flowray.flow.path import time_code
+from flowray.flow.path import expand, time_code
 from flowray.flow.solver import VelocityFn
 
 
@@ -32,20 +36,44 @@ def conditional(velocity: NullableVelocity) -> VelocityFn:
     return lambda x, t: velocity(x, t, torch.zeros_like(t, dtype=torch.bool))
 
 
-def guided(velocity: NullableVelocity, scale: float) -> VelocityFn:
+def guided(
+    velocity: NullableVelocity,
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+    rescale: float = 0.0,
+) -> VelocityFn:
     """velocity_fn(x, t) with guidance scale s; both halves see the same x, in one batch of 2B.
 
-    s = 1 costs one pass. TypeError for a scale that is no number, ValueError for one below 0 or
-    not finite.
+    s = 1 costs one pass. interval: where s is not 1, both ends counted; the host does not know
+    t, so that the other times cost two passes as well. rescale: `rescaled`. TypeError for what is
+    no number, ValueError for a scale below 0 or not finite and for an interval or rescale outside
+    [0, 1].
     """
     expect.number("guidance scale", scale, 0.0)
+    low, high = interval
+    expect.number("guidance interval", low, 0.0, 1.0)
+    expect.number("guidance interval", high, low, 1.0)
+    expect.number("guidance rescale", rescale, 0.0, 1.0)
     if math.isclose(scale, 1.0, rel_tol=1e-6):  # also a step of a range: 0.1 + 3 x 0.3
         return conditional(velocity)
+    always = (low, high) == (0.0, 1.0)
 
     def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
         null = torch.zeros(2 * len(t), dtype=torch.bool, device=t.device)
         null[len(t) :] = True
         v_c, v_u = velocity(torch.cat([x, x]), torch.cat([t, t]), null).float().chunk(2)
-        return v_u + scale * (v_c - v_u)
+        v = rescaled(v_u + scale * (v_c - v_u), v_c, rescale)
+        return v if always else torch.where(expand((low <= t) & (t <= high), v), v, v_c)
 
     return velocity_fn
+
+
+def rescaled(guided: Tensor, plain: Tensor, share: float) -> Tensor:
+    """Guided velocities (B, C, H, W), `share` of the way from their own standard deviation over a
+    sample to that of the plain ones: v (share std(plain) / std(v) + 1 - share), equations 15 and 16
+    of Lin et al. 2023, arXiv 2305.08891.
+    """
+    if share == 0:
+        return guided
+    wanted, own = (v.flatten(1).std(dim=1) for v in (plain, guided))
+    return guided * expand(share * wanted / own.clamp_min(1e-12) + 1 - share, guided)

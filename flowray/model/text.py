@@ -9,8 +9,8 @@ docs/benchmarks/text-cache.md has what both save.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -100,6 +100,18 @@ class TextModel(nn.Module):
         than sampling.
         """
         return torch.autocast(self.backbone.device.type, enabled=False)
+
+    @contextmanager
+    def whole_length(self) -> Iterator[None]:
+        """A block in which a caption's tokens do not hang on the captions beside it, to the last
+        bit: all have max_tokens positions, and none is taken from what was kept of another batch.
+        """
+        before = self.pad_to_max, self.kept
+        self.pad_to_max, self.kept = True, None
+        try:
+            yield
+        finally:
+            self.pad_to_max, self.kept = before
 
     def states(self, prompts: Prompts, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """States (B, L, size) that the frozen backbone makes of tokens, by `compute` from ids and

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from flowray.config.flow import SampleConfig
 from flowray.config.progress import Advance
-from flowray.data.pixels import from_pictures
 from flowray.flow.path import expand
 from flowray.model.assemble import FlowModel, Source
 from flowray.model.autoencoder import Autoencoder
 from flowray.model.posterior import Posterior
-from flowray.sample.generate import BATCH, integrated, source_noise
+from flowray.sample.generate import decoded, in_precision, integrated, source_noise
 
 
 @torch.no_grad()
@@ -49,7 +48,8 @@ def between_latents(
         v_here, v_there = (each(x, time_code, null).float() for each in (here, there))
         return torch.lerp(v_here, v_there, share.repeat(len(x) // len(share), 1, 1, 1))
 
-    return integrated(config, field if model.velocity.conditioned else here, z0)
+    with in_precision(config, noise.device):
+        return integrated(config, field if model.velocity.conditioned else here, z0)
 
 
 @torch.no_grad()
@@ -67,21 +67,23 @@ def between(
     """Pictures uint8 (rows x columns, H, W, 3), row by row, from each caption to the next in their
     order: `pictures` of even shares, both ends counted, a caption between two others drawn once.
 
-    Row i holds the noise that picture i of `generate` has. The model should be in eval mode.
+    Row i holds the noise that picture i of the first caption has. The model should be in eval mode.
     advance: hears of every batch. size: as for `source_noise`.
     """
     legs, steps = len(captions) - 1, pictures - 1
     stops = [(leg, step) for leg in range(legs) for step in range(steps)] + [(legs - 1, steps)]
-    noise = source_noise(model, rows, seed, next(model.velocity.parameters()).device, size)
-    ends = model.source(captions, noise[:1])
+    device = next(model.velocity.parameters()).device
+    noise = source_noise(model, [captions[0]] * rows, seed, device, size)
+    with in_precision(config, device):
+        ends = model.source(captions, noise[:1])
     noise, stops, made = noise.repeat_interleave(len(stops), dim=0), stops * rows, []
-    for start in range(0, len(stops), BATCH):
-        part = stops[start : start + BATCH]
+    for start in range(0, len(stops), config.batch_size):
+        part = stops[start : start + config.batch_size]
         leg, step = torch.tensor(part, device=noise.device).unbind(1)
         first, second = ends.rows(leg), ends.rows(leg + 1)
-        own = noise[start : start + BATCH]
+        own = noise[start : start + config.batch_size]
         latents = between_latents(model, first, second, step / steps, config, own)
-        made.append(from_pictures(autoencoder.decode(latents)))
+        made.append(decoded(autoencoder, latents, config.batch_size))
         if advance:
             advance(len(part))
     return np.concatenate(made)

@@ -32,6 +32,6 @@ def painters(
         return torch.cat(made)
 
     def source(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return source_latents(opened.model, prompts, seed)
+        return source_latents(opened.model, prompts, opened.recipe.sample, seed)
 
     return flow, source if opened.recipe.model.source.kind == "text" else None

@@ -23,6 +23,7 @@ from flowray.store.latents import LatentSet, channel_metrics, some_captions
 from flowray.store.rows import RowWriter, has_row, read_rows
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
+from flowray.train.speed import Speed
 from flowray.train.state import TrainState
 from flowray.train.view import View
 
@@ -80,6 +81,7 @@ class Sinks:
         self.start, self._say = state.step, say
         self.latents, self.held_out = latents, held_out
         self.probe_batch: ProbeBatch = make_probe_batch(recipe, held_out, group.device, latents)
+        self._speed = Speed(state.model, some_captions(latents), group)
         self.prompts = list(recipe.sample.prompts) or _some_prompts(held_out)
         self._metrics, self._probes = (
             RowWriter(run.metrics, state.step),
@@ -110,6 +112,7 @@ class Sinks:
     def log(self, row: Row) -> None:
         """One metrics row, and the same numbers to TensorBoard."""
         row["perf/images_per_s"] = self.recipe.train.batch_size / row["perf/step_s"]
+        row |= self._speed.row(row["perf/images_per_s"])
         self._logged = {"step": self.state.step, **row}
         self._metrics.write(self._logged)
         self._to_board(

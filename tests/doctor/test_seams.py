@@ -169,7 +169,7 @@ def _noise(of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any], Any]:
 
 
 def _without_the_last_step(original: Any) -> Any:
-    def integrate(config: Any, velocity_fn: Any, x: Tensor, grid: list[float]) -> Tensor:
+    def integrate(config: Any, velocity_fn: Any, x: Tensor, grid: Any, *rest: Any) -> Tensor:
         for t, after in list(pairwise(grid))[:-1]:
             x = x + (after - t) * velocity_fn(x, torch.full((len(x),), t))
         return x
@@ -178,11 +178,11 @@ def _without_the_last_step(original: Any) -> Any:
 
 
 def _halves_swapped(original: Any) -> Any:
-    def guided(velocity: Any, scale: float) -> Any:
+    def guided(velocity: Any, scale: float, *how: Any) -> Any:
         def turned(x: Tensor, t: Tensor, null: Tensor) -> Tensor:
             return velocity(x, t, null if len(null) == null.logical_not().sum() else ~null)
 
-        return original(turned, scale)
+        return original(turned, scale, *how)
 
     return guided
 

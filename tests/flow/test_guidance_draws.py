@@ -48,6 +48,28 @@ def test_formula(scale: float) -> None:
     assert torch.allclose(out, (2 + scale * (5 - 2)) * X + T.view(-1, 1, 1, 1), atol=1e-5)
 
 
+def test_guidance_on_an_interval_of_times_alone() -> None:
+    """Of times 0.1, 0.5, 0.9 with both ends counted: outside it is the plain velocity."""
+    off, on = conditional(Toy())(X, T), guided(Toy(), 3.0)(X, T)
+    for interval, inside in (((0.0, 1.0), "yyy"), ((0.5, 0.5), "nyn"), ((0.6, 1.0), "nny")):
+        out = guided(Toy(), 3.0, interval)(X, T)
+        for i, yes in enumerate(inside):
+            assert torch.equal(out[i], (on if yes == "y" else off)[i])
+
+
+def test_rescaled_guidance_has_the_size_of_the_plain_velocity() -> None:
+    """Equations 15 and 16 of Lin et al., by hand: all of the way, a half of it, none."""
+    off, on = conditional(Toy())(X, T), guided(Toy(), 3.0)(X, T)
+    std_off, std_on = (v.flatten(1).std(dim=1).view(-1, 1, 1, 1) for v in (off, on))
+    assert float((std_on / std_off).min()) > 2
+    whole = guided(Toy(), 3.0, rescale=1.0)(X, T)
+    assert torch.allclose(whole, on * std_off / std_on)
+    assert torch.allclose(whole.flatten(1).std(dim=1), std_off.flatten())
+    half = guided(Toy(), 3.0, rescale=0.5)(X, T)
+    assert torch.allclose(half, (whole + on) / 2, atol=1e-6)
+    assert torch.equal(guided(Toy(), 3.0, rescale=0.0)(X, T), on)
+
+
 def test_both_halves_run_on_the_same_x_and_t() -> None:
     toy = Toy()
     guided(toy, 3.0)(X, T)

@@ -19,7 +19,7 @@ from flowray.config.recipe import Recipe
 from flowray.model.assemble import FlowModel, Source, build_model
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
 from flowray.sample.between import between, between_latents
-from flowray.sample.generate import generate, generate_latents, source_noise
+from flowray.sample.generate import decoded, generate, generate_latents, source_noise
 
 ADALN = {"model.velocity.condition.kind": "adaln"}
 CROSS = {"model.velocity.condition.kind": "cross_attention"}
@@ -66,13 +66,13 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 def ends(model: FlowModel, *captions: list[str]) -> list[Source]:
     with torch.no_grad():
-        return [model.source(each, source_noise(model, 1, 0, CPU)) for each in captions]
+        return [model.source(each, source_noise(model, [A], 0, CPU)) for each in captions]
 
 
 def check_ends(model: FlowModel, guidance: float) -> None:
     """One noise: at 0 the first caption's latent, at 1 the second's, neither of them half-way."""
     config = SampleConfig(steps=3, guidance_scale=guidance)
-    noise = source_noise(model, 1, 7, CPU)
+    noise = source_noise(model, [A], 7, CPU)
     a, b = (generate_latents(model, [caption], config, noise)[0] for caption in (A, B))
     shares = torch.tensor([0.0, 0.5, 1.0])
     row = noise.expand(3, -1, -1, -1)
@@ -109,7 +109,7 @@ def test_a_quarter_of_the_way_by_hand(recipe: Recipe, name: str, guidance: float
     """
     model = model_of(recipe, **SOURCES[name])
     config = SampleConfig(steps=1, guidance_scale=guidance)
-    noise = source_noise(model, 1, 7, CPU)
+    noise = source_noise(model, [A], 7, CPU)
     got = between_latents(model, *ends(model, [A], [B]), torch.tensor([0.25]), config, noise)
     with torch.no_grad():
         a, b = (model.source([caption], noise) for caption in (A, B))
@@ -127,8 +127,10 @@ def test_a_quarter_of_the_way_by_hand(recipe: Recipe, name: str, guidance: float
     assert torch.allclose(got, z0 + v, atol=1e-4)
 
 
-def test_rows_through_three_captions(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each caption once, in order, as `generate` draws it with the row's noise; in batches too."""
+def test_rows_through_three_captions(recipe: Recipe) -> None:
+    """Each caption once, in order, as it is drawn with the row's noise, which is the first
+    caption's; in batches too.
+    """
     model, config = model_of(recipe, **ADALN), SampleConfig(steps=2)
     autoencoder: Autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
     heard: list[int] = []
@@ -143,12 +145,15 @@ def test_rows_through_three_captions(recipe: Recipe, monkeypatch: pytest.MonkeyP
     hook.remove()
     assert (sum(heard), sum(read)) == (10, 3)
     for column, caption in ((0, A), (2, B), (4, C)):
-        alone = generate(model, autoencoder, [caption] * 2, config, 7)
+        noise = source_noise(model, [A, A], 7, CPU)
+        alone = decoded(autoencoder, generate_latents(model, [caption] * 2, config, noise), 2)
         assert np.abs(pictures[:, column] - alone).max() <= 1
+    first = generate(model, autoencoder, [A, A], config, 7)
+    assert np.abs(pictures[:, 0] - first).max() <= 1
     for column in range(4):
         assert np.abs(pictures[:, column] - pictures[:, column + 1]).max() > 1
     assert np.abs(pictures[0] - pictures[1]).max() > 1
     assert np.array_equal(pictures, drawn(7))
     assert np.abs(pictures - drawn(8)).max() > 1
-    monkeypatch.setattr("flowray.sample.between.BATCH", 4)
+    config = config.model_copy(update={"batch_size": 4})
     assert np.abs(pictures - drawn(7)).max() <= 1

@@ -1,0 +1,202 @@
+"""A run's sampler as an object, for notebooks and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from flowray.config.buckets import size_for
+from flowray.config.errors import InputError
+from flowray.config.flow import SampleConfig
+from flowray.config.load import override_recipe
+from flowray.data.pixels import to_pictures
+from flowray.flow.solver import Observer, time_grid
+from flowray.model.autoencoder import Autoencoder, load_autoencoder
+from flowray.sample.generate import (
+    check_finite,
+    check_negative,
+    decoded,
+    latent_batches,
+    numbers_of,
+)
+from flowray.sample.prompts import check_prompts
+from flowray.sample.restore import OpenedRun, open_run
+from flowray.sample.reverse import RoundTrip, round_trip
+from flowray.store.found import Found, find_checkpoint
+
+
+class Pictures(NamedTuple):
+    """images: one a prompt, in order. numbers: how many equal prompts came before each. seed, and
+    how they were drawn.
+    """
+
+    images: list[Image.Image]
+    prompts: list[str]
+    numbers: list[int]
+    seed: int
+    sample: SampleConfig
+
+
+class Way(NamedTuple):
+    """The way of latents: states (T, B, C, H, W) on the CPU at times (T,), from 0, the source's
+    draw, to 1.
+    """
+
+    times: list[float]
+    states: Tensor
+
+
+class Pipeline:
+    """Draws with one checkpoint of a run.
+
+    What all methods take: seed; numbers, which draw of its caption each is (`numbers_of` unless
+    given); negative, a caption to be guided away from; aspect, width / height, one of the run's
+    data.aspect_ratios; and any keys of the recipe's `sample` section, such as steps=50 or
+    guidance_scale=2. InputError, one line, for what is mistyped, and for a latent that is not
+    finite.
+    """
+
+    def __init__(self, opened: OpenedRun, autoencoder: Autoencoder):
+        self.recipe, self.step, self.path_of_run = opened.recipe, opened.step, opened.path
+        self.model, self.autoencoder = opened.model, autoencoder
+
+    def __call__(self, prompts: Sequence[str], *, seed: int = 0, **how: Any) -> Pictures:
+        """Pictures of captions; one is the same whatever captions are beside it."""
+        numbers = how.pop("numbers", None) or numbers_of(prompts)
+        sample = self.settings(how)
+        parts = self.pictures(prompts, seed=seed, numbers=numbers, **how)
+        images = [Image.fromarray(picture) for part in parts for picture in part]
+        return Pictures(images, list(prompts), list(numbers), seed, sample)
+
+    def pictures(self, prompts: Sequence[str], **how: Any) -> Iterator[np.ndarray]:
+        """The same as uint8 (B, H, W, 3), at most `sample.batch_size` at a time."""
+        most = self.settings(how).batch_size
+        for latents in self._batches(prompts, **how):
+            yield decoded(self.autoencoder, latents, most)
+
+    def latents(self, prompts: Sequence[str], **how: Any) -> Tensor:
+        """Latents (B, C, H, W) of captions, scaled as in training, on the run's device."""
+        return torch.cat(list(self._batches(prompts, **how)))
+
+    def path(self, prompts: Sequence[str], **how: Any) -> Way:
+        """The latents on their way, at each edge of the time grid. InputError for dopri5, which
+        gives every latent times of its own.
+        """
+        sample = self.settings(how)
+        if sample.solver.kind == "dopri5":
+            raise InputError("sample.solver: dopri5 has no times that latents share; take heun")
+        times, steps = time_grid(sample.grid, sample.steps), sample.steps
+        seen: list[Tensor] = []
+        ends = self._batches(
+            prompts, observe=lambda k, t, x, v: seen.append(x.float().cpu()), **how
+        )
+        states = [torch.stack([*seen[-steps:], end.float().cpu()]) for end in ends]
+        return Way(times, torch.cat(states, dim=1))
+
+    def strip(self, prompts: Sequence[str], pictures: int, **how: Any) -> np.ndarray:
+        """The way as pictures uint8 (B, pictures, H, W, 3): what the latents decode to at as many
+        edges of the time grid, evenly chosen, both ends counted. InputError for more than it has.
+        """
+        edges = self.settings(how).steps + 1
+        if not 2 <= pictures <= edges:
+            why = f"the way of {edges - 1} sample.steps has {edges} times"
+            raise InputError(f"strip: {why}, want from 2 to {edges}, got {pictures}")
+        places = [round(i * (edges - 1) / (pictures - 1)) for i in range(pictures)]
+        states = self.path(prompts, **how).states[places]
+        most = self.settings(how).batch_size
+        shown = [decoded(self.autoencoder, state.to(self.device), most) for state in states]
+        return np.stack(shown, axis=1)
+
+    def reverse(self, latents: Tensor, prompts: Sequence[str], **keys: Any) -> RoundTrip:
+        """Where the flow of captions leads to latents (B, C, H, W) from, and there again from it.
+        keys: of the recipe's `sample` section.
+        """
+        check_prompts(prompts)
+        if len(prompts) != len(latents):
+            raise InputError(f"reverse: {len(latents)} latents, but {len(prompts)} prompts")
+        made = round_trip(self.model, prompts, latents.to(self.device), self.settings(keys))
+        check_finite(made.again, prompts)
+        return made
+
+    def encode(self, images: Sequence[Image.Image] | Image.Image) -> Tensor:
+        """Latents (B, C, H, W) of pictures, the means of their posteriors, scaled as in training.
+        A picture of another size is cut and resized to the run's.
+        """
+        given = [images] if isinstance(images, Image.Image) else list(images)
+        height, width = self.autoencoder.picture_size
+        fitted = [ImageOps.fit(image.convert("RGB"), (width, height)) for image in given]
+        pixels = to_pictures([np.asarray(image) for image in fitted]).to(self.device)
+        moments = self.autoencoder.encode_moments(pixels)
+        return self.autoencoder.sample(moments, torch.zeros_like(moments.mean))
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of latents (B, C, H, W)."""
+        pictures = decoded(self.autoencoder, latents.to(self.device), self.recipe.sample.batch_size)
+        return [Image.fromarray(picture) for picture in pictures]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.velocity.parameters()).device
+
+    def settings(self, how: dict[str, Any]) -> SampleConfig:
+        """The `sample` section with the keys of it that are in `how`."""
+        keys = {f"sample.{key}": x for key, x in how.items() if key not in _OWN}
+        return override_recipe(self.recipe, keys).sample
+
+    def _batches(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        negative: str | None = None,
+        aspect: float | None = None,
+        observe: Observer | None = None,
+        **keys: Any,
+    ) -> Iterator[Tensor]:
+        check_prompts(prompts)
+        config, size, start = self.settings(keys), None, 0
+        if negative is not None:
+            check_prompts([negative])
+            check_negative(self.model, config)
+        if aspect is not None:
+            size = size_for(self.recipe.data, self.recipe.model.latent, aspect)
+        parts = latent_batches(
+            self.model,
+            prompts,
+            config,
+            seed,
+            size,
+            numbers=numbers,
+            negative=negative,
+            observe=observe,
+        )
+        for part in parts:
+            check_finite(part, prompts[start : start + len(part)])
+            start += len(part)
+            yield part
+
+
+_OWN = {"seed", "numbers", "negative", "aspect", "observe"}  # what is no key of the recipe
+
+
+def load_pipeline(
+    run: Path, keys: Sequence[str] = (), device: str | torch.device | None = None
+) -> Pipeline:
+    """`flowray.load`."""
+    return open_pipeline(find_checkpoint(run, keys), device)
+
+
+def open_pipeline(found: Found, device: str | torch.device | None = None) -> Pipeline:
+    """The sampler of a checkpoint that was found; device: CUDA where there is one unless given."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    opened = open_run(found, where)
+    config = opened.recipe.model
+    return Pipeline(opened, load_autoencoder(config.autoencoder, config.latent).to(where))
