@@ -28,7 +28,7 @@ from flowray.doctor.subject import Subject
 from flowray.findings.diagnose import diagnose
 from flowray.findings.finding import Finding, healthy
 from flowray.findings.rules_foreign import FOREIGN
-from flowray.flow.path import sample_path
+from flowray.flow.path import sample_path, time_code
 from flowray.losses.total import Objective
 from flowray.model.condition import told
 from flowray.model.foreign import (
@@ -174,6 +174,7 @@ def examine_foreign(
     prepare = PrepareConfig(resize="area") if resize else AS_DECODED
     first = decode_image(ShardReader(splits["val"], 1), 0, Preparation(prepare, resize))
     opened = open_foreign(model, (first.shape[0], first.shape[1]))
+    _try_out(opened, ShardReader(splits["val"], 1).captions(0)[:1] * 2)
     sets = {
         split: encoded(opened.autoencoder, splits[split], prepare, limit, progress)
         for split in ("train", "val")
@@ -199,6 +200,16 @@ def examine_foreign(
     with progress.task("probing: what else a foreign model may take otherwise"):
         found = _completed(found, subject, opened)
     return Report(found, diagnose(found.metrics, found.facts, (), FOREIGN), dict(SKIPPED))
+
+
+@torch.no_grad()
+def _try_out(opened: Opened, captions: list[str]) -> None:
+    """InputError now, and not a note of every part later, where shapes do not fit."""
+    model, device = opened.model, device_of(opened.model)
+    source = model.source(captions, torch.zeros(2, *model.config.latent.shape, device=device))
+    t = torch.full((2,), 0.5, device=device)
+    model.field(source)(source.z0, time_code(t), t > 1)
+    opened.autoencoder.decode(source.z0)
 
 
 def _subject(

@@ -24,7 +24,7 @@ from flowray.config.model import (
 from flowray.model.assemble import FlowModel
 from flowray.model.autoencoder import DETERMINISTIC_LOGVAR, Autoencoder
 from flowray.model.latent import LatentScale, Moments
-from flowray.model.levels import VelocityNet, checked, refuse_route, time_of
+from flowray.model.levels import VelocityNet, checked, code_of, refuse_route, time_of
 from flowray.model.text import TextModel, TextTokens
 
 METHODS = ("encode_text", "encode_image", "velocity", "decode")
@@ -93,9 +93,14 @@ class _Held(nn.Module):
 
 
 class _Source(_Held):
+    def __init__(self, model: Foreign, latent: LatentSpec):
+        super().__init__(model)
+        self.latent = latent
+
     def forward(self, tokens: TextTokens) -> tuple[Tensor, Tensor]:
+        want = (len(tokens.mask), *self.latent.shape)
         mu, logvar = self.model.posterior(tokens)
-        return mu, logvar
+        return _checked_shape("posterior", mu, want), _checked_shape("posterior", logvar, want)
 
 
 class _Velocity(_Held, VelocityNet):
@@ -123,7 +128,7 @@ class ForeignModel(FlowModel):
         nn.Module.__init__(self)
         refuse_unlike(model)
         self.velocity = _Velocity(model)
-        self.head = _Source(model) if callable(getattr(model, "posterior", None)) else None
+        self.head = _Source(model, latent) if callable(getattr(model, "posterior", None)) else None
         self.config = ModelConfig(
             latent=latent,
             source=TextSource() if self.head is not None else NoiseSource(),
@@ -172,6 +177,40 @@ class ForeignAutoencoder(Autoencoder):
     def decode_with_grad(self, z: Tensor) -> Tensor:
         made = self.held.model.decode(z)
         return _checked_shape("decode", made, (len(z), 3, *self.size))
+
+
+class Brought(nn.Module):
+    """A FlowModel and its autoencoder as a `Foreign`: one whose weights were read from elsewhere,
+    such as CrossFlow's (flowray.model.crossflow), and that has no run. InputError for
+    `model.source.drop_null`, whose null samples are not the network's alone.
+    """
+
+    def __init__(self, model: FlowModel, autoencoder: Autoencoder):
+        super().__init__()
+        if model.drops:
+            raise InputError("model.source.drop_null: is not read without its run")
+        self.model, self.autoencoder = model, autoencoder
+        if model.head is not None:
+            self.posterior = self._posterior
+
+    def encode_text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return self.model.read(captions)
+
+    def _posterior(self, text: TextTokens) -> tuple[Tensor, Tensor]:
+        made = self.model.posterior(text)
+        return made.mean, made.logvar
+
+    def encode_image(self, pictures: Tensor) -> Tensor:
+        moments = self.autoencoder.encode_moments(pictures)
+        return self.autoencoder.sample(moments, torch.zeros_like(moments.mean))
+
+    def velocity(self, x: Tensor, t: Tensor, null: Tensor, text: TextTokens) -> Tensor:
+        network = self.model.velocity
+        made: Tensor = network(x, code_of(t), null, text if network.conditioned else None)
+        return made
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.autoencoder.decode(z)
 
 
 def latent_of(model: Foreign, pictures: Tensor) -> LatentSpec:

@@ -13,19 +13,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import answering_model, tiny_recipe
 from torch import Tensor, nn
 
 from flowray.cli.common import FINDINGS
 from flowray.cli.doctor import main
 from flowray.config.errors import InputError
+from flowray.config.flow import SampleConfig
 from flowray.config.keys import describe
+from flowray.config.losses import LossConfig
+from flowray.config.model import TextSource
 from flowray.data.make import png, sample
 from flowray.data.shapes import samples
 from flowray.data.shards import write_shards
 from flowray.doctor.battery import PARTS
-from flowray.doctor.foreign import ASKED, SKIPPED, Report, examine_foreign
+from flowray.doctor.foreign import ASKED, SKIPPED, Report, examine_foreign, open_foreign
 from flowray.findings.rules import RULES
 from flowray.findings.rules_foreign import FOREIGN, INTERFACE
+from flowray.model.assemble import FlowModel
+from flowray.model.autoencoder import load_autoencoder
+from flowray.model.foreign import Brought
+from flowray.sample.generate import generate_latents, source_noise
 
 PAGE = Path(__file__).parents[2] / "docs" / "bring-your-own.md"
 
@@ -184,16 +192,43 @@ def test_paths_may_begin_at_the_text(page: dict[str, Any], shards: Path) -> None
     assert "mu/rms" not in page["numbers"]
 
 
+@pytest.mark.parametrize("kind", ["text", "noise"])
+def test_a_flow_model_without_a_run_answers_as_itself(kind: str, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"model.source.kind": kind}
+    if kind == "noise":
+        keys |= {"model.velocity.condition.kind": "adaln", "loss.kl.weight": 0.0}
+    recipe = tiny_recipe(tmp_path, **keys)
+    model = answering_model(recipe).eval()
+    autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
+    opened = open_foreign(Brought(model, autoencoder), autoencoder.picture_size)
+    assert (opened.model.head is None) == (kind == "noise")
+    settings, prompts = SampleConfig(guidance_scale=2.0, steps=5), ["a red circle", "blue"]
+    noise = source_noise(model, 2, 0, torch.device("cpu"))
+    wanted = generate_latents(model, prompts, settings, noise)
+    made = generate_latents(opened.model, prompts, settings, noise)
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(opened.autoencoder.decode(made), autoencoder.decode(made))
+    dropping = model.config.model_copy(update={"source": TextSource(drop_null=True)})
+    with pytest.raises(InputError, match="drop_null"):
+        Brought(FlowModel(dropping, LossConfig(), model.text), autoencoder)
+
+
 def test_what_does_not_fit_is_one_line(page: dict[str, Any], shards: Path) -> None:
     model = page["model"]
     with pytest.raises(InputError, match=r"^model: Linear has no encode_text and no .*$"):
         examined(nn.Linear(1, 1), shards)
-    narrow = Wrapped(model, velocity=lambda x, t, null, text: x[:, :1])
-    report = examined(narrow, shards)  # a part that cannot be measured costs no other
-    assert any("model.velocity: gave (32, 1, 8, 8)" in x for x in report.examination.facts["notes"])
-    flat = Wrapped(model, encode_image=lambda pictures: pictures.flatten(1))
-    with pytest.raises(InputError, match="encode_image"):
-        examined(flat, shards)
+    flat = torch.zeros(1, 3)
+    wrong: dict[str, Callable[..., Any]] = {
+        "velocity": lambda x, t, null, text: x[:, :1],
+        "encode_image": lambda pictures: pictures.flatten(1),
+        "encode_text": lambda captions: flat,
+        "decode": lambda z: z,
+        "posterior": lambda text: (flat, flat),
+    }
+    for name, method in wrong.items():
+        with pytest.raises(InputError, match=rf"^model\.{name}: gave \("):
+            examined(Wrapped(model, **{name: method}), shards)
 
 
 def test_the_command(
