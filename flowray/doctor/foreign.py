@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flowray.config.flow import EulerSolver, FlowConfig, PathConfig, SampleConfig, SolverConfig
 from flowray.config.losses import KLLossConfig, LossConfig
 from flowray.config.prepare import AS_DECODED, PrepareConfig
-from flowray.config.progress import SILENT, Progress, counted
+from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig, ProbeConfig, TrainSection
 from flowray.data.pictures import decode_image
@@ -128,10 +128,10 @@ def encoded(
     reader = ShardReader(shards, limit)
     preparing, parts = Preparation(prepare, autoencoder.picture_size, strict=True), []
     with progress.task("encoding pictures", len(reader)) as advance:
-        places = list(counted(range(len(reader)), advance))
-        for start in range(0, len(places), BATCH):
-            pictures = [decode_image(reader, i, preparing) for i in places[start : start + BATCH]]
+        for places in np.array_split(np.arange(len(reader)), -(-len(reader) // BATCH)):
+            pictures = [decode_image(reader, int(i), preparing) for i in places]
             parts.append(autoencoder.encode_moments(to_pictures(pictures)).mean.float().cpu())
+            advance(len(places))
     z = torch.cat(parts)
     return HeldLatents(
         reader,
@@ -261,7 +261,10 @@ def _completed(found: Examination, subject: Subject, opened: Opened) -> Examinat
     if broken:
         facts["nonfinite"] = {"parameter": broken[0]}
     facts["notes"] = notes + [f"{part}: {why}" for part, why in SKIPPED.items()]
-    return replace(found, metrics=metrics, facts=facts, pictures=found.pictures | shown)
+    curves = dict(found.curves)
+    curves["t"] = {name: x for name, x in curves.get("t", {}).items() if name != "train_share"}
+    shown = found.pictures | shown
+    return replace(found, metrics=metrics, facts=facts, pictures=shown, curves=curves)
 
 
 def _round_trip(
