@@ -170,7 +170,9 @@ def test_package_inits_are_nearly_empty() -> None:
     assert {
         str(path): n
         for path in FILES
-        if path.name == "__init__.py" and (n := len(path.read_text().splitlines())) > 5
+        if path.name == "__init__.py"
+        # the package's own has what is called of it, loaded on first use
+        and (n := len(path.read_text().splitlines())) > (5 if part_of(path) else 20)
     } == {}
 
 

@@ -32,6 +32,7 @@ STYLES: dict[Severity, str] = {"bad": "bold red", "warn": "yellow", "info": "cya
 SHOWN = 6  # causes on the first screen
 PROG = "flowray.doctor"
 SELFCHECK = "--selfcheck"
+MODEL = "--model"  # of a model that was not trained here
 
 
 def _parser() -> Parser:
@@ -42,7 +43,8 @@ def _parser() -> Parser:
         "Writes RUN/doctor.html with plots and pictures.",
         epilog=f"Health checks that train for a minute: {PROG} overfit RECIPE, {PROG} ablations "
         f"RECIPE (see their --help). Without a run, whether this installation computes what the "
-        f"method prescribes: {PROG} {SELFCHECK}. "
+        f"method prescribes: {PROG} {SELFCHECK}. Of a model that was trained elsewhere: {PROG} "
+        f"{MODEL} MODULE:NAME --data SHARDS. "
         "Exit code: 0 healthy, 1 a finding is warn or bad, 2 bad input.",
     )
     parser.add_argument(
@@ -111,6 +113,10 @@ def main(argv: list[str]) -> int:
         return health.main(argv)
     if SELFCHECK in argv:
         return _selfcheck(argv)
+    if any(word.partition("=")[0] == MODEL for word in argv):
+        from flowray.cli import doctor_foreign
+
+        return doctor_foreign.main(argv)
     args = _parser().parse_intermixed_args(argv)
     quiet_libraries()
     progress = ConsoleProgress()

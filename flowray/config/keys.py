@@ -337,6 +337,9 @@ KEYS: tuple[MetricKey, ...] = (
          LOG_0919),
     _key("time/cos_{reversed,plain,log_snr}", "cosine", "none",
          "flow/cos with 8t - 4, t or the path's log-SNR in place of the time code"),
+    _key("foreign/nmse_{told,reversed,thousand,thousandth,thousand_reversed,code}", "-",
+         "none", "flow/nmse of a model trained elsewhere, told t, 1 - t, 1000 t, t / 1000,"
+         " 1000 (1 - t), 4 - 8 t"),
     _key("time/share_t{0..9}", "share", "none",
          "share of the training times so far in this tenth; uniform 0.1"),
     _key("time/coverage_min", "-", "higher",

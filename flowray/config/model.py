@@ -106,15 +106,15 @@ class EncoderText(FrozenText):
     """A frozen text encoder (CLIP, T5, BERT, ...): its last hidden states, one token per position,
     padding masked.
 
-    pad_to_max: always max_tokens positions, for heads that flatten them (CrossFlow), else as many
-    as the longest prompt has.
+    pad_to_max: always max_tokens positions, for heads that flatten them, else as many as the
+    longest prompt has; `seen`: padding is run as tokens are, without a mask (CrossFlow's CLIP).
     """
 
     kind: Literal["encoder"] = "encoder"
     path: ModelPath
     max_tokens: PositiveInt = 77
     scale: float = Field(1.0, gt=0, description="multiplies the tokens (CrossFlow: 10 for T5)")
-    pad_to_max: bool = False
+    pad_to_max: bool | Literal["seen"] = False
 
     @property
     def tokens(self) -> int:
@@ -187,7 +187,8 @@ class TransEncoderHead(_Head):
 
     compress: width to which two linear layers bring wider tokens first (CrossFlow: 1024 for T5's
     4096). adaptor: from the flat tokens to the latent, one `linear`, or `conv`, by a linear of
-    width `hidden` to `planes` images of its size and three convolutions.
+    width `hidden` to `planes` images of its size and three convolutions. read_padding: flatten what
+    the layers make of padding too (CrossFlow), which else is zero.
     """
 
     kind: Literal["transencoder"] = "transencoder"
@@ -205,6 +206,7 @@ class TransEncoderHead(_Head):
     adaptor: Literal["linear", "conv"] = "linear"
     hidden: PositiveInt = 4096
     planes: PositiveInt = 1
+    read_padding: bool = False
 
 
 HeadConfig = Annotated[

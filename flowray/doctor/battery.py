@@ -120,10 +120,11 @@ def _probe_batch(subject: Subject, count: int, seed: int, *, training: bool = Fa
 
 
 def _standard(subject: Subject, made: Measured, batch: ProbeBatch, count: int) -> None:
-    """The probes of training on raw and EMA weights, and on training samples; end points of the
-    weights that sampling uses.
+    """The probes of training on raw and EMA weights, where there is an EMA, and on training
+    samples; end points of the weights that sampling uses.
     """
-    for kind, prefix in {"ema": "ema/", "raw": ""}.items():
+    averaged = {"ema": "ema/"} if subject.ema else {}
+    for kind, prefix in (averaged | {"raw": ""}).items():
         with subject.weights(kind):
             rows = run_probes(
                 subject.model,
@@ -210,8 +211,7 @@ def _text(subject: Subject, posterior: Posterior, prompts: list[str]) -> Rows:
     spread = posterior.std.square().mean().sqrt()
     rows["mu/rms_over_std"] = float(mu.square().mean().sqrt() / spread)
     if len(prompts) > 1:
-        tokens = model.text(model.text.tokenize(prompts))
-        rows["text/cos_prompts"] = pairwise_cosine(model.posterior(tokens).mu)
+        rows["text/cos_prompts"] = pairwise_cosine(model.posterior(model.read(prompts)).mu)
     return rows
 
 

@@ -71,11 +71,16 @@ class FlowModel(nn.Module):
         amplitude = self.config.source.amplitude if self.config.source.kind == "text" else 1.0
         return make_posterior(self.config.posterior, mu, logvar, amplitude)
 
+    def read(self, captions: Sequence[str]) -> TextTokens:
+        """The tokens of captions, as the head and a conditioned velocity network have them."""
+        tokens: TextTokens = self.text(self.text.tokenize(captions))
+        return tokens
+
     def source(self, captions: Sequence[str], noise: Tensor) -> Source:
         """Where the paths of captions begin; noise (B, C, H, W), of the model's own size or that of
         a bucket.
         """
-        tokens: TextTokens = self.text(self.text.tokenize(captions))
+        tokens = self.read(captions)
         height, width = noise.shape[2:]
         posterior = self.posterior(tokens).of_size((height, width))
         return Source(

@@ -97,6 +97,11 @@ def time_of(code: Tensor) -> Tensor:
     return 0.5 - code / 8
 
 
+def code_of(t: Tensor) -> Tensor:
+    """The time codes of t in [0, 1]."""
+    return 4 - 8 * t.float()
+
+
 class TimeEmbedding(nn.Module):
     """Bounded embedding of the 1-D time code: sinusoid, MLP, then LayerNorm or a small last
     layer so that its amplitude stays bounded.

@@ -252,12 +252,16 @@ class EncoderTokens(TextModel):
 
     def __init__(self, backbone: Any, prompts: PromptTokenizer | None, config: EncoderText):
         super().__init__(backbone, prompts, config)
-        self.scale, self.pad_to_max = config.scale, config.pad_to_max
+        self.scale, self.pad_to_max = config.scale, bool(config.pad_to_max)
+        self.sees_padding = config.pad_to_max == "seen"
 
     def forward(self, prompts: Prompts) -> TextTokens:
-        """Tokens (B, L, width), padding masked."""
+        """Tokens (B, L, width); the mask says which are padding."""
+        seen = prompts
+        if self.sees_padding:  # kept states have it then, too
+            seen = Prompts(prompts.ids, torch.ones_like(prompts.mask))
         with self.own_dtype():
-            hidden = self.states(prompts, self._hidden)
+            hidden = self.states(seen, self._hidden)
         return self.connect(TextTokens(hidden.float() * self.scale, prompts.mask))
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -67,12 +67,13 @@ class PostNormLayer(nn.Module):
 class TransEncoder(nn.Module):
     """Tokens (B, N <= tokens, width) -> (mu, logvar), each (B, C, H, W).
 
-    Positions beyond N and masked ones are zero where the tokens are flattened: nothing reads them.
+    Positions beyond N and masked ones are zero where the tokens are flattened: nothing reads them,
+    unless `read_padding` says so; no position attends to them in any case.
     """
 
     def __init__(self, config: TransEncoderHead, width: int, tokens: int, latent: LatentSpec):
         super().__init__()
-        self.tokens, self.latent = tokens, latent
+        self.tokens, self.latent, self.reads = tokens, latent, config.read_padding
         start = config.compress or width
         narrowest = start >> (config.reductions - 1) if config.reductions else start
         if start % (1 << config.reductions) or narrowest % config.heads:
@@ -114,7 +115,7 @@ class TransEncoder(nn.Module):
                 f"the head was built for {self.tokens} tokens, got {tokens.values.shape[1]}"
             )
         mask = F.pad(tokens.mask, (0, missing))
-        keep = mask.unsqueeze(-1)
+        keep = mask.unsqueeze(-1) | self.reads
         x = self.compress(F.pad(tokens.values, (0, 0, 0, missing)).masked_fill(~keep, 0.0))
         for layer in self.layers:
             x = layer(x, mask)
