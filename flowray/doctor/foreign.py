@@ -136,7 +136,6 @@ def encoded(
     return HeldLatents(
         reader,
         LatentScale(1.0, 0.0, deterministic=True),
-        float(z.var(unbiased=False)),
         shards,
         prepare=prepare,
         held=z,
