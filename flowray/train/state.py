@@ -25,6 +25,7 @@ from flowray.store.checkpoint import (
 )
 from flowray.store.frozen import WEIGHTS, frozen_weights, refuse_other_weights
 from flowray.store.run import RunDirectory
+from flowray.train.begin import begin_from
 from flowray.train.group import Group
 from flowray.train.optim import Ema, build_optimizer, lr_at, resolve_schedule
 from flowray.train.tally import Tally
@@ -151,7 +152,7 @@ def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path:
 def restore_state(
     state: TrainState, recipe: Recipe, run: RunDirectory, group: Group | None = None
 ) -> None:
-    """Continue from the newest intact checkpoint; none leaves the state as it is.
+    """Continue from the newest intact checkpoint; without one `train.init_from` is begun from.
 
     group: of its ranks the lead alone looks which one that is, as it reads every byte for it.
     """
@@ -160,6 +161,7 @@ def restore_state(
     checkpoint = newest_checkpoint(run.checkpoints) if leads else None
     checkpoint = group.share(checkpoint) if group else checkpoint
     if checkpoint is None:
+        begin_from(state, recipe)
         return
     kept = load_state(checkpoint)
     if kept["seed"] != recipe.seed:
