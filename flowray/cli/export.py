@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+
+from safetensors import SafetensorError
 
 from flowray.cli.common import GOOD, refuse_unwritable
 from flowray.cli.parser import JSON, Parser
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> int:
         if args.out:
             where = f"--out {args.out}"
             with progress.task("writing the pipeline"):
-                sizes = save_folder(opened, parts, refers, _absolute(args.out))
+                sizes = save_folder(opened, parts, refers, args.out.absolute())
             told |= {"folder": str(args.out), "bytes": sizes, "referred": refers}
             lines.append(str(args.out))
             lines += [
@@ -94,14 +95,11 @@ def main(argv: list[str]) -> int:
             where = f"--single {args.single}"
             args.single.absolute().parent.mkdir(parents=True, exist_ok=True)
             with progress.task("writing the file"):
-                size = save_single(opened, parts, _absolute(args.single))
+                size = save_single(opened, parts, args.single.absolute())
             told |= {"file": str(args.single), "file_bytes": size}
             lines.append(f"{args.single}: {size / 1e6:,.1f} MB")
-    except OSError as error:
-        raise InputError(f"{where}: cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # the disk; what safetensors writes to has its own
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{where}: cannot be written: {why}") from error
     print(json.dumps(told) if args.json else "\n".join(lines))
     return GOOD
-
-
-def _absolute(path: Path) -> Path:
-    return path.absolute()

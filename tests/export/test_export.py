@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import tiny_recipe
+from huggingface_hub import constants
+from support import tiny_autoencoder, tiny_recipe, tiny_text
+from text_support import save, t5
 
 from flowray.cli.export import main
 from flowray.config.errors import InputError
@@ -43,6 +45,9 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "flowray"]
 
 def run_of(folder: Path, **overrides) -> Path:
     """A run with one checkpoint, whose weights are those of no step but far from zero."""
+    if text := overrides.get("model.text"):
+        save(t5, folder / "t5")
+        overrides = {**overrides, "model.text": {**text, "path": str(folder / "t5")}}
     recipe = tiny_recipe(folder, **overrides)
     run = RunDirectory(folder / "runs" / "tiny")
     state = fresh_state(recipe, torch.device("cpu"))
@@ -71,6 +76,7 @@ def paint_elsewhere(pipelines: list[Path], out: Path) -> None:
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith("PYTHON")
     } | {"HF_MODULES_CACHE": str(out / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment["HF_HUB_CACHE"] = constants.HF_HUB_CACHE
     arguments = [libraries, str(out), "|".join(PROMPTS), *map(str, pipelines)]
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", FRESH, *arguments],
@@ -126,6 +132,16 @@ CASES = {
         "model.head": {"kind": "conv", "hidden": 8, "mlp": 16},
         "sample.solver": {"kind": "euler", "nodes": "left"},
         "sample.grid": "logit_normal",
+    },
+    "T5, padded to the most tokens": {
+        "model.text": {
+            "kind": "encoder",
+            "path": "",
+            "max_tokens": 8,
+            "pad_to_max": True,
+            "scale": 10.0,
+        },
+        "model.head": {"kind": "pooled", "hidden": 16},
     },
     "transencoder, midpoint": {
         "model.head": {"kind": "transencoder", "layers": 1, "reductions": 1, "heads": 2, "ffn": 16},
@@ -222,3 +238,31 @@ def test_refusals_write_nothing(exported, tmp_path):
             main(arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
     assert [path.name for path in taken.iterdir()] == ["mine.txt"]
+
+
+def test_models_of_the_hub_can_be_named_in_place_of_copies(tmp_path, monkeypatch):
+    """They are found in the hub's cache, by name and revision."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name, make in (("lm", tiny_text), ("pictures", tiny_autoencoder)):
+        cache = tmp_path / "hub" / f"models--org--{name}"
+        (cache / "refs").mkdir(parents=True)
+        (cache / "refs" / "main").write_text("a" * 40)
+        (cache / "snapshots").mkdir()
+        make(cache / "snapshots" / ("a" * 40))
+    paths = {"model.text.path": "org/lm", "model.autoencoder.path": "org/pictures"}
+    run = run_of(tmp_path / "run", **paths)
+    pipeline = tmp_path / "pipeline"
+    assert main([str(run), "--out", str(pipeline), "--refer"]) == 0
+    assert not [name for name in ("text_encoder", "tokenizer", "vae") if (pipeline / name).exists()]
+    out = tmp_path / "out"
+    out.mkdir()
+    paint_elsewhere([pipeline], out)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        latents, pictures = painted(run)
+    finally:
+        torch.set_num_threads(threads)
+    with np.load(out / "0.npz") as found:
+        assert np.array_equal(found["latents"], latents)
+        assert np.array_equal(found["pictures"], pictures)
