@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from flowray.config.card import render_card
+from flowray.config.card import SETTINGS, render_card
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe
 from flowray.config.paths import exists
@@ -107,6 +107,8 @@ def _write_card(
         render_card(card, opened.recipe, {}, metrics={}, verdicts={}, **about)  # type: ignore[arg-type]
     # pictures lie beside a run's card, not beside this one
     lines = [line for line in card.read_text("utf-8").splitlines() if line[:2] != "!["]
+    if not run.card.is_file():  # without the run's own nothing is known of settings and metrics
+        lines = lines[: lines.index(f"## {SETTINGS}")]
     head = ["---", "library_name: diffusers", "pipeline_tag: text-to-image", "---", "", lines[0]]
     head += ["", *_usage(opened)]
     if strips := sorted(run.samples.glob("step_*.png")):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from PIL import Image
 from support import tiny_autoencoder, tiny_recipe, tiny_text
 from text_support import save, t5
 
@@ -206,6 +207,19 @@ def test_the_folder_holds_what_is_needed_and_no_more(exported):
         assert "import flowray" not in text
         assert "from flowray" not in text
         assert str(exported) not in text
+
+
+def test_the_card_is_the_runs_own_with_its_newest_strip(exported, tmp_path):
+    run = exported / "transencoder, midpoint" / "runs" / "tiny"
+    (run / "card.md").write_text("# My run\n\n## Conclusion\n\nkeep\n\n![x](samples/x.png)\n")
+    for step, colour in ((2, "red"), (4, "blue")):
+        Image.new("RGB", (8, 8), colour).save(run / "samples" / f"step_{step:06d}.png")
+    assert main([str(run), "--out", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.index("# My run") < card.index("from_pretrained") < card.index("## Conclusion")
+    assert "samples/x.png" not in card
+    picture = Image.open(tmp_path / "out" / "pictures.png")
+    assert picture.getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_tells_the_size_of_each_component(exported, tmp_path, capsys):
