@@ -27,6 +27,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "store": ("data", "model", "losses"),
     "probes": ("store",),
     "sample": ("store",),
+    "export": ("sample",),
     "train": ("probes", "sample"),
     "doctor": ("train", "findings"),
     "tune": ("train", "sweepconfig", "findings"),
@@ -34,7 +35,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "views": ("tune", "report"),
     "rayrun": ("cluster", "views", "report", "doctor"),
     "report": ("findings", "sweepconfig"),
-    "cli": ("rayrun",),
+    "cli": ("rayrun", "export"),
 }
 # shims into cli; one-file modules beside the packages (flowray/eval.py) are of the same kind
 FREE = {"__main__.py"}

@@ -12,6 +12,7 @@ _VERBS: dict[str, str] = {
     "train": "train one recipe",
     "tune": "sweep a recipe's keys, stop hopeless trials early",
     "sample": "pictures from a run",
+    "export": "a run as a pipeline of diffusers, or its weights in one file",
     "eval": "score a run's pictures",
     "doctor": "say why a run paints textures",
     "report": "write report.html of a run or a sweep",
@@ -35,6 +36,8 @@ def _command(verb: str) -> Main:
             from flowray.cli.tune import main
         case "sample":
             from flowray.cli.sample import main
+        case "export":
+            from flowray.cli.export import main
         case "eval":
             from flowray.cli.eval import main
         case "report":

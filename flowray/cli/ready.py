@@ -37,7 +37,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     """
     here = not in_cluster()
     on_this_machine = (_check_room, check_device) if here else ()
-    for check in (*on_this_machine, _check_storage, check_shards):
+    for check in (*on_this_machine, _check_storage, check_shards, _check_start):
         try:
             check(recipe)
         except InputError as error:
@@ -81,6 +81,14 @@ def check_device(recipe: Recipe) -> None:
         raise InputError(
             "train.device: got cuda, but torch can use no GPU here; type train.device=cpu"
         )
+
+
+def _check_start(recipe: Recipe) -> None:
+    """InputError where a new run's `train.init_from` cannot be used."""
+    if recipe.train.init_from is not None:
+        from flowray.train.begin import check_start
+
+        check_start(recipe)
 
 
 def _check_storage(recipe: Recipe) -> None:

@@ -67,6 +67,7 @@ ShardsPath = Annotated[str, PathField(names=SETS, pattern=True, remote=True)]
 OptionalShards = Annotated[str | None, PathField(pattern=True, remote=True)]
 StoragePath = Annotated[str, PathField(root=STORAGE)]
 RunPaths = Annotated[tuple[str, ...], PathField(root=STORAGE, run=True)]
+OptionalRun = Annotated[str | None, PathField(root=STORAGE, run=True)]
 SHIPPED = ("embedded", "embedded_emoji")  # the models in the package
 # and those that `flowray.models fetch` puts into the cache
 MODELS = (*SHIPPED, "smollm2", "minilm")

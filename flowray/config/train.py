@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from flowray.config.base import Config
 from flowray.config.errors import RuleError
 from flowray.config.partial import PATTERN, parse_part
-from flowray.config.paths import OptionalPath, OptionalShards, ShardsPath
+from flowray.config.paths import OptionalPath, OptionalRun, OptionalShards, ShardsPath
 from flowray.config.prepare import PrepareConfig
 
 Step = Annotated[int, Field(gt=0)]
@@ -136,6 +136,13 @@ class TrainSection(Config):
     """
 
     steps: Step = 1000
+    init_from: OptionalRun = Field(
+        None,
+        description=(
+            "the weights of a run, checkpoint, export or single file that a new run starts from;"
+            " its resumes go on from its own"
+        ),
+    )
     batch_size: Annotated[int, Field(gt=1)] = 32
     log_every: Step = 10
     probe_every: Step = 250

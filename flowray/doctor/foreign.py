@@ -134,11 +134,7 @@ def encoded(
             advance(len(places))
     z = torch.cat(parts)
     return HeldLatents(
-        reader,
-        LatentScale(1.0, 0.0, deterministic=True),
-        shards,
-        prepare=prepare,
-        held=z,
+        reader, LatentScale(1.0, 0.0, deterministic=True), shards, prepare=prepare, held=z
     )
 
 

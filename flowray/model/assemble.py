@@ -34,16 +34,15 @@ class Source(NamedTuple):
         return Source(self.posterior.rows(indices), self.z0[indices], text)
 
 
-class FlowModel(nn.Module):
-    """Text side, head (None where the source is noise), velocity network, and the networks of the
-    semantic losses that are on.
+class FlowCore(nn.Module):
+    """What pictures are made with: text side, head (None where the source is noise) and velocity
+    network.
 
     The autoencoder is not in here: it is frozen, has no part in a training step on cached latents,
-    and is loaded where pictures are made. Only semantic losses that look at pictures bring one,
-    inside `semantic`.
+    and is loaded where pictures are made.
     """
 
-    def __init__(self, config: ModelConfig, loss: LossConfig, text: TextModel):
+    def __init__(self, config: ModelConfig, text: TextModel):
         super().__init__()
         self.config = config
         self.text = text
@@ -54,7 +53,6 @@ class FlowModel(nn.Module):
         )
         self.drops = config.source.kind == "text" and config.source.drop_null
         self.velocity = build_velocity(config.velocity, config.latent, text.width)
-        self.semantic = Semantics(config, loss, self.velocity)
 
     def posterior(self, tokens: TextTokens) -> Posterior:
         """q(z0 | caption) in fp32, of the model's own size."""
@@ -109,6 +107,17 @@ class FlowModel(nn.Module):
     def field(self, source: Source) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The velocity (x, time code, null) of samples of the captions of `source`."""
         return lambda x, time_code, null: self.levels(source, x, time_code, null)[-1]
+
+
+class FlowModel(FlowCore):
+    """What trains: a `FlowCore` and the networks of the semantic losses that are on.
+
+    Only semantic losses that look at pictures bring an autoencoder, inside `semantic`.
+    """
+
+    def __init__(self, config: ModelConfig, loss: LossConfig, text: TextModel):
+        super().__init__(config, text)
+        self.semantic = Semantics(config, loss, self.velocity)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Named parameters that train, in a fixed order."""

@@ -90,6 +90,17 @@ class TextModel(nn.Module):
         self.backbone.eval()
         return self
 
+    @contextmanager
+    def lent(self, backbone: Any, prompts: PromptTokenizer) -> Iterator[None]:
+        """A block in which it reads with a frozen model and a tokenizer that someone else keeps."""
+        mine = self.backbone, self._prompts
+        self.backbone, self._prompts = backbone.eval().requires_grad_(False), prompts
+        _forget(self, None)
+        try:
+            yield
+        finally:
+            self.backbone, self._prompts = mine
+
     def reset(self) -> None:
         """Draw the trainable parameters anew from the global RNG; a plain encoder has none."""
         if self.connector is not None:
@@ -328,6 +339,13 @@ def planned_text(config: TextConfig) -> TextModel:
         here = f"{config.path!r} is not on this machine"
         raise InputError(f"model.text.width: {here}; {typed}: {where}")
     if backbone is None:
-        backbone = nn.Module()
-        backbone.config = SimpleNamespace(hidden_size=config.width)
+        assert config.width is not None
+        return bare_text(config, config.width)
+    return _TEXT_MODELS[type(config)](backbone, None, config)
+
+
+def bare_text(config: TextConfig, width: int) -> TextModel:
+    """The trainable parts alone, beside a frozen model of hidden size `width` that is not there."""
+    backbone: Any = nn.Module()
+    backbone.config = SimpleNamespace(hidden_size=width)
     return _TEXT_MODELS[type(config)](backbone, None, config)

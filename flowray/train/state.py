@@ -26,6 +26,7 @@ from flowray.store.checkpoint import (
 )
 from flowray.store.frozen import WEIGHTS, frozen_weights, refuse_other_weights
 from flowray.store.run import RunDirectory
+from flowray.train.begin import begin_from
 from flowray.train.group import Group
 from flowray.train.optim import Ema, build_optimizer, lr_at, resolve_schedule
 from flowray.train.sharding import Shards, is_sharded, part_of, parts_of, shard, twin_of, whole
@@ -218,7 +219,7 @@ def restore_state(
     group: Group | None = None,
     say: Callable[[str], None] = warn,
 ) -> None:
-    """Continue from the newest intact checkpoint; none leaves the state as it is.
+    """Continue from the newest intact checkpoint; without one `train.init_from` is begun from.
 
     group: its lead, which holds the run's lock, names the checkpoint, reading every byte for it,
     and all ranks load that one. say: hears of damaged ones. InputError on every rank where they do
@@ -229,6 +230,7 @@ def restore_state(
     found = newest_checkpoint(run.checkpoints, say, set_aside=True) if group.lead else None
     named = group.share(found)
     if named is None:
+        begin_from(state, recipe)
         return
     checkpoint = run.checkpoints / named.name
     kept = _read_alike(checkpoint, named, group)
