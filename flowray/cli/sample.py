@@ -239,7 +239,6 @@ def main(argv: list[str]) -> int:
                 pictures = pipe.strip(named, args.strip, **how)
             else:
                 told = _asked(pipe, prompts, args.count, args.seed, how)
-                each.mkdir(parents=True, exist_ok=True)
                 pictures = save_each(pipe, told, each, advance, seed=args.seed, **how)
         rows = pictures.reshape(*shape, *pictures.shape[-3:])
         sheet = np.concatenate(list(rows), axis=1).repeat(args.scale, axis=1)

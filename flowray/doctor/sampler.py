@@ -27,7 +27,7 @@ from flowray.probes.battery import ProbeBatch
 from flowray.probes.interface import same_pictures
 from flowray.probes.rollout import TEACHER_STEPS, mse
 from flowray.probes.shots import significant_bits, teacher_rows
-from flowray.sample.generate import NOISE, generate, generate_latents, source_noise
+from flowray.sample.generate import NOISE, generate, generate_latents, in_precision, source_noise
 
 BUILT_AGAIN = 200_000_000  # numbers of a model that is built once more, as sampling does
 FEW = 8  # captions that are drawn with twice the steps too
@@ -77,7 +77,8 @@ def own_latents(model: FlowModel, source: Source, config: SampleConfig, guidance
     grid = time_grid(config.grid, config.steps)
     how = config.guidance_interval, config.guidance_rescale
     velocity_fn = guided(with_time_code(model.field(source)), guidance, *how)
-    return integrate(config.solver, velocity_fn, source.z0, grid)
+    with in_precision(config, source.z0.device):
+        return integrate(config.solver, velocity_fn, source.z0, grid)
 
 
 def _few(source: Source) -> Source:

@@ -82,11 +82,13 @@ def save_each(
     places = iter(todo)
     try:
         for part in pipe.pictures(prompts, numbers=numbers, **how) if todo else ():
+            folder.mkdir(parents=True, exist_ok=True)
             for picture in part:
                 i = next(places)
                 save_picture(files[i], picture, told[i])
                 made[i] = picture
             advance(len(part))
     finally:
-        save_list(folder, [told[i] for i, picture in enumerate(made) if picture is not None])
+        if rows := [told[i] for i, picture in enumerate(made) if picture is not None]:
+            save_list(folder, rows)
     return np.stack([picture for picture in made if picture is not None])

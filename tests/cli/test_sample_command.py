@@ -271,7 +271,7 @@ def test_what_does_not_go_together_is_refused(run, tmp_path):
     ):
         with pytest.raises(InputError, match=why):
             main([str(run), *words, *out])
-        assert not (tmp_path / "x.png").exists()
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_latent_that_is_not_finite_is_no_black_picture(run, tmp_path):
@@ -279,4 +279,4 @@ def test_a_latent_that_is_not_finite_is_no_black_picture(run, tmp_path):
     words = [str(run), "cross", "--set", "sample.guidance_scale=1e38", "--out"]
     with pytest.raises(InputError, match="'cross': the latent is not finite"):
         main([*words, str(tmp_path / "x.png")])
-    assert not list(tmp_path.glob("**/*.png"))
+    assert not list(tmp_path.iterdir())
