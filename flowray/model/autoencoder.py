@@ -91,7 +91,7 @@ class Autoencoder(nn.Module):
         """Pictures (B, 3, H, W), about [-1, 1], from scaled latents (B, C, H, W); never with a
         gradient, and in `pieces`.
         """
-        _, cell = compression(self.net.config) or (0, 1)
+        cell = self.picture_size[0] // self.latent.height
         return torch.cat(list(map(self.decode_with_grad, pieces(z, cell))))
 
     def decode_with_grad(self, z: Tensor) -> Tensor:
