@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flowray.config.errors import InputError
-from flowray.config.paths import address
+from flowray.config.paths import WRITABLE, address
 from flowray.config.writing import write_whole
 from flowray.data.folders import is_clutter
 from flowray.data.index import SUFFIX as INDEX
@@ -23,7 +23,6 @@ from flowray.data.remote_place import RemotePlace
 from flowray.data.shards import MANIFEST, SPLITS, expand_braces
 
 PACKING = ".packing"  # lies in a folder until its set is whole
-WRITABLE = ("s3", "gs")
 _ASKING = 16  # requests at a time
 _WILD = "*?["  # what begins a wildcard
 _BLOCK = 512  # bytes of a tar's header
