@@ -115,9 +115,9 @@ class RemoteRun:
             if own is not None and step <= step_of(own):
                 break
             if there[step]:
+                self._complete(there, step, say)
                 fetched = self._fetch(step, say)
                 if isinstance(fetched, Path):
-                    self._complete(there, say)
                     return fetched
                 wrong.append(f"{self._place.url(self._folder(step))}: {fetched}")
             elif DAMAGED in self._files(step):
@@ -154,13 +154,17 @@ class RemoteRun:
             self._place.remove([f"{folder}/{STATE}"])
         return wrong
 
-    def _complete(self, there: dict[int, bool], say: Callable[[str], None]) -> None:
-        """Fetch what the run lacks beside its newest checkpoint: rows, recipe and the best one."""
+    def _complete(self, there: dict[int, bool], step: int, say: Callable[[str], None]) -> None:
+        """Fetch what the run lacks beside the checkpoint of `step`: rows, recipe and the best one.
+        Before that one: it would not be fetched again after a kill, and these would stay away.
+        """
         for file, name in self._beside().items():
             if not file.exists() and (content := self._place.read(name)) is not None:
                 write_whole(file, content)
         best = best_step(self._run)
-        if best is not None and there.get(best) and not self._run.checkpoint(best).exists():
+        if best is None or best == step or self._run.checkpoint(best).exists():
+            return
+        if there.get(best):
             self._fetch(best, say)
 
     def _beside(self) -> dict[Path, str]:

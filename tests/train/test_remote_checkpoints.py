@@ -145,7 +145,12 @@ def test_a_run_on_an_empty_disk_goes_on_bit_for_bit(
     assert sent["metrics.jsonl"] == run.metrics.read_bytes()
     assert sent["probes.jsonl"] == run.probes.read_bytes()
     shutil.rmtree(run.path)
+    failing.seen.clear()
     assert_same(go(recipe), whole, 12)
+    got = [path.partition("?")[0] for method, path in failing.seen if method == "GET"]
+    weights = next(path for path in got if path.endswith(f"{late:06d}/model.safetensors"))
+    rows_first = next(path for path in got if path.endswith("metrics.jsonl"))
+    assert got.index(rows_first) < got.index(weights)  # a kill between them loses none
     assert len(steps_there(recipe)) == 2
     assert steps_there(recipe)[-1] == 12
     assert keys(recipe)["probes.jsonl"] == run.probes.read_bytes()  # its last row came later
