@@ -40,12 +40,15 @@ class Failing:
     """Which requests fail, and all of them so far.
 
     every: each `every`-th one fails, in turn by status 500, by a cut connection, and by half a body
-    (of a GET); 0: none.
+    (of a GET); 0: none. holds: requests (method, path) that get no answer. behind: the
+    endpoint that never fails.
     """
 
     every: int = 0
     seen: list[tuple[str, str]] = field(default_factory=list)
     failed: int = 0
+    holds: Callable[[str, str], bool] | None = None
+    behind: str = ""
 
     def fetched(self, name: str = r"[^/]+\.tar") -> list[str]:
         """The keys of such a name that were read whole."""
@@ -73,7 +76,7 @@ def s3_process() -> tuple[subprocess.Popen[bytes], int]:
 def s3_server() -> Iterator[tuple[str, Failing]]:
     """The endpoint of an S3 with an empty BUCKET, through the proxy, and what that does."""
     process, port = s3_process()
-    failing = Failing()
+    failing = Failing(behind=f"http://127.0.0.1:{port}")
     try:
         with served(partial(_Proxy, port, failing)) as proxy:
             endpoint = f"http://127.0.0.1:{proxy}"
@@ -142,6 +145,11 @@ class _Proxy(BaseHTTPRequestHandler):
         kind = next(self._kinds) % 3 if fails else -1
         failing.failed += bool(fails)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if failing.holds and failing.holds(self.command, self.path):
+            self.close_connection = True
+            while failing.holds:
+                time.sleep(0.02)
+            return
         if kind == 0:
             self._answer(500, "now and then", {}, b"<Error><Code>InternalError</Code></Error>")
             return

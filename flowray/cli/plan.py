@@ -88,7 +88,7 @@ def _work(recipe: Recipe) -> dict[str, Any]:
         "images": train.steps * train.batch_size,
         "workers": workers,
         "batch_per_gpu": train.batch_size // workers // train.accumulate,
-        "checkpoints_kept": train.keep_checkpoints,
+        "checkpoints_kept": train.checkpoints_on_disk,
         "weights": weights(recipe),
         "buckets": _buckets(recipe),
     }

@@ -32,6 +32,7 @@ from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
 from flowray.config.writing import write_whole
 from flowray.store.checkpoint import load_state, newest_checkpoint
+from flowray.store.remote_run import RemoteRun
 from flowray.store.rows import has_row, read_rows
 from flowray.store.run import RunDirectory, RunLock
 
@@ -91,12 +92,7 @@ def main(argv: list[str]) -> int:
         good = show_plan(loaded.recipe, progress, as_json=args.json, imports_s=imports_s)
         return GOOD if good else FINDINGS
     run = RunDirectory(Path(loaded.recipe.storage_path) / loaded.recipe.name)
-    checkpoint = newest_checkpoint(run.checkpoints, progress.say)
-    if checkpoint and not args.resume:
-        raise InputError(
-            f"{run.path} holds a run already; type --resume to continue it, or name=OTHER for a"
-            " new one"
-        )
+    checkpoint = _newest(loaded.recipe, run, progress, resume=args.resume)
     if args.resume and not checkpoint:
         progress.say(f"{run.path} has no checkpoint to continue from: it starts at step 0")
     # before anything in it is touched; the worker that trains takes the lock
@@ -111,6 +107,32 @@ def main(argv: list[str]) -> int:
 
         refuse_other_weights(checkpoint, load_state(checkpoint), loaded.recipe.model)
     return _train(loaded, run, start, progress, as_json=args.json)
+
+
+def _newest(
+    recipe: Recipe, run: RunDirectory, progress: ConsoleProgress, *, resume: bool
+) -> Path | None:
+    """The checkpoint that the run goes on from, fetched where it is in the bucket alone; None for a
+    new run. InputError where there is one and nobody said to resume.
+    """
+    remote = RemoteRun.of(recipe, run)
+    if remote:
+        remote.require_writable()
+    if remote and resume:
+        RunLock(run).refuse_if_held()
+        run.create()
+        with RunLock(run):
+            return remote.newest(progress.say)
+    checkpoint = newest_checkpoint(run.checkpoints, progress.say)
+    place = str(run.path) if checkpoint else ""
+    if remote and not checkpoint and any(remote.steps().values()):
+        place = remote.url
+    if place and not resume:
+        raise InputError(
+            f"{place} holds a run already; type --resume to continue it, or name=OTHER for a"
+            " new one"
+        )
+    return checkpoint
 
 
 def _train(

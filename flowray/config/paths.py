@@ -35,6 +35,7 @@ _FILES = (".bin", ".ckpt", ".gguf", ".json", ".pt", ".pth", ".safetensors", ".ta
 
 # the addresses that shards may have
 PROTOCOLS = ("s3", "gs", "hf", "https", "http")
+WRITABLE = ("s3", "gs")  # of them
 
 Value = TypeVar("Value")
 
@@ -47,6 +48,7 @@ class PathField:
     hub: `org/name` may be a model of the Hugging Face hub.
     pattern: may hold the wildcards of `glob`.
     remote: may be an address (`s3://...`).
+    bucket: is the address of a bucket's folder, and no path.
     root: of what is written: the environment variable of the folder of relative paths, which is the
     working directory where that is not set.
     run: a run or sweep that is there already; one not found from that folder is looked for from the
@@ -57,6 +59,7 @@ class PathField:
     hub: bool = False
     pattern: bool = False
     remote: bool = False
+    bucket: bool = False
     root: str = ""
     run: bool = False
 
@@ -65,6 +68,7 @@ OptionalPath = Annotated[str | None, PathField()]
 SETS = ("shapes", "shapes_closed", "digits", "emoji_64", "emoji_128", "emoji_256")
 ShardsPath = Annotated[str, PathField(names=SETS, pattern=True, remote=True)]
 OptionalShards = Annotated[str | None, PathField(pattern=True, remote=True)]
+OptionalBucket = Annotated[str | None, PathField(bucket=True)]
 StoragePath = Annotated[str, PathField(root=STORAGE)]
 RunPaths = Annotated[tuple[str, ...], PathField(root=STORAGE, run=True)]
 OptionalRun = Annotated[str | None, PathField(root=STORAGE, run=True)]
@@ -189,8 +193,11 @@ def absolute(text: str, field: PathField, *folders: Path) -> str:
     """
     if text in field.names:
         return text
+    if field.bucket and text.partition("://")[0] not in WRITABLE:
+        got = f"{text.partition('://')[0]}://" if is_address(text) else repr(text)
+        raise InputError(f"got {got}, want {':// or '.join(WRITABLE)}://, a bucket and a folder")
     if is_address(text):
-        if field.remote:
+        if field.remote or field.bucket:
             return address(expand(address(text)))
         mounted = "a folder; mount it on every node and type its path"
         instead = "the hub's name (org/name) or a folder" if field.hub else mounted

@@ -8,8 +8,15 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from flowray.config.base import Config
 from flowray.config.errors import RuleError
+from flowray.config.keys import describe
 from flowray.config.partial import PATTERN, parse_part
-from flowray.config.paths import OptionalPath, OptionalRun, OptionalShards, ShardsPath
+from flowray.config.paths import (
+    OptionalBucket,
+    OptionalPath,
+    OptionalRun,
+    OptionalShards,
+    ShardsPath,
+)
 from flowray.config.prepare import PrepareConfig
 
 Step = Annotated[int, Field(gt=0)]
@@ -149,6 +156,25 @@ class TrainSection(Config):
     sample_every: Step = 500
     checkpoint_every: Step = 500
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    keep_best: str | None = Field(
+        None,
+        description=(
+            "a key of probes.jsonl: the checkpoint with its best value stays beside the newest,"
+            " addressed as RUN/checkpoints/best; of the steps with both a probe and a checkpoint"
+        ),
+    )
+    checkpoint_url: OptionalBucket = Field(
+        None,
+        description=(
+            "a bucket's folder, s3:// or gs://: checkpoints and rows are also sent to"
+            " CHECKPOINT_URL/NAME beside training, and a resume looks there too"
+        ),
+    )
+    checkpoint_patience_s: float = Field(
+        3600.0,
+        ge=0,
+        description="how long training goes on while no checkpoint can be sent to checkpoint_url",
+    )
     on_changed_data: Literal["refuse", "continue"] = Field(
         "refuse",
         description=(
@@ -182,6 +208,26 @@ class TrainSection(Config):
             " the first step takes some 10 s on a GPU, a minute or two on a CPU"
         ),
     )
+
+    @property
+    def checkpoints_on_disk(self) -> int:
+        """How many there are at most, beside the one that is being written."""
+        newest = self.keep_checkpoints
+        if self.checkpoint_url:  # the one that is being sent, and the one before that waits
+            newest = max(newest, 2) + 1
+        return newest + (self.keep_best is not None)
+
+    @model_validator(mode="after")
+    def _best_has_a_direction(self) -> TrainSection:
+        if self.keep_best is not None:
+            key = describe(self.keep_best)
+            if key is None or key.direction == "none":
+                why = "flowray writes no such metric" if key is None else "has no better side"
+                raise RuleError(
+                    f"keep_best {self.keep_best}: {why}; want one such as ema/shoot/nmse",
+                    "keep_best",
+                )
+        return self
 
     @model_validator(mode="after")
     def _measured_is_logged(self) -> TrainSection:

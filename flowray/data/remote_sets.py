@@ -5,24 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flowray.config.errors import InputError
-from flowray.config.paths import address
+from flowray.config.paths import WRITABLE, address
 from flowray.config.writing import write_whole
 from flowray.data.folders import is_clutter
 from flowray.data.index import SUFFIX as INDEX
-from flowray.data.remote import Remote, RemoteCache, filesystem, plain, retried, version_of
+from flowray.data.remote import Remote, RemoteCache, retried, version_of
+from flowray.data.remote_place import RemotePlace
 from flowray.data.shards import MANIFEST, SPLITS, expand_braces
 
 PACKING = ".packing"  # lies in a folder until its set is whole
-WRITABLE = ("s3", "gs")
 _ASKING = 16  # requests at a time
 _WILD = "*?["  # what begins a wildcard
 _BLOCK = 512  # bytes of a tar's header
@@ -38,32 +38,8 @@ class _File:
     sha256: str | None = None  # told by the server itself
 
 
-class _Place:
-    """One protocol's file system, asked again where it fails."""
-
-    def __init__(self, url: str):
-        self.protocol = url.partition("://")[0]
-        self.fs = filesystem(url)
-        self.lists = not self.protocol.startswith("http")
-
-    def name(self, url: str) -> str:
-        return str(self.fs._strip_protocol(url))
-
-    def url(self, name: str) -> str:
-        return name if name.startswith(f"{self.protocol}://") else f"{self.protocol}://{name}"
-
-    def ask(self, name: str, call: Callable[[], Any]) -> Any:
-        """None where nothing is there; InputError where nobody may look."""
-        url = self.url(name)
-        try:
-            return retried(url, call)
-        except FileNotFoundError:
-            return None
-        except PermissionError as error:
-            raise InputError(f"{url}: cannot be read: {plain(error)}") from None
-
-    def ls(self, name: str) -> list[dict[str, Any]]:
-        return self.ask(name, lambda: self.fs.ls(name, detail=True)) or []
+class _Place(RemotePlace):
+    """Where shards lie."""
 
     def tars(self, name: str) -> list[_File]:
         """The tars right in a folder, hidden ones apart."""
@@ -274,8 +250,7 @@ class _Packing:
         folder = self._name(shard.parent)
         if folder not in self._marked:
             self._marked[folder] = None
-            mark = f"{folder}/{PACKING}"
-            self._try(mark, lambda: self._place.fs.pipe_file(mark, b"packing\n"))
+            self._place.write(f"{folder}/{PACKING}", b"packing\n")
         self._send(shard)
         shard.unlink()
 
@@ -283,39 +258,21 @@ class _Packing:
         files = [path for path in self._made.rglob("*") if path.is_file()]
         for file in sorted(files, key=lambda path: (path.name == MANIFEST, path)):
             self._send(file)
-        self._remove([f"{folder}/{PACKING}" for folder in self._marked])
+        self._unmark()
 
     def undo(self) -> None:
         with suppress(Exception):  # the exception on its way says more
-            self._remove(self._sent)
-            self._remove([f"{folder}/{PACKING}" for folder in self._marked])
+            self._place.remove(self._sent)
+            self._unmark()
+
+    def _unmark(self) -> None:
+        self._place.remove(f"{folder}/{PACKING}" for folder in self._marked)
 
     def _name(self, path: Path) -> str:
         inside = path.relative_to(self._made).as_posix()
         return self._root if inside == "." else f"{self._root}/{inside}"
 
     def _send(self, file: Path) -> None:
-        name, size = self._name(file), file.stat().st_size
+        name = self._name(file)
         self._sent.append(name)
-
-        def send() -> None:
-            self._place.fs.put_file(str(file), name)
-            if (there := self._place.fs.info(name)["size"]) != size:
-                raise ConnectionError(f"{there} of {size} bytes came there")
-
-        self._try(name, send)
-
-    def _remove(self, names: Sequence[str]) -> None:
-        for name in names:
-            self._try(name, partial(self._remove_one, name))
-
-    def _remove_one(self, name: str) -> None:
-        with suppress(FileNotFoundError):
-            self._place.fs.rm_file(name)
-
-    def _try(self, name: str, call: Callable[[], Any]) -> None:
-        url = self._place.url(name)
-        try:
-            retried(url, call)
-        except (FileNotFoundError, PermissionError) as error:  # there is no such bucket; closed
-            raise InputError(f"{url}: cannot be written: {plain(error)}") from None
+        self._place.put(file, name)

@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,9 +41,15 @@ PAUSES_S = (0.5, 1.0, 2.0, 4.0)  # between tries to read
 
 
 def save_checkpoint(
-    folder: Path, step: int, groups: dict[str, Tensors], state: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    groups: dict[str, Tensors],
+    state: dict[str, Any],
+    keep: int,
+    spare: Collection[int] = (),
 ) -> Path:
-    """Write `folder/step_XXXXXX` atomically, then drop all but the newest `keep` of those up to it.
+    """Write `folder/step_XXXXXX` atomically, then drop all but the newest `keep` of those up to it
+    and those of the steps `spare`.
 
     OSError leaves older checkpoints untouched.
     """
@@ -57,27 +63,34 @@ def save_checkpoint(
             for name, tensors in groups.items()
         }
         (partial / STATE).write_text(json.dumps({**state, "step": step, "files": files}))
-        for place in (partial / STATE, partial):
-            sync(place)
-        _remove(final)
-        put_in_place(partial, final, last=STATE)
-        sync(folder)
+        put_whole(partial, final)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _rotate(folder, step, keep)
+    rotate(folder, step, keep, spare)
     return final
 
 
-def _rotate(folder: Path, step: int, keep: int) -> None:
-    """Of the checkpoints up to `step`, which is good, keep the newest `keep`, and of the damaged
-    ones those that are not older.
+def put_whole(partial: Path, final: Path) -> Path:
+    """Have a checkpoint whose tensors are on disk in its place, `final`, on disk too."""
+    for place in (partial / STATE, partial):
+        sync(place)
+    _remove(final)
+    put_in_place(partial, final, last=STATE)
+    sync(final.parent)
+    return final
+
+
+def rotate(folder: Path, step: int, keep: int, spare: Collection[int]) -> None:
+    """Of the checkpoints up to `step`, which is good, keep the newest `keep` and those of the steps
+    `spare`, and of the damaged ones those that are not older than the newest.
     """
     good = [each for each in list_checkpoints(folder) if step_of(each) <= step]
     if len(good) <= keep:  # or the storage does not answer
         return
     for old in good[:-keep]:
-        _remove(old)
+        if step_of(old) not in spare:
+            _remove(old)
     for old in _all(folder):
         if step_of(old) < step_of(good[-keep]) and (old / DAMAGED).exists():
             _remove(old)
@@ -140,30 +153,40 @@ def newest_checkpoint(
     for whoever holds the run. InputError, one line: all that there are are damaged, and to begin
     anew is the user's to say; or one could not be read, which says nothing of what it holds.
     """
+    found, damaged = search(folder, say, set_aside=set_aside)
+    if found is None and damaged:
+        newest, wrong = next(iter(damaged.items()))
+        raise InputError(
+            f"{folder}: no checkpoint in it is intact ({len(damaged)} damaged); of the newest,"
+            f" {newest.name}, {wrong}; put a copy back, or remove {folder} to begin at step 0"
+        )
+    return found
+
+
+def search(
+    folder: Path, say: Callable[[str], None] = warn, *, set_aside: bool = False
+) -> tuple[Path | None, dict[Path, str]]:
+    """The newest intact checkpoint, and what is damaged of each newer one; as `newest_checkpoint`,
+    but for those of which all are damaged, which are set aside by no one.
+    """
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(_all(folder)):
-        wrong = _patiently(checkpoint, _damage)
+        wrong = _patiently(checkpoint, damage_of)
         if wrong is None:
             for each in damaged if set_aside else ():
                 with suppress(OSError):  # it was before, or is met again at the next start
                     os.replace(each / STATE, each / DAMAGED)
-            return checkpoint
+            return checkpoint, damaged
         # one that was cut off while it was put in place or removed is none
         if (checkpoint / STATE).exists():
             say(f"warning: {checkpoint} is damaged and passed over: {wrong}")
             damaged[checkpoint] = wrong
         elif (checkpoint / DAMAGED).exists():
             damaged[checkpoint] = "it was set aside as damaged before"
-    if damaged:
-        newest, wrong = next(iter(damaged.items()))
-        raise InputError(
-            f"{folder}: no checkpoint in it is intact ({len(damaged)} damaged); of the newest,"
-            f" {newest.name}, {wrong}; put a copy back, or remove {folder} to begin at step 0"
-        )
-    return None
+    return None, damaged
 
 
-def _damage(checkpoint: Path) -> str | None:
+def damage_of(checkpoint: Path) -> str | None:
     """What of it is not as it was written, None of an intact one. OSError says nothing of that."""
     try:
         files = json.loads((checkpoint / STATE).read_text())["files"]

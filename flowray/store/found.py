@@ -17,6 +17,7 @@ from flowray.config.recipe import Recipe
 from flowray.config.resume import typed_value
 from flowray.config.sources import is_run, what_it_is
 from flowray.config.yamlfile import COMMAND_LINE
+from flowray.store.best import BEST, best_step
 from flowray.store.checkpoint import copy_into, is_valid, load_state, newest_checkpoint
 from flowray.store.run import RunDirectory
 
@@ -42,12 +43,20 @@ class Found:
 
 
 def find_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Found:
-    """A run directory, whose newest valid checkpoint it is, or one `checkpoints/step_*` folder.
+    """A run directory, whose newest valid checkpoint it is, or one `checkpoints/step_*` folder, or
+    `checkpoints/best`, the one that best.json there names.
 
     Overrides apply to the recipe. InputError, one line, where there is no such thing, or where its
     frozen models have other weights by now.
     """
     given = path.absolute()
+    run_of_best = RunDirectory(given.parent.parent)
+    if given == run_of_best.checkpoints / "best":
+        if (step := best_step(run_of_best)) is None:
+            raise InputError(
+                f"{path}: {BEST} names none; a run has one with train.keep_best=METRIC"
+            )
+        given = run_of_best.checkpoint(step)
     is_checkpoint = is_file(given / "state.json")
     if is_checkpoint and not is_valid(given):
         instead = "name another step or the run directory"

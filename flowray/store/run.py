@@ -104,6 +104,10 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of a step."""
+        return self.checkpoints / f"step_{step:06d}"
+
     @property
     def lock(self) -> Path:
         """Of the process that writes the run, see RunLock."""

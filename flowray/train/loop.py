@@ -27,6 +27,7 @@ from flowray.store.latents import (
     load_training,
     some_captions,
 )
+from flowray.store.remote_run import RemoteRun
 from flowray.store.rows import has_row
 from flowray.store.run import RunDirectory, RunLock
 from flowray.store.splits import bad_samples
@@ -39,6 +40,7 @@ from flowray.train.skips import SkippedSteps
 from flowray.train.state import TrainState, fresh_state, kept_of, restore_state
 from flowray.train.step import BatchMaker, train_step
 from flowray.train.stopping import StopRequests
+from flowray.train.uploading import Uploader
 from flowray.train.view import view_of
 
 Row = dict[str, Any]
@@ -77,15 +79,15 @@ def train(
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     progress = WrittenProgress(run) if group.lead else SILENT
     latents, held_out = _data(recipe, run, group, progress)
+    remote = None
     with ExitStack() as closing:
         if group.lead:
             closing.enter_context(RunLock(run, ORPHANED_S))
-            saver = Saver(run, recipe.train.keep_checkpoints, group.device)
-            closing.enter_context(saver)
+            saver, remote = _saver(recipe, run, group, progress.say, closing)
         with progress.task("loading the models"):
             state = fresh_state(recipe, group.device, group)
             state.data = group.share(latents.told() if group.lead else {})
-            restore_state(state, recipe, run, group, progress.say)
+            restore_state(state, recipe, run, group, progress.say, remote)
         if warning := check_captions(state.model.text.prompts, some_captions(latents)):
             progress.say(warning)
         objective = group.wrap(state.objective)
@@ -102,6 +104,7 @@ def train(
                 closing.enter_context(visitor)
                 closing.callback(saver.settle)  # before its last visit, to a run that halted
             lead, state.before_update = _Lead(sinks, saver, visitor), saver.settle
+            saver.resume(state.step)
         saved = lead.saver.wait if lead else None
         skips = closing.enter_context(SkippedSteps(recipe, run, group, state, maker, saved))
         stops, clock = StopRequests(run, group), Clock()
@@ -154,6 +157,20 @@ def _data(
     return load_training(folders["train"], recipe), load_latents(folders["val"])
 
 
+def _saver(
+    recipe: Recipe, run: RunDirectory, group: Group, say: Callable[[str], None], closing: ExitStack
+) -> tuple[Saver, RemoteRun | None]:
+    """What writes the checkpoints, and where else they go."""
+    train, remote, uploader = recipe.train, RemoteRun.of(recipe, run), None
+    if remote:
+        uploader = Uploader(remote, train.keep_checkpoints, train.checkpoint_patience_s, say)
+    saver = Saver(run, train.keep_checkpoints, group.device, train.keep_best, uploader)
+    closing.callback(saver.tidy)  # the last one of the three
+    if uploader:
+        closing.enter_context(uploader)
+    return closing.enter_context(saver), remote
+
+
 @dataclass(frozen=True)
 class _Lead:
     """What the lead rank alone has."""
@@ -182,6 +199,7 @@ def _show(lead: _Lead | None, due: Due, state: TrainState, group: Group, report:
                 row["findings"] = lead.visitor.visit()
     if lead and due.probe:
         lead.saver.wait()
+        lead.saver.judge()
     if due.probe:
         report(group.share(row))
 

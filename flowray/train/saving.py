@@ -8,15 +8,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from flowray.store.best import name_best
+from flowray.store.checkpoint import rotate
 from flowray.store.run import RunDirectory
 from flowray.train.state import Kept, write_kept
+from flowray.train.uploading import Uploader
 
 SMALL = 2**14  # bytes: tensors up to that are copied at once
 Groups = dict[str, dict[str, Tensor]]
 
 
 class Saver:
-    """Writes checkpoints in a thread, one at a time, and keeps the newest `keep`.
+    """Writes checkpoints in a thread, one at a time, and keeps the newest `keep`, beside them the
+    best one by the probes' number `metric`, where one is named, and those that `uploader` sends.
 
     Training goes on with forward and backward passes while the thread copies; `settle` is to be
     called before anything changes what is saved. What goes wrong in the thread is raised by the
@@ -24,8 +28,18 @@ class Saver:
     is kept for the next one. A context manager: its end waits for the last checkpoint.
     """
 
-    def __init__(self, run: RunDirectory, keep: int, device: torch.device):
+    def __init__(
+        self,
+        run: RunDirectory,
+        keep: int,
+        device: torch.device,
+        metric: str | None = None,
+        uploader: Uploader | None = None,
+    ):
         self._run, self._keep, self._device = run, keep, device
+        self._metric, self._uploader = metric, uploader
+        self._best: set[int] = set()
+        self._written: int | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # a thread begins on the first GPU
         chosen = (torch.cuda.set_device, (self._stream.device,)) if self._stream else (None, ())
@@ -67,12 +81,37 @@ class Saver:
         """Raise what went wrong since the last call."""
         if self._flight is not None and self._flight.done():
             self.wait()
+        if self._uploader:
+            self._uploader.check()
+
+    def resume(self, step: int) -> None:
+        """Begin behind the checkpoint of `step`, 0 for none: it may have been cut off before it was
+        judged or sent.
+        """
+        self.judge()
+        if self._uploader and step:
+            self._uploader.take(self._run.checkpoint(step))
+
+    def judge(self) -> None:
+        """Find the best one anew, as probe rows or checkpoints have come; none is being written."""
+        if self._metric is not None:
+            best = name_best(self._run, self._metric)
+            self._best = set() if best is None else {best}
+            if self._uploader:
+                self._uploader.spare(self._best)
 
     def wait(self) -> None:
         """Wait until the checkpoint that was begun is on disk."""
         flight, self._flight = self._flight, None
         if flight is not None:
             flight.result()
+
+    def tidy(self) -> None:
+        """Remove what stayed on disk to be sent, or as the best one, and need not any more; nothing
+        is written or sent.
+        """
+        if self._written is not None:
+            rotate(self._run.checkpoints, self._written, self._keep, self._best)
 
     def _room(self, group: str, key: str, tensor: Tensor) -> Tensor:
         """Host memory for the tensor, that of the checkpoint before where it fits."""
@@ -83,15 +122,15 @@ class Saver:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
 
     def _save(
-        self, kept: Kept, large: list[tuple[Tensor, Tensor]], made: torch.cuda.Event | None
+        self, kept: Kept, large: list[tuple[Tensor, Tensor]], begun: torch.cuda.Event | None
     ) -> None:
         try:
-            if self._stream is None or made is None:
+            if self._stream is None or begun is None:
                 for room, tensor in large:
                     room.copy_(tensor)
             else:
                 with torch.cuda.stream(self._stream):
-                    self._stream.wait_event(made)
+                    self._stream.wait_event(begun)
                     for room, tensor in large:
                         room.copy_(tensor, non_blocking=True)
                     self._copied = self._stream.record_event()
@@ -99,7 +138,12 @@ class Saver:
             self._enqueued.set()
         if self._copied is not None:
             self._copied.synchronize()
-        write_kept(self._run, Kept(kept.step, self._host, kept.state), self._keep)
+        spare = self._best | (self._uploader.needed() if self._uploader else set())
+        written = Kept(kept.step, self._host, kept.state)
+        made = write_kept(self._run, written, self._keep, spare)
+        self._written = kept.step
+        if self._uploader:
+            self._uploader.take(made)
 
     def __enter__(self) -> Saver:
         return self

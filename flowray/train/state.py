@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from flowray.store.checkpoint import (
     warn,
 )
 from flowray.store.frozen import WEIGHTS, frozen_weights, refuse_other_weights
+from flowray.store.remote_run import RemoteRun
 from flowray.store.run import RunDirectory
 from flowray.train.begin import begin_from
 from flowray.train.group import Group
@@ -183,8 +184,8 @@ def kept_of(state: TrainState, recipe: Recipe) -> Kept | None:
     return Kept(state.step, groups, kept)
 
 
-def write_kept(run: RunDirectory, kept: Kept, keep: int) -> Path:
-    """Write a checkpoint, of which the newest `keep` stay.
+def write_kept(run: RunDirectory, kept: Kept, keep: int, spare: Collection[int] = ()) -> Path:
+    """Write a checkpoint, of which the newest `keep` stay, and those of the steps `spare`.
 
     Halted, with the older ones untouched: weights are not finite, or it cannot be written.
     """
@@ -195,7 +196,7 @@ def write_kept(run: RunDirectory, kept: Kept, keep: int) -> Path:
                 " lower optim.lr"
             )
     try:
-        return save_checkpoint(run.checkpoints, kept.step, kept.groups, kept.state, keep)
+        return save_checkpoint(run.checkpoints, kept.step, kept.groups, kept.state, keep, spare)
     except OSError as error:
         why = error.strerror or error
         raise Halted(
@@ -218,16 +219,23 @@ def restore_state(
     run: RunDirectory,
     group: Group | None = None,
     say: Callable[[str], None] = warn,
+    remote: RemoteRun | None = None,
 ) -> None:
     """Continue from the newest intact checkpoint; without one `train.init_from` is begun from.
 
     group: its lead, which holds the run's lock, names the checkpoint, reading every byte for it,
-    and all ranks load that one. say: hears of damaged ones. InputError on every rank where they do
-    not see the same one.
+    and all ranks load that one. say: hears of damaged ones. remote: the lead's, where it is to look
+    too. InputError on every rank where they do not see the same one.
     """
     state.frozen = frozen_weights(recipe.model)
     group = group or Group(0, 1, torch.device("cpu"))
-    found = newest_checkpoint(run.checkpoints, say, set_aside=True) if group.lead else None
+    found = None
+    if group.lead:
+        found = (
+            remote.newest(say)
+            if remote
+            else newest_checkpoint(run.checkpoints, say, set_aside=True)
+        )
     named = group.share(found)
     if named is None:
         begin_from(state, recipe)

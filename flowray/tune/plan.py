@@ -194,7 +194,7 @@ def make_plan(
     takes, concurrent = share_cluster(sweep, base, cluster)
     at_most = trials * steps * sweep.seeds
     kept = (
-        trials * sweep.seeds * base.train.keep_checkpoints * checkpoint_bytes
+        trials * sweep.seeds * base.train.checkpoints_on_disk * checkpoint_bytes
         if sweep.task == "train"
         else 0
     )
