@@ -15,7 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from flowray.cluster.capacity import capacity
-from flowray.cluster.network import NodeNetwork
+from flowray.cluster.network import NodeNetwork, told_to_go
 from flowray.cluster.ray_private import StartTimeout, cause_of
 from flowray.cluster.session import set_defaults, start_with_fewer
 from flowray.cluster.storage import StorageNotShared, marker_file, refusal_here
@@ -50,7 +50,10 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
         return
     try:
         recipe = recipe.for_workers(group.world)
-        train(recipe, run, group, _with_gauges(run, report) if group.lead else report, Visits)
+        telling = _with_gauges(run, report) if group.lead else report
+        outcome = train(recipe, run, group, telling, Visits, told_to_go)
+        if outcome == "preempted" and group.lead:
+            run.preempted.touch()
     except (InputError, Halted) as error:
         write_failure(run, error)
         if group.world > 1:
@@ -164,12 +167,16 @@ def _trained(trainer: TorchTrainer, run: RunDirectory) -> bool:
 
     There was no room for the workers, now or again after some were lost: Ray Train has waited for
     it then, 1 + max_failures times RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, 20 minutes by default.
-    Or workers were lost too often for Ray, but see `should_retry`.
+    Or workers were lost too often for Ray, but see `should_retry`. Or they have ended with a
+    checkpoint, as one of them was told that it goes.
     """
     before = newest_step(run)
+    run.preempted.unlink(missing_ok=True)
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
+        if run.preempted.exists() and not failure_file(run).exists():
+            return False  # they were gone before Ray heard that they had ended
         if failure_file(run).exists() or not should_retry(error, before, newest_step(run)):
             raise
         return False
@@ -177,7 +184,7 @@ def _trained(trainer: TorchTrainer, run: RunDirectory) -> bool:
         if isinstance(error.controller_failure, StartTimeout):
             return False
         raise
-    return True
+    return not run.preempted.exists()
 
 
 def _check_room(recipe: Recipe, run: RunDirectory) -> None:

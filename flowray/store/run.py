@@ -122,6 +122,13 @@ class RunDirectory:
         return self.path / ".stop"
 
     @property
+    def preempted(self) -> Path:
+        """A file of a start that ended with a checkpoint as a machine was taken away; the run is to
+        be started again elsewhere.
+        """
+        return self.path / ".preempted"
+
+    @property
     def doing(self) -> Path:
         """What its worker is doing before the first step."""
         return self.path / ".doing"

@@ -43,7 +43,7 @@ from flowray.train.view import view_of
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
-Outcome = Literal["finished", "stopped"]
+Outcome = Literal["finished", "stopped", "preempted"]
 # a worker that was cut off from a dead head trains on for up to a minute before Ray ends it; its
 # successor waits
 ORPHANED_S = 90.0
@@ -66,13 +66,16 @@ def train(
     group: Group,
     report: Report,
     make_visitor: MakeVisitor | None = None,
+    told: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Train to `train.steps`, from the newest intact checkpoint of `run` if there is one.
 
     Probes, samples and a checkpoint also come at the last step, the checkpoint first. `stopped`:
     `run.stop_request` appeared and a checkpoint was written. Every rank calls `report`, with the
     lead's row, at every probe. make_visitor: who comes at every `probes.doctor_every`-th probe, on
-    the lead. InputError where a rank cannot use the GPU that it was given.
+    the lead. told: whether this rank's process is about to be taken away; where any is told so, a
+    checkpoint is written after the step under way: `preempted`. InputError where a rank cannot use
+    the GPU that it was given.
     """
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     progress = WrittenProgress(run) if group.lead else SILENT
@@ -104,7 +107,7 @@ def train(
             lead, state.before_update = _Lead(sinks, saver, visitor), saver.settle
         saved = lead.saver.wait if lead else None
         skips = closing.enter_context(SkippedSteps(recipe, run, group, state, maker, saved))
-        stops, clock = StopRequests(run, group), Clock()
+        stops, clock = StopRequests(run, group, told), Clock()
         # cut off after the checkpoint that the run goes on from
         missed = group.share(lead.sinks.missed() if lead else NOTHING)
         _show(lead, missed, state, group, report)
@@ -119,7 +122,7 @@ def train(
             due, stop = Due.at(state.step, recipe), stops.heard()
             saving = False
             if due.log or due.checkpoint or stop:
-                saving = skips.look(due.checkpoint) or stop
+                saving = skips.look(due.checkpoint) or bool(stop)
             if due.log:
                 losses = _scalars(row, group) | state.tally.logged() | clock.row()
                 if lead:
@@ -133,7 +136,7 @@ def train(
                 lead.sinks.flush()
             _show(lead, due, state, group, report)
             if stop and state.step < recipe.train.steps:
-                return "stopped"
+                return stop
         return "finished"
 
 
