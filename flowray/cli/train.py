@@ -292,7 +292,8 @@ def _write_card(loaded: Loaded, run: RunDirectory) -> None:
     shown = {key: last[key] for key in _CARD_METRICS if last.get(key) is not None}
     strips = [f"samples/{path.name}" for path in run.strips()[-1:]]
     step, facts = int(last.get("step", 0)), _facts(loaded.recipe)
-    judge = load_run(run.path).judge(last, step)
+    loaded_run = load_run(run.path)
+    judge = loaded_run.judge(last, step)
     said = {key: judge(key).text for key in shown}
     render_card(
         run.card,
@@ -303,6 +304,7 @@ def _write_card(loaded: Loaded, run: RunDirectory) -> None:
         step=step,
         verdicts=said,
         samples=strips,
+        time=loaded_run.spent.words if loaded_run.spent else "",
     )
 
 

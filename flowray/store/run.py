@@ -60,6 +60,13 @@ class RunDirectory:
         return self.path / "probes.jsonl"
 
     @property
+    def times(self) -> Path:
+        """What the wall time of all its starts went into, see `flowray.train.times`, and rows
+        {step, lost, why, at} of the ranks that were lost.
+        """
+        return self.path / "times.jsonl"
+
+    @property
     def findings(self) -> Path:
         """What the doctor found while the run trained: rows {step, findings}."""
         return self.path / "findings.jsonl"

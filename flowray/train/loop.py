@@ -7,7 +7,7 @@ It knows nothing of Ray: a caller gives it the ranks (`Group`) and gets a row at
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -39,6 +39,7 @@ from flowray.train.skips import SkippedSteps
 from flowray.train.state import TrainState, fresh_state, kept_of, restore_state
 from flowray.train.step import BatchMaker, train_step
 from flowray.train.stopping import StopRequests
+from flowray.train.times import Times
 from flowray.train.view import view_of
 
 Row = dict[str, Any]
@@ -83,6 +84,7 @@ def train(
     with ExitStack() as closing:
         if group.lead:
             closing.enter_context(RunLock(run, ORPHANED_S))
+            times = closing.enter_context(Times(run))
             saver = Saver(run, recipe.train.keep_checkpoints, group.device)
             closing.enter_context(saver)
         with progress.task("loading the models"):
@@ -104,7 +106,9 @@ def train(
                 visitor = make_visitor(recipe, run, latents, held_out, state)
                 closing.enter_context(visitor)
                 closing.callback(saver.settle)  # before its last visit, to a run that halted
-            lead, state.before_update = _Lead(sinks, saver, visitor), saver.settle
+            lead = _Lead(sinks, saver, visitor, times)
+            state.before_update = times.on("saving")(saver.settle)
+            times.ready(state.step, group.world)
         saved = lead.saver.wait if lead else None
         skips = closing.enter_context(SkippedSteps(recipe, run, group, state, maker, saved))
         stops, clock = StopRequests(run, group, told), Clock()
@@ -127,17 +131,15 @@ def train(
                 losses = _scalars(row, group) | state.tally.logged() | clock.row()
                 if lead:
                     lead.sinks.log(losses)
-            # where ranks hold parts all of them take part in giving the lead the whole
-            kept = kept_of(state, recipe) if saving and (lead or state.shards) else None
-            if lead and kept:
-                lead.saver.begin(kept)
-                if stop or state.step == recipe.train.steps:  # nothing is trained meanwhile
-                    lead.saver.wait()
-                lead.sinks.flush()
+            if lead and (due.log or saving):
+                lead.times.row(state.step)
+            if saving:
+                last = bool(stop) or state.step == recipe.train.steps
+                _save(lead, state, recipe, waiting=last)
             _show(lead, due, state, group, report)
             if stop and state.step < recipe.train.steps:
-                return stop
-        return "finished"
+                return _ended(lead, state, stop)
+        return _ended(lead, state, "finished")
 
 
 def _data(
@@ -164,6 +166,27 @@ class _Lead:
     sinks: Sinks
     saver: Saver
     visitor: Visitor | None
+    times: Times
+
+
+def _save(lead: _Lead | None, state: TrainState, recipe: Recipe, *, waiting: bool) -> None:
+    """Begin a checkpoint; waiting: and wait for it, where nothing is trained meanwhile."""
+    if lead is None:
+        if state.shards:  # all ranks take part in giving the lead the whole
+            kept_of(state, recipe)
+        return
+    with lead.times.on("saving"):
+        if kept := kept_of(state, recipe):
+            lead.saver.begin(kept)
+            if waiting:
+                lead.saver.wait()
+            lead.sinks.flush()
+
+
+def _ended(lead: _Lead | None, state: TrainState, how: Outcome) -> Outcome:
+    if lead:
+        lead.times.ended(state.step, how)
+    return how
 
 
 def _show(lead: _Lead | None, due: Due, state: TrainState, group: Group, report: Report) -> None:
@@ -171,6 +194,11 @@ def _show(lead: _Lead | None, due: Due, state: TrainState, group: Group, report:
     rank reports the row, once all that belongs to the step is on disk: who hears it may end this
     process.
     """
+    with lead.times.on("probes") if lead else nullcontext():
+        _look(lead, due, state, group, report)
+
+
+def _look(lead: _Lead | None, due: Due, state: TrainState, group: Group, report: Report) -> None:
     row: Row = {}
     looked = (due.sample or due.probe) and (lead or state.shards)
     view = view_of(state) if looked else None
@@ -184,7 +212,8 @@ def _show(lead: _Lead | None, due: Due, state: TrainState, group: Group, report:
             with lead.sinks.gap("the doctor's visit"):
                 row["findings"] = lead.visitor.visit()
     if lead and due.probe:
-        lead.saver.wait()
+        with lead.times.on("saving"):
+            lead.saver.wait()
     if due.probe:
         report(group.share(row))
 
