@@ -24,6 +24,7 @@ from flowray.config.errors import InputError, last_line
 from flowray.config.recipe import Recipe
 from flowray.doctor.visits import Visits
 from flowray.rayrun.failures import RunFailed, errno_of, failure_file, raise_failure, write_failure
+from flowray.rayrun.lost import LossTold
 from flowray.rayrun.retries import newest_step, should_retry
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
@@ -135,11 +136,12 @@ def fit(
     limits: dict[str, Any] = dict.fromkeys(
         ("max_failures", "controller_failure_limit"), resources.max_failures
     )
+    heard = [*callbacks, LossTold(run.path)] if here is None else list(callbacks)
     kept = RunConfig(
         name=name,
         storage_path=str(ray_storage.absolute()),
         failure_config=FailureConfig(**limits),
-        callbacks=list(callbacks),
+        callbacks=heard,
     )
     trainer = partial(
         TorchTrainer, work, scaling_config=scaling, torch_config=NodeNetwork(), run_config=kept
