@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED, end
+from flowray.cli.memory import advice
 from flowray.cli.parser import JSON, Parser, add_recipe
 from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, run_shown
 from flowray.cli.ready import refuse_unready
@@ -202,7 +203,7 @@ def _run(
     """(exit code, seconds) of the workers; InputError for what only they can see."""
     with progress.task(IMPORTING):
         from flowray.cluster.session import started
-        from flowray.rayrun.failures import RunFailed
+        from flowray.rayrun.failures import OutOfMemory, RunFailed
         from flowray.rayrun.trainer import fit
         from flowray.train.loop import is_finished
 
@@ -225,7 +226,8 @@ def _run(
     shutil.rmtree(run.path / ".ray", ignore_errors=True)
     if failure:
         if isinstance(failure[0], RunFailed):
-            print(f"error: {failure[0]}", file=sys.stderr)
+            what = advice(recipe) if isinstance(failure[0], OutOfMemory) else ""
+            print(f"error: {'; '.join(filter(None, (str(failure[0]), what)))}", file=sys.stderr)
             return FINDINGS, time.monotonic() - started_s
         raise failure[0]
     return STOPPED if stopped else GOOD, time.monotonic() - started_s

@@ -14,7 +14,7 @@ from ray.train import UserCallback
 
 from flowray.cluster.ray_private import HealthCheckFailed
 from flowray.config.errors import last_line
-from flowray.rayrun.failures import failure_file
+from flowray.rayrun.failures import failure_file, out_of_memory, write_failure
 from flowray.rayrun.retries import newest_step
 from flowray.store.rows import add_row
 from flowray.store.run import RunDirectory
@@ -30,6 +30,9 @@ class LossTold(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if failure_file(self._run).exists():  # of the run itself: it is not started again
+            return
+        if told := next(filter(None, map(out_of_memory, worker_exceptions.values())), None):
+            write_failure(self._run, told)
             return
         step, ranks = newest_step(self._run), sorted(worker_exceptions)
         why = _why(worker_exceptions[ranks[0]])

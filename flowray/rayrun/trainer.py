@@ -23,7 +23,14 @@ from flowray.cluster.waiting import told_of_waiting
 from flowray.config.errors import InputError, last_line
 from flowray.config.recipe import Recipe
 from flowray.doctor.visits import Visits
-from flowray.rayrun.failures import RunFailed, errno_of, failure_file, raise_failure, write_failure
+from flowray.rayrun.failures import (
+    RunFailed,
+    errno_of,
+    failure_file,
+    out_of_memory,
+    raise_failure,
+    write_failure,
+)
 from flowray.rayrun.lost import LossTold
 from flowray.rayrun.retries import newest_step, should_retry
 from flowray.store.run import RunDirectory
@@ -40,8 +47,8 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
     """What each Ray Train worker runs. config: {"recipe": the recipe as JSON, "run_dir": str,
     "marker": the name of the driver's marker file}.
 
-    A failure that would come again (bad input, a non-finite loss, a full disk) is written to a file
-    for the driver and not raised, so that Ray does not retry it.
+    A failure that would come again (bad input, a non-finite loss, a full disk, too little memory)
+    is written to a file for the driver and not raised, so that Ray does not retry it.
     """
     recipe = Recipe.model_validate(config["recipe"])
     run = RunDirectory(Path(config["run_dir"]))
@@ -55,8 +62,8 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
         outcome = train(recipe, run, group, telling, Visits, told_to_go)
         if outcome == "preempted" and group.lead:
             run.preempted.touch()
-    except (InputError, Halted) as error:
-        write_failure(run, error)
+    except (InputError, Halted, torch.OutOfMemoryError) as error:
+        write_failure(run, out_of_memory(error) or error)
         if group.world > 1:
             raise  # the other ranks wait in a collective; only tearing the group down frees them
 
