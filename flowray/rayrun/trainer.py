@@ -32,6 +32,7 @@ from flowray.rayrun.failures import (
     write_failure,
 )
 from flowray.rayrun.lost import LossTold
+from flowray.rayrun.ranklog import rank_log
 from flowray.rayrun.retries import newest_step, should_retry
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
@@ -59,7 +60,8 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
     try:
         recipe = recipe.for_workers(group.world)
         telling = _with_gauges(run, report) if group.lead else report
-        outcome = train(recipe, run, group, telling, Visits, told_to_go)
+        with rank_log(run, group):
+            outcome = train(recipe, run, group, telling, Visits, told_to_go)
         if outcome == "preempted" and group.lead:
             run.preempted.touch()
     except (InputError, Halted, torch.OutOfMemoryError) as error:

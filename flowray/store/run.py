@@ -66,6 +66,10 @@ class RunDirectory:
         """
         return self.path / "times.jsonl"
 
+    def rank_log(self, rank: int) -> Path:
+        """What a rank has said, over all starts."""
+        return self.path / "logs" / f"rank_{rank}.log"
+
     @property
     def findings(self) -> Path:
         """What the doctor found while the run trained: rows {step, findings}."""
