@@ -219,8 +219,9 @@ class RunProgress:
         """A line where workers are lost or told to go, and one when training is back."""
         if ranks := row.get("lost"):
             who = f"worker {ranks[0]}" if len(ranks) == 1 else f"workers {_listed(ranks)}"
-            back = f"training starts again from step {row['step']}"
-            self._progress.say(f"lost {who}: {row['why']}; {back}")
+            self._progress.say(
+                f"lost {who}: {row['why']}; the last checkpoint is of step {row['step']}"
+            )
         elif row.get("ended") == "preempted":
             what = "a worker was told that it goes: checkpoint written"
             self._progress.say(f"step {row['step']}: {what}; training starts again elsewhere")

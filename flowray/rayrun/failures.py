@@ -41,7 +41,7 @@ def out_of_memory(error: BaseException) -> OutOfMemory | None:
     """
     said = str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return OutOfMemory(f"out of GPU memory: {' '.join(said.split('. ')[1:4]) or said}")
+        return OutOfMemory(f"out of GPU memory: {'. '.join(said.split('. ')[1:3]) or said}")
     if isinstance(error, OutOfMemoryError) or _LOW in said:
         return OutOfMemory("a worker was ended as its node ran low on memory")
     return None

@@ -4,6 +4,7 @@ not hear of.
 
 from __future__ import annotations
 
+import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -23,10 +24,13 @@ from flowray.store.run import RunDirectory
 class LossTold(UserCallback):
     """A row of times.jsonl, {step, lost, why, at}, and a line in `run.doing`, for each time that
     ranks of the run were lost. Ray Train calls it in its controller.
+
+    kernel: the kernel's counters, of which `oom_kill` is told where it has risen on this host.
     """
 
-    def __init__(self, run_dir: Path):
-        self._run = RunDirectory(run_dir)
+    def __init__(self, run_dir: Path, kernel: Path = Path("/proc/vmstat")):
+        self._run, self._kernel = RunDirectory(run_dir), kernel
+        self._host, self._killed = socket.gethostname(), _oom_kills(kernel)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if failure_file(self._run).exists():  # of the run itself: it is not started again
@@ -36,10 +40,22 @@ class LossTold(UserCallback):
             return
         step, ranks = newest_step(self._run), sorted(worker_exceptions)
         why = _why(worker_exceptions[ranks[0]])
+        if self._host == socket.gethostname() and (now := _oom_kills(self._kernel)) > self._killed:
+            # of which process it does not say: the run goes on
+            self._killed, why = now, f"{why}, and the kernel has ended one for lack of memory"
         row = {"step": step, "lost": ranks, "why": why, "at": time.time()}
         add_row(self._run.times, row)
         with suppress(OSError):
             self._run.doing.write_text(f"starting again from step {step}", encoding="utf-8")
+
+
+def _oom_kills(kernel: Path) -> int:
+    """Processes that this host's kernel has ended for lack of memory; 0 where it does not say."""
+    try:
+        lines = kernel.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 def _why(error: Exception) -> str:

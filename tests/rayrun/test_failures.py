@@ -161,3 +161,14 @@ def test_of_others_it_is_told_that_they_are_lost(tmp_path: Path) -> None:
     (row,) = read_rows(run.times)
     assert (row["step"], row["lost"]) == (0, [0, 1])
     assert out_of_memory(ValueError("out of memory")) is None
+
+
+def test_that_the_kernel_has_ended_a_process_for_lack_of_memory_is_told(tmp_path: Path) -> None:
+    run, kernel = RunDirectory(tmp_path), tmp_path / "vmstat"
+    kernel.write_text("pgfault 10\noom_kill 3\n")
+    told = LossTold(tmp_path, kernel)
+    told.after_exception(None, {0: RayActorError()})
+    kernel.write_text("pgfault 12\noom_kill 4\n")
+    told.after_exception(None, {0: RayActorError()})
+    told.after_exception(None, {0: RayActorError()})
+    assert ["memory" in row["why"] for row in read_rows(run.times)] == [False, True, False]
