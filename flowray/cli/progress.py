@@ -147,6 +147,13 @@ class RowTail:
 
     def new(self) -> list[dict[str, Any]]:
         """Rows not seen before, each step once unless there may be several of one."""
+        after = self.step - self._several
+        rows = [row for row in self.added() if row["step"] > after]
+        self.step = rows[-1]["step"] if rows else self.step
+        return rows
+
+    def added(self) -> list[dict[str, Any]]:
+        """Rows not seen before, of whatever step."""
         try:
             with self._path.open("rb") as file:
                 if self._inode() != self._file:
@@ -156,10 +163,7 @@ class RowTail:
         except OSError:  # not there yet
             return []
         self._offset += len(text) + len(end)
-        after = self.step - self._several
-        rows = [row for row in parse_rows(text.decode())[0] if row["step"] > after]
-        self.step = rows[-1]["step"] if rows else self.step
-        return rows
+        return parse_rows(text.decode())[0]
 
 
 class RunProgress:
@@ -172,6 +176,7 @@ class RunProgress:
         files = (run.metrics, run.probes, run.findings)
         self._metrics, self._probes, self._visits = (RowTail(path, start) for path in files)
         self._gaps = RowTail(run.gaps, start, several=True)
+        self._times, self._cut_off = RowTail(run.times, start), 0.0
         self.run, self._step, self._found = run, start, set[str]()
         self._news, self._silence, self._note = time.monotonic(), SILENT_S, ""
 
@@ -203,10 +208,30 @@ class RunProgress:
             )
             shown = [f"{key} {row[key]:.3f}" for key in keys if row.get(key) is not None]
             self._progress.say(f"probe {row['step']}/{self.steps}  {'  '.join(shown)}")
+        for row in self._times.added():
+            self._show_start(row)
         for gap in self._gaps.new():
             self._progress.say(f"step {gap['step']}: {gap['what']} failed: {gap['why']}")
         for visit in visits:
             self._show_findings(visit)
+
+    def _show_start(self, row: dict[str, Any]) -> None:
+        """A line where workers are lost or told to go, and one when training is back."""
+        if ranks := row.get("lost"):
+            who = f"worker {ranks[0]}" if len(ranks) == 1 else f"workers {_listed(ranks)}"
+            self._progress.say(
+                f"lost {who}: {row['why']}; the last checkpoint is of step {row['step']}"
+            )
+        elif row.get("ended") == "preempted":
+            what = "a worker was told that it goes: checkpoint written"
+            self._progress.say(f"step {row['step']}: {what}; training starts again elsewhere")
+        elif row.get("what") == "ready" and self._cut_off:
+            where = f"at step {row['step']} on {row['workers']} worker(s)"
+            pause = duration(max(0.0, row["at"] - self._cut_off))
+            self._progress.say(f"training is back {where}, {pause} after it was cut off")
+        # of several losses before it is back the first one counts
+        going = "start" in row and row.get("ended") != "preempted"
+        self._cut_off = 0.0 if going else self._cut_off or row["at"]
 
     def _show_findings(self, visit: dict[str, Any]) -> None:
         """A line for each finding that the visit before did not have."""
@@ -230,6 +255,10 @@ def run_shown(work: Callable[[], None], seen: RunProgress, progress: Progress) -
             thread.join(LOOK_S)
             seen.show(advance)
         seen.show(advance)
+
+
+def _listed(numbers: list[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 def _show(value: float | None, digits: int = 3) -> str:

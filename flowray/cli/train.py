@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flowray.cli.common import FINDINGS, GOOD, STOPPED, end
+from flowray.cli.memory import advice
 from flowray.cli.parser import JSON, Parser, add_recipe
 from flowray.cli.progress import IMPORTING, ConsoleProgress, RunProgress, quiet_libraries, run_shown
 from flowray.cli.ready import refuse_unready
@@ -224,7 +225,7 @@ def _run(
     """(exit code, seconds) of the workers; InputError for what only they can see."""
     with progress.task(IMPORTING):
         from flowray.cluster.session import started
-        from flowray.rayrun.failures import RunFailed
+        from flowray.rayrun.failures import OutOfMemory, RunFailed
         from flowray.rayrun.trainer import fit
         from flowray.train.loop import is_finished
 
@@ -247,7 +248,8 @@ def _run(
     shutil.rmtree(run.path / ".ray", ignore_errors=True)
     if failure:
         if isinstance(failure[0], RunFailed):
-            print(f"error: {failure[0]}", file=sys.stderr)
+            what = advice(recipe) if isinstance(failure[0], OutOfMemory) else ""
+            print(f"error: {'; '.join(filter(None, (str(failure[0]), what)))}", file=sys.stderr)
             return FINDINGS, time.monotonic() - started_s
         raise failure[0]
     return STOPPED if stopped else GOOD, time.monotonic() - started_s
@@ -314,7 +316,8 @@ def _write_card(loaded: Loaded, run: RunDirectory) -> None:
     shown = {key: last[key] for key in _CARD_METRICS if last.get(key) is not None}
     strips = [f"samples/{path.name}" for path in run.strips()[-1:]]
     step, facts = int(last.get("step", 0)), _facts(loaded.recipe)
-    judge = load_run(run.path).judge(last, step)
+    loaded_run = load_run(run.path)
+    judge = loaded_run.judge(last, step)
     said = {key: judge(key).text for key in shown}
     render_card(
         run.card,
@@ -325,6 +328,7 @@ def _write_card(loaded: Loaded, run: RunDirectory) -> None:
         step=step,
         verdicts=said,
         samples=strips,
+        time=loaded_run.spent.words if loaded_run.spent else "",
     )
 
 

@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import struct
 import sys
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.train.torch import TorchConfig
 
-from flowray.cluster.ray_private import TorchBackend
+from flowray.cluster.ray_private import TorchBackend, train_context
+from flowray.train.stopping import Sigterm
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 SIOCGIFADDR = 0x8915  # Linux: the address of an interface
@@ -50,9 +53,33 @@ def bind_gloo() -> None:
         os.environ[GLOO_INTERFACE] = name
 
 
+def note_sigterm() -> None:
+    """In a worker's main thread: SIGTERM no longer ends it, but is left to the training to hear.
+
+    Ray's handler would end the worker at the next poll of its controller, in the midst of a step.
+    What has to be gone is killed a moment after its SIGTERM, by Ray as by any machine.
+    """
+    with suppress(ValueError):  # not the main thread
+        Sigterm().install()
+
+
+def told_to_go() -> bool:
+    """In a worker: whether it has had a SIGTERM, or a node of the run is to be drained. False where
+    nobody has called `note_sigterm`, as in Ray Train's local mode.
+
+    Ray Train tells all workers of a drain; its `get_preemption_info` would have them wait for each
+    other at every step, over its controller.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if not isinstance(handler, Sigterm):
+        return False
+    return handler.came() or train_context().preemption_context.preemption_info is not None
+
+
 class _Bound(TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(bind_gloo)
+        worker_group.execute(note_sigterm)
         super().on_start(worker_group, backend_config)
 
 

@@ -28,6 +28,7 @@ PLACES = {
     "TorchBackend": "ray.train.torch.config:_TorchBackend",
     "UserError": "ray.train.v2._internal.exceptions:UserExceptionWithTraceback",
     "StartTimeout": "ray.train.v2._internal.exceptions:WorkerGroupStartupTimeoutError",
+    "train_context": "ray.train.v2._internal.execution.context:get_train_context",
     "HealthCheckFailed": "ray.train.v2._internal.exceptions:WorkerHealthCheckFailedError",
 }
 

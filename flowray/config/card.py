@@ -52,12 +52,14 @@ def render_card(
     step: int,
     verdicts: Mapping[str, str],
     samples: Sequence[str] = (),
+    time: str = "",
 ) -> None:
     """Write card.md, atomically: the header's fields, settings against the base, the metrics at
     `step`, picture paths relative to it.
 
-    verdicts: what the doctor says of each metric, by key; one without an entry stays without. Goal,
-    conclusion, next step and any section a person added are taken over from the file that is there.
+    time: where the wall time went, on one line. verdicts: what the doctor says of each metric,
+    by key; one without an entry stays without. Goal, conclusion, next step and any section a person
+    added are taken over from the file that is there.
     """
     kept = _sections(path.read_text(encoding="utf-8")) if path.exists() else {}
     rows = [
@@ -74,7 +76,8 @@ def render_card(
             )
             or "- none: the base as it is"
         ),
-        METRICS: _metrics(metrics, step, verdicts, samples),
+        METRICS: _metrics(metrics, step, verdicts, samples)
+        + (f"\n\nTime: {time}." if time else ""),
         CONCLUSION: "- keep / reject / re-verify: not judged yet",
         NEXT: "-",
     }

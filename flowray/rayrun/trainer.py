@@ -15,7 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from flowray.cluster.capacity import capacity
-from flowray.cluster.network import NodeNetwork
+from flowray.cluster.network import NodeNetwork, told_to_go
 from flowray.cluster.ray_private import StartTimeout, cause_of
 from flowray.cluster.session import set_defaults, start_with_fewer
 from flowray.cluster.storage import StorageNotShared, marker_file, refusal_here
@@ -23,7 +23,16 @@ from flowray.cluster.waiting import told_of_waiting
 from flowray.config.errors import InputError, last_line
 from flowray.config.recipe import Recipe
 from flowray.doctor.visits import Visits
-from flowray.rayrun.failures import RunFailed, errno_of, failure_file, raise_failure, write_failure
+from flowray.rayrun.failures import (
+    RunFailed,
+    errno_of,
+    failure_file,
+    out_of_memory,
+    raise_failure,
+    write_failure,
+)
+from flowray.rayrun.lost import LossTold
+from flowray.rayrun.ranklog import rank_log
 from flowray.rayrun.retries import newest_step, should_retry
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
@@ -39,8 +48,8 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
     """What each Ray Train worker runs. config: {"recipe": the recipe as JSON, "run_dir": str,
     "marker": the name of the driver's marker file}.
 
-    A failure that would come again (bad input, a non-finite loss, a full disk) is written to a file
-    for the driver and not raised, so that Ray does not retry it.
+    A failure that would come again (bad input, a non-finite loss, a full disk, too little memory)
+    is written to a file for the driver and not raised, so that Ray does not retry it.
     """
     recipe = Recipe.model_validate(config["recipe"])
     run = RunDirectory(Path(config["run_dir"]))
@@ -50,9 +59,13 @@ def train_worker(config: dict[str, Any], report: Report = ray.train.report) -> N
         return
     try:
         recipe = recipe.for_workers(group.world)
-        train(recipe, run, group, _with_gauges(run, report) if group.lead else report, Visits)
-    except (InputError, Halted) as error:
-        write_failure(run, error)
+        telling = _with_gauges(run, report) if group.lead else report
+        with rank_log(run, group):
+            outcome = train(recipe, run, group, telling, Visits, told_to_go)
+        if outcome == "preempted" and group.lead:
+            run.preempted.touch()
+    except (InputError, Halted, torch.OutOfMemoryError) as error:
+        write_failure(run, out_of_memory(error) or error)
         if group.world > 1:
             raise  # the other ranks wait in a collective; only tearing the group down frees them
 
@@ -132,11 +145,12 @@ def fit(
     limits: dict[str, Any] = dict.fromkeys(
         ("max_failures", "controller_failure_limit"), resources.max_failures
     )
+    heard = [*callbacks, LossTold(run.path)] if here is None else list(callbacks)
     kept = RunConfig(
         name=name,
         storage_path=str(ray_storage.absolute()),
         failure_config=FailureConfig(**limits),
-        callbacks=list(callbacks),
+        callbacks=heard,
     )
     trainer = partial(
         TorchTrainer, work, scaling_config=scaling, torch_config=NodeNetwork(), run_config=kept
@@ -164,12 +178,16 @@ def _trained(trainer: TorchTrainer, run: RunDirectory) -> bool:
 
     There was no room for the workers, now or again after some were lost: Ray Train has waited for
     it then, 1 + max_failures times RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, 20 minutes by default.
-    Or workers were lost too often for Ray, but see `should_retry`.
+    Or workers were lost too often for Ray, but see `should_retry`. Or they have ended with a
+    checkpoint, as one of them was told that it goes.
     """
     before = newest_step(run)
+    run.preempted.unlink(missing_ok=True)
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
+        if run.preempted.exists() and not failure_file(run).exists():
+            return False  # they were gone before Ray heard that they had ended
         if failure_file(run).exists() or not should_retry(error, before, newest_step(run)):
             raise
         return False
@@ -177,7 +195,7 @@ def _trained(trainer: TorchTrainer, run: RunDirectory) -> bool:
         if isinstance(error.controller_failure, StartTimeout):
             return False
         raise
-    return True
+    return not run.preempted.exists()
 
 
 def _check_room(recipe: Recipe, run: RunDirectory) -> None:

@@ -21,6 +21,7 @@ from flowray.config.ranking import ranked
 from flowray.config.rounding import finite
 from flowray.config.rows import Row, parse_rows
 from flowray.config.scale import OLDER_UNIT, older_unit
+from flowray.report.goodput import spent
 from flowray.report.results import Metric, Run, Strip, Sweep, Trial, scales_of
 
 # ten times as fast where it was built: a sweep has a config a trial
@@ -83,6 +84,7 @@ def load_run(path: Path) -> Run:
             + _skipped(path / "skipped_steps.jsonl")
             + _gaps(path / "gaps.jsonl")
         ),
+        spent=spent(_rows(path / "times.jsonl")[0]),
     )
 
 

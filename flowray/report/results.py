@@ -16,6 +16,7 @@ from flowray.config.scale import OLDER_UNIT, older_unit, scale_keys
 from flowray.findings.facts import recipe_facts
 from flowray.findings.finding import recorded
 from flowray.findings.judge import Judge
+from flowray.report.goodput import Spent
 
 Series = list[tuple[int, float]]  # (step, value), steps rising
 LOG_SPAN = 30.0
@@ -51,6 +52,7 @@ class Run:
     findings: tuple[Mapping[str, Any], ...] | None
     visited: int
     notes: tuple[str, ...]
+    spent: Spent | None = None  # None of a run of before, whose times nobody wrote down
 
     def series(self, key: str) -> Series:
         """A key's finite values over steps: from the probes where they have it, else from the

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from flowray.config.rows import read_rows
 from flowray.config.writing import write_whole
 
-__all__ = ["RowWriter", "has_row", "read_rows"]
+__all__ = ["RowWriter", "add_row", "has_row", "read_rows"]
 
 
 def has_row(path: Path, step: int, **fields: Any) -> bool:
@@ -38,6 +40,18 @@ class RowWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def add_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one row to a file of which none is ever dropped; one that a killed writer has torn
+    stays alone on its line. Where there is no room it is left out.
+    """
+    with suppress(OSError), path.open("ab+") as file:
+        torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read() != b"\n"
+        file.write((b"\n" if torn else b"") + _line(row).encode())
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -60,6 +60,17 @@ class RunDirectory:
         return self.path / "probes.jsonl"
 
     @property
+    def times(self) -> Path:
+        """What the wall time of all its starts went into, see `flowray.train.times`, and rows
+        {step, lost, why, at} of the ranks that were lost.
+        """
+        return self.path / "times.jsonl"
+
+    def rank_log(self, rank: int) -> Path:
+        """What a rank has said, over all starts."""
+        return self.path / "logs" / f"rank_{rank}.log"
+
+    @property
     def findings(self) -> Path:
         """What the doctor found while the run trained: rows {step, findings}."""
         return self.path / "findings.jsonl"
@@ -124,6 +135,13 @@ class RunDirectory:
     def stop_request(self) -> Path:
         """A file whose presence asks the loop to write a checkpoint and stop."""
         return self.path / ".stop"
+
+    @property
+    def preempted(self) -> Path:
+        """A file of a start that ended with a checkpoint as a machine was taken away; the run is to
+        be started again elsewhere.
+        """
+        return self.path / ".preempted"
 
     @property
     def doing(self) -> Path:

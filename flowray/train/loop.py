@@ -7,7 +7,7 @@ It knows nothing of Ray: a caller gives it the ranks (`Group`) and gets a row at
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -40,12 +40,13 @@ from flowray.train.skips import SkippedSteps
 from flowray.train.state import TrainState, fresh_state, kept_of, restore_state
 from flowray.train.step import BatchMaker, train_step
 from flowray.train.stopping import StopRequests
+from flowray.train.times import Times
 from flowray.train.uploading import Uploader
 from flowray.train.view import view_of
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
-Outcome = Literal["finished", "stopped"]
+Outcome = Literal["finished", "stopped", "preempted"]
 # a worker that was cut off from a dead head trains on for up to a minute before Ray ends it; its
 # successor waits
 ORPHANED_S = 90.0
@@ -68,13 +69,16 @@ def train(
     group: Group,
     report: Report,
     make_visitor: MakeVisitor | None = None,
+    told: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Train to `train.steps`, from the newest intact checkpoint of `run` if there is one.
 
     Probes, samples and a checkpoint also come at the last step, the checkpoint first. `stopped`:
     `run.stop_request` appeared and a checkpoint was written. Every rank calls `report`, with the
     lead's row, at every probe. make_visitor: who comes at every `probes.doctor_every`-th probe, on
-    the lead. InputError where a rank cannot use the GPU that it was given.
+    the lead. told: whether this rank's process is about to be taken away; where any is told so, a
+    checkpoint is written after the step under way: `preempted`. InputError where a rank cannot use
+    the GPU that it was given.
     """
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     progress = WrittenProgress(run) if group.lead else SILENT
@@ -83,6 +87,7 @@ def train(
     with ExitStack() as closing:
         if group.lead:
             closing.enter_context(RunLock(run, ORPHANED_S))
+            times = closing.enter_context(Times(run))
             saver, remote = _saver(recipe, run, group, progress.say, closing)
         with progress.task("loading the models"):
             state = fresh_state(recipe, group.device, group)
@@ -103,11 +108,13 @@ def train(
                 visitor = make_visitor(recipe, run, latents, held_out, state)
                 closing.enter_context(visitor)
                 closing.callback(saver.settle)  # before its last visit, to a run that halted
-            lead, state.before_update = _Lead(sinks, saver, visitor), saver.settle
+            lead = _Lead(sinks, saver, visitor, times)
+            state.before_update = times.on("saving")(saver.settle)
             saver.resume(state.step)
+            times.ready(state.step, group.world)
         saved = lead.saver.wait if lead else None
         skips = closing.enter_context(SkippedSteps(recipe, run, group, state, maker, saved))
-        stops, clock = StopRequests(run, group), Clock()
+        stops, clock = StopRequests(run, group, told), Clock()
         # cut off after the checkpoint that the run goes on from
         missed = group.share(lead.sinks.missed() if lead else NOTHING)
         _show(lead, missed, state, group, report)
@@ -122,22 +129,20 @@ def train(
             due, stop = Due.at(state.step, recipe), stops.heard()
             saving = False
             if due.log or due.checkpoint or stop:
-                saving = skips.look(due.checkpoint) or stop
+                saving = skips.look(due.checkpoint) or bool(stop)
             if due.log:
                 losses = _scalars(row, group) | state.tally.logged() | clock.row()
                 if lead:
                     lead.sinks.log(losses)
-            # where ranks hold parts all of them take part in giving the lead the whole
-            kept = kept_of(state, recipe) if saving and (lead or state.shards) else None
-            if lead and kept:
-                lead.saver.begin(kept)
-                if stop or state.step == recipe.train.steps:  # nothing is trained meanwhile
-                    lead.saver.wait()
-                lead.sinks.flush()
+            if lead and (due.log or saving):
+                lead.times.row(state.step)
+            if saving:
+                last = bool(stop) or state.step == recipe.train.steps
+                _save(lead, state, recipe, waiting=last)
             _show(lead, due, state, group, report)
             if stop and state.step < recipe.train.steps:
-                return "stopped"
-        return "finished"
+                return _ended(lead, state, stop)
+        return _ended(lead, state, "finished")
 
 
 def _data(
@@ -178,6 +183,27 @@ class _Lead:
     sinks: Sinks
     saver: Saver
     visitor: Visitor | None
+    times: Times
+
+
+def _save(lead: _Lead | None, state: TrainState, recipe: Recipe, *, waiting: bool) -> None:
+    """Begin a checkpoint; waiting: and wait for it, where nothing is trained meanwhile."""
+    if lead is None:
+        if state.shards:  # all ranks take part in giving the lead the whole
+            kept_of(state, recipe)
+        return
+    with lead.times.on("saving"):
+        if kept := kept_of(state, recipe):
+            lead.saver.begin(kept)
+            if waiting:
+                lead.saver.wait()
+            lead.sinks.flush()
+
+
+def _ended(lead: _Lead | None, state: TrainState, how: Outcome) -> Outcome:
+    if lead:
+        lead.times.ended(state.step, how)
+    return how
 
 
 def _show(lead: _Lead | None, due: Due, state: TrainState, group: Group, report: Report) -> None:
@@ -185,6 +211,11 @@ def _show(lead: _Lead | None, due: Due, state: TrainState, group: Group, report:
     rank reports the row, once all that belongs to the step is on disk: who hears it may end this
     process.
     """
+    with lead.times.on("probes") if lead else nullcontext():
+        _look(lead, due, state, group, report)
+
+
+def _look(lead: _Lead | None, due: Due, state: TrainState, group: Group, report: Report) -> None:
     row: Row = {}
     looked = (due.sample or due.probe) and (lead or state.shards)
     view = view_of(state) if looked else None
@@ -198,7 +229,8 @@ def _show(lead: _Lead | None, due: Due, state: TrainState, group: Group, report:
             with lead.sinks.gap("the doctor's visit"):
                 row["findings"] = lead.visitor.visit()
     if lead and due.probe:
-        lead.saver.wait()
+        with lead.times.on("saving"):
+            lead.saver.wait()
         lead.saver.judge()
     if due.probe:
         report(group.share(row))

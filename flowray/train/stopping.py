@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,27 +16,35 @@ from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 
 SHARE = 50  # looking takes at most one part in so many of the time: a mounted bucket answers slowly
+# `preempted`: a rank's process or machine is about to be taken away
+Stop = Literal["", "stopped", "preempted"]
+STOPS: tuple[Stop, ...] = ("", "stopped", "preempted")  # the later one wins where ranks differ
 
 
 class StopRequests:
-    """Whether `run.stop_request` is there, as the lead sees it.
+    """Whether `run.stop_request` is there, as the lead sees it, and whether any rank is `told` that
+    it goes.
 
     Ranks agree over the host, so that none waits for its GPU.
     """
 
-    def __init__(self, run: RunDirectory, group: Group):
+    def __init__(self, run: RunDirectory, group: Group, told: Callable[[], bool] | None = None):
         self._file, self._group, self._next_look = run.stop_request, group, 0.0
+        self._told = told
         apart = group.world > 1 and dist.get_backend() != "gloo"
         self._hosts = dist.new_group(backend="gloo") if apart else None
 
-    def heard(self) -> bool:
-        """Whether training stops after this step: the same on every rank, and to be asked by all
-        of them together.
+    def heard(self) -> Stop:
+        """Whether training stops after this step, and why: the same on every rank, and to be asked
+        by all of them together.
         """
-        seen = torch.tensor(int(self._group.lead and self._look()))
+        mine: Stop = "stopped" if self._group.lead and self._look() else ""
+        if self._told is not None and self._told():
+            mine = "preempted"
+        seen = torch.tensor(STOPS.index(mine))
         if self._group.world > 1:
-            dist.broadcast(seen, 0, group=self._hosts)
-        return bool(seen)
+            dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self._hosts)
+        return STOPS[int(seen)]
 
     def _look(self) -> bool:
         began = time.perf_counter()
@@ -41,3 +54,45 @@ class StopRequests:
         ended = time.perf_counter()
         self._next_look = ended + SHARE * (ended - began)
         return found
+
+
+class Sigterm:
+    """A handler of SIGTERM that takes note of it and leaves the process alive.
+
+    It is heard from any thread at once, also where the main thread is in C++ for seconds, as that
+    of Ray's workers is: the signal writes to a pipe. `install` belongs into the main thread
+    (ValueError elsewhere).
+    """
+
+    def __init__(self) -> None:
+        self._came, (self._read, self._into) = False, os.pipe()
+        for end in (self._read, self._into):
+            os.set_blocking(end, False)
+
+    def __call__(self, *_: object) -> None:
+        self._came = True
+
+    def install(self) -> None:
+        signal.set_wakeup_fd(self._into, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self)
+
+    def came(self) -> bool:
+        """Whether one has come."""
+        with suppress(OSError):  # nothing new
+            self._came |= signal.SIGTERM in os.read(self._read, 4096)
+        return self._came
+
+
+@contextmanager
+def sigterm_noted() -> Iterator[Callable[[], bool]]:
+    """A block of the main thread in which SIGTERM is noted; what tells whether one has come. After
+    it SIGTERM is what it was.
+    """
+    handler, before = Sigterm(), signal.getsignal(signal.SIGTERM)
+    fd = signal.set_wakeup_fd(-1)
+    handler.install()
+    try:
+        yield handler.came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.set_wakeup_fd(fd)

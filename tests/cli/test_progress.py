@@ -12,7 +12,7 @@ from flowray.cli import progress as module
 from flowray.cli.progress import ConsoleProgress, RunProgress
 from flowray.config.progress import duration
 from flowray.store.doing import WrittenProgress, doing
-from flowray.store.rows import RowWriter
+from flowray.store.rows import RowWriter, add_row
 from flowray.store.run import RunDirectory
 
 
@@ -151,3 +151,34 @@ def test_a_terminal_gets_a_bar_and_is_left_clean(monkeypatch):
 )
 def test_durations(seconds, words):
     assert duration(seconds) == words
+
+
+def test_a_line_when_a_worker_is_lost_and_one_when_training_is_back(tmp_path):
+    run, heard = RunDirectory(tmp_path), Heard()
+    spent = {"steps_s": 0.0, "saving_s": 0.0, "probes_s": 0.0}
+    ready = {**spent, "what": "ready", "began": 0.0}
+    add_row(run.times, {"step": 0, "start": 1, "at": 1.0, **ready, "workers": 2})
+    progress = RunProgress(run, 40, 10, heard)
+
+    def told(row: dict) -> list[str]:
+        heard.said.clear()
+        add_row(run.times, row)
+        progress.show(lambda count=1, note="": None)
+        return list(heard.said)
+
+    # a start that was typed is said by the command
+    assert told({"step": 10, "start": 2, "at": 5.0, **ready, "workers": 2}) == []
+    assert told({"step": 18, "start": 2, "at": 6.0, **spent}) == []
+    lost = {"step": 16, "lost": [1], "why": "its process ended", "at": 7.0}
+    (line,) = told(lost)
+    assert "worker 1" in line
+    assert "its process ended" in line
+    assert "step 16" in line
+    assert "workers 0 and 1" in told({**lost, "lost": [0, 1], "at": 9.0})[0]
+    # back at an earlier step, with one worker less
+    (line,) = told({"step": 16, "start": 3, "at": 27.0, **ready, "workers": 1})
+    assert "back at step 16 on 1 worker(s), 20 s" in line
+    (line,) = told({"step": 19, "start": 3, "at": 28.0, **spent, "ended": "preempted"})
+    assert "step 19" in line
+    assert "back at step 19" in told({"step": 19, "start": 4, "at": 38.0, **ready, "workers": 2})[0]
+    assert told({"step": 40, "start": 4, "at": 40.0, **spent, "ended": "finished"}) == []

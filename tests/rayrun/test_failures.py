@@ -7,15 +7,27 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 from ray import cloudpickle
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
+from support import tiny_recipe
 
 from flowray.cluster.ray_private import UserError
-from flowray.cluster.storage import StorageNotShared
+from flowray.cluster.storage import StorageNotShared, marker_file
 from flowray.config.errors import InputError, OtherKind
-from flowray.rayrun.failures import RunFailed, no_room, raise_failure, write_failure
-from flowray.rayrun.trainer import _failure_of
+from flowray.rayrun.failures import (
+    OutOfMemory,
+    RunFailed,
+    failure_file,
+    no_room,
+    out_of_memory,
+    raise_failure,
+    write_failure,
+)
+from flowray.rayrun.lost import LossTold
+from flowray.rayrun.trainer import _failure_of, train_worker
+from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 from flowray.train.state import Halted
 
@@ -102,3 +114,61 @@ def test_a_full_disk_is_known_through_what_ray_and_tune_wrap_it_in() -> None:
         as_tune_raises()
     assert no_room(caught.value).errno == errno.ENOSPC
     assert no_room(RuntimeError("No space left on device")) is None
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB of"
+    " which 1.1 GiB is free. Including non-PyTorch memory, this process has 78 GiB memory in use."
+)
+
+
+def test_a_gpu_that_is_full_is_one_line_and_no_reason_to_try_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the worker meets it: it returns, so that Ray starts nothing again."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError(CUDA)
+
+    recipe, run = tiny_recipe(tmp_path), RunDirectory(tmp_path / "run")
+    run.create()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", full)
+    with marker_file(run.path, sole=True) as marker:
+        config = {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run.path)}
+        train_worker({**config, "marker": marker}, lambda row: None)
+    with pytest.raises(OutOfMemory) as caught:
+        raise_failure(run)
+    assert "\n" not in str(caught.value)
+    assert "Tried to allocate 2.00 GiB" in str(caught.value)
+
+
+def test_what_ray_ends_for_its_memory_is_not_started_again(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    said = "1 worker(s) were killed due to the node running low on memory. ..."
+    LossTold(tmp_path).after_exception(
+        None, {0: ValueError("collateral"), 1: RayActorError(error_msg=said)}
+    )
+    assert failure_file(run).exists()
+    assert not run.times.exists()
+    with pytest.raises(OutOfMemory):
+        raise_failure(run)
+
+
+def test_of_others_it_is_told_that_they_are_lost(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    LossTold(tmp_path).after_exception(None, {1: RayActorError(), 0: RayActorError()})
+    assert not failure_file(run).exists()
+    (row,) = read_rows(run.times)
+    assert (row["step"], row["lost"]) == (0, [0, 1])
+    assert out_of_memory(ValueError("out of memory")) is None
+
+
+def test_that_the_kernel_has_ended_a_process_for_lack_of_memory_is_told(tmp_path: Path) -> None:
+    run, kernel = RunDirectory(tmp_path), tmp_path / "vmstat"
+    kernel.write_text("pgfault 10\noom_kill 3\n")
+    told = LossTold(tmp_path, kernel)
+    told.after_exception(None, {0: RayActorError()})
+    kernel.write_text("pgfault 12\noom_kill 4\n")
+    told.after_exception(None, {0: RayActorError()})
+    told.after_exception(None, {0: RayActorError()})
+    assert ["memory" in row["why"] for row in read_rows(run.times)] == [False, True, False]

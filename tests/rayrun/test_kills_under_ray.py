@@ -19,6 +19,7 @@ from support import on_two_ranks, tiny_recipe
 from flowray.config.load import dump_recipe, load_recipe
 from flowray.config.recipe import Recipe
 from flowray.store.checkpoint import newest_checkpoint
+from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
 from flowray.train.loop import train
@@ -99,6 +100,10 @@ def test_killed_workers_are_replaced_and_nothing_is_lost(place, whole, started, 
         os.kill(rng.choice([killed, *others]) if workers > 1 else killed, signal.SIGKILL)
     finish(driver, LONG_S)
     assert_as_if_untouched(run, whole[workers], recipe)
+    # each loss is told of, with a start after it
+    rows = read_rows(run.times)
+    assert sum("lost" in row for row in rows) >= kills
+    assert sum(row.get("what") == "ready" for row in rows) == kills + 1
 
 
 def test_a_driver_killed_three_times_and_typed_again_loses_nothing(place, whole, started):
