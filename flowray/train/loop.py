@@ -112,8 +112,8 @@ def train(
             state.before_update = times.on("saving")(saver.settle)
             saver.resume(state.step)
             times.ready(state.step, group.world)
-        saved = lead.saver.wait if lead else None
-        skips = closing.enter_context(SkippedSteps(recipe, run, group, state, maker, saved))
+        skips = SkippedSteps(recipe, run, group, state, maker, lead and lead.saver.wait)
+        closing.enter_context(skips)
         stops, clock = StopRequests(run, group, told), Clock()
         # cut off after the checkpoint that the run goes on from
         missed = group.share(lead.sinks.missed() if lead else NOTHING)
@@ -136,9 +136,8 @@ def train(
                     lead.sinks.log(losses)
             if lead and (due.log or saving):
                 lead.times.row(state.step)
-            if saving:
-                last = bool(stop) or state.step == recipe.train.steps
-                _save(lead, state, recipe, waiting=last)
+            if saving:  # at the end nothing is trained meanwhile
+                _save(lead, state, recipe, waiting=bool(stop) or state.step == recipe.train.steps)
             _show(lead, due, state, group, report)
             if stop and state.step < recipe.train.steps:
                 return _ended(lead, state, stop)
