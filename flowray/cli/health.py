@@ -131,6 +131,7 @@ def _short(source: str, overrides: Sequence[str], steps: int, samples: int | Non
         "probes.raw=true",
         "probes.doctor_every=0",
         "train.grad_every=0",
+        "train.checkpoint_url=null",  # a check before may have left a run of this name there
         f"train.steps={steps}",
         f"train.log_every={max(1, steps // 50)}",
         # the last probe alone is judged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from flowray.config.buckets import size_for
 from flowray.config.errors import InputError
 from flowray.config.paths import argument, exists
 from flowray.sample.prompts import check_prompts, read_prompts, words_of
-from flowray.store.found import find_checkpoint
+from flowray.store.checkpoint import STATE
+from flowray.store.found import Found, find_checkpoint
 
 if TYPE_CHECKING:
     from flowray.sample.pipeline import Pipeline
@@ -160,7 +162,7 @@ def _numbered(prompts: Sequence[str], count: int) -> list[tuple[str, int]]:
 
 
 def _asked(
-    pipe: Pipeline, prompts: Sequence[str], count: int, seed: int, how: dict[str, Any]
+    pipe: Pipeline, found: Found, prompts: Sequence[str], count: int, seed: int, how: dict[str, Any]
 ) -> list[dict[str, str]]:
     """What the PNG of each picture will say of itself, `count` for every prompt."""
     from flowray.sample.pngs import key_of
@@ -170,6 +172,9 @@ def _asked(
         "seed": str(seed),
         "step": str(pipe.step),
         "run": pipe.path_of_run.name,
+        # of the weights, by the sums in state.json: another run may have the same name
+        "checkpoint": sha256((found.checkpoint / STATE).read_bytes()).hexdigest()[:12],
+        "set": json.dumps({key: new for key, (_, new) in found.typed.items()}, default=str),
         "sample": json.dumps(drawn, ensure_ascii=False),
         "flowray": _version(),
     }
@@ -238,7 +243,7 @@ def main(argv: list[str]) -> int:
                 how |= {"seed": args.seed, "numbers": numbers}
                 pictures = pipe.strip(named, args.strip, **how)
             else:
-                told = _asked(pipe, prompts, args.count, args.seed, how)
+                told = _asked(pipe, found, prompts, args.count, args.seed, how)
                 pictures = save_each(pipe, told, each, advance, seed=args.seed, **how)
         rows = pictures.reshape(*shape, *pictures.shape[-3:])
         sheet = np.concatenate(list(rows), axis=1).repeat(args.scale, axis=1)

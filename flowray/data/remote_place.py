@@ -69,11 +69,8 @@ class RemotePlace:
         self._try(name, "written", put)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file."""
-        try:
-            self._try(name, "written", lambda: self.fs.pipe_file(name, content))
-        except FileNotFoundError as error:  # there is no such bucket
-            raise InputError(f"{self.url(name)}: cannot be written: {plain(error)}") from None
+        """Write a small file; FileNotFoundError where there is no such bucket."""
+        self._try(name, "written", lambda: self.fs.pipe_file(name, content))
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, in this order; those that are not there are as they should be."""

@@ -18,7 +18,7 @@ from flowray.config.paths import WRITABLE, address
 from flowray.config.writing import write_whole
 from flowray.data.folders import is_clutter
 from flowray.data.index import SUFFIX as INDEX
-from flowray.data.remote import Remote, RemoteCache, retried, version_of
+from flowray.data.remote import Remote, RemoteCache, plain, retried, version_of
 from flowray.data.remote_place import RemotePlace
 from flowray.data.shards import MANIFEST, SPLITS, expand_braces
 
@@ -250,7 +250,12 @@ class _Packing:
         folder = self._name(shard.parent)
         if folder not in self._marked:
             self._marked[folder] = None
-            self._place.write(f"{folder}/{PACKING}", b"packing\n")
+            mark = f"{folder}/{PACKING}"
+            try:
+                self._place.write(mark, b"packing\n")
+            except FileNotFoundError as error:  # there is no such bucket
+                url = self._place.url(mark)
+                raise InputError(f"{url}: cannot be written: {plain(error)}") from None
         self._send(shard)
         shard.unlink()
 

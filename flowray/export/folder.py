@@ -161,7 +161,7 @@ def save_single(opened: OpenedRun, parts: Parts, file: Path) -> int:
         "text_encoder": parts.text_encoder.config.to_json_string(),
         "vae": parts.vae.to_json_string(),
     }
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata)
         os.replace(partial, file)

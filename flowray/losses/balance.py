@@ -207,7 +207,7 @@ class Balancer:
 
     def kept(self) -> dict[str, Values]:
         """The state as JSON takes it."""
-        return {"multipliers": self.state.multipliers, "initial": self.state.initial}
+        return {"multipliers": dict(self.state.multipliers), "initial": dict(self.state.initial)}
 
     def restore(self, kept: Mapping[str, Values]) -> None:
         """Take over what `kept` gave."""

@@ -5,6 +5,7 @@ and evaluation take: an object with the methods of `Foreign`. docs/bring-your-ow
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
@@ -121,6 +122,12 @@ class _Velocity(_Held, VelocityNet):
         return (_checked_shape("velocity", made, tuple(x.shape)),)
 
 
+class _Text(nn.Module):
+    def whole_length(self) -> AbstractContextManager[None]:
+        """Its prompts are padded as it pads them."""
+        return nullcontext()
+
+
 class ForeignModel(FlowModel):
     """A foreign model where a FlowModel is wanted. Its latents have the shape `latent`."""
 
@@ -138,7 +145,7 @@ class ForeignModel(FlowModel):
         )
         self.drops, self.given = False, cast(Any, model)
         # tokens come from `read`, and no loss of flowray's has a network here
-        self.text = cast(TextModel, nn.Module())
+        self.text = cast(TextModel, _Text())
         self.semantic = cast(Any, nn.Module())
 
     def read(self, captions: Sequence[str]) -> TextTokens:

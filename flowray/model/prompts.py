@@ -76,13 +76,14 @@ class PromptTokenizer:
 
     def cut_share(self, prompts: Sequence[str]) -> float:
         """Share, 0 to 1, of prompts that `rows` cuts."""
-        return sum(len(row) > self.max_tokens for row in self._tokens(prompts)) / max(
-            len(prompts), 1
-        )
+        with self._asking:
+            rows = self._tokens(prompts)
+        return sum(len(row) > self.max_tokens for row in rows) / max(len(prompts), 1)
 
     def unknown(self, prompts: Sequence[str]) -> float:
         """Share, 0 to 1, of tokens for what the tokenizer does not know, the template left out."""
-        rows = self.inner(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+        with self._asking:
+            rows = self.inner(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
         count = sum(map(len, rows))
         return sum(row.count(self.inner.unk_token_id) for row in rows) / count if count else 0.0
 

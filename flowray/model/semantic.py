@@ -169,6 +169,12 @@ class AveragedTeacher(nn.Module):
         return self.head(z1)
 
     @torch.no_grad()
+    def begin(self, student: DinoHead) -> None:
+        """Be as the student is."""
+        for own, live in zip(self.head.parameters(), student.parameters(), strict=True):
+            own.copy_(gathered(live))
+
+    @torch.no_grad()
     def follow(self, student: DinoHead) -> None:
         live = [gathered(p) for p in student.parameters()]
         get_ema_multi_avg_fn(self.momentum)(list(self.head.parameters()), live, None)
@@ -192,6 +198,9 @@ class EncoderTeacher(nn.Module):
 
     def forward(self, z1: Tensor, pictures: Tensor | None) -> Tensor:
         return _cosines(self.encoder(_seen(pictures)).pooled, self.directions)
+
+    def begin(self, student: DinoHead) -> None:
+        """It is frozen."""
 
     def follow(self, student: DinoHead) -> None:
         """It is frozen."""
@@ -393,6 +402,11 @@ class Semantics(nn.Module):
         return lpips(
             self._pictures_of(estimate[: lpips.samples]), self._decode(target[: lpips.samples])
         )
+
+    def begin(self) -> None:
+        """After weights were given to the model: what follows them starts from them."""
+        if self.dino is not None:
+            self.dino.teacher.begin(self.dino.student)
 
     def advance(self) -> None:
         """After an optimiser step, on every rank: move what moves without a gradient."""

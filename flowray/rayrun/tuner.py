@@ -284,9 +284,6 @@ def _run(session: SweepSession, placed: Placed, trial_fn: TrialFn, events: _Even
             place: dict[str, Any] = {"name": run_dir.name, "storage_path": str(run_dir.parent)}
             if repeat:
                 place["seed"] = base.seed + repeat
-            if url := base.train.checkpoint_url:  # runs of two sweeps may have one name
-                parts = run_dir.parent.relative_to(sweep_dir).parts
-                place["train.checkpoint_url"] = "/".join((url, sweep.name, *parts))
             try:
                 if refusal := refusal_here(sweep_dir, marker):
                     raise StorageNotShared(refusal)

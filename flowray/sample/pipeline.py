@@ -68,7 +68,8 @@ class Pipeline:
 
     def __call__(self, prompts: Sequence[str], *, seed: int = 0, **how: Any) -> Pictures:
         """Pictures of captions; one is the same whatever captions are beside it."""
-        numbers = how.pop("numbers", None) or numbers_of(prompts)
+        numbers = how.pop("numbers", None)
+        numbers = numbers_of(prompts) if numbers is None else numbers
         sample = self.settings(how)
         parts = self.pictures(prompts, seed=seed, numbers=numbers, **how)
         images = [Image.fromarray(picture) for part in parts for picture in part]
@@ -148,7 +149,13 @@ class Pipeline:
     def settings(self, how: dict[str, Any]) -> SampleConfig:
         """The `sample` section with the keys of it that are in `how`."""
         keys = {f"sample.{key}": x for key, x in how.items() if key not in _OWN}
-        return override_recipe(self.recipe, keys).sample
+        sample = override_recipe(self.recipe, keys).sample
+        if (weights := sample.weights) != self.recipe.sample.weights:
+            raise InputError(
+                f"weights={weights!r}: they were chosen as the run was loaded; want"
+                f' flowray.load(RUN, ["sample.weights={weights}"])'
+            )
+        return sample
 
     def _batches(
         self,

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,15 @@ def kept_picture(path: Path, told: Told) -> np.ndarray | None:
 
 def save_list(folder: Path, rows: Sequence[Told]) -> None:
     """A line a picture in LISTED: file, prompt, seed, ...; the lines of other files in the folder
-    stay.
+    stay, but for those that are damaged.
     """
-    new = {file_name(told): told for told in rows}
-    kept = []
+    new, kept = {file_name(told): told for told in rows}, []
     if (listed := folder / LISTED).is_file():
-        old = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
-        kept = [row for row in old if row["file"] not in new]
+        # not splitlines, which cuts at letters that a caption may have, such as U+2028
+        for line in listed.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                kept += [row] if row["file"] not in new else []
     lines = [*kept, *({"file": name, **told} for name, told in new.items())]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_whole(listed, text)

@@ -155,11 +155,14 @@ class RemoteRun:
         return wrong
 
     def _complete(self, there: dict[int, bool], step: int, say: Callable[[str], None]) -> None:
-        """Fetch what the run lacks beside the checkpoint of `step`: rows, recipe and the best one.
-        Before that one: it would not be fetched again after a kill, and these would stay away.
+        """Fetch what belongs to the checkpoint of `step`, newer than the run's own: rows, recipe
+        and the best one. Before that one: it would not be fetched again after a kill, and these
+        would stay away.
+
+        The rows there are of all steps up to it; the run's own lack those that it did elsewhere.
         """
         for file, name in self._beside().items():
-            if not file.exists() and (content := self._place.read(name)) is not None:
+            if (content := self._place.read(name)) is not None:
                 write_whole(file, content)
         best = best_step(self._run)
         if best is None or best == step or self._run.checkpoint(best).exists():

@@ -70,6 +70,10 @@ def check_trials(sweep: Sweep, base: Recipe) -> None:
             words = "data.partial true would give each trial the shards encoded at its own start"
             how = "name them as `python -m flowray.data encode RECIPE data.partial=true` does"
             raise refuse(f"{words}; {how}")
+        if trial.train.checkpoint_url is not None:
+            words = "train.checkpoint_url is of single runs: a trial would go on from whatever lies"
+            how = "leave it out; a sweep keeps its checkpoints in its own folder"
+            raise refuse(f"{words} there by its number; {how}")
         _check_rungs(sweep, base, trial)
 
 

@@ -40,6 +40,7 @@ def begin_from(state: TrainState, recipe: Recipe) -> None:
             own = part_of(tensors[name].to(parameter.device), parameter)
             parameter.copy_(own)
             state.ema.average[name].copy_(own)
+    state.model.semantic.begin()
     if anew:
         warnings.warn(f"{KEY}: {found.where} {_new(anew)}", Notice, stacklevel=2)
 

@@ -112,8 +112,8 @@ def train(
             state.before_update = times.on("saving")(saver.settle)
             saver.resume(state.step)
             times.ready(state.step, group.world)
-        skips = SkippedSteps(recipe, run, group, state, maker, lead and lead.saver.wait)
-        closing.enter_context(skips)
+        saved = lead.saver.wait if lead else None
+        skips = closing.enter_context(SkippedSteps(recipe, run, group, state, latents, saved))
         stops, clock = StopRequests(run, group, told), Clock()
         # cut off after the checkpoint that the run goes on from
         missed = group.share(lead.sinks.missed() if lead else NOTHING)

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from flowray.config.recipe import Recipe
 from flowray.flow.draws import stream_seed
@@ -22,6 +23,7 @@ from flowray.losses.total import weights_at
 from flowray.probes.broken import broken_rows, first_bad_module
 from flowray.probes.untouched import untouched
 from flowray.store.checkpoint import list_checkpoints
+from flowray.store.latents import LatentSet
 from flowray.store.rows import RowWriter
 from flowray.store.run import RunDirectory
 from flowray.train.gradients import micro_batches
@@ -44,13 +46,14 @@ class SkippedSteps(AbstractContextManager["SkippedSteps"]):
         run: RunDirectory,
         group: Group,
         state: TrainState,
-        make_batch: BatchMaker,
+        latents: LatentSet,
         saved: Callable[[], None] | None = None,
     ):
         self.recipe, self.run, self.group, self.state = recipe, run, group, state
         self._saved = saved
+        make_batch = BatchMaker(recipe, latents, group)  # of its own: batches are made in a thread
         self.make_batch, self.indices = make_batch, make_batch.indices
-        self.key = make_batch.latents.reader.key
+        self.key = latents.reader.key
         self._rows: RowWriter | None = None
         if group.lead and run.skipped.exists():  # those after this step will come again
             self._rows = RowWriter(run.skipped, state.step)
@@ -117,6 +120,9 @@ class SkippedSteps(AbstractContextManager["SkippedSteps"]):
                 first = first or (bad[0] if bad else None)
                 broken += [done + row for row in broken_rows(forward, part)]
                 done += len(part.t)
+        # FSDP leaves the root's weights gathered until a backward pass: a roll-back is not in them
+        if isinstance(self.state.objective, FSDPModule):
+            self.state.objective.reshard()
         found = self.group.gathered((first, broken))
         indices = self.indices(step)
         places = [place for _, rows in found for place in rows][:FEW]

@@ -207,6 +207,28 @@ def test_an_interrupted_set_goes_on(run, tmp_path, capsys):
     assert len((folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines()) == 7
 
 
+def test_a_list_of_pictures_survives_odd_letters_and_damage(run, tmp_path, capsys):
+    folder = tmp_path / "set"
+    drawn(run, folder, "one\u2028two")
+    listed = folder / "pictures.jsonl"
+    listed.write_text(listed.read_text(encoding="utf-8") + "cut off {\n", encoding="utf-8")
+    drawn(run, folder, "cross")
+    rows = [json.loads(line) for line in listed.read_text(encoding="utf-8").split("\n") if line]
+    assert [row["prompt"] for row in rows] == ["one\u2028two", "cross"]
+
+
+def test_a_picture_of_other_weights_is_not_kept(run, tmp_path, capsys):
+    """A run trained anew under its name has the same step, and other sums in state.json."""
+    folder, copy = tmp_path / "set", tmp_path / run.name
+    shutil.copytree(run, copy)
+    first = drawn(copy, folder, "cross")
+    state = max((copy / "checkpoints").iterdir()) / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"lr": 0.5}))
+    again = drawn(copy, folder, "cross")
+    assert first.keys() == again.keys()
+    assert all(again[name] != first[name] for name in first)
+
+
 def test_a_strip_goes_from_the_source_to_the_picture(run, tmp_path, capsys):
     """Of 4 steps, at times 0, 0.5 and 1; a row a picture."""
     words = [str(run), *CAPTIONS, "--count", "2", "--out"]

@@ -203,7 +203,7 @@ def test_a_flow_model_without_a_run_answers_as_itself(kind: str, tmp_path: Path)
     opened = open_foreign(Brought(model, autoencoder), autoencoder.picture_size)
     assert (opened.model.head is None) == (kind == "noise")
     settings, prompts = SampleConfig(guidance_scale=2.0, steps=5), ["a red circle", "blue"]
-    noise = source_noise(model, 2, 0, torch.device("cpu"))
+    noise = source_noise(model, prompts, 0, torch.device("cpu"))
     wanted = generate_latents(model, prompts, settings, noise)
     made = generate_latents(opened.model, prompts, settings, noise)
     torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)

@@ -142,6 +142,7 @@ def test_mistakes_are_one_line(run: Path, pipe: Pipeline, tmp_path: Path) -> Non
         (lambda: pipe([""]), "is empty"),
         (lambda: pipe(PROMPTS, guidance_scal=2), "did you mean"),
         (lambda: pipe(PROMPTS, steps=0), "sample.steps"),
+        (lambda: pipe(PROMPTS, weights="raw"), r"sample\.weights=raw"),
         (lambda: pipe.path(PROMPTS, solver={"kind": "dopri5"}), "dopri5"),
         (lambda: pipe(PROMPTS, negative="cross", guidance_scale=2), "reads no caption"),
     ):

@@ -12,6 +12,7 @@ from flowray.cli.ready import problems
 from flowray.config.errors import InputError, Notice
 from flowray.config.load import dump_recipe, load_recipe
 from flowray.store.run import RunDirectory
+from flowray.train.begin import begin_from
 from flowray.train.state import TrainState, fresh_state, restore_state, save_state
 
 CPU = torch.device("cpu")
@@ -97,6 +98,20 @@ def test_a_loss_that_is_new_begins_with_weights_of_its_own(folder):
     assert all(torch.equal(state.parameters[name], plain.parameters[name]) for name in new)
     want = load_file(folder / "runs/tiny/checkpoints/step_000004/ema.safetensors")
     assert all(torch.equal(state.parameters[name], tensor) for name, tensor in want.items())
+
+
+def test_a_teacher_that_follows_begins_at_the_student(folder):
+    keys = {"name": "dino", "loss.dino.weight": 1.0, "loss.dino.prototypes": 8}
+    recipe = tiny_recipe(folder, **keys, **{"train.init_from": str(folder / "runs" / "tiny")})
+    state = fresh_state(recipe, CPU)
+    dino = state.model.semantic.dino
+    with torch.no_grad():
+        for p in dino.teacher.head.parameters():
+            p.zero_()
+    with pytest.warns(Notice):
+        begin_from(state, recipe)
+    for own, live in zip(dino.teacher.head.parameters(), dino.student.parameters(), strict=True):
+        assert torch.equal(own, live)
 
 
 def test_a_resume_does_not_read_it_again(folder, tmp_path):

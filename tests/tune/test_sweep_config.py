@@ -414,6 +414,12 @@ def test_without_a_checkpoint_where_a_trial_waits_a_sweep_is_refused_with_what_c
     check_trials(cured, base_recipe(cured))
 
 
+def test_checkpoints_in_a_bucket_are_of_single_runs(write):
+    sweep = load_sweep(write(GOOD), ["set.train.checkpoint_url=s3://bucket/runs"])
+    with pytest.raises(InputError, match=r"train\.checkpoint_url is of single runs"):
+        check_trials(sweep, base_recipe(sweep))
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -72,6 +72,7 @@ def trial(recipe: Recipe, run_dir: Path, report: Callable | None = None) -> None
             "budget_steps": recipe.train.steps,
             "repeat": repeat_of(run_dir),
             METRIC: value,
+            "ema/data/var": 1.0,
             "flow/cos": 0.9,
         }
         if recipe.optim.lr < 3e-4 and step > 10:
@@ -107,7 +108,8 @@ def leave_waiting(sweep: Sweep, folder: Path) -> None:
     judge = open_session(sweep, folder, 40)
     for _ in range(2):
         number, params = judge.next()
-        row = {"step": 10, "budget_steps": 40, METRIC: 1000 * params["optim.lr"], "flow/cos": 0.9}
+        row = {"step": 10, "budget_steps": 40, METRIC: 1000 * params["optim.lr"]}
+        row |= {"flow/cos": 0.9, "ema/data/var": 1.0}
         (folder / str(number)).mkdir()
         (folder / str(number) / "probes.jsonl").write_text(json.dumps(row) + "\n")
         assert judge.report(number, row)
