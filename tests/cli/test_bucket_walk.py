@@ -22,7 +22,10 @@ from flowray.config.load import load_recipe
 PATIENCE_S = 420  # for one command
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 SHORT = ("steps=4", "batch_size=4", "probe_every=4", "sample_every=4", "checkpoint_every=4")
-SMALL = [*(f"train.{key}" for key in SHORT), "resources.num_workers=1"]
+NARROW = ("model.velocity.width=32", "model.velocity.depth=1", "model.velocity.heads=2")
+FEW = ("probes.batch_size=8", "probes.shoot_steps=4", "sample.steps=4")
+# the walk is of the commands, not of the quality: probes of the whole model take minutes on a core
+SMALL = [*(f"train.{key}" for key in SHORT), *NARROW, *FEW, "resources.num_workers=1"]
 
 
 def commands() -> list[list[str]]:
