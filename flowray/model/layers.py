@@ -32,7 +32,13 @@ def attention(
     """
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (query, key, value))
     readable = None if mask is None else mask[:, None, None, :]
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=readable, dropout_p=dropout)
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # the CPU's kernel takes ten times as long backward in half precision as in fp32
+        with torch.autocast("cpu", enabled=False):
+            full = q.float(), k.float(), v.float()
+            attended = F.scaled_dot_product_attention(*full, attn_mask=readable, dropout_p=dropout)
+    else:
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=readable, dropout_p=dropout)
     return rearrange(attended, "b h n d -> b n (h d)")
 
 

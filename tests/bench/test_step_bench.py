@@ -18,11 +18,13 @@ def measured(**arms: Timed):
 
 
 def test_a_ratio_is_the_other_loops_time_over_ours():
-    told = measured(plain=replace(OURS, step_s=0.4), before=replace(OURS, step_s=0.12))
+    seconds = {"plain": 0.4, "before": 0.12, "bf16": 0.06}
+    told = measured(**{arm: replace(OURS, step_s=step_s) for arm, step_s in seconds.items()})
     ratios = {name: ratio["median"] for name, ratio in told["ratios"].items()}
-    assert ratios == pytest.approx({"vs_plain": 4.0, "vs_before": 1.2, "aa": 1.0})
+    wanted = {"vs_plain": 4.0, "vs_before": 1.2, "bf16_vs_before": 2.0, "aa": 1.0}
+    assert ratios == pytest.approx(wanted)
     goals = {name: goal["reached"] for name, goal in told["goals"].items()}
-    assert goals == {"vs_plain": True, "vs_before": False, "probes_share": True}
+    assert goals == {"vs_before": False, "bf16_vs_before": True, "probes_share": True}
     assert told["probes_share"] == pytest.approx(2.0 / 102.0)
     assert all(told["guards"].values())
 
@@ -47,7 +49,7 @@ def test_a_commit_that_is_not_there_is_refused():
 def test_all_loops_train_to_the_same_losses(capsys):
     assert main(["step", "--quick", "--json", "--before", "HEAD"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["guards"] == {f"equal_losses_{arm}": True for arm in ("plain", "before", "again")}
+    assert told["guards"] == {f"equal_losses_{arm}": True for arm in ARMS[1:]}
     assert told["seconds"].keys() == {*ARMS, "probe"}
     for name, arm in (("vs_plain", "plain"), ("vs_before", "before"), ("aa", "again")):
         seconds = told["seconds"]
