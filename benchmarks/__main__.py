@@ -310,6 +310,12 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     parser = commands.add_parser("train", help=about, description=f"What training loses: {about}.")
     _add_rounds(parser, 9)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=("throughput", "checkpoints", "recovery", "goodput"),
+        help="of these parts; all take an hour, goodput half of it",
+    )
     parser.set_defaults(run=_train)
 
 
@@ -503,10 +509,11 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from benchmarks.train import QUICK, Scale, run
+    from benchmarks.train import PARTS, QUICK, Scale, run
 
+    scale = QUICK if args.quick else Scale(rounds=args.rounds)
     with contextlib.redirect_stdout(sys.stderr):
-        facts = run(QUICK if args.quick else Scale(rounds=args.rounds), _say)
+        facts = run(scale, _say, args.only or PARTS)
     if not args.json:
         _print_seconds(facts["seconds"])
     return _end(facts, args.json)

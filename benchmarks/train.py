@@ -23,7 +23,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ from flowray.store.latents import ensure_latents
 from flowray.store.run import RunDirectory
 
 Say = Callable[[str], None]
+Facts = dict[str, Any]
 # the least that counts as reached
 GOALS = {
     "throughput_vs_torchrun_1": 0.99,
@@ -58,6 +59,7 @@ GOALS = {
     "p99_step": 1 / 1.05,
     "goodput": 0.95,
 }
+PARTS = ("throughput", "checkpoints", "recovery", "goodput")
 NEVER = 10**6  # steps
 TICK_S = 1e-3
 WARM = 3
@@ -96,8 +98,8 @@ class Scale:
         ("model.velocity.depth", 4),
         ("train.batch_size", 8),
     )
-    heavy_steps: int = 60
-    every: int = 20
+    heavy_steps: int = 90
+    every: int = 15
     kills: int = 1
     goodput_kills: int = 3
 
@@ -114,20 +116,23 @@ QUICK = Scale(
 )
 
 
-def run(scale: Scale, say: Say = lambda _: None) -> dict[str, Any]:
-    """The command's JSON object."""
+def run(scale: Scale, say: Say = lambda _: None, parts: Collection[str] = PARTS) -> dict[str, Any]:
+    """The command's JSON object. parts: of PARTS, those to measure; goodput brings recovery."""
     recipe = override_recipe(load_recipe("quickstart").recipe, {**PLAIN, **dict(scale.base)})
     ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
+    told: list[Facts] = [{"seconds": {}, "ratios": {}, "guards": {}}]
     with tempfile.TemporaryDirectory() as place, started(max(scale.workers)):
         bench = Bench(recipe, Path(place), scale, say)
-        rates, equal = bench.throughput()
-        steps, saves, size = bench.checkpoints()
-        recovery, equal_after = bench.recovery()
-        goodput = (
-            bench.goodput(float(np.median(recovery["flowray"]))) if scale.goodput_kills else None
-        )
-    guards = {"equal_losses": equal, "equal_losses_after_kills": equal_after}
-    return facts(scale, rates, steps, saves, size, recovery, goodput) | {"guards": guards}
+        if "throughput" in parts:
+            told.append(rate_facts(*bench.throughput()))
+        if "checkpoints" in parts:
+            told.append(checkpoint_facts(*bench.checkpoints()))
+        if "recovery" in parts or "goodput" in parts:
+            found, equal = bench.recovery()
+            told.append(recovery_facts(found, equal))
+            if "goodput" in parts and scale.goodput_kills:
+                told.append(goodput_facts(bench.goodput(float(np.median(found["flowray"])))))
+    return facts(scale, told)
 
 
 class Bench:
@@ -297,54 +302,66 @@ class Steps:
         return float(np.median(after)) - float(np.median(others)) if after else 0.0
 
 
-def facts(
-    scale: Scale,
-    rates: Mapping[int, Mapping[str, Sequence[float]]],
-    steps: Mapping[str, Sequence[Steps]],
-    saves: Sequence[float],
-    size: int,
-    recovery: Mapping[str, Sequence[float]],
-    goodput: float | None,
-) -> dict[str, Any]:
-    """What the measurements say, as JSON has it, without the guards."""
-    p99 = {arm: [each.p99 for each in found] for arm, found in steps.items()}
-    mean = {arm: [each.mean for each in found] for arm, found in steps.items()}
-    stalls = [each.stall for each in steps["with"]]
+def rate_facts(rates: Mapping[int, Mapping[str, Sequence[float]]], equal: bool) -> Facts:
+    """Of `Bench.throughput`."""
     ratios = {}
     for workers, arms in rates.items():
         ratios[f"throughput_vs_torchrun_{workers}"] = ratio(arms["ray"], arms["torchrun"])
         ratios[f"throughput_aa_{workers}"] = ratio(arms["again"], arms["torchrun"])
-    ratios |= {
+    medians = {
+        str(workers): {arm: float(np.median(each)) for arm, each in arms.items()}
+        for workers, arms in rates.items()
+    }
+    return {"ratios": ratios, "steps_per_s": medians, "guards": {"equal_losses": equal}}
+
+
+def checkpoint_facts(
+    steps: Mapping[str, Sequence[Steps]], saves: Sequence[float], size: int
+) -> Facts:
+    """Of `Bench.checkpoints`."""
+    p99 = {arm: [each.p99 for each in found] for arm, found in steps.items()}
+    mean = {arm: [each.mean for each in found] for arm, found in steps.items()}
+    stalls = [each.stall for each in steps["with"]]
+    ratios = {
         "stall": ratio(saves, [max(stall, TICK_S) for stall in stalls]),
         "p99_step": ratio(p99["without"], p99["with"]),
         "mean_step": ratio(mean["without"], mean["with"]),
         "p99_aa": ratio(p99["without"], p99["again"]),
-        "recovery": ratio(recovery["stock"], recovery["flowray"]),
     }
-    if goodput is not None:
-        ratios["goodput"] = ratio([goodput], [1.0])
+    seconds = {
+        "stall": float(np.median(stalls)),
+        "save_and_sync": float(np.median(saves)),
+        "step": float(np.median([s for each in steps["without"] for s in each.seconds])),
+        "p99_with": float(np.median(p99["with"])),
+        "p99_without": float(np.median(p99["without"])),
+    }
+    return {"ratios": ratios, "seconds": seconds, "checkpoint_bytes": size}
+
+
+def recovery_facts(found: Mapping[str, Sequence[float]], equal: bool) -> Facts:
+    """Of `Bench.recovery`."""
     return {
-        "bench": "train",
-        "machine": machine(),
-        "ratios": ratios,
-        "goals": {
-            name: {"want": want, "reached": ratios[name]["median"] >= want}
-            for name, want in GOALS.items()
-            if name in ratios
-        },
-        "scale": vars(scale),
-        "checkpoint_bytes": size,
-        "seconds": {
-            "stall": float(np.median(stalls)),
-            "save_and_sync": float(np.median(saves)),
-            "step": float(np.median([s for each in steps["without"] for s in each.seconds])),
-            "p99_with": float(np.median(p99["with"])),
-            "p99_without": float(np.median(p99["without"])),
-            "recovery_flowray": float(np.median(recovery["flowray"])),
-            "recovery_stock": float(np.median(recovery["stock"])),
-        },
-        "steps_per_s": {
-            str(workers): {arm: float(np.median(each)) for arm, each in arms.items()}
-            for workers, arms in rates.items()
-        },
+        "ratios": {"recovery": ratio(found["stock"], found["flowray"])},
+        "seconds": {f"recovery_{side}": float(np.median(each)) for side, each in found.items()},
+        "guards": {"equal_losses_after_kills": equal},
     }
+
+
+def goodput_facts(goodput: float) -> Facts:
+    """Of `Bench.goodput`."""
+    return {"ratios": {"goodput": ratio([goodput], [1.0])}}
+
+
+def facts(scale: Scale, told: Iterable[Facts]) -> Facts:
+    """What the parts say, as JSON has it."""
+    whole: Facts = {"bench": "train", "machine": machine(), "scale": vars(scale)}
+    for part in told:
+        for key, value in part.items():
+            whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
+    ratios = whole["ratios"]
+    whole["goals"] = {
+        name: {"want": want, "reached": ratios[name]["median"] >= want}
+        for name, want in GOALS.items()
+        if name in ratios
+    }
+    return whole

@@ -5,7 +5,15 @@ import json
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.train import QUICK, Steps, facts
+from benchmarks.train import (
+    QUICK,
+    Steps,
+    checkpoint_facts,
+    facts,
+    goodput_facts,
+    rate_facts,
+    recovery_facts,
+)
 
 NEVER = 10**6
 SLOW = [9.0] * 3  # the first steps of any run
@@ -17,7 +25,13 @@ def measured(goodput=None, ray=10.0):
     rates = {1: {"ray": [ray], "torchrun": [10.0], "again": [9.0]}}
     steps = {"with": [LATE], "without": [EVEN], "again": [EVEN]}
     recovery = {"flowray": [5.0], "stock": [15.0]}
-    return facts(QUICK, rates, steps, [2.0], 300, recovery, goodput)
+    parts = [
+        rate_facts(rates, True),
+        checkpoint_facts(steps, [2.0], 300),
+        recovery_facts(recovery, True),
+        *([goodput_facts(goodput)] if goodput is not None else []),
+    ]
+    return facts(QUICK, parts)
 
 
 def test_ratios_are_higher_where_flowray_is_better():
@@ -47,15 +61,8 @@ def test_ratios_are_higher_where_flowray_is_better():
 
 def test_a_checkpoint_that_delays_nothing_counts_as_a_tick():
     assert EVEN.stall == 0
-    told = facts(
-        QUICK,
-        {},
-        {arm: [EVEN] for arm in ("with", "without", "again")},
-        [2.0],
-        300,
-        {"flowray": [1.0], "stock": [1.0]},
-        None,
-    )
+    arms = {arm: [EVEN] for arm in ("with", "without", "again")}
+    told = facts(QUICK, [checkpoint_facts(arms, [2.0], 300)])
     assert told["ratios"]["stall"]["median"] == pytest.approx(2000.0)
 
 
