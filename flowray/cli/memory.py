@@ -47,7 +47,7 @@ def _changes(part: str, recipe: Recipe) -> Iterator[str]:
     if part == "activations":
         share = train.batch_size // resources.num_workers
         finer = [n for n in range(train.accumulate + 1, share + 1) if share % n == 0]
-        half = train.precision == "fp32" and resources.gpus_per_worker > 0
+        half = not train.is_half and resources.gpus_per_worker > 0
         again = getattr(recipe.model.velocity, "gradient_checkpointing", None)
         tried = [
             *([("train.precision", "bf16", train.precision)] if half else []),

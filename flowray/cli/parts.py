@@ -41,7 +41,7 @@ def in_parts(
         frozen -= text_bytes - text_bytes // parts
     blocks = [_bytes(block) for block in model.velocity.blocks_in_order()]
     rest, largest = trained - sum(blocks), max(blocks, default=0)
-    half = recipe.train.precision != "fp32" and not recipe.train.velocity_fp32
+    half = recipe.train.is_half and not recipe.train.velocity_fp32
     kept["weights"] = trained // parts + frozen
     kept["adamw"], kept["ema"] = memory["adamw"] // parts, memory["ema"] // parts
     # micro-batches before the last leave their gradients whole

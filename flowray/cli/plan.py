@@ -122,7 +122,7 @@ def _memory(
     """Bytes on each GPU, by what they hold; activations are an estimate."""
     text = frozen.get("text.backbone", 0)
     batch = recipe.train.batch_size // recipe.resources.num_workers // recipe.train.accumulate
-    half = recipe.train.precision != "fp32"
+    half = recipe.train.is_half
     half_text = half or recipe.model.text.dtype != "fp32"
     # each loss's own gradient, all at once; the one being made, or their sum, is in `gradients`
     apart = recipe.loss.balance.kind != "none" or recipe.train.grad_every > 0

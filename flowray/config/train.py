@@ -135,7 +135,8 @@ class TrainSection(Config):
     grad_every: how often the norms and cosines of the single losses' gradients and the heads'
     update ratios are measured, which costs a backward pass per loss; 0 is never.
     precision: autocast's dtype; weights, path, losses and the optimiser stay fp32. fp16 also scales
-    the loss.
+    the loss. tf32: fp32, of which a GPU rounds a product's factors to 10 bits of mantissa in a
+    step's forward and backward pass.
     max_skipped: a step whose loss or gradient is not finite does not reach the weights and is
     written to skipped_steps.jsonl; after more of them than this in all, training halts.
     rollback_after: after so many in a row, as of a logged step, the weights go back to the last
@@ -185,7 +186,7 @@ class TrainSection(Config):
     ema: float = Field(
         0.999, ge=0, lt=1, description="decay; warmed up as (1 + step) / (10 + step)"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     velocity_fp32: bool = Field(
         False, description="the velocity network in fp32 under bf16 or fp16"
     )
@@ -208,6 +209,11 @@ class TrainSection(Config):
             " the first step takes some 10 s on a GPU, a minute or two on a CPU"
         ),
     )
+
+    @property
+    def is_half(self) -> bool:
+        """Whether activations take two bytes."""
+        return self.precision in ("bf16", "fp16")
 
     @property
     def checkpoints_on_disk(self) -> int:

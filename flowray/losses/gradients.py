@@ -4,8 +4,8 @@ what training and its probes share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -26,6 +26,22 @@ def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[obj
     """
     dtype = DTYPES.get(recipe.train.precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def products(recipe: Recipe) -> Iterator[None]:
+    """A block in which a GPU multiplies fp32 numbers in TF32 (10 bits of mantissa, sums in fp32)
+    where the recipe asks for it; every other processor as before.
+    """
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [kind.allow_tf32 for kind in kinds]
+    for kind in kinds:
+        kind.allow_tf32 |= recipe.train.precision == "tf32"
+    try:
+        yield
+    finally:
+        for kind, allowed in zip(kinds, before, strict=True):
+            kind.allow_tf32 = allowed
 
 
 def loss_gradients(

@@ -13,7 +13,7 @@ from flowray.data.order import EpochOrder
 from flowray.flow.draws import Draws, null_partners, stream_seed
 from flowray.flow.time import time_config, training_times
 from flowray.losses.balance import Measured, gradient_metrics
-from flowray.losses.gradients import gramian, loss_gradients
+from flowray.losses.gradients import gramian, loss_gradients, products
 from flowray.losses.terms import Forward
 from flowray.losses.total import Batch, active_terms, total_loss, weights_at
 from flowray.model.latent import Moments
@@ -145,7 +145,8 @@ def train_step(
     )
     state.optimizer.zero_grad(set_to_none=True)
     probing = recipe.train.grad_every > 0 and (state.step + 1) % recipe.train.grad_every == 0
-    with group.seeded(stream_seed(recipe.seed, state.step, f"dropout/{group.rank}")):
+    seed = stream_seed(recipe.seed, state.step, f"dropout/{group.rank}")
+    with group.seeded(seed), products(recipe):
         losses, side, measured = _backward(
             state, objective, batch, recipe, group, weights, separate=probing
         )

@@ -472,3 +472,17 @@ def test_a_restart_takes_the_lr_of_the_checkpoint_as_its_floor_and_keeps_to_it(b
         for i in range(9)
     ]
     assert rates == pytest.approx([1e-4] * 3 + cosine, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_tf32_is_allowed_within_a_steps_passes_alone(base, batch, precision):
+    recipe = override_recipe(base, {"train.precision": precision})
+    state, flags = fresh_state(recipe, CPU.device), torch.backends.cuda.matmul
+    seen = []
+    block = state.model.velocity.blocks_in_order()[0]
+    block.register_forward_hook(lambda *_: seen.append(flags.allow_tf32))
+    block.register_full_backward_hook(lambda *_: seen.append(flags.allow_tf32))
+    train_step(state, state.objective, batch, recipe, CPU)
+    assert len(seen) >= 2
+    assert set(seen) == {precision == "tf32"}
+    assert not flags.allow_tf32
