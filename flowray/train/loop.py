@@ -96,7 +96,7 @@ def train(
         if warning := check_captions(state.model.text.prompts, some_captions(latents)):
             progress.say(warning)
         objective = group.wrap(state.objective)
-        maker = BatchMaker(recipe, latents, group, state.model.text.prompts)
+        maker = BatchMaker(recipe, latents, group, state.model.text.prompts, state.batch_sizes)
         make_batch = BatchesAhead(maker, recipe.train.steps, group.device, recipe.data.prefetch)
         closing.enter_context(make_batch)
         lead = None

@@ -51,7 +51,8 @@ class SkippedSteps(AbstractContextManager["SkippedSteps"]):
     ):
         self.recipe, self.run, self.group, self.state = recipe, run, group, state
         self._saved = saved
-        make_batch = BatchMaker(recipe, latents, group)  # of its own: batches are made in a thread
+        # of its own: batches are made in a thread
+        make_batch = BatchMaker(recipe, latents, group, sizes=state.batch_sizes)
         self.make_batch, self.indices = make_batch, make_batch.indices
         self.key = latents.reader.key
         self._rows: RowWriter | None = None
@@ -141,8 +142,9 @@ class SkippedSteps(AbstractContextManager["SkippedSteps"]):
         if not group.agree(bool(list_checkpoints(self.run.checkpoints)) if group.lead else False):
             return None
         step, counts, backoffs = state.step, state.tally.kept(), int(state.backoffs)
+        sizes = state.batch_sizes
         restore_state(state, self.recipe, self.run, group)
-        back, state.step = state.step, step
+        back, state.step, state.batch_sizes = state.step, step, sizes
         state.tally.restore(counts | {"in_a_row": 0})
         state.backoffs.fill_(backoffs)
         return back
