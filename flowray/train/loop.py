@@ -27,7 +27,7 @@ from flowray.store.latents import (
     load_training,
     some_captions,
 )
-from flowray.store.remote_run import RemoteRun
+from flowray.store.remote_run import RemoteRun, is_sent
 from flowray.store.rows import has_row
 from flowray.store.run import RunDirectory, RunLock
 from flowray.store.splits import bad_samples
@@ -202,6 +202,8 @@ def _save(lead: _Lead | None, state: TrainState, recipe: Recipe, *, waiting: boo
 def _ended(lead: _Lead | None, state: TrainState, how: Outcome) -> Outcome:
     if lead:
         lead.times.ended(state.step, how)
+        if how == "preempted":
+            lead.saver.leave()
     return how
 
 
@@ -236,8 +238,8 @@ def _look(lead: _Lead | None, due: Due, state: TrainState, group: Group, report:
 
 
 def is_finished(recipe: Recipe, run: RunDirectory) -> bool:
-    """Whether the newest checkpoint has all the steps, and the last one's probes are there: they
-    come after it.
+    """Whether the newest checkpoint has all the steps, the last one's probes are there, which come
+    after it, and a bucket that is to have them has both.
     """
     steps, valid = recipe.train.steps, list_checkpoints(run.checkpoints)
     if not valid or load_state(valid[-1])["step"] < steps:
@@ -245,7 +247,9 @@ def is_finished(recipe: Recipe, run: RunDirectory) -> bool:
     if not has_row(run.probes, load_state(valid[-1])["step"]):
         return False
     checkpoint = newest_checkpoint(run.checkpoints)
-    return checkpoint is not None and load_state(checkpoint)["step"] >= steps
+    if checkpoint is None or (step := load_state(checkpoint)["step"]) < steps:
+        return False
+    return is_sent(recipe, run, step)
 
 
 def _scalars(row: dict[str, torch.Tensor], group: Group) -> Row:
