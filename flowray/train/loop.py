@@ -74,11 +74,11 @@ def train(
     """Train to `train.steps`, from the newest intact checkpoint of `run` if there is one.
 
     Probes, samples and a checkpoint also come at the last step, the checkpoint first. `stopped`:
-    `run.stop_request` appeared and a checkpoint was written. Every rank calls `report`, with the
-    lead's row, at every probe. make_visitor: who comes at every `probes.doctor_every`-th probe, on
-    the lead. told: whether this rank's process is about to be taken away; where any is told so, a
-    checkpoint is written after the step under way: `preempted`. InputError where a rank cannot use
-    the GPU that it was given.
+    `run.stop_request` appeared and a checkpoint was written (but see `SkippedSteps.look`). Every
+    rank calls `report`, with the lead's row, at every probe. make_visitor: who comes at every
+    `probes.doctor_every`-th probe, on the lead. told: whether this rank's process is about to be
+    taken away; where any is told so, a checkpoint is written after the step under way: `preempted`.
+    InputError where a rank cannot use the GPU that it was given.
     """
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     progress = WrittenProgress(run) if group.lead else SILENT
@@ -129,7 +129,7 @@ def train(
             due, stop = Due.at(state.step, recipe), stops.heard()
             saving = False
             if due.log or due.checkpoint or stop:
-                saving = skips.look(due.checkpoint) or bool(stop)
+                saving = skips.look(due.checkpoint or bool(stop))
             if due.log:
                 losses = _scalars(row, group) | state.tally.logged() | clock.row()
                 if lead:

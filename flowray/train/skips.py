@@ -61,10 +61,12 @@ class SkippedSteps(AbstractContextManager["SkippedSteps"]):
 
     def look(self, saving: bool) -> bool:
         """Write down what was skipped since the last look, and act on it. saving: whether a
-        checkpoint is due; returns whether to write it.
+        checkpoint is due, or the run stops; returns whether to write it.
 
         What is skipped over and over may be the weights' fault, so that in the middle of such steps
-        the checkpoint from before them is kept, but for the end of the run.
+        the checkpoint from before them is kept, but for the end of the run. One that stops there
+        goes on from that one too: it takes the steps since once more and comes to the same end,
+        where from a checkpoint within it would roll back to the very weights at fault.
 
         After `train.rollback_after` in a row the weights, the optimiser and the average become
         those of the newest checkpoint, and the run goes on with the next batch: the batches since
@@ -75,20 +77,25 @@ class SkippedSteps(AbstractContextManager["SkippedSteps"]):
         if not (found := tally.look(self.group)):
             return saving
         rows = [self._described(skipped) for skipped in found]
-        rows[0] |= self._diagnosed(found[0].step - 1)
         too_many = tally.skipped > limits.max_skipped
-        if not too_many and 0 < limits.rollback_after <= tally.in_a_row:
-            back = self._roll_back()
-            rows[-1]["rolled_back_to"] = back
-            too_many = back is None
-        if self.group.lead:
-            self._rows = self._rows or RowWriter(self.run.skipped, found[0].step - 1)
-            for row in rows:
-                self._rows.write(row)
+        try:
+            rows[0] |= self._diagnosed(found[0].step - 1)
+            if not too_many and 0 < limits.rollback_after <= tally.in_a_row:
+                back = self._roll_back()
+                rows[-1]["rolled_back_to"] = back
+                too_many = back is None
+        finally:  # what ends the run there may come of them
+            self._write(rows)
         if too_many:
             self.state.step = found[-1].step - 1  # who examines the run now meets that batch
             raise Halted(_blame(found[-1], tally.skipped))
         return saving and (not tally.in_a_row or self.state.step == self.recipe.train.steps)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        if self.group.lead:
+            self._rows = self._rows or RowWriter(self.run.skipped, rows[0]["step"] - 1)
+            for row in rows:
+                self._rows.write(row)
 
     def __exit__(self, *_: object) -> None:
         if self._rows:
