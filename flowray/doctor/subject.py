@@ -28,6 +28,7 @@ from flowray.store.found import Found, copy_found
 from flowray.store.latents import LatentSet, ensure_latents, load_latents, load_training
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
+from flowray.train.begin import begin_again
 from flowray.train.optim import base_lr, group_lr
 from flowray.train.state import TrainState, batch_sizes_of, load_slots, restart_of
 from flowray.train.step import whole_batches
@@ -104,10 +105,15 @@ def written_strip(run: RunDirectory, step: int) -> Path | None:
     return strip if strip.is_file() else None
 
 
-def untrained(recipe: Recipe) -> tuple[FlowModel, Tensors]:
-    """The recipe's model as it is before step 1, and a copy of its trainable weights."""
+def untrained(recipe: Recipe, begun_from: str | None) -> tuple[FlowModel, Tensors | None]:
+    """The recipe's model as it is before step 1, and a copy of its trainable weights; None where
+    these came from elsewhere and cannot be had any more. begun_from: see TrainState.
+    """
     model = build_model(recipe.model, recipe.loss, recipe.seed)
-    return model, {name: p.detach().clone() for name, p in model.trainable().items()}
+    weights = model.trainable()
+    if not begin_again(weights, recipe, begun_from):
+        return model, None
+    return model, {name: p.detach().clone() for name, p in weights.items()}
 
 
 def examined(latents: LatentSet) -> LatentSet:
@@ -133,7 +139,7 @@ def open_subject(
     latents = examined(load_training(folders["train"], recipe))
     held_out = load_latents(folders["val"])
     with progress.task("loading the models"):
-        model, initial = untrained(recipe)
+        model, initial = untrained(recipe, load_state(checkpoint).get("begun_from"))
         autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)
     parameters = model.trainable()
     copy_found(found, parameters, load_tensors(checkpoint, "model"))

@@ -51,6 +51,8 @@ class TrainState:
     frozen: `frozen_weights` of when they were read.
     data: `LatentSet.told` of the samples that it is trained on; empty where nobody asks.
     batch_sizes: of all its steps; with the step they are the data cursor.
+    begun_from: `content_of` the weights that `train.init_from` named at step 0; empty where it
+    named none, None where that is not known.
     before_update: called before a step changes weights, optimiser and average.
     shards: that weights, EMA and the optimiser's state are in parts on the ranks; None: each has
     all.
@@ -69,6 +71,7 @@ class TrainState:
     restart: tuple[int, float] = (0, 0.0)
     backoffs: Tensor = field(default_factory=lambda: torch.tensor(0))
     tally: Tally = field(default_factory=Tally)
+    begun_from: str | None = ""
     frozen: dict[str, str] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     before_update: Callable[[], None] = lambda: None
@@ -177,6 +180,7 @@ def kept_of(state: TrainState, recipe: Recipe) -> Kept | None:
         WEIGHTS: {**frozen_weights(recipe.model), **state.frozen},
         "seed": recipe.seed,
         "batch_sizes": state.batch_sizes.changes,
+        "begun_from": state.begun_from,
         "data": state.data,
         "lr": lr_at(state.schedule, recipe.optim.lr, state.step - 1, recipe.train.steps),
         "restart": state.restart if _restarts_here(recipe) else None,
@@ -264,6 +268,7 @@ def restore_state(
             own = part_of(value.to(parameter.device), parameter)
             state.optimizer.state[parameter][slot] = own
     state.step, state.batch_sizes = kept["step"], sizes
+    state.begun_from = kept.get("begun_from")
     state.restart = restart_of(kept)
     state.schedule = resolve_schedule(recipe.optim.schedule, *state.restart)
     state.balancer.restore(kept.get("balance", {}))
