@@ -35,7 +35,7 @@ from flowray.train.ahead import BatchesAhead
 from flowray.train.clock import Clock
 from flowray.train.group import Group
 from flowray.train.saving import Saver
-from flowray.train.sinks import NOTHING, Due, Sinks
+from flowray.train.sinks import NOTHING, VISIT, Due, Sinks
 from flowray.train.skips import SkippedSteps
 from flowray.train.state import TrainState, fresh_state, kept_of, restore_state
 from flowray.train.step import BatchMaker, train_step
@@ -227,7 +227,7 @@ def _look(lead: _Lead | None, due: Due, state: TrainState, group: Group, report:
             row = lead.sinks.probe(view)
         if due.visit and lead.visitor:
             lead.saver.settle()  # it takes steps, and takes them back
-            with lead.sinks.gap("the doctor's visit"):
+            with lead.sinks.gap(VISIT):
                 row["findings"] = lead.visitor.visit()
     if lead and due.probe:
         with lead.times.on("saving"):
