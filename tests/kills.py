@@ -98,7 +98,7 @@ def digest(recipe: Recipe, run: RunDirectory) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().contiguous().numpy().tobytes())
     facts = [recipe.seed, state.step, int(state.backoffs), state.restart]
-    facts += [state.balancer.kept(), state.scaler.state_dict()]
+    facts += [state.balancer.kept(), state.scaler.state_dict(), state.batch_sizes.changes]
     sha.update(json.dumps(facts, sort_keys=True).encode())
     return sha.hexdigest()
 

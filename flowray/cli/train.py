@@ -33,7 +33,7 @@ from flowray.config.recipe import Recipe
 from flowray.config.resume import refuse_changes
 from flowray.config.writing import write_whole
 from flowray.store.checkpoint import load_state, newest_checkpoint
-from flowray.store.remote_run import RemoteRun
+from flowray.store.remote_run import RemoteRun, is_sent
 from flowray.store.rows import has_row, read_rows
 from flowray.store.run import RunDirectory, RunLock
 
@@ -140,7 +140,7 @@ def _train(
     loaded: Loaded, run: RunDirectory, start: int, progress: ConsoleProgress, *, as_json: bool
 ) -> int:
     recipe, steps = loaded.recipe, loaded.recipe.train.steps
-    if start >= steps and has_row(run.probes, start):
+    if start >= steps and has_row(run.probes, start) and is_sent(recipe, run, start):
         progress.say(f"{run.path} has finished its {steps} steps; train.steps=N for more")
         if as_json:
             report = run.path / "report.html"

@@ -409,7 +409,7 @@ KEYS: tuple[MetricKey, ...] = (
     _key("variant/aligned_shoot_nmse", "-", "lower",
          "shoot/nmse in 25 steps with x at the path's variance", LOG_0919),
     _key("data/samples", "count", "none", "training samples"),
-    _key("data/epochs", "count", "none", "steps * batch / data/samples"),
+    _key("data/epochs", "count", "none", "samples seen / data/samples"),
     _key("data/duplicate_share", "share", "lower",
          "training samples (the first 4096) whose latent is an earlier one's", FLOWRAY, (0.0, 0.2)),
     _key("data/near_share", "share", "lower",

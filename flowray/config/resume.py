@@ -14,9 +14,10 @@ from flowray.config.load import recipe_diffs
 from flowray.config.recipe import Recipe
 from flowray.config.schema import key_paths, show
 
-# the data cursor and every draw follow from seed, step and data set; the weights fit one model, the
-# optimiser's state one optimiser
+# the data cursor and every draw follow from seed, steps, batches and data set; the weights fit one
+# model, the optimiser's state one optimiser
 _KEPT = ("seed", "data", "model", "train.batch_size", "optim.matrices.kind")
+_BY_SAMPLES = ("data", "train.batch_size")  # what train.on_changed_data=continue lets differ
 _FREE = (
     "data.cache",
     "data.max_bad",
@@ -31,6 +32,7 @@ _FREE = (
     "model.velocity.gradient_checkpointing",
     "model.velocity.route",
 )
+_CONTINUED = "train.on_changed_data=continue to go on by samples seen, or "
 _LEARNS = ("clip", "dino", "repa")  # losses with weights of their own
 _OF_DINO = tuple(f"loss.dino.{part}" for part in ("prototypes", "hidden", "bottleneck", "teacher"))
 _SHAPES = (*_OF_DINO, "loss.repa")
@@ -42,15 +44,16 @@ def refuse_changes(before: Recipe, after: Recipe, step: int, where: str) -> None
 
     where: the run.
     """
-    other_data = after.train.on_changed_data == "continue"
+    by_samples = after.train.on_changed_data == "continue"
     for key, (old, new) in recipe_diffs(before, after).items():
-        if other_data and _under(key, ("data",)):
+        counted = _under(key, _BY_SAMPLES)
+        if by_samples and counted:
             continue
         if _is_kept(key, before, after) and not _has_moved(key, old):
             raise InputError(
                 f"{key}: got {show(new)}, but {where} has trained {step} steps with {show(old)}; a"
-                f" resume keeps it: type {shlex.quote(f'{key}={typed_value(old)}')}, or name=OTHER"
-                " for a new run"
+                f" resume keeps it: type {shlex.quote(f'{key}={typed_value(old)}')}, or"
+                f" {_CONTINUED if counted else ''}name=OTHER for a new run"
             )
     if after.train.steps < step:
         raise InputError(

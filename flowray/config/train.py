@@ -179,8 +179,9 @@ class TrainSection(Config):
     on_changed_data: Literal["refuse", "continue"] = Field(
         "refuse",
         description=(
-            "a resume with other samples than the checkpoint was trained on: `continue` takes the"
-            " next ones of the new order, counted by samples seen, and lets `data` keys differ"
+            "a resume with other samples or another batch_size than the checkpoint was trained"
+            " with: `continue` goes on at the sample where it stopped, counted by samples seen, and"
+            " lets `data` keys differ; schedules count steps"
         ),
     )
     ema: float = Field(

@@ -2,17 +2,57 @@
 
 A position counts samples from the start of training over all ranks: step s of batch B takes
 positions s * B to (s + 1) * B - 1 and each rank a slice of them. So the order does not know the
-number of ranks, and resuming needs nothing but the step.
+number of ranks, and resuming needs nothing but the step, and where a resume has changed the batch
+at which steps it has.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
 LISTED = 2**17  # samples up to which an epoch's permutation is an array: 1 MiB, drawn in 4 ms
 _ROUNDS = 8  # with 4, samples that stand a row of the grid apart are correlated; with 5 not seen
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """How many samples the steps of a run take. changes: (step, size), the first at step 0 and each
+    later than the one before; from its step on a step takes `size` samples.
+    """
+
+    changes: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        steps = [step for step, _ in self.changes]
+        if steps[:1] != [0] or sorted(set(steps)) != steps:
+            raise ValueError(f"changes {self.changes} must begin at step 0 and rise")
+        if min(size for _, size in self.changes) < 1:
+            raise ValueError(f"batch sizes must be positive, got {self.changes}")
+
+    @classmethod
+    def of(cls, size: int) -> BatchSizes:
+        """Of a run that has changed nothing."""
+        return cls(((0, size),))
+
+    def changed(self, step: int, size: int) -> BatchSizes:
+        """These up to `step`, and `size` from there on."""
+        kept = tuple(change for change in self.changes if change[0] < step)
+        return BatchSizes(kept if kept and kept[-1][1] == size else (*kept, (step, size)))
+
+    def at(self, step: int) -> int:
+        """How many samples a step >= 0, counted from 0, takes."""
+        return [size for start, size in self.changes if start <= step][-1]
+
+    def seen(self, step: int) -> int:
+        """How many samples all steps before `step` take: the position of its first one."""
+        ends = [*(start for start, _ in self.changes[1:]), step]
+        return sum(
+            size * max(min(end, step) - start, 0)
+            for (start, size), end in zip(self.changes, ends, strict=True)
+        )
 
 
 class CipherPermutation:

@@ -116,7 +116,7 @@ def ask_data(subject: Subject, made: Measured) -> None:
     made.metrics |= coverage_metrics(shares)
     made.curves["t"] = {"x": BIN_CENTRES, "train_share": shares}
     rows["data/samples"] = float(len(latents))
-    rows["data/epochs"] = subject.step * recipe.train.batch_size / len(latents)
+    rows["data/epochs"] = subject.sizes.seen(subject.step) / len(latents)
     with made.trying("data: training latents"):
         seen = surveyed(latents)
         rows["finite/latents"] = 1 - len(seen.bad) / len(seen.z)
@@ -159,13 +159,15 @@ def _pairs(subject: Subject) -> tuple[list[str], np.ndarray]:
     """Captions and z1 of the first epoch's first samples, each once, as the training path joins
     them.
     """
-    size, most = subject.recipe.train.batch_size, min(len(subject.latents), AGREEMENT)
+    sizes, most = subject.sizes, min(len(subject.latents), AGREEMENT)
     captions: list[str] = []
     z1: list[Tensor] = []
-    for step in range(max(most // size, 1)):
+    step = 0
+    while step == 0 or sizes.seen(step + 1) <= most:
         batch = subject.batches(step)
         captions += batch.captions[:most]  # a batch may be larger than what is asked for
         z1.append(batch.z1[:most].cpu())
+        step += 1
     return captions, torch.cat(z1).numpy()
 
 
@@ -184,13 +186,16 @@ def batch_alike(z1: np.ndarray, size: int) -> float | None:
 
 def indices_of(subject: Subject, step: int) -> np.ndarray:
     """Which training samples stand in the global batch of a step."""
-    return whole_batches(subject.recipe, subject.latents, subject.device).indices(step)
+    made_of = subject.recipe, subject.latents, subject.device, subject.sizes
+    return whole_batches(*made_of).indices(step)
 
 
 def _order(subject: Subject, count: int) -> np.ndarray:
     """The first `count` samples in the order of training."""
-    steps = range(-(-count // subject.recipe.train.batch_size))
-    return np.concatenate([indices_of(subject, step) for step in steps])[:count]
+    parts: list[np.ndarray] = []
+    while subject.sizes.seen(len(parts)) < count:
+        parts.append(indices_of(subject, len(parts)))
+    return np.concatenate(parts)[:count]
 
 
 def _pictures(latents: LatentSet, indices: np.ndarray, autoencoder: Autoencoder) -> Tensor:

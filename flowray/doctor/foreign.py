@@ -19,6 +19,7 @@ from flowray.config.prepare import AS_DECODED, PrepareConfig
 from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import DataConfig, ProbeConfig, TrainSection
+from flowray.data.order import BatchSizes
 from flowray.data.pictures import decode_image
 from flowray.data.pixels import from_pictures, to_pictures
 from flowray.data.prepare import Preparation
@@ -227,6 +228,7 @@ def _subject(
         latents=sets["train"],
         held_out=sets["val"],
         autoencoder=opened.autoencoder,
+        sizes=BatchSizes.of(recipe.train.batch_size),
         batches=whole_batches(recipe, sets["train"], device),
         history=[],
         strip=None,

@@ -232,7 +232,8 @@ def seam_rows(subject: Subject, batch: Batch) -> tuple[Rows, dict[str, str]]:
     """
     if not bool(batch.z1.isfinite().all()):
         return {}, {}
-    indices = whole_batches(subject.recipe, subject.latents, subject.device).indices(subject.step)
+    made_of = subject.recipe, subject.latents, subject.device, subject.sizes
+    indices = whole_batches(*made_of).indices(subject.step)
     latents = _latents(subject, batch, indices)
     batch = without_null(first_rows(batch, FEW))
     paths = Paths(subject, batch)

@@ -17,6 +17,7 @@ from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.rows import Row
 from flowray.config.train import GroupScales
+from flowray.data.order import BatchSizes
 from flowray.losses.total import Batch, Objective
 from flowray.model.assemble import FlowModel, build_model
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
@@ -27,8 +28,9 @@ from flowray.store.found import Found, copy_found
 from flowray.store.latents import LatentSet, ensure_latents, load_latents, load_training
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
+from flowray.train.begin import begin_again
 from flowray.train.optim import base_lr, group_lr
-from flowray.train.state import TrainState, load_slots, restart_of
+from flowray.train.state import TrainState, batch_sizes_of, load_slots, restart_of
 from flowray.train.step import whole_batches
 
 Tensors = dict[str, Tensor]
@@ -39,7 +41,7 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Subject:
     """step steps are done. slots: the optimiser's state by parameter. lr: base rate of the last
-    step. restart: see TrainState. initial: weights at step 0.
+    step. restart: see TrainState. initial: weights at step 0. sizes: of the batches.
 
     multipliers: what gradient balancing multiplies the loss weights by. strip: the samples written
     at this step, if any. opened: the weights that sampling finds in the checkpoint; None of a live
@@ -61,6 +63,7 @@ class Subject:
     latents: LatentSet
     held_out: LatentSet
     autoencoder: Autoencoder
+    sizes: BatchSizes
     batches: BatchOf
     history: list[Row]
     strip: Path | None
@@ -102,10 +105,15 @@ def written_strip(run: RunDirectory, step: int) -> Path | None:
     return strip if strip.is_file() else None
 
 
-def untrained(recipe: Recipe) -> tuple[FlowModel, Tensors]:
-    """The recipe's model as it is before step 1, and a copy of its trainable weights."""
+def untrained(recipe: Recipe, begun_from: str | None) -> tuple[FlowModel, Tensors | None]:
+    """The recipe's model as it is before step 1, and a copy of its trainable weights; None where
+    these came from elsewhere and cannot be had any more. begun_from: see TrainState.
+    """
     model = build_model(recipe.model, recipe.loss, recipe.seed)
-    return model, {name: p.detach().clone() for name, p in model.trainable().items()}
+    weights = model.trainable()
+    if not begin_again(weights, recipe, begun_from):
+        return model, None
+    return model, {name: p.detach().clone() for name, p in weights.items()}
 
 
 def examined(latents: LatentSet) -> LatentSet:
@@ -131,13 +139,14 @@ def open_subject(
     latents = examined(load_training(folders["train"], recipe))
     held_out = load_latents(folders["val"])
     with progress.task("loading the models"):
-        model, initial = untrained(recipe)
+        model, initial = untrained(recipe, load_state(checkpoint).get("begun_from"))
         autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)
     parameters = model.trainable()
     copy_found(found, parameters, load_tensors(checkpoint, "model"))
     if moving := model.semantic.moving():
         copy_found(found, moving, load_tensors(checkpoint, "moving"))
     kept, step = load_state(checkpoint), load_state(checkpoint)["step"]
+    sizes = batch_sizes_of(kept, recipe.train.batch_size)
     model = model.to(device).eval()
     return Subject(
         where=found.where,
@@ -157,7 +166,8 @@ def open_subject(
         latents=latents,
         held_out=held_out,
         autoencoder=autoencoder,
-        batches=whole_batches(recipe, latents, device),
+        sizes=sizes,
+        batches=whole_batches(recipe, latents, device, sizes),
         history=[row for row in merged_history(run) if row["step"] <= step],
         strip=written_strip(run, step),
         opened=lambda: open_run(found, CPU).model.trainable(),
@@ -197,7 +207,8 @@ def live_subject(
         latents=latents,
         held_out=held_out,
         autoencoder=autoencoder,
-        batches=whole_batches(recipe, latents, device),
+        sizes=live.batch_sizes,
+        batches=whole_batches(recipe, latents, device, live.batch_sizes),
         history=history,
         strip=strip,
     )

@@ -47,9 +47,9 @@ class Visits:
         initial = (
             {name: p.detach() for name, p in state.parameters.items()}
             if state.step == 0
-            else untrained(recipe)[1]
+            else untrained(recipe, state.begun_from)[1]
         )
-        self._initial = {name: x.to("cpu", copy=True) for name, x in initial.items()}
+        self._initial = initial and {name: x.to("cpu", copy=True) for name, x in initial.items()}
         self._rows = RowWriter(run.findings, state.step)
 
     def visit(self) -> list[dict[str, Any]]:

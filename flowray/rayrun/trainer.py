@@ -161,7 +161,7 @@ def fit(
             if say:
                 closing.enter_context(told_of_waiting(resources, run, say))
             while (
-                not _trained(trainer(train_loop_config=config), run)
+                not _trained(trainer(train_loop_config=config), run, recipe)
                 and not run.stop_request.exists()
             ):
                 _check_room(recipe, run)
@@ -173,13 +173,14 @@ def fit(
     raise_failure(run)
 
 
-def _trained(trainer: TorchTrainer, run: RunDirectory) -> bool:
+def _trained(trainer: TorchTrainer, run: RunDirectory, recipe: Recipe) -> bool:
     """Train; False where it is to be tried again.
 
     There was no room for the workers, now or again after some were lost: Ray Train has waited for
     it then, 1 + max_failures times RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, 20 minutes by default.
     Or workers were lost too often for Ray, but see `should_retry`. Or they have ended with a
-    checkpoint, as one of them was told that it goes.
+    checkpoint, as one of them was told that it goes: which a worker of the start before may say
+    late, and this one has then finished, or failed.
     """
     before = newest_step(run)
     run.preempted.unlink(missing_ok=True)
@@ -195,7 +196,8 @@ def _trained(trainer: TorchTrainer, run: RunDirectory) -> bool:
         if isinstance(error.controller_failure, StartTimeout):
             return False
         raise
-    return not run.preempted.exists()
+    preempted = run.preempted.exists() and not failure_file(run).exists()
+    return not preempted or is_finished(recipe, run)
 
 
 def _check_room(recipe: Recipe, run: RunDirectory) -> None:

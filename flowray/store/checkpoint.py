@@ -2,9 +2,9 @@
 
 `checkpoints/step_000500/` holds `model.safetensors` (trainable weights; frozen ones are named by
 the recipe), `ema.safetensors`, `optim.safetensors`, `moving.safetensors` where a loss keeps a
-running state, and `state.json` (step and seed, which are all of the data cursor and the RNG, since
-every draw is a function of them; what the frozen models' weights were, see frozen.py; and each
-file's size and CRC-32). The folder is renamed into place
+running state, and `state.json` (step, seed and batch sizes, which are all of the data cursor and
+the RNG, since every draw is a function of them; what the frozen models' weights were, see
+frozen.py; and each file's size and CRC-32). The folder is renamed into place
 when complete. Damaged (another content) and unreadable (the storage does not answer) are different
 things: the first is passed over aloud, the second ends a start.
 """

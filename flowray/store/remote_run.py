@@ -12,10 +12,12 @@ import re
 import shutil
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
+from flowray.config.rows import parse_rows
 from flowray.config.writing import write_whole
 from flowray.data.folders import sync
 from flowray.data.remote_place import RemotePlace
@@ -79,6 +81,14 @@ class RemoteRun:
         for file, name in self._beside().items():
             with suppress(FileNotFoundError):
                 self._place.write(name, file.read_bytes())
+
+    def has(self, step: int) -> bool:
+        """Whether the run's checkpoint of a step is there, and the probe rows up to the last."""
+        state = (self._run.checkpoint(step) / STATE).read_bytes()
+        if self._place.read(f"{self._folder(step)}/{STATE}") != state:
+            return False
+        rows = self._run.probes
+        return not rows.exists() or self._place.read(self._beside()[rows]) == rows.read_bytes()
 
     def rotate(self, step: int, keep: int, spare: Collection[int]) -> None:
         """Of the checkpoints up to `step` keep the newest `keep` and those of the steps `spare`;
@@ -162,7 +172,10 @@ class RemoteRun:
         The rows there are of all steps up to it; the run's own lack those that it did elsewhere.
         """
         for file, name in self._beside().items():
-            if (content := self._place.read(name)) is not None:
+            content = self._place.read(name)
+            if content is not None and file == self._run.times:
+                content = _merged(content, file)
+            if content is not None:
                 write_whole(file, content)
         best = best_step(self._run)
         if best is None or best == step or self._run.checkpoint(best).exists():
@@ -172,7 +185,8 @@ class RemoteRun:
 
     def _beside(self) -> dict[Path, str]:
         run = self._run
-        files = (run.config, run.metrics, run.probes, run.skipped, run.findings, run.gaps)
+        rows = (run.metrics, run.probes, run.skipped, run.findings, run.gaps, run.times)
+        files = (run.config, *rows)
         beside = {file: f"{self._root}/{file.name}" for file in files}
         return beside | {run.checkpoints / BEST: f"{self._root}/checkpoints/{BEST}"}
 
@@ -181,3 +195,27 @@ class RemoteRun:
 
     def _files(self, step: int) -> list[str]:
         return [row["name"].rpartition("/")[2] for row in self._place.ls(self._folder(step))]
+
+
+def is_sent(recipe: Recipe, run: RunDirectory, step: int) -> bool:
+    """Whether a bucket that the recipe names has the run's checkpoint of a step, and its probe
+    rows. InputError where it does not answer.
+    """
+    remote = RemoteRun.of(recipe, run)
+    return remote is None or remote.has(step)
+
+
+def _merged(there: bytes, file: Path) -> bytes:
+    """times.jsonl of the bucket and of the disk, in the order of their instants: of the starts that
+    it tells of some ran here and some elsewhere, and none is dropped.
+    """
+    lines = [line for line in there.splitlines() if line]
+    if file.exists():
+        known = set(lines)
+        lines += [line for line in file.read_bytes().splitlines() if line not in known]
+    rows = [
+        (float(row[0].get("at", 0.0)), line)
+        for line in lines
+        if (row := parse_rows(line.decode(errors="replace"))[0])  # a torn one is none
+    ]
+    return b"".join(line + b"\n" for _, line in sorted(rows, key=itemgetter(0)))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowray.config.errors import InputError, Notice
 from flowray.config.recipe import Recipe
+from flowray.model.files import content_of
 from flowray.store.checkpoint import list_checkpoints
 from flowray.store.run import RunDirectory
 from flowray.store.weights import KEY, find_weights, lacking
@@ -41,8 +42,32 @@ def begin_from(state: TrainState, recipe: Recipe) -> None:
             parameter.copy_(own)
             state.ema.average[name].copy_(own)
     state.model.semantic.begin()
+    state.begun_from = content_of(*found.files)
     if anew:
         warnings.warn(f"{KEY}: {found.where} {_new(anew)}", Notice, stacklevel=2)
+
+
+@torch.no_grad()
+def begin_again(parameters: Mapping[str, Tensor], recipe: Recipe, begun_from: str | None) -> bool:
+    """Give new weights, as the seed makes them, those that a run's step 1 started from. False where
+    these cannot be had any more.
+
+    begun_from: of the run, see TrainState; None of one before that was kept.
+    """
+    if begun_from == "" or (begun_from is None and recipe.train.init_from is None):
+        return True
+    if begun_from is None or recipe.train.init_from is None:
+        return False
+    try:
+        found = find_weights(recipe.train.init_from)
+        if content_of(*found.files) != begun_from:  # a run trains on
+            return False
+        tensors = found.tensors()
+    except (InputError, OSError):
+        return False
+    for name in parameters.keys() & tensors.keys():
+        parameters[name].copy_(tensors[name])
+    return True
 
 
 def check_start(recipe: Recipe) -> None:

@@ -27,7 +27,7 @@ from flowray.store.latents import (
     load_training,
     some_captions,
 )
-from flowray.store.remote_run import RemoteRun
+from flowray.store.remote_run import RemoteRun, is_sent
 from flowray.store.rows import has_row
 from flowray.store.run import RunDirectory, RunLock
 from flowray.store.splits import bad_samples
@@ -35,7 +35,7 @@ from flowray.train.ahead import BatchesAhead
 from flowray.train.clock import Clock
 from flowray.train.group import Group
 from flowray.train.saving import Saver
-from flowray.train.sinks import NOTHING, Due, Sinks
+from flowray.train.sinks import NOTHING, VISIT, Due, Sinks
 from flowray.train.skips import SkippedSteps
 from flowray.train.state import TrainState, fresh_state, kept_of, restore_state
 from flowray.train.step import BatchMaker, train_step
@@ -74,11 +74,11 @@ def train(
     """Train to `train.steps`, from the newest intact checkpoint of `run` if there is one.
 
     Probes, samples and a checkpoint also come at the last step, the checkpoint first. `stopped`:
-    `run.stop_request` appeared and a checkpoint was written. Every rank calls `report`, with the
-    lead's row, at every probe. make_visitor: who comes at every `probes.doctor_every`-th probe, on
-    the lead. told: whether this rank's process is about to be taken away; where any is told so, a
-    checkpoint is written after the step under way: `preempted`. InputError where a rank cannot use
-    the GPU that it was given.
+    `run.stop_request` appeared and a checkpoint was written (but see `SkippedSteps.look`). Every
+    rank calls `report`, with the lead's row, at every probe. make_visitor: who comes at every
+    `probes.doctor_every`-th probe, on the lead. told: whether this rank's process is about to be
+    taken away; where any is told so, a checkpoint is written after the step under way: `preempted`.
+    InputError where a rank cannot use the GPU that it was given.
     """
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     progress = WrittenProgress(run) if group.lead else SILENT
@@ -96,7 +96,7 @@ def train(
         if warning := check_captions(state.model.text.prompts, some_captions(latents)):
             progress.say(warning)
         objective = group.wrap(state.objective)
-        maker = BatchMaker(recipe, latents, group, state.model.text.prompts)
+        maker = BatchMaker(recipe, latents, group, state.model.text.prompts, state.batch_sizes)
         make_batch = BatchesAhead(maker, recipe.train.steps, group.device, recipe.data.prefetch)
         closing.enter_context(make_batch)
         lead = None
@@ -129,7 +129,7 @@ def train(
             due, stop = Due.at(state.step, recipe), stops.heard()
             saving = False
             if due.log or due.checkpoint or stop:
-                saving = skips.look(due.checkpoint) or bool(stop)
+                saving = skips.look(due.checkpoint or bool(stop))
             if due.log:
                 losses = _scalars(row, group) | state.tally.logged() | clock.row()
                 if lead:
@@ -202,6 +202,8 @@ def _save(lead: _Lead | None, state: TrainState, recipe: Recipe, *, waiting: boo
 def _ended(lead: _Lead | None, state: TrainState, how: Outcome) -> Outcome:
     if lead:
         lead.times.ended(state.step, how)
+        if how == "preempted":
+            lead.saver.leave()
     return how
 
 
@@ -225,7 +227,7 @@ def _look(lead: _Lead | None, due: Due, state: TrainState, group: Group, report:
             row = lead.sinks.probe(view)
         if due.visit and lead.visitor:
             lead.saver.settle()  # it takes steps, and takes them back
-            with lead.sinks.gap("the doctor's visit"):
+            with lead.sinks.gap(VISIT):
                 row["findings"] = lead.visitor.visit()
     if lead and due.probe:
         with lead.times.on("saving"):
@@ -236,8 +238,8 @@ def _look(lead: _Lead | None, due: Due, state: TrainState, group: Group, report:
 
 
 def is_finished(recipe: Recipe, run: RunDirectory) -> bool:
-    """Whether the newest checkpoint has all the steps, and the last one's probes are there: they
-    come after it.
+    """Whether the newest checkpoint has all the steps, the last one's probes are there, which come
+    after it, and a bucket that is to have them has both.
     """
     steps, valid = recipe.train.steps, list_checkpoints(run.checkpoints)
     if not valid or load_state(valid[-1])["step"] < steps:
@@ -245,7 +247,9 @@ def is_finished(recipe: Recipe, run: RunDirectory) -> bool:
     if not has_row(run.probes, load_state(valid[-1])["step"]):
         return False
     checkpoint = newest_checkpoint(run.checkpoints)
-    return checkpoint is not None and load_state(checkpoint)["step"] >= steps
+    if checkpoint is None or (step := load_state(checkpoint)["step"]) < steps:
+        return False
+    return is_sent(recipe, run, step)
 
 
 def _scalars(row: dict[str, torch.Tensor], group: Group) -> Row:

@@ -92,6 +92,11 @@ class Saver:
         if self._uploader and step:
             self._uploader.take(self._run.checkpoint(step))
 
+    def leave(self) -> None:
+        """The run goes on elsewhere, from what is on disk."""
+        if self._uploader:
+            self._uploader.leave()
+
     def judge(self) -> None:
         """Find the best one anew, as probe rows or checkpoints have come; none is being written."""
         if self._metric is not None:

@@ -31,7 +31,8 @@ Row = dict[str, Any]
 GRID_PROMPTS = 8
 # metrics.jsonl has them of the training batch, probes.jsonl of the held-out one
 PROBED_TOO = ("mu/abs_mean", "std/mean")
-PICTURES = "pictures"  # a strip that failed, in gaps.jsonl
+# a strip and a visit that failed, in gaps.jsonl
+PICTURES, VISIT = "pictures", "the doctor's visit"
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,13 @@ class Sinks:
             return NOTHING
         due = Due.at(step, self.recipe)
         drawn = run.strip(step).exists() or has_row(run.gaps, step, what=PICTURES)
+        visited = has_row(run.findings, step) or has_row(run.gaps, step, what=VISIT)
         return Due(
             log=False,
             probe=due.probe and not has_row(run.probes, step),
             sample=due.sample and not drawn,
             checkpoint=False,
-            visit=due.visit and not has_row(run.findings, step),
+            visit=due.visit and not visited,
         )
 
     def probe(self, view: View) -> Row:
@@ -191,7 +193,9 @@ class Sinks:
             why = f"{type(error).__name__}: {last_line(str(error))}"
             if self._gaps is None:
                 self._gaps = RowWriter(self.run.gaps, self.state.step)
-            self._gaps.write({"step": self.state.step, "what": what, "why": why})
+            # probes that were cut off behind one are made again
+            if not has_row(self.run.gaps, self.state.step, what=what):
+                self._gaps.write({"step": self.state.step, "what": what, "why": why})
             self._say(f"warning: step {self.state.step}: {what} failed: {why}; training goes on")
 
     def flush(self) -> None:

@@ -51,7 +51,8 @@ class SkippedSteps(AbstractContextManager["SkippedSteps"]):
     ):
         self.recipe, self.run, self.group, self.state = recipe, run, group, state
         self._saved = saved
-        make_batch = BatchMaker(recipe, latents, group)  # of its own: batches are made in a thread
+        # of its own: batches are made in a thread
+        make_batch = BatchMaker(recipe, latents, group, sizes=state.batch_sizes)
         self.make_batch, self.indices = make_batch, make_batch.indices
         self.key = latents.reader.key
         self._rows: RowWriter | None = None
@@ -60,10 +61,12 @@ class SkippedSteps(AbstractContextManager["SkippedSteps"]):
 
     def look(self, saving: bool) -> bool:
         """Write down what was skipped since the last look, and act on it. saving: whether a
-        checkpoint is due; returns whether to write it.
+        checkpoint is due, or the run stops; returns whether to write it.
 
         What is skipped over and over may be the weights' fault, so that in the middle of such steps
-        the checkpoint from before them is kept, but for the end of the run.
+        the checkpoint from before them is kept, but for the end of the run. One that stops there
+        goes on from that one too: it takes the steps since once more and comes to the same end,
+        where from a checkpoint within it would roll back to the very weights at fault.
 
         After `train.rollback_after` in a row the weights, the optimiser and the average become
         those of the newest checkpoint, and the run goes on with the next batch: the batches since
@@ -74,20 +77,25 @@ class SkippedSteps(AbstractContextManager["SkippedSteps"]):
         if not (found := tally.look(self.group)):
             return saving
         rows = [self._described(skipped) for skipped in found]
-        rows[0] |= self._diagnosed(found[0].step - 1)
         too_many = tally.skipped > limits.max_skipped
-        if not too_many and 0 < limits.rollback_after <= tally.in_a_row:
-            back = self._roll_back()
-            rows[-1]["rolled_back_to"] = back
-            too_many = back is None
-        if self.group.lead:
-            self._rows = self._rows or RowWriter(self.run.skipped, found[0].step - 1)
-            for row in rows:
-                self._rows.write(row)
+        try:
+            rows[0] |= self._diagnosed(found[0].step - 1)
+            if not too_many and 0 < limits.rollback_after <= tally.in_a_row:
+                back = self._roll_back()
+                rows[-1]["rolled_back_to"] = back
+                too_many = back is None
+        finally:  # what ends the run there may come of them
+            self._write(rows)
         if too_many:
             self.state.step = found[-1].step - 1  # who examines the run now meets that batch
             raise Halted(_blame(found[-1], tally.skipped))
         return saving and (not tally.in_a_row or self.state.step == self.recipe.train.steps)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        if self.group.lead:
+            self._rows = self._rows or RowWriter(self.run.skipped, rows[0]["step"] - 1)
+            for row in rows:
+                self._rows.write(row)
 
     def __exit__(self, *_: object) -> None:
         if self._rows:
@@ -141,8 +149,9 @@ class SkippedSteps(AbstractContextManager["SkippedSteps"]):
         if not group.agree(bool(list_checkpoints(self.run.checkpoints)) if group.lead else False):
             return None
         step, counts, backoffs = state.step, state.tally.kept(), int(state.backoffs)
+        sizes = state.batch_sizes
         restore_state(state, self.recipe, self.run, group)
-        back, state.step = state.step, step
+        back, state.step, state.batch_sizes = state.step, step, sizes
         state.tally.restore(counts | {"in_a_row": 0})
         state.backoffs.fill_(backoffs)
         return back

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
 from flowray.config.train import LRScheduleConfig, WarmRestarts
+from flowray.data.order import BatchSizes
 from flowray.losses.balance import Balancer
 from flowray.losses.total import Objective
 from flowray.model.assemble import FlowModel, build_model
@@ -42,13 +43,16 @@ class Halted(RuntimeError):
 
 @dataclass
 class TrainState:
-    """`step` steps are done. The data cursor and all randomness follow from (recipe.seed, step).
+    """`step` steps are done. All randomness follows from (recipe.seed, step).
 
     schedule: the recipe's, with a restart at a checkpoint in numbers; restart: that checkpoint's
     step and the lr that led to it.
     backoffs: () int64, how often fp16's loss scale has been cut; tally: what became of each step.
     frozen: `frozen_weights` of when they were read.
     data: `LatentSet.told` of the samples that it is trained on; empty where nobody asks.
+    batch_sizes: of all its steps; with the step they are the data cursor.
+    begun_from: `content_of` the weights that `train.init_from` named at step 0; empty where it
+    named none, None where that is not known.
     before_update: called before a step changes weights, optimiser and average.
     shards: that weights, EMA and the optimiser's state are in parts on the ranks; None: each has
     all.
@@ -63,9 +67,11 @@ class TrainState:
     balancer: Balancer
     scaler: torch.amp.GradScaler
     schedule: LRScheduleConfig
+    batch_sizes: BatchSizes
     restart: tuple[int, float] = (0, 0.0)
     backoffs: Tensor = field(default_factory=lambda: torch.tensor(0))
     tally: Tally = field(default_factory=Tally)
+    begun_from: str | None = ""
     frozen: dict[str, str] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     before_update: Callable[[], None] = lambda: None
@@ -113,6 +119,7 @@ def state_of(recipe: Recipe, model: FlowModel, group: Group | None = None) -> Tr
             enabled=recipe.train.precision == "fp16",
         ),
         schedule=resolve_schedule(recipe.optim.schedule, 0, 0.0),
+        batch_sizes=BatchSizes.of(recipe.train.batch_size),
         backoffs=torch.tensor(0, device=device),
     )
 
@@ -172,7 +179,8 @@ def kept_of(state: TrainState, recipe: Recipe) -> Kept | None:
     kept = {
         WEIGHTS: {**frozen_weights(recipe.model), **state.frozen},
         "seed": recipe.seed,
-        "batch_size": recipe.train.batch_size,
+        "batch_sizes": state.batch_sizes.changes,
+        "begun_from": state.begun_from,
         "data": state.data,
         "lr": lr_at(state.schedule, recipe.optim.lr, state.step - 1, recipe.train.steps),
         "restart": state.restart if _restarts_here(recipe) else None,
@@ -247,7 +255,7 @@ def restore_state(
             f"seed: got {recipe.seed}, but {checkpoint} was trained with {kept['seed']}; a resume"
             " keeps the seed"
         )
-    _refuse_other_data(checkpoint, kept, state.data, recipe)
+    sizes = _continued(checkpoint, kept, state.data, recipe)
     refuse_other_weights(checkpoint, kept, recipe.model)
     for group_name, into in (("model", state.parameters), ("ema", state.ema.average)):
         tensors = parts_of(load_tensors(checkpoint, group_name), state.parameters)
@@ -259,7 +267,8 @@ def restore_state(
         for slot, value in slots.items():  # fused: `step` too lies on the device
             own = part_of(value.to(parameter.device), parameter)
             state.optimizer.state[parameter][slot] = own
-    state.step = kept["step"]
+    state.step, state.batch_sizes = kept["step"], sizes
+    state.begun_from = kept.get("begun_from")
     state.restart = restart_of(kept)
     state.schedule = resolve_schedule(recipe.optim.schedule, *state.restart)
     state.balancer.restore(kept.get("balance", {}))
@@ -269,27 +278,38 @@ def restore_state(
         state.scaler.load_state_dict(kept["scaler"])
 
 
-def _refuse_other_data(
+def _continued(
     checkpoint: Path, kept: dict[str, Any], data: dict[str, Any], recipe: Recipe
-) -> None:
-    """InputError where a resume would silently train on in another order: which samples a step
-    takes follows from the samples there are and the batch. Checkpoints of before do not say.
+) -> BatchSizes:
+    """The batch sizes of a run that goes on from a checkpoint. InputError where it would silently
+    do so in another order: which samples a step takes follows from the samples there are and from
+    those that steps took before. Checkpoints of before do not say what there was.
     """
-    batch = recipe.train.batch_size
-    if kept.get("batch_size", batch) != batch:
+    size, step = recipe.train.batch_size, kept["step"]
+    sizes = batch_sizes_of(kept, size)
+    if recipe.train.on_changed_data == "continue":
+        return sizes.changed(step, size)
+    if (old := sizes.at(step)) != size:
         raise InputError(
-            f"train.batch_size: got {batch}, but {checkpoint} was trained with"
-            f" {kept['batch_size']}; a resume keeps it"
+            f"train.batch_size: got {size}, but {checkpoint} was trained with {old}; type"
+            f" train.batch_size={old}, or train.on_changed_data=continue to go on with {size} at"
+            " the sample where it stopped, or name=OTHER for a new run"
         )
     before = kept.get("data")
-    if not before or not data or before == data or recipe.train.on_changed_data == "continue":
-        return
+    if not before or not data or before == data:
+        return sizes
     was, now = (f"{of['samples']} samples ({of['fingerprint'][:8]})" for of in (before, data))
     raise InputError(
         f"data.shards: {checkpoint} was trained on {was}, and they are {now} now; put the data"
         " back, or type train.on_changed_data=continue to go on with these by samples seen, or"
         " name=OTHER for a new run"
     )
+
+
+def batch_sizes_of(kept: Mapping[str, Any], size: int) -> BatchSizes:
+    """By a checkpoint's state; those of before have one size, or do not say: then it is `size`."""
+    changes = kept.get("batch_sizes") or [(0, kept.get("batch_size", size))]
+    return BatchSizes(tuple((int(step), int(taken)) for step, taken in changes))
 
 
 _NOTHING = "nothing"  # that a rank can read

@@ -9,7 +9,7 @@ from torch import nn
 from flowray.config.model import DiTVelocity, TokenRoute
 from flowray.config.recipe import Recipe
 from flowray.data.bucket_order import BucketOrder
-from flowray.data.order import EpochOrder
+from flowray.data.order import BatchSizes, EpochOrder
 from flowray.flow.draws import Draws, null_partners, stream_seed
 from flowray.flow.time import time_config, training_times
 from flowray.losses.balance import Measured, gradient_metrics
@@ -31,10 +31,11 @@ Scalars = dict[str, torch.Tensor]
 
 
 class BatchMaker:
-    """Makes this rank's batch of any step, a pure function of (recipe, step). Where the latents are
-    in buckets a batch is of one, and so of one shape.
+    """Makes this rank's batch of any step, a pure function of (recipe, sizes, step). Where the
+    latents are in buckets a batch is of one, and so of one shape.
 
     prompts: a tokenizer that is to have kept the captions' token ids when the batch is trained on.
+    sizes: of the batches; the recipe's alone unless a resume has changed it.
     """
 
     def __init__(
@@ -43,25 +44,26 @@ class BatchMaker:
         latents: LatentSet,
         group: Group,
         prompts: PromptTokenizer | None = None,
+        sizes: BatchSizes | None = None,
     ):
         self.recipe, self.latents, self.group = recipe, latents, group
+        self.sizes = sizes or BatchSizes.of(recipe.train.batch_size)
         self.prompts = prompts
         self.route = route_of(recipe)
         self.order = (
             EpochOrder(len(latents), recipe.seed)
             if latents.buckets is None
-            else BucketOrder(latents.buckets, recipe.train.batch_size, recipe.seed)
+            else BucketOrder(latents.buckets, self.sizes, recipe.seed)
         )
 
     def indices(self, step: int) -> np.ndarray:
         """Sample indices of the whole global batch."""
         if isinstance(self.order, BucketOrder):
             return self.order(step)
-        size = self.recipe.train.batch_size
-        return self.order(np.arange(step * size, (step + 1) * size))
+        return self.order(np.arange(self.sizes.seen(step), self.sizes.seen(step + 1)))
 
     def __call__(self, step: int) -> Batch:
-        recipe, size, device = self.recipe, self.recipe.train.batch_size, self.group.device
+        recipe, size, device = self.recipe, self.sizes.at(step), self.group.device
         rows = self.group.rows(size)
         draws = Draws(recipe.seed, step, size, rows, device)
         indices = self.indices(step)
@@ -102,11 +104,13 @@ class BatchMaker:
         return self.latents.chosen_captions(indices, u.tolist())
 
 
-def whole_batches(recipe: Recipe, latents: LatentSet, device: torch.device) -> BatchMaker:
+def whole_batches(
+    recipe: Recipe, latents: LatentSet, device: torch.device, sizes: BatchSizes | None = None
+) -> BatchMaker:
     """Global batches on one device, whatever the number of ranks, with every token through every
     block as in sampling: what an examination of the training path looks at.
     """
-    maker = BatchMaker(recipe, latents, Group(0, 1, device))
+    maker = BatchMaker(recipe, latents, Group(0, 1, device), sizes=sizes)
     maker.route = None
     return maker
 

@@ -25,15 +25,15 @@ class Times:
     """
 
     def __init__(self, run: RunDirectory):
-        self._path = run.times
-        self._start = 1 + max((row.get("start", 0) for row in read_rows(run.times)), default=0)
+        self._path, self._start = run.times, 0
         self._began, self._mark = time.time(), time.monotonic()
         self._on: Spending = "steps"
         self._spent: dict[Spending, float] = {}
         self._step = 0
 
     def ready(self, step: int, workers: int) -> None:
-        """Just before the first step."""
+        """Just before the first step, and behind what a bucket has of the starts before."""
+        self._start = 1 + max((row.get("start", 0) for row in read_rows(self._path)), default=0)
         self._mark = time.monotonic()
         self._spent = {"steps": 0.0, "saving": 0.0, "probes": 0.0}
         self.row(step, what="ready", began=self._began, workers=workers)

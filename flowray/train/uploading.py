@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 from flowray.data.remote import plain
-from flowray.store.checkpoint import step_of
+from flowray.store.checkpoint import STATE, step_of
 from flowray.store.remote_run import RemoteRun
 from flowray.train.state import Halted
 
@@ -21,7 +22,7 @@ class Uploader:
     Where it falls behind a newer checkpoint takes the place of those that wait. Where the bucket
     fails training goes on for `patience_s` from the checkpoint that could not be sent; say: hears
     of the first such try in a row. A context manager: its end waits for what is to be sent, so long
-    at most.
+    at most, and raises Halted where it is not, but for a run that goes on elsewhere (`leave`).
     """
 
     def __init__(self, remote: RemoteRun, keep: int, patience_s: float, say: Callable[[str], None]):
@@ -33,7 +34,7 @@ class Uploader:
         self._best: frozenset[int] = frozenset()
         self._behind_since = 0.0
         self._why: str | None = None  # of the last try, where it failed
-        self._left = self._given_up = False
+        self._left = self._given_up = self._elsewhere = False
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
 
     def take(self, checkpoint: Path) -> None:
@@ -60,11 +61,20 @@ class Uploader:
             if time.monotonic() - self._behind_since > self._patience_s:
                 self._given_up = True
                 self._changed.notify_all()
+                if self._elsewhere:
+                    return
                 raise Halted(
                     f"step {step_of(self._sending)}: {self._why}; no checkpoint could be sent for"
                     f" train.checkpoint_patience_s={self._patience_s:g} s, those of"
                     f" {self._sending.parent} are kept"
                 )
+
+    def leave(self) -> None:
+        """The run goes on elsewhere, from what is on disk, and sends it then: a bucket that fails
+        is no reason to end it.
+        """
+        with self._changed:
+            self._elsewhere = True
 
     def __enter__(self) -> Uploader:
         self._thread.start()
@@ -77,7 +87,7 @@ class Uploader:
             self._given_up |= kind is not None
             self._changed.notify_all()
         if kind is None or issubclass(kind, Exception):
-            while self._thread.is_alive():
+            while self._thread.is_alive() and not (self._elsewhere and self._given_up):
                 self._thread.join(0.1)
                 if kind is None:
                     self.check()
@@ -99,9 +109,9 @@ class Uploader:
                 sending, best = self._sending, self._best
             why = self._try(sending, best)
             if why and self._why is None:
-                self._say(
-                    f"warning: step {step_of(sending)}: {why}; training goes on, it is tried again"
-                    f" for {self._patience_s:g} s"
+                self._warn(
+                    f"step {step_of(sending)}: {why}; training goes on, it is tried again for"
+                    f" {self._patience_s:g} s"
                 )
             with self._changed:
                 self._why = why
@@ -114,7 +124,12 @@ class Uploader:
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
         # probe rows, and so the best one, come after their checkpoints
         if why := self._try(last, best, rows=True):
-            self._say(f"warning: {why}; the last rows are on disk alone")
+            self._warn(f"{why}; the last rows are on disk alone")
+
+    def _warn(self, text: str) -> None:
+        """A console that is gone, or a full disk behind it, is no reason to send no more."""
+        with suppress(Exception):
+            self._say(f"warning: {text}")
 
     def _try(self, checkpoint: Path, best: Collection[int], *, rows: bool = False) -> str | None:
         """Send it, and the best one where that is lacking there; what went wrong.
@@ -125,11 +140,20 @@ class Uploader:
         try:
             remote.send(checkpoint)
             for other in best:
-                if other != step and (kept := checkpoint.with_name(f"step_{other:06d}")).exists():
-                    remote.send(kept)
+                if other != step:
+                    self._send_best(checkpoint.with_name(f"step_{other:06d}"))
             if rows:
                 remote.send_rows()
             remote.rotate(step, self._keep, best)
         except Exception as error:
             return plain(error)
         return None
+
+    def _send_best(self, checkpoint: Path) -> None:
+        """Where it is not the best one any more it may go from the disk meanwhile."""
+        try:
+            if (checkpoint / STATE).exists():
+                self._remote.send(checkpoint)
+        except FileNotFoundError:
+            if (checkpoint / STATE).exists():
+                raise

@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from flowray.data.order import LISTED, CipherPermutation, EpochOrder, evenly
+from flowray.data.order import LISTED, BatchSizes, CipherPermutation, EpochOrder, evenly
 
 
 @pytest.mark.parametrize("size", [1, 7, 96, 1000])
@@ -164,3 +164,20 @@ def test_ten_million_samples_take_no_memory_and_no_time_ahead() -> None:
     assert len(order._kept) == EpochOrder.KEPT
     assert held < 10**6
     assert peak < 2 * 10**6
+
+
+def test_batch_sizes_count_what_was_seen() -> None:
+    sizes = BatchSizes.of(8).changed(4, 16).changed(4, 12).changed(6, 2).changed(9, 2)
+    assert sizes.changes == ((0, 8), (4, 12), (6, 2))
+    taken = [8, 8, 8, 8, 12, 12, 2, 2, 2, 2]
+    assert [sizes.at(step) for step in range(10)] == taken
+    assert [sizes.seen(step) for step in range(11)] == [sum(taken[:step]) for step in range(11)]
+    assert sizes.changed(4, 8) == BatchSizes.of(8)  # what came after is forgotten
+    assert sizes.changed(0, 3) == BatchSizes.of(3)
+    assert BatchSizes.of(7).seen(10**12) == 7 * 10**12
+
+
+@pytest.mark.parametrize("changes", [(), ((1, 8),), ((0, 8), (4, 0)), ((0, 8), (4, 1), (4, 2))])
+def test_batch_sizes_refuse_nonsense(changes: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        BatchSizes(changes)

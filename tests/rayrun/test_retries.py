@@ -10,6 +10,7 @@ import torch
 from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 from ray.tune.experiment.trial import Trial
+from support import tiny_recipe
 
 from flowray.cluster.ray_private import HealthCheckFailed
 from flowray.config.errors import InputError
@@ -127,7 +128,7 @@ def test_a_run_is_started_again_only_after_a_loss_that_followed_a_checkpoint(
             if error:
                 raise error
 
-        return _trained(SimpleNamespace(fit=fit), run)
+        return _trained(SimpleNamespace(fit=fit), run, tiny_recipe(tmp_path))
 
     assert ends(None, 10) is True
     assert ends(lost, 20) is False
@@ -137,6 +138,23 @@ def test_a_run_is_started_again_only_after_a_loss_that_followed_a_checkpoint(
     write_failure(run, InputError("optim.lr"))  # it would come again
     with pytest.raises(WorkerGroupError):
         ends(lost, 40)
+
+
+def test_a_notice_of_an_earlier_start_starts_no_finished_run_again(tmp_path: Path) -> None:
+    run, recipe = RunDirectory(tmp_path), tiny_recipe(tmp_path, **{"train.steps": 20})
+
+    def ends(step: int) -> bool:
+        def fit() -> None:
+            save(tmp_path, step)
+            run.probes.write_text(f'{{"step": {step}}}\n')
+            run.preempted.touch()
+
+        return _trained(SimpleNamespace(fit=fit), run, recipe)
+
+    assert ends(10) is False
+    assert ends(20) is True
+    write_failure(run, InputError("optim.lr"))
+    assert ends(10) is True
 
 
 def test_the_newest_step_is_that_of_a_whole_checkpoint(tmp_path: Path) -> None:

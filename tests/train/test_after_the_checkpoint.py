@@ -5,6 +5,7 @@ is made by the resume.
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,31 @@ def test_probes_and_pictures_that_fail_are_gaps(base, tmp_path, capfd):
     notes = [note for note in load_run(run.path).notes if note.startswith("gaps.jsonl")]
     assert len(notes) == 2
     assert write_run_report(run.path).is_file()
+
+
+def test_a_gap_is_told_once(tmp_path):
+    """A finished run whose visit and round trip failed, and one that was cut off before the probe
+    row: its autoencoder is there when it starts, and gone when it looks.
+    """
+    every = {f"train.{key}_every": 4 for key in ("probe", "sample", "checkpoint")}
+    recipe = tiny_recipe(tmp_path, **every, **{"train.steps": 4, "probes.doctor_every": 1})
+    run, away = run_of(recipe), tmp_path / "away"
+    place = Path(recipe.model.autoencoder.path)
+
+    class Failing(nullcontext):
+        def __init__(self, *_: object) -> None:
+            super().__init__()
+            place.rename(away)
+
+        def visit(self) -> None:
+            raise RuntimeError("no visit")
+
+    wanted = [(4, "pictures"), (4, "the autoencoder's round trip"), (4, "the doctor's visit")]
+    for _ in range(2):
+        assert train(recipe, run, CPU, lambda row: None, Failing) == "finished"
+        away.rename(place)
+        assert [(row["step"], row["what"]) for row in read_rows(run.gaps)] == wanted
+        run.probes.write_text("")
 
 
 def test_a_full_disk_is_no_gap(base, whole):

@@ -1,5 +1,6 @@
 """`train.init_from`: a new run that starts from the weights of another."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from flowray.cli.export import main as export
 from flowray.cli.ready import problems
 from flowray.config.errors import InputError, Notice
 from flowray.config.load import dump_recipe, load_recipe
+from flowray.doctor.subject import open_subject, untrained
+from flowray.store.found import find_checkpoint
 from flowray.store.run import RunDirectory
 from flowray.train.begin import begin_from
 from flowray.train.state import TrainState, fresh_state, restore_state, save_state
@@ -68,6 +71,37 @@ def test_weights_and_average_are_those_of_the_source(folder, source):
         assert torch.equal(state.parameters[name], tensor), name
         assert torch.equal(state.ema.average[name], tensor), name
     assert not state.optimizer.state
+
+
+def test_a_resumed_run_knows_what_it_began_from(folder):
+    source = folder / "again"
+    shutil.copytree(folder / "runs" / "tiny", source)
+    recipe = tiny_recipe(folder, **{"name": "long", "train.init_from": str(source)})
+    run = RunDirectory(folder / "runs" / "long")
+    run.create()
+    run.config.write_text(dump_recipe(recipe))
+    state = started(recipe)
+    state.step = 3
+    save_state(state, recipe, run)
+    want = load_file(source / "checkpoints" / "step_000004" / "ema.safetensors")
+    resumed = started(recipe)
+    assert resumed.step == 3
+    for initial in (
+        untrained(recipe, resumed.begun_from)[1],
+        open_subject(find_checkpoint(run.path)).initial,
+    ):
+        assert initial.keys() == want.keys()
+        assert all(torch.equal(initial[name], weight) for name, weight in want.items())
+    # not the weights that it began from any more
+    save_file(
+        {name: w + 1 for name, w in want.items()},
+        source / "checkpoints/step_000004/ema.safetensors",
+    )
+    assert untrained(recipe, resumed.begun_from)[1] is None
+    assert open_subject(find_checkpoint(run.path)).initial is None
+    plain = tiny_recipe(folder, name="plain")
+    assert untrained(plain, "")[1].keys() == untrained(plain, None)[1].keys() == want.keys()
+    assert untrained(plain, resumed.begun_from)[1] is None
 
 
 def test_raw_weights_where_the_source_samples_with_them(folder):

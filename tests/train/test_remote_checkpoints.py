@@ -24,11 +24,12 @@ from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.recipe import Recipe
 from flowray.store.checkpoint import DAMAGED, STATE, list_checkpoints, step_of
 from flowray.store.remote_run import RemoteRun
-from flowray.store.rows import read_rows
+from flowray.store.rows import add_row, read_rows
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
-from flowray.train.loop import train
+from flowray.train.loop import is_finished, train
 from flowray.train.state import Halted
+from flowray.train.uploading import Uploader
 
 CPU = Group(0, 1, torch.device("cpu"))
 SOUND = "SOUND_ENDPOINT"  # of the tests' own client
@@ -147,6 +148,8 @@ def test_a_run_on_an_empty_disk_goes_on_bit_for_bit(
     shutil.rmtree(run.path)
     failing.seen.clear()
     assert_same(go(recipe), whole, 12)
+    ready = [row for row in read_rows(run.times) if row.get("what") == "ready"]
+    assert [(row["start"], row["step"]) for row in ready] == [(1, 0), (2, late)]
     got = [path.partition("?")[0] for method, path in failing.seen if method == "GET"]
     weights = next(path for path in got if path.endswith(f"{late:06d}/model.safetensors"))
     rows_first = next(path for path in got if path.endswith("metrics.jsonl"))
@@ -307,6 +310,93 @@ def test_what_a_kill_left_unsent_is_sent_by_the_resume(recipe: Recipe) -> None:
     go(recipe)
     assert steps_there(recipe) == [12]
     assert read_rows(run.probes)[-1]["step"] == 12
+
+
+def test_a_run_is_finished_once_the_bucket_has_its_end(recipe: Recipe) -> None:
+    run = go(recipe)
+    assert is_finished(recipe, run)
+    put(recipe, f"checkpoints/step_000012/{STATE}", None)
+    assert not is_finished(recipe, run)
+    assert is_finished(override_recipe(recipe, {"train.checkpoint_url": None}), run)
+    go(recipe)
+    assert is_finished(recipe, run)
+    put(recipe, "probes.jsonl", b"")
+    assert not is_finished(recipe, run)
+
+
+def test_times_of_starts_on_two_machines_are_all_kept(recipe: Recipe) -> None:
+    run, early, late = begun(recipe)
+    here = read_rows(run.times)
+    add_row(run.times, {"step": early, "start": 1, "at": here[0]["at"] + 1e-6, "what": "here"})
+    kept = read_rows(run.times)[:-2] + read_rows(run.times)[-1:]  # the bucket has the one between
+    run.times.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    shutil.rmtree(run.checkpoint(late))
+    assert RemoteRun(str(recipe.train.checkpoint_url), run).newest() == run.checkpoint(late)
+    assert read_rows(run.times) == [here[0], kept[-1], *here[1:]]
+
+
+def test_a_machine_that_goes_leaves_a_run_to_go_on_though_the_bucket_fails(
+    recipe: Recipe, failing: Failing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowray.data.remote.TRIES", 2)
+    run = go(recipe, **{"train.steps": 2})
+
+    def told() -> bool:
+        failing.every = 1
+        return True
+
+    patience = override_recipe(recipe, {"train.checkpoint_patience_s": 0.5})
+    outcome = train(patience, run, CPU, lambda row: None, told=told)
+    failing.every = 0
+    assert outcome == "preempted"
+    assert step_of(list_checkpoints(run.checkpoints)[-1]) == 3
+    assert steps_there(recipe) == [2]
+    go(recipe, **{"train.steps": 4})
+    assert steps_there(recipe)[-1] == 4
+
+
+def copied(recipe: Recipe, whole: RunDirectory) -> RunDirectory:
+    shutil.copytree(whole.path, run_of(recipe).path)
+    return run_of(recipe)
+
+
+def test_a_console_that_is_gone_does_not_keep_checkpoints_from_the_bucket(
+    recipe: Recipe, whole: RunDirectory, failing: Failing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowray.data.remote.TRIES", 2)
+    run, said = copied(recipe, whole), list[str]()
+
+    def say(text: str) -> None:
+        said.append(text)
+        failing.every = 0
+        raise OSError(5, "the console is gone")
+
+    failing.every = 1
+    with Uploader(RemoteRun(str(recipe.train.checkpoint_url), run), 2, 60.0, say) as uploader:
+        uploader.take(run.checkpoint(12))
+    assert len(said) == 1
+    assert steps_there(recipe) == [12]
+
+
+class Rotating(RemoteRun):
+    """The disk loses step 4, which is not the best one any more, as it is sent."""
+
+    def send(self, checkpoint: Path) -> None:
+        if step_of(checkpoint) == 4:
+            shutil.rmtree(checkpoint)
+        super().send(checkpoint)
+
+
+def test_a_best_one_that_is_replaced_while_it_is_sent_is_no_failure(
+    recipe: Recipe, whole: RunDirectory
+) -> None:
+    run, said = copied(recipe, whole), list[str]()
+    remote = Rotating(str(recipe.train.checkpoint_url), run)
+    with Uploader(remote, 2, 60.0, said.append) as uploader:
+        uploader.spare({4})
+        uploader.take(run.checkpoint(12))
+    assert said == []
+    assert steps_there(recipe) == [12]
 
 
 def test_a_new_run_does_not_begin_over_one_in_the_bucket(recipe: Recipe, tmp_path: Path) -> None:

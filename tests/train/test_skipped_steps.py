@@ -5,6 +5,7 @@ is written down.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from safetensors.torch import load_file
 from support import on_two_ranks, tiny_recipe
 from torch import Tensor
 
+from flowray.config.errors import InputError
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
 from flowray.data.order import EpochOrder
 from flowray.losses.balance import Balancer, Measured
 from flowray.report.load import load_run
-from flowray.store.checkpoint import load_state, newest_checkpoint
+from flowray.store.checkpoint import load_state, load_tensors, newest_checkpoint
 from flowray.store.latents import LatentSet, ensure_latents, load_latents
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
@@ -60,10 +62,12 @@ def poison(patch: pytest.MonkeyPatch, bad: set[int]) -> None:
     patch.setattr(LatentSet, "moments", corrupt)
 
 
-def go(recipe: Recipe, name: str, **overrides: Any) -> RunDirectory:
+def go(
+    recipe: Recipe, name: str, told: Callable[[], bool] | None = None, **overrides: Any
+) -> RunDirectory:
     recipe = override_recipe(recipe, {"name": name, **overrides})
     run = RunDirectory(Path(str(recipe.storage_path)) / name)
-    train(recipe, run, CPU, lambda row: None)
+    train(recipe, run, CPU, lambda row: None, told=told)
     return run
 
 
@@ -178,6 +182,79 @@ def test_after_enough_in_a_row_the_weights_are_those_of_the_checkpoint_again(
     slots = load_file(newest_checkpoint(run.checkpoints) / "optim.safetensors")
     assert {float(value) for name, value in slots.items() if name.endswith("/step")} == {5.0}
     assert any("went back to step 4" in note for note in load_run(run.path).notes)
+
+
+BACK = {"train.rollback_after": 3, "train.log_every": 1}
+
+
+def poison_steps_6_to_8(patch: pytest.MonkeyPatch, seed: int) -> None:
+    order = EpochOrder(64, seed)(np.arange(64)).reshape(8, 8)
+    poison(patch, {int(sample) for sample in order[5:8, 0]})
+
+
+def test_a_stop_amid_skipped_steps_goes_on_from_before_them(
+    base: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison_steps_6_to_8(monkeypatch, base.seed)
+    fixed = {"optim.schedule": {"kind": "constant"}, "loss.kl.schedule": {"kind": "constant"}}
+    recipe, asked = override_recipe(base, {**fixed, **BACK, "train.steps": 10}), []
+
+    def told() -> bool:
+        asked.append(1)
+        return len(asked) == 7
+
+    stopped, whole = go(recipe, "amid", told), go(recipe, "not-stopped")
+    assert [row["step"] for row in read_rows(stopped.skipped)] == [6, 7]
+    assert load_state(newest_checkpoint(stopped.checkpoints))["step"] == 4
+    go(recipe, "amid")
+    assert read_rows(stopped.skipped) == read_rows(whole.skipped)
+    kept = [newest_checkpoint(run.checkpoints) / "ema.safetensors" for run in (stopped, whole)]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
+
+
+def test_what_was_skipped_is_written_where_the_way_back_fails(
+    base: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only checkpoint, of step 4, is damaged meanwhile."""
+    poison_steps_6_to_8(monkeypatch, base.seed)
+    checkpoint = RunDirectory(Path(str(base.storage_path)) / "no-way").checkpoint(4)
+
+    def told() -> bool:
+        if (file := checkpoint / "model.safetensors").exists():
+            file.write_bytes(bytes(file.stat().st_size))
+        return False
+
+    with pytest.raises(InputError, match="no checkpoint in it is intact"):
+        go(base, "no-way", told, **BACK)
+    rows = read_rows(RunDirectory(checkpoint.parent.parent).skipped)
+    assert [row["step"] for row in rows] == [6, 7, 8]
+
+
+def in_parts(rank: int, plain: dict[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        poison_steps_6_to_8(patch, plain["seed"])
+        recipe = Recipe.model_validate(plain)
+        run = RunDirectory(Path(str(recipe.storage_path)) / recipe.name)
+        train(recipe, run, Group.current("cpu"), lambda row: None)
+
+
+def test_ranks_that_hold_parts_go_back_to_the_checkpoint(base: Recipe) -> None:
+    """The last step is the one that goes back, so that its checkpoint is that of step 4."""
+    parts = {"name": "parts", "resources.num_workers": 2, "resources.shard": "full"}
+    two = override_recipe(base, {**parts, **BACK, "train.steps": 8})
+    ensure_latents(two.data, two.model.autoencoder, two.model.latent)
+    on_two_ranks(in_parts, two.model_dump(mode="json"))
+    run = RunDirectory(Path(str(two.storage_path)) / "parts")
+    rows = read_rows(run.skipped)
+    assert [(row["step"], row.get("rolled_back_to")) for row in rows] == [
+        (6, None),
+        (7, None),
+        (8, 4),
+    ]
+    for group in ("model", "ema", "optim", "moving"):
+        before, after = (load_tensors(run.checkpoint(step), group) for step in (4, 8))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()), group
 
 
 def test_too_many_halt_and_before_a_checkpoint_too(
