@@ -23,7 +23,7 @@ from flowray.config.sources import recipe_names
 from flowray.data.captions import captions_in
 from flowray.data.decode import picture_of, picture_size
 from flowray.data.order import evenly
-from flowray.data.pictures import decode_image
+from flowray.data.pictures import decode_image, pictures_also_in
 from flowray.data.prepare import Filtered, Preparation
 from flowray.data.reader import ShardReader
 from flowray.data.shards import NAMED, find_shards, tars
@@ -84,6 +84,7 @@ def look(folder: Path, val: Path | None, size: int | None, caption: str | None) 
     if prepare.config != AS_DECODED:
         said["prepare"] = prepare.config.model_dump(exclude_defaults=True)
     pictures, captions, notes = _samples(train, reader, chosen, prepare)
+    notes += _in_both(reader, held_out, val)
     if len(captions) > 1 and len(set(captions)) == 1:
         raise InputError(
             f"{train}: every caption looked at is {captions[0]!r}; a text-to-image model learns"
@@ -205,6 +206,21 @@ def _sizes(reader: ShardReader) -> list[tuple[int, int]]:
             if (extension := picture_of(reader.extensions(index))) is not None:
                 found.append(picture_size(reader.read(index, extension)))
     return found
+
+
+def _in_both(reader: ShardReader, held_out: ShardReader, val: Path) -> tuple[str, ...]:
+    """A note where some of the held-out pictures that are looked at are training ones, byte for
+    byte; InputError where all are.
+    """
+    chosen = evenly(len(held_out), LOOKED_AT)
+    twice = pictures_also_in(held_out, reader, chosen)
+    if twice and len(twice) == len(chosen):
+        raise InputError(
+            f"{val}: every held-out picture looked at is in the training shards too; held-out ones"
+            " must be others (pack with --val 0.05)"
+        )
+    said = f"{len(twice)} of {len(chosen)} held-out pictures looked at are in the training shards"
+    return (f"{said} too, so not held out",) if twice else ()
 
 
 def _samples(

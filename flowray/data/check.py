@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from flowray.data.decode import EXTENSIONS, UNREAD, decode_rgb, picture_of, pict
 from flowray.data.prepare import Filtered, Preparation
 from flowray.data.reader import ShardReader
 from flowray.data.remote import ahead, is_here, opened, remote_of, shown, stat_of
-from flowray.data.shards import MANIFEST, find_shards, sha256
+from flowray.data.shards import MANIFEST, SPLITS, find_shards, sha256
 
 PICKLES = ("pkl", "pyd", "pickle", "pth", "pt")
 _READ = ("json", "txt", *EXTENSIONS)
@@ -93,7 +93,10 @@ class _Checker:
     def __init__(self, folder: Path, caption_key: str | None, prepare: Preparation | None) -> None:
         self.folder, self.result = folder, ShardCheck()
         self.caption_key, self.prepare = caption_key, prepare
-        self.first_with: dict[bytes, str] = {}  # image hash -> "shard:key"
+        self.first_with: dict[bytes, tuple[str, str]] = {}  # image hash -> shard, key
+        self.pictures: Counter[str] = Counter()  # folder -> its pictures
+        # (folder, that of an equal picture before) -> pictures, where one of them is a split
+        self.across: Counter[tuple[str, str]] = Counter()
         self.unread: Counter[str] = Counter()  # extensions of pictures that are not read
         self.sizes: Counter[str] = Counter()  # of pictures
         self.arrays: Counter[str] = Counter()
@@ -182,10 +185,14 @@ class _Checker:
         sizes[size] += 1
         self.first_of_size.setdefault(size, (shard, key))
         digest = hashlib.sha256(sample[extension]).digest()[:16]
-        first = self.first_with.setdefault(digest, f"{shard}:{key}")
-        if first != f"{shard}:{key}":
+        first = self.first_with.setdefault(digest, (shard, key))
+        here, there = PurePosixPath(shard).parent, PurePosixPath(first[0]).parent
+        self.pictures[str(here)] += 1
+        if first != (shard, key):
             self.result.duplicates += 1
-            self.twin = self.twin or f"{first} = {shard}:{key}"
+            self.twin = self.twin or f"{':'.join(first)} = {shard}:{key}"
+            if here != there and {here.name.lower(), there.name.lower()} & set(SPLITS):
+                self.across[str(here), str(there)] += 1
 
     def _size(self, shard: str, key: str, data: bytes) -> str:
         """The size of a picture as it is stored; what `prepare` makes of it is looked at here."""
@@ -239,6 +246,13 @@ class _Checker:
                 f" earlier sample, first {self.twin}"
             )
             result.problems.append(Problem("info", "", "", what))
+        for (here, there), count in self.across.items():
+            whole = count >= min(self.pictures[here], self.pictures[there])
+            what = (
+                f"{count} picture(s) of {here} are byte for byte in {there} too: where one is"
+                " trained on, nothing measured on the other is held out"
+            )
+            result.problems.append(Problem("bad" if whole else "info", here, "", what))
         if self.several:
             what = (
                 f"{len(self.several)} sample(s) have several pictures, first {self.several[0]}: of"

@@ -47,7 +47,14 @@ from flowray.store.fingerprints import autoencoder_fingerprint
 from flowray.store.latent_shards import LatentShards, sources
 from flowray.store.moments import as_fp32
 from flowray.store.partial import encoded_part, shards_of
-from flowray.store.splits import BAD_SAMPLES, BUCKETS, look_at, write_split
+from flowray.store.splits import (
+    BAD_SAMPLES,
+    BUCKETS,
+    Split,
+    held_out_warning,
+    look_at,
+    write_split,
+)
 from flowray.store.sums import Sums
 from flowray.store.variance import squares, variance_per_dim
 
@@ -249,7 +256,7 @@ def ensure_latents(
     """
     data = _with_part(data, autoencoder, latent, progress)
     folders: dict[str, Path] = {}
-    splits = split_shards(data, progress)
+    splits, every = split_shards(data, progress), list[Split]()
     for split, cache in _caches(data, autoencoder, latent, splits).items():
         shards = splits[split]
         with progress.task(f"looking through the {split} shards"):
@@ -265,6 +272,7 @@ def ensure_latents(
             made_of = autoencoder, latent, budget, cache_dir(data.cache)
             encode(Encoding(tuple(missing), count, cache, *made_of), fleet, progress)
             looked = look_at(data, cache, split, shards)
+        every.append(looked)
         told = looked.budget(data.max_bad).told()
         folders[split] = write_split(looked)
         if told:
@@ -275,6 +283,8 @@ def ensure_latents(
             progress.say(f"{part.told}, {samples:,} samples: data.partial={part}")
         if missing and (warning := channel_warning(channel_metrics(load_latents(folders[split])))):
             progress.say(warning)
+    if warning := held_out_warning(every):
+        progress.say(warning)
     return folders
 
 

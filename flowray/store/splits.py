@@ -21,6 +21,7 @@ from flowray.config.progress import SILENT, Progress
 from flowray.config.train import DataConfig
 from flowray.config.writing import write_whole
 from flowray.data.index import samples_in
+from flowray.data.remote import shown
 from flowray.data.shards import MANIFEST
 from flowray.store.encode import Budget
 from flowray.store.latent_shards import (
@@ -173,6 +174,27 @@ def write_split(split: Split) -> Path:
     _write(folder / BAD_SAMPLES, named.encode())
     _write(folder / MANIFEST, f"{json.dumps(manifest, indent=1)}\n".encode())
     return folder
+
+
+def held_out_warning(splits: Iterable[Split]) -> str | None:
+    """One line where shards of another split have the bytes of training shards, wherever they lie:
+    what is measured on their samples says nothing of pictures that were not trained on.
+    """
+    train, *others = splits  # all sources have their keys
+    trained = {_content(source) for source in train.sources}
+    for other in others:
+        if twice := [source for source in other.sources if _content(source) in trained]:
+            return (
+                f"warning: {other.pictures(twice)} of {sum(other.samples)} {other.name} samples are"
+                f" in training shards too, first {shown(twice[0].path)}: what is measured on them"
+                " is not held out; give others as data.val_shards"
+            )
+    return None
+
+
+def _content(source: Source) -> str:
+    """The part of its key that hangs on the shard's bytes alone."""
+    return str(source.key).partition("-")[0]
 
 
 def bad_samples(folders: Iterable[Path]) -> str:

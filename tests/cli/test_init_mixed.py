@@ -130,6 +130,23 @@ def test_a_broken_sample_is_told_and_costs_no_more(
     assert "flowray.data check" in said
 
 
+def test_held_out_pictures_that_are_training_ones(
+    tmp_path: Path,
+    pictures: list[tuple[Image.Image, str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One of four is told, all are refused: by their bytes, under other keys."""
+    rows = mixed(pictures)
+    rows[-1]["jpg"] = rows[2]["jpg"]
+    made(shard_set(tmp_path / "some", rows))
+    assert "1 of 4 held-out pictures looked at are in the training shards" in capsys.readouterr().out
+    for each, first in zip(rows[-4:], rows, strict=False):
+        each["jpg"] = first["jpg"]
+    with pytest.raises(InputError, match="every held-out picture looked at is in the training"):
+        made(shard_set(tmp_path / "all", rows))
+    assert not (tmp_path / "all" / "recipe.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
