@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from flowray.data.decode import EXTENSIONS, UNREAD, decode_rgb, picture_of, pict
 from flowray.data.prepare import Filtered, Preparation
 from flowray.data.reader import ShardReader
 from flowray.data.remote import ahead, is_here, opened, remote_of, shown, stat_of
-from flowray.data.shards import MANIFEST, SPLITS, find_shards, sha256
+from flowray.data.shards import MANIFEST, SPLITS, find_shards, lacking, sha256
 
 PICKLES = ("pkl", "pyd", "pickle", "pth", "pt")
 _READ = ("json", "txt", *EXTENSIONS)
@@ -74,16 +73,17 @@ def check_shards(
     caption_key: as `captions_in` has it. prepare: what a recipe does to the pictures, by which one
     of another size than it wants is bad; without it sizes that differ are only told.
     """
-    found = list(dict.fromkeys(path.absolute() for spec in specs for path in find_shards(spec)))
+    by_spec = {spec: [path.absolute() for path in find_shards(spec)] for spec in specs}
+    found = list(dict.fromkeys(path for paths in by_spec.values() for path in paths))
+    gone = {path for spec, paths in by_spec.items() for path in lacking(spec, paths)}
     folder = Path(os.path.commonpath([path.parent for path in found]))
     checker = _Checker(folder, caption_key, prepare)
     with progress.task("checking shards", len(found)) as advance:
         for path in ahead(found):
             checker.shard(path)
             advance()
-    # of an address only the shards that the spec names are known here
-    for place in dict.fromkeys(path.parent for path in found if not remote_of(path)):
-        checker.lacking(place)
+    for path in sorted(gone):
+        checker.bad(checker.name(path), "", f"in {MANIFEST}, but not there")
     return checker.finish()
 
 
@@ -121,7 +121,7 @@ class _Checker:
                 opened(path).close()
             _compare_with_manifest(path, self)
             if not size:
-                self.bad(name, "", "0 bytes, read as a shard without samples; was it copied whole?")
+                self.bad(name, "", "0 bytes; was it copied whole?")
                 return
             reader = ShardReader([path])
             for i in range(len(reader)):
@@ -137,13 +137,6 @@ class _Checker:
             if what != str(error):
                 self.bad(name, "", what)
             # else it has no samples
-
-    def lacking(self, folder: Path) -> None:
-        """Shards that the folder's manifest names and that are not there."""
-        with suppress(OSError, ValueError, KeyError, TypeError):  # has been said of each shard
-            rows = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["shards"]
-            for name in [row["name"] for row in rows if not (folder / row["name"]).exists()]:
-                self.bad(self.name(folder / name), "", f"in {MANIFEST}, but not there")
 
     def sample(self, shard: str, key: str, extensions: list[str], sample: dict[str, bytes]) -> None:
         """extensions: all; sample: the bytes of those that are looked into, as others may be

@@ -38,8 +38,8 @@ from flowray.data.emoji import made_emoji
 from flowray.data.make import ensure_embedded, unmade_samples
 from flowray.data.order import evenly
 from flowray.data.reader import ShardReader
-from flowray.data.remote import RemoteCache, is_here
-from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, find_shards
+from flowray.data.remote import RemoteCache, is_here, shown
+from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, find_shards, lacking
 from flowray.model.latent import LatentScale, Moments
 from flowray.store.apart import apart
 from flowray.store.encode import Encoding, Fleet, encode
@@ -259,6 +259,7 @@ def ensure_latents(
     splits, every = split_shards(data, progress), list[Split]()
     for split, cache in _caches(data, autoencoder, latent, splits).items():
         shards = splits[split]
+        _say_lacking(data, split, shards, progress)
         with progress.task(f"looking through the {split} shards"):
             # a fleet's processes read what is to be read, each its part
             looked = look_at(data, cache, split, shards, progress, reading=fleet is None)
@@ -286,6 +287,18 @@ def ensure_latents(
     if warning := held_out_warning(every):
         progress.say(warning)
     return folders
+
+
+def _say_lacking(
+    data: DataConfig, split: str, shards: Sequence[Path], progress: Progress
+) -> None:
+    if split == "train" and isinstance(data.partial, str):
+        return  # these are named, and held against their content
+    if gone := lacking(str(data.shards if split == "train" else data.val_shards), shards):
+        progress.say(
+            f"warning: {len(gone)} {split} shard(s) that {MANIFEST} names are not there, first"
+            f" {shown(gone[0])}; the others are used"
+        )
 
 
 def _at_hand(paths: Sequence[Path]) -> Sequence[Path]:

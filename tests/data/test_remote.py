@@ -35,7 +35,7 @@ from flowray.data.remote import (
     stat_of,
 )
 from flowray.data.remote_sets import PACKING
-from flowray.data.shards import MANIFEST, are_plain, find_shards, sha256
+from flowray.data.shards import MANIFEST, are_plain, find_shards, lacking, sha256
 from flowray.store.sums import Sums
 
 SET = f"s3://{BUCKET}/sets/drawn"
@@ -257,6 +257,20 @@ def test_other_bytes_than_the_manifest_s_are_refused(
     assert [problem.shard for problem in result.problems] == [name]
     assert "sha256" in result.problems[0].what
     assert result.samples == SAMPLES - PER_SHARD
+
+
+def test_a_shard_that_the_manifest_names_and_the_listing_lacks_is_said(
+    endpoint: str, failing: Failing, local: Path
+) -> None:
+    upload(endpoint, local, "hole")
+    spec, name = f"s3://{BUCKET}/hole", "shard-000002.tar"
+    assert lacking(spec, find_shards(spec)) == []
+    client(endpoint).delete_object(Bucket=BUCKET, Key=f"hole/{name}")
+    (gone,) = lacking(spec, find_shards(spec))  # though its place in the cache was found before
+    assert shown(gone) == f"{spec}/{name}"
+    assert [problem.shard for problem in check_shards(spec).problems] == [name]
+    some = f"{spec}/shard-00000[01].tar"
+    assert lacking(some, find_shards(some)) == []  # nobody asked for the others
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,19 @@ def test_held_out_shards_that_are_training_ones_are_said_wherever_they_lie(tmp_p
     assert warnings(val_shards=str(twice), limit=16) == []  # what is not trained on is held out
 
 
+def test_a_shard_that_the_manifest_names_and_that_is_not_there_is_said(tmp_path, config, data):
+    heard = Heard()
+    ensure_latents(data, config, SPEC, heard)
+    assert not [line for line in heard.said if "not there" in line]
+    gone = Path(data.shards) / "shard-000001.tar"
+    gone.unlink()
+    folders = ensure_latents(data, config, SPEC, heard)
+    (told,) = [line for line in heard.said if "not there" in line]
+    assert told.startswith("warning: 1 train shard(s)")
+    assert str(gone) in told
+    assert len(load_latents(folders["train"])) == 24
+
+
 def test_shuffled_captions_are_all_there_and_none_is_in_its_place(tmp_path):
     folder = tiny_latents(tmp_path / "latents", 40)
     own, shuffled, again = (
