@@ -42,7 +42,9 @@ _ABANDONED_S = 3600.0  # a writer adds to its hidden file much more often
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample that is left out. index: its place in its shard; message: without shard and key."""
+    """A sample that is left out. index: its place in its shard; key: "" of a whole shard; message:
+    without shard and key.
+    """
 
     index: int
     key: str
@@ -205,4 +207,5 @@ def bad_row(path: Path, bad: Bad) -> dict[str, str]:
 
 def label(path: Path, bad: Bad) -> str:
     """A bad sample as a line says it."""
-    return f"shard {path}, sample {bad.key!r}: {bad.message}"
+    where = f"shard {path}, sample {bad.key!r}" if bad.key else f"shard {path}"
+    return f"{where}: {bad.message}"

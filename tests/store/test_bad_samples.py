@@ -142,6 +142,26 @@ def test_one_in_each_of_a_hundred_shards(tmp_path: Path, config: KLAutoencoder) 
     assert latents.reader.keys == [f"s{i:03d}" for i in range(3 * shards) if i not in bad]
 
 
+def test_a_shard_of_0_bytes_is_a_bad_sample(tmp_path: Path, config: KLAutoencoder) -> None:
+    data = data_of(tmp_path, 4 * SHARD, {})
+    empty = Path(data.shards) / "shard-000001.tar"
+    empty.write_bytes(b"")
+    want = rf"^1 bad of 31 train samples so far, .*: shard {empty}: 0 bytes; .*data\.max_bad=0\.04 "
+    with pytest.raises(InputError, match=want):
+        ensure_latents(data, config, SPEC)
+    heard = Heard()
+    some = data.model_copy(update={"max_bad": 0.04})
+    folder = ensure_latents(some, config, SPEC, heard)["train"]
+    assert any(line.startswith("1 of 31 train samples skipped: 0 bytes x1") for line in heard.said)
+    (row,) = map(json.loads, (folder / BAD_SAMPLES).read_text().splitlines())
+    assert (row["shard"], row["key"], row["cause"]) == (str(empty), "", "0 bytes")
+    latents = load_latents(folder)
+    pictures = latents.picture_reader()
+    assert latents.reader.keys == pictures.keys
+    assert len(latents) == 3 * SHARD
+    assert skipped_places(some, config, SPEC)["train"] == frozenset()
+
+
 def test_beyond_the_budget_whole_shards_stay(tmp_path: Path, config: KLAutoencoder) -> None:
     data = data_of(tmp_path, 40, {34: "cut", 35: "size", 36: "no caption", 37: "cut"}, max_bad=0.05)
     want = (
