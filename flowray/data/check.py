@@ -19,7 +19,7 @@ from flowray.data.captions import captions_in
 from flowray.data.decode import EXTENSIONS, UNREAD, decode_rgb, picture_of, picture_size, unread
 from flowray.data.prepare import Filtered, Preparation
 from flowray.data.reader import ShardReader
-from flowray.data.remote import ahead, is_here, opened, remote_of, shown, stat_of
+from flowray.data.remote import ahead, is_here, opened, shown, stat_of
 from flowray.data.shards import MANIFEST, SPLITS, find_shards, lacking, sha256
 
 PICKLES = ("pkl", "pyd", "pickle", "pth", "pt")

@@ -47,14 +47,7 @@ from flowray.store.fingerprints import autoencoder_fingerprint
 from flowray.store.latent_shards import LatentShards, sources
 from flowray.store.moments import as_fp32
 from flowray.store.partial import encoded_part, shards_of
-from flowray.store.splits import (
-    BAD_SAMPLES,
-    BUCKETS,
-    Split,
-    held_out_warning,
-    look_at,
-    write_split,
-)
+from flowray.store.splits import BAD_SAMPLES, BUCKETS, Split, held_out_warning, look_at, write_split
 from flowray.store.sums import Sums
 from flowray.store.variance import squares, variance_per_dim
 
@@ -289,9 +282,7 @@ def ensure_latents(
     return folders
 
 
-def _say_lacking(
-    data: DataConfig, split: str, shards: Sequence[Path], progress: Progress
-) -> None:
+def _say_lacking(data: DataConfig, split: str, shards: Sequence[Path], progress: Progress) -> None:
     if split == "train" and isinstance(data.partial, str):
         return  # these are named, and held against their content
     if gone := lacking(str(data.shards if split == "train" else data.val_shards), shards):
