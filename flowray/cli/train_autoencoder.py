@@ -77,7 +77,7 @@ def _parser() -> Parser:
         type=number(0, 1),
         default=max_bad,
         metavar="X",
-        help=f"share of samples that may be bad and are left out, {max_bad:g}",
+        help=f"share of bad samples that is left out, {max_bad:g}",
     )
     parser.add_argument(
         "--channels",
