@@ -4,8 +4,10 @@ a proxy that counts requests and fails now and then.
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import itertools
+import json
 import os
 import re
 import socket
@@ -20,6 +22,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote
 
 import boto3
 import pytest
@@ -125,6 +128,72 @@ class Files(SimpleHTTPRequestHandler):
 
     def log_message(self, *args: Any) -> None:
         pass
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few answers of a model hub that a data set is read by: what is in a folder of the
+    repository `org/set`, what is said of files, and their bytes.
+    """
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, folder: Path, *rest: Any):
+        self._folder = folder
+        super().__init__(*rest)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = unquote(self.path.partition("?")[0])
+        if path.startswith("/api/datasets/org/set/tree/main"):
+            folder = self._folder / path.removeprefix("/api/datasets/org/set/tree/main").lstrip("/")
+            self._json(
+                [self._row(each) for each in sorted(folder.iterdir())] if folder.is_dir() else None
+            )
+        elif path.startswith("/datasets/org/set/resolve/main/"):
+            self._file(self._folder / path.removeprefix("/datasets/org/set/resolve/main/"))
+        elif path.removesuffix("/revision/main") == "/api/datasets/org/set":
+            self._json({"id": "org/set", "sha": "0" * 40})
+        else:
+            self._json(None)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        files = (self._folder / name for name in asked["paths"])
+        self._json([self._row(file) for file in files if file.exists()])
+
+    def _row(self, path: Path) -> dict[str, Any]:
+        name = path.relative_to(self._folder).as_posix()
+        if path.is_dir():
+            return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
+        sha256, size = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size
+        row = {"type": "file", "path": name, "oid": sha256[:40], "size": size}
+        large = {"lfs": {"oid": sha256, "size": size, "pointerSize": 130}}
+        return row | (large if path.suffix == ".tar" else {})
+
+    def _file(self, path: Path) -> None:
+        data, status = path.read_bytes() if path.is_file() else None, 200
+        if data is not None and (
+            asked := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        ):
+            data, status = data[int(asked[1]) : int(asked[2] or len(data)) + 1], 206
+        self._answer(data, status)
+
+    def _json(self, found: Any) -> None:
+        self._answer(None if found is None else json.dumps(found).encode())
+
+    def _answer(self, data: bytes | None, status: int = 200) -> None:
+        self.send_response_only(404 if data is None else status)
+        if data is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data or b"")
 
 
 class _Proxy(BaseHTTPRequestHandler):

@@ -277,7 +277,11 @@ def _show_set(args: argparse.Namespace) -> int:
             write_whole(sheet, png(contact_sheet(shown)), shared=True)
         except OSError as error:
             raise InputError(f"--out {sheet}: cannot be written: {error.strerror}") from error
-        write_data_page(page, args.spec, told.as_json(), samples)
+        try:
+            write_data_page(page, args.spec, told.as_json(), samples)
+        except InputError:
+            sheet.unlink()  # one without the other, as where the disk is full
+            raise
     if args.json:
         print(json.dumps({"page": str(page), "sheet": str(sheet), **told.as_json()}))
     else:

@@ -23,7 +23,7 @@ from flowray.config.sources import recipe_names
 from flowray.data.captions import captions_in
 from flowray.data.decode import picture_of, picture_size
 from flowray.data.order import evenly
-from flowray.data.pictures import decode_image
+from flowray.data.pictures import decode_image, pictures_also_in
 from flowray.data.prepare import Filtered, Preparation
 from flowray.data.reader import ShardReader
 from flowray.data.shards import NAMED, find_shards, tars
@@ -35,7 +35,8 @@ FACTOR, PATCH = 8, 2  # px a latent's cell, and cells a patch of quickstart's ne
 SIDES = FACTOR * PATCH  # px that a picture's side is a multiple of
 MOST = 256  # px a side where pictures are of several sizes and nobody asks for more
 ALIKE = 0.9  # of the pictures that have one size, to which the others are then brought
-LARGE_ENOUGH = 0.95  # of the pictures that the size chosen for them must not enlarge
+TINY = 0.5  # of the median side: what is smaller is one of a few, or of another kind
+LARGE_ENOUGH = 0.95  # of the other pictures, which the size chosen for them must not enlarge
 _CAPTION_LIKE = re.compile("caption|text|prompt|descri|title", re.IGNORECASE)
 
 
@@ -80,10 +81,12 @@ def look(folder: Path, val: Path | None, size: int | None, caption: str | None) 
     if caption is not None:
         said["caption_key"] = caption
         reader = ShardReader(shards, caption_key=caption)
-    prepare = _preparation(train, (reader, held_out), size)
+    sizes = [each for split in (reader, held_out) for each in _sizes(split)]
+    prepare = _preparation(train, sizes, size)
     if prepare.config != AS_DECODED:
         said["prepare"] = prepare.config.model_dump(exclude_defaults=True)
     pictures, captions, notes = _samples(train, reader, chosen, prepare)
+    notes += _left_out(prepare, sizes) + _in_both(reader, held_out, val)
     if len(captions) > 1 and len(set(captions)) == 1:
         raise InputError(
             f"{train}: every caption looked at is {captions[0]!r}; a text-to-image model learns"
@@ -167,11 +170,10 @@ def _keys_with_texts(reader: ShardReader, index: int) -> list[str]:
     return found
 
 
-def _preparation(train: Path, readers: Sequence[ShardReader], size: int | None) -> Preparation:
-    """What brings the pictures to one size whose sides are multiples of SIDES; nothing where they
-    are of such a size.
+def _preparation(train: Path, sizes: Sequence[tuple[int, int]], size: int | None) -> Preparation:
+    """What brings pictures of these (width, height) to one size whose sides are multiples of SIDES;
+    nothing where they are of such a size.
     """
-    sizes = [each for reader in readers for each in _sizes(reader)]
     if not sizes:
         return Preparation()  # whoever decodes one says what is wrong
     (usual, count), *others = Counter(sizes).most_common()
@@ -189,7 +191,8 @@ def _preparation(train: Path, readers: Sequence[ShardReader], size: int | None) 
 def _side(train: Path, sizes: Sequence[tuple[int, int]]) -> int:
     """px of the squares that pictures of these (width, height) are made."""
     shorter = sorted(min(size) for size in sizes)
-    held = shorter[int((1 - LARGE_ENOUGH) * len(shorter))]
+    usual = [side for side in shorter if side >= TINY * shorter[len(shorter) // 2]]
+    held = usual[int((1 - LARGE_ENOUGH) * len(usual))]
     if held < SIDES:
         raise InputError(
             f"{train}: a picture in twenty has a side of {held} px or less; {SIDES} are needed"
@@ -205,6 +208,37 @@ def _sizes(reader: ShardReader) -> list[tuple[int, int]]:
             if (extension := picture_of(reader.extensions(index))) is not None:
                 found.append(picture_size(reader.read(index, extension)))
     return found
+
+
+def _left_out(prepare: Preparation, sizes: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """A note of the pictures of these (width, height) that are too small."""
+    small = 0
+    for size in sizes:
+        try:
+            prepare.refuse(*size)
+        except Filtered:
+            small += 1
+    if not small:
+        return ()
+    return (
+        f"{small} of {len(sizes)} pictures looked at are smaller and left out; --size PX says a"
+        " smaller size, data.prepare.min_size=1 enlarges them",
+    )
+
+
+def _in_both(reader: ShardReader, held_out: ShardReader, val: Path) -> tuple[str, ...]:
+    """A note where some of the held-out pictures that are looked at are training ones, byte for
+    byte; InputError where all are.
+    """
+    chosen = evenly(len(held_out), LOOKED_AT)
+    twice = pictures_also_in(held_out, reader, chosen)
+    if twice and len(twice) == len(chosen):
+        raise InputError(
+            f"{val}: every held-out picture looked at is in the training shards too; held-out ones"
+            " must be others (pack with --val 0.05)"
+        )
+    said = f"{len(twice)} of {len(chosen)} held-out pictures looked at are in the training shards"
+    return (f"{said} too, so not held out",) if twice else ()
 
 
 def _samples(
@@ -229,10 +263,6 @@ def _samples(
     if prepare.size is not None:
         height, width = prepare.size
         notes.append(f"pictures are cropped and resized to {width} x {height} px (data.prepare)")
-    if filtered:
-        notes.append(
-            f"{len(filtered)} of {len(chosen)} pictures looked at are left out, first {filtered[0]}"
-        )
     if bad:
         notes.append(
             f"{len(bad)} of {len(chosen)} samples looked at are bad, first {bad[0]};"

@@ -136,7 +136,12 @@ def check_shards(recipe: Recipe) -> None:
     splits = split_shards(recipe.data)
     if recipe.data.aspect_ratios:  # training pictures are of many sizes
         del splits["train"]
-    readers = [ShardReader(shards, limit=LOOKED_AT) for shards in splits.values()]
+    key = recipe.data.caption_key
+    every = {
+        split: ShardReader(shards, limit=LOOKED_AT, caption_key=key)
+        for split, shards in splits.items()
+    }
+    readers = list(every.values())
     prepare = preparation(recipe)
     if prepare.config.resize != "none" and prepare.size is None:
         return  # any size may come, and which one is made of it only the autoencoder's config says
@@ -145,6 +150,8 @@ def check_shards(recipe: Recipe) -> None:
     except InputError:
         usual = _usual_size(readers, recipe.data.max_bad, prepare)
         if usual is None:
+            for split, reader in every.items():
+                _refuse_bad(split, reader, recipe.data.max_bad, prepare)
             raise
         size = usual
     _check_latent(recipe, *size)
@@ -186,6 +193,18 @@ def _usual_size(
                 sizes[decode_image(reader, index, prepare).shape[:2]] += 1
     usual = [size for size, count in sizes.items() if 2 * count > looked]
     return usual[0] if usual else None
+
+
+def _refuse_bad(split: str, reader: ShardReader, max_bad: float, prepare: Preparation) -> None:
+    """InputError, the line that encoding has, where a sample that was looked at is bad."""
+    from flowray.data.index import samples_in
+    from flowray.store.encode import Budget, decode_or_bad
+    from flowray.store.latent_shards import Bad
+
+    budget = Budget(split, sum(map(samples_in, reader.paths)), max_bad)
+    for index in sorted({0, len(reader) // 2, len(reader) - 1}):
+        if isinstance(found := decode_or_bad(reader, index, prepare), Bad):
+            budget.add(reader.path(index), [found])
 
 
 def _check_latent(recipe: Recipe, height: int, width: int) -> None:

@@ -71,6 +71,14 @@ def _parser() -> Parser:
     )
     key = "of data.prepare, such as min_size=32; may come again"
     parser.add_argument("--prepare", action="append", default=[], metavar="key=value", help=key)
+    max_bad = DataConfig().max_bad
+    parser.add_argument(
+        "--max-bad",
+        type=number(0, 1),
+        default=max_bad,
+        metavar="X",
+        help=f"share of bad samples that is left out, {max_bad:g}",
+    )
     parser.add_argument(
         "--channels",
         type=_levels,
@@ -131,12 +139,14 @@ def main(argv: list[str]) -> int:
     refuse_occupied(args.out)
     quiet_libraries()
     prepare = _preparation(args)
-    reader = _open(args.shards, "train", prepare, progress)
+    bad = list[dict[str, str]]()
+    reader = _open(args, args.shards, "train", prepare, bad, progress)
     val = args.val or (args.shards if args.shards in NAMED else None)
-    held_out = _open(val, "val", prepare, progress) if val else None
+    held_out = _open(args, val, "val", prepare, bad, progress) if val else None
     with progress.task(IMPORTING):
         import torch
 
+        from flowray.store.splits import BAD_SAMPLES
         from flowray.train.autoencoder import JUDGED, Design, held_out_psnr
         from flowray.train.autoencoder import train_autoencoder as fit
         from flowray.train.autoencoder_pictures import in_order
@@ -173,6 +183,9 @@ def main(argv: list[str]) -> int:
                 pictures = in_order(held_out, JUDGED, prepare)
                 figures["psnr"] = held_out_psnr(partial, pictures, args.seed, device)
         (partial / CARD).write_text(_card(args.out, argv, figures), encoding="utf-8")
+        if bad:
+            rows = "".join(json.dumps(row) + "\n" for row in bad)
+            (partial / BAD_SAMPLES).write_text(rows, encoding="utf-8")
 
     fit(
         reader,
@@ -194,27 +207,29 @@ def _preparation(args: argparse.Namespace) -> Preparation:
     return Preparation(config, (args.size, args.size) if args.size else None)
 
 
-def _open(spec: str, split: str, prepare: Preparation, progress: ConsoleProgress) -> ShardReader:
-    """A split of a named set, or the shards that `spec` names, without what is to be left out."""
-    from flowray.data.pictures import filtered
-
-    if spec in NAMED:
-        with progress.task(IMPORTING):
-            from flowray.store.latents import split_shards
-        shards = split_shards(DataConfig(shards=spec), progress)[split]
-    else:
-        shards = find_shards(spec)
-    reader = ShardReader(shards)
-    if not prepare.config.filters:
-        return reader
-    with progress.task(f"looking at the sizes of {spec}"):
-        left_out = filtered(reader, prepare)
-    if left_out:
-        progress.say(
-            f"{spec}: {len(left_out)} of {len(reader)} pictures are left out, too small or of"
-            " another aspect ratio than asked for"
-        )
-    return ShardReader(shards, without=left_out)
+def _open(
+    args: argparse.Namespace,
+    spec: str,
+    split: str,
+    prepare: Preparation,
+    bad: list[dict[str, str]],
+    progress: ConsoleProgress,
+) -> ShardReader:
+    """A split of a named set, or the shards that `spec` names, without what is to be left out,
+    which is added to `bad`.
+    """
+    shards = () if spec in NAMED else find_shards(spec)
+    with progress.task(IMPORTING):
+        from flowray.store.encode import Budget
+        from flowray.store.latents import split_shards
+        from flowray.train.autoencoder_pictures import look_through
+    every = ShardReader(shards or split_shards(DataConfig(shards=spec), progress)[split])
+    budget = Budget(split, len(every), args.max_bad, option="--max-bad ", kept="")
+    reader, rows = look_through(every, budget, prepare, progress)
+    bad += rows
+    if told := budget.told():
+        progress.say(f"{told}; bad_samples.jsonl in {args.out} will name them")
+    return reader
 
 
 def _side(shards: str, readers: list[ShardReader], design: Design) -> int:

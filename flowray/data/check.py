@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -20,8 +19,8 @@ from flowray.data.captions import captions_in
 from flowray.data.decode import EXTENSIONS, UNREAD, decode_rgb, picture_of, picture_size, unread
 from flowray.data.prepare import Filtered, Preparation
 from flowray.data.reader import ShardReader
-from flowray.data.remote import ahead, is_here, opened, remote_of, shown, stat_of
-from flowray.data.shards import MANIFEST, find_shards, sha256
+from flowray.data.remote import ahead, is_here, opened, shown, stat_of
+from flowray.data.shards import MANIFEST, SPLITS, find_shards, lacking, sha256
 
 PICKLES = ("pkl", "pyd", "pickle", "pth", "pt")
 _READ = ("json", "txt", *EXTENSIONS)
@@ -74,16 +73,17 @@ def check_shards(
     caption_key: as `captions_in` has it. prepare: what a recipe does to the pictures, by which one
     of another size than it wants is bad; without it sizes that differ are only told.
     """
-    found = list(dict.fromkeys(path.absolute() for spec in specs for path in find_shards(spec)))
+    by_spec = {spec: [path.absolute() for path in find_shards(spec)] for spec in specs}
+    found = list(dict.fromkeys(path for paths in by_spec.values() for path in paths))
+    gone = {path for spec, paths in by_spec.items() for path in lacking(spec, paths)}
     folder = Path(os.path.commonpath([path.parent for path in found]))
     checker = _Checker(folder, caption_key, prepare)
     with progress.task("checking shards", len(found)) as advance:
         for path in ahead(found):
             checker.shard(path)
             advance()
-    # of an address only the shards that the spec names are known here
-    for place in dict.fromkeys(path.parent for path in found if not remote_of(path)):
-        checker.lacking(place)
+    for path in sorted(gone):
+        checker.bad(checker.name(path), "", f"in {MANIFEST}, but not there")
     return checker.finish()
 
 
@@ -93,7 +93,10 @@ class _Checker:
     def __init__(self, folder: Path, caption_key: str | None, prepare: Preparation | None) -> None:
         self.folder, self.result = folder, ShardCheck()
         self.caption_key, self.prepare = caption_key, prepare
-        self.first_with: dict[bytes, str] = {}  # image hash -> "shard:key"
+        self.first_with: dict[bytes, tuple[str, str]] = {}  # image hash -> shard, key
+        self.pictures: Counter[str] = Counter()  # folder -> its pictures
+        # (folder, that of an equal picture before) -> pictures, where one of them is a split
+        self.across: Counter[tuple[str, str]] = Counter()
         self.unread: Counter[str] = Counter()  # extensions of pictures that are not read
         self.sizes: Counter[str] = Counter()  # of pictures
         self.arrays: Counter[str] = Counter()
@@ -118,7 +121,7 @@ class _Checker:
                 opened(path).close()
             _compare_with_manifest(path, self)
             if not size:
-                self.bad(name, "", "0 bytes, read as a shard without samples; was it copied whole?")
+                self.bad(name, "", "0 bytes; was it copied whole?")
                 return
             reader = ShardReader([path])
             for i in range(len(reader)):
@@ -134,13 +137,6 @@ class _Checker:
             if what != str(error):
                 self.bad(name, "", what)
             # else it has no samples
-
-    def lacking(self, folder: Path) -> None:
-        """Shards that the folder's manifest names and that are not there."""
-        with suppress(OSError, ValueError, KeyError, TypeError):  # has been said of each shard
-            rows = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["shards"]
-            for name in [row["name"] for row in rows if not (folder / row["name"]).exists()]:
-                self.bad(self.name(folder / name), "", f"in {MANIFEST}, but not there")
 
     def sample(self, shard: str, key: str, extensions: list[str], sample: dict[str, bytes]) -> None:
         """extensions: all; sample: the bytes of those that are looked into, as others may be
@@ -182,10 +178,14 @@ class _Checker:
         sizes[size] += 1
         self.first_of_size.setdefault(size, (shard, key))
         digest = hashlib.sha256(sample[extension]).digest()[:16]
-        first = self.first_with.setdefault(digest, f"{shard}:{key}")
-        if first != f"{shard}:{key}":
+        first = self.first_with.setdefault(digest, (shard, key))
+        here, there = PurePosixPath(shard).parent, PurePosixPath(first[0]).parent
+        self.pictures[str(here)] += 1
+        if first != (shard, key):
             self.result.duplicates += 1
-            self.twin = self.twin or f"{first} = {shard}:{key}"
+            self.twin = self.twin or f"{':'.join(first)} = {shard}:{key}"
+            if here != there and {here.name.lower(), there.name.lower()} & set(SPLITS):
+                self.across[str(here), str(there)] += 1
 
     def _size(self, shard: str, key: str, data: bytes) -> str:
         """The size of a picture as it is stored; what `prepare` makes of it is looked at here."""
@@ -239,6 +239,13 @@ class _Checker:
                 f" earlier sample, first {self.twin}"
             )
             result.problems.append(Problem("info", "", "", what))
+        for (here, there), count in self.across.items():
+            whole = count >= min(self.pictures[here], self.pictures[there])
+            what = (
+                f"{count} picture(s) of {here} are byte for byte in {there} too: where one is"
+                " trained on, nothing measured on the other is held out"
+            )
+            result.problems.append(Problem("bad" if whole else "info", here, "", what))
         if self.several:
             what = (
                 f"{len(self.several)} sample(s) have several pictures, first {self.several[0]}: of"

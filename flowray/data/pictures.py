@@ -48,13 +48,17 @@ def _is_filtered(reader: ShardReader, index: int, prepare: Preparation) -> bool:
     return False
 
 
-def pictures_also_in(reader: ShardReader, other: ShardReader) -> set[int]:
-    """The places of the samples whose picture is, byte for byte, one of another reader's, whatever
-    extension each has.
+def pictures_also_in(
+    reader: ShardReader, other: ShardReader, among: np.ndarray | None = None
+) -> set[int]:
+    """The places of the samples, of all or those `among` (N,), whose picture is, byte for byte, one
+    of another reader's, whatever extension each has.
 
     Of the other only pictures that have the size of one of these are read: few, as a rule.
     """
     sizes, others = picture_bytes(reader), picture_bytes(other)
+    if among is not None:
+        sizes = np.where(np.isin(np.arange(len(sizes)), among), sizes, -1)
     both = np.intersect1d(sizes[sizes >= 0], others)
     known = {_digest(other, i) for i in _places(others, both)}
     return {i for i in _places(sizes, both) if _digest(reader, i) in known}

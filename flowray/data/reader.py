@@ -140,8 +140,12 @@ class ShardReader:
         """Where samples are among all those of the shards: the places that `without` takes."""
         return [int(self._kept[i]) for i in samples]
 
+    def path(self, i: int) -> Path:
+        """The shard of sample i."""
+        return self.paths[self._place(i)[0]]
+
     def label(self, i: int) -> str:
-        return f"shard {self.paths[self._place(i)[0]]}, sample {self.key(i)!r}"
+        return f"shard {self.path(i)}, sample {self.key(i)!r}"
 
     def fault(self, i: int) -> Fault | None:
         """What is wrong with sample i, as its tar has it; whoever reads of it is refused."""

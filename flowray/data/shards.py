@@ -243,6 +243,30 @@ def expand_braces(spec: str) -> list[str]:
     return each
 
 
+def lacking(spec: str, found: Iterable[Path]) -> list[Path]:
+    """The shards that the manifests beside those found for a spec name, and that are not there.
+
+    Of an address only where it is a folder's: otherwise nobody has looked for the others.
+    """
+    there = set(found)
+    remote = is_address(spec)
+    if remote and (spec.lower().endswith(".tar") or any(sign in spec for sign in "*?[{")):
+        return []
+    named = (folder / name for folder in {path.parent for path in there} for name in _named(folder))
+    return sorted(path for path in named if path not in there and (remote or not path.exists()))
+
+
+def _named(folder: Path) -> list[str]:
+    """The shards right in a folder that its manifest names; none where another program, or
+    nobody, wrote it.
+    """
+    try:
+        rows = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["shards"]
+        return [name for row in rows if (name := str(row["name"])) == Path(name).name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def are_plain(paths: Iterable[Path]) -> list[bool]:
     """Of each tar whether `flowray.data` made or packed it, by the manifest beside it: its pictures
     are PNGs of 8-bit RGB then, with nothing to turn, blend or convert. It reads no sample.

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 ENCODE_BATCH = 32
 _AHEAD = 2  # batches that are decoded while one is encoded
-_DECODERS = 8  # threads at most
+DECODERS = 8  # threads at most
 _TEXTS = ("json", "txt")  # what a latent shard keeps of a sample beside its moments
 
 
@@ -52,7 +52,8 @@ _TEXTS = ("json", "txt")  # what a latent shard keeps of a sample beside its mom
 class Budget:
     """How many samples of a split may be bad, and those found so far, each with its shard.
 
-    filtered: those that `data.prepare` leaves out, of which there may be any number.
+    filtered: those that `data.prepare` leaves out, of which there may be any number. option: how
+    `max_bad` is typed. kept: what the line beyond it says of the work so far.
     """
 
     split: str
@@ -60,6 +61,8 @@ class Budget:
     max_bad: float
     found: list[tuple[Path, Bad]] = field(default_factory=list)
     filtered: Counter[str] = field(default_factory=Counter)
+    option: str = "data.max_bad="
+    kept: str = " (shards encoded so far are kept)"
 
     def add(self, path: Path, left_out: Sequence[Bad]) -> None:
         """InputError, with the first three, where these are more bad ones than may be."""
@@ -73,11 +76,11 @@ class Budget:
             if all(each.cause == NOT_FINITE for _, each in self.found):
                 hint = "; are the weights of model.autoencoder whole?"
             share = len(self.found) / self.samples
-            leave = f", or type data.max_bad={_above(share):g} to leave them out" * (share < 1)
+            leave = f", or type {self.option}{_above(share):g} to leave them out" * (share < 1)
             raise InputError(
-                f"{len(self.found)} bad of {self.samples} {self.split} samples so far, data.max_bad"
-                f" {self.max_bad:g} allows {allowed}: {first}{hint}; mend them{leave} (shards"
-                " encoded so far are kept)"
+                f"{len(self.found)} bad of {self.samples} {self.split} samples so far,"
+                f" {self.option.rstrip('= ')} {self.max_bad:g} allows {allowed}: {first}{hint};"
+                f" mend them{leave}{self.kept}"
             )
 
     def told(self) -> str:
@@ -172,7 +175,7 @@ class Encoding:
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
             autoencoder = load_autoencoder(self.autoencoder, self.latent).to(device)
-        pool = ThreadPoolExecutor(min(cores, _DECODERS), thread_name_prefix="decode")
+        pool = ThreadPoolExecutor(min(cores, DECODERS), thread_name_prefix="decode")
         try:
             with progress.task(self.what, self.samples) as advance:
                 return self._encode(autoencoder, pool, advance)
@@ -350,29 +353,35 @@ class _Writer:
 
 def _decode(reader: ShardReader, index: int, prepare: Preparation) -> _Decoded:
     started = time.perf_counter()
+    picture = decode_or_bad(reader, index, prepare)
+    return _Decoded(index, picture, time.perf_counter() - started)
 
-    def done(picture: np.ndarray | Bad) -> _Decoded:
-        return _Decoded(index, picture, time.perf_counter() - started)
 
-    def bad(cause: str, message: str) -> _Decoded:
+def decode_or_bad(
+    reader: ShardReader, index: int, prepare: Preparation, *, captioned: bool = True
+) -> np.ndarray | Bad:
+    """The picture of a sample, uint8 (H, W, 3), or what is wrong with it; `index` is its place in
+    the reader. captioned: whether one without a caption is bad.
+    """
+
+    def bad(cause: str, message: str) -> Bad:
         message = message.removeprefix(f"{reader.label(index)}: ")
-        return done(Bad(index, reader.key(index), cause, message))
+        return Bad(index, reader.key(index), cause, message)
 
     if fault := reader.fault(index):
         return bad(*fault)
     there = picture_of(reader.extensions(index)) is not None
     try:
-        if there:  # else the next line says so
+        if there and captioned:  # else the next line says so
             reader.captions(index)
     except InputError as error:
         return bad("no caption", str(error))
     try:
-        picture = decode_image(reader, index, prepare)
+        return decode_image(reader, index, prepare)
     except Refused as error:
         return bad(error.cause, str(error))
     except InputError as error:
         return bad("does not decode" if there else "no picture", str(error))
-    return done(picture)
 
 
 def _sample(reader: ShardReader, index: int, row: np.ndarray) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowray.config.buckets import Size
+from flowray.config.cache import unwritable
 from flowray.config.errors import InputError
 from flowray.config.jsons import parse_json
 from flowray.config.prepare import AS_DECODED, PrepareConfig
@@ -42,7 +43,9 @@ _ABANDONED_S = 3600.0  # a writer adds to its hidden file much more often
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample that is left out. index: its place in its shard; message: without shard and key."""
+    """A sample that is left out. index: its place in its shard; key: "" of a whole shard; message:
+    without shard and key.
+    """
 
     index: int
     key: str
@@ -178,10 +181,11 @@ class LatentShards:
 
     def prepare(self) -> None:
         """Make the folder and clear it of what writers left that were killed."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.folder}: cannot be written: {error.strerror}") from error
+        if reason := unwritable(self.folder):
+            raise InputError(
+                f"{self.folder}: cannot be written: {reason}; set data.cache or FLOWRAY_CACHE to a"
+                " writable folder"
+            )
         for left in self.folder.glob(".*.????????????"):
             with suppress(OSError):
                 if time.time() - left.stat().st_mtime > _ABANDONED_S:
@@ -205,4 +209,5 @@ def bad_row(path: Path, bad: Bad) -> dict[str, str]:
 
 def label(path: Path, bad: Bad) -> str:
     """A bad sample as a line says it."""
-    return f"shard {path}, sample {bad.key!r}: {bad.message}"
+    where = f"shard {path}, sample {bad.key!r}" if bad.key else f"shard {path}"
+    return f"{where}: {bad.message}"

@@ -38,8 +38,8 @@ from flowray.data.emoji import made_emoji
 from flowray.data.make import ensure_embedded, unmade_samples
 from flowray.data.order import evenly
 from flowray.data.reader import ShardReader
-from flowray.data.remote import RemoteCache, is_here
-from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, find_shards
+from flowray.data.remote import RemoteCache, is_here, shown
+from flowray.data.shards import EMBEDDED, FETCHED, MANIFEST, find_shards, lacking
 from flowray.model.latent import LatentScale, Moments
 from flowray.store.apart import apart
 from flowray.store.encode import Encoding, Fleet, encode
@@ -47,7 +47,7 @@ from flowray.store.fingerprints import autoencoder_fingerprint
 from flowray.store.latent_shards import LatentShards, sources
 from flowray.store.moments import as_fp32
 from flowray.store.partial import encoded_part, shards_of
-from flowray.store.splits import BAD_SAMPLES, BUCKETS, look_at, write_split
+from flowray.store.splits import BAD_SAMPLES, BUCKETS, Split, held_out_warning, look_at, write_split
 from flowray.store.sums import Sums
 from flowray.store.variance import squares, variance_per_dim
 
@@ -249,9 +249,10 @@ def ensure_latents(
     """
     data = _with_part(data, autoencoder, latent, progress)
     folders: dict[str, Path] = {}
-    splits = split_shards(data, progress)
+    splits, every = split_shards(data, progress), list[Split]()
     for split, cache in _caches(data, autoencoder, latent, splits).items():
         shards = splits[split]
+        _say_lacking(data, split, shards, progress)
         with progress.task(f"looking through the {split} shards"):
             # a fleet's processes read what is to be read, each its part
             looked = look_at(data, cache, split, shards, progress, reading=fleet is None)
@@ -265,6 +266,7 @@ def ensure_latents(
             made_of = autoencoder, latent, budget, cache_dir(data.cache)
             encode(Encoding(tuple(missing), count, cache, *made_of), fleet, progress)
             looked = look_at(data, cache, split, shards)
+        every.append(looked)
         told = looked.budget(data.max_bad).told()
         folders[split] = write_split(looked)
         if told:
@@ -275,7 +277,19 @@ def ensure_latents(
             progress.say(f"{part.told}, {samples:,} samples: data.partial={part}")
         if missing and (warning := channel_warning(channel_metrics(load_latents(folders[split])))):
             progress.say(warning)
+    if warning := held_out_warning(every):
+        progress.say(warning)
     return folders
+
+
+def _say_lacking(data: DataConfig, split: str, shards: Sequence[Path], progress: Progress) -> None:
+    if split == "train" and isinstance(data.partial, str):
+        return  # these are named, and held against their content
+    if gone := lacking(str(data.shards if split == "train" else data.val_shards), shards):
+        progress.say(
+            f"warning: {len(gone)} {split} shard(s) that {MANIFEST} names are not there, first"
+            f" {shown(gone[0])}; the others are used"
+        )
 
 
 def _at_hand(paths: Sequence[Path]) -> Sequence[Path]:

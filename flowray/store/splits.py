@@ -21,6 +21,7 @@ from flowray.config.progress import SILENT, Progress
 from flowray.config.train import DataConfig
 from flowray.config.writing import write_whole
 from flowray.data.index import samples_in
+from flowray.data.remote import shown, stat_of
 from flowray.data.shards import MANIFEST
 from flowray.store.encode import Budget
 from flowray.store.latent_shards import (
@@ -36,6 +37,7 @@ from flowray.store.latent_shards import (
 )
 from flowray.store.sums import Sums
 
+NO_BYTES = Bad(0, "", "0 bytes", "0 bytes; was it copied whole?")
 BAD_SAMPLES = "bad_samples.jsonl"
 BUCKETS = "buckets.npy"  # the bucket of each sample of a split, (samples,) uint8
 
@@ -44,7 +46,7 @@ BUCKETS = "buckets.npy"  # the bucket of each sample of a split, (samples,) uint
 class Split:
     """The shards of a split that are needed, and what the cache holds of each.
 
-    samples: of each, bad ones included; empty shards are left out.
+    samples: of each, bad ones included; shards without samples are left out.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Split:
     sources: tuple[Source, ...]
     samples: tuple[int, ...]
     found: tuple[Encoded | None, ...]
+    no_bytes: tuple[Path, ...] = ()  # shards of 0 bytes, each of which counts as a bad sample
 
     def missing(self) -> list[Source]:
         """What is to be encoded; shards of the same bytes are so once, where that is known."""
@@ -78,7 +81,9 @@ class Split:
 
     def budget(self, max_bad: float) -> Budget:
         """What may be bad; InputError where the cached shards have more."""
-        budget = Budget(self.name, sum(self.samples), max_bad)
+        budget = Budget(self.name, sum(self.samples) + len(self.no_bytes), max_bad)
+        for path in self.no_bytes:
+            budget.add(path, [NO_BYTES])
         for _, path, bad in self.bad():
             budget.add(path, [bad])
         return budget
@@ -98,16 +103,18 @@ def look_at(
     """
     if data.limit is not None and split == "train":
         shards = _first(shards, data.limit)
-    kept, sums = [], Sums(cache_dir(data.cache))
+    kept, no_bytes, sums = [], list[Path](), Sums(cache_dir(data.cache))
     for source in sources(shards, sums, progress) if reading else known_sources(shards, sums):
         found = cache.find(source)
         samples = found.samples + len(found.bad) if found else samples_in(source.path)
         if samples:
             kept.append((source, samples, found))
+        elif not stat_of(source.path)[0]:
+            no_bytes.append(source.path)
     if not kept:
         raise InputError(f"no samples in {len(shards)} shard(s), first {shards[0]}")
     chosen, counts, rows = zip(*kept, strict=True)
-    return Split(split, cache, chosen, counts, rows)
+    return Split(split, cache, chosen, counts, rows, tuple(no_bytes))
 
 
 def _first(shards: Sequence[Path], limit: int) -> Sequence[Path]:
@@ -166,13 +173,35 @@ def write_split(split: Split) -> Path:
         {"name": os.path.relpath(split.cache.folder / source.tar, folder), "samples": row.samples}
         for source, row in zip(split.sources, rows, strict=True)
     ]
+    rows_of_bad = [(path, NO_BYTES) for path in split.no_bytes] + [each[1:] for each in bad]
     named = "".join(
-        json.dumps({"split": split.name, **bad_row(path, each)}) + "\n" for _, path, each in bad
+        json.dumps({"split": split.name, **bad_row(*each)}) + "\n" for each in rows_of_bad
     )
     manifest = {"meta": meta, "samples": sum(row.samples for row in rows), "shards": shards}
     _write(folder / BAD_SAMPLES, named.encode())
     _write(folder / MANIFEST, f"{json.dumps(manifest, indent=1)}\n".encode())
     return folder
+
+
+def held_out_warning(splits: Iterable[Split]) -> str | None:
+    """One line where shards of another split have the bytes of training shards, wherever they lie:
+    what is measured on their samples says nothing of pictures that were not trained on.
+    """
+    train, *others = splits  # all sources have their keys
+    trained = {_content(source) for source in train.sources}
+    for other in others:
+        if twice := [source for source in other.sources if _content(source) in trained]:
+            return (
+                f"warning: {other.pictures(twice)} of {sum(other.samples)} {other.name} samples are"
+                f" in training shards too, first {shown(twice[0].path)}: what is measured on them"
+                " is not held out; give others as data.val_shards"
+            )
+    return None
+
+
+def _content(source: Source) -> str:
+    """The part of its key that hangs on the shard's bytes alone."""
+    return str(source.key).partition("-")[0]
 
 
 def bad_samples(folders: Iterable[Path]) -> str:

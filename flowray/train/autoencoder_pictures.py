@@ -2,20 +2,71 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from flowray.config.cores import usable_cores
 from flowray.config.errors import InputError
+from flowray.config.progress import Progress
 from flowray.data.order import EpochOrder, evenly
 from flowray.data.pictures import decode_image, decode_sized
 from flowray.data.pixels import to_pictures
-from flowray.data.prepare import AS_THEY_ARE, Preparation
+from flowray.data.prepare import AS_THEY_ARE, OTHER_SIZE, Preparation
 from flowray.data.reader import ShardReader
+from flowray.store.encode import DECODERS, Budget, decode_or_bad
+from flowray.store.latent_shards import Bad, bad_row
 
 BATCH = 32  # pictures of a measurement
+_LOOKED_AT = 1024  # pictures handed to the threads that decode at a time
+
+
+def look_through(
+    reader: ShardReader, budget: Budget, prepare: Preparation, progress: Progress
+) -> tuple[ShardReader, list[dict[str, str]]]:
+    """The reader without what is bad and what `prepare` leaves out, and the rows of
+    `bad_samples.jsonl` that name this. Every picture is decoded, once; bad is one that does not, or
+    that has another size than most. InputError where more are bad than `budget` allows.
+    """
+    left_out, sizes = dict[int, dict[str, str]](), dict[int, tuple[int, ...]]()
+
+    def look(index: int) -> tuple[int, ...] | Bad:
+        found = decode_or_bad(reader, index, prepare, captioned=False)
+        return found if isinstance(found, Bad) else found.shape[:2]
+
+    def leave_out(bad: Bad) -> None:
+        path = reader.path(bad.index)
+        budget.add(path, [bad])
+        left_out[bad.index] = {"split": budget.split, **bad_row(path, bad)}
+
+    what = f"looking through the {budget.split} pictures"
+    with (
+        progress.task(what, len(reader)) as advance,
+        ThreadPoolExecutor(min(usable_cores(), DECODERS)) as pool,
+    ):
+        for start in range(0, len(reader), _LOOKED_AT):
+            part = range(start, min(start + _LOOKED_AT, len(reader)))
+            for index, found in zip(part, pool.map(look, part), strict=True):
+                if isinstance(found, Bad):
+                    leave_out(found)
+                else:
+                    sizes[index] = found
+                advance()
+    for usual, _ in Counter(sizes.values()).most_common(1):
+        for index in (index for index, size in sizes.items() if size != usual):
+            (h, w), (height, width) = sizes[index], usual
+            message = (
+                f"{w} x {h} px among pictures of {width} x {height} px; --size PX brings pictures"
+                " of several sizes to one"
+            )
+            leave_out(Bad(index, reader.key(index), OTHER_SIZE, message))
+    without = reader.places([*left_out])
+    rows = [left_out[index] for index in sorted(left_out)]
+    return ShardReader(reader.paths, without=without, caption_key=reader.caption_key), rows
 
 
 class _Steps(Dataset[Tensor | InputError]):

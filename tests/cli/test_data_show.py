@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support import files_of_at_most
 
 from flowray.cli.data import main
 from flowray.config.errors import InputError
@@ -130,6 +131,16 @@ def test_a_large_set_is_sampled_and_says_so(
     assert told.extensions == {"jpg": 2, "json": 1, "png": 4, "txt": 6}
     assert main(["show", str(shards), "--out", str(tmp_path / "a.html")]) == 0
     assert "of 3 samples" in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
+def test_a_full_disk_leaves_neither_page_nor_sheet(shards: Path, tmp_path: Path) -> None:
+    assert main(["show", str(shards), "--out", str(tmp_path / "whole.html")]) == 0
+    sheet, page = ((tmp_path / f"whole.{kind}").stat().st_size for kind in ("png", "html"))
+    assert sheet < page - 1
+    for room in (sheet - 1, page - 1):
+        with files_of_at_most(room), pytest.raises(InputError, match="cannot be written"):
+            main(["show", str(shards), "--out", str(tmp_path / "cut.html")])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.html", "whole.png"]
 
 
 def test_histograms() -> None:

@@ -76,6 +76,17 @@ def test_several_sizes_are_brought_to_one(
     assert not [line for line in problems(recipe) if "shards" in line]
 
 
+def test_a_few_tiny_pictures_do_not_set_the_size_of_all(
+    tmp_path: Path, pictures: list[tuple[Image.Image, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = mixed(pictures, 300)
+    for i in (3, 7, 11):
+        rows[i]["jpg"] = as_jpeg(pictures[i][0].resize((20 + i, 18)))
+    recipe = made(shard_set(tmp_path, rows))
+    assert recipe.model.latent.shape == (4, 32, 32)
+    assert f"3 of {len(rows)} pictures looked at are smaller" in capsys.readouterr().out
+
+
 def test_one_size_stays_as_it_is_and_another_is_made_of_it(
     tmp_path: Path, pictures: list[tuple[Image.Image, str]]
 ) -> None:
@@ -128,6 +139,23 @@ def test_a_broken_sample_is_told_and_costs_no_more(
     assert "2 of" in said
     assert "sample '003'" in said
     assert "flowray.data check" in said
+
+
+def test_held_out_pictures_that_are_training_ones(
+    tmp_path: Path, pictures: list[tuple[Image.Image, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of four is told, all are refused: by their bytes, under other keys."""
+    rows = mixed(pictures)
+    rows[-1]["jpg"] = rows[2]["jpg"]
+    made(shard_set(tmp_path / "some", rows))
+    assert (
+        "1 of 4 held-out pictures looked at are in the training shards" in capsys.readouterr().out
+    )
+    for each, first in zip(rows[-4:], rows, strict=False):
+        each["jpg"] = first["jpg"]
+    with pytest.raises(InputError, match="every held-out picture looked at is in the training"):
+        made(shard_set(tmp_path / "all", rows))
+    assert not (tmp_path / "all" / "recipe.yaml").exists()
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,21 @@ def test_cached_latents_are_a_good_set_and_nan_is_not(tmp_path: Path) -> None:
     assert [(p.sample, "NaN" in p.what) for p in bad.problems] == [("0003", True)]
 
 
+@pytest.mark.parametrize(("both", "severity"), [(0, None), (1, "info"), (3, "bad")])
+def test_pictures_of_a_split_that_another_has_too_are_told(
+    tmp_path: Path, both: int, severity: str | None
+) -> None:
+    """By their bytes: keys and shards are others."""
+    write_shards(tmp_path / "set" / "train", [sample(i) for i in range(6)], per_shard=4, meta={})
+    held_out = [sample(10 + i, png=png(picture(i if i < both else 20 + i))) for i in range(3)]
+    write_shards(tmp_path / "set" / "val", held_out, meta={})
+    result = check_shards(str(tmp_path / "set" / "train"), str(tmp_path / "set" / "val"))
+    told = [(p.severity, p.what) for p in result.problems if "held out" in p.what]
+    assert [kind for kind, _ in told] == ([severity] if severity else [])
+    assert all(what.startswith(f"{both} picture(s) of val are") for _, what in told)
+    assert result.good == (severity != "bad")
+
+
 def test_duplicate_images_are_told_but_not_bad(tmp_path: Path) -> None:
     result = check(tmp_path, [sample(0), sample(1), sample(2, png=png(picture(0)))])
     assert result.good

@@ -4,6 +4,7 @@ decoded once.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ from support import own_pictures
 from flowray.cli.data import main
 from flowray.config.errors import InputError
 from flowray.data import prepare
+from flowray.data.captions import LONGEST_CELL
 from flowray.data.check import check_shards
 from flowray.data.pack import key_of, pack_folder
 from flowray.data.prepare import AS_THEY_ARE
@@ -198,6 +200,10 @@ def test_caption_lists_as_others_write_them(tmp_path: Path, name: str, text: str
         ({"metadata.csv": "file_name,text\nb.png,one\n"}, "b.png: no such picture"),
         ({"metadata.csv": ""}, "metadata.csv:1: want image"),
         ({"metadata.csv": b"\xff\xfe"}, "metadata.csv: cannot be read"),
+        (
+            {"metadata.csv": f"file_name,text\na.png,{'x' * (LONGEST_CELL + 1)}\n"},
+            "metadata.csv: cannot be read (line 2: field larger than field limit",
+        ),
         ({"metadata.csv": "file_name,text\na.png,one\n", "captions.jsonl": ""}, "keep one"),
     ],
 )
@@ -212,6 +218,15 @@ def test_a_list_that_is_none_is_one_line_in_plain_words(
     assert says in str(caught.value)
     assert "Error" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_cell_of_a_table_beyond_what_python_reads_by_default(tmp_path: Path) -> None:
+    folder, usual = photos(tmp_path / "in", ["a.png"]), csv.field_size_limit()
+    text = "red " * usual
+    (folder / "metadata.csv").write_text(f"file_name,text\na.png,{text}\n")
+    pack_folder(folder, tmp_path / "out", 8)
+    assert ShardReader(find_shards(str(tmp_path / "out"))).captions(0) == [text.strip()]
+    assert csv.field_size_limit() == usual  # which is of the whole process
 
 
 def test_extensions_in_capitals(tmp_path: Path) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
-from remote_servers import BUCKET, Failing, Files, client, s3_server, served, upload, use
+from remote_servers import BUCKET, Failing, Files, Hub, client, s3_server, served, upload, use
 from support import assert_refused, own_pictures, tiny_pictures
 
 from flowray.cli.data import main
@@ -35,7 +37,7 @@ from flowray.data.remote import (
     stat_of,
 )
 from flowray.data.remote_sets import PACKING
-from flowray.data.shards import MANIFEST, are_plain, find_shards, sha256
+from flowray.data.shards import MANIFEST, are_plain, find_shards, lacking, sha256, tars
 from flowray.store.sums import Sums
 
 SET = f"s3://{BUCKET}/sets/drawn"
@@ -257,6 +259,49 @@ def test_other_bytes_than_the_manifest_s_are_refused(
     assert [problem.shard for problem in result.problems] == [name]
     assert "sha256" in result.problems[0].what
     assert result.samples == SAMPLES - PER_SHARD
+
+
+def test_a_shard_that_the_manifest_names_and_the_listing_lacks_is_said(
+    endpoint: str, failing: Failing, local: Path
+) -> None:
+    upload(endpoint, local, "hole")
+    spec, name = f"s3://{BUCKET}/hole", "shard-000002.tar"
+    assert lacking(spec, find_shards(spec)) == []
+    client(endpoint).delete_object(Bucket=BUCKET, Key=f"hole/{name}")
+    (gone,) = lacking(spec, find_shards(spec))  # though its place in the cache was found before
+    assert shown(gone) == f"{spec}/{name}"
+    assert [problem.shard for problem in check_shards(spec).problems] == [name]
+    some = f"{spec}/shard-00000[01].tar"
+    assert lacking(some, find_shards(some)) == []  # nobody asked for the others
+
+
+def test_a_data_set_of_a_hub_is_that_of_a_disk(
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`hf://` by huggingface_hub itself, against the answers of a hub on loopback."""
+    monkeypatch.setenv("FLOWRAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "_FIRST_PAUSE_S", 0.01)
+    remote._filesystem.cache_clear()
+    shutil.copytree(local, tmp_path / "hub" / "train")
+    spec = "hf://datasets/org/set/train"
+    with served(partial(Hub, tmp_path / "hub")) as port:
+        options = {"endpoint": f"http://127.0.0.1:{port}", "token": False}
+        monkeypatch.setitem(fsspec.config.conf, "hf", options)
+        found = find_shards(spec)
+        assert not any(map(is_here, found))
+        assert [shown(path) for path in found] == [f"{spec}/{name.name}" for name in tars(local)]
+        assert Sums(tmp_path).of(found) == [sha256(path) for path in tars(local)]
+        assert samples_in(found[0]) == PER_SHARD
+        assert contents(ShardReader(found)) == contents(ShardReader(find_shards(str(local))))
+        assert [find_shards(f"{spec}/shard-00000{{1,3}}.tar")] == [found[1::2]]
+        assert find_shards(f"{spec}/*[02].tar") == found[::2]
+        (tmp_path / "hub" / "train" / "shard-000002.tar").unlink()
+        remote._filesystem.cache_clear()  # a process asks a hub once what is in a folder
+        assert [shown(path)[-16:] for path in lacking(spec, find_shards(spec))] == [
+            "shard-000002.tar"
+        ]
+        assert_refused(lambda: find_shards(f"{spec}/nothing"), InputError, "no .tar file there")
+    remote._filesystem.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from support import (
     tiny_recipe,
 )
 
+from flowray.cli.ready import check_shards
 from flowray.config.errors import InputError
 from flowray.config.model import KLAutoencoder
 from flowray.config.progress import SILENT
@@ -140,6 +142,39 @@ def test_one_in_each_of_a_hundred_shards(tmp_path: Path, config: KLAutoencoder) 
     ]
     latents = load_latents(split)
     assert latents.reader.keys == [f"s{i:03d}" for i in range(3 * shards) if i not in bad]
+
+
+@pytest.mark.parametrize(("kind", "place"), [("cut", 0), ("no picture", 19)])
+def test_what_is_looked_at_before_a_run_is_said_as_encoding_says_it(
+    tmp_path: Path, kind: str, place: int
+) -> None:
+    data = data_of(tmp_path, 20, {place: kind})
+    keys = {"data.shards": data.shards, "data.val_shards": data.val_shards}
+    recipe = tiny_recipe(tmp_path / "recipe", **keys)
+    with pytest.raises(InputError) as encoding:
+        ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
+    assert "type data.max_bad=0.05 to" in str(encoding.value)
+    assert_refused(lambda: check_shards(recipe), InputError, re.escape(str(encoding.value)))
+
+
+def test_a_shard_of_0_bytes_is_a_bad_sample(tmp_path: Path, config: KLAutoencoder) -> None:
+    data = data_of(tmp_path, 4 * SHARD, {})
+    empty = Path(data.shards) / "shard-000001.tar"
+    empty.write_bytes(b"")
+    want = rf"^1 bad of 31 train samples so far, .*: shard {empty}: 0 bytes; .*data\.max_bad=0\.04 "
+    with pytest.raises(InputError, match=want):
+        ensure_latents(data, config, SPEC)
+    heard = Heard()
+    some = data.model_copy(update={"max_bad": 0.04})
+    folder = ensure_latents(some, config, SPEC, heard)["train"]
+    assert any(line.startswith("1 of 31 train samples skipped: 0 bytes x1") for line in heard.said)
+    (row,) = map(json.loads, (folder / BAD_SAMPLES).read_text().splitlines())
+    assert (row["shard"], row["key"], row["cause"]) == (str(empty), "", "0 bytes")
+    latents = load_latents(folder)
+    pictures = latents.picture_reader()
+    assert latents.reader.keys == pictures.keys
+    assert len(latents) == 3 * SHARD
+    assert skipped_places(some, config, SPEC)["train"] == frozenset()
 
 
 def test_beyond_the_budget_whole_shards_stay(tmp_path: Path, config: KLAutoencoder) -> None:

@@ -14,10 +14,13 @@ from pathlib import Path
 import lacking
 import pytest
 import torch
+from support import tiny_pictures, tiny_recipe
 
 from flowray.config.errors import InputError
+from flowray.config.load import dump_recipe
 from flowray.data.shards import MANIFEST, write_shards
 from flowray.store.checkpoint import list_checkpoints, newest_checkpoint, save_checkpoint
+from flowray.store.latents import ensure_latents
 from flowray.store.run import RunDirectory, require_writable
 
 TESTS = Path(__file__).parents[1]
@@ -69,6 +72,54 @@ def test_a_run_a_study_and_a_data_set_without_links_and_locks(tmp_path):
         str(["manifest.json", "shard-000000.tar"]),
     ]
     assert not list(tmp_path.glob("*.lock"))
+
+
+READ_ONLY = """
+import sys
+from pathlib import Path
+import torch
+from flowray.config.errors import InputError
+from flowray.config.load import load_recipe, override_recipe
+from flowray.store.run import RunDirectory
+from flowray.train.group import Group
+from flowray.train.loop import train
+
+recipe = load_recipe(sys.argv[1]).recipe
+try:
+    open(Path(recipe.data.cache) / "x", "w")
+except OSError as error:
+    print(error.strerror)
+for shards in (recipe.data.shards, recipe.data.val_shards + "/new"):
+    run = RunDirectory(Path(recipe.storage_path) / Path(shards).name)
+    run.create()
+    data = override_recipe(recipe, {"data.shards": shards})
+    try:
+        train(data, run, Group(0, 1, torch.device("cpu")), lambda row: None)
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_training_from_a_cache_that_can_only_be_read(tmp_path):
+    recipe = tiny_recipe(tmp_path, **{"train.steps": 2})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
+    tiny_pictures(Path(recipe.data.val_shards) / "new", 4, start=100)
+    cache = tmp_path / "cache"
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    mounted = f"mount --bind {cache} {cache} && mount -o remount,ro,bind {cache}"
+    inside = ["unshare", "-rm", "sh", "-c", f'{mounted} && exec "$@"', "sh"]
+    if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mounts of one's own here")
+    command = [*inside, sys.executable, "-c", READ_ONLY, str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    read_only, refused = done.stdout.splitlines()
+    assert read_only == "Read-only file system"
+    assert f"{cache}" in refused
+    assert "cannot be written: Read-only file system" in refused
+    assert newest_checkpoint(tmp_path / "runs" / "train" / "checkpoints").name == "step_000002"
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
 
 
 def no_folders(source, target):

@@ -4,6 +4,7 @@ and checked.
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -206,6 +207,39 @@ def test_a_sample_without_a_picture_and_missing_val_shards(tmp_path, config):
         )
     with pytest.raises(InputError, match=r"data.val_shards: not given"):
         ensure(DataConfig(shards=str(folder), cache=str(tmp_path / "cache")), config)
+
+
+def test_held_out_shards_that_are_training_ones_are_said_wherever_they_lie(tmp_path, config, data):
+    def warnings(**keys):
+        heard = Heard()
+        ensure_latents(data.model_copy(update=keys), config, SPEC, heard)
+        return [line for line in heard.said if "held out" in line]
+
+    assert warnings() == []
+    twice = tmp_path / "elsewhere"
+    twice.mkdir()
+    shutil.copy(Path(data.shards) / "shard-000001.tar", twice / "a.tar")
+    shutil.copy(Path(data.val_shards) / "shard-000000.tar", twice / "b.tar")
+    (told,) = warnings(val_shards=str(twice))  # without a manifest, so its key is another
+    assert told.startswith("warning: 16 of 24 val samples")
+    assert str(twice / "a.tar") in told
+    (told,) = warnings(val_shards=data.shards)
+    assert told.startswith("warning: 40 of 40 val samples")
+    assert len(warnings(val_shards=data.shards)) == 1  # also where all is encoded
+    assert warnings(val_shards=str(twice), limit=16) == []  # what is not trained on is held out
+
+
+def test_a_shard_that_the_manifest_names_and_that_is_not_there_is_said(tmp_path, config, data):
+    heard = Heard()
+    ensure_latents(data, config, SPEC, heard)
+    assert not [line for line in heard.said if "not there" in line]
+    gone = Path(data.shards) / "shard-000001.tar"
+    gone.unlink()
+    folders = ensure_latents(data, config, SPEC, heard)
+    (told,) = [line for line in heard.said if "not there" in line]
+    assert told.startswith("warning: 1 train shard(s)")
+    assert str(gone) in told
+    assert len(load_latents(folders["train"])) == 24
 
 
 def test_shuffled_captions_are_all_there_and_none_is_in_its_place(tmp_path):

@@ -244,6 +244,40 @@ def test_pictures_of_several_sizes_are_refused_before_training(tmp_path: Path, o
         main([str(tmp_path / "train"), "--out", str(tmp_path / "out"), *OPTIONS])
 
 
+def test_bad_pictures_within_the_budget_are_left_out_and_named(tmp_path: Path, capsys) -> None:
+    """One that does not decode, one of another size, one without a caption, which none needs."""
+
+    def samples(bad: bool) -> Iterator[dict[str, object]]:
+        reader = shard_set(tmp_path / f"good {bad}", 16)
+        for i in range(16):
+            png = reader.read(i, "png")
+            if bad and i == 5:
+                png = png[:60]
+            if bad and i == 0:
+                buffer = io.BytesIO()
+                Image.new("RGB", (32, 16)).save(buffer, format="png")
+                png = buffer.getvalue()
+            if bad or i not in (0, 5):
+                yield {"__key__": f"{i:04d}", "png": png, "cls": b"7"}
+
+    for name, bad in (("dirty", True), ("clean", False)):
+        write_shards(tmp_path / name, samples(bad), meta={})
+    argv = [str(tmp_path / "dirty"), "--out", str(tmp_path / "dirty-out"), *OPTIONS]
+    with pytest.raises(InputError, match=r"^1 bad of 16 train .*'0005'.*--max-bad 0\.07 to leave"):
+        main(argv)
+    with pytest.raises(InputError, match=r"^2 bad of 16 .*'0005'.*'0000': 32 x 16 px .*--size PX"):
+        main([*argv, "--max-bad", "0.1"])
+    assert not (tmp_path / "dirty-out").exists()
+    assert main([*argv, "--max-bad", "0.2"]) == 0
+    assert "2 of 16 train samples skipped" in capsys.readouterr().err
+    named = (tmp_path / "dirty-out" / "bad_samples.jsonl").read_text().splitlines()
+    assert [json.loads(row)["key"] for row in named] == ["0000", "0005"]
+    assert main([str(tmp_path / "clean"), "--out", str(tmp_path / "clean-out"), *OPTIONS]) == 0
+    assert not (tmp_path / "clean-out" / "bad_samples.jsonl").exists()
+    one, other = (load_file(tmp_path / f"{name}-out" / WEIGHTS) for name in ("dirty", "clean"))
+    assert all(bool((one[name] == other[name]).all()) for name in other)
+
+
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
     reader, out = shard_set(tmp_path / "pictures", 12), tmp_path / "out"
     newest = left_by_a_kill(reader, out, 5)
