@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help none
 
 HIGHEST_LR = 0.1  # AdamW moves every weight by about its learning rate at every step
 CARD = "CARD.md"
+MAX_BAD = DataConfig().max_bad
 
 
 def _levels(text: str) -> tuple[int, ...]:
@@ -71,14 +72,9 @@ def _parser() -> Parser:
     )
     key = "of data.prepare, such as min_size=32; may come again"
     parser.add_argument("--prepare", action="append", default=[], metavar="key=value", help=key)
-    max_bad = DataConfig().max_bad
-    parser.add_argument(
-        "--max-bad",
-        type=number(0, 1),
-        default=max_bad,
-        metavar="X",
-        help=f"share of bad samples that is left out, {max_bad:g}",
-    )
+    left_out = f"share of bad samples that is left out, {MAX_BAD:g}"
+    share = number(0, 1)
+    parser.add_argument("--max-bad", type=share, default=MAX_BAD, metavar="X", help=left_out)
     parser.add_argument(
         "--channels",
         type=_levels,
