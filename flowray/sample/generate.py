@@ -131,7 +131,13 @@ def _away_from(model: FlowModel, source: Source, other: Source) -> Field:
         torch.cat([source.text.mask, other.text.mask]),
     )
     both = model.field(Source(source.posterior.rows(twice), source.z0[twice], text))
-    return lambda x, time_code, null: both(x, time_code, torch.zeros_like(null))
+    alone = model.field(source)
+
+    def field(x: Tensor, time_code: Tensor, null: Tensor) -> Tensor:
+        here = alone if len(x) == len(source.z0) else both  # no guidance at this time
+        return here(x, time_code, torch.zeros_like(null))
+
+    return field
 
 
 @torch.no_grad()
