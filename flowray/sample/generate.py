@@ -80,6 +80,27 @@ def integrated(
     return integrate(config.solver, velocity_fn, z0, time_grid(config.grid, config.steps), observe)
 
 
+@torch.no_grad()
+def network_calls(
+    model: FlowModel, prompts: Sequence[str], config: SampleConfig, seed: int
+) -> float:
+    """How often the velocity network is asked for each picture of the prompts, both halves of
+    guidance counted; the model should be in eval mode.
+    """
+    noise, rows = source_noise(model, prompts, seed, next(model.velocity.parameters()).device), 0
+    with in_precision(config, noise.device):
+        source = model.source(prompts, noise)
+        field = model.field(source)
+
+        def counted(x: Tensor, time_code: Tensor, null: Tensor) -> Tensor:
+            nonlocal rows
+            rows += len(x)
+            return field(x, time_code, null)
+
+        integrated(config, counted, source.z0)
+    return rows / len(noise)
+
+
 def in_precision(config: SampleConfig, device: torch.device) -> AbstractContextManager[object]:
     """A block in which head and velocity network compute in `sample.precision`."""
     if config.precision == "fp32":  # within whatever autocast there is
