@@ -172,13 +172,15 @@ def latent_batches(
     numbers: Sequence[int] | None = None,
     negative: str | None = None,
     observe: Observer | None = None,
+    compiled: bool = False,
 ) -> Iterator[Tensor]:
     """`generate_latents` of many prompts, at most `sample.batch_size` at a time, with the weights
     the model holds now. A latent is the same to the last bit whatever prompts are beside it.
 
     numbers: as for `source_noise`. negative: what guidance leads away from, in place of no caption;
     InputError where the run cannot do that. observe(k, t, x, v) is told every step of every batch,
-    x and v (B, C, H, W) copies.
+    x and v (B, C, H, W) copies. compiled: the network's blocks run through torch.compile, which
+    takes its time at the first batch and gives the same but for rounding.
     """
     was_training = model.training
     device = next(model.velocity.parameters()).device
@@ -188,7 +190,8 @@ def latent_batches(
             filled = part.filled(config.batch_size)
             noise = source_noise(model, filled.prompts, seed, device, size, filled.numbers)
             watch = None if observe is None else _copies(observe, len(part.prompts))
-            with model.text.whole_length():
+            blocks = model.velocity.compiled() if compiled else nullcontext()
+            with model.text.whole_length(), blocks:
                 made = generate_latents(model, filled.prompts, config, noise, negative, watch)
             yield made[: len(part.prompts)]
     finally:
