@@ -35,7 +35,7 @@ def main(argv: list[str], name: str = "benchmarks") -> int:
     for add in (
         *(_add_sweep, _add_record, _add_answers, _add_pair),
         *(_add_overhead, _add_startup, _add_data),
-        *(_add_train, _add_step, _add_scaling),
+        *(_add_train, _add_step, _add_sample, _add_scaling),
     ):
         add(commands)
     args, more = parser.parse_known_args(argv)  # argparse gives up on key=value after an option
@@ -332,6 +332,16 @@ def _add_step(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.set_defaults(run=_step)
 
 
+def _add_sample(commands: argparse._SubParsersAction[Parser]) -> None:
+    about = (
+        "seconds of quickstart's sampling loop on one core against the same loop on diffusers'"
+        " FlowMatchEulerDiscreteScheduler and against its own with a compiled network"
+    )
+    parser = commands.add_parser("sample", help=about, description=f"What drawing costs: {about}.")
+    _add_rounds(parser, 15)
+    parser.set_defaults(run=_sample)
+
+
 def _add_rounds(parser: Parser, rounds: int) -> None:
     parser.add_argument(
         "--rounds",
@@ -526,6 +536,15 @@ def _step(args: argparse.Namespace) -> int:
     if not args.json:
         _print_seconds(facts["seconds"])
         print(f"probes: {facts['probes_share']:.2%} of the training time")
+    return _end(facts, args.json)
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from benchmarks.sampler import QUICK, Scale, run
+
+    facts = run(QUICK if args.quick else Scale(rounds=args.rounds), _say)
+    if not args.json:
+        _print_seconds(facts["seconds"])
     return _end(facts, args.json)
 
 

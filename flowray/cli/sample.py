@@ -86,6 +86,11 @@ def _parser() -> Parser:
         help="width / height of the pictures, one of the run's data.aspect_ratios",
     )
     parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="the network through torch.compile: slow at the first batch, faster then",
+    )
+    parser.add_argument(
         "--scale",
         type=whole_number(1, MAX_SCALE),
         default=1,
@@ -213,8 +218,9 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     prompts = _prompts(args.prompts, args.file)
     how = {"negative": args.negative, "aspect": args.aspect}
-    if args.between and (args.each or args.strip or args.negative is not None):
-        raise InputError("--between: goes with none of --each, --negative and --strip")
+    how |= {"compile": True} if args.compile else {}  # else pictures of before would differ in it
+    if args.between and (args.each or args.strip or args.compile or args.negative is not None):
+        raise InputError("--between: goes with none of --compile, --each, --negative and --strip")
     if args.strip and args.each:
         raise InputError("--strip: does not go with --each")
     shape = _shape(len(prompts), args.count, args.between, args.strip)

@@ -37,6 +37,9 @@ CHECKED = ("shapes", "shapes_closed")  # data.shards whose pictures can be check
 LEFT_OPEN = "shapes"  # of them the one whose captions leave things open
 MomentsKind = Literal["fp16", "bf16", "fp32"]
 OPEN_SCORES = ("named", "coverage_excess")  # of flowray.eval's `open`, what sweeps go by
+FRECHET = "frechet"  # beside them, and of flowray.eval's `neighbours`
+# of `neighbours`, beside the accuracies of what the samples' JSON says
+OTHER_SCORES = (FRECHET, "precision", "recall", "density", "coverage", "diversity")
 
 
 class DataConfig(Config):

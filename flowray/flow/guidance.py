@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowray.flow import expect
 from flowray.flow.path import expand, time_code
-from flowray.flow.solver import VelocityFn
+from flowray.flow.solver import Spanned, VelocityFn
 
 
 class NullableVelocity(Protocol):
@@ -44,10 +44,10 @@ def guided(
 ) -> VelocityFn:
     """velocity_fn(x, t) with guidance scale s; both halves see the same x, in one batch of 2B.
 
-    s = 1 costs one pass. interval: where s is not 1, both ends counted; the host does not know
-    t, so that the other times cost two passes as well. rescale: `rescaled`. TypeError for what is
-    no number, ValueError for a scale below 0 or not finite and for an interval or rescale outside
-    [0, 1].
+    s = 1 costs one pass. interval: where s is not 1, both ends counted; before and after a step
+    costs one pass too, but for dopri5, whose samples have times of their own. rescale: `rescaled`.
+    TypeError for what is no number, ValueError for a scale below 0 or not finite and for an
+    interval or rescale outside [0, 1].
     """
     expect.number("guidance scale", scale, 0.0)
     low, high = interval
@@ -56,16 +56,22 @@ def guided(
     expect.number("guidance rescale", rescale, 0.0, 1.0)
     if math.isclose(scale, 1.0, rel_tol=1e-6):  # also a step of a range: 0.1 + 3 x 0.3
         return conditional(velocity)
-    always = (low, high) == (0.0, 1.0)
 
-    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+    def halves(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         null = torch.zeros(2 * len(t), dtype=torch.bool, device=t.device)
         null[len(t) :] = True
         v_c, v_u = velocity(torch.cat([x, x]), torch.cat([t, t]), null).float().chunk(2)
-        v = rescaled(v_u + scale * (v_c - v_u), v_c, rescale)
-        return v if always else torch.where(expand((low <= t) & (t <= high), v), v, v_c)
+        return v_c, rescaled(v_u + scale * (v_c - v_u), v_c, rescale)
 
-    return velocity_fn
+    def inside(x: Tensor, t: Tensor) -> Tensor:
+        return halves(x, t)[1]
+
+    def each(x: Tensor, t: Tensor) -> Tensor:
+        plain, v = halves(x, t)
+        return torch.where(expand(spanned.holds(t), v), v, plain)
+
+    spanned = Spanned((low, high), inside, conditional(velocity), each)
+    return inside if (low, high) == (0.0, 1.0) else spanned
 
 
 def rescaled(guided: Tensor, plain: Tensor, share: float) -> Tensor:

@@ -8,9 +8,11 @@ Fixed-step solvers walk `grid`, a list of increasing times from 0 to 1. A read-o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,8 +39,36 @@ def time_grid(kind: str, steps: int) -> list[float]:
     return edges.tolist()
 
 
+@dataclass(frozen=True)
+class Spanned:
+    """A velocity_fn that is `inside` from one time to another, both counted, and `outside` before
+    and after, which may be the cheaper one.
+
+    each: for samples at times (B,) of their own, which the host does not know.
+    """
+
+    span: tuple[float, float]
+    inside: VelocityFn
+    outside: VelocityFn
+    each: VelocityFn
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.each(x, t)
+
+    def at(self, t: float) -> VelocityFn:
+        """That of a time which all samples share."""
+        low, here, high = np.array([self.span[0], t, self.span[1]], np.float32).tolist()
+        return self.inside if low <= here <= high else self.outside
+
+    def holds(self, t: Tensor) -> Tensor:
+        """Whether fp32 times (B,) lie in the span."""
+        low, high = self.span
+        return (low <= t) & (t <= high)
+
+
 def _at(velocity_fn: VelocityFn, x: Tensor, t: float) -> Tensor:
-    v = velocity_fn(x, torch.full((len(x),), t, dtype=torch.float32, device=x.device))
+    call = velocity_fn.at(t) if isinstance(velocity_fn, Spanned) else velocity_fn
+    v = call(x, torch.full((len(x),), t, dtype=torch.float32, device=x.device))
     expect.alike(LATENT, x=x, velocity=v)
     return v.float()
 

@@ -4,7 +4,8 @@ networks share.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,22 @@ class VelocityNet(nn.Module):
         """
         for block in self.token_blocks().blocks:
             block.forward = _compiled_in_training(block)
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """A Python block in which the blocks on tokens run compiled, for sampling: a graph for the
+        first batch, one more that serves all other sizes.
+        """
+        kept = [(block, vars(block).pop("forward", None)) for block in self.token_blocks().blocks]
+        try:
+            for block, _ in kept:  # torch finds the graphs of an earlier time again
+                block.forward = torch.compile(block.forward, fullgraph=True)
+            yield
+        finally:
+            for block, before in kept:
+                vars(block).pop("forward", None)
+                if before is not None:
+                    block.forward = before
 
 
 def checked(time_code: Tensor) -> Tensor:

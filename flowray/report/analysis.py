@@ -21,6 +21,7 @@ from flowray.config.rounding import finite
 from flowray.findings.judge import Verdict
 from flowray.report.results import Sweep, Trial
 
+CALLS = "perf/network_calls"
 CLEAR = 2.0  # gaps of this many standard errors are more than noise
 HEAT_KEYS = (
     "shoot/energy",
@@ -173,6 +174,38 @@ def front(sweep: Sweep) -> list[Trial]:
         )
 
     return [trial for trial, point in points.items() if not beaten(point)]
+
+
+def best_for_calls(sweep: Sweep) -> list[tuple[float, Trial]]:
+    """(calls, trial), calls rising: the finished trial that is best by the first metric among all
+    that ask the network at most so often for a picture; [] where trials do not say or compare.
+    """
+    if not sweep.comparable:
+        return []
+    sign = 1 if sweep.metric.goal == "minimize" else -1
+    known = [
+        (calls, sign * value, trial.number, trial)
+        for trial in sweep.by("finished")
+        if (calls := trial.value(CALLS)) is not None
+        and (value := trial.value(sweep.metric.name)) is not None
+    ]
+    found: list[tuple[float, Trial]] = []
+    least = math.inf
+    for calls, value, _, trial in sorted(known, key=lambda each: each[:3]):
+        if value < least:
+            least = value
+            found.append((calls, trial))
+    return found
+
+
+def best_for_calls_words(sweep: Sweep) -> str:
+    """`best_for_calls` in a line; '' where there are none."""
+    told = [
+        f"{calls:g}: {trial.value(sweep.metric.name):.3g} (trial {trial.number})"
+        for calls, trial in best_for_calls(sweep)
+    ]
+    words = f"Best {sweep.metric.name} for at most N network calls a picture:"
+    return f"{words} {', '.join(told)}." if told else ""
 
 
 def hours(sweep: Sweep) -> Hours:

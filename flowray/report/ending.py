@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowray.findings.finding import ORDER
-from flowray.report.analysis import runner_up_words
+from flowray.report.analysis import best_for_calls_words, runner_up_words
 from flowray.report.edges import edges
 from flowray.report.lines import wrapped
 from flowray.report.results import Sweep, Trial
@@ -39,8 +39,8 @@ def ending(sweep: Sweep, page: Path, width: int) -> list[str]:
     lines += ["Report:", f"  {page}", ""]
     for edge in edges(sweep):
         lines += wrapped(f"{edge.words} ({edge.typed})", width, rest="  ")
-    if runner_up := runner_up_words(sweep):
-        lines += wrapped(runner_up, width, rest="  ")
+    for words in filter(None, (runner_up_words(sweep), best_for_calls_words(sweep))):
+        lines += wrapped(words, width, rest="  ")
     return [*lines, *wrapped(f"{sweep_verdict(sweep)}.", width, rest="  ")]
 
 

@@ -31,7 +31,7 @@ from flowray.report.axes import (
     reach_of,
 )
 from flowray.report.paint import BLUE, CYCLE, INK, MUTED, PAPER, STYLE, themed
-from flowray.report.results import Metric, Series, Trial
+from flowray.report.results import Metric, Series, Trial, spans_decades
 
 Points = Sequence[tuple[float, float]]
 DASHES = ("-", "--", "-.", ":")
@@ -209,10 +209,16 @@ def pareto(
         ends = [known[trial] for trial in front if trial in known]  # the front is shown whole
         low, high = fence([b for _, b in known.values()])
         limit(ax, min([low, *(b for _, b in ends)]), max([high, *(b for _, b in ends)]))
-        left, right = fence([a for a, _ in known.values()])
+        wide = spans_decades([a for a, _ in known.values()])
+        left, right = fence([a for a, _ in known.values()], log=wide)
         left, right = min([left, *(a for a, _ in ends)]), max([right, *(a for a, _ in ends)])
-        margin = 0.08 * (right - left) or 0.1
-        ax.set_xlim(left - margin, right + margin)
+        if wide:
+            margin = (right / left) ** 0.08
+            ax.set_xscale("log")
+            ax.set_xlim(left / margin, right * margin)
+        else:
+            margin = 0.08 * (right - left) or 0.1
+            ax.set_xlim(left - margin, right + margin)
         for trial, (a, b) in known.items():
             whole = trial.status == "finished"
             colour = BLUE if trial in front else MUTED
@@ -220,7 +226,8 @@ def pareto(
                 mark_edges(ax, [(min(max(a, left), right), b, colour)])
                 continue
             if not left <= a <= right:
-                side, edge = (">", right + margin) if a > right else ("<", left - margin)
+                first, last = ax.get_xlim()
+                side, edge = (">", last) if a > right else ("<", first)
                 ax.plot(edge, b, side, color=colour, markersize=6, clip_on=False, zorder=5)
                 continue
             ax.scatter(

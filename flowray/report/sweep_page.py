@@ -16,7 +16,9 @@ from flowray.config.dotted import dotted
 from flowray.findings.baselines import baseline
 from flowray.report import figures
 from flowray.report.analysis import (
+    CALLS,
     best_diff,
+    best_for_calls_words,
     front,
     heat_map,
     hours,
@@ -46,8 +48,10 @@ TABLE_METRICS = ("shoot/energy", "shoot/nmse", "flow/cos", "std/mean", "loss/flo
 EVALUATIONS = (
     "eval/named",
     "eval/coverage_excess",
+    "eval/frechet",
     "eval/all_correct",
     "eval/mean_attribute_accuracy",
+    CALLS,
     "perf/images_per_s",
 )
 STATUSES: tuple[Status, ...] = ("finished", "stopped", "waiting", "running", "failed")
@@ -219,6 +223,7 @@ def _context(sweep: Sweep) -> dict[str, Any]:
         },
         "objectives": [metric.name for metric in sweep.metrics],
         "runner_up": runner_up_words(sweep),
+        "for_calls": best_for_calls_words(sweep),
         "edges": edge,
         "diff": best_diff(sweep),
         "commands": sweep_commands(sweep, edge),
@@ -268,7 +273,8 @@ def _plots(sweep: Sweep, scored: Sequence[Trial]) -> dict[str, Any]:
     )
     if best_front:
         alone = len(sweep.metrics) == 2
-        for x, y in itertools.combinations(sweep.metrics, 2):
+        for pair in itertools.combinations(sweep.metrics, 2):
+            x, y = sorted(pair, key=lambda metric: metric.name != CALLS)  # a cost lies below
             svg = figures.pareto(scored, best_front, x, y, joined=alone)
             found["pareto"].append(
                 make_plot(svg, f"{y.name} over {x.name}" + (", the front joined" if alone else ""))

@@ -80,6 +80,27 @@ def integrated(
     return integrate(config.solver, velocity_fn, z0, time_grid(config.grid, config.steps), observe)
 
 
+@torch.no_grad()
+def network_calls(
+    model: FlowModel, prompts: Sequence[str], config: SampleConfig, seed: int
+) -> float:
+    """How often the velocity network is asked for each picture of the prompts, both halves of
+    guidance counted; the model should be in eval mode.
+    """
+    noise, rows = source_noise(model, prompts, seed, next(model.velocity.parameters()).device), 0
+    with in_precision(config, noise.device):
+        source = model.source(prompts, noise)
+        field = model.field(source)
+
+        def counted(x: Tensor, time_code: Tensor, null: Tensor) -> Tensor:
+            nonlocal rows
+            rows += len(x)
+            return field(x, time_code, null)
+
+        integrated(config, counted, source.z0)
+    return rows / len(noise)
+
+
 def in_precision(config: SampleConfig, device: torch.device) -> AbstractContextManager[object]:
     """A block in which head and velocity network compute in `sample.precision`."""
     if config.precision == "fp32":  # within whatever autocast there is
@@ -131,7 +152,13 @@ def _away_from(model: FlowModel, source: Source, other: Source) -> Field:
         torch.cat([source.text.mask, other.text.mask]),
     )
     both = model.field(Source(source.posterior.rows(twice), source.z0[twice], text))
-    return lambda x, time_code, null: both(x, time_code, torch.zeros_like(null))
+    alone = model.field(source)
+
+    def field(x: Tensor, time_code: Tensor, null: Tensor) -> Tensor:
+        here = alone if len(x) == len(source.z0) else both  # no guidance at this time
+        return here(x, time_code, torch.zeros_like(null))
+
+    return field
 
 
 @torch.no_grad()
@@ -145,13 +172,15 @@ def latent_batches(
     numbers: Sequence[int] | None = None,
     negative: str | None = None,
     observe: Observer | None = None,
+    compiled: bool = False,
 ) -> Iterator[Tensor]:
     """`generate_latents` of many prompts, at most `sample.batch_size` at a time, with the weights
     the model holds now. A latent is the same to the last bit whatever prompts are beside it.
 
     numbers: as for `source_noise`. negative: what guidance leads away from, in place of no caption;
     InputError where the run cannot do that. observe(k, t, x, v) is told every step of every batch,
-    x and v (B, C, H, W) copies.
+    x and v (B, C, H, W) copies. compiled: the network's blocks run through torch.compile, which
+    takes its time at the first batch and gives the same but for rounding.
     """
     was_training = model.training
     device = next(model.velocity.parameters()).device
@@ -161,7 +190,8 @@ def latent_batches(
             filled = part.filled(config.batch_size)
             noise = source_noise(model, filled.prompts, seed, device, size, filled.numbers)
             watch = None if observe is None else _copies(observe, len(part.prompts))
-            with model.text.whole_length():
+            blocks = model.velocity.compiled() if compiled else nullcontext()
+            with model.text.whole_length(), blocks:
                 made = generate_latents(model, filled.prompts, config, noise, negative, watch)
             yield made[: len(part.prompts)]
     finally:

@@ -57,9 +57,9 @@ class Pipeline:
 
     What all methods take: seed; numbers, which draw of its caption each is (`numbers_of` unless
     given); negative, a caption to be guided away from; aspect, width / height, one of the run's
-    data.aspect_ratios; and any keys of the recipe's `sample` section, such as steps=50 or
-    guidance_scale=2. InputError, one line, for what is mistyped, and for a latent that is not
-    finite.
+    data.aspect_ratios; compile, the velocity network through torch.compile; and any keys of the
+    recipe's `sample` section, such as steps=50 or guidance_scale=2. InputError, one line, for what
+    is mistyped, and for a latent that is not finite.
     """
 
     def __init__(self, opened: OpenedRun, autoencoder: Autoencoder):
@@ -166,6 +166,7 @@ class Pipeline:
         negative: str | None = None,
         aspect: float | None = None,
         observe: Observer | None = None,
+        compile: bool = False,
         **keys: Any,
     ) -> Iterator[Tensor]:
         check_prompts(prompts)
@@ -184,6 +185,7 @@ class Pipeline:
             numbers=numbers,
             negative=negative,
             observe=observe,
+            compiled=compile,
         )
         for part in parts:
             check_finite(part, prompts[start : start + len(part)])
@@ -191,7 +193,8 @@ class Pipeline:
             yield part
 
 
-_OWN = {"seed", "numbers", "negative", "aspect", "observe"}  # what is no key of the recipe
+# what is no key of the recipe
+_OWN = {"seed", "numbers", "negative", "aspect", "observe", "compile"}
 
 
 def load_pipeline(

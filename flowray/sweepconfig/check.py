@@ -13,7 +13,7 @@ from flowray.config.paths import exists, is_file, no_such
 from flowray.config.recipe import Recipe
 from flowray.config.scale import scale_keys
 from flowray.config.schema import show
-from flowray.config.train import CHECKED, LEFT_OPEN, OPEN_SCORES
+from flowray.config.train import CHECKED, FRECHET, LEFT_OPEN, OPEN_SCORES, OTHER_SCORES
 from flowray.sweepconfig.distributions import Parameter, drawn, in_order
 from flowray.sweepconfig.parameters import ends
 from flowray.sweepconfig.sweep import SuccessiveHalving, Sweep, milestones
@@ -52,9 +52,9 @@ def check_trials(sweep: Sweep, base: Recipe) -> None:
     if base.probes.doctor_every == 0 and any(rule.examines for rule in sweep.stop):
         words = "a stop rule waits for a finding, but no doctor comes"
         raise refuse(f"{words}; type set.probes.doctor_every=1")
-    if sweep.task == "sample" and base.data.shards not in CHECKED:
-        words = f"{sweep.base} has data.shards {base.data.shards}"
-        raise refuse(f"{words}; only pictures of {' and '.join(CHECKED)} have an exact score")
+    if sweep.task == "sample" and base.flow.null_probability == 0 and _guides(sweep, base):
+        words = f"{sweep.base} was trained with flow.null_probability 0, so nothing can guide it"
+        raise refuse(f"{words}; type 'parameters.sample.guidance_scale={{value: 1}}'")
     for name in (*(metric.name for metric in sweep.objectives), *sweep.rule_metrics):
         if words := _unseen(name, sweep, base):
             raise refuse(f"{name} {words}")
@@ -114,9 +114,28 @@ def _unseen(name: str, sweep: Sweep, base: Recipe) -> str:
         return f"is not probed, as probes.raw is false; type ema/{name}, or set probes.raw: true"
     if trains and name.startswith("eval/"):
         return "is no probe of a training run; take ema/shoot/nmse, or task: sample"
-    if name.removeprefix("eval/") in OPEN_SCORES and base.data.shards != LEFT_OPEN:
-        return f"is a score of runs on {LEFT_OPEN}, this one is on {base.data.shards}"
+    return _unscored(name, base) if name.startswith("eval/") else ""
+
+
+def _unscored(name: str, base: Recipe) -> str:
+    """Why pictures of these data have no such score, and what they have; '' where they do."""
+    score, shards = name.removeprefix("eval/"), base.data.shards
+    if shards not in CHECKED:
+        of_a_field = score.endswith("_accuracy") and score != "mean_attribute_accuracy"
+        scores = ", ".join(f"eval/{each}" for each in (*OTHER_SCORES, "caption_accuracy"))
+        if score in OTHER_SCORES or of_a_field:
+            return ""
+        return f"is no score of pictures of {shards}, which have {scores}"
+    if score in (*OPEN_SCORES, FRECHET) and shards != LEFT_OPEN:
+        return f"is a score of runs on {LEFT_OPEN}, this one is on {shards}; type eval/all_correct"
     return ""
+
+
+def _guides(sweep: Sweep, base: Recipe) -> bool:
+    """Whether a trial has guidance."""
+    searched = sweep.parameters.get("sample.guidance_scale")
+    scales = ends(searched) if searched else [base.sample.guidance_scale]
+    return any(float(str(scale)) != 1 for scale in scales)
 
 
 def _from_noise(sweep: Sweep, base: Recipe) -> bool:

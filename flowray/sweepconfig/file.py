@@ -362,6 +362,11 @@ def _override(data: dict[str, Any], key: str, value: Any) -> str:
         )
     elif rest:
         old = data.get(head)
+        if (
+            head == "metric" and isinstance(old, list) and isinstance(old[0], Mapping)
+        ):  # the first, as `metric` alone
+            data[head] = [{**old[0], rest: value}, *old[1:]]
+            return head
         if not isinstance(old, Mapping | None):
             raise InputError(f"{COMMAND_LINE}: {key}: {head} is not a mapping")
         if old is None or (key in _KINDS and old.get(rest) != value):

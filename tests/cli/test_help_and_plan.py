@@ -30,7 +30,7 @@ BENCHMARKS = [
     f"benchmarks {name}"
     for name in (
         *("sweep", "record", "answers", "pair", "tune-overhead", "trial-startup"),
-        *("data", "train", "step", "scaling"),
+        *("data", "train", "step", "sample", "scaling"),
     )
 ]
 

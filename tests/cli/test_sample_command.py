@@ -287,7 +287,8 @@ def test_odd_prompts_that_are_drawn(run, tmp_path, capsys, prompt):
 def test_what_does_not_go_together_is_refused(run, tmp_path):
     out = ["--out", str(tmp_path / "x.png")]
     for words, why in (
-        (["a", "b", "--between", "3", "--negative", "c"], "none of --each, --negative and --strip"),
+        (["a", "b", "--between", "3", "--negative", "c"], "goes with none of --compile"),
+        (["a", "b", "--between", "3", "--compile"], "goes with none of --compile"),
         (["a", "--negative", "b"], "a negative prompt: this run's velocity network"),
         (["a", "--set", "sample.guidance_interval=[0.8, 0.2]"], "guidance_interval begins at 0.8"),
     ):

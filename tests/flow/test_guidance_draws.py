@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowray.config.flow import EulerSolver, HeunSolver, MidpointSolver, SolverConfig
 from flowray.flow.draws import Draws, null_partners
 from flowray.flow.guidance import conditional, guided
+from flowray.flow.solver import integrate, time_grid
 
 CPU = torch.device("cpu")
 
@@ -55,6 +57,23 @@ def test_guidance_on_an_interval_of_times_alone() -> None:
         out = guided(Toy(), 3.0, interval)(X, T)
         for i, yes in enumerate(inside):
             assert torch.equal(out[i], (on if yes == "y" else off)[i])
+
+
+@pytest.mark.parametrize("solver", [EulerSolver(), HeunSolver(), MidpointSolver()])
+def test_a_step_outside_the_interval_costs_one_pass(solver: SolverConfig) -> None:
+    """0.3 in fp32 is above 0.3, and 3 x 0.1 above both: an edge of the grid lies in the interval
+    that begins or ends there.
+    """
+    toy, edges = Toy(), time_grid("uniform", 10)
+    made = integrate(solver, guided(toy, 3.0, (0.3, 0.7)), X, edges)
+    for _, t, null in toy.calls:
+        alike = float(t[0])
+        assert len(t) == (6 if 0.2999 < alike < 0.7001 else 3)
+        assert bool(null.any()) == (len(t) == 6)
+    assert {len(t) for _, t, _ in toy.calls} == {3, 6}
+    own = guided(Toy(), 3.0, (0.3, 0.7))
+    # as samples that each have a time of their own
+    assert torch.equal(made, integrate(solver, lambda x, t: own(x, t), X, edges))
 
 
 def test_rescaled_guidance_has_the_size_of_the_plain_velocity() -> None:

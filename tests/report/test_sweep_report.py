@@ -22,6 +22,7 @@ from sweep_records import LR, METRIC, make
 from flowray.cli.dashboard import main as dashboard
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.report import analysis
+from flowray.report.ending import ending
 from flowray.report.load import load_sweep
 from flowray.report.results import Sweep
 from flowray.report.sweep_page import (
@@ -32,6 +33,7 @@ from flowray.report.sweep_page import (
 )
 from flowray.sweepconfig.file import dump_sweep
 from flowray.sweepconfig.file import load_sweep as load_file
+from flowray.sweepconfig.sweep import Metric
 
 
 def seeded(lr: float, values: list[float]) -> dict[str, Any]:
@@ -156,6 +158,32 @@ def test_the_verdict_of_several_metrics_says_which_it_is_by(tmp_path: Path) -> N
     )
     alone = two_metrics(tmp_path, points[1:3])
     assert "no other finished trial is better in eval/all_correct. " in sweep_verdict(alone)
+
+
+def test_the_best_setting_for_at_most_so_many_calls(tmp_path: Path) -> None:
+    """Of equal score the cheaper one, of equal calls the better one; no trial that has not
+    finished, none without a value.
+    """
+    points = [(5, 0.6), (10, 0.8), (10, 0.7), (20, 0.8), (40, 0.7), (80, 0.9), (4, None)]
+    trials = [
+        {"params": {"k": i}, "metrics": {"eval/named": named, analysis.CALLS: float(calls)}}
+        for i, (calls, named) in enumerate(points)
+    ]
+    trials.append(trials[0] | {"status": "failed", "metrics": {"eval/named": 1.0}})
+    metrics = [{"name": "eval/named"}, {"name": analysis.CALLS}]
+    metrics = [dict(Metric(**each)) for each in metrics]
+    folder = make(tmp_path / "s", trials, metric=metrics[0], more_metrics=metrics[1:])
+    sweep = load_sweep(folder)
+    found = [(calls, trial.number) for calls, trial in analysis.best_for_calls(sweep)]
+    assert found == [(5, 0), (10, 1), (80, 5)]
+    page = write_sweep_report(folder).read_text()
+    line = analysis.best_for_calls_words(sweep)
+    assert line.endswith("calls a picture: 5: 0.6 (trial 0), 10: 0.8 (trial 1), 80: 0.9 (trial 5).")
+    assert line in page
+    assert line in (folder / "report.md").read_text()
+    assert " ".join(" ".join(ending(sweep, folder / "report.html", 80)).split()).count(line) == 1
+    assert f"eval/named over {analysis.CALLS}, the front joined" in page
+    assert analysis.best_for_calls(load_sweep(make(tmp_path / "t", [seeded(1e-3, [0.5])]))) == []
 
 
 def test_three_metrics_are_drawn_in_pairs(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from support import PICTURE, Heard, assert_refused, saved_run, tiny_recipe
 from flowray.cli.eval import evaluate, main
 from flowray.cli.eval_neighbours import show_neighbours
 from flowray.config.errors import InputError
+from flowray.config.keys import describe
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.progress import SILENT
+from flowray.config.train import OTHER_SCORES
 from flowray.data.make import png
 from flowray.data.pictures import decode_image
 from flowray.data.shards import write_shards
@@ -34,6 +36,8 @@ from flowray.sample.judges import LATENTS, open_judge
 from flowray.sample.manifolds import DENSE
 from flowray.sample.neighbours import Choices
 from flowray.store.found import find_checkpoint
+from flowray.sweepconfig.sweep import Metric
+from flowray.tune.sampling import score_pictures
 
 LABELS = [f"{a} {b}" for a in ("red", "green", "blue") for b in ("cat", "dog", "fox", "owl")]
 STYLES = ("flat", "line_art", "round", "shaded")
@@ -69,6 +73,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for key, split in (("shards", "train"), ("val_shards", "val"))
     }
     return saved_run(tiny_recipe(place, **shards)).path
+
+
+def test_a_sweep_scores_a_run_as_the_command_does(run: Path, tmp_path: Path) -> None:
+    """All of its scores but copies, each with the side that is better; sampling as the trial has
+    it, at its price.
+    """
+    recipe = override_recipe(find_checkpoint(run).recipe, {"sample.guidance_scale": 3.0})
+    row = score_pictures(recipe, run, tmp_path / "cfg" / "0")
+    told = evaluate(run, ["sample.guidance_scale=3"], 0, SILENT)["neighbours"]
+    names = [f"{name}_accuracy" for name in ("caption", "style")] + [*OTHER_SCORES]
+    scored = {key.removeprefix("eval/"): x for key, x in row.items() if key.startswith("eval/")}
+    assert scored == {name: told[name] for name in names if told[name] is not None}
+    assert {"frechet", "caption_accuracy", "precision", "diversity"} <= scored.keys()
+    assert row["perf/network_calls"] == 2 * recipe.sample.steps
+    assert all(describe(name) for name in row if "/" in name)
+    assert [Metric(name=f"eval/{name}").goal for name in ("frechet", "recall")] == [
+        *("minimize", "maximize")
+    ]
 
 
 def test_the_command_on_a_set_of_several_styles(

@@ -28,6 +28,7 @@ from flowray.sample.generate import (
     generate,
     generate_latents,
     latent_batches,
+    network_calls,
     save_strip,
     source_noise,
 )
@@ -159,6 +160,70 @@ def test_a_negative_prompt_takes_the_place_of_no_caption(recipe: Recipe) -> None
     assert torch.allclose(same, wanted.z0 + towards, atol=1e-4)
     with pytest.raises(InputError, match="guidance is off"):
         alone(model, SampleConfig(), PROMPTS, negative="cross")
+
+
+def test_no_prompt_is_negative_outside_the_interval_of_guidance(recipe: Recipe) -> None:
+    conditioned = override_recipe(recipe, {"model.velocity.condition.kind": "adaln"})
+    model = build_model(conditioned.model, recipe.loss, 0).eval()
+    perturbed(model.velocity)
+    plain = SampleConfig(steps=2)
+    never = plain.model_copy(update={"guidance_scale": 3.0, "guidance_interval": (0.9, 1.0)})
+    half = plain.model_copy(update={"guidance_scale": 3.0, "guidance_interval": (0.5, 1.0)})
+    made = [
+        alone(model, config, PROMPTS[:2], **how)
+        for config, how in ((plain, {}), (never, {"negative": "cross"}), (half, {"negative": "x"}))
+    ]
+    assert torch.equal(made[0], made[1])
+    assert float((made[0] - made[2]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("how", "calls"),
+    [
+        ({}, 10),
+        ({"guidance_scale": 2.0}, 20),
+        ({"guidance_scale": 2.0, "solver": {"kind": "heun"}}, 40),
+        ({"guidance_scale": 2.0, "solver": {"kind": "midpoint"}, "steps": 3}, 12),
+        # midpoints 0.05, 0.15, ...: four of ten steps are guided
+        ({"guidance_scale": 2.0, "guidance_interval": (0.3, 0.7)}, 14),
+        ({"guidance_scale": 2.0, "grid": "logit_normal", "precision": "bf16"}, 20),
+    ],
+)
+def test_how_often_the_network_is_asked_for_a_picture(
+    model: FlowModel, how: dict[str, Any], calls: int
+) -> None:
+    config = SampleConfig.model_validate({"steps": 10, **how})
+    with torch.no_grad():
+        assert network_calls(model, PROMPTS, config, 0) == calls
+
+
+def test_an_adaptive_solver_asks_as_often_as_it_must(model: FlowModel) -> None:
+    loose, tight = (
+        SampleConfig(solver=Dopri5Solver(rtol=tolerance, atol=tolerance))
+        for tolerance in (1e-2, 1e-5)
+    )
+    asked = [network_calls(model, PROMPTS, config, 0) for config in (loose, tight)]
+    assert 7 <= asked[0] < asked[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dit", "dimr"])
+def test_compiled_blocks_sample_as_eager_ones(recipe: Recipe, kind: str) -> None:
+    """And are made once: a graph for the first batch, one for all other sizes; without them all is
+    as before to the last bit.
+    """
+    recipe = override_recipe(recipe, {"model.velocity": {"kind": kind}})
+    model = build_model(recipe.model, recipe.loss, 0).eval()
+    perturbed(model.velocity)
+    how: dict[str, Any] = {"steps": 4, "guidance_scale": 3.0, "guidance_interval": (0.3, 0.9)}
+    configs = [SampleConfig(batch_size=size, **how) for size in (3, 2, 4, 3)]
+    eager = alone(model, configs[0], PROMPTS)
+    torch._dynamo.utils.counters.clear()
+    for config in configs:
+        made = torch.cat(list(latent_batches(model, PROMPTS, config, 7, compiled=True)))
+        assert float((made - eager).abs().max()) < 3e-4 * float(eager.abs().max())
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert torch.equal(alone(model, configs[0], PROMPTS), eager)
 
 
 def test_a_negative_prompt_needs_a_network_that_reads_captions(model: FlowModel) -> None:

@@ -20,7 +20,7 @@ from flowray.cli.eval import evaluate, main, show_open
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe, override_recipe
 from flowray.config.progress import SILENT
-from flowray.config.train import OPEN_SCORES
+from flowray.config.train import FRECHET, OPEN_SCORES
 from flowray.data import make
 from flowray.data.make import ShapesSet
 from flowray.data.open_shapes import Description, Named, distribution, samples, whole
@@ -284,8 +284,9 @@ def test_a_sweep_scores_a_run_as_the_command_does(
         )
         told = evaluate(run, [], 0, SILENT, choices=few)
         assert row["eval/all_correct"] == told["shapes"]["all_correct"]
-        scores = {key: row[key] for key in ("eval/named", "eval/coverage_excess") if key in row}
-        wanted = {f"eval/{key}": told["open"][key] for key in OPEN_SCORES} if "open" in told else {}
+        names = (*OPEN_SCORES, FRECHET)
+        scores = {f"eval/{key}": row[f"eval/{key}"] for key in names if f"eval/{key}" in row}
+        wanted = {f"eval/{key}": told["open"][key] for key in names} if "open" in told else {}
         assert scores == wanted
         assert bool(scores) == (name == "shapes")
 

@@ -12,9 +12,12 @@ import torch
 from support import tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowray.config.flow import SampleConfig
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
 from flowray.flow import expect
+from flowray.model.assemble import build_model
+from flowray.sample.generate import generate_latents
 from flowray.store.latents import ensure_latents, load_latents
 from flowray.train.group import Group
 from flowray.train.state import fresh_state
@@ -76,6 +79,23 @@ def test_an_ordinary_step_waits_for_nothing_but_the_library_of_the_text_model(
     seen = waits(override_recipe(base, options))
     assert seen.pop("expect.py:<genexpr>") == 4 * passes
     assert seen == {"masking_utils.py:_ignore_causal_mask_sdpa": passes}
+
+
+@pytest.mark.parametrize(
+    ("how", "calls"),
+    [
+        ({}, 5),
+        ({"guidance_scale": 3.0, "guidance_rescale": 0.5}, 5),
+        ({"guidance_scale": 3.0, "guidance_interval": (0.3, 0.7), "solver": {"kind": "heun"}}, 10),
+    ],
+)
+def test_no_step_of_the_sampler_waits(base: Recipe, how: dict[str, Any], calls: int) -> None:
+    model = build_model(base.model, base.loss, 0).eval()
+    config = SampleConfig.model_validate({"steps": 5, **how})
+    with torch.no_grad(), Waits() as seen:
+        generate_latents(model, ["a", "b"], config, torch.zeros(2, *base.model.latent.shape))
+    assert seen.places.pop("expect.py:<genexpr>") == 2 * calls  # at times on the CPU alone
+    assert seen.places == {"masking_utils.py:_ignore_causal_mask_sdpa": 1}
 
 
 def test_times_on_another_device_are_not_read() -> None:

@@ -203,10 +203,13 @@ def test_cfg_has_the_notes_grid_as_s_and_refuses_what_is_no_run(trained, tmp_pat
         (other / "config.yaml").read_text().replace("shards: shapes", "shards: digits")
     )
     digits = load_sweep("cfg", [f"base={other}"])
-    with pytest.raises(
-        InputError, match=r"data\.shards digits.*only pictures of shapes and shapes_closed have"
-    ):
+    with pytest.raises(InputError, match=r"eval/named is no score of pictures of digits.*frechet"):
         check_trials(digits, base_recipe(digits))
+    for name in ("eval/frechet", "eval/style_accuracy"):
+        digits = load_sweep("cfg", [f"base={other}", f"metric.name={name}"])
+        check_trials(digits, base_recipe(digits))
+        assert [metric.name for metric in digits.objectives] == [name, "perf/network_calls"]
+    assert digits.metric.goal == "maximize"
     assert sweep.metric.name == "eval/named"
     closed = tmp_path / "closed"
     shutil.copytree(trained, closed)
@@ -217,6 +220,22 @@ def test_cfg_has_the_notes_grid_as_s_and_refuses_what_is_no_run(trained, tmp_pat
         check_trials(sweep, base_recipe(sweep))
     sweep = load_sweep("cfg", [f"base={closed}", "metric.name=eval/all_correct"])
     check_trials(sweep, base_recipe(sweep))
+
+
+def test_cfg_refuses_to_guide_a_run_that_was_trained_without_null_samples(trained):
+    config = trained / "config.yaml"
+    config.write_text(config.read_text().replace("null_probability: 0.1", "null_probability: 0.0"))
+    sweep = load_sweep("cfg", [f"base={trained}"])
+    with pytest.raises(InputError, match=r"null_probability 0.*type 'parameters\.sample\.") as told:
+        check_trials(sweep, base_recipe(sweep))
+    typed = str(told.value).rpartition("type ")[2].strip("'")
+    sweep = load_sweep("cfg", [f"base={trained}", typed])
+    check_trials(sweep, base_recipe(sweep))
+    fixed = load_sweep(
+        "cfg", [f"base={trained}", typed, "parameters.sample.guidance_scale.value=2"]
+    )
+    with pytest.raises(InputError, match="nothing can guide it"):
+        check_trials(fixed, base_recipe(fixed))
 
 
 # the plan's numbers

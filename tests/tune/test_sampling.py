@@ -37,6 +37,9 @@ def source(tmp_path_factory):
     return run.path
 
 
+WORDS = ["sample.guidance_scale=3", "sample.steps=2", "sample.solver.kind=heun"]
+
+
 @pytest.mark.slow
 def test_a_sweep_over_guidance_scores_one_run_as_eval_does_and_trains_nothing(source, tmp_path):
     from flowray.cli.eval import evaluate
@@ -48,6 +51,8 @@ def test_a_sweep_over_guidance_scores_one_run_as_eval_does_and_trains_nothing(so
         f"storage_path={tmp_path}",
         scales,
         "parameters.sample.steps={value: 2}",
+        "parameters.sample.solver.kind={value: heun}",
+        "parameters.sample.grid={value: uniform}",
     ]
     sweep = load_sweep("cfg", words)
     base = base_recipe(sweep)
@@ -57,13 +62,14 @@ def test_a_sweep_over_guidance_scores_one_run_as_eval_does_and_trains_nothing(so
         ("finished", 1.0),
         ("finished", 3.0),
     ]
-    by_hand = evaluate(source, ["sample.guidance_scale=3", "sample.steps=2"], 0, SILENT)["shapes"]
+    by_hand = evaluate(source, WORDS, 0, SILENT)["shapes"]
     scored = result.trials[1].metrics
     for name in ("mean_attribute_accuracy", "all_correct"):
         assert scored[f"eval/{name}"] == by_hand[name]
     assert scored["eval/two_objects/all"] == by_hand["two_objects"]["all"]
     assert scored["eval/size"] == by_hand["by_attribute"]["size"]
     assert all(describe(name) for name in scored)
+    assert [t.metrics["perf/network_calls"] for t in result.trials] == [4, 8]
     assert result.trials[0].metrics != scored
     assert (tmp_path / "cfg" / "1" / "samples" / "step_000001.png").is_file()
     best = load_recipe(str(tmp_path / "cfg" / "best.yaml")).recipe
