@@ -15,6 +15,7 @@ _ROWS = (
     ("coverage", "coverage"),
     ("diversity", "diversity"),
     ("frechet", "frechet distance"),
+    ("kernel", "kernel distance"),
     ("copies/nearer", "copies"),
     ("copies/median_ratio", "  distance ratio"),
 )

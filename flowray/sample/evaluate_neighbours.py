@@ -32,10 +32,10 @@ from flowray.sample.neighbours import (
     accuracies,
     accuracies_of,
     beats_mu,
-    errors,
     judge,
     of_groups,
     scores,
+    uncertainties,
 )
 from flowray.sample.painters import painters
 from flowray.sample.restore import OpenedRun
@@ -239,7 +239,7 @@ def _composed(
 ) -> dict[str, Any]:
     run, fields, count = columns["run"], prepared.fields, len(prepared.asked)
     told = {name: scores(judged, real) for name, judged in columns.items()}
-    another = prepared.wanted(others(count, seed))
+    another, sure = prepared.wanted(others(count, seed)), uncertainties(run, real, seed)
     shuffled = accuracies(real, another, run.found, run.shown.caption, fields.caption)
     return {
         "features": {"of": prepared.features, "why": prepared.why, "dims": real.features.shape[1]},
@@ -247,7 +247,8 @@ def _composed(
         "captions": count,
         "draws": prepared.draws,
         **told.pop("run"),
-        "standard_error": errors(run, real, seed),
+        "standard_error": {name: one and one.error for name, one in sure.items()},
+        "interval": {name: one and one.interval for name, one in sure.items()},
         "beats_mu": beats_mu(run, columns["mu"], real, seed) if "mu" in columns else None,
         "controls": {
             **{name: told.get(name) for name in ("ceiling", "real", "mu", "z0")},

@@ -96,9 +96,13 @@ def test_the_command_on_a_set_of_several_styles(
     # the velocity of a fresh network is 0: all of a flow is its source
     assert found["controls"]["z0"]["frechet"] == pytest.approx(found["frechet"])
     figures = {"caption_accuracy", "style_accuracy", "frechet", "precision", "recall", "density"}
-    figures |= {"coverage", "diversity", "copies"}
+    figures |= {"coverage", "diversity", "copies", "kernel"}
     assert set(found["standard_error"]) == set(found["beats_mu"]) == figures
-    assert set(found["controls"]["ceiling"]) == set(found["controls"]["mu"]) == figures
+    assert set(found["interval"]) == figures
+    low, high = found["interval"]["kernel"]
+    assert low < found["kernel"] < high
+    told = figures | {"kernel_biased"}
+    assert set(found["controls"]["ceiling"]) == set(found["controls"]["mu"]) == told
     # 12 pictures cannot reach what 30 do
     for name in ("recall", "coverage"):
         assert found["controls"]["ceiling"][name] is found["controls"]["real"][name] is None
