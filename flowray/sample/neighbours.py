@@ -34,6 +34,7 @@ CAPTIONS, PICTURES = 48, 288  # of an evaluation: held-out captions, and draws o
 REFERENCE = 4096  # training pictures, at most, that sets of pictures are compared with
 SPREAD = 512  # pictures of a caption, at most, whose distances are taken
 CAPTION = "caption_accuracy"
+CLIP = "clip_score"
 OVERLAPS = ("precision", "recall", "density", "coverage")
 WHOLES = ("frechet", "kernel")  # distances of a whole column to the reference
 
@@ -44,28 +45,20 @@ Values = dict[str, np.ndarray]  # field -> what each picture shows (N,), None wh
 class Choices:
     """What may be chosen; None and empty: as the samples' JSON has it.
 
-    features: as for open_judge; label, attributes, group: fields of the samples' JSON; held_out:
-    shards whose captions are asked for.
+    limit: captions of each kind, at most; features: as for open_judge; clip: the folder of a CLIP
+    model that scores pictures against captions; label, attributes, group:
+    fields of the samples' JSON; held_out: shards whose captions are asked for.
     """
 
     captions: int | None = None
     draws: int | None = None
+    limit: int | None = None
     features: str | None = None
+    clip: str | None = None
     label: str | None = None
     attributes: tuple[str, ...] = ()
     group: str | None = None
     held_out: str | None = None
-
-    def of_other_pictures(self) -> str | None:
-        """The first option that was chosen of those that shapes have no use for."""
-        options = {
-            "--features": self.features,
-            "--label": self.label,
-            "--attribute": self.attributes,
-            "--group": self.group,
-            "--held-out": self.held_out,
-        }
-        return next((option for option, chosen in options.items() if chosen), None)
 
 
 @dataclass(frozen=True)
@@ -198,7 +191,7 @@ class Judged:
 
     def whole(self, name: str, real: Real, kept: np.ndarray | None = None) -> float:
         """One of WHOLES."""
-        return {"frechet": self.frechet, "kernel": self.kernel}[name](real, kept)
+        return self.frechet(real, kept) if name == "frechet" else self.kernel(real, kept)
 
 
 def spread(features: np.ndarray) -> float:
@@ -282,7 +275,8 @@ def judge(shown: Shown, real: Real, spreads: np.ndarray, label: str) -> Judged:
 
 def scores(judged: Judged, real: Real) -> dict[str, Any]:
     """A column's figures; None where there is nothing to go by."""
-    means = {name: judged.figure(name) for name in (*accuracies_of(judged), *OVERLAPS, "diversity")}
+    fitting = [*accuracies_of(judged), *([CLIP] if CLIP in judged.rows else [])]
+    means = {name: judged.figure(name) for name in (*fitting, *OVERLAPS, "diversity")}
     if len(judged.found.near) < real.matched:  # fewer pictures reach less
         means |= dict.fromkeys(judged.reached, np.nan)
     return {
