@@ -17,6 +17,7 @@ from rich.table import Table
 
 from flowray.cli.common import GOOD, refuse_unwritable
 from flowray.cli.eval_neighbours import show_neighbours
+from flowray.cli.eval_paint import OPTIONS, paint
 from flowray.cli.parser import Parser, add_run, whole_number
 from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
@@ -53,8 +54,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--out",
         type=argument,
-        metavar="FILE",
-        help="where the scores go, as JSON (default RUN/eval.json)",
+        metavar="PATH",
+        help="where the scores go, as JSON (default RUN/eval.json), or the pictures",
     )
     for option, what in (
         ("--captions", f"held-out captions (default {OTHER_CAPTIONS}; open ones {CAPTIONS})"),
@@ -88,6 +89,10 @@ def _parser() -> Parser:
         metavar="SHARDS",
         help="pictures whose captions are drawn (data.val_shards)",
     )
+    sets = parser.add_argument_group("paint for the scorers of others, into RUN/NAME or --out")
+    one = sets.add_mutually_exclusive_group()
+    for name, what in OPTIONS.items():
+        one.add_argument(f"--{name}", type=argument, metavar="PATH", help=what)
     return parser
 
 
@@ -209,6 +214,8 @@ def main(argv: list[str]) -> int:
         group=args.group,
         held_out=args.held_out or None,
     )
+    if chosen := next((name for name in OPTIONS if vars(args)[name]), None):
+        return _paint(args, chosen, choices)
     result = evaluate(args.run, args.set, args.seed, ConsoleProgress(), args.out, choices)
     if args.json:
         print(json.dumps(result))
@@ -219,6 +226,23 @@ def main(argv: list[str]) -> int:
     if "shapes" in result:
         _show_shapes(console, args.run, result)
     show_neighbours(console, args.run, result)
+    return GOOD
+
+
+def _paint(args: Any, chosen: str, choices: Choices) -> int:
+    if choices != Choices(limit=args.limit):
+        raise InputError(f"--{chosen}: goes with --limit, --out, --seed, --set and --json alone")
+    told = paint(
+        args.run,
+        args.set,
+        chosen,
+        vars(args)[chosen],
+        seed=args.seed,
+        limit=args.limit,
+        out=args.out,
+        progress=ConsoleProgress(),
+    )
+    print(json.dumps(told) if args.json else told["pictures"])
     return GOOD
 
 
