@@ -23,7 +23,10 @@ FIGURES = {
         "lower",
     ),
     "entropy": ("of what is left open, over the data's; 1 as in the data", ""),
-    "caption_accuracy": ("the nearest of all real pictures is of the caption", "higher"),
+    "caption_accuracy": (
+        "the nearest of all real pictures is of the caption; none where each has its own captions",
+        "higher",
+    ),
     "clip_score": ("100 x cosine of picture and caption by CLIP, 0 where negative", "higher"),
     "precision": ("draws that lie among real pictures", "higher"),
     "recall": ("real pictures that lie among draws", "higher"),
@@ -32,12 +35,16 @@ FIGURES = {
     "diversity": ("distance of two draws of a caption; 1 as in the data", ""),
     "frechet": ("Frechet distance; larger of few pictures", "lower"),
     "frechet_real": ("the same between two halves of the real pictures", ""),
-    "kernel": ("kernel distance (CMMD), unbiased; about 0 as in the data", "lower"),
+    "kernel": (
+        "kernel distance, unbiased; about 0 as in the data; of a width made for CLIP (CMMD)",
+        "lower",
+    ),
     "kernel_biased": ("the same as published, above 0 of few pictures", "lower"),
     "copies": ("draws nearer to a training picture than 0.99 of held-out ones", "lower"),
     "distance ratio": ("median distance to training over that of held-out ones", ""),
 }
 NO_FIGURES = {"captions", "draws", "prompts", "coverage_floor", "by_group", "beats_mu"}
+RIGHT = ("pictures where this is right", "higher")
 OPEN_COVERAGE = {"coverage": ("total variation between draws and data", "lower")}
 
 
@@ -92,6 +99,7 @@ def _shapes(scores: Mapping[str, Any] | None) -> list[Table]:
             f"{title}: {of['prompts']} prompts, by template matching",
             {"run": of, "real": one["ceiling"], "shuffled": one["floor"]},
             interval,
+            words=FIGURES | dict.fromkeys(of.get("by_attribute", ()), RIGHT),
         )
         for title, (of, interval, one) in parts.items()
     ]
@@ -106,8 +114,10 @@ def _open(scores: Mapping[str, Any] | None) -> list[Table]:
         return []
     controls = scores["controls"]
     title = f"{scores['captions']} captions that leave things open, {scores['draws']} draws of each"
-    columns = {"run": scores, "real": controls["ceiling"], **_controls(controls)}
+    real = controls["ceiling"] | {"frechet_real": scores["frechet_real"]}
+    columns = {"run": {**scores, "frechet_real": None}, "real": real, **_controls(controls)}
     words = FIGURES | OPEN_COVERAGE
+    words |= dict.fromkeys(scores["entropy_by_attribute"], ("entropy of this alone", ""))
     return [_table(title, columns, _normal(scores), scores["beats_mu"] or {}, words)]
 
 

@@ -182,7 +182,7 @@ def evaluate_neighbours(
     shuffled = None
     if fitting:
         with progress.task("scoring pictures against captions"):
-            shown = drawn | {"ceiling": rebuilt, "real": np.stack(images)}
+            shown = {**drawn, "ceiling": rebuilt, "real": np.stack(images)}
             shuffled = _fit(prepared, columns, shown, indices, fitting, seed)
     with progress.task("standard errors"):
         result = _composed(prepared, columns, real, seed, shuffled)

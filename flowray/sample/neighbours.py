@@ -308,7 +308,13 @@ def _uncertainty(
     captions = len(judged.rows[CAPTION])
     if np.isnan(of(np.arange(captions))):
         return None
-    return bootstrap(of, captions, seed) if name in judged.rows else jackknife(of, captions)
+    if name in judged.rows:
+        return bootstrap(of, captions, seed)
+    told = jackknife(of, captions)
+    if name not in judged.reached:
+        return told
+    low, high = told.interval  # of a share
+    return Uncertainty(told.error, (max(low, 0.0), min(high, 1.0)))
 
 
 def uncertainties(judged: Judged, real: Real, seed: int) -> dict[str, Uncertainty | None]:

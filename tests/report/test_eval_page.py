@@ -101,6 +101,20 @@ def test_every_score_stands_beside_its_controls(page: str) -> None:
     assert [row[1] for row in rows if row[0] == "colour"] == ["0.750", "0.750"]
 
 
+def test_open_captions_have_the_distance_of_real_pictures_among_these(tmp_path: Path) -> None:
+    own = {"named": 0.5, "entropy": None, "entropy_by_attribute": {"size": 0.9}, "frechet": 9.0}
+    own |= COPIES
+    scores: dict[str, Any] = {"captions": 3, "draws": 4, **own, "frechet_real": 1.5}
+    scores["controls"] = {"ceiling": own, "shuffled": {"named": 0.125}, "mu": None, "z0": None}
+    scores |= {"standard_error": {"named": 0.1, "entropy": 0.0}, "beats_mu": None}
+    page = write_eval_page(tmp_path / "eval.html", told() | {"open": scores}, None).read_text()
+    cells = Cells()
+    cells.feed(page)
+    found = {row[0]: row[1:5] for row in cells.rows if row}
+    assert found["named"] == ["0.500", "0.304 to 0.696", "0.500", "0.125"]
+    assert found["frechet real"] == ["", "", "1.500", ""]
+
+
 def test_it_is_whole_and_a_name_is_no_markup(page: str) -> None:
     assert "<b>one</b>" not in page
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
