@@ -1,13 +1,13 @@
-"""`flowray.eval RUN`: how many attributes of held-out prompts come out right, beside a ceiling
-and a floor; of captions that leave things open also whether what is left open varies. On other
-pictures than shapes: which real pictures the drawn ones lie near to.
+"""`flowray.eval RUN`: which real pictures the drawn ones lie near to, beside a ceiling and a floor.
+On shapes also how many attributes of held-out prompts come out right, and of captions that leave
+things open whether what is left open varies.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from flowray.cli.common import GOOD, refuse_unwritable
 from flowray.cli.eval_neighbours import show_neighbours
+from flowray.cli.eval_paint import OPTIONS, paint
 from flowray.cli.parser import Parser, add_run, whole_number
 from flowray.cli.progress import IMPORTING, LOOKING, ConsoleProgress, quiet_libraries
 from flowray.config.errors import InputError
@@ -34,65 +35,64 @@ from flowray.store.found import find_checkpoint
 
 if TYPE_CHECKING:
     from flowray.model.autoencoder import Autoencoder
+    from flowray.sample.evaluate_open import Asked
     from flowray.sample.restore import OpenedRun
 
 NO_CHOICE = Choices()
+WRITTEN = (".png", ".html")  # beside the scores
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="flowray.eval",
         description=(
-            "Score a run: on shapes with an exact checker, on other pictures by their nearest"
-            " neighbours among the real ones."
+            "Score a run: drawn pictures against the real ones, and on shapes also by an exact"
+            " checker. Writes JSON and a page beside it."
         ),
     )
     add_run(parser)
     parser.add_argument(
         "--out",
         type=argument,
-        metavar="FILE",
-        help="where the scores go, as JSON (default RUN/eval.json)",
+        metavar="PATH",
+        help="where the scores go, as JSON (default RUN/eval.json), or the pictures",
     )
-    whole = whole_number(2)
-    parser.add_argument(
-        "--captions",
-        type=whole,
-        metavar="N",
-        help=f"held-out captions to draw (default {CAPTIONS} on {LEFT_OPEN}, else"
-        f" {OTHER_CAPTIONS} or all)",
-    )
-    parser.add_argument(
-        "--draws",
-        type=whole,
-        metavar="N",
-        help=f"pictures of each (default {DRAWS} on {LEFT_OPEN}, else {PICTURES} in all)",
-    )
-    others = parser.add_argument_group(f"on other pictures than {' and '.join(CHECKED)}")
+    for option, what in (
+        ("--captions", f"held-out captions (default {OTHER_CAPTIONS}; open ones {CAPTIONS})"),
+        ("--draws", f"pictures of each (default {PICTURES} in all; open ones {DRAWS})"),
+        ("--limit", "captions of each kind, at most: for a quick look"),
+    ):
+        parser.add_argument(option, type=whole_number(2), metavar="N", help=what)
+    others = parser.add_argument_group("what drawn and real pictures are compared by")
     others.add_argument(
         "--features",
         type=argument,
-        metavar="pixels|latents|FOLDER",
-        help="what pictures are compared by: a folder holds EfficientNet-Lite0, SigLIP, CLIP or"
-        " DINOv2 (default latents)",
+        metavar="WHAT",
+        help="pixels, latents (default), or the folder of a vision model",
     )
-    for option, field, default in (
-        ("--label", "that says which pictures are of one caption", "label, else the first caption"),
-        ("--attribute", "to judge where a caption names it; again for more", "style"),
-        ("--group", "to break the scores down by", "group"),
+    others.add_argument(
+        "--clip",
+        type=argument,
+        metavar="FOLDER",
+        help="a CLIP model that scores pictures against captions",
+    )
+    for option, what in (
+        ("--label", "of the samples' JSON: pictures of one caption share it"),
+        ("--attribute", "judged where captions name it; again for more"),
+        ("--group", "to break the scores down by"),
     ):
-        others.add_argument(
-            option,
-            metavar="FIELD",
-            action="append" if option == "--attribute" else "store",
-            help=f"field of the samples' JSON {field} (default {default})",
-        )
+        many = "append" if option == "--attribute" else "store"
+        others.add_argument(option, metavar="FIELD", action=many, help=what)
     others.add_argument(
         "--held-out",
         type=expand,
         metavar="SHARDS",
-        help="pictures whose captions are drawn (default data.val_shards)",
+        help="pictures whose captions are drawn (data.val_shards)",
     )
+    sets = parser.add_argument_group("paint for the scorers of others, into RUN/NAME or --out")
+    one = sets.add_mutually_exclusive_group()
+    for name, what in OPTIONS.items():
+        one.add_argument(f"--{name}", type=argument, metavar="PATH", help=what)
     return parser
 
 
@@ -105,133 +105,144 @@ def evaluate(
     choices: Choices = NO_CHOICE,
 ) -> dict[str, Any]:
     """The evaluation of a run as a JSON-ready object; also in `out`, or `<run>/eval.json`, beside
-    it a sheet of pictures (`eval.png`) of a run on other pictures than shapes.
+    it a sheet of pictures (`eval.png`) and a page (`eval.html`).
     """
     with progress.task(LOOKING):
         found = find_checkpoint(run, overrides)
     out = out or found.run.path / "eval.json"
-    if out.suffix.lower() == ".png":
+    if out.suffix.lower() in WRITTEN:
         raise InputError(f"--out {out}: is for the scores, as JSON; want another ending")
     refuse_unwritable(out, "--out")
-    shards, recipe = found.recipe.data.shards, found.recipe
-    if shards in CHECKED and (odd := choices.of_other_pictures()):
-        raise InputError(f"{run}: {odd} is of a run on other pictures, this one is on {shards}")
-    if shards in CHECKED and shards != LEFT_OPEN and (choices.captions or choices.draws):
-        raise InputError(
-            f"{run}: --captions and --draws are not of a run on {shards}, whose captions leave"
-            " nothing open"
-        )
+    recipe = found.recipe
     with progress.task(IMPORTING):
         import torch
 
         from flowray.model.autoencoder import load_autoencoder
+        from flowray.report.eval_page import write_eval_page
+        from flowray.sample.asked import prepare
+        from flowray.sample.evaluate_neighbours import score_neighbours
         from flowray.sample.restore import open_run
+        from flowray.sample.sheet import save_sheet
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def opened() -> tuple[OpenedRun, Autoencoder]:
-        with progress.task("loading the models"):
-            autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
-            return open_run(found, device), autoencoder.to(device)
-
-    if shards in CHECKED:
-        scores, sheet = _of_shapes(recipe, opened, choices, seed, progress), None
-    else:
-        scores, sheet = _of_others(recipe, opened, choices, seed, progress)
+    asked = _open_captions(recipe, choices, seed)
+    prepared = prepare(recipe, choices, seed, progress)
+    with progress.task("loading the models"):
+        autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent).to(device)
+        opened = open_run(found, device)
+    # first, as its judges may be refused
+    near, pictures = score_neighbours(prepared, opened, autoencoder, seed, progress)
+    of_shapes = {}
+    if recipe.data.shards in CHECKED:
+        of_shapes = _of_shapes(opened, autoencoder, asked, choices, seed, progress)
     result = {
         "run": str(found.run.path),
         "step": load_state(found.checkpoint)["step"],
         "sample": recipe.sample.model_dump(exclude={"prompts"}),
         "seed": seed,
-        **scores,
+        **of_shapes,
+        "neighbours": near,
     }
     write_whole(out, json.dumps(result, indent=1))
-    if sheet:
-        # by name: of eval-0.5 and eval-0.7 the suffix is no ending
-        sheet(out.with_name(out.name.removesuffix(".json") + ".png"))
-    return result
-
-
-Open = Callable[[], "tuple[OpenedRun, Autoencoder]"]
-
-
-def _of_shapes(
-    recipe: Recipe, models: Open, choices: Choices, seed: int, progress: Progress
-) -> dict[str, Any]:
-    """`shapes` and, of captions that leave things open, `open`."""
-    from flowray.sample.evaluate import evaluate_shapes
-    from flowray.sample.evaluate_open import ask, closed_caption, score_open
-    from flowray.sample.generate import generate
-
-    asked = None
-    if recipe.data.shards == LEFT_OPEN:
-        try:
-            asked = ask(choices.captions or CAPTIONS, seed)
-        except TooMany as error:
-            raise InputError(
-                f"--captions: want at most {error.most}, got {choices.captions}"
-            ) from error
-    opened, autoencoder = models()
-
-    def paint(prompts: Sequence[str]) -> np.ndarray:
-        with progress.task("sampling", len(prompts)) as advance:
-            return generate(opened.model, autoencoder, prompts, recipe.sample, seed, advance)
-
-    said, left_open = {}, {}
-    if asked:
-        said = {"say": closed_caption}
-        draws = choices.draws or DRAWS
-        left_open["open"] = score_open(opened, autoencoder, asked, draws, seed, progress)
-    return {**left_open, "shapes": evaluate_shapes(paint, autoencoder, seed, progress, **said)}
-
-
-def _of_others(
-    recipe: Recipe, models: Open, choices: Choices, seed: int, progress: Progress
-) -> tuple[dict[str, Any], Callable[[Path], None]]:
-    """`neighbours`, and what writes its sheet of pictures."""
-    from flowray.sample.asked import prepare
-    from flowray.sample.evaluate_neighbours import score_neighbours
-    from flowray.sample.sheet import save_sheet
-
-    prepared = prepare(recipe, choices, seed, progress)
-    opened, autoencoder = models()
-    scores, pictures = score_neighbours(prepared, opened, autoencoder, seed, progress)
+    # by name: of eval-0.5 and eval-0.7 the suffix is no ending
+    sheet, page = (out.with_name(out.name.removesuffix(".json") + end) for end in WRITTEN)
     first = prepared.asked[: len(pictures)]
     captions = [one.text for one in first]
     labels = [one.wanted[prepared.fields.caption] for one in first]
-    return {"neighbours": scores}, lambda path: save_sheet(path, captions, labels, pictures)
+    save_sheet(sheet, captions, labels, pictures)
+    write_eval_page(page, json.loads(json.dumps(result)), sheet.read_bytes())
+    return result
+
+
+def _open_captions(recipe: Recipe, choices: Choices, seed: int) -> list[Asked]:
+    """Held-out captions that leave things open; none of a run whose captions leave nothing."""
+    from flowray.sample.evaluate_open import ask
+
+    if recipe.data.shards != LEFT_OPEN:
+        return []
+    try:
+        every = ask(choices.captions or CAPTIONS, seed)
+    except TooMany as error:
+        raise InputError(
+            f"--captions: want at most {error.most}, got {choices.captions}"
+        ) from error
+    return every[: choices.limit]
+
+
+def _of_shapes(
+    opened: OpenedRun,
+    autoencoder: Autoencoder,
+    asked: list[Asked],
+    choices: Choices,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """`shapes` and, of captions that leave things open, `open`."""
+    from flowray.sample.evaluate import evaluate_shapes
+    from flowray.sample.evaluate_open import closed_caption, score_open
+    from flowray.sample.generate import generate
+
+    def paint(prompts: Sequence[str]) -> np.ndarray:
+        with progress.task("sampling", len(prompts)) as advance:
+            sample = opened.recipe.sample
+            return generate(opened.model, autoencoder, prompts, sample, seed, advance)
+
+    scores: dict[str, Any] = {}
+    said = {}
+    if asked:
+        said = {"say": closed_caption}
+        draws = choices.draws or DRAWS
+        scores["open"] = score_open(opened, autoencoder, asked, draws, seed, progress)
+    scores["shapes"] = evaluate_shapes(
+        paint, autoencoder, seed, progress, limit=choices.limit, **said
+    )
+    return scores
 
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     args = _parser().parse_intermixed_args(argv)
     quiet_libraries()
-    result = evaluate(
-        args.run,
-        args.set,
-        args.seed,
-        ConsoleProgress(),
-        args.out,
-        Choices(
-            captions=args.captions,
-            draws=args.draws,
-            features=str(args.features) if args.features else None,
-            label=args.label,
-            attributes=tuple(args.attribute or ()),
-            group=args.group,
-            held_out=args.held_out or None,
-        ),
+    choices = Choices(
+        captions=args.captions,
+        draws=args.draws,
+        limit=args.limit,
+        features=str(args.features) if args.features else None,
+        clip=str(args.clip) if args.clip else None,
+        label=args.label,
+        attributes=tuple(args.attribute or ()),
+        group=args.group,
+        held_out=args.held_out or None,
     )
+    if chosen := next((name for name in OPTIONS if vars(args)[name]), None):
+        return _paint(args, chosen, choices)
+    result = evaluate(args.run, args.set, args.seed, ConsoleProgress(), args.out, choices)
     if args.json:
         print(json.dumps(result))
         return GOOD
     console = Console(highlight=False)
-    if "neighbours" in result:
-        show_neighbours(console, args.run, result)
-        return GOOD
     if "open" in result:
         show_open(console, args.run, result)
-    _show_shapes(console, args.run, result)
+    if "shapes" in result:
+        _show_shapes(console, args.run, result)
+    show_neighbours(console, args.run, result)
+    return GOOD
+
+
+def _paint(args: Any, chosen: str, choices: Choices) -> int:
+    if choices != Choices(limit=args.limit):
+        raise InputError(f"--{chosen}: goes with --limit, --out, --seed, --set and --json alone")
+    told = paint(
+        args.run,
+        args.set,
+        chosen,
+        vars(args)[chosen],
+        seed=args.seed,
+        limit=args.limit,
+        out=args.out,
+        progress=ConsoleProgress(),
+    )
+    print(json.dumps(told) if args.json else told["pictures"])
     return GOOD
 
 
@@ -261,14 +272,12 @@ def _show_shapes(console: Console, run: Path, result: dict[str, Any]) -> None:
             f"  {key}", *(f"{column['by_attribute'][key]:.3f}" for column in columns.values())
         )
     console.print(table)
-    pairs = shapes["two_objects"]
-    console.print(
-        f"two objects: relation {pairs['relation']:.3f}  binding {pairs['binding']:.3f}  all"
-        f" {pairs['all']:.3f}"
-    )
+    for name, of in {"run": shapes["two_objects"], **shapes["controls"]["two_objects"]}.items():
+        told = "  ".join(f"{key} {of[key]:.3f}" for key in ("relation", "binding", "all"))
+        console.print(f"two objects, {name}: {told}")
     console.print(
         "ceiling: real pictures through the autoencoder; floor: the same pictures against another"
-        " prompt"
+        " prompt\n"
     )
 
 

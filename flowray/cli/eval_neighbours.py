@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 _ROWS = (
+    ("clip_score", "CLIP score"),
     ("precision", "precision"),
     ("recall", "recall"),
     ("density", "density"),
     ("coverage", "coverage"),
     ("diversity", "diversity"),
     ("frechet", "frechet distance"),
+    ("kernel", "kernel distance"),
     ("copies/nearer", "copies"),
     ("copies/median_ratio", "  distance ratio"),
 )
@@ -43,6 +45,8 @@ def show_neighbours(console: Console, run: Path, result: dict[str, Any]) -> None
         table.add_column(name, justify="right" if name else "left")
     for path, label in (*((name, name.replace("_", " ")) for name in _accuracies(scores)), *_ROWS):
         figure = path.partition("/")[0]
+        if figure not in scores:
+            continue
         cells = [_cell(column, path) for column in columns.values()]
         if beaten.get(figure) is False and path != "copies/median_ratio":
             cells[0] += " *"

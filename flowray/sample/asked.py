@@ -172,7 +172,8 @@ class Prepared:
     """What an evaluation needs of the data: split -> its samples, which of them is held out.
 
     left_out: held-out samples dropped because their picture is a training one's, or another
-    held-out set's. prepare: what is done to the pictures before they are looked at.
+    held-out set's. prepare: what is done to the pictures before they are looked at. clip: as for
+    Choices.
     """
 
     samples: dict[str, Samples]
@@ -184,6 +185,7 @@ class Prepared:
     why: str
     left_out: int
     prepare: Preparation = AS_THEY_ARE
+    clip: str | None = None
 
     @property
     def lent(self) -> Samples:
@@ -243,12 +245,14 @@ def prepare(recipe: Recipe, choices: Choices, seed: int, progress: Progress = SI
         asked = ask(samples[held_out], fields, choices.captions, seed)
     if left_out:
         progress.say(f"held-out pictures left out, as in training or held out twice: {left_out}")
-    asked = _named(asked, fields, choices)
     draws = choices.draws or max(2, round(PICTURES / len(asked)))
+    asked = _named(asked[: choices.limit], fields, choices)
     why = "chosen by --features"
     if choices.features is None:
         why = "no --features: the latents that the run was trained on, which need no other network"
-    return Prepared(samples, held_out, fields, asked, draws, features, why, left_out, prepare)
+    return Prepared(
+        samples, held_out, fields, asked, draws, features, why, left_out, prepare, choices.clip
+    )
 
 
 def _readers(

@@ -1,5 +1,5 @@
 """Samples compared by distance, of latents or of features: nearest neighbours, copies, the Frechet
-distance; and what a mean over captions is worth. No torch.
+and the kernel distance; and what a mean over captions is worth. No torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ CHUNK = 256  # vectors whose distances are taken at once
 BLOCK = 4096  # of the others that are held in fp64
 GROUPS = 24  # of captions that the jackknife leaves out, one at a time
 RESAMPLES = 400  # of the bootstrap
+# the kernel of Jayasumana et al. (arXiv 2401.09603), and what its squared distance is multiplied by
+SIGMA, SCALE = 10.0, 1000.0
+NORMAL = 1.959964  # standard errors to either side hold 95 %
 
 
 def mean(values: Iterable[float]) -> float | None:
@@ -74,6 +77,13 @@ def is_nearer(near: np.ndarray, near_real: np.ndarray) -> np.ndarray:
     return near <= np.quantile(near_real, 0.01)
 
 
+class Uncertainty(NamedTuple):
+    """Of a figure over captions: its standard error and 95 % confidence interval."""
+
+    error: float
+    interval: tuple[float, float]
+
+
 class Gaussian(NamedTuple):
     """Mean (dims,) and covariance of a sample, as a factor R of R'R = covariance, fp64."""
 
@@ -99,6 +109,41 @@ def frechet(first: np.ndarray, second: np.ndarray | Gaussian) -> float:
     shared = np.linalg.svd(a.factor @ b.factor.T, compute_uv=False).sum()
     traces = np.square(a.factor).sum() + np.square(b.factor).sum()
     return float(np.square(a.mean - b.mean).sum() + traces - 2 * shared)
+
+
+def likeness(vectors: np.ndarray, among: np.ndarray, sigma: float = SIGMA) -> Iterator[np.ndarray]:
+    """exp(-d^2 / (2 sigma^2)) - 1 of vectors (N, dims) and others (M, dims), CHUNK at a time,
+    (n, M) fp64, d by `distances`: of vectors of length root(dims) as published of unit vectors.
+
+    The 1 that is taken off cancels in the distance, which is small beside it; a vector with itself
+    has 0.
+    """
+    for part in distances(vectors, among):
+        yield np.expm1(np.square(part) / (-2 * sigma**2))
+
+
+def kernel_distance(
+    first: np.ndarray, second: np.ndarray, *, biased: bool = False, sigma: float = SIGMA
+) -> float:
+    """SCALE times the squared maximum mean discrepancy of two samples (N, dims) and (M, dims) by
+    `likeness`: CMMD (arXiv 2401.09603) where the vectors are CLIP's, of length root(dims).
+
+    biased: with every vector's likeness to itself, as published: 0 of a sample with itself, above 0
+    of any others, and the more so the smaller they are. Without, 0 in expectation of two samples of
+    one distribution, of whatever sizes, and so as often below 0 as above. Frechet's distance has no
+    such form.
+    """
+    within = [
+        sum(part.sum() for part in likeness(each, each, sigma)) / pairs(len(each), biased)
+        for each in (first, second)
+    ]
+    between = sum(part.sum() for part in likeness(first, second, sigma))
+    return float(SCALE * (sum(within) - 2 * between / (len(first) * len(second))))
+
+
+def pairs(count: int, biased: bool = False) -> int:
+    """Of a sample: of two different vectors, or (biased) with those of a vector and itself."""
+    return count**2 if biased else max(count * (count - 1), 1)
 
 
 def frechet_beats(latents: np.ndarray, other: np.ndarray, real: np.ndarray) -> bool:
@@ -127,13 +172,24 @@ def jackknife_error(figure: Callable[[np.ndarray], float], captions: int) -> flo
     return float(np.sqrt((len(left) - 1) * left.var()))
 
 
-def bootstrap_error(figure: Callable[[np.ndarray], float], captions: int, seed: int) -> float:
-    """Standard error of a mean over captions, by RESAMPLES of them with replacement.
+def resampled(figure: Callable[[np.ndarray], float], captions: int, seed: int) -> np.ndarray:
+    """A mean over captions of RESAMPLES of them with replacement, (RESAMPLES,): the bootstrap.
 
-    figure: of the captions that are drawn, by index; nan counts for nothing, but some are not.
+    figure: of the captions that are drawn, by index.
     """
     rng = np.random.default_rng(seed)
-    drawn = np.array(
-        [figure(rng.integers(captions, size=captions)) for _ in range(RESAMPLES)], dtype=np.float64
-    )
-    return float(np.nanstd(drawn))
+    drawn = [figure(rng.integers(captions, size=captions)) for _ in range(RESAMPLES)]
+    return np.array(drawn, dtype=np.float64)
+
+
+def bootstrap(figure: Callable[[np.ndarray], float], captions: int, seed: int) -> Uncertainty:
+    """Of a mean over captions; nan among the resampled counts for nothing, but some are not."""
+    drawn = resampled(figure, captions, seed)
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return Uncertainty(float(np.nanstd(drawn)), (float(low), float(high)))
+
+
+def jackknife(figure: Callable[[np.ndarray], float], captions: int) -> Uncertainty:
+    """Of what is no mean over captions; the interval is the normal one."""
+    error, value = jackknife_error(figure, captions), figure(np.arange(captions))
+    return Uncertainty(error, (value - NORMAL * error, value + NORMAL * error))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,23 @@ from flowray.data.pictures import decode_image, decode_sized
 from flowray.data.prepare import AS_THEY_ARE, Preparation
 from flowray.model.autoencoder import Autoencoder
 from flowray.sample.asked import Prepared, Samples
+from flowray.sample.clipscore import open_clip
 from flowray.sample.distances import mean
 from flowray.sample.evaluate import decode, encode
 from flowray.sample.judges import LATENTS, PIXELS, Judge, open_judge
 from flowray.sample.neighbours import (
+    CLIP,
     Judged,
     Real,
     Shown,
     accuracies,
     accuracies_of,
     beats_mu,
-    errors,
+    by_caption,
     judge,
     of_groups,
     scores,
+    uncertainties,
 )
 from flowray.sample.painters import painters
 from flowray.sample.restore import OpenedRun
@@ -45,6 +48,7 @@ from flowray.store.latents import LatentSet, ensure_latents, load_latents, other
 from flowray.store.sums import Sums
 
 SHOWN_CAPTIONS, SHOWN_DRAWS = 12, 6
+Fitting = Callable[[np.ndarray, Sequence[str]], np.ndarray]  # pictures, a caption each -> (N,)
 
 
 def features_of(
@@ -132,9 +136,12 @@ def score_neighbours(
     """`evaluate_neighbours` of a run; InputError where its judge cannot be had."""
     recipe, device = opened.recipe, next(autoencoder.parameters()).device
     judging = open_judge(prepared.features, autoencoder, recipe.model.autoencoder, device)
+    fitting = open_clip(prepared.clip, device) if prepared.clip else None
     features = _features(prepared, recipe, judging, progress)
     drawn = _drawn(prepared, opened, autoencoder, seed, progress)
-    return evaluate_neighbours(prepared, judging, features, autoencoder, drawn, seed, progress)
+    return evaluate_neighbours(
+        prepared, judging, features, autoencoder, drawn, seed, progress, fitting
+    )
 
 
 def evaluate_neighbours(
@@ -145,11 +152,13 @@ def evaluate_neighbours(
     drawn: Mapping[str, np.ndarray],
     seed: int,
     progress: Progress = SILENT,
+    fitting: Fitting | None = None,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """The `neighbours` object of `flowray.eval`: draws of each caption beside controls; and the
     first SHOWN_CAPTIONS captions' pictures, uint8 (captions, 1 + draws, H, W, 3), a real one first.
 
-    features: of the real pictures of each split, as `features_of` gives them.
+    features: of the real pictures of each split, as `features_of` gives them. fitting: scores
+    pictures against captions.
     drawn: pictures uint8 (captions * draws, H, W, 3) of `run` and, where there are such, of `z0`;
     of `mu` one for each caption.
     Controls: `ceiling`, held-out real pictures through the autoencoder; `real`, these pictures as
@@ -170,8 +179,13 @@ def evaluate_neighbours(
             advance(len(pictures))
         columns |= _of_real(prepared, real, judging.look_at(rebuilt), indices)
         advance(len(rebuilt))
+    shuffled = None
+    if fitting:
+        with progress.task("scoring pictures against captions"):
+            shown = {**drawn, "ceiling": rebuilt, "real": np.stack(images)}
+            shuffled = _fit(prepared, columns, shown, indices, fitting, seed)
     with progress.task("standard errors"):
-        result = _composed(prepared, columns, real, seed)
+        result = _composed(prepared, columns, real, seed, shuffled)
     return result, _sheet(prepared, drawn["run"])
 
 
@@ -234,12 +248,40 @@ def _of_real(
     }
 
 
+def _fit(
+    prepared: Prepared,
+    columns: Mapping[str, Judged],
+    shown: Mapping[str, np.ndarray],
+    indices: np.ndarray,
+    fitting: Fitting,
+    seed: int,
+) -> float:
+    """Give every column its scores against captions, of real pictures against their own first
+    ones; returns that of the draws against another caption.
+    """
+    texts = [one.text for one in prepared.asked]
+    own = [str(prepared.lent.captions[i]) for i in indices]
+    for name, pictures in shown.items():
+        each = len(pictures) // len(texts)
+        asked = [text for text in texts for _ in range(each)]
+        scores = fitting(pictures, own if name in ("ceiling", "real") else asked)
+        caption = columns[name].shown.caption
+        every = np.repeat(scores, len(caption) // len(scores))
+        columns[name].rows[CLIP] = by_caption(every, caption)
+    another = [texts[i] for i in others(len(texts), seed) for _ in range(prepared.draws)]
+    return float(fitting(shown["run"], another).mean())
+
+
 def _composed(
-    prepared: Prepared, columns: dict[str, Judged], real: Real, seed: int
+    prepared: Prepared,
+    columns: dict[str, Judged],
+    real: Real,
+    seed: int,
+    shuffled_clip: float | None = None,
 ) -> dict[str, Any]:
     run, fields, count = columns["run"], prepared.fields, len(prepared.asked)
     told = {name: scores(judged, real) for name, judged in columns.items()}
-    another = prepared.wanted(others(count, seed))
+    another, sure = prepared.wanted(others(count, seed)), uncertainties(run, real, seed)
     shuffled = accuracies(real, another, run.found, run.shown.caption, fields.caption)
     return {
         "features": {"of": prepared.features, "why": prepared.why, "dims": real.features.shape[1]},
@@ -247,11 +289,13 @@ def _composed(
         "captions": count,
         "draws": prepared.draws,
         **told.pop("run"),
-        "standard_error": errors(run, real, seed),
+        "standard_error": {name: one and one.error for name, one in sure.items()},
+        "interval": {name: one and one.interval for name, one in sure.items()},
         "beats_mu": beats_mu(run, columns["mu"], real, seed) if "mu" in columns else None,
         "controls": {
             **{name: told.get(name) for name in ("ceiling", "real", "mu", "z0")},
-            "shuffled": {name: mean(values) for name, values in shuffled.items()},
+            "shuffled": {name: mean(values) for name, values in shuffled.items()}
+            | ({} if shuffled_clip is None else {CLIP: shuffled_clip}),
         },
         "by_group": _by_group(prepared, columns),
         "samples": {

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoModel
 
 from flowray.config.errors import InputError
 from flowray.config.model import AutoencoderConfig
@@ -20,8 +21,9 @@ from flowray.config.towers import ClipNet, DinoV2Net, ImageNetConfig, SiglipNet
 from flowray.data.pixels import to_pictures
 from flowray.model.autoencoder import Autoencoder
 from flowray.model.efficientnet import load_efficientnet
-from flowray.model.files import CONFIG, content_of, read_json
-from flowray.model.images import load_image_encoder
+from flowray.model.files import CONFIG, content_of, open_model, read_json, refused
+from flowray.model.images import IMAGENET, load_image_encoder
+from flowray.model.pretrained import load_weights, transformers_config
 from flowray.store.fingerprints import autoencoder_fingerprint
 
 PIXELS, LATENTS = "pixels", "latents"
@@ -29,6 +31,8 @@ OPTION = "--features"
 SIDE = 32  # px of a picture whose pixels are compared
 BATCH = 8  # of 32 pictures a network takes twice as long for each on a CPU
 GPU_BATCH = 64
+SIDE_OF_NETS = 224  # px, where a network's config says none
+NORM = ("mean", "std")
 MADE = 1  # raise it where the same picture and network come to other features: kept ones are stale
 _NETS: dict[str, Callable[..., ImageNetConfig]] = {
     "siglip": SiglipNet,
@@ -71,8 +75,9 @@ def open_judge(
     name: str, autoencoder: Autoencoder, config: AutoencoderConfig, device: torch.device
 ) -> Judge:
     """PIXELS: the picture at no more than SIDE px; LATENTS: what the run's autoencoder makes of it;
-    else the pooled feature of the network in a folder, brought to length root(dims): distances are
-    then those of cosines, which find a caption's other pictures better.
+    else the feature of the network in a folder (the pooled one of SigLIP, CLIP and DINOv2),
+    brought to length root(dims): distances are then those of cosines, which find a caption's other
+    pictures better.
 
     InputError: no such folder, or no network that is read.
     """
@@ -105,12 +110,43 @@ def _pixels(pictures: Tensor) -> Tensor:
 
 
 def _network(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    kind = read_json(folder / CONFIG, OPTION).get("model_type") if _described(folder) else None
+    if not _described(folder):
+        return load_efficientnet(folder, OPTION).to(device).features
+    kind = read_json(folder / CONFIG, OPTION).get("model_type")
     for family, net in _NETS.items():
         if str(kind).startswith(family):
             encoder = load_image_encoder(net(path=str(folder)), OPTION, frozen=True).to(device)
             return lambda pictures: encoder(pictures).pooled
-    return load_efficientnet(folder, OPTION).to(device).features
+    return _AnyNetwork(folder, device).features
+
+
+class _AnyNetwork:
+    """Any vision model that transformers reads: its feature is the mean over places or tokens of
+    its last layer, since a pooler may be without weights of its own.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        files = open_model(str(folder), OPTION, "image_encoder")
+        config = transformers_config(files, OPTION, "image_encoder")
+        self.net = load_weights(AutoModel, files, OPTION, torch.float32, unread="pooler")
+        self.net.to(device).eval()
+        if self.net.main_input_name != "pixel_values":
+            want = "want one of pictures alone, or SigLIP or CLIP"
+            raise refused(OPTION, folder, f"holds a {config.model_type} model; {want}")
+        file = folder / "preprocessor_config.json"
+        says = read_json(file, OPTION) if file.is_file() else {}
+        sizes = getattr(config, "image_size", None) or SIDE_OF_NETS
+        self.size = (sizes, sizes) if isinstance(sizes, int) else tuple(sizes)
+        mean, std = (says.get(f"image_{name}") or IMAGENET[i] for i, name in enumerate(NORM))
+        self.norm = torch.tensor([mean, std], device=device).view(2, 1, 3, 1, 1)
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """(B, dims) of pictures (B, 3, H, W) in [-1, 1]."""
+        resized = F.interpolate(pictures.float(), self.size, mode="bicubic", antialias=True)
+        mean, std = self.norm
+        out = self.net(pixel_values=((resized.clamp(-1, 1) + 1) / 2 - mean) / std)
+        last: Tensor = out.last_hidden_state
+        return last.mean(1) if last.dim() == 3 else last.flatten(2).mean(2)
 
 
 def _described(folder: Path) -> bool:

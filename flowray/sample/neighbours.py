@@ -13,16 +13,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flowray.sample.distances import (
+    SCALE,
     Gaussian,
-    bootstrap_error,
+    Uncertainty,
+    bootstrap,
     copies,
     distances,
     frechet,
     gaussian,
     is_nearer,
-    jackknife_error,
+    jackknife,
+    likeness,
     mean,
     nearest,
+    pairs,
 )
 from flowray.sample.manifolds import Manifold, manifold, overlap
 
@@ -30,7 +34,9 @@ CAPTIONS, PICTURES = 48, 288  # of an evaluation: held-out captions, and draws o
 REFERENCE = 4096  # training pictures, at most, that sets of pictures are compared with
 SPREAD = 512  # pictures of a caption, at most, whose distances are taken
 CAPTION = "caption_accuracy"
+CLIP = "clip_score"
 OVERLAPS = ("precision", "recall", "density", "coverage")
+WHOLES = ("frechet", "kernel")  # distances of a whole column to the reference
 
 Values = dict[str, np.ndarray]  # field -> what each picture shows (N,), None where not said
 
@@ -39,28 +45,20 @@ Values = dict[str, np.ndarray]  # field -> what each picture shows (N,), None wh
 class Choices:
     """What may be chosen; None and empty: as the samples' JSON has it.
 
-    features: as for open_judge; label, attributes, group: fields of the samples' JSON; held_out:
-    shards whose captions are asked for.
+    limit: captions of each kind, at most; features: as for open_judge; clip: the folder of a CLIP
+    model that scores pictures against captions; label, attributes, group:
+    fields of the samples' JSON; held_out: shards whose captions are asked for.
     """
 
     captions: int | None = None
     draws: int | None = None
+    limit: int | None = None
     features: str | None = None
+    clip: str | None = None
     label: str | None = None
     attributes: tuple[str, ...] = ()
     group: str | None = None
     held_out: str | None = None
-
-    def of_other_pictures(self) -> str | None:
-        """The first option that was chosen of those that shapes have no use for."""
-        options = {
-            "--features": self.features,
-            "--label": self.label,
-            "--attribute": self.attributes,
-            "--group": self.group,
-            "--held-out": self.held_out,
-        }
-        return next((option for option, chosen in options.items() if chosen), None)
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,12 @@ class Real:
     def gaussian(self) -> Gaussian:
         """Of the reference."""
         return gaussian(self.reference)
+
+    @cached_property
+    def likeness(self) -> float:
+        """The mean `likeness` of two different pictures of the reference."""
+        every = sum(part.sum() for part in likeness(self.reference, self.reference))
+        return float(every) / pairs(len(self.reference))
 
     @cached_property
     def near(self) -> np.ndarray:
@@ -133,6 +137,16 @@ class Found(NamedTuple):
     near: np.ndarray
 
 
+class Likeness(NamedTuple):
+    """Sums of `likeness`: of each caption's pictures with each other one's (captions, captions),
+    and mean over the reference with it (captions,); of how many pictures, (captions,).
+    """
+
+    within: np.ndarray
+    between: np.ndarray
+    counts: np.ndarray
+
+
 @dataclass(frozen=True)
 class Judged:
     """A column of the scores.
@@ -145,6 +159,7 @@ class Judged:
     shown: Shown
     found: Found
     rows: dict[str, np.ndarray]
+    likeness: Likeness
     reached: dict[str, np.ndarray] = field(default_factory=dict)
 
     def figure(self, name: str, kept: np.ndarray | None = None) -> float:
@@ -162,6 +177,22 @@ class Judged:
             features = features[np.isin(self.shown.caption, kept)]
         return frechet(features, real.gaussian)
 
+    def kernel(self, real: Real, kept: np.ndarray | None = None, *, biased: bool = False) -> float:
+        """`kernel_distance` to the reference."""
+        within, between, counts = self.likeness
+        kept = np.arange(len(counts)) if kept is None else kept
+        count = int(counts[kept].sum())
+        own = within[np.ix_(kept, kept)].sum() / pairs(count, biased)
+        if biased:
+            own += real.likeness * (len(real.reference) - 1) / len(real.reference)
+        else:
+            own += real.likeness
+        return float(SCALE * (own - 2 * between[kept].sum() / count))
+
+    def whole(self, name: str, real: Real, kept: np.ndarray | None = None) -> float:
+        """One of WHOLES."""
+        return self.frechet(real, kept) if name == "frechet" else self.kernel(real, kept)
+
 
 def spread(features: np.ndarray) -> float:
     """Mean distance between two of the vectors (N, dims); nan where there is but one."""
@@ -177,6 +208,14 @@ def by_caption(values: np.ndarray, caption: np.ndarray) -> np.ndarray:
     counts = np.bincount(caption[known], minlength=captions)
     sums = np.bincount(caption[known], values[known], captions)
     return np.where(counts, sums / np.maximum(counts, 1), np.nan)
+
+
+def alike(shown: Shown, real: Real) -> Likeness:
+    """Sums by caption, from which the kernel distance of any captions is made."""
+    member = (shown.caption[:, None] == np.arange(shown.caption.max() + 1)).astype(np.float64)
+    own = np.concatenate([part @ member for part in likeness(shown.features, shown.features)])
+    to_real = [part.mean(1) for part in likeness(shown.features, real.reference)]
+    return Likeness(member.T @ own, np.concatenate(to_real) @ member, member.sum(0))
 
 
 def find(shown: Shown, real: Real, label: str) -> Found:
@@ -231,17 +270,19 @@ def judge(shown: Shown, real: Real, spreads: np.ndarray, label: str) -> Judged:
         name: np.stack([every[caption == i].any(0) for i in range(captions)])
         for name, every in (("recall", held.recalled), ("coverage", held.covered))
     }
-    return Judged(shown, found, rows, reached)
+    return Judged(shown, found, rows, alike(shown, real), reached)
 
 
 def scores(judged: Judged, real: Real) -> dict[str, Any]:
     """A column's figures; None where there is nothing to go by."""
-    means = {name: judged.figure(name) for name in (*accuracies_of(judged), *OVERLAPS, "diversity")}
+    fitting = [*accuracies_of(judged), *([CLIP] if CLIP in judged.rows else [])]
+    means = {name: judged.figure(name) for name in (*fitting, *OVERLAPS, "diversity")}
     if len(judged.found.near) < real.matched:  # fewer pictures reach less
         means |= dict.fromkeys(judged.reached, np.nan)
     return {
         **{name: None if np.isnan(value) else value for name, value in means.items()},
-        "frechet": judged.frechet(real),
+        **{name: judged.whole(name, real) for name in WHOLES},
+        "kernel_biased": judged.kernel(real, biased=True),
         "copies": copies(judged.found.near, real.near),
     }
 
@@ -257,8 +298,10 @@ def _quality(judged: Judged, figure: str, kept: np.ndarray) -> float:
     return {"copies": -value, "diversity": -abs(1 - value)}.get(figure, value)
 
 
-def _error(judged: Judged, name: str, of: Callable[[np.ndarray], float], seed: int) -> float | None:
-    """Standard error over captions of what is made of a figure; None where no caption has it.
+def _uncertainty(
+    judged: Judged, name: str, of: Callable[[np.ndarray], float], seed: int
+) -> Uncertainty | None:
+    """Over captions, of what is made of a figure; None where no caption has it.
 
     Only means over captions are resampled.
     """
@@ -266,15 +309,19 @@ def _error(judged: Judged, name: str, of: Callable[[np.ndarray], float], seed: i
     if np.isnan(of(np.arange(captions))):
         return None
     if name in judged.rows:
-        return bootstrap_error(of, captions, seed)
-    return jackknife_error(of, captions)
+        return bootstrap(of, captions, seed)
+    told = jackknife(of, captions)
+    if name not in judged.reached:
+        return told
+    low, high = told.interval  # of a share
+    return Uncertainty(told.error, (max(low, 0.0), min(high, 1.0)))
 
 
-def errors(judged: Judged, real: Real, seed: int) -> dict[str, float | None]:
-    """Standard errors over captions of every figure, None of what no caption has."""
+def uncertainties(judged: Judged, real: Real, seed: int) -> dict[str, Uncertainty | None]:
+    """Over captions, of every figure; None of what no caption has."""
     figures = {name: partial(judged.figure, name) for name in (*judged.rows, *judged.reached)}
-    told = {name: _error(judged, name, figure, seed) for name, figure in figures.items()}
-    return told | {"frechet": _error(judged, "frechet", partial(judged.frechet, real), seed)}
+    figures |= {name: partial(judged.whole, name, real) for name in WHOLES}
+    return {name: _uncertainty(judged, name, figure, seed) for name, figure in figures.items()}
 
 
 def beats_mu(run: Judged, mu: Judged, real: Real, seed: int) -> dict[str, bool | None]:
@@ -284,13 +331,13 @@ def beats_mu(run: Judged, mu: Judged, real: Real, seed: int) -> dict[str, bool |
     every, beaten = np.arange(len(run.rows[CAPTION])), dict[str, bool | None]()
 
     def gain(name: str, kept: np.ndarray) -> float:
-        if name == "frechet":
-            return mu.frechet(real, kept) - run.frechet(real, kept)
+        if name in WHOLES:
+            return mu.whole(name, real, kept) - run.whole(name, real, kept)
         return _quality(run, name, kept) - _quality(mu, name, kept)
 
-    for name in (*run.rows, *run.reached, "frechet"):
-        error = _error(run, name, partial(gain, name), seed)
-        beaten[name] = None if error is None else gain(name, every) > error
+    for name in (*run.rows, *run.reached, *WHOLES):
+        told = _uncertainty(run, name, partial(gain, name), seed)
+        beaten[name] = None if told is None else gain(name, every) > told.error
     return beaten
 
 

@@ -113,7 +113,7 @@ def _flat(scores: Mapping[str, Any], prefix: str) -> dict[str, float]:
     """
     out: dict[str, float] = {}
     for name, value in scores.items():
-        if name in ("prompts", "controls"):
+        if name in ("prompts", "interval", "controls"):
             continue
         if isinstance(value, Mapping):
             out |= _flat(value, prefix if name == "by_attribute" else f"{prefix}{name}/")

@@ -192,6 +192,11 @@ def test_a_painter_of_the_truth_scores_one(tmp_path: Path, monkeypatch: pytest.M
     assert 0.15 < floor["mean_attribute_accuracy"] < 0.5
     # this autoencoder is random: the control says so
     assert rows["controls"]["ceiling"]["all_correct"] < 0.1
+    for name, figure in (("two_objects", "all"), ("unseen", "all_correct")):
+        controls = rows["controls"][name]
+        assert controls["ceiling"][figure] < 0.1
+        assert controls["floor"][figure] < 0.1
+        assert rows["interval"][name][figure] == (1, 1)
     assert [len(prompts) for prompts in painter.asked] == [
         rows["prompts"],
         24,
@@ -213,6 +218,12 @@ def test_a_painter_of_other_prompts_scores_at_the_floor(
         rows["controls"]["floor"]["mean_attribute_accuracy"], abs=0.12
     )
     assert rows["two_objects"]["all"] < 0.2
+    value, count = rows["by_attribute"]["colour"], rows["prompts"]
+    low, high = rows["interval"]["colour"]
+    # of a share, by its binomial
+    wide = 2 * 1.96 * (value * (1 - value) / count) ** 0.5
+    assert low < value < high
+    assert high - low == pytest.approx(wide, rel=0.2)
 
 
 def test_captions_say_their_scene() -> None:

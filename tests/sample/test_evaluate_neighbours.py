@@ -118,9 +118,13 @@ def test_the_command_on_a_set_of_several_styles(
     # the velocity of a fresh network is 0: all of a flow is its source
     assert found["controls"]["z0"]["frechet"] == pytest.approx(found["frechet"])
     figures = {"caption_accuracy", "style_accuracy", "frechet", "precision", "recall", "density"}
-    figures |= {"coverage", "diversity", "copies"}
+    figures |= {"coverage", "diversity", "copies", "kernel"}
     assert set(found["standard_error"]) == set(found["beats_mu"]) == figures
-    assert set(found["controls"]["ceiling"]) == set(found["controls"]["mu"]) == figures
+    assert set(found["interval"]) == figures
+    low, high = found["interval"]["kernel"]
+    assert low < found["kernel"] < high
+    told = figures | {"kernel_biased"}
+    assert set(found["controls"]["ceiling"]) == set(found["controls"]["mu"]) == told
     # 12 pictures cannot reach what 30 do
     for name in ("recall", "coverage"):
         assert found["controls"]["ceiling"][name] is found["controls"]["real"][name] is None
@@ -135,6 +139,9 @@ def test_the_command_on_a_set_of_several_styles(
     for row in found["by_caption"]:
         assert (row["style"] is not None) == row["caption"].endswith("style")
         assert (row["style_accuracy"] is None) == (row["style"] is None)
+    page = (run / "eval.html").read_text()
+    for row in (f"{found['kernel']:.3f}", f"{found['controls']['real']['kernel']:.3f}", "shuffled"):
+        assert row in page
     with Image.open(run / "eval.png") as sheet:
         assert sheet.width > 4 * 64
         assert sheet.height > 10 * 64
@@ -208,8 +215,11 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(
         assert_refused(
             lambda choices=choices: evaluate(run, [], 0, SILENT, out, choices), InputError, words
         )
-    sheet = tmp_path / "scores.png"  # which the scores would be written to, and the sheet over them
-    assert_refused(lambda: evaluate(run, [], 0, SILENT, sheet), InputError, "--out .*as JSON")
+    for name in ("scores.png", "scores.html"):  # which sheet and page would be written over
+        path = tmp_path / name
+        assert_refused(
+            lambda path=path: evaluate(run, [], 0, SILENT, path), InputError, "--out .*as JSON"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -393,7 +403,7 @@ def test_a_network_s_features_are_kept(run: Path, tmp_path: Path) -> None:
     assert heard.tasks["looking at real pictures"] == 12  # of val; a task of its own for each split
     assert evaluate(run, [], 0, again, out_again, few) == first
     assert "looking at real pictures" not in again.tasks
-    told = {"eval-0.5", "eval-0.5.png", "eval-0.7", "eval-0.7.png"}
+    told = {f"eval-0.{i}{end}" for i in (5, 7) for end in ("", ".png", ".html")}
     assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, *told}
 
 

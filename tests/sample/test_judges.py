@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,19 +11,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import PICTURE, assert_refused, tiny_recipe
-from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    Dinov2Config,
+    Dinov2Model,
+    ResNetConfig,
+    ResNetModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from flowray.config.errors import InputError
 from flowray.data.pixels import to_pictures
 from flowray.model.autoencoder import load_autoencoder
+from flowray.model.efficientnet import WEIGHTS, EfficientNetLite0
 from flowray.sample import judges
 from flowray.sample.judges import BATCH, LATENTS, PIXELS, Judge, open_judge
 
 CPU = torch.device("cpu")
-NETS: dict[str, Any] = {
-    "dinov2": (Dinov2Model, Dinov2Config, {"mlp_ratio": 2}),
-    "siglip": (SiglipVisionModel, SiglipVisionConfig, {"intermediate_size": 32}),
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
 }
 
 
@@ -78,24 +96,125 @@ def test_a_gpu_looks_at_more_at_once(place: Path) -> None:
     assert replace(on_cpu, device=torch.device("cuda")).batch > BATCH
 
 
-@pytest.mark.parametrize("kind", list(NETS))
-def test_a_network_s_pooled_features_have_one_length(place: Path, kind: str) -> None:
-    net_class, config_class, more = NETS[kind]
+class JudgeContract(ABC):
+    """What pictures may be compared by."""
+
+    dims: int
+
+    @abstractmethod
+    def name(self, place: Path) -> str:
+        """As `--features` has it."""
+
+    @pytest.fixture
+    def found(self, place: Path) -> Judge:
+        return judge(place, self.name(place))
+
+    def test_there_is_a_row_of_numbers_for_each_picture(self, found: Judge) -> None:
+        features = found.look(pictures(4))
+        assert features.shape == (4, self.dims)
+        assert features.dtype == np.float32
+        assert np.isfinite(features).all()
+        assert np.abs(features[0] - features[1]).max() > 1e-4
+
+    def test_a_picture_s_are_the_same_whatever_is_beside_it(self, found: Judge) -> None:
+        many = pictures(BATCH + 3)
+        alone = np.concatenate([found.look([one]) for one in many])
+        assert found.look_at(many) == pytest.approx(alone, rel=1e-3, abs=1e-3)
+
+    def test_the_fingerprint_is_that_of_the_same_judge(self, place: Path, found: Judge) -> None:
+        assert judge(place, self.name(place)).fingerprint == found.fingerprint
+
+
+class NetworkContract(JudgeContract):
+    """Of a network in a folder."""
+
+    dims = 16
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """One of random weights, as its library saves it."""
+
+    def name(self, place: Path) -> str:
+        folder = place / type(self).__name__
+        if not folder.is_dir():
+            folder.mkdir()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.save(folder)
+        return str(folder)
+
+    def test_all_are_of_one_length(self, found: Judge) -> None:
+        """So that distances are those of cosines."""
+        lengths = np.linalg.norm(found.look(pictures(4)), axis=1)
+        assert lengths == pytest.approx(np.full(4, self.dims**0.5), rel=1e-4)
+
+    def test_other_weights_have_another_fingerprint(self, place: Path, found: Judge) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.save(Path(self.name(place)))
+        assert judge(place, self.name(place)).fingerprint != found.fingerprint
+
+
+class TestPixels(JudgeContract):
+    dims = 3 * PICTURE**2
+
+    def name(self, place: Path) -> str:
+        return PIXELS
+
+
+class TestLatents(JudgeContract):
+    dims = 4 * (PICTURE // 2) ** 2
+
+    def name(self, place: Path) -> str:
+        return LATENTS
+
+
+class TestDinov2(NetworkContract):
+    def save(self, folder: Path) -> None:
+        Dinov2Model(Dinov2Config(**SMALL, mlp_ratio=2)).save_pretrained(folder)
+
+
+class TestSiglip(NetworkContract):
+    def save(self, folder: Path) -> None:
+        config = SiglipVisionConfig(**SMALL, intermediate_size=32)
+        SiglipVisionModel(config).save_pretrained(folder)
+
+
+class TestViT(NetworkContract):
+    """Of no family that is known by name."""
+
+    def save(self, folder: Path) -> None:
+        ViTModel(ViTConfig(**SMALL, intermediate_size=32)).save_pretrained(folder)
+
+
+class TestEfficientNet(NetworkContract):
+    dims = 1280
+
+    def save(self, folder: Path) -> None:
+        save_file(EfficientNetLite0().state_dict(), folder / WEIGHTS)
+
+
+def test_a_network_of_any_family_is_averaged_over_its_last_layer(place: Path) -> None:
     torch.manual_seed(0)
-    dims = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = config_class(**dims, image_size=16, patch_size=8, **more)
-    net_class(config).save_pretrained(place / kind)
-    found = judge(place, str(place / kind))
-    features = found.look(pictures(4))
-    assert features.shape == (4, 16)
-    assert np.linalg.norm(features, axis=1) == pytest.approx(np.full(4, 4.0), rel=1e-4)
-    assert np.abs(features[0] - features[1]).max() > 1e-3
-    before = found.fingerprint
-    torch.manual_seed(1)
-    net_class(config).save_pretrained(place / kind)
-    assert judge(place, str(place / kind)).fingerprint != before
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[8, 16], depths=[1, 1])
+    net = ResNetModel(config).eval()
+    net.save_pretrained(place / "resnet")
+    says = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    (place / "resnet" / "preprocessor_config.json").write_text(json.dumps(says))
+    found = judge(place, str(place / "resnet")).look(pictures(3, 224))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in says.values())
+    with torch.no_grad():
+        seen = ((to_pictures(pictures(3, 224)) + 1) / 2 - mean) / std
+        last = net(pixel_values=seen).last_hidden_state.mean((2, 3))
+    by_hand = last / last.norm(dim=1, keepdim=True) * 4  # the root of 16 dims
+    assert found == pytest.approx(by_hand.numpy(), rel=1e-3, abs=1e-4)
 
 
 def test_what_is_no_network_is_refused(place: Path) -> None:
     assert_refused(lambda: judge(place, "resnet"), InputError, "--features: 'resnet': want pixels")
     assert_refused(lambda: judge(place, str(place / "text")), InputError, "--features: .*")
+    config = BertConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    BertModel(config).save_pretrained(place / "bert")
+    assert_refused(lambda: judge(place, str(place / "bert")), InputError, "holds a bert model")

@@ -9,12 +9,14 @@ import pytest
 
 from flowray.sample.distances import (
     BLOCK,
-    bootstrap_error,
+    SCALE,
+    bootstrap,
     copies,
     distances,
     frechet,
     gaussian,
-    jackknife_error,
+    jackknife,
+    kernel_distance,
 )
 from flowray.sample.manifolds import DENSE, manifold, overlap, radii
 from flowray.sample.neighbours import (
@@ -22,15 +24,17 @@ from flowray.sample.neighbours import (
     OVERLAPS,
     REFERENCE,
     SPREAD,
+    WHOLES,
     Found,
     Judged,
     Real,
     Shown,
+    alike,
     beats_mu,
-    errors,
     judge,
     scores,
     spread,
+    uncertainties,
 )
 
 DIMS, LABELS, EACH, DRAWS = 8, 40, 12, 6
@@ -118,11 +122,88 @@ def test_frechet_distance_of_a_factored_gaussian_is_that_of_the_sample() -> None
     assert many == pytest.approx(2 * (1 + 1), rel=0.02)
 
 
+def closed_form(first: float, second: float, apart: float, dims: int, sigma: float) -> float:
+    """The kernel distance of N(0, first^2) and N(apart, second^2) in every dim."""
+    square = dims * sigma**2
+
+    def mean(variance: float, offset: float) -> float:
+        near = np.exp(-dims * offset**2 / (2 * (square + variance)))
+        return float((1 + variance / square) ** (-dims / 2) * near)
+
+    within = mean(2 * first**2, 0) + mean(2 * second**2, 0)
+    return SCALE * (within - 2 * mean(first**2 + second**2, apart))
+
+
+@pytest.mark.parametrize("sigma", [0.5, 10.0])
+@pytest.mark.parametrize("apart", [0.0, 0.5])
+def test_kernel_distance_of_gaussians_in_closed_form(sigma: float, apart: float) -> None:
+    first, second = normal(4000, 0), 2 * normal(3000, 1) + apart
+    truth = closed_form(1, 2, apart, DIMS, sigma)
+    found = kernel_distance(first, second, sigma=sigma)
+    assert found == pytest.approx(truth, rel=0.15, abs=0.1)
+    # the other one is larger, by little in samples of this size
+    assert 0 < kernel_distance(first, second, biased=True, sigma=sigma) - found < 0.02 * SCALE
+
+
+def test_kernel_distance_is_unbiased_at_every_size_and_otherwise_is_not() -> None:
+    for count in (5, 40):
+        found = {
+            biased: [
+                kernel_distance(normal(count, 2 * i), normal(count, 2 * i + 1), biased=biased)
+                for i in range(300)
+            ]
+            for biased in (False, True)
+        }
+        error = np.std(found[False]) / np.sqrt(300)
+        assert abs(np.mean(found[False])) < 3 * error
+        assert min(found[True]) > 0
+        # by theory, the two likenesses of a vector with itself, that are 1 and no mean
+        bias = 2 * SCALE * (1 - (1 + 2 / (DIMS * 100)) ** (-DIMS / 2)) / count
+        assert np.mean(found[True]) == pytest.approx(bias, rel=0.1)
+    same = normal(50, 0)
+    assert kernel_distance(same, same, biased=True) == pytest.approx(0, abs=1e-9)
+
+
+def test_kernel_distance_is_that_published_on_vectors_of_one_length() -> None:
+    """By the formula of arXiv 2401.09603 on unit vectors, whose scale the features' is not."""
+    vectors = [normal(30, 0), normal(20, 1) + 0.5]
+    x, y = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in vectors)
+
+    def mean(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.exp(-np.square(a[:, None] - b).sum(2) / 200).mean())
+
+    published = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+    long = [each * DIMS**0.5 for each in (x, y)]
+    assert kernel_distance(long[0], long[1], biased=True) == pytest.approx(published, rel=1e-9)
+
+
 def test_errors_are_those_of_a_mean() -> None:
     values = np.random.default_rng(0).standard_normal(60)
     truth = values.std() / np.sqrt(60)
-    assert bootstrap_error(lambda kept: values[kept].mean(), 60, 0) == pytest.approx(truth, rel=0.1)
-    assert jackknife_error(lambda kept: values[kept].mean(), 60) == pytest.approx(truth, rel=0.25)
+    for told, near in (
+        (bootstrap(lambda kept: values[kept].mean(), 60, 0), 0.1),
+        (jackknife(lambda kept: values[kept].mean(), 60), 0.25),
+    ):
+        assert told.error == pytest.approx(truth, rel=near)
+        ends = values.mean() + 1.96 * truth * np.array([-1, 1])
+        assert told.interval == pytest.approx(ends, abs=1.96 * truth * 1.5 * near)
+
+
+def test_intervals_hold_the_truth_nineteen_times_of_twenty() -> None:
+    held = {"bootstrap": 0, "jackknife": 0}
+    for seed in range(400):
+        values = np.random.default_rng(seed).standard_normal(48)
+
+        def figure(kept: np.ndarray, values: np.ndarray = values) -> float:
+            return float(values[kept].mean())
+
+        for name, told in (
+            ("bootstrap", bootstrap(figure, 48, seed)),
+            ("jackknife", jackknife(figure, 48)),
+        ):
+            held[name] += told.interval[0] < 0 < told.interval[1]
+    # of 400, two standard errors are 9
+    assert all(share == pytest.approx(380, abs=14) for share in held.values()), held
 
 
 def test_errors_of_unions_are_the_spread_over_independent_sets_of_captions() -> None:
@@ -137,11 +218,11 @@ def test_errors_of_unions_are_the_spread_over_independent_sets_of_captions() -> 
         reached = {name: rng.random((count, places)) < 0.01 * wide for name in OVERLAPS[1::2]}
         nothing = np.empty(count, dtype=int)
         found = Found(nothing, nothing, nothing)
-        run = Judged(shown, found, {CAPTION: wide[:, 0]}, reached)
+        run = Judged(shown, found, {CAPTION: wide[:, 0]}, alike(shown, real), reached)
         figures.append([run.figure(name) for name in (CAPTION, *reached)])
         if seed < 40:
-            error = errors(run, real, seed)
-            told.append([error[name] for name in (CAPTION, *reached)])
+            sure = uncertainties(run, real, seed)
+            told.append([one.error for name in (CAPTION, *reached) if (one := sure[name])])
     assert np.mean(told, axis=0) == pytest.approx(np.std(figures, axis=0, ddof=1), rel=0.15)
 
 
@@ -195,6 +276,14 @@ def test_draws_of_the_data_are_as_the_data() -> None:
     assert found["copies"]["median_ratio"] == pytest.approx(1, abs=0.1)
     assert found["precision"] > 0.8
     assert found["frechet"] < 0.1 * frechet(normal(240, 0), world.real.reference)
+    for name, biased in (("kernel", False), ("kernel_biased", True)):
+        by_hand = kernel_distance(run.shown.features, world.real.reference, biased=biased)
+        assert found[name] == pytest.approx(by_hand)
+    assert abs(found["kernel"]) < 0.05 * found["kernel_biased"] + 1
+    kept = np.arange(3, 30)
+    few = run.shown.features[np.isin(run.shown.caption, kept)]
+    by_hand = kernel_distance(few, world.real.reference)
+    assert run.kernel(world.real, kept) == pytest.approx(by_hand)
     # against other captions: a cycle of labels leaves none right
     assert world.judge(run.shown.features, np.roll(WANTED, DRAWS)).figure(CAPTION) == 0
     # against random ones: chance
@@ -278,12 +367,13 @@ def test_what_beats_the_mean_picture() -> None:
     assert mu.figure("diversity") == pytest.approx(0, abs=1e-6)
     assert mu.figure("recall") == 0
     beaten = beats_mu(run, mu, world.real, 0)
-    assert set(beaten) == {*run.rows, *run.reached, "frechet"}
+    assert set(beaten) == {*run.rows, *run.reached, *WHOLES}
     # copies: few, or none as of a blur; density: a blur lies within the wide balls of outliers
     assert {name for name, does in beaten.items() if not does} <= {"copies", "density"}
     assert set(beats_mu(mu, mu, world.real, 0).values()) == {False}
-    told = errors(run, world.real, 0)
-    assert set(told) == set(beaten)
+    sure = uncertainties(run, world.real, 0)
+    assert set(sure) == set(beaten)
+    told = {name: one.error for name, one in sure.items() if one}
     assert told[CAPTION] == 0  # every one is right
     # leaving captions out takes the draws away from the data, in the mean and in the covariance
     assert told["frechet"] > scores(run, world.real)["frechet"]

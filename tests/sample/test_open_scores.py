@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     few = ShapesSet(train=8, val=30, unseen=1, seed=SEED)
     assert len(next(samples(1, "train", SEED, few.two_share))[2].things) == 2  # data.limit's only
     monkeypatch.setitem(make._DEFAULTS, "shapes", few)
+    monkeypatch.setitem(make._DEFAULTS, "shapes_closed", replace(few, closed=True))
     monkeypatch.setattr(evaluation, "PAIRS", 8)
     small = {
         "storage_path": str(tmp_path),
@@ -277,8 +279,8 @@ def test_a_sweep_scores_a_run_as_the_command_does(
 ) -> None:
     monkeypatch.setattr(sampling, "CAPTIONS", 3)
     monkeypatch.setattr(sampling, "DRAWS", 4)
+    few = Choices(captions=3, draws=4)
     for name, run in runs.items():
-        few = Choices(captions=3, draws=4) if name == "shapes" else Choices()
         row = sampling.score_pictures(
             find_checkpoint(run).recipe, run, tmp_path / f"{name}-sweep" / "0"
         )
@@ -312,8 +314,12 @@ def test_the_command_scores_a_run_on_captions_that_leave_things_open(
         "prompts",
         "two_objects",
         "unseen",
+        "interval",
         "controls",
     }
+    near = told["neighbours"]
+    assert (near["captions"], near["draws"], near["features"]["of"]) == (3, 4, "latents")
+    assert set(near["controls"]) == {"ceiling", "real", "mu", "z0", "shuffled"}
     assert told["shapes"]["controls"]["ceiling"]["all_correct"] > 0.9
     lines = capsys.readouterr().out.splitlines()
     assert any("all correct" in line for line in lines)
@@ -331,11 +337,13 @@ def test_the_command_scores_a_run_on_captions_that_leave_things_open(
             assert [own.rstrip(" *"), others[2]] == [f"{column[figure]:.3f}" for column in columns]
     before = (run / "eval.json").stat().st_mtime_ns
     assert_refused(lambda: main([str(run), "--captions", "900"]), InputError, "captions: want at")
-    closed = runs["shapes_closed"]
-    assert_refused(
-        lambda: evaluate(closed, [], 0, SILENT, choices=Choices(captions=3)),
-        InputError,
-        "not of a run on",
-    )
-    assert not (closed / "eval.json").exists()
     assert (run / "eval.json").stat().st_mtime_ns == before
+
+
+def test_a_limit_is_one_of_every_kind(runs: dict[str, Path], tmp_path: Path) -> None:
+    told = evaluate(runs["shapes"], [], 0, SILENT, tmp_path / "few.json", Choices(draws=2, limit=4))
+    shapes = told["shapes"]
+    assert [shapes["prompts"]] * 2 == [
+        shapes[name]["prompts"] for name in ("two_objects", "unseen")
+    ]
+    assert told["open"]["captions"] == told["neighbours"]["captions"] == shapes["prompts"] == 4
