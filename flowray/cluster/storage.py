@@ -38,7 +38,9 @@ class StorageNotShared(InputError):
 
 
 @contextmanager
-def marker_file(folder: Path, *, sole: bool = False, make: bool = True) -> Iterator[str]:
+def marker_file(
+    folder: Path, *, sole: bool = False, make: bool = True, option: str = "storage_path="
+) -> Iterator[str]:
     """A file in `folder` for the block, by which other nodes know that they see the same folder;
     yields its name, which is always a new one: NFS clients remember for a while what was not there.
 
@@ -54,7 +56,8 @@ def marker_file(folder: Path, *, sole: bool = False, make: bool = True) -> Itera
         marker.touch()
     except OSError as error:
         raise InputError(
-            f"storage_path: {folder} cannot be written: {error.strerror}; set storage_path=FOLDER"
+            f"{option.strip('= ')}: {folder} cannot be written: {error.strerror}; set"
+            f" {option}FOLDER"
         ) from error
     try:
         yield marker.name
@@ -111,9 +114,14 @@ def refuse_unshared(storage: Path, data: DataConfig, progress: Progress = SILENT
         require_shared(storage, [] if data.shards in EMBEDDED else _shards(data))
 
 
-def require_shared(storage: Path, shards: Sequence[Path] = ()) -> None:
+def require_shared(
+    storage: Path,
+    shards: Sequence[Path] = (),
+    option: str = "storage_path=",
+    what: str = "data.shards",
+) -> None:
     """InputError unless every other live node shares `storage` with this process and sees all
-    `shards`. Ray is started.
+    `shards`. Ray is started. option, what: the two in messages, as they are typed.
 
     Nodes that an autoscaler adds later are not asked; their workers ask `refusal_here`.
     """
@@ -121,7 +129,7 @@ def require_shared(storage: Path, shards: Sequence[Path] = ()) -> None:
     nodes = [node for node in alive_nodes() if node["NodeID"] != here]
     if not nodes:
         return
-    with marker_file(storage) as marker:
+    with marker_file(storage, option=option) as marker:
         answers = [ask_on(node, _look, storage, marker, shards) for node in nodes]
         for node, answer in zip(nodes, answers, strict=True):
             name = node_name(node)
@@ -132,12 +140,12 @@ def require_shared(storage: Path, shards: Sequence[Path] = ()) -> None:
                     raise
                 continue  # it has gone meanwhile, as spot nodes do
             if problem:
-                raise InputError(_unshared(storage, name, problem))
+                raise InputError(_unshared(storage, name, problem, option))
             if unseen:
                 more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
                 raise InputError(
-                    f"data.shards: node {name} does not see {unseen[0]}{more}; put the shards where"
-                    " every node reads them"
+                    f"{what}: node {name} does not see {unseen[0]}{more}; put them where every node"
+                    " reads them"
                 )
 
 
@@ -159,10 +167,10 @@ def _heard(answer: Any, node: str) -> tuple[str, list[Path]]:
     return problem, unseen
 
 
-def _unshared(folder: Path, node: str, problem: str) -> str:
+def _unshared(folder: Path, node: str, problem: str, option: str = "storage_path=") -> str:
     return (
-        f"storage_path: {folder} is not shared with node {node}: {problem}; type"
-        " storage_path=/FOLDER with one that every node mounts (`python -m flowray.cluster check`"
+        f"{option.strip('= ')}: {folder} is not shared with node {node}: {problem}; type"
+        f" {option}/FOLDER with one that every node mounts (`python -m flowray.cluster check`"
         " shows which do)"
     )
 

@@ -67,13 +67,24 @@ def decode_rgb(
             if plain and image.width * image.height <= _STRIP:
                 return np.asarray(image)  # most pictures: nothing to do, so nothing is copied
             turn = _UPRIGHT.get(_orientation(image))
-            rgb = _in_strips(image, data, over)
+            _scale_key(image, data)
+            rgb = _in_strips(image, over)
             image.close()  # its pixels are not needed for the turn
         return rgb if turn is None else np.ascontiguousarray(turn(rgb))
     except InputError:  # of `look`
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
         raise ValueError(_reason(error, data)) from error
+
+
+def upright_rgb(image: Image.Image, over: tuple[int, int, int] = WHITE) -> np.ndarray:
+    """An opened picture as uint8 (H, W, 3), as `decode_rgb` has the bytes of its file; only a
+    transparent colour of 16-bit or fewer than 8-bit PNGs is taken as Pillow has it.
+    """
+    image.load()  # of a TIFF this turns it
+    turn = _UPRIGHT.get(_orientation(image))
+    rgb = _in_strips(image, over)
+    return rgb if turn is None else np.ascontiguousarray(turn(rgb))
 
 
 @lru_cache(maxsize=1)
@@ -86,9 +97,8 @@ def _opened(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=_kinds())
 
 
-def _in_strips(image: Image.Image, data: bytes, over: tuple[int, int, int]) -> np.ndarray:
+def _in_strips(image: Image.Image, over: tuple[int, int, int]) -> np.ndarray:
     """The picture as it is stored, not yet upright, uint8 (H, W, 3)."""
-    _scale_key(image, data)
     rows, rgb = max(1, _STRIP // image.width), np.empty((image.height, image.width, 3), np.uint8)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)

@@ -51,7 +51,10 @@ class Preparation:
         it does not decode. Refused, or Filtered, where it is not to be used, by its header: of a
         huge picture not a pixel is decoded then.
         """
-        rgb = decode_rgb(data, self.config.background, self._look)
+        return self.fitted(decode_rgb(data, self.config.background, self._look))
+
+    def fitted(self, rgb: np.ndarray) -> np.ndarray:
+        """A picture (H, W, 3) that is decoded, as `resize` makes it."""
         wanted = self._size_for(rgb.shape[1], rgb.shape[0])
         if not self._resizes or wanted is None or rgb.shape[:2] == wanted:
             return rgb

@@ -57,6 +57,7 @@ from flowray.probes.shots import (
     trace_metrics,
 )
 from flowray.probes.untouched import untouched
+from flowray.sample.generate import in_precision
 
 # In this order; what each looks at. `standard` and `field` take most of the time.
 PARTS = {
@@ -246,7 +247,8 @@ def _sampler(subject: Subject, made: Measured, batch: ProbeBatch) -> None:
     model, config, recipe = subject.model.eval(), subject.recipe.sample, subject.recipe
     prompts, decode = prompts_of(subject), subject.autoencoder.decode
     with subject.weights(config.weights):
-        source = model.source(batch.captions, batch.noise)
+        with in_precision(config, batch.noise.device):
+            source = model.source(batch.captions, batch.noise)
         rows, z_end = latent_metrics(model, config, batch, source)
         rows |= native_teacher(
             source.z0, batch.z1, batch.captions, batch.noise, config, recipe.flow.path.rho

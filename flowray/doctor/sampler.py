@@ -147,7 +147,8 @@ def picture_metrics(
     """
     device = next(model.velocity.parameters()).device
     made = generate(model, autoencoder, prompts, config, seed)
-    source = model.source(prompts, source_noise(model, prompts, seed, device))
+    with in_precision(config, device):
+        source = model.source(prompts, source_noise(model, prompts, seed, device))
     own = autoencoder.decode(own_latents(model, source, config, config.guidance_scale))
     return {"sampler/psnr": same_pictures(made, from_pictures(own))}, made
 

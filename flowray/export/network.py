@@ -21,7 +21,7 @@ from flowray.model.autoencoder import Autoencoder
 from flowray.model.latent import LatentScale
 from flowray.model.prompts import PromptTokenizer
 from flowray.model.text import bare_text
-from flowray.sample.generate import generate, latent_batches
+from flowray.sample.generate import check_finite, decoded, latent_batches
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,12 @@ class FlowNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]  # of diffuser
         config: SampleConfig,
         seed: int,
     ) -> Tensor:
-        """Scaled latents (B, C, H, W) fp32 of the prompts."""
+        """Scaled latents (B, C, H, W) fp32 of the prompts; an error where one is not finite."""
         prompt_tokenizer = PromptTokenizer(tokenizer, self.settings.model.text)
         with self.flow.text.lent(text_encoder, prompt_tokenizer):
-            return torch.cat(list(latent_batches(self.flow, prompts, config, seed)))
+            latents = torch.cat(list(latent_batches(self.flow, prompts, config, seed)))
+        check_finite(latents, prompts)
+        return latents
 
     def pictures(
         self,
@@ -78,7 +80,6 @@ class FlowNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]  # of diffuser
         seed: int,
     ) -> np.ndarray:
         """Pictures uint8 (B, H, W, 3) of the prompts."""
+        latents = self.latents(text_encoder, tokenizer, prompts, config, seed)
         autoencoder = Autoencoder(vae, self.settings.model.latent, self.settings.scale)
-        prompt_tokenizer = PromptTokenizer(tokenizer, self.settings.model.text)
-        with self.flow.text.lent(text_encoder, prompt_tokenizer):
-            return generate(self.flow, autoencoder, prompts, config, seed)
+        return decoded(autoencoder, latents, config.batch_size)

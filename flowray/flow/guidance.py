@@ -36,6 +36,11 @@ def conditional(velocity: NullableVelocity) -> VelocityFn:
     return lambda x, t: velocity(x, t, torch.zeros_like(t, dtype=torch.bool))
 
 
+def is_off(scale: float) -> bool:
+    """Whether a guidance scale is 1, also as a step of a range: 0.1 + 3 x 0.3."""
+    return math.isclose(scale, 1.0, rel_tol=1e-6)
+
+
 def guided(
     velocity: NullableVelocity,
     scale: float,
@@ -54,7 +59,7 @@ def guided(
     expect.number("guidance interval", low, 0.0, 1.0)
     expect.number("guidance interval", high, low, 1.0)
     expect.number("guidance rescale", rescale, 0.0, 1.0)
-    if math.isclose(scale, 1.0, rel_tol=1e-6):  # also a step of a range: 0.1 + 3 x 0.3
+    if is_off(scale):
         return conditional(velocity)
 
     def halves(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
-"""Latents encoded by Ray tasks, each of which takes its share of the shards."""
+"""Work done by Ray tasks, each of which takes its share: latents of shards, pictures of prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayTaskError
@@ -22,11 +23,12 @@ from flowray.config.progress import SILENT, Progress
 from flowray.config.recipe import Recipe
 from flowray.config.train import ResourceConfig
 from flowray.store.apart import Message, SentProgress, ShownProgress
-from flowray.store.encode import Encoding, Pace
 from flowray.store.latents import ensure_latents_apart
 from flowray.tune.room import refuse_without_room
 
-_RETRIES = 10  # of a task whose node or process is lost; what it has encoded by then stays
+T = TypeVar("T")
+Work = Callable[[Progress], T]  # can be pickled, and goes on where one that was lost ended
+_RETRIES = 10  # of a task whose node or process is lost; what it has written by then stays
 _SHOWN_EVERY_S = 0.2
 _BEGUN: Message = ("begun",)
 
@@ -34,7 +36,7 @@ _BEGUN: Message = ("begun",)
 @dataclass(frozen=True)
 class RayTasks:
     """A `Fleet` of Ray tasks with so many CPUs and GPUs each, on the cluster or a private Ray; it
-    is started for them where it is not. Their cache must be this process's own.
+    is started for them where it is not. The folders that they write must be this process's own.
 
     InputError and what else a task raises comes as it is; RayError where Ray gives a task up.
     """
@@ -43,7 +45,7 @@ class RayTasks:
     cores: int
     gpus: float = 0.0
 
-    def __call__(self, works: Sequence[Encoding], progress: Progress) -> list[Pace]:
+    def __call__(self, works: Sequence[Work[T]], progress: Progress) -> list[T]:
         with ExitStack() as closing:
             closing.enter_context(started(len(works) * self.cores, progress))
             # on this node: who hears of progress must not die with another one
@@ -51,7 +53,7 @@ class RayTasks:
             queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
             closing.callback(queue.shutdown, force=True)
             shown = [closing.enter_context(ShownProgress(progress)) for _ in works]
-            task = ray.remote(_encode).options(
+            task: Any = ray.remote(_work).options(
                 num_cpus=self.cores, num_gpus=self.gpus, max_retries=_RETRIES
             )
             references = [task.remote(i, work, queue) for i, work in enumerate(works)]
@@ -67,7 +69,7 @@ class RayTasks:
             return list(ray.get(references))
 
 
-def _encode(number: int, work: Encoding, queue: Queue) -> Pace:
+def _work(number: int, work: Work[T], queue: Queue) -> T:
     def send(message: Message) -> None:
         queue.put((number, message))
 
@@ -83,7 +85,7 @@ def _show(queue: Queue, shown: Sequence[ShownProgress]) -> None:
             shown[number](message)
 
 
-def _cancel(references: Sequence[ray.ObjectRef[Pace]]) -> None:
+def _cancel(references: Sequence[ray.ObjectRef[Any]]) -> None:
     for reference in references:
         with suppress(Exception):  # Ray may be gone, or the task done
             ray.cancel(reference)
@@ -113,6 +115,16 @@ def ensure_encoded(recipe: Recipe, workers: int, progress: Progress = SILENT) ->
     else:
         several = workers > 1 and each.gpus_per_worker > 0
         ensure_latents_apart(recipe, progress, fleet if several else None)
+
+
+def shared_by_all(folder: Path, checkpoint: Path, progress: Progress = SILENT) -> None:
+    """InputError unless every node of the cluster shares a folder with this process and sees a
+    checkpoint; without a cluster nothing.
+    """
+    if in_cluster():
+        with started(progress=progress), progress.task("asking the nodes for the folder"):
+            files = [file for file in checkpoint.iterdir() if file.is_file()]
+            require_shared(folder, files, "--each ", "the run")
 
 
 def _is_shared(cache: Path, progress: Progress) -> bool:

@@ -25,7 +25,7 @@ from flowray.config.progress import Advance
 from flowray.config.writing import write_whole
 from flowray.data.pixels import from_pictures
 from flowray.flow.draws import Draws
-from flowray.flow.guidance import guided, with_time_code
+from flowray.flow.guidance import guided, is_off, with_time_code
 from flowray.flow.solver import Observer, integrate, time_grid
 from flowray.model.assemble import FlowModel, Source
 from flowray.model.autoencoder import Autoencoder
@@ -136,7 +136,7 @@ def check_negative(model: FlowModel, config: SampleConfig) -> None:
     if not model.velocity.conditioned:
         why = "this run's velocity network reads no caption: model.velocity.condition.kind is none"
         raise InputError(f"a negative prompt: {why}")
-    if config.guidance_scale == 1.0:
+    if is_off(config.guidance_scale):
         raise InputError("a negative prompt: guidance is off; type sample.guidance_scale=3")
 
 

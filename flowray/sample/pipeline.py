@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from flowray.config.buckets import size_for
 from flowray.config.errors import InputError
 from flowray.config.flow import SampleConfig
 from flowray.config.load import override_recipe
+from flowray.config.progress import Advance
+from flowray.config.recipe import Recipe
+from flowray.data.decode import upright_rgb
 from flowray.data.pixels import to_pictures
+from flowray.data.prepare import Preparation
 from flowray.flow.solver import Observer, time_grid
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
+from flowray.sample.arithmetic import sum_latents
+from flowray.sample.between import Mix, between
 from flowray.sample.generate import (
     check_finite,
     check_negative,
     decoded,
     latent_batches,
     numbers_of,
+    source_noise,
 )
-from flowray.sample.prompts import check_prompts
+from flowray.sample.prompts import check_balanced, check_prompts
 from flowray.sample.restore import OpenedRun, open_run
 from flowray.sample.reverse import RoundTrip, round_trip
 from flowray.store.found import Found, find_checkpoint
@@ -114,6 +121,65 @@ class Pipeline:
         shown = [decoded(self.autoencoder, state.to(self.device), most) for state in states]
         return np.stack(shown, axis=1)
 
+    def between(
+        self,
+        prompts: Sequence[str],
+        pictures: int,
+        *,
+        rows: int = 1,
+        mix: Mix | None = None,
+        seed: int = 0,
+        aspect: float | None = None,
+        advance: Advance | None = None,
+        **keys: Any,
+    ) -> np.ndarray:
+        """Pictures uint8 (rows, columns, H, W, 3) on the way from each prompt to the next,
+        `pictures` a leg, both ends counted; mix: how, as `flowray.sample.between.between` says.
+        """
+        check_prompts(prompts)
+        if len(prompts) < 2 or pictures < 2:
+            raise InputError("between: want two prompts or more, and two pictures or more")
+        made = between(
+            self.model,
+            self.autoencoder,
+            prompts,
+            pictures,
+            rows,
+            self.settings(keys),
+            seed,
+            advance,
+            self._size(aspect),
+            mix,
+        )
+        return made.reshape(rows, -1, *made.shape[1:])
+
+    def arithmetic(
+        self,
+        prompts: Sequence[str],
+        plus: Sequence[str],
+        minus: Sequence[str],
+        *,
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        aspect: float | None = None,
+        advance: Advance | None = None,
+        **keys: Any,
+    ) -> np.ndarray:
+        """Pictures uint8 (B, columns, H, W, 3), a row a prompt: the prompt, each of `plus` and
+        `minus`, and prompt + plus - minus, all of the prompt's own noise.
+        """
+        check_prompts([*prompts, *plus, *minus])
+        check_balanced(plus, minus)
+        config, size, rows = self.settings(keys), self._size(aspect), []
+        noise = source_noise(self.model, prompts, seed, self.device, size, numbers)
+        for prompt, own in zip(prompts, noise.split(1), strict=True):
+            latents = sum_latents(self.model, prompt, plus, minus, config, own)
+            check_finite(latents, [prompt, *plus, *minus, prompt])
+            rows.append(decoded(self.autoencoder, latents, config.batch_size))
+            if advance:
+                advance(len(latents))
+        return np.stack(rows)
+
     def reverse(self, latents: Tensor, prompts: Sequence[str], **keys: Any) -> RoundTrip:
         """Where the flow of captions leads to latents (B, C, H, W) from, and there again from it.
         keys: of the recipe's `sample` section.
@@ -127,14 +193,23 @@ class Pipeline:
 
     def encode(self, images: Sequence[Image.Image] | Image.Image) -> Tensor:
         """Latents (B, C, H, W) of pictures, the means of their posteriors, scaled as in training.
-        A picture of another size is cut and resized to the run's.
+
+        Pictures are turned upright, laid on the recipe's background and brought to the run's size
+        as in training, also those that training would leave out; where its data.prepare.resize is
+        none, by lanczos.
         """
-        given = [images] if isinstance(images, Image.Image) else list(images)
-        height, width = self.autoencoder.picture_size
-        fitted = [ImageOps.fit(image.convert("RGB"), (width, height)) for image in given]
-        pixels = to_pictures([np.asarray(image) for image in fitted]).to(self.device)
+        pixels = to_pictures(self.prepared(images)).to(self.device)
         moments = self.autoencoder.encode_moments(pixels)
         return self.autoencoder.sample(moments, torch.zeros_like(moments.mean))
+
+    def prepared(self, images: Sequence[Image.Image] | Image.Image) -> list[np.ndarray]:
+        """Pictures uint8 (H, W, 3) as the autoencoder is given them; see `encode`."""
+        config = self.recipe.data.prepare
+        if config.resize == "none":
+            config = config.model_copy(update={"resize": "lanczos"})
+        prepare = Preparation(config, self.autoencoder.picture_size)
+        given = [images] if isinstance(images, Image.Image) else images
+        return [prepare.fitted(upright_rgb(image, config.background)) for image in given]
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of latents (B, C, H, W)."""
@@ -148,14 +223,13 @@ class Pipeline:
 
     def settings(self, how: dict[str, Any]) -> SampleConfig:
         """The `sample` section with the keys of it that are in `how`."""
-        keys = {f"sample.{key}": x for key, x in how.items() if key not in _OWN}
-        sample = override_recipe(self.recipe, keys).sample
-        if (weights := sample.weights) != self.recipe.sample.weights:
-            raise InputError(
-                f"weights={weights!r}: they were chosen as the run was loaded; want"
-                f' flowray.load(RUN, ["sample.weights={weights}"])'
-            )
-        return sample
+        return sample_settings(self.recipe, how)
+
+    def _size(self, aspect: float | None) -> tuple[int, int] | None:
+        """(height, width) of latents of a ratio; None for the model's own."""
+        if aspect is None:
+            return None
+        return size_for(self.recipe.data, self.recipe.model.latent, aspect)
 
     def _batches(
         self,
@@ -170,18 +244,16 @@ class Pipeline:
         **keys: Any,
     ) -> Iterator[Tensor]:
         check_prompts(prompts)
-        config, size, start = self.settings(keys), None, 0
+        config, start = self.settings(keys), 0
         if negative is not None:
             check_prompts([negative])
             check_negative(self.model, config)
-        if aspect is not None:
-            size = size_for(self.recipe.data, self.recipe.model.latent, aspect)
         parts = latent_batches(
             self.model,
             prompts,
             config,
             seed,
-            size,
+            self._size(aspect),
             numbers=numbers,
             negative=negative,
             observe=observe,
@@ -191,6 +263,18 @@ class Pipeline:
             check_finite(part, prompts[start : start + len(part)])
             start += len(part)
             yield part
+
+
+def sample_settings(recipe: Recipe, how: Mapping[str, Any]) -> SampleConfig:
+    """A recipe's `sample` section with the keys of it that are in `how`."""
+    keys = {f"sample.{key}": x for key, x in how.items() if key not in _OWN}
+    sample = override_recipe(recipe, keys).sample
+    if (weights := sample.weights) != recipe.sample.weights:
+        raise InputError(
+            f"weights={weights!r}: they were chosen as the run was loaded; want"
+            f' flowray.load(RUN, ["sample.weights={weights}"])'
+        )
+    return sample
 
 
 # what is no key of the recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,30 +68,44 @@ def save_list(folder: Path, rows: Sequence[Told]) -> None:
     write_whole(listed, text)
 
 
+def painted(
+    pipe: Pipeline, told: Sequence[Told], folder: Path, **how: Any
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Place in `told` and picture (H, W, 3) of each, as soon as it lies in the folder: first those
+    that lie there already.
+
+    told: has prompt, number and key of each. how: as for `Pipeline`, without numbers.
+    """
+    files = [folder / file_name(one) for one in told]
+    todo = []
+    for i, (file, one) in enumerate(zip(files, told, strict=True)):
+        if (kept := kept_picture(file, one)) is None:
+            todo.append(i)
+        else:
+            yield i, kept
+    prompts, numbers = [told[i]["prompt"] for i in todo], [int(told[i]["number"]) for i in todo]
+    places = iter(todo)
+    for part in pipe.pictures(prompts, numbers=numbers, **how) if todo else ():
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in part:
+            i = next(places)
+            save_picture(files[i], picture, told[i])
+            yield i, picture
+
+
 def save_each(
     pipe: Pipeline, told: Sequence[Told], folder: Path, advance: Advance, **how: Any
 ) -> np.ndarray:
-    """Pictures uint8 (B, H, W, 3) of `told`, each written into the folder as soon as it is drawn;
-    those that lie there already are kept.
+    """Pictures uint8 (B, H, W, 3) of `told`, each in a file as `painted` has it, and LISTED.
 
-    told: has prompt, number and key of each. advance: hears of every picture. how: as for
-    `Pipeline`, without numbers.
+    advance: hears of every picture.
     """
-    files = [folder / file_name(one) for one in told]
-    made = [kept_picture(file, one) for file, one in zip(files, told, strict=True)]
-    todo = [i for i, picture in enumerate(made) if picture is None]
-    advance(len(told) - len(todo))
-    prompts, numbers = [told[i]["prompt"] for i in todo], [int(told[i]["number"]) for i in todo]
-    places = iter(todo)
+    made: dict[int, np.ndarray] = {}
     try:
-        for part in pipe.pictures(prompts, numbers=numbers, **how) if todo else ():
-            folder.mkdir(parents=True, exist_ok=True)
-            for picture in part:
-                i = next(places)
-                save_picture(files[i], picture, told[i])
-                made[i] = picture
-            advance(len(part))
+        for i, picture in painted(pipe, told, folder, **how):
+            made[i] = picture
+            advance()
     finally:
-        if rows := [told[i] for i, picture in enumerate(made) if picture is not None]:
-            save_list(folder, rows)
-    return np.stack([picture for picture in made if picture is not None])
+        if made:
+            save_list(folder, [told[i] for i in sorted(made)])
+    return np.stack([made[i] for i in range(len(told))])

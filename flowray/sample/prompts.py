@@ -58,3 +58,14 @@ def check_prompts(prompts: Sequence[str]) -> None:
                 kind = "a control character" if ord(letter) < 0xD800 else "half a letter"
                 where = f"U+{ord(letter):04X} at letter {prompt.index(letter) + 1}"
                 raise InputError(f"{which}: holds {kind}, {where}; leave it out")
+
+
+def check_balanced(plus: Sequence[str], minus: Sequence[str]) -> None:
+    """InputError unless as many captions are added as are taken away: what of a picture is in all
+    of them, such as its brightness, must stay there once.
+    """
+    if len(plus) != len(minus):
+        raise InputError(
+            f"{len(plus)} --plus and {len(minus)} --minus: want as many of one as of the other, as"
+            ' in "a red circle" --plus "a blue square" --minus "a red square"'
+        )

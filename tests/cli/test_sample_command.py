@@ -4,6 +4,8 @@ own sampler.
 
 import io
 import json
+import re
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -13,8 +15,10 @@ import pytest
 from PIL import Image
 from support import PICTURE, tiny_recipe
 
+import flowray
 from flowray.cli.sample import main
 from flowray.config.errors import InputError, Notice
+from flowray.sample.pngs import key_of
 from flowray.sample.prompts import read_prompts
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
@@ -185,6 +189,24 @@ def test_pictures_do_not_hang_on_list_count_or_batch(run, tmp_path, capsys):
         assert all(whole[name] == other[name] for name in shared)
 
 
+def test_a_prompt_that_comes_again_counts_on_as_in_python(run, tmp_path, capsys):
+    pipe = flowray.load(run)
+    for prompts, count in ((["cross", "a green ring", "cross"], 1), (["cross", "cross"], 2)):
+        folder = tmp_path / str(count)
+        drawn(run, folder, *prompts, "--count", str(count))
+        lines = (folder / "pictures.jsonl").open(encoding="utf-8")
+        rows = sorted((json.loads(line) for line in lines), key=lambda row: row["key"])
+        again = pipe([prompt for prompt in prompts for _ in range(count)])
+        ours = [
+            (key_of(prompt, number), image)
+            for image, prompt, number in zip(*again[:3], strict=True)
+        ]
+        ours.sort(key=lambda pair: pair[0])
+        assert [row["key"] for row in rows] == [key for key, _ in ours]
+        for row, (_, image) in zip(rows, ours, strict=True):
+            assert np.array_equal(pixels(folder / row["file"]), np.asarray(image))
+
+
 def test_an_interrupted_set_goes_on(run, tmp_path, capsys):
     """What lies there whole stays; what is missing, cut off or of other settings is drawn."""
     folder = tmp_path / "set"
@@ -284,17 +306,141 @@ def test_odd_prompts_that_are_drawn(run, tmp_path, capsys, prompt):
         assert image.info["prompt"] == prompt
 
 
-def test_what_does_not_go_together_is_refused(run, tmp_path):
-    out = ["--out", str(tmp_path / "x.png")]
-    for words, why in (
-        (["a", "b", "--between", "3", "--negative", "c"], "goes with none of --compile"),
-        (["a", "b", "--between", "3", "--compile"], "goes with none of --compile"),
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["a", "b", "--between", "3", "--negative", "c"], "--negative: does not go with --between"),
+        (["a", "b", "--between", "3", "--compile"], "--compile: does not go with --between"),
+        (["a", "b", "--between", "3", "--strip", "3"], "--between and --strip: a sheet shows one"),
+        (["a", "--between", "3"], "got 1 caption, want two or more"),
+        (["a", "--mix", "linear"], "--mix: does not go with plain pictures; it goes with --betw"),
+        (["a", "--animate"], "it goes with --between, --strip"),
+        (["a", "--strip", "3", "--workers", "2"], "--workers: does not go with --strip"),
+        (["a", "--strip", "3", "--each", "x"], "--each: does not go with --strip"),
+        (["a", "--plus", "b"], "1 --plus and 0 --minus: want as many"),
+        (["a", "--minus", "b"], "0 --plus and 1 --minus: want as many"),
+        (["a", "--plus", " ", "--minus", "b"], "prompt 1 of 1: is empty"),
+        (["a", "--reverse", "nosuch.png"], r"--reverse nosuch\.png: no such file"),
+        (["a", "--reverse", __file__, "--count", "2"], "--count: does not go with --reverse"),
+        (
+            ["a", "--reverse", __file__, "--reverse", __file__],
+            "2 --reverse pictures, but 1 prompts",
+        ),
+        (["a", "--reverse", __file__], r"--reverse .*\.py: not a picture"),
         (["a", "--negative", "b"], "a negative prompt: this run's velocity network"),
         (["a", "--set", "sample.guidance_interval=[0.8, 0.2]"], "guidance_interval begins at 0.8"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(run, tmp_path, words, why):
+    with pytest.raises(InputError, match=why):
+        main([str(run), *words, "--out", str(tmp_path / "x.png")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sum_of_captions(run, tmp_path, capsys):
+    """A row a picture: the prompt, what is added, what is taken away, what it comes to."""
+    out = tmp_path / "sum.png"
+    words = ["a red circle", "cross", "--plus", "a blue square", "--minus", "a red square"]
+    assert main([str(run), *words, "--count", "2", "--out", str(out)]) == 0
+    cells = pixels(out).reshape(4, PICTURE, 4, PICTURE, 3).swapaxes(1, 2).astype(int)
+    drawn(run, tmp_path / "alone", "a red circle", "cross", "--count", "2")
+    alone = pixels(tmp_path / "alone" / "s.png").reshape(2, PICTURE, 2, PICTURE, 3)
+    assert np.abs(cells[:, 0] - alone.swapaxes(1, 2).reshape(4, PICTURE, PICTURE, 3)).max() <= 1
+    for column in range(3):
+        assert not np.array_equal(cells[:, column], cells[:, 3])
+
+
+def test_a_picture_back_to_its_source_and_forth(run, tmp_path, capsys):
+    """The autoencoder's picture comes out again; JSON has the error that pipe.reverse has."""
+    given, out = tmp_path / "given.png", tmp_path / "back.png"
+    noise = np.random.default_rng(0).integers(0, 256, (2 * PICTURE, 2 * PICTURE, 4), np.uint8)
+    Image.fromarray(noise).save(given)
+    words = [str(run), "a red circle", "--reverse", str(given), "--set", "sample.steps=64"]
+    assert main([*words, "--out", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    picture, coded, source, again = np.split(pixels(out).astype(int), 4, axis=1)
+    pipe = flowray.load(run)
+    with Image.open(given) as image:
+        made = pipe.reverse(pipe.encode(image), ["a red circle"], steps=64)
+        assert np.array_equal(picture, pipe.prepared(image)[0])
+    assert told["round_trip_error"] == [pytest.approx(float(made.error[0]), rel=1e-3, abs=1e-9)]
+    assert told["round_trip_error"][0] < 1e-3
+    assert np.abs(coded - again).max() <= 8
+    assert np.abs(source - again).max() > 8
+    assert main([*words, "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(out)
+    assert lines[1].startswith("round-trip error ")
+    assert lines[1].endswith(str(given))
+
+
+def frames(path: Path) -> list[np.ndarray]:
+    with Image.open(path) as image:
+        count = getattr(image, "n_frames", 1)
+        return [(image.seek(i), np.asarray(image.convert("RGB")))[1] for i in range(count)]
+
+
+def test_an_animation_shows_a_sheets_columns_in_time(run, tmp_path, capsys):
+    still, moving = tmp_path / "still.png", tmp_path / "moving.png"
+    for words, grid in (
+        ([*CAPTIONS, "--count", "2", "--strip", "4"], (3, 2)),
+        ([*CAPTIONS, "--count", "2", "--between", "3"], (1, 2)),
     ):
-        with pytest.raises(InputError, match=why):
-            main([str(run), *words, *out])
-        assert not list(tmp_path.iterdir())
+        assert main([str(run), *words, "--out", str(still)]) == 0
+        assert main([str(run), *words, "--animate", "--out", str(moving)]) == 0
+        sheet = pixels(still)
+        rows = sheet.shape[0] // PICTURE
+        cells = sheet.reshape(rows, PICTURE, -1, PICTURE, 3).swapaxes(1, 2)
+        shown = frames(moving)
+        wanted = [
+            cells[:, column].reshape(*grid, PICTURE, PICTURE, 3).swapaxes(1, 2).reshape(size)
+            for column in range(cells.shape[1])
+            for size in [(grid[0] * PICTURE, grid[1] * PICTURE, 3)]
+        ]
+        # Pillow shows equal ones that follow each other as one, for as long
+        wanted = [
+            each
+            for i, each in enumerate(wanted)
+            if not i or not np.array_equal(each, wanted[i - 1])
+        ]
+        assert len(wanted) > 2
+        assert len(shown) == len(wanted)
+        for frame, each in zip(shown, wanted, strict=True):
+            assert np.array_equal(frame, each)
+
+
+def test_the_commands_of_the_docs_run(run, tmp_path, capsys, monkeypatch):
+    """Each as it stands, on a tiny run, but for the workers: tests/rayrun/test_painting.py."""
+    page = Path(__file__).parent.parent.parent / "docs" / "sampling.md"
+    lines = re.findall(r"^ {4}python -m (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(lines) > 5
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    shutil.copytree(run, tmp_path / "runs" / "quickstart")
+    for line in lines:
+        verb, *words = shlex.split(line)
+        assert verb == "flowray.sample"
+        if "--workers" in words:
+            at = words.index("--workers")
+            words[at : at + 2] = []
+        assert main(words) == 0, line
+        out = Path(capsys.readouterr().out.splitlines()[0])
+        assert pixels(out).size > 0
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+
+
+def test_a_caption_without_variations_is_told_of(run, tmp_path, capsys):
+    """A source without noise to speak of draws one picture whatever its number is."""
+    words = [str(run), "a red circle", "--count", "2", "--out", str(tmp_path / "x.png")]
+    still = ["model.posterior.logvar_min=-70", "model.posterior.logvar_max=-60"]
+    for keys, told in (([], 0), ([word for key in still for word in ("--set", key)], 1)):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            assert main([*words, *keys]) == 0
+        notices = [str(each.message) for each in heard if issubclass(each.category, Notice)]
+        assert len(notices) == told
+    assert "all its pictures are the same" in notices[0]
+    assert "std is 9.4e-14" in notices[0]
 
 
 def test_a_latent_that_is_not_finite_is_no_black_picture(run, tmp_path):

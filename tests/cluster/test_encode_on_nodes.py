@@ -36,7 +36,7 @@ def encodes(node: Node) -> bool:
     """Whether a task that encodes runs on it."""
     for pid in node.pids:
         try:
-            if b"ray::_encode" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"ray::_work" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return True
         except OSError:
             continue

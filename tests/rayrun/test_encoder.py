@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import killed_once
 import numpy as np
 import pytest
 import ray
 import torch
+from killed_once import KilledOnce
 from support import SPEC, Heard, tiny_autoencoder, tiny_pictures
 
 from flowray.cluster.session import started
 from flowray.config.errors import InputError
 from flowray.config.model import KLAutoencoder
-from flowray.config.progress import Advance, Progress
+from flowray.config.progress import Progress
 from flowray.config.train import DataConfig
 from flowray.data.make import png
 from flowray.data.shards import write_shards
 from flowray.rayrun.encoder import RayTasks
-from flowray.store.encode import Encoding, Pace
+from flowray.store.encode import Pace
 from flowray.store.latents import ensure_latents, load_latents
 
 pytestmark = pytest.mark.timeout(300)
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # tasks cannot import it
+ray.cloudpickle.register_pickle_by_value(killed_once)  # tasks cannot import it
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,39 +69,12 @@ def test_two_tasks_encode_what_one_process_does(data: DataConfig, config: KLAuto
     check_equal_to_one_process(data, config)
 
 
-class KilledOnce:
-    """Work that kills its own process after so many pictures, where the mark is not there yet."""
-
-    def __init__(self, work: Encoding, mark: Path, pictures: int):
-        self.work, self.mark, self.left = work, mark, pictures
-
-    def say(self, text: str) -> None:
-        pass
-
-    @contextmanager
-    def task(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
-        with self.progress.task(what, total, done) as advance:
-
-            def tell(count: int = 1, note: str = "") -> None:
-                advance(count, note)
-                self.left -= count if what.startswith("encoding") else 0
-                if self.left <= 0 and not self.mark.exists():
-                    self.mark.touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            yield tell
-
-    def __call__(self, progress: Progress) -> Pace:
-        self.progress = progress
-        return self.work(self)
-
-
 def test_a_task_that_is_killed_goes_on_elsewhere(
     data: DataConfig, config: KLAutoencoder, tmp_path: Path
 ) -> None:
     class Killed(RayTasks):
         def __call__(self, works: Sequence[Any], progress: Progress) -> list[Pace]:
-            killed = [KilledOnce(work, tmp_path / "killed", 48) for work in works]
+            killed = [KilledOnce(work, tmp_path / "killed", "encoding", 48) for work in works]
             return super().__call__(killed, progress)
 
     heard = Heard()

@@ -13,12 +13,13 @@ from support import perturbed, tiny_recipe
 from text_support import bert, save
 from torch import Tensor
 
+from flowray.config.errors import InputError
 from flowray.config.flow import SampleConfig
 from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
 from flowray.model.assemble import FlowModel, Source, build_model
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
-from flowray.sample.between import between, between_latents
+from flowray.sample.between import arc_weights, between, between_latents, weighted
 from flowray.sample.generate import decoded, generate, generate_latents, source_noise
 
 ADALN = {"model.velocity.condition.kind": "adaln"}
@@ -125,6 +126,54 @@ def test_a_quarter_of_the_way_by_hand(recipe: Recipe, name: str, guidance: float
     assert apart(a.posterior.mean, b.posterior.mean) > 0.01
     assert apart(a.posterior.logvar, b.posterior.logvar) > 0.01
     assert torch.allclose(got, z0 + v, atol=1e-4)
+
+
+def test_the_arc_between_two_draws_keeps_their_size() -> None:
+    """Halfway: straight mixing of independent noise has half of its variance, the arc all of it;
+    the ends are the ends, and along one direction the arc is the straight line.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 5, 4, 32, 32, generator=generator)
+    shares = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    arc = weighted([a, b], arc_weights(a, b, shares))
+    straight = weighted([a, b], torch.stack([1 - shares, shares]))
+    assert torch.allclose(arc[0], a[0])
+    assert torch.allclose(arc[4], b[4], atol=1e-6)
+    assert [round(float(each.var()), 1) for each in arc] == [1.0] * 5
+    assert round(float(straight[2].var()), 1) == 0.5
+    turned = [
+        float(torch.cosine_similarity(x.flatten(), y.flatten(), dim=0).acos())
+        for x, y in ((arc[1], a[1]), (b[1], a[1]))
+    ]
+    assert turned[0] == pytest.approx(turned[1] / 4, rel=0.03)  # their lengths differ a little
+    same = arc_weights(a, 2 * a, shares)
+    assert torch.allclose(same, torch.stack([1 - shares, shares]), atol=1e-6)
+    opposed = arc_weights(a, -a, shares)
+    assert bool(opposed.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["text, adaln", "noise, adaln"])
+def test_spherically_each_end_is_the_captions_own_picture(recipe: Recipe, name: str) -> None:
+    """Of its own noise, in each row; halfway is z0 of both by the arc's weights."""
+    model, config = model_of(recipe, **SOURCES[name]), SampleConfig(steps=2)
+    autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
+    flat = between(model, autoencoder, [A, B], 3, 2, config, 7, mix="spherical")
+    rows = flat.reshape(2, 3, 8, 8, 3).astype(int)
+    for column, caption in ((0, A), (2, B)):
+        own = generate(model, autoencoder, [caption] * 2, config, 7)
+        assert np.abs(rows[:, column] - own).max() <= 1
+    held = between(model, autoencoder, [A, B], 3, 2, config, 7, mix="linear")
+    assert np.abs(rows[:, 2] - held.reshape(rows.shape)[:, 2]).max() > 1
+    suits = between(model, autoencoder, [A, B], 3, 2, config, 7)
+    assert np.array_equal(suits, flat if name.startswith("noise") else held)
+
+
+def test_latents_that_are_not_finite_are_no_black_pictures(recipe: Recipe) -> None:
+    model = model_of(recipe, **ADALN)
+    autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
+    config = SampleConfig(guidance_scale=1e38)
+    with pytest.raises(InputError, match="'cross' and 2 more: the latent is not finite"):
+        between(model, autoencoder, [A, B], 3, 1, config, 7)
 
 
 def test_rows_through_three_captions(recipe: Recipe) -> None:

@@ -158,8 +158,9 @@ def test_a_negative_prompt_takes_the_place_of_no_caption(recipe: Recipe) -> None
     assert torch.allclose(got, wanted.z0 + away + 3 * (towards - away), atol=1e-4)
     same = alone(model, config, [PROMPTS[0]], negative=PROMPTS[0])
     assert torch.allclose(same, wanted.z0 + towards, atol=1e-4)
-    with pytest.raises(InputError, match="guidance is off"):
-        alone(model, SampleConfig(), PROMPTS, negative="cross")
+    for off in (1.0, 0.1 + 3 * 0.3, 1 + 5e-7):
+        with pytest.raises(InputError, match="guidance is off"):
+            alone(model, SampleConfig(guidance_scale=off), PROMPTS, negative="cross")
 
 
 def test_no_prompt_is_negative_outside_the_interval_of_guidance(recipe: Recipe) -> None:

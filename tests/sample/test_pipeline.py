@@ -4,6 +4,7 @@ example is executed.
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.ExifTags import Base
 from support import PICTURE, tiny_recipe
 
 import flowray
 from flowray.cli.sample import main
 from flowray.config.errors import InputError
 from flowray.data.pixels import from_pictures
+from flowray.data.prepare import Preparation
 from flowray.sample.pipeline import Pipeline
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
@@ -132,6 +135,34 @@ def test_encoding_is_the_mean_of_the_posterior(pipe: Pipeline) -> None:
     back = from_pictures(pipe.autoencoder.decode(latent))[0]
     assert np.abs(np.asarray(pipe.decode(latent)[0]).astype(int) - back).max() <= 1
     assert pipe.encode([Image.new("L", (33, 20))] * 2).shape == (2, 4, 4, 4)
+
+
+def test_pictures_are_encoded_as_training_prepares_them(run: Path, tmp_path: Path) -> None:
+    """On its side by EXIF, half transparent, larger than the run's: as a shard's would be."""
+    keys = ["data.prepare.background=[255,0,0]", "data.prepare.resize=area"]
+    pipe = flowray.load(run, keys)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 24, 4), dtype=np.uint8)
+    pixels[..., 3] = np.where(pixels[..., 3] > 99, 255, 0)
+    exif = Image.Exif()
+    exif[Base.Orientation] = 6
+    for name, given in (
+        ("aside.png", Image.fromarray(pixels)),
+        ("aside.tif", Image.fromarray(pixels)),
+        ("aside.jpg", Image.fromarray(pixels[..., :3])),
+        ("grey.png", Image.fromarray(pixels[..., 0])),
+    ):
+        given.save(tmp_path / name, exif=exif)
+        prepare = Preparation(pipe.recipe.data.prepare, (PICTURE, PICTURE))
+        wanted = prepare((tmp_path / name).read_bytes())
+        # from bytes: Pillow maps a TIFF file that lies on its side wrongly
+        with Image.open(io.BytesIO((tmp_path / name).read_bytes())) as image:
+            (got,) = pipe.prepared(image)
+            latent = pipe.encode(image)
+        assert np.array_equal(got, wanted), name
+        assert torch.equal(latent, pipe.encode(Image.fromarray(wanted))), name
+    plain = flowray.load(run).prepared([Image.fromarray(pixels)])[0]
+    assert plain.shape == (PICTURE, PICTURE, 3)
+    assert not np.array_equal(plain, got)
 
 
 def test_mistakes_are_one_line(run: Path, pipe: Pipeline, tmp_path: Path) -> None:
