@@ -19,8 +19,8 @@ from flowray.config.recipe import Recipe
 from flowray.probes.field import BINS
 from flowray.probes.rollout import ENDPOINT_STEPS
 from flowray.store.latents import unencoded
+from flowray.train.looks import GRID_PROMPTS
 from flowray.train.measure import NotTimed, Timing, encode_seconds, measure
-from flowray.train.sinks import GRID_PROMPTS
 from flowray.tune.pace import pace_of_runs
 
 GIB = 2**30
