@@ -4,6 +4,7 @@ steps on this machine.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ from flowray.config.recipe import Recipe
 from flowray.probes.field import BINS
 from flowray.probes.rollout import ENDPOINT_STEPS
 from flowray.store.latents import unencoded
+from flowray.train.looks import GRID_PROMPTS
 from flowray.train.measure import NotTimed, Timing, encode_seconds, measure
-from flowray.train.sinks import GRID_PROMPTS
 from flowray.tune.pace import pace_of_runs
 
 GIB = 2**30
@@ -95,16 +96,18 @@ def show_wall_time(estimate: dict[str, Any]) -> str:
 
 
 def passes(recipe: Recipe) -> int:
-    """Passes of a sample through the velocity network that probes and pictures take, all
-    together.
+    """Passes of a sample through the velocity network that all probes and pictures take of a worker
+    with the largest share of them.
     """
     train, probes, sample = recipe.train, recipe.probes, recipe.sample
+    workers = recipe.resources.num_workers
     kinds = 1 + probes.raw  # of weights: the EMA, and the raw ones where wanted
-    a_probe = kinds * probes.batch_size * (2 * BINS + probes.shoot_steps)
-    last = kinds * probes.batch_size * sum(ENDPOINT_STEPS)
+    rows = kinds * math.ceil(probes.batch_size / workers)
+    a_probe = rows * 2 * (BINS + probes.shoot_steps)  # with another caption, and from another draw
+    last = rows * sum(ENDPOINT_STEPS)
     guided = 2 if sample.guidance_scale != 1 else 1
     evaluations = sample.steps * STAGES.get(sample.solver.kind, 1) * guided
-    a_strip = (len(sample.prompts) or GRID_PROMPTS) * evaluations
+    a_strip = math.ceil((len(sample.prompts) or GRID_PROMPTS) / workers) * evaluations
     return (
         -(-train.steps // train.probe_every) * a_probe
         + last

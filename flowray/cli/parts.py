@@ -27,8 +27,9 @@ def in_parts(
     """Bytes on each GPU, by what they hold, of the same for a worker that holds all.
 
     text_bytes: of the frozen text model, among `weights`. What is gathered for a while comes on
-    top: two blocks and all that is in no block in one piece, a block's gradient, and on the lead
-    the whole weights while it probes, when no activations are held.
+    top: two blocks and all that is in no block in one piece, a block's gradient, and while probes
+    and pictures are made all weights, the text model's too where it is in parts, and twice the
+    largest tensor (`train/view.py`), when no activations are held.
     """
     parts = parts_of_weights(recipe.resources)
     if parts == 1:
@@ -50,10 +51,18 @@ def in_parts(
     kept["gathered_weights"] = rest + 2 * largest // (2 if half else 1)
     kept["gathered_gradients"] = whole
     active = memory["activations_estimate"] + memory.get("text_activations_estimate", 0)
-    kept["probes_on_the_lead"] = max(0, trained - active)
+    text = recipe.resources.shard_text
+    shown = trained + (text_bytes if text else 0)
+    shown += 2 * max(_bytes_of(p) for p in model.parameters() if p.requires_grad or text)
+    kept["probes"] = max(0, shown - active)
     return {name: size for name, size in kept.items() if size}
 
 
 def _bytes(module: nn.Module) -> int:
     """Of its weights in fp32."""
-    return FP32 * sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return sum(_bytes_of(p) for p in module.parameters() if p.requires_grad)
+
+
+def _bytes_of(parameter: nn.Parameter) -> int:
+    """In fp32."""
+    return FP32 * parameter.numel()

@@ -28,7 +28,7 @@ class Source(NamedTuple):
     z0: Tensor
     text: TextTokens | None
 
-    def rows(self, indices: Tensor) -> Source:
+    def rows(self, indices: Tensor | slice) -> Source:
         """The captions at `indices`."""
         text = None if self.text is None else self.text.rows(indices)
         return Source(self.posterior.rows(indices), self.z0[indices], text)

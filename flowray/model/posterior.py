@@ -23,7 +23,7 @@ class Posterior:
     def std(self) -> Tensor:
         return torch.exp(0.5 * self.logvar)
 
-    def rows(self, indices: Tensor) -> Posterior:
+    def rows(self, indices: Tensor | slice) -> Posterior:
         """Of the captions at `indices`."""
         return Posterior(self.mu[indices], self.logvar[indices], self.amplitude)
 

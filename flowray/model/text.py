@@ -45,7 +45,7 @@ class TextTokens(NamedTuple):
     values: Tensor
     mask: Tensor
 
-    def rows(self, indices: Tensor) -> TextTokens:
+    def rows(self, indices: Tensor | slice) -> TextTokens:
         """The tokens of the captions at `indices`."""
         return TextTokens(self.values[indices], self.mask[indices])
 

@@ -5,7 +5,10 @@ same for every trial.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +37,10 @@ from flowray.probes.copies import NEW, NUMBERS, Seen, make_seen
 from flowray.probes.field import BINS, cosines, field_metrics
 from flowray.probes.latent import posterior_metrics, scale_metrics, start_metrics, text_metrics
 from flowray.probes.rollout import (
+    ENDPOINT_STEPS,
     TEACHER_STEPS,
     endpoint_metrics,
+    ends_of,
     mse,
     shoot,
     shoot_metrics,
@@ -154,39 +159,115 @@ def _seen(recipe: Recipe, training: LatentSet, held_out: LatentSet, device: torc
     return make_seen(_latents(training, known, none), _latents(held_out, new, noise))
 
 
+class Looked(NamedTuple):
+    """What passes through the model make of some samples of a batch, b of them; all (b, C, H, W).
+
+    own, swapped: the velocity at the batch's time in each bin, of the sample's own caption and of
+    another's: the source and what the network is told of it. shots: from two draws of the source.
+    ends: `ends_of`, or none.
+    """
+
+    own: list[Tensor]
+    swapped: list[Tensor]
+    shots: list[Tensor]
+    ends: list[Tensor]
+
+    def to(self, device: torch.device) -> Looked:
+        """The same on another device."""
+        return Looked(*([x.to(device) for x in latents] for latents in self))
+
+
+def together(parts: Sequence[Looked]) -> Looked:
+    """Of the samples of all parts, in their order."""
+    by_field = zip(*parts, strict=True)
+    return Looked(*([torch.cat(x) for x in zip(*field, strict=True)] for field in by_field))
+
+
+@contextmanager
+def _seeing(model: FlowModel) -> Iterator[None]:
+    """A block without gradients, in eval mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def read_source(model: FlowModel, batch: ProbeBatch) -> Source:
+    """Where the paths of all of the batch's captions begin."""
+    with _seeing(model):
+        return model.source(batch.captions, batch.noise)
+
+
+def look(
+    model: FlowModel,
+    recipe: Recipe,
+    batch: ProbeBatch,
+    source: Source,
+    rows: slice = slice(None),
+    *,
+    endpoints: bool,
+) -> Looked:
+    """The model's passes over `rows` of the batch, one sample at least; source: of the whole
+    batch.
+    """
+    with _seeing(model):
+        mine = source.rows(rows)
+        velocity_fn = conditional(with_time_code(model.field(mine)))
+        other = source.posterior.sample(batch.other_noise)[rows]
+        return Looked(
+            _velocities(model, recipe, batch, mine, rows),
+            _velocities(model, recipe, batch, source.rows(batch.others[rows]), rows),
+            [shoot(velocity_fn, z0, recipe.probes.shoot_steps) for z0 in (mine.z0, other)],
+            ends_of(velocity_fn, mine.z0) if endpoints else [],
+        )
+
+
+def _velocities(
+    model: FlowModel, recipe: Recipe, batch: ProbeBatch, source: Source, rows: slice
+) -> list[Tensor]:
+    """On the paths of `source` to z1 of some rows, at one t in each bin."""
+    network, z1 = model.field(source), batch.z1[rows]
+    null = torch.zeros(len(z1), dtype=torch.bool, device=z1.device)
+    paths = (sample_path(t, source.z0, z1, recipe.flow.path.rho) for t in batch.times[:, rows])
+    return [network(p.xt, time_code(p.t), null).float() for p in paths]
+
+
 @torch.no_grad()
+def probe_metrics(
+    model: FlowModel, recipe: Recipe, batch: ProbeBatch, source: Source, looked: Looked
+) -> dict[str, float]:
+    """Every probe, of what the model's passes made of all samples; it is not run for this."""
+    posterior, z0, rho = source.posterior, source.z0, recipe.flow.path.rho
+    rows = _field(batch, source, looked, rho) | start_metrics(z0)
+    if model.head is not None:
+        rows |= posterior_metrics(posterior)
+        rows |= text_metrics(posterior, batch.noise, batch.other_noise)
+        rows |= source_metrics(posterior, z0, batch.captions, batch.answers, rho)
+    z_end, other_end = looked.shots
+    rows |= shoot_metrics(z_end, z0, batch.z1, batch.others, batch.variance)
+    rows |= answer_metrics(z_end, other_end, batch.answers)
+    rows |= left_open(batch.answers) | {UNIT: batch.variance}
+    if batch.seen is not None:
+        rows["shoot/copies"] = batch.seen.copies(torch.cat([z_end, other_end]))
+    rows |= teacher_metrics(z0, batch.z1, rho)
+    if looked.ends:
+        rows |= endpoint_metrics(looked.ends, batch.z1)
+    trivial = trivial_metrics(posterior, z0, batch, rho)
+    return rows | {f"trivial/{key}": value for key, value in trivial.items() if key in rows}
+
+
 def run_probes(
     model: FlowModel, recipe: Recipe, batch: ProbeBatch, *, endpoints: bool
 ) -> dict[str, float]:
     """Every probe of the model's present weights; leaves weights, gradients, RNG and module
     modes as they were.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        source = model.source(batch.captions, batch.noise)
-        posterior, z0 = source.posterior, source.z0
-        rho, other = recipe.flow.path.rho, posterior.sample(batch.other_noise)
-        rows = _field(model, recipe, batch, source) | start_metrics(z0)
-        if model.head is not None:
-            rows |= posterior_metrics(posterior)
-            rows |= text_metrics(posterior, batch.noise, batch.other_noise)
-            rows |= source_metrics(posterior, z0, batch.captions, batch.answers, rho)
-        velocity_fn = conditional(with_time_code(model.field(source)))
-        z_end = shoot(velocity_fn, z0, recipe.probes.shoot_steps)
-        rows |= shoot_metrics(z_end, z0, batch.z1, batch.others, batch.variance)
-        other_end = shoot(velocity_fn, other, recipe.probes.shoot_steps)
-        rows |= answer_metrics(z_end, other_end, batch.answers)
-        rows |= left_open(batch.answers) | {UNIT: batch.variance}
-        if batch.seen is not None:
-            rows["shoot/copies"] = batch.seen.copies(torch.cat([z_end, other_end]))
-        rows |= teacher_metrics(z0, batch.z1, rho)
-        if endpoints:
-            rows |= endpoint_metrics(velocity_fn, z0, batch.z1)
-        trivial = trivial_metrics(posterior, z0, batch, rho)
-        return rows | {f"trivial/{key}": value for key, value in trivial.items() if key in rows}
-    finally:
-        model.train(was_training)
+    source = read_source(model, batch)
+    looked = look(model, recipe, batch, source, endpoints=endpoints)
+    return probe_metrics(model, recipe, batch, source, looked)
 
 
 def trivial_metrics(
@@ -204,7 +285,7 @@ def trivial_metrics(
     }
     rows |= shoot_metrics(z0, z0, batch.z1, batch.others, batch.variance)
     rows |= answer_metrics(z0, posterior.sample(batch.other_noise), batch.answers)
-    rows |= endpoint_metrics(lambda x, t: torch.zeros_like(x), z0, batch.z1)
+    rows |= endpoint_metrics([z0] * len(ENDPOINT_STEPS), batch.z1)
     rows |= {f"teacher/mse@{n}": mse(z0, batch.z1) for n in TEACHER_STEPS}
     mu, logvar = (x.mean(0, keepdim=True).expand_as(x) for x in (posterior.mu, posterior.logvar))
     blind = Posterior(mu, logvar, posterior.amplitude)
@@ -220,22 +301,18 @@ def trivial_metrics(
     )
 
 
-def _field(model: FlowModel, recipe: Recipe, batch: ProbeBatch, source: Source) -> dict[str, float]:
+def _field(batch: ProbeBatch, source: Source, looked: Looked, rho: float) -> dict[str, float]:
     """flow/* and scale/* over every sample at one t in each bin, with the sample's own caption and
-    with another's: the source and what the network is told of it.
+    with another's.
     """
-    rho, t = recipe.flow.path.rho, batch.times.flatten()
-    null = torch.zeros(len(batch.z1), dtype=torch.bool, device=t.device)
 
-    def velocities(source: Source) -> tuple[Tensor, Tensor]:
-        network = model.field(source)
-        paths = [sample_path(times, source.z0, batch.z1, rho) for times in batch.times]
-        v_pred = torch.cat([network(p.xt, time_code(p.t), null).float() for p in paths])
-        return v_pred, torch.cat([p.v_target for p in paths])
+    def targets(z0: Tensor) -> Tensor:
+        return torch.cat([sample_path(times, z0, batch.z1, rho).v_target for times in batch.times])
 
     z0 = source.z0
-    v_pred, v_target = velocities(source)
-    swapped = velocities(source.rows(batch.others))
-    gain = float(cosines(v_pred, v_target).mean() - cosines(*swapped).mean())
+    v_pred, v_target = torch.cat(looked.own), targets(z0)
+    swapped = cosines(torch.cat(looked.swapped), targets(z0[batch.others]))
+    gain = float(cosines(v_pred, v_target).mean() - swapped.mean())
     middle = sample_path(torch.full_like(batch.times[0], 0.5), z0, batch.z1, rho)
-    return field_metrics(v_pred, v_target, t) | {"flow/cond_gain_cos": gain} | scale_metrics(middle)
+    rows = field_metrics(v_pred, v_target, batch.times.flatten())
+    return rows | {"flow/cond_gain_cos": gain} | scale_metrics(middle)

@@ -265,14 +265,15 @@ def generate(
     seed: int,
     advance: Advance | None = None,
     size: tuple[int, int] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Pictures uint8 (B, H, W, 3) of the prompts, with the weights the model holds now.
 
-    advance: hears of every batch of pictures. size: as for `source_noise`. A latent that is not
-    finite is a black picture here, as training shows it and goes on; see `check_finite`.
+    advance: hears of every batch of pictures. size, numbers: as for `source_noise`. A latent that
+    is not finite is a black picture here, as training shows it and goes on; see `check_finite`.
     """
     pictures = []
-    for latents in latent_batches(model, prompts, config, seed, size):
+    for latents in latent_batches(model, prompts, config, seed, size, numbers=numbers):
         pictures.append(decoded(autoencoder, latents, config.batch_size))
         if advance:
             advance(len(latents))

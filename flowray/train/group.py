@@ -131,6 +131,14 @@ class Group:
         dist.all_gather_object(of_ranks, value)
         return of_ranks
 
+    def collected(self, value: Shared) -> list[Shared]:
+        """Every rank's value, in the order of ranks, on the lead; [] on the others."""
+        if self.world == 1:
+            return [value]
+        of_ranks: list[Shared] | None = [value] * self.world if self.lead else None
+        dist.gather_object(value, of_ranks)
+        return of_ranks or []
+
     def agree(self, flag: bool) -> bool:
         """The lead's flag, on every rank."""
         if self.world == 1:

@@ -34,6 +34,7 @@ from flowray.store.splits import bad_samples
 from flowray.train.ahead import BatchesAhead
 from flowray.train.clock import Clock
 from flowray.train.group import Group
+from flowray.train.looks import Looks
 from flowray.train.saving import Saver
 from flowray.train.sinks import NOTHING, VISIT, Due, Sinks
 from flowray.train.skips import SkippedSteps
@@ -42,7 +43,6 @@ from flowray.train.step import BatchMaker, train_step
 from flowray.train.stopping import StopRequests
 from flowray.train.times import Times
 from flowray.train.uploading import Uploader
-from flowray.train.view import view_of
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -99,9 +99,9 @@ def train(
         maker = BatchMaker(recipe, latents, group, state.model.text.prompts, state.batch_sizes)
         make_batch = BatchesAhead(maker, recipe.train.steps, group.device, recipe.data.prefetch)
         closing.enter_context(make_batch)
-        lead = None
+        lead, looks = None, Looks(recipe, latents, held_out, group)
         if group.lead:
-            sinks = Sinks(recipe, run, latents, held_out, state, group, progress.say)
+            sinks = Sinks(recipe, run, latents, held_out, state, looks, progress.say)
             closing.callback(sinks.close)
             visitor = None
             if make_visitor and recipe.probes.doctor_every:
@@ -117,7 +117,7 @@ def train(
         stops, clock = StopRequests(run, group, told), Clock()
         # cut off after the checkpoint that the run goes on from
         missed = group.share(lead.sinks.missed() if lead else NOTHING)
-        _show(lead, missed, state, group, report)
+        _show(lead, looks, missed, state, report)
         while state.step < recipe.train.steps:
             if lead:
                 lead.saver.check()
@@ -138,7 +138,7 @@ def train(
                 lead.times.row(state.step)
             if saving:  # at the end nothing is trained meanwhile
                 _save(lead, state, recipe, waiting=bool(stop) or state.step == recipe.train.steps)
-            _show(lead, due, state, group, report)
+            _show(lead, looks, due, state, report)
             if stop and state.step < recipe.train.steps:
                 return _ended(lead, state, stop)
         return _ended(lead, state, "finished")
@@ -207,34 +207,33 @@ def _ended(lead: _Lead | None, state: TrainState, how: Outcome) -> Outcome:
     return how
 
 
-def _show(lead: _Lead | None, due: Due, state: TrainState, group: Group, report: Report) -> None:
+def _show(lead: _Lead | None, looks: Looks, due: Due, state: TrainState, report: Report) -> None:
     """Pictures, probes and the visit that are due at the present step, after its checkpoint; every
     rank reports the row, once all that belongs to the step is on disk: who hears it may end this
     process.
     """
     with lead.times.on("probes") if lead else nullcontext():
-        _look(lead, due, state, group, report)
+        _look(lead, looks, due, state, report)
 
 
-def _look(lead: _Lead | None, due: Due, state: TrainState, group: Group, report: Report) -> None:
+def _look(lead: _Lead | None, looks: Looks, due: Due, state: TrainState, report: Report) -> None:
     row: Row = {}
-    looked = (due.sample or due.probe) and (lead or state.shards)
-    view = view_of(state) if looked else None
-    if lead:
-        if view and due.sample:
-            lead.sinks.sample(view)
-        if view and due.probe:
-            row = lead.sinks.probe(view)
-        if due.visit and lead.visitor:
-            lead.saver.settle()  # it takes steps, and takes them back
-            with lead.sinks.gap(VISIT):
-                row["findings"] = lead.visitor.visit()
+    if due.sample or due.probe:
+        seen = looks(state, pictures=due.sample, probes=due.probe)
+        if lead and seen.pictures:
+            lead.sinks.sample(seen.pictures)
+        if lead and due.probe:
+            row = lead.sinks.probe(seen)
+    if lead and due.visit and lead.visitor:
+        lead.saver.settle()  # it takes steps, and takes them back
+        with lead.sinks.gap(VISIT):
+            row["findings"] = lead.visitor.visit()
     if lead and due.probe:
         with lead.times.on("saving"):
             lead.saver.wait()
         lead.saver.judge()
     if due.probe:
-        report(group.share(row))
+        report(looks.group.share(row))
 
 
 def is_finished(recipe: Recipe, run: RunDirectory) -> bool:

@@ -21,6 +21,7 @@ from flowray.config.train import (
     OptimConfig,
     WarmRestarts,
 )
+from flowray.model.ranks import gathered
 from flowray.probes.untouched import holding
 from flowray.train.muon import AdamWAndMuon, in_block, stacked
 from flowray.train.sharding import local
@@ -194,9 +195,11 @@ class Ema:
 
 
 def delta_rms(average: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> float:
-    """Root mean square of average minus weights, over all parameters."""
+    """Root mean square of average minus weights, over all parameters. Every rank has to call it
+    where they hold parts.
+    """
     squares = sum(
-        float((average[name] - weight).square().sum()) for name, weight in weights.items()
+        float(gathered((average[name] - weight).square().sum())) for name, weight in weights.items()
     )
     return math.sqrt(squares / sum(weight.numel() for weight in weights.values()))
 

@@ -32,11 +32,12 @@ from flowray.train.group import Group
 
 @dataclass(frozen=True)
 class Shards:
-    """That the ranks hold parts. whole: on the lead, what shows the weights in one piece (see
-    `twin_of`); None on the others.
+    """That the ranks hold parts. whole: what shows the weights in one piece (see `twin_of`). lead:
+    whether this rank is the one that writes them.
     """
 
-    whole: FlowModel | None
+    whole: FlowModel
+    lead: bool
 
 
 def is_sharded(resources: ResourceConfig, group: Group) -> bool:

@@ -9,26 +9,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from flowray.config.errors import last_line
 from flowray.config.load import dump_recipe
 from flowray.config.recipe import Recipe
 from flowray.config.writing import NO_ROOM, write_whole
-from flowray.model.autoencoder import Autoencoder, load_autoencoder
-from flowray.probes.battery import ProbeBatch, make_probe_batch, run_probes
 from flowray.probes.vae import vae_metrics
-from flowray.sample.generate import generate, save_strip
+from flowray.sample.generate import save_strip
 from flowray.store.latents import LatentSet, channel_metrics, some_captions
 from flowray.store.rows import RowWriter, has_row, read_rows
 from flowray.store.run import RunDirectory
-from flowray.train.group import Group
+from flowray.train.looks import Looks, Seen
 from flowray.train.speed import Speed
+from flowray.train.spread import Attempt
 from flowray.train.state import TrainState
-from flowray.train.view import View
 
 Row = dict[str, Any]
-GRID_PROMPTS = 8
 # metrics.jsonl has them of the training batch, probes.jsonl of the held-out one
 PROBED_TOO = ("mu/abs_mean", "std/mean")
 # a strip and a visit that failed, in gaps.jsonl
@@ -75,15 +73,13 @@ class Sinks:
         latents: LatentSet,
         held_out: LatentSet,
         state: TrainState,
-        group: Group,
+        looks: Looks,
         say: Callable[[str], None],
     ):
-        self.recipe, self.run, self.state, self.device = recipe, run, state, group.device
+        self.recipe, self.run, self.state, self.looks = recipe, run, state, looks
         self.start, self._say = state.step, say
         self.latents, self.held_out = latents, held_out
-        self.probe_batch: ProbeBatch = make_probe_batch(recipe, held_out, group.device, latents)
-        self._speed = Speed(state.model, some_captions(latents), group)
-        self.prompts = list(recipe.sample.prompts) or _some_prompts(held_out)
+        self._speed = Speed(state.model, some_captions(latents), looks.group)
         self._metrics, self._probes = (
             RowWriter(run.metrics, state.step),
             RowWriter(run.probes, state.step),
@@ -94,21 +90,12 @@ class Sinks:
         # second.
         place = {"logdir": str(run.path / "tensorboard"), "filename_suffix": f".{state.step}"}
         self._board = SummaryWriter(**place, purge_step=state.step + 1, flush_secs=10)
-        self._autoencoder: Autoencoder | None = None
-        (run.samples / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
+        prompts = "\n".join(looks.prompts) + "\n"
+        (run.samples / "prompts.txt").write_text(prompts, encoding="utf-8")
         if run.next_config.exists():  # the state has been restored: what was there before may go
             run.next_config.replace(run.config)
         elif not run.config.exists():
             write_whole(run.config, dump_recipe(recipe))
-
-    @property
-    def autoencoder(self) -> Autoencoder:
-        """Loaded when the first picture is wanted."""
-        if self._autoencoder is None:
-            self._autoencoder = load_autoencoder(
-                self.recipe.model.autoencoder, self.recipe.model.latent
-            ).to(self.device)
-        return self._autoencoder
 
     def log(self, row: Row) -> None:
         """One metrics row, and the same numbers to TensorBoard."""
@@ -138,29 +125,34 @@ class Sinks:
             visit=due.visit and not visited,
         )
 
-    def probe(self, view: View) -> Row:
-        """Run the probes on the EMA weights (and the raw ones); returns the row for `report`.
+    def probe(self, seen: Seen) -> Row:
+        """Write what the probes of the EMA weights found (and of the raw ones); returns the row for
+        `report`.
 
-        Of probes that fail the numbers are missing in it.
+        Of probes that failed the numbers are missing in it.
         """
-        model, recipe, step = view.model, self.recipe, self.state.step
+        recipe, step = self.recipe, self.state.step
         final, row = step == recipe.train.steps, Row()
-        with self.gap("the probes"), view.averaged():
-            found = run_probes(model, recipe, self.probe_batch, endpoints=final)
-            row |= {f"ema/{key}": value for key, value in found.items()}
-        if recipe.probes.raw:
-            with self.gap("the probes of the raw weights"), view.plain():
-                row |= run_probes(model, recipe, self.probe_batch, endpoints=final)
-        row["ema/delta_rms"] = view.delta_rms()
+        with self.gap("the probes"):
+            row |= {f"ema/{key}": value for key, value in seen.probes["ema"].get().items()}
+        if raw := seen.probes.get("raw"):
+            with self.gap("the probes of the raw weights"):
+                row |= raw.get()
+        row["ema/delta_rms"] = seen.delta_rms
         # the first probe, resumed or not
         if step == min(recipe.train.probe_every, recipe.train.steps):
             with self.gap("what is said of the data"):
                 row |= channel_metrics(self.held_out)
-                row["text/cut"] = model.text.prompts.cut_share(some_captions(self.latents))
+                row["text/cut"] = self.state.model.text.prompts.cut_share(
+                    some_captions(self.latents)
+                )
         if final:
             with self.gap("the autoencoder's round trip"):
                 row |= vae_metrics(
-                    self.autoencoder, self.held_out, recipe.probes.batch_size, recipe.probes.seed
+                    self.looks.autoencoder,
+                    self.held_out,
+                    recipe.probes.batch_size,
+                    recipe.probes.seed,
                 )
         self._probes.write({"step": step, **row})
         self._to_board(row)
@@ -169,14 +161,11 @@ class Sinks:
         losses = self._logged if self._logged["step"] == step else {}
         return reported | {key: value for key, value in losses.items() if key.startswith("loss/")}
 
-    def sample(self, view: View) -> None:
-        """A strip of pictures of the fixed prompts with the weights that `sample.weights` names."""
-        config, step = self.recipe.sample, self.state.step
+    def sample(self, painted: Attempt[np.ndarray]) -> None:
+        """A strip of pictures of the fixed prompts."""
+        step = self.state.step
         with self.gap(PICTURES):
-            with view.averaged() if config.weights == "ema" else view.plain():
-                pictures = generate(
-                    view.model, self.autoencoder, self.prompts, config, self.recipe.probes.seed
-                )
+            pictures = painted.get()
             save_strip(pictures, self.run.strip(step))
             self._board.add_images("samples", pictures, step, dataformats="NHWC")
 
@@ -214,9 +203,3 @@ class Sinks:
         for key, value in row.items():
             if "trivial/" not in key:
                 self._board.add_scalar(key, value, self.state.step)
-
-
-def _some_prompts(held_out: LatentSet) -> list[str]:
-    """The first held-out captions that differ, for the sample strip."""
-    texts = [held_out.captions(i)[0] for i in range(min(len(held_out), 10 * GRID_PROMPTS))]
-    return list(dict.fromkeys(texts))[:GRID_PROMPTS]

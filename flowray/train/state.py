@@ -87,8 +87,8 @@ def fresh_state(recipe: Recipe, device: torch.device, group: Group | None = None
     if group is None or not is_sharded(recipe.resources, group):
         model, group = model.to(device), None
     else:
-        shard_text = recipe.resources.shard_text
-        sharded = Shards(twin_of(model, device, shard_text=shard_text) if group.lead else None)
+        twin = twin_of(model, device, shard_text=recipe.resources.shard_text)
+        sharded = Shards(twin, group.lead)
     if recipe.train.compile:
         model.velocity.compile_blocks()
     state = state_of(recipe, model, group)
@@ -164,7 +164,7 @@ def tensor_groups(state: TrainState) -> dict[str, dict[str, Tensor]]:
         groups["moving"] = moving
     if state.shards is None:
         return groups
-    keep = state.shards.whole is not None
+    keep = state.shards.lead
     gathered = {name: whole(tensors, keep=keep) for name, tensors in groups.items()}
     return gathered if keep else {}
 

@@ -14,7 +14,7 @@ import torch
 from support import own_pictures, tiny_recipe
 
 from flowray.cli import data, train, tune
-from flowray.cli.estimate import wall_time, why_not
+from flowray.cli.estimate import passes, wall_time, why_not
 from flowray.cli.plan import make_plan
 from flowray.cli.progress import START_S
 from flowray.cli.ready import problems
@@ -22,10 +22,13 @@ from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.recipe import Recipe
 from flowray.data.pack import pack_folder
+from flowray.store.latents import ensure_latents, load_latents, load_training
 from flowray.store.rows import read_rows
 from flowray.store.run import RunDirectory
 from flowray.train import loop, measure
 from flowray.train.group import Group
+from flowray.train.looks import Looks
+from flowray.train.state import fresh_state
 
 
 def estimate(recipe: Recipe) -> dict:
@@ -302,3 +305,26 @@ run_cap: 4
     assert plan["hours_at_most"]["cpu"] > 0
     assert START_S < plan["wall_time"]["seconds"] < START_S + 60
     assert "timed on this machine" in plan["wall_time"]["basis"]
+
+
+def test_passes_are_those_that_a_look_takes(tmp_path):
+    recipe = tiny_recipe(
+        tmp_path,
+        **{
+            **dict.fromkeys(("train.steps", "train.probe_every", "train.sample_every"), 1),
+            "sample.prompts": list("abcdefgh"),
+            "sample.batch_size": 8,
+        },
+    )
+    folders = ensure_latents(recipe.data, recipe.model.autoencoder, recipe.model.latent)
+    sets = load_training(folders["train"], recipe), load_latents(folders["val"])
+    group = Group(0, 1, torch.device("cpu"))
+    state, looks = fresh_state(recipe, group.device), Looks(recipe, *sets, group)
+    state.step, rows = 1, []
+    state.model.velocity.blocks_in_order()[0].register_forward_pre_hook(
+        lambda _, given: rows.append(len(given[0]))
+    )
+    looks(state, pictures=True, probes=True)
+    assert passes(recipe) == sum(rows)
+    both = override_recipe(recipe, {"resources.num_workers": 2})
+    assert passes(both) == sum(rows) / 2

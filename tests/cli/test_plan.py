@@ -284,6 +284,15 @@ def test_memory_of_a_worker_that_holds_a_part(tmp_path: Path) -> None:
     text = memory(**{"resources.shard": "full", "resources.shard_text": True})
     frozen = 4 * part_sizes(model)["text.backbone"]
     assert full["weights"] - text["weights"] == frozen - frozen // 4
+    # while a worker probes it holds all weights, and no activations
+    few = {"resources.shard": "full", "train.batch_size": 4, "model.velocity.width": 256}
+    probing = memory(**few)
+    trainable = planned_model(tiny_recipe(tmp_path, **few).model, recipe.loss).trainable()
+    largest = max(p.numel() for p in trainable.values())
+    shown = 4 * sum(p.numel() for p in trainable.values()) + 4 * 2 * largest
+    active = probing["activations_estimate"] + probing.get("text_activations_estimate", 0)
+    assert probing["probes"] == shown - active > 0
+    assert memory(**few, **{"resources.shard_text": True})["probes"] - probing["probes"] == frozen
     nodes = memory(
         **{"resources.num_workers": 16, "resources.shard": "hybrid", "train.batch_size": 16}
     )

@@ -20,6 +20,7 @@ from flowray.probes.latent import (
 )
 from flowray.probes.rollout import (
     endpoint_metrics,
+    ends_of,
     per_sample_mse,
     shoot,
     shoot_metrics,
@@ -159,11 +160,8 @@ def test_teacher_and_endpoint_metrics() -> None:
     teacher = teacher_metrics(z0, z1, 1e-5)
     assert set(teacher) == {f"teacher/mse@{n}" for n in (5, 10, 20, 50, 100)}
     assert max(teacher.values()) <= 1e-9
-    falling = endpoint_metrics(
-        lambda x, t: 3 * (t.view(-1, 1, 1, 1) * 3).cos() * x,
-        z0,
-        z0 * torch.sin(torch.tensor(3.0)).exp(),
-    )
+    ends = ends_of(lambda x, t: 3 * (t.view(-1, 1, 1, 1) * 3).cos() * x, z0)
+    falling = endpoint_metrics(ends, z0 * torch.sin(torch.tensor(3.0)).exp())
     values = [falling[f"flow/endpt_rmse@{k}"] for k in (8, 16, 32, 64)]
     assert values == sorted(values, reverse=True)
     assert values[-1] < values[0] / 4
