@@ -4,6 +4,7 @@ not hear of.
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from contextlib import suppress
@@ -40,6 +41,8 @@ class LossTold(UserCallback):
             return
         step, ranks = newest_step(self._run), sorted(worker_exceptions)
         why = _why(worker_exceptions[ranks[0]])
+        if stuck := self._stuck():  # those that say so have ended, and not those that are meant
+            ranks, why = stuck["ranks"], stuck["why"]
         if self._host == socket.gethostname() and (now := _oom_kills(self._kernel)) > self._killed:
             # of which process it does not say: the run goes on
             self._killed, why = now, f"{why}, and the kernel has ended one for lack of memory"
@@ -47,6 +50,15 @@ class LossTold(UserCallback):
         add_row(self._run.times, row)
         with suppress(OSError):
             self._run.doing.write_text(f"starting again from step {step}", encoding="utf-8")
+
+    def _stuck(self) -> dict[str, Any] | None:
+        """What ranks have left that ended as the run came no further."""
+        try:
+            told: dict[str, Any] = json.loads(self._run.stuck.read_text(encoding="utf-8"))
+            self._run.stuck.unlink()
+        except OSError:
+            return None
+        return told
 
 
 def _oom_kills(kernel: Path) -> int:

@@ -144,6 +144,11 @@ class RunDirectory:
         return self.path / ".preempted"
 
     @property
+    def stuck(self) -> Path:
+        """A file of ranks that have ended as the run came no further: {ranks, why}."""
+        return self.path / ".stuck"
+
+    @property
     def doing(self) -> Path:
         """What its worker is doing before the first step."""
         return self.path / ".doing"
