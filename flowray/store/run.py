@@ -213,7 +213,7 @@ class RunLock:
         self._me = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "started": _process_start(os.getpid()),
+            "started": process_start(os.getpid()),
         }
         self._left = threading.Event()
 
@@ -288,7 +288,7 @@ class RunLock:
     def _alive(self, owner: dict[str, Any]) -> bool:
         if owner["host"] == self._me["host"]:
             return (
-                owner["pid"] != self._me["pid"] and _process_start(owner["pid"]) == owner["started"]
+                owner["pid"] != self._me["pid"] and process_start(owner["pid"]) == owner["started"]
             )
         try:
             seen = self._file.stat().st_mtime
@@ -301,7 +301,7 @@ class RunLock:
         return False
 
 
-def _process_start(pid: int) -> str:
+def process_start(pid: int) -> str:
     """Start time of a live process, so that a reused pid is not taken for the owner; '' where
     there is none.
     """

@@ -182,8 +182,9 @@ def _saver(
     recipe: Recipe, run: RunDirectory, group: Group, say: Callable[[str], None], closing: ExitStack
 ) -> tuple[Saver, RemoteRun | None]:
     """What writes the checkpoints, and where else they go."""
-    train, remote, uploader = recipe.train, RemoteRun.of(recipe, run), None
+    train, remote, uploader = recipe.train, RemoteRun.of(recipe, run, ORPHANED_S), None
     if remote:
+        closing.enter_context(remote.lock)
         uploader = Uploader(remote, train.keep_checkpoints, train.checkpoint_patience_s, say)
     saver = Saver(run, train.keep_checkpoints, group.device, train.keep_best, uploader)
     closing.callback(saver.tidy)  # the last one of the three
