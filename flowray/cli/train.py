@@ -121,6 +121,7 @@ def _newest(
         remote.require_writable()
     if remote and resume:
         RunLock(run).refuse_if_held()
+        remote.lock.refuse_if_held()
         run.create()
         with RunLock(run):
             return remote.newest(progress.say)

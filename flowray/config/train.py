@@ -389,6 +389,14 @@ class ResourceConfig(Config):
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     gpus_per_worker: float = Field(0, ge=0)
     max_failures: Annotated[int, Field(ge=0)] = 3
+    stuck_after_s: float = Field(
+        600,
+        ge=5,
+        description=(
+            "several workers start again where one has given no sign of life for so long, or a step"
+            " has lasted as long"
+        ),
+    )
     shard: Literal["none", "full", "hybrid"] = "none"
     shard_text: bool = Field(
         False, description="the frozen text model in parts too, a layer at a time in one piece"

@@ -72,6 +72,23 @@ class RemotePlace:
         """Write a small file; FileNotFoundError where there is no such bucket."""
         self._try(name, "written", lambda: self.fs.pipe_file(name, content))
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a small file where there is none; False, and nothing written, where there is one.
+
+        S3 and Google's storage decide it themselves, others are asked before.
+        """
+
+        def create() -> bool:
+            try:
+                self.fs.pipe_file(name, content, mode="create")
+            except Exception:  # each library has its own kind
+                if self.fs.exists(name):
+                    return False
+                raise
+            return True
+
+        return self._try(name, "written", create)
+
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, in this order; those that are not there are as they should be."""
         for name in names:

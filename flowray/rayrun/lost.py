@@ -4,9 +4,11 @@ not hear of.
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,18 @@ from ray.train import UserCallback
 
 from flowray.cluster.ray_private import HealthCheckFailed
 from flowray.config.errors import last_line
-from flowray.rayrun.failures import failure_file, out_of_memory, write_failure
+from flowray.rayrun.failures import OutOfMemory, failure_file, out_of_memory, write_failure
 from flowray.rayrun.retries import newest_step
-from flowray.store.rows import add_row
+from flowray.store.rows import add_row, read_rows
 from flowray.store.run import RunDirectory
+
+_NODE_DIED = "node has died"  # Ray's words
 
 
 class LossTold(UserCallback):
     """A row of times.jsonl, {step, lost, why, at}, and a line in `run.doing`, for each time that
-    ranks of the run were lost. Ray Train calls it in its controller.
+    ranks of the run were lost. Ray Train calls it in its controller. Where a worker is killed for
+    the second time at one place the run ends: for lack of memory it would be again.
 
     kernel: the kernel's counters, of which `oom_kill` is told where it has risen on this host.
     """
@@ -31,6 +36,7 @@ class LossTold(UserCallback):
     def __init__(self, run_dir: Path, kernel: Path = Path("/proc/vmstat")):
         self._run, self._kernel = RunDirectory(run_dir), kernel
         self._host, self._killed = socket.gethostname(), _oom_kills(kernel)
+        self._last: _Place | None = None
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if failure_file(self._run).exists():  # of the run itself: it is not started again
@@ -40,13 +46,73 @@ class LossTold(UserCallback):
             return
         step, ranks = newest_step(self._run), sorted(worker_exceptions)
         why = _why(worker_exceptions[ranks[0]])
+        if stuck := self._stuck():  # those that say so have ended, and not those that are meant
+            ranks, why = stuck["ranks"], stuck["why"]
+        for_memory = False  # as the kernel says, which does not say of which process
         if self._host == socket.gethostname() and (now := _oom_kills(self._kernel)) > self._killed:
-            # of which process it does not say: the run goes on
-            self._killed, why = now, f"{why}, and the kernel has ended one for lack of memory"
+            self._killed, for_memory = now, True
+            why = f"{why}, and the kernel has ended one for lack of memory"
+        if not stuck and any(map(_killed, worker_exceptions.values())):
+            before, self._last = self._last, _Place.of(self._run, step, for_memory)
+            if before and self._last.is_again(before):
+                said = f"a worker was killed twice {self._last}, with no step gained"
+                told = OutOfMemory(f"{said}: so does the kernel where memory runs out")
+                write_failure(self._run, told)
         row = {"step": step, "lost": ranks, "why": why, "at": time.time()}
         add_row(self._run.times, row)
         with suppress(OSError):
             self._run.doing.write_text(f"starting again from step {step}", encoding="utf-8")
+
+    def _stuck(self) -> dict[str, Any] | None:
+        """What ranks have left that ended as the run came no further."""
+        try:
+            told: dict[str, Any] = json.loads(self._run.stuck.read_text(encoding="utf-8"))
+            self._run.stuck.unlink()
+        except OSError:
+            return None
+        return told
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a start of the run was cut off.
+
+    checkpoint: the newest step that is kept; starts: those that were ready for a step so far;
+    reached: the last step that this start has logged; for_memory: as the kernel says.
+    """
+
+    checkpoint: int
+    starts: int
+    reached: int
+    for_memory: bool
+
+    @classmethod
+    def of(cls, run: RunDirectory, checkpoint: int, for_memory: bool) -> _Place:
+        starts, reached = 0, 0
+        for row in read_rows(run.times):
+            starts += row.get("what") == "ready"
+            if "start" in row:
+                reached = row["step"]
+        return cls(checkpoint, starts, reached, for_memory)
+
+    def is_again(self, before: _Place) -> bool:
+        """Whether it is the place of before, after another start; one that was killed while it
+        loaded counts where both were for memory.
+        """
+        same = (self.checkpoint, self.reached) == (before.checkpoint, before.reached)
+        for_memory = self.for_memory and before.for_memory
+        return same and (self.starts > before.starts or for_memory)
+
+    def __str__(self) -> str:
+        return f"after step {self.reached}" if self.starts else "before its first step"
+
+
+def _killed(error: Exception) -> bool:
+    """Whether a worker's process ended, and not with its node."""
+    if isinstance(error, HealthCheckFailed):
+        error = error.health_check_failure
+    gone = _NODE_DIED in str(error)
+    return isinstance(error, RayActorError) and not error.preempted and not gone
 
 
 def _oom_kills(kernel: Path) -> int:

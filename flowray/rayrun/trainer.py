@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -127,7 +128,8 @@ def fit(
         return
     run.create()
     failure_file(run).unlink(missing_ok=True)
-    run.doing.unlink(missing_ok=True)  # of a worker that was killed
+    for left in (run.doing, run.stuck):  # of workers that were killed
+        left.unlink(missing_ok=True)
     set_defaults()  # on a cluster a trial that drives workers has none of its sweep's
     resources = recipe.resources
     per_worker = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
@@ -152,8 +154,10 @@ def fit(
         failure_config=FailureConfig(**limits),
         callbacks=heard,
     )
+    # until the ranks watch each other
+    network = NodeNetwork(timeout_s=math.ceil(resources.stuck_after_s))
     trainer = partial(
-        TorchTrainer, work, scaling_config=scaling, torch_config=NodeNetwork(), run_config=kept
+        TorchTrainer, work, scaling_config=scaling, torch_config=network, run_config=kept
     )
     try:
         with ExitStack() as closing:

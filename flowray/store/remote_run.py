@@ -23,6 +23,7 @@ from flowray.data.folders import sync
 from flowray.data.remote_place import RemotePlace
 from flowray.store.best import BEST, best_step
 from flowray.store.checkpoint import DAMAGED, STATE, damage_of, put_whole, search, step_of, warn
+from flowray.store.remote_lock import RemoteLock
 from flowray.store.run import RunDirectory
 
 _STEP = re.compile(r"step_(\d{6,18})")
@@ -32,18 +33,21 @@ _FILE = re.compile(r"[a-z]+\.safetensors")
 class RemoteRun:
     """`run`'s place below `url`. Every method asks again where the server fails; InputError, one
     line, where it never answers or forbids it.
+
+    lock: of that place, held by whoever sends to it; patience_s: how long it waits for another's.
     """
 
-    def __init__(self, url: str, run: RunDirectory):
+    def __init__(self, url: str, run: RunDirectory, patience_s: float = 0.0):
         self._place, self._run = RemotePlace(url), run
         self._root = f"{self._place.name(url)}/{run.path.name}"
         self.url = self._place.url(self._root)
+        self.lock = RemoteLock(self._place, f"{self._root}/.lock", patience_s)
 
     @classmethod
-    def of(cls, recipe: Recipe, run: RunDirectory) -> RemoteRun | None:
+    def of(cls, recipe: Recipe, run: RunDirectory, patience_s: float = 0.0) -> RemoteRun | None:
         """That of a recipe; None where it names no bucket."""
         url = recipe.train.checkpoint_url
-        return None if url is None else cls(url, run)
+        return None if url is None else cls(url, run, patience_s)
 
     def require_writable(self) -> None:
         """InputError where nothing can be written there."""
@@ -66,6 +70,7 @@ class RemoteRun:
         """Send a checkpoint of the run, and its rows before it counts; what is there already is not
         sent again. FileNotFoundError where the bucket, or the checkpoint, is gone.
         """
+        self.lock.require()
         state, folder = (checkpoint / STATE).read_bytes(), self._folder(step_of(checkpoint))
         if (there := self._place.read(f"{folder}/{STATE}")) != state:
             # of another content: until all of that is there, it is none
@@ -78,6 +83,7 @@ class RemoteRun:
 
     def send_rows(self) -> None:
         """Send the small files beside the checkpoints as they are now."""
+        self.lock.require()
         for file, name in self._beside().items():
             with suppress(FileNotFoundError):
                 self._place.write(name, file.read_bytes())
@@ -94,6 +100,7 @@ class RemoteRun:
         """Of the checkpoints up to `step` keep the newest `keep` and those of the steps `spare`;
         what is older than those goes, with what was damaged or cut off.
         """
+        self.lock.require()
         there = self.steps()
         good = [each for each, whole in there.items() if whole and each <= step]
         if len(good) < keep:

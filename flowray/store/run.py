@@ -144,6 +144,11 @@ class RunDirectory:
         return self.path / ".preempted"
 
     @property
+    def stuck(self) -> Path:
+        """A file of ranks that have ended as the run came no further: {ranks, why}."""
+        return self.path / ".stuck"
+
+    @property
     def doing(self) -> Path:
         """What its worker is doing before the first step."""
         return self.path / ".doing"
@@ -208,7 +213,7 @@ class RunLock:
         self._me = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "started": _process_start(os.getpid()),
+            "started": process_start(os.getpid()),
         }
         self._left = threading.Event()
 
@@ -283,7 +288,7 @@ class RunLock:
     def _alive(self, owner: dict[str, Any]) -> bool:
         if owner["host"] == self._me["host"]:
             return (
-                owner["pid"] != self._me["pid"] and _process_start(owner["pid"]) == owner["started"]
+                owner["pid"] != self._me["pid"] and process_start(owner["pid"]) == owner["started"]
             )
         try:
             seen = self._file.stat().st_mtime
@@ -296,7 +301,7 @@ class RunLock:
         return False
 
 
-def _process_start(pid: int) -> str:
+def process_start(pid: int) -> str:
     """Start time of a live process, so that a reused pid is not taken for the owner; '' where
     there is none.
     """

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from flowray.config.errors import InputError
 
 Shared = TypeVar("Shared")
+# torch's limit of a collective, which does not know of a lead that probes while others wait; how
+# long a step may take is for `flowray.train.watch` to say
+WAITS = timedelta(days=1)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from flowray.train.step import BatchMaker, train_step
 from flowray.train.stopping import StopRequests
 from flowray.train.times import Times
 from flowray.train.uploading import Uploader
+from flowray.train.watch import Watch
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -81,6 +82,19 @@ def train(
     InputError where a rank cannot use the GPU that it was given.
     """
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
+    with Watch(run, group, recipe.resources.stuck_after_s) as watch:
+        return _watched(recipe, run, group, report, make_visitor, told, watch)
+
+
+def _watched(
+    recipe: Recipe,
+    run: RunDirectory,
+    group: Group,
+    report: Report,
+    make_visitor: MakeVisitor | None,
+    told: Callable[[], bool] | None,
+    watch: Watch,
+) -> Outcome:
     progress = WrittenProgress(run) if group.lead else SILENT
     latents, held_out = _data(recipe, run, group, progress)
     remote = None
@@ -121,12 +135,15 @@ def train(
         while state.step < recipe.train.steps:
             if lead:
                 lead.saver.check()
+            watch.fetches(state.step)
             clock.start()
             batch = make_batch(state.step)
             clock.waited()
+            watch.steps()
             row = train_step(state, objective, batch, recipe, group)
             clock.stepped()
             due, stop = Due.at(state.step, recipe), stops.heard()
+            watch.apart()
             saving = False
             if due.log or due.checkpoint or stop:
                 saving = skips.look(due.checkpoint or bool(stop))
@@ -165,8 +182,9 @@ def _saver(
     recipe: Recipe, run: RunDirectory, group: Group, say: Callable[[str], None], closing: ExitStack
 ) -> tuple[Saver, RemoteRun | None]:
     """What writes the checkpoints, and where else they go."""
-    train, remote, uploader = recipe.train, RemoteRun.of(recipe, run), None
+    train, remote, uploader = recipe.train, RemoteRun.of(recipe, run, ORPHANED_S), None
     if remote:
+        closing.enter_context(remote.lock)
         uploader = Uploader(remote, train.keep_checkpoints, train.checkpoint_patience_s, say)
     saver = Saver(run, train.keep_checkpoints, group.device, train.keep_best, uploader)
     closing.callback(saver.tidy)  # the last one of the three

@@ -27,7 +27,7 @@ from flowray.losses.gradients import DTYPES
 from flowray.losses.total import Objective
 from flowray.model.assemble import FlowModel
 from flowray.model.text import TextModel
-from flowray.train.group import Group
+from flowray.train.group import WAITS, Group
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,10 @@ def _mesh(resources: ResourceConfig, group: Group) -> DeviceMesh:
             )
         if here < world:
             names = ("nodes", "ranks")
-            return init_device_mesh(kind, (world // here, here), mesh_dim_names=names)
+            mesh = init_device_mesh(kind, (world // here, here), mesh_dim_names=names)
+            for each in mesh.get_all_groups():
+                each.set_timeout(WAITS)
+            return mesh
     return init_device_mesh(kind, (world,), mesh_dim_names=("ranks",))
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from flowray.store.run import RunDirectory
-from flowray.train.group import Group
+from flowray.train.group import WAITS, Group
 
 SHARE = 50  # looking takes at most one part in so many of the time: a mounted bucket answers slowly
 # `preempted`: a rank's process or machine is about to be taken away
@@ -32,7 +32,7 @@ class StopRequests:
         self._file, self._group, self._next_look = run.stop_request, group, 0.0
         self._told = told
         apart = group.world > 1 and dist.get_backend() != "gloo"
-        self._hosts = dist.new_group(backend="gloo") if apart else None
+        self._hosts = dist.new_group(backend="gloo", timeout=WAITS) if apart else None
 
     def heard(self) -> Stop:
         """Whether training stops after this step, and why: the same on every rank, and to be asked

@@ -54,7 +54,9 @@ class Uploader:
             return {step_of(each) for each in (self._waiting, self._sending) if each}
 
     def check(self) -> None:
-        """Halted where the bucket has failed for longer than its patience."""
+        """Halted where the bucket has failed for longer than its patience, or is another's now."""
+        if lost := self._remote.lock.lost:
+            raise Halted(lost)
         with self._changed:
             if self._why is None or self._sending is None:
                 return

@@ -3,6 +3,7 @@ the words are.
 """
 
 import errno
+import json
 import pickle
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from flowray.rayrun.failures import (
 )
 from flowray.rayrun.lost import LossTold
 from flowray.rayrun.trainer import _failure_of, train_worker
-from flowray.store.rows import read_rows
+from flowray.store.rows import add_row, read_rows
 from flowray.store.run import RunDirectory
 from flowray.train.state import Halted
 
@@ -172,3 +173,55 @@ def test_that_the_kernel_has_ended_a_process_for_lack_of_memory_is_told(tmp_path
     told.after_exception(None, {0: RayActorError()})
     told.after_exception(None, {0: RayActorError()})
     assert ["memory" in row["why"] for row in read_rows(run.times)] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "ends"),
+    [
+        ((6, 6), RayActorError(), True),
+        ((6, 7), RayActorError(), False),
+        ((6, 7, 6), RayActorError(), False),  # in a row
+        ((6, 6), RayActorError(preempted=True), False),
+        ((6, 6), RayActorError(error_msg="The actor died because its node has died."), False),
+        ((6, 6), ValueError("shapes"), False),
+        ((6, None), RayActorError(), False),  # heard of twice, or killed while it loaded
+    ],
+)
+def test_a_worker_that_is_killed_at_one_place_twice_ends_the_run(
+    tmp_path: Path, steps: tuple[int | None, ...], error: Exception, ends: bool
+) -> None:
+    run, told = RunDirectory(tmp_path), LossTold(tmp_path, tmp_path / "no kernel")
+    for step in steps:
+        assert not failure_file(run).exists()
+        if step is not None:
+            add_row(run.times, {"step": 0, "start": 1, "what": "ready"})
+            add_row(run.times, {"step": step, "start": 1})
+        told.after_exception(None, {0: error})
+    assert failure_file(run).exists() is ends
+    if ends:
+        with pytest.raises(OutOfMemory, match="killed twice after step 6"):
+            raise_failure(run)
+
+
+def test_one_that_the_kernel_ends_while_it_loads_too(tmp_path: Path) -> None:
+    run, kernel = RunDirectory(tmp_path), tmp_path / "vmstat"
+    kernel.write_text("oom_kill 3\n")
+    told = LossTold(tmp_path, kernel)
+    for count in (4, 5):
+        assert not failure_file(run).exists()
+        kernel.write_text(f"oom_kill {count}\n")
+        told.after_exception(None, {0: RayActorError()})
+    with pytest.raises(OutOfMemory, match="killed twice before its first step"):
+        raise_failure(run)
+
+
+def test_ranks_that_ended_as_one_was_stuck_are_not_the_lost_ones(tmp_path: Path) -> None:
+    run, told = RunDirectory(tmp_path), LossTold(tmp_path, tmp_path / "no kernel")
+    for _ in range(2):
+        run.stuck.write_text(json.dumps({"ranks": [1], "why": "stuck in step 7"}))
+        told.after_exception(None, {0: RayActorError()})
+        assert not run.stuck.exists()
+    assert [(row["lost"], row["why"]) for row in read_rows(run.times)] == [
+        ([1], "stuck in step 7")
+    ] * 2
+    assert not failure_file(run).exists()
