@@ -24,7 +24,7 @@ from flowray.store.checkpoint import DAMAGED, STATE, damage_of, put_whole, searc
 from flowray.store.run import RunDirectory
 
 _STEP = re.compile(r"step_(\d{6,18})")
-_FILE = re.compile(r"[a-z]+\.safetensors")
+_FILE = re.compile(r"[a-z]+(-\d+-of-\d+)?\.safetensors")
 
 
 class RemoteRun:

@@ -37,7 +37,7 @@ from flowray.train.group import Group
 from flowray.train.saving import Saver
 from flowray.train.sinks import NOTHING, Due, Sinks
 from flowray.train.skips import SkippedSteps
-from flowray.train.state import TrainState, fresh_state, kept_of, restore_state
+from flowray.train.state import Kept, TrainState, fresh_state, kept_of, restore_state
 from flowray.train.step import BatchMaker, train_step
 from flowray.train.stopping import StopRequests
 from flowray.train.times import Times
@@ -83,12 +83,11 @@ def train(
     group.require_gpus(recipe.resources.gpus_per_worker, recipe.train.device)
     progress = WrittenProgress(run) if group.lead else SILENT
     latents, held_out = _data(recipe, run, group, progress)
-    remote = None
     with ExitStack() as closing:
         if group.lead:
             closing.enter_context(RunLock(run, ORPHANED_S))
             times = closing.enter_context(Times(run))
-            saver, remote = _saver(recipe, run, group, progress.say, closing)
+        saver, remote = _saver(recipe, run, group, progress.say, closing)
         with progress.task("loading the models"):
             state = fresh_state(recipe, group.device, group)
             state.data = group.share(latents.told() if group.lead else {})
@@ -99,7 +98,7 @@ def train(
         maker = BatchMaker(recipe, latents, group, state.model.text.prompts)
         make_batch = BatchesAhead(maker, recipe.train.steps, group.device, recipe.data.prefetch)
         closing.enter_context(make_batch)
-        lead = None
+        lead, state.before_update = None, saver.settle
         if group.lead:
             sinks = Sinks(recipe, run, latents, held_out, state, group, progress.say)
             closing.callback(sinks.close)
@@ -108,25 +107,25 @@ def train(
                 visitor = make_visitor(recipe, run, latents, held_out, state)
                 closing.enter_context(visitor)
                 closing.callback(saver.settle)  # before its last visit, to a run that halted
-            lead = _Lead(sinks, saver, visitor, times)
+            lead = _Lead(sinks, visitor, times)
             state.before_update = times.on("saving")(saver.settle)
             saver.resume(state.step)
             times.ready(state.step, group.world)
-        saved = lead.saver.wait if lead else None
-        skips = closing.enter_context(SkippedSteps(recipe, run, group, state, latents, saved))
-        stops, clock = StopRequests(run, group, told), Clock()
+        skips = SkippedSteps(recipe, run, group, state, latents, saver.wait)
+        closing.enter_context(skips)
+        stops, clock = StopRequests(run, group, told, saver.failed), Clock()
         # cut off after the checkpoint that the run goes on from
         missed = group.share(lead.sinks.missed() if lead else NOTHING)
-        _show(lead, missed, state, group, report)
+        _show(lead, saver, missed, state, group, report)
         while state.step < recipe.train.steps:
-            if lead:
-                lead.saver.check()
             clock.start()
             batch = make_batch(state.step)
             clock.waited()
             row = train_step(state, objective, batch, recipe, group)
             clock.stepped()
             due, stop = Due.at(state.step, recipe), stops.heard()
+            if stop == "failed":
+                raise saver.failure()
             saving = False
             if due.log or due.checkpoint or stop:
                 saving = skips.look(due.checkpoint) or bool(stop)
@@ -137,8 +136,9 @@ def train(
             if lead and (due.log or saving):
                 lead.times.row(state.step)
             if saving:  # at the end nothing is trained meanwhile
-                _save(lead, state, recipe, waiting=bool(stop) or state.step == recipe.train.steps)
-            _show(lead, due, state, group, report)
+                waiting = bool(stop) or state.step == recipe.train.steps
+                _save(lead, saver, kept_of(state, recipe, group), waiting=waiting)
+            _show(lead, saver, due, state, group, report)
             if stop and state.step < recipe.train.steps:
                 return _ended(lead, state, stop)
         return _ended(lead, state, "finished")
@@ -164,11 +164,13 @@ def _data(
 def _saver(
     recipe: Recipe, run: RunDirectory, group: Group, say: Callable[[str], None], closing: ExitStack
 ) -> tuple[Saver, RemoteRun | None]:
-    """What writes the checkpoints, and where else they go."""
-    train, remote, uploader = recipe.train, RemoteRun.of(recipe, run), None
+    """What writes this rank's share of the checkpoints, and on the lead where else they go."""
+    train, uploader = recipe.train, None
+    remote = RemoteRun.of(recipe, run) if group.lead else None
     if remote:
         uploader = Uploader(remote, train.keep_checkpoints, train.checkpoint_patience_s, say)
-    saver = Saver(run, train.keep_checkpoints, group.device, train.keep_best, uploader)
+    best = train.keep_best if group.lead else None
+    saver = Saver(run, train.keep_checkpoints, group, best, uploader)
     closing.callback(saver.tidy)  # the last one of the three
     if uploader:
         closing.enter_context(uploader)
@@ -180,22 +182,17 @@ class _Lead:
     """What the lead rank alone has."""
 
     sinks: Sinks
-    saver: Saver
     visitor: Visitor | None
     times: Times
 
 
-def _save(lead: _Lead | None, state: TrainState, recipe: Recipe, *, waiting: bool) -> None:
+def _save(lead: _Lead | None, saver: Saver, kept: Kept, *, waiting: bool) -> None:
     """Begin a checkpoint; waiting: and wait for it, where nothing is trained meanwhile."""
-    if lead is None:
-        if state.shards:  # all ranks take part in giving the lead the whole
-            kept_of(state, recipe)
-        return
-    with lead.times.on("saving"):
-        if kept := kept_of(state, recipe):
-            lead.saver.begin(kept)
-            if waiting:
-                lead.saver.wait()
+    with lead.times.on("saving") if lead else nullcontext():
+        saver.begin(kept)
+        if waiting:
+            saver.wait()
+        if lead:
             lead.sinks.flush()
 
 
@@ -205,16 +202,23 @@ def _ended(lead: _Lead | None, state: TrainState, how: Outcome) -> Outcome:
     return how
 
 
-def _show(lead: _Lead | None, due: Due, state: TrainState, group: Group, report: Report) -> None:
+def _show(
+    lead: _Lead | None, saver: Saver, due: Due, state: TrainState, group: Group, report: Report
+) -> None:
     """Pictures, probes and the visit that are due at the present step, after its checkpoint; every
     rank reports the row, once all that belongs to the step is on disk: who hears it may end this
     process.
     """
     with lead.times.on("probes") if lead else nullcontext():
-        _look(lead, due, state, group, report)
+        row = _look(lead, saver, due, state)
+        if due.probe:
+            with lead.times.on("saving") if lead else nullcontext():
+                saver.wait()
+            saver.judge()
+            report(group.share(row))
 
 
-def _look(lead: _Lead | None, due: Due, state: TrainState, group: Group, report: Report) -> None:
+def _look(lead: _Lead | None, saver: Saver, due: Due, state: TrainState) -> Row:
     row: Row = {}
     looked = (due.sample or due.probe) and (lead or state.shards)
     view = view_of(state) if looked else None
@@ -224,15 +228,10 @@ def _look(lead: _Lead | None, due: Due, state: TrainState, group: Group, report:
         if view and due.probe:
             row = lead.sinks.probe(view)
         if due.visit and lead.visitor:
-            lead.saver.settle()  # it takes steps, and takes them back
+            saver.settle()  # it takes steps, and takes them back
             with lead.sinks.gap("the doctor's visit"):
                 row["findings"] = lead.visitor.visit()
-    if lead and due.probe:
-        with lead.times.on("saving"):
-            lead.saver.wait()
-        lead.saver.judge()
-    if due.probe:
-        report(group.share(row))
+    return row
 
 
 def is_finished(recipe: Recipe, run: RunDirectory) -> bool:
