@@ -370,12 +370,18 @@ def on_ranks(world: int, work: Callable[..., None], *args: Any) -> None:
     They fork from a server that has imported torch and the loop, once for all the tests of a
     worker: seconds each.
     """
+    processes = started_ranks(world, work, *args)
+    while not processes.join():  # it returns with every one that ends
+        pass
+
+
+def started_ranks(world: int, work: Callable[..., None], *args: Any) -> mp.ProcessContext:
+    """The processes of `on_ranks`, which nobody waits for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(
-        _rank, args=(world, port, work, args), nprocs=world, start_method="forkserver"
-    )
+    arguments = (world, port, work, args)
+    return mp.start_processes(_rank, arguments, world, join=False, start_method="forkserver")
 
 
 def _rank(rank: int, world: int, port: int, work: Callable[..., None], args: Sequence[Any]) -> None:

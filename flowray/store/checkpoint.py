@@ -4,9 +4,15 @@
 the recipe), `ema.safetensors`, `optim.safetensors`, `moving.safetensors` where a loss keeps a
 running state, and `state.json` (step, seed and batch sizes, which are all of the data cursor and
 the RNG, since every draw is a function of them; what the frozen models' weights were, see
-frozen.py; and each file's size and CRC-32). The folder is renamed into place
-when complete. Damaged (another content) and unreadable (the storage does not answer) are different
-things: the first is passed over aloud, the second ends a start.
+frozen.py; and each file's size and CRC-32).
+
+Several ranks write `model-00001-of-00004.safetensors` and so on, one file of each group a rank: of
+a tensor that is in one of the files, all of it; of one that is in several, rows, which follow each
+other in the order of the files. So what is read is the same however many wrote it.
+
+The folder is renamed into place when complete. Damaged (another content) and unreadable (the
+storage does not answer) are different things: the first is passed over aloud, the second ends a
+start.
 """
 
 from __future__ import annotations
@@ -17,15 +23,16 @@ import re
 import shutil
 import sys
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from flowray.config.errors import InputError
 from flowray.data.folders import put_in_place, sync
-from flowray.store.tensorfile import write_tensors
+from flowray.store.tensorfile import Take, read_tensors, whole, write_tensors
 
 if TYPE_CHECKING:  # looking for a checkpoint takes none of the seconds that torch takes to import
     from torch import Tensor
@@ -40,6 +47,21 @@ DAMAGED = "damaged.json"  # what STATE is called of one that was found damaged
 PAUSES_S = (0.5, 1.0, 2.0, 4.0)  # between tries to read
 
 
+class Writers(Protocol):
+    """Those who write a checkpoint together, each a share of it, and who meet for that. The first
+    one, of rank 0, puts it in place.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks; all have to call it."""
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -47,28 +69,77 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
     spare: Collection[int] = (),
+    writers: Writers | None = None,
 ) -> Path:
     """Write `folder/step_XXXXXX` atomically, then drop all but the newest `keep` of those up to it
     and those of the steps `spare`.
 
-    OSError leaves older checkpoints untouched.
+    writers: each calls it, `groups` being its share; None: alone. OSError, on all of them, leaves
+    older checkpoints untouched.
     """
-    final, partial = folder / f"step_{step:06d}", folder / f".partial_{step:06d}"
-    for left in folder.glob(".partial_*"):  # what a killed writer left; a run has one writer
-        shutil.rmtree(left, ignore_errors=True)
+    final, first = folder / f"step_{step:06d}", writers is None or writers.rank == 0
+    named = _together(writers, lambda: _begun(folder, step) if first else folder)
+    partial = folder / named[0].name
     try:
-        partial.mkdir(parents=True)
-        files = {
-            (file := f"{name}.safetensors"): write_tensors(partial / file, tensors)
-            for name, tensors in groups.items()
-        }
-        (partial / STATE).write_text(json.dumps({**state, "step": step, "files": files}))
-        put_whole(partial, final)
+        shares = _together(writers, lambda: _written(partial, groups, writers))
+        files = {name: told for share in shares for name, told in share.items()}
+        kept = {**state, "step": step, "files": files}
+        _together(writers, lambda: _sealed(partial, final, kept) if first else final)
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    rotate(folder, step, keep, spare)
+    if first:
+        rotate(folder, step, keep, spare)
     return final
+
+
+def _together(writers: Writers | None, work: Callable[[], T]) -> list[T]:
+    """What the work of each makes; OSError on all of them where that of one fails."""
+    if writers is None or writers.world == 1:
+        return [work()]
+    done: T | None = None
+    failed: OSError | None = None
+    try:
+        done = work()
+    except OSError as error:
+        failed = error
+    made = []
+    for rank, (theirs, wrong) in enumerate(writers.gathered((done, failed))):
+        if wrong is not None:
+            raise OSError(wrong.errno, f"{wrong.strerror or wrong} (rank {rank})")
+        made.append(cast(T, theirs))
+    return made
+
+
+def _begun(folder: Path, step: int) -> Path:
+    """A new folder to write a checkpoint into. Its name is not used again: a rank that was cut off
+    from the others may still write into the one before.
+    """
+    for left in folder.glob(".partial_*"):  # what killed writers left; a run has one lead
+        shutil.rmtree(left, ignore_errors=True)
+    partial = folder / f".partial_{step:06d}_{uuid.uuid4().hex[:8]}"
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _written(
+    partial: Path, groups: dict[str, Tensors], writers: Writers | None
+) -> dict[str, dict[str, int]]:
+    """Write a share; what `write_tensors` tells of its files, by their names."""
+    of = ""
+    if writers and writers.world > 1:
+        of = f"-{writers.rank + 1:05d}-of-{writers.world:05d}"
+    return {
+        (file := f"{name}{of}.safetensors"): write_tensors(partial / file, tensors)
+        for name, tensors in groups.items()
+    }
+
+
+def _sealed(partial: Path, final: Path, state: dict[str, Any]) -> Path:
+    """Have a checkpoint of which all tensors are on disk in its place."""
+    (partial / STATE).write_text(json.dumps(state))
+    return put_whole(partial, final)
 
 
 def put_whole(partial: Path, final: Path) -> Path:
@@ -231,16 +302,24 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads(_patiently(checkpoint, lambda place: (place / STATE).read_text()))
 
 
-def load_tensors(checkpoint: Path, group: str) -> Tensors:
-    """One group of tensors: `model`, `ema`, `optim` or `moving`."""
-    from safetensors.torch import load_file
+def group_files(checkpoint: Path, group: str) -> tuple[Path, ...]:
+    """The files of a group of tensors, in the order of the ranks that wrote them."""
+    files = load_state(checkpoint)["files"]
+    names = sorted(name for name in files if re.split(r"[-.]", name, maxsplit=1)[0] == group)
+    return tuple(checkpoint / name for name in names)
 
+
+def load_tensors(checkpoint: Path, group: str, take: Take = whole) -> Tensors:
+    """One group of tensors: `model`, `ema`, `optim` or `moving`. take: what is wanted of each."""
+    files = group_files(checkpoint, group)
+    if not files:
+        raise InputError(f"{checkpoint}: has no {group}")
     try:
-        return _patiently(checkpoint, lambda place: load_file(place / f"{group}.safetensors"))
+        return _patiently(checkpoint, lambda _: read_tensors(files, take))
     except InputError:
         raise
     except Exception as error:  # safetensors raises its own Rust errors
-        raise InputError(f"{checkpoint}: {group}.safetensors cannot be read: {error}") from error
+        raise InputError(f"{checkpoint}: {group} cannot be read: {error}") from error
 
 
 def copy_into(parameters: dict[str, Any], tensors: Tensors, where: Path) -> None:

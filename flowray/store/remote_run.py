@@ -27,7 +27,7 @@ from flowray.store.remote_lock import RemoteLock
 from flowray.store.run import RunDirectory
 
 _STEP = re.compile(r"step_(\d{6,18})")
-_FILE = re.compile(r"[a-z]+\.safetensors")
+_FILE = re.compile(r"[a-z]+(-\d+-of-\d+)?\.safetensors")
 
 
 class RemoteRun:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-
 from flowray.config.errors import InputError
 from flowray.config.paths import is_file
+from flowray.store.checkpoint import group_files
 from flowray.store.found import find_checkpoint
+from flowray.store.tensorfile import Shape, Stored, opened
 
 if TYPE_CHECKING:  # looking at shapes takes none of the seconds that torch takes to import
     from torch import Tensor
 
 KEY = "train.init_from"
-Shape = tuple[int, ...]
 _PIPELINE, _SINGLE, _SEMANTIC = "flow.", "transformer.", "semantic."
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Safetensors files with a model's weights. prefix: of their names there, and not of the
-    model's; tensors without it are of other parts.
+    """Safetensors files with a model's weights, as `opened` joins them. prefix: of their names
+    there, and not of the model's; tensors without it are of other parts.
     """
 
     where: str
@@ -34,34 +34,25 @@ class Weights:
 
     def shapes(self) -> dict[str, Shape]:
         """Name -> shape, from the files' heads alone; InputError where one cannot be read."""
-        found: dict[str, Shape] = {}
-        for file in self.files:
-            try:
-                with safe_open(file, "np") as opened:
-                    for key in opened.keys():  # noqa: SIM118  # it is no mapping
-                        if key.startswith(self.prefix):
-                            name = key.removeprefix(self.prefix)
-                            found[name] = tuple(opened.get_slice(key).get_shape())
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{KEY}: {file} cannot be read: {error}") from error
-        return found
+        with self._opened("np") as stored:
+            return {name: each.shape for name, each in stored.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor on the CPU; InputError where a file cannot be read."""
-        from safetensors.torch import load_file
+        with self._opened("pt") as stored:
+            return {name: each.whole() for name, each in stored.items()}
 
-        found: dict[str, Tensor] = {}
-        for file in self.files:
-            try:
-                loaded = load_file(file)
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{KEY}: {file} cannot be read: {error}") from error
-            found |= {
-                key.removeprefix(self.prefix): tensor
-                for key, tensor in loaded.items()
-                if key.startswith(self.prefix)
-            }
-        return found
+    @contextmanager
+    def _opened(self, library: str) -> Iterator[dict[str, Stored]]:
+        try:
+            with opened(self.files, library) as stored:
+                yield {
+                    key.removeprefix(self.prefix): each
+                    for key, each in stored.items()
+                    if key.startswith(self.prefix)
+                }
+        except (OSError, ValueError) as error:
+            raise InputError(f"{KEY}: {self.where} cannot be read: {error}") from error
 
 
 def find_weights(place: str) -> Weights:
@@ -83,7 +74,7 @@ def find_weights(place: str) -> Weights:
     except InputError as error:
         raise InputError(f"{KEY}: {error}") from error
     group = "ema" if found.recipe.sample.weights == "ema" else "model"
-    return Weights(str(found.checkpoint), (found.checkpoint / f"{group}.safetensors",))
+    return Weights(str(found.checkpoint), group_files(found.checkpoint, group))
 
 
 def lacking(where: str, have: Mapping[str, Shape], want: Mapping[str, Shape]) -> list[str]:

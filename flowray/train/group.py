@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -25,11 +25,15 @@ WAITS = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Group:
-    """rank of world, and the device this rank computes on."""
+    """rank of world, and the device this rank computes on.
+
+    over: the process group that they meet by; None: torch's own.
+    """
 
     rank: int
     world: int
     device: torch.device
+    over: dist.ProcessGroup | None = None
 
     @classmethod
     def current(cls, device: str = "auto") -> Group:
@@ -58,6 +62,13 @@ class Group:
                 f" {socket.gethostname()}; install its CUDA build, or mend the driver or the"
                 " container's GPU access there, or type train.device=cpu to train on the CPU"
             )
+
+    def apart(self) -> Group:
+        """The same ranks on the host, for threads that meet beside training; every rank has to
+        call it.
+        """
+        over = dist.new_group(backend="gloo", timeout=WAITS) if self.world > 1 else None
+        return replace(self, device=torch.device("cpu"), over=over)
 
     @property
     def lead(self) -> bool:
@@ -103,7 +114,7 @@ class Group:
     def mean_(self, values: Tensor) -> Tensor:
         """Mean over ranks, in place."""
         if self.world > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.over)
             values /= self.world
         return values
 
@@ -116,7 +127,7 @@ class Group:
         if self.world == 1:
             return value
         held = [value]
-        dist.broadcast_object_list(held, 0, device=self.device)
+        dist.broadcast_object_list(held, 0, device=self.device, group=self.over)
         return held[0]
 
     def everywhere(self, flag: Tensor) -> Tensor:
@@ -124,7 +135,7 @@ class Group:
         if self.world == 1:
             return flag
         holds = flag.float()
-        dist.all_reduce(holds, op=dist.ReduceOp.MIN)
+        dist.all_reduce(holds, op=dist.ReduceOp.MIN, group=self.over)
         return holds > 0
 
     def gathered(self, value: Shared) -> list[Shared]:
@@ -132,7 +143,7 @@ class Group:
         if self.world == 1:
             return [value]
         of_ranks: list[Shared] = [value] * self.world
-        dist.all_gather_object(of_ranks, value)
+        dist.all_gather_object(of_ranks, value, group=self.over)
         return of_ranks
 
     def collected(self, value: Shared) -> list[Shared]:
@@ -148,5 +159,5 @@ class Group:
         if self.world == 1:
             return flag
         shared = torch.tensor(int(flag), device=self.device)
-        dist.broadcast(shared, 0)
+        dist.broadcast(shared, 0, group=self.over)
         return bool(shared.item())

@@ -38,7 +38,7 @@ from flowray.train.looks import Looks
 from flowray.train.saving import Saver
 from flowray.train.sinks import NOTHING, VISIT, Due, Sinks
 from flowray.train.skips import SkippedSteps
-from flowray.train.state import TrainState, fresh_state, kept_of, restore_state
+from flowray.train.state import Kept, TrainState, fresh_state, kept_of, restore_state
 from flowray.train.step import BatchMaker, train_step
 from flowray.train.stopping import StopRequests
 from flowray.train.times import Times
@@ -97,12 +97,11 @@ def _watched(
 ) -> Outcome:
     progress = WrittenProgress(run) if group.lead else SILENT
     latents, held_out = _data(recipe, run, group, progress)
-    remote = None
     with ExitStack() as closing:
         if group.lead:
             closing.enter_context(RunLock(run, ORPHANED_S))
             times = closing.enter_context(Times(run))
-            saver, remote = _saver(recipe, run, group, progress.say, closing)
+        saver, remote = _saver(recipe, run, group, progress.say, closing)
         with progress.task("loading the models"):
             state = fresh_state(recipe, group.device, group)
             state.data = group.share(latents.told() if group.lead else {})
@@ -114,6 +113,7 @@ def _watched(
         make_batch = BatchesAhead(maker, recipe.train.steps, group.device, recipe.data.prefetch)
         closing.enter_context(make_batch)
         lead, looks = None, Looks(recipe, latents, held_out, group)
+        state.before_update = saver.settle
         if group.lead:
             sinks = Sinks(recipe, run, latents, held_out, state, looks, progress.say)
             closing.callback(sinks.close)
@@ -122,19 +122,17 @@ def _watched(
                 visitor = make_visitor(recipe, run, latents, held_out, state)
                 closing.enter_context(visitor)
                 closing.callback(saver.settle)  # before its last visit, to a run that halted
-            lead = _Lead(sinks, saver, visitor, times)
+            lead = _Lead(sinks, visitor, times)
             state.before_update = times.on("saving")(saver.settle)
             saver.resume(state.step)
             times.ready(state.step, group.world)
-        saved = lead.saver.wait if lead else None
-        skips = closing.enter_context(SkippedSteps(recipe, run, group, state, latents, saved))
-        stops, clock = StopRequests(run, group, told), Clock()
+        skips = SkippedSteps(recipe, run, group, state, latents, saver.wait)
+        closing.enter_context(skips)
+        stops, clock = StopRequests(run, group, told, saver.failed), Clock()
         # cut off after the checkpoint that the run goes on from
         missed = group.share(lead.sinks.missed() if lead else NOTHING)
-        _show(lead, looks, missed, state, report)
+        _show(lead, saver, looks, missed, state, report)
         while state.step < recipe.train.steps:
-            if lead:
-                lead.saver.check()
             watch.fetches(state.step)
             clock.start()
             batch = make_batch(state.step)
@@ -144,6 +142,8 @@ def _watched(
             clock.stepped()
             due, stop = Due.at(state.step, recipe), stops.heard()
             watch.apart()
+            if stop == "failed":
+                raise saver.failure()
             saving = False
             if due.log or due.checkpoint or stop:
                 saving = skips.look(due.checkpoint or bool(stop))
@@ -154,11 +154,12 @@ def _watched(
             if lead and (due.log or saving):
                 lead.times.row(state.step)
             if saving:  # at the end nothing is trained meanwhile
-                _save(lead, state, recipe, waiting=bool(stop) or state.step == recipe.train.steps)
-            _show(lead, looks, due, state, report)
+                waiting = bool(stop) or state.step == recipe.train.steps
+                _save(lead, saver, kept_of(state, recipe, group), waiting=waiting)
+            _show(lead, saver, looks, due, state, report)
             if stop and state.step < recipe.train.steps:
-                return _ended(lead, state, stop)
-        return _ended(lead, state, "finished")
+                return _ended(lead, saver, state, stop)
+        return _ended(lead, saver, state, "finished")
 
 
 def _data(
@@ -181,12 +182,14 @@ def _data(
 def _saver(
     recipe: Recipe, run: RunDirectory, group: Group, say: Callable[[str], None], closing: ExitStack
 ) -> tuple[Saver, RemoteRun | None]:
-    """What writes the checkpoints, and where else they go."""
-    train, remote, uploader = recipe.train, RemoteRun.of(recipe, run, ORPHANED_S), None
+    """What writes this rank's share of the checkpoints, and on the lead where else they go."""
+    train, uploader = recipe.train, None
+    remote = RemoteRun.of(recipe, run, ORPHANED_S) if group.lead else None
     if remote:
         closing.enter_context(remote.lock)
         uploader = Uploader(remote, train.keep_checkpoints, train.checkpoint_patience_s, say)
-    saver = Saver(run, train.keep_checkpoints, group.device, train.keep_best, uploader)
+    best = train.keep_best if group.lead else None
+    saver = Saver(run, train.keep_checkpoints, group, best, uploader)
     closing.callback(saver.tidy)  # the last one of the three
     if uploader:
         closing.enter_context(uploader)
@@ -198,43 +201,45 @@ class _Lead:
     """What the lead rank alone has."""
 
     sinks: Sinks
-    saver: Saver
     visitor: Visitor | None
     times: Times
 
 
-def _save(lead: _Lead | None, state: TrainState, recipe: Recipe, *, waiting: bool) -> None:
+def _save(lead: _Lead | None, saver: Saver, kept: Kept, *, waiting: bool) -> None:
     """Begin a checkpoint; waiting: and wait for it, where nothing is trained meanwhile."""
-    if lead is None:
-        if state.shards:  # all ranks take part in giving the lead the whole
-            kept_of(state, recipe)
-        return
-    with lead.times.on("saving"):
-        if kept := kept_of(state, recipe):
-            lead.saver.begin(kept)
-            if waiting:
-                lead.saver.wait()
+    with lead.times.on("saving") if lead else nullcontext():
+        saver.begin(kept)
+        if waiting:
+            saver.wait()
+        if lead:
             lead.sinks.flush()
 
 
-def _ended(lead: _Lead | None, state: TrainState, how: Outcome) -> Outcome:
+def _ended(lead: _Lead | None, saver: Saver, state: TrainState, how: Outcome) -> Outcome:
     if lead:
         lead.times.ended(state.step, how)
         if how == "preempted":
-            lead.saver.leave()
+            saver.leave()
     return how
 
 
-def _show(lead: _Lead | None, looks: Looks, due: Due, state: TrainState, report: Report) -> None:
+def _show(
+    lead: _Lead | None, saver: Saver, looks: Looks, due: Due, state: TrainState, report: Report
+) -> None:
     """Pictures, probes and the visit that are due at the present step, after its checkpoint; every
     rank reports the row, once all that belongs to the step is on disk: who hears it may end this
     process.
     """
     with lead.times.on("probes") if lead else nullcontext():
-        _look(lead, looks, due, state, report)
+        row = _look(lead, saver, looks, due, state)
+        if due.probe:
+            with lead.times.on("saving") if lead else nullcontext():
+                saver.wait()
+            saver.judge()
+            report(looks.group.share(row))
 
 
-def _look(lead: _Lead | None, looks: Looks, due: Due, state: TrainState, report: Report) -> None:
+def _look(lead: _Lead | None, saver: Saver, looks: Looks, due: Due, state: TrainState) -> Row:
     row: Row = {}
     if due.sample or due.probe:
         seen = looks(state, pictures=due.sample, probes=due.probe)
@@ -243,15 +248,10 @@ def _look(lead: _Lead | None, looks: Looks, due: Due, state: TrainState, report:
         if lead and due.probe:
             row = lead.sinks.probe(seen)
     if lead and due.visit and lead.visitor:
-        lead.saver.settle()  # it takes steps, and takes them back
+        saver.settle()  # it takes steps, and takes them back
         with lead.sinks.gap(VISIT):
             row["findings"] = lead.visitor.visit()
-    if lead and due.probe:
-        with lead.times.on("saving"):
-            lead.saver.wait()
-        lead.saver.judge()
-    if due.probe:
-        report(looks.group.share(row))
+    return row
 
 
 def is_finished(recipe: Recipe, run: RunDirectory) -> bool:

@@ -11,7 +11,8 @@ from torch import Tensor
 from flowray.store.best import name_best
 from flowray.store.checkpoint import rotate
 from flowray.store.run import RunDirectory
-from flowray.train.state import Kept, write_kept
+from flowray.train.group import Group
+from flowray.train.state import Halted, Kept, write_kept
 from flowray.train.uploading import Uploader
 
 SMALL = 2**14  # bytes: tensors up to that are copied at once
@@ -19,28 +20,35 @@ Groups = dict[str, dict[str, Tensor]]
 
 
 class Saver:
-    """Writes checkpoints in a thread, one at a time, and keeps the newest `keep`, beside them the
-    best one by the probes' number `metric`, where one is named, and those that `uploader` sends.
+    """Writes this rank's share of the checkpoints in a thread, one at a time. The newest `keep`
+    stay, beside them the best one by the probes' number `metric`, where one is named, and those
+    that `uploader` sends, both of which the lead alone has.
+
+    Every rank of `group` makes one, and calls `begin` and `wait` at the same steps. The threads
+    meet by themselves, so that no rank waits for another one's disk while it trains.
 
     Training goes on with forward and backward passes while the thread copies; `settle` is to be
-    called before anything changes what is saved. What goes wrong in the thread is raised by the
-    next call: Halted, as from `write_kept`. The copies take the state's size in host memory, which
-    is kept for the next one. A context manager: its end waits for the last checkpoint.
+    called before anything changes what is saved. What goes wrong in a thread is raised by the next
+    `begin` or `wait` of every rank: Halted, as from `write_kept`. The copies take the share's size
+    in host memory, which is kept for the next one. A context manager: its end waits for the last
+    checkpoint.
     """
 
     def __init__(
         self,
         run: RunDirectory,
         keep: int,
-        device: torch.device,
+        group: Group,
         metric: str | None = None,
         uploader: Uploader | None = None,
     ):
-        self._run, self._keep, self._device = run, keep, device
+        self._run, self._keep, self._group, self._device = run, keep, group, group.device
+        self._writers = group.apart()
         self._metric, self._uploader = metric, uploader
         self._best: set[int] = set()
         self._written: int | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        on_gpu = group.device.type == "cuda"
+        self._stream = torch.cuda.Stream(group.device) if on_gpu else None
         # a thread begins on the first GPU
         chosen = (torch.cuda.set_device, (self._stream.device,)) if self._stream else (None, ())
         self._thread = ThreadPoolExecutor(1, "checkpoint", *chosen)
@@ -49,6 +57,7 @@ class Saver:
         self._enqueued.set()
         self._copied: torch.cuda.Event | None = None
         self._host: Groups = {}
+        self._wrong: Halted | None = None
 
     def begin(self, kept: Kept) -> None:
         """Begin to save; waits for the checkpoint before, where that is still being written."""
@@ -77,12 +86,20 @@ class Saver:
         if self._copied is not None:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
 
-    def check(self) -> None:
-        """Raise what went wrong since the last call."""
-        if self._flight is not None and self._flight.done():
-            self.wait()
-        if self._uploader:
-            self._uploader.check()
+    def failed(self) -> bool:
+        """Whether this rank knows by now that something went wrong: training is to halt."""
+        try:
+            if self._flight is not None and self._flight.done():
+                self.wait()
+            if self._uploader:
+                self._uploader.check()
+        except Halted as error:
+            self._wrong = error
+        return self._wrong is not None
+
+    def failure(self) -> Halted:
+        """What went wrong, the same on every rank; all have to ask, once one has `failed`."""
+        return next(filter(None, self._group.gathered(self._wrong)))
 
     def resume(self, step: int) -> None:
         """Begin behind the checkpoint of `step`, 0 for none: it may have been cut off before it was
@@ -106,7 +123,7 @@ class Saver:
                 self._uploader.spare(self._best)
 
     def wait(self) -> None:
-        """Wait until the checkpoint that was begun is on disk."""
+        """Wait until the checkpoint that was begun is on disk, with all ranks' shares."""
         flight, self._flight = self._flight, None
         if flight is not None:
             flight.result()
@@ -115,7 +132,7 @@ class Saver:
         """Remove what stayed on disk to be sent, or as the best one, and need not any more; nothing
         is written or sent.
         """
-        if self._written is not None:
+        if self._group.lead and self._written is not None:
             rotate(self._run.checkpoints, self._written, self._keep, self._best)
 
     def _room(self, group: str, key: str, tensor: Tensor) -> Tensor:
@@ -145,7 +162,7 @@ class Saver:
             self._copied.synchronize()
         spare = self._best | (self._uploader.needed() if self._uploader else set())
         written = Kept(kept.step, self._host, kept.state)
-        made = write_kept(self._run, written, self._keep, spare)
+        made = write_kept(self._run, written, self._keep, spare, self._writers)
         self._written = kept.step
         if self._uploader:
             self._uploader.take(made)

@@ -2,7 +2,7 @@
 (`torch.distributed.fsdp.fully_shard`), which is ZeRO's third stage (arXiv 1910.02054).
 
 A tensor in parts is a DTensor, which has the whole one's shape. `whole` and `part_of` lead from one
-to the other, so a checkpoint holds whole tensors and fits any number of ranks, sharded or not.
+to the other. A checkpoint is written from parts, `share_of`, and read as wholes or as other parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
@@ -27,7 +27,10 @@ from flowray.losses.gradients import DTYPES
 from flowray.losses.total import Objective
 from flowray.model.assemble import FlowModel
 from flowray.model.text import TextModel
+from flowray.store.tensorfile import Stored
 from flowray.train.group import WAITS, Group
+
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -168,16 +171,63 @@ def whole(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     return kept
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor that every rank has, cut as `like` is; the tensor itself
-    where that is not in parts, or of another shape. Nothing is sent.
+@torch.no_grad()
+def share_of(groups: Mapping[str, Mapping[str, Tensor]], group: Group) -> dict[str, Tensors]:
+    """What this rank writes of the tensors of a state, so that the ranks together write each once:
+    the rows that it alone holds, and of what several hold alike so much that all of these write as
+    many bytes, as nearly as whole tensors allow.
     """
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    # src_data_rank None: each rank cuts what it has
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    share: dict[str, Tensors] = {name: {} for name in groups}
+    written: dict[int, list[int]] = {}  # bytes, by how many hold the same, of each of them
+    named = [(name, key, each) for name, of in groups.items() for key, each in of.items()]
+    # the largest first; every rank comes to the same
+    for name, key, tensor in sorted(named, key=lambda each: -_bytes(each[2])):
+        mine, holders = _place(tensor, group)
+        of_each = written.setdefault(holders, [0] * holders)
+        least = of_each.index(min(of_each))
+        of_each[least] += _bytes(tensor)
+        here = local(tensor)
+        if least == mine and (here.numel() or not tensor.numel()):
+            share[name][key] = here
+    return share
 
 
-def parts_of(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`part_of` each, by name; names that `like` lacks stay whole."""
-    return {name: part_of(each, like.get(name, each)) for name, each in tensors.items()}
+def _bytes(tensor: Tensor) -> int:
+    """Of the whole."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _place(tensor: Tensor, group: Group) -> tuple[int, int]:
+    """This rank's place among those that hold the same of it, and how many they are."""
+    if not isinstance(tensor, DTensor):
+        return group.rank, group.world
+    place, holders, mesh = 0, 1, tensor.device_mesh
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            place = place * mesh.size(dim) + mesh.get_local_rank(dim)
+            holders *= mesh.size(dim)
+    return place, holders
+
+
+def part_of(tensor: Tensor | Stored, like: Tensor) -> Tensor:
+    """This rank's part, on the device of `like`, of a whole tensor that every rank has or can read,
+    cut as `like` is; all of it, where it is, where `like` is not in parts or of another shape.
+    Nothing is sent.
+    """
+    if not isinstance(like, DTensor) or tuple(tensor.shape) != tuple(like.shape):
+        return tensor if isinstance(tensor, Tensor) else tensor.whole()
+    begin, end, mesh = 0, like.shape[0], like.device_mesh
+    for dim, placement in enumerate(like.placements):
+        if placement.is_shard(0):  # as Tensor.chunk cuts
+            rows = -(-(end - begin) // mesh.size(dim))
+            begin = min(begin + rows * mesh.get_local_rank(dim), end)
+            end = min(begin + rows, end)
+    own = tensor[begin:end] if isinstance(tensor, Tensor) else tensor.rows(begin, end)
+    return DTensor.from_local(
+        own.to(like.device),
+        mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )

@@ -37,7 +37,7 @@ FEW = 16  # samples named
 
 class SkippedSteps(AbstractContextManager["SkippedSteps"]):
     """Looks after the skipped steps of a run, at logged steps and before checkpoints, on every
-    rank. saved: waits for the checkpoint that is being written, on the rank that writes it.
+    rank. saved: waits for the checkpoint that is being written.
     """
 
     def __init__(

@@ -19,6 +19,7 @@ from flowray.losses.total import Objective
 from flowray.model.assemble import FlowModel, build_model
 from flowray.store.checkpoint import (
     copy_into,
+    group_files,
     load_state,
     load_tensors,
     newest_checkpoint,
@@ -28,11 +29,15 @@ from flowray.store.checkpoint import (
 from flowray.store.frozen import WEIGHTS, frozen_weights, refuse_other_weights
 from flowray.store.remote_run import RemoteRun
 from flowray.store.run import RunDirectory
+from flowray.store.tensorfile import Stored, Take
+from flowray.store.tensorfile import whole as all_of
 from flowray.train.begin import begin_from
 from flowray.train.group import Group
 from flowray.train.optim import Ema, build_optimizer, lr_at, resolve_schedule
-from flowray.train.sharding import Shards, is_sharded, part_of, parts_of, shard, twin_of, whole
+from flowray.train.sharding import Shards, is_sharded, part_of, shard, share_of, twin_of
 from flowray.train.tally import Tally
+
+ALONE = Group(0, 1, torch.device("cpu"))
 
 
 class Halted(RuntimeError):
@@ -134,10 +139,10 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     return {f"{name}/{slot}": value for name, kept in slots.items() for slot, value in kept.items()}
 
 
-def load_slots(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
-    """The optimiser's state in a checkpoint, by parameter."""
+def load_slots(checkpoint: Path, take: Take = all_of) -> dict[str, dict[str, Tensor]]:
+    """The optimiser's state in a checkpoint, by parameter; take: as `load_tensors` has it."""
     slots: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_tensors(checkpoint, "optim").items():
+    for key, value in load_tensors(checkpoint, "optim", take).items():
         name, slot = key.rsplit("/", 1)
         slots.setdefault(name, {})[slot] = value
     return slots
@@ -155,27 +160,20 @@ class Kept:
 
 
 def tensor_groups(state: TrainState) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a state by name, as the files of a checkpoint have them: whole. Where ranks
-    hold parts every rank has to call it, and all but the lead get {}.
+    """All tensors of a state by name, in the groups of a checkpoint; in parts where ranks hold
+    parts.
     """
     weights: dict[str, Tensor] = {name: p.detach() for name, p in state.parameters.items()}
     groups = {"model": weights, "ema": state.ema.average, "optim": _optimizer_tensors(state)}
     if moving := state.model.semantic.moving():
         groups["moving"] = moving
-    if state.shards is None:
-        return groups
-    keep = state.shards.lead
-    gathered = {name: whole(tensors, keep=keep) for name, tensors in groups.items()}
-    return gathered if keep else {}
+    return groups
 
 
-def kept_of(state: TrainState, recipe: Recipe) -> Kept | None:
-    """What a checkpoint of the state as it is now holds; its tensors are the state's own. Where
-    ranks hold parts every rank has to call it, the tensors are copies on the CPU, and all but the
-    lead get None.
+def kept_of(state: TrainState, recipe: Recipe, group: Group = ALONE) -> Kept:
+    """What this rank of `group` writes into a checkpoint of the state as it is now; its tensors are
+    the state's own.
     """
-    if not (groups := tensor_groups(state)):
-        return None
     kept = {
         WEIGHTS: {**frozen_weights(recipe.model), **state.frozen},
         "seed": recipe.seed,
@@ -189,22 +187,29 @@ def kept_of(state: TrainState, recipe: Recipe) -> Kept | None:
         "backoffs": int(state.backoffs),
         "tally": state.tally.kept(),
     }
-    return Kept(state.step, groups, kept)
+    return Kept(state.step, share_of(tensor_groups(state), group), kept)
 
 
-def write_kept(run: RunDirectory, kept: Kept, keep: int, spare: Collection[int] = ()) -> Path:
-    """Write a checkpoint, of which the newest `keep` stay, and those of the steps `spare`.
+def write_kept(
+    run: RunDirectory, kept: Kept, keep: int, spare: Collection[int] = (), group: Group = ALONE
+) -> Path:
+    """Write a checkpoint, of which the newest `keep` stay, and those of the steps `spare`. Every
+    rank of `group` calls it, with its share.
 
-    Halted, with the older ones untouched: weights are not finite, or it cannot be written.
+    Halted, on every rank and with the older ones untouched: weights are not finite, or it cannot be
+    written.
     """
-    for name, weight in kept.groups["model"].items():
-        if not bool(weight.isfinite().all()):
-            raise Halted(
-                f"step {kept.step}: {name} is not finite, so no checkpoint was written; try a"
-                " lower optim.lr"
-            )
+    weights = kept.groups["model"].items()
+    broken = next((name for name, weight in weights if not bool(weight.isfinite().all())), None)
+    for name in filter(None, group.gathered(broken)):
+        raise Halted(
+            f"step {kept.step}: {name} is not finite, so no checkpoint was written; try a lower"
+            " optim.lr"
+        )
     try:
-        return save_checkpoint(run.checkpoints, kept.step, kept.groups, kept.state, keep, spare)
+        return save_checkpoint(
+            run.checkpoints, kept.step, kept.groups, kept.state, keep, spare, group
+        )
     except OSError as error:
         why = error.strerror or error
         raise Halted(
@@ -213,19 +218,19 @@ def write_kept(run: RunDirectory, kept: Kept, keep: int, spare: Collection[int] 
         ) from error
 
 
-def save_state(state: TrainState, recipe: Recipe, run: RunDirectory) -> Path | None:
-    """Write a checkpoint of the state, and wait for it; raises as `write_kept` does. Every rank
-    calls it where they hold parts; None on those that do not write.
+def save_state(state: TrainState, recipe: Recipe, run: RunDirectory, group: Group = ALONE) -> Path:
+    """Write a checkpoint of the state, and wait for it; raises as `write_kept` does. Every rank of
+    `group` calls it.
     """
-    kept = kept_of(state, recipe)
-    return None if kept is None else write_kept(run, kept, recipe.train.keep_checkpoints)
+    keep = recipe.train.keep_checkpoints
+    return write_kept(run, kept_of(state, recipe, group), keep, group=group)
 
 
 def restore_state(
     state: TrainState,
     recipe: Recipe,
     run: RunDirectory,
-    group: Group | None = None,
+    group: Group = ALONE,
     say: Callable[[str], None] = warn,
     remote: RemoteRun | None = None,
 ) -> None:
@@ -236,7 +241,6 @@ def restore_state(
     too. InputError on every rank where they do not see the same one.
     """
     state.frozen = frozen_weights(recipe.model)
-    group = group or Group(0, 1, torch.device("cpu"))
     found = None
     if group.lead:
         found = (
@@ -246,6 +250,7 @@ def restore_state(
         )
     named = group.share(found)
     if named is None:
+        _require_shared(run, group)
         begin_from(state, recipe)
         return
     checkpoint = run.checkpoints / named.name
@@ -257,16 +262,21 @@ def restore_state(
         )
     sizes = _continued(checkpoint, kept, state.data, recipe)
     refuse_other_weights(checkpoint, kept, recipe.model)
+
+    def part(key: str, stored: Stored) -> Tensor:
+        """Of what belongs to a parameter this rank reads the rows of its own part."""
+        name = key if key in state.parameters else key.rpartition("/")[0]
+        like = state.parameters.get(name)
+        return stored.whole() if like is None else part_of(stored, like)
+
     for group_name, into in (("model", state.parameters), ("ema", state.ema.average)):
-        tensors = parts_of(load_tensors(checkpoint, group_name), state.parameters)
-        copy_into(into, tensors, checkpoint)
+        copy_into(into, load_tensors(checkpoint, group_name, part), checkpoint)
     if moving := state.model.semantic.moving():
         copy_into(moving, load_tensors(checkpoint, "moving"), checkpoint)
-    for name, slots in load_slots(checkpoint).items():
+    for name, slots in load_slots(checkpoint, part).items():
         parameter = state.parameters[name]
         for slot, value in slots.items():  # fused: `step` too lies on the device
-            own = part_of(value.to(parameter.device), parameter)
-            state.optimizer.state[parameter][slot] = own
+            state.optimizer.state[parameter][slot] = value.to(parameter.device)
     state.step, state.batch_sizes = kept["step"], sizes
     state.begun_from = kept.get("begun_from")
     state.restart = restart_of(kept)
@@ -312,6 +322,19 @@ def batch_sizes_of(kept: Mapping[str, Any], size: int) -> BatchSizes:
     return BatchSizes(tuple((int(step), int(taken)) for step, taken in changes))
 
 
+_SHARED = "storage_path must be one and the same folder on every node"
+
+
+def _require_shared(run: RunDirectory, group: Group) -> None:
+    """InputError on every rank where one lacks the folder that the lead has made: each is to write
+    its share of the checkpoints there.
+    """
+    there = group.gathered(run.checkpoints.is_dir())
+    if there[0] and not all(there):
+        rank = there.index(False)
+        raise InputError(f"{run.checkpoints}: rank {rank} has no such folder: {_SHARED}")
+
+
 _NOTHING = "nothing"  # that a rank can read
 
 
@@ -322,15 +345,15 @@ def _read_alike(checkpoint: Path, named: Path, group: Group) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     try:
         kept = load_state(checkpoint)
-        seen = f"step {kept['step']}, weights {kept['files']['model.safetensors']['crc32']:08x}"
-    except (OSError, ValueError, KeyError, InputError) as error:
+        crc = kept["files"][group_files(checkpoint, "model")[0].name]["crc32"]
+        seen = f"step {kept['step']}, weights {crc:08x}"
+    except (OSError, ValueError, LookupError, InputError) as error:
         seen = f"{_NOTHING} ({getattr(error, 'strerror', None) or error})"
     of_ranks = group.gathered(seen)
     for rank, theirs in enumerate(of_ranks):
         if theirs != of_ranks[0] or theirs.startswith(_NOTHING):
             raise InputError(
-                f"{named}: rank 0 reads {of_ranks[0]} there, rank {rank} reads {theirs}:"
-                " storage_path must be one and the same folder on every node"
+                f"{named}: rank 0 reads {of_ranks[0]} there, rank {rank} reads {theirs}: {_SHARED}"
             )
     return kept
 

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -16,21 +16,27 @@ from flowray.store.run import RunDirectory
 from flowray.train.group import WAITS, Group
 
 SHARE = 50  # looking takes at most one part in so many of the time: a mounted bucket answers slowly
-# `preempted`: a rank's process or machine is about to be taken away
-Stop = Literal["", "stopped", "preempted"]
-STOPS: tuple[Stop, ...] = ("", "stopped", "preempted")  # the later one wins where ranks differ
+# `preempted`: a rank's process or machine is about to be taken away; `failed`: a checkpoint
+Stop = Literal["", "stopped", "preempted", "failed"]
+STOPS: tuple[Stop, ...] = get_args(Stop)  # the later one wins where ranks differ
 
 
 class StopRequests:
-    """Whether `run.stop_request` is there, as the lead sees it, and whether any rank is `told` that
-    it goes.
+    """Whether `run.stop_request` is there, as the lead sees it, whether any rank is `told` that it
+    goes, and whether any has `failed`.
 
     Ranks agree over the host, so that none waits for its GPU.
     """
 
-    def __init__(self, run: RunDirectory, group: Group, told: Callable[[], bool] | None = None):
+    def __init__(
+        self,
+        run: RunDirectory,
+        group: Group,
+        told: Callable[[], bool] | None = None,
+        failed: Callable[[], bool] = lambda: False,
+    ):
         self._file, self._group, self._next_look = run.stop_request, group, 0.0
-        self._told = told
+        self._told, self._failed = told, failed
         apart = group.world > 1 and dist.get_backend() != "gloo"
         self._hosts = dist.new_group(backend="gloo", timeout=WAITS) if apart else None
 
@@ -41,6 +47,8 @@ class StopRequests:
         mine: Stop = "stopped" if self._group.lead and self._look() else ""
         if self._told is not None and self._told():
             mine = "preempted"
+        if self._failed():
+            mine = "failed"
         seen = torch.tensor(STOPS.index(mine))
         if self._group.world > 1:
             dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self._hosts)

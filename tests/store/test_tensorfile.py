@@ -1,6 +1,7 @@
 """What is written and summed in one pass is what the safetensors library reads."""
 
 import errno
+import itertools
 import zlib
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from support import files_of_at_most
 
 from flowray.store import tensorfile
-from flowray.store.tensorfile import write_tensors
+from flowray.store.tensorfile import opened, read_tensors, write_tensors
 
 DTYPES = (
     torch.float64,
@@ -25,6 +26,26 @@ DTYPES = (
     torch.uint8,
     torch.bool,
 )
+
+
+def test_rows_in_several_files_are_one_tensor(tmp_path):
+    """Uneven ones, and none in the last file, beside what lies whole in one of them."""
+    tensor, scalar = torch.randn(5, 3), torch.tensor(7.0)
+    files = [tmp_path / f"x-{place}.safetensors" for place in range(4)]
+    write_tensors(files[0], {"rows": tensor[:2]})
+    write_tensors(files[1], {"rows": tensor[2:4], "scalar": scalar})
+    write_tensors(files[2], {"rows": tensor[4:]})
+    write_tensors(files[3], {"whole": tensor})
+    read = read_tensors(files)
+    assert read.keys() == {"rows", "scalar", "whole"}
+    for name, want in (("rows", tensor), ("scalar", scalar), ("whole", tensor)):
+        assert torch.equal(read[name], want), name
+    with opened(files) as stored:
+        assert stored["rows"].shape == stored["whole"].shape == (5, 3)
+        assert stored["scalar"].shape == ()
+        for begin, end in itertools.combinations_with_replacement(range(6), 2):
+            for name in ("rows", "whole"):
+                assert torch.equal(stored[name].rows(begin, end), tensor[begin:end])
 
 
 def test_the_library_reads_every_type_and_shape(tmp_path, monkeypatch):

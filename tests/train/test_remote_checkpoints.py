@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 from remote_servers import BUCKET, Failing, client, s3_server, use
+from shares import save_shares
 from support import assert_refused, tiny_recipe
 
 from flowray.cli.train import main
 from flowray.config.errors import InputError
 from flowray.config.load import dump_recipe, override_recipe
 from flowray.config.recipe import Recipe
-from flowray.store.checkpoint import DAMAGED, STATE, list_checkpoints, step_of
+from flowray.store.checkpoint import DAMAGED, STATE, list_checkpoints, load_tensors, step_of
 from flowray.store.remote_run import RemoteRun
 from flowray.store.rows import add_row, read_rows
 from flowray.store.run import RunDirectory
@@ -213,6 +214,19 @@ def test_damaged_ones_are_passed_over_and_unreadable_ones_end_the_start(
     monkeypatch.setattr("flowray.data.remote.TRIES", 2)
     failing.every = 1
     assert_refused(remote.newest, InputError, r"cannot be reached or read, 2 times")
+
+
+def test_shares_of_several_ranks_come_back(recipe: Recipe) -> None:
+    run = run_of(recipe)
+    run.create()
+    weights = torch.arange(12.0).reshape(6, 2)
+    save_shares(run.checkpoints, 4, [{"model": {"w": weights[:4]}}, {"model": {"w": weights[4:]}}])
+    RemoteRun.of(recipe, run).send(run.checkpoint(4))
+    shutil.rmtree(run.path)
+    run.create()
+    fetched = RemoteRun.of(recipe, run).newest()
+    assert fetched == run.checkpoint(4)
+    assert torch.equal(load_tensors(fetched, "model")["w"], weights)
 
 
 def test_a_damaged_disk_takes_the_one_in_the_bucket(recipe: Recipe, whole: RunDirectory) -> None:

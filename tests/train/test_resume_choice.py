@@ -86,6 +86,17 @@ def test_ranks_that_see_different_checkpoints_do_not_train_together(base, differ
     assert run.metrics.read_bytes() == rows
 
 
+def test_ranks_without_the_leads_folder_do_not_begin(base):
+    """They would train to the first checkpoint, of which each is to write a share."""
+    recipe = override_recipe(base, {"name": "begun", "resources.num_workers": 2})
+    other = run_of(recipe).path.with_name("begun-other")
+    on_two_ranks(of_two_storages, recipe.model_dump(mode="json"), str(other))
+    said = "rank 1 has no such folder: storage_path must be one and the same folder on every node"
+    for rank in (0, 1):
+        assert Path(f"{other}-told-{rank}").read_text().endswith(f"/checkpoints: {said}")
+    assert not run_of(recipe).metrics.exists()
+
+
 def test_ranks_that_see_the_same_one_do(base):
     recipe = override_recipe(base, {"name": "same"})
     run = go(recipe)

@@ -18,12 +18,9 @@ from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
 from flowray.store.checkpoint import list_checkpoints, load_state, load_tensors, newest_checkpoint
 from flowray.store.run import RunDirectory
-from flowray.train.group import Group
 from flowray.train.loop import train
 from flowray.train.saving import Saver
-from flowray.train.state import Halted, Kept
-
-CPU = torch.device("cpu")
+from flowray.train.state import ALONE, Halted, Kept
 
 
 def kept(step: int, weights: torch.Tensor) -> Kept:
@@ -40,7 +37,7 @@ def run(tmp_path) -> RunDirectory:
 
 def test_what_changes_after_settling_is_not_in_it(run):
     weights = torch.ones(2**20)
-    with Saver(run, 2, CPU) as saver:
+    with Saver(run, 2, ALONE) as saver:
         for step in (1, 2, 3):
             saved = kept(step, weights)
             saver.begin(saved)
@@ -57,28 +54,28 @@ def test_what_changes_after_settling_is_not_in_it(run):
 
 
 def test_the_end_waits_for_the_last_one(run):
-    with Saver(run, 2, CPU) as saver:
+    with Saver(run, 2, ALONE) as saver:
         saver.begin(kept(5, torch.ones(2**20)))
     assert newest_checkpoint(run.checkpoints).name == "step_000005"
 
 
 def checked(saver: Saver) -> None:
     """As every step asks."""
-    while True:
-        saver.check()
+    while not saver.failed():
         time.sleep(0.01)
+    raise saver.failure()
 
 
 def diverge(run: RunDirectory, weights: torch.Tensor) -> None:
     """The step after the checkpoint fails too, before anybody has asked."""
-    with Saver(run, 2, CPU) as saver:
+    with Saver(run, 2, ALONE) as saver:
         saver.begin(kept(4, weights / 0))
         raise ValueError("what came of it")
 
 
 def test_what_goes_wrong_is_raised_by_a_later_call(run):
     big = torch.ones(2**16)
-    with Saver(run, 2, CPU) as saver:
+    with Saver(run, 2, ALONE) as saver:
         saver.begin(kept(1, big))
         saver.wait()
         with files_of_at_most(1000):
@@ -86,7 +83,6 @@ def test_what_goes_wrong_is_raised_by_a_later_call(run):
             saver.settle()
             with pytest.raises(Halted, match="step 2: the checkpoint cannot be written: File too"):
                 checked(saver)
-        saver.check()  # once
         saver.begin(kept(3, big))
     assert [path.name for path in list_checkpoints(run.checkpoints)] == [
         "step_000001",
@@ -103,11 +99,11 @@ from pathlib import Path
 import torch
 from flowray.store.run import RunDirectory
 from flowray.train.saving import Saver
-from flowray.train.state import Kept
+from flowray.train.state import ALONE, Kept
 run = RunDirectory(Path(sys.argv[1]))
 run.create()
 weights = torch.zeros(2**20)
-with Saver(run, 2, torch.device("cpu")) as saver:
+with Saver(run, 2, ALONE) as saver:
     for step in range(1, 10**6):
         saver.settle()
         weights += 1
@@ -138,7 +134,7 @@ def test_a_kill_at_any_time_leaves_a_whole_one(run):
 
 def go(recipe: Recipe) -> RunDirectory:
     run = RunDirectory(Path(recipe.storage_path) / recipe.name)
-    train(recipe, run, Group(0, 1, CPU), lambda row: None)
+    train(recipe, run, ALONE, lambda row: None)
     return run
 
 
