@@ -208,11 +208,9 @@ class _Lead:
 def _save(lead: _Lead | None, saver: Saver, kept: Kept, *, waiting: bool) -> None:
     """Begin a checkpoint; waiting: and wait for it, where nothing is trained meanwhile."""
     with lead.times.on("saving") if lead else nullcontext():
-        saver.begin(kept)
+        saver.begin(kept, *([lead.sinks.flush] if lead else []))
         if waiting:
             saver.wait()
-        if lead:
-            lead.sinks.flush()
 
 
 def _ended(lead: _Lead | None, saver: Saver, state: TrainState, how: Outcome) -> Outcome:

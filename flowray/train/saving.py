@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -59,8 +61,12 @@ class Saver:
         self._host: Groups = {}
         self._wrong: Halted | None = None
 
-    def begin(self, kept: Kept) -> None:
-        """Begin to save; waits for the checkpoint before, where that is still being written."""
+    def begin(self, kept: Kept, flush: Callable[[], None] = lambda: None) -> None:
+        """Begin to save; waits for the checkpoint before, where that is still being written.
+
+        flush: has rows up to now on disk before the checkpoint is there, of which a run that goes
+        on from it writes none again.
+        """
         self.wait()
         self._host = {
             group: {key: self._room(group, key, tensor) for key, tensor in tensors.items()}
@@ -78,7 +84,7 @@ class Saver:
         made = torch.cuda.current_stream(self._device).record_event() if self._stream else None
         self._copied = None
         self._enqueued.clear()
-        self._flight = self._thread.submit(self._save, kept, large, made)
+        self._flight = self._thread.submit(self._save, kept, large, made, flush)
 
     def settle(self) -> None:
         """Wait until what is saved may change. On a GPU its stream waits and not the host."""
@@ -144,7 +150,11 @@ class Saver:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
 
     def _save(
-        self, kept: Kept, large: list[tuple[Tensor, Tensor]], begun: torch.cuda.Event | None
+        self,
+        kept: Kept,
+        large: list[tuple[Tensor, Tensor]],
+        begun: torch.cuda.Event | None,
+        flush: Callable[[], None],
     ) -> None:
         try:
             if self._stream is None or begun is None:
@@ -160,6 +170,8 @@ class Saver:
             self._enqueued.set()
         if self._copied is not None:
             self._copied.synchronize()
+        with suppress(OSError):  # of a full disk the checkpoint tells
+            flush()
         spare = self._best | (self._uploader.needed() if self._uploader else set())
         written = Kept(kept.step, self._host, kept.state)
         made = write_kept(self._run, written, self._keep, spare, self._writers)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -57,6 +59,23 @@ def test_the_end_waits_for_the_last_one(run):
     with Saver(run, 2, ALONE) as saver:
         saver.begin(kept(5, torch.ones(2**20)))
     assert newest_checkpoint(run.checkpoints).name == "step_000005"
+
+
+def test_rows_are_flushed_beside_training_and_before_it_is_there(run):
+    go, seen = threading.Event(), []
+
+    def flush() -> None:
+        go.wait(60)
+        seen.extend(list_checkpoints(run.checkpoints))
+        raise OSError(errno.ENOSPC, "full")  # the checkpoint is written all the same
+
+    with Saver(run, 2, ALONE) as saver:
+        saver.begin(kept(1, torch.ones(4)), flush)
+        saver.settle()
+        go.set()
+        saver.wait()
+    assert not seen
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_000001"]
 
 
 def checked(saver: Saver) -> None:
