@@ -244,7 +244,6 @@ def _run(
     cpus = workers.num_workers * workers.cpus_per_worker
     with _StopSignals(run, progress) as signals, started(cpus, progress):
         run_shown(work, RunProgress(run, steps, start, progress), progress)
-    stopped = signals.came and not is_finished(recipe, run)
     run.stop_request.unlink(missing_ok=True)
     shutil.rmtree(run.path / ".ray", ignore_errors=True)
     if failure:
@@ -253,6 +252,7 @@ def _run(
             print(f"error: {'; '.join(filter(None, (str(failure[0]), what)))}", file=sys.stderr)
             return FINDINGS, time.monotonic() - started_s
         raise failure[0]
+    stopped = signals.came and not is_finished(recipe, run)
     return STOPPED if stopped else GOOD, time.monotonic() - started_s
 
 

@@ -28,7 +28,8 @@ _NODE_DIED = "node has died"  # Ray's words
 class LossTold(UserCallback):
     """A row of times.jsonl, {step, lost, why, at}, and a line in `run.doing`, for each time that
     ranks of the run were lost. Ray Train calls it in its controller. Where a worker is killed for
-    the second time at one place the run ends: for lack of memory it would be again.
+    the third time at one place, or for the second one and the kernel says that memory ran out, the
+    run ends: it would be again.
 
     kernel: the kernel's counters, of which `oom_kill` is told where it has risen on this host.
     """
@@ -37,6 +38,7 @@ class LossTold(UserCallback):
         self._run, self._kernel = RunDirectory(run_dir), kernel
         self._host, self._killed = socket.gethostname(), _oom_kills(kernel)
         self._last: _Place | None = None
+        self._again = 0  # how often in a row a kill came at the place of the one before
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if failure_file(self._run).exists():  # of the run itself: it is not started again
@@ -54,8 +56,10 @@ class LossTold(UserCallback):
             why = f"{why}, and the kernel has ended one for lack of memory"
         if not stuck and any(map(_killed, worker_exceptions.values())):
             before, self._last = self._last, _Place.of(self._run, step, for_memory)
-            if before and self._last.is_again(before):
-                said = f"a worker was killed twice {self._last}, with no step gained"
+            self._again = self._again + 1 if before and self._last.is_again(before) else 0
+            if self._again >= (1 if for_memory else 2):
+                times = "twice" if self._again == 1 else "three times"
+                said = f"a worker was killed {times} {self._last}, with no step gained"
                 told = OutOfMemory(f"{said}: so does the kernel where memory runs out")
                 write_failure(self._run, told)
         row = {"step": step, "lost": ranks, "why": why, "at": time.time()}

@@ -42,6 +42,8 @@ from flowray.train.state import Halted
 from flowray.tune.room import asked_words
 from flowray.views.gauges import RunGauges
 
+START_S = 1800  # for the ranks to find each other, as Ray has it by default
+
 Report = Callable[[dict[str, Any]], None]  # takes the rows of probes
 
 
@@ -154,8 +156,8 @@ def fit(
         failure_config=FailureConfig(**limits),
         callbacks=heard,
     )
-    # until the ranks watch each other
-    network = NodeNetwork(timeout_s=math.ceil(resources.stuck_after_s))
+    # until the ranks watch each other: to start takes minutes on a cold cluster
+    network = NodeNetwork(timeout_s=max(START_S, math.ceil(resources.stuck_after_s)))
     trainer = partial(
         TorchTrainer, work, scaling_config=scaling, torch_config=network, run_config=kept
     )

@@ -17,6 +17,7 @@ start.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -90,7 +91,8 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if first:
-        rotate(folder, step, keep, spare)
+        with suppress(OSError):  # the next one rotates again
+            rotate(folder, step, keep, spare)
     return final
 
 
@@ -139,6 +141,8 @@ def _written(
 def _sealed(partial: Path, final: Path, state: dict[str, Any]) -> Path:
     """Have a checkpoint of which all tensors are on disk in its place."""
     (partial / STATE).write_text(json.dumps(state))
+    if not is_valid(partial):  # a mount that keeps lists of files for a while
+        raise OSError(errno.ESTALE, "what other ranks wrote is not seen here")
     return put_whole(partial, final)
 
 

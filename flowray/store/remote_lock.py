@@ -141,7 +141,8 @@ class RemoteLock:
     def _alive(self, text: bytes) -> bool:
         owner = _owner(text)
         if owner.get("machine") == self._me["machine"] and "pid" in owner:
-            return owner["id"] != self._me["id"] and (
+            # within a process the run's own lock decides
+            return owner["pid"] != self._me["pid"] and (
                 process_start(owner["pid"]) == owner["started"]
             )
         seen = time.monotonic()

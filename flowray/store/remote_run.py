@@ -156,8 +156,8 @@ class RemoteRun:
             partial.mkdir()
             state = self._place.read(f"{folder}/{STATE}") or b""
             (partial / STATE).write_bytes(state)
-            for name in self._files(step):
-                if _FILE.fullmatch(name) and self._place.get(f"{folder}/{name}", partial / name):
+            for name in _files_of(state):
+                if self._place.get(f"{folder}/{name}", partial / name):
                     sync(partial / name)
             if (wrong := damage_of(partial)) is None:
                 return put_whole(partial, self._run.checkpoint(step))
@@ -202,6 +202,15 @@ class RemoteRun:
 
     def _files(self, step: int) -> list[str]:
         return [row["name"].rpartition("/")[2] for row in self._place.ls(self._folder(step))]
+
+
+def _files_of(state: bytes) -> list[str]:
+    """The names of a checkpoint's files, by its state; none of one that is damaged."""
+    try:
+        files = json.loads(state)["files"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return [name for name in files if _FILE.fullmatch(name)]
 
 
 def is_sent(recipe: Recipe, run: RunDirectory, step: int) -> bool:

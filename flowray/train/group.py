@@ -111,6 +111,11 @@ class Group:
             torch.manual_seed(seed)
             yield
 
+    def finish(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     def mean_(self, values: Tensor) -> Tensor:
         """Mean over ranks, in place."""
         if self.world > 1:
@@ -151,7 +156,7 @@ class Group:
         if self.world == 1:
             return [value]
         of_ranks: list[Shared] | None = [value] * self.world if self.lead else None
-        dist.gather_object(value, of_ranks)
+        dist.gather_object(value, of_ranks, group=self.over)
         return of_ranks or []
 
     def agree(self, flag: bool) -> bool:

@@ -128,6 +128,7 @@ def _watched(
             times.ready(state.step, group.world)
         skips = SkippedSteps(recipe, run, group, state, latents, saver.wait)
         closing.enter_context(skips)
+        closing.callback(watch.apart)  # what ends here may take its time
         stops, clock = StopRequests(run, group, told, saver.failed), Clock()
         # cut off after the checkpoint that the run goes on from
         missed = group.share(lead.sinks.missed() if lead else NOTHING)
@@ -141,6 +142,8 @@ def _watched(
             row = train_step(state, objective, batch, recipe, group)
             clock.stepped()
             due, stop = Due.at(state.step, recipe), stops.heard()
+            if due.log or due.checkpoint or stop:
+                group.finish()  # what hangs on a GPU is to hang within the step
             watch.apart()
             if stop == "failed":
                 raise saver.failure()

@@ -43,7 +43,11 @@ ALONE = Group(0, 1, torch.device("cpu"))
 class Halted(RuntimeError):
     """Training cannot go on and would fail again from the last checkpoint, which is good; one
     line, with the step.
+
+    errno: of the system's error behind it, which other ranks hear of too.
     """
+
+    errno: int | None = None
 
 
 @dataclass
@@ -212,10 +216,12 @@ def write_kept(
         )
     except OSError as error:
         why = error.strerror or error
-        raise Halted(
+        halted = Halted(
             f"step {kept.step}: the checkpoint cannot be written: {why}; the ones before it are"
             " kept"
-        ) from error
+        )
+        halted.errno = error.errno
+        raise halted from error
 
 
 def save_state(state: TrainState, recipe: Recipe, run: RunDirectory, group: Group = ALONE) -> Path:

@@ -93,6 +93,8 @@ class Uploader:
                 self._thread.join(0.1)
                 if kind is None:
                     self.check()
+            if kind is None:
+                self.check()
 
     def _work(self) -> None:
         pause = _FIRST_PAUSE_S

@@ -66,7 +66,9 @@ class Watch:
             world: Any = dist.group.WORLD
             world.set_timeout(WAITS)
             store, name = world.get_group_store().clone(), uuid.uuid4().hex
-            if self._group.lead:  # so that all are there to be read
+            if self._group.lead:
+                self._run.stuck.unlink(missing_ok=True)  # of the start before
+                # so that all are there to be read
                 for rank in range(self._group.world):
                     store.set(f"{name}/{rank}", "")
             name = self._group.share(name)
@@ -130,7 +132,11 @@ class Watch:
                 since = now
             elif now - since > self._limit_s:
                 late = sorted(rank for rank in seen if seen[rank] < max(seen.values()))
-                why = "waits for its batch" if late else "all are there: the network between hangs"
+                why = "waits for its batch"
+                if not late:
+                    fetching = self._place % 2 == 0
+                    why = "all wait" if fetching else "all are there: the network between hangs"
+                    why += " for their batches: the data's storage hangs" if fetching else ""
                 self._strike(late or sorted(seen), why)
             looked, places = now, seen
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from shares import save_shares
 
+from flowray.store import checkpoint
 from flowray.store.checkpoint import (
     STATE,
     damage_of,
@@ -77,3 +78,20 @@ def test_the_first_one_alone_fails_to_begin(tmp_path):
     (tmp_path / "file").touch()
     failed = save_shares(tmp_path / "file" / "checkpoints", 1, SHARES)
     assert {str(error) for error in failed} == {"[Errno 20] Not a directory (rank 0)"}
+
+
+def test_a_share_that_the_first_does_not_see_is_no_checkpoint(tmp_path, monkeypatch):
+    """As on a mount that keeps lists of files for a while."""
+    write = checkpoint.write_tensors
+
+    def elsewhere(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+        told = write(path, tensors)
+        if "-00002-of-" in path.name:
+            path.rename(tmp_path / path.name)
+        return told
+
+    monkeypatch.setattr(checkpoint, "write_tensors", elsewhere)
+    found = save_shares(tmp_path, 7, SHARES)
+    assert {type(each) for each in found} == {OSError}
+    assert not list(tmp_path.glob("step_*"))
+    assert not list(tmp_path.glob(".partial_*"))

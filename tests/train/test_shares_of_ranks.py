@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
@@ -143,7 +144,7 @@ def halted(rank: int, plain: dict[str, Any]) -> None:
         try:
             go(recipe)
         except Halted as error:
-            told[0] = str(error)
+            told[0] = f"{error.errno} {error}"
         weights = {"w": torch.full((3,), float("nan") if rank == 1 else 1.0)}
         try:
             write_kept(run, Kept(99, {"model": weights}, {}), 2, group=group)
@@ -161,8 +162,8 @@ def test_a_rank_that_cannot_write_halts_all_with_one_line(tmp_path):
     lines = [run.path.with_name(f"told-{rank}").read_text().splitlines() for rank in (0, 1)]
     assert lines[0] == lines[1]
     assert lines[0][0] == (
-        "step 8: the checkpoint cannot be written: File too large (rank 1); the ones before it are"
-        " kept"
+        f"{errno.EFBIG} step 8: the checkpoint cannot be written: File too large (rank 1); the ones"
+        " before it are kept"
     )
     assert lines[0][1].startswith("step 99: w is not finite, so no checkpoint was written")
     assert [path.name for path in run.checkpoints.iterdir()] == ["step_000004"]

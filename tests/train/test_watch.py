@@ -22,7 +22,10 @@ import torch
 import torch.distributed as dist
 from support import tiny_recipe
 
+from flowray.config.errors import InputError
 from flowray.config.recipe import Recipe
+from flowray.losses.total import Batch
+from flowray.store import checkpoint
 from flowray.store.checkpoint import list_checkpoints, step_of
 from flowray.store.run import RunDirectory
 from flowray.train.group import Group
@@ -34,6 +37,7 @@ LIMIT_S = 12.0
 STARTING_S = 240.0  # of two processes, on a busy machine
 RARELY = {"train.steps": STEPS, "train.checkpoint_every": 2, "train.sample_every": 100}
 FOREVER_S = 10_000.0
+BOTH = 2
 
 
 def run_of(recipe: Recipe) -> RunDirectory:
@@ -56,6 +60,23 @@ def freeze() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def fail(rank: int) -> None:
+    """Rank 1 has a batch that cannot be made, and takes its time to end: a share is written."""
+    make, write = BatchMaker.__call__, checkpoint.write_tensors
+
+    def made(self: BatchMaker, step: int) -> Batch:
+        if step == 4:
+            raise InputError("the true failure")
+        return make(self, step)
+
+    def slowly(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+        time.sleep(LIMIT_S)
+        return write(path, tensors)
+
+    if rank == 1:
+        BatchMaker.__call__, checkpoint.write_tensors = made, slowly
+
+
 def rank(rank: int, port: int, plain: dict, ill: int, how: str) -> None:
     """One of two ranks, of which `ill` hangs."""
     torch.set_num_threads(1)
@@ -70,7 +91,9 @@ def rank(rank: int, port: int, plain: dict, ill: int, how: str) -> None:
         timeout=timedelta(seconds=STARTING_S if how != "long work" else LIMIT_S),
     )
     told, report, make = None, lambda row: None, BatchMaker.__call__
-    if rank == ill:
+    if how == "fails":
+        fail(rank)
+    elif rank == ill or ill == BOTH:
         hang = freeze if how == "frozen" else lambda: time.sleep(FOREVER_S)
         told = _told_often(AT, hang) if how in ("frozen", "in the step") else None
         if how == "no batch":
@@ -105,9 +128,10 @@ def two_ranks(
     ("ill", "how", "named", "said"),
     [
         (1, "frozen", [1], "no sign of life"),
-        (0, "frozen", [0], "does not answer"),
-        (1, "no batch", [1], "its batch"),
-        (1, "in the step", [0, 1], "the network"),
+        pytest.param(0, "frozen", [0], "does not answer", marks=pytest.mark.faults),
+        pytest.param(1, "no batch", [1], "its batch", marks=pytest.mark.faults),
+        pytest.param(BOTH, "no batch", [0, 1], "the data's storage", marks=pytest.mark.faults),
+        pytest.param(1, "in the step", [0, 1], "the network", marks=pytest.mark.faults),
     ],
 )
 def test_ranks_that_wait_for_one_that_hangs_end(tmp_path, ill, how, named, said):
@@ -118,14 +142,14 @@ def test_ranks_that_wait_for_one_that_hangs_end(tmp_path, ill, how, named, said)
     )
     run = run_of(recipe)
     with two_ranks(recipe, ill, how) as processes:
-        waiting = processes[1 - ill]
+        waiting = processes[0 if ill else 1]
         waiting.join(STARTING_S)
         assert waiting.exitcode == 1
     told = json.loads(run.stuck.read_text())
     assert told["ranks"] == named
     assert said in told["why"]
     assert f"in step {AT} " in told["why"]
-    lines = (run.path / f"stderr-{1 - ill}").read_text().splitlines()
+    lines = (run.path / f"stderr-{0 if ill else 1}").read_text().splitlines()
     assert [line for line in lines if told["why"] in line]
     assert step_of(list_checkpoints(run.checkpoints)[-1]) == AT - 1  # that a start goes on from
 
@@ -143,4 +167,19 @@ def test_what_the_lead_does_between_steps_may_take_longer(tmp_path):
         assert [process.exitcode for process in processes] == [0, 0]
     run = run_of(recipe)
     assert step_of(list_checkpoints(run.checkpoints)[-1]) == STEPS
+    assert not run.stuck.exists()
+
+
+@pytest.mark.faults
+def test_one_that_fails_may_take_longer_to_end(tmp_path):
+    recipe = tiny_recipe(
+        tmp_path,
+        **RARELY,
+        **{"resources.num_workers": 2, "resources.stuck_after_s": LIMIT_S, "data.prefetch": 0},
+    )
+    run = run_of(recipe)
+    with two_ranks(recipe, 1, "fails") as processes:
+        processes[1].join(STARTING_S)
+        assert processes[1].exitcode == 1
+    assert "the true failure" in (run.path / "stderr-1").read_text()
     assert not run.stuck.exists()
