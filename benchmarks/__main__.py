@@ -314,7 +314,8 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> None:
         "--only",
         nargs="+",
         choices=("throughput", "checkpoints", "recovery", "goodput"),
-        help="of these parts; all take an hour, goodput half of it",
+        metavar="PART",
+        help="throughput, checkpoints, recovery, goodput; all take an hour, goodput half of it",
     )
     parser.set_defaults(run=_train)
 

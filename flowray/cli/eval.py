@@ -62,7 +62,8 @@ def _parser() -> Parser:
         ("--draws", f"pictures of each (default {PICTURES} in all; open ones {DRAWS})"),
         ("--limit", "captions of each kind, at most: for a quick look"),
     ):
-        parser.add_argument(option, type=whole_number(2), metavar="N", help=what)
+        least = 1 if option == "--limit" else 2  # a prompt of a set; scores want two captions
+        parser.add_argument(option, type=whole_number(least), metavar="N", help=what)
     others = parser.add_argument_group("what drawn and real pictures are compared by")
     others.add_argument(
         "--features",
@@ -216,6 +217,8 @@ def main(argv: list[str]) -> int:
     )
     if chosen := next((name for name in OPTIONS if vars(args)[name]), None):
         return _paint(args, chosen, choices)
+    if args.limit == 1:
+        raise InputError("--limit 1: scores want 2 captions or more; 1 goes with a set of prompts")
     result = evaluate(args.run, args.set, args.seed, ConsoleProgress(), args.out, choices)
     if args.json:
         print(json.dumps(result))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowray.data.order import BatchSizes
 from flowray.data.pixels import from_pictures
 from flowray.doctor import dataset
 from flowray.doctor.dataset import batch_alike, small_pictures, spread, surveyed
@@ -253,8 +254,7 @@ def test_of_a_batch_of_thousands_only_some_are_asked() -> None:
     def batch(step: int) -> SimpleNamespace:
         return SimpleNamespace(captions=["a"] * 4096, z1=torch.zeros(4096, 1, 2, 2))
 
-    recipe = SimpleNamespace(train=SimpleNamespace(batch_size=4096))
-    subject = SimpleNamespace(latents=Stored(), recipe=recipe, batches=batch)
+    subject = SimpleNamespace(latents=Stored(), sizes=BatchSizes.of(4096), batches=batch)
     captions, z1 = dataset._pairs(subject)  # type: ignore[arg-type]
     assert len(captions) == len(z1) == dataset.AGREEMENT
 

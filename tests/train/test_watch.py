@@ -149,8 +149,9 @@ def test_ranks_that_wait_for_one_that_hangs_end(tmp_path, ill, how, named, said)
     assert told["ranks"] == named
     assert said in told["why"]
     assert f"in step {AT} " in told["why"]
-    lines = (run.path / f"stderr-{0 if ill else 1}").read_text().splitlines()
-    assert [line for line in lines if told["why"] in line]
+    # the other one may have struck first, and ended the collective
+    lines = [(run.path / f"stderr-{rank}").read_text() for rank in range(2)]
+    assert [text for text in lines if told["why"] in text]
     assert step_of(list_checkpoints(run.checkpoints)[-1]) == AT - 1  # that a start goes on from
 
 

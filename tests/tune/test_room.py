@@ -49,7 +49,7 @@ def test_packaged_sweeps_use_what_is_there(name, trained):
     sweep = load_sweep(name, words)
     trials = {
         "head.yaml": 30,
-        "cfg.yaml": 21,
+        "cfg.yaml": 32,
         "kl.yaml": 10,
         "source_grad.yaml": 6,
         "lr_restart.yaml": 12,
