@@ -179,3 +179,20 @@ def test_mistakes_are_one_line(run: Path, pipe: Pipeline, tmp_path: Path) -> Non
     ):
         with pytest.raises(InputError, match=why):
             call()
+
+
+def test_what_a_method_does_not_take_is_refused(pipe: Pipeline) -> None:
+    latents = torch.zeros(2, 4, 4, 4)
+    others = {"negative": "cross", "compile": True, "observe": None}
+    for name, call, also in (
+        ("between", lambda **how: pipe.between(PROMPTS, 2, **how), {"numbers": [0, 1]}),
+        ("arithmetic", lambda **how: pipe.arithmetic(PROMPTS, ["ring"], ["cross"], **how), {}),
+        (
+            "reverse",
+            lambda **how: pipe.reverse(latents, PROMPTS, **how),
+            {"numbers": [0, 1], "seed": 1, "aspect": 1.0},
+        ),
+    ):
+        for key, value in {**others, **also}.items():
+            with pytest.raises(InputError, match=f"{name}: does not go with {key}"):
+                call(**{key: value})
