@@ -28,6 +28,7 @@ from flowray.sample.generate import (
     check_finite,
     check_negative,
     decoded,
+    encoded,
     latent_batches,
     numbers_of,
     source_noise,
@@ -65,10 +66,10 @@ class Pipeline:
     All methods that draw take any keys of the recipe's `sample` section, such as steps=50 or
     guidance_scale=2; all but `reverse` seed and aspect, width / height, one of the run's
     data.aspect_ratios; all but `between` and `reverse` numbers, which draw of its caption each is
-    (`numbers_of` unless given). Calling it, `pictures`, `latents`, `path` and `strip` take negative,
-    a caption to be guided away from, and compile, the velocity network through torch.compile.
-    InputError, one line, for what is mistyped or does not go with a method, and for a latent that
-    is not finite.
+    (`numbers_of` unless given). Calling it, `pictures`, `latents`, `path` and `strip` also take
+    negative, a caption to be guided away from, and compile, the velocity network through
+    torch.compile. InputError, one line, for what is mistyped or does not go with a method, and for
+    a latent that is not finite.
     """
 
     def __init__(self, opened: OpenedRun, autoencoder: Autoencoder):
@@ -204,8 +205,7 @@ class Pipeline:
         none, by lanczos.
         """
         pixels = to_pictures(self.prepared(images)).to(self.device)
-        moments = self.autoencoder.encode_moments(pixels)
-        return self.autoencoder.sample(moments, torch.zeros_like(moments.mean))
+        return encoded(self.autoencoder, pixels, self.recipe.sample.batch_size)
 
     def prepared(self, images: Sequence[Image.Image] | Image.Image) -> list[np.ndarray]:
         """Pictures uint8 (H, W, 3) as the autoencoder is given them; see `encode`."""
