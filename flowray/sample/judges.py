@@ -32,6 +32,7 @@ SIDE = 32  # px of a picture whose pixels are compared
 BATCH = 8  # of 32 pictures a network takes twice as long for each on a CPU
 GPU_BATCH = 64
 SIDE_OF_NETS = 224  # px, where a network's config says none
+PREPARED = "preprocessor_config.json"
 NORM = ("mean", "std")
 MADE = 1  # raise it where the same picture and network come to other features: kept ones are stale
 _NETS: dict[str, Callable[..., ImageNetConfig]] = {
@@ -133,7 +134,7 @@ class _AnyNetwork:
         if self.net.main_input_name != "pixel_values":
             want = "want one of pictures alone, or SigLIP or CLIP"
             raise refused(OPTION, folder, f"holds a {config.model_type} model; {want}")
-        file = folder / "preprocessor_config.json"
+        file = folder / PREPARED
         says = read_json(file, OPTION) if file.is_file() else {}
         sizes = getattr(config, "image_size", None) or SIDE_OF_NETS
         self.size = (sizes, sizes) if isinstance(sizes, int) else tuple(sizes)
@@ -154,7 +155,8 @@ def _described(folder: Path) -> bool:
 
 
 def _content(folder: Path) -> str:
-    """Stands for the network: its config and its weights."""
-    config = (folder / CONFIG).read_bytes() if _described(folder) else b""
+    """Stands for the network: its config, how it prepares pictures, and its weights."""
+    files = [file for name in (CONFIG, PREPARED) if (file := folder / name).is_file()]
+    config = b"".join(file.read_bytes() for file in files)
     weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
     return f"{hashlib.sha256(config).hexdigest()[:8]}-{content_of(*weights)}"

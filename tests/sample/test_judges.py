@@ -208,6 +208,10 @@ def test_a_network_of_any_family_is_averaged_over_its_last_layer(place: Path) ->
         last = net(pixel_values=seen).last_hidden_state.mean((2, 3))
     by_hand = last / last.norm(dim=1, keepdim=True) * 4  # the root of 16 dims
     assert found == pytest.approx(by_hand.numpy(), rel=1e-3, abs=1e-4)
+    before = judge(place, str(place / "resnet")).fingerprint
+    says["image_mean"] = [0.1, 0.4, 0.3]
+    (place / "resnet" / "preprocessor_config.json").write_text(json.dumps(says))
+    assert judge(place, str(place / "resnet")).fingerprint != before
 
 
 def test_what_is_no_network_is_refused(place: Path) -> None:
