@@ -24,6 +24,7 @@ from flowray.model.efficientnet import load_efficientnet
 from flowray.model.files import CONFIG, content_of, open_model, read_json, refused
 from flowray.model.images import IMAGENET, load_image_encoder
 from flowray.model.pretrained import load_weights, transformers_config
+from flowray.sample.clipscore import ClipPictures, load_clip
 from flowray.store.fingerprints import autoencoder_fingerprint
 
 PIXELS, LATENTS = "pixels", "latents"
@@ -34,7 +35,7 @@ GPU_BATCH = 64
 SIDE_OF_NETS = 224  # px, where a network's config says none
 PREPARED = "preprocessor_config.json"
 NORM = ("mean", "std")
-MADE = 1  # raise it where the same picture and network come to other features: kept ones are stale
+MADE = 2  # raise it where the same picture and network come to other features: kept ones are stale
 _NETS: dict[str, Callable[..., ImageNetConfig]] = {
     "siglip": SiglipNet,
     "clip": ClipNet,
@@ -76,7 +77,8 @@ def open_judge(
     name: str, autoencoder: Autoencoder, config: AutoencoderConfig, device: torch.device
 ) -> Judge:
     """PIXELS: the picture at no more than SIDE px; LATENTS: what the run's autoencoder makes of it;
-    else the feature of the network in a folder (the pooled one of SigLIP, CLIP and DINOv2),
+    else the feature of the network in a folder (of a whole CLIP model the image embeds, the pooled
+    one of its vision half alone, SigLIP and DINOv2),
     brought to length root(dims): distances are then those of cosines, which find a caption's other
     pictures better.
 
@@ -114,6 +116,8 @@ def _network(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     if not _described(folder):
         return load_efficientnet(folder, OPTION).to(device).features
     kind = read_json(folder / CONFIG, OPTION).get("model_type")
+    if kind == "clip":
+        return ClipPictures(load_clip(str(folder), OPTION), device)
     for family, net in _NETS.items():
         if str(kind).startswith(family):
             encoder = load_image_encoder(net(path=str(folder)), OPTION, frozen=True).to(device)
