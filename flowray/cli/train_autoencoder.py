@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flowray.cli.common import GOOD
 from flowray.cli.parser import JSON, Parser, number, whole_number
 from flowray.cli.progress import IMPORTING, ConsoleProgress, quiet_libraries
+from flowray.config.cache import cache_dir
 from flowray.config.errors import InputError
 from flowray.config.load import load_recipe
 from flowray.config.paths import PathField, absolute, expand, model_argument
@@ -143,9 +144,9 @@ def main(argv: list[str]) -> int:
         import torch
 
         from flowray.store.splits import BAD_SAMPLES
-        from flowray.train.autoencoder import JUDGED, Design, held_out_psnr
+        from flowray.train.autoencoder import Design, held_out_psnr
         from flowray.train.autoencoder import train_autoencoder as fit
-        from flowray.train.autoencoder_pictures import in_order
+        from flowray.train.autoencoder_pictures import JUDGED, in_order
 
     design = Design(
         channels=args.channels,
@@ -212,16 +213,21 @@ def _open(
     progress: ConsoleProgress,
 ) -> ShardReader:
     """A split of a named set, or the shards that `spec` names, without what is to be left out,
-    which is added to `bad`.
+    which is added to `bad`; of held-out ones those that are judged.
     """
     shards = () if spec in NAMED else find_shards(spec)
     with progress.task(IMPORTING):
         from flowray.store.encode import Budget
         from flowray.store.latents import split_shards
-        from flowray.train.autoencoder_pictures import look_through
+        from flowray.train.autoencoder_pictures import JUDGED, look_through
     every = ShardReader(shards or split_shards(DataConfig(shards=spec), progress)[split])
-    budget = Budget(split, len(every), args.max_bad, option="--max-bad ", kept="")
-    reader, rows = look_through(every, budget, prepare, progress)
+    most = JUDGED if split == "val" else None
+    looked_at = len(every) if most is None else min(most, len(every))
+    budget = Budget(split, looked_at, args.max_bad, option="--max-bad ", kept="")
+    where = cache_dir(None)
+    reader, rows = look_through(
+        every, budget, prepare, progress, where, most=most, planned=args.plan
+    )
     bad += rows
     if told := budget.told():
         progress.say(f"{told}; bad_samples.jsonl in {args.out} will name them")

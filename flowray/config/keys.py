@@ -474,6 +474,9 @@ KEYS: tuple[MetricKey, ...] = (
          "of open captions: total variation between pictures and data, beyond that of real draws"),
     _key("eval/frechet", "latent^2", "lower",
          "Frechet distance between drawn and real pictures, in latents"),
+    _key("eval/kernel", "-", "lower",
+         "kernel distance between drawn and real pictures, times 1000, unbiased; about 0 as in the"
+         " data"),
     _key("eval/<score>", "share", "higher", "share of pictures that pass this check"),
     _key("eval/<set>/<score>", "share", "higher",
          "share of pictures of this set that pass this check"),

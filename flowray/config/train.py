@@ -39,7 +39,15 @@ MomentsKind = Literal["fp16", "bf16", "fp32"]
 OPEN_SCORES = ("named", "coverage_excess")  # of flowray.eval's `open`, what sweeps go by
 FRECHET = "frechet"  # beside them, and of flowray.eval's `neighbours`
 # of `neighbours`, beside the accuracies of what the samples' JSON says
-OTHER_SCORES = (FRECHET, "precision", "recall", "density", "coverage", "diversity")
+OTHER_SCORES = (FRECHET, "kernel", "precision", "recall", "density", "coverage", "diversity")
+_OF_PARTS = ("colour", "shape", "size", "position", "background")
+_OF_ONE_OBJECT = ("all_correct", "mean_attribute_accuracy", *_OF_PARTS)
+# of `shapes`, on pictures of CHECKED
+CHECKED_SCORES = (
+    *_OF_ONE_OBJECT,
+    *(f"two_objects/{name}" for name in ("relation", "binding", "all")),
+    *(f"unseen/{name}" for name in _OF_ONE_OBJECT),
+)
 
 
 class DataConfig(Config):

@@ -25,6 +25,8 @@ TEXT = ".txt"
 # bytes of a .txt or .json of a sample: no caption is as long, and JSON takes many times its size
 LONGEST = 8 << 20
 LONGEST_CELL = 1 << 20  # characters of a .csv or .tsv: far more than a caption has
+# 131,072 by default, of all readers of the process: one that set it back would cut off another
+csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
 _NAMES, _CAPTIONS = ("image", "file_name"), ("captions", "caption", "text")
 _WANTED = "image (or file_name) and caption (or text)"
 
@@ -126,15 +128,12 @@ def _table_rows(text: str, between: str, keys: Sequence[str]) -> Iterator[tuple[
     if not any(name in names for name in _NAMES) or not any(name in names for name in keys):
         yield 1, dict.fromkeys(names)
         return
-    usual = csv.field_size_limit(LONGEST_CELL)  # 131,072, of all readers of the process
     try:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        line = reader.line_num
-        raise ValueError(f"line {line}: {error}; {LONGEST_CELL:,} characters a cell") from error
-    finally:
-        csv.field_size_limit(usual)
+        line = reader.reader.line_num  # the DictReader's own is of the row before
+        raise ValueError(f"line {line}: {error}") from error
 
 
 def _json_rows(text: str, whole: bool) -> Iterator[tuple[int, Any]]:

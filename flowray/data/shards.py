@@ -246,11 +246,12 @@ def expand_braces(spec: str) -> list[str]:
 def lacking(spec: str, found: Iterable[Path]) -> list[Path]:
     """The shards that the manifests beside those found for a spec name, and that are not there.
 
-    Of an address only where it is a folder's: otherwise nobody has looked for the others.
+    Only of a folder or a named set: who names some tars of one has not asked for the others.
     """
     there = set(found)
     remote = is_address(spec)
-    if remote and (spec.lower().endswith(".tar") or any(sign in spec for sign in "*?[{")):
+    some = spec.lower().endswith(".tar") or any(sign in spec for sign in "*?[{")
+    if some if remote else not (spec in NAMED or is_folder(Path(spec))):
         return []
     named = (folder / name for folder in {path.parent for path in there} for name in _named(folder))
     return sorted(path for path in named if path not in there and (remote or not path.exists()))

@@ -33,6 +33,15 @@ class Source(NamedTuple):
         text = None if self.text is None else self.text.rows(indices)
         return Source(self.posterior.rows(indices), self.z0[indices], text)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Source]) -> Source:
+        """The captions of all, whose tokens have one length."""
+        mus, logvars = ([getattr(p.posterior, x) for p in parts] for x in ("mu", "logvar"))
+        posterior = Posterior(torch.cat(mus), torch.cat(logvars), parts[0].posterior.amplitude)
+        texts = [part.text for part in parts if part.text is not None]
+        text = TextTokens(*map(torch.cat, zip(*texts, strict=True))) if texts else None
+        return cls(posterior, torch.cat([part.z0 for part in parts]), text)
+
 
 class FlowCore(nn.Module):
     """What pictures are made with: text side, head (None where the source is noise) and velocity

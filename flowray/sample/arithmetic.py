@@ -11,7 +11,7 @@ from flowray.config.flow import SampleConfig
 from flowray.model.assemble import FlowModel
 from flowray.model.posterior import Posterior
 from flowray.sample.between import mixed_latents, weighted
-from flowray.sample.generate import in_precision
+from flowray.sample.generate import source_of
 
 
 @torch.no_grad()
@@ -33,8 +33,7 @@ def sum_latents(
     captions = [caption, *plus, *minus]
     signs = torch.tensor([1.0] * (1 + len(plus)) + [-1.0] * len(minus), device=noise.device)
     weights = torch.cat([torch.eye(len(captions), device=noise.device), signs[:, None]], dim=1)
-    with in_precision(config, noise.device):
-        source = model.source(captions, noise)
+    source = source_of(model, captions, config, noise.expand(len(captions), -1, -1, -1))
     columns = weights.shape[1]
     parts = [
         source.rows(torch.full((columns,), k, device=noise.device)) for k in range(len(captions))

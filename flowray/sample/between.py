@@ -15,7 +15,14 @@ from flowray.flow.path import expand
 from flowray.model.assemble import FlowModel, Source
 from flowray.model.autoencoder import Autoencoder
 from flowray.model.posterior import Posterior
-from flowray.sample.generate import check_finite, decoded, in_precision, integrated, source_noise
+from flowray.sample.generate import (
+    check_finite,
+    decoded,
+    in_precision,
+    integrated,
+    source_noise,
+    source_of,
+)
 
 # linear: one noise held, the source's mean and log-variance mixed. spherical: from each caption's
 # own z0 to the next one's on the arc between them
@@ -134,8 +141,7 @@ def between(
     whose = list(captions) if mix == "spherical" else [captions[0]] * len(captions)
     noise = source_noise(model, whose * rows, seed, device, size, numbers)
     noise = noise.unflatten(0, (rows, len(captions)))
-    with in_precision(config, device):
-        ends = model.source(captions, noise[0])
+    ends = source_of(model, captions, config, noise[0])
     made = []
     for start in range(0, len(stops), config.batch_size):
         part = stops[start : start + config.batch_size]

@@ -231,15 +231,48 @@ def source_latents(
     be in eval mode.
     """
     device = next(model.velocity.parameters()).device
-    mus, drawn = [], []
-    for part in _parts(prompts, config.batch_size, None):
-        filled = part.filled(config.batch_size)
-        noise = source_noise(model, filled.prompts, seed, device, None, filled.numbers)
-        with model.text.whole_length(), in_precision(config, device):
-            made = model.source(filled.prompts, noise)
-        mus.append(made.posterior.mu[: len(part.prompts)])
-        drawn.append(made.z0[: len(part.prompts)])
-    return torch.cat(mus), torch.cat(drawn)
+    made = source_of(model, prompts, config, source_noise(model, prompts, seed, device))
+    return made.posterior.mu, made.z0
+
+
+@torch.no_grad()
+def source_of(
+    model: FlowModel, prompts: Sequence[str], config: SampleConfig, noise: Tensor
+) -> Source:
+    """The source of prompts, with noise (B, C, H, W), as `latent_batches` has it: in batches of
+    `sample.batch_size`, each prompt's the same to the last bit whatever prompts are beside it. The
+    model should be in eval mode.
+    """
+    size, made = config.batch_size, []
+    for start in range(0, len(prompts), size):
+        texts, own = list(prompts[start : start + size]), noise[start : start + size]
+        with model.text.whole_length(), in_precision(config, noise.device):
+            part = model.source(texts + texts[-1:] * (size - len(texts)), filled(own, size))
+        made.append(part.rows(slice(len(texts))))
+    return Source.joined(made)
+
+
+def filled(rows: Tensor, size: int) -> Tensor:
+    """Of `size` rows, the last one again and again; of one layout in memory, by which kernels are
+    chosen.
+    """
+    return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])]).contiguous()
+
+
+def encoded(autoencoder: Autoencoder, pictures: Tensor, most: int) -> Tensor:
+    """Latents (B, C, H, W), the means of their posteriors, of pictures (B, 3, H, W) in [-1, 1], in
+    pieces as `decoded` makes them.
+    """
+    size, latents = _at_once(pictures.shape[2] * pictures.shape[3], most), []
+    for piece in pictures.split(size):
+        moments = autoencoder.encode_moments(filled(piece, size))
+        latents.append(autoencoder.sample(moments, torch.zeros_like(moments.mean))[: len(piece)])
+    return torch.cat(latents)
+
+
+def _at_once(pixels: int, most: int) -> int:
+    """How many pictures of so many px an autoencoder is given at once."""
+    return max(1, min(most, DECODED // pixels))
 
 
 @torch.no_grad()
@@ -248,12 +281,10 @@ def decoded(autoencoder: Autoencoder, latents: Tensor, most: int) -> np.ndarray:
     pictures and, but for larger ones alone, DECODED px.
     """
     cell = autoencoder.picture_size[0] // autoencoder.latent.height
-    pixels = cell**2 * latents.shape[2] * latents.shape[3]
-    size = max(1, min(most, DECODED // pixels))
+    size = _at_once(cell**2 * latents.shape[2] * latents.shape[3], most)
     pictures = []
     for piece in latents.split(size):
-        filled = torch.cat([piece, piece[-1:].expand(size - len(piece), -1, -1, -1)])
-        pictures.append(from_pictures(autoencoder.decode(filled))[: len(piece)])
+        pictures.append(from_pictures(autoencoder.decode(filled(piece, size)))[: len(piece)])
     return np.concatenate(pictures)
 
 

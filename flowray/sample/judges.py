@@ -24,6 +24,7 @@ from flowray.model.efficientnet import load_efficientnet
 from flowray.model.files import CONFIG, content_of, open_model, read_json, refused
 from flowray.model.images import IMAGENET, load_image_encoder
 from flowray.model.pretrained import load_weights, transformers_config
+from flowray.sample.clipscore import ClipPictures, load_clip
 from flowray.store.fingerprints import autoencoder_fingerprint
 
 PIXELS, LATENTS = "pixels", "latents"
@@ -32,8 +33,9 @@ SIDE = 32  # px of a picture whose pixels are compared
 BATCH = 8  # of 32 pictures a network takes twice as long for each on a CPU
 GPU_BATCH = 64
 SIDE_OF_NETS = 224  # px, where a network's config says none
+PREPARED = "preprocessor_config.json"
 NORM = ("mean", "std")
-MADE = 1  # raise it where the same picture and network come to other features: kept ones are stale
+MADE = 2  # raise it where the same picture and network come to other features: kept ones are stale
 _NETS: dict[str, Callable[..., ImageNetConfig]] = {
     "siglip": SiglipNet,
     "clip": ClipNet,
@@ -75,7 +77,8 @@ def open_judge(
     name: str, autoencoder: Autoencoder, config: AutoencoderConfig, device: torch.device
 ) -> Judge:
     """PIXELS: the picture at no more than SIDE px; LATENTS: what the run's autoencoder makes of it;
-    else the feature of the network in a folder (the pooled one of SigLIP, CLIP and DINOv2),
+    else the feature of the network in a folder (of a whole CLIP model the image embeds, the pooled
+    one of its vision half alone, SigLIP and DINOv2),
     brought to length root(dims): distances are then those of cosines, which find a caption's other
     pictures better.
 
@@ -113,6 +116,8 @@ def _network(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     if not _described(folder):
         return load_efficientnet(folder, OPTION).to(device).features
     kind = read_json(folder / CONFIG, OPTION).get("model_type")
+    if kind == "clip":
+        return ClipPictures(load_clip(str(folder), OPTION), device)
     for family, net in _NETS.items():
         if str(kind).startswith(family):
             encoder = load_image_encoder(net(path=str(folder)), OPTION, frozen=True).to(device)
@@ -133,7 +138,7 @@ class _AnyNetwork:
         if self.net.main_input_name != "pixel_values":
             want = "want one of pictures alone, or SigLIP or CLIP"
             raise refused(OPTION, folder, f"holds a {config.model_type} model; {want}")
-        file = folder / "preprocessor_config.json"
+        file = folder / PREPARED
         says = read_json(file, OPTION) if file.is_file() else {}
         sizes = getattr(config, "image_size", None) or SIDE_OF_NETS
         self.size = (sizes, sizes) if isinstance(sizes, int) else tuple(sizes)
@@ -154,7 +159,8 @@ def _described(folder: Path) -> bool:
 
 
 def _content(folder: Path) -> str:
-    """Stands for the network: its config and its weights."""
-    config = (folder / CONFIG).read_bytes() if _described(folder) else b""
+    """Stands for the network: its config, how it prepares pictures, and its weights."""
+    files = [file for name in (CONFIG, PREPARED) if (file := folder / name).is_file()]
+    config = b"".join(file.read_bytes() for file in files)
     weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
     return f"{hashlib.sha256(config).hexdigest()[:8]}-{content_of(*weights)}"

@@ -28,6 +28,7 @@ from flowray.sample.generate import (
     check_finite,
     check_negative,
     decoded,
+    encoded,
     latent_batches,
     numbers_of,
     source_noise,
@@ -62,11 +63,13 @@ class Way(NamedTuple):
 class Pipeline:
     """Draws with one checkpoint of a run.
 
-    What all methods take: seed; numbers, which draw of its caption each is (`numbers_of` unless
-    given); negative, a caption to be guided away from; aspect, width / height, one of the run's
-    data.aspect_ratios; compile, the velocity network through torch.compile; and any keys of the
-    recipe's `sample` section, such as steps=50 or guidance_scale=2. InputError, one line, for what
-    is mistyped, and for a latent that is not finite.
+    All methods that draw take any keys of the recipe's `sample` section, such as steps=50 or
+    guidance_scale=2; all but `reverse` seed and aspect, width / height, one of the run's
+    data.aspect_ratios; all but `between` and `reverse` numbers, which draw of its caption each is
+    (`numbers_of` unless given). Calling it, `pictures`, `latents`, `path` and `strip` also take
+    negative, a caption to be guided away from, and compile, the velocity network through
+    torch.compile. InputError, one line, for what is mistyped or does not go with a method, and for
+    a latent that is not finite.
     """
 
     def __init__(self, opened: OpenedRun, autoencoder: Autoencoder):
@@ -139,6 +142,7 @@ class Pipeline:
         check_prompts(prompts)
         if len(prompts) < 2 or pictures < 2:
             raise InputError("between: want two prompts or more, and two pictures or more")
+        _refuse_own("between", keys)
         made = between(
             self.model,
             self.autoencoder,
@@ -170,6 +174,7 @@ class Pipeline:
         """
         check_prompts([*prompts, *plus, *minus])
         check_balanced(plus, minus)
+        _refuse_own("arithmetic", keys)
         config, size, rows = self.settings(keys), self._size(aspect), []
         noise = source_noise(self.model, prompts, seed, self.device, size, numbers)
         for prompt, own in zip(prompts, noise.split(1), strict=True):
@@ -187,6 +192,7 @@ class Pipeline:
         check_prompts(prompts)
         if len(prompts) != len(latents):
             raise InputError(f"reverse: {len(latents)} latents, but {len(prompts)} prompts")
+        _refuse_own("reverse", keys)
         made = round_trip(self.model, prompts, latents.to(self.device), self.settings(keys))
         check_finite(made.again, prompts)
         return made
@@ -199,8 +205,7 @@ class Pipeline:
         none, by lanczos.
         """
         pixels = to_pictures(self.prepared(images)).to(self.device)
-        moments = self.autoencoder.encode_moments(pixels)
-        return self.autoencoder.sample(moments, torch.zeros_like(moments.mean))
+        return encoded(self.autoencoder, pixels, self.recipe.sample.batch_size)
 
     def prepared(self, images: Sequence[Image.Image] | Image.Image) -> list[np.ndarray]:
         """Pictures uint8 (H, W, 3) as the autoencoder is given them; see `encode`."""
@@ -279,6 +284,12 @@ def sample_settings(recipe: Recipe, how: Mapping[str, Any]) -> SampleConfig:
 
 # what is no key of the recipe
 _OWN = {"seed", "numbers", "negative", "aspect", "observe", "compile"}
+
+
+def _refuse_own(method: str, keys: Mapping[str, Any]) -> None:
+    """InputError for a key that other methods take and this one does not."""
+    if other := sorted(_OWN & keys.keys()):
+        raise InputError(f"{method}: does not go with {other[0]}")
 
 
 def load_pipeline(

@@ -75,11 +75,12 @@ class GenEval(PromptSet):
     each = 4
 
     def read(self, path: Path) -> list[Wanted]:
-        found = []
-        lines = [line for line in _text(path, self.option).split("\n") if line.strip()]
-        for i, line in enumerate(lines):
-            row = _json(line, f"{self.option}: {path}:{i + 1}")
-            found.append(Wanted(f"{i:05d}", _said(row, "prompt", f"{path}:{i + 1}", self), row))
+        found: list[Wanted] = []
+        for number, line in enumerate(_text(path, self.option).split("\n"), 1):
+            if line.strip():
+                row = _json(line, f"{self.option}: {path}:{number}")
+                said = _said(row, "prompt", f"{path}:{number}", self)
+                found.append(Wanted(f"{len(found):05d}", said, row))
         return found
 
     def files(self, folder: Path, name: str) -> list[Path]:
@@ -101,7 +102,8 @@ class Dpg(PromptSet):
     each = 4
 
     def read(self, path: Path) -> list[Wanted]:
-        files = sorted(path.glob("*.txt"))
+        # hidden ones apart, as macOS's ._NAME.txt
+        files = sorted(file for file in path.glob("*.txt") if file.name[0] != ".")
         if not files:
             raise InputError(f"{self.option}: {path}: want a folder with a .txt for each prompt")
         texts = [(file, _text(file, self.option).strip()) for file in files]
@@ -127,7 +129,7 @@ class Coco(PromptSet):
     def read(self, path: Path) -> list[Wanted]:
         told = _json(_text(path, self.option), f"{self.option}: {path}")
         try:
-            names = {row["id"]: Path(row["file_name"]).stem for row in told.get("images", ())}
+            images = {row["id"]: row.get("file_name") for row in told.get("images", ())}
             rows = sorted(told["annotations"], key=lambda row: (row["image_id"], row["id"]))
             first: dict[int, Mapping[str, Any]] = {}
             for row in rows:
@@ -135,9 +137,11 @@ class Coco(PromptSet):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             want = "want annotations with image_id, id and caption"
             raise InputError(f"{self.option}: {path}: {want}, as in COCO's captions") from error
+        if odd := [key for key, file in images.items() if not isinstance(file, str) or not file]:
+            raise InputError(f"{self.option}: {path}: image {odd[0]}: want a 'file_name'")
         return [
             Wanted(
-                names.get(number, f"{number:012d}"),
+                Path(images.get(number, f"{number:012d}")).stem,
                 _said(row, "caption", f"{path}, image {number}", self),
                 {"image_id": number},
             )

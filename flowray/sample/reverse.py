@@ -12,7 +12,7 @@ from flowray.config.flow import SampleConfig
 from flowray.flow.guidance import guided, with_time_code
 from flowray.flow.solver import integrate, time_grid
 from flowray.model.assemble import FlowModel
-from flowray.sample.generate import in_precision, integrated
+from flowray.sample.generate import filled, in_precision, integrated
 
 
 class RoundTrip(NamedTuple):
@@ -29,14 +29,27 @@ class RoundTrip(NamedTuple):
 def round_trip(
     model: FlowModel, prompts: Sequence[str], latents: Tensor, config: SampleConfig
 ) -> RoundTrip:
-    """Latents (B, C, H, W) of pictures by the flow of their prompts from t = 1 to 0 and back; the
-    model should be in eval mode.
+    """Latents (B, C, H, W) of pictures by the flow of their prompts from t = 1 to 0 and back, at
+    most `sample.batch_size` at a time; one's are the same to the last bit whatever is beside it.
+    The model should be in eval mode.
 
     The error is the solver's alone: it falls with `sample.steps`, whatever the model has learnt. z0
     is off by more: paths that the flow brings together begin far apart.
     With `model.source.drop_null` the source's mean is the caption's, as in sampling.
     """
-    with in_precision(config, latents.device):
+    size, made = config.batch_size, []
+    for start in range(0, len(prompts), size):
+        texts, own = list(prompts[start : start + size]), latents[start : start + size]
+        part = _trip(model, texts + texts[-1:] * (size - len(texts)), filled(own, size), config)
+        made.append([tensor[: len(texts)] for tensor in part])
+    return RoundTrip(*map(torch.cat, zip(*made, strict=True)))
+
+
+def _trip(
+    model: FlowModel, prompts: Sequence[str], latents: Tensor, config: SampleConfig
+) -> RoundTrip:
+    """`round_trip` in one batch as they are."""
+    with model.text.whole_length(), in_precision(config, latents.device):
         source = model.source(prompts, torch.zeros_like(latents))
         field, times = model.field(source), time_grid(config.grid, config.steps)
         how = config.guidance_scale, config.guidance_interval, config.guidance_rescale

@@ -13,7 +13,14 @@ from flowray.config.paths import exists, is_file, no_such
 from flowray.config.recipe import Recipe
 from flowray.config.scale import scale_keys
 from flowray.config.schema import show
-from flowray.config.train import CHECKED, FRECHET, LEFT_OPEN, OPEN_SCORES, OTHER_SCORES
+from flowray.config.train import (
+    CHECKED,
+    CHECKED_SCORES,
+    FRECHET,
+    LEFT_OPEN,
+    OPEN_SCORES,
+    OTHER_SCORES,
+)
 from flowray.sweepconfig.distributions import Parameter, drawn, in_order
 from flowray.sweepconfig.parameters import ends
 from flowray.sweepconfig.sweep import SuccessiveHalving, Sweep, milestones
@@ -122,13 +129,17 @@ def _unscored(name: str, base: Recipe) -> str:
     score, shards = name.removeprefix("eval/"), base.data.shards
     if shards not in CHECKED:
         of_a_field = score.endswith("_accuracy") and score != "mean_attribute_accuracy"
-        scores = ", ".join(f"eval/{each}" for each in (*OTHER_SCORES, "caption_accuracy"))
-        if score in OTHER_SCORES or of_a_field:
-            return ""
-        return f"is no score of pictures of {shards}, which have {scores}"
-    if score in (*OPEN_SCORES, FRECHET) and shards != LEFT_OPEN:
+        known: tuple[str, ...] = (*OTHER_SCORES, *([score] if of_a_field else ["caption_accuracy"]))
+    elif shards == LEFT_OPEN:
+        known = (*CHECKED_SCORES, *OPEN_SCORES, FRECHET)
+    elif score in (*OPEN_SCORES, FRECHET):
         return f"is a score of runs on {LEFT_OPEN}, this one is on {shards}; type eval/all_correct"
-    return ""
+    else:
+        known = CHECKED_SCORES
+    if score in known:
+        return ""
+    scores = ", ".join(f"eval/{each}" for each in known)
+    return f"is no score of pictures of {shards}, which have {scores}"
 
 
 def _guides(sweep: Sweep, base: Recipe) -> bool:

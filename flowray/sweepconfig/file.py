@@ -361,14 +361,15 @@ def _override(data: dict[str, Any], key: str, value: Any) -> str:
             else {**old, name: {**(old.get(name) or {}), field: value}}
         )
     elif rest:
-        old = data.get(head)
-        if (
-            head == "metric" and isinstance(old, list) and isinstance(old[0], Mapping)
-        ):  # the first, as `metric` alone
-            data[head] = [{**old[0], rest: value}, *old[1:]]
-            return head
+        old, more = data.get(head), []
+        if head == "metric" and isinstance(old, list):  # the first, as `metric` alone
+            old, *more = old or [None]
         if not isinstance(old, Mapping | None):
-            raise InputError(f"{COMMAND_LINE}: {key}: {head} is not a mapping")
+            words = f"{head} is {show(old)}, want a mapping, in {{ }}{_EXAMPLES.get(head, '')}"
+            raise InputError(f"{COMMAND_LINE}: {key}: {words}")
+        if more:
+            data[head] = [{**(old or {}), rest: value}, *more]
+            return head
         if old is None or (key in _KINDS and old.get(rest) != value):
             data[head] = {rest: value}
             return head

@@ -46,7 +46,6 @@ from flowray.train.autoencoder_pictures import batches, in_order
 from flowray.train.optim import lr_at
 
 STATISTICS = 2048  # training pictures that the latents' mean and std are taken over, at most
-JUDGED = 1024  # held-out pictures
 # of an AutoencoderKL's config: what its weights belong to, and the scale of its latents
 _LAYERS = (
     *("latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups"),

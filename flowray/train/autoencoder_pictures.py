@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -13,43 +18,98 @@ from torch.utils.data import DataLoader, Dataset
 from flowray.config.cores import usable_cores
 from flowray.config.errors import InputError
 from flowray.config.progress import Progress
+from flowray.config.writing import write_whole
 from flowray.data.order import EpochOrder, evenly
 from flowray.data.pictures import decode_image, decode_sized
 from flowray.data.pixels import to_pictures
 from flowray.data.prepare import AS_THEY_ARE, OTHER_SIZE, Preparation
 from flowray.data.reader import ShardReader
+from flowray.data.remote import stat_of
 from flowray.store.encode import DECODERS, Budget, decode_or_bad
 from flowray.store.latent_shards import Bad, bad_row
 
 BATCH = 32  # pictures of a measurement
+JUDGED = 1024  # held-out pictures
 _LOOKED_AT = 1024  # pictures handed to the threads that decode at a time
 
 
 def look_through(
-    reader: ShardReader, budget: Budget, prepare: Preparation, progress: Progress
+    reader: ShardReader,
+    budget: Budget,
+    prepare: Preparation,
+    progress: Progress,
+    cache: Path,
+    *,
+    most: int | None = None,
+    planned: bool = False,
 ) -> tuple[ShardReader, list[dict[str, str]]]:
     """The reader without what is bad and what `prepare` leaves out, and the rows of
-    `bad_samples.jsonl` that name this. Every picture is decoded, once; bad is one that does not, or
-    that has another size than most. InputError where more are bad than `budget` allows.
+    `bad_samples.jsonl` that name this. Every picture is decoded, once: what is found is kept in
+    `cache`, for as long as the shards are the same. Bad is one that does not decode, or that has
+    another size than most. InputError where more are bad than `budget` allows.
+
+    most: of as many pictures alone, spread evenly over the set. planned: look at none, and leave
+    out what is known from before.
     """
-    left_out, sizes = dict[int, dict[str, str]](), dict[int, tuple[int, ...]]()
+    chosen = evenly(len(reader), len(reader) if most is None else most).tolist()
+    file = cache / f"looked-{_stands_for(reader, prepare, most)}.json"
+    found = _known(file)
+    for bad in found or ():
+        budget.add(reader.path(bad.index), [bad])
+    if found is None and not planned:
+        found = _look(reader, chosen, budget, prepare, progress)
+        with suppress(OSError):  # a read-only or full disk: they are looked at again another time
+            write_whole(file, json.dumps([asdict(bad) for bad in found]), shared=True)
+    left_out = {bad.index: bad for bad in found or ()}
+    unused = set(range(len(reader))) - set(chosen) | left_out.keys()
+    rows = [
+        {"split": budget.split, **bad_row(reader.path(index), left_out[index])}
+        for index in sorted(left_out)
+    ]
+    without = reader.places(sorted(unused))
+    return ShardReader(reader.paths, without=without, caption_key=reader.caption_key), rows
+
+
+def _stands_for(reader: ShardReader, prepare: Preparation, most: int | None) -> str:
+    """16 hex digits for the shards as they lie there, and how they are looked at."""
+    shards = [(str(path), *stat_of(path)) for path in reader.paths]
+    made_of = shards, reader.fingerprint(), prepare.tag, most
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+
+
+def _known(file: Path) -> list[Bad] | None:
+    """What was found before; None where there is no such file, or it is not whole."""
+    try:
+        return [Bad(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _look(
+    reader: ShardReader,
+    chosen: Sequence[int],
+    budget: Budget,
+    prepare: Preparation,
+    progress: Progress,
+) -> list[Bad]:
+    """What is to be left out of these pictures, each of which is decoded."""
+    left_out, sizes = list[Bad](), dict[int, tuple[int, ...]]()
 
     def look(index: int) -> tuple[int, ...] | Bad:
         found = decode_or_bad(reader, index, prepare, captioned=False)
         return found if isinstance(found, Bad) else found.shape[:2]
 
     def leave_out(bad: Bad) -> None:
-        path = reader.path(bad.index)
-        budget.add(path, [bad])
-        left_out[bad.index] = {"split": budget.split, **bad_row(path, bad)}
+        budget.add(reader.path(bad.index), [bad])
+        left_out.append(bad)
 
     what = f"looking through the {budget.split} pictures"
     with (
-        progress.task(what, len(reader)) as advance,
+        progress.task(what, len(chosen)) as advance,
         ThreadPoolExecutor(min(usable_cores(), DECODERS)) as pool,
     ):
-        for start in range(0, len(reader), _LOOKED_AT):
-            part = range(start, min(start + _LOOKED_AT, len(reader)))
+        for start in range(0, len(chosen), _LOOKED_AT):
+            part = chosen[start : start + _LOOKED_AT]
             for index, found in zip(part, pool.map(look, part), strict=True):
                 if isinstance(found, Bad):
                     leave_out(found)
@@ -64,9 +124,7 @@ def look_through(
                 " of several sizes to one"
             )
             leave_out(Bad(index, reader.key(index), OTHER_SIZE, message))
-    without = reader.places([*left_out])
-    rows = [left_out[index] for index in sorted(left_out)]
-    return ShardReader(reader.paths, without=without, caption_key=reader.caption_key), rows
+    return left_out
 
 
 class _Steps(Dataset[Tensor | InputError]):

@@ -221,12 +221,13 @@ def test_a_list_that_is_none_is_one_line_in_plain_words(
 
 
 def test_a_cell_of_a_table_beyond_what_python_reads_by_default(tmp_path: Path) -> None:
-    folder, usual = photos(tmp_path / "in", ["a.png"]), csv.field_size_limit()
-    text = "red " * usual
+    folder = photos(tmp_path / "in", ["a.png"])
+    text = "red " * (1 << 17)
     (folder / "metadata.csv").write_text(f"file_name,text\na.png,{text}\n")
     pack_folder(folder, tmp_path / "out", 8)
     assert ShardReader(find_shards(str(tmp_path / "out"))).captions(0) == [text.strip()]
-    assert csv.field_size_limit() == usual  # which is of the whole process
+    # of the whole process: a list that is through must not take it from one beside it
+    assert csv.field_size_limit() >= LONGEST_CELL
 
 
 def test_extensions_in_capitals(tmp_path: Path) -> None:

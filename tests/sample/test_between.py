@@ -19,8 +19,9 @@ from flowray.config.load import override_recipe
 from flowray.config.recipe import Recipe
 from flowray.model.assemble import FlowModel, Source, build_model
 from flowray.model.autoencoder import Autoencoder, load_autoencoder
+from flowray.sample.arithmetic import sum_latents
 from flowray.sample.between import arc_weights, between, between_latents, weighted
-from flowray.sample.generate import decoded, generate, generate_latents, source_noise
+from flowray.sample.generate import decoded, generate, generate_latents, source_noise, source_of
 
 ADALN = {"model.velocity.condition.kind": "adaln"}
 CROSS = {"model.velocity.condition.kind": "cross_attention"}
@@ -192,7 +193,7 @@ def test_rows_through_three_captions(recipe: Recipe) -> None:
     hook = model.text.register_forward_pre_hook(lambda _, given: read.append(len(given[0].mask)))
     pictures = drawn(7)
     hook.remove()
-    assert (sum(heard), sum(read)) == (10, 3)
+    assert (sum(heard), sum(read)) == (10, config.batch_size)  # once, in one filled batch
     for column, caption in ((0, A), (2, B), (4, C)):
         noise = source_noise(model, [A, A], 7, CPU)
         alone = decoded(autoencoder, generate_latents(model, [caption] * 2, config, noise), 2)
@@ -206,3 +207,33 @@ def test_rows_through_three_captions(recipe: Recipe) -> None:
     assert np.abs(pictures - drawn(8)).max() > 1
     config = config.model_copy(update={"batch_size": 4})
     assert np.abs(pictures - drawn(7)).max() <= 1
+
+
+def test_sources_do_not_hang_on_the_captions_beside_them(
+    recipe: Recipe, encoder: dict[str, Any]
+) -> None:
+    model = model_of(recipe, **CROSS, **encoder)
+    config = SampleConfig(steps=2, batch_size=2)
+    noise = source_noise(model, [A, B, C], 3, CPU)
+    every = source_of(model, [A, B, C], config, noise)
+    for i, caption in enumerate((A, B, C)):
+        alone = source_of(model, [caption], config, noise[i : i + 1])
+        assert torch.equal(alone.z0[0], every.z0[i])
+        assert alone.text is not None
+        assert every.text is not None
+        assert torch.equal(alone.text.values[0], every.text.values[i])
+    # of the whole length, as plain sampling has them
+    assert every.text is not None
+    assert every.text.mask.shape == (3, 16)
+
+
+def test_ends_have_tokens_of_the_whole_length(recipe: Recipe, encoder: dict[str, Any]) -> None:
+    """As plain sampling has them."""
+    model = model_of(recipe, **CROSS, **encoder)
+    autoencoder = load_autoencoder(recipe.model.autoencoder, recipe.model.latent)
+    config = SampleConfig(steps=2, batch_size=2)
+    lengths = set[int]()
+    model.text.register_forward_hook(lambda _, __, tokens: lengths.add(tokens.mask.shape[1]))
+    between(model, autoencoder, [A, "cross x"], 2, 1, config, 0)
+    sum_latents(model, A, ["cross x"], [A], config, source_noise(model, [A], 0, CPU))
+    assert lengths == {16}

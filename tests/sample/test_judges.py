@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from support import PICTURE, assert_refused, tiny_recipe
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     Dinov2Config,
     Dinov2Model,
     ResNetConfig,
@@ -174,6 +178,32 @@ class TestDinov2(NetworkContract):
         Dinov2Model(Dinov2Config(**SMALL, mlp_ratio=2)).save_pretrained(folder)
 
 
+class TestClip(NetworkContract):
+    """A whole one: its image embeds, not what is pooled before them."""
+
+    dims = 8
+
+    def save(self, folder: Path) -> None:
+        vision = {**SMALL, "intermediate_size": 32}
+        text = {**vision, "vocab_size": 9, "max_position_embeddings": 8}
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+        CLIPModel(config).save_pretrained(folder)
+
+    @pytest.mark.parametrize("size", [(16, 16), (40, 24), (24, 50)])
+    def test_features_are_the_image_embeds_that_transformers_has(
+        self, place: Path, found: Judge, size: tuple[int, int]
+    ) -> None:
+        smooth = pictures(4, 4)
+        shown = [np.asarray(Image.fromarray(each).resize(size)) for each in smooth]
+        process = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+        net = CLIPModel.from_pretrained(self.name(place)).eval()
+        with torch.no_grad():
+            seen = process(shown, return_tensors="pt")["pixel_values"]
+            embeds = net.visual_projection(net.vision_model(pixel_values=seen).pooler_output)
+        by_hand = embeds / embeds.norm(dim=1, keepdim=True) * 8**0.5
+        assert found.look(shown) == pytest.approx(by_hand.numpy(), abs=0.03)
+
+
 class TestSiglip(NetworkContract):
     def save(self, folder: Path) -> None:
         config = SiglipVisionConfig(**SMALL, intermediate_size=32)
@@ -208,6 +238,10 @@ def test_a_network_of_any_family_is_averaged_over_its_last_layer(place: Path) ->
         last = net(pixel_values=seen).last_hidden_state.mean((2, 3))
     by_hand = last / last.norm(dim=1, keepdim=True) * 4  # the root of 16 dims
     assert found == pytest.approx(by_hand.numpy(), rel=1e-3, abs=1e-4)
+    before = judge(place, str(place / "resnet")).fingerprint
+    says["image_mean"] = [0.1, 0.4, 0.3]
+    (place / "resnet" / "preprocessor_config.json").write_text(json.dumps(says))
+    assert judge(place, str(place / "resnet")).fingerprint != before
 
 
 def test_what_is_no_network_is_refused(place: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.ExifTags import Base
-from support import PICTURE, tiny_recipe
+from support import PICTURE, perturbed, tiny_recipe
 
 import flowray
 from flowray.cli.sample import main
@@ -179,3 +179,38 @@ def test_mistakes_are_one_line(run: Path, pipe: Pipeline, tmp_path: Path) -> Non
     ):
         with pytest.raises(InputError, match=why):
             call()
+
+
+def test_what_a_method_does_not_take_is_refused(pipe: Pipeline) -> None:
+    latents = torch.zeros(2, 4, 4, 4)
+    others = {"negative": "cross", "compile": True, "observe": None}
+    for name, call, also in (
+        ("between", lambda **how: pipe.between(PROMPTS, 2, **how), {"numbers": [0, 1]}),
+        ("arithmetic", lambda **how: pipe.arithmetic(PROMPTS, ["ring"], ["cross"], **how), {}),
+        (
+            "reverse",
+            lambda **how: pipe.reverse(latents, PROMPTS, **how),
+            {"numbers": [0, 1], "seed": 1, "aspect": 1.0},
+        ),
+    ):
+        for key, value in {**others, **also}.items():
+            with pytest.raises(InputError, match=f"{name}: does not go with {key}"):
+                call(**{key: value})
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_the_reverse_of_a_picture_does_not_hang_on_its_neighbours(run: Path, batch: int) -> None:
+    pipe = flowray.load(run, [f"sample.batch_size={batch}"])
+    perturbed(pipe.model.velocity)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (5, PICTURE, PICTURE, 3), dtype=np.uint8)
+    images, prompts = [Image.fromarray(each) for each in pixels], [*PROMPTS, "cross", "x", "y"]
+    latents, seen = pipe.encode(images), list[int]()
+    pipe.model.velocity.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    many = pipe.reverse(latents, prompts, steps=3)
+    for i in (0, 4):
+        assert torch.equal(pipe.encode(images[i])[0], latents[i])
+        one = pipe.reverse(latents[i : i + 1], prompts[i : i + 1], steps=3)
+        for a, b in zip(one, many, strict=True):
+            assert torch.equal(a[0], b[i])
+    assert max(seen, default=batch) <= 2 * batch  # with guidance's half

@@ -129,6 +129,15 @@ class TestGenEval(PromptSetContract):
         path.write_text('{"prompt": "a cat"}\n{"tag": "colors"}\n')
         return path
 
+    def test_a_line_is_named_as_an_editor_counts_it(self, tmp_path: Path) -> None:
+        path = tmp_path / "gaps.jsonl"
+        path.write_text('\n{"prompt": "a cat"}\n\n{"tag": "colors"}\n')
+        assert_refused(
+            lambda: read_set(self.prompts, path), InputError, r"gaps\.jsonl:4: want a 'prompt'"
+        )
+        path.write_text('\n{"prompt": "a cat"}\n\n{"prompt": "a dog"}\n')
+        assert [one.name for one in read_set(self.prompts, path)] == ["00000", "00001"]
+
 
 class TestDpg(PromptSetContract):
     prompts = Dpg()
@@ -155,6 +164,11 @@ class TestDpg(PromptSetContract):
         (folder / "damaged").mkdir(exist_ok=True)
         (folder / "damaged" / "a.txt").write_text(" \n")
         return folder / "damaged"
+
+    def test_hidden_files_are_no_prompts(self, tmp_path: Path) -> None:
+        written = self.written(tmp_path)
+        (written / "._midjourney0.txt").write_bytes(b"\x00\x05\x16\x07")
+        assert [one.prompt for one in read_set(self.prompts, written)] == PROMPTS
 
 
 class TestCoco(PromptSetContract):
@@ -189,6 +203,15 @@ class TestCoco(PromptSetContract):
         path = folder / "damaged.json"
         path.write_text(json.dumps({"annotations": [{"image_id": 1, "caption": "a cat"}]}))
         return path
+
+    def test_an_image_without_a_file_name_is_told(self, tmp_path: Path) -> None:
+        path = self.written(tmp_path)
+        told = json.loads(path.read_text())
+        del told["images"][0]["file_name"]
+        path.write_text(json.dumps(told))
+        assert_refused(
+            lambda: read_set(self.prompts, path), InputError, "image 74: want a 'file_name'"
+        )
 
 
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -26,13 +27,15 @@ from flowray.cli.train_autoencoder import main
 from flowray.config.base import LatentSpec
 from flowray.config.errors import InputError
 from flowray.config.model import KLAutoencoder
-from flowray.config.progress import Silent
+from flowray.config.progress import SILENT, Silent
+from flowray.data.prepare import AS_THEY_ARE
 from flowray.data.reader import ShardReader
 from flowray.data.shards import find_shards, write_shards
 from flowray.model.autoencoder import load_autoencoder
 from flowray.store.checkpoint import load_state, load_tensors, newest_checkpoint
+from flowray.store.encode import Budget
 from flowray.train.autoencoder import Design, Fit, fresh, left_over, preview, train_autoencoder
-from flowray.train.autoencoder_pictures import batches, in_order
+from flowray.train.autoencoder_pictures import batches, in_order, look_through
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -494,3 +497,42 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
                 main([*argv, "--start", start, *plan])
     assert newest.is_dir()
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_are_looked_at_once_and_never_for_a_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On standard error is what takes time; a plan knows what an ended command left out."""
+    monkeypatch.setenv("FLOWRAY_CACHE", str(tmp_path / "cache"))
+    shard_set(tmp_path / "pictures", 12, odd=5)
+    shard_set(tmp_path / "held", 12)
+    argv = [str(tmp_path / "pictures"), "--val", str(tmp_path / "held"), *OPTIONS]
+    argv += ["--max-bad", "0.1"]
+
+    def kept() -> int:
+        return len(list((tmp_path / "cache").glob("looked-*.json")))
+
+    def planned() -> int:
+        assert main([*argv, "--out", str(tmp_path / "plan"), "--plan", "--json"]) == 0
+        return int(json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"])
+
+    assert (planned(), kept()) == (12, 0)
+    assert main([*argv, "--out", str(tmp_path / "a")]) == 0
+    capsys.readouterr()
+    assert (planned(), kept()) == (11, 2)
+    looked = dict.fromkeys((tmp_path / "cache").glob("looked-*.json"))
+    times = {file: file.stat().st_mtime_ns for file in looked}
+    assert main([*argv, "--out", str(tmp_path / "b")]) == 0
+    assert {file: file.stat().st_mtime_ns for file in looked} == times
+    named = [(tmp_path / out / "bad_samples.jsonl").read_text() for out in "ab"]
+    assert named[0] == named[1] != ""
+    os.utime(next((tmp_path / "pictures").glob("*.tar")), ns=(1, 1))  # perhaps another picture
+    assert (planned(), kept()) == (12, 2)
+
+
+def test_of_held_out_pictures_those_that_are_judged_are_looked_at(tmp_path: Path) -> None:
+    reader = shard_set(tmp_path / "pictures", 12, odd=5)
+    budget = Budget("val", 3, 0.0)
+    few, rows = look_through(reader, budget, AS_THEY_ARE, SILENT, tmp_path, most=3)
+    assert (len(few), rows) == (3, [])
+    assert [few.key(i) for i in range(3)] == ["0000", "0006", "0011"]

@@ -205,6 +205,9 @@ def test_cfg_has_the_notes_grid_as_s_and_refuses_what_is_no_run(trained, tmp_pat
     digits = load_sweep("cfg", [f"base={other}"])
     with pytest.raises(InputError, match=r"eval/named is no score of pictures of digits.*frechet"):
         check_trials(digits, base_recipe(digits))
+    digits = load_sweep("cfg", [f"base={other}", "metric.name=eval/kernel"])
+    check_trials(digits, base_recipe(digits))
+    assert digits.metric.goal == "minimize"
     for name in ("eval/frechet", "eval/style_accuracy"):
         digits = load_sweep("cfg", [f"base={other}", f"metric.name={name}"])
         check_trials(digits, base_recipe(digits))
@@ -218,8 +221,15 @@ def test_cfg_has_the_notes_grid_as_s_and_refuses_what_is_no_run(trained, tmp_pat
     sweep = load_sweep("cfg", [f"base={closed}"])
     with pytest.raises(InputError, match=r"eval/named .*this one is on shapes_closed"):
         check_trials(sweep, base_recipe(sweep))
-    sweep = load_sweep("cfg", [f"base={closed}", "metric.name=eval/all_correct"])
-    check_trials(sweep, base_recipe(sweep))
+    for name in ("all_correct", "two_objects/binding", "unseen/size"):
+        for run in (trained, closed):
+            sweep = load_sweep("cfg", [f"base={run}", f"metric.name=eval/{name}"])
+            check_trials(sweep, base_recipe(sweep))
+    for name in ("precision", "kernel", "nonsense", "two_objects/size", "style_accuracy"):
+        for run in (trained, closed):
+            sweep = load_sweep("cfg", [f"base={run}", f"metric.name=eval/{name}"])
+            with pytest.raises(InputError, match=f"eval/{name} is no score .*eval/unseen/size"):
+                check_trials(sweep, base_recipe(sweep))
 
 
 def test_cfg_refuses_to_guide_a_run_that_was_trained_without_null_samples(trained):

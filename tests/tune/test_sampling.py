@@ -3,17 +3,21 @@
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from flowray.config.keys import describe
 from flowray.config.load import dump_recipe, load_recipe, override_recipe
 from flowray.config.progress import SILENT
+from flowray.config.train import CHECKED_SCORES
+from flowray.model.autoencoder import load_autoencoder
+from flowray.sample.evaluate import evaluate_shapes
 from flowray.store.run import RunDirectory
 from flowray.sweepconfig.check import base_recipe, check_trials
 from flowray.sweepconfig.file import load_sweep
 from flowray.train.state import fresh_state, save_state
-from flowray.tune.sampling import score_pictures
+from flowray.tune.sampling import _flat, score_pictures
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,17 @@ def source(tmp_path_factory):
     (run.samples / "prompts.txt").write_text("a red circle\na blue square\n")
     save_state(fresh_state(recipe, torch.device("cpu")), recipe, run)
     return run.path
+
+
+def test_a_sweep_may_rank_by_the_scores_that_trials_on_shapes_write(source):
+    config = load_recipe(str(source / "config.yaml")).recipe.model
+    autoencoder = load_autoencoder(config.autoencoder, config.latent)
+
+    def paint(prompts):
+        return np.full((len(prompts), 64, 64, 3), 255, np.uint8)
+
+    scores = _flat(evaluate_shapes(paint, autoencoder, 0, limit=2), "eval/")
+    assert sorted(scores) == sorted(f"eval/{name}" for name in CHECKED_SCORES)
 
 
 WORDS = ["sample.guidance_scale=3", "sample.steps=2", "sample.solver.kind=heun"]

@@ -493,3 +493,14 @@ def test_a_rule_on_a_finding_needs_a_doctor_who_comes(write):
         ["set.probes.doctor_every=1"],
     )
     check_trials(visited, base_recipe(visited))
+
+
+def test_a_typed_metric_meets_what_the_file_has_of_one(write):
+    metric = "metric: {name: ema/shoot/nmse}"
+    typed = ["metric.name=ema/shoot/energy"]
+    for none in ("metric: []", "metric: [{name: flow/cos}]"):
+        sweep = load_sweep(write(GOOD.replace(metric, none)), typed)
+        assert [each.name for each in sweep.objectives] == ["ema/shoot/energy"]
+    names = write(GOOD.replace(metric, "metric: [ema/shoot/nmse, flow/cos]"))
+    with pytest.raises(InputError, match=r"metric\.name: metric is .*want a mapping.*such as"):
+        load_sweep(names, typed)
