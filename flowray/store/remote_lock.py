@@ -36,10 +36,11 @@ class RemoteLock:
     again after SETTLE_S who came last. An owner that was cut off for so long that another one took
     over finds out at its next renewal: `lost` says so then. Where the storage does not answer the
     lock is taken by the first `require` after it does. patience_s: how long to wait for a live
-    owner to let go.
+    owner to let go. run: whose lock it is; what this process has left of one of the same run is
+    taken over.
     """
 
-    def __init__(self, place: RemotePlace, name: str, patience_s: float = 0.0):
+    def __init__(self, place: RemotePlace, name: str, patience_s: float = 0.0, run: str = ""):
         self._place, self._name, self._patience_s = place, name, patience_s
         pid = os.getpid()
         self._me = {
@@ -47,6 +48,7 @@ class RemoteLock:
             "pid": pid,
             "started": process_start(pid),
             "machine": _machine(),
+            "run": run,
             "id": uuid.uuid4().hex,
         }
         self._renewed = 0
@@ -138,13 +140,20 @@ class RemoteLock:
     def _is_mine(self, text: bytes | None) -> bool:
         return text is not None and _owner(text).get("id") == self._me["id"]
 
+    def _is_ours(self, owner: dict[str, Any]) -> bool:
+        """Whether this process left it behind, as the storage did not answer at the end: of a run's
+        starts in one process its own lock on disk is the judge.
+        """
+        return bool(self._me["run"]) and all(
+            owner.get(key) == self._me[key] for key in ("pid", "started", "run")
+        )
+
     def _alive(self, text: bytes) -> bool:
         owner = _owner(text)
         if owner.get("machine") == self._me["machine"] and "pid" in owner:
-            # within a process the run's own lock decides
-            return owner["pid"] != self._me["pid"] and (
-                process_start(owner["pid"]) == owner["started"]
-            )
+            if owner["id"] == self._me["id"] or self._is_ours(owner):
+                return False
+            return process_start(owner["pid"]) == owner["started"]
         seen = time.monotonic()
         while time.monotonic() - seen < STALE_S:
             time.sleep(LOOK_S)

@@ -41,7 +41,9 @@ class RemoteRun:
         self._place, self._run = RemotePlace(url), run
         self._root = f"{self._place.name(url)}/{run.path.name}"
         self.url = self._place.url(self._root)
-        self.lock = RemoteLock(self._place, f"{self._root}/.lock", patience_s)
+        self.lock = RemoteLock(
+            self._place, f"{self._root}/.lock", patience_s, str(run.path.absolute())
+        )
 
     @classmethod
     def of(cls, recipe: Recipe, run: RunDirectory, patience_s: float = 0.0) -> RemoteRun | None:
