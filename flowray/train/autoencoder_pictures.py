@@ -30,6 +30,7 @@ from flowray.store.latent_shards import Bad, bad_row
 
 BATCH = 32  # pictures of a measurement
 JUDGED = 1024  # held-out pictures
+PLANNED = 4096  # pictures that a plan looks through: seconds
 _LOOKED_AT = 1024  # pictures handed to the threads that decode at a time
 
 
@@ -48,18 +49,19 @@ def look_through(
     `cache`, for as long as the shards are the same. Bad is one that does not decode, or that has
     another size than most. InputError where more are bad than `budget` allows.
 
-    most: of as many pictures alone, spread evenly over the set. planned: look at none, and leave
-    out what is known from before.
+    most: of as many pictures alone, spread evenly over the set. planned: of more than PLANNED
+    look at none, and leave out what is known from before.
     """
     chosen = evenly(len(reader), len(reader) if most is None else most).tolist()
     file = cache / f"looked-{_stands_for(reader, prepare, most)}.json"
     found = _known(file)
     for bad in found or ():
         budget.add(reader.path(bad.index), [bad])
-    if found is None and not planned:
+    if found is None and (not planned or len(chosen) <= PLANNED):
         found = _look(reader, chosen, budget, prepare, progress)
-        with suppress(OSError):  # a read-only or full disk: they are looked at again another time
-            write_whole(file, json.dumps([asdict(bad) for bad in found]), shared=True)
+        if not planned:
+            with suppress(OSError):  # a read-only or full disk: another time they are seen again
+                write_whole(file, json.dumps([asdict(bad) for bad in found]), shared=True)
     left_out = {bad.index: bad for bad in found or ()}
     unused = set(range(len(reader))) - set(chosen) | left_out.keys()
     rows = [

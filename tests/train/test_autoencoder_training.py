@@ -34,6 +34,7 @@ from flowray.data.shards import find_shards, write_shards
 from flowray.model.autoencoder import load_autoencoder
 from flowray.store.checkpoint import load_state, load_tensors, newest_checkpoint
 from flowray.store.encode import Budget
+from flowray.train import autoencoder_pictures
 from flowray.train.autoencoder import Design, Fit, fresh, left_over, preview, train_autoencoder
 from flowray.train.autoencoder_pictures import batches, in_order, look_through
 
@@ -499,11 +500,12 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_are_looked_at_once_and_never_for_a_plan(
+def test_pictures_are_looked_at_once_and_large_sets_not_for_a_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On standard error is what takes time; a plan knows what an ended command left out."""
     monkeypatch.setenv("FLOWRAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(autoencoder_pictures, "PLANNED", 11)
     shard_set(tmp_path / "pictures", 12, odd=5)
     shard_set(tmp_path / "held", 12)
     argv = [str(tmp_path / "pictures"), "--val", str(tmp_path / "held"), *OPTIONS]

@@ -170,6 +170,7 @@ def test_a_rank_that_cannot_write_halts_all_with_one_line(tmp_path):
     assert len(run.metrics.read_text().splitlines()) < 100  # not at the end of the run
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_a_rank_that_is_killed_while_it_writes(tmp_path, shard):

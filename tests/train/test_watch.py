@@ -155,6 +155,7 @@ def test_ranks_that_wait_for_one_that_hangs_end(tmp_path, ill, how, named, said)
     assert step_of(list_checkpoints(run.checkpoints)[-1]) == AT - 1  # that a start goes on from
 
 
+@pytest.mark.faults
 def test_what_the_lead_does_between_steps_may_take_longer(tmp_path):
     """Longer than the limit, and than that of the process group."""
     recipe = tiny_recipe(
